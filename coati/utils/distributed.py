@@ -1,0 +1,71 @@
+"""Collectives that are the identity without a process group, so that nobody above asks how many processes there are."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _grouped() else 1
+
+
+def is_rank_0() -> bool:
+    return rank() == 0
+
+
+def print_rank_0(*args, **kwargs) -> None:
+    if is_rank_0():
+        print(*args, **kwargs, flush=True)
+
+
+def barrier() -> None:
+    if _grouped():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor, group=None) -> torch.Tensor:
+    """Sum of ``tensor`` over the ranks of ``group``, in place; the identity without a process group."""
+    if _grouped():
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor, group=None) -> torch.Tensor:
+    """Mean of ``tensor`` over the ranks of ``group``, in place."""
+    if _grouped():
+        dist.all_reduce(tensor, group=group)
+        tensor.div_(dist.get_world_size(group))
+    return tensor
+
+
+def all_gather_object(obj: Any) -> list[Any]:
+    """``[obj of rank 0, obj of rank 1, ...]`` on every rank."""
+    if not _grouped():
+        return [obj]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: Any, source: int = 0) -> Any:
+    """The ``obj`` of rank ``source``, on every rank."""
+    if not _grouped():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when ``flag`` is true on at least one."""
+    return any(all_gather_object(bool(flag)))

@@ -1,0 +1,30 @@
+"""JSON files that are either whole or absent."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def load_json(path: str | os.PathLike) -> Any:
+    """Read one JSON document. Raises ValueError with file, line and column when it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})") from error
+
+
+def save_json(obj: Any, path: str | os.PathLike) -> None:
+    """Write ``obj`` as indented UTF-8 JSON under a temporary name, then rename it into place; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(obj, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,18 @@
+"""Exports that load their module on first use, so that importing a package stays cheap (PEP 562)."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+
+def lazy_exports(package: str, names: dict[str, str]) -> tuple[Callable, Callable, list[str]]:
+    """What a package's ``__init__`` assigns to ``__getattr__, __dir__, __all__``.
+
+    ``names`` maps a public name to the submodule that defines it: ``{"Conversation": "conversation"}``.
+    """
+
+    def __getattr__(name: str):
+        if name in names:
+            return getattr(import_module(f"{package}.{names[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__, lambda: sorted(names), sorted(names)

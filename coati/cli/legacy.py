@@ -1,0 +1,68 @@
+"""Flags of older documents: accepted, and one line says what each became."""
+
+import argparse
+from typing import Any
+
+from coati.cli.parser import Parser
+from coati.cli.values import boolean
+from coati.utils.notice import say_once
+
+# --strategy of the first generation -> --plugin
+STRATEGIES = {
+    "naive": "ddp",
+    "ddp": "ddp",
+    "colossalai_gemini": "gemini",
+    "colossalai_zero2": "zero2",
+    "colossalai_zero2_cpu": "zero2_cpu",
+}
+
+# Older or misspelt -> today's. A name stands here only if its meaning is unchanged.
+RENAMED = {
+    "--accimulation_steps": "--accumulation_steps",
+    "--max_datasets_size": "--max_samples",
+    "--tokenizer": "--tokenizer_dir",
+    "--tokenizer_path": "--tokenizer_dir",
+    "--pretrained": "--pretrain",
+    "--num_epochs": "--max_epochs",
+    "--tensorboard_dir": "--log_dir",
+    "--use_grad_checkpoint": "--grad_checkpoint",
+}
+
+# No longer needed -> why.
+DROPPED = {
+    "--model": "the architecture is read from --pretrain",
+    "--need_optim_ckpt": "every checkpoint holds the optimiser's state",
+}
+
+
+class _Renamed(argparse.Action):
+    """Stores under the new flag's name and says so."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        say_once(f"{option_string} is now {RENAMED[option_string]}")
+
+
+class _Dropped(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        say_once(f"{option_string} {values} has no effect: {DROPPED[option_string]}")
+
+
+class _Strategy(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.plugin = STRATEGIES[values]
+        say_once(f"--strategy {values} is now --plugin {namespace.plugin}")
+
+
+def add_flags(parser: Parser) -> None:
+    """Accept the older flags beside ``parser``'s own, without offering them in its help."""
+    hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--strategy", action=_Strategy, choices=tuple(STRATEGIES), dest="plugin", **hidden)
+    for old in DROPPED:
+        parser.add_argument(old, action=_Dropped, dest=f"dropped{old}", **hidden)
+    for old, new in RENAMED.items():
+        now = parser.action_of(new)
+        if now is None:
+            continue
+        extra = {"nargs": now.nargs, "const": now.const} if now.type is boolean else {}
+        parser.add_argument(old, action=_Renamed, dest=now.dest, type=now.type, choices=now.choices, **extra, **hidden)

@@ -1,0 +1,146 @@
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from coati.cli.arguments import parse_sft, sft_parser
+from coati.cli.config import write_arguments
+from tests.cli.documented import documented_commands
+
+LOADED = "import sys; print([m for m in ('torch', 'transformers', 'colossalai') if m in sys.modules])"
+
+# The flags of the reference's train_sft.py and their defaults, minus the two that follow the machine here.
+REFERENCE = {
+    "--grad_clip": 1.0, "--weight_decay": 0.1, "--warmup_steps": None, "--tp": 1, "--pp": 1, "--sp": 1,
+    "--disable_loss_mask": False, "--enable_sequence_parallelism": False, "--zero_stage": 0,
+    "--zero_cpu_offload": False, "--sp_mode": "split_gather", "--pretrain": None, "--tokenizer_dir": None,
+    "--dataset": [], "--eval_dataset": [], "--checkpoint_path": None, "--max_epochs": 3, "--batch_size": 4,
+    "--max_len": 512, "--lora_config": None, "--save_interval": 1000, "--lr": 5e-6, "--config_file": None,
+    "--accumulation_steps": 8, "--log_dir": None, "--use_wandb": False, "--grad_checkpoint": False,
+    "--use_flash_attn": False, "--microbatch_size": 1, "--plugin": None, "--mixed_precision": None,
+}
+
+
+@pytest.fixture
+def sft(data):
+    """parse_sft with the required flags given."""
+    return lambda words=(): parse_sft(["--pretrain", "m", "--dataset", data["dataset"], *words])
+
+
+@pytest.mark.parametrize("flag", REFERENCE)
+def test_every_flag_of_the_reference_is_there_with_its_default(flag):
+    assert sft_parser().action_of(flag).default == REFERENCE[flag]
+
+
+@pytest.mark.parametrize("command", documented_commands("sft"), ids=lambda command: command.source)
+def test_documented_commands_parse(command, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(command.processes))
+    words = command.words(data)
+    script = next(position for position, word in enumerate(words) if word.endswith("train_sft.py"))
+    args = parse_sft(words[script + 1 :])
+    assert args.pretrain == data["PRETRAINED_MODEL_PATH"] and args.save_dir == data["SAVE_DIR"] and args.lr == 2e-5
+
+
+def test_the_file_of_documented_commands_is_complete():
+    stages = [command.stage for command in documented_commands()]
+    count = {stage: stages.count(stage) for stage in ("sft", "ppo", "rm", "prompts")}
+    assert count == {"sft": 14, "ppo": 2, "rm": 2, "prompts": 3}
+    assert not any("#" in command.text for command in documented_commands())
+
+
+@pytest.mark.parametrize(
+    "words, value, said",
+    [
+        (["--strategy", "naive"], ("plugin", "ddp"), "--strategy naive is now --plugin ddp"),
+        (["--strategy", "colossalai_gemini"], ("plugin", "gemini"), "colossalai_gemini is now --plugin gemini"),
+        (["--strategy", "colossalai_zero2_cpu"], ("plugin", "zero2_cpu"), "is now --plugin zero2_cpu"),
+        (["--accimulation_steps", "3"], ("accumulation_steps", 3), "--accimulation_steps is now --accumulation_steps"),
+        (["--max_datasets_size", "9"], ("max_samples", 9), "--max_datasets_size is now --max_samples"),
+        (["--tokenizer", "t"], ("tokenizer_dir", "t"), "--tokenizer is now --tokenizer_dir"),
+        (["--model", "llama"], ("pretrain", "m"), "--model llama has no effect: the architecture is read from"),
+        (["--need_optim_ckpt", "True"], ("pretrain", "m"), "--need_optim_ckpt True has no effect"),
+        (["--use_grad_checkpoint"], ("grad_checkpoint", True), "--use_grad_checkpoint is now --grad_checkpoint"),
+    ],
+)
+def test_older_flags_say_what_they_became(sft, capsys, words, value, said):
+    args = sft(words)
+    assert getattr(args, value[0]) == value[1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_older_flags_are_not_offered():
+    text = sft_parser().format_help()
+    assert "--strategy" not in text and "--accimulation_steps" not in text
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--strategy", "colossalai_zero3"], "argument --strategy: invalid choice: 'colossalai_zero3'"),
+        (["--plugin", "gemini", "--lora_rank", "8"], "--plugin gemini cannot train LoRA adapters"),
+        (["--plugin", "gemini", "--mixed_precision", "fp32"], "--plugin gemini has no fp32"),
+        (["--plugin", "gemini_auto"], "--plugin gemini_auto cannot accumulate gradients"),
+        (["--plugin", "zero2", "--pp", "2"], "--pp 2 needs --plugin 3d"),
+        (["--pp", "2", "--lora_rank", "8"], "--plugin 3d trains LoRA adapters only with"),
+        (["--tp", "2"], "1 processes cannot be divided by --tp 2"),
+        (["--sp", "2"], "--sp 2 needs --enable_sequence_parallelism"),
+        (["--lora_alpha", "8"], "--lora_alpha does nothing without LoRA"),
+        (["--merge_lora_weights"], "--merge_lora_weights does nothing without LoRA"),
+        (["--eval_interval", "8"], "--eval_interval does nothing without --eval_dataset"),
+        (["--checkpoint_weights_only"], "--checkpoint_weights_only does nothing without --checkpoint_path"),
+        (["--checkpoint_path", "no/where"], "--checkpoint_path no/where: there is no such directory"),
+        (["--eval_dataset", "no/where"], "--eval_dataset no/where: there is no such file or directory"),
+        (["--lora_config", "no/where"], "--lora_config no/where: No such file"),
+        (["--max_length", "1"], "argument --max_length/--max_len: expected a whole number of at least 2"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(sft, refused, words, said):
+    assert said in refused(sft, words)
+
+
+@pytest.mark.parametrize("missing", ["--pretrain", "--dataset"])
+def test_a_missing_flag_is_named(refused, data, missing):
+    given = {"--pretrain": "m", "--dataset": data["dataset"]}
+    del given[missing]
+    assert f"{missing} is missing" in refused(parse_sft, [word for pair in given.items() for word in pair])
+
+
+@pytest.mark.parametrize(
+    "text, words, rank", [({"r": 128}, [], 128), ({"r": 128}, ["--lora_rank", "0"], 0), ({}, [], 0)]
+)
+def test_the_rank_comes_from_the_flag_or_the_file(sft, tmp_path, text, words, rank):
+    file = tmp_path / "lora.json"
+    file.write_text(json.dumps(text))
+    assert sft(["--lora_config", str(file), *words]).lora_rank == rank
+
+
+@pytest.mark.parametrize("text, said", [("{", "lora.json:1:2: not valid JSON"), ("[1]", "expected a JSON object")])
+def test_a_bad_json_file_is_named(sft, refused, tmp_path, text, said):
+    file = tmp_path / "lora.json"
+    file.write_text(text)
+    assert said in refused(sft, ["--lora_config", str(file)])
+
+
+def test_write_arguments_can_be_read_back(sft, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = sft(["--config_file", "flags.json", "--lora_rank", "8", "--seed", "3"])
+    written = write_arguments(args, tmp_path / "out", resolved={"plugin": "zero2"})
+    assert written.read_text() == (tmp_path / "flags.json").read_text()
+    again = parse_sft(["--config", str(written)])
+    assert vars(again) == vars(args) | {"plugin": "zero2", "config": str(written)}
+
+
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--pretran", "x"], 2)])
+def test_help_and_refusals_are_quick_and_load_no_torch(words, code):
+    program = f"from coati.cli.arguments import parse_sft\ntry: parse_sft({words!r})\nfinally: {LOADED}"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run.returncode == code and run.stdout.endswith("[]\n")
+    said = "Supervised fine-tuning" if code == 0 else "nearest known one is --pretrain"
+    assert said in run.stdout + run.stderr
+    # Processor time, so that a busy machine does not fail it.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0

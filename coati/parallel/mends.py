@@ -1,0 +1,130 @@
+"""Faults of ColossalAI 0.5.0 on every device, mended. Paths are relative to the ``colossalai`` package."""
+
+import inspect
+from types import SimpleNamespace
+
+import torch
+
+from coati.parallel.patch import Patch, apply_all, raises
+from coati.parallel.quiet import import_colossalai
+
+
+def gather_what_was_received() -> None:
+    """shardformer/layer/_operation.py:464, 470: ``sp_mode="ring"`` keeps what it sent as what it gathered.
+
+    Every weight gradient of a column-parallel linear is wrong. The gather is done at once, so nothing is reused.
+    """
+    from colossalai.shardformer.layer import _operation
+
+    def _ring_as_gather(
+        func, input_to_gather=None, input_local=None, process_group=None, gather_dim=1, keep_item=False
+    ):
+        gathered = {
+            name: _operation._gather(shard, gather_dim, process_group) for name, shard in input_to_gather.items()
+        }
+        return func(**gathered, **input_local), gathered
+
+    _operation._ring_as_gather = _ring_as_gather
+
+
+def _ring_keeps_what_it_sent() -> bool:
+    from colossalai.shardformer.layer import _operation
+
+    return "input_tensors.append(send_tensors)" in inspect.getsource(_operation._ring_as_gather)
+
+
+def weigh_accumulated_gradients_once() -> None:
+    """zero/gemini/chunk/manager.py:290: earlier micro-batches of a gathered chunk weigh ``pg_size`` times too much.
+
+    The accumulated gradient is multiplied by ``pg_size`` before it is reduced again, which is right for a shard (added
+    by its owner alone) and wrong for a gathered chunk (added by every rank).
+    """
+    from colossalai.zero.gemini.chunk.manager import ChunkManager
+
+    original = ChunkManager.rearrange_accumulated_grad_chunk
+
+    def rearrange_accumulated_grad_chunk(self, chunk):
+        if chunk.grad_chunk.is_gathered:
+            chunk.grad_chunk.cuda_global_chunk.div_(chunk.pg_size)
+        return original(self, chunk)
+
+    ChunkManager.rearrange_accumulated_grad_chunk = rearrange_accumulated_grad_chunk
+
+
+def _accumulation_is_overweighted() -> bool:
+    from colossalai.zero.gemini.chunk.manager import ChunkManager
+
+    grad_chunk = SimpleNamespace(is_gathered=True, cuda_global_chunk=torch.ones(4))
+    chunk = SimpleNamespace(grad_chunk=grad_chunk, pg_size=2)
+    manager = SimpleNamespace(init_grad_chunk=lambda chunk: chunk.grad_chunk)
+    return ChunkManager.rearrange_accumulated_grad_chunk(manager, chunk).cuda_global_chunk[0].item() != 1.0
+
+
+def clip_bf16_gradients() -> None:
+    """nn/optimizer/hybrid_adam.py:126, cpu_adam.py:158: the bf16 branch forgets ``div_scale``.
+
+    Gemini clips through ``div_scale``, so parameters on the CPU were never clipped in bf16.
+    """
+    from colossalai.nn.optimizer import CPUAdam, HybridAdam
+
+    original_update = CPUAdam.torch_adam_update
+
+    def torch_adam_update(self, data, grad, *args, **kwargs):
+        divisor = getattr(self, "_coati_div_scale", -1)
+        grad = grad.to(data.dtype)
+        return original_update(self, data, grad / divisor if divisor > 0 else grad, *args, **kwargs)
+
+    def remembering(original_step):
+        def step(self, closure=None, div_scale: float = -1):
+            self._coati_div_scale = div_scale
+            return original_step(self, closure, div_scale)
+
+        return step
+
+    CPUAdam.torch_adam_update = torch_adam_update
+    for optimizer_class in (CPUAdam, HybridAdam):
+        optimizer_class.step = remembering(optimizer_class.__dict__["step"])
+
+
+def _bf16_is_not_clipped() -> bool:
+    from colossalai.nn.optimizer import CPUAdam
+    from colossalai.nn.optimizer.nvme_optimizer import NVMeOptimizer
+
+    param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = object.__new__(CPUAdam)  # without the kernel that its __init__ wants
+    NVMeOptimizer.__init__(optimizer, [param], {"lr": 0.1, "betas": (0.5, 0.5), "eps": 1e-8, "weight_decay": 0.0})
+    optimizer.adamw_mode = True
+    param.grad = torch.ones_like(param)
+    CPUAdam.step(optimizer, div_scale=2.0)
+    return optimizer.state[param]["exp_avg"].item() != 0.25
+
+
+def send_over_any_backend() -> None:
+    """pipeline/p2p.py:159: ``is_hccl_available`` and ``Backend.HCCL`` exist only in torch for Ascend."""
+    from colossalai.pipeline import p2p
+
+    p2p._check_for_nccl_hccl_backend = p2p.check_for_nccl_backend
+
+
+def _p2p_asks_for_hccl() -> bool:
+    from colossalai.pipeline import p2p
+
+    gloo = SimpleNamespace(name=lambda: "gloo")
+    return raises(AttributeError, call=lambda: p2p._check_for_nccl_hccl_backend(gloo))
+
+
+MENDS = (
+    Patch("ring gather", "shardformer/layer/_operation.py:470", gather_what_was_received, _ring_keeps_what_it_sent),
+    Patch(
+        "gemini accumulation", "zero/gemini/chunk/manager.py:290",
+        weigh_accumulated_gradients_once, _accumulation_is_overweighted,
+    ),
+    Patch("bf16 clipping", "nn/optimizer/hybrid_adam.py:126", clip_bf16_gradients, _bf16_is_not_clipped),
+    Patch("p2p backend", "pipeline/p2p.py:159", send_over_any_backend, _p2p_asks_for_hccl),
+)  # fmt: skip
+
+
+def apply() -> list[str]:
+    """Mend ColossalAI in this process, on any device. Idempotent; returns the names of the mends made now."""
+    import_colossalai()
+    return apply_all(MENDS)

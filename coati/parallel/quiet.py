@@ -1,0 +1,72 @@
+"""ColossalAI, imported late and without the noise that tells a user nothing.
+
+Only the messages listed here are held back. A warning that is not listed passes.
+"""
+
+import logging
+import warnings
+from importlib import import_module
+from types import ModuleType
+
+# (start of the message as a regular expression, why it tells the user nothing)
+KNOWN_WARNINGS = (
+    (r"Please install the latest tensornvme", "offloading to NVMe is not offered"),
+    (r"Please install apex from source", "torch's own norms are used"),
+    (r"`torch\.cuda\.amp\.custom_(fwd|bwd)", "upstream's spelling of a torch decorator"),
+    (r"`TorchScript` support for functional optimizers is deprecated", "raised by torch's import of its own module"),
+    (r"enable_async_reduce sets pin_memory=True", "an internal choice of Gemini"),
+    (r"More than one kernel is available, loading the kernel with the highest priority", "an internal choice"),
+    (r"TypedStorage is deprecated", "upstream's spelling of a torch call, on every step"),
+    (r"torch\.distributed\._all_gather_base is a private function", "upstream's spelling of a torch call"),
+    (r"torch\.distributed\._reduce_scatter_base is a private function", "upstream's spelling of a torch call"),
+    (r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`", "the wrapped optimizer does step"),
+    (r"User provided device_type of 'cuda', but CUDA is not available", "the CPU was chosen on purpose"),
+)
+# (logger, start of the message)
+KNOWN_LOG_LINES = (
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
+    ("bitsandbytes.backends.utils", "Failed to load CPU gemm_4bit_forward from kernels-community"),
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+)
+# (module that prints, start of what it prints)
+KNOWN_PRINTS = (
+    ("colossalai.zero.gemini.memory_tracer.memstats_collector", "finish_collection"),
+    ("colossalai.shardformer.policies.qwen2", "self.shard_config.enable_flash_attention"),
+)
+
+
+class _DropKnown(logging.Filter):
+    """Holds back log records that begin with ``start``."""
+
+    def __init__(self, start: str):
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+
+def hush() -> None:
+    """Hold back the known warnings and log lines of ColossalAI and of what it imports, for the life of the process."""
+    for message, _ in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for logger, start in KNOWN_LOG_LINES:
+        logging.getLogger(logger).addFilter(_DropKnown(start))
+
+
+def _print_without(start: str):
+    def quiet_print(*args, **kwargs) -> None:
+        if not (args and str(args[0]).startswith(start)):
+            print(*args, **kwargs)
+
+    return quiet_print
+
+
+def import_colossalai() -> ModuleType:
+    """``colossalai`` with its booster loaded and its known noise held back. Takes some seconds the first time."""
+    hush()
+    colossalai = import_module("colossalai")
+    import_module("colossalai.booster.plugin")
+    for module, start in KNOWN_PRINTS:
+        import_module(module).print = _print_without(start)
+    return colossalai

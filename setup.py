@@ -1,0 +1,33 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def version() -> str:
+    return re.search(r'__version__ = "(.+?)"', (HERE / "coati" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+
+setup(
+    name="coati",
+    version=version(),
+    description="Supervised fine-tuning and alignment of chat models on ColossalAI",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["coati", "coati.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=requirements(),
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.6"],
+        "flash": ["flash-attn>=2.5"],
+        "inference": ["rich>=13"],
+    },
+)

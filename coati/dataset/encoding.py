@@ -1,0 +1,154 @@
+"""Text to token ids, once, with the token range of each character span.
+
+Control markers that stand inside a message are hidden behind private-use characters while the template is rendered, and
+encoded as ordinary text afterwards: nobody can end a turn by typing its marker.
+"""
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from functools import cached_property
+from itertools import groupby
+
+from coati.dataset.reasons import RowError
+from coati.utils.notice import say_once
+
+Span = tuple[int, int]
+
+
+def special_ids(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that stand for control markers (never for ordinary added words such as ``<think>``)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset({i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids))
+
+
+class TextEncoder:
+    """Encodes rendered conversations with one tokenizer; ``end_of_assistant`` counts as a control marker."""
+
+    def __init__(self, tokenizer, end_of_assistant: str = ""):
+        self.tokenizer = tokenizer
+        self.special_ids = special_ids(tokenizer)
+        texts = {tokenizer.convert_ids_to_tokens(i) for i in self.special_ids} | {end_of_assistant}
+        self.markers = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
+        self._pattern = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)")
+
+    def __getstate__(self) -> dict:
+        return {"tokenizer": self.tokenizer, "special_ids": self.special_ids, "markers": self.markers,
+                "_pattern": self._pattern}
+
+    def hide(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
+        """The messages with every marker in their contents replaced by ``<key>index<key>``, and the key (None: none)."""
+        if not any(self._pattern.search(message["content"]) for message in messages):
+            return messages, None
+        contents = "".join(message["content"] for message in messages)
+        key = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in contents)
+        number = {text: index for index, text in enumerate(self.markers)}
+
+        def placeholder(found: re.Match) -> str:
+            return f"{key}{number[found.group()]}{key}"
+
+        return [{**m, "content": self._pattern.sub(placeholder, m["content"])} for m in messages], key
+
+    def encode(self, text: str, spans: list[Span], key: str | None = None) -> tuple[str, list[int], list[Span]]:
+        """``(final text, input_ids, token range of each span)``.
+
+        A token belongs to a span when it shares a character with it. ``spans`` count characters of ``text``, in which
+        :meth:`hide`'s placeholders may stand.
+        """
+        if not self.tokenizer.is_fast:
+            return self._encode_slow(text, spans, key)
+        encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
+        tokens = list(zip(encoded.ids, encoded.offsets, strict=True))
+        if key is not None:
+            tokens = self._reveal_sections(text, tokens, key)
+            spans = [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in spans]
+            text = self._reveal(text, key)
+        return text, [i for i, _ in tokens], self._token_ranges([offset for _, offset in tokens], spans)
+
+    @staticmethod
+    def _token_ranges(offsets: list[Span], spans: list[Span]) -> list[Span]:
+        starts, ends = [s for s, _ in offsets], [e for _, e in offsets]
+        ranges = []
+        for start, end in spans:
+            first = bisect_right(ends, start)
+            # A token of no width is a word-start mark that the tokenizer inserted: it belongs to what follows.
+            while first > 0 and starts[first - 1] >= start:
+                first -= 1
+            ranges.append((first, bisect_left(starts, end)))
+        return ranges
+
+    def _reveal(self, text: str, key: str) -> str:
+        return re.sub(f"{key}(\\d+){key}", lambda found: self.markers[int(found.group(1))], text)
+
+    def _shift(self, text: str, position: int, key: str) -> int:
+        return len(self._reveal(text[:position], key))
+
+    def _reveal_sections(self, text: str, tokens: list, key: str) -> list:
+        """Encode again, as plain text, each stretch between control tokens that holds a placeholder."""
+        revealed, end = [], 0
+        for special, group in groupby(tokens, key=lambda token: token[0] in self.special_ids):
+            run = list(group)
+            start, end = run[0][1][0] if special else end, run[-1][1][1]
+            moved = self._shift(text, start, key)
+            if special or key not in text[start:end]:
+                revealed += [(i, (s - start + moved, e - start + moved)) for i, (s, e) in run]
+                continue
+            backend = self._backend(as_text=True, at_start=start == 0)
+            encoded = backend.encode(self._reveal(text[start:end], key), add_special_tokens=False)
+            revealed += [(i, (s + moved, e + moved)) for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)]
+        return revealed
+
+    @cached_property
+    def _backends(self) -> dict:
+        return {}
+
+    def _backend(self, as_text: bool, at_start: bool = True):
+        """A private copy of the Rust tokenizer: exact offsets, no padding or truncation left over from other callers."""
+        if (as_text, at_start) not in self._backends:
+            from tokenizers import Tokenizer
+
+            layout = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            layout["truncation"] = layout["padding"] = None
+            _set_everywhere(layout["post_processor"], "trim_offsets", False)
+            _set_everywhere(layout["pre_tokenizer"], "trim_offsets", False)
+            if not at_start and '"first"' in json.dumps(layout["pre_tokenizer"]):
+                # "first" adds the word-start mark at the beginning of the text only, and this piece is not there.
+                _set_everywhere(layout["pre_tokenizer"], "prepend_scheme", "never")
+            copy = Tokenizer.from_str(json.dumps(layout))
+            copy.encode_special_tokens = as_text
+            self._backends[as_text, at_start] = copy
+        return self._backends[as_text, at_start]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids`` with control tokens, untouched by clean-up of spaces."""
+        if self.tokenizer.is_fast:
+            return self._backend(as_text=False).decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _encode_slow(self, text: str, spans: list[Span], key: str | None) -> tuple[str, list[int], list[Span]]:
+        """Without offsets: the ids of each prefix are compared with those of the whole text."""
+        say_once(
+            f"{type(self.tokenizer).__name__} is a slow tokenizer without character offsets: masks come from encoding "
+            "prefixes of each row, right but many times slower; a tokenizer.json gives the fast way"
+        )
+        if key is not None:
+            raise RowError("marker_in_text", "save the tokenizer as a fast one (tokenizer.json), or remove the marker")
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return text, ids, [(self._prefix(ids, text[:s])[0], sum(self._prefix(ids, text[:e]))) for s, e in spans]
+
+    def _prefix(self, ids: list[int], text: str) -> Span:
+        """How many leading tokens of ``ids`` are those of ``text``, and 1 if a token reaches over its end."""
+        part = self.tokenizer.encode(text, add_special_tokens=False)
+        same = next((n for n, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
+        return same, int(same < len(part))
+
+
+def _set_everywhere(node, name: str, value) -> None:
+    if isinstance(node, dict):
+        if name in node:
+            node[name] = value
+        for child in node.values():
+            _set_everywhere(child, name, value)
+    elif isinstance(node, list):
+        for child in node:
+            _set_everywhere(child, name, value)

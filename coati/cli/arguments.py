@@ -49,7 +49,7 @@ def add_model_flags(parser: Parser) -> None:
     add_text(group, "--pretrain", unit="MODEL", help="Hugging Face directory or hub name to start from (required)")
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
     add_text(
-        group, "--checkpoint_path",
+        group, "--checkpoint_path", unit="DIR or auto",
         help="go on from this epoch-E_step-S directory (weights only if it is a `modeling` directory); "
         "auto: from the newest whole checkpoint in --save_dir, or from the start if there is none",
     )
@@ -114,7 +114,7 @@ def add_optimisation_flags(parser: Parser) -> None:
     add_number(group, "--lr", default=5e-6, unit="RATE", exclusive=True, help="highest learning rate")
     add_count(
         group, "--warmup_steps", unit="STEPS", least=0,
-        help="optimiser steps of linear warm-up; default: 2.5%% of all; then a cosine down to a tenth of --lr",
+        help="optimiser steps of linear warm-up, before a cosine down to a tenth of --lr; default: 2.5%% of all",
     )
     add_number(group, "--weight_decay", default=0.1, unit="RATE", help="decoupled weight decay (AdamW)")
     add_number(

@@ -1,0 +1,105 @@
+"""The shell wrapper, run with stand-ins for the launcher and for nvidia-smi that record what they were called with."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from coati.cli.arguments import parse_sft
+
+SCRIPTS = Path(__file__).parent.parent.parent / "examples" / "training_scripts"
+# Four GPUs; numbers 3 and 1 have the least memory in use.
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+--list-gpus) printf 'GPU 0\\nGPU 1\\nGPU 2\\nGPU 3\\n' ;;
+*) printf '0, 9000\\n1, 20\\n2, 300\\n3, 4\\n' ;;
+esac
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A bare machine: system tools, plus the programs named; returns a function that runs train_sft.sh on it."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    def install(name, text):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    def run(*words, launcher=("colossalai", "torchrun"), gpus=False, **variables):
+        for name in launcher:
+            install(name, f"#!/bin/sh\nprintf '%s\\n' \"CUDA=$CUDA_VISIBLE_DEVICES\" \"$@\" > {tmp_path}/called\n")
+        if gpus:
+            install("nvidia-smi", NVIDIA_SMI)
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), **variables}
+        done = subprocess.run(
+            ["bash", str(SCRIPTS / "train_sft.sh"), *words],
+            capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60,
+        )  # fmt: skip
+        called = tmp_path / "called"
+        return done, called.read_text().splitlines() if called.exists() else None
+
+    return run
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.parent.rglob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_are_well_formed(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_without_gpus_one_process_trains_with_flags_that_the_parser_accepts(machine, tmp_path):
+    for part in ("part-00000", "part-00001"):
+        (tmp_path / "arrow" / part).mkdir(parents=True)
+    dataset = f"{tmp_path}/arrow/part-*"
+    done, called = machine("--max_steps", "3", "--lr", "1e-4", PRETRAINED_MODEL_PATH="m", DATASET=dataset)
+    assert done.returncode == 0, done.stderr
+    assert called[:6] == ["CUDA=", "run", "--nproc_per_node", "1", "--master_port", "29500"]
+    assert called[6].endswith("train_sft.py")
+    args = parse_sft(called[7:])
+    assert args.dataset == [f"{tmp_path}/arrow/part-00000", f"{tmp_path}/arrow/part-00001"]
+    assert (args.max_steps, args.lr, args.tokenizer_dir, args.plugin) == (3, 1e-4, "m", "zero2")
+    assert args.save_dir.startswith("output/sft-20")
+
+
+@pytest.mark.parametrize("processes, chosen", [("2", "CUDA=3,1"), (None, "CUDA=3,1,2,0")])
+def test_the_least_used_gpus_are_chosen(machine, processes, chosen):
+    variables = {"NPROC_PER_NODE": processes} if processes else {}
+    done, called = machine(gpus=True, PRETRAINED_MODEL_PATH="m", DATASET="d", **variables)
+    assert called[0] == chosen and called[3] == (processes or "4"), done.stderr
+
+
+def test_a_choice_already_made_is_respected(machine):
+    _, called = machine(gpus=True, CUDA_VISIBLE_DEVICES="2,0", PRETRAINED_MODEL_PATH="m", DATASET="d")
+    assert called[0] == "CUDA=2,0" and called[3] == "2"
+
+
+def test_more_processes_than_gpus_are_refused(machine):
+    done, called = machine(gpus=True, NPROC_PER_NODE="8", PRETRAINED_MODEL_PATH="m", DATASET="d")
+    assert done.returncode != 0 and called is None and "8 GPUs wanted" in done.stderr
+
+
+def test_hosts_and_settings_come_from_the_environment(machine):
+    _, called = machine(
+        PRETRAINED_MODEL_PATH="m", DATASET="a b", HOSTFILE="hosts", MASTER_PORT="1234", SAVE_DIR="s", BATCH_SIZE="2"
+    )
+    text = " ".join(called)
+    assert "--master_port 1234 --hostfile hosts" in text and "--dataset a b " in text
+    assert "--save_dir s" in text and "--batch_size 2" in text
+
+
+@pytest.mark.parametrize("missing", ["PRETRAINED_MODEL_PATH", "DATASET"])
+def test_what_has_no_default_is_asked_for(machine, missing):
+    given = {"PRETRAINED_MODEL_PATH": "m", "DATASET": "d"}
+    del given[missing]
+    done, called = machine(**given)
+    assert done.returncode != 0 and missing in done.stderr and called is None
+
+
+@pytest.mark.skipif(os.path.exists("/usr/bin/torchrun"), reason="the system itself has a torchrun")
+def test_a_missing_torchrun_says_what_to_do(machine):
+    done, called = machine(launcher=("colossalai",), PRETRAINED_MODEL_PATH="m", DATASET="d")
+    assert done.returncode == 127 and called is None
+    assert "torchrun is not on PATH" in done.stderr and ".venv/bin" in done.stderr

@@ -15,13 +15,12 @@ import jinja2
 
 from coati.dataset import template_check
 from coati.dataset.encoding import Span, TextEncoder
-from coati.dataset.reasons import ROLES, RowError
+from coati.dataset.reasons import ROLES, TEMPLATE_MODES, RowError
 from coati.dataset.template import compile_template, render_template, special_tokens
 from coati.dataset.template_file import read_fields
 from coati.utils.json_io import load_json, save_json
 from coati.utils.notice import say, say_once
 
-TEMPLATE_MODES = ("per_turn", "refuse")
 
 
 @dataclass
@@ -87,12 +86,20 @@ class Conversation:
         if "end_of_assistant" in self.derived:
             self.encoder = TextEncoder(self.tokenizer, self.end_of_assistant)
         if self.system_message and self.encoder.hide([{"content": self.system_message}])[1]:
-            say_once("system_message holds control markers; they are encoded as text, control tokens belong in chat_template")
+            say_once(
+                "system_message holds control markers; they are encoded as text, control tokens belong in chat_template"
+            )
         self.tokenizer.chat_template = self.chat_template
 
     @classmethod
-    def from_config(cls, tokenizer, config: dict, template_mode: str = "per_turn", source: str = "conversation template",
-                    folder: str | os.PathLike = ".") -> "Conversation":
+    def from_config(
+        cls,
+        tokenizer,
+        config: dict,
+        template_mode: str = "per_turn",
+        source: str = "conversation template",
+        folder: str | os.PathLike = ".",
+    ) -> "Conversation":
         """From the fields of a template file, any of which may be missing (``{}``: the tokenizer's own template)."""
         return cls(tokenizer, template_mode=template_mode, **read_fields(config, tokenizer, source, Path(folder)))
 
@@ -123,7 +130,9 @@ class Conversation:
 
     def to_config(self) -> dict[str, Any]:
         """The template file's fields, complete; :meth:`from_config` gives the same conversation again."""
-        config = {name: getattr(self, name) for name in ("chat_template", "system_message", "stop_ids", "end_of_assistant")}
+        config = {
+            name: getattr(self, name) for name in ("chat_template", "system_message", "stop_ids", "end_of_assistant")
+        }
         return config | ({"response_format_tags": self.response_format_tags} if self.response_format_tags else {})
 
     def save(self, path: str | os.PathLike) -> None:
@@ -147,8 +156,9 @@ class Conversation:
             return messages
         return [{"role": "system", "content": self.system_message}, *messages]
 
-    def encode(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False,
-               max_length: int | None = None) -> Encoded:
+    def encode(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False, max_length: int | None = None
+    ) -> Encoded:
         """Token ids and loss mask of ``messages`` ({role, content} each, contents as the user typed them).
 
         With ``max_length`` only the first complete rounds that fit are kept. Raises RowError when the conversation
@@ -160,7 +170,7 @@ class Conversation:
         return self._encode(text, [self._span(text, shown, k) for k in turns], key, max_length)
 
     def encode_turns(self, messages: list[dict[str, str]], max_length: int | None = None) -> list[Encoded]:
-        """The training rows of ``messages``: one, or one per assistant turn when the template rewrites earlier turns."""
+        """The training rows of ``messages``: one, or one per assistant turn if the template rewrites earlier turns."""
         if not self.rewrites:
             return [self.encode(messages, max_length=max_length)]
         shown, key = self.encoder.hide(self._with_system(messages))
@@ -200,10 +210,13 @@ class Conversation:
         return len(prefix), end + len(self.end_of_assistant)
 
 
-def setup_conversation_template(tokenizer, chat_template_config: dict | str | os.PathLike | None = None,
-                                save_path: str | os.PathLike | None = None,
-                                template_mode: str = "per_turn") -> Conversation:
-    """A checked Conversation from a template file, a dict of its fields, or (None, ``{}``) the tokenizer's own template.
+def setup_conversation_template(
+    tokenizer,
+    chat_template_config: dict | str | os.PathLike | None = None,
+    save_path: str | os.PathLike | None = None,
+    template_mode: str = "per_turn",
+) -> Conversation:
+    """A checked Conversation from a template file, a dict of its fields, or (None, ``{}``) the tokenizer's template.
 
     A path at which nothing is gets the resolved template. ``save_path`` gets it when the configuration was a dict or
     lacked something; a file that exists is never changed. Raises ValueError naming the field that is wrong.

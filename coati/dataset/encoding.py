@@ -27,17 +27,17 @@ class TextEncoder:
 
     def __init__(self, tokenizer, end_of_assistant: str = ""):
         self.tokenizer = tokenizer
-        self.special_ids = special_ids(tokenizer)
-        texts = {tokenizer.convert_ids_to_tokens(i) for i in self.special_ids} | {end_of_assistant}
+        self.controls = {i: tokenizer.convert_ids_to_tokens(i) for i in special_ids(tokenizer)}
+        texts = {*self.controls.values(), end_of_assistant}
         self.markers = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)")
 
     def __getstate__(self) -> dict:
-        return {"tokenizer": self.tokenizer, "special_ids": self.special_ids, "markers": self.markers,
-                "_pattern": self._pattern}
+        # The Rust copies are made anew where they are needed.
+        return {name: value for name, value in self.__dict__.items() if name != "_backends"}
 
     def hide(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
-        """The messages with every marker in their contents replaced by ``<key>index<key>``, and the key (None: none)."""
+        """The messages with each marker in their contents replaced by ``<key>index<key>``, and the key (None: none)."""
         if not any(self._pattern.search(message["content"]) for message in messages):
             return messages, None
         contents = "".join(message["content"] for message in messages)
@@ -86,7 +86,8 @@ class TextEncoder:
     def _reveal_sections(self, text: str, tokens: list, key: str) -> list:
         """Encode again, as plain text, each stretch between control tokens that holds a placeholder."""
         revealed, end = [], 0
-        for special, group in groupby(tokens, key=lambda token: token[0] in self.special_ids):
+        # An unknown character has a special id too, but another text.
+        for special, group in groupby(tokens, key=lambda t: self.controls.get(t[0]) == text[t[1][0] : t[1][1]].strip()):
             run = list(group)
             start, end = run[0][1][0] if special else end, run[-1][1][1]
             moved = self._shift(text, start, key)
@@ -95,6 +96,8 @@ class TextEncoder:
                 continue
             backend = self._backend(as_text=True, at_start=start == 0)
             encoded = backend.encode(self._reveal(text[start:end], key), add_special_tokens=False)
+            if not (self.controls.keys() - {self.tokenizer.unk_token_id}).isdisjoint(encoded.ids):
+                raise RowError("marker_in_text", "this tokenizer has no way to spell the marker as ordinary text")
             revealed += [(i, (s + moved, e + moved)) for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)]
         return revealed
 
@@ -103,7 +106,7 @@ class TextEncoder:
         return {}
 
     def _backend(self, as_text: bool, at_start: bool = True):
-        """A private copy of the Rust tokenizer: exact offsets, no padding or truncation left over from other callers."""
+        """A private copy of the Rust tokenizer: exact offsets, no padding or truncation set by other callers."""
         if (as_text, at_start) not in self._backends:
             from tokenizers import Tokenizer
 
@@ -132,7 +135,7 @@ class TextEncoder:
             "prefixes of each row, right but many times slower; a tokenizer.json gives the fast way"
         )
         if key is not None:
-            raise RowError("marker_in_text", "save the tokenizer as a fast one (tokenizer.json), or remove the marker")
+            raise RowError("marker_in_text", "a slow tokenizer cannot do it; use a fast one (tokenizer.json)")
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return text, ids, [(self._prefix(ids, text[:s])[0], sum(self._prefix(ids, text[:e]))) for s, e in spans]
 

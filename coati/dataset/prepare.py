@@ -168,12 +168,19 @@ def prepare_dataset(
     files = find_files(inputs)
     total = sum(1 for _ in _numbered_rows(files))
     if total == 0:
-        raise ValueError(f"{', '.join(map(str, files[:5]))}: no rows found; expected one JSON object per line or an array")
+        raise ValueError(
+            f"{', '.join(map(str, files[:5]))}: no rows found; expected one JSON object per line or an array"
+        )
     plan = plan_bins(total, num_bins, num_samples_per_bin, seed)
     job = Job(type, [str(file) for file in files], template, max_length, jsonl_dir is not None)
     workers = min(num_proc or len(os.sched_getaffinity(0)), -(-total // CHUNK_ROWS))
-    settings = {"type": type, "max_length": max_length, "seed": seed, "num_samples_per_bin": num_samples_per_bin,
-                "rows_in_files": total}
+    settings = {
+        "type": type,
+        "max_length": max_length,
+        "seed": seed,
+        "num_samples_per_bin": num_samples_per_bin,
+        "rows_in_files": total,
+    }
     with _renamed_when_whole(outputs, cache_dir) as (folders, cache):
         writer = ShardWriter(type, folders[-1], folders[0] if jsonl_dir is not None else None, cache, num_bins)
         tally = _write(job, files, plan, workers, writer, strict)
@@ -218,10 +225,15 @@ def _check_settings(type: str, max_length: int, num_bins: int, samples: int, out
         raise ValueError(f"the number of bins must be between 1 and {MAX_BINS - 1}, found {num_bins}")
     if samples == 0:
         raise ValueError("0 samples per bin leave nothing; give a positive number, or -1 for all rows")
-    if len({path.resolve() for path in outputs}) < len(outputs):
+    check_outputs(*outputs)
+
+
+def check_outputs(*outputs: str | os.PathLike) -> None:
+    """Raise ValueError for an output that exists, or is named twice."""
+    if len({Path(path).resolve() for path in outputs}) < len(outputs):
         raise ValueError(f"{outputs[0]} is named for both the jsonl and the arrow output; name two folders")
     for path in outputs:
-        if path.exists():
+        if os.path.exists(path):
             raise ValueError(f"the output {path} exists already; name another folder, or remove it if it is not needed")
 
 
@@ -246,8 +258,8 @@ def _check_result(report: dict[str, Any], files: list[str]) -> None:
     if report["rows_written"] == 0:
         reasons = "\n".join(dropped_lines(report["dropped"]))
         raise ValueError(
-            f"nothing left: none of the {report['rows_read']} rows of {', '.join(files[:5])} can be trained on; mend the "
-            f"rows, raise max_length or choose another template\n{reasons}"
+            f"nothing left: none of the {report['rows_read']} rows of {', '.join(files[:5])} can be trained on; mend "
+            f"the rows, raise max_length or choose another template\n{reasons}"
         )
 
 

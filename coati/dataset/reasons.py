@@ -1,7 +1,9 @@
-"""Why a row is not used: the codes of the report, and the error that carries one."""
+"""Names of the data side that need no import: roles, template modes, and why a row is not used."""
 
 # Spelling in data files -> the library's own roles.
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+# What to do about a template that rewrites earlier assistant turns.
+TEMPLATE_MODES = ("per_turn", "refuse")
 
 REASONS = {
     "bad_json": "the line is not JSON",
@@ -16,7 +18,7 @@ REASONS = {
     "template_refused": "the chat template refuses this conversation",
     "template_rewrites": "the chat template changes an earlier turn of this conversation",
     "no_end_marker": "end_of_assistant does not follow an answer",
-    "marker_in_text": "a control marker as text needs a fast tokenizer",
+    "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
 }
 # What the file's author has to mend, as against what max_length or the template decides.
 MALFORMED = frozenset(list(REASONS)[:8])

@@ -83,7 +83,8 @@ def build_report(tally: Tally, files: list[str], shards: list[int], **settings: 
         "rows_written": len(tally.lengths),
         "dropped": {
             reason: {"rows": tally.dropped[reason], "meaning": REASONS[reason], "first": tally.first[reason]}
-            for reason in REASONS if tally.dropped[reason]
+            for reason in REASONS
+            if tally.dropped[reason]
         },
         "rows_truncated": tally.truncated,
         "length": percentiles(tally.lengths),

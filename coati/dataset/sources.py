@@ -87,7 +87,9 @@ def _is_array(file: Path) -> bool:
 
 
 def _is_message_list(row: Any) -> bool:
-    return isinstance(row, list) and bool(row) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+    return (
+        isinstance(row, list) and bool(row) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+    )
 
 
 def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
@@ -104,7 +106,10 @@ def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             # Where the next element would begin cannot be told, so the rest of the array is one bad row.
-            yield error.lineno, RowError("bad_json", f"{error.msg} at column {error.colno}; the array is not read further")
+            yield (
+                error.lineno,
+                RowError("bad_json", f"{error.msg} at column {error.colno}; the array is not read further"),
+            )
             return
         yield line, row
 
@@ -186,7 +191,9 @@ def _message(message: Any, index: int) -> dict[str, str]:
     content = next((message[key] for key in ("content", "value") if message.get(key) is not None), None)
     if role is None or content is None:
         lacking = "from (or role)" if role is None else "content (or value)"
-        raise RowError("wrong_keys", f"message {index} lacks {lacking}, found {', '.join(map(str, message)) or 'no key'}")
+        raise RowError(
+            "wrong_keys", f"message {index} lacks {lacking}, found {', '.join(map(str, message)) or 'no key'}"
+        )
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise RowError("unknown_role", f"message {index} is from {role!r}; known roles: {', '.join(ROLES)}")

@@ -1,4 +1,4 @@
-"""What a chat template does, learnt from a probe dialogue: where answers begin and end, and whether that can be trained.
+"""What a chat template does, learnt from a probe dialogue: where answers begin and end, and whether it can be trained.
 
 :func:`examine` completes a Conversation (end_of_assistant, stop_ids, the header before answers) and refuses, with the
 rendered text, a template on which masks would be wrong.
@@ -7,6 +7,7 @@ rendered text, a template on which masks would be wrong.
 from os.path import commonprefix
 
 from coati.dataset.reasons import RowError
+from coati.dataset.report import segments, show_mask
 from coati.utils.notice import say, say_once
 
 QUESTIONS = ("Probe question number one", "Probe question number two")
@@ -36,8 +37,10 @@ def examine(conversation) -> None:
     )
     if conversation.rewrites and conversation.template_mode == "refuse":
         refuse(
-            conversation, "it renders an earlier assistant turn otherwise once the dialogue goes on",
-            "use template_mode per_turn (one row per assistant turn) or another chat_template", finished[1],
+            conversation,
+            "it renders an earlier assistant turn otherwise once the dialogue goes on",
+            "use template_mode per_turn (one row per assistant turn) or another chat_template",
+            finished[1],
         )
     if conversation.rewrites:
         say_once("the chat template rewrites earlier assistant turns: one training row is made per assistant turn")
@@ -54,7 +57,9 @@ def _render_probe(conversation, messages: list[dict]) -> tuple[str, str]:
         refuse(conversation, f"it refuses an ordinary dialogue ({error.detail})", "mend chat_template")
     for content in (QUESTIONS[1], *ANSWERS):
         if finished[1].count(content) != 1:
-            refuse(conversation, f"{content!r} should occur once in the rendered text", "mend chat_template", finished[1])
+            refuse(
+                conversation, f"{content!r} should occur once in the rendered text", "mend chat_template", finished[1]
+            )
     return finished
 
 
@@ -70,7 +75,7 @@ def _try_without_system(conversation, messages: list[dict], error: RowError) -> 
 
 
 def _find_start(conversation, messages: list[dict], finished: tuple[str, str]) -> None:
-    """Does the generation prompt lead to each answer? If the template has none, its header is taken from the answers."""
+    """Does the generation prompt lead to each answer? Without one, the header is taken from before the answers."""
     headers = set()
     for turn, whole in zip((1, 3), finished, strict=True):
         plain = conversation.render(messages[:turn])
@@ -87,8 +92,8 @@ def _find_start(conversation, messages: list[dict], finished: tuple[str, str]) -
         return
     conversation.starts_at_content = True
     say_once(
-        "the chat template's generation prompt is not what precedes a finished answer (some templates open a thought in "
-        "the one and drop it in the other): answers are trained from their first character on"
+        "the chat template's generation prompt is not what precedes a finished answer (some templates open a thought "
+        "in the one and drop it in the other): answers are trained from their first character on"
     )
 
 
@@ -106,7 +111,9 @@ def _tails(finished: tuple[str, str]) -> list[str]:
 def _derived_end(conversation, finished: tuple[str, str]) -> str | None:
     common = commonprefix(_tails(finished))
     controls = [marker for marker in conversation.encoder.markers if marker in common]
-    return min(controls, key=lambda marker: (common.index(marker), -len(marker))) if controls else common.strip() or None
+    return (
+        min(controls, key=lambda marker: (common.index(marker), -len(marker))) if controls else common.strip() or None
+    )
 
 
 def _find_end(conversation, finished: tuple[str, str]) -> None:
@@ -114,7 +121,8 @@ def _find_end(conversation, finished: tuple[str, str]) -> None:
     given = conversation.end_of_assistant
     if given is None and found is None:
         refuse(
-            conversation, "no text follows every answer, so its end cannot be told",
+            conversation,
+            "no text follows every answer, so its end cannot be told",
             "set end_of_assistant, and let chat_template write it after every assistant turn, the last one included",
             finished[1],
         )
@@ -124,8 +132,10 @@ def _find_end(conversation, finished: tuple[str, str]) -> None:
     elif not all(given in tail for tail in _tails(finished)):
         hint = f", here {found!r} would do" if found else ""
         refuse(
-            conversation, f"end_of_assistant {given!r} does not follow every answer",
-            f"set end_of_assistant to what does{hint}, or leave it out to have it derived", finished[1],
+            conversation,
+            f"end_of_assistant {given!r} does not follow every answer",
+            f"set end_of_assistant to what does{hint}, or leave it out to have it derived",
+            finished[1],
         )
 
 
@@ -141,15 +151,19 @@ def _check_masks(conversation, messages: list[dict], finished: tuple[str, str]) 
         ids, bos = row.input_ids, conversation.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             refuse(
-                conversation, f"the text begins with two begin-of-sequence tokens (id {bos})",
-                "let chat_template write bos_token once, or not at all", finished[1],
+                conversation,
+                f"the text begins with two begin-of-sequence tokens (id {bos})",
+                "let chat_template write bos_token once, or not at all",
+                finished[1],
             )
         texts = [conversation.encoder.decode(answer) for answer in answers]
         for text in texts:
             if not any(a in text for a in ANSWERS) or any(q in text for q in QUESTIONS):
                 refuse(
-                    conversation, f"the loss mask does not cover exactly an answer: {text!r}",
-                    "mend chat_template or end_of_assistant", finished[1],
+                    conversation,
+                    f"the loss mask does not cover exactly an answer: {text!r}",
+                    "mend chat_template or end_of_assistant",
+                    finished[1],
                 )
     _complete_stop_ids(conversation, finished[1], answers[-1])
 
@@ -173,3 +187,13 @@ def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
         conversation.stop_ids = [marker] if eos is None or marker[-1:] == [eos] else [marker, [eos]]
         say(f"conversation template: stop_ids was derived: {conversation.stop_ids}")
     conversation.derived["stop_ids"] = conversation.stop_ids
+
+
+def render_masked_probe(conversation, colour: bool) -> str:
+    """The probe dialogue as the template writes it, its supervised text marked; end markers and stop ids below."""
+    rows = []
+    for row in conversation.encode_turns(dialogue()):
+        labels = [token if kept else -100 for token, kept in zip(row.input_ids, row.loss_mask, strict=True)]
+        rows.append(show_mask(segments(row.input_ids, labels, conversation.encoder.decode), colour))
+    rows.append(f"end_of_assistant {conversation.end_of_assistant!r}, stop_ids {conversation.stop_ids}")
+    return "\n---\n".join(rows)

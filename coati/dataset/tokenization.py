@@ -38,7 +38,7 @@ def tokenize_sft(
     """One conversation as ``input_ids`` and ``labels`` (-100: no loss), never longer than ``max_length`` tokens.
 
     Keeps the first complete rounds that fit. All columns are None when the row cannot be used (``sft_rows`` says why).
-    With a template that rewrites earlier turns this is the row of the last answer. ``tokenizer`` must be the template's.
+    With a template that rewrites earlier turns: the row of the last answer. ``tokenizer`` must be the template's.
     """
     if tokenizer is not conversation_template.tokenizer:
         raise ValueError("tokenize_sft: conversation_template was made for another tokenizer; make it with this one")

@@ -1,0 +1,80 @@
+"""The flags of ``prepare_dataset.py``."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from coati.cli.parser import Parser
+from coati.cli.values import add_count, add_switch, add_text
+from coati.dataset.reasons import TEMPLATE_MODES
+from coati.dataset.sources import READERS
+
+
+def prepare_parser() -> Parser:
+    """The parser of ``prepare_dataset.py``."""
+    parser = Parser(
+        prog="prepare_dataset.py",
+        usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL [flags]",
+        description="Raw conversations to the tokenised shards that training reads, and a report of every row's fate.",
+    )
+    parser.add_argument("--type", required=True, choices=READERS, help="what the rows are for (required)")
+    parser.add_argument(
+        "--data_input_dirs",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files or folders, parted by commas or blanks: .jsonl, .json (.gz too), .parquet, all depths (required)",
+    )
+    parser.add_argument(
+        "--tokenizer_dir", required=True, metavar="MODEL", help="directory or hub name of the tokenizer (required)"
+    )
+    add_switch(parser, "--trust_remote_code", help="run Python files that come with the tokenizer")
+    _add_template_flags(parser)
+    _add_output_flags(parser)
+    return parser
+
+
+def _add_template_flags(parser: Parser) -> None:
+    add_text(
+        parser,
+        "--conversation_template_config",
+        unit="FILE",
+        help="template JSON (config/conversation_template/ has examples); where nothing is, the tokenizer's own "
+        "template is written; default: the tokenizer's own",
+    )
+    parser.add_argument(
+        "--template_mode",
+        choices=TEMPLATE_MODES,
+        default=TEMPLATE_MODES[0],
+        help="a template that rewrites earlier assistant turns: make one row per turn, or refuse it",
+    )
+    add_switch(parser, "--check_template", help="show what the template makes of a probe dialogue, and stop there")
+
+
+def _add_output_flags(parser: Parser) -> None:
+    add_text(parser, "--data_cache_dir", default="cache", help="scratch space, emptied at the end")
+    add_text(parser, "--data_jsonl_output_dir", default="jsonl_output", help="readable rows, report.json; must be new")
+    add_text(parser, "--data_arrow_output_dir", default="arrow_output", help="rows for training; must be new")
+    add_count(parser, "--max_length", "--max_len", default=4096, least=2, help="longest row in tokens, cut after a round")
+    add_count(parser, "--num_spliced_dataset_bins", default=10, help="number of part-XXXXX shards, exactly")
+    add_count(
+        parser,
+        "--num_samples_per_datafile",
+        default=-1,
+        least=-1,
+        help="take a random sample of this many input rows for each shard; -1: all",
+    )
+    add_count(parser, "--seed", default=42, least=0, help="of the random sample")
+    add_count(parser, "--num_proc", help="processes; default: one per core")
+    add_switch(parser, "--strict", help="end at the first malformed row instead of dropping and reporting it")
+
+
+def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
+    """The checked flags; ``data_input_dirs`` is a list of paths. Exits with code 2 and one line naming a wrong flag."""
+    parser = prepare_parser()
+    args = parser.parse_args(argv)
+    args.data_input_dirs = [path for word in args.data_input_dirs for path in word.split(",") if path]
+    if not args.data_input_dirs and not args.check_template:
+        parser.error("--data_input_dirs is required: the files or folders to read")
+    if args.num_samples_per_datafile == 0:
+        parser.error("--num_samples_per_datafile 0 leaves nothing; give a positive number, or -1 for all rows")
+    return args

@@ -1,0 +1,50 @@
+"""Raw conversations to the tokenised shards that training reads; ends with a report of what became of the rows."""
+
+import sys
+from argparse import Namespace
+
+from coati.cli.prepare import parse_prepare
+
+
+def main(args: Namespace) -> None:
+    from coati.dataset.conversation import setup_conversation_template
+    from coati.dataset.prepare import check_outputs, prepare_dataset
+    from coati.dataset.sources import find_files
+    from coati.dataset.template_check import render_masked_probe
+    from coati.models.utils import load_tokenizer
+
+    if not args.check_template:
+        # Before anything is loaded: what can be refused for its name alone.
+        find_files(args.data_input_dirs)
+        check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
+    tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
+    template = setup_conversation_template(
+        tokenizer, args.conversation_template_config, template_mode=args.template_mode
+    )
+    if args.check_template:
+        print(render_masked_probe(template, colour=sys.stdout.isatty()))
+        return
+    prepare_dataset(
+        type=args.type,
+        inputs=args.data_input_dirs,
+        tokenizer=tokenizer,
+        tokenizer_name=args.tokenizer_dir,
+        template=template,
+        jsonl_dir=args.data_jsonl_output_dir,
+        arrow_dir=args.data_arrow_output_dir,
+        cache_dir=args.data_cache_dir,
+        max_length=args.max_length,
+        num_bins=args.num_spliced_dataset_bins,
+        num_samples_per_bin=args.num_samples_per_datafile,
+        seed=args.seed,
+        num_proc=args.num_proc,
+        strict=args.strict,
+    )
+
+
+if __name__ == "__main__":
+    arguments = parse_prepare()
+    try:
+        main(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare_dataset.py: error: {error}")

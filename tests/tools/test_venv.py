@@ -1,0 +1,89 @@
+"""tools/venv.py and .ci/run, with stand-ins for pip and make: nothing is installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def venv(monkeypatch):
+    """The tool as a module; its subprocesses are recorded in ``calls`` and end with ``returncode``."""
+    spec = importlib.util.spec_from_file_location("venv_tool", ROOT / "tools" / "venv.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.calls, tool.returncode = [], 0
+
+    def run(command, **options):
+        if command[1] == "-c":
+            return SimpleNamespace(returncode=0)
+        tool.calls.append(command)
+        if command[1:3] == ["-m", "venv"]:
+            (Path(command[-1]) / "bin").mkdir(parents=True, exist_ok=True)
+            (Path(command[-1]) / "pyvenv.cfg").touch()
+            (Path(command[-1]) / "bin" / "python").touch(mode=0o755)
+        return SimpleNamespace(returncode=tool.returncode if "pip" in command else 0)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    return tool
+
+
+def make(tool, monkeypatch, *words):
+    tool.calls.clear()
+    monkeypatch.setattr(sys, "argv", ["venv.py", *map(str, words)])
+    tool.main()
+    return [" ".join(command[1:]) for command in tool.calls]
+
+
+def test_it_is_built_once_and_again_when_the_requirements_change(venv, monkeypatch, tmp_path):
+    folder = tmp_path / "env"
+    first = make(venv, monkeypatch, folder)
+    assert first == [f"-m venv --clear {folder}", "-m pip install --quiet -r requirements.txt -e .[dev]"]
+    assert make(venv, monkeypatch, folder) == []
+    monkeypatch.setattr(venv, "digest", lambda files: "of other requirements")
+    assert make(venv, monkeypatch, folder) == first
+
+
+def test_the_latest_set_leaves_colossalais_pins_out(venv, monkeypatch, tmp_path):
+    _, *installs = make(venv, monkeypatch, tmp_path / "env", "--latest")
+    assert [line.split("--quiet ")[1] for line in installs] == [
+        "-r requirements-latest.txt", "--no-deps colossalai==0.5.0", "--no-deps -e ."
+    ]  # fmt: skip
+
+
+def test_a_failed_installation_is_not_taken_for_a_whole_one(venv, monkeypatch, tmp_path):
+    venv.returncode = 1
+    with pytest.raises(SystemExit, match="failed: .*pip install"):
+        make(venv, monkeypatch, tmp_path / "env")
+    venv.returncode = 0
+    assert len(make(venv, monkeypatch, tmp_path / "env")) == 2
+
+
+def test_a_folder_with_other_files_is_never_cleared(venv, monkeypatch, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(SystemExit, match="is no virtual environment"):
+        make(venv, monkeypatch, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "precious" and venv.calls == []
+
+
+def test_no_fitting_python_says_what_to_do(venv, monkeypatch, tmp_path):
+    monkeypatch.setattr(venv.subprocess, "run", lambda *words, **options: SimpleNamespace(returncode=1))
+    with pytest.raises(SystemExit, match="no Python 3.10, 3.11 or 3.12 .* make PYTHON="):
+        make(venv, monkeypatch, tmp_path / "env")
+
+
+@pytest.mark.parametrize("given, expected", [({}, "cache/coati/venv-"), ({"VENV": "/else/where"}, "VENV=/else/where")])
+def test_ci_run_keeps_the_environment_outside_the_checkout(tmp_path, given, expected):
+    (tmp_path / "make").write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    (tmp_path / "make").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache"), **given}
+    run = subprocess.run([str(ROOT / ".ci" / "run")], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    folder, target, variable = run.stdout.split()
+    assert (folder, target) == (str(ROOT), "test") and expected in variable
+    assert not variable.removeprefix("VENV=").startswith(str(ROOT))

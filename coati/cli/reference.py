@@ -67,8 +67,8 @@ def _older() -> str:
     rows = [f"| `--strategy {old}` | `--plugin {new}` |" for old, new in STRATEGIES.items()]
     rows += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
     rows += [f"| `{old}` | no effect: {why} |" for old, why in DROPPED.items()]
-    lines = ["## Flags of older documents", "", "Accepted by the training scripts; one line on standard error says what each became.", ""]
-    return "\n".join([*lines, "| older | today |", "| --- | --- |", *rows]) + "\n"
+    what = "Accepted by the training scripts; one line on standard error says what each became."
+    return "\n".join(["## Flags of older documents", "", what, "", "| older | today |", "| --- | --- |", *rows]) + "\n"
 
 
 def main() -> int:

@@ -252,6 +252,7 @@ class Head:
                 f"the vocabulary head was set for {tuple(self._targets.shape)} positions and got hidden states "
                 f"{tuple(hidden.shape)}: call Head.set with the labels of this forward, Head.clear before generating"
             )
+        hidden = hidden.as_subclass(Tensor)
         targets = self._targets.to(hidden.device).flatten()
         index = (targets != self._ignore_index).nonzero()[:, 0]
         rows, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), targets[index]
@@ -297,7 +298,8 @@ class Head:
 
     def _chunk(self, rows: Tensor, targets: Tensor) -> Tensor:
         # Three dimensions, as every module that stands here has seen them.
-        logits = self._original(rows[None])
+        # Gemini's ColoTensor does not follow out= and in-place operations: from here on a plain tensor is meant.
+        logits = self._original(rows[None]).as_subclass(Tensor)
         return _FromLogits.apply(logits.flatten(0, -2), targets, self.collective)
 
     def _width(self) -> int:

@@ -15,7 +15,7 @@ class ParallelOptions:
     """Named values of the parallel flags (``--plugin``, ``--tp``, ...), independent of any parser."""
 
     plugin: str = "zero2"
-    precision: str = "fp32"
+    precision: str | None = "fp32"  # None: follows the machine, decided later
     tp: int = 1
     pp: int = 1
     sp: int = 1
@@ -180,7 +180,7 @@ def check_options(plugin: str, *, world_size: int | None = None, **values: Any) 
 
 def _problems(options: ParallelOptions, plugin: Plugin):
     name = options.plugin
-    if options.precision not in plugin.precisions:
+    if options.precision is not None and options.precision not in plugin.precisions:
         yield (
             f"--plugin {name} has no {options.precision}: use --mixed_precision {' or '.join(plugin.precisions)}, "
             "or --plugin zero2, which has all three"

@@ -1,0 +1,125 @@
+"""A model becomes an Engine: plugin, optimiser and schedule put together in one place."""
+
+import inspect
+import shutil
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from coati.parallel.engine import Engine
+from coati.parallel.plugins import PLUGINS, ParallelOptions, check_heads, check_options, resolve_options
+from coati.parallel.quiet import import_colossalai
+from coati.parallel.schedule import cosine_with_warmup
+from coati.utils.distributed import world_size
+from coati.utils.notice import say_once
+
+BETAS = (0.9, 0.95)
+
+
+def prepare_colossalai() -> None:
+    """Import ColossalAI quietly; mend it on every device and make it run without an accelerator where there is none."""
+    import_colossalai()
+    from coati.parallel import cpu, mends
+
+    mends.apply()
+    if not torch.cuda.is_available():
+        cpu.apply()
+
+
+def boost(
+    model: nn.Module,
+    options: ParallelOptions,
+    *,
+    lr: float = 5e-6,
+    weight_decay: float = 0.1,
+    total_steps: int = 1,
+    warmup_steps: int | None = None,
+    custom_policy: Any = None,
+) -> Engine:
+    """Wrap ``model`` for training under ``options`` and return its :class:`Engine`.
+
+    One plugin instance is made per call, because a custom policy belongs to the plugin. AdamW with betas (0.9, 0.95);
+    linear warm-up over ``warmup_steps`` optimiser steps, then cosine to 0.1 ``lr`` at ``total_steps``.
+
+    Raises:
+        ValueError: naming the flag, when the model or the plugin cannot do what ``options`` ask.
+    """
+    options, notes = resolve_options(options)
+    for note in notes:
+        say_once(note)
+    checked = {name: value for name, value in vars(options).items() if name != "plugin"}
+    check_options(options.plugin, world_size=world_size(), **checked)
+    check_heads(model.config, options)
+    prepare_colossalai()
+    _prepare_model(model, options)
+    plugin = make_plugin(options, custom_policy)
+    optimizer = _optimizer(model, options, lr, weight_decay)
+    schedule = cosine_with_warmup(optimizer, total_steps, warmup_steps)
+    booster = _booster(plugin, options)
+    model, optimizer, _, _, schedule = booster.boost(model, optimizer, lr_scheduler=schedule)
+    return Engine(booster, model, optimizer, schedule, options)
+
+
+def make_plugin(options: ParallelOptions, custom_policy: Any = None):
+    """The ColossalAI plugin of ``options``. Raises ValueError for a key of ``plugin_args`` it does not know."""
+    from colossalai.booster import plugin as upstream
+
+    row = PLUGINS[options.plugin]
+    constructor = getattr(upstream, row.upstream)
+    keywords = row.keywords(options)
+    known = set(inspect.signature(constructor.__init__).parameters) - {"self"}
+    for key in options.plugin_args:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(sorted(known))}"
+            raise ValueError(f"--plugin_args: {row.upstream} of --plugin {options.plugin} has no keyword {key!r}; {hint}")
+    keywords |= options.plugin_args
+    if custom_policy is not None:
+        keywords["custom_policy"] = custom_policy
+    return constructor(**keywords)
+
+
+def _booster(plugin, options: ParallelOptions):
+    from colossalai.booster import Booster
+
+    if plugin.control_precision():
+        return Booster(plugin=plugin)
+    from coati.parallel.amp import AutocastPrecision
+
+    return Booster(plugin=plugin, mixed_precision=AutocastPrecision(options.precision, options.max_norm))
+
+
+def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
+    if options.plugin == "ddp" or options.precision == "fp32":
+        model.float()
+    if options.grad_checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if options.lora:
+            model.enable_input_require_grads()
+    if options.tp > 1 and model.config.model_type == "opt" and model.config._attn_implementation != "eager":
+        # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names only.
+        model.config._attn_implementation = "eager"
+        say_once("OPT with --tp runs eager attention: ColossalAI 0.5.0 cannot split its SDPA attention.")
+    if options.pp > 1:
+        model.config.use_cache = False
+
+
+def _optimizer(model: nn.Module, options: ParallelOptions, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    keywords = {"lr": lr, "betas": BETAS, "weight_decay": weight_decay}
+    if options.plugin in ("gemini", "gemini_auto") or (torch.cuda.is_available() and can_compile()):
+        from colossalai.nn.optimizer import HybridAdam
+
+        return HybridAdam(parameters, adamw_mode=True, **keywords)
+    fused = {"fused": True} if options.plugin not in ("zero2_cpu",) and not options.zero_cpu_offload else {}
+    return partial(torch.optim.AdamW, **fused)(parameters, **keywords)
+
+
+def can_compile() -> bool:
+    """Whether ColossalAI's CUDA kernels could be compiled here: they are, at first use."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME is not None and shutil.which("ninja") is not None and shutil.which("g++") is not None

@@ -1,0 +1,261 @@
+"""One model's step: forward, loss, backward and update, pipelined or not. Nobody above asks which."""
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_from_logits
+from coati.parallel.mesh import Mesh, inner_module
+from coati.parallel.plugins import ParallelOptions
+from coati.utils.notice import say_once
+
+Batch = dict[str, Tensor]
+PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
+
+
+class Hooks(Protocol):
+    """What a trainer tells the engine about its algorithm."""
+
+    model_keys: tuple[str, ...]
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Work without gradient before the forward."""
+
+    def units(self, batch: Batch) -> Tensor:
+        """How many terms (tokens, pairs, rows) ``loss`` adds up, a scalar tensor."""
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The *sum* of the terms, and metrics as tensors of samples. ``outputs.logits`` (1, n) holds the log-probs of
+        the tokens chosen by ``batch["labels"]``."""
+
+
+@dataclass
+class Step:
+    """What one optimiser step was: ``loss`` per unit over all ranks, ``units`` over all ranks, metrics of this rank."""
+
+    loss: float
+    units: int
+    grad_norm: float | None = None
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step is NaN or infinite; nothing was updated by it."""
+
+
+class Engine:
+    """A boosted model with its optimiser and schedule.
+
+    ``options`` may be left out when the caller boosted the model by hand; then only what the plugin itself knows is used.
+    """
+
+    def __init__(self, booster, model: nn.Module, optimizer=None, lr_scheduler=None, options: ParallelOptions | None = None):
+        self.booster, self.model, self.optimizer, self.lr_scheduler = booster, model, optimizer, lr_scheduler
+        self.plugin = booster.plugin
+        self.options = options or ParallelOptions()
+        self.mesh = Mesh.of(self.plugin)
+        self.module = inner_module(model)
+        self.device = next(self.module.parameters()).device
+        self.pipelined = self.mesh.pp_size > 1
+        self._batch_keys: set[str] = set()  # of the current pipelined batch, those the model does not take
+        self._install_head()
+        if self.pipelined:
+            self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
+
+    def _install_head(self) -> None:
+        reason = head_unsupported(self.module.config)
+        if reason:
+            say_once(f"{reason}: its full logits are formed, which takes more memory than the library's own head.")
+        embedding = self.module.get_output_embeddings()
+        if hasattr(embedding, "gather_output"):
+            embedding.gather_output = True  # shardformer/policies/qwen2.py:427 leaves it split
+        agree = self._largest if self.mesh.sharded_forward else None
+        self.head = None if reason else Head.install(self.module, agree_on_chunks=agree)
+
+    def _largest(self, count: int) -> int:
+        value = torch.tensor(count, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def train_step(self, window: list[Batch], hooks: Hooks) -> Step:
+        """Forward and backward over the micro-batches of ``window``, then one update.
+
+        The loss is divided by the window's true count over all data-parallel ranks, so neither the split into
+        micro-batches nor the number of ranks changes it.
+
+        Raises:
+            NonFiniteLoss: on every rank, before the update.
+        """
+        window = [self._to_device(hooks.prepare(batch)) for batch in window]
+        units = int(self._sum_over_data(sum(hooks.units(batch) for batch in window)))
+        scale = self.mesh.dp_size / max(units, 1)
+        self.model.train()
+        run = self._pipeline_window if self.pipelined else self._plain_window
+        total, metrics = run(window, hooks, scale)
+        loss = self._reported_sum(total) / max(units, 1)
+        if not math.isfinite(loss):
+            self.optimizer.zero_grad()
+            raise NonFiniteLoss(f"the loss of this step is {loss}")
+        norm = self._update()
+        return Step(loss, units, norm, metrics)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], hooks: Hooks) -> Step:
+        """Loss per unit and metrics over ``batches``; every rank must pass equally many."""
+        self.model.eval()
+        total, units = 0.0, 0.0
+        metrics: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            batch = self._to_device(hooks.prepare(batch))
+            run = self._pipeline_window if self.pipelined else self._plain_window
+            batch_total, samples = run([batch], hooks, None)
+            total += float(batch_total)
+            units += float(hooks.units(batch))
+            for name, values in samples.items():
+                metrics.setdefault(name, []).extend(values)
+        count = int(self._sum_over_data(units))
+        return Step(self._reported_sum(total) / max(count, 1), count, None, metrics)
+
+    def forward(self, batch: Batch, model_keys: tuple[str, ...]) -> Any:
+        """The model's outputs; ``outputs.logits`` are the (1, n) log-probs that ``batch["labels"]`` chose."""
+        self._set_head(batch)
+        try:
+            outputs = self.model(**{key: batch[key] for key in model_keys if key in batch}, use_cache=False)
+        finally:
+            self._clear_head()
+        return self._read(outputs, batch)
+
+    def _plain_window(self, window: list[Batch], hooks: Hooks, scale: float | None) -> tuple[Tensor, dict]:
+        total, metrics = torch.zeros((), dtype=torch.float64, device=self.device), {}
+        for index, batch in enumerate(window):
+            last = index == len(window) - 1
+            with nullcontext() if last or scale is None else self._no_sync():
+                loss, samples = hooks.loss(self.forward(batch, hooks.model_keys), batch)
+                if scale is not None:
+                    self.booster.backward(loss * scale, self.optimizer)
+            total += loss.detach()
+            _collect(metrics, samples)
+        return total, metrics
+
+    def _no_sync(self):
+        # ZeRO-2 and Gemini add up reduced gradients themselves; the others wait for the last micro-batch.
+        partitioned = getattr(self.optimizer, "_partition_grads", False)
+        if partitioned or self.mesh.sharded_forward or not self.plugin.support_no_sync():
+            return nullcontext()
+        return self.booster.no_sync(self.model, self.optimizer)
+
+    def _pipeline_window(self, window: list[Batch], hooks: Hooks, scale: float | None) -> tuple[Tensor, dict]:
+        batch = concatenate(window)
+        rows = len(batch["input_ids"])
+        schedule = self._reset_schedule(rows)
+        self._batch_keys = set(batch) - set(hooks.model_keys)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        metrics: dict[str, list[Tensor]] = {}
+
+        def criterion(outputs: Any, micro_batch: Batch) -> Tensor:
+            self._clear_head()
+            loss, samples = hooks.loss(self._read(outputs, micro_batch), micro_batch)
+            total.add_(loss.detach())
+            _collect(metrics, samples)
+            # The schedule divides by the number of micro-batches (one_f_one_b.py:272); the window's count is ours.
+            return loss * (1.0 if scale is None else scale) * schedule.num_microbatches
+
+        with self.model.no_sync() if scale is None else nullcontext():
+            self.booster.execute_pipeline(
+                iter([batch]), self.model, criterion, self.optimizer if scale is not None else None, return_loss=False
+            )
+        self._clear_head()
+        return total, metrics
+
+    def _reset_schedule(self, rows: int):
+        # Evaluation between training steps, and steps of another size, leave the schedule with the old sizes.
+        schedule, size = self.plugin.scheduler, min(self.options.microbatch_size, rows)
+        schedule.last_batch_size, schedule.microbatch_size = None, size
+        schedule.num_microbatches = max(1, rows // size)
+        return schedule
+
+    def _take_out_batch_keys(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Before each micro-batch's forward: labels go to the head, what the model does not take goes nowhere."""
+        if self.mesh.last_stage:
+            self._set_head(kwargs)
+        return args, {key: value for key, value in kwargs.items() if key not in self._batch_keys}
+
+    def _set_head(self, batch: Batch) -> None:
+        if self.head is not None and "labels" in batch:
+            self.head.set(batch["labels"])
+
+    def _clear_head(self) -> None:
+        if self.head is not None:
+            self.head.clear()
+
+    def _read(self, outputs: Any, batch: Batch) -> Any:
+        if self.head is None and "labels" in batch:
+            outputs["logits"] = logprobs_from_logits(outputs["logits"], batch["labels"])
+        return outputs
+
+    def _update(self) -> float | None:
+        scale = self._loss_scale()
+        if hasattr(self.optimizer, "_current_grad_norm"):
+            self.optimizer._current_grad_norm = None
+        self.optimizer.step()
+        norm = self.optimizer.get_grad_norm()
+        self.optimizer.zero_grad()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        return None if norm is None else float(norm) / scale
+
+    def _loss_scale(self) -> float:
+        scaler = grad_scaler(self.optimizer)
+        return float(scaler.scale) if scaler is not None else 1.0
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _sum_over_data(self, value: Tensor | float) -> float:
+        return self._sum(value if self._first_of_copy() else 0.0)
+
+    def _reported_sum(self, value: Tensor | float) -> float:
+        """Sum over data-parallel ranks of what the reporting process of each holds (a pipeline: its last stage)."""
+        return self._sum(value if self.mesh.reports else 0.0)
+
+    def _first_of_copy(self) -> bool:
+        # Every stage of a pipeline loads the batch; the reporting one counts it.
+        return self.mesh.reports
+
+    def _sum(self, value: Tensor | float) -> float:
+        box = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(box)
+        return float(box)
+
+
+def grad_scaler(optimizer):
+    """ColossalAI's dynamic gradient scaler of an fp16 optimiser, or None."""
+    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):
+        scaler = getattr(getattr(optimizer, name, None), "grad_scaler", None)
+        if scaler is not None:
+            return scaler
+    return None
+
+
+def concatenate(window: list[Batch]) -> Batch:
+    """Micro-batches joined along the rows, each right-padded to the longest."""
+    joined = {}
+    for key in window[0]:
+        parts = [batch[key] for batch in window]
+        if parts[0].dim() == 2:
+            width = max(part.shape[1] for part in parts)
+            parts = [F.pad(part, (0, width - part.shape[1]), value=PADDING.get(key, 0)) for part in parts]
+        joined[key] = torch.cat(parts)
+    return joined
+
+
+def _collect(metrics: dict[str, list[Tensor]], samples: dict[str, Tensor]) -> None:
+    for name, values in samples.items():
+        metrics.setdefault(name, []).append(values.detach().float().reshape(-1).cpu())

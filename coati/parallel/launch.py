@@ -1,0 +1,109 @@
+"""Joining the other processes: with a launcher's variables or, without any launcher, as a group of one."""
+
+import os
+import random
+import socket
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from coati.utils.notice import say
+
+
+def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0) -> torch.device:
+    """Join the process group and return this process's device.
+
+    Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no host name.
+
+    Raises:
+        RuntimeError: on every rank, naming the ranks that did not appear within ``handshake_s`` seconds.
+    """
+    device = _device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            store, rank, world_size = _meet(handshake_s, timeout)
+        else:
+            store, rank, world_size = dist.HashStore(), 0, 1
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    set_seed(seed)
+    return device
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise RuntimeError(
+            f"LOCAL_RANK {local_rank} needs {local_rank + 1} GPUs, this host shows {found}; lower --nproc_per_node or "
+            f"check CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _meet(handshake_s: float, timeout: timedelta):
+    """Wait until every rank has signed in; ranks that do not are named instead of hung for."""
+    missing_variables = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing_variables:
+        raise RuntimeError(
+            f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or torchrun, or unset RANK "
+            "to run one process without a launcher"
+        )
+    wait = timedelta(seconds=handshake_s)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RuntimeError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} processes met at "
+            f"{where} within {handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
+        ) from error
+    store.set(f"coati/here/{rank}", socket.gethostname())
+    if rank == 0:
+        missing = [r for r in range(world_size) if not _appears(store, f"coati/here/{r}", wait)]
+        store.set("coati/missing", ",".join(map(str, missing)))
+    missing_text = store.get("coati/missing").decode() if _appears(store, "coati/missing", wait * 2) else "0"
+    if missing_text:
+        raise RuntimeError(
+            f"rank {rank}: no sign of rank {missing_text} of {world_size} within {handshake_s:.0f} s; look at its host's "
+            "log, at --nproc_per_node (the same on every host) and at the firewall"
+        )
+    store.set_timeout(timeout)
+    return dist.PrefixStore("coati/group", store), rank, world_size
+
+
+def _appears(store, key: str, wait: timedelta) -> bool:
+    try:
+        store.wait([key], wait)
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def warn_of_threads() -> None:
+    """Say once when several processes of one host would each use every core (a CPU run without OMP_NUM_THREADS)."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available() and local > 1 and torch.get_num_threads() * local > (os.cpu_count() or 1):
+        say(
+            f"{local} processes x {torch.get_num_threads()} threads on {os.cpu_count()} cores slow each other down; "
+            f"set OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // local)}"
+        )

@@ -1,0 +1,119 @@
+"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked. One method: ``log(metrics, step)``."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from coati.utils.distributed import is_rank_0
+
+
+class Tracker(Protocol):
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullTracker:
+    """Takes everything and keeps nothing: what ranks other than 0 have."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlTracker:
+    """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``.
+
+    ``keep_to`` cuts an existing file back to the reports up to that step: those after the checkpoint that a resumed run
+    starts from would otherwise be there twice.
+    """
+
+    def __init__(self, path: str | os.PathLike, keep_to: int = 0) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= keep_to]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # A run killed while writing leaves half a line at the end.
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+
+class TensorBoardTracker:
+    def __init__(self, log_dir: str | os.PathLike, keep_to: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(log_dir), purge_step=keep_to + 1 if keep_to else None)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """wandb, online or (``WANDB_MODE=offline``) not; its own login decides."""
+
+    def __init__(self, project: str, config: dict[str, Any], log_dir: str | os.PathLike | None) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, config=config, dir=None if log_dir is None else str(log_dir))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackers:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def make_tracker(
+    metrics_file: str | os.PathLike | None,
+    log_dir: str | os.PathLike | None = None,
+    use_wandb: bool = False,
+    *,
+    project: str = "coati",
+    config: dict[str, Any] | None = None,
+    keep_to: int = 0,
+) -> Tracker:
+    """The trackers asked for, on rank 0; :class:`NullTracker` elsewhere."""
+    if not is_rank_0():
+        return NullTracker()
+    trackers: list[Tracker] = []
+    if metrics_file is not None:
+        trackers.append(JsonlTracker(metrics_file, keep_to))
+    if log_dir is not None:
+        trackers.append(TensorBoardTracker(log_dir, keep_to))
+    if use_wandb:
+        trackers.append(WandbTracker(project, config or {}, log_dir))
+    return Trackers(trackers)

@@ -54,7 +54,9 @@ def _add_output_flags(parser: Parser) -> None:
     add_text(parser, "--data_cache_dir", default="cache", help="scratch space, emptied at the end")
     add_text(parser, "--data_jsonl_output_dir", default="jsonl_output", help="readable rows, report.json; must be new")
     add_text(parser, "--data_arrow_output_dir", default="arrow_output", help="rows for training; must be new")
-    add_count(parser, "--max_length", "--max_len", default=4096, least=2, help="longest row in tokens, cut after a round")
+    add_count(
+        parser, "--max_length", "--max_len", default=4096, least=2, help="longest row in tokens; cut after rounds"
+    )
     add_count(parser, "--num_spliced_dataset_bins", default=10, help="number of part-XXXXX shards, exactly")
     add_count(
         parser,

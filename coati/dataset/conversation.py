@@ -22,7 +22,6 @@ from coati.utils.json_io import load_json, save_json
 from coati.utils.notice import say, say_once
 
 
-
 @dataclass
 class Encoded:
     """One encoded text: ``input_ids`` and ``loss_mask`` of equal length, ``spans`` the token range of each answer."""

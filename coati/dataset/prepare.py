@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def _results(job: Job, chunks: Iterator[Chunk], num_proc: int) -> Iterator[tuple
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError("a worker process died, perhaps for lack of memory; use fewer with --num_proc") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if before is None:

@@ -87,7 +87,8 @@ def _save_to_disk(stream: Path, folder: Path) -> None:
     datasets.disable_progress_bars()
     try:
         with pa.memory_map(str(stream)) as source:
-            datasets.Dataset(pa.ipc.open_stream(source).read_all()).save_to_disk(str(folder))
+            # With the number of files left open, a shard without rows gets none and can never be loaded.
+            datasets.Dataset(pa.ipc.open_stream(source).read_all()).save_to_disk(str(folder), num_shards=1)
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -115,7 +115,7 @@ def test_chatml_by_hand():
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
 @pytest.mark.parametrize("name", ["colossal-llama2", "llama2", "tiny-llama", "mistralai_Mixtral-8x7B-Instruct-v0.1"])
 def test_word_start_marks_belong_to_the_answer(kind, name):
-    """A sentencepiece vocabulary puts a mark before words, sometimes as a token of its own: it is part of the answer."""
+    """A sentencepiece vocabulary puts a mark before words, sometimes as a token of its own: part of the answer."""
     tokenizer = sentencepiece_like(kind)
     conversation = setup_conversation_template(tokenizer, TEMPLATES / f"{name}.json")
     for turns in DIALOGUES.values():
@@ -157,11 +157,12 @@ def test_offsets_that_a_tokenizer_trims_do_not_shift_the_mask():
 
 
 QWEN3_LIKE = (
-    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
-    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"
+    "{% set last = namespace(user=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content %}"
     "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.index0 > last.user %}"
-    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ text + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<think>\n' + (thought or '') + '\n</think>\n\n' }}{% endif %}{{ text + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 R1_LIKE = (

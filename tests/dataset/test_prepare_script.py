@@ -1,0 +1,140 @@
+"""prepare_dataset.py and prepare_sft_dataset.sh as a user calls them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coati.cli.prepare import parse_prepare
+from coati.dataset import load_tokenized_dataset
+from tests.dataset.makers import byte_level, chatml_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "data_preparation_scripts"
+ALPACA = ROOT / "examples" / "data" / "sft_alpaca.json"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    chatml_tokenizer().save_pretrained(path)
+    return path
+
+
+def call(monkeypatch, folder: Path, tokenizer: Path, *flags: str, data: Path = ALPACA) -> None:
+    argv = [
+        "prepare_dataset.py", "--type", "sft", "--data_input_dirs", str(data), "--tokenizer_dir", str(tokenizer),
+        "--data_cache_dir", str(folder / "cache"), "--data_jsonl_output_dir", str(folder / "jsonl"),
+        "--data_arrow_output_dir", str(folder / "arrow"), "--num_proc", "1", *flags,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(SCRIPTS / "prepare_dataset.py"), run_name="__main__")
+
+
+def failure(monkeypatch, *arguments, **keywords) -> str:
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, *arguments, **keywords)
+    assert exit.value.code not in (0, None)
+    return str(exit.value.code)
+
+
+def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_dir):
+    template = tmp_path / "template.json"
+    environment = os.environ | {
+        "SAVE_DIR": str(tmp_path / "out"), "DATA_INPUT_DIRS": f"{ALPACA},{ALPACA.with_name('sft_eval.jsonl')}",
+        "TOKENIZER_DIR": str(tokenizer_dir), "CONVERSATION_TEMPLATE_CONFIG": str(template), "MAX_LENGTH": "300",
+        "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = ["bash", str(SCRIPTS / "prepare_sft_dataset.sh"), "--num_spliced_dataset_bins", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "jsonl" / "report.json").read_text())
+    assert report["rows_read"] == 84 and len(report["shards"]) == 3 and report["length"]["max"] <= 300
+    assert "rows read 84" in done.stdout and "[[" in done.stdout and "too_long" in done.stdout
+    assert len(load_tokenized_dataset(str(tmp_path / "out" / "arrow"))) == report["rows_written"]
+    assert json.loads(template.read_text())["end_of_assistant"] == "<|im_end|>"
+    assert "Traceback" not in done.stderr and "just got forked" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["SAVE_DIR", "DATA_INPUT_DIRS", "TOKENIZER_DIR"])
+def test_the_shell_script_refuses_an_empty_variable(missing, tmp_path):
+    names = {"SAVE_DIR": str(tmp_path / "x"), "DATA_INPUT_DIRS": "x", "TOKENIZER_DIR": "x"}
+    environment = os.environ | names | {missing: ""}
+    command = ["bash", str(SCRIPTS / "prepare_sft_dataset.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and f"{missing} is empty" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_no_script_deletes_anything():
+    assert "rm " not in (SCRIPTS / "prepare_sft_dataset.sh").read_text()
+
+
+def test_flags_need_neither_torch_nor_transformers():
+    code = (
+        "import sys; from coati.cli.prepare import parse_prepare; parse_prepare(['--type', 'sft', '--data_input_dirs', "
+        "'a,b', '--tokenizer_dir', 'x']); assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_spellings_of_flags():
+    args = parse_prepare(
+        ["--type", "sft", "--data_input_dirs", "a,b", "c", "--tokenizer_dir", "t", "--max_len", "64", "--strict"]
+    )
+    assert args.data_input_dirs == ["a", "b", "c"] and args.max_length == 64 and args.strict
+    defaults = parse_prepare(["--type", "sft", "--data_input_dirs", "a", "--tokenizer_dir", "t"])
+    assert (defaults.max_length, defaults.num_spliced_dataset_bins, defaults.num_samples_per_datafile) == (4096, 10, -1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_spliced_datset_bins", "3"], "--num_spliced_dataset_bins"),
+        (["--max_length", "many"], "--max_length"),
+        (["--max_length", "1"], "--max_length"),
+        (["--num_samples_per_datafile", "0"], "--num_samples_per_datafile"),
+        (["--type", "poem"], "--type"),
+        (["--template_mode", "loose"], "--template_mode"),
+    ],
+)
+def test_wrong_flags_are_named(flags, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_prepare(["--type", "sft", "--data_input_dirs", "a", "--tokenizer_dir", "t", *flags])
+    assert exit.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_missing_input_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_prepare(["--type", "sft", "--tokenizer_dir", "t"])
+    assert "--data_input_dirs is required" in capsys.readouterr().err
+
+
+def test_unusable_input_ends_with_a_message(monkeypatch, tmp_path, tokenizer_dir):
+    (tmp_path / "empty").mkdir()
+    assert "holds no data file" in failure(monkeypatch, tmp_path, tokenizer_dir, data=tmp_path / "empty")
+    (tmp_path / "bad.jsonl").write_text('{"messages": [\n')
+    assert f"{tmp_path}/bad.jsonl:1" in failure(monkeypatch, tmp_path, tokenizer_dir, data=tmp_path / "bad.jsonl")
+    assert "nothing left" in failure(monkeypatch, tmp_path, tokenizer_dir, "--max_length", "3")
+    byte_level(names={"eos_token": "</s>"}).save_pretrained(tmp_path / "bare")
+    assert "set chat_template" in failure(monkeypatch, tmp_path, tmp_path / "bare")
+    (tmp_path / "t.json").write_text('{"chat_template": "{% for m in messages %}{{ m }}"}')
+    said = failure(monkeypatch, tmp_path, tokenizer_dir, "--conversation_template_config", str(tmp_path / "t.json"))
+    assert "Jinja syntax error in line 1" in said
+    assert not (tmp_path / "arrow").exists() and not (tmp_path / "jsonl").exists()
+
+
+def test_a_second_run_is_refused_before_the_tokenizer_is_loaded(monkeypatch, tmp_path, tokenizer_dir, capsys):
+    call(monkeypatch, tmp_path, tokenizer_dir)
+    assert "rows read 12, kept 12" in capsys.readouterr().out
+    assert "exists already" in failure(monkeypatch, tmp_path, tmp_path / "no tokenizer here")
+
+
+def test_check_template_shows_the_mask_and_writes_nothing(monkeypatch, tmp_path, tokenizer_dir, capsys):
+    call(monkeypatch, tmp_path, tokenizer_dir, "--check_template")
+    shown = capsys.readouterr().out
+    assert shown.count("[[Probe answer number") == 2 and "end_of_assistant '<|im_end|>', stop_ids [[2]]" in shown
+    assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,9 @@ def build(folder: Path, steps: list[list[str]], stamp: Path, wanted: str) -> Non
     print(f"coati: building {folder} (some GB; takes minutes)", flush=True)
     start = time.monotonic()
     commands = [[find_python(), "-m", "venv", "--clear", str(folder)]]
-    commands += [[str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *step] for step in steps]
+    # Compiling every module would be a third of the work, for the few that are ever imported.
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
+    commands += [[*pip, *step] for step in steps]
     for command in commands:
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit(f"coati: failed: {' '.join(command)}")

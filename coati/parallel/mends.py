@@ -1,9 +1,11 @@
 """Faults of ColossalAI 0.5.0 on every device, mended. Paths are relative to the ``colossalai`` package."""
 
 import inspect
+import math
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from coati.parallel.patch import Patch, apply_all, raises
 from coati.parallel.quiet import import_colossalai
@@ -99,6 +101,56 @@ def _bf16_is_not_clipped() -> bool:
     return optimizer.state[param]["exp_avg"].item() != 0.25
 
 
+def measure_the_norm_of_all_tensor_parallel_parts() -> None:
+    """zero/gemini/gemini_optimizer.py:227: with ``tp_size`` > 1 each rank clips by the norm of its own part.
+
+    Parameters that the ranks hold alike (norms) are then updated differently and drift apart.
+    """
+    from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
+
+    original = GeminiOptimizer._calc_global_norm
+
+    def _calc_global_norm(self) -> float:
+        if self.tp_size == 1:
+            return original(self)
+        shared = _squared_norm_of_replicated_gradients(self)
+        squares = torch.tensor([original(self) ** 2], dtype=torch.float64, device=shared.device)
+        dist.all_reduce(squares, group=self.tp_group)
+        # Every rank has counted the replicated parameters once.
+        return math.sqrt(max(0.0, squares.item() - (self.tp_size - 1) * shared.item()))
+
+    GeminiOptimizer._calc_global_norm = _calc_global_norm
+
+
+def _squared_norm_of_replicated_gradients(optimizer) -> torch.Tensor:
+    """Sum of squares of the gradients of parameters that tensor parallelism does not split, a float64 scalar."""
+    from colossalai.tensor.d_tensor import is_customized_distributed_tensor, is_distributed_tensor
+
+    reused = optimizer.module.chunk_manager.reuse_fp16_chunk
+    device = next(iter(optimizer.chunk16_set)).payload.device
+    whole = torch.zeros((), dtype=torch.float64, device=device)
+    groups = {chunk.torch_pg: torch.zeros_like(whole) for chunk in optimizer.chunk16_set if not chunk.keep_gathered}
+    for index, slot in optimizer.id_to_fake_params.items():
+        param = optimizer.id_to_real_params[index]
+        if is_distributed_tensor(param) or is_customized_distributed_tensor(param):
+            continue
+        chunk = optimizer.param_to_chunk16[slot]
+        begin, end = optimizer.param_to_range[slot]
+        gradient = (chunk if reused else chunk.grad_chunk).payload[begin:end]
+        square = gradient.double().square().sum().to(device)
+        (whole if chunk.keep_gathered else groups[chunk.torch_pg]).add_(square)
+    for group, part in groups.items():
+        dist.all_reduce(part, group=group)
+        whole += part
+    return whole
+
+
+def _norm_ignores_tensor_parallelism() -> bool:
+    from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
+
+    return "tp_group" not in inspect.getsource(GeminiOptimizer._calc_global_norm)
+
+
 def send_over_any_backend() -> None:
     """pipeline/p2p.py:159: ``is_hccl_available`` and ``Backend.HCCL`` exist only in torch for Ascend."""
     from colossalai.pipeline import p2p
@@ -120,6 +172,10 @@ MENDS = (
         weigh_accumulated_gradients_once, _accumulation_is_overweighted,
     ),
     Patch("bf16 clipping", "nn/optimizer/hybrid_adam.py:126", clip_bf16_gradients, _bf16_is_not_clipped),
+    Patch(
+        "gemini tensor-parallel norm", "zero/gemini/gemini_optimizer.py:227",
+        measure_the_norm_of_all_tensor_parallel_parts, _norm_ignores_tensor_parallelism,
+    ),
     Patch("p2p backend", "pipeline/p2p.py:159", send_over_any_backend, _p2p_asks_for_hccl),
 )  # fmt: skip
 

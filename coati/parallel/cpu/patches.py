@@ -66,23 +66,22 @@ def _zero_records_stream() -> bool:
 
 
 def keep_gemini_shards_in_place() -> None:
-    """zero/gemini/chunk/chunk.py:321: a shard moves between "cuda" and "cpu"; here both are the same memory.
+    """zero/gemini/chunk/chunk.py:321, 504: a shard moves between "cuda" and "cpu"; here both are the same memory.
 
-    ``ChunkManager.access_chunk`` asks every chunk whose device is "cpu" to move first, a gathered one too.
+    ``ChunkManager.access_chunk`` asks every chunk whose device is "cpu" to move first, a gathered one too. The update
+    of a "cpu" shard is put off until it moves, which a saved state dict would miss; here it is made at once.
     """
     from colossalai.zero.gemini.chunk.chunk import Chunk
 
     def shard_move(self, device, force_copy=False, non_blocking=False) -> None:
-        if self.is_gathered:
-            return
-        if not self.optim_sync_flag:  # the optimizer has changed the fp32 shard that this one is a copy of
-            self.cuda_shard = None
-            self._Chunk__paired_shard_move(non_blocking=non_blocking)
-            self.optim_sync_flag = True
-        elif self.cuda_shard is None:
+        if not self.is_gathered and self.cuda_shard is None:
             self.cuda_shard, self.cpu_shard = self.cpu_shard, None
 
+    def optim_update(self) -> None:
+        self.payload.copy_(self.paired_chunk.payload)
+
     Chunk.shard_move = shard_move
+    Chunk.optim_update = optim_update
 
 
 def _gemini_needs_two_memories() -> bool:

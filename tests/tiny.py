@@ -11,7 +11,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @lru_cache
 def tiny_tokenizer(vocab_size: int = 384):
-    """A byte-level BPE tokenizer (fast, with offsets); ChatML; bos none, eos = pad = <|im_end|> on purpose (pad = eos must stay harmless)."""
+    """A byte-level BPE tokenizer (fast, with offsets); ChatML; bos none, eos = pad = <|im_end|> on purpose (pad = eos
+    must stay harmless)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +20,10 @@ def tiny_tokenizer(vocab_size: int = 384):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(["hello there, how are you today? user assistant system\n" * 4], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
@@ -35,8 +39,17 @@ def tiny_llama(seed: int = 0, tie: bool = False, layers: int = 2, hidden: int = 
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=vocab_size, max_position_embeddings=512, tie_word_embeddings=tie,
-        pad_token_id=2, eos_token_id=2, bos_token_id=None, **extra,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=None,
+        **extra,
     )
     return LlamaForCausalLM(config)

@@ -57,7 +57,10 @@ class DataCollatorForSupervisedDataset:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [row["input_ids"][: self.max_length] for row in rows]
-        labels = [row["labels"][: self.max_length] if self.apply_loss_mask else row["input_ids"][: self.max_length] for row in rows]
+        labels = [
+            row["labels"][: self.max_length] if self.apply_loss_mask else row["input_ids"][: self.max_length]
+            for row in rows
+        ]
         lengths = [len(row) for row in ids]
         width = -(-max(lengths) // self.multiple) * self.multiple
         return {

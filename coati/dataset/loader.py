@@ -1,6 +1,7 @@
 """Prepared data sets from disk, and the order in which their rows are trained on.
 
-The order of an epoch depends on the seed, the epoch and the rows alone: not on how many processes share the rows, nor on
+The order of an epoch depends on the seed, the epoch and the rows alone: not on how many processes share the rows, nor
+on
 how they are cut into batches. So a position in it, counted in rows, is all that a resumed run needs.
 """
 
@@ -18,7 +19,9 @@ MODES = {"train": "train", "valid": "validation", "dev": "validation", "test": "
 BLOCK_ROWS, GROUP_ROWS = 1024, 16
 
 
-def load_tokenized_dataset(dataset_paths: str | Sequence[str], mode: str = "train", mode_map: dict[str, str] | None = None):
+def load_tokenized_dataset(
+    dataset_paths: str | Sequence[str], mode: str = "train", mode_map: dict[str, str] | None = None
+):
     """The prepared rows of one or several directories as one ``datasets.Dataset``, in the order given.
 
     A path is a part directory or a directory of ``part-*`` directories. Returns None for no paths.
@@ -48,7 +51,11 @@ def part_directories(path: str) -> list[Path]:
         raise ValueError(f"--dataset {path}: does not exist; expected a directory written by prepare_dataset.py")
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return [folder]
-    parts = sorted(child for child in folder.glob("part-*") if (child / "dataset_info.json").exists()) if folder.is_dir() else []
+    parts = (
+        sorted(child for child in folder.glob("part-*") if (child / "dataset_info.json").exists())
+        if folder.is_dir()
+        else []
+    )
     if not parts:
         raise ValueError(
             f"--dataset {path}: no prepared rows found (expected part-* directories with dataset_info.json); run "
@@ -79,7 +86,9 @@ def _token_columns(dataset):
     return dataset.remove_columns(readable) if readable else dataset
 
 
-def epoch_order(lengths: np.ndarray, seed: int, epoch: int, shuffle: bool = True, group_by_length: bool = True) -> np.ndarray:
+def epoch_order(
+    lengths: np.ndarray, seed: int, epoch: int, shuffle: bool = True, group_by_length: bool = True
+) -> np.ndarray:
     """(N,) row indices of one epoch.
 
     Grouped by length, neighbours need little padding while the groups stay in random order.
@@ -126,11 +135,12 @@ class WindowLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
         self.lengths = row_lengths(dataset)
-        self.window_rows = batch_size * accumulation_steps * dp_size
+        self.window_rows, self.rows = batch_size * accumulation_steps * dp_size, len(dataset)
         if len(dataset) < self.window_rows:
             raise ValueError(
                 f"--dataset holds {len(dataset)} rows, one step needs {self.window_rows} (--batch_size {batch_size} x "
-                f"--accumulation_steps {accumulation_steps} x {dp_size} data-parallel processes); lower one of them or add rows"
+                f"--accumulation_steps {accumulation_steps} x {dp_size} data-parallel processes); lower one of "
+                "them or add rows"
             )
 
     def __len__(self) -> int:
@@ -139,9 +149,16 @@ class WindowLoader:
 
     def windows(self, epoch: int, start_row: int = 0) -> Iterator[list[dict]]:
         """This rank's windows of ``epoch`` from row ``start_row`` of its order on."""
-        order = epoch_order(self.lengths, self.seed, epoch, self.shuffle, self.group_by_length)
+        order = self._order(epoch)
         for start in range(start_row, len(order) - self.window_rows + 1, self.window_rows):
             yield [self._batch(rows) for rows in self._mine(order[start : start + self.window_rows])]
+
+    def rows_at(self, epoch: int, start_row: int) -> list[int]:
+        """Rows of the data set in the window that starts at ``start_row`` of ``epoch``, on all ranks together."""
+        return self._order(epoch)[start_row : start_row + self.window_rows].tolist()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.lengths, self.seed, epoch, self.shuffle, self.group_by_length)
 
     def _mine(self, window: np.ndarray) -> list[np.ndarray]:
         micro_batches = window.reshape(self.accumulation_steps, self.dp_size, self.batch_size)
@@ -185,7 +202,9 @@ class StatefulDistributedSampler(DistributedSampler):
 
     def set_start_index(self, start_index: int) -> None:
         if not 0 <= start_index <= self.num_samples:
-            raise ValueError(f"start_index {start_index}: expected 0 to {self.num_samples}, this rank's rows of an epoch")
+            raise ValueError(
+                f"start_index {start_index}: expected 0 to {self.num_samples}, this rank's rows of an epoch"
+            )
         self.start_index = start_index
 
     def __iter__(self):

@@ -75,7 +75,9 @@ def make_plugin(options: ParallelOptions, custom_policy: Any = None):
         if key not in known:
             nearest = get_close_matches(key, known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(sorted(known))}"
-            raise ValueError(f"--plugin_args: {row.upstream} of --plugin {options.plugin} has no keyword {key!r}; {hint}")
+            raise ValueError(
+                f"--plugin_args: {row.upstream} of --plugin {options.plugin} has no keyword {key!r}; {hint}"
+            )
     keywords |= options.plugin_args
     if custom_policy is not None:
         keywords["custom_policy"] = custom_policy

@@ -38,10 +38,13 @@ class Hooks(Protocol):
 
 @dataclass
 class Step:
-    """What one optimiser step was: ``loss`` per unit over all ranks, ``units`` over all ranks, metrics of this rank."""
+    """What one optimiser step was, over all ranks: loss per unit, units, real tokens, whether a rank asked to stop; the
+    samples in ``metrics`` are this rank's."""
 
     loss: float
     units: int
+    tokens: int = 0
+    stop: bool = False
     grad_norm: float | None = None
     metrics: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -53,10 +56,13 @@ class NonFiniteLoss(RuntimeError):
 class Engine:
     """A boosted model with its optimiser and schedule.
 
-    ``options`` may be left out when the caller boosted the model by hand; then only what the plugin itself knows is used.
+    ``options`` may be left out when the caller boosted the model by hand; then only what the plugin itself knows is
+    used.
     """
 
-    def __init__(self, booster, model: nn.Module, optimizer=None, lr_scheduler=None, options: ParallelOptions | None = None):
+    def __init__(
+        self, booster, model: nn.Module, optimizer=None, lr_scheduler=None, options: ParallelOptions | None = None
+    ):
         self.booster, self.model, self.optimizer, self.lr_scheduler = booster, model, optimizer, lr_scheduler
         self.plugin = booster.plugin
         self.options = options or ParallelOptions()
@@ -84,8 +90,10 @@ class Engine:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 
-    def train_step(self, window: list[Batch], hooks: Hooks) -> Step:
+    def train_step(self, window: list[Batch], hooks: Hooks, stop: bool = False) -> Step:
         """Forward and backward over the micro-batches of ``window``, then one update.
+
+        ``stop``: this rank wants the run to end after the step; all ranks learn of it in :attr:`Step.stop`.
 
         The loss is divided by the window's true count over all data-parallel ranks, so neither the split into
         micro-batches nor the number of ranks changes it.
@@ -94,17 +102,18 @@ class Engine:
             NonFiniteLoss: on every rank, before the update.
         """
         window = [self._to_device(hooks.prepare(batch)) for batch in window]
-        units = int(self._sum_over_data(sum(hooks.units(batch) for batch in window)))
+        counts = [sum(hooks.units(batch) for batch in window), sum(batch["attention_mask"].sum() for batch in window)]
+        units, tokens, stops = (int(n) for n in self._sum([*(n * self.mesh.reports for n in counts), stop]))
         scale = self.mesh.dp_size / max(units, 1)
         self.model.train()
         run = self._pipeline_window if self.pipelined else self._plain_window
         total, metrics = run(window, hooks, scale)
-        loss = self._reported_sum(total) / max(units, 1)
+        loss = self._sum([total * self.mesh.reports])[0] / max(units, 1)
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise NonFiniteLoss(f"the loss of this step is {loss}")
         norm = self._update()
-        return Step(loss, units, norm, metrics)
+        return Step(loss, units, tokens, stops > 0, norm, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], hooks: Hooks) -> Step:
@@ -120,8 +129,8 @@ class Engine:
             units += float(hooks.units(batch))
             for name, values in samples.items():
                 metrics.setdefault(name, []).extend(values)
-        count = int(self._sum_over_data(units))
-        return Step(self._reported_sum(total) / max(count, 1), count, None, metrics)
+        loss, count = self._sum([total * self.mesh.reports, units * self.mesh.reports])
+        return Step(loss / max(count, 1), int(count), metrics=metrics)
 
     def forward(self, batch: Batch, model_keys: tuple[str, ...]) -> Any:
         """The model's outputs; ``outputs.logits`` are the (1, n) log-probs that ``batch["labels"]`` chose."""
@@ -197,7 +206,8 @@ class Engine:
 
     def _read(self, outputs: Any, batch: Batch) -> Any:
         if self.head is None and "labels" in batch:
-            outputs["logits"] = logprobs_from_logits(outputs["logits"], batch["labels"])
+            # Gemini returns ColoTensors, whose in-place operations change nothing (tensor/colo_tensor.py:6).
+            outputs["logits"] = logprobs_from_logits(outputs["logits"].as_subclass(Tensor), batch["labels"])
         return outputs
 
     def _update(self) -> float | None:
@@ -218,21 +228,15 @@ class Engine:
     def _to_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
-    def _sum_over_data(self, value: Tensor | float) -> float:
-        return self._sum(value if self._first_of_copy() else 0.0)
+    def all_ranks(self, flag: bool) -> bool:
+        """True on every rank when ``flag`` is true on each."""
+        return self._sum([not flag])[0] == 0
 
-    def _reported_sum(self, value: Tensor | float) -> float:
-        """Sum over data-parallel ranks of what the reporting process of each holds (a pipeline: its last stage)."""
-        return self._sum(value if self.mesh.reports else 0.0)
-
-    def _first_of_copy(self) -> bool:
-        # Every stage of a pipeline loads the batch; the reporting one counts it.
-        return self.mesh.reports
-
-    def _sum(self, value: Tensor | float) -> float:
-        box = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+    def _sum(self, values: list[Tensor | float]) -> list[float]:
+        """Sums over all ranks; what only reporting ranks hold is multiplied by ``mesh.reports`` before."""
+        box = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
         dist.all_reduce(box)
-        return float(box)
+        return box.tolist()
 
 
 def grad_scaler(optimizer):

@@ -78,7 +78,8 @@ def _meet(handshake_s: float, timeout: timedelta):
     missing_text = store.get("coati/missing").decode() if _appears(store, "coati/missing", wait * 2) else "0"
     if missing_text:
         raise RuntimeError(
-            f"rank {rank}: no sign of rank {missing_text} of {world_size} within {handshake_s:.0f} s; look at its host's "
+            f"rank {rank}: no sign of rank {missing_text} of {world_size} within {handshake_s:.0f} s; look at its "
+            "host's "
             "log, at --nproc_per_node (the same on every host) and at the firewall"
         )
     store.set_timeout(timeout)

@@ -9,12 +9,13 @@ from torch import nn
 @dataclass(frozen=True)
 class Mesh:
     """``dp_rank`` of ``dp_size`` shares of the data; ``reports`` is true on one process per share (for a pipeline:
-    on its last stage). ``spread_rank`` is the global rank whose Python objects the others take."""
+    on its last stage)."""
 
     dp_rank: int
     dp_size: int
     reports: bool
     last_stage: bool = True
+    first_of_stage: bool = True  # of the processes that hold the same layers of the same copy, the one that writes them
     pp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
     sharded_forward: bool = False  # a forward gathers parameters from the other shares (ZeRO-3)
@@ -32,21 +33,32 @@ class Mesh:
     @classmethod
     def _of_hybrid(cls, plugin) -> "Mesh":
         mesh = plugin.pg_mesh
-        position = {axis: mesh.coordinate(axis) for axis in (plugin.dp_axis, plugin.pp_axis, plugin.tp_axis, plugin.sp_axis)}
+        position = {
+            axis: mesh.coordinate(axis) for axis in (plugin.dp_axis, plugin.pp_axis, plugin.tp_axis, plugin.sp_axis)
+        }
         pp_size = mesh.size(plugin.pp_axis)
         last = position[plugin.pp_axis] == pp_size - 1
         first_of_copy = position[plugin.tp_axis] == 0 and position[plugin.sp_axis] == 0
         return cls(
-            position[plugin.dp_axis], mesh.size(plugin.dp_axis), reports=last and first_of_copy, last_stage=last,
-            pp_size=pp_size, tp_group=plugin.tp_group if plugin.tp_size > 1 else None,
+            position[plugin.dp_axis],
+            mesh.size(plugin.dp_axis),
+            reports=last and first_of_copy,
+            last_stage=last,
+            first_of_stage=first_of_copy,
+            pp_size=pp_size,
+            tp_group=plugin.tp_group if plugin.tp_size > 1 else None,
         )
 
     @classmethod
     def _of_gemini(cls, plugin) -> "Mesh":
         size = plugin.tp_size
         return cls(
-            dist.get_rank() // size, plugin.dp_size, reports=dist.get_rank() % size == 0,
-            tp_group=plugin.tp_group if size > 1 else None, sharded_forward=True,
+            dist.get_rank() // size,
+            plugin.dp_size,
+            reports=dist.get_rank() % size == 0,
+            first_of_stage=dist.get_rank() % size == 0,
+            tp_group=plugin.tp_group if size > 1 else None,
+            sharded_forward=True,
         )
 
 

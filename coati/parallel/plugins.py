@@ -1,4 +1,5 @@
-"""The plugins a user can name: what each shards, what it takes, what it cannot do. Imports neither torch nor ColossalAI."""
+"""The plugins a user can name: what each shards, what it takes, what it cannot do. Imports neither torch nor
+ColossalAI."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -71,24 +72,36 @@ class Plugin:
 
 def _zero2(options: ParallelOptions, offload: bool) -> dict[str, Any]:
     return {
-        "stage": 2, "precision": options.precision, "max_norm": options.max_norm, "initial_scale": 2**16,
+        "stage": 2,
+        "precision": options.precision,
+        "max_norm": options.max_norm,
+        "initial_scale": 2**16,
         "cpu_offload": offload,
     }
 
 
 def _gemini(options: ParallelOptions, placement: str) -> dict[str, Any]:
     return {
-        "precision": options.precision, "placement_policy": placement, "max_norm": options.max_norm,
-        "initial_scale": 2**16, "tp_size": options.tp, "enable_flash_attention": options.use_flash_attn,
+        "precision": options.precision,
+        "placement_policy": placement,
+        "max_norm": options.max_norm,
+        "initial_scale": 2**16,
+        "tp_size": options.tp,
+        "enable_flash_attention": options.use_flash_attn,
         "enable_gradient_accumulation": options.accumulation_steps > 1,
     }
 
 
 def _hybrid(options: ParallelOptions) -> dict[str, Any]:
     keywords = {
-        "tp_size": options.tp, "pp_size": options.pp, "precision": options.precision,
-        "zero_stage": options.zero_stage, "cpu_offload": options.zero_cpu_offload, "max_norm": options.max_norm,
-        "initial_scale": 2**16, "enable_flash_attention": options.use_flash_attn,
+        "tp_size": options.tp,
+        "pp_size": options.pp,
+        "precision": options.precision,
+        "zero_stage": options.zero_stage,
+        "cpu_offload": options.zero_cpu_offload,
+        "max_norm": options.max_norm,
+        "initial_scale": 2**16,
+        "enable_flash_attention": options.use_flash_attn,
         # The vocabulary head gathers its own output: generation and the chunked log-probs both need whole rows.
         "parallel_output": False,
         # Lengths vary from batch to batch; the cache would keep the first one (one_f_one_b.py:93).
@@ -98,7 +111,9 @@ def _hybrid(options: ParallelOptions) -> dict[str, Any]:
         keywords["microbatch_size"] = options.microbatch_size
     if options.enable_sequence_parallelism:
         keywords |= {
-            "sp_size": options.sp, "enable_sequence_parallelism": True, "sequence_parallelism_mode": options.sp_mode,
+            "sp_size": options.sp,
+            "enable_sequence_parallelism": True,
+            "sequence_parallelism_mode": options.sp_mode,
             # With SDPA and no padding ColossalAI's sequence-parallel attention loses its causal mask.
             "enable_flash_attention": True,
         }
@@ -107,38 +122,58 @@ def _hybrid(options: ParallelOptions) -> dict[str, Any]:
 
 PLUGINS: dict[str, Plugin] = {
     "ddp": Plugin(
-        upstream="TorchDDPPlugin", shards="nothing: every process holds the whole model", keywords=lambda o: {},
-        precisions=PRECISIONS, best_for="debugging; small models; the reference the others are compared with",
+        upstream="TorchDDPPlugin",
+        shards="nothing: every process holds the whole model",
+        keywords=lambda o: {},
+        precisions=PRECISIONS,
+        best_for="debugging; small models; the reference the others are compared with",
         cannot="shard anything: weights, gradients and optimiser states are held whole by every process",
     ),
     "zero2": Plugin(
-        upstream="LowLevelZeroPlugin", shards="gradients and optimiser states over the data-parallel processes",
-        keywords=lambda o: _zero2(o, offload=False), precisions=PRECISIONS,
+        upstream="LowLevelZeroPlugin",
+        shards="gradients and optimiser states over the data-parallel processes",
+        keywords=lambda o: _zero2(o, offload=False),
+        precisions=PRECISIONS,
         best_for="the default: one process or many, with or without LoRA",
         cannot="be combined with a pipeline (gradients would be exchanged once per micro-batch)",
     ),
     "zero2_cpu": Plugin(
-        upstream="LowLevelZeroPlugin", shards="as zero2, and keeps the optimiser states in host memory",
-        keywords=lambda o: _zero2(o, offload=True), precisions=PRECISIONS,
-        best_for="models whose optimiser states do not fit the GPU", cannot="be combined with a pipeline",
+        upstream="LowLevelZeroPlugin",
+        shards="as zero2, and keeps the optimiser states in host memory",
+        keywords=lambda o: _zero2(o, offload=True),
+        precisions=PRECISIONS,
+        best_for="models whose optimiser states do not fit the GPU",
+        cannot="be combined with a pipeline",
     ),
     "gemini": Plugin(
-        upstream="GeminiPlugin", shards="weights, gradients and optimiser states in chunks (ZeRO-3)",
-        keywords=lambda o: _gemini(o, "static"), precisions=("fp16", "bf16"), lora=False, zero_stages=(3,),
+        upstream="GeminiPlugin",
+        shards="weights, gradients and optimiser states in chunks (ZeRO-3)",
+        keywords=lambda o: _gemini(o, "static"),
+        precisions=("fp16", "bf16"),
+        lora=False,
+        zero_stages=(3,),
         best_for="large models on several GPUs without LoRA",
         generation="with the library's own sampling loop",
         cannot="train LoRA adapters; train in fp32; use an optimiser other than ColossalAI's own Adam",
     ),
     "gemini_auto": Plugin(
-        upstream="GeminiPlugin", shards="as gemini, and moves what is idle to host memory by itself",
-        keywords=lambda o: _gemini(o, "auto"), precisions=("fp16", "bf16"), lora=False, accumulation=False,
-        best_for="models that do not fit with gemini", generation="with the library's own sampling loop",
+        upstream="GeminiPlugin",
+        shards="as gemini, and moves what is idle to host memory by itself",
+        keywords=lambda o: _gemini(o, "auto"),
+        precisions=("fp16", "bf16"),
+        lora=False,
+        accumulation=False,
+        best_for="models that do not fit with gemini",
+        generation="with the library's own sampling loop",
         cannot="train LoRA adapters; train in fp32; accumulate gradients",
     ),
     "3d": Plugin(
         upstream="HybridParallelPlugin",
         shards="weights over tp processes, layers over pp, the sequence over sp; zero_stage 1-2 as zero2 does",
-        keywords=_hybrid, precisions=PRECISIONS, parallel=True, zero_stages=(0, 1, 2),
+        keywords=_hybrid,
+        precisions=PRECISIONS,
+        parallel=True,
+        zero_stages=(0, 1, 2),
         best_for="models from 20B or PPO (tp), many layers on several hosts (pp), sequences from 50K tokens (sp)",
         generation="without pipeline and sequence parallelism",
         cannot="train LoRA adapters with tp, pp or sp; combine zero_stage 1-2 with fp32; zero_stage 2 with pp",
@@ -156,7 +191,9 @@ def resolve_options(options: ParallelOptions) -> tuple[ParallelOptions, list[str
         notes.append(f"--tp {options.tp} needs tensor parallelism: --plugin {options.plugin} became --plugin 3d.")
         options = replace(options, plugin="3d")
     if options.enable_sequence_parallelism and options.sp_mode in ("split_gather", "ring") and options.sp > 1:
-        notes.append(f"--sp_mode {options.sp_mode} splits the sequence over the tp processes: --sp {options.sp} became 1.")
+        notes.append(
+            f"--sp_mode {options.sp_mode} splits the sequence over the tp processes: --sp {options.sp} became 1."
+        )
         options = replace(options, sp=1)
     return options, notes
 
@@ -213,7 +250,12 @@ def _hybrid_problems(options: ParallelOptions):
             "use --plugin zero2, or drop --lora_rank/--lora_config"
         )
     if options.zero_stage and options.precision == "fp32":
-        yield f"--zero_stage {options.zero_stage} of --plugin 3d has no fp32; use --mixed_precision bf16 or --zero_stage 0"
+        yield f"--zero_stage {options.zero_stage} of --plugin 3d has no fp32; use --mixed_precision
+        bf16
+        or
+       
+        --zero_stage
+        0"
     if options.zero_stage == 2 and options.pp > 1:
         yield "--zero_stage 2 cannot be combined with --pp: gradients are split per step; use --zero_stage 1"
     if options.zero_cpu_offload and not options.zero_stage:
@@ -264,7 +306,10 @@ def check_heads(config: Any, options: ParallelOptions) -> None:
     ways = {"--tp": options.tp, "--sp": options.sp if options.sp_mode == "all_to_all" else 1}
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None)
     for flag, size in ways.items():
-        for what, count in (("attention heads", heads), ("key/value heads", getattr(config, "num_key_value_heads", None))):
+        for what, count in (
+            ("attention heads", heads),
+            ("key/value heads", getattr(config, "num_key_value_heads", None)),
+        ):
             if count and size > 1 and count % size:
                 divisors = [n for n in range(1, count + 1) if count % n == 0 and (heads or count) % n == 0]
                 raise ValueError(

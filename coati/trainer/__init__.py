@@ -1,0 +1,5 @@
+"""Trainers: a loss and what it needs; the loop is shared."""
+
+from coati.utils.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {"SFTTrainer": "sft", "SLTrainer": "base", "Plan": "base"})

@@ -15,7 +15,8 @@ class AccumulativeMeanMeter:
         self._counts: dict[str, float] = {}
 
     def add(self, name: str, values: torch.Tensor | float, count_update: float | None = None) -> None:
-        """Add samples: a tensor of any shape (each element is one), or a number that stands for ``count_update`` (1)."""
+        """Add samples: a tensor of any shape (each element is one), or a number that stands for ``count_update``
+        (1)."""
         if isinstance(values, torch.Tensor):
             total, count = float(values.double().sum()), float(values.numel())
         else:

@@ -1,4 +1,5 @@
-"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked. One method: ``log(metrics, step)``."""
+"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked. One method: ``log(metrics,
+step)``."""
 
 import json
 import os

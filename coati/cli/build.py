@@ -1,0 +1,300 @@
+"""From flags to objects: process group, tokenizer, data, model, engine. The scripts are tables of contents over
+this."""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coati.cli.machine import check_precision, parallel_options
+from coati.dataset.conversation import Conversation, setup_conversation_template
+from coati.dataset.loader import EvaluationLoader, WindowLoader, load_tokenized_dataset, preparation_of, row_lengths
+from coati.dataset.prepare import prepare_dataset
+from coati.models.lora import LoraConfig, apply_lora
+from coati.models.lora_files import load_lora
+from coati.models.utils import check_vocabulary, choose_attention, load_causal_lm, load_tokenizer
+from coati.parallel.boost import boost, prepare_colossalai
+from coati.parallel.checkpoint import RunningState, checkpoints, clean, latest_checkpoint, read_checkpoint, restore
+from coati.parallel.engine import Engine
+from coati.parallel.launch import launch, set_seed, warn_of_threads
+from coati.parallel.plugins import ParallelOptions, check_heads
+from coati.parallel.weights import ModelAssets
+from coati.utils.distributed import barrier, is_rank_0, world_size
+from coati.utils.json_io import load_json, save_json
+from coati.utils.notice import say
+
+RAW_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
+
+
+@dataclass
+class Resume:
+    """Where a run starts from: ``weights`` is a model directory, ``folder`` the whole checkpoint or None."""
+
+    weights: str | None = None
+    folder: Path | None = None
+    state: RunningState | None = None
+
+
+def start(args: Namespace) -> ParallelOptions:
+    """Join the other processes, settle the defaults and record the arguments. Raises ValueError naming the flag."""
+    # The group comes first: ColossalAI's import takes seconds that would count against the other ranks' patience.
+    launch(args.seed)
+    warn_of_threads()
+    options = parallel_options(args)
+    check_precision(options.precision)
+    prepare_colossalai()
+    if is_rank_0():
+        resolved = {key: value for key, value in vars(args).items() if not key.startswith("_")}
+        for path in (args.config_file, None if args.dry_run else Path(args.save_dir) / "arguments.json"):
+            if path:
+                save_json(resolved, path)
+    return options
+
+
+def find_resume(args: Namespace) -> Resume:
+    """What ``--checkpoint_path`` stands for; refuses to write a new run over an old one."""
+    path = args.checkpoint_path
+    if Path(args.save_dir).exists():
+        clean(args.save_dir)  # what an interrupted save left
+    if path == "auto":
+        path = latest_checkpoint(args.save_dir)
+        found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
+        say(f"--checkpoint_path auto: {found}")
+    if path is None:
+        held = [*checkpoints(args.save_dir), *Path(args.save_dir).glob("modeling")]
+        if held and args.checkpoint_path is None and not args.dry_run:
+            raise ValueError(
+                f"--save_dir {args.save_dir} already holds {held[-1].name}; go on with --checkpoint_path auto, or "
+                "choose "
+                "another directory"
+            )
+        return Resume()
+    folder = Path(path)
+    if not (folder / "running_states.json").exists() and any(folder.glob("*config.json")):
+        say(f"--checkpoint_path {folder} is a model directory: its weights are taken, everything else starts anew.")
+        return Resume(weights=str(folder))
+    state = read_checkpoint(folder)
+    if args.checkpoint_weights_only or not state.layout:
+        why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
+        say(f"{folder}: {why}; its weights are taken, optimiser, schedule and sample order start anew.")
+        return Resume(weights=str(folder / "modeling"))
+    return Resume(weights=str(folder / "modeling"), folder=folder, state=state)
+
+
+def tokenizer_and_template(args: Namespace) -> tuple[Any, Conversation | None]:
+    """The tokenizer, right-padding, and the conversation template it is used with: the flag's, the data's, its own."""
+    tokenizer = load_tokenizer(args.tokenizer_dir or args.pretrain, trust_remote_code=args.trust_remote_code)
+    tokenizer.padding_side = "right"
+    prepared = [found for path in args.dataset if (found := preparation_of(path))]
+    config = args.conversation_template_config
+    if config is None and prepared:
+        config = prepared[0]["conversation_template"]
+    if config is None and tokenizer.chat_template is None and not any(map(is_raw, args.dataset)):
+        say("the tokenizer has no chat template and the data do not say theirs: none is saved with the model")
+        return tokenizer, None
+    template = setup_conversation_template(tokenizer, config, save_path=None)
+    tokenizer.chat_template = template.chat_template
+    for found in prepared:
+        _check_same_vocabulary(tokenizer, found)
+    return tokenizer, template
+
+
+def _check_same_vocabulary(tokenizer: Any, prepared: dict[str, Any]) -> None:
+    made_with = prepared["tokenizer"]
+    if made_with["vocab_size"] != len(tokenizer):
+        raise ValueError(
+            f"--dataset was prepared with the tokenizer {made_with['path']} of {made_with['vocab_size']} tokens, "
+            f"--tokenizer_dir has {len(tokenizer)}; prepare the data with this model's tokenizer"
+        )
+
+
+def is_raw(path: str) -> bool:
+    """Whether ``path`` is a file (or a folder) of conversations that still has to be prepared."""
+    folder = Path(path)
+    if folder.is_file():
+        return True
+    prepared = (folder / "dataset_info.json", folder / "dataset_dict.json")
+    return (
+        not any(f.exists() for f in prepared)
+        and any(f.suffix in RAW_SUFFIXES for f in folder.rglob("*"))
+        and not any(folder.glob("part-*"))
+    )
+
+
+def dataset(paths: list[str], args: Namespace, tokenizer: Any, template: Conversation | None, mode: str = "train"):
+    """The prepared rows of ``paths``; raw files among them are prepared into a cache first."""
+    ready = [_prepare_raw(path, args, tokenizer, template) if is_raw(path) else path for path in paths]
+    rows = load_tokenized_dataset(ready, mode)
+    if rows is None:
+        return None
+    if mode == "train" and args.max_samples:
+        rows = rows.select(range(min(args.max_samples, len(rows))))
+    largest = max((max(row) for row in rows[: min(len(rows), 256)]["input_ids"]), default=0)
+    if largest >= len(tokenizer):
+        raise ValueError(
+            f"--dataset {paths[0]} holds token id {largest}, the tokenizer has {len(tokenizer)} tokens; prepare "
+            "the data "
+            "with this model's tokenizer"
+        )
+    return rows
+
+
+def _prepare_raw(path: str, args: Namespace, tokenizer: Any, template: Conversation) -> str:
+    files = sorted(f for f in Path(path).rglob("*") if f.is_file()) if Path(path).is_dir() else [Path(path)]
+    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    key = json.dumps([stamps, vocabulary, template.to_config(), args.max_length])
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not (folder / "preparation.json").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"{path} holds raw conversations: preparing them into {folder} (prepare_dataset.py does this once for all)")
+        prepare_dataset(
+            inputs=[path],
+            tokenizer=tokenizer,
+            template=template,
+            arrow_dir=folder,
+            max_length=args.max_length,
+            num_bins=1,
+            tokenizer_name=args.tokenizer_dir or args.pretrain,
+            seed=args.seed,
+            show=print if is_rank_0() else None,
+        )
+    barrier()
+    return str(folder)
+
+
+def check_rows(args: Namespace, options: ParallelOptions, rows: Any) -> None:
+    """Refuse fewer rows than one step needs before a model is loaded."""
+    copies = world_size() // options.model_parallel_size
+    needed = args.batch_size * args.accumulation_steps * copies
+    if len(rows) < needed:
+        raise ValueError(
+            f"--dataset holds {len(rows)} rows, one step needs {needed} (--batch_size {args.batch_size} x "
+            f"--accumulation_steps {args.accumulation_steps} x {copies} data-parallel processes); lower one of "
+            "them or add rows"
+        )
+
+
+def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
+    """The model to train, with adapters when asked for. Raises ValueError before weights are loaded where it can."""
+    from transformers import AutoConfig
+
+    adapters = options.lora and resume.weights is not None
+    source = args.pretrain if adapters or resume.weights is None else resume.weights
+    if Path(source).is_dir() and (Path(source) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        check_heads(config, options)
+        _check_same_model(config, args)
+    set_seed(args.seed)
+    model = load_causal_lm(
+        source,
+        dtype="fp32" if options.precision == "fp32" or options.plugin == "ddp" else "auto",
+        attn_implementation=attention(args, options),
+        trust_remote_code=args.trust_remote_code,
+    )
+    check_vocabulary(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if options.lora:
+        config = lora_config(args)
+        model = apply_lora(model, config, seed=args.seed)
+        if adapters:
+            load_lora(model, resume.weights)
+    return model
+
+
+def attention(args: Namespace, options: ParallelOptions) -> str:
+    """``attn_implementation``: sequence parallelism of ColossalAI is right only with eager (or its own flash)
+    attention."""
+    import torch
+
+    if options.enable_sequence_parallelism:
+        return "eager"
+    return choose_attention(args.use_flash_attn, options.precision, torch.cuda.is_available())
+
+
+def lora_config(args: Namespace) -> LoraConfig:
+    """``--lora_config`` with the flags that override it."""
+    config = LoraConfig.from_file(args.lora_config) if args.lora_config else LoraConfig()
+    flags = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_train_bias": args.lora_train_bias}
+    return replace(config, **{name: value for name, value in flags.items() if value is not None})
+
+
+def _check_same_model(config: Any, args: Namespace) -> None:
+    """A checkpoint resumes the model that --pretrain names, not another."""
+    named = Path(args.pretrain) / "config.json"
+    if not named.is_file():
+        return
+    wanted = load_json(named)
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
+        mine = getattr(config, key, None)
+        if key in wanted and mine is not None and wanted[key] != mine:
+            raise ValueError(
+                f"--checkpoint_path {args.checkpoint_path} is of another model than --pretrain {args.pretrain}: "
+                f"{key} is "
+                f"{mine} there and {wanted[key]} here; name the checkpoint of this model"
+            )
+
+
+def engine(args: Namespace, options: ParallelOptions, model: Any, rows: int, resume: Resume) -> Engine:
+    """``model`` boosted, with schedule as long as the steps that will be taken, and put back to where a checkpoint
+    was."""
+    window = args.batch_size * args.accumulation_steps * world_size() // options.model_parallel_size
+    total = min(args.max_epochs * (rows // window), args.max_steps or 2**62)
+    built = boost(
+        model,
+        options,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        total_steps=max(total, 1),
+        warmup_steps=args.warmup_steps,
+    )
+    # Ranks that see other rows draw other dropout; those that share a copy of the data draw the same.
+    set_seed(args.seed + 1 + built.mesh.dp_rank)
+    if resume.folder is not None:
+        restore(resume.folder, built, resume.state)
+    return built
+
+
+def loaders(args: Namespace, built: Engine, train: Any, evaluation: Any, collate: Any):
+    """The training windows and evaluation batches of this rank."""
+    mesh = {"dp_rank": built.mesh.dp_rank, "dp_size": built.mesh.dp_size}
+    windows = WindowLoader(
+        train, collate, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, seed=args.seed, **mesh
+    )
+    if evaluation is None:
+        return windows, None
+    return windows, EvaluationLoader(evaluation, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh)
+
+
+def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
+    """The state a trainer starts from. Raises ValueError when the data or the seed are not those of the checkpoint."""
+    now = {"rows": len(train), "seed": args.seed, "fingerprint": data_fingerprint(train)}
+    if resume.state is None:
+        return RunningState(data=now)
+    changed = [key for key, value in now.items() if resume.state.data.get(key, value) != value]
+    if changed:
+        before = {key: resume.state.data[key] for key in changed}
+        raise ValueError(
+            f"--checkpoint_path {resume.folder}: its sample position belongs to other data ({before}, now "
+            f"{ {key: now[key] for key in changed} }); give the same --dataset and --seed, or --checkpoint_weights_only"
+        )
+    resume.state.data = now
+    return resume.state
+
+
+def data_fingerprint(rows: Any) -> str:
+    """Of every row's length and of the first and last rows' tokens."""
+    digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
+    for index in {0, len(rows) - 1}:
+        digest.update(json.dumps(rows[index]["input_ids"]).encode())
+    return digest.hexdigest()[:16]
+
+
+def assets(model: Any, tokenizer: Any, template: Conversation | None) -> ModelAssets:
+    """What is saved beside the weights; taken before boosting."""
+    return ModelAssets.of(model, tokenizer, template.to_config() if template is not None else None)

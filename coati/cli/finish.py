@@ -1,0 +1,87 @@
+"""The end of a run: the final model, the last lines, and errors as one sentence instead of a traceback."""
+
+import shlex
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coati.parallel.checkpoint import RunningState, read_checkpoint, save_checkpoint
+from coati.parallel.engine import NonFiniteLoss
+from coati.parallel.files import SaveFailed, write_directory
+from coati.parallel.launch import shut_down
+from coati.parallel.weights import save_model
+from coati.utils.distributed import barrier, broadcast_object, is_rank_0, rank, world_size
+from coati.utils.notice import say
+
+EXPECTED = (ValueError, OSError, SaveFailed, NonFiniteLoss)
+
+
+def save_final(args: Namespace, trainer: Any) -> None:
+    """Write ``<save_dir>/modeling`` and say where it is and how to talk to it; or how to go on after a polite end."""
+    if trainer.stopped_early:
+        say(f"stopped after step {trainer.state.step}, everything is saved. To go on: {command_again()}")
+        return
+    final = Path(args.save_dir) / "modeling"
+    write_directory(
+        final, lambda folder: save_model(trainer.engine, folder, trainer.assets, merge_lora=args.merge_lora_weights)
+    )
+    kind = "LoRA adapter" if args.lora_rank and not args.merge_lora_weights else "model"
+    for name, value in trainer.last_evaluation.items():
+        say(f"{name} {trainer.first_evaluation[name]:.4f} at the first evaluation, {value:.4f} at the last")
+    say(f"the trained {kind} is in {final}; talk to it: python examples/inference/inference.py --model_path {final}")
+
+
+def command_again() -> str:
+    """This command line with ``--checkpoint_path auto``."""
+    words = [word for word in sys.argv if not word.startswith("--checkpoint_path")]
+    launcher = f"colossalai run --nproc_per_node {world_size()}" if world_size() > 1 else "python"
+    return f"{launcher} {shlex.join(words)} --checkpoint_path auto"
+
+
+def dry_run(args: Namespace, trainer: Any, loader: Any) -> None:
+    """One real step, saved to a temporary directory and loaded again; prints what the run would be."""
+    from coati.models.utils import load_causal_lm
+
+    say(describe(args, trainer, loader))
+    window = next(iter(loader.windows(0)))
+    step = trainer.engine.train_step(window, trainer)
+    place = broadcast_object(tempfile.mkdtemp(prefix="coati-dry-run-") if is_rank_0() else None)
+    folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
+    read_checkpoint(folder)
+    if is_rank_0():
+        load_causal_lm(folder / "modeling")
+    barrier()
+    if is_rank_0():
+        shutil.rmtree(place)
+    say(f"dry run: one step taken (loss {step.loss:.4f}), saved and loaded again. Nothing was kept.")
+
+
+def describe(args: Namespace, trainer: Any, loader: Any) -> str:
+    """Rows, steps, tokens, memory and arguments of the run to come."""
+    from coati.parallel.estimate import estimate_memory
+
+    tokens = int(loader.lengths.sum())
+    steps = min(args.max_epochs * len(loader), args.max_steps or 2**62)
+    lines = [
+        f"rows {loader.rows}, tokens {tokens} (longest row {int(loader.lengths.max())}), {loader.window_rows} rows "
+        "a step",
+        f"steps {steps} ({len(loader)} an epoch, {args.max_epochs} epochs)",
+        estimate_memory(trainer.engine),
+        *(f"  --{name} {value}" for name, value in sorted(vars(args).items()) if value not in (None, False, [])),
+    ]
+    return "dry run\n" + "\n".join(lines)
+
+
+def guarded(program: str, main: Callable[[Namespace], None], args: Namespace) -> None:
+    """Run ``main(args)``; a foreseen error ends the process with code 1 and one line on standard error."""
+    try:
+        main(args)
+    except EXPECTED as error:
+        who = f"[rank {rank()}] " if rank() else ""
+        print(f"{who}{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    shut_down()

@@ -1,0 +1,50 @@
+"""Sample answers shown at each evaluation: what the model says to the first questions of the evaluation rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+from coati.models.generation import generate
+from coati.models.samples import format_samples, left_pad, without_stop
+from coati.parallel.engine import Engine
+from coati.parallel.plugins import ParallelOptions
+from coati.utils.notice import say_once
+
+ROWS, NEW_TOKENS, PROMPT_TOKENS = 3, 40, 96
+
+
+def table_of(
+    evaluation: Any, tokenizer: Any, template: Any, options: ParallelOptions
+) -> Callable[[Engine], str] | None:
+    """A function that makes the table, or None where there is nothing to ask or the plugin cannot sample."""
+    if evaluation is None or template is None:
+        return None
+    if options.pp > 1 or options.enable_sequence_parallelism:
+        say_once("no sample answers at evaluations: a model split by --pp or along the sequence cannot generate.")
+        return None
+    prompts = [_prompt(evaluation[index]) for index in range(min(ROWS, len(evaluation)))]
+    return lambda engine: _table(engine, prompts, tokenizer, template.stop_ids)
+
+
+def _prompt(row: dict[str, Any]) -> list[int]:
+    """The tokens before the first supervised one, at most the last ``PROMPT_TOKENS``."""
+    first = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+    return row["input_ids"][:first][-PROMPT_TOKENS:] or row["input_ids"][:1]
+
+
+def _table(engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: list[list[int]]) -> str:
+    ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, engine.device)
+    result = generate(
+        engine.model,
+        ids,
+        mask,
+        stop_sequences=stop_ids,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        stop_flag=engine.all_ranks,
+    )
+    answers = [
+        tokenizer.decode(without_stop(answer, stop_ids), skip_special_tokens=True) for answer in result.answers()
+    ]
+    asked = [" ".join(tokenizer.decode(prompt, skip_special_tokens=True).split()) for prompt in prompts]
+    return format_samples(list(zip(asked, answers, strict=True)))

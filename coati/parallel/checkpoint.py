@@ -1,0 +1,244 @@
+"""The one checkpoint layout, and exact resume from it.
+
+``<save_dir>/epoch-E_step-S/``: ``modeling/`` (a Hugging Face directory), ``optimizer/rank-XXXXX.pt`` (each rank's own
+optimiser states, fp32 master weights and random states: ColossalAI saves neither of the latter two), ``lr_scheduler``,
+``running_states.json``. A directory of this name is whole: it was renamed into place last.
+"""
+
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coati.parallel.engine import Engine, grad_scaler
+from coati.parallel.files import file_sizes, write_directory, write_file
+from coati.parallel.weights import ModelAssets, save_model
+from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
+from coati.utils.json_io import load_json, save_json
+from coati.utils.notice import say
+
+NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
+SCALER_FIELDS = ("_scale", "_growth_step", "_hysteresis_step")
+
+
+@dataclass
+class RunningState:
+    """Where a run stands: ``step`` optimiser steps done in all, ``sample_start_index`` rows done of epoch ``epoch``."""
+
+    epoch: int = 0
+    step: int = 0
+    sample_start_index: int = 0
+    layout: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def layout_of(engine: Engine) -> dict[str, Any]:
+    """What an optimiser state is bound to: another layout cannot take it."""
+    options = engine.options
+    names = (
+        "plugin",
+        "precision",
+        "tp",
+        "pp",
+        "sp",
+        "sp_mode",
+        "zero_stage",
+        "zero_cpu_offload",
+        "plugin_args",
+        "lora",
+    )
+    optimizer = type(engine.optimizer.optim).__name__
+    return {"world_size": world_size(), "optimizer": optimizer} | {name: getattr(options, name) for name in names}
+
+
+def save_checkpoint(save_dir: str | Path, engine: Engine, assets: ModelAssets, state: RunningState) -> Path:
+    """Write ``epoch-E_step-S`` below ``save_dir`` and return it. Every rank must call it.
+
+    Raises:
+        SaveFailed: on every rank, when one could not write; no directory of that name is left then.
+    """
+    final = Path(save_dir) / f"epoch-{state.epoch}_step-{state.step}"
+    state.layout = layout_of(engine)
+
+    def write(folder: Path) -> None:
+        save_model(engine, folder / "modeling", assets)
+        (folder / "optimizer").mkdir(exist_ok=True)
+        mine = rank_state(engine)
+        write_file(folder / "optimizer" / f"rank-{rank():05d}.pt", lambda path: torch.save(mine, path))
+        if is_rank_0():
+            write_file(folder / "lr_scheduler", lambda path: torch.save(engine.lr_scheduler.state_dict(), path))
+        barrier()  # the list of files is complete
+        if is_rank_0():
+            state.files = file_sizes(folder)
+            write_file(folder / "running_states.json", lambda path: save_json(asdict(state), path))
+
+    write_directory(final, write)
+    return final
+
+
+def read_checkpoint(folder: str | Path) -> RunningState:
+    """The running state of a whole checkpoint.
+
+    Raises:
+        ValueError: when a file is missing, shorter or longer than when it was saved, naming it.
+    """
+    folder = Path(folder)
+    if not (folder / "running_states.json").exists():
+        raise ValueError(
+            f"--checkpoint_path {folder}: no running_states.json; expected an epoch-E_step-S directory of this "
+            "library, "
+            "or its modeling/ directory to take the weights alone"
+        )
+    stored = load_json(folder / "running_states.json")
+    known = {name: stored[name] for name in RunningState.__dataclass_fields__ if name in stored}
+    state = RunningState(**known)
+    found = file_sizes(folder)
+    for name, size in state.files.items():
+        if found.get(name) != size:
+            raise ValueError(
+                f"--checkpoint_path {folder}: {name} has {found.get(name, 0)} of {size} bytes; the checkpoint was "
+                "truncated or changed after it was saved. Resume from an earlier one"
+            )
+    return state
+
+
+def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
+    """Put optimiser, master weights, schedule and random states of ``folder`` into ``engine``, whose weights were
+    loaded
+    from ``folder/modeling`` before boosting. Every rank must call it.
+
+    Returns True when the run goes on to the bit; False, said with the reason, when the layout changed and the optimiser
+    starts anew.
+    """
+    folder, now = Path(folder), layout_of(engine)
+    changed = {k: (state.layout.get(k), v) for k, v in now.items() if state.layout.get(k) != v}
+    schedule = folder / "lr_scheduler"
+    if schedule.exists():
+        engine.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+        for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+    if changed:
+        what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+        say(
+            f"{folder} was written with another layout ({what}): its weights and position are taken, the optimiser "
+            "starts anew. With the same layout the run would go on exactly."
+        )
+        return False
+    mine = folder / "optimizer" / f"rank-{rank():05d}.pt"
+    absent = [who for who, there in enumerate(all_gather_object(mine.exists())) if not there]
+    if absent:
+        raise ValueError(
+            f"--checkpoint_path {folder}: rank {absent[0]} does not see its file {mine.name}; the directory must "
+            "be on a "
+            "disk that every host shares"
+        )
+    load_rank_state(engine, torch.load(mine, weights_only=True, map_location="cpu"))
+    return True
+
+
+def rank_state(engine: Engine) -> dict[str, Any]:
+    """Everything of this rank that decides its next step and is not in ``modeling``."""
+    optimizer = engine.optimizer
+    scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
+    return {
+        "masters": [tensor.detach().cpu().clone() for tensor in master_tensors(engine)],
+        "optimizer": optimizer.optim.state_dict(),
+        # ColossalAI's own state_dict leaves out the two counters.
+        "scaler": None if scaler is None else {name: getattr(scaler, name) for name in SCALER_FIELDS},
+        "amp": None if amp is None else amp.state_dict(),
+        "random": random_state(),
+    }
+
+
+def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
+    """The inverse of :func:`rank_state`; the master weights come last, because loading weights rebuilt them."""
+    optimizer = engine.optimizer
+    scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
+    if scaler is not None:
+        for name, value in state["scaler"].items():
+            setattr(scaler, name, value.to(engine.device) if isinstance(value, Tensor) else value)
+    if amp is not None:
+        amp.load_state_dict(state["amp"])
+    optimizer.optim.load_state_dict(state["optimizer"])
+    masters = master_tensors(engine)
+    shapes = [tuple(tensor.shape) for tensor in masters], [tuple(tensor.shape) for tensor in state["masters"]]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the optimiser state of rank {rank()} is of another model: shapes {shapes[1][:3]}..., here "
+            f"{shapes[0][:3]}..."
+        )
+    for mine, saved in zip(masters, state["masters"], strict=True):
+        mine.copy_(saved)
+    set_random_state(state["random"])
+
+
+def master_tensors(engine: Engine) -> list[Tensor]:
+    """This rank's fp32 master weights, in an order that the model alone decides; none where the weights are fp32."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "param_to_chunk16"):  # Gemini: one payload for each chunk that this rank updates
+        chunks = dict.fromkeys(optimizer.param_to_chunk16.values())
+        return [(chunk.paired_chunk or chunk).payload for chunk in chunks]
+    if engine.options.precision == "fp32" or engine.options.plugin == "ddp":
+        return []
+    return [parameter.data for group in optimizer.optim.param_groups for parameter in group["params"]]
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's, PyTorch's and ColossalAI's tensor-parallel generators, readable with
+    weights_only."""
+    _, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    for cuda in state["cuda"]:
+        torch.cuda.set_rng_state(cuda)
+
+
+def checkpoints(save_dir: str | Path) -> list[Path]:
+    """The whole checkpoints below ``save_dir``, oldest first."""
+    found = [child for child in Path(save_dir).glob("epoch-*_step-*") if NAME.fullmatch(child.name) and child.is_dir()]
+    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[2]))
+
+
+def latest_checkpoint(save_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint, found by reading; one whose files do not add up is named and passed over."""
+    for folder in reversed(checkpoints(save_dir)):
+        try:
+            read_checkpoint(folder)
+        except ValueError as error:
+            say(f"passed over: {error}")
+            continue
+        return folder
+    return None
+
+
+def clean(save_dir: str | Path, keep_last_k: int | None = None) -> None:
+    """On rank 0: remove what interrupted saves left, and all but the ``keep_last_k`` newest checkpoints."""
+    if not is_rank_0():
+        return
+    for leftover in [*Path(save_dir).glob(".epoch-*_step-*.tmp"), *Path(save_dir).glob(".epoch-*_step-*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep_last_k:
+        for folder in checkpoints(save_dir)[:-keep_last_k]:
+            doomed = folder.with_name(f".{folder.name}.old")
+            folder.rename(doomed)  # at once, so that a kill in between leaves no half a checkpoint of that name
+            shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""What training needs in memory before activations, per process."""
+
+from coati.parallel.engine import Engine
+
+GIB = 2**30
+
+
+def estimate_memory(engine: Engine) -> str:
+    """One line: bytes of weights, gradients and optimiser states per process, from counts and the plugin's sharding.
+
+    Weights 2 (bf16, fp16) or 4 bytes a parameter; gradients the same for what is trained; AdamW 8 bytes, and 4 more for
+    fp32 masters. ``zero2`` shards the last two over the data-parallel processes, gemini all three; activations come
+    on top.
+    """
+    options, shares = engine.options, engine.mesh.dp_size
+    if engine.mesh.sharded_forward:
+        # Gemini leaves this process its share only.
+        total = trained = sum(p.numel() for p in engine.module.parameters()) / max(options.tp, 1)
+    else:
+        total = sum(p.numel() for p in engine.module.parameters())
+        trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    half = options.precision != "fp32" and options.plugin != "ddp"
+    weights, gradients = total * (2 if half else 4), trained * (2 if half else 4)
+    states = trained * (12 if half else 8)
+    sharded_states = options.plugin.startswith(("zero2", "gemini")) or options.zero_stage > 0
+    states /= shares if sharded_states else 1
+    gradients /= shares if sharded_states and options.zero_stage != 1 else 1
+    weights /= shares if engine.mesh.sharded_forward else 1
+    where = "host" if options.plugin == "zero2_cpu" or options.zero_cpu_offload else "device"
+    held = f"{total / 1e6:.1f}M parameters held, {trained / 1e6:.1f}M trained"
+    return (
+        f"memory per process before activations: weights {weights / GIB:.2f} + gradients {gradients / GIB:.2f} GiB, "
+        f"optimiser {states / GIB:.2f} GiB on the {where} ({held})"
+    )

@@ -1,0 +1,158 @@
+"""Weights of any plugin as an ordinary Hugging Face directory: whole tensors, tied ones once, safetensors."""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from coati.parallel.engine import Engine
+from coati.parallel.files import write_file
+from coati.utils.distributed import all_gather_object, is_rank_0
+from coati.utils.json_io import save_json
+
+MAX_SHARD = "5GB"
+TEMPLATE_FILE = "conversation_template.json"
+
+
+@dataclass
+class ModelAssets:
+    """What belongs to a model beside its weights.
+
+    ``config`` is taken before boosting, which changes it; ``template`` is ``Conversation.to_config()`` or None.
+    """
+
+    config: Any
+    generation_config: Any = None
+    tokenizer: Any = None
+    template: dict | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any = None, template: dict | None = None) -> "ModelAssets":
+        config = copy.deepcopy(model.config)
+        config.use_cache = True
+        return cls(config, getattr(model, "generation_config", None), tokenizer, template)
+
+
+def is_lora(engine: Engine) -> bool:
+    """Whether the engine trains adapters instead of the weights."""
+    return hasattr(engine.module, "coati_lora")
+
+
+def gather(engine: Engine) -> dict[str, Tensor]:
+    """Whole, unpadded CPU tensors by name: all of them on rank 0, or under a pipeline each stage's on its first rank;
+    empty elsewhere. Every rank must call it."""
+    if type(engine.plugin).__name__ == "GeminiPlugin":
+        tensors: dict[str, Tensor] = {}
+        for shard, _ in engine.model.state_dict_shard(max_shard_size=1024, only_rank_0=True):
+            tensors.update({name: tensor.detach().cpu() for name, tensor in shard.items()})
+        return tensors if is_rank_0() else {}
+    if hasattr(engine.model, "_force_wait_all_gather"):
+        engine.model._force_wait_all_gather()
+    writes = engine.mesh.dp_rank == 0 and engine.mesh.first_of_stage
+    mine = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        whole = _whole(tensor)
+        if writes:
+            mine[name] = whole.detach().cpu()
+    return mine
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    from colossalai.checkpoint_io.utils import gather_distributed_param
+    from colossalai.tensor.padded_tensor import is_padded_tensor, to_unpadded_tensor
+
+    if isinstance(tensor, nn.Parameter):
+        tensor = gather_distributed_param(tensor, keep_vars=False)
+    return to_unpadded_tensor(tensor) if is_padded_tensor(tensor) else tensor
+
+
+def save_model(engine: Engine, folder: Path, assets: ModelAssets, *, merge_lora: bool = False) -> None:
+    """Write ``folder`` so that transformers (or, with adapters and without ``merge_lora``, peft) loads it.
+
+    Every rank must call it. Raises OSError on the rank whose disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = assets.config
+    if is_lora(engine) and merge_lora:
+        from coati.models.lora import merged
+
+        with merged(engine.module):
+            config = copy.deepcopy(engine.module.get_base_model().config)
+            tensors = {_plain_name(name): tensor for name, tensor in gather(engine).items() if not _is_adapter(name)}
+    else:
+        tensors = gather(engine)
+    if is_lora(engine) and not merge_lora:
+        if is_rank_0():
+            _save_adapter(engine, folder, tensors)
+    else:
+        _save_weights(folder, tensors, config, engine.module)
+    if is_rank_0():
+        _save_assets(folder, assets, None if is_lora(engine) and not merge_lora else config)
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name or ".pissa_" in name
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", ".")
+
+
+def _save_adapter(engine: Engine, folder: Path, tensors: dict[str, Tensor]) -> None:
+    from coati.models.lora_files import save_lora
+
+    write_file(folder / "adapter_model.safetensors", lambda path: save_lora(engine.module, path.parent, tensors))
+
+
+def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module: nn.Module) -> None:
+    if getattr(config, "tie_word_embeddings", False):
+        base = module.get_base_model() if hasattr(module, "get_base_model") else module
+        for name in getattr(base, "_tied_weights_keys", None) or []:
+            tensors.pop(name, None)
+    shards = (
+        [
+            {name: tensors[name].contiguous() for name in names}
+            for names in split_torch_state_dict_into_shards(
+                tensors, max_shard_size=MAX_SHARD
+            ).filename_to_tensors.values()
+        ]
+        if tensors
+        else []
+    )
+    everyone = all_gather_object([[(name, t.numel() * t.element_size()) for name, t in s.items()] for s in shards])
+    total, before = sum(map(len, everyone)), sum(map(len, everyone[: dist.get_rank()]))
+    for index, shard in enumerate(shards):
+        path = folder / _shard_name(before + index, total)
+        write_file(path, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+    if is_rank_0() and total > 1:
+        listed = [(names, _shard_name(i, total)) for i, names in enumerate(n for rank in everyone for n in rank)]
+        weight_map = {name: file for names, file in listed for name, _ in names}
+        size = sum(bytes_ for names, _ in listed for _, bytes_ in names)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_file(folder / "model.safetensors.index.json", lambda path: save_json(index, path))
+    if tensors:
+        config.torch_dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+
+
+def _shard_name(index: int, total: int) -> str:
+    return "model.safetensors" if total == 1 else f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _save_assets(folder: Path, assets: ModelAssets, config: Any | None) -> None:
+    if config is not None:
+        write_file(folder / "config.json", lambda path: config.save_pretrained(path.parent))
+        if assets.generation_config is not None:
+            write_file(
+                folder / "generation_config.json", lambda path: assets.generation_config.save_pretrained(path.parent)
+            )
+    if assets.tokenizer is not None:
+        write_file(folder / "tokenizer_config.json", lambda path: assets.tokenizer.save_pretrained(path.parent))
+    if assets.template is not None:
+        write_file(folder / TEMPLATE_FILE, lambda path: save_json(assets.template, path))

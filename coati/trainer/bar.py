@@ -1,0 +1,24 @@
+"""The progress bar on rank 0."""
+
+from tqdm import tqdm
+
+from coati.utils.distributed import is_rank_0
+
+
+class Bar:
+    """Optimiser steps done of all, with loss, learning rate and tokens per second; tqdm adds the time left."""
+
+    def __init__(self, total: int, done: int, name: str) -> None:
+        self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=not is_rank_0(), dynamic_ncols=True)
+
+    def step(self, **shown: float) -> None:
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self._bar.update()
+
+    def write(self, text: str) -> None:
+        """A line (or a table) above the bar, on rank 0."""
+        if is_rank_0():
+            self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()

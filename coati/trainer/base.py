@@ -1,0 +1,212 @@
+"""The only training loop for fixed data: a trainer adds ``prepare``, ``model_keys``, ``units`` and ``loss``."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coati.parallel.checkpoint import RunningState, clean, save_checkpoint
+from coati.parallel.engine import Batch, Engine, NonFiniteLoss, Step
+from coati.parallel.weights import ModelAssets
+from coati.trainer.bar import Bar
+from coati.trainer.stop import StopRequest
+from coati.trainer.windows import as_windows
+from coati.utils.memory import describe_memory, peak_memory_of_ranks
+from coati.utils.meter import AccumulativeMeanMeter
+from coati.utils.notice import say
+from coati.utils.tracking import NullTracker, Tracker, make_tracker
+
+
+@dataclass
+class Plan:
+    """When a run logs, evaluates, saves and ends; all in optimiser steps, 0 or None: never (``eval_interval`` None:
+    at the end of each epoch)."""
+
+    save_dir: str | None = None
+    save_interval: int = 0
+    keep_last_k: int | None = None
+    eval_interval: int | None = None
+    log_interval: int = 1
+    max_steps: int | None = None
+
+
+class SLTrainer:
+    """Loop over epochs and windows; evaluation, logging, checkpoints and a polite end.
+
+    Args:
+        engine: the boosted model.
+        max_epochs: epochs in all; ``state`` says how many of them a resumed run has behind it.
+        assets: what is saved beside the weights.
+        samples: called at each evaluation on every rank; returns a table of sample answers to show, or "".
+    """
+
+    name = "sl"
+    model_keys: tuple[str, ...] = ("input_ids", "attention_mask")
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_epochs: int,
+        *,
+        accumulation_steps: int = 1,
+        plan: Plan | None = None,
+        state: RunningState | None = None,
+        assets: ModelAssets | None = None,
+        samples: Callable[[Engine], str] | None = None,
+    ) -> None:
+        self.engine, self.max_epochs, self.accumulation_steps = engine, max_epochs, accumulation_steps
+        self.plan, self.state = plan or Plan(), state or RunningState()
+        self.assets = assets or ModelAssets.of(engine.module)
+        self.samples = samples
+        self.meter = AccumulativeMeanMeter()
+        self.stopped_early = False
+        self.first_evaluation: dict[str, float] = {}
+        self.last_evaluation: dict[str, float] = {}
+        self._evaluated_at: int | None = None
+        self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
+        self._interval |= self.state.trainer.get("interval", {})
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Work without gradient before the forward: by default none."""
+        return batch
+
+    def units(self, batch: Batch) -> Tensor:
+        """Terms that :meth:`loss` adds up: by default the supervised tokens of ``labels``."""
+        return (batch["labels"][:, 1:] != -100).sum()
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is")
+
+    def evaluation_metrics(self, step: Step) -> dict[str, float]:
+        """What is logged under eval/ besides the hooks' own metrics."""
+        return {"loss": step.loss}
+
+    def fit(self, train_dataloader, eval_dataloader=None, log_dir: str | None = None, use_wandb: bool = False) -> None:
+        """Train. Metrics go to ``<save_dir>/metrics.jsonl``, and to TensorBoard and wandb when asked for.
+
+        Raises:
+            NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
+        """
+        loader = as_windows(train_dataloader, self.accumulation_steps)
+        total = self._total_steps(loader)
+        tracker = self._tracker(log_dir, use_wandb)
+        bar = Bar(total, self.state.step, self.name)
+        try:
+            with StopRequest() as stop:
+                if self.state.step == 0:
+                    self._evaluate(eval_dataloader, tracker, bar)
+                self._run(loader, eval_dataloader, tracker, bar, total, stop)
+                if not self.stopped_early and self._evaluated_at != self.state.step:
+                    self._evaluate(eval_dataloader, tracker, bar)
+            self._log_memory(tracker, bar)
+        finally:
+            bar.close()
+            tracker.close()
+
+    def _run(self, loader, eval_dataloader, tracker: Tracker, bar: Bar, total: int, stop: StopRequest) -> None:
+        state = self.state
+        while state.epoch < self.max_epochs and state.step < total:
+            for window in loader.windows(state.epoch, state.sample_start_index):
+                step = self._step(window, loader, stop, bar, tracker)
+                last_of_epoch = state.sample_start_index + loader.window_rows > loader.rows
+                if self._due(self.plan.eval_interval) or (self.plan.eval_interval is None and last_of_epoch):
+                    self._evaluate(eval_dataloader, tracker, bar)
+                if self._due(self.plan.save_interval) or step.stop:
+                    self.save()
+                if step.stop:
+                    self.stopped_early = True
+                    return
+                if state.step >= total:
+                    return
+            state.epoch, state.sample_start_index = state.epoch + 1, 0
+
+    def _step(self, window: list[Batch], loader, stop: StopRequest, bar: Bar, tracker: Tracker) -> Step:
+        started = time.perf_counter()
+        lr = self.engine.lr_scheduler.get_last_lr()[0] if self.engine.lr_scheduler is not None else 0.0
+        try:
+            step = self.engine.train_step(window, self, stop.requested)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(self._describe(error, loader)) from error
+        self.state.step += 1
+        self.state.sample_start_index += loader.window_rows
+        self.meter.add_all(step.metrics)
+        seconds = time.perf_counter() - started
+        for name, value in zip(self._interval, (step.loss * step.units, step.units, step.tokens, seconds), strict=True):
+            self._interval[name] += value
+        bar.step(loss=step.loss, lr=lr, tokens_per_second=step.tokens / seconds)
+        if self._due(self.plan.log_interval):
+            self._log(tracker, lr, step)
+        return step
+
+    def _log(self, tracker: Tracker, lr: float, step: Step) -> None:
+        window = self._interval
+        metrics = {
+            "train/loss": window["loss"] / max(window["units"], 1),
+            "train/lr": lr,
+            "train/supervised_tokens": window["units"],
+            "train/tokens_per_second": window["tokens"] / max(window["seconds"], 1e-9),
+        }
+        if step.grad_norm is not None:
+            metrics["train/grad_norm"] = step.grad_norm
+        metrics |= {f"train/{name}": value for name, value in self.meter.report().items()}
+        tracker.log(metrics | {"epoch": self.state.epoch}, self.state.step)
+        for name in window:
+            window[name] = 0.0
+
+    def _evaluate(self, eval_dataloader, tracker: Tracker, bar: Bar) -> None:
+        if eval_dataloader is None:
+            return
+        step = self.engine.evaluate(eval_dataloader, self)
+        meter = AccumulativeMeanMeter()
+        meter.add_all(step.metrics)
+        metrics = self.evaluation_metrics(step) | meter.report()
+        self.last_evaluation = {f"eval/{name}": value for name, value in metrics.items()}
+        self.first_evaluation = self.first_evaluation or self.last_evaluation
+        self._evaluated_at = self.state.step
+        tracker.log(self.last_evaluation, self.state.step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        bar.write(f"step {self.state.step}: evaluation {shown} ({step.units} units)")
+        if self.samples is not None and (table := self.samples(self.engine)):
+            bar.write(table)
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of where the run stands now; None without ``save_dir``."""
+        if self.plan.save_dir is None:
+            return None
+        self.state.trainer["interval"] = dict(self._interval)
+        path = save_checkpoint(self.plan.save_dir, self.engine, self.assets, self.state)
+        clean(self.plan.save_dir, self.plan.keep_last_k)
+        return path
+
+    def _due(self, interval: int | None) -> bool:
+        return bool(interval) and self.state.step % interval == 0
+
+    def _total_steps(self, loader) -> int:
+        return min(self.max_epochs * len(loader), self.plan.max_steps or 2**62)
+
+    def _tracker(self, log_dir: str | None, use_wandb: bool) -> Tracker:
+        if self.plan.save_dir is None and log_dir is None and not use_wandb:
+            return NullTracker()
+        metrics_file = Path(self.plan.save_dir) / "metrics.jsonl" if self.plan.save_dir else None
+        log_dir = None if log_dir is None else str(Path(log_dir) / self.name)
+        return make_tracker(metrics_file, log_dir, use_wandb, project=f"Coati-{self.name}", keep_to=self.state.step)
+
+    def _log_memory(self, tracker: Tracker, bar: Bar) -> None:
+        peaks = peak_memory_of_ranks()
+        tracker.log({f"memory/rank_{rank}_peak_mb": peak for rank, peak in enumerate(peaks)}, self.state.step)
+        say(describe_memory(peaks))
+
+    def _describe(self, error: NonFiniteLoss, loader) -> str:
+        rows = loader.rows_at(self.state.epoch, self.state.sample_start_index)
+        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        kept = (
+            f"the last checkpoint in {self.plan.save_dir} is untouched" if self.plan.save_dir else "nothing was saved"
+        )
+        return (
+            f"{error} (step {self.state.step + 1}, epoch {self.state.epoch}, rows {shown} of --dataset); {kept}. "
+            "Look at "
+            "these rows; lower --lr or --grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
+        )

@@ -1,0 +1,35 @@
+"""Any loader as a sequence of windows: the library's own as it is, a plain DataLoader grouped."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+
+class DataLoaderWindows:
+    """Windows of ``accumulation_steps`` batches of an ordinary DataLoader; positions count this rank's batches."""
+
+    def __init__(self, loader, accumulation_steps: int) -> None:
+        self.loader, self.accumulation_steps = loader, accumulation_steps
+        self.window_rows, self.rows = accumulation_steps, len(loader)
+        if len(self) == 0:
+            raise ValueError(
+                f"the loader has {len(loader)} batches, one step needs accumulation_steps {accumulation_steps}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.loader) // self.accumulation_steps
+
+    def windows(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
+        if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
+            self.loader.sampler.set_epoch(epoch)
+        batches = islice(iter(self.loader), start, None)
+        while len(window := list(islice(batches, self.accumulation_steps))) == self.accumulation_steps:
+            yield window
+
+    def rows_at(self, epoch: int, start: int) -> list[int]:
+        """The positions of the batches, as rows are not known."""
+        return list(range(start, start + self.accumulation_steps))
+
+
+def as_windows(loader, accumulation_steps: int):
+    """``loader`` itself when it yields windows, else :class:`DataLoaderWindows`."""
+    return loader if hasattr(loader, "windows") else DataLoaderWindows(loader, accumulation_steps)

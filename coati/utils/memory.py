@@ -1,0 +1,29 @@
+"""Peak memory of a process."""
+
+import resource
+import sys
+
+import torch
+
+from coati.utils.distributed import all_gather_object
+
+
+def peak_memory_mb() -> float:
+    """MiB: the most that PyTorch has held on this process's GPU, or, without one, that the process has had resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def peak_memory_of_ranks() -> list[float]:
+    """:func:`peak_memory_mb` of every rank."""
+    return all_gather_object(peak_memory_mb())
+
+
+def describe_memory(peaks: list[float]) -> str:
+    """One line: lowest, highest, and which ranks."""
+    low, high = min(peaks), max(peaks)
+    if len(peaks) == 1:
+        return f"peak memory {high:.0f} MiB"
+    return f"peak memory {low:.0f} MiB (rank {peaks.index(low)}) to {high:.0f} MiB (rank {peaks.index(high)})"

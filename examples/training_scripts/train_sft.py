@@ -1,0 +1,53 @@
+"""Stage 1: supervised fine-tuning on conversations. ``train_sft.py --help`` lists the flags, docs/flags.md explains
+them."""
+
+from argparse import Namespace
+
+from coati.cli.arguments import parse_sft
+
+
+def main(args: Namespace) -> None:
+    from coati.cli import build, finish, samples
+    from coati.dataset import DataCollatorForSupervisedDataset
+    from coati.trainer import Plan, SFTTrainer
+
+    options = build.start(args)
+    resume = build.find_resume(args)
+    tokenizer, template = build.tokenizer_and_template(args)
+    train = build.dataset(args.dataset, args, tokenizer, template)
+    evaluation = build.dataset(args.eval_dataset, args, tokenizer, template, mode="valid")
+    state = build.running_state(args, resume, train)
+    build.check_rows(args, options, train)
+    model = build.causal_lm(args, options, tokenizer, resume)
+    assets = build.assets(model, tokenizer, template)
+    engine = build.engine(args, options, model, len(train), resume)
+    collate = DataCollatorForSupervisedDataset(
+        tokenizer,
+        args.max_length,
+        apply_loss_mask=not args.disable_loss_mask,
+        pad_to_multiple_of=options.sequence_multiple,
+    )
+    windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate)
+    trainer = SFTTrainer(
+        engine=engine,
+        max_epochs=args.max_epochs,
+        accumulation_steps=args.accumulation_steps,
+        apply_loss_mask=not args.disable_loss_mask,
+        plan=Plan(
+            args.save_dir, args.save_interval, args.keep_last_k, args.eval_interval, args.log_interval, args.max_steps
+        ),
+        state=state,
+        assets=assets,
+        samples=samples.table_of(evaluation, tokenizer, template, options),
+    )
+    if args.dry_run:
+        return finish.dry_run(args, trainer, windows)
+    trainer.fit(windows, evaluation_batches, args.log_dir, args.use_wandb)
+    finish.save_final(args, trainer)
+
+
+if __name__ == "__main__":
+    arguments = parse_sft()
+    from coati.cli.finish import guarded
+
+    guarded("train_sft.py", main, arguments)

@@ -250,12 +250,8 @@ def _hybrid_problems(options: ParallelOptions):
             "use --plugin zero2, or drop --lora_rank/--lora_config"
         )
     if options.zero_stage and options.precision == "fp32":
-        yield f"--zero_stage {options.zero_stage} of --plugin 3d has no fp32; use --mixed_precision
-        bf16
-        or
-       
-        --zero_stage
-        0"
+        stage = options.zero_stage
+        yield f"--zero_stage {stage} of --plugin 3d has no fp32; use --mixed_precision bf16 or --zero_stage 0"
     if options.zero_stage == 2 and options.pp > 1:
         yield "--zero_stage 2 cannot be combined with --pp: gradients are split per step; use --zero_stage 1"
     if options.zero_cpu_offload and not options.zero_stage:

@@ -19,12 +19,9 @@ def cosine_with_warmup(optimizer: Optimizer, total_steps: int, warmup_steps: int
     if warmup_steps is None:
         warmup_steps = int(0.025 * total_steps)
     if warmup_steps >= total_steps > 1:
-        say(
-            f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of this run: cut to {total_steps "
-            ""
-            "// 2}."
-        )
-        warmup_steps = total_steps // 2
+        cut = total_steps // 2
+        say(f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of this run: cut to {cut}.")
+        warmup_steps = cut
 
     def factor(step: int) -> float:
         if step < warmup_steps:

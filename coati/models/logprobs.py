@@ -1,0 +1,160 @@
+"""Log-softmax over the vocabulary at chosen tokens, and its gradient, a chunk of rows at a time.
+
+The gradient of a row's log-probability with respect to its logits is ``onehot - softmax``. Where the rows of one call
+fit into a chunk it is kept from the forward pass, in place of the logits; otherwise each chunk's logits are formed
+again in the backward pass. Either way one chunk of (rows, V) exists at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+CHUNK_BYTES = 128 * 2**20  # of fp32 logits: large enough for full matrix speed, small beside a model
+_CACHED_ELEMENTS = 2**19  # rows are exponentiated in blocks of 2 MiB, which stay in a core's cache between the passes
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class VocabCollective:
+    """A vocabulary split over ranks. ``offset``: token id of this rank's first logit. ``reduce_max``, ``reduce_sum``:
+    a float tensor -> its maximum or sum over the ranks that share the vocabulary (by default the identity)."""
+
+    offset: int = 0
+    reduce_max: Callable[[Tensor], Tensor] = _same
+    reduce_sum: Callable[[Tensor], Tensor] = _same
+
+
+WHOLE = VocabCollective()
+
+
+def next_token_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """(B, S) labels -> (B, S) targets: position t is to predict ``labels[:, t + 1]``, the last position nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def gather_token_logprobs(flat: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """The head's (1, n) log-probs laid out as (B, S - 1), zero where ``labels[:, 1:]`` is ``ignore_index``."""
+    chosen = labels[:, 1:] != ignore_index
+    return flat.new_zeros(chosen.shape).masked_scatter(chosen, flat)
+
+
+unflatten = gather_token_logprobs
+
+
+def rows_per_chunk(vocab_size: int) -> int:
+    """Rows of ``vocab_size`` fp32 logits that fit into :data:`CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (4 * vocab_size))
+
+
+def _exp_(logits: Tensor, peak: Tensor) -> Tensor:
+    """``logits`` (n, V) becomes exp(logits - peak), in place; the sum of each row, (n,)."""
+    total = torch.empty_like(peak)
+    rows = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        block = logits[start : start + rows]
+        block.sub_(peak[start : start + rows, None]).exp_()
+        torch.sum(block, dim=1, out=total[start : start + rows])
+    return total
+
+
+def _logprobs_and_gradient_(logits: Tensor, targets: Tensor, collective: VocabCollective) -> tuple[Tensor, Tensor]:
+    """Log-probs (n,) of ``targets`` (n,), and the softmax denominators (n,); fp32 ``logits`` (n, V) become
+    (softmax - onehot) x denominator, in place: a factor per row is cheaper to apply to hidden states than to V columns.
+    """
+    index = targets - collective.offset
+    mine = (index >= 0) & (index < logits.shape[1])  # this rank's shard holds the target
+    index = index.masked_fill(~mine, 0)[:, None]
+    peak = collective.reduce_max(logits.amax(dim=1))
+    chosen = collective.reduce_sum((logits.gather(1, index)[:, 0] - peak).masked_fill(~mine, 0.0))
+    total = collective.reduce_sum(_exp_(logits, peak))
+    logits.scatter_add_(1, index, total.masked_fill(~mine, 0.0).neg()[:, None])
+    return chosen - total.log(), total
+
+
+class FromLogits(torch.autograd.Function):
+    """(n, V) logits, whole or one rank's shard of them -> (n,) log-probs of targets."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, collective: VocabCollective) -> Tensor:
+        work = logits.detach().to(torch.float32, copy=True)
+        logps, total = _logprobs_and_gradient_(work, targets, collective)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(work, total)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        work, total = ctx.saved_tensors
+        return (work * (-grad / total)[:, None]).to(ctx.dtype), None, None
+
+
+class FromHidden(torch.autograd.Function):
+    """(n, H) hidden states, (V, H) weight, (V,) bias or None -> (n,) log-probs of targets; V-wide memory: one chunk."""
+
+    @staticmethod
+    def _gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+        """Log-probs and d(-log-prob)/d(logits) as (n, V) x (n,): in fp32 the row factor stays outside the matrix."""
+        logits = F.linear(hidden, weight, bias)
+        gradient = logits.float()
+        logps, total = _logprobs_and_gradient_(gradient, targets, WHOLE)
+        if logits.dtype == torch.float32:
+            return logps, gradient, total.reciprocal_()
+        return logps, gradient.div_(total[:, None]).to(logits.dtype), torch.ones_like(total)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets: Tensor, chunk_rows: int) -> Tensor:
+        ctx.chunk_rows = chunk_rows
+        if len(hidden) <= chunk_rows:
+            logps, gradient, factor = FromHidden._gradient(hidden, weight, bias, targets)
+            ctx.save_for_backward(hidden, weight, bias, targets, gradient, factor)
+            return logps
+        ctx.save_for_backward(hidden, weight, bias, targets, None, None)
+        chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
+        return torch.cat([FromHidden._gradient(rows, weight, bias, wanted)[0] for rows, wanted in chunks])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, bias, targets, gradient, factor = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] and not len(hidden) else None
+        to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(hidden), ctx.chunk_rows):
+            part = slice(start, start + ctx.chunk_rows)
+            rows = hidden[part]
+            if gradient is None or start:
+                gradient = None  # release the last chunk before the next is formed
+                _, gradient, factor = FromHidden._gradient(rows, weight, bias, targets[part])
+            scale = (-grad[part] * factor).to(rows.dtype)[:, None]
+            if to_hidden is not None:
+                torch.mm(gradient, weight, out=to_hidden[part]).mul_(scale)
+            if to_bias is not None:
+                to_bias.addmv_(gradient.t(), scale[:, 0])
+            if ctx.needs_input_grad[1]:
+                scaled = rows * scale
+                to_weight = gradient.t() @ scaled if to_weight is None else to_weight.addmm_(gradient.t(), scaled)
+        return to_hidden, to_weight, to_bias, None, None
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """(B, S, V) logits, (B, S) labels -> (1, n) fp32 log-probs of the labelled tokens, as :class:`Head` gives them: for
+    models that :func:`head_unsupported` names. Besides the logits one chunk of fp32 copies exists at a time."""
+    targets = next_token_targets(labels, ignore_index).flatten()
+    index = (targets != ignore_index).nonzero()[:, 0]
+    rows, targets = logits.flatten(0, 1), targets[index]
+    step = rows_per_chunk(logits.shape[-1])
+
+    def chunk(part: Tensor, wanted: Tensor) -> Tensor:
+        return FromLogits.apply(rows.index_select(0, part), wanted, WHOLE)
+
+    parts = zip(index.split(step), targets.split(step), strict=True)
+    return torch.cat([checkpoint(chunk, part, wanted, use_reentrant=False) for part, wanted in parts])[None]
+
+

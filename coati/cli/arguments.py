@@ -82,7 +82,6 @@ def add_data_flags(parser: Parser) -> None:
     add_count(group, "--max_length", "--max_len", default=512, unit="TOKENS", least=2, help="longer rows are cut here")
     add_count(group, "--max_samples", help="train on the first N rows of --dataset; default: all")
     add_switch(group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone")
-    add_count(group, "--num_workers", default=0, least=0, help="processes that assemble batches, 0: the main one")
 
 
 def add_parallel_flags(parser: Parser) -> None:

@@ -1,17 +1,12 @@
-"""Flags from a YAML file, and the resolved flags back into a JSON file that ``--config`` reads."""
+"""Flags from a YAML file, or from the ``arguments.json`` of an earlier run."""
 
 import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coati.utils.json_io import save_json
-
 if TYPE_CHECKING:
     from coati.cli.parser import Parser
-
-ARGUMENTS_FILE = "arguments.json"
-
 
 def file_words(parser: "Parser", path: str | os.PathLike) -> list[str]:
     """The flags of a YAML (or JSON) mapping as command-line words, each value checked against its flag.
@@ -41,22 +36,6 @@ def file_words(parser: "Parser", path: str | os.PathLike) -> list[str]:
             raise ValueError(f"{where}: {key}: {error.message}") from error
         words += [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values]
     return words
-
-
-def write_arguments(
-    args: argparse.Namespace, save_dir: str | os.PathLike, resolved: dict[str, Any] | None = None
-) -> Path:
-    """Write all flags as they were taken to ``save_dir/arguments.json`` and, when given, to ``--config_file``.
-
-    ``resolved`` replaces what followed the machine (plugin, precision) by what was chosen. Call it on one rank.
-    Returns the path inside ``save_dir``.
-    """
-    values = {**vars(args), **(resolved or {})}
-    path = Path(save_dir) / ARGUMENTS_FILE
-    save_json(values, path)
-    if values.get("config_file"):
-        save_json(values, values["config_file"])
-    return path
 
 
 def _entries(path: str | os.PathLike) -> list[tuple[str, Any, int]]:

@@ -1,0 +1,8 @@
+"""Talking to a model: load any directory that training writes, keep a dialogue, stream its text."""
+
+from coati.utils.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {"ChatSession": "chat", "TextStream": "stream", "load": "loading", "Loaded": "loading"},
+)

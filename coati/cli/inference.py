@@ -1,0 +1,67 @@
+"""The flags of ``inference.py``."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from coati.cli.parser import Parser
+from coati.cli.values import add_count, add_number, add_switch, add_text
+
+CONSOLES = ("rich", "simple", "dummy")
+
+
+def inference_parser() -> Parser:
+    """The parser of ``inference.py``."""
+    parser = Parser(
+        prog="inference.py",
+        usage="%(prog)s --model_path MODEL [flags]",
+        description="Chat with a model in the terminal, or answer the lines of a pipe. `clear` starts a new dialogue, "
+        "`exit` ends.",
+    )
+    add_text(
+        parser, "--model_path", unit="MODEL",
+        help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
+    )  # fmt: skip
+    add_text(parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path")
+    add_text(
+        parser, "--conversation_template_config", unit="FILE",
+        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+    )  # fmt: skip
+    add_count(parser, "--model_max_length", default=2048, least=2, help="tokens of dialogue and answer together")
+    add_count(parser, "--max_new_tokens", default=512, help="longest answer in tokens")
+    parser.add_argument("--io", choices=CONSOLES, default="rich", help="rich: colours; dummy: nothing but the answers")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT",
+        help="answer this and end; repeat it for several, each a dialogue of its own",
+    )  # fmt: skip
+    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    _add_sampling_flags(parser)
+    return parser
+
+
+def _add_sampling_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("sampling")
+    add_number(group, "--temperature", default=0.7, unit="T", help="0: always the likeliest token")
+    add_count(group, "--top_k", default=0, least=0, unit="K", help="draw from the K likeliest tokens; 0: from all")
+    add_number(
+        group, "--top_p", default=1.0, unit="P", exclusive=True, most=1,
+        help="draw from the fewest tokens that together have this probability",
+    )  # fmt: skip
+    add_number(
+        group, "--repetition_penalty", default=1.0, unit="R", exclusive=True,
+        help="above 1: tokens that were already said become less likely",
+    )  # fmt: skip
+    add_count(group, "--seed", least=0, help="makes the answers repeatable; default: different ones each time")
+
+
+def parse_inference(argv: Sequence[str] | None = None) -> Namespace:
+    """The checked flags. Exits with code 2 and one line naming a wrong flag."""
+    parser = inference_parser()
+    args = parser.parse_args(argv)
+    if args.model_path is None:
+        parser.error("--model_path is required: a model directory, a LoRA adapter or a training checkpoint")
+    if args.max_new_tokens >= args.model_max_length:
+        parser.error(
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --model_max_length "
+            f"{args.model_max_length}"
+        )
+    return args

@@ -1,0 +1,105 @@
+"""Where a chat is held: a plain terminal, one with colours, or a pipe. Loads neither torch nor transformers."""
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+
+from coati.utils.notice import say_once
+
+EXIT, CLEAR = "exit", "clear"
+
+
+class SimpleConsole:
+    """Plain text; each answer appears as it comes. From a pipe, questions are read line by line and repeated."""
+
+    def questions(self) -> Iterator[str]:
+        """What the user types, until the input ends or says ``exit``; empty lines are left out."""
+        while True:
+            try:
+                line = self.read().strip()
+            except EOFError:
+                return
+            if line == EXIT:
+                return
+            if not line:
+                continue
+            if line != CLEAR and not sys.stdin.isatty():
+                self.repeat(line)
+            yield line
+
+    def read(self) -> str:
+        return input("user: " if sys.stdin.isatty() else "")
+
+    def repeat(self, question: str) -> None:
+        """Show a question that was not typed here."""
+        print(f"user: {question}", flush=True)
+
+    def answer(self, pieces: Iterable[str]) -> None:
+        print("assistant: ", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+    def note(self, text: str) -> None:
+        """Something about the dialogue that is not part of it."""
+        print(f"({text})", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        self.note("new dialogue")
+
+
+class DummyConsole(SimpleConsole):
+    """For programs: nothing but the answers, each whole, on standard output."""
+
+    def read(self) -> str:
+        return input()
+
+    def repeat(self, question: str) -> None:
+        pass
+
+    def answer(self, pieces: Iterable[str]) -> None:
+        print("".join(pieces), flush=True)
+
+
+class RichConsole(SimpleConsole):
+    """Colours, and answers shown as Markdown, through the package rich."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.screen = Console()
+
+    def read(self) -> str:
+        return self.screen.input("[bold cyan]user:[/] ") if sys.stdin.isatty() else input()
+
+    def repeat(self, question: str) -> None:
+        self.screen.print("[bold cyan]user:[/]", end=" ")
+        self.screen.print(question, markup=False, highlight=False)
+
+    def answer(self, pieces: Iterable[str]) -> None:
+        from rich.live import Live
+        from rich.markdown import Markdown
+
+        self.screen.print("[bold green]assistant:[/]")
+        if not self.screen.is_terminal:
+            self.screen.print("".join(pieces), markup=False, highlight=False)
+            return
+        text = ""
+        with Live(console=self.screen, refresh_per_second=8) as live:
+            for piece in pieces:
+                text += piece
+                live.update(Markdown(text))
+
+    def clear(self) -> None:
+        self.screen.clear()  # does nothing where the output is not a terminal
+
+
+CONSOLES = {"rich": RichConsole, "simple": SimpleConsole, "dummy": DummyConsole}
+
+
+def console(name: str) -> SimpleConsole:
+    """The console called ``name`` (a key of CONSOLES); the simple one, said once, where rich is not installed."""
+    if name == "rich" and importlib.util.find_spec("rich") is None:
+        say_once("--io rich: the package rich is not installed; --io simple is used instead")
+        name = "simple"
+    return CONSOLES[name]()

@@ -1,0 +1,84 @@
+"""Chat with a model in the terminal; ``--prompt`` or a pipe asks without one."""
+
+import sys
+from argparse import Namespace
+from contextlib import closing
+
+from coati.cli.inference import parse_inference
+
+
+def open_session(args: Namespace):
+    from coati.inference import ChatSession, load
+    from coati.models.generation import Sampling
+
+    try:
+        loaded = load(
+            args.model_path,
+            tokenizer_path=args.tokenizer_path,
+            template=args.conversation_template_config,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except ValueError as error:
+        # Every message of the loader begins with the path at fault.
+        flags = ("conversation_template_config", "tokenizer_path", "model_path")
+        at_fault = [flag for flag in flags if getattr(args, flag) and str(error).startswith(getattr(args, flag))]
+        raise ValueError(f"--{(at_fault or ['model_path'])[0]} {error}") from error
+    sampling = Sampling(
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    lengths = {"max_length": args.model_max_length, "max_new_tokens": args.max_new_tokens}
+    return ChatSession(*loaded, sampling=sampling, seed=args.seed, **lengths)
+
+
+def reply(session, screen, question: str) -> None:
+    forgotten = session.forgotten
+    with closing(session.ask(question)) as pieces:
+        screen.answer(pieces)
+    if session.forgotten > forgotten:
+        screen.note(f"{session.forgotten} oldest rounds no longer fit into --model_max_length and are left out")
+    if session.cut:
+        screen.note(f"cut off at --max_new_tokens {session.max_new_tokens}")
+
+
+def chat(session, screen, words) -> None:
+    """The dialogue, until the questions end. Ctrl-C breaks off an answer, not the dialogue."""
+    for question in screen.questions():
+        if question == words.CLEAR:
+            session.clear()
+            screen.clear()
+            continue
+        try:
+            reply(session, screen, question)
+        except KeyboardInterrupt:
+            screen.note("broken off")
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            screen.note(str(error))
+
+
+def main(args: Namespace) -> None:
+    from coati.inference import console
+
+    screen = console.console(args.io)
+    session = open_session(args)
+    for question in args.prompt:
+        session.clear()
+        screen.repeat(question)
+        reply(session, screen, question)
+    if not args.prompt:
+        chat(session, screen, console)
+
+
+if __name__ == "__main__":
+    arguments = parse_inference()
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    except (ValueError, OSError) as error:
+        sys.exit(f"inference.py: error: {error}")

@@ -1,0 +1,129 @@
+"""inference.py: questions from a pipe or a flag, commands, and errors that name the flag."""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coati.cli import inference as flags
+from coati.inference.console import CONSOLES, console
+from tests.inference.test_loading import write
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "inference.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("inference_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    write(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def run(script, model, monkeypatch, capsys):
+    """Run the script's main in this process: ``run(*flags, typed=...)`` gives what it printed."""
+
+    def run(*argv, typed=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        argv = ["--model_path", model, "--max_new_tokens", "6", "--temperature", "0", *argv]
+        script.main(flags.parse_inference(argv))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_pipe_is_answered_line_by_line_until_exit(run):
+    out = run("--io", "simple", typed="hello\n\nhow are you?\nclear\nhello\nexit\nnever\n")
+    shown = [line for line in out.splitlines() if line.startswith("user: ")]
+    assert shown == ["user: hello", "user: how are you?", "user: hello"]
+    answers = out.split("assistant: ")
+    assert len(answers) == 4
+    assert answers[1].split("\nuser: ")[0] == answers[3].removesuffix("\n")  # a new dialogue after `clear`
+
+
+def test_prompts_are_dialogues_of_their_own(run):
+    first, second = run("--io", "simple", "--prompt", "hello", "--prompt", "hello").split("user: hello\n")[1:]
+    assert first == second and first.startswith("assistant: ")
+
+
+def test_the_dummy_console_prints_nothing_but_answers(run):
+    simple = run("--io", "simple", "--prompt", "hello").split("assistant: ")[1]
+    assert run("--io", "dummy", "--prompt", "hello") == simple == run("--io", "dummy", typed="hello\n")
+
+
+def test_the_rich_console_shows_the_same_answer(run):
+    pytest.importorskip("rich")
+    simple = run("--io", "simple", "--prompt", "hello").split("assistant: ")[1]
+    shown = run("--io", "rich", "--prompt", "hello")
+    assert "user: hello" in shown and "assistant:" in shown
+    assert "".join(simple.split()) in "".join(shown.split())
+
+
+def test_without_rich_the_simple_console_is_used_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert type(console("rich")) is CONSOLES["simple"]
+    assert "--io rich: the package rich is not installed" in capsys.readouterr().err
+
+
+def test_the_parser_offers_every_console():
+    assert set(flags.CONSOLES) == set(CONSOLES)
+
+
+def test_an_answer_cut_off_is_said(script, model, capsys):
+    argv = ["--model_path", model, "--max_new_tokens", "2", "--prompt", "hi", "--seed", "1"]
+    script.main(flags.parse_inference(argv))
+    assert "cut off at --max_new_tokens 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model_path", "/nowhere"], "--model_path /nowhere: no such directory"),
+        (["--tokenizer_path", "/nowhere"], "--tokenizer_path /nowhere: no such directory"),
+        (["--conversation_template_config", "/no.json"], "--conversation_template_config /no.json: no such file"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_its_flag(script, model, argv, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(flags.parse_inference(["--model_path", model, *argv]))
+
+
+def test_a_question_that_is_too_long_ends_a_pipe_with_an_error(run):
+    with pytest.raises(ValueError, match="--model_max_length"):
+        run("--model_max_length", "20", typed="many words " * 20 + "\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--model_path is required"),
+        (["--model_path", "m", "--max_new_tokens", "99", "--model_max_length", "99"], "--max_new_tokens 99 leaves no"),
+        (["--model_path", "m", "--io", "fancy"], "--io"),
+        (["--model_path", "m", "--top_p", "1.5"], "--top_p"),
+        (["--model_path", "m", "--temprature", "1"], "--temperature"),
+    ],
+)
+def test_bad_flags_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags.parse_inference(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command_itself(model):
+    command = [sys.executable, str(SCRIPT), "--model_path", model, "--io", "dummy", "--max_new_tokens", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    done = subprocess.run(command, input="hello\n", capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr

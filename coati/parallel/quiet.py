@@ -4,6 +4,7 @@ Only the messages listed here are held back. A warning that is not listed passes
 """
 
 import logging
+import re
 import warnings
 from importlib import import_module
 from types import ModuleType
@@ -25,9 +26,15 @@ KNOWN_WARNINGS = (
 # (logger, start of the message)
 KNOWN_LOG_LINES = (
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
-    ("bitsandbytes.backends.utils", "Failed to load CPU gemm_4bit_forward from kernels-community"),
-    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    ("colossalai", "enable_async_reduce sets pin_memory=True"),
+    ("colossalai", "The plugin will control the accelerator"),
+    ("colossalai", "You have enabled LoRa training"),
+    ("colossalai", "The sp_size will be the same as tp_size"),
+    ("colossalai", "Use Zero Optimizer when data parallel size is 1"),
+    ("colossalai", "Distributed environment is initialized"),
 )
+# ColossalAI logs where a message comes from as a message of its own, before it.
+LOCATION = re.compile(r"\S+\.py:\d+ \S+")
 # (module that prints, start of what it prints)
 KNOWN_PRINTS = (
     ("colossalai.zero.gemini.memory_tracer.memstats_collector", "finish_collection"),
@@ -36,22 +43,33 @@ KNOWN_PRINTS = (
 
 
 class _DropKnown(logging.Filter):
-    """Holds back log records that begin with ``start``."""
-
-    def __init__(self, start: str):
-        super().__init__()
-        self.start = start
+    """Holds back the known lines of one logger."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.start)
+        text = record.getMessage().strip()
+        if record.name == "colossalai" and LOCATION.fullmatch(text):
+            return False
+        return not any(record.name == logger and text.startswith(start) for logger, start in KNOWN_LOG_LINES)
 
 
 def hush() -> None:
     """Hold back the known warnings and log lines of ColossalAI and of what it imports, for the life of the process."""
     for message, _ in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for logger, start in KNOWN_LOG_LINES:
-        logging.getLogger(logger).addFilter(_DropKnown(start))
+    for logger in {logger for logger, _ in KNOWN_LOG_LINES}:
+        if not any(isinstance(known, _DropKnown) for known in logging.getLogger(logger).filters):
+            logging.getLogger(logger).addFilter(_DropKnown())
+    if getattr(warnings.showwarning, "knows_coati", False):
+        return
+    show, known = warnings.showwarning, re.compile("|".join(message for message, _ in KNOWN_WARNINGS))
+
+    def show_unknown(message, *args, **kwargs) -> None:
+        # torch raises some of these under its own "always" filter, which the filters above cannot overrule.
+        if not known.match(str(message)):
+            show(message, *args, **kwargs)
+
+    show_unknown.knows_coati = True
+    warnings.showwarning = show_unknown
 
 
 def _print_without(start: str):

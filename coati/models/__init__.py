@@ -14,7 +14,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "save_lora": "lora_files",
         "generate": "generation",
         "generate_streaming": "generation",
-        "sample_answers": "samples",
         "check_vocabulary": "utils",
         "disable_dropout": "utils",
         "get_model_numel": "utils",

@@ -1,48 +1,10 @@
-"""Sample answers during training: what the model says to fixed prompts, as a table."""
+"""Sample answers as a table: prompts of different length in one batch, answers without their end marker."""
 
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-
-from coati.models.generation import generate
-
-
-def sample_answers(
-    model: nn.Module,
-    tokenizer,
-    conversation,
-    prompts: Sequence[str | list[dict[str, str]]],
-    max_new_tokens: int = 64,
-    stop_flag: Callable[[bool], bool] | None = None,
-) -> list[tuple[str, str]]:
-    """``[(prompt, likeliest answer), ...]`` in one left-padded batch; the loss's end marker is not part of the answer.
-
-    ``model`` may be wrapped for training; where its forward pass contains collectives every rank calls this with the
-    same prompts (or its own and a ``stop_flag`` that is shared, see :func:`coati.models.generation.generate`). A prompt
-    is a question or a list of messages ({role, content}). ``conversation`` encodes them and knows the stop sequences.
-    """
-    if not prompts:
-        return []
-    dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    rows = [conversation.encode(dialogue, add_generation_prompt=True).input_ids for dialogue in dialogues]
-    input_ids, mask = left_pad(rows, tokenizer.pad_token_id, next(model.parameters()).device)
-    shared = {} if stop_flag is None else {"stop_flag": stop_flag}
-    result = generate(
-        model,
-        input_ids,
-        mask,
-        stop_sequences=conversation.stop_ids,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-        **shared,
-    )
-    answers = [without_stop(answer, conversation.stop_ids) for answer in result.answers()]
-    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-    return [(dialogue[-1]["content"], text) for dialogue, text in zip(dialogues, texts, strict=True)]
 
 
 def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

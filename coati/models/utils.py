@@ -92,9 +92,12 @@ def _with_adapter(directory: Path, dtype: str, options: dict[str, Any]):
     say_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
     model = load_causal_lm(base, dtype=dtype, **options)
     try:
-        return merge_lora(PeftModel.from_pretrained(model, str(directory)))
+        model = merge_lora(PeftModel.from_pretrained(model, str(directory)))
     except Exception as error:
         raise _explained(directory, "adapter", error) from error
+    # An adapter trained on top names this directory as its base, not the base of the base.
+    model.name_or_path = model.config._name_or_path = str(directory)
+    return model
 
 
 def choose_attention(use_flash_attn: bool, dtype: str, on_gpu: bool) -> str:

@@ -16,10 +16,11 @@ def summary(entries: list[dict]) -> tuple[str, bool]:
     steps = max(entry["step"] for entry in entries)
     speeds = sorted(entry["train/tokens_per_second"] for entry in entries if "train/tokens_per_second" in entry)
     peaks = {name: value for entry in entries for name, value in entry.items() if name.startswith("memory/")}
+    memory = [f"{mb * 2**20 / 1e9:.2f} GB ({_process(name)})" for name, mb in sorted(peaks.items())]
     lines = [
         f"Evaluation loss on rows not trained on: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps",
         f"Speed: {speeds[len(speeds) // 2]:.0f} tokens/s" if speeds else "",
-        "Peak memory: " + ", ".join(f"{mb * 2**20 / 1e9:.2f} GB ({_process(name)})" for name, mb in sorted(peaks.items())),
+        f"Peak memory: {', '.join(memory)}",
     ]
     return "\n".join(line for line in lines if line), losses[-1] < losses[0]
 

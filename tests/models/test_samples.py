@@ -1,23 +1,6 @@
-"""Sample answers during training."""
+"""The table of sample answers and what it is made of."""
 
-from coati.dataset.conversation import Conversation
-from coati.models.generation import generate
-from coati.models.samples import format_samples, left_pad, sample_answers, without_stop
-from tests.tiny import tiny_llama, tiny_tokenizer
-
-
-def test_each_prompt_gets_the_answer_that_it_gets_alone():
-    tokenizer, model = tiny_tokenizer(), tiny_llama()
-    conversation = Conversation.from_config(tokenizer, {})
-    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
-    prompts = ["hello", [*history, {"role": "user", "content": "how are you today?"}]]
-    together = sample_answers(model, tokenizer, conversation, prompts, max_new_tokens=8)
-    assert [prompt for prompt, _ in together] == ["hello", "how are you today?"]
-    assert together == [sample_answers(model, tokenizer, conversation, [p], max_new_tokens=8)[0] for p in prompts]
-    ids = conversation.encode([{"role": "user", "content": "hello"}], add_generation_prompt=True).input_ids
-    alone = generate(model, left_pad([ids], 0)[0], stop_sequences=[[2]], max_new_tokens=8, do_sample=False)
-    assert together[0][1] == tokenizer.decode(alone.answers()[0], skip_special_tokens=True).strip()
-    assert sample_answers(model, tokenizer, conversation, []) == []
+from coati.models.samples import format_samples, left_pad, without_stop
 
 
 def test_rows_are_padded_on_the_left():

@@ -76,6 +76,18 @@ def test_a_directory_with_an_adapter_alone_is_the_base_with_the_adapter(director
         load_causal_lm(tmp_path / "adapter")
 
 
+def test_an_adapter_on_top_of_an_adapter_has_both(directory, tmp_path):
+    base = directory
+    for name in ("first", "second"):
+        adapted = apply_lora(load_causal_lm(base), LoraConfig(r=2), seed=len(name))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        save_lora(adapted, tmp_path / name)
+        base = tmp_path / name
+    assert torch.allclose(logits(load_causal_lm(tmp_path / "second")), logits(adapted), atol=1e-5)
+
+
 @pytest.mark.parametrize("loader", [load_causal_lm, load_tokenizer])
 def test_a_missing_directory_is_said_without_asking_a_hub(loader, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: no such directory"):

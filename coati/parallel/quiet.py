@@ -13,15 +13,11 @@ from types import ModuleType
 KNOWN_WARNINGS = (
     (r"Please install the latest tensornvme", "offloading to NVMe is not offered"),
     (r"Please install apex from source", "torch's own norms are used"),
-    (r"`torch\.cuda\.amp\.custom_(fwd|bwd)", "upstream's spelling of a torch decorator"),
-    (r"`TorchScript` support for functional optimizers is deprecated", "raised by torch's import of its own module"),
-    (r"enable_async_reduce sets pin_memory=True", "an internal choice of Gemini"),
+    (r"`TorchScript` support for functional optimizers is deprecated", "raised by torch on importing its own module"),
+    (r"TypedStorage is deprecated", "upstream's spelling of a torch call"),
+    (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", "likewise"),
+    (r"`broadcast_buffers` is deprecated", "a keyword that ColossalAI passes on"),
     (r"More than one kernel is available, loading the kernel with the highest priority", "an internal choice"),
-    (r"TypedStorage is deprecated", "upstream's spelling of a torch call, on every step"),
-    (r"torch\.distributed\._all_gather_base is a private function", "upstream's spelling of a torch call"),
-    (r"torch\.distributed\._reduce_scatter_base is a private function", "upstream's spelling of a torch call"),
-    (r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`", "the wrapped optimizer does step"),
-    (r"User provided device_type of 'cuda', but CUDA is not available", "the CPU was chosen on purpose"),
 )
 # (logger, start of the message)
 KNOWN_LOG_LINES = (

@@ -212,24 +212,6 @@ def _gpt2_sets_a_cuda_device() -> bool:
     return "torch.cuda.set_device(hidden_states.device)" in inspect.getsource(gpt2)
 
 
-def scale_fp16_on_the_cpu() -> None:
-    """booster/mixed_precision/fp16_torch.py:42 builds CUDA's gradient scaler, which disables itself on a CPU."""
-    from colossalai.booster.mixed_precision.fp16_torch import TorchAMPOptimizer
-    from colossalai.interface import OptimizerWrapper
-
-    def __init__(self, optim, **scaler_options) -> None:
-        OptimizerWrapper.__init__(self, optim)
-        self.scaler = torch.amp.GradScaler("cpu", **scaler_options)
-
-    TorchAMPOptimizer.__init__ = __init__
-
-
-def _fp16_scaler_is_cudas() -> bool:
-    from colossalai.booster.mixed_precision.fp16_torch import TorchAMPOptimizer
-
-    return not TorchAMPOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1)).scaler.is_enabled()
-
-
 CPU_PATCHES = (
     Patch("cpu accelerator", "accelerator/cpu_accelerator.py:106", install_accelerator, _accelerator_raises),
     Patch("zero device check", "zero/low_level/low_level_optim.py:254", drop_zero_device_check, _zero_checks_device),
@@ -244,7 +226,6 @@ CPU_PATCHES = (
     Patch("cpu adam", "kernel/extensions/cuda_extension.py:33", offer_torch_adam, _no_adam_kernel),
     Patch("flash attention", "kernel/kernel_loader.py:107", offer_sdpa, _no_attention_kernel),
     Patch("gpt2 device", "shardformer/modeling/gpt2.py:258", let_gpt2_name_the_cpu, _gpt2_sets_a_cuda_device),
-    Patch("fp16 scaler", "booster/mixed_precision/fp16_torch.py:42", scale_fp16_on_the_cpu, _fp16_scaler_is_cudas),
     # These three are torch's: newer versions lack nothing and the functions then do nothing.
     Patch(
         "gloo reduce_scatter", "shardformer/layer/_operation.py:522",

@@ -5,26 +5,23 @@ optimiser states, fp32 master weights and random states: ColossalAI saves neithe
 ``running_states.json``. A directory of this name is whole: it was renamed into place last.
 """
 
-import random
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from coati.parallel.engine import Engine, grad_scaler
+from coati.parallel.engine import Engine
 from coati.parallel.files import file_sizes, write_directory, write_file
+from coati.parallel.optimizer_state import load_rank_state, rank_state
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
 from coati.utils.json_io import load_json, save_json
 from coati.utils.notice import say
 
 NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
-SCALER_FIELDS = ("_scale", "_growth_step", "_hysteresis_step")
 
 
 @dataclass
@@ -142,75 +139,6 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
         )
     load_rank_state(engine, torch.load(mine, weights_only=True, map_location="cpu"))
     return True
-
-
-def rank_state(engine: Engine) -> dict[str, Any]:
-    """Everything of this rank that decides its next step and is not in ``modeling``."""
-    optimizer = engine.optimizer
-    scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
-    return {
-        "masters": [tensor.detach().cpu().clone() for tensor in master_tensors(engine)],
-        "optimizer": optimizer.optim.state_dict(),
-        # ColossalAI's own state_dict leaves out the two counters.
-        "scaler": None if scaler is None else {name: getattr(scaler, name) for name in SCALER_FIELDS},
-        "amp": None if amp is None else amp.state_dict(),
-        "random": random_state(),
-    }
-
-
-def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
-    """The inverse of :func:`rank_state`; the master weights come last, because loading weights rebuilt them."""
-    optimizer = engine.optimizer
-    scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
-    if scaler is not None:
-        for name, value in state["scaler"].items():
-            setattr(scaler, name, value.to(engine.device) if isinstance(value, Tensor) else value)
-    if amp is not None:
-        amp.load_state_dict(state["amp"])
-    optimizer.optim.load_state_dict(state["optimizer"])
-    masters = master_tensors(engine)
-    shapes = [tuple(tensor.shape) for tensor in masters], [tuple(tensor.shape) for tensor in state["masters"]]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"the optimiser state of rank {rank()} is of another model: shapes {shapes[1][:3]}..., here "
-            f"{shapes[0][:3]}..."
-        )
-    for mine, saved in zip(masters, state["masters"], strict=True):
-        mine.copy_(saved)
-    set_random_state(state["random"])
-
-
-def master_tensors(engine: Engine) -> list[Tensor]:
-    """This rank's fp32 master weights, in an order that the model alone decides; none where the weights are fp32."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "param_to_chunk16"):  # Gemini: one payload for each chunk that this rank updates
-        chunks = dict.fromkeys(optimizer.param_to_chunk16.values())
-        return [(chunk.paired_chunk or chunk).payload for chunk in chunks]
-    if engine.options.precision == "fp32" or engine.options.plugin == "ddp":
-        return []
-    return [parameter.data for group in optimizer.optim.param_groups for parameter in group["params"]]
-
-
-def random_state() -> dict[str, Any]:
-    """States of Python's, NumPy's, PyTorch's and ColossalAI's tensor-parallel generators, readable with
-    weights_only."""
-    _, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for cuda in state["cuda"]:
-        torch.cuda.set_rng_state(cuda)
 
 
 def checkpoints(save_dir: str | Path) -> list[Path]:

@@ -36,6 +36,8 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
     _agree(failure, final, temporary)
 
     def publish() -> None:
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
@@ -81,8 +83,8 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

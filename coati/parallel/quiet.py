@@ -4,6 +4,7 @@ Only the messages listed here are held back. A warning that is not listed passes
 """
 
 import logging
+import os
 import re
 import warnings
 from importlib import import_module
@@ -79,6 +80,8 @@ def _print_without(start: str):
 def import_colossalai() -> ModuleType:
     """``colossalai`` with its booster loaded and its known noise held back. Takes some seconds the first time."""
     hush()
+    # Importing it makes torch start a pool of compiler processes on every rank; nothing here is compiled.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     colossalai = import_module("colossalai")
     import_module("colossalai.booster.plugin")
     for module, start in KNOWN_PRINTS:

@@ -51,7 +51,7 @@ def gather(engine: Engine) -> dict[str, Tensor]:
     if type(engine.plugin).__name__ == "GeminiPlugin":
         tensors: dict[str, Tensor] = {}
         for shard, _ in engine.model.state_dict_shard(max_shard_size=1024, only_rank_0=True):
-            tensors.update({name: tensor.detach().cpu() for name, tensor in shard.items()})
+            tensors.update({name: _plain(tensor) for name, tensor in shard.items()})
         return tensors if is_rank_0() else {}
     if hasattr(engine.model, "_force_wait_all_gather"):
         engine.model._force_wait_all_gather()
@@ -60,8 +60,13 @@ def gather(engine: Engine) -> dict[str, Tensor]:
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         whole = _whole(tensor)
         if writes:
-            mine[name] = whole.detach().cpu()
+            mine[name] = _plain(whole)
     return mine
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # ColossalAI replaces .detach and .clone of gathered tensors by ones that keep their process group.
+    return Tensor.detach(tensor).as_subclass(Tensor).clone().cpu()
 
 
 def _whole(tensor: Tensor) -> Tensor:

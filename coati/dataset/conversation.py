@@ -79,7 +79,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.derived: dict[str, Any] = {}
         self.header, self.starts_at_content, self.rewrites = "", False, False
-        self._special_tokens = special_tokens(self.tokenizer)
+        self._special_tokens, self._bos = special_tokens(self.tokenizer), self.tokenizer.bos_token_id
         self.encoder = TextEncoder(self.tokenizer, self.end_of_assistant or "")
         template_check.examine(self)
         if "end_of_assistant" in self.derived:
@@ -187,9 +187,8 @@ class Conversation:
 
     def _encode(self, text: str, spans: list[Span], key: str | None, max_length: int | None) -> Encoded:
         text, ids, ranges = self.encoder.encode(text, spans, key)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos]:
-            ids, ranges = [bos, *ids], [(start + 1, end + 1) for start, end in ranges]
+        if self._bos is not None and ids[:1] != [self._bos]:
+            ids, ranges = [self._bos, *ids], [(start + 1, end + 1) for start, end in ranges]
         encoded = Encoded(ids, text, ranges)
         return encoded if max_length is None else encoded.cut(max_length)
 

@@ -9,6 +9,7 @@ import re
 from bisect import bisect_left, bisect_right
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 
 from coati.dataset.reasons import RowError
 from coati.utils.notice import say_once
@@ -58,23 +59,23 @@ class TextEncoder:
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
-        tokens = list(zip(encoded.ids, encoded.offsets, strict=True))
+        ids, offsets = encoded.ids, encoded.offsets
         if key is not None:
-            tokens = self._reveal_sections(text, tokens, key)
+            tokens = self._reveal_sections(text, list(zip(ids, offsets, strict=True)), key)
+            ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
             spans = [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in spans]
             text = self._reveal(text, key)
-        return text, [i for i, _ in tokens], self._token_ranges([offset for _, offset in tokens], spans)
+        return text, ids, self._token_ranges(offsets, spans)
 
     @staticmethod
     def _token_ranges(offsets: list[Span], spans: list[Span]) -> list[Span]:
-        starts, ends = [s for s, _ in offsets], [e for _, e in offsets]
         ranges = []
         for start, end in spans:
-            first = bisect_right(ends, start)
+            first = bisect_right(offsets, start, key=itemgetter(1))
             # A token of no width is a word-start mark that the tokenizer inserted: it belongs to what follows.
-            while first > 0 and starts[first - 1] >= start:
+            while first > 0 and offsets[first - 1][0] >= start:
                 first -= 1
-            ranges.append((first, bisect_left(starts, end)))
+            ranges.append((first, bisect_left(offsets, end, key=itemgetter(0))))
         return ranges
 
     def _reveal(self, text: str, key: str) -> str:

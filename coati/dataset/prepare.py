@@ -23,7 +23,7 @@ from coati.dataset.reasons import REASONS, RowError
 from coati.dataset.report import Segments, Tally, build_report, dropped_lines, format_report, segments
 from coati.dataset.shards import ShardWriter, to_arrow, tokenizer_fingerprint
 from coati.dataset.sources import READERS, decode, find_files, read_rows
-from coati.dataset.tokenization import TOKENIZERS
+from coati.dataset.tokenization import IGNORE_INDEX, TOKENIZERS
 from coati.utils.json_io import save_json
 from coati.utils.notice import say
 
@@ -60,7 +60,7 @@ class Job:
                 row = made[0][0]
                 tally.sample = where, segments(row["input_ids"], row["labels"], self.conversation.encoder.decode)
         tally.lengths.extend(row["seq_length"] for row in rows)
-        tally.supervised = sum(label >= 0 for row in rows for label in row["labels"])
+        tally.supervised = sum(row["seq_length"] - row["labels"].count(IGNORE_INDEX) for row in rows)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if self.jsonl else ""
         return to_arrow(self.type, rows), text.encode("utf-8"), tally
 

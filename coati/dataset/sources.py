@@ -187,8 +187,8 @@ READERS: dict[str, Callable[[Any], SourceRow]] = {"sft": read_sft}
 def _message(message: Any, index: int) -> dict[str, str]:
     if not isinstance(message, dict):
         raise RowError("wrong_keys", f"message {index} must be an object, found {type(message).__name__}")
-    role = next((message[key] for key in ("from", "role") if message.get(key) is not None), None)
-    content = next((message[key] for key in ("content", "value") if message.get(key) is not None), None)
+    role = message.get("role") if message.get("from") is None else message["from"]
+    content = message.get("value") if message.get("content") is None else message["content"]
     if role is None or content is None:
         lacking = "from (or role)" if role is None else "content (or value)"
         raise RowError(

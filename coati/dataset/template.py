@@ -42,7 +42,7 @@ def compile_template(text: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(text)
+        template = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines() or [""]
         found = lines[min(error.lineno, len(lines)) - 1].strip()
@@ -51,6 +51,9 @@ def compile_template(text: str) -> jinja2.Template:
             f"chat_template: Jinja syntax error in line {error.lineno} ({error.message}), found {shown!r}; "
             "mend the template, or leave chat_template out to use the tokenizer's own"
         ) from error
+    # Each rendering copies the globals; from Jinja's chain of mappings that takes longer than the rendering itself.
+    template.globals = dict(template.globals)
+    return template
 
 
 def special_tokens(tokenizer) -> dict[str, str]:

@@ -38,13 +38,15 @@ def lines(folder: Path) -> list[list[dict]]:
 
 
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
-    reports = [run(tmp_path / str(n), SAMPLE, num_proc=n, max_length=512) for n in (1, 2, 3)]
-    assert reports[0] == reports[1] == reports[2]
-    for name in [f"part-{i:05d}.jsonl" for i in range(10)] + ["report.json"]:
-        texts = [(tmp_path / str(n) / "jsonl" / name).read_bytes() for n in (1, 2, 3)]
-        assert texts[0] == texts[1] == texts[2] and texts[0]
-    tables = [load_tokenized_dataset(str(tmp_path / str(n) / "arrow")).data.table for n in (1, 2, 3)]
-    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(SAMPLE.open(encoding="utf-8").readlines()[:400]), encoding="utf-8")
+    one, three = (run(tmp_path / str(n), data, num_proc=n, max_length=512, num_bins=3) for n in (1, 3))
+    assert one == three
+    for name in ["part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl", "report.json"]:
+        texts = [(tmp_path / str(n) / "jsonl" / name).read_bytes() for n in (1, 3)]
+        assert texts[0] == texts[1] and texts[0]
+    tables = [load_tokenized_dataset(str(tmp_path / str(n) / "arrow")).data.table for n in (1, 3)]
+    assert tables[0].equals(tables[1])
 
 
 def test_arrow_and_jsonl_hold_the_same_rows_in_the_order_of_the_file(tmp_path):

@@ -2,7 +2,7 @@
 # The main job on this machine: a real chat model fine-tuned in two processes on the conversations of examples/data,
 # asked the same before and after. `make demo` calls this with its environment first on PATH.
 #   DEMO_DIR=DIR   where everything is written; default output/demo, which is emptied first
-#   DEMO_STEPS=N   optimiser steps of 16 conversations each; default 25
+#   DEMO_STEPS=N   optimiser steps of 16 conversations each; default 12
 # Further flags are handed on to train_sft.py.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -62,8 +62,8 @@ prepare examples/data/sft_eval.jsonl eval >"$work/eval.log" 2>&1 || { cat "$work
 step "Supervised fine-tuning in two processes"
 OMP_NUM_THREADS=$threads colossalai run --nproc_per_node 2 --master_port "$port" examples/training_scripts/train_sft.py \
     --pretrain "$model" --dataset "$work"/train/arrow/part-* --eval_dataset "$work"/eval/arrow/part-* \
-    --plugin zero2 --mixed_precision fp32 --batch_size 8 --accumulation_steps 1 --max_length 512 --lr 5e-5 \
-    --max_epochs 2 --max_steps "${DEMO_STEPS:-25}" --save_interval 0 --save_dir "$work/sft" "$@"
+    --plugin zero2 --mixed_precision fp32 --batch_size 4 --accumulation_steps 2 --max_length 512 --lr 5e-5 \
+    --max_epochs 2 --max_steps "${DEMO_STEPS:-12}" --save_interval 0 --save_dir "$work/sft" "$@"
 
 step "After training"
 ask "$work/sft/modeling"

@@ -104,6 +104,10 @@ def _results(job: Job, chunks: Iterator[Chunk], num_proc: int) -> Iterator[tuple
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def plan_bins(total: int, bins: int, samples: int, seed: int) -> list[tuple[int, set[int] | None]]:
     """``(end, chosen)`` of each bin: it takes the rows before ``end`` that earlier bins left, or of them the chosen.
 
@@ -176,7 +180,7 @@ def prepare_dataset(
         )
     plan = plan_bins(total, num_bins, num_samples_per_bin, seed)
     job = Job(type, [str(file) for file in files], template, max_length, jsonl_dir is not None)
-    workers = min(num_proc or len(os.sched_getaffinity(0)), -(-total // CHUNK_ROWS))
+    workers = min(num_proc or _cores(), -(-total // CHUNK_ROWS))
     settings = {
         "type": type,
         "max_length": max_length,
@@ -209,14 +213,11 @@ def _write(job: Job, files: list[Path], plan: list, workers: int, writer: ShardW
     for arrow, text, counts in _results(job, chunks(), workers):
         tally.merge(counts)
         if strict and tally.malformed():
-            raise ValueError("malformed row and --strict:\n" + "\n".join(f"  {e}" for e in _all_examples(tally)))
+            found = [f"{one} ({REASONS[reason]})" for reason, few in tally.first.items() for one in few]
+            raise ValueError("malformed row and --strict:\n  " + "\n  ".join(found))
         writer.add(bins.popleft(), arrow, text)
     writer.close()
     return tally
-
-
-def _all_examples(tally: Tally) -> list[str]:
-    return [f"{example} ({REASONS[reason]})" for reason, examples in tally.first.items() for example in examples]
 
 
 def _check_settings(type: str, max_length: int, num_bins: int, samples: int, outputs: list[Path]) -> None:

@@ -53,7 +53,9 @@ def load_causal_lm(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options = {"trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:  # None, passed on, means eager in some versions and a choice in others
+        options["attn_implementation"] = attn_implementation
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         return _with_adapter(Path(path), dtype, options)
     _check_directory(path, "model")

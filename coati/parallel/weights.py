@@ -37,6 +37,8 @@ class ModelAssets:
     def of(cls, model: nn.Module, tokenizer: Any = None, template: dict | None = None) -> "ModelAssets":
         config = copy.deepcopy(model.config)
         config.use_cache = True
+        # Written out, it would make transformers take eager attention for a choice when it loads the directory.
+        config._attn_implementation_autoset = False
         return cls(config, getattr(model, "generation_config", None), tokenizer, template)
 
 
@@ -89,7 +91,7 @@ def save_model(engine: Engine, folder: Path, assets: ModelAssets, *, merge_lora:
         from coati.models.lora import merged
 
         with merged(engine.module):
-            config = copy.deepcopy(engine.module.get_base_model().config)
+            config = ModelAssets.of(engine.module.get_base_model()).config
             tensors = {_plain_name(name): tensor for name, tensor in gather(engine).items() if not _is_adapter(name)}
     else:
         tensors = gather(engine)

@@ -3,9 +3,12 @@
 Only the messages listed here are held back. A warning that is not listed passes.
 """
 
+import contextlib
+import io
 import logging
 import os
 import re
+import sys
 import warnings
 from importlib import import_module
 from types import ModuleType
@@ -77,9 +80,20 @@ def _print_without(start: str):
     return quiet_print
 
 
+def _import_without(module: str, start: str) -> None:
+    """Import ``module``, which writes a line beginning with ``start`` to standard error; other lines pass."""
+    kept = io.StringIO()
+    with contextlib.redirect_stderr(kept):
+        import_module(module)
+    for line in kept.getvalue().splitlines():
+        if not line.startswith(start):
+            print(line, file=sys.stderr)
+
+
 def import_colossalai() -> ModuleType:
     """``colossalai`` with its booster loaded and its known noise held back. Takes some seconds the first time."""
     hush()
+    _import_without("torch.utils.cpp_extension", "No CUDA runtime is found")
     # Importing it makes torch start a pool of compiler processes on every rank; nothing here is compiled.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     colossalai = import_module("colossalai")

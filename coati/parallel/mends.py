@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import wraps
 from types import SimpleNamespace
 
 import torch
@@ -151,6 +152,55 @@ def _norm_ignores_tensor_parallelism() -> bool:
     return "tp_group" not in inspect.getsource(GeminiOptimizer._calc_global_norm)
 
 
+def count_fused_weights_as_split() -> None:
+    """booster/plugin/hybrid_parallel_plugin.py:427, 633, 892: the norm takes fused weights (GPT-2's) for replicated.
+
+    Their gradients then weigh 1 / tp_size of what they should, and clipping is by a norm too small.
+    """
+    from colossalai.booster.plugin import hybrid_parallel_plugin
+    from colossalai.tensor.d_tensor import is_customized_distributed_tensor, is_distributed_tensor
+
+    def is_split(tensor) -> bool:
+        return is_distributed_tensor(tensor) or is_customized_distributed_tensor(tensor)
+
+    hybrid_parallel_plugin.is_distributed_tensor = is_split
+
+
+def _norm_takes_fused_weights_for_replicated() -> bool:
+    from colossalai.booster.plugin import hybrid_parallel_plugin
+    from colossalai.tensor.d_tensor import init_tensor_as_customization_distributed
+
+    fused = torch.nn.Parameter(torch.zeros(2))
+    init_tensor_as_customization_distributed(fused, shard_fn=lambda t: t, gather_fn=lambda t: t)
+    return not hybrid_parallel_plugin.is_distributed_tensor(fused)
+
+
+_NO_LABELS = object()
+
+
+def let_gpt2_run_without_labels() -> None:
+    """shardformer/modeling/gpt2.py:390: ``loss`` is unbound where GPT-2 is split and no labels are given."""
+    from colossalai.shardformer.modeling import gpt2
+
+    forward, cross_entropy = gpt2.GPT2PipelineForwards.gpt2_lmhead_model_forward, gpt2.dist_cross_entropy
+
+    @wraps(forward)
+    def gpt2_lmhead_model_forward(self, *args, labels=None, **kwargs):
+        return forward(self, *args, labels=_NO_LABELS if labels is None else labels, **kwargs)
+
+    def dist_cross_entropy(labels, *args, **kwargs):
+        return None if labels is _NO_LABELS else cross_entropy(labels, *args, **kwargs)
+
+    gpt2.GPT2PipelineForwards.gpt2_lmhead_model_forward = staticmethod(gpt2_lmhead_model_forward)
+    gpt2.dist_cross_entropy = dist_cross_entropy
+
+
+def _gpt2_needs_labels() -> bool:
+    from colossalai.shardformer.modeling.gpt2 import GPT2PipelineForwards
+
+    return "loss = None" not in inspect.getsource(GPT2PipelineForwards.gpt2_lmhead_model_forward)
+
+
 def send_over_any_backend() -> None:
     """pipeline/p2p.py:159: ``is_hccl_available`` and ``Backend.HCCL`` exist only in torch for Ascend."""
     from colossalai.pipeline import p2p
@@ -176,6 +226,11 @@ MENDS = (
         "gemini tensor-parallel norm", "zero/gemini/gemini_optimizer.py:227",
         measure_the_norm_of_all_tensor_parallel_parts, _norm_ignores_tensor_parallelism,
     ),
+    Patch(
+        "norm of fused weights", "booster/plugin/hybrid_parallel_plugin.py:427",
+        count_fused_weights_as_split, _norm_takes_fused_weights_for_replicated,
+    ),
+    Patch("gpt2 without labels", "shardformer/modeling/gpt2.py:390", let_gpt2_run_without_labels, _gpt2_needs_labels),
     Patch("p2p backend", "pipeline/p2p.py:159", send_over_any_backend, _p2p_asks_for_hccl),
 )  # fmt: skip
 

@@ -1,0 +1,122 @@
+"""What ColossalAI 0.5.0 can split of each model family. Imports neither torch nor ColossalAI.
+
+A family is ``config.model_type``. Every "can" and every refusal here is a cell of docs/models.md, which a test writes
+from what tiny models did.
+"""
+
+from typing import Any
+
+from coati.parallel.plugins import ParallelOptions
+
+TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL = "--tp", "--pp", "split_gather", "ring", "all_to_all"
+_ALL = frozenset({TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL})
+_TP_PP = frozenset({TP, PP})
+
+# Families that plugin 3d takes, and what of it works. Any other family lacks a ColossalAI policy.
+SPLITS: dict[str, frozenset[str]] = {
+    "llama": _ALL,
+    "mistral": _ALL,
+    "qwen2": _ALL,
+    "mixtral": _TP_PP,
+    "gpt2": _TP_PP,
+    "gptj": _TP_PP,
+    "opt": _TP_PP,
+    "bloom": _TP_PP,
+    "falcon": _TP_PP,
+    "chatglm": frozenset({PP}),
+}
+
+_WRONG = "ColossalAI 0.5.0 trains it with wrong gradients there"
+_REASONS = {
+    ("gpt2", SPLIT_GATHER): _WRONG,
+    ("gpt2", RING): _WRONG,
+    ("bloom", SPLIT_GATHER): _WRONG,
+    ("bloom", RING): _WRONG,
+    ("falcon", SPLIT_GATHER): "ColossalAI 0.5.0 ignores it there",
+    ("falcon", RING): "ColossalAI 0.5.0 ignores it there",
+    ("falcon", ALL_TO_ALL): "ColossalAI 0.5.0 ignores it there",
+    ("opt", SPLIT_GATHER): "ColossalAI 0.5.0 ignores it there",
+    ("opt", RING): "ColossalAI 0.5.0 ignores it there",
+    ("opt", ALL_TO_ALL): "ColossalAI 0.5.0 ignores it there",
+    ("chatglm", TP): "ColossalAI 0.5.0 cuts its joint query, key and value weights in the wrong place",
+}
+
+# Families that transformers may load, but that do not continue a text.
+NOT_CHAT = {
+    "bert": "an encoder",
+    "roberta": "an encoder",
+    "deberta": "an encoder",
+    "deberta-v2": "an encoder",
+    "t5": "an encoder-decoder",
+    "whisper": "a speech recogniser",
+    "vit": "an image classifier",
+    "sam": "an image segmenter",
+    "blip-2": "an image captioner",
+}
+
+
+def check_family(config: Any, options: ParallelOptions) -> None:
+    """Raise ValueError, naming the flag and what to use instead, where ``options`` cannot train this family.
+
+    ``config``: a model's configuration; only ``model_type`` is read, so it can be asked before weights are loaded.
+    """
+    family = config.model_type
+    if family in NOT_CHAT:
+        raise ValueError(
+            f"{family} is {NOT_CHAT[family]}, not a causal language model: it cannot learn to chat; "
+            "use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
+        )
+    flags = _asked(options)
+    if family not in SPLITS and (options.plugin == "3d" or flags):
+        flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
+        raise ValueError(
+            f"{flag}: ColossalAI 0.5.0 does not know how to split {family} models (it knows {', '.join(SPLITS)}); "
+            "use --plugin zero2 or --plugin gemini without --tp"
+        )
+    for flag in flags - SPLITS.get(family, _ALL):
+        name = flag if flag.startswith("--") else f"--sp_mode {flag}"
+        reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
+        raise ValueError(f"{name} is not possible with {family} models: {reason}; {_instead(family)}")
+
+
+def _asked(options: ParallelOptions) -> frozenset[str]:
+    asked = {TP} if options.tp > 1 else set()
+    if options.pp > 1:
+        asked.add(PP)
+    if options.enable_sequence_parallelism:
+        asked.add(options.sp_mode)
+    return frozenset(asked)
+
+
+def _instead(family: str) -> str:
+    left = [flag for flag in (TP, PP) if flag in SPLITS[family]]
+    return f"use {' or '.join(left)}, or --plugin zero2"
+
+
+def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
+    """Change ``model`` in place where its family needs it; return a sentence for each change a user should know."""
+    family = model.config.model_type
+    eager = None
+    if family == "opt" and (options.plugin == "3d" or options.tp > 1):
+        # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names only.
+        eager = "ColossalAI 0.5.0 cannot split its SDPA attention"
+    if family == "gpt2" and (options.plugin == "3d" or options.tp > 1):
+        # shardformer/modeling/gpt2.py:95 masks the padding only: eager attention adds the causal mask itself, SDPA not.
+        eager = "ColossalAI 0.5.0 gives its SDPA attention a mask that is not causal"
+    if eager and model.config._attn_implementation != "eager":
+        model.config._attn_implementation = "eager"
+        return [f"{family} runs eager attention here: {eager}."]
+    if family == "falcon" and options.plugin.startswith("gemini"):
+        _use_plain_linears(model)
+    return []
+
+
+def _use_plain_linears(model: Any) -> None:
+    # FalconLinear multiplies by `weight.T`; Gemini sees a parameter only when it is handed to a function.
+    from types import MethodType
+
+    from torch import nn
+
+    for module in model.modules():
+        if type(module).__name__ == "FalconLinear":
+            module.forward = MethodType(nn.Linear.forward, module)

@@ -160,7 +160,7 @@ def add_output_flags(parser: Parser) -> None:
     )
     add_count(
         group, "--save_interval", default=1000, unit="STEPS", least=0,
-        help="optimiser steps between checkpoints; 0: none before the end",
+        help="optimiser steps between checkpoints; 0: only when the run is stopped early",
     )
     add_count(
         group, "--keep_last_k", unit="K", help="remove all but the newest K checkpoints; default: keep all of them"

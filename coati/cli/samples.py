@@ -1,6 +1,7 @@
 """Sample answers shown at each evaluation: what the model says to the first questions of the evaluation rows."""
 
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import Any
 
 from coati.models.generation import generate
@@ -31,6 +32,14 @@ def _prompt(row: dict[str, Any]) -> list[int]:
     return row["input_ids"][:first][-PROMPT_TOKENS:] or row["input_ids"][:1]
 
 
+def what_differs(prompts: list[list[int]]) -> list[list[int]]:
+    """The prompts without the tokens that all begin or end with (system message, role markers), which would fill a
+    narrow column; whole where nothing else is left."""
+    start = len(commonprefix(prompts))
+    end = len(commonprefix([prompt[start:][::-1] for prompt in prompts]))
+    return [prompt[start : len(prompt) - end] or prompt for prompt in prompts]
+
+
 def _table(engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: list[list[int]]) -> str:
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, engine.device)
     result = generate(
@@ -46,5 +55,5 @@ def _table(engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: l
     answers = [
         tokenizer.decode(without_stop(answer, stop_ids), skip_special_tokens=True) for answer in result.answers()
     ]
-    asked = [" ".join(tokenizer.decode(prompt, skip_special_tokens=True).split()) for prompt in prompts]
+    asked = [" ".join(tokenizer.decode(part, skip_special_tokens=True).split()) for part in what_differs(prompts)]
     return format_samples(list(zip(asked, answers, strict=True)))

@@ -44,6 +44,7 @@ class SLTrainer:
     """
 
     name = "sl"
+    unit_name = "supervised tokens"  # what ``units`` counts, for people
     model_keys: tuple[str, ...] = ("input_ids", "attention_mask")
 
     def __init__(
@@ -168,7 +169,7 @@ class SLTrainer:
         self._evaluated_at = self.state.step
         tracker.log(self.last_evaluation, self.state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        bar.write(f"step {self.state.step}: evaluation {shown} ({step.units} units)")
+        bar.write(f"step {self.state.step}: evaluation {shown} ({step.units} {self.unit_name})")
         if self.samples is not None and (table := self.samples(self.engine)):
             bar.write(table)
 

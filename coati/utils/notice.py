@@ -13,7 +13,13 @@ def _speaks() -> bool:
 
 def say(text: str) -> None:
     """Print ``coati: text`` on standard error of rank 0."""
-    if _speaks():
+    if not _speaks():
+        return
+    # A bar that is being drawn would share its line with the notice.
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if tqdm is not None:
+        tqdm.write(f"coati: {text}", file=sys.stderr)
+    else:
         print(f"coati: {text}", file=sys.stderr, flush=True)
 
 

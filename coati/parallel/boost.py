@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coati.models.varlen import Packing
 from coati.parallel.engine import Engine
 from coati.parallel.plugins import PLUGINS, ParallelOptions, check_heads, check_options, resolve_options
 from coati.parallel.quiet import import_colossalai
@@ -55,12 +56,18 @@ def boost(
     check_heads(model.config, options)
     prepare_colossalai()
     _prepare_model(model, options)
+    packing = Packing.of(model) if _runs_plain_model(options) else None
     plugin = make_plugin(options, custom_policy)
     optimizer = _optimizer(model, options, lr, weight_decay)
     schedule = cosine_with_warmup(optimizer, total_steps, warmup_steps)
     booster = _booster(plugin, options)
     model, optimizer, _, _, schedule = booster.boost(model, optimizer, lr_scheduler=schedule)
-    return Engine(booster, model, optimizer, schedule, options)
+    return Engine(booster, model, optimizer, schedule, options, packing)
+
+
+def _runs_plain_model(options: ParallelOptions) -> bool:
+    """Whether the plugin leaves the model's own forward in place, so that it takes rows laid end to end."""
+    return options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
 
 
 def make_plugin(options: ParallelOptions, custom_policy: Any = None):

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_from_logits
+from coati.models.varlen import Packing
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.plugins import ParallelOptions
 from coati.utils.notice import say_once
 
 Batch = dict[str, Tensor]
 PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
+PACKABLE = {"input_ids", "attention_mask"}
 
 
 class Hooks(Protocol):
@@ -57,11 +59,17 @@ class Engine:
     """A boosted model with its optimiser and schedule.
 
     ``options`` may be left out when the caller boosted the model by hand; then only what the plugin itself knows is
-    used.
+    used. ``packing`` lays batches end to end instead of padding them, for models that can be given such rows.
     """
 
     def __init__(
-        self, booster, model: nn.Module, optimizer=None, lr_scheduler=None, options: ParallelOptions | None = None
+        self,
+        booster,
+        model: nn.Module,
+        optimizer=None,
+        lr_scheduler=None,
+        options: ParallelOptions | None = None,
+        packing: Packing | None = None,
     ):
         self.booster, self.model, self.optimizer, self.lr_scheduler = booster, model, optimizer, lr_scheduler
         self.plugin = booster.plugin
@@ -71,6 +79,7 @@ class Engine:
         self.device = next(self.module.parameters()).device
         self.pipelined = self.mesh.pp_size > 1
         self._batch_keys: set[str] = set()  # of the current pipelined batch, those the model does not take
+        self.packing = packing
         self._install_head()
         if self.pipelined:
             self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
@@ -134,9 +143,9 @@ class Engine:
 
     def forward(self, batch: Batch, model_keys: tuple[str, ...]) -> Any:
         """The model's outputs; ``outputs.logits`` are the (1, n) log-probs that ``batch["labels"]`` chose."""
-        self._set_head(batch)
+        inputs = self._choose(batch, {key: batch[key] for key in model_keys if key in batch})
         try:
-            outputs = self.model(**{key: batch[key] for key in model_keys if key in batch}, use_cache=False)
+            outputs = self.model(**inputs, use_cache=False)
         finally:
             self._clear_head()
         return self._read(outputs, batch)
@@ -195,6 +204,16 @@ class Engine:
         if self.mesh.last_stage:
             self._set_head(kwargs)
         return args, {key: value for key, value in kwargs.items() if key not in self._batch_keys}
+
+    def _choose(self, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Set the head to the batch's labels; returns what the model is called with: ``inputs``, or these packed."""
+        packed = self.packing.pack(batch) if self.packing and self.head and set(inputs) == PACKABLE else None
+        if packed is None:
+            self._set_head(batch)
+            return inputs
+        if "labels" in batch:
+            self.head.set_targets(packed.targets)
+        return packed.inputs
 
     def _set_head(self, batch: Batch) -> None:
         if self.head is not None and "labels" in batch:

@@ -1,0 +1,125 @@
+"""Batches without padding: the rows of a batch laid end to end, each attending to itself alone.
+
+Position ids start anew at every row and attention runs row by row, so each token sees exactly what it sees in a padded
+batch; linear layers, norms and the vocabulary head get real tokens only. The model's code is left alone: transformers
+hands ``cu_seq_lens_q`` (the ends of the rows) down to its attention function, which flash-attention already obeys and
+which :meth:`Packing.of` teaches to "sdpa" for CPUs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coati.models.logprobs import IGNORE_INDEX, next_token_targets
+
+_PROBE_LENGTHS = (3, 5)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One batch as one row of T real tokens: what the model is called with, and what the head is set to."""
+
+    inputs: dict[str, Any]
+    targets: Tensor  # (1, T), for Head.set_targets
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Lays batches end to end for one model; made by :meth:`of`. ``longest``: a longer row stays padded."""
+
+    longest: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Packing | None":
+        """None where ``model`` must be given padded batches.
+
+        It can be given packed ones when its attention runs through transformers' attention interface, with "sdpa" on a
+        CPU or "flash_attention_2" on a GPU, and two packed probe rows come out as each does alone.
+        """
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        device = next(model.parameters()).device.type
+        known = (attention, device) in (("sdpa", "cpu"), ("flash_attention_2", "cuda"))
+        if not (known and getattr(model, "_supports_attention_backend", False)):
+            return None
+        if attention == "sdpa":
+            _teach_sdpa()
+        # Rows longer than a sliding window are masked by it, which row_by_row does not do.
+        packing = cls(longest=getattr(model.config, "sliding_window", None) or 2**62)
+        return packing if packing.longest > max(_PROBE_LENGTHS) and packing._holds_for(model) else None
+
+    def pack(self, batch: Mapping[str, Tensor]) -> Packed | None:
+        """(B, S) ``input_ids, attention_mask`` and perhaps ``labels`` -> one row of the ``attention_mask.sum()`` real
+        tokens, in the same order, whatever side the padding is on; None where a row is too long.
+
+        Log-probs that a head returns for it are those it returns for the padded batch.
+        """
+        ids, real = batch["input_ids"], batch["attention_mask"].bool()
+        lengths = real.sum(1)
+        longest = int(lengths.max())
+        if longest > self.longest:
+            return None
+        targets = next_token_targets(batch["labels"]) if "labels" in batch else torch.full_like(ids, IGNORE_INDEX)
+        ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        inputs = {
+            "input_ids": ids[real][None],
+            "position_ids": (real.cumsum(1) - 1)[real][None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+        return Packed(inputs, targets[real][None])
+
+    @torch.no_grad()
+    def _holds_for(self, model: nn.Module) -> bool:
+        # A model may take the keywords and not act on them.
+        device, training = next(model.parameters()).device, model.training
+        width = max(_PROBE_LENGTHS)
+        ids = torch.arange(len(_PROBE_LENGTHS) * width, device=device).view(-1, width) % model.config.vocab_size
+        mask = (torch.arange(width) < torch.tensor(_PROBE_LENGTHS)[:, None]).long().to(device)
+        backbone = model.get_decoder()
+        model.eval()
+        try:
+            packed = backbone(**self.pack({"input_ids": ids, "attention_mask": mask}).inputs, use_cache=False)[0]
+        except TypeError:  # a forward without these keywords
+            return False
+        finally:
+            model.train(training)
+        rows = zip(ids, _PROBE_LENGTHS, strict=True)
+        alone = torch.cat([backbone(input_ids=row[None, :length], use_cache=False)[0] for row, length in rows], dim=1)
+        tolerance = 1e-5 if packed.dtype == torch.float32 else 2e-2
+        return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
+
+
+def row_by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float, scale: float) -> Tensor:
+    """Causal attention of each row with itself: ``query`` (1, heads, T, D), ``key``, ``value`` (1, KV heads, T, D) with
+    T the sum of ``lengths`` -> (1, T, heads, D)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outs = [F.scaled_dot_product_attention(*row, dropout_p=dropout, is_causal=True, scale=scale) for row in rows]
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
+
+
+def _teach_sdpa() -> None:
+    """Register an "sdpa" that goes row by row where it is told the ends of rows, and is the original otherwise."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if getattr(original, "takes_packed_rows", False):
+        return
+
+    def attention(module, query, key, value, attention_mask, **keywords):
+        ends = keywords.get("cu_seq_lens_q")
+        if ends is None:
+            return original(module, query, key, value, attention_mask, **keywords)
+        lengths = [length for length in ends.diff().tolist() if length]
+        return row_by_row(query, key, value, lengths, keywords.get("dropout", 0.0), keywords.get("scaling")), None
+
+    attention.takes_packed_rows = True
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)

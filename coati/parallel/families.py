@@ -70,8 +70,8 @@ def check_family(config: Any, options: ParallelOptions) -> None:
     if family not in SPLITS and (options.plugin == "3d" or flags):
         flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
         raise ValueError(
-            f"{flag}: ColossalAI 0.5.0 does not know how to split {family} models (it knows {', '.join(SPLITS)}); "
-            "use --plugin zero2 or --plugin gemini without --tp"
+            f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for them (it has for "
+            f"{', '.join(SPLITS)}); use --plugin zero2 or --plugin gemini without --tp"
         )
     for flag in flags - SPLITS.get(family, _ALL):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"

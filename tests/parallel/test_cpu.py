@@ -40,6 +40,7 @@ def reference() -> tuple[list[float], list[float]]:
         ("3d", "fp32", ALL_TO_ALL, 1),
     ],
 )
+@pytest.mark.matrix
 def test_two_processes_train_as_plain_pytorch_does(plugin, precision, options, micro_batches, reference):
     """Losses of four steps, clipped, and the gradient norms by which they were clipped."""
     tolerance = 1e-5 if precision == "fp32" else 2e-2

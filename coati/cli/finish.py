@@ -11,10 +11,11 @@ from typing import Any
 
 from coati.parallel.checkpoint import RunningState, read_checkpoint, save_checkpoint
 from coati.parallel.engine import NonFiniteLoss
-from coati.parallel.files import SaveFailed, write_directory
+from coati.parallel.files import SaveFailed, existing_folder, write_directory
 from coati.parallel.launch import shut_down
 from coati.parallel.weights import save_model
 from coati.utils.distributed import barrier, broadcast_object, is_rank_0, rank, world_size
+from coati.utils.memory import describe_memory, in_units, peak_memory_of_ranks
 from coati.utils.notice import say
 
 EXPECTED = (ValueError, OSError, SaveFailed, NonFiniteLoss)
@@ -43,21 +44,28 @@ def command_again() -> str:
 
 
 def dry_run(args: Namespace, trainer: Any, loader: Any) -> None:
-    """One real step, saved to a temporary directory and loaded again; prints what the run would be."""
+    """One real step, saved beside ``--save_dir`` under a temporary name and loaded again; prints what the run would
+    be."""
     from coati.models.utils import load_causal_lm
 
     say(describe(args, trainer, loader))
-    window = next(iter(loader.windows(0)))
-    step = trainer.engine.train_step(window, trainer)
-    place = broadcast_object(tempfile.mkdtemp(prefix="coati-dry-run-") if is_rank_0() else None)
-    folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
-    read_checkpoint(folder)
-    if is_rank_0():
-        load_causal_lm(folder / "modeling")
-    barrier()
-    if is_rank_0():
-        shutil.rmtree(place)
-    say(f"dry run: one step taken (loss {step.loss:.4f}), saved and loaded again. Nothing was kept.")
+    step = trainer.engine.train_step(next(iter(loader.windows(0))), trainer)
+    # Not in /tmp: where the run would save, every host sees it and the disk is the one that must have room.
+    near = existing_folder(Path(args.save_dir))
+    place = broadcast_object(tempfile.mkdtemp(prefix=".coati-dry-run-", dir=near) if is_rank_0() else None)
+    try:
+        folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
+        size = sum(read_checkpoint(folder).files.values())
+        if is_rank_0():
+            load_causal_lm(folder / "modeling")
+        barrier()
+    finally:
+        if is_rank_0():
+            shutil.rmtree(place)
+    say(
+        f"dry run: one step taken (loss {step.loss:.4f}, {describe_memory(peak_memory_of_ranks())}), a checkpoint of "
+        f"{in_units(size)} saved and loaded again. Nothing was kept."
+    )
 
 
 def describe(args: Namespace, trainer: Any, loader: Any) -> str:
@@ -67,13 +75,18 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
     tokens = int(loader.lengths.sum())
     steps = min(args.max_epochs * len(loader), args.max_steps or 2**62)
     lines = [
+        "dry run: what the run would be",
         f"rows {loader.rows}, tokens {tokens} (longest row {int(loader.lengths.max())}), {loader.window_rows} rows "
         "a step",
         f"steps {steps} ({len(loader)} an epoch, {args.max_epochs} epochs)",
         estimate_memory(trainer.engine),
-        *(f"  --{name} {value}" for name, value in sorted(vars(args).items()) if value not in (None, False, [])),
+        *(f"  --{name} {_word(value)}" for name, value in sorted(vars(args).items()) if value not in (None, False, [])),
     ]
-    return "dry run\n" + "\n".join(lines)
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return shlex.join(value) if isinstance(value, list) else str(value)
 
 
 def guarded(program: str, main: Callable[[Namespace], None], args: Namespace) -> None:

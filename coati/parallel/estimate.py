@@ -1,8 +1,7 @@
 """What training needs in memory before activations, per process."""
 
 from coati.parallel.engine import Engine
-
-GIB = 2**30
+from coati.utils.memory import in_units
 
 
 def estimate_memory(engine: Engine) -> str:
@@ -26,9 +25,10 @@ def estimate_memory(engine: Engine) -> str:
     states /= shares if sharded_states else 1
     gradients /= shares if sharded_states and options.zero_stage != 1 else 1
     weights /= shares if engine.mesh.sharded_forward else 1
-    where = "host" if options.plugin == "zero2_cpu" or options.zero_cpu_offload else "device"
-    held = f"{total / 1e6:.1f}M parameters held, {trained / 1e6:.1f}M trained"
+    device = "GPU" if engine.device.type == "cuda" else "CPU"
+    where = "host" if options.plugin == "zero2_cpu" or options.zero_cpu_offload else device
+    held = f"{int(total):,} parameters held, {int(trained):,} trained"
     return (
-        f"memory per process before activations: weights {weights / GIB:.2f} + gradients {gradients / GIB:.2f} GiB, "
-        f"optimiser {states / GIB:.2f} GiB on the {where} ({held})"
+        f"memory per process before activations: weights {in_units(weights)} + gradients {in_units(gradients)} on the "
+        f"{device}, optimiser {in_units(states)} on the {where} ({held})"
     )

@@ -70,14 +70,16 @@ def _agree(failure: str | None, final: Path, temporary: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         barrier()
         named = "; ".join(f"rank {who}: {text}" for who, text in enumerate(failures) if text)
-        free = shutil.disk_usage(_existing(final.parent)).free / 2**30
+        free = shutil.disk_usage(existing_folder(final.parent)).free / 2**30
         raise SaveFailed(
             f"could not save {final} ({named}); rank {rank()} sees {free:.2f} GiB free there. Nothing half-written was "
             "left; free space or choose another --save_dir, then resume with --checkpoint_path auto"
         )
 
 
-def _existing(folder: Path) -> Path:
+def existing_folder(folder: Path) -> Path:
+    """``folder``, or the nearest one above it that exists."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -27,3 +27,8 @@ def describe_memory(peaks: list[float]) -> str:
     if len(peaks) == 1:
         return f"peak memory {high:.0f} MiB"
     return f"peak memory {low:.0f} MiB (rank {peaks.index(low)}) to {high:.0f} MiB (rank {peaks.index(high)})"
+
+
+def in_units(size: float) -> str:
+    """Bytes as MiB, or as GiB from one GiB on."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

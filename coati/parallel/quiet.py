@@ -92,10 +92,11 @@ def _import_without(module: str, start: str) -> None:
 
 def import_colossalai() -> ModuleType:
     """``colossalai`` with its booster loaded and its known noise held back. Takes some seconds the first time."""
+    # Importing it makes torch start a pool of compiler processes on every rank; nothing here is compiled.
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        import_module("torch._inductor.config").compile_threads = 1
     hush()
     _import_without("torch.utils.cpp_extension", "No CUDA runtime is found")
-    # Importing it makes torch start a pool of compiler processes on every rank; nothing here is compiled.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     colossalai = import_module("colossalai")
     import_module("colossalai.booster.plugin")
     for module, start in KNOWN_PRINTS:

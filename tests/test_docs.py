@@ -1,0 +1,107 @@
+"""What README and docs/ say must be there: links, files, make targets and flags; and they claim no measured figures."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from coati.cli.reference import parsers
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "examples" / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = [page for page in PAGES if page.name not in ("flags.md", "models.md")]  # those two are generated whole
+
+# Flags of other programs, by the program that has them.
+OTHERS = {
+    "colossalai run": {
+        "--nproc_per_node", "--hostfile", "--master_port", "--master_addr", "--ssh-port", "--num_nodes", "--include",
+        "--exclude", "--extra_launch_args",
+    },
+    "torchrun": {"--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"},
+    "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
+    "docker": {"--ipc"},
+    "pip": {"--no-deps"},
+    "coati.cli.reference": {"--check"},
+}  # fmt: skip
+# What a benchmark prints on one machine is not true of another; pages name the command instead.
+FIGURES = re.compile(
+    r"\d[\d.,]*\s?(?:tokens/s|rows/s|%|percent|seconds?\b|s\b|ms\b|minutes?\b|hours?\b|x (?:faster|less)|times faster)"
+)
+FORBIDDEN = re.compile(r"\b(?:session|agent|helper|subagent)s?\b|/work/|/tmp/", re.IGNORECASE)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets on GitHub."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text(encoding="utf-8"))):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        goal = (page.parent / path).resolve() if path else page
+        assert goal.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", prose(goal.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{name_of(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_exist(page):
+    known = set().union(*OTHERS.values())
+    for parser in parsers().values():
+        known |= set(parser._option_string_actions)  # those of older documents too
+    text = page.read_text(encoding="utf-8")
+    unknown = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)) - known
+    assert not unknown, f"{name_of(page)} names {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_accepted(page):
+    """Each line in a code block that starts one of the scripts, its file names aside, is what the parser takes."""
+    scripts = parsers()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True) if ".py --" in line else []
+        for index, word in enumerate(words):
+            if Path(word).name in scripts:
+                scripts[Path(word).name].parse_args([rest for rest in words[index + 1 :] if rest != "..."])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_make_targets_exist(page):
+    text = page.read_text(encoding="utf-8")
+    folders = "coati|examples|config|benchmarks|tests|tools|docs"
+    for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]+\.(?:py|sh|json|jsonl|md|example))\b", text):
+        assert (ROOT / path).exists(), f"{name_of(page)} names {path}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert named <= targets, f"{name_of(page)} names make {sorted(named - targets)}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_no_figures_that_no_command_prints(page):
+    text = prose(page.read_text(encoding="utf-8"))
+    assert not (found := FIGURES.findall(text)), f"{name_of(page)}: {found}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_speak_of_the_project_alone(page):
+    text = page.read_text(encoding="utf-8")
+    assert not (found := FORBIDDEN.findall(text)), f"{name_of(page)}: {found}"
+
+
+def test_architecture_stays_short():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert len(prose(text).splitlines()) <= 150

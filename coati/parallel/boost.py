@@ -11,6 +11,7 @@ from torch import nn
 
 from coati.models.varlen import Packing
 from coati.parallel.engine import Engine
+from coati.parallel.families import check_family, prepare_family
 from coati.parallel.plugins import PLUGINS, ParallelOptions, check_heads, check_options, resolve_options
 from coati.parallel.quiet import import_colossalai
 from coati.parallel.schedule import cosine_with_warmup
@@ -54,6 +55,7 @@ def boost(
     checked = {name: value for name, value in vars(options).items() if name != "plugin"}
     check_options(options.plugin, world_size=world_size(), **checked)
     check_heads(model.config, options)
+    check_family(model.config, options)
     prepare_colossalai()
     _prepare_model(model, options)
     packing = Packing.of(model) if _runs_plain_model(options) else None
@@ -66,7 +68,12 @@ def boost(
 
 
 def _runs_plain_model(options: ParallelOptions) -> bool:
-    """Whether the plugin leaves the model's own forward in place, so that it takes rows laid end to end."""
+    """Whether the plugin leaves the model's own forward in place, so that it takes rows laid end to end.
+
+    On a CPU: there attention goes row by row, which on a GPU would cost more than padding does.
+    """
+    if torch.cuda.is_available():
+        return False
     return options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
 
 
@@ -108,10 +115,8 @@ def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if options.lora:
             model.enable_input_require_grads()
-    if options.tp > 1 and model.config.model_type == "opt" and model.config._attn_implementation != "eager":
-        # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names only.
-        model.config._attn_implementation = "eager"
-        say_once("OPT with --tp runs eager attention: ColossalAI 0.5.0 cannot split its SDPA attention.")
+    for note in prepare_family(model, options):
+        say_once(note)
     if options.pp > 1:
         model.config.use_cache = False
 
@@ -123,6 +128,8 @@ def _optimizer(model: nn.Module, options: ParallelOptions, lr: float, weight_dec
         from colossalai.nn.optimizer import HybridAdam
 
         return HybridAdam(parameters, adamw_mode=True, **keywords)
+    if torch.cuda.is_available():
+        say_once("the optimiser is PyTorch's AdamW: ColossalAI's own needs nvcc, ninja and g++ to be compiled here.")
     fused = {"fused": True} if options.plugin not in ("zero2_cpu",) and not options.zero_cpu_offload else {}
     return partial(torch.optim.AdamW, **fused)(parameters, **keywords)
 

@@ -97,7 +97,7 @@ PLUGINS: dict[str, Plugin] = {
         shards="gradients and optimiser states over the data-parallel processes",
         keywords=lambda o: _zero2(o, offload=False),
         precisions=PRECISIONS,
-        best_for="the default: one process or many, with or without LoRA",
+        best_for="most runs: one process or many, with or without LoRA",
         cannot="be combined with a pipeline (gradients would be exchanged once per micro-batch)",
     ),
     "zero2_cpu": Plugin(

@@ -40,6 +40,7 @@ def main(args: Namespace) -> None:
         num_proc=args.num_proc,
         strict=args.strict,
     )
+    print(f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset {args.data_arrow_output_dir}")
 
 
 if __name__ == "__main__":

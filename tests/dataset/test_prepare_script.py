@@ -54,6 +54,7 @@ def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_d
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "jsonl" / "report.json").read_text())
     assert report["rows_read"] == 84 and len(report["shards"]) == 3 and report["length"]["max"] <= 300
+    assert done.stdout.endswith(f"--dataset {tmp_path}/out/arrow\n")
     assert "rows read 84" in done.stdout and "[[" in done.stdout and "too_long" in done.stdout
     assert len(load_tokenized_dataset(str(tmp_path / "out" / "arrow"))) == report["rows_written"]
     assert json.loads(template.read_text())["end_of_assistant"] == "<|im_end|>"

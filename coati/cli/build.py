@@ -21,6 +21,7 @@ from coati.models.utils import check_vocabulary, choose_attention, load_causal_l
 from coati.parallel.boost import boost, prepare_colossalai
 from coati.parallel.checkpoint import RunningState, checkpoints, clean, latest_checkpoint, read_checkpoint, restore
 from coati.parallel.engine import Engine
+from coati.parallel.families import check_family
 from coati.parallel.launch import launch, set_seed, warn_of_threads
 from coati.parallel.plugins import ParallelOptions, check_heads
 from coati.parallel.weights import ModelAssets
@@ -189,6 +190,7 @@ def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume:
     if Path(source).is_dir() and (Path(source) / "config.json").is_file():
         config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         check_heads(config, options)
+        check_family(config, options)
         _check_same_model(config, args)
     set_seed(args.seed)
     model = load_causal_lm(

@@ -33,9 +33,8 @@ class Mesh:
     @classmethod
     def _of_hybrid(cls, plugin) -> "Mesh":
         mesh = plugin.pg_mesh
-        position = {
-            axis: mesh.coordinate(axis) for axis in (plugin.dp_axis, plugin.pp_axis, plugin.tp_axis, plugin.sp_axis)
-        }
+        axes = (plugin.dp_axis, plugin.pp_axis, plugin.tp_axis, plugin.sp_axis)
+        position = {axis: int(mesh.coordinate(axis)) for axis in axes}
         pp_size = mesh.size(plugin.pp_axis)
         last = position[plugin.pp_axis] == pp_size - 1
         first_of_copy = position[plugin.tp_axis] == 0 and position[plugin.sp_axis] == 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from coati.parallel.engine import Engine
-from coati.parallel.files import file_sizes, write_directory, write_file
+from coati.parallel.files import file_sizes, make_folder, write_directory, write_file
 from coati.parallel.optimizer_state import load_rank_state, rank_state
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
@@ -67,7 +67,7 @@ def save_checkpoint(save_dir: str | Path, engine: Engine, assets: ModelAssets, s
 
     def write(folder: Path) -> None:
         save_model(engine, folder / "modeling", assets)
-        (folder / "optimizer").mkdir(exist_ok=True)
+        make_folder(folder / "optimizer")
         mine = rank_state(engine)
         write_file(folder / "optimizer" / f"rank-{rank():05d}.pt", lambda path: torch.save(mine, path))
         if is_rank_0():

@@ -12,9 +12,26 @@ class SaveFailed(RuntimeError):
     """A rank could not write its part; nothing of the directory is left."""
 
 
+_failures: list[str] | None = None  # of this rank while it writes a directory; None: it writes none
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Every file of a checkpoint is written here, one after the other: ``write(path)``."""
-    write(path)
+    _or_later(lambda: write(path))
+
+
+def make_folder(path: Path) -> None:
+    """A folder inside a checkpoint; several ranks may make the same one."""
+    _or_later(lambda: path.mkdir(parents=True, exist_ok=True))
+
+
+def _or_later(work: Callable[[], object]) -> None:
+    # Between two files the ranks gather tensors: one that went away with an error would leave the others waiting. So
+    # inside write_directory a failure is kept until all are done, and nothing more is written by this rank.
+    if _failures is None:
+        work()
+    elif not _failures and (failure := _attempt(work)):
+        _failures.append(failure)
 
 
 def temporary_name(final: Path) -> Path:
@@ -32,7 +49,7 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
     temporary, old = temporary_name(final), final.with_name(f".{final.name}.old")
     failure = _attempt(lambda: _make_fresh(temporary) if is_rank_0() else None)
     _agree(failure, final, temporary)
-    failure = _attempt(lambda: write(temporary))
+    failure = _write_all(write, temporary)
     _agree(failure, final, temporary)
 
     def publish() -> None:
@@ -46,6 +63,16 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
     _agree(_attempt(lambda: publish() if is_rank_0() else None), final, temporary)
+
+
+def _write_all(write: Callable[[Path], None], folder: Path) -> str | None:
+    global _failures
+    _failures = []
+    try:
+        failure = _attempt(lambda: write(folder))
+        return _failures[0] if _failures else failure
+    finally:
+        _failures = None
 
 
 def _make_fresh(folder: Path) -> None:

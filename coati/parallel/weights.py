@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coati.parallel.engine import Engine
-from coati.parallel.files import write_file
+from coati.parallel.files import make_folder, write_file
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.json_io import save_json
 
@@ -85,7 +85,7 @@ def save_model(engine: Engine, folder: Path, assets: ModelAssets, *, merge_lora:
 
     Every rank must call it. Raises OSError on the rank whose disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config = assets.config
     if is_lora(engine) and merge_lora:
         from coati.models.lora import merged

@@ -13,7 +13,7 @@ from coati.parallel.engine import Batch, Engine, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.bar import Bar
 from coati.trainer.stop import StopRequest
-from coati.trainer.windows import as_windows
+from coati.trainer.windows import as_windows, total_steps
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
 from coati.utils.notice import say
@@ -64,9 +64,10 @@ class SLTrainer:
         self.samples = samples
         self.meter = AccumulativeMeanMeter()
         self.stopped_early = False
-        self.first_evaluation: dict[str, float] = {}
-        self.last_evaluation: dict[str, float] = {}
-        self._evaluated_at: int | None = None
+        evaluated = self.state.trainer.get("evaluated", {})
+        self.first_evaluation: dict[str, float] = evaluated.get("first", {})
+        self.last_evaluation: dict[str, float] = evaluated.get("last", {})
+        self._evaluated_at: int | None = evaluated.get("at")
         self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._interval |= self.state.trainer.get("interval", {})
 
@@ -92,7 +93,7 @@ class SLTrainer:
             NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
         """
         loader = as_windows(train_dataloader, self.accumulation_steps)
-        total = self._total_steps(loader)
+        total = total_steps(self.state, loader.rows, loader.window_rows, self.max_epochs, self.plan.max_steps)
         tracker = self._tracker(log_dir, use_wandb)
         bar = Bar(total, self.state.step, self.name)
         try:
@@ -113,7 +114,9 @@ class SLTrainer:
             for window in loader.windows(state.epoch, state.sample_start_index):
                 step = self._step(window, loader, stop, bar, tracker)
                 last_of_epoch = state.sample_start_index + loader.window_rows > loader.rows
-                if self._due(self.plan.eval_interval) or (self.plan.eval_interval is None and last_of_epoch):
+                # At the end too, and before its checkpoint: what is logged after one is logged again by a resumed run.
+                due = last_of_epoch if self.plan.eval_interval is None else self._due(self.plan.eval_interval)
+                if due or state.step >= total:
                     self._evaluate(eval_dataloader, tracker, bar)
                 if self._due(self.plan.save_interval) or step.stop:
                     self.save()
@@ -178,15 +181,14 @@ class SLTrainer:
         if self.plan.save_dir is None:
             return None
         self.state.trainer["interval"] = dict(self._interval)
+        evaluated = {"at": self._evaluated_at, "first": self.first_evaluation, "last": self.last_evaluation}
+        self.state.trainer["evaluated"] = evaluated
         path = save_checkpoint(self.plan.save_dir, self.engine, self.assets, self.state)
         clean(self.plan.save_dir, self.plan.keep_last_k)
         return path
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.state.step % interval == 0
-
-    def _total_steps(self, loader) -> int:
-        return min(self.max_epochs * len(loader), self.plan.max_steps or 2**62)
 
     def _tracker(self, log_dir: str | None, use_wandb: bool) -> Tracker:
         if self.plan.save_dir is None and log_dir is None and not use_wandb:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from itertools import islice
 
+from coati.parallel.checkpoint import RunningState
+
 
 class DataLoaderWindows:
     """Windows of ``accumulation_steps`` batches of an ordinary DataLoader; positions count this rank's batches."""
@@ -33,3 +35,16 @@ class DataLoaderWindows:
 def as_windows(loader, accumulation_steps: int):
     """``loader`` itself when it yields windows, else :class:`DataLoaderWindows`."""
     return loader if hasattr(loader, "windows") else DataLoaderWindows(loader, accumulation_steps)
+
+
+def total_steps(state: RunningState, rows: int, window_rows: int, max_epochs: int, max_steps: int | None = None) -> int:
+    """Optimiser steps that a run has done when it ends, counted from where ``state`` stands.
+
+    Not epochs times steps of an epoch: a run resumed with larger or smaller windows has done its first steps with
+    others.
+    """
+    if state.epoch >= max_epochs:
+        return state.step
+    left = max(rows - state.sample_start_index, 0) // window_rows
+    left += (max_epochs - state.epoch - 1) * (rows // window_rows)
+    return min(state.step + left, max_steps or 2**62)

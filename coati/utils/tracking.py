@@ -27,13 +27,13 @@ class JsonlTracker:
     """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``.
 
     ``keep_to`` cuts an existing file back to the reports up to that step: those after the checkpoint that a resumed run
-    starts from would otherwise be there twice.
+    starts from would otherwise be there twice. 0 is a run from the start, which keeps none.
     """
 
     def __init__(self, path: str | os.PathLike, keep_to: int = 0) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= keep_to]
+        kept = [line for line in _whole_lines(path) if keep_to and json.loads(line)["step"] <= keep_to]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)

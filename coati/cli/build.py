@@ -5,86 +5,41 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from coati.cli.machine import check_precision, parallel_options
+from coati.cli.restart import Resume, check_same_model
 from coati.dataset.conversation import Conversation, setup_conversation_template
-from coati.dataset.loader import EvaluationLoader, WindowLoader, load_tokenized_dataset, preparation_of, row_lengths
+from coati.dataset.loader import EvaluationLoader, WindowLoader, load_tokenized_dataset, preparation_of
 from coati.dataset.prepare import prepare_dataset
 from coati.models.lora import LoraConfig, apply_lora
 from coati.models.lora_files import load_lora
 from coati.models.utils import check_vocabulary, choose_attention, load_causal_lm, load_tokenizer
 from coati.parallel.boost import boost, prepare_colossalai
-from coati.parallel.checkpoint import RunningState, checkpoints, clean, latest_checkpoint, read_checkpoint, restore
+from coati.parallel.checkpoint import RunningState, restore
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family
 from coati.parallel.launch import launch, set_seed, warn_of_threads
 from coati.parallel.plugins import ParallelOptions, check_heads
 from coati.parallel.weights import ModelAssets
-from coati.utils.distributed import barrier, is_rank_0, world_size
-from coati.utils.json_io import load_json, save_json
+from coati.trainer.windows import total_steps
+from coati.utils.distributed import all_gather_object, is_rank_0, world_size
 from coati.utils.notice import say
 
 RAW_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
 
 
-@dataclass
-class Resume:
-    """Where a run starts from: ``weights`` is a model directory, ``folder`` the whole checkpoint or None."""
-
-    weights: str | None = None
-    folder: Path | None = None
-    state: RunningState | None = None
-
-
 def start(args: Namespace) -> ParallelOptions:
-    """Join the other processes, settle the defaults and record the arguments. Raises ValueError naming the flag."""
+    """Join the other processes and settle the defaults. Raises ValueError naming the flag."""
     # The group comes first: ColossalAI's import takes seconds that would count against the other ranks' patience.
     launch(args.seed)
     warn_of_threads()
     options = parallel_options(args)
     check_precision(options.precision)
     prepare_colossalai()
-    if is_rank_0():
-        resolved = {key: value for key, value in vars(args).items() if not key.startswith("_")}
-        for path in (args.config_file, None if args.dry_run else Path(args.save_dir) / "arguments.json"):
-            if path:
-                save_json(resolved, path)
     return options
-
-
-def find_resume(args: Namespace) -> Resume:
-    """What ``--checkpoint_path`` stands for; refuses to write a new run over an old one."""
-    path = args.checkpoint_path
-    if Path(args.save_dir).exists():
-        clean(args.save_dir)  # what an interrupted save left
-    if path == "auto":
-        path = latest_checkpoint(args.save_dir)
-        found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
-        say(f"--checkpoint_path auto: {found}")
-    if path is None:
-        held = [*checkpoints(args.save_dir), *Path(args.save_dir).glob("modeling")]
-        if held and args.checkpoint_path is None and not args.dry_run:
-            raise ValueError(
-                f"--save_dir {args.save_dir} already holds {held[-1].name}; go on with --checkpoint_path auto, or "
-                "choose "
-                "another directory"
-            )
-        return Resume()
-    folder = Path(path)
-    if not (folder / "running_states.json").exists() and any(folder.glob("*config.json")):
-        say(f"--checkpoint_path {folder} is a model directory: its weights are taken, everything else starts anew.")
-        return Resume(weights=str(folder))
-    state = read_checkpoint(folder)
-    if args.checkpoint_weights_only or not state.layout:
-        why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
-        say(f"{folder}: {why}; its weights are taken, optimiser, schedule and sample order start anew.")
-        return Resume(weights=str(folder / "modeling"))
-    return Resume(weights=str(folder / "modeling"), folder=folder, state=state)
 
 
 def tokenizer_and_template(args: Namespace) -> tuple[Any, Conversation | None]:
@@ -152,20 +107,26 @@ def _prepare_raw(path: str, args: Namespace, tokenizer: Any, template: Conversat
     key = json.dumps([stamps, vocabulary, template.to_config(), args.max_length])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    failure = None
     if not (folder / "preparation.json").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{path} holds raw conversations: preparing them into {folder} (prepare_dataset.py does this once for all)")
-        prepare_dataset(
-            inputs=[path],
-            tokenizer=tokenizer,
-            template=template,
-            arrow_dir=folder,
-            max_length=args.max_length,
-            num_bins=1,
-            tokenizer_name=args.tokenizer_dir or args.pretrain,
-            seed=args.seed,
-            show=print if is_rank_0() else None,
-        )
-    barrier()
+        try:
+            prepare_dataset(
+                inputs=[path],
+                tokenizer=tokenizer,
+                template=template,
+                arrow_dir=folder,
+                max_length=args.max_length,
+                num_bins=1,
+                tokenizer_name=args.tokenizer_dir or args.pretrain,
+                seed=args.seed,
+                show=print if is_rank_0() else None,
+            )
+        except (ValueError, OSError) as error:
+            failure = str(error)
+    # The others wait here: they must end with it, not hang.
+    if failures := [text for text in all_gather_object(failure) if text]:
+        raise ValueError(failures[0])
     return str(folder)
 
 
@@ -191,7 +152,7 @@ def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume:
         config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         check_heads(config, options)
         check_family(config, options)
-        _check_same_model(config, args)
+        check_same_model(config, args)
     set_seed(args.seed)
     model = load_causal_lm(
         source,
@@ -226,27 +187,11 @@ def lora_config(args: Namespace) -> LoraConfig:
     return replace(config, **{name: value for name, value in flags.items() if value is not None})
 
 
-def _check_same_model(config: Any, args: Namespace) -> None:
-    """A checkpoint resumes the model that --pretrain names, not another."""
-    named = Path(args.pretrain) / "config.json"
-    if not named.is_file():
-        return
-    wanted = load_json(named)
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
-        mine = getattr(config, key, None)
-        if key in wanted and mine is not None and wanted[key] != mine:
-            raise ValueError(
-                f"--checkpoint_path {args.checkpoint_path} is of another model than --pretrain {args.pretrain}: "
-                f"{key} is "
-                f"{mine} there and {wanted[key]} here; name the checkpoint of this model"
-            )
-
-
 def engine(args: Namespace, options: ParallelOptions, model: Any, rows: int, resume: Resume) -> Engine:
     """``model`` boosted, with schedule as long as the steps that will be taken, and put back to where a checkpoint
     was."""
     window = args.batch_size * args.accumulation_steps * world_size() // options.model_parallel_size
-    total = min(args.max_epochs * (rows // window), args.max_steps or 2**62)
+    total = total_steps(resume.state or RunningState(), rows, window, args.max_epochs, args.max_steps)
     built = boost(
         model,
         options,
@@ -271,30 +216,6 @@ def loaders(args: Namespace, built: Engine, train: Any, evaluation: Any, collate
     if evaluation is None:
         return windows, None
     return windows, EvaluationLoader(evaluation, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh)
-
-
-def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
-    """The state a trainer starts from. Raises ValueError when the data or the seed are not those of the checkpoint."""
-    now = {"rows": len(train), "seed": args.seed, "fingerprint": data_fingerprint(train)}
-    if resume.state is None:
-        return RunningState(data=now)
-    changed = [key for key, value in now.items() if resume.state.data.get(key, value) != value]
-    if changed:
-        before = {key: resume.state.data[key] for key in changed}
-        raise ValueError(
-            f"--checkpoint_path {resume.folder}: its sample position belongs to other data ({before}, now "
-            f"{ {key: now[key] for key in changed} }); give the same --dataset and --seed, or --checkpoint_weights_only"
-        )
-    resume.state.data = now
-    return resume.state
-
-
-def data_fingerprint(rows: Any) -> str:
-    """Of every row's length and of the first and last rows' tokens."""
-    digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
-    for index in {0, len(rows) - 1}:
-        digest.update(json.dumps(rows[index]["input_ids"]).encode())
-    return digest.hexdigest()[:16]
 
 
 def assets(model: Any, tokenizer: Any, template: Conversation | None) -> ModelAssets:

@@ -12,13 +12,13 @@ from typing import Any
 from coati.parallel.checkpoint import RunningState, read_checkpoint, save_checkpoint
 from coati.parallel.engine import NonFiniteLoss
 from coati.parallel.files import SaveFailed, existing_folder, write_directory
-from coati.parallel.launch import shut_down
+from coati.parallel.launch import LaunchFailed, shut_down
 from coati.parallel.weights import save_model
 from coati.utils.distributed import barrier, broadcast_object, is_rank_0, rank, world_size
 from coati.utils.memory import describe_memory, in_units, peak_memory_of_ranks
 from coati.utils.notice import say
 
-EXPECTED = (ValueError, OSError, SaveFailed, NonFiniteLoss)
+EXPECTED = (ValueError, OSError, LaunchFailed, SaveFailed, NonFiniteLoss)
 
 
 def save_final(args: Namespace, trainer: Any) -> None:
@@ -38,7 +38,12 @@ def save_final(args: Namespace, trainer: Any) -> None:
 
 def command_again() -> str:
     """This command line with ``--checkpoint_path auto``."""
-    words = [word for word in sys.argv if not word.startswith("--checkpoint_path")]
+    words, dropping = [], False
+    for word in sys.argv:
+        if word.startswith("--"):
+            dropping = word.startswith("--checkpoint_")  # the flag and the value after it
+        if not dropping:
+            words.append(word)
     launcher = f"colossalai run --nproc_per_node {world_size()}" if world_size() > 1 else "python"
     return f"{launcher} {shlex.join(words)} --checkpoint_path auto"
 

@@ -12,13 +12,17 @@ import torch.distributed as dist
 from coati.utils.notice import say
 
 
+class LaunchFailed(RuntimeError):
+    """The processes did not come together."""
+
+
 def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0) -> torch.device:
     """Join the process group and return this process's device.
 
     Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no host name.
 
     Raises:
-        RuntimeError: on every rank, naming the ranks that did not appear within ``handshake_s`` seconds.
+        LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s`` seconds.
     """
     device = _device()
     if not dist.is_initialized():
@@ -46,7 +50,7 @@ def _device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     found = torch.cuda.device_count()
     if local_rank >= found:
-        raise RuntimeError(
+        raise LaunchFailed(
             f"LOCAL_RANK {local_rank} needs {local_rank + 1} GPUs, this host shows {found}; lower --nproc_per_node or "
             f"check CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}"
         )
@@ -58,7 +62,7 @@ def _meet(handshake_s: float, timeout: timedelta):
     """Wait until every rank has signed in; ranks that do not are named instead of hung for."""
     missing_variables = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing_variables:
-        raise RuntimeError(
+        raise LaunchFailed(
             f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or torchrun, or unset RANK "
             "to run one process without a launcher"
         )
@@ -67,7 +71,7 @@ def _meet(handshake_s: float, timeout: timedelta):
         store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RuntimeError(
+        raise LaunchFailed(
             f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} processes met at "
             f"{where} within {handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
         ) from error
@@ -77,7 +81,7 @@ def _meet(handshake_s: float, timeout: timedelta):
         store.set("coati/missing", ",".join(map(str, missing)))
     missing_text = store.get("coati/missing").decode() if _appears(store, "coati/missing", wait * 2) else "0"
     if missing_text:
-        raise RuntimeError(
+        raise LaunchFailed(
             f"rank {rank}: no sign of rank {missing_text} of {world_size} within {handshake_s:.0f} s; look at its "
             "host's "
             "log, at --nproc_per_node (the same on every host) and at the firewall"

@@ -7,16 +7,17 @@ from coati.cli.arguments import parse_sft
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, finish, samples
+    from coati.cli import build, finish, restart, samples
     from coati.dataset import DataCollatorForSupervisedDataset
     from coati.trainer import Plan, SFTTrainer
 
     options = build.start(args)
-    resume = build.find_resume(args)
+    resume = restart.find_resume(args)
+    restart.record_arguments(args)
     tokenizer, template = build.tokenizer_and_template(args)
     train = build.dataset(args.dataset, args, tokenizer, template)
     evaluation = build.dataset(args.eval_dataset, args, tokenizer, template, mode="valid")
-    state = build.running_state(args, resume, train)
+    state = restart.running_state(args, resume, train)
     build.check_rows(args, options, train)
     model = build.causal_lm(args, options, tokenizer, resume)
     assets = build.assets(model, tokenizer, template)

@@ -1,0 +1,103 @@
+"""Where a run starts: from --pretrain, from the weights of a model, or from a checkpoint, exactly."""
+
+import hashlib
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coati.dataset.loader import row_lengths
+from coati.parallel.checkpoint import RunningState, checkpoints, clean, latest_checkpoint, read_checkpoint
+from coati.utils.distributed import broadcast_object, is_rank_0
+from coati.utils.json_io import load_json, save_json
+from coati.utils.notice import say
+
+
+@dataclass
+class Resume:
+    """Where a run starts from: ``weights`` is a model directory, ``folder`` the whole checkpoint or None."""
+
+    weights: str | None = None
+    folder: Path | None = None
+    state: RunningState | None = None
+
+
+def find_resume(args: Namespace) -> Resume:
+    """What ``--checkpoint_path`` stands for; refuses to write a new run over an old one."""
+    path = args.checkpoint_path
+    if Path(args.save_dir).exists():
+        clean(args.save_dir)  # what an interrupted save left
+    if path == "auto":
+        # Rank 0 looks: a rank that found another one, or none, would train on something else.
+        path = broadcast_object(latest_checkpoint(args.save_dir) if is_rank_0() else None)
+        found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
+        say(f"--checkpoint_path auto: {found}")
+    if path is None:
+        held = [*checkpoints(args.save_dir), *Path(args.save_dir).glob("modeling")]
+        if held and args.checkpoint_path is None and not args.dry_run:
+            raise ValueError(
+                f"--save_dir {args.save_dir} already holds {held[-1].name}; go on with --checkpoint_path auto, or "
+                "choose another directory"
+            )
+        return Resume()
+    folder = Path(path)
+    if not (folder / "running_states.json").exists() and any(folder.glob("*config.json")):
+        say(f"--checkpoint_path {folder} is a model directory: its weights are taken, everything else starts anew.")
+        return Resume(weights=str(folder))
+    state = read_checkpoint(folder)
+    if args.checkpoint_weights_only or not state.layout:
+        why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
+        say(f"{folder}: {why}; its weights are taken, optimiser, schedule and sample order start anew.")
+        return Resume(weights=str(folder / "modeling"))
+    return Resume(weights=str(folder / "modeling"), folder=folder, state=state)
+
+
+def record_arguments(args: Namespace) -> None:
+    """Write the resolved flags beside the output, and to ``--config_file``; once it is sure that the run may write."""
+    if is_rank_0():
+        resolved = {key: value for key, value in vars(args).items() if not key.startswith("_")}
+        for path in (args.config_file, None if args.dry_run else Path(args.save_dir) / "arguments.json"):
+            if path:
+                save_json(resolved, path)
+
+
+def check_same_model(config: Any, args: Namespace) -> None:
+    """A checkpoint resumes the model that --pretrain names, not another."""
+    named = Path(args.pretrain) / "config.json"
+    if not named.is_file():
+        return
+    wanted = load_json(named)
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
+        mine = getattr(config, key, None)
+        if key in wanted and mine is not None and wanted[key] != mine:
+            raise ValueError(
+                f"--checkpoint_path {args.checkpoint_path} is of another model than --pretrain {args.pretrain}: "
+                f"{key} is {mine} there and {wanted[key]} here; name the checkpoint of this model"
+            )
+
+
+def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
+    """The state a trainer starts from. Raises ValueError when the data or the seed are not those of the checkpoint."""
+    now = {"rows": len(train), "seed": args.seed, "fingerprint": data_fingerprint(train)}
+    if resume.state is None:
+        return RunningState(data=now)
+    changed = [key for key, value in now.items() if resume.state.data.get(key, value) != value]
+    if changed:
+        before = {key: resume.state.data[key] for key in changed}
+        raise ValueError(
+            f"--checkpoint_path {resume.folder}: its sample position belongs to other data ({before}, now "
+            f"{ {key: now[key] for key in changed} }); give the same --dataset and --seed, or --checkpoint_weights_only"
+        )
+    resume.state.data = now
+    return resume.state
+
+
+def data_fingerprint(rows: Any) -> str:
+    """Of every row's length and of the first and last rows' tokens."""
+    digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
+    for index in {0, len(rows) - 1}:
+        digest.update(json.dumps(rows[index]["input_ids"]).encode())
+    return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from coati.dataset.loader import EvaluationLoader, WindowLoader, load_tokenized_
 from coati.dataset.prepare import prepare_dataset
 from coati.models.lora import LoraConfig, apply_lora
 from coati.models.lora_files import load_lora
-from coati.models.utils import check_vocabulary, choose_attention, load_causal_lm, load_tokenizer
+from coati.models.utils import check_vocabulary, choose_attention, load_causal_lm, load_config, load_tokenizer
 from coati.parallel.boost import boost, prepare_colossalai
 from coati.parallel.checkpoint import RunningState, restore
 from coati.parallel.engine import Engine
@@ -144,12 +144,10 @@ def check_rows(args: Namespace, options: ParallelOptions, rows: Any) -> None:
 
 def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
     """The model to train, with adapters when asked for. Raises ValueError before weights are loaded where it can."""
-    from transformers import AutoConfig
-
     adapters = options.lora and resume.weights is not None
     source = args.pretrain if adapters or resume.weights is None else resume.weights
     if Path(source).is_dir() and (Path(source) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        config = load_config(source, trust_remote_code=args.trust_remote_code)
         check_heads(config, options)
         check_family(config, options)
         check_same_model(config, args)

@@ -37,6 +37,17 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
     return tokenizer
 
 
+def load_config(path: str | os.PathLike, trust_remote_code: bool = False):
+    """The configuration of ``path``. Raises ValueError as :func:`load_causal_lm` does, before weights are read."""
+    from transformers import AutoConfig
+
+    _check_directory(path, "model")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _explained(path, "model", error) from error
+
+
 def load_causal_lm(
     path: str | os.PathLike,
     *,

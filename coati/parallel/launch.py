@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -66,33 +67,44 @@ def _meet(handshake_s: float, timeout: timedelta):
             f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or torchrun, or unset RANK "
             "to run one process without a launcher"
         )
-    wait = timedelta(seconds=handshake_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    end = time.monotonic() + handshake_s
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+        store = _store(rank, world_size, timedelta(seconds=handshake_s))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchFailed(
-            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} processes met at "
-            f"{where} within {handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
+            f"rank {rank} on {socket.gethostname()}: no sign of rank 0 of {world_size} at {where} within "
+            f"{handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
         ) from error
-    store.set(f"coati/here/{rank}", socket.gethostname())
+    store.set(f"here/{rank}", socket.gethostname())
     if rank == 0:
-        missing = [r for r in range(world_size) if not _appears(store, f"coati/here/{r}", wait)]
-        store.set("coati/missing", ",".join(map(str, missing)))
-    missing_text = store.get("coati/missing").decode() if _appears(store, "coati/missing", wait * 2) else "0"
-    if missing_text:
+        missing = [r for r in range(world_size) if not _appears(store, f"here/{r}", end)]
+        store.set("missing", ", ".join(map(str, missing)))
+    # Rank 0 may have begun to wait later than this one.
+    text = store.get("missing").decode() if _appears(store, "missing", end + handshake_s) else "0"
+    if text:
         raise LaunchFailed(
-            f"rank {rank}: no sign of rank {missing_text} of {world_size} within {handshake_s:.0f} s; look at its "
-            "host's "
-            "log, at --nproc_per_node (the same on every host) and at the firewall"
+            f"rank {rank}: no sign of rank {text} of {world_size} within {handshake_s:.0f} s; look at its host's log, "
+            "at --nproc_per_node (the same on every host) and at the firewall"
         )
     store.set_timeout(timeout)
-    return dist.PrefixStore("coati/group", store), rank, world_size
+    return dist.PrefixStore("group", store), rank, world_size
 
 
-def _appears(store, key: str, wait: timedelta) -> bool:
+def _store(rank: int, world_size: int, wait: timedelta):
+    """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is missing."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(
+        host, port, world_size, rank == 0 and not hosted, wait, wait_for_workers=False, multi_tenant=True
+    )
+    return dist.PrefixStore(f"coati/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _appears(store, key: str, end: float) -> bool:
     try:
-        store.wait([key], wait)
+        store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.01)))
     except dist.DistStoreError:
         return False
     return True

@@ -1,0 +1,70 @@
+"""What the runs of this folder start from: a tiny model directory and some real rows prepared by the library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "examples" / "data" / "sft.jsonl"
+MAX_LENGTH = 96
+
+
+def write_model(folder: Path, **changes: Any) -> str:
+    """A Hugging Face directory: a random Llama of 2 layers and its tokenizer. ``changes`` are config fields."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = tiny_llama()
+    if changes:
+        fields = model.config.to_dict() | changes
+        del fields["head_dim"]  # follows from the others
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def short_lines(first: int, rows: int) -> str:
+    """``rows`` short conversations of the sample, from its ``first`` one on, as JSON lines."""
+    lines = [line for line in SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True) if len(line) < 500]
+    return "".join(lines[first : first + rows])
+
+
+def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH) -> str:
+    """The arrow directory of the JSON lines ``text``."""
+    from coati.dataset import setup_conversation_template
+    from coati.dataset.prepare import prepare_dataset
+
+    folder.mkdir(parents=True)
+    raw = folder / "rows.jsonl"
+    raw.write_text(text, encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    prepare_dataset(
+        inputs=[raw],
+        tokenizer=tokenizer,
+        tokenizer_name="tiny",
+        template=setup_conversation_template(tokenizer, {}),
+        arrow_dir=folder / "arrow",
+        max_length=max_length,
+        num_bins=2,
+        num_proc=1,
+        show=None,
+    )
+    return str(folder / "arrow")
+
+
+def metrics(save_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without times and memory, which no two runs share."""
+    lines = [json.loads(line) for line in (Path(save_dir) / "metrics.jsonl").read_text().splitlines()]
+    kept = [
+        {name: value for name, value in line.items() if name != "train/tokens_per_second" and "memory/" not in name}
+        for line in lines
+    ]
+    return [line for line in kept if line.keys() != {"step"}]
+
+
+def weights(save_dir: Path) -> dict[str, bytes]:
+    """Contents of the files of weights of the final model, by name."""
+    folder = Path(save_dir) / "modeling"
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}

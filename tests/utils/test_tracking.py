@@ -1,0 +1,54 @@
+"""metrics.jsonl and its companions: what is written, and what a resumed run keeps of it."""
+
+import json
+
+import pytest
+
+from coati.utils import tracking
+from coati.utils.tracking import JsonlTracker, NullTracker, make_tracker
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Reports of the steps 0, 2 and 4, the last line cut by a kill."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0 / (step + 1)}) + "\n" for step in (0, 2, 2, 4)]
+    path.write_text("".join(lines) + '{"step": 5, "lo')
+    return path
+
+
+def steps(path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("keep_to, kept", [(4, [0, 2, 2, 4]), (3, [0, 2, 2]), (2, [0, 2, 2]), (1, [0]), (0, [])])
+def test_a_resumed_run_keeps_what_its_checkpoint_had_seen(file, keep_to, kept):
+    tracker = JsonlTracker(file, keep_to)
+    tracker.log({"loss": 0.5}, 9)
+    tracker.close()
+    assert steps(file) == [*kept, 9]
+    assert json.loads(file.read_text().splitlines()[-1]) == {"step": 9, "loss": 0.5}
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    tracker = make_tracker(tmp_path / "deep" / "metrics.jsonl")
+    tracker.log({"loss": 2.0}, 1)
+    assert steps(tmp_path / "deep" / "metrics.jsonl") == [1]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = make_tracker(tmp_path / "metrics.jsonl", tmp_path / "events")
+    tracker.log({"train/loss": 2.0}, 1)
+    tracker.log({"train/loss": 1.5}, 2)
+    tracker.close()
+    events = reader.EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "is_rank_0", lambda: False)
+    tracker = make_tracker(tmp_path / "metrics.jsonl", tmp_path / "events", use_wandb=True)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    assert isinstance(tracker, NullTracker) and not list(tmp_path.iterdir())

@@ -1,0 +1,203 @@
+"""The loop and the SFT hooks with an engine that only counts: what is logged, evaluated, saved, and when it ends."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coati.dataset.loader import WindowLoader
+from coati.parallel.checkpoint import RunningState
+from coati.parallel.engine import NonFiniteLoss, Step
+from coati.parallel.weights import ModelAssets
+from coati.trainer import Plan, SFTTrainer
+from coati.trainer.stop import StopRequest
+from coati.trainer.windows import DataLoaderWindows, total_steps
+
+
+class CountingEngine:
+    """Step k has loss k over k units and gradient norm 10 k; ``at[k]`` is called in step k."""
+
+    lr_scheduler = None
+
+    def __init__(self, at=None) -> None:
+        self.steps, self.at = 0, at or {}
+
+    def train_step(self, window, hooks, stop):
+        self.steps += 1
+        if self.steps in self.at:
+            self.at[self.steps]()
+        return Step(float(self.steps), self.steps, tokens=10, stop=stop, grad_norm=10.0 * self.steps)
+
+    def evaluate(self, batches, hooks):
+        return Step(2.0, 7)
+
+
+class Rows:
+    column_names = ("seq_length",)
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, key):
+        return [3] * 7 if key == "seq_length" else {"index": key}
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """``made(plan fields..., at=, state=)``: trainer, its saves; two windows of 3 rows an epoch, two epochs."""
+
+    def make(at=None, state=None, **plan):
+        trainer = SFTTrainer(
+            engine=CountingEngine(at), max_epochs=2, plan=Plan(str(tmp_path), **plan), state=state,
+            assets=ModelAssets(config=None),
+        )  # fmt: skip
+        saves: list[tuple[int, int, int]] = []
+        where = trainer.state
+        monkeypatch.setattr(
+            trainer, "save", lambda: saves.append((where.step, where.epoch, where.sample_start_index))
+        )
+        return trainer, saves
+
+    return make
+
+
+def fit(trainer, evaluate: bool = False) -> None:
+    trainer.fit(WindowLoader(Rows(), lambda rows: rows, batch_size=3), [None] if evaluate else None)
+
+
+def logged(tmp_path, name: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def test_the_logged_loss_weighs_units(made, tmp_path):
+    """Steps 1 and 2: (1 x 1 + 2 x 2) / 3; steps 3 and 4: (9 + 16) / 7."""
+    trainer, _ = made(log_interval=2)
+    fit(trainer)
+    assert logged(tmp_path, "train/loss") == [(2, 5 / 3), (4, 25 / 7)]
+    assert logged(tmp_path, "train/supervised_tokens") == [(2, 3.0), (4, 7.0)]
+    assert logged(tmp_path, "train/grad_norm") == [(2, 20.0), (4, 40.0)]
+    assert logged(tmp_path, "epoch") == [(2, 0), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    "plan, evaluated",
+    [({}, [0, 2, 4]), ({"eval_interval": 3}, [0, 3, 4]), ({"eval_interval": 4}, [0, 4]), ({"max_steps": 3}, [0, 2, 3])],
+)
+def test_evaluation_at_the_start_when_due_and_at_the_end_once(made, tmp_path, plan, evaluated):
+    trainer, _ = made(**plan)
+    fit(trainer, evaluate=True)
+    assert [step for step, _ in logged(tmp_path, "eval/loss")] == evaluated
+    assert trainer.last_evaluation["eval/perplexity"] == pytest.approx(7.389056)
+
+
+def test_positions_that_are_saved(made):
+    trainer, saves = made(save_interval=1)
+    fit(trainer)
+    assert saves == [(1, 0, 3), (2, 0, 6), (3, 1, 3), (4, 1, 6)]
+
+
+def test_a_resumed_run_does_the_rest(made):
+    trainer, saves = made(save_interval=1, state=RunningState(epoch=0, step=2, sample_start_index=6))
+    fit(trainer)
+    assert trainer.engine.steps == 2 and saves == [(3, 1, 3), (4, 1, 6)]
+
+
+def test_what_was_evaluated_before_is_not_evaluated_again(made, tmp_path):
+    evaluated = {"at": 4, "first": {"eval/loss": 9.0}, "last": {"eval/loss": 8.0}}
+    state = RunningState(epoch=1, step=4, sample_start_index=6, trainer={"evaluated": evaluated})
+    trainer, _ = made(state=state)
+    fit(trainer, evaluate=True)
+    assert trainer.engine.steps == 0 and logged(tmp_path, "eval/loss") == []
+    assert (trainer.first_evaluation, trainer.last_evaluation) == ({"eval/loss": 9.0}, {"eval/loss": 8.0})
+
+
+def test_a_signal_ends_after_the_step_with_a_save(made):
+    trainer, saves = made(at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    fit(trainer)
+    assert trainer.engine.steps == 3 and saves == [(3, 1, 3)] and trainer.stopped_early
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(made):
+    def fail():
+        raise NonFiniteLoss("the loss of this step is nan")
+
+    trainer, saves = made(at={3: fail}, save_interval=1)
+    with pytest.raises(NonFiniteLoss, match=r"is nan \(step 3, epoch 1, rows \d, \d, \d of --dataset\).*untouched"):
+        fit(trainer)
+    assert saves[-1] == (2, 0, 6)
+
+
+def test_a_plain_loader_works_too(made):
+    trainer, saves = made(save_interval=2)
+    trainer.accumulation_steps = 2
+    trainer.fit([{"index": i} for i in range(5)], None)
+    assert trainer.engine.steps == 4 and saves == [(2, 0, 4), (4, 1, 4)]
+    with pytest.raises(ValueError, match="the loader has 1 batches, one step needs accumulation_steps 2"):
+        DataLoaderWindows([{}], 2)
+
+
+@pytest.mark.parametrize(
+    "state, window, steps",
+    [
+        ({}, 3, 4),  # two windows of 3 in each of two epochs of 7 rows
+        ({"step": 1, "sample_start_index": 3}, 3, 4),
+        ({"step": 1, "sample_start_index": 3}, 1, 1 + 4 + 7),
+        ({"step": 5, "epoch": 1, "sample_start_index": 6}, 3, 5),
+        ({"step": 12, "epoch": 1, "sample_start_index": 1}, 6, 13),
+        ({"step": 9, "epoch": 2}, 3, 9),
+    ],
+)
+def test_steps_in_all(state, window, steps):
+    assert total_steps(RunningState(**state), 7, window, max_epochs=2) == steps
+
+
+def test_max_steps_counts_from_the_start_of_the_run():
+    assert total_steps(RunningState(step=1, sample_start_index=3), 7, 1, max_epochs=2, max_steps=5) == 5
+
+
+BATCH = {
+    "input_ids": torch.tensor([[5, 6, 2, 2], [7, 2, 8, 2]]),  # 2 is end and padding
+    "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    "labels": torch.tensor([[-100, 6, 2, -100], [-100, -100, -100, 2]]),
+}
+
+
+def test_the_hooks(made):
+    trainer, _ = made()
+    assert trainer.prepare(BATCH) is BATCH and int(trainer.units(BATCH)) == 3
+    loss, metrics = trainer.loss({"logits": torch.tensor([[-1.0, -2.0, -0.5]])}, BATCH)
+    assert float(loss) == 3.5 and metrics == {}
+    assert trainer.evaluation_metrics(Step(1e9, 1))["perplexity"] < float("inf")
+
+
+def test_without_the_loss_mask_all_but_padding_is_supervised(made):
+    trainer, _ = made()
+    trainer.apply_loss_mask = False
+    batch = trainer.prepare(BATCH)
+    assert batch["labels"].tolist() == [[5, 6, 2, -100], [7, 2, 8, 2]]
+    assert int(trainer.units(batch)) == 5  # nothing predicts the first token of a row
+
+
+def test_the_keywords_of_the_reference_are_taken():
+    engine = SimpleNamespace()
+    assets = ModelAssets(config=None)
+    trainer = SFTTrainer(
+        engine=engine, max_epochs=3, accumulation_steps=2, start_epoch=1, save_interval=5, save_dir="d", assets=assets
+    )
+    assert (trainer.state.epoch, trainer.plan.save_interval, trainer.plan.save_dir) == (1, 5, "d")
+
+
+def test_the_second_interrupt_does_not_wait(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err.count("SIGINT: finishing this step, then saving") == 1

@@ -215,6 +215,26 @@ def _p2p_asks_for_hccl() -> bool:
     return raises(AttributeError, call=lambda: p2p._check_for_nccl_hccl_backend(gloo))
 
 
+def keep_groups_until_the_end() -> None:
+    """booster/plugin/hybrid_parallel_plugin.py:1256: a plugin destroys its process groups when it is collected.
+
+    Ranks collect garbage at different times, so one may name or use groups that another has already lost: with a second
+    plugin in the process, collectives wait for ever. At the interpreter's end the finaliser fails with a traceback. The
+    groups end with the process instead.
+    """
+    from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin
+
+    for plugin in (GeminiPlugin, HybridParallelPlugin):
+        if "__del__" in vars(plugin):
+            del plugin.__del__
+
+
+def _groups_die_with_the_plugin() -> bool:
+    from colossalai.booster.plugin import HybridParallelPlugin
+
+    return "destroy_mesh_process_groups" in inspect.getsource(HybridParallelPlugin.__del__)
+
+
 MENDS = (
     Patch("ring gather", "shardformer/layer/_operation.py:470", gather_what_was_received, _ring_keeps_what_it_sent),
     Patch(
@@ -231,6 +251,10 @@ MENDS = (
         count_fused_weights_as_split, _norm_takes_fused_weights_for_replicated,
     ),
     Patch("gpt2 without labels", "shardformer/modeling/gpt2.py:390", let_gpt2_run_without_labels, _gpt2_needs_labels),
+    Patch(
+        "groups of a collected plugin", "booster/plugin/hybrid_parallel_plugin.py:1256",
+        keep_groups_until_the_end, _groups_die_with_the_plugin,
+    ),
     Patch("p2p backend", "pipeline/p2p.py:159", send_over_any_backend, _p2p_asks_for_hccl),
 )  # fmt: skip
 

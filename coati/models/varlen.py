@@ -81,16 +81,18 @@ class Packing:
         width = max(_PROBE_LENGTHS)
         ids = torch.arange(len(_PROBE_LENGTHS) * width, device=device).view(-1, width) % model.config.vocab_size
         mask = (torch.arange(width) < torch.tensor(_PROBE_LENGTHS)[:, None]).long().to(device)
-        backbone = model.get_decoder()
+        backbone = getattr(model, model.base_model_prefix, None)
         model.eval()
         try:
             packed = backbone(**self.pack({"input_ids": ids, "attention_mask": mask}).inputs, use_cache=False)[0]
+            # Without dropout too: with it the answer would be chance, and a resumed run could take the other way.
+            rows = zip(ids, _PROBE_LENGTHS, strict=True)
+            single = [backbone(input_ids=row[None, :length], use_cache=False)[0] for row, length in rows]
         except TypeError:  # a forward without these keywords
             return False
         finally:
             model.train(training)
-        rows = zip(ids, _PROBE_LENGTHS, strict=True)
-        alone = torch.cat([backbone(input_ids=row[None, :length], use_cache=False)[0] for row, length in rows], dim=1)
+        alone = torch.cat(single, dim=1)
         tolerance = 1e-5 if packed.dtype == torch.float32 else 2e-2
         return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
 

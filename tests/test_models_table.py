@@ -51,3 +51,10 @@ def test_models_that_do_not_chat_are_refused_by_every_plugin(family):
     for plugin in ("ddp", "zero2", "gemini", "3d"):
         with pytest.raises(ValueError, match=f"{family} is"):
             check_family(config, ParallelOptions(plugin=plugin, precision="bf16"))
+
+
+def test_the_first_reason_given_does_not_depend_on_chance():
+    """Sets of strings have another order in every process."""
+    options = ParallelOptions(plugin="3d", tp=2, enable_sequence_parallelism=True, sp_mode="split_gather")
+    with pytest.raises(ValueError, match="^--tp is not possible"):
+        check_family(type("Config", (), {"model_type": "chatglm"})(), options)

@@ -73,7 +73,7 @@ def check_family(config: Any, options: ParallelOptions) -> None:
             f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for them (it has for "
             f"{', '.join(SPLITS)}); use --plugin zero2 or --plugin gemini without --tp"
         )
-    for flag in flags - SPLITS.get(family, _ALL):
+    for flag in sorted(flags - SPLITS.get(family, _ALL)):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
         reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
         raise ValueError(f"{name} is not possible with {family} models: {reason}; {_instead(family)}")

@@ -114,16 +114,17 @@ def drawn(generator: random.Random) -> Fault:
     return Fault(at, generator.randint(1, most), moment, rank=rank)
 
 
-@pytest.mark.parametrize("name, kills, more", [("plain", 5, []), ("lora", 2, LORA)])
-def test_killed_again_and_again_the_run_is_the_uninterrupted_one(first, words, tmp_path, name, kills, more):
+@pytest.mark.parametrize("name, kills, more, last", [("plain", 5, [], 8), ("lora", 2, LORA, 4)])
+def test_killed_again_and_again_the_run_is_the_uninterrupted_one(first, words, tmp_path, name, kills, more, last):
     folder, _ = first
-    generator = random.Random(20)
+    generator = random.Random(215)  # kills of every kind on both ranks, most of them after another checkpoint
     for fault in [drawn(generator) for _ in range(kills)]:
         killed(words(tmp_path, *more, *AUTO), fault)
         for checkpoint in checkpoints(tmp_path):
             read_checkpoint(checkpoint)
     ended = run(2, "tests.end_to_end.worker:train", Run(words(tmp_path, *more, *AUTO)), env=CPU, timeout=200)
     assert [rank.code for rank in ended] == [0, 0]
+    assert len(ended[0].rows) == STEPS - last and f"_step-{last}\n" in ended[0].err
     assert_same_run(tmp_path, folder / name)
     assert names(tmp_path) == names(folder / name) and not leftovers(tmp_path)
 

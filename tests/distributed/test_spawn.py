@@ -1,4 +1,4 @@
-"""The helper that starts real processes gives results by rank, shows what failed, and leaves nobody behind."""
+"""The module that starts real processes gives results by rank, shows what failed, and leaves nobody behind."""
 
 import os
 

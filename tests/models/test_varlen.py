@@ -106,7 +106,7 @@ def test_generation_and_padded_batches_stay_as_they_were():
 
 @pytest.mark.parametrize("family", sorted(BY_TYPE))
 def test_every_family_is_packed_exactly_or_not_at_all(family):
-    """The probe decides: ALiBi (BLOOM), learned positions (OPT) or an attention of its own (Falcon) need padded rows."""
+    """The probe decides: ALiBi (BLOOM), learned positions (OPT), an attention of its own (Falcon) need padded rows."""
     model = tiny_model(BY_TYPE[family]).eval()
     packing = Packing.of(model)
     assert (packing is not None) == (family in PACKED)

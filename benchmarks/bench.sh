@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# What `make bench` runs: speed and memory of this machine, results as JSON beside the printed lines.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p output/bench
+python benchmarks/bench_sft.py --output output/bench/sft.json "$@"
+python benchmarks/bench_head_memory.py --output output/bench/head_memory.json
+if [ -f benchmarks/bench_data.py ]; then
+    python benchmarks/bench_data.py --output output/bench/data.json
+fi

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# What `make bench-peers` runs: this library and TRL side by side, TRL in an environment of its own (.venv-trl).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p output/bench
+python benchmarks/bench_sft_peers.py --output output/bench/sft_peers.json "$@"

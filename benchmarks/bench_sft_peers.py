@@ -113,7 +113,8 @@ def main() -> None:
     folder = sft_case.prepare(args.tokenizer_dir)
     result = run(folder, args.steps, args.plugin, python, args.trl_defaults)
     settings = "with its own defaults" if args.trl_defaults else "in fp32 without checkpointing"
-    print(f"SFT of a 28M Llama, batch {sft_case.BATCH_SIZE}, {args.steps - WARM_UP} steps in turn; TRL 1.16.0 {settings}")
+    counted = args.steps - WARM_UP
+    print(f"SFT of a 28M Llama, batch {sft_case.BATCH_SIZE}, {counted} steps in turn; TRL 1.16.0 {settings}")
     for name in ("coati", "trl"):
         row = result[name]
         print(

@@ -5,6 +5,9 @@
 #   DEMO_STEPS=N   optimiser steps of 16 conversations each; default 12
 # Further flags are handed on to train_sft.py.
 set -euo pipefail
+# colossalai run exports every variable to its workers in double quotes; make's own (after make demo VENV=DIR) hold text
+# that a shell then takes for a substitution.
+unset MAKEFLAGS MAKEOVERRIDES MFLAGS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root"
 source examples/training_scripts/least_used_gpus.sh

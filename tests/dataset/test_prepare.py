@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from coati.dataset import load_tokenized_dataset, prepare, setup_conversation_template
-from coati.dataset.prepare import plan_bins, prepare_dataset
+from coati.dataset import load_tokenized_dataset, prepare, setup_conversation_template, workers
+from coati.dataset.plan import plan_bins
+from coati.dataset.prepare import prepare_dataset
 from coati.dataset.report import percentiles, show_mask
 from tests.dataset.makers import chatml_tokenizer
 
@@ -262,7 +263,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_a_worker_that_dies_ends_the_job(tmp_path, monkeypatch):
     import os
 
-    monkeypatch.setattr(prepare.Job, "run", lambda self, chunk: os._exit(9))
+    monkeypatch.setattr(workers.Job, "run", lambda self, chunk: os._exit(9))
     data = write(tmp_path / "a.jsonl", *[row("q", "a")] * 300)
     with pytest.raises(OSError, match="worker process died.*--num_proc"):
         run(tmp_path, data, num_proc=2)

@@ -63,6 +63,7 @@ class SLTrainer:
         self.assets = assets or ModelAssets.of(engine.module)
         self.samples = samples
         self.meter = AccumulativeMeanMeter()
+        self.meter.load(self.state.trainer.get("meter", []))
         self.stopped_early = False
         evaluated = self.state.trainer.get("evaluated", {})
         self.first_evaluation: dict[str, float] = evaluated.get("first", {})
@@ -181,6 +182,7 @@ class SLTrainer:
         if self.plan.save_dir is None:
             return None
         self.state.trainer["interval"] = dict(self._interval)
+        self.state.trainer["meter"] = self.meter.state_of_ranks()
         evaluated = {"at": self._evaluated_at, "first": self.first_evaluation, "last": self.last_evaluation}
         self.state.trainer["evaluated"] = evaluated
         path = save_checkpoint(self.plan.save_dir, self.engine, self.assets, self.state)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from coati.utils.distributed import all_gather_object
+from coati.utils.distributed import all_gather_object, rank, world_size
 
 
 class AccumulativeMeanMeter:
@@ -45,6 +45,20 @@ class AccumulativeMeanMeter:
                 counts[name] = counts.get(name, 0.0) + count
         self.reset()
         return {name: sums[name] / count for name, count in counts.items() if count}
+
+    def state_of_ranks(self) -> list[dict[str, list[float]]]:
+        """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON keeps it exactly. Every rank must
+        call it."""
+        return all_gather_object({name: [total, self._counts[name]] for name, total in self._sums.items()})
+
+    def load(self, states: list[dict[str, list[float]]]) -> None:
+        """Take up what :meth:`state_of_ranks` gave: each rank its own, or, when there were more ranks, the first ones
+        the others' too; a report is the same to rounding then, and to the bit with as many ranks."""
+        self.reset()
+        for state in states[rank() :: world_size()]:
+            for name, (total, count) in state.items():
+                self._sums[name] = self._sums.get(name, 0.0) + total
+                self._counts[name] = self._counts.get(name, 0.0) + count
 
     def reset(self) -> None:
         self._sums.clear()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,44 @@ def test_what_was_evaluated_before_is_not_evaluated_again(made, tmp_path):
     fit(trainer, evaluate=True)
     assert trainer.engine.steps == 0 and logged(tmp_path, "eval/loss") == []
     assert (trainer.first_evaluation, trainer.last_evaluation) == ({"eval/loss": 9.0}, {"eval/loss": 8.0})
+
+
+class SamplingEngine(CountingEngine):
+    """Begins at step ``done`` + 1, as a resumed run does; step k has the samples 0.1 k and 0.3 k."""
+
+    def __init__(self, done: int = 0) -> None:
+        super().__init__()
+        self.steps = done
+
+    def train_step(self, window, hooks, stop):
+        step = super().train_step(window, hooks, stop)
+        step.metrics = {"reward": [torch.tensor([0.1 * self.steps]), torch.tensor([0.3 * self.steps])]}
+        return step
+
+
+def test_samples_not_reported_yet_are_part_of_a_checkpoint(tmp_path, monkeypatch):
+    """A report at step 3, a save after step 2: the resumed run logs the line of the uninterrupted one."""
+    stored = {}
+
+    def keep(save_dir, engine, assets, state):
+        stored[state.step] = json.loads(json.dumps(asdict(state)))
+
+    monkeypatch.setattr("coati.trainer.base.save_checkpoint", keep)
+    lines = {}
+    for name, state in (("whole", {}), ("resumed", None)):
+        state = RunningState(**(stored[2] if state is None else state))
+        plan = Plan(str(tmp_path / name), save_interval=2, log_interval=3)
+        trainer = SFTTrainer(
+            engine=SamplingEngine(state.step), max_epochs=2, plan=plan, state=state, assets=ModelAssets(config=None)
+        )
+        fit(trainer)
+        lines[name] = [
+            (step, loss, reward)
+            for (step, loss), (_, reward) in zip(
+                logged(tmp_path / name, "train/loss"), logged(tmp_path / name, "train/reward"), strict=True
+            )
+        ]
+    assert lines["whole"] == lines["resumed"] == [(3, 14 / 6, pytest.approx(0.4))]
 
 
 def test_a_signal_ends_after_the_step_with_a_save(made):

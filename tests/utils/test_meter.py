@@ -1,5 +1,7 @@
 """Means over unequal numbers of samples, worked out by hand."""
 
+import json
+
 import torch
 
 from coati.utils.meter import AccumulativeMeanMeter
@@ -52,3 +54,30 @@ def report_of_rank(rank_samples: list[list[float]]) -> dict[str, float]:
 def test_ranks_with_unequal_numbers_of_samples_weigh_by_sample():
     reports = run(2, "tests.utils.test_meter:report_of_rank", [[1.0], [4.0, 4.0, 3.0]])
     assert reports == [{"loss": 3.0, "rare": 7.0}] * 2
+
+
+def test_what_is_not_reported_yet_outlives_the_meter():
+    meter, other = AccumulativeMeanMeter(), AccumulativeMeanMeter()
+    meter.add("reward", torch.tensor([0.1, 0.2]))
+    other.add("forgotten", 1.0)
+    other.load(json.loads(json.dumps(meter.state_of_ranks())))
+    for each in (meter, other):
+        each.add("reward", torch.tensor([0.7]))
+    assert other.report() == meter.report()
+
+
+def continued(states: list) -> dict[str, float]:
+    """In a worker: a report of what ``states`` hold and a sample of 1.0 on rank 0 and 2.0 on rank 1."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    meter = AccumulativeMeanMeter()
+    meter.load(states)
+    meter.add("loss", float(dist.get_rank() + 1))
+    return meter.report()
+
+
+def test_another_number_of_ranks_takes_all_of_it():
+    """Sums 3 over 2 samples, 4 over 1 and 5 over 1, then the new samples 1 and 2: (3 + 4 + 5 + 1 + 2) / 6."""
+    states = [{"loss": [3.0, 2.0]}, {"loss": [4.0, 1.0]}, {"loss": [5.0, 1.0]}]
+    assert run(2, "tests.utils.test_meter:continued", states) == [{"loss": 2.5}] * 2

@@ -42,7 +42,7 @@ def _default_plugin(args: Namespace) -> str:
     if args.tp > 1 or args.pp > 1 or args.sp > 1 or args.enable_sequence_parallelism or args.zero_stage:
         name = "3d"
     elif torch.cuda.device_count() > 1 and world_size() > 1 and can_compile() and not args.lora_rank:
-        name = "gemini" if args.mixed_precision != "fp32" else "zero2"
+        name = "zero2" if args.mixed_precision == "fp32" or args.zero_cpu_offload else "gemini"
     else:
         name = "zero2"
     say_once(f"--plugin is {name} by default here ({PLUGINS[name].best_for}).")

@@ -33,6 +33,8 @@ def find_resume(args: Namespace) -> Resume:
     if path == "auto":
         # Rank 0 looks: a rank that found another one, or none, would train on something else.
         path = broadcast_object(latest_checkpoint(args.save_dir) if is_rank_0() else None)
+        if path is None:
+            _refuse_finished(args)
         found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
         say(f"--checkpoint_path auto: {found}")
     if path is None:
@@ -53,6 +55,17 @@ def find_resume(args: Namespace) -> Resume:
         say(f"{folder}: {why}; its weights are taken, optimiser, schedule and sample order start anew.")
         return Resume(weights=str(folder / "modeling"))
     return Resume(weights=str(folder / "modeling"), folder=folder, state=state)
+
+
+def _refuse_finished(args: Namespace) -> None:
+    """A finished model without a checkpoint is nothing to go on from, and a new run would end by replacing it."""
+    finished = Path(args.save_dir) / "modeling"
+    if finished.exists() and not args.dry_run:
+        raise ValueError(
+            f"--checkpoint_path auto: {args.save_dir} holds a finished model (modeling) and no checkpoint to go on "
+            "from; starting anew would replace it. Choose another --save_dir, train further from it with --pretrain "
+            f"{finished}, or remove that directory"
+        )
 
 
 def record_arguments(args: Namespace) -> None:

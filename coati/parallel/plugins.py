@@ -153,6 +153,10 @@ def resolve_options(options: ParallelOptions) -> tuple[ParallelOptions, list[str
     elif options.tp > 1 and options.plugin not in ("3d", "gemini"):
         notes.append(f"--tp {options.tp} needs tensor parallelism: --plugin {options.plugin} became --plugin 3d.")
         options = replace(options, plugin="3d")
+    if options.zero_cpu_offload and options.plugin in ("zero2", "zero2_cpu"):
+        if options.plugin == "zero2":
+            notes.append("--zero_cpu_offload with --plugin zero2 is what --plugin zero2_cpu does: that was taken.")
+        options = replace(options, plugin="zero2_cpu", zero_cpu_offload=False)
     if options.enable_sequence_parallelism and options.sp_mode in ("split_gather", "ring") and options.sp > 1:
         notes.append(
             f"--sp_mode {options.sp_mode} splits the sequence over the tp processes: --sp {options.sp} became 1."

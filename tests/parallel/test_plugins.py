@@ -24,6 +24,9 @@ REFUSED = [
     ("3d", {"zero_stage": 1, "precision": "fp32"}, "--zero_stage 1 of --plugin 3d has no fp32", "bf16"),
     ("3d", {"zero_stage": 2, "pp": 2}, "--zero_stage 2 cannot be combined with --pp", "--zero_stage 1"),
     ("3d", {"zero_cpu_offload": True}, "--zero_cpu_offload moves ZeRO's optimiser states", "--plugin zero2_cpu"),
+    ("gemini", {"zero_cpu_offload": True}, "--plugin gemini does not take it", "--plugin gemini_auto"),
+    ("gemini_auto", {"zero_cpu_offload": True}, "--plugin gemini_auto does not take it", "--plugin zero2_cpu"),
+    ("ddp", {"zero_cpu_offload": True}, "--zero_cpu_offload belongs to --plugin 3d", "--plugin zero2_cpu"),
     ("3d", {"pp": 2, "batch_size": 3, "microbatch_size": 2}, "--microbatch_size 2 does not divide", "= 3"),
     ("3d", {"pp": 4, "batch_size": 2}, "--pp 4 needs at least 4 micro-batches", "raise --batch_size"),
     ("3d", {"sp": 2}, "--sp 2 needs --enable_sequence_parallelism", "all_to_all"),
@@ -69,6 +72,11 @@ def test_processes_are_a_multiple_of_tp_pp_sp(world_size, ok):
     [
         ({"plugin": "3d", "zero_stage": 3, "tp": 2}, {"plugin": "gemini", "zero_stage": 0, "tp": 2}, "--zero_stage 3"),
         ({"plugin": "zero2", "tp": 2}, {"plugin": "3d", "tp": 2}, "--plugin zero2 became --plugin 3d"),
+        (
+            {"plugin": "zero2", "zero_cpu_offload": True},
+            {"plugin": "zero2_cpu", "zero_cpu_offload": False},
+            "--zero_cpu_offload with --plugin zero2 is what --plugin zero2_cpu does",
+        ),
         (
             {"plugin": "3d", "enable_sequence_parallelism": True, "sp_mode": "ring", "tp": 2, "sp": 2},
             {"plugin": "3d", "sp": 1},

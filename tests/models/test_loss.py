@@ -1,9 +1,43 @@
+"""Every loss by hand-worked values; NaN where a mask is 0 never matters."""
+
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
-from coati.models.loss import GPTLMLoss, masked_mean
+from coati.models.loss import (
+    DpoLoss,
+    GPTLMLoss,
+    LogExpLoss,
+    LogSigLoss,
+    PairwiseSettings,
+    balance,
+    centering,
+    kto_baseline,
+    kto_loss,
+    length_desensitised,
+    log_exp_loss,
+    log_odds,
+    log_sig_loss,
+    masked_mean,
+    masked_sum,
+    odds_ratio_loss,
+    pairwise_loss,
+    reward_loss,
+)
+from coati.models.loss_names import LOSS_TYPES, REWARD_LOSSES
+
+LN2 = math.log(2)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
 
 
 def test_masked_mean_by_hand():
@@ -12,6 +46,7 @@ def test_masked_mean_by_hand():
     assert masked_mean(values, mask).item() == 13 / 4
     assert masked_mean(values, mask.bool(), dim=1).tolist() == [1.5, 5.0]
     assert masked_mean(values, mask, dim=0).tolist() == [2.5, 2.0, 6.0]
+    assert masked_sum(values, mask, dim=1).tolist() == [3.0, 10.0]
 
 
 def test_masked_mean_of_nothing_is_zero_with_a_zero_gradient():
@@ -28,6 +63,146 @@ def test_gpt_lm_loss_is_shifted_cross_entropy():
     labels[0, :3] = -100
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1))
     found = GPTLMLoss()(logits, labels)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
+    assert_close(found, expected)
+    assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
     assert GPTLMLoss()(logits, torch.full_like(labels, -100)).item() == 0
+
+
+def test_dpo_at_the_reference_is_log_two():
+    zero = torch.zeros(3)
+    assert_close(DpoLoss(beta=0.1)(zero, zero, zero, zero)[0], tensor(LN2, LN2, LN2))
+
+
+def test_dpo_by_hand():
+    """Differences 0, 10 and 20: beta d = 0, 1, 2."""
+    chosen, rejected = tensor(-0.5, -10.0, -1.0), tensor(-0.1, -30.0, -21.0)
+    ref_chosen, ref_rejected = tensor(-0.5, -10.1, -0.1), tensor(-0.1, -20.1, -0.1)
+    values, good, bad = DpoLoss(0.1)(chosen, rejected, ref_chosen, ref_rejected)
+    assert_close(values, tensor(0.693147, 0.313262, 0.126928), atol=1e-6, rtol=0)
+    assert_close(good, tensor(0.0, 0.01, -0.09), atol=1e-6, rtol=0)
+    assert_close(bad, tensor(0.0, -0.99, -2.09), atol=1e-6, rtol=0)
+
+
+FOUR = tensor(-3.0, -2.5, -4.0, -1.5) - tensor(-5.0, -3.5, -6.0, -2.5)
+FOUR_REFERENCE = tensor(-2.8, -2.3, -3.8, -1.4) - tensor(-3.2, -2.7, -4.2, -1.8)
+
+
+def test_four_pairs_with_and_without_smoothing():
+    """d = 2 - .4 = 1.6 and 1 - .4 = .6; smoothed by .1: dpo + .1 beta d."""
+    d = FOUR - FOUR_REFERENCE
+    plain = pairwise_loss("dpo_loss")(d, PairwiseSettings(0.1))
+    smoothed = pairwise_loss("dpo_loss")(d, PairwiseSettings(0.1, label_smoothing=0.1))
+    assert_close(plain, tensor(0.616344, 0.663597, 0.616344, 0.663597), atol=1e-6, rtol=0)
+    assert_close(smoothed, tensor(0.632344, 0.669597, 0.632344, 0.669597), atol=1e-6, rtol=0)
+
+
+# name, d, settings, expected: each worked with the formula's own arithmetic
+BY_HAND = [
+    ("dpo_loss", 4.0, PairwiseSettings(0.5, gamma=1.0), math.log(1 + math.exp(-1.0))),
+    ("simpo_loss", 0.5, PairwiseSettings(2.0, gamma=1.4), math.log(1 + math.exp(0.4))),
+    ("ipo_loss", 3.0, PairwiseSettings(0.1), 4.0),  # (3 - 5)^2
+    ("ipo_loss", 0.0, PairwiseSettings(0.1), 25.0),  # 1 / (4 beta^2)
+    ("hinge_loss", 4.0, PairwiseSettings(0.1), 0.6),
+    ("hinge_loss", 11.0, PairwiseSettings(0.1), 0.0),
+    ("hinge_loss", -10.0, PairwiseSettings(0.1), 2.0),
+    # beta d = 1: dpo(d) = .313262, dpo(-d) = 1.313262; (.313262 x .8 - 1.313262 x .2) / .6
+    ("robust", 10.0, PairwiseSettings(0.1, label_smoothing=0.2), (0.3132617 * 0.8 - 1.3132617 * 0.2) / 0.6),
+]
+
+
+@pytest.mark.parametrize("name, d, settings, expected", BY_HAND)
+def test_pairwise_losses_by_hand(name, d, settings, expected):
+    assert pairwise_loss(name)(tensor(d), settings).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, row in LOSS_TYPES.items() if row.at_reference])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_at_the_reference_each_loss_is_what_the_table_says(name, beta):
+    share = 0.2 if "label_smoothing" in LOSS_TYPES[name].takes else 0.0
+    found = pairwise_loss(name)(torch.zeros(2), PairwiseSettings(beta, label_smoothing=share))
+    assert_close(found, torch.full((2,), LOSS_TYPES[name].at_reference(beta)))
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_a_larger_margin_never_costs_more_and_extremes_stay_finite(name):
+    settings = PairwiseSettings(0.1, label_smoothing=0.1 if name == "robust" else 0.0)
+    d = torch.tensor([-1e4, -1.0, 0.0, 1.0, 4.0], requires_grad=True)
+    values = pairwise_loss(name)(d, settings)
+    (gradient,) = torch.autograd.grad(values.sum(), d)
+    assert values.isfinite().all() and gradient.isfinite().all() and (gradient <= 0).all()
+
+
+def test_each_name_has_its_function():
+    assert all(callable(pairwise_loss(name)) for name in LOSS_TYPES)
+    assert all(callable(reward_loss(name)) for name in REWARD_LOSSES)
+
+
+def test_log_probs_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(B,\)"):
+        DpoLoss()(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"\(B,\)"):
+        DpoLoss()(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2))
+
+
+def test_reward_losses_by_hand_are_one_number():
+    """Differences 2, 0, -1 and margins 0, 0, 1: softplus(-2), ln 2, softplus(2)."""
+    chosen, rejected, margin = tensor(3.0, 1.0, 0.0), tensor(1.0, 1.0, 1.0), tensor(0.0, 0.0, 1.0)
+    expected = tensor(math.log1p(math.exp(-2)), LN2, math.log1p(math.exp(2)))
+    assert_close(log_sig_loss(chosen, rejected, margin), expected)
+    assert_close(log_exp_loss(chosen, rejected, margin), expected)
+    assert_close(LogSigLoss()(chosen, rejected), LogExpLoss()(chosen, rejected))
+    assert log_exp_loss(tensor(0.0), tensor(500.0)).item() == 500  # log(1 + exp) would be infinite
+    assert log_sig_loss(chosen.half(), rejected.half()).dtype == torch.float32
+
+
+def test_centering_by_hand():
+    assert centering(tensor(2.0, -1.0), tensor(1.0, 1.0)).tolist() == [9.0, 0.0]
+
+
+def test_log_odds_ratio_by_hand():
+    """Average log-probs -1.05 and -1: log odds -.619313 and -.541325."""
+    chosen, rejected = tensor(-0.1, -2.0).mean()[None], tensor(-1.0, -1.0).mean()[None]
+    value, ratio = odds_ratio_loss(chosen, rejected)
+    assert ratio.item() == pytest.approx(-0.0780, abs=5e-5)
+    assert value.item() == pytest.approx(math.log1p(math.exp(0.077988)), abs=1e-5)
+    assert log_odds(tensor(math.log(0.75))).item() == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_log_odds_of_certainty_and_of_the_impossible_have_gradients():
+    logps = torch.tensor([0.0, -1e-9, -1e-6, -1e3], requires_grad=True)
+    odds = log_odds(logps)
+    odds.sum().backward()
+    assert odds.isfinite().all() and logps.grad.isfinite().all()
+
+
+def test_kto_by_hand():
+    """beta .1, z 2: h = 12 desirable: 1 - sigmoid(1); h = -8 undesirable: 1 - sigmoid(1), times 3."""
+    found = kto_loss(tensor(12.0, -8.0), torch.tensor([True, False]), 2.0, 0.1, 1.0, 3.0)
+    assert_close(found, tensor(1 - sigmoid(1.0), 3 * (1 - sigmoid(1.0))))
+
+
+def test_kto_of_one_label_has_no_nan():
+    advantage = torch.tensor([5.0, -1e6, 1e6], requires_grad=True)
+    for label in (torch.ones(3), torch.zeros(3)):
+        values = kto_loss(advantage, label, 0.0)
+        (gradient,) = torch.autograd.grad(values.sum(), advantage)
+        assert values.isfinite().all() and gradient.isfinite().all()
+
+
+def test_kto_baseline_is_the_mean_but_not_negative():
+    assert kto_baseline(6.0, 4) == 1.5
+    assert kto_baseline(-6.0, 4) == 0.0
+    assert kto_baseline(0.0, 0) == 0.0
+
+
+def test_balance_by_hand():
+    assert balance(30, 10, 1.0, 2.0) == 1.5
+
+
+def test_length_desensitised_by_hand():
+    """Answers of 3 and 1 tokens: of the longer, the first token counts fully, the two others half."""
+    logps = torch.tensor([[math.nan, -1.0, -2.0, -4.0], [math.nan, math.nan, -8.0, math.nan]])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]])
+    assert length_desensitised(logps, mask, 0.5).tolist() == [-4.0, -8.0]
+    assert length_desensitised(logps, mask, 1.0).tolist() == masked_sum(logps, mask, 1).tolist()
+    assert length_desensitised(logps, mask, 0.0).tolist() == [-1.0, -8.0]

@@ -168,6 +168,32 @@ class Conversation:
         turns = [k for k, message in enumerate(shown) if message["role"] == "assistant"]
         return self._encode(text, [self._span(text, shown, k) for k in turns], key, max_length)
 
+    def encode_prompt(self, messages: list[dict[str, str]]) -> Encoded:
+        """What generation is given for ``messages``, which end with the user: no spans. Raises RowError."""
+        shown, key = self.encoder.hide(self._with_system(messages))
+        return self._encode(self.render(shown, add_generation_prompt=True), [], key, None)
+
+    def encode_answer(self, messages: list[dict[str, str]], max_length: int | None = None) -> Encoded:
+        """``messages`` with the last answer alone supervised, and nothing after it; never cut.
+
+        Works with templates that rewrite earlier turns. Raises RowError when it cannot be encoded or is too long.
+        """
+        shown, key = self.encoder.hide(self._with_system(messages))
+        text = self.render(shown)
+        encoded = self._encode(text, [self._span(text, shown, len(shown) - 1)], key, max_length)
+        return Encoded(encoded.input_ids[: encoded.spans[0][1]], encoded.text, encoded.spans)
+
+    def encode_text(self, text: str) -> tuple[list[int], int]:
+        """``(ids, tokens before the text)`` of a text that no template surrounds: bos if there is one, text, eos.
+
+        Raises ValueError when the tokenizer has no eos token.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token, with which a plain text must end; set eos_token")
+        shown, key = self.encoder.hide([{"content": text}])
+        ids = self._encode(shown[0]["content"], [], key, None).input_ids
+        return [*ids, self.tokenizer.eos_token_id], int(self._bos is not None)
+
     def encode_turns(self, messages: list[dict[str, str]], max_length: int | None = None) -> list[Encoded]:
         """The training rows of ``messages``: one, or one per assistant turn if the template rewrites earlier turns."""
         if not self.rewrites:

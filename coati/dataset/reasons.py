@@ -2,26 +2,38 @@
 
 # Spelling in data files -> the library's own roles.
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+# Roles that occur in data sets and have no place in a dialogue of user and assistant.
+OTHER_ROLES = ("tool", "function", "developer", "ipython", "tool_call", "tool_response", "function_call", "observation")
 # What to do about a template that rewrites earlier assistant turns.
 TEMPLATE_MODES = ("per_turn", "refuse")
 
-REASONS = {
+# What the file's author has to mend ...
+MALFORMED_REASONS = {
     "bad_json": "the line is not JSON",
+    "bad_csv": "the record does not match the header of its csv file",
     "wrong_keys": "no known row shape has these keys",
+    "wrong_type": "the row has the shape of another --type",
     "unknown_role": "a role other than user, human, assistant, gpt, system",
+    "unsupported_role": "a turn of a tool, function or developer, or an answer that calls a tool",
     "roles_not_alternating": "user and assistant do not take turns",
     "content_not_text": "the content of a message is not a string",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",
+    "no_question": "no question to answer: the context does not end with a turn of the user",
     "empty_answer": "an assistant turn without text",
-    "too_long": "the first answer does not fit into max_length",
+    "bad_label": "the label is neither true nor false",
+    "bad_margin": "the margin is not a number",
+}
+# ... as against what max_length, the template or the other rows decide.
+REASONS = MALFORMED_REASONS | {
+    "same_answers": "chosen and rejected are the same",
+    "too_long": "the row, or its first answer, does not fit into max_length",
     "template_refused": "the chat template refuses this conversation",
     "template_rewrites": "the chat template changes an earlier turn of this conversation",
     "no_end_marker": "end_of_assistant does not follow an answer",
     "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
 }
-# What the file's author has to mend, as against what max_length or the template decides.
-MALFORMED = frozenset(list(REASONS)[:8])
+MALFORMED = frozenset(MALFORMED_REASONS)
 
 
 class RowError(ValueError):

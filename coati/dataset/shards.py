@@ -8,15 +8,33 @@ from typing import Any
 import pyarrow as pa
 
 IDS = pa.list_(pa.int32())
+MASK = pa.list_(pa.bool_())
+TEXTS = pa.list_(pa.string())
+_COMMON = {"seq_length": pa.int32(), "seq_category": pa.string()}
 SCHEMAS = {
     "sft": pa.schema(
+        {"input_ids": IDS, "labels": IDS, "inputs_decode": pa.string(), "labels_decode": TEXTS, **_COMMON}
+    ),
+    "prompt": pa.schema({"input_ids": IDS, "inputs_decode": pa.string(), **_COMMON, "gt_answer": pa.string()}),
+    "preference": pa.schema(
         {
-            "input_ids": IDS,
-            "labels": IDS,
-            "inputs_decode": pa.string(),
-            "labels_decode": pa.list_(pa.string()),
-            "seq_length": pa.int32(),
-            "seq_category": pa.string(),
+            **{
+                f"{side}_{name}": kind
+                for side in ("chosen", "rejected")
+                for name, kind in (("input_ids", IDS), ("loss_mask", MASK), ("label_decode", TEXTS))
+            },
+            "margin": pa.float32(),
+            **_COMMON,
+        }
+    ),
+    "kto": pa.schema(
+        {
+            "prompt": IDS,
+            "completion": IDS,
+            "label": pa.bool_(),
+            "input_id_decode": pa.string(),
+            "completion_decode": pa.string(),
+            **_COMMON,
         }
     ),
 }

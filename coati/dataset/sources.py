@@ -1,29 +1,19 @@
-"""Rows of every accepted file and shape, each with the file and line it stands on.
-
-A new data type is one function from a row to a :class:`SourceRow` and one entry in :data:`READERS`.
-"""
+"""Rows of every accepted kind of file, each with the file and line it stands on; shapes.py makes sense of them."""
 
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coati.dataset.reasons import ROLES, RowError
+from coati.dataset.messages import is_message_list
+from coati.dataset.reasons import RowError
+from coati.dataset.shapes import READERS as READERS
+from coati.dataset.shapes import SourceRow as SourceRow
 from coati.utils.notice import say_once
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-Messages = list[dict[str, str]]
-
-
-@dataclass
-class SourceRow:
-    """One row in the library's own form: messages of {role, content}, roles system, user, assistant."""
-
-    messages: Messages
-    category: str | None = None
 
 
 def find_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
@@ -83,13 +73,7 @@ def _is_array(file: Path) -> bool:
         row = json.loads(first)
     except json.JSONDecodeError:
         return True
-    return not _is_message_list(row)
-
-
-def _is_message_list(row: Any) -> bool:
-    return (
-        isinstance(row, list) and bool(row) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
-    )
+    return not is_message_list(row)
 
 
 def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
@@ -141,85 +125,3 @@ def decode(row: Any) -> Any:
         raise RowError("bad_json", f"{error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise RowError("bad_json", f"not UTF-8 text (byte {error.start})") from error
-
-
-def read_sft(row: Any) -> SourceRow:
-    """A supervised conversation in any of :data:`SFT_SHAPES`. Raises RowError naming what is wrong with it."""
-    if _is_message_list(row):
-        row = {"messages": row}
-    if not isinstance(row, dict):
-        raise RowError("wrong_keys", f"expected an object with {SHAPE_KEYS}, found {type(row).__name__}")
-    for key, messages_of in SFT_SHAPES.items():
-        if row.get(key) is not None:
-            category = row.get("category")
-            return SourceRow(alternating(messages_of(row)), None if category is None else str(category))
-    raise RowError("wrong_keys", f"expected {SHAPE_KEYS}, found {', '.join(map(str, row)) or 'no key'}")
-
-
-def _list_of_messages(key: str) -> Callable[[dict], Messages]:
-    def messages_of(row: dict) -> Messages:
-        found = row[key]
-        if not isinstance(found, list):
-            raise RowError("wrong_keys", f"{key} must be a list of messages, found {type(found).__name__}")
-        return [_message(message, index) for index, message in enumerate(found)]
-
-    return messages_of
-
-
-def _alpaca(row: dict) -> Messages:
-    """Instruction, optional input and output: one round."""
-    if "output" not in row:
-        raise RowError("wrong_keys", f"an instruction needs an output, found {', '.join(map(str, row))}")
-    parts = {name: _text(row.get(name) or "", name) for name in ("instruction", "input", "output")}
-    question = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}]
-
-
-SFT_SHAPES: dict[str, Callable[[dict], Messages]] = {
-    "messages": _list_of_messages("messages"),
-    "conversations": _list_of_messages("conversations"),
-    "instruction": _alpaca,
-}
-SHAPE_KEYS = "messages, conversations or instruction/input/output"
-READERS: dict[str, Callable[[Any], SourceRow]] = {"sft": read_sft}
-
-
-def _message(message: Any, index: int) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise RowError("wrong_keys", f"message {index} must be an object, found {type(message).__name__}")
-    role = message.get("role") if message.get("from") is None else message["from"]
-    content = message.get("value") if message.get("content") is None else message["content"]
-    if role is None or content is None:
-        lacking = "from (or role)" if role is None else "content (or value)"
-        raise RowError(
-            "wrong_keys", f"message {index} lacks {lacking}, found {', '.join(map(str, message)) or 'no key'}"
-        )
-    known = ROLES.get(role.lower()) if isinstance(role, str) else None
-    if known is None:
-        raise RowError("unknown_role", f"message {index} is from {role!r}; known roles: {', '.join(ROLES)}")
-    return {"role": known, "content": _text(content, f"message {index}")}
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RowError("content_not_text", f"{where} holds {type(value).__name__} instead of a string")
-    return value
-
-
-def alternating(messages: Messages) -> Messages:
-    """``messages`` when user and assistant take turns after an optional system message; a last question is left out."""
-    if not messages:
-        raise RowError("empty_conversation", "the list of messages is empty")
-    first = int(messages[0]["role"] == "system")
-    for index, message in enumerate(messages[first:]):
-        wanted = ("user", "assistant")[index % 2]
-        if message["role"] != wanted:
-            raise RowError(
-                "roles_not_alternating", f"message {index + first} is from {message['role']}, expected {wanted}"
-            )
-        if wanted == "assistant" and not message["content"].strip():
-            raise RowError("empty_answer", f"message {index + first} is empty")
-    turns = messages[: first + (len(messages) - first) // 2 * 2]
-    if len(turns) == first:
-        raise RowError("no_assistant_turn", f"found only {', '.join(m['role'] for m in messages)}")
-    return turns

@@ -6,8 +6,10 @@ import json
 import pytest
 
 from coati.dataset.reasons import RowError
-from coati.dataset.sources import decode, find_files, read_rows, read_sft
+from coati.dataset.shapes import READERS
+from coati.dataset.sources import decode, find_files, read_rows
 
+read_sft = READERS["sft"]
 ROUND = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
@@ -49,14 +51,15 @@ def message(role="user", content="x") -> dict:
     ("row", "reason", "said"),
     [
         ({}, "wrong_keys", "messages"),
-        ({"text": "x"}, "wrong_keys", "found text"),
-        ("x", "wrong_keys", "found str"),
+        ({"text": "x"}, "wrong_type", "found text: plain rows, for --type prompt, not sft"),
+        ("x", "wrong_type", "found a text: plain rows"),
+        (7, "wrong_keys", "found int"),
         ({"messages": "x"}, "wrong_keys", "messages must be a list"),
         ({"messages": ["x"]}, "wrong_keys", "message 0 must be an object"),
         ({"messages": [{"from": "user"}]}, "wrong_keys", "message 0 lacks content"),
         ({"messages": [{"content": "x"}]}, "wrong_keys", "message 0 lacks from (or role)"),
-        ({"instruction": "x"}, "wrong_keys", "needs an output"),
-        ({"messages": [message("tool")]}, "unknown_role", "'tool'"),
+        ({"instruction": "x"}, "wrong_type", "they need instruction, output"),
+        ({"messages": [message("tool")]}, "unsupported_role", "'tool'"),
         ({"messages": [message(3)]}, "unknown_role", "3"),
         ({"messages": [message(), message()]}, "roles_not_alternating", "message 1 is from user, expected assistant"),
         ({"messages": [message("assistant")]}, "roles_not_alternating", "message 0 is from assistant, expected user"),

@@ -1,0 +1,199 @@
+"""Which shape a row has, and whether the row can be used for a type: :data:`SHAPES` is the table of all of them.
+
+A shape is one entry: its name, the types it can be prepared as, how it is recognised and read. The first entry that
+fits a row wins, so the ones with more keys come first.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import partial
+from typing import Any
+
+from coati.dataset import source_row as read
+from coati.dataset.messages import complete_rounds, continuation, is_message_list, question, without_answer
+from coati.dataset.reasons import RowError
+from coati.dataset.source_row import SourceRow
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``keys`` are what a row must have, for people to read; ``read`` fills a SourceRow, unchecked as to turns."""
+
+    name: str
+    types: tuple[str, ...]
+    keys: tuple[str, ...]
+    matches: Callable[[Any], bool]
+    read: Callable[[Any], SourceRow]
+
+
+def _has(*keys: str, **kinds: type | tuple) -> Callable[[Any], bool]:
+    """Whether a row has ``keys``, not null, those named in ``kinds`` being of that kind."""
+    wanted = (*keys, *kinds)
+
+    def matches(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and all(row.get(key) is not None for key in wanted)
+            and all(isinstance(row[key], kind) for key, kind in kinds.items())
+        )
+
+    return matches
+
+
+def _is_source_target(row: Any) -> bool:
+    return isinstance(row, dict) and {"source", "target"} <= {str(key).lower() for key in row}
+
+
+def _is_plain(row: Any) -> bool:
+    return isinstance(row, str) or read.first_question(row) is not None
+
+
+def _is_unjudged_round(row: Any) -> bool:
+    # With a label the answer may be a bad one, which supervised training must not learn.
+    return _has("prompt", "completion")(row) and row.get("label") is None
+
+
+def _spoken(key: str, name: str) -> Callable[[Any], bool]:
+    """A list of messages under ``key`` whose speakers stand under ``name``."""
+
+    def matches(row: Any) -> bool:
+        found = row.get(key) if isinstance(row, dict) else None
+        return isinstance(found, list) and any(isinstance(m, dict) and m.get(name) is not None for m in found)
+
+    return matches
+
+
+PAIR, JUDGED, CHAT, ASKED = ("preference", "prompt"), ("kto", "prompt"), ("sft", "prompt"), ("prompt",)
+_PAIR, _JUDGED, _ROUND = ("chosen", "rejected"), ("prompt", "completion", "label"), ("prompt", "completion")
+_RM_STATIC = _has("response", prompt=str, chosen=str, rejected=str)
+SHAPES: tuple[Shape, ...] = (
+    Shape("preference", PAIR, ("context", *_PAIR), _has("context", *_PAIR), read.context_pair),
+    Shape("rm_static", PAIR, ("prompt", "response", *_PAIR), _RM_STATIC, read.prompt_pair),
+    Shape("trl", PAIR, ("prompt", *_PAIR), _has("prompt", *_PAIR), read.prompt_pair),
+    Shape("trl", PAIR, _PAIR, _has(chosen=list, rejected=list), read.whole_pair),
+    Shape("hh_rlhf", PAIR, _PAIR, _has(*_PAIR), read.whole_pair),
+    Shape("kto", JUDGED, _JUDGED, _has("prompt", "label", completion=dict), read.judged),
+    Shape("trl", JUDGED, _JUDGED, _has(*_JUDGED), read.judged),
+    Shape("rl_example", ASKED, ("messages", "gt_answer"), _has(messages=dict), read.rl_example),
+    Shape("openai", CHAT, ("messages",), _spoken("messages", "role"), read.listed("messages")),
+    Shape("messages", CHAT, ("messages",), _has("messages"), read.listed("messages")),
+    Shape("message_list", CHAT, (), is_message_list, read.message_rows),
+    Shape("sharegpt", CHAT, ("conversations",), _has("conversations"), read.listed("conversations")),
+    Shape("alpaca", CHAT, ("instruction", "output"), _has("instruction", "output"), read.alpaca),
+    Shape("alpaca", ASKED, ("instruction",), _has("instruction"), read.alpaca),
+    Shape("source_target", ("sft",), ("source", "Target"), _is_source_target, read.source_target),
+    Shape("trl", CHAT, _ROUND, _is_unjudged_round, read.prompt_and_completion),
+    Shape("trl", ASKED, ("prompt",), _has(prompt=list), read.plain),
+    Shape("plain", ASKED, ("prompt",), _is_plain, read.plain),
+)
+FORMATS = tuple(dict.fromkeys(shape.name for shape in SHAPES))
+FORMATS_OF = {
+    type: tuple(dict.fromkeys(shape.name for shape in SHAPES if type in shape.types))
+    for type in ("sft", "preference", "prompt", "kto")
+}
+
+
+def read_row(type: str, row: Any, format: str | None = None) -> SourceRow:
+    """``row`` (decoded JSON, or a line of text) as data of ``type``, recognised by its shape or read as ``format``.
+
+    Raises RowError: wrong_type when another type has this shape, wrong_keys with the nearest shape when none has.
+    """
+    shape = _recognise(type, row, format)
+    found = shape.read(row)
+    found.shape = shape.name
+    if isinstance(row, dict):
+        _add_extras(found, row)
+    FINISH[type](found)
+    return found
+
+
+def _recognise(type: str, row: Any, format: str | None) -> Shape:
+    shapes = [shape for shape in SHAPES if type in shape.types and format in (None, shape.name)]
+    for shape in shapes:
+        if shape.matches(row):
+            return shape
+    other = next((shape for shape in SHAPES if shape.matches(row)), None)
+    if other is None or format is not None:
+        raise RowError("wrong_keys", _expected(shapes, row, format))
+    same = next((shape for shape in shapes if shape.name == other.name), None)
+    needed = f", for which they need {', '.join(same.keys)}" if same else ""
+    raise RowError(
+        "wrong_type",
+        f"found {_found(row)}: {other.name} rows, for --type {' or '.join(other.types)}, not {type}{needed}",
+    )
+
+
+def _expected(shapes: list[Shape], row: Any, format: str | None) -> str:
+    forms = " / ".join(dict.fromkeys(", ".join(shape.keys) or "a list of messages" for shape in shapes))
+    said = f"expected {forms}{f' (--format {format})' if format else ''}, found {_found(row)}"
+    near = max(SHAPES, key=lambda shape: _nearness(shape, row))
+    if _nearness(near, row) == 0:
+        return said
+    lacking = [key for key in near.keys if row.get(key) is None]
+    need = f", which needs {' and '.join(lacking)}" if lacking else ""
+    return f"{said}; nearest is {near.name} ({', '.join(near.keys)}) of --type {' or '.join(near.types)}{need}"
+
+
+def _found(row: Any) -> str:
+    if not isinstance(row, dict):
+        return "a list of messages" if is_message_list(row) else {str: "a text"}.get(type(row), type(row).__name__)
+    return ", ".join(f"{key}{'' if value is not None else ' (null)'}" for key, value in row.items()) or "no key"
+
+
+def _nearness(shape: Shape, row: Any) -> float:
+    """Share of the shape's keys that the row has, spelt alike at least."""
+    if not isinstance(row, dict) or not shape.keys:
+        return 0.0
+    found = [str(key) for key in row]
+    best = [max((SequenceMatcher(None, key, one).ratio() for one in found), default=0.0) for key in shape.keys]
+    return sum(ratio for ratio in best if ratio > 0.75) / len(best)
+
+
+def _add_extras(found: SourceRow, row: dict) -> None:
+    """The columns that any shape may have."""
+    found.category = None if row.get("category") is None else str(row["category"])
+    if row.get("gt_answer") is not None:
+        found.gt_answer = str(row["gt_answer"])
+    elif row.get("test_cases") is not None:
+        found.gt_answer = json.dumps(row["test_cases"], ensure_ascii=False)
+    if row.get("margin") is not None:
+        try:
+            found.margin = float(row["margin"])
+        except (TypeError, ValueError) as error:
+            raise RowError("bad_margin", f"margin is {row['margin']!r}, expected a number") from error
+
+
+def _finish_sft(row: SourceRow) -> None:
+    if row.text is None:
+        row.messages = complete_rounds(row.messages)
+    elif not row.text.strip():
+        raise RowError("empty_conversation", "source and Target hold no text")
+
+
+def _finish_prompt(row: SourceRow) -> None:
+    row.messages = without_answer(row.messages)
+    row.chosen, row.rejected, row.completion, row.label, row.margin = [], [], None, None, None
+
+
+def _finish_preference(row: SourceRow) -> None:
+    row.messages = question(row.messages)
+    row.chosen, row.rejected = continuation(row.chosen, "chosen"), continuation(row.rejected, "rejected")
+    if row.chosen == row.rejected:
+        raise RowError("same_answers", f"both are {row.chosen[-1]['content'][:60]!r}")
+
+
+def _finish_kto(row: SourceRow) -> None:
+    row.messages = question(row.messages)
+    if not row.completion.strip():
+        raise RowError("empty_answer", "completion is empty")
+
+
+FINISH: dict[str, Callable[[SourceRow], None]] = {
+    "sft": _finish_sft,
+    "preference": _finish_preference,
+    "prompt": _finish_prompt,
+    "kto": _finish_kto,
+}
+READERS: dict[str, Callable[..., SourceRow]] = {type: partial(read_row, type) for type in FINISH}

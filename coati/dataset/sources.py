@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from coati.dataset.json_array import array_elements
 from coati.dataset.messages import is_message_list
 from coati.dataset.reasons import RowError
 from coati.dataset.shapes import READERS as READERS
@@ -65,37 +66,21 @@ def _open(file: Path):
 
 def _is_array(file: Path) -> bool:
     """One JSON array over the whole file, as against one object (or one list of messages) per line."""
-    with _open(file) as lines:
-        first = next((line for line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), b"").lstrip(b" \t\xef\xbb\xbf")
-    if not first.startswith(b"["):
-        return False
+    with _open(file) as stream:
+        if not stream.read(4096).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"["):
+            return False
+    with _open(file) as stream:
+        first = next((text for _, text in array_elements(stream)), None)
     try:
-        row = json.loads(first)
-    except json.JSONDecodeError:
+        return first is None or not is_message_list([json.loads(first)])
+    except ValueError:
         return True
-    return not is_message_list(row)
 
 
 def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
     with _open(file) as stream:
-        text = stream.read().decode("utf-8-sig", errors="replace")
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        line, counted = line + text.count("\n", counted, position), position
-        if text.startswith("]", position):
-            return
-        try:
-            row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            # Where the next element would begin cannot be told, so the rest of the array is one bad row.
-            yield (
-                error.lineno,
-                RowError("bad_json", f"{error.msg} at column {error.colno}; the array is not read further"),
-            )
-            return
-        yield line, row
+        for line, text in array_elements(stream):
+            yield line, text or RowError("bad_json", "the brackets opened here are not closed; nothing further is read")
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
@@ -122,6 +107,7 @@ def decode(row: Any) -> Any:
     try:
         return json.loads(row.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise RowError("bad_json", f"{error.msg} at column {error.colno}") from error
+        within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""
+        raise RowError("bad_json", f"{error.msg} at column {error.colno}{within}") from error
     except UnicodeDecodeError as error:
         raise RowError("bad_json", f"not UTF-8 text (byte {error.start})") from error

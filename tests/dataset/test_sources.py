@@ -110,8 +110,10 @@ def test_a_json_array_in_any_layout(name, tmp_path):
 def test_a_broken_array_keeps_the_rows_before_the_break(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[\n" + json.dumps({"messages": ROUND}) + ",\n{'messages': 1}\n]")
-    (first, row), (line, error) = list(read_rows(path))
-    assert first == 2 and read_sft(row).messages == ROUND and line == 3 and error.reason == "bad_json"
+    (first, row), (line, broken) = list(read_rows(path))
+    assert first == 2 and read_sft(decode(row)).messages == ROUND and line == 3
+    with pytest.raises(RowError, match="not JSON"):
+        decode(broken)
 
 
 def test_gz_and_parquet(tmp_path):

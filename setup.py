@@ -23,6 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["coati", "coati.*"]),
+    package_data={"coati.dataset": ["*.jinja"]},
     python_requires=">=3.10,<3.13",
     install_requires=requirements(),
     extras_require={

@@ -13,10 +13,12 @@ from typing import Any
 from coati.dataset.conversation import Conversation
 from coati.dataset.outputs import check_outputs, renamed_when_whole
 from coati.dataset.plan import CHUNK_ROWS, MAX_BINS, Chunk, numbered_rows, plan_bins, plan_chunks
+from coati.dataset.provenance import command_line, describe_template, describe_tokenizer
 from coati.dataset.reasons import REASONS
-from coati.dataset.report import Segments, Tally, build_report, dropped_lines, format_report
-from coati.dataset.shards import ShardWriter, tokenizer_fingerprint
+from coati.dataset.report import build_report, dropped_lines, format_report, save_report
+from coati.dataset.shards import ShardWriter
 from coati.dataset.sources import find_files
+from coati.dataset.tally import Tally
 from coati.dataset.tokenization import TOKENIZERS
 from coati.dataset.workers import Job, cores, results
 from coati.utils.json_io import save_json
@@ -64,18 +66,22 @@ def prepare_dataset(
         "seed": seed,
         "num_samples_per_bin": num_samples_per_bin,
         "rows_in_files": total,
+        "command": command_line(),
+        "tokenizer": describe_tokenizer(tokenizer, tokenizer_name),
+        "template": describe_template(template),
     }
     with renamed_when_whole(outputs, cache_dir) as (folders, cache):
         writer = ShardWriter(type, folders[-1], folders[0] if jsonl_dir is not None else None, cache, num_bins)
         tally = _write(job, files, plan, workers, writer, strict)
         report = build_report(tally, job.files, writer.rows, **settings)
         _check_result(report, job.files)
-        if jsonl_dir is not None:
-            save_json(report, folders[0] / "report.json")
+        for folder in folders:
+            save_report(report, folder)
         template.save(folders[-1] / "conversation_template.json")
-        save_json(_preparation(report, tokenizer, tokenizer_name, template), folders[-1] / "preparation.json")
-    _say_what_is_odd(report, tally)
-    _show(report, tally.sample, show)
+        save_json(_preparation(report, template), folders[-1] / "preparation.json")
+    for warning in report["warnings"]:
+        say(warning)
+    _show(report, show)
     return report
 
 
@@ -118,32 +124,18 @@ def _check_result(report: dict[str, Any], files: list[str]) -> None:
         )
 
 
-def _preparation(report: dict, tokenizer, tokenizer_name: str, template: Conversation) -> dict[str, Any]:
+def _preparation(report: dict, template: Conversation) -> dict[str, Any]:
     return {
         "type": report["type"],
         "max_length": report["max_length"],
-        "tokenizer": {
-            "path": tokenizer_name or getattr(tokenizer, "name_or_path", ""),
-            "vocab_size": len(tokenizer),
-            "fingerprint": tokenizer_fingerprint(tokenizer),
-        },
+        "tokenizer": report["tokenizer"],
         "conversation_template": template.to_config(),
         "rows": report["rows_written"],
         "report": report,
     }
 
 
-def _say_what_is_odd(report: dict[str, Any], tally: Tally) -> None:
-    for entry in report["files"]:
-        if entry["rows_read"] and not entry["rows_kept"]:
-            say(f"{entry['file']}: none of its {entry['rows_read']} rows was kept")
-    if 2 * tally.malformed() > report["rows_read"]:
-        say("more than half of the rows are malformed: is this the right type and file?")
-    if empty := report["shards"].count(0):
-        say(f"{empty} of {len(report['shards'])} parts hold no row; choose fewer bins for so little data")
-
-
-def _show(report: dict, sample: tuple[str, Segments] | None, show: Callable[[str], None] | None) -> None:
+def _show(report: dict, show: Callable[[str], None] | None) -> None:
     if show is not None:
         colour = show is print and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        show(format_report(report, sample[1] if sample else None, colour))
+        show(format_report(report, colour))

@@ -1,107 +1,102 @@
-"""What a preparation did with its rows: counted in the workers, merged in order, printed and stored."""
+"""What a preparation did with its rows, as JSON, as lines for a terminal and as a page."""
 
-from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from coati.dataset.reasons import MALFORMED, REASONS, RowError
+from coati.dataset.masked_text import show_mask
+from coati.dataset.reasons import MALFORMED, REASONS
+from coati.dataset.report_html import page
+from coati.dataset.report_warnings import warnings_of
+from coati.dataset.tally import Shown, Tally
+from coati.utils.json_io import save_json, save_text
 
-FIRST_FEW = 3
-GREEN, RESET = "\033[32m", "\033[0m"
-Segments = list[tuple[bool, str]]
-
-
-@dataclass
-class Tally:
-    """Counts over some source rows. ``kept`` counts source rows, ``lengths`` has one entry per training row."""
-
-    read: Counter = field(default_factory=Counter)
-    kept: Counter = field(default_factory=Counter)
-    dropped: Counter = field(default_factory=Counter)
-    first: dict[str, list[str]] = field(default_factory=dict)
-    lengths: array = field(default_factory=lambda: array("l"))
-    supervised: int = 0
-    truncated: int = 0
-    sample: tuple[str, Segments] | None = None
-
-    def drop(self, error: RowError, where: str) -> None:
-        self.dropped[error.reason] += 1
-        examples = self.first.setdefault(error.reason, [])
-        if len(examples) < FIRST_FEW:
-            examples.append(f"{where}: {error.detail}")
-
-    def malformed(self) -> int:
-        return sum(count for reason, count in self.dropped.items() if reason in MALFORMED)
-
-    def merge(self, later: "Tally") -> None:
-        for name in ("read", "kept", "dropped"):
-            getattr(self, name).update(getattr(later, name))
-        for reason, examples in later.first.items():
-            mine = self.first.setdefault(reason, [])
-            mine.extend(examples[: FIRST_FEW - len(mine)])
-        self.lengths.extend(later.lengths)
-        self.supervised += later.supervised
-        self.truncated += later.truncated
-        self.sample = self.sample or later.sample
+BARS = 40  # of the length histogram, at most
+NICE = (1, 2, 5)
 
 
-def segments(input_ids: list[int], labels: list[int], decode) -> Segments:
-    """The row as runs of ``(supervised, text)``."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(input_ids, labels, strict=True):
-        supervised = label == token
-        if not runs or runs[-1][0] != supervised:
-            runs.append((supervised, []))
-        runs[-1][1].append(token)
-    return [(supervised, decode(ids)) for supervised, ids in runs]
-
-
-def show_mask(parts: Segments, colour: bool) -> str:
-    """Supervised text in green, or in [[double brackets]]."""
-    before, after = (GREEN, RESET) if colour else ("[[", "]]")
-    return "".join(before + text + after if supervised else text for supervised, text in parts)
-
-
-def percentiles(lengths: array) -> dict[str, float]:
-    """Nearest-rank percentiles, mean and extremes of the row lengths in tokens."""
-    ordered = sorted(lengths)
-    if not ordered:
+def percentiles(lengths: Counter) -> dict[str, float]:
+    """Nearest-rank percentiles, mean and extremes of row lengths in tokens; ``lengths`` counts rows by length."""
+    total = lengths.total()
+    if not total:
         return {}
-    ranks = {f"p{p}": ordered[max(0, -(-len(ordered) * p // 100) - 1)] for p in (10, 50, 90, 99)}
-    return {"min": ordered[0], "mean": round(sum(ordered) / len(ordered), 1), **ranks, "max": ordered[-1]}
+    ranks = {f"p{p}": max(1, -(-total * p // 100)) for p in (10, 50, 90, 99)}
+    found, seen = {}, 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        found |= {name: length for name, rank in ranks.items() if name not in found and seen >= rank}
+    mean = round(sum(length * rows for length, rows in lengths.items()) / total, 1)
+    return {"min": min(lengths), "mean": mean, **{name: found[name] for name in ranks}, "max": max(lengths)}
+
+
+def histogram(lengths: Counter) -> list[dict[str, int]]:
+    """Rows by length in bars of equal, round width: ``{from, to, rows}``, both bounds included.
+
+    A few rows far longer than the rest share one last, wider bar, so that they do not press the others together.
+    """
+    if not lengths:
+        return []
+    longest, usual = max(lengths), percentiles(lengths)["p99"]
+    end = longest if longest <= 2 * usual else round(1.2 * usual)
+    width = next(nice * 10**power for power in range(9) for nice in NICE if nice * 10**power * BARS > end)
+    bars = [{"from": start, "to": start + width - 1, "rows": 0} for start in range(0, end + 1, width)]
+    for length, rows in lengths.items():
+        bars[min(length // width, len(bars) - 1)]["rows"] += rows
+    bars[-1]["to"] = max(bars[-1]["to"], longest)
+    return bars
 
 
 def build_report(tally: Tally, files: list[str], shards: list[int], **settings: Any) -> dict[str, Any]:
     """The JSON form of the report; ``settings`` (type, max_length, seed, ...) come first."""
-    tokens = sum(tally.lengths)
-    return {
+    report = {
         **settings,
         "rows_read": tally.read.total(),
         "rows_kept": tally.kept.total(),
         "rows_dropped": tally.dropped.total(),
-        "rows_written": len(tally.lengths),
+        "rows_malformed": tally.malformed(),
+        "rows_written": tally.lengths.total(),
         "dropped": {
-            reason: {"rows": tally.dropped[reason], "meaning": REASONS[reason], "first": tally.first[reason]}
+            reason: {
+                "rows": tally.dropped[reason],
+                "meaning": REASONS[reason],
+                "kind": "malformed" if reason in MALFORMED else "unfit",
+                "first": tally.first[reason],
+            }
             for reason in REASONS
             if tally.dropped[reason]
         },
         "rows_truncated": tally.truncated,
         "length": percentiles(tally.lengths),
-        "tokens": tokens,
+        "length_histogram": histogram(tally.lengths),
+        "tokens": tally.tokens,
         "supervised_tokens": tally.supervised,
-        "supervised_share": round(tally.supervised / tokens, 4) if tokens else 0.0,
+        "supervised_share": round(tally.supervised / tally.tokens, 4) if tally.tokens else 0.0,
+        "rows_ended": tally.ended,
+        "answers_differ": len(tally.answers) > 1,
+        **{name: dict(getattr(tally, name).most_common()) for name in ("shapes", "roles", "scripts", "traits")},
         "files": [
             {"file": name, "rows_read": tally.read[index], "rows_kept": tally.kept[index]}
             for index, name in enumerate(files)
         ],
         "shards": shards,
-        "sample": {"at": tally.sample[0], "text": show_mask(tally.sample[1], colour=False)} if tally.sample else None,
+        "samples": [_sample(row) for row in tally.shown],
     }
+    return report | {"warnings": warnings_of(report)}
 
 
-def format_report(report: dict[str, Any], sample: Segments | None, colour: bool) -> str:
-    """The report for a terminal; ``sample`` is shown with its mask."""
+def _sample(row: Shown) -> dict[str, Any]:
+    parts = [{"name": name, "text": [list(run) for run in text]} for name, text in row.parts]
+    return {"at": row.at, "notes": row.notes, "parts": parts}
+
+
+def save_report(report: dict[str, Any], folder: Path) -> None:
+    """Write ``report.json`` and ``report.html``, a page that needs nothing beside it, into ``folder``."""
+    save_json(report, folder / "report.json")
+    save_text(page(report), folder / "report.html")
+
+
+def format_report(report: dict[str, Any], colour: bool) -> str:
+    """The report for a terminal, with its first sample and that one's mask."""
     lines = [
         f"rows read {report['rows_read']}, kept {report['rows_kept']}, dropped {report['rows_dropped']}, "
         f"truncated {report['rows_truncated']}; training rows written {report['rows_written']} "
@@ -113,9 +108,14 @@ def format_report(report: dict[str, Any], sample: Segments | None, colour: bool)
     lines.append(
         f"tokens {report['tokens']}, supervised {report['supervised_tokens']} ({report['supervised_share']:.1%})"
     )
-    if sample:
+    if len(report["shapes"]) > 0:
+        lines.append("shapes: " + ", ".join(f"{name} {rows}" for name, rows in report["shapes"].items()))
+    for sample in report["samples"][:1]:
         marked = "green" if colour else "in [[ ]]"
-        lines.append(f"sample from {report['sample']['at']} (supervised text {marked}):\n{show_mask(sample, colour)}")
+        lines.append(f"sample from {sample['at']} (supervised text {marked}):")
+        for part in sample["parts"]:
+            lines += [f"{part['name']}:"] if part["name"] else []
+            lines.append(show_mask(part["text"], colour))
     return "\n".join(lines)
 
 

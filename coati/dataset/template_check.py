@@ -6,8 +6,8 @@ rendered text, a template on which masks would be wrong.
 
 from os.path import commonprefix
 
+from coati.dataset.masked_text import segments, show_mask
 from coati.dataset.reasons import RowError
-from coati.dataset.report import segments, show_mask
 from coati.utils.notice import say, say_once
 
 QUESTIONS = ("Probe question number one", "Probe question number two")
@@ -193,7 +193,6 @@ def render_masked_probe(conversation, colour: bool) -> str:
     """The probe dialogue as the template writes it, its supervised text marked; end markers and stop ids below."""
     rows = []
     for row in conversation.encode_turns(dialogue()):
-        labels = [token if kept else -100 for token, kept in zip(row.input_ids, row.loss_mask, strict=True)]
-        rows.append(show_mask(segments(row.input_ids, labels, conversation.encoder.decode), colour))
+        rows.append(show_mask(segments(row.input_ids, row.loss_mask, conversation.encoder.decode), colour))
     rows.append(f"end_of_assistant {conversation.end_of_assistant!r}, stop_ids {conversation.stop_ids}")
     return "\n---\n".join(rows)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from coati.dataset.conversation import Conversation
 from coati.dataset.plan import Chunk
 from coati.dataset.reasons import RowError
-from coati.dataset.report import Tally, segments
 from coati.dataset.shards import to_arrow
 from coati.dataset.sources import READERS, decode
-from coati.dataset.tokenization import IGNORE_INDEX, TOKENIZERS
+from coati.dataset.tally import Recorder, Tally
+from coati.dataset.tokenization import TOKENIZERS
 
 
 @dataclass
@@ -31,25 +31,20 @@ class Job:
 
     def run(self, chunk: Chunk) -> tuple[bytes, bytes, Tally]:
         """``(arrow stream, JSON lines, counts)`` of one chunk."""
-        tally, rows = Tally(), []
+        recorder, rows = Recorder(self.type, self.conversation), []
         for file, line, raw in chunk:
-            tally.read[file] += 1
             where = f"{self.files[file]}:{line}"
+            recorder.tally.read[file] += 1
             try:
-                made = TOKENIZERS[self.type](READERS[self.type](decode(raw)), self.conversation, self.max_length)
+                source = READERS[self.type](decode(raw))
+                made = TOKENIZERS[self.type](source, self.conversation, self.max_length)
             except RowError as error:
-                tally.drop(error, where)
+                recorder.tally.drop(error, where)
                 continue
-            tally.kept[file] += 1
-            tally.truncated += made[-1][1]
+            recorder.keep(file, line, where, source, made)
             rows += [row for row, _ in made]
-            if tally.sample is None:
-                row = made[0][0]
-                tally.sample = where, segments(row["input_ids"], row["labels"], self.conversation.encoder.decode)
-        tally.lengths.extend(row["seq_length"] for row in rows)
-        tally.supervised = sum(row["seq_length"] - row["labels"].count(IGNORE_INDEX) for row in rows)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if self.jsonl else ""
-        return to_arrow(self.type, rows), text.encode("utf-8"), tally
+        return to_arrow(self.type, rows), text.encode("utf-8"), recorder.close()
 
 
 _job: Job | None = None

@@ -1,4 +1,4 @@
-"""JSON files that are either whole or absent."""
+"""JSON and text files that are either whole or absent."""
 
 import json
 import os
@@ -16,13 +16,17 @@ def load_json(path: str | os.PathLike) -> Any:
 
 def save_json(obj: Any, path: str | os.PathLike) -> None:
     """Write ``obj`` as indented UTF-8 JSON under a temporary name, then rename it into place; makes the folder."""
+    save_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def save_text(text: str, path: str | os.PathLike) -> None:
+    """Write ``text`` as UTF-8 under a temporary name, then rename it into place; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(obj, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -8,7 +8,6 @@ import pytest
 from coati.dataset import load_tokenized_dataset, prepare, setup_conversation_template, workers
 from coati.dataset.plan import plan_bins
 from coati.dataset.prepare import prepare_dataset
-from coati.dataset.report import percentiles, show_mask
 from tests.dataset.makers import chatml_tokenizer
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "data" / "sft.jsonl"
@@ -157,28 +156,10 @@ def test_the_report_by_hand(tmp_path):
         {"file": str(first), "rows_read": 2, "rows_kept": 2},
         {"file": str(second), "rows_read": 2, "rows_kept": 1},
     ]
-    assert report["sample"] == {
-        "at": f"{first}:1",
-        "text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]",
-    }
+    before = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    parts = [{"name": "", "text": [[False, before], [True, "a<|im_end|>"]]}]
+    assert report["samples"][0] == {"at": f"{first}:1", "notes": {"shape": "messages"}, "parts": parts}
     assert json.loads((tmp_path / "jsonl" / "report.json").read_text()) == report
-
-
-def test_percentiles_are_nearest_ranks():
-    assert percentiles(list(range(1, 11))) == {
-        "min": 1,
-        "mean": 5.5,
-        "p10": 1,
-        "p50": 5,
-        "p90": 9,
-        "p99": 10,
-        "max": 10,
-    }
-    assert percentiles([]) == {}
-
-
-def test_the_mask_is_green_on_a_terminal():
-    assert show_mask([(False, "q"), (True, "a")], colour=True) == "q\033[32ma\033[0m"
 
 
 def test_what_training_needs_to_know_stands_beside_the_shards(tmp_path):

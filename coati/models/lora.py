@@ -85,6 +85,8 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
     from coati.models.lora_layers import is_adaptable
 
     layers = {name: module for name, module in model.named_modules() if is_adaptable(module)}
+    # A new head is trained whole: there is nothing in it to adapt.
+    layers = {name: module for name, module in layers.items() if name not in getattr(model, "trained_whole", ())}
     if wanted is None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return [n for n, m in layers.items() if m is not head and not isinstance(m, nn.Embedding)]
@@ -123,6 +125,8 @@ def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftMo
             module.freeze_start()
         elif isinstance(module, DroppedEmbedding):
             module.lora_dropout["default"] = torch.nn.Dropout(config.embedding_lora_dropout)
+    for name in getattr(model, "trained_whole", ()):
+        model.get_submodule(name).requires_grad_(True)
     adapted.coati_lora = config
     return adapted
 

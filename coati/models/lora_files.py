@@ -31,6 +31,7 @@ def save_lora(model: nn.Module, directory: str | os.PathLike, state_dict: dict[s
     settings.inference_mode = True
     if _is_pissa(model):
         settings.r, settings.lora_alpha, settings.init_lora_weights = 2 * settings.r, 2 * settings.lora_alpha, True
+    settings.modules_to_save = list(_trained_whole(model)) or None
     base = settings.base_model_name_or_path
     if base and Path(base).is_dir():
         settings.base_model_name_or_path = str(Path(base).resolve())
@@ -41,7 +42,7 @@ def save_lora(model: nn.Module, directory: str | os.PathLike, state_dict: dict[s
 def adapter_state(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Everything LoRA trains, under the names peft gives it in a file."""
     tensors = model.state_dict() if state_dict is None else state_dict
-    biases = _trained_biases(model)
+    biases = _trained_biases(model) | _whole_names(model)
     state = {_ADAPTER_NAME.sub(r"\1", key): t for key, t in tensors.items() if ".lora_" in key or key in biases}
     if _is_pissa(model):
         state = {key: _with_start(key, tensor, tensors) for key, tensor in state.items()}
@@ -60,6 +61,16 @@ def _trained_biases(model: nn.Module) -> set[str]:
     if mode == "lora":
         return {f"{name}.base_layer.bias" for name in adapter_layers(model)}
     return {name for name, _ in model.named_parameters() if name.endswith("bias")}
+
+
+def _trained_whole(model: nn.Module) -> tuple[str, ...]:
+    """Modules beside the adapters that are trained as they are: the head of a reward model."""
+    return getattr(model.get_base_model(), "trained_whole", ())
+
+
+def _whole_names(model: nn.Module) -> set[str]:
+    heads = tuple(f"base_model.model.{name}." for name in _trained_whole(model))
+    return {name for name in model.state_dict() if name.startswith(heads)} if heads else set()
 
 
 def _with_start(key: str, tensor: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -101,7 +112,8 @@ def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tenso
     for name in model.state_dict():
         state |= _saved(name, file, config.r) if ".lora_" in name or ".pissa_" in name else {}
     state |= {name: file[name] for name in _trained_biases(model) if name in file}
-    expected = {name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name}
+    expected = {name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name} | _whole_names(model)
+    state |= {name: file[name] for name in _whole_names(model) & set(file)}
     if missing := sorted(expected - set(state)):
         raise ValueError(f"{directory / WEIGHTS}: no tensor for {missing[0]} ({len(missing)} missing); other targets?")
     return state

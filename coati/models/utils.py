@@ -28,7 +28,7 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _explained(path, "tokenizer", error) from error
+        raise explained(path, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"{path}: the tokenizer has neither eos_token nor pad_token; set them in its config")
@@ -45,7 +45,7 @@ def load_config(path: str | os.PathLike, trust_remote_code: bool = False):
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _explained(path, "model", error) from error
+        raise explained(path, "model", error) from error
 
 
 def load_causal_lm(
@@ -62,22 +62,49 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    options = _load_options(dtype, attn_implementation, trust_remote_code)
+    if adapter_base(path):
+        return _with_adapter(Path(path), dtype, options)
+    return _load(AutoModelForCausalLM, path, dtype, options)
+
+
+def load_backbone(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """The model of ``path`` without any head; arguments and errors as :func:`load_causal_lm`."""
+    from transformers import AutoModel
+
+    options = _load_options(dtype, attn_implementation, trust_remote_code)
+    if adapter_base(path):
+        model = _with_adapter(Path(path), dtype, options)
+        return getattr(model, model.base_model_prefix)
+    return _load(AutoModel, path, dtype, options, heads=("lm_head.", "score.", "value_head.", "embed_out."))
+
+
+def _load_options(dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    options = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attn_implementation is not None:  # None, passed on, means eager in some versions and a choice in others
         options["attn_implementation"] = attn_implementation
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        return _with_adapter(Path(path), dtype, options)
+    return options
+
+
+def _load(auto_class: Any, path: str | os.PathLike, dtype: str, options: dict[str, Any], heads: tuple[str, ...] = ()):
+    """``heads``: beginnings of names that are left behind on purpose."""
     _check_directory(path, "model")
-    options["torch_dtype"] = DTYPES[dtype]
+    options = options | {"torch_dtype": DTYPES[dtype]}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # safetensors and pickle have error classes of their own
-        raise _explained(path, "model", error) from error
-    if report["unexpected_keys"]:
-        shown = ", ".join(sorted(report["unexpected_keys"])[:3])
-        say_once(f"{path}: {type(model).__name__} has no use for {len(report['unexpected_keys'])} weights ({shown})")
+        raise explained(path, "model", error) from error
+    if unexpected := sorted(key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")):
+        shown = ", ".join(unexpected[:3])
+        say_once(f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights ({shown})")
     if report["missing_keys"]:
         shown = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(
@@ -87,11 +114,20 @@ def load_causal_lm(
     return model
 
 
-def _with_adapter(directory: Path, dtype: str, options: dict[str, Any]):
-    from peft import PeftModel
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """``config.json`` of a directory as it stands there; empty where there is none (a hub name, say)."""
+    file = Path(path) / "config.json"
+    return load_json(file) if file.is_file() else {}
 
-    from coati.models.lora import merge_lora
 
+def adapter_base(path: str | os.PathLike) -> str | None:
+    """The base model of a directory that holds a PEFT adapter and no model, else None.
+
+    Raises ValueError when the adapter does not say which, or it is not there.
+    """
+    directory = Path(path)
+    if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
+        return None
     name = load_json(directory / "adapter_config.json").get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{directory / 'adapter_config.json'}: base_model_name_or_path is empty; write the base there")
@@ -102,12 +138,21 @@ def _with_adapter(directory: Path, dtype: str, options: dict[str, Any]):
             f"{directory / 'adapter_config.json'}: the base model {name} is not there; put it back or write its new "
             "place into base_model_name_or_path"
         )
+    return base
+
+
+def _with_adapter(directory: Path, dtype: str, options: dict[str, Any]):
+    from peft import PeftModel
+
+    from coati.models.lora import merge_lora
+
+    base = adapter_base(directory)
     say_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
     model = load_causal_lm(base, dtype=dtype, **options)
     try:
         model = merge_lora(PeftModel.from_pretrained(model, str(directory)))
     except Exception as error:
-        raise _explained(directory, "adapter", error) from error
+        raise explained(directory, "adapter", error) from error
     # An adapter trained on top names this directory as its base, not the base of the base.
     model.name_or_path = model.config._name_or_path = str(directory)
     return model
@@ -200,7 +245,7 @@ def _check_tokenizer_class(file: Path) -> None:
     raise ValueError(f'{file}:{number}: tokenizer_class "{name}" is unknown to transformers; write "{near}" there')
 
 
-def _explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueError:
+def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueError:
     """``error`` of a loader as a ValueError that names ``path`` and, where it is known, what to do."""
     text = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
     if "trust_remote_code" in str(error):

@@ -81,7 +81,8 @@ class Packing:
         width = max(_PROBE_LENGTHS)
         ids = torch.arange(len(_PROBE_LENGTHS) * width, device=device).view(-1, width) % model.config.vocab_size
         mask = (torch.arange(width) < torch.tensor(_PROBE_LENGTHS)[:, None]).long().to(device)
-        backbone = getattr(model, model.base_model_prefix, None)
+        # A model with a scalar head names its backbone; through peft the prefix leads to the whole model.
+        backbone = getattr(model, "backbone", None) or getattr(model, model.base_model_prefix, None)
         model.eval()
         try:
             packed = backbone(**self.pack({"input_ids": ids, "attention_mask": mask}).inputs, use_cache=False)[0]

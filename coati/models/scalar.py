@@ -1,0 +1,125 @@
+"""Reward models and critics from disk: with their head, or with a new one when the caller says that is meant."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from coati.models.base import BaseModel
+from coati.models.utils import adapter_base, explained, load_backbone, read_config
+from coati.utils.notice import say_once
+
+Scalar = TypeVar("Scalar", bound=BaseModel)
+# This library's name first; the second is what ColossalChat's own directories use.
+HEADS = ("score", "value_head")
+_SINGLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
+
+
+def load_scalar_model(
+    kind: type[Scalar],
+    path: str | os.PathLike,
+    *,
+    new_head: bool = False,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Scalar:
+    """The reward model (or critic) of ``path``: a directory of this library, a classifier of one label, a PEFT adapter.
+
+    ``new_head``: a directory without a head is a base to train on; its head is drawn and that is said. A saved head is
+    taken in either case; a critic takes a reward model's.
+
+    Raises ValueError when a head is wanted and not there, or is of another width or number of labels.
+    """
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    if base := adapter_base(path):
+        return _with_adapter(kind, Path(path), base, options)
+    held = read_config(path)
+    state = head_state(path)
+    if state is None and not new_head:
+        raise ValueError(
+            f"{path} has no scalar head (score.weight): it is a language model, not a reward model. Train one from it "
+            "with train_rm.py, or name the directory that train_rm.py wrote"
+        )
+    if kind.kind == "reward" and held.get("coati_head") == "critic":
+        raise ValueError(f"{path} is a critic: its head gives the values of states, not the scores of answers")
+    model = kind(backbone=load_backbone(path, **options))
+    if state is None:
+        say_once(f"{path} has no scalar head: it is taken as the base, and a new head is drawn.")
+    else:
+        set_head(model, state, path)
+    return model
+
+
+def set_head(model: BaseModel, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Put ``weight`` and perhaps ``bias`` of :func:`head_state` into ``model``. Raises ValueError for another shape."""
+    found, wanted = tuple(state["weight"].shape), tuple(model.score.weight.shape)
+    if found[0] != 1:
+        raise ValueError(f"{path}: its head gives {found[0]} numbers, a classifier of {found[0]} labels; expected 1")
+    if found != wanted:
+        raise ValueError(f"{path}: its head is {found}, the backbone has states of width {wanted[1]}: another model's?")
+    with torch.no_grad():
+        model.score.weight.copy_(state["weight"])
+        model.score.bias.copy_(state.get("bias", torch.zeros(1)))
+
+
+def head_state(path: str | os.PathLike) -> dict[str, Tensor] | None:
+    """``weight`` and perhaps ``bias`` of the scalar head among the weights of ``path``, or None."""
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for name in _SINGLE:
+        if file := cached_file(path, name, **quiet):
+            return _head_in(lambda _, file=file: file, _names_in(file))
+        if index := cached_file(path, f"{name}.index.json", **quiet):
+            with open(index, encoding="utf-8") as text:
+                places = json.load(text)["weight_map"]
+            return _head_in(lambda key, places=places: cached_file(path, places[key]), set(places))
+    return None
+
+
+def _names_in(file: str) -> set[str]:
+    if file.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as tensors:
+            return set(tensors.keys())
+    return set(torch.load(file, weights_only=True, mmap=True))
+
+
+def _head_in(place, names: set[str]) -> dict[str, Tensor] | None:
+    for head in HEADS:
+        for prefix in ("", "base_model.model."):
+            if f"{prefix}{head}.weight" in names:
+                keys = {part: f"{prefix}{head}.{part}" for part in ("weight", "bias")}
+                return {part: _tensor(place(key), key) for part, key in keys.items() if key in names}
+    return None
+
+
+def _tensor(file: str, key: str) -> Tensor:
+    if file.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(key)
+    return torch.load(file, weights_only=True, mmap=True)[key].clone()
+
+
+def _with_adapter(kind: type[Scalar], directory: Path, base: str, options: dict[str, Any]) -> Scalar:
+    from peft import PeftModel
+
+    from coati.models.lora import merge_lora
+
+    state = head_state(directory)
+    if state is None:
+        raise ValueError(f"{directory}: this LoRA adapter has no scalar head; it was not trained by train_rm.py")
+    say_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
+    model = kind(backbone=load_backbone(base, **options))
+    set_head(model, state, directory)
+    try:
+        return merge_lora(PeftModel.from_pretrained(model, str(directory)))
+    except Exception as error:
+        raise explained(directory, "adapter", error) from error

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,44 +14,11 @@ from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_fro
 from coati.models.varlen import Packing
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.plugins import ParallelOptions
+from coati.parallel.step import Batch, Hooks, NonFiniteLoss, Step
 from coati.utils.notice import say_once
 
-Batch = dict[str, Tensor]
 PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
 PACKABLE = {"input_ids", "attention_mask"}
-
-
-class Hooks(Protocol):
-    """What a trainer tells the engine about its algorithm."""
-
-    model_keys: tuple[str, ...]
-
-    def prepare(self, batch: Batch) -> Batch:
-        """Work without gradient before the forward."""
-
-    def units(self, batch: Batch) -> Tensor:
-        """How many terms (tokens, pairs, rows) ``loss`` adds up, a scalar tensor."""
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The *sum* of the terms, and metrics as tensors of samples. ``outputs.logits`` (1, n) holds the log-probs of
-        the tokens chosen by ``batch["labels"]``."""
-
-
-@dataclass
-class Step:
-    """What one optimiser step was, over all ranks: loss per unit, units, real tokens, whether a rank asked to stop; the
-    samples in ``metrics`` are this rank's."""
-
-    loss: float
-    units: int
-    tokens: int = 0
-    stop: bool = False
-    grad_norm: float | None = None
-    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite; nothing was updated by it."""
 
 
 class Engine:
@@ -85,7 +51,8 @@ class Engine:
             self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
 
     def _install_head(self) -> None:
-        reason = head_unsupported(self.module.config)
+        scalar = hasattr(self.module, "backbone")
+        reason = None if scalar else head_unsupported(self.module.config)
         if reason:
             say_once(f"{reason}: its full logits are formed, which takes more memory than the library's own head.")
         embedding = self.module.get_output_embeddings()
@@ -110,7 +77,7 @@ class Engine:
         Raises:
             NonFiniteLoss: on every rank, before the update.
         """
-        window = [self._to_device(hooks.prepare(batch)) for batch in window]
+        window = self._prepared(window, hooks)
         counts = [sum(hooks.units(batch) for batch in window), sum(batch["attention_mask"].sum() for batch in window)]
         units, tokens, stops = (int(n) for n in self._sum([*(n * self.mesh.reports for n in counts), stop]))
         scale = self.mesh.dp_size / max(units, 1)
@@ -123,6 +90,23 @@ class Engine:
             raise NonFiniteLoss(f"the loss of this step is {loss}")
         norm = self._update()
         return Step(loss, units, tokens, stops > 0, norm, metrics)
+
+    def _prepared(self, window: list[Batch], hooks: Hooks) -> list[Batch]:
+        window = [self._to_device(hooks.prepare(batch)) for batch in window]
+        if not hasattr(hooks, "prepare_window"):
+            return window
+        self.model.eval()
+        with torch.no_grad():
+            return hooks.prepare_window(window)
+
+    @torch.no_grad()
+    def collect(self, batch: Batch, hooks: Hooks) -> dict[str, Tensor]:
+        """The metrics that ``hooks.loss`` makes of ``batch``, (n,) each in the order of the rows, and nothing else: no
+        gradient, no exchange of losses. Under a pipeline they are on its last stage; the other stages get none."""
+        self.model.eval()
+        run = self._pipeline_window if self.pipelined else self._plain_window
+        _, metrics = run([self._to_device(batch)], hooks, None)
+        return {name: torch.cat(values).to(self.device) for name, values in metrics.items()}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], hooks: Hooks) -> Step:
@@ -250,6 +234,10 @@ class Engine:
     def all_ranks(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on each."""
         return self._sum([not flag])[0] == 0
+
+    def sum_of_shares(self, values: list[Tensor | float]) -> list[float]:
+        """Sums over the data-parallel shares, of numbers that all processes of a share have alike."""
+        return self._sum([value * self.mesh.reports for value in values])
 
     def _sum(self, values: list[Tensor | float]) -> list[float]:
         """Sums over all ranks; what only reporting ranks hold is multiplied by ``mesh.reports`` before."""

@@ -88,6 +88,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape("trl", ASKED, ("prompt",), _has(prompt=list), read.plain),
     Shape("plain", ASKED, ("prompt",), _is_plain, read.plain),
 )
+EXTRAS = ("category", "gt_answer", "test_cases", "margin")
 FORMATS = tuple(dict.fromkeys(shape.name for shape in SHAPES))
 FORMATS_OF = {
     type: tuple(dict.fromkeys(shape.name for shape in SHAPES if type in shape.types))
@@ -153,12 +154,13 @@ def _nearness(shape: Shape, row: Any) -> float:
 
 def _add_extras(found: SourceRow, row: dict) -> None:
     """The columns that any shape may have."""
-    found.category = None if row.get("category") is None else str(row["category"])
-    if row.get("gt_answer") is not None:
-        found.gt_answer = str(row["gt_answer"])
-    elif row.get("test_cases") is not None:
-        found.gt_answer = json.dumps(row["test_cases"], ensure_ascii=False)
-    if row.get("margin") is not None:
+    given = {key: row[key] for key in EXTRAS if row.get(key) not in (None, "")}
+    found.category = str(given["category"]) if "category" in given else None
+    if "gt_answer" in given:
+        found.gt_answer = str(given["gt_answer"])
+    elif "test_cases" in given:
+        found.gt_answer = json.dumps(given["test_cases"], ensure_ascii=False)
+    if "margin" in given:
         try:
             found.margin = float(row["margin"])
         except (TypeError, ValueError) as error:

@@ -1,113 +1,135 @@
-"""Rows of every accepted kind of file, each with the file and line it stands on; shapes.py makes sense of them."""
+"""Which files an input stands for: files, folders, directories of ``save_to_disk``, names of data sets on the hub."""
 
-import gzip
-import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from coati.dataset.json_array import array_elements
-from coati.dataset.messages import is_message_list
-from coati.dataset.reasons import RowError
+from coati.dataset.file_kinds import KINDS, kind_of
+from coati.dataset.file_kinds import decode as decode
+from coati.dataset.file_kinds import read_rows as read_rows
 from coati.dataset.shapes import READERS as READERS
 from coati.dataset.shapes import SourceRow as SourceRow
+from coati.utils.json_io import load_json
 from coati.utils.notice import say_once
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+KNOWN = ", ".join(kind for kind in KINDS if kind != ".arrow") + " (all but .parquet also .gz)"
+# How files and folders name the part of a data set they hold.
+SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation",
+          "dev": "validation", "eval": "validation"}  # fmt: skip
+_SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?")
 
 
-def find_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
+def find_files(paths: Sequence[str | os.PathLike], split: str | None = None) -> list[Path]:
     """The data files behind ``paths``: files as given, folders searched in all depths, in sorted order.
 
-    Raises ValueError for a path that is not there, a folder without data files or a file of another kind.
+    A directory written by ``save_to_disk``, and the name of a data set on the hub (``owner/name`` or
+    ``owner/name:subset``), give the files of one split: ``split``, else the one called train, else the only one.
+
+    Raises ValueError for an input that is not there, holds no data, or is of another kind.
     """
-    files = [file for path in paths for file in _files_of(Path(path))]
+    files = [file for path in paths for file in _files_of(Path(path), split)]
     if not files:
         raise ValueError("no input: name at least one file or folder of data")
     return files
 
 
-def _files_of(path: Path) -> list[Path]:
-    known = ", ".join(SUFFIXES)
+def _files_of(path: Path, split: str | None) -> list[Path]:
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path}: unknown kind of data file; expected one of {known}")
+        if kind_of(path) is None:
+            raise ValueError(f"{path}: unknown kind of data file; expected one of {KNOWN}")
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such file or folder; expected data files ({known})")
-    inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in inside if p.name.endswith(SUFFIXES)]
-    if not files:
-        held = ", ".join(p.name for p in inside[:5]) or "nothing"
-        raise ValueError(f"{path}: the folder holds no data file (expected {known}; found {held})")
-    if ignored := [str(p.relative_to(path)) for p in inside if p not in files]:
-        say_once(f"{path}: ignored {', '.join(ignored[:5])}{' ...' if len(ignored) > 5 else ''} (not {known})")
-    return files
+        return _files_of_hub(path, split)
+    if (path / "preparation.json").is_file():
+        raise ValueError(f"{path}: is prepared already; pass it to a trainer with --dataset")
+    found, ignored = [], []
+    _search(path, split, found, ignored)
+    if any(kind_of(file) != ".txt" for file in found):  # a text file beside other data is a note to the reader
+        ignored += [file for file in found if kind_of(file) == ".txt"]
+        found = [file for file in found if kind_of(file) != ".txt"]
+    if not found:
+        held = ", ".join(file.name for file in ignored[:5]) or "nothing"
+        raise ValueError(f"{path}: the folder holds no data file (expected {KNOWN}; found {held})")
+    if ignored:
+        names = ", ".join(str(file.relative_to(path)) for file in ignored[:5])
+        say_once(f"{path}: ignored {names}{' ...' if len(ignored) > 5 else ''} (not {KNOWN})")
+    return _of_split(path, found, split)
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """``(line, row)`` of one file; a row is the undecoded line (bytes), a decoded object or a RowError.
-
-    In a parquet file the line is the number of the row, from 1.
-    """
-    if file.name.endswith(".parquet"):
-        yield from _read_parquet(file)
-    elif _is_array(file):
-        yield from _read_array(file)
+def _search(folder: Path, split: str | None, found: list[Path], ignored: list[Path]) -> None:
+    """Sort the files below ``folder`` into those with data and others."""
+    if (folder / "dataset_dict.json").is_file():
+        names = load_json(folder / "dataset_dict.json")["splits"]
+        found += _saved_files(folder / choose_split(names, split, str(folder)))
+    elif (folder / "state.json").is_file():
+        found += _saved_files(folder)
     else:
-        with _open(file) as lines:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
+        for child in sorted(one for one in folder.iterdir() if not one.name.startswith(".")):
+            if child.is_dir():
+                _search(child, split, found, ignored)
+            else:
+                (ignored if kind_of(child) in (None, ".arrow") else found).append(child)
 
 
-def _open(file: Path):
-    return gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb")
+def _saved_files(folder: Path) -> list[Path]:
+    """The arrow files of one ``Dataset.save_to_disk``, in its order."""
+    return [folder / file["filename"] for file in load_json(folder / "state.json")["_data_files"]]
 
 
-def _is_array(file: Path) -> bool:
-    """One JSON array over the whole file, as against one object (or one list of messages) per line."""
-    with _open(file) as stream:
-        if not stream.read(4096).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"["):
-            return False
-    with _open(file) as stream:
-        first = next((text for _, text in array_elements(stream)), None)
+def choose_split(names: Sequence[str], split: str | None, where: str) -> str:
+    """One of the splits ``names`` of a data set; which one is said when there was a choice."""
+    chosen = split or ("train" if "train" in names else names[0])
+    if chosen not in names or (split is None and chosen != "train" and len(names) > 1):
+        raise ValueError(f"{where}: has the splits {', '.join(names)}; name one of them with --split")
+    if len(names) > 1:
+        say_once(f"{where}: the split {chosen} is read (of {', '.join(names)}); another with --split")
+    return chosen
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """Of files named after splits (train-00000.parquet, test/a.jsonl) those of ``split``."""
+    named = {file: _split_of(file.relative_to(folder)) for file in files if kind_of(file) != ".arrow"}
+    present = sorted({name for name in named.values() if name})
+    if split is None:
+        if len(present) > 1:
+            say_once(f"{folder}: files of {' and '.join(present)} are all read; choose with --split {present[0]}")
+        return files
+    wanted = SPLITS.get(split, split)
+    chosen = [file for file in files if named.get(file, wanted) == wanted]
+    if not chosen:
+        raise ValueError(f"{folder}: no file is named after the split {split}; found {', '.join(present) or 'none'}")
+    return chosen
+
+
+def _split_of(file: Path) -> str | None:
+    marks = (_SPLIT.match(part) for part in reversed(file.parts))
+    return next((SPLITS[mark[1].lower()] for mark in marks if mark), None)
+
+
+def _files_of_hub(path: Path, split: str | None) -> list[Path]:
+    name = path.as_posix()
+    absent = f"{name}: there is no such file or folder; expected data files ({KNOWN})"
+    if not _HUB_NAME.fullmatch(name) or kind_of(path) is not None:
+        raise ValueError(absent)
+    import datasets
+
+    name, _, subset = name.partition(":")
     try:
-        return first is None or not is_message_list([json.loads(first)])
+        loaded = _load_from_hub(datasets, name, subset or None)
+    except Exception as error:  # the library raises some twenty kinds, most of them from the network
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{absent}, or the name of a data set that can be loaded here ({said})") from error
+    part = loaded[choose_split(list(loaded), split, name)]
+    return [Path(file["filename"]) for file in part.cache_files]
+
+
+def _load_from_hub(datasets, name: str, subset: str | None):
+    """All splits of a data set; ``subset`` is one of its configurations, or a folder in it (harmless-base)."""
+    try:
+        return datasets.load_dataset(name, subset)
     except ValueError:
-        return True
-
-
-def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
-    with _open(file) as stream:
-        for line, text in array_elements(stream):
-            yield line, text or RowError("bad_json", "the brackets opened here are not closed; nothing further is read")
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        batches = parquet.ParquetFile(file).iter_batches(batch_size=1000)
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-
-
-def decode(row: Any) -> Any:
-    """The object of what :func:`read_rows` yields. Raises RowError for a line that is not JSON."""
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, bytes):
-        return row
-    try:
-        return json.loads(row.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""
-        raise RowError("bad_json", f"{error.msg} at column {error.colno}{within}") from error
-    except UnicodeDecodeError as error:
-        raise RowError("bad_json", f"not UTF-8 text (byte {error.start})") from error
+        if subset is None:
+            raise
+        return datasets.load_dataset(name, data_dir=subset)

@@ -147,8 +147,117 @@ def test_paths_without_data_are_named(tmp_path):
         find_files([tmp_path / "absent"])
     with pytest.raises(ValueError, match="holds no data file.*found nothing"):
         find_files([tmp_path])
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match="a.csv: unknown kind"):
-        find_files([tmp_path / "a.csv"])
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(ValueError, match="a.doc: unknown kind"):
+        find_files([tmp_path / "a.doc"])
+    (tmp_path / "preparation.json").write_text("{}")
+    with pytest.raises(ValueError, match="is prepared already; pass it to a trainer with --dataset"):
+        find_files([tmp_path])
     with pytest.raises(ValueError, match="no input"):
         find_files([])
+
+
+def test_csv_records_stand_on_their_first_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfinstruction,input,output\n"Say ""hi"",\nplease",,a\nq,,a,extra\n\nq,\xff,a\nq,,"b, c"\n'
+    )
+    found = list(read_rows(path))
+    assert [line for line, _ in found] == [2, 4, 6, 7]
+    assert read_sft(found[0][1]).messages[0]["content"] == 'Say "hi",\nplease'
+    assert found[1][1].reason == "bad_csv"
+    assert "4 fields under 3 columns (instruction, input, output)" in str(found[1][1])
+    assert "UTF-8" in str(found[2][1]) and read_sft(found[3][1]).messages[1]["content"] == "b, c"
+
+
+def test_tab_separated_and_compressed_tables(tmp_path):
+    (tmp_path / "a.tsv").write_text("question\tgt_answer\n1 + 1?\t2\n")
+    with gzip.open(tmp_path / "b.csv.gz", "wt") as file:
+        file.write("question,gt_answer\n1 + 1?,2\n")
+    for name in ("a.tsv", "b.csv.gz"):
+        row = READERS["prompt"](list(read_rows(tmp_path / name))[0][1])
+        assert (row.messages, row.gt_answer) == ([{"role": "user", "content": "1 + 1?"}], "2")
+
+
+def test_text_lines_are_prompts(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Bonjour\r\n\nça va ?\n".encode() + b"\xff\n")
+    *good, (line, bad) = read_rows(tmp_path / "a.txt")
+    assert good == [(1, "Bonjour"), (3, "ça va ?")] and line == 4 and bad.reason == "bad_json"
+
+
+def test_text_beside_other_data_is_a_note(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("q\n")
+    assert [path.name for path in find_files([tmp_path])] == ["prompts.txt"]
+    (tmp_path / "a.csv").write_text("prompt\nq\n")
+    assert [path.name for path in find_files([tmp_path])] == ["a.csv"] and "prompts.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"plain text", gzip.compress(b"x" * 9999)[:30]])
+def test_a_damaged_gzip_file_is_named(damage, tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(damage)
+    with pytest.raises(ValueError, match="a.jsonl.gz: damaged or not a gzip file"):
+        list(read_rows(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([{"messages": [{**ROUND[0], "content": f"q{n}"}, ROUND[1]]} for n in range(5)])
+    rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    parts = {"train": rows.select([3, 1]), "test": rows.select([0])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "splits"))
+    return tmp_path
+
+
+def questions(files) -> list[str]:
+    return [read_sft(row).messages[0]["content"] for file in files for _, row in read_rows(file)]
+
+
+def test_saved_data_sets_in_their_order(saved, capsys):
+    assert questions(find_files([saved / "one"])) == ["q0", "q1", "q2", "q3", "q4"]
+    assert questions(find_files([saved / "splits"])) == ["q3", "q1"]
+    assert "the split train is read (of train, test)" in capsys.readouterr().err
+    assert questions(find_files([saved / "splits"], split="test")) == ["q0"]
+    with pytest.raises(ValueError, match="has the splits train, test; name one of them with --split"):
+        find_files([saved / "splits"], split="dev")
+    assert len(questions(find_files([saved]))) == 7
+
+
+def test_files_named_after_splits(tmp_path, capsys):
+    for name in ("base/train.jsonl", "base/test.jsonl", "more/train/a.jsonl", "train-00000-of-00001.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("")
+    assert len(find_files([tmp_path])) == 4
+    assert "files of test and train are all read; choose with --split" in capsys.readouterr().err
+    assert [path.name for path in find_files([tmp_path], split="test")] == ["test.jsonl"]
+    assert len(find_files([tmp_path], split="train")) == 3
+    with pytest.raises(ValueError, match="no file is named after the split dev; found test, train"):
+        find_files([tmp_path], split="dev")
+
+
+def test_the_name_of_a_data_set(saved, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset=None, data_dir=None):
+        asked.append((name, subset, data_dir))
+        if subset == "harmless-base":
+            raise ValueError("BuilderConfig not found")
+        if name == "nobody/nothing":
+            raise ConnectionError("offline")
+        return datasets.load_from_disk(str(saved / "splits"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(saved)
+    assert questions(find_files(["Anthropic/hh-rlhf:harmless-base"])) == ["q3", "q1"]
+    assert questions(find_files(["owner/name"], split="test")) == ["q0"]
+    assert asked == [("Anthropic/hh-rlhf", "harmless-base", None), ("Anthropic/hh-rlhf", None, "harmless-base"),
+                     ("owner/name", None, None)]  # fmt: skip
+    with pytest.raises(ValueError, match="no such file or folder.*a data set that can be loaded here .offline"):
+        find_files(["nobody/nothing"])
+    for path in ("data/sft.jsonl", "../data", "/data/sft", "data"):
+        with pytest.raises(ValueError, match="there is no such file or folder; expected data files .*gz\\)\\)$"):
+            find_files([path])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_switch, add_text
 from coati.dataset.reasons import TEMPLATE_MODES
-from coati.dataset.sources import READERS
+from coati.dataset.shapes import FORMATS, FORMATS_OF, READERS
 
 
 def prepare_parser() -> Parser:
@@ -14,7 +14,7 @@ def prepare_parser() -> Parser:
     parser = Parser(
         prog="prepare_dataset.py",
         usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL [flags]",
-        description="Raw conversations to the tokenised shards that training reads, and a report of every row's fate.",
+        description="Raw rows to the tokenised shards that training reads, and a report of every row's fate.",
     )
     parser.add_argument("--type", required=True, choices=READERS, help="what the rows are for (required)")
     parser.add_argument(
@@ -22,8 +22,13 @@ def prepare_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files or folders, parted by commas or blanks: .jsonl, .json (.gz too), .parquet, all depths (required)",
+        help="parted by commas or blanks: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), folders of them, "
+        "directories of save_to_disk, or names of data sets on the hub (owner/name or owner/name:subset) (required)",
     )
+    parser.add_argument(
+        "--format", choices=FORMATS, help="the shape of every row; default: each row's is recognised by its keys"
+    )
+    add_text(parser, "--split", unit="NAME", help="part of a data set that has several; default: train")
     parser.add_argument(
         "--tokenizer_dir", required=True, metavar="MODEL", help="directory or hub name of the tokenizer (required)"
     )
@@ -77,6 +82,11 @@ def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
     args.data_input_dirs = [path for word in args.data_input_dirs for path in word.split(",") if path]
     if not args.data_input_dirs and not args.check_template:
         parser.error("--data_input_dirs is required: the files or folders to read")
+    if args.format not in (None, *FORMATS_OF[args.type]):
+        types = " or ".join(type for type, formats in FORMATS_OF.items() if args.format in formats)
+        parser.error(
+            f"--format {args.format} is for --type {types}; --type {args.type} reads {', '.join(FORMATS_OF[args.type])}"
+        )
     if args.num_samples_per_datafile == 0:
         parser.error("--num_samples_per_datafile 0 leaves nothing; give a positive number, or -1 for all rows")
     return args

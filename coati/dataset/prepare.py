@@ -16,6 +16,7 @@ from coati.dataset.plan import CHUNK_ROWS, MAX_BINS, Chunk, numbered_rows, plan_
 from coati.dataset.provenance import command_line, describe_template, describe_tokenizer
 from coati.dataset.reasons import REASONS
 from coati.dataset.report import build_report, dropped_lines, format_report, save_report
+from coati.dataset.shapes import FORMATS_OF
 from coati.dataset.shards import ShardWriter
 from coati.dataset.sources import find_files
 from coati.dataset.tally import Tally
@@ -34,6 +35,8 @@ def prepare_dataset(
     jsonl_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     type: str = "sft",
+    format: str | None = None,
+    split: str | None = None,
     tokenizer_name: str = "",
     max_length: int = 4096,
     num_bins: int = 10,
@@ -47,23 +50,21 @@ def prepare_dataset(
 
     ``<arrow_dir>/part-XXXXX`` are ``datasets.load_from_disk`` folders beside ``preparation.json``;
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under their names only when
-    whole. ``strict``: the first malformed row ends the job. Raises ValueError for unusable input, settings or result.
+    whole. ``format`` names the one shape that rows have (see shapes.py), ``split`` the part of a data set with several.
+    ``strict``: the first malformed row ends the job. Raises ValueError for unusable input, settings or result.
     """
     outputs = [Path(path) for path in (jsonl_dir, arrow_dir) if path is not None]
-    _check_settings(type, max_length, num_bins, num_samples_per_bin, outputs)
-    files = find_files(inputs)
+    _check_settings(type, format, max_length, num_bins, num_samples_per_bin, outputs)
+    files = find_files(inputs, split)
     total = sum(1 for _ in numbered_rows(files))
     if total == 0:
         raise ValueError(
             f"{', '.join(map(str, files[:5]))}: no rows found; expected one JSON object per line or an array"
         )
     plan = plan_bins(total, num_bins, num_samples_per_bin, seed)
-    job = Job(type, [str(file) for file in files], template, max_length, jsonl_dir is not None)
+    job = Job(type, [str(file) for file in files], template, max_length, jsonl_dir is not None, format)
     workers = min(num_proc or cores(), -(-total // CHUNK_ROWS))
-    settings = {
-        "type": type,
-        "max_length": max_length,
-        "seed": seed,
+    settings = {"type": type, "format": format, "split": split, "max_length": max_length, "seed": seed} | {
         "num_samples_per_bin": num_samples_per_bin,
         "rows_in_files": total,
         "command": command_line(),
@@ -103,9 +104,13 @@ def _write(job: Job, files: list[Path], plan: list, workers: int, writer: ShardW
     return tally
 
 
-def _check_settings(type: str, max_length: int, num_bins: int, samples: int, outputs: list[Path]) -> None:
+def _check_settings(
+    type: str, format: str | None, max_length: int, num_bins: int, samples: int, outputs: list[Path]
+) -> None:
     if type not in TOKENIZERS:
         raise ValueError(f"type must be one of {', '.join(TOKENIZERS)}, found {type!r}")
+    if format not in (None, *FORMATS_OF[type]):
+        raise ValueError(f"format {format!r} does not exist for type {type}; known: {', '.join(FORMATS_OF[type])}")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, found {max_length}")
     if not 1 <= num_bins < MAX_BINS:

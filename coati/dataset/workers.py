@@ -28,6 +28,7 @@ class Job:
     conversation: Conversation
     max_length: int
     jsonl: bool
+    format: str | None = None
 
     def run(self, chunk: Chunk) -> tuple[bytes, bytes, Tally]:
         """``(arrow stream, JSON lines, counts)`` of one chunk."""
@@ -36,7 +37,7 @@ class Job:
             where = f"{self.files[file]}:{line}"
             recorder.tally.read[file] += 1
             try:
-                source = READERS[self.type](decode(raw))
+                source = READERS[self.type](decode(raw), self.format)
                 made = TOKENIZERS[self.type](source, self.conversation, self.max_length)
             except RowError as error:
                 recorder.tally.drop(error, where)

@@ -15,7 +15,7 @@ def main(args: Namespace) -> None:
 
     if not args.check_template:
         # Before anything is loaded: what can be refused for its name alone.
-        find_files(args.data_input_dirs)
+        find_files(args.data_input_dirs, args.split)
         check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     template = setup_conversation_template(
@@ -26,6 +26,8 @@ def main(args: Namespace) -> None:
         return
     prepare_dataset(
         type=args.type,
+        format=args.format,
+        split=args.split,
         inputs=args.data_input_dirs,
         tokenizer=tokenizer,
         tokenizer_name=args.tokenizer_dir,

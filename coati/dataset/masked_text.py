@@ -1,6 +1,7 @@
 """Training rows as text whose supervised parts are marked, for people to look at."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 GREEN, RESET = "\033[32m", "\033[0m"
 LONGEST = 6000  # characters of one shown text
@@ -43,3 +44,15 @@ def show_mask(parts: Segments, colour: bool) -> str:
     """Supervised text in green, or in [[double brackets]]."""
     before, after = (GREEN, RESET) if colour else ("[[", "]]")
     return "".join(before + text + after if supervised else text for supervised, text in parts)
+
+
+def visible(text: Any) -> str:
+    """``text`` with its control characters, line breaks and tabs aside, as the signs that stand for them, so that they
+    can neither command a terminal nor break a page."""
+    return "".join(_sign(c) if c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" else c for c in str(text))
+
+
+def _sign(character: str) -> str:
+    if character in "\n\t":
+        return character
+    return chr(0x2400 + ord(character)) if character < " " else "\N{REPLACEMENT CHARACTER}"

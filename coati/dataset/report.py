@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from coati.dataset.masked_text import show_mask
+from coati.dataset.masked_text import show_mask, visible
 from coati.dataset.reasons import MALFORMED, REASONS
 from coati.dataset.report_html import page
 from coati.dataset.report_warnings import warnings_of
@@ -38,10 +38,10 @@ def histogram(lengths: Counter) -> list[dict[str, int]]:
         return []
     longest, usual = max(lengths), percentiles(lengths)["p99"]
     end = longest if longest <= 2 * usual else round(1.2 * usual)
-    width = next(nice * 10**power for power in range(9) for nice in NICE if nice * 10**power * BARS > end)
-    bars = [{"from": start, "to": start + width - 1, "rows": 0} for start in range(0, end + 1, width)]
+    width = next(nice * 10**power for power in range(9) for nice in NICE if nice * 10**power * BARS >= end)
+    bars = [{"from": start, "to": start + width - 1, "rows": 0} for start in range(1, end + 1, width)]
     for length, rows in lengths.items():
-        bars[min(length // width, len(bars) - 1)]["rows"] += rows
+        bars[min((length - 1) // width, len(bars) - 1)]["rows"] += rows
     bars[-1]["to"] = max(bars[-1]["to"], longest)
     return bars
 
@@ -108,14 +108,14 @@ def format_report(report: dict[str, Any], colour: bool) -> str:
     lines.append(
         f"tokens {report['tokens']}, supervised {report['supervised_tokens']} ({report['supervised_share']:.1%})"
     )
-    if len(report["shapes"]) > 0:
+    if report["shapes"]:
         lines.append("shapes: " + ", ".join(f"{name} {rows}" for name, rows in report["shapes"].items()))
     for sample in report["samples"][:1]:
         marked = "green" if colour else "in [[ ]]"
         lines.append(f"sample from {sample['at']} (supervised text {marked}):")
         for part in sample["parts"]:
             lines += [f"{part['name']}:"] if part["name"] else []
-            lines.append(show_mask(part["text"], colour))
+            lines.append(show_mask([(learnt, visible(text)) for learnt, text in part["text"]], colour))
     return "\n".join(lines)
 
 
@@ -123,7 +123,7 @@ def dropped_lines(dropped: dict[str, dict]) -> list[str]:
     lines = []
     for reason, entry in dropped.items():
         lines.append(f"  dropped {entry['rows']}: {reason} ({entry['meaning']})")
-        lines += [f"    {example}" for example in entry["first"]]
+        lines += [f"    {visible(example)}" for example in entry["first"]]
         if entry["rows"] > len(entry["first"]):
             lines.append(f"    ... and {entry['rows'] - len(entry['first'])} more")
     return lines

@@ -51,8 +51,9 @@ def length_chart(bars: Sequence[dict[str, int]], max_length: int) -> Markup:
     end = max(len(bars) * width, max_length if near else 0)
     most = max(one["rows"] for one in bars)
     ground = HEIGHT - BOTTOM
-    drawn = [_grid_line(most, share, ground) for share in (0.5, 1.0)]
-    drawn += [_column(one, width, end, most, ground) for one in bars if one["rows"]]
+    lines, labels = zip(*(_grid_line(most, share, ground) for share in (0.5, 1.0)), strict=True)
+    columns = [_column(one, width, end, most, ground) for one in bars if one["rows"]]
+    drawn = [*lines, *columns, *labels]
     drawn.append(f'<line class="axis" x1="0" x2="100%" y1="{ground}" y2="{ground}"/>')
     drawn += _ticks(bars, width, end, ground)
     drawn += _limit_line(max_length, end, ground) if near else _limit_arrow(max_length, ground)
@@ -61,7 +62,7 @@ def length_chart(bars: Sequence[dict[str, int]], max_length: int) -> Markup:
 
 def _column(one: dict[str, int], width: int, end: int, most: int, ground: int) -> str:
     height = max(1.0, (ground - TOP) * one["rows"] / most)
-    x, wide = 100 * one["from"] / end, 100 * width / end
+    x, wide = 100 * (one["from"] - 1) / end, 100 * width / end
     title = escape(f"{one['from']:,} to {one['to']:,} tokens: {one['rows']:,} rows")
     return (
         f'<rect class="kept" x="{x:.3f}%" width="{0.9 * wide:.3f}%" y="{ground - height:.1f}" height="{height:.1f}">'
@@ -69,10 +70,11 @@ def _column(one: dict[str, int], width: int, end: int, most: int, ground: int) -
     )
 
 
-def _grid_line(most: int, share: float, ground: int) -> str:
+def _grid_line(most: int, share: float, ground: int) -> tuple[str, str]:
+    """The line and its label, which is drawn above the columns."""
     y = ground - (ground - TOP) * share
     label = f'<text class="small" x="0" y="{y - 4:.1f}">{most * share:,.0f} rows</text>' if most * share >= 1 else ""
-    return f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>{label}'
+    return f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>', label
 
 
 def _ticks(bars: Sequence[dict[str, int]], width: int, end: int, ground: int) -> list[str]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import jinja2
 
+from coati.dataset.masked_text import visible
 from coati.dataset.report_charts import bar, length_chart, share_bar
 
 LISTED = 100  # files named on the page
 CUT = "a longer conversation keeps the whole rounds that fit, and is left out when not one does."
 LEFT_OUT = "a longer row is left out, never cut."
+LONGER_SIDE = "of a pair the longer text counts, and a longer pair is left out, never cut."
 ANSWERS = "The model learns to write what is marked green and no other text; the rest it only reads."
 # Per type: what stands on the page in place of the type's name.
 KINDS = {
@@ -27,9 +29,9 @@ KINDS = {
     "preference": {
         "title": "pairs of answers (preference)",
         "what": "Each is a question with two answers, of which the chosen one is the better.",
-        "longer": LEFT_OUT,
+        "longer": LONGER_SIDE,
         "heading": "What the model will compare",
-        "learnt": "Of the two texts the model compares what is marked green; the rest it only reads.",
+        "learnt": "The model learns to prefer what is marked green to what is marked red; the rest it only reads.",
     },
     "prompt": {
         "title": "prompts to answer (prompt)",
@@ -43,7 +45,7 @@ KINDS = {
         "what": "Each is a question with one answer and a label: true for a good answer, false for a bad one.",
         "longer": LEFT_OUT,
         "heading": "What the model will learn",
-        "learnt": "The model learns to write what is marked green where the label is true, and to avoid it where false.",
+        "learnt": "The model learns to write what is green (label true) and to avoid what is red (label false).",
     },
 }
 WHERE_USED = {
@@ -52,8 +54,13 @@ WHERE_USED = {
     "Han": "Chinese", "Kana": "Japanese", "Hangul": "Korean", "Gurmukhi": "Punjabi", "Ethiopic": "Amharic, Tigrinya",
     "none": "digits, signs or other letters only",
 }  # fmt: skip
+TRAITS = {
+    "chosen tokens": "tokens of chosen answers", "rejected tokens": "tokens of rejected answers",
+    "label true": "good answers (label true)", "label false": "bad answers (label false)",
+    "gt_answer": "prompts with a right answer (gt_answer)",
+}  # fmt: skip
 SETTINGS = {
-    "tokenizer": "tokenizer", "seed": "seed", "num_samples_per_bin": "rows drawn for each part (-1: all)",
+    "tokenizer": "tokenizer", "seed": "seed", "rows_per_part": "rows drawn for each part",
     "end_of_assistant": "text that ends an answer", "stop_ids": "stop sequences, as token numbers",
     "stop_texts": "stop sequences, as text", "system_message": "system message", "chat_template": "chat template",
 }  # fmt: skip
@@ -88,14 +95,6 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": _number, "percent": _percent, "visible": visible}
     return environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
-
-
-def visible(text: Any) -> str:
-    """``text`` with its control characters, line breaks and tabs aside, as the signs that stand for them."""
-    return "".join(
-        chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "\ufffd" if "\ud800" <= c <= "\udfff" else c
-        for c in str(text)
-    )
 
 
 def _number(value: float) -> str:
@@ -149,12 +148,12 @@ def _groups(report: dict[str, Any]) -> list[tuple[str, str, list]]:
         f"{name} ({WHERE_USED[name]})" if name in WHERE_USED else name: rows
         for name, rows in report["scripts"].items()
     }
-    traits = {name.replace("_", " "): number for name, number in report["traits"].items()}
+    traits = {TRAITS[name]: number for name, number in report["traits"].items()}
     return [
         ("Shape", "In which of the known layouts the rows were written.", _bars(report["shapes"])),
         ("Who speaks", "Messages by role.", _bars(report["roles"])),
         ("Writing system", "Rows by the script most of their letters belong to.", _bars(scripts)),
-        ("Labels and the like", "", _bars(traits)),
+        ("Answers", "", _bars(traits)),
     ]
 
 
@@ -165,6 +164,8 @@ def _bars(counts: dict[str, int]) -> list[tuple[str, int, Any]]:
 
 def _settings(report: dict[str, Any]) -> list[tuple[str, str]]:
     known = {**report, **report.get("template", {})}
+    drawn = report.get("num_samples_per_bin", -1)
+    known["rows_per_part"] = drawn if drawn >= 0 else "all"
     if "tokenizer" in report:
         tokenizer = report["tokenizer"]
         known["tokenizer"] = f"{tokenizer['path']} ({tokenizer['vocab_size']:,} tokens)"

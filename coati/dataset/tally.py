@@ -50,7 +50,7 @@ class Tally:
     supervised: int = 0
     truncated: int = 0
     ended: int = 0  # training rows whose supervised part closes with a stop sequence
-    answers: set[int] = field(default_factory=set)  # checksums of at most two different answers
+    answers: list[int] = field(default_factory=list)  # checksums of the first two different answers
     shown: list[Shown] = field(default_factory=list)
 
     def drop(self, error: RowError, where: str) -> None:
@@ -71,7 +71,7 @@ class Tally:
             mine.extend(examples[: FIRST_FEW - len(mine)])
         for name in ("tokens", "supervised", "truncated", "ended"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
-        self.answers = set(sorted(self.answers | later.answers)[:2])
+        self.answers = list(dict.fromkeys(self.answers + later.answers))[:2]
         self.shown = choose_shown(self.shown + later.shown)
 
 
@@ -129,7 +129,8 @@ class Recorder:
         tally.ended += any(ids[max(0, last - len(stop)) : last] == stop for stop in self._stops)
         if len(tally.answers) < 2:
             answer = [token for token, kept in zip(ids, mask, strict=True) if kept] or ids
-            tally.answers.add(zlib.crc32(repr(answer).encode()))
+            checksum = zlib.crc32(repr(answer).encode())
+            tally.answers += [] if checksum in tally.answers else [checksum]
 
     def _thin_out(self) -> None:
         first, *others = self._candidates

@@ -79,7 +79,7 @@ class ChatSession:
         """Add ``question`` and leave out the oldest rounds until prompt and answer fit; the prompt's token ids."""
         messages, left_out = [*self.messages, question], 0
         while True:
-            prompt = self.conversation.encode(messages, add_generation_prompt=True).input_ids
+            prompt = self.conversation.encode_prompt(messages).input_ids
             if len(prompt) + self.max_new_tokens <= self.max_length:
                 break
             if len(messages) == 1:

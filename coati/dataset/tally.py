@@ -19,7 +19,30 @@ from coati.dataset.tokenization import IGNORE_INDEX
 FIRST_FEW = 3
 SHOWN_ROWS = 3
 Columns = dict[str, Any]
-Side = tuple[str, list[int], list[bool]]  # name of a token sequence within its row, ids, loss mask
+
+
+@dataclass
+class Side:
+    """One token sequence of a training row: its name within the row, its ids, and one of ``marks`` per id, which is
+    ``off`` where nothing is learnt."""
+
+    name: str
+    ids: list[int]
+    marks: list[int]
+    off: int = 0
+
+    def supervised(self) -> int:
+        return len(self.marks) - self.marks.count(self.off)
+
+    def mask(self) -> list[bool]:
+        return [mark != self.off for mark in self.marks]
+
+    def ends_with(self, stops: list[list[int]]) -> bool:
+        """Whether the last supervised run closes with one of ``stops``."""
+        last = len(self.marks)
+        while last and self.marks[last - 1] == self.off:
+            last -= 1
+        return any(self.ids[max(0, last - len(stop)) : last] == stop for stop in stops)
 
 
 @dataclass(order=True)
@@ -118,17 +141,16 @@ class Recorder:
         tally = self.tally
         tally.lengths[columns["seq_length"]] += 1
         sides = self._sides(columns)
-        for name, ids, mask in sides:
-            supervised = sum(mask)
-            tally.tokens += len(ids)
+        for side in sides:
+            supervised = side.supervised()
+            tally.tokens += len(side.ids)
             tally.supervised += supervised
             if len(sides) > 1:
-                tally.traits[f"{name} tokens"] += supervised
-        _, ids, mask = sides[0]
-        last = len(mask) - mask[::-1].index(True) if True in mask else 0
-        tally.ended += any(ids[max(0, last - len(stop)) : last] == stop for stop in self._stops)
+                tally.traits[f"{side.name} tokens"] += supervised
+        tally.ended += sides[0].ends_with(self._stops)
         if len(tally.answers) < 2:
-            answer = [token for token, kept in zip(ids, mask, strict=True) if kept] or ids
+            ids = sides[0].ids
+            answer = [token for token, kept in zip(ids, sides[0].mask(), strict=True) if kept] or ids
             checksum = zlib.crc32(repr(answer).encode())
             tally.answers += [] if checksum in tally.answers else [checksum]
 
@@ -142,7 +164,8 @@ class Recorder:
             self._thin_out()
         self.tally.scripts.update(main_scripts(self._texts))
         for order, where, row, columns in self._candidates:
-            parts = [(name, shorten(segments(ids, mask, self._decode))) for name, ids, mask in self._sides(columns)]
+            sides = self._sides(columns)
+            parts = [(side.name, shorten(segments(side.ids, side.mask(), self._decode))) for side in sides]
             self.tally.shown.append(Shown(order, where, parts, _notes(self._type, row)))
         return self.tally
 
@@ -165,23 +188,20 @@ def _notes(type: str, row: SourceRow) -> dict[str, str]:
 
 
 def _sft_sides(columns: Columns) -> list[Side]:
-    return [("", columns["input_ids"], [label != IGNORE_INDEX for label in columns["labels"]])]
+    return [Side("", columns["input_ids"], columns["labels"], IGNORE_INDEX)]
 
 
 def _prompt_sides(columns: Columns) -> list[Side]:
-    return [("", columns["input_ids"], [False] * len(columns["input_ids"]))]
+    return [Side("", columns["input_ids"], [0] * len(columns["input_ids"]))]
 
 
 def _preference_sides(columns: Columns) -> list[Side]:
-    return [
-        (side, columns[f"{side}_input_ids"], [bool(kept) for kept in columns[f"{side}_loss_mask"]])
-        for side in ("chosen", "rejected")
-    ]
+    return [Side(name, columns[f"{name}_input_ids"], columns[f"{name}_loss_mask"]) for name in ("chosen", "rejected")]
 
 
 def _kto_sides(columns: Columns) -> list[Side]:
     prompt, completion = columns["prompt"], columns["completion"]
-    return [("", prompt + completion, [False] * len(prompt) + [True] * len(completion))]
+    return [Side("", prompt + completion, [0] * len(prompt) + [1] * len(completion))]
 
 
 # Data type -> the token sequences of one of its training rows; the first one's end is checked.

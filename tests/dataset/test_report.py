@@ -1,4 +1,4 @@
-"""The report: counts by hand, the same whatever the chunks, warnings where they belong, and a page that runs nothing."""
+"""The report: counts by hand, the same however rows are cut into chunks, warnings, and a page that runs nothing."""
 
 import json
 import re

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from coati.cli import legacy
 from coati.cli.checks import check_sft
 from coati.cli.parser import Parser
-from coati.cli.values import add_count, add_number, add_switch, add_text
+from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.parallel.plugins import PLUGINS, PRECISIONS, SP_MODES
 
 
@@ -19,6 +19,7 @@ def sft_parser() -> Parser:
     )
     add_model_flags(parser)
     add_data_flags(parser)
+    add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimisation_flags(parser)
     add_epoch_flags(parser)
@@ -73,6 +74,11 @@ def add_data_flags(parser: Parser) -> None:
         help="prepared arrow part directories (prepare_dataset.py), or raw json, jsonl or parquet files, which are "
         "prepared into a cache first (required)",
     )
+    group.add_argument(
+        "--dataset_weights", nargs="+", type=number(0, exclusive=True), default=[], metavar="W",
+        help="one number for each path of --dataset: how often its rows are drawn, relative to the others; an epoch "
+        "has as many rows as all paths together; default: every row once an epoch",
+    )
     group.add_argument("--eval_dataset", nargs="+", default=[], metavar="PATH", help="the same, to evaluate on")
     add_text(
         group, "--conversation_template_config", unit="FILE",
@@ -82,6 +88,14 @@ def add_data_flags(parser: Parser) -> None:
     add_count(group, "--max_length", "--max_len", default=512, unit="TOKENS", least=2, help="longer rows are cut here")
     add_count(group, "--max_samples", help="train on the first N rows of --dataset; default: all")
     add_switch(group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone")
+
+
+def add_packing_flag(parser: Parser) -> None:
+    add_switch(
+        parser.add_argument_group("packing"), "--packing",
+        help="fill sequences up to --max_length with whole rows that do not see each other; --batch_size then counts "
+        "such packs",
+    )
 
 
 def add_parallel_flags(parser: Parser) -> None:

@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from coati.cli.machine import check_precision, parallel_options
-from coati.cli.restart import Resume, check_same_model
+from coati.cli.restart import Resume, check_same_model, pack_length
 from coati.dataset.conversation import Conversation, setup_conversation_template
-from coati.dataset.loader import EvaluationLoader, WindowLoader, load_tokenized_dataset, preparation_of
+from coati.dataset.loader import (
+    EvaluationLoader,
+    WindowLoader,
+    check_window,
+    load_tokenized_dataset,
+    preparation_of,
+    row_lengths,
+)
+from coati.dataset.order import EpochPlan, Mixture
+from coati.dataset.packing import PackCollator
 from coati.dataset.prepare import prepare_dataset
+from coati.models.block_mask import sliding_window
 from coati.models.lora import LoraConfig, apply_lora
 from coati.models.lora_files import load_lora
 from coati.models.utils import check_vocabulary, choose_attention, load_causal_lm, load_config, load_tokenizer
@@ -88,6 +98,8 @@ def dataset(paths: list[str], args: Namespace, tokenizer: Any, template: Convers
     rows = load_tokenized_dataset(ready, mode)
     if rows is None:
         return None
+    if mode == "train" and args.dataset_weights:
+        args._dataset_sizes = [len(load_tokenized_dataset(path, mode)) for path in ready]
     if mode == "train" and args.max_samples:
         rows = rows.select(range(min(args.max_samples, len(rows))))
     largest = max((max(row) for row in rows[: min(len(rows), 256)]["input_ids"]), default=0)
@@ -130,16 +142,22 @@ def _prepare_raw(path: str, args: Namespace, tokenizer: Any, template: Conversat
     return str(folder)
 
 
+def epoch_plan(args: Namespace, rows: Any) -> EpochPlan:
+    """The order of the training rows of :func:`dataset`: mixed by ``--dataset_weights``, packed by ``--packing``."""
+    mixture = None
+    if args.dataset_weights:
+        mixture = Mixture(tuple(args.dataset), tuple(args._dataset_sizes), tuple(args.dataset_weights))
+    return EpochPlan(row_lengths(rows), seed=args.seed, mixture=mixture, pack_length=pack_length(args))
+
+
 def check_rows(args: Namespace, options: ParallelOptions, rows: Any) -> None:
-    """Refuse fewer rows than one step needs before a model is loaded."""
-    copies = world_size() // options.model_parallel_size
-    needed = args.batch_size * args.accumulation_steps * copies
-    if len(rows) < needed:
-        raise ValueError(
-            f"--dataset holds {len(rows)} rows, one step needs {needed} (--batch_size {args.batch_size} x "
-            f"--accumulation_steps {args.accumulation_steps} x {copies} data-parallel processes); lower one of "
-            "them or add rows"
-        )
+    """Refuse fewer ``rows`` (or packs of an :class:`EpochPlan`) than one step needs before a model is loaded."""
+    plan = rows if isinstance(rows, EpochPlan) else epoch_plan(args, rows)
+    check_window(plan, args.batch_size, args.accumulation_steps, world_size() // options.model_parallel_size)
+    if plan.mixture is not None:
+        say(plan.mixture.describe())
+    if plan.pack_length is not None:
+        say(plan.describe_packing(args.batch_size))
 
 
 def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
@@ -185,11 +203,16 @@ def lora_config(args: Namespace) -> LoraConfig:
     return replace(config, **{name: value for name, value in flags.items() if value is not None})
 
 
-def engine(args: Namespace, options: ParallelOptions, model: Any, rows: int, resume: Resume) -> Engine:
+def engine(
+    args: Namespace, options: ParallelOptions, model: Any, rows: EpochPlan | int, resume: Resume
+) -> Engine:
     """``model`` boosted, with schedule as long as the steps that will be taken, and put back to where a checkpoint
-    was."""
+    was. ``rows``: of an epoch, or its plan."""
     window = args.batch_size * args.accumulation_steps * world_size() // options.model_parallel_size
-    total = total_steps(resume.state or RunningState(), rows, window, args.max_epochs, args.max_steps)
+    count = rows.count if isinstance(rows, EpochPlan) else lambda epoch: rows
+    if options.packing:
+        check_window_of_attention(model.config, int(rows.lengths.max()))
+    total = total_steps(resume.state or RunningState(), count, window, args.max_epochs, args.max_steps)
     built = boost(
         model,
         options,
@@ -205,11 +228,29 @@ def engine(args: Namespace, options: ParallelOptions, model: Any, rows: int, res
     return built
 
 
-def loaders(args: Namespace, built: Engine, train: Any, evaluation: Any, collate: Any):
-    """The training windows and evaluation batches of this rank."""
+def check_window_of_attention(config: Any, longest: int) -> None:
+    """Refuse packs where a row is longer than what attention looks back: the mask of a pack does not say that too."""
+    window = sliding_window(config)
+    if window is not None and longest > window:
+        raise ValueError(
+            f"--packing: the longest row has {longest} tokens, this {config.model_type} model looks back {window} at "
+            f"most (sliding_window); use --max_length {window}, or drop --packing"
+        )
+
+
+def loaders(
+    args: Namespace, built: Engine, train: Any, evaluation: Any, collate: Any, plan: EpochPlan | None = None
+):
+    """The training windows and evaluation batches of this rank; evaluation rows are never packed."""
     mesh = {"dp_rank": built.mesh.dp_rank, "dp_size": built.mesh.dp_size}
+    plan = plan or epoch_plan(args, train)
     windows = WindowLoader(
-        train, collate, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, seed=args.seed, **mesh
+        train,
+        PackCollator(collate) if plan.pack_length is not None else collate,
+        batch_size=args.batch_size,
+        accumulation_steps=args.accumulation_steps,
+        plan=plan,
+        **mesh,
     )
     if evaluation is None:
         return windows, None

@@ -21,6 +21,7 @@ def check_sft(args: Namespace) -> None:
     if not args.dataset:
         raise ValueError("--dataset is missing: prepared arrow directories (prepare_dataset.py) or a raw json file")
     check_paths(args)
+    check_mixture(args)
     check_lora(args)
     check_pointless(args)
     check_parallel(args)
@@ -38,6 +39,23 @@ def check_paths(args: Namespace) -> None:
             raise ValueError(f"--{flag} {path}: expected a JSON object {{...}}, found another kind of value")
     if args.checkpoint_path not in (None, "auto") and not Path(args.checkpoint_path).is_dir():
         raise ValueError(f"--checkpoint_path {args.checkpoint_path}: there is no such directory; name one, or `auto`")
+
+
+def check_mixture(args: Namespace) -> None:
+    """One weight for each data set, and no flag that cuts the sets otherwise."""
+    weights, paths = args.dataset_weights, args.dataset
+    if not weights:
+        return
+    if len(weights) != len(paths):
+        raise ValueError(
+            f"--dataset_weights has {len(weights)} values ({' '.join(f'{w:g}' for w in weights)}), --dataset has "
+            f"{len(paths)} paths ({' '.join(paths)}); give one weight for each path"
+        )
+    if args.max_samples:
+        raise ValueError(
+            "--max_samples takes the first rows of all --dataset paths laid end to end, which --dataset_weights mixes; "
+            "use --max_steps to train for less than an epoch"
+        )
 
 
 def read_json(flag: str, path: str) -> Any:
@@ -84,6 +102,7 @@ def check_parallel(args: Namespace) -> None:
         precision=args.mixed_precision or "bf16",
         lora=args.lora_rank > 0,
         batch_size=args.batch_size,
+        packing=getattr(args, "packing", False),
         **{name: getattr(args, name) for name in SHARED_OPTIONS},
     )
 

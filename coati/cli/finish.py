@@ -78,11 +78,12 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
     from coati.parallel.estimate import estimate_memory
 
     tokens = int(loader.lengths.sum())
-    steps = min(args.max_epochs * len(loader), args.max_steps or 2**62)
+    steps = min(sum(loader.count(epoch) // loader.window_rows for epoch in range(args.max_epochs)), args.max_steps or 2**62)
+    entries = "rows" if loader.plan.pack_length is None else "packs"
     lines = [
         "dry run: what the run would be",
-        f"rows {loader.rows}, tokens {tokens} (longest row {int(loader.lengths.max())}), {loader.window_rows} rows "
-        "a step",
+        f"rows {len(loader.lengths)}, tokens {tokens} (longest row {int(loader.lengths.max())}), "
+        f"{loader.window_rows} {entries} a step",
         f"steps {steps} ({len(loader)} an epoch, {args.max_epochs} epochs)",
         estimate_memory(trainer.engine),
         *(f"  --{name} {_word(value)}" for name, value in sorted(vars(args).items()) if value not in (None, False, [])),

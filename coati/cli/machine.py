@@ -23,6 +23,7 @@ def parallel_options(args: Namespace) -> ParallelOptions:
         lora=args.lora_rank > 0,
         grad_clip=args.grad_clip,
         batch_size=args.batch_size,
+        packing=getattr(args, "packing", False),
         plugin_args=plugin_args,
         **shared,
     )

@@ -92,9 +92,10 @@ def plugin_tables() -> str:
         "`--pp`": {"pp": 2},
         "`--sp`": {"sp": 2, "sp_mode": "all_to_all", "enable_sequence_parallelism": True},
     }
-    can = [f"| plugin | {' | '.join(asked)} | generation |", "| --- " * (len(asked) + 2) + "|"]
+    can = [f"| plugin | {' | '.join(asked)} | generation | `--packing` |", "| --- " * (len(asked) + 3) + "|"]
     for name, row in PLUGINS.items():
-        can.append(f"| `{name}` | {' | '.join(_can(name, values) for values in asked.values())} | {row.generation} |")
+        cells = [*(_can(name, values) for values in asked.values()), row.generation, row.packing]
+        can.append(f"| `{name}` | {' | '.join(cells)} |")
     cannot = ["| plugin | ColossalAI's class | cannot |", "| --- | --- | --- |"]
     cannot += [f"| `{name}` | `{row.upstream}` | {row.cannot} |" for name, row in PLUGINS.items()]
     return "\n".join([*what, "", *can, "", *cannot])

@@ -94,18 +94,32 @@ def check_same_model(config: Any, args: Namespace) -> None:
 
 def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
     """The state a trainer starts from. Raises ValueError when the data or the seed are not those of the checkpoint."""
-    now = {"rows": len(train), "seed": args.seed, "fingerprint": data_fingerprint(train)}
+    now = {"rows": len(train), "seed": args.seed, "fingerprint": data_fingerprint(train)} | _order_flags(args)
     if resume.state is None:
         return RunningState(data=now)
-    changed = [key for key, value in now.items() if resume.state.data.get(key, value) != value]
+    stored = _order_flags() | resume.state.data
+    changed = [key for key, value in now.items() if stored.get(key, value) != value]
     if changed:
-        before = {key: resume.state.data[key] for key in changed}
+        before = {key: stored[key] for key in changed}
         raise ValueError(
             f"--checkpoint_path {resume.folder}: its sample position belongs to other data ({before}, now "
-            f"{ {key: now[key] for key in changed} }); give the same --dataset and --seed, or --checkpoint_weights_only"
+            f"{ {key: now[key] for key in changed} }); give the same --dataset, --seed, --dataset_weights, --packing "
+            "and --max_length, or --checkpoint_weights_only"
         )
     resume.state.data = now
     return resume.state
+
+
+def pack_length(args: Namespace) -> int | None:
+    """Tokens of a pack, or None without ``--packing``, which not every script has."""
+    return args.max_length if "packing" in args and args.packing else None
+
+
+def _order_flags(args: Namespace | None = None) -> dict[str, Any]:
+    """What else decides the order of an epoch; without ``args`` what holds for a checkpoint that does not say."""
+    if args is None:
+        return {"packed_to": None, "dataset_weights": []}
+    return {"packed_to": pack_length(args), "dataset_weights": args.dataset_weights}
 
 
 def data_fingerprint(rows: Any) -> str:

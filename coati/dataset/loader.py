@@ -1,9 +1,4 @@
-"""Prepared data sets from disk, and the order in which their rows are trained on.
-
-The order of an epoch depends on the seed, the epoch and the rows alone: not on how many processes share the rows, nor
-on
-how they are cut into batches. So a position in it, counted in rows, is all that a resumed run needs.
-"""
+"""Prepared data sets from disk, cut into the batches of each process; dataset/order.py says in which order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,11 +7,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from coati.dataset.order import EpochPlan
 from coati.utils.json_io import load_json
 
 MODES = {"train": "train", "valid": "validation", "dev": "validation", "test": "test"}
-# Rows are sorted by length inside blocks of this many shuffled rows, then handed out in groups of similar length.
-BLOCK_ROWS, GROUP_ROWS = 1024, 16
 
 
 def load_tokenized_dataset(
@@ -86,41 +80,25 @@ def _token_columns(dataset):
     return dataset.remove_columns(readable) if readable else dataset
 
 
-def epoch_order(
-    lengths: np.ndarray, seed: int, epoch: int, shuffle: bool = True, group_by_length: bool = True
-) -> np.ndarray:
-    """(N,) row indices of one epoch.
-
-    Grouped by length, neighbours need little padding while the groups stay in random order.
-    """
-    if not shuffle:
-        return np.arange(len(lengths))
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
-    if not group_by_length:
-        return order
-    groups = []
-    for start in range(0, len(order), BLOCK_ROWS):
-        block = order[start : start + BLOCK_ROWS]
-        block = block[np.argsort(lengths[block], kind="stable")]
-        groups += [block[i : i + GROUP_ROWS] for i in range(0, len(block), GROUP_ROWS)]
-    return np.concatenate([groups[i] for i in random.permutation(len(groups))]) if groups else order
-
-
 class WindowLoader:
     """Windows of one optimiser step each: ``accumulation_steps`` micro-batches for this data-parallel rank.
 
-    Every rank sees a slice of the same window of ``batch_size x accumulation_steps x dp_size`` rows. The rows of the
-    last, incomplete window of an epoch are left out of it; another epoch's order leaves out others.
+    Every rank sees a slice of the same window of ``batch_size x accumulation_steps x dp_size`` entries of the plan:
+    rows, or packs of rows. Those of the last, incomplete window of an epoch are left out of it; another epoch's order
+    leaves out others.
+
+    Args:
+        collate: rows to tensors; with packing, lists of rows (PackCollator).
+        plan: the order of the entries; by default rows in an order made of ``seed``, ``shuffle``, ``group_by_length``.
 
     Raises:
-        ValueError: when the data hold fewer rows than one window.
+        ValueError: when the first epoch has fewer entries than one window.
     """
 
     def __init__(
         self,
         dataset,
-        collate: Callable[[list[dict]], dict],
+        collate: Callable[[list], dict],
         *,
         batch_size: int,
         accumulation_steps: int = 1,
@@ -129,43 +107,60 @@ class WindowLoader:
         seed: int = 42,
         shuffle: bool = True,
         group_by_length: bool = True,
+        plan: EpochPlan | None = None,
     ) -> None:
         self.dataset, self.collate = _token_columns(dataset), collate
         self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
-        self.lengths = row_lengths(dataset)
-        self.window_rows, self.rows = batch_size * accumulation_steps * dp_size, len(dataset)
-        if len(dataset) < self.window_rows:
-            raise ValueError(
-                f"--dataset holds {len(dataset)} rows, one step needs {self.window_rows} (--batch_size {batch_size} x "
-                f"--accumulation_steps {accumulation_steps} x {dp_size} data-parallel processes); lower one of "
-                "them or add rows"
-            )
+        self.plan = plan or EpochPlan(row_lengths(dataset), seed=seed, shuffle=shuffle, group_by_length=group_by_length)
+        self.lengths = self.plan.lengths
+        self.window_rows = batch_size * accumulation_steps * dp_size
+        check_window(self.plan, batch_size, accumulation_steps, dp_size)
 
     def __len__(self) -> int:
-        """Optimiser steps of one epoch."""
-        return len(self.dataset) // self.window_rows
+        """Optimiser steps of the first epoch."""
+        return self.count(0) // self.window_rows
+
+    def count(self, epoch: int) -> int:
+        """Rows, or packs, of ``epoch``."""
+        return self.plan.count(epoch)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is worth logging about the data once."""
+        return self.plan.packing_figures(self.batch_size)
 
     def windows(self, epoch: int, start_row: int = 0) -> Iterator[list[dict]]:
-        """This rank's windows of ``epoch`` from row ``start_row`` of its order on."""
-        order = self._order(epoch)
-        for start in range(start_row, len(order) - self.window_rows + 1, self.window_rows):
-            yield [self._batch(rows) for rows in self._mine(order[start : start + self.window_rows])]
+        """This rank's windows of ``epoch`` from entry ``start_row`` of its order on."""
+        for start in range(start_row, self.count(epoch) - self.window_rows + 1, self.window_rows):
+            window = self.plan.entries(epoch)[start : start + self.window_rows]
+            yield [self._batch(entries) for entries in self._mine(window)]
 
     def rows_at(self, epoch: int, start_row: int) -> list[int]:
         """Rows of the data set in the window that starts at ``start_row`` of ``epoch``, on all ranks together."""
-        return self._order(epoch)[start_row : start_row + self.window_rows].tolist()
+        window = self.plan.entries(epoch)[start_row : start_row + self.window_rows]
+        return [int(row) for entry in window for row in np.atleast_1d(entry)]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.lengths, self.seed, epoch, self.shuffle, self.group_by_length)
+    def _mine(self, window: Sequence) -> list[Sequence]:
+        starts = range(self.dp_rank * self.batch_size, len(window), self.dp_size * self.batch_size)
+        return [window[start : start + self.batch_size] for start in starts]
 
-    def _mine(self, window: np.ndarray) -> list[np.ndarray]:
-        micro_batches = window.reshape(self.accumulation_steps, self.dp_size, self.batch_size)
-        return list(micro_batches[:, self.dp_rank])
+    def _batch(self, entries: Sequence) -> dict:
+        if self.plan.pack_length is None:
+            return self.collate([self.dataset[int(row)] for row in entries])
+        return self.collate([[self.dataset[int(row)] for row in pack] for pack in entries])
 
-    def _batch(self, rows: np.ndarray) -> dict:
-        return self.collate([self.dataset[int(row)] for row in rows])
+
+def check_window(plan: EpochPlan, batch_size: int, accumulation_steps: int, dp_size: int) -> None:
+    """Raise ValueError when the first epoch has fewer entries than one optimiser step needs."""
+    needed, held = batch_size * accumulation_steps * dp_size, plan.count(0)
+    if held >= needed:
+        return
+    what = f"{held} rows" if plan.pack_length is None else f"{held} packs of up to {plan.pack_length} tokens"
+    raise ValueError(
+        f"--dataset holds {what}, one step needs {needed} (--batch_size {batch_size} x --accumulation_steps "
+        f"{accumulation_steps} x {dp_size} data-parallel processes); lower one of them or add rows"
+    )
 
 
 class EvaluationLoader:

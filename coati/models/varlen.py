@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coati.models.block_mask import sliding_window
 from coati.models.logprobs import IGNORE_INDEX, next_token_targets
 
 _PROBE_LENGTHS = (3, 5)
@@ -48,25 +49,27 @@ class Packing:
         if attention == "sdpa":
             _teach_sdpa()
         # Rows longer than a sliding window are masked by it, which row_by_row does not do.
-        packing = cls(longest=getattr(model.config, "sliding_window", None) or 2**62)
+        packing = cls(longest=sliding_window(model.config) or 2**62)
         return packing if packing.longest > max(_PROBE_LENGTHS) and packing._holds_for(model) else None
 
     def pack(self, batch: Mapping[str, Tensor]) -> Packed | None:
         """(B, S) ``input_ids, attention_mask`` and perhaps ``labels`` -> one row of the ``attention_mask.sum()`` real
-        tokens, in the same order, whatever side the padding is on; None where a row is too long.
+        tokens, in the same order, whatever side the padding is on; None where a row is too long. With ``position_ids``
+        (B, S) each row of the batch holds several, which begin where these are 0.
 
         Log-probs that a head returns for it are those it returns for the padded batch.
         """
         ids, real = batch["input_ids"], batch["attention_mask"].bool()
-        lengths = real.sum(1)
-        longest = int(lengths.max())
+        positions = batch.get("position_ids")
+        positions = (real.cumsum(1) - 1 if positions is None else positions)[real]
+        longest = int(positions.max()) + 1
         if longest > self.longest:
             return None
         targets = next_token_targets(batch["labels"]) if "labels" in batch else torch.full_like(ids, IGNORE_INDEX)
-        ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        ends = F.pad((positions == 0).nonzero()[:, 0], (0, 1), value=len(positions)).to(torch.int32)
         inputs = {
             "input_ids": ids[real][None],
-            "position_ids": (real.cumsum(1) - 1)[real][None],
+            "position_ids": positions[None],
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends,
             "max_length_q": longest,

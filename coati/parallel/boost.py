@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coati.models.block_mask import holds_for
 from coati.models.varlen import Packing
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
@@ -67,16 +68,18 @@ def boost(
     return Engine(booster, model, optimizer, schedule, options, packing)
 
 
-def _runs_plain_model(options: ParallelOptions) -> bool:
-    """Whether the plugin leaves the model's own forward in place, so that it takes rows laid end to end.
+def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> Packing | None:
+    """How batches are given to ``model`` without padding, or None where it must have padded ones.
 
-    On a CPU: there attention goes row by row, which on a GPU would cost more than padding does.
+    The plugin must leave the model's own forward in place. On a GPU only packs and only with flash-attention: without
+    it attention would go row by row, which costs more there than padding does.
     """
     if torch.cuda.is_available():
         return False
     return options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
 
 
+    plain = options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
 def make_plugin(options: ParallelOptions, custom_policy: Any = None):
     """The ColossalAI plugin of ``options``. Raises ValueError for a key of ``plugin_args`` it does not know."""
     from colossalai.booster import plugin as upstream

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_from_logits
+from coati.models.block_mask import with_block_mask
 from coati.models.varlen import Packing
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.plugins import ParallelOptions
 from coati.parallel.step import Batch, Hooks, NonFiniteLoss, Step
 from coati.utils.notice import say_once
+from coati.utils.distributed import all_gather_object
 
 PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
-PACKABLE = {"input_ids", "attention_mask"}
+PACK_KEYS = ("position_ids",)  # in batches of packs, beside a trainer's model_keys
+PACKABLE = {"input_ids", "attention_mask", "position_ids"}
 
 
 class Engine:
@@ -42,7 +46,8 @@ class Engine:
         self.options = options or ParallelOptions()
         self.mesh = Mesh.of(self.plugin)
         self.module = inner_module(model)
-        self.device = next(self.module.parameters()).device
+        parameter = next(self.module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.pipelined = self.mesh.pp_size > 1
         self._batch_keys: set[str] = set()  # of the current pipelined batch, those the model does not take
         self.packing = packing
@@ -110,7 +115,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], hooks: Hooks) -> Step:
-        """Loss per unit and metrics over ``batches``; every rank must pass equally many."""
+        """Loss per unit and metrics over ``batches``, the samples of all ranks; every rank must pass equally many."""
         self.model.eval()
         total, units = 0.0, 0.0
         metrics: dict[str, list[Tensor]] = {}
@@ -123,11 +128,14 @@ class Engine:
             for name, values in samples.items():
                 metrics.setdefault(name, []).extend(values)
         loss, count = self._sum([total * self.mesh.reports, units * self.mesh.reports])
-        return Step(loss / max(count, 1), int(count), metrics=metrics)
+        everyone = all_gather_object(metrics if self.mesh.reports else {})
+        whole = {name: [t for rank in everyone for t in rank.get(name, [])] for name in dict.fromkeys(chain(*everyone))}
+        return Step(loss / max(count, 1), int(count), metrics=whole)
 
     def forward(self, batch: Batch, model_keys: tuple[str, ...]) -> Any:
         """The model's outputs; ``outputs.logits`` are the (1, n) log-probs that ``batch["labels"]`` chose."""
-        inputs = self._choose(batch, {key: batch[key] for key in model_keys if key in batch})
+        keys = (*model_keys, *PACK_KEYS)
+        inputs = self._choose(batch, {key: batch[key] for key in keys if key in batch})
         try:
             outputs = self.model(**inputs, use_cache=False)
         finally:
@@ -157,7 +165,7 @@ class Engine:
         batch = concatenate(window)
         rows = len(batch["input_ids"])
         schedule = self._reset_schedule(rows)
-        self._batch_keys = set(batch) - set(hooks.model_keys)
+        self._batch_keys = set(batch) - {*hooks.model_keys, *PACK_KEYS}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         metrics: dict[str, list[Tensor]] = {}
 
@@ -187,14 +195,15 @@ class Engine:
         """Before each micro-batch's forward: labels go to the head, what the model does not take goes nowhere."""
         if self.mesh.last_stage:
             self._set_head(kwargs)
-        return args, {key: value for key, value in kwargs.items() if key not in self._batch_keys}
+        inputs = {key: value for key, value in kwargs.items() if key not in self._batch_keys}
+        return args, with_block_mask(inputs, self.dtype)
 
     def _choose(self, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Set the head to the batch's labels; returns what the model is called with: ``inputs``, or these packed."""
-        packed = self.packing.pack(batch) if self.packing and self.head and set(inputs) == PACKABLE else None
+        packed = self.packing.pack(batch) if self.packing and self.head and set(inputs) <= PACKABLE else None
         if packed is None:
             self._set_head(batch)
-            return inputs
+            return with_block_mask(inputs, self.dtype)
         if "labels" in batch:
             self.head.set_targets(packed.targets)
         return packed.inputs

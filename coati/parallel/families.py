@@ -41,6 +41,14 @@ _REASONS = {
     ("chatglm", TP): "ColossalAI 0.5.0 cuts its joint query, key and value weights in the wrong place",
 }
 
+# Packs need a mask and positions of their own; there ColossalAI 0.5.0 makes others from the padding, or takes none.
+_PACKS_PP, _PACKS_GEMINI_TP = "--packing with --pp", "--packing with --plugin gemini --tp"
+_NO_PACKS = {
+    "mixtral": frozenset({_PACKS_PP}),
+    "opt": frozenset({_PACKS_PP, _PACKS_GEMINI_TP}),
+    "falcon": frozenset({_PACKS_PP, _PACKS_GEMINI_TP}),
+}
+
 # Families that transformers may load, but that do not continue a text.
 NOT_CHAT = {
     "bert": "an encoder",
@@ -77,6 +85,11 @@ def check_family(config: Any, options: ParallelOptions) -> None:
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
         reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
         raise ValueError(f"{name} is not possible with {family} models: {reason}; {_instead(family)}")
+    for flags in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
+        raise ValueError(
+            f"{flags} is not possible with {family} models: ColossalAI 0.5.0 makes masks and positions of its own "
+            "there, which let the rows of a pack see each other; use --plugin zero2, or drop --packing"
+        )
 
 
 def _asked(options: ParallelOptions) -> frozenset[str]:
@@ -85,6 +98,15 @@ def _asked(options: ParallelOptions) -> frozenset[str]:
         asked.add(PP)
     if options.enable_sequence_parallelism:
         asked.add(options.sp_mode)
+    return frozenset(asked)
+
+
+def _packed(options: ParallelOptions) -> frozenset[str]:
+    if not options.packing:
+        return frozenset()
+    asked = {_PACKS_PP} if options.pp > 1 else set()
+    if options.plugin == "gemini" and options.tp > 1:
+        asked.add(_PACKS_GEMINI_TP)
     return frozenset(asked)
 
 

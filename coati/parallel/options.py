@@ -29,6 +29,7 @@ class ParallelOptions:
     grad_checkpoint: bool = False
     use_flash_attn: bool = False
     lora: bool = False
+    packing: bool = False
     plugin_args: dict[str, Any] = field(default_factory=dict)
 
     @property

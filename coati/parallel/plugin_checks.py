@@ -21,10 +21,26 @@ def problems(options: ParallelOptions, plugin: "Plugin") -> Iterator[str]:
         yield f"--plugin {name} cannot train LoRA adapters; drop --lora_rank/--lora_config or use --plugin zero2"
     if options.accumulation_steps > 1 and not plugin.accumulation:
         yield f"--plugin {name} cannot accumulate gradients; use --accumulation_steps 1 or --plugin gemini"
+    if options.packing:
+        yield from _packing_problems(options)
     if not plugin.parallel:
         yield from _not_hybrid_problems(options)
     else:
         yield from _hybrid_problems(options)
+
+
+def _packing_problems(options: ParallelOptions) -> Iterator[str]:
+    if options.enable_sequence_parallelism:
+        yield (
+            "--packing cannot be combined with --enable_sequence_parallelism: ColossalAI's attention over a split "
+            "sequence takes padding masks only, and would let the rows of a pack see each other; use --tp or --pp, or "
+            "drop --packing"
+        )
+    if options.use_flash_attn and options.plugin in ("3d", "gemini", "gemini_auto"):
+        yield (
+            f"--packing with --use_flash_attn needs a plugin that leaves the model's attention alone, --plugin "
+            f"{options.plugin} puts ColossalAI's in its place; use --plugin zero2, or drop --use_flash_attn"
+        )
 
 
 def _not_hybrid_problems(options: ParallelOptions) -> Iterator[str]:

@@ -30,6 +30,7 @@ class Plugin:
     parallel: bool = False  # tp, pp, sp
     zero_stages: tuple[int, ...] = ()
     generation: str = "yes"
+    packing: str = "yes"
     cannot: str = ""
 
 
@@ -139,6 +140,7 @@ PLUGINS: dict[str, Plugin] = {
         zero_stages=(0, 1, 2),
         best_for="models from 20B or PPO (tp), many layers on several hosts (pp), sequences from 50K tokens (sp)",
         generation="without pipeline and sequence parallelism",
+        packing="without sequence parallelism",
         cannot="train LoRA adapters with tp, pp or sp; combine zero_stage 1-2 with fp32; zero_stage 2 with pp",
     ),
 }

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coati.parallel.checkpoint import RunningState, clean, save_checkpoint
 from coati.parallel.engine import Batch, Engine, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.bar import Bar
+from coati.trainer.best import is_better, save_best, value_of
 from coati.trainer.stop import StopRequest
 from coati.trainer.windows import as_windows, total_steps
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
@@ -23,7 +25,7 @@ from coati.utils.tracking import NullTracker, Tracker, make_tracker
 @dataclass
 class Plan:
     """When a run logs, evaluates, saves and ends; all in optimiser steps, 0 or None: never (``eval_interval`` None:
-    at the end of each epoch)."""
+    at the end of each epoch). ``metric_for_best``: the evaluation metric whose best model is kept."""
 
     save_dir: str | None = None
     save_interval: int = 0
@@ -31,6 +33,7 @@ class Plan:
     eval_interval: int | None = None
     log_interval: int = 1
     max_steps: int | None = None
+    metric_for_best: str | None = None
 
 
 class SLTrainer:
@@ -69,6 +72,7 @@ class SLTrainer:
         self.first_evaluation: dict[str, float] = evaluated.get("first", {})
         self.last_evaluation: dict[str, float] = evaluated.get("last", {})
         self._evaluated_at: int | None = evaluated.get("at")
+        self.best: dict[str, float] = self.state.trainer.get("best", {})  # {"value", "step"}
         self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._interval |= self.state.trainer.get("interval", {})
 
@@ -83,8 +87,19 @@ class SLTrainer:
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError(f"{type(self).__name__} must say what its loss is")
 
+    def observe(self, step: Step) -> list[str]:
+        """After each optimiser step, on every rank: lines to show now."""
+        return []
+
+    def before_evaluation(self, eval_dataloader: Any) -> None:
+        """On every rank, before the batches are evaluated one by one."""
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        """``metrics`` as they are logged, with what follows from several of them."""
+        return metrics
+
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
-        """What is logged under eval/ besides the hooks' own metrics."""
+        """What is logged under eval/ besides the means of the hooks' own metrics, whose samples ``step`` holds."""
         return {"loss": step.loss}
 
     def fit(self, train_dataloader, eval_dataloader=None, log_dir: str | None = None, use_wandb: bool = False) -> None:
@@ -94,12 +109,14 @@ class SLTrainer:
             NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
         """
         loader = as_windows(train_dataloader, self.accumulation_steps)
-        total = total_steps(self.state, loader.rows, loader.window_rows, self.max_epochs, self.plan.max_steps)
+        total = total_steps(self.state, loader.count, loader.window_rows, self.max_epochs, self.plan.max_steps)
         tracker = self._tracker(log_dir, use_wandb)
         bar = Bar(total, self.state.step, self.name)
         try:
             with StopRequest() as stop:
                 if self.state.step == 0:
+                    if loader.figures:
+                        tracker.log(loader.figures, 0)
                     self._evaluate(eval_dataloader, tracker, bar)
                 self._run(loader, eval_dataloader, tracker, bar, total, stop)
                 if not self.stopped_early and self._evaluated_at != self.state.step:
@@ -114,7 +131,7 @@ class SLTrainer:
         while state.epoch < self.max_epochs and state.step < total:
             for window in loader.windows(state.epoch, state.sample_start_index):
                 step = self._step(window, loader, stop, bar, tracker)
-                last_of_epoch = state.sample_start_index + loader.window_rows > loader.rows
+                last_of_epoch = state.sample_start_index + loader.window_rows > loader.count(state.epoch)
                 # At the end too, and before its checkpoint: what is logged after one is logged again by a resumed run.
                 due = last_of_epoch if self.plan.eval_interval is None else self._due(self.plan.eval_interval)
                 if due or state.step >= total:
@@ -137,11 +154,13 @@ class SLTrainer:
             raise NonFiniteLoss(self._describe(error, loader)) from error
         self.state.step += 1
         self.state.sample_start_index += loader.window_rows
-        self.meter.add_all(step.metrics)
+        self.meter.add_all(_public(step.metrics))
         seconds = time.perf_counter() - started
         for name, value in zip(self._interval, (step.loss * step.units, step.units, step.tokens, seconds), strict=True):
             self._interval[name] += value
         bar.step(loss=step.loss, lr=lr, tokens_per_second=step.tokens / seconds)
+        for line in self.observe(step):
+            bar.write(line)
         if self._due(self.plan.log_interval):
             self._log(tracker, lr, step)
         return step
@@ -156,7 +175,7 @@ class SLTrainer:
         }
         if step.grad_norm is not None:
             metrics["train/grad_norm"] = step.grad_norm
-        metrics |= {f"train/{name}": value for name, value in self.meter.report().items()}
+        metrics |= {f"train/{name}": value for name, value in self.derived(self.meter.report()).items()}
         tracker.log(metrics | {"epoch": self.state.epoch}, self.state.step)
         for name in window:
             window[name] = 0.0
@@ -164,18 +183,31 @@ class SLTrainer:
     def _evaluate(self, eval_dataloader, tracker: Tracker, bar: Bar) -> None:
         if eval_dataloader is None:
             return
+        self.before_evaluation(eval_dataloader)
         step = self.engine.evaluate(eval_dataloader, self)
-        meter = AccumulativeMeanMeter()
-        meter.add_all(step.metrics)
-        metrics = self.evaluation_metrics(step) | meter.report()
+        means = {name: float(torch.cat(values).double().mean()) for name, values in _public(step.metrics).items()}
+        metrics = self.evaluation_metrics(step) | self.derived(means)
         self.last_evaluation = {f"eval/{name}": value for name, value in metrics.items()}
         self.first_evaluation = self.first_evaluation or self.last_evaluation
         self._evaluated_at = self.state.step
         tracker.log(self.last_evaluation, self.state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         bar.write(f"step {self.state.step}: evaluation {shown} ({step.units} {self.unit_name})")
+        self._keep_best(bar)
         if self.samples is not None and (table := self.samples(self.engine)):
             bar.write(table)
+
+    def _keep_best(self, bar: Bar) -> None:
+        metric = self.plan.metric_for_best
+        if metric is None:
+            return
+        value = value_of(metric, self.last_evaluation)
+        # Before the first step there is only the model that the run started from.
+        if self.state.step == 0 or self.plan.save_dir is None or not is_better(metric, value, self.best.get("value")):
+            return
+        self.best = {"value": value, "step": self.state.step}
+        folder = save_best(self.plan.save_dir, self.engine, self.assets, {"metric": metric, **self.best})
+        bar.write(f"step {self.state.step}: the best {metric} so far, {value:.4f}; this model is in {folder}")
 
     def save(self) -> Path | None:
         """Write a checkpoint of where the run stands now; None without ``save_dir``."""
@@ -185,6 +217,7 @@ class SLTrainer:
         self.state.trainer["meter"] = self.meter.state_of_ranks()
         evaluated = {"at": self._evaluated_at, "first": self.first_evaluation, "last": self.last_evaluation}
         self.state.trainer["evaluated"] = evaluated
+        self.state.trainer["best"] = self.best
         path = save_checkpoint(self.plan.save_dir, self.engine, self.assets, self.state)
         clean(self.plan.save_dir, self.plan.keep_last_k)
         return path
@@ -215,3 +248,8 @@ class SLTrainer:
             "Look at "
             "these rows; lower --lr or --grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
         )
+
+
+def _public(metrics: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Those that are logged: names beginning with "_" are for the trainer itself."""
+    return {name: values for name, values in metrics.items() if not name.startswith("_")}

@@ -51,7 +51,10 @@ class SFTTrainer(SLTrainer):
     def prepare(self, batch: Batch) -> Batch:
         if self.apply_loss_mask:
             return batch
-        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+        hidden = batch["attention_mask"] == 0
+        if "position_ids" in batch:  # of a pack: nothing before a row's first token may be asked to predict it
+            hidden |= batch["position_ids"] == 0
+        return batch | {"labels": batch["input_ids"].masked_fill(hidden, -100)}
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return -outputs["logits"].sum(), {}

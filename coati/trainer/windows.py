@@ -1,6 +1,6 @@
 """Any loader as a sequence of windows: the library's own as it is, a plain DataLoader grouped."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from coati.parallel.checkpoint import RunningState
@@ -11,7 +11,7 @@ class DataLoaderWindows:
 
     def __init__(self, loader, accumulation_steps: int) -> None:
         self.loader, self.accumulation_steps = loader, accumulation_steps
-        self.window_rows, self.rows = accumulation_steps, len(loader)
+        self.window_rows, self.figures = accumulation_steps, {}
         if len(self) == 0:
             raise ValueError(
                 f"the loader has {len(loader)} batches, one step needs accumulation_steps {accumulation_steps}"
@@ -19,6 +19,10 @@ class DataLoaderWindows:
 
     def __len__(self) -> int:
         return len(self.loader) // self.accumulation_steps
+
+    def count(self, epoch: int) -> int:
+        """Batches of ``epoch``: as many in each."""
+        return len(self.loader)
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
@@ -37,14 +41,16 @@ def as_windows(loader, accumulation_steps: int):
     return loader if hasattr(loader, "windows") else DataLoaderWindows(loader, accumulation_steps)
 
 
-def total_steps(state: RunningState, rows: int, window_rows: int, max_epochs: int, max_steps: int | None = None) -> int:
+def total_steps(
+    state: RunningState, count: Callable[[int], int], window_rows: int, max_epochs: int, max_steps: int | None = None
+) -> int:
     """Optimiser steps that a run has done when it ends, counted from where ``state`` stands.
 
-    Not epochs times steps of an epoch: a run resumed with larger or smaller windows has done its first steps with
-    others.
+    ``count``: epoch -> rows (or packs) of that epoch. Not epochs times steps of an epoch: a run resumed with larger or
+    smaller windows has done its first steps with others.
     """
     if state.epoch >= max_epochs:
         return state.step
-    left = max(rows - state.sample_start_index, 0) // window_rows
-    left += (max_epochs - state.epoch - 1) * (rows // window_rows)
+    left = max(count(state.epoch) - state.sample_start_index, 0) // window_rows
+    left += sum(count(epoch) // window_rows for epoch in range(state.epoch + 1, max_epochs))
     return min(state.step + left, max_steps or 2**62)

@@ -18,17 +18,18 @@ def main(args: Namespace) -> None:
     train = build.dataset(args.dataset, args, tokenizer, template)
     evaluation = build.dataset(args.eval_dataset, args, tokenizer, template, mode="valid")
     state = restart.running_state(args, resume, train)
-    build.check_rows(args, options, train)
+    plan = build.epoch_plan(args, train)
+    build.check_rows(args, options, plan)
     model = build.causal_lm(args, options, tokenizer, resume)
     assets = build.assets(model, tokenizer, template)
-    engine = build.engine(args, options, model, len(train), resume)
+    engine = build.engine(args, options, model, plan, resume)
     collate = DataCollatorForSupervisedDataset(
         tokenizer,
         args.max_length,
         apply_loss_mask=not args.disable_loss_mask,
         pad_to_multiple_of=options.sequence_multiple,
     )
-    windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate)
+    windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate, plan)
     trainer = SFTTrainer(
         engine=engine,
         max_epochs=args.max_epochs,

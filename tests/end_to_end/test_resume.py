@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coati.dataset.loader import WindowLoader, epoch_order
+from coati.dataset.loader import WindowLoader
+from coati.dataset.order import epoch_order
 from coati.parallel.checkpoint import checkpoints, read_checkpoint
 from tests.distributed.spawn import WorkerFailed, run
 from tests.end_to_end.inputs import metrics, weights

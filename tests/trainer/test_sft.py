@@ -191,11 +191,11 @@ def test_a_plain_loader_works_too(made):
     ],
 )
 def test_steps_in_all(state, window, steps):
-    assert total_steps(RunningState(**state), 7, window, max_epochs=2) == steps
+    assert total_steps(RunningState(**state), lambda epoch: 7, window, max_epochs=2) == steps
 
 
 def test_max_steps_counts_from_the_start_of_the_run():
-    assert total_steps(RunningState(step=1, sample_start_index=3), 7, 1, max_epochs=2, max_steps=5) == 5
+    assert total_steps(RunningState(step=1, sample_start_index=3), lambda epoch: 7, 1, max_epochs=2, max_steps=5) == 5
 
 
 BATCH = {

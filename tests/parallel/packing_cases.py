@@ -1,0 +1,90 @@
+"""What the ranks of test_packing.py do: the same rows trained on in packs and one by one, under one plugin."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from tests.models_table import FAMILIES, tiny_model
+
+STEPS, PACKS, LR, CLIP = 3, 4, 5e-3, 0.5
+# Of each step: the rows of each pack, by length; all packs of a step are not equally full.
+LENGTHS = (
+    ((9, 4, 2), (15,), (5, 5, 5), (3, 12)),
+    ((7, 13), (20,), (1, 2, 3, 4, 5), (6, 6, 6)),
+    ((11, 5), (8, 8), (16,), (2, 2)),
+)
+
+
+class Hooks:
+    model_keys = ("input_ids", "attention_mask")
+
+    def prepare(self, batch):
+        return batch
+
+    def units(self, batch):
+        return (batch["labels"][:, 1:] != -100).sum()
+
+    def loss(self, outputs, batch):
+        return -outputs["logits"].sum(), {}
+
+
+def rows_of(step: int) -> list[list[torch.Tensor]]:
+    """Token ids of the rows of each pack of ``step``; all but a row's first two tokens are supervised."""
+    generator = torch.Generator().manual_seed(step)
+    return [[torch.randint(3, 384, (n,), generator=generator) for n in pack] for pack in LENGTHS[step % len(LENGTHS)]]
+
+
+def one_by_one(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows padded to the longest, one a row of the batch."""
+    rows = [row for pack in packs for row in pack]
+    width = max(map(len, rows))
+    ids = torch.stack([pad(row, (0, width - len(row))) for row in rows])
+    mask = torch.stack([(torch.arange(width) < len(row)).long() for row in rows])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def packed(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The same rows as PackCollator gives them."""
+    from coati.dataset.collator import DataCollatorForSupervisedDataset
+    from coati.dataset.packing import PackCollator
+    from tests.tiny import tiny_tokenizer
+
+    rows = [[{"input_ids": (ids := row.tolist()), "labels": [-100] * len(ids[:2]) + ids[2:]} for row in pack]
+            for pack in packs]  # fmt: skip
+    return PackCollator(DataCollatorForSupervisedDataset(tiny_tokenizer()))(rows)
+
+
+def _share(packs: list, engine) -> list:
+    mine = len(packs) // engine.mesh.dp_size
+    return packs[engine.mesh.dp_rank * mine : (engine.mesh.dp_rank + 1) * mine]
+
+
+def _windows(packs: list, accumulation: int, collate) -> list[dict[str, torch.Tensor]]:
+    size = len(packs) // accumulation
+    return [collate(packs[start : start + size]) for start in range(0, len(packs), size)]
+
+
+def train(family: str, options: dict[str, Any], collate: str, masked: bool = False) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step. ``collate``: "packed" or "one_by_one"; ``masked``: with the block-diagonal
+    mask even where the rows could be laid end to end."""
+    from coati.parallel.boost import boost
+    from coati.parallel.launch import launch
+    from coati.parallel.plugins import ParallelOptions
+
+    launch(seed=0, timeout_s=60)
+    model = tiny_model(next(row for row in FAMILIES if row.type == family))
+    values = ParallelOptions(grad_clip=CLIP, packing=collate == "packed", **options)
+    engine = boost(model, values, lr=LR, total_steps=10, warmup_steps=0)
+    if masked:
+        engine.packing = None
+    make = {"packed": packed, "one_by_one": one_by_one}[collate]
+    results = []
+    for step in range(STEPS):
+        mine = _share(rows_of(step), engine)
+        accumulation = min(values.accumulation_steps, len(mine))
+        done = engine.train_step(_windows(mine, accumulation, make), Hooks())
+        results.append((done.loss, done.grad_norm))
+    return results

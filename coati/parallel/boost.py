@@ -11,6 +11,7 @@ from torch import nn
 
 from coati.models.block_mask import holds_for
 from coati.models.varlen import Packing
+from coati.parallel.cpu.heap import keep_freed_memory
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
 from coati.parallel.plugins import PLUGINS, ParallelOptions, check_heads, check_options, resolve_options
@@ -59,8 +60,12 @@ def boost(
     check_family(model.config, options)
     prepare_colossalai()
     _prepare_model(model, options)
-    packing = Packing.of(model) if _runs_plain_model(options) else None
-    plugin = make_plugin(options, custom_policy)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    packing = _lays_end_to_end(model, options)
+    if options.packing and packing is None:
+        check_packs(model, options)
+    plugin = make_plugin(options, custom_policy or scalar_policy(model, options))
     optimizer = _optimizer(model, options, lr, weight_decay)
     schedule = cosine_with_warmup(optimizer, total_steps, warmup_steps)
     booster = _booster(plugin, options)
@@ -74,12 +79,44 @@ def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> Packing | No
     The plugin must leave the model's own forward in place. On a GPU only packs and only with flash-attention: without
     it attention would go row by row, which costs more there than padding does.
     """
-    if torch.cuda.is_available():
-        return False
-    return options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
-
-
     plain = options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
+    if torch.cuda.is_available():
+        flash = model.config._attn_implementation == "flash_attention_2"
+        if not (plain and flash and options.packing and options.plugin != "gemini"):
+            return None
+        model.to("cuda")  # where the plugin moves it next; flash-attention can be tried nowhere else
+    return Packing.of(model) if plain else None
+
+
+def check_packs(model: nn.Module, options: ParallelOptions) -> None:
+    """Raise ValueError where rows of one pack would not come out of ``model`` as each does alone."""
+    if not holds_for(model):
+        raise ValueError(
+            f"--packing: this {model.config.model_type} model ({model.config._attn_implementation} attention) does not "
+            "keep the rows of a pack apart (a probe of two rows in one sequence came out otherwise than each row "
+            "alone); drop --packing: rows of like length are batched together anyway"
+        )
+
+
+def scalar_policy(model: nn.Module, options: ParallelOptions) -> Any:
+    """How to split a model with a scalar head: as its backbone, since ColossalAI does not know it
+    (shardformer/policies/auto_policy.py:276). None for other models, and where nothing is split.
+
+    Raises ValueError under a pipeline.
+    """
+    backbone = getattr(model, "backbone", None)
+    if backbone is None or not (options.plugin == "3d" or options.tp > 1):
+        return None
+    if options.pp > 1:
+        raise ValueError(
+            f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be cut into pipeline stages; "
+            "use --tp, or --plugin zero2 or gemini"
+        )
+    from colossalai.shardformer.policies.auto_policy import get_autopolicy
+
+    return get_autopolicy(backbone)
+
+
 def make_plugin(options: ParallelOptions, custom_policy: Any = None):
     """The ColossalAI plugin of ``options``. Raises ValueError for a key of ``plugin_args`` it does not know."""
     from colossalai.booster import plugin as upstream

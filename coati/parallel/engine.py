@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_from_logits
 from coati.models.block_mask import with_block_mask
+from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_from_logits
 from coati.models.varlen import Packing
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.plugins import ParallelOptions
 from coati.parallel.step import Batch, Hooks, NonFiniteLoss, Step
-from coati.utils.notice import say_once
 from coati.utils.distributed import all_gather_object
+from coati.utils.notice import say_once
 
 PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
 PACK_KEYS = ("position_ids",)  # in batches of packs, beside a trainer's model_keys
@@ -49,6 +50,9 @@ class Engine:
         parameter = next(self.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.pipelined = self.mesh.pp_size > 1
+        # With one process DDP's reducer has nothing to add up, but would still copy every gradient.
+        wrapped = getattr(model, "module", None)
+        self._alone = isinstance(wrapped, DistributedDataParallel) and dist.get_world_size() == 1
         self._batch_keys: set[str] = set()  # of the current pipelined batch, those the model does not take
         self.packing = packing
         self._install_head()
@@ -146,7 +150,7 @@ class Engine:
         total, metrics = torch.zeros((), dtype=torch.float64, device=self.device), {}
         for index, batch in enumerate(window):
             last = index == len(window) - 1
-            with nullcontext() if last or scale is None else self._no_sync():
+            with nullcontext() if scale is None or (last and not self._alone) else self._no_sync():
                 loss, samples = hooks.loss(self.forward(batch, hooks.model_keys), batch)
                 if scale is not None:
                     self.booster.backward(loss * scale, self.optimizer)

@@ -2,4 +2,15 @@
 
 from coati.utils.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, {"SFTTrainer": "sft", "SLTrainer": "base", "Plan": "base"})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "SFTTrainer": "sft",
+        "RewardModelTrainer": "rm",
+        "DPOTrainer": "dpo",
+        "ORPOTrainer": "orpo",
+        "KTOTrainer": "kto",
+        "SLTrainer": "base",
+        "Plan": "base",
+    },
+)

@@ -1,0 +1,74 @@
+"""The reference model of preference and RL trainers: fixed weights, log-probs without gradient."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coati.models.varlen import Packing
+from coati.parallel.boost import make_plugin, prepare_colossalai, scalar_policy
+from coati.parallel.engine import Engine
+from coati.parallel.families import prepare_family
+from coati.parallel.plugins import ParallelOptions, resolve_options
+from coati.parallel.step import Batch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Unboosted:
+    """In a booster's place, for a model that every process holds whole."""
+
+    plugin = None
+
+
+class Reference:
+    """Numbers per row of a model that is not trained.
+
+    ``adapters_off``: the model is the policy itself; its LoRA adapters are switched off meanwhile.
+    """
+
+    def __init__(self, engine: Engine, adapters_off: bool = False) -> None:
+        self.engine, self.adapters_off = engine, adapters_off
+
+    @classmethod
+    def plain(cls, model: nn.Module) -> "Reference":
+        """``model`` as it is, on every process whole."""
+        return cls(Engine(_Unboosted(), model.eval()))
+
+    def rows(self, batch: Batch, hooks: Any) -> Tensor:
+        """(R,) on the engine's device: the metric ``rows`` of ``hooks`` for the R rows of ``batch``. Zeros on the
+        pipeline stages that do not compute it."""
+        # disable_adapter is the adapted module's; the wrappers around it know nothing of it.
+        off = self.engine.module.disable_adapter() if self.adapters_off else nullcontext()
+        with off:
+            found = self.engine.collect(batch, hooks)
+        return found.get("rows", torch.zeros(len(batch["input_ids"]), device=self.engine.device))
+
+
+def freeze(model: nn.Module, options: ParallelOptions) -> Engine:
+    """``model`` for inference in the precision of ``options``, split as they say, without an optimiser.
+
+    Gemini, tensor and pipeline parallelism get a plugin instance of their own. The other plugins do not split weights:
+    there the model stays plain (DDP refuses modules without trainable parameters).
+    """
+    options, _ = resolve_options(options)
+    options = replace(options, zero_stage=0, zero_cpu_offload=False, grad_checkpoint=False, lora=False)
+    prepare_colossalai()
+    model.eval()
+    prepare_family(model, options)
+    model.to(DTYPES[options.precision or "fp32"])
+    if not (options.plugin.startswith("gemini") or options.model_parallel_size > 1):
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        model.requires_grad_(False).to(device)
+        packing = None if torch.cuda.is_available() else Packing.of(model)
+        return Engine(_Unboosted(), model, options=options, packing=packing)
+    from colossalai.booster import Booster
+
+    if options.pp > 1:
+        model.config.use_cache = False
+    # Its parameters keep requires_grad, without which the plugin's own DDP refuses them.
+    booster = Booster(plugin=make_plugin(options, scalar_policy(model, options)))
+    boosted, *_ = booster.boost(model)
+    return Engine(booster, boosted, options=options)

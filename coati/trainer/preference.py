@@ -1,0 +1,148 @@
+"""What trainers on pairs share: rows 2i chosen and 2i + 1 rejected in one forward, their log-probs and metrics."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coati.models.head import IGNORE_INDEX, gather_token_logprobs
+from coati.models.loss import length_desensitised, masked_mean, masked_sum
+from coati.models.padding import real_first
+from coati.parallel.engine import Engine
+from coati.parallel.step import Batch, Step
+from coati.trainer.base import Plan, SLTrainer
+from coati.trainer.signs import Signs
+from coati.utils.statistics import wilson_interval
+
+
+def interleave(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(B, ...) and (B, ...) -> (2B, ...): row 2i is chosen, row 2i + 1 rejected; the narrower is padded with 0."""
+    if chosen.dim() == 2 and chosen.shape[1] != rejected.shape[1]:
+        width = max(chosen.shape[1], rejected.shape[1])
+        chosen, rejected = (F.pad(side, (0, width - side.shape[1])) for side in (chosen, rejected))
+    return torch.stack([chosen, rejected], dim=1).flatten(0, 1)
+
+
+def sides(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`interleave`."""
+    return rows[0::2], rows[1::2]
+
+
+def supervised(batch: Batch) -> Tensor:
+    """(B, S - 1) bool: the tokens whose log-probs count, as the head returns them."""
+    return batch["labels"][:, 1:] != IGNORE_INDEX
+
+
+def marked(ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Batch:
+    """A batch whose ``labels`` are the marked tokens, each row's padding moved to its end, so that its side does not
+    matter."""
+    order = real_first(attention_mask)
+    ids, attention_mask, loss_mask = (x.gather(1, order) for x in (ids, attention_mask, loss_mask.bool()))
+    labels = ids.masked_fill(~(loss_mask & attention_mask.bool()), IGNORE_INDEX)
+    return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class PreferenceTrainer(SLTrainer):
+    """A trainer on pairs. Its batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}`` (B, S).
+
+    A pair of which a side has nothing marked counts for nothing.
+
+    Args:
+        apply_loss_mask: False supervises every token the attention mask shows.
+        start_epoch, save_interval, save_dir: shorthands for fields of the state and the plan.
+    """
+
+    unit_name = "pairs"
+    accuracy = "accuracy"
+    ln2_is_chance = True
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_epochs: int = 1,
+        *,
+        apply_loss_mask: bool = True,
+        start_epoch: int = 0,
+        save_interval: int | None = None,
+        save_dir: str | None = None,
+        plan: Plan | None = None,
+        **keywords: Any,
+    ) -> None:
+        plan = plan or Plan(save_dir=save_dir, save_interval=save_interval or 0)
+        super().__init__(engine, max_epochs, plan=plan, **keywords)
+        self.state.epoch = max(self.state.epoch, start_epoch)
+        self.apply_loss_mask = apply_loss_mask
+        self.signs = Signs(self.ln2_is_chance, self.accuracy)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) says which pairs count."""
+        names = ("input_ids", "attention_mask", "loss_mask")
+        ids, real, mask = (interleave(batch[f"chosen_{name}"], batch[f"reject_{name}"]) for name in names)
+        rows = marked(ids, real, mask if self.apply_loss_mask else real.bool())
+        whole = mask.bool().any(1).view(-1, 2).all(1)
+        rows["counted"] = whole.repeat_interleave(2)
+        if "margin" in batch:
+            rows["margin"] = batch["margin"].repeat_interleave(2)
+        if "chosen_reference" in batch:
+            rows["reference"] = interleave(batch["chosen_reference"], batch["reject_reference"])
+        return rows
+
+    def units(self, batch: Batch) -> Tensor:
+        return batch["counted"].sum() // 2
+
+    def observe(self, step: Step) -> list[str]:
+        self.signs.add(step.metrics, step.loss, step.units, self.engine.mesh.reports)
+        return self.signs.look()
+
+    def evaluation_metrics(self, step: Step) -> dict[str, float]:
+        return {"loss": step.loss, **interval_of(step, self.accuracy)}
+
+
+def interval_of(step: Step, name: str) -> dict[str, float]:
+    """Bounds of the 95% confidence interval of a share among the evaluation's metrics, and its count."""
+    samples = step.metrics.get(name)
+    if not samples:
+        return {}
+    values = torch.cat(samples)
+    low, high = wilson_interval(float(values.sum()), len(values))
+    return {f"{name}_low": low, f"{name}_high": high, "count": float(len(values))}
+
+
+def in_order(better: Tensor, worse: Tensor) -> Tensor:
+    """1 where ``better`` is larger, 0 where it is smaller; a tie, as at the start of DPO, counts half."""
+    return (torch.sign(better - worse).float() + 1) / 2
+
+
+class RowLogps:
+    """How log-probs of tokens become one number per row, the same for policy and reference.
+
+    ``averaged``: their mean instead of their sum; ``ld_alpha``: of the longer of a pair, the surplus counts that much.
+    """
+
+    model_keys = ("input_ids", "attention_mask")
+
+    def __init__(self, averaged: bool = False, ld_alpha: float | None = None) -> None:
+        self.averaged, self.ld_alpha = averaged, ld_alpha
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(R, S) log-probs and their mask -> (R,)."""
+        if self.ld_alpha is not None:
+            return length_desensitised(tokens, mask, self.ld_alpha)
+        return masked_mean(tokens, mask, 1) if self.averaged else masked_sum(tokens, mask, 1)
+
+    def of(self, outputs: Any, batch: Batch) -> Tensor:
+        """(R,) from what the engine's model returned."""
+        return self(gather_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch))
+
+    # As the engine's hooks, to collect the numbers of a batch without training on it:
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def units(self, batch: Batch) -> Tensor:
+        return batch["input_ids"].new_ones(len(batch["input_ids"])).sum()
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.of(outputs, batch)
+        return rows.sum(), {"rows": rows}

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from coati.dataset.messages import is_message_list
 from coati.dataset.reasons import RowError
 
 BATCH = 1000
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # a character beyond 16 bits takes two such escapes
 Rows = Iterator[tuple[int, Any]]
 
 
@@ -26,9 +28,18 @@ def read_rows(file: Path) -> Rows:
     its name says.
     """
     try:
+        _check_encoding(file)
         yield from KINDS[kind_of(file)](file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: damaged or not a gzip file ({error}); fetch or compress it again") from error
+
+
+def _check_encoding(file: Path) -> None:
+    if kind_of(file) not in COLUMNAR:
+        with _open(file) as stream:
+            start = stream.read(2)
+        if start in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{file}: is UTF-16 text, expected UTF-8; convert it with iconv -f UTF-16 -t UTF-8")
 
 
 def kind_of(file: Path) -> str | None:
@@ -45,12 +56,36 @@ def decode(row: Any) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        return json.loads(row.decode("utf-8-sig"))
+        found = json.loads(row.decode("utf-8-sig").rstrip(), object_pairs_hook=_object)
+        if _HALF_PAIR.search(row):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
+    except RowError:
+        raise
     except json.JSONDecodeError as error:
-        within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""
-        raise RowError("bad_json", f"{error.msg} at column {error.colno}{within}") from error
+        raise RowError("bad_json", _place(error, row)) from error
+    except UnicodeEncodeError as error:
+        raise RowError("bad_json", f"half of a character ({error.object[error.start]!a}) without the other") from error
     except UnicodeDecodeError as error:
         raise RowError("bad_json", f"not UTF-8 text (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested a thousand deep
+        raise RowError("bad_json", str(error).partition("; use sys.")[0]) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError("bad_json", f"the key {twice!r} occurs twice in one object")
+    return found
+
+
+def _place(error: json.JSONDecodeError, row: bytes) -> str:
+    if row.strip() in (b"{", b"["):
+        return "the object goes on in the next line; write one object per line, or one array over the whole file"
+    within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}{within}"
 
 
 def _open(file: Path):
@@ -101,7 +136,7 @@ def _read_table(file: Path, delimiter: str) -> Rows:
     """Records under a header of column names; a record may go over several lines and stands on its first."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        records = csv.reader(text, delimiter=delimiter)
+        records = csv.reader(text, delimiter=delimiter, strict=True)
         header = _record(records)
         line = records.line_num + 1
         while (record := _record(records)) is not None:
@@ -152,7 +187,7 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
 
     try:
         yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         kind = kind_of(file).removeprefix(".")
         raise ValueError(f"{file}: not a readable {kind} file ({str(error).splitlines()[0]})") from error
 

@@ -117,6 +117,8 @@ def question(messages: Messages) -> Messages:
     messages = alternating(messages)
     if messages[-1]["role"] != "user":
         raise RowError("no_question", f"found {', '.join(m['role'] for m in messages)}")
+    if not messages[-1]["content"].strip():
+        raise RowError("no_question", f"message {len(messages) - 1}, the last of the user, is blank")
     return messages
 
 

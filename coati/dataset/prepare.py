@@ -59,7 +59,8 @@ def prepare_dataset(
     total = sum(1 for _ in numbered_rows(files))
     if total == 0:
         raise ValueError(
-            f"{', '.join(map(str, files[:5]))}: no rows found; expected one JSON object per line or an array"
+            f"{', '.join(map(str, files[:5]))}: no rows found; expected one JSON object per line, an array, "
+            "or records under a header"
         )
     plan = plan_bins(total, num_bins, num_samples_per_bin, seed)
     job = Job(type, [str(file) for file in files], template, max_length, jsonl_dir is not None, format)

@@ -23,6 +23,7 @@ MALFORMED_REASONS = {
     "empty_answer": "an assistant turn without text",
     "bad_label": "the label is neither true nor false",
     "bad_margin": "the margin is not a number",
+    "bad_gt_answer": "the gt_answer is neither a text nor a number",
 }
 # ... as against what max_length, the template or the other rows decide.
 REASONS = MALFORMED_REASONS | {

@@ -5,6 +5,7 @@ fits a row wins, so the ones with more keys come first.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -157,14 +158,18 @@ def _add_extras(found: SourceRow, row: dict) -> None:
     given = {key: row[key] for key in EXTRAS if row.get(key) not in (None, "")}
     found.category = str(given["category"]) if "category" in given else None
     if "gt_answer" in given:
+        if not isinstance(given["gt_answer"], str | int | float):
+            raise RowError("bad_gt_answer", f"gt_answer is {given['gt_answer']!r:.60}")
         found.gt_answer = str(given["gt_answer"])
     elif "test_cases" in given:
         found.gt_answer = json.dumps(given["test_cases"], ensure_ascii=False)
     if "margin" in given:
         try:
             found.margin = float(row["margin"])
-        except (TypeError, ValueError) as error:
-            raise RowError("bad_margin", f"margin is {row['margin']!r}, expected a number") from error
+        except (TypeError, ValueError):
+            found.margin = math.nan
+        if not math.isfinite(found.margin):
+            raise RowError("bad_margin", f"margin is {row['margin']!r:.60}, expected a number")
 
 
 def _finish_sft(row: SourceRow) -> None:

@@ -80,6 +80,8 @@ def whole_pair(row: dict) -> SourceRow:
 
 def _split_pair(chosen: Messages, rejected: Messages) -> SourceRow:
     context, chosen, rejected = common_context(chosen, rejected)
+    if not context:
+        raise RowError("no_question", "chosen and rejected begin differently, so they have no question in common")
     return SourceRow(messages=context, chosen=chosen, rejected=rejected)
 
 

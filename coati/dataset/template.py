@@ -81,6 +81,8 @@ def read_chat_template(value: str, folder: Path) -> str:
             return path.read_text(encoding="utf-8")
         if path.is_dir():
             return _from_model_directory(path)
+    if Path(value).suffix in (".jinja", ".j2", ".json", ".txt"):
+        raise ValueError(f"chat_template: there is no file {value} in {folder} or here; expected Jinja text or a file")
     return _from_hub(value)
 
 

@@ -1,31 +1,8 @@
 #!/usr/bin/env bash
-# Prepares conversations for supervised fine-tuning. Every variable can be set in the environment:
+# Prepares conversations (or plain texts, the ptx data of PPO) for supervised fine-tuning.
+# Every variable can be set in the environment:
 #   SAVE_DIR=out/sft DATA_INPUT_DIRS=data/ TOKENIZER_DIR=models/llama ./prepare_sft_dataset.sh [more flags]
 # Writes $SAVE_DIR/jsonl and $SAVE_DIR/arrow. Deletes nothing: an output that exists is refused.
-set -euo pipefail
-
-SAVE_DIR="${SAVE_DIR:-}"
-DATA_INPUT_DIRS="${DATA_INPUT_DIRS:-}"
-TOKENIZER_DIR="${TOKENIZER_DIR:-}"
-CONVERSATION_TEMPLATE_CONFIG="${CONVERSATION_TEMPLATE_CONFIG:-}"
+TYPE=sft
 MAX_LENGTH="${MAX_LENGTH:-4096}"
-NUM_SPLICED_DATASET_BINS="${NUM_SPLICED_DATASET_BINS:-10}"
-PYTHON="${PYTHON:-python}"
-
-for name in SAVE_DIR DATA_INPUT_DIRS TOKENIZER_DIR; do
-    if [ -z "${!name}" ]; then
-        echo "prepare_sft_dataset.sh: $name is empty; set it in the environment or at the top of this file" >&2
-        exit 2
-    fi
-done
-
-exec "$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/prepare_dataset.py" --type sft \
-    --data_input_dirs "$DATA_INPUT_DIRS" \
-    --tokenizer_dir "$TOKENIZER_DIR" \
-    ${CONVERSATION_TEMPLATE_CONFIG:+--conversation_template_config "$CONVERSATION_TEMPLATE_CONFIG"} \
-    --data_cache_dir "$SAVE_DIR/cache" \
-    --data_jsonl_output_dir "$SAVE_DIR/jsonl" \
-    --data_arrow_output_dir "$SAVE_DIR/arrow" \
-    --max_length "$MAX_LENGTH" \
-    --num_spliced_dataset_bins "$NUM_SPLICED_DATASET_BINS" \
-    "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"

@@ -1,4 +1,4 @@
-"""prepare_dataset.py and prepare_sft_dataset.sh as a user calls them."""
+"""prepare_dataset.py and the shell scripts around it as a user calls them."""
 
 import json
 import os
@@ -11,6 +11,8 @@ import pytest
 
 from coati.cli.prepare import parse_prepare
 from coati.dataset import load_tokenized_dataset
+from coati.dataset.tokenization import COLUMNS
+from tests.cli.documented import documented_commands
 from tests.dataset.makers import byte_level, chatml_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -61,17 +63,72 @@ def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_d
     assert "Traceback" not in done.stderr and "just got forked" not in done.stderr
 
 
+SHELL = {"sft": 4096, "preference": 1024, "prompt": 300, "kto": 1024}
+
+
+@pytest.mark.parametrize("type", SHELL)
+def test_each_type_has_its_shell_script(type, tmp_path):
+    """It hands on the type, the reference's length and further flags; a stand-in for Python shows what it calls."""
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {
+        "PATH": os.environ["PATH"], "SAVE_DIR": "o u t", "DATA_INPUT_DIRS": "a,b", "TOKENIZER_DIR": "t",
+        "PYTHON": str(tmp_path / "python"),
+    }  # fmt: skip
+    command = ["bash", str(SCRIPTS / f"prepare_{type}_dataset.sh"), "--format", "x y"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    script, *words = done.stdout.splitlines()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert script == str(SCRIPTS / "prepare_dataset.py") and done.stderr == ""
+    assert given["--type"] == type and given["--max_length"] == str(SHELL[type]) and given["--format"] == "x y"
+    assert given["--data_arrow_output_dir"] == "o u t/arrow" and "--conversation_template_config" not in given
+
+
 @pytest.mark.parametrize("missing", ["SAVE_DIR", "DATA_INPUT_DIRS", "TOKENIZER_DIR"])
-def test_the_shell_script_refuses_an_empty_variable(missing, tmp_path):
+@pytest.mark.parametrize("type", SHELL)
+def test_the_shell_scripts_refuse_an_empty_variable(type, missing, tmp_path):
     names = {"SAVE_DIR": str(tmp_path / "x"), "DATA_INPUT_DIRS": "x", "TOKENIZER_DIR": "x"}
     environment = os.environ | names | {missing: ""}
-    command = ["bash", str(SCRIPTS / "prepare_sft_dataset.sh")]
+    command = ["bash", str(SCRIPTS / f"prepare_{type}_dataset.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == 2 and f"{missing} is empty" in done.stderr and list(tmp_path.iterdir()) == []
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith(f"prepare_{type}_dataset.sh: {missing} is empty; set it")
+    assert done.stderr.count("\n") == 1
 
 
 def test_no_script_deletes_anything():
-    assert "rm " not in (SCRIPTS / "prepare_sft_dataset.sh").read_text()
+    scripts = sorted(SCRIPTS.glob("*.sh"))
+    assert len(scripts) == 5 and not any("rm " in script.read_text() for script in scripts)
+
+
+@pytest.mark.parametrize("stage", ["prepare_sft", "prepare_preference", "prepare_prompt"])
+def test_documented_commands_ask_in_one_line_for_what_they_need(stage):
+    (command,) = documented_commands(stage)
+    nothing = {name: text for name, text in os.environ.items() if name not in ("SAVE_DIR", "DATA_INPUT_DIRS")}
+    done = subprocess.run(command.words({}), env=nothing, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SAVE_DIR is empty; set it" in done.stderr
+
+
+@pytest.mark.parametrize("type", ["preference", "prompt", "kto"])
+def test_the_other_types_as_a_user_prepares_them(type, monkeypatch, tmp_path, tokenizer_dir, capsys):
+    sample = ALPACA.with_name(f"{type}.jsonl")
+    (tmp_path / "rows.jsonl").write_text("".join(sample.open(encoding="utf-8").readlines()[:30]), encoding="utf-8")
+    shape = {"prompt": "messages"}.get(type, type)
+    flags = ("--type", type, "--max_length", "2000", "--num_spliced_dataset_bins", "2", "--format", shape)
+    call(monkeypatch, tmp_path, tokenizer_dir, *flags, data=tmp_path / "rows.jsonl")
+    report = json.loads((tmp_path / "jsonl" / "report.json").read_text())
+    assert (report["type"], report["rows_kept"], report["rows_read"]) == (type, 30, 30)
+    table = load_tokenized_dataset(str(tmp_path / "arrow"))
+    assert len(table) == 30 and table.column_names == list(COLUMNS[type])
+
+
+def test_a_format_of_another_type_is_refused(capsys):
+    words = ["--data_input_dirs", "a", "--tokenizer_dir", "t", "--format", "hh_rlhf"]
+    assert parse_prepare(["--type", "preference", *words]).format == "hh_rlhf"
+    with pytest.raises(SystemExit) as exit:
+        parse_prepare(["--type", "sft", *words])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and "--format hh_rlhf is for --type preference or prompt; --type sft reads" in said
 
 
 def test_flags_need_neither_torch_nor_transformers():

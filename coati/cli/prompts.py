@@ -1,0 +1,36 @@
+"""The flags of ``generate_prompt_dataset.py``."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from coati.cli.parser import Parser
+from coati.cli.values import add_count, add_text
+
+
+def prompts_parser() -> Parser:
+    """The parser of ``generate_prompt_dataset.py``."""
+    parser = Parser(
+        prog="generate_prompt_dataset.py",
+        usage="%(prog)s --dataset_path PATH [--save_path FILE] [--sample_size N]",
+        description="A random sample of the questions of any data set, as rows for prepare_dataset.py --type prompt.",
+    )
+    add_text(
+        parser, "--dataset_path", unit="PATH",
+        help="file, folder or name of a data set, of any row shape; a last answer is left out (required)",
+    )  # fmt: skip
+    add_text(parser, "--save_path", default="prompt.json", unit="FILE", help="the JSON array to write; must be new")
+    add_count(parser, "--sample_size", default=16384, help="prompts to draw; of a smaller data set all are taken")
+    add_count(parser, "--seed", default=42, least=0, help="of the drawing")
+    return parser
+
+
+def parse_prompts(argv: Sequence[str] | None = None) -> Namespace:
+    """The checked flags. Exits with code 2 and one line naming a wrong flag."""
+    parser = prompts_parser()
+    args = parser.parse_args(argv)
+    if not args.dataset_path:
+        parser.error("--dataset_path is required: the rows to take the prompts from")
+    if Path(args.save_path).exists():
+        parser.error(f"--save_path {args.save_path} exists already; name another file, or remove that one")
+    return args

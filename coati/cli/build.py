@@ -1,28 +1,18 @@
 """From flags to objects: process group, tokenizer, data, model, engine. The scripts are tables of contents over
 this."""
 
-import hashlib
-import json
-import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coati.cli.data import epoch_plan, is_raw
 from coati.cli.machine import check_precision, parallel_options
-from coati.cli.restart import Resume, check_same_model, pack_length
+from coati.cli.restart import Resume, check_same_model
 from coati.dataset.conversation import Conversation, setup_conversation_template
-from coati.dataset.loader import (
-    EvaluationLoader,
-    WindowLoader,
-    check_window,
-    load_tokenized_dataset,
-    preparation_of,
-    row_lengths,
-)
-from coati.dataset.order import EpochPlan, Mixture
+from coati.dataset.loader import EvaluationLoader, WindowLoader, preparation_of
+from coati.dataset.order import EpochPlan
 from coati.dataset.packing import PackCollator
-from coati.dataset.prepare import prepare_dataset
 from coati.models.block_mask import sliding_window
 from coati.models.lora import LoraConfig, apply_lora
 from coati.models.lora_files import load_lora
@@ -35,10 +25,8 @@ from coati.parallel.launch import launch, set_seed, warn_of_threads
 from coati.parallel.plugins import ParallelOptions, check_heads
 from coati.parallel.weights import ModelAssets
 from coati.trainer.windows import total_steps
-from coati.utils.distributed import all_gather_object, is_rank_0, world_size
+from coati.utils.distributed import world_size
 from coati.utils.notice import say
-
-RAW_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
 
 
 def start(args: Namespace) -> ParallelOptions:
@@ -77,87 +65,6 @@ def _check_same_vocabulary(tokenizer: Any, prepared: dict[str, Any]) -> None:
             f"--dataset was prepared with the tokenizer {made_with['path']} of {made_with['vocab_size']} tokens, "
             f"--tokenizer_dir has {len(tokenizer)}; prepare the data with this model's tokenizer"
         )
-
-
-def is_raw(path: str) -> bool:
-    """Whether ``path`` is a file (or a folder) of conversations that still has to be prepared."""
-    folder = Path(path)
-    if folder.is_file():
-        return True
-    prepared = (folder / "dataset_info.json", folder / "dataset_dict.json")
-    return (
-        not any(f.exists() for f in prepared)
-        and any(f.suffix in RAW_SUFFIXES for f in folder.rglob("*"))
-        and not any(folder.glob("part-*"))
-    )
-
-
-def dataset(paths: list[str], args: Namespace, tokenizer: Any, template: Conversation | None, mode: str = "train"):
-    """The prepared rows of ``paths``; raw files among them are prepared into a cache first."""
-    ready = [_prepare_raw(path, args, tokenizer, template) if is_raw(path) else path for path in paths]
-    rows = load_tokenized_dataset(ready, mode)
-    if rows is None:
-        return None
-    if mode == "train" and args.dataset_weights:
-        args._dataset_sizes = [len(load_tokenized_dataset(path, mode)) for path in ready]
-    if mode == "train" and args.max_samples:
-        rows = rows.select(range(min(args.max_samples, len(rows))))
-    largest = max((max(row) for row in rows[: min(len(rows), 256)]["input_ids"]), default=0)
-    if largest >= len(tokenizer):
-        raise ValueError(
-            f"--dataset {paths[0]} holds token id {largest}, the tokenizer has {len(tokenizer)} tokens; prepare "
-            "the data "
-            "with this model's tokenizer"
-        )
-    return rows
-
-
-def _prepare_raw(path: str, args: Namespace, tokenizer: Any, template: Conversation) -> str:
-    files = sorted(f for f in Path(path).rglob("*") if f.is_file()) if Path(path).is_dir() else [Path(path)]
-    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    key = json.dumps([stamps, vocabulary, template.to_config(), args.max_length])
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    failure = None
-    if not (folder / "preparation.json").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        say(f"{path} holds raw conversations: preparing them into {folder} (prepare_dataset.py does this once for all)")
-        try:
-            prepare_dataset(
-                inputs=[path],
-                tokenizer=tokenizer,
-                template=template,
-                arrow_dir=folder,
-                max_length=args.max_length,
-                num_bins=1,
-                tokenizer_name=args.tokenizer_dir or args.pretrain,
-                seed=args.seed,
-                show=print if is_rank_0() else None,
-            )
-        except (ValueError, OSError) as error:
-            failure = str(error)
-    # The others wait here: they must end with it, not hang.
-    if failures := [text for text in all_gather_object(failure) if text]:
-        raise ValueError(failures[0])
-    return str(folder)
-
-
-def epoch_plan(args: Namespace, rows: Any) -> EpochPlan:
-    """The order of the training rows of :func:`dataset`: mixed by ``--dataset_weights``, packed by ``--packing``."""
-    mixture = None
-    if args.dataset_weights:
-        mixture = Mixture(tuple(args.dataset), tuple(args._dataset_sizes), tuple(args.dataset_weights))
-    return EpochPlan(row_lengths(rows), seed=args.seed, mixture=mixture, pack_length=pack_length(args))
-
-
-def check_rows(args: Namespace, options: ParallelOptions, rows: Any) -> None:
-    """Refuse fewer ``rows`` (or packs of an :class:`EpochPlan`) than one step needs before a model is loaded."""
-    plan = rows if isinstance(rows, EpochPlan) else epoch_plan(args, rows)
-    check_window(plan, args.batch_size, args.accumulation_steps, world_size() // options.model_parallel_size)
-    if plan.mixture is not None:
-        say(plan.mixture.describe())
-    if plan.pack_length is not None:
-        say(plan.describe_packing(args.batch_size))
 
 
 def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):

@@ -15,6 +15,8 @@ from coati.utils.distributed import broadcast_object, is_rank_0
 from coati.utils.json_io import load_json, save_json
 from coati.utils.notice import say
 
+TOKEN_COLUMNS = ("input_ids", "chosen_input_ids", "rejected_input_ids", "prompt", "completion")
+
 
 @dataclass
 class Resume:
@@ -125,6 +127,8 @@ def _order_flags(args: Namespace | None = None) -> dict[str, Any]:
 def data_fingerprint(rows: Any) -> str:
     """Of every row's length and of the first and last rows' tokens."""
     digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
+    tokens = [name for name in TOKEN_COLUMNS if name in rows.column_names]
     for index in {0, len(rows) - 1}:
-        digest.update(json.dumps(rows[index]["input_ids"]).encode())
+        for name in tokens:
+            digest.update(json.dumps(rows[index][name]).encode())
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from coati.cli.arguments import parse_sft
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, finish, restart, samples
+    from coati.cli import build, data, finish, restart, samples
     from coati.dataset import DataCollatorForSupervisedDataset
     from coati.trainer import Plan, SFTTrainer
 
@@ -15,11 +15,11 @@ def main(args: Namespace) -> None:
     resume = restart.find_resume(args)
     restart.record_arguments(args)
     tokenizer, template = build.tokenizer_and_template(args)
-    train = build.dataset(args.dataset, args, tokenizer, template)
-    evaluation = build.dataset(args.eval_dataset, args, tokenizer, template, mode="valid")
+    train = data.rows_of(args.dataset, args, tokenizer, template)
+    evaluation = data.evaluation_rows(args, tokenizer, template, "sft")
     state = restart.running_state(args, resume, train)
-    plan = build.epoch_plan(args, train)
-    build.check_rows(args, options, plan)
+    plan = data.epoch_plan(args, train)
+    data.check_rows(args, options, plan)
     model = build.causal_lm(args, options, tokenizer, resume)
     assets = build.assets(model, tokenizer, template)
     engine = build.engine(args, options, model, plan, resume)

@@ -78,7 +78,9 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
     from coati.parallel.estimate import estimate_memory
 
     tokens = int(loader.lengths.sum())
-    steps = min(sum(loader.count(epoch) // loader.window_rows for epoch in range(args.max_epochs)), args.max_steps or 2**62)
+    steps = sum(loader.count(epoch) // loader.window_rows for epoch in range(args.max_epochs))
+    steps = min(steps, args.max_steps or 2**62)
+    flags = [(name, value) for name, value in sorted(vars(args).items()) if not name.startswith("_")]
     entries = "rows" if loader.plan.pack_length is None else "packs"
     lines = [
         "dry run: what the run would be",
@@ -86,13 +88,13 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
         f"{loader.window_rows} {entries} a step",
         f"steps {steps} ({len(loader)} an epoch, {args.max_epochs} epochs)",
         estimate_memory(trainer.engine),
-        *(f"  --{name} {_word(value)}" for name, value in sorted(vars(args).items()) if value not in (None, False, [])),
+        *(f"  --{name} {_word(value)}" for name, value in flags if value not in (None, False, [])),
     ]
     return "\n".join(lines)
 
 
 def _word(value: Any) -> str:
-    return shlex.join(value) if isinstance(value, list) else str(value)
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def guarded(program: str, main: Callable[[Namespace], None], args: Namespace) -> None:

@@ -87,6 +87,8 @@ class DataCollatorForSupervisedDataset(_Collator):
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [row["input_ids"][: self.max_length] for row in rows]
         labels = [self._labels(row)[: self.max_length] for row in rows]
+        if self.side == "left":  # a row's first token would be asked of the padding before it
+            labels = [[self.ignore_index, *row[1:]] for row in labels]
         lengths = [len(row) for row in ids]
         width = self._width(lengths)
         return {

@@ -71,8 +71,8 @@ class Mixture:
         for name, weight, count in zip(self.names, self.weights, self.counts(), strict=True):
             if not count:
                 raise ValueError(
-                    f"--dataset_weights {weight:g}: {name} would not give a single one of the {sum(self.sizes)} rows of "
-                    "an epoch; raise this weight, or leave the path and its weight out"
+                    f"--dataset_weights {weight:g}: {name} would not give a single one of the {sum(self.sizes)} rows "
+                    "of an epoch; raise this weight, or leave the path and its weight out"
                 )
 
     def counts(self) -> list[int]:
@@ -147,6 +147,8 @@ class EpochPlan:
             return order if chosen is None else chosen[order]
         random = np.random.default_rng([self.seed, epoch]) if self.shuffle else None
         found = packs(lengths, self.pack_length, random)
+        full = np.asarray([lengths[pack].sum() for pack in found])
+        found = [found[i] for i in epoch_order(full, self.seed, epoch, self.shuffle, self.group_by_length)]
         return found if chosen is None else [chosen[pack] for pack in found]
 
     def packing_figures(self, batch_size: int) -> dict[str, float]:

@@ -71,14 +71,13 @@ def exchange(pack_of: np.ndarray, lengths: np.ndarray, limit: int, random: np.ra
 def packs(lengths: np.ndarray, limit: int, random: np.random.Generator | None = None) -> list[np.ndarray]:
     """Row indices of each pack: every row once, at most ``limit`` tokens a pack, as few packs as best fit needs.
 
-    With ``random`` the order of the packs and the company of each row are drawn; the number of packs stays the same.
+    With ``random`` the company of each row is drawn; the number of packs stays the same.
     """
     pack_of = best_fit_decreasing(lengths, limit, random)
     if random is not None:
         pack_of = exchange(pack_of, lengths, limit, random)
     ends = np.cumsum(np.bincount(pack_of))[:-1]
-    found = np.split(np.argsort(pack_of, kind="stable"), ends) if len(lengths) else []
-    return found if random is None else [found[i] for i in random.permutation(len(found))]
+    return np.split(np.argsort(pack_of, kind="stable"), ends) if len(lengths) else []
 
 
 def padding_share(widths: Sequence[int] | np.ndarray, batch_size: int) -> float:

@@ -99,8 +99,15 @@ class Conversation:
         source: str = "conversation template",
         folder: str | os.PathLike = ".",
     ) -> "Conversation":
-        """From the fields of a template file, any of which may be missing (``{}``: the tokenizer's own template)."""
-        return cls(tokenizer, template_mode=template_mode, **read_fields(config, tokenizer, source, Path(folder)))
+        """From the fields of a template file, any of which may be missing (``{}``: the tokenizer's own template).
+
+        ``source`` names that file in what a ValueError says.
+        """
+        fields = read_fields(config, tokenizer, source, Path(folder))
+        try:
+            return cls(tokenizer, template_mode=template_mode, **fields)
+        except ValueError as error:
+            raise ValueError(f"{source}: {str(error).removeprefix('conversation template: ')}") from error
 
     def clear(self) -> None:
         self.messages = []

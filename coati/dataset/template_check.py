@@ -54,7 +54,7 @@ def _render_probe(conversation, messages: list[dict]) -> tuple[str, str]:
     except RowError as error:
         if conversation.system_message:
             _try_without_system(conversation, messages, error)
-        refuse(conversation, f"it refuses an ordinary dialogue ({error.detail})", "mend chat_template")
+        refuse(conversation, f"the template refuses an ordinary dialogue ({error.detail})", "mend chat_template")
     for content in (QUESTIONS[1], *ANSWERS):
         if finished[1].count(content) != 1:
             refuse(

@@ -11,7 +11,7 @@ from coati.dataset.reasons import OTHER_ROLES, ROLES, RowError
 
 Messages = list[dict[str, str]]
 # The turns of Anthropic's hh-rlhf texts: each begins with a blank line, the first perhaps without.
-_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):(?: |(?=\n)|$)")
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 

@@ -114,13 +114,24 @@ def message_rows(row: list) -> SourceRow:
 
 
 def alpaca(row: dict) -> SourceRow:
-    """Instruction and optional input are the question; the output, if there is one, the answer."""
+    """Earlier rounds, then instruction and optional input as the question, and the output, if any, as the answer."""
     parts = {name: text(row.get(name) or "", name) for name in ("instruction", "input", "output")}
     asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
-    messages = [{"role": "user", "content": asked}]
+    messages = [*_history(row.get("history") or []), {"role": "user", "content": asked}]
     if row.get("output") is not None:
         messages.append({"role": "assistant", "content": parts["output"]})
     return SourceRow(messages=messages)
+
+
+def _history(rounds: Any) -> Messages:
+    """Earlier rounds as ``[question, answer]`` pairs."""
+    if not isinstance(rounds, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in rounds):
+        raise RowError("wrong_keys", "history must be a list of [question, answer] pairs")
+    return [
+        {"role": role, "content": text(said, "history")}
+        for pair in rounds
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def source_target(row: dict) -> SourceRow:

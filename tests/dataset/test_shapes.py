@@ -4,6 +4,8 @@ import copy
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coati.dataset.reasons import RowError
 from coati.dataset.shapes import FORMATS, FORMATS_OF, READERS, SHAPES
@@ -33,6 +35,13 @@ SFT = [
     ("sharegpt", {"conversations": spelt(CHAT, "from", "value", user="human", assistant="gpt"), "id": "x_0"}, CHAT),
     ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"}, turns("Add.\n\n1, 2", "3")),
     ("alpaca", {"instruction": "Add.", "input": "", "output": "3", "id": 7}, turns("Add.", "3")),
+    (
+        "alpaca",
+        {"instruction": "q2", "output": "a2", "history": [["q1", "a1"]], "system": "Be brief."},
+        [SYSTEM, *CHAT],
+    ),
+    ("sharegpt", {"conversations": spelt(CHAT, "from", "value"), "system": "Be brief."}, [SYSTEM, *CHAT]),
+    ("openai", {"messages": [SYSTEM, *CHAT], "system": "not this"}, [SYSTEM, *CHAT]),
     ("trl", {"prompt": "q", "completion": "a"}, turns("q", "a")),
     ("trl", {"prompt": CHAT[:3], "completion": CHAT[3:]}, CHAT),
 ]
@@ -196,6 +205,8 @@ TOOL = {"role": "tool", "content": "4"}
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "content_not_text", "message 0 holds a list with image_url in it",
         ),
+        ("sft", {"instruction": "q", "output": "a", "history": ["q1"]}, "wrong_keys", "history must be a list of"),
+        ("sft", {"messages": CHAT, "system": 7}, "content_not_text", "system holds int"),
         ("sft", {"source": " ", "Target": ""}, "empty_conversation", "no text"),
         ("prompt", {"messages": []}, "empty_conversation", "empty"),
         ("prompt", {"messages": [SYSTEM]}, "no_question", "found system"),
@@ -236,3 +247,29 @@ def test_a_forced_format_reads_no_other():
     row = {"messages": CHAT, "instruction": "q", "output": "a"}
     assert READERS["sft"](row).shape == "openai"
     assert READERS["sft"](row, "alpaca").messages == turns("q", "a")
+
+
+KEYS = (
+    "messages conversations context chosen rejected prompt completion label instruction output history source Target "
+    "response question system margin gt_answer role from content value type text"
+).split()
+LEAVES = (
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "user", "gpt", "tool", "\n\nHuman: q", "x"])
+)
+ROWS = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=ROWS | st.dictionaries(st.sampled_from(KEYS), ROWS, min_size=1, max_size=6))
+def test_whatever_a_row_is_it_is_read_or_named(row):
+    before = copy.deepcopy(row)
+    for type in READERS:
+        try:
+            assert READERS[type](row).shape in FORMATS_OF[type]
+        except RowError as error:
+            assert error.detail
+    assert row == before

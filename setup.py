@@ -27,7 +27,8 @@ setup(
     python_requires=">=3.10,<3.13",
     install_requires=requirements(),
     extras_require={
-        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.6"],
+        "cleaning": ["datasketch>=2.0"],
+        "dev": ["datasketch>=2.0", "hypothesis>=6.100", "pytest>=8", "ruff>=0.6"],
         "flash": ["flash-attn>=2.5"],
         "inference": ["rich>=13"],
     },

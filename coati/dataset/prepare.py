@@ -1,29 +1,33 @@
-"""Raw conversations to shards a trainer reads: read, tokenise on all cores, write, rename into place.
+"""Raw conversations to shards a trainer reads: read, compare, tokenise on all cores, write, rename into place.
 
-Rows keep their order and every row is encoded by itself, so the output is the same for any number of processes.
+Rows keep their order and every row is encoded by itself, so the output is the same for any number of processes, and
+the same whether or not the work was interrupted.
 """
 
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coati.dataset.cleaning import Cleaning, RowChecks
 from coati.dataset.conversation import Conversation
-from coati.dataset.outputs import check_outputs, renamed_when_whole
-from coati.dataset.plan import CHUNK_ROWS, MAX_BINS, Chunk, numbered_rows, plan_bins, plan_chunks
+from coati.dataset.fingerprint import describe, differences
+from coati.dataset.limits import BadRows, check_result, check_settings
+from coati.dataset.outputs import PREPARATION, Counts, Workplace, check_outputs
+from coati.dataset.pipeline import Rows, Writing, compare_rows, merged
+from coati.dataset.plan import CHUNK_ROWS, EVALUATION, Files, is_evaluation
 from coati.dataset.provenance import command_line, describe_template, describe_tokenizer
-from coati.dataset.reasons import REASONS
-from coati.dataset.report import build_report, dropped_lines, format_report, save_report
-from coati.dataset.shapes import FORMATS_OF
-from coati.dataset.shards import ShardWriter
+from coati.dataset.reasons import DEFAULT_BAD_RATIO
+from coati.dataset.report import build_report, format_report, save_report
 from coati.dataset.sources import find_files
-from coati.dataset.tally import Tally
-from coati.dataset.tokenization import TOKENIZERS
-from coati.dataset.workers import Job, cores, results
+from coati.dataset.survey import Survey
+from coati.dataset.workers import Job, cores
 from coati.utils.json_io import save_json
 from coati.utils.notice import say
+
+IN_BRIEF = ("rows_read", "rows_kept", "rows_dropped", "rows_written", "tokens", "shards")  # of the evaluation split
 
 
 def prepare_dataset(
@@ -42,106 +46,166 @@ def prepare_dataset(
     num_bins: int = 10,
     num_samples_per_bin: int = -1,
     seed: int = 42,
+    eval_ratio: float = 0.0,
+    eval_inputs: Sequence[str | os.PathLike] = (),
+    cleaning: Cleaning | None = None,
     num_proc: int | None = None,
     strict: bool = False,
+    max_bad_ratio: float = DEFAULT_BAD_RATIO,
     show: Callable[[str], None] | None = print,
 ) -> dict[str, Any]:
     """Write ``num_bins`` shards of training rows and return the report, which is also given to ``show``.
 
     ``<arrow_dir>/part-XXXXX`` are ``datasets.load_from_disk`` folders beside ``preparation.json``;
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under their names only when
-    whole. ``format`` names the one shape that rows have (see shapes.py), ``split`` the part of a data set with several.
+    whole. An evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files below
+    ``eval``. ``format`` names the one shape that rows have (see shapes.py), ``split`` the part of a data set with
+    several. An interrupted call is completed by the same call; outputs that it has made already give their report.
     ``strict``: the first malformed row ends the job. Raises ValueError for unusable input, settings or result.
     """
-    outputs = [Path(path) for path in (jsonl_dir, arrow_dir) if path is not None]
-    _check_settings(type, format, max_length, num_bins, num_samples_per_bin, outputs)
-    files = find_files(inputs, split)
-    total = sum(1 for _ in numbered_rows(files))
-    if total == 0:
-        raise ValueError(
-            f"{', '.join(map(str, files[:5]))}: no rows found; expected one JSON object per line, an array, "
-            "or records under a header"
-        )
-    plan = plan_bins(total, num_bins, num_samples_per_bin, seed)
-    job = Job(type, [str(file) for file in files], template, max_length, jsonl_dir is not None, format)
-    workers = min(num_proc or cores(), -(-total // CHUNK_ROWS))
     settings = {"type": type, "format": format, "split": split, "max_length": max_length, "seed": seed} | {
-        "num_samples_per_bin": num_samples_per_bin,
-        "rows_in_files": total,
-        "command": command_line(),
-        "tokenizer": describe_tokenizer(tokenizer, tokenizer_name),
-        "template": describe_template(template),
-    }
-    with renamed_when_whole(outputs, cache_dir) as (folders, cache):
-        writer = ShardWriter(type, folders[-1], folders[0] if jsonl_dir is not None else None, cache, num_bins)
-        tally = _write(job, files, plan, workers, writer, strict)
-        report = build_report(tally, job.files, writer.rows, **settings)
-        _check_result(report, job.files)
-        for folder in folders:
-            save_report(report, folder)
-        template.save(folders[-1] / "conversation_template.json")
-        save_json(_preparation(report, template), folders[-1] / "preparation.json")
-    for warning in report["warnings"]:
-        say(warning)
+        "num_bins": num_bins, "num_samples_per_bin": num_samples_per_bin, "eval_ratio": eval_ratio,
+    }  # fmt: skip
+    check_settings(settings, eval_inputs, max_bad_ratio)
+    outputs = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir, cache_dir)]
+    check_outputs(*filter(None, outputs[:2]))
+    preparation = Preparation(
+        files=_find_all(inputs, eval_inputs, cleaning or Cleaning(), split),
+        template=template,
+        cleaning=cleaning or Cleaning(),
+        settings=settings,
+        told={"command": command_line(), "tokenizer": describe_tokenizer(tokenizer, tokenizer_name)},
+        num_proc=num_proc or cores(),
+        limits={"strict": strict, "max_ratio": max_bad_ratio},
+    )
+    place = Workplace(*outputs, preparation.made_from(jsonl_dir is not None))
+    report = place.finished()
+    if report is None or place.root.exists():
+        with place.locked():  # perhaps after another process that did the same
+            report = place.finished() or preparation.make(place)
+    else:
+        say(f"{arrow_dir} is prepared already, from the same rows and with the same settings")
+        preparation.check_stored(report)
     _show(report, show)
     return report
 
 
-def _write(job: Job, files: list[Path], plan: list, workers: int, writer: ShardWriter, strict: bool) -> Tally:
-    tally, bins = Tally(), deque()
-
-    def chunks() -> Iterator[Chunk]:
-        for number, chunk in plan_chunks(files, plan):
-            bins.append(number)
-            yield chunk
-
-    for arrow, text, counts in results(job, chunks(), workers):
-        tally.merge(counts)
-        if strict and tally.malformed():
-            found = [f"{one} ({REASONS[reason]})" for reason, few in tally.first.items() for one in few]
-            raise ValueError("malformed row and --strict:\n  " + "\n  ".join(found))
-        writer.add(bins.popleft(), arrow, text)
-    writer.close()
-    return tally
-
-
-def _check_settings(
-    type: str, format: str | None, max_length: int, num_bins: int, samples: int, outputs: list[Path]
-) -> None:
-    if type not in TOKENIZERS:
-        raise ValueError(f"type must be one of {', '.join(TOKENIZERS)}, found {type!r}")
-    if format not in (None, *FORMATS_OF[type]):
-        raise ValueError(f"format {format!r} does not exist for type {type}; known: {', '.join(FORMATS_OF[type])}")
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2 tokens, found {max_length}")
-    if not 1 <= num_bins < MAX_BINS:
-        raise ValueError(f"the number of bins must be between 1 and {MAX_BINS - 1}, found {num_bins}")
-    if samples == 0:
-        raise ValueError("0 samples per bin leave nothing; give a positive number, or -1 for all rows")
-    check_outputs(*outputs)
-
-
-def _check_result(report: dict[str, Any], files: list[str]) -> None:
-    if report["rows_written"] == 0:
-        reasons = "\n".join(dropped_lines(report["dropped"]))
-        raise ValueError(
-            f"nothing left: none of the {report['rows_read']} rows of {', '.join(files[:5])} can be trained on; mend "
-            f"the rows, raise max_length or choose another template\n{reasons}"
-        )
-
-
-def _preparation(report: dict, template: Conversation) -> dict[str, Any]:
+def _find_all(inputs: Sequence, eval_inputs: Sequence, cleaning: Cleaning, split: str | None) -> dict[str, list[Path]]:
     return {
-        "type": report["type"],
-        "max_length": report["max_length"],
-        "tokenizer": report["tokenizer"],
-        "conversation_template": template.to_config(),
-        "rows": report["rows_written"],
-        "report": report,
+        "inputs": find_files(inputs, split),
+        "eval_inputs": find_files(eval_inputs, split) if eval_inputs else [],
+        "benchmark_files": find_files(cleaning.benchmark_files) if cleaning.benchmark_files else [],
     }
 
 
-def _show(report: dict, show: Callable[[str], None] | None) -> None:
-    if show is not None:
-        colour = show is print and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        show(format_report(report, colour))
+@dataclass
+class Preparation:
+    """All that is known of one preparation but where it takes place."""
+
+    files: dict[str, list[Path]]
+    template: Conversation
+    cleaning: Cleaning
+    settings: dict[str, Any]
+    told: dict[str, Any]  # goes into the report and decides nothing
+    num_proc: int
+    limits: dict[str, Any]
+
+    def made_from(self, jsonl: bool) -> dict[str, Any]:
+        """What the result depends on."""
+        return describe(self.files, self.template, self.cleaning, jsonl=jsonl, **self.settings)
+
+    def make(self, place: Workplace) -> dict[str, Any]:
+        """Do what is not done yet, rename the outputs into place and return the report of the training split."""
+        with place.building():
+            rows = self._count()
+            counts = self._write(place, rows)
+            differs = differences(place.made_from, self.made_from(place.jsonl is not None))
+            if differs:
+                raise ValueError(f"an input changed while it was read ({differs}); start again when it is complete")
+            report = self._report(rows, counts, evaluation=False)
+            if any(map(is_evaluation, counts)):
+                evaluation = self._report(rows, counts, evaluation=True)
+                self._save(place, evaluation, EVALUATION)
+                report["evaluation"] = {name: evaluation[name] for name in IN_BRIEF}
+            self._save(place, report, "")
+        for warning in report["warnings"]:
+            say(warning)
+        return report
+
+    def check_stored(self, report: dict[str, Any]) -> None:
+        """Hold the rows of a finished preparation to this one's limits."""
+        BadRows(**self.limits, expected=report["rows_read"]).check_counts(report["dropped"], report["rows_read"])
+
+    def _count(self) -> Rows:
+        train = Files(self.files["inputs"])
+        if train.total == 0:
+            raise ValueError(
+                f"{_names(train.paths)}: no rows found; expected one JSON object per line, an array, "
+                "or records under a header"
+            )
+        evaluation = Files(self.files["eval_inputs"], len(train.paths)) if self.files["eval_inputs"] else None
+        if evaluation is not None and evaluation.total == 0:
+            raise ValueError(f"{_names(evaluation.paths)}: no rows found for evaluation")
+        numbers = {name: self.settings[name] for name in ("num_bins", "num_samples_per_bin", "seed", "eval_ratio")}
+        return Rows.of(train, evaluation, **numbers)
+
+    def _write(self, place: Workplace, rows: Rows) -> Counts:
+        settings = self.settings
+        files = [str(path) for path in (*self.files["inputs"], *self.files["eval_inputs"])]
+        num_proc = min(self.num_proc, -(-rows.expected // CHUNK_ROWS))
+        refused = overlap = None
+        if not all(map(place.counts, rows.bins)):
+            survey = Survey(settings["type"], settings["format"], self.cleaning)
+            refused, overlap = compare_rows(rows, survey, place, files, num_proc)
+        job = Job(
+            type=settings["type"], format=settings["format"], files=files, conversation=self.template,
+            max_length=settings["max_length"], jsonl=place.jsonl is not None, checks=RowChecks(self.cleaning, overlap),
+        )  # fmt: skip
+        writing = Writing(rows, job, place, num_proc, BadRows(**self.limits, expected=rows.expected))
+        return writing.run(refused)
+
+    def _report(self, rows: Rows, counts: Counts, evaluation: bool) -> dict[str, Any]:
+        mine = {shard: found for shard, found in counts.items() if is_evaluation(shard) == evaluation}
+        from_files = rows.evaluation if evaluation and rows.evaluation else rows.train
+        report = build_report(
+            merged(mine),
+            {from_files.first + number: str(path) for number, path in enumerate(from_files.paths)},
+            [written for _, written in mine.values()],
+            **self.settings,
+            rows_in_files=from_files.total,
+            **self.told,
+            template=describe_template(self.template),
+            cleaning=self.cleaning.named(),
+        )
+        check_result(report, f"the {'evaluation' if evaluation else 'training'} split, from {_names(from_files.paths)}")
+        return report
+
+    def _save(self, place: Workplace, report: dict[str, Any], below: str) -> None:
+        for folder in place.folders:
+            save_report(report, folder / below)
+        folder = place.folders[-1] / below
+        self.template.save(folder / "conversation_template.json")
+        preparation = {
+            "type": report["type"],
+            "max_length": report["max_length"],
+            "tokenizer": report["tokenizer"],
+            "conversation_template": self.template.to_config(),
+            "rows": report["rows_written"],
+            "report": report,
+        }
+        save_json(preparation, folder / PREPARATION)
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files[:5])) + (", ..." if len(files) > 5 else "")
+
+
+def _show(report: dict[str, Any], show: Callable[[str], None] | None) -> None:
+    if show is None:
+        return
+    show(format_report(report, colour=show is print and sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    if found := report.get("evaluation"):
+        show(
+            f"evaluation split: rows read {found['rows_read']}, kept {found['rows_kept']}, dropped "
+            f"{found['rows_dropped']}; rows written {found['rows_written']} in {len(found['shards'])} parts"
+        )

@@ -6,6 +6,10 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 OTHER_ROLES = ("tool", "function", "developer", "ipython", "tool_call", "tool_response", "function_call", "observation")
 # What to do about a template that rewrites earlier assistant turns.
 TEMPLATE_MODES = ("per_turn", "refuse")
+# Share of malformed rows at which a preparation ends.
+DEFAULT_BAD_RATIO = 0.01
+# Words in a row that two texts must share to overlap: Brown et al. 2020 (GPT-3), appendix C.
+DEFAULT_OVERLAP_WORDS = 13
 
 # What the file's author has to mend ...
 MALFORMED_REASONS = {
@@ -32,6 +36,14 @@ REASONS = MALFORMED_REASONS | {
     "template_refused": "the chat template refuses this conversation",
     "template_rewrites": "the chat template changes an earlier turn of this conversation",
     "no_end_marker": "end_of_assistant does not follow an answer",
+    "duplicate": "the same text as an earlier row (--deduplicate)",
+    "near_duplicate": "nearly the text of an earlier row (--near_duplicates)",
+    "eval_overlap": "words in a row that an evaluation row has too (--drop_eval_overlap)",
+    "benchmark_overlap": "words in a row that a benchmark has too (--benchmark_files)",
+    "answer_too_short": "fewer characters than --min_answer_chars",
+    "answer_too_long": "more characters than --max_answer_chars",
+    "blank_answer": "an answer without a visible character (--drop_trivial_answers)",
+    "answer_repeats_prompt": "the answer is what was asked (--drop_trivial_answers)",
     "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
 }
 MALFORMED = frozenset(MALFORMED_REASONS)

@@ -46,7 +46,7 @@ def histogram(lengths: Counter) -> list[dict[str, int]]:
     return bars
 
 
-def build_report(tally: Tally, files: list[str], shards: list[int], **settings: Any) -> dict[str, Any]:
+def build_report(tally: Tally, files: dict[int, str], shards: list[int], **settings: Any) -> dict[str, Any]:
     """The JSON form of the report; ``settings`` (type, max_length, seed, ...) come first."""
     report = {
         **settings,
@@ -76,7 +76,7 @@ def build_report(tally: Tally, files: list[str], shards: list[int], **settings: 
         **{name: dict(getattr(tally, name).most_common()) for name in ("shapes", "roles", "scripts", "traits")},
         "files": [
             {"file": name, "rows_read": tally.read[index], "rows_kept": tally.kept[index]}
-            for index, name in enumerate(files)
+            for index, name in files.items()
         ],
         "shards": shards,
         "samples": [_sample(row) for row in tally.shown],

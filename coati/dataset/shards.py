@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from coati.utils.json_io import save_json
+
 IDS = pa.list_(pa.int32())
 MASK = pa.list_(pa.bool_())
 TEXTS = pa.list_(pa.string())
 _COMMON = {"seq_length": pa.int32(), "seq_category": pa.string()}
+DATA_FILE = "data-00000-of-00001.arrow"
 SCHEMAS = {
     "sft": pa.schema(
         {"input_ids": IDS, "labels": IDS, "inputs_decode": pa.string(), "labels_decode": TEXTS, **_COMMON}
@@ -54,62 +58,61 @@ def to_arrow(type: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 class ShardWriter:
-    """Appends chunks to the shards in order; memory holds one chunk, the cache one shard."""
+    """Writes one shard as chunks come: a ``datasets.load_from_disk`` folder and a file of JSON lines beside it."""
 
-    def __init__(self, type: str, arrow: Path, jsonl: Path | None, cache: Path, bins: int):
-        self.schema, self.arrow, self.jsonl, self.cache = SCHEMAS[type], arrow, jsonl, cache
-        self.rows = [0] * bins
-        self._number = -1
-        self._stream = self._text = None
+    def __init__(self, type: str, folder: Path, jsonl: Path | None):
+        self.rows, self._schema, self._folder = 0, SCHEMAS[type], folder
+        folder.mkdir(parents=True)
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._file = open(folder / DATA_FILE, "wb")
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
+        self._text = None
+        if jsonl is not None:
+            jsonl.parent.mkdir(parents=True, exist_ok=True)
+            self._text = open(jsonl, "wb")
 
-    def add(self, number: int, arrow: bytes, text: bytes) -> None:
-        """Append a chunk to shard ``number``, which never decreases from call to call."""
-        while self._number < number:
-            self._next_shard()
+    def add(self, arrow: bytes, text: bytes) -> None:
+        """Append what ``to_arrow`` made of a chunk, and its JSON lines."""
+        self._hash.update(arrow)
         for batch in pa.ipc.open_stream(arrow):
             self._stream.write_batch(batch)
-            self.rows[number] += batch.num_rows
+            self.rows += batch.num_rows
         if self._text is not None:
             self._text.write(text)
 
     def close(self) -> None:
-        """Finish the last shard; shards no chunk fell into are written without rows."""
-        while self._number < len(self.rows) - 1:
-            self._next_shard()
-        self._finish_shard()
-
-    def _next_shard(self) -> None:
-        self._finish_shard()
-        self._number += 1
-        name = part_name(self._number)
-        self._stream = pa.ipc.new_stream(str(self.cache / name), self.schema)
-        if self.jsonl is not None:
-            self._text = open(self.jsonl / f"{name}.jsonl", "wb")
-
-    def _finish_shard(self) -> None:
-        if self._stream is None:
-            return
+        """Complete the shard, on disk whatever happens to the machine next."""
         self._stream.close()
-        if self._text is not None:
-            self._text.close()
-        name = part_name(self._number)
-        _save_to_disk(self.cache / name, self.arrow / name)
-        (self.cache / name).unlink()
-        self._stream = self._text = None
+        for file in filter(None, (self._file, self._text)):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        _describe_shard(self._folder, self._schema, self._hash.hexdigest())
+
+    def abandon(self) -> None:
+        """Close the files of a shard that will not be completed."""
+        for file in filter(None, (self._file, self._text)):
+            file.close()
 
 
-def _save_to_disk(stream: Path, folder: Path) -> None:
+def _describe_shard(folder: Path, schema: pa.Schema, fingerprint: str) -> None:
+    """The two files that ``datasets.load_from_disk`` wants beside the data.
+
+    ``fingerprint``: of the rows, since ``datasets`` finds what it computed earlier from a data set by this name.
+    """
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        with pa.memory_map(str(stream)) as source:
-            # With the number of files left open, a shard without rows gets none and can never be loaded.
-            datasets.Dataset(pa.ipc.open_stream(source).read_all()).save_to_disk(str(folder), num_shards=1)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(str(folder))
+    state = {
+        "_data_files": [{"filename": DATA_FILE}],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    save_json(state, folder / "state.json")
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

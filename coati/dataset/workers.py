@@ -3,20 +3,32 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from coati.dataset.cleaning import RowChecks
 from coati.dataset.conversation import Conversation
-from coati.dataset.plan import Chunk
+from coati.dataset.plan import Chunk, Task, is_evaluation
 from coati.dataset.reasons import RowError
+from coati.dataset.shapes import READERS
 from coati.dataset.shards import to_arrow
-from coati.dataset.sources import READERS, decode
+from coati.dataset.sources import decode
 from coati.dataset.tally import Recorder, Tally
 from coati.dataset.tokenization import TOKENIZERS
+
+
+class Worker(Protocol):
+    """What every process gets once; it is then given one chunk after the other."""
+
+    def run(self, chunk: Chunk, evaluation: bool) -> Any: ...
 
 
 @dataclass
@@ -24,20 +36,22 @@ class Job:
     """What a worker needs to turn source rows into training rows."""
 
     type: str
+    format: str | None
     files: list[str]
     conversation: Conversation
     max_length: int
     jsonl: bool
-    format: str | None = None
+    checks: RowChecks
 
-    def run(self, chunk: Chunk) -> tuple[bytes, bytes, Tally]:
+    def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, Tally]:
         """``(arrow stream, JSON lines, counts)`` of one chunk."""
         recorder, rows = Recorder(self.type, self.conversation), []
         for file, line, raw in chunk:
-            where = f"{self.files[file]}:{line}"
             recorder.tally.read[file] += 1
+            where = f"{self.files[file]}:{line}"
             try:
                 source = READERS[self.type](decode(raw), self.format)
+                self.checks.check(source, evaluation)
                 made = TOKENIZERS[self.type](source, self.conversation, self.max_length)
             except RowError as error:
                 recorder.tally.drop(error, where)
@@ -48,39 +62,73 @@ class Job:
         return to_arrow(self.type, rows), text.encode("utf-8"), recorder.close()
 
 
-_job: Job | None = None
+_worker: Worker | None = None
 
 
-def _start_worker(job: Job) -> None:
-    global _job
-    _job = job
+def _start_worker(worker: Worker, inherited: int | None) -> None:
+    """``inherited``: the file descriptor of a lock, which must be the parent's alone."""
+    global _worker
+    _worker = worker
+    if inherited is not None:
+        os.close(inherited)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_in_worker(chunk: Chunk) -> tuple[bytes, bytes, Tally]:
-    return _job.run(chunk)
+def _end_with_parent() -> None:
+    # A worker whose parent was killed would wait for its next chunk for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def results(job: Job, chunks: Iterator[Chunk], num_proc: int) -> Iterator[tuple[bytes, bytes, Tally]]:
-    """``job.run`` of each chunk, in order; a few chunks are in flight, never the whole data."""
+def _run_in_worker(chunk: Chunk, evaluation: bool) -> Any:
+    return _worker.run(chunk, evaluation)
+
+
+def results(
+    worker: Worker, tasks: Iterator[Task], num_proc: int, lock: int | None = None
+) -> Iterator[tuple[Task, Any]]:
+    """Each task, in order, with ``worker.run`` of its rows; a few chunks are in flight, never the whole data."""
     if num_proc <= 1:
-        yield from map(job.run, chunks)
+        for task in tasks:
+            yield task, None if task.rows is None else worker.run(task.rows, is_evaluation(task.shard))
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(job,))
+    fork = sys.platform == "linux"
+    pool = ProcessPoolExecutor(
+        num_proc,
+        mp_context=multiprocessing.get_context("fork" if fork else "spawn"),
+        initializer=_start_worker,
+        initargs=(worker, lock if fork else None),
+    )
+    with _one_thread_each():
+        try:
+            yield from _in_order(pool, tasks, 3 * num_proc)
+        except BrokenProcessPool as error:
+            raise OSError("a worker process died, perhaps for lack of memory; use fewer with --num_proc") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) -> Iterator[tuple[Task, Any]]:
+    pending: deque = deque()
+    for task in tasks:
+        pending.append((task, task.rows and pool.submit(_run_in_worker, task.rows, is_evaluation(task.shard))))
+        if len(pending) > ahead:
+            task, future = pending.popleft()
+            yield task, future and future.result()
+    while pending:
+        task, future = pending.popleft()
+        yield task, future and future.result()
+
+
+@contextmanager
+def _one_thread_each():
+    """The processes are the parallelism; threads of the tokenizer beside them would only compete."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        pending = deque()
-        for chunk in chunks:
-            pending.append(pool.submit(_run_in_worker, chunk))
-            if len(pending) > 3 * num_proc:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise OSError("a worker process died, perhaps for lack of memory; use fewer with --num_proc") from error
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:

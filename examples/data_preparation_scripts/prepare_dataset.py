@@ -3,10 +3,11 @@
 import sys
 from argparse import Namespace
 
-from coati.cli.prepare import parse_prepare
+from coati.cli.prepare import CLEANING_FLAGS, parse_prepare
 
 
 def main(args: Namespace) -> None:
+    from coati.dataset.cleaning import Cleaning
     from coati.dataset.conversation import setup_conversation_template
     from coati.dataset.prepare import check_outputs, prepare_dataset
     from coati.dataset.sources import find_files
@@ -15,7 +16,7 @@ def main(args: Namespace) -> None:
 
     if not args.check_template:
         # Before anything is loaded: what can be refused for its name alone.
-        find_files(args.data_input_dirs, args.split)
+        find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
         check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     template = setup_conversation_template(
@@ -41,8 +42,16 @@ def main(args: Namespace) -> None:
         seed=args.seed,
         num_proc=args.num_proc,
         strict=args.strict,
+        max_bad_ratio=args.max_bad_ratio,
+        eval_ratio=args.eval_ratio,
+        eval_inputs=args.eval_input_dirs,
+        cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
     )
-    print(f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset {args.data_arrow_output_dir}")
+    evaluation = f" --eval_dataset {args.data_arrow_output_dir}/eval" if args.eval_ratio or args.eval_input_dirs else ""
+    print(
+        f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset {args.data_arrow_output_dir}"
+        f"{evaluation}"
+    )
 
 
 if __name__ == "__main__":
@@ -51,3 +60,5 @@ if __name__ == "__main__":
         main(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"prepare_dataset.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare_dataset.py: interrupted")

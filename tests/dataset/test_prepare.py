@@ -66,8 +66,9 @@ def test_arrow_and_jsonl_hold_the_same_rows_in_the_order_of_the_file(tmp_path):
 @pytest.mark.parametrize("total", [1, 7, 100, 663, 12345])
 @pytest.mark.parametrize("bins", [1, 3, 10, 30, 150])
 def test_bins_are_exact_and_even(total, bins):
-    ends = [0] + [end for end, _ in plan_bins(total, bins, -1, 0)]
-    sizes = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    planned = plan_bins(total, bins)
+    sizes = [bin.end - bin.start for bin in planned]
+    assert [bin.start for bin in planned] == [0, *[bin.end for bin in planned[:-1]]] and planned[-1].end == total
     assert len(sizes) == bins and sum(sizes) == total and max(sizes) - min(sizes) <= 1
 
 
@@ -115,7 +116,7 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path):
     data = write(
         tmp_path / "a.jsonl", row("q", "a"), *[bad for bad, _ in BAD.values()], row("q", "a", "q", "long " * 200)
     )
-    report = run(tmp_path, data, max_length=100, num_bins=2)
+    report = run(tmp_path, data, max_length=100, num_bins=2, max_bad_ratio=1)
     assert (report["rows_read"], report["rows_kept"], report["rows_dropped"], report["rows_truncated"]) == (11, 2, 9, 1)
     for line, (_, reason) in BAD.items():
         entry = report["dropped"][reason]
@@ -126,7 +127,7 @@ def test_bad_rows_are_dropped_counted_and_named(tmp_path):
 
 def test_the_first_few_of_a_reason_are_named(tmp_path):
     data = write(tmp_path / "a.jsonl", row("q", "a"), *["{"] * 300)
-    entry = run(tmp_path, data, num_proc=2)["dropped"]["bad_json"]
+    entry = run(tmp_path, data, num_proc=2, max_bad_ratio=1)["dropped"]["bad_json"]
     assert entry["rows"] == 300 and [text.split(": ")[0] for text in entry["first"]] == [
         f"{data}:{n}" for n in (2, 3, 4)
     ]
@@ -146,7 +147,7 @@ def test_the_report_by_hand(tmp_path):
     length = 8 + sum(len(tokenizer.encode(word, add_special_tokens=False)) for word in ("user", "assistant")) + 1
     first = write(tmp_path / "a.jsonl", row("q", "a"), row("q", "a"))
     second = write(tmp_path / "b.jsonl", "{", row("q", "a", "q", "a"))
-    report = run(tmp_path, first, second, num_bins=2)
+    report = run(tmp_path, first, second, num_bins=2, max_bad_ratio=0.5)
     assert report["rows_in_files"] == 4 and report["shards"] == [2, 1] and report["rows_written"] == 3
     assert report["tokens"] == 4 * length + 1 and report["supervised_tokens"] == 8
     assert report["supervised_share"] == round(8 / (4 * length + 1), 4)
@@ -183,7 +184,7 @@ def test_what_training_needs_to_know_stands_beside_the_shards(tmp_path):
 def test_nothing_left_ends_the_job_and_leaves_nothing(tmp_path):
     data = write(tmp_path / "a.jsonl", "{", row("q", "long " * 200))
     with pytest.raises(ValueError) as error:
-        run(tmp_path, data, max_length=50)
+        run(tmp_path, data, max_length=50, max_bad_ratio=1)
     said = str(error.value)
     assert "nothing left" in said and f"{data}:1" in said and "too_long" in said and f"{data}:2" in said
     assert not (tmp_path / "arrow").exists() and not (tmp_path / "jsonl").exists()
@@ -191,7 +192,7 @@ def test_nothing_left_ends_the_job_and_leaves_nothing(tmp_path):
 
 def test_one_file_of_several_with_nothing_left_is_said(tmp_path, capsys):
     good, bad = write(tmp_path / "a.jsonl", row("q", "a")), write(tmp_path / "b.jsonl", "{", "{")
-    run(tmp_path, good, bad)
+    run(tmp_path, good, bad, max_bad_ratio=1)
     assert f"{bad}: none of its 2 rows was kept" in capsys.readouterr().err
 
 
@@ -234,7 +235,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     data = write(tmp_path / "a.jsonl", *[row("q", "a")] * 3)
-    monkeypatch.setattr("coati.dataset.shards._save_to_disk", full)
+    monkeypatch.setattr("coati.dataset.shards._describe_shard", full)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path, data)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("a.jsonl", "cache")] == []
@@ -244,7 +245,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_a_worker_that_dies_ends_the_job(tmp_path, monkeypatch):
     import os
 
-    monkeypatch.setattr(workers.Job, "run", lambda self, chunk: os._exit(9))
+    monkeypatch.setattr(workers.Job, "run", lambda *_: os._exit(9))
     data = write(tmp_path / "a.jsonl", *[row("q", "a")] * 300)
     with pytest.raises(OSError, match="worker process died.*--num_proc"):
         run(tmp_path, data, num_proc=2)

@@ -157,6 +157,12 @@ def test_spellings_of_flags():
         (["--num_samples_per_datafile", "0"], "--num_samples_per_datafile"),
         (["--type", "poem"], "--type"),
         (["--template_mode", "loose"], "--template_mode"),
+        (["--max_bad_ratio", "2"], "--max_bad_ratio"),
+        (["--eval_ratio", "1"], "--eval_ratio"),
+        (["--eval_ratio", "0.1", "--eval_input_dirs", "b"], "give one"),
+        (["--drop_eval_overlap"], "--drop_eval_overlap needs evaluation rows"),
+        (["--near_duplicates", "0"], "--near_duplicates"),
+        (["--min_answer_chars", "9", "--max_answer_chars", "3"], "--max_answer_chars 3 is below"),
     ],
 )
 def test_wrong_flags_are_named(flags, said, capsys):
@@ -185,10 +191,28 @@ def test_unusable_input_ends_with_a_message(monkeypatch, tmp_path, tokenizer_dir
     assert not (tmp_path / "arrow").exists() and not (tmp_path / "jsonl").exists()
 
 
-def test_a_second_run_is_refused_before_the_tokenizer_is_loaded(monkeypatch, tmp_path, tokenizer_dir, capsys):
+def test_a_second_run_is_recognised_and_other_folders_are_refused(monkeypatch, tmp_path, tokenizer_dir, capsys):
     call(monkeypatch, tmp_path, tokenizer_dir)
-    assert "rows read 12, kept 12" in capsys.readouterr().out
-    assert "exists already" in failure(monkeypatch, tmp_path, tmp_path / "no tokenizer here")
+    first = capsys.readouterr()
+    assert "rows read 12, kept 12" in first.out
+    call(monkeypatch, tmp_path, tokenizer_dir)
+    again = capsys.readouterr()
+    assert again.out == first.out and "prepared already" in again.err
+    assert "max_length was 4096, now 300" in failure(monkeypatch, tmp_path, tokenizer_dir, "--max_length", "300")
+    (tmp_path / "other" / "arrow").mkdir(parents=True)
+    # Before the tokenizer is loaded.
+    assert "exists already" in failure(monkeypatch, tmp_path / "other", tmp_path / "no tokenizer here")
+
+
+def test_an_evaluation_split_and_cleaning_by_flags(monkeypatch, tmp_path, tokenizer_dir, capsys):
+    flags = ["--eval_ratio", "0.25", "--deduplicate", "--min_answer_chars", "1", "--num_spliced_dataset_bins", "2"]
+    call(monkeypatch, tmp_path, tokenizer_dir, *flags)
+    said = capsys.readouterr().out
+    assert "rows read 9, kept 9" in said and "evaluation split: rows read 3, kept 3" in said
+    assert said.endswith(f"--dataset {tmp_path}/arrow --eval_dataset {tmp_path}/arrow/eval\n")
+    assert len(load_tokenized_dataset(str(tmp_path / "arrow" / "eval"))) == 3
+    stored = json.loads((tmp_path / "arrow" / "eval" / "preparation.json").read_text())
+    assert stored["rows"] == 3 and (tmp_path / "jsonl" / "eval" / "part-00001.jsonl").is_file()
 
 
 def test_check_template_shows_the_mask_and_writes_nothing(monkeypatch, tmp_path, tokenizer_dir, capsys):

@@ -1,0 +1,71 @@
+"""What a preparation's result depends on, as one dictionary; its hash names the folder that the work is done in."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coati.dataset.cleaning import Cleaning
+from coati.dataset.conversation import Conversation
+from coati.dataset.shards import tokenizer_fingerprint
+
+LAYOUT = 3  # raised whenever the same rows and settings come to give another result
+Stamp = list[Any]  # path, size in bytes, time of the last change in ns
+
+
+def describe(
+    files: dict[str, Sequence[Path]], template: Conversation, cleaning: Cleaning, **settings: Any
+) -> dict[str, Any]:
+    """``files`` are named by their use. What only says how to work (processes, limits of bad rows) is left out."""
+    found = {
+        "layout": LAYOUT,
+        **settings,
+        **{f"cleaning {name}": value for name, value in asdict(cleaning).items() if name != "benchmark_files"},
+        "tokenizer": tokenizer_fingerprint(template.tokenizer),
+        "template": template.to_config() | {"template_mode": template.template_mode},
+        **{use: [stamp(path) for path in paths] for use, paths in files.items()},
+    }
+    return json.loads(json.dumps(found))  # as it will be read from disk again
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells that a file or folder is unchanged."""
+    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    states = [p.stat() for p in inside if p.exists()]
+    newest = max((state.st_mtime_ns for state in states), default=0)
+    return [os.path.abspath(path), sum(state.st_size for state in states), newest]
+
+
+def digest(made_from: dict[str, Any]) -> str:
+    """16 hex digits."""
+    text = json.dumps(made_from, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """In words, what differs between two descriptions."""
+    found = [text for name in here for text in _difference(name, there.get(name), here[name])]
+    return "; ".join(found[:5]) + ("; ..." if len(found) > 5 else "")
+
+
+def _difference(name: str, there: Any, here: Any) -> Iterator[str]:
+    if there == here:
+        return
+    if name == "tokenizer":
+        yield "the tokenizer differs"
+    elif name == "template" and isinstance(there, dict):
+        yield f"the conversation template differs in {', '.join(key for key in here if there.get(key) != here[key])}"
+    elif isinstance(here, list) and isinstance(there, list):
+        yield f"{name}: {_changed_files(there, here)}"
+    else:
+        yield f"{name} was {there!r}, now {here!r}"
+
+
+def _changed_files(there: list[Stamp], here: list[Stamp]) -> str:
+    before, now = ({one[0]: one[1:] for one in stamps} for stamps in (there, here))
+    changed = [path for path in now if path in before and now[path] != before[path]]
+    parts = {"changed": changed, "new": now.keys() - before.keys(), "gone": before.keys() - now.keys()}
+    return ", ".join(f"{what} {', '.join(sorted(paths)[:3])}" for what, paths in parts.items() if paths) or "reordered"

@@ -67,24 +67,43 @@ def _windows(packs: list, accumulation: int, collate) -> list[dict[str, torch.Te
     return [collate(packs[start : start + size]) for start in range(0, len(packs), size)]
 
 
-def train(family: str, options: dict[str, Any], collate: str, masked: bool = False) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step. ``collate``: "packed" or "one_by_one"; ``masked``: with the block-diagonal
-    mask even where the rows could be laid end to end."""
-    from coati.parallel.boost import boost
+def train_all_ways(family: str, options: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """In a worker: loss and gradient norm of each step on the rows one by one, on packs, and on packs with the
+    block-diagonal mask even where they could be laid end to end."""
     from coati.parallel.launch import launch
-    from coati.parallel.plugins import ParallelOptions
 
     launch(seed=0, timeout_s=60)
+    return {
+        "one_by_one": _train(family, options, one_by_one),
+        "packed": _train(family, options, packed, packing=True),
+        "packed, masked": _train(family, options, packed, masked=True, packing=True),
+    }
+
+
+def _train(family: str, options: dict[str, Any], collate, masked: bool = False, **more) -> list[tuple[float, float]]:
+    from coati.parallel.boost import boost
+    from coati.parallel.plugins import ParallelOptions
+
     model = tiny_model(next(row for row in FAMILIES if row.type == family))
-    values = ParallelOptions(grad_clip=CLIP, packing=collate == "packed", **options)
+    values = ParallelOptions(grad_clip=CLIP, **options, **more)
     engine = boost(model, values, lr=LR, total_steps=10, warmup_steps=0)
     if masked:
         engine.packing = None
-    make = {"packed": packed, "one_by_one": one_by_one}[collate]
     results = []
     for step in range(STEPS):
         mine = _share(rows_of(step), engine)
-        accumulation = min(values.accumulation_steps, len(mine))
-        done = engine.train_step(_windows(mine, accumulation, make), Hooks())
+        done = engine.train_step(_windows(mine, min(values.accumulation_steps, len(mine)), collate), Hooks())
         results.append((done.loss, done.grad_norm))
     return results
+
+
+def refusal(family: str) -> str:
+    """In a worker: what boosting ``family`` for packs says."""
+    from coati.parallel.launch import launch
+
+    launch(seed=0, timeout_s=60)
+    try:
+        _train(family, {"plugin": "zero2"}, packed, packing=True)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -82,6 +82,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _place(error: json.JSONDecodeError, row: bytes) -> str:
+    if b"\0" in row:
+        return f"NUL bytes, the first at column {row.index(0) + 1}: UTF-16 text, or a file that was not written whole"
     if row.strip() in (b"{", b"["):
         return "the object goes on in the next line; write one object per line, or one array over the whole file"
     within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from coati.dataset import source_row as read
-from coati.dataset.messages import complete_rounds, continuation, is_message_list, question, text, without_answer
+from coati.dataset.messages import complete_rounds, continuation, is_message_list, question, without_answer
 from coati.dataset.reasons import RowError
 from coati.dataset.source_row import SourceRow
 
@@ -132,10 +132,17 @@ def _expected(shapes: list[Shape], row: Any, format: str | None) -> str:
     said = f"expected {forms}{f' (--format {format})' if format else ''}, found {_found(row)}"
     near = max(SHAPES, key=lambda shape: _nearness(shape, row))
     if _nearness(near, row) == 0:
-        return said
+        return said + _hidden_rows(row)
     lacking = [key for key in near.keys if row.get(key) is None]
     need = f", which needs {' and '.join(lacking)}" if lacking else ""
     return f"{said}; nearest is {near.name} ({', '.join(near.keys)}) of --type {' or '.join(near.types)}{need}"
+
+
+def _hidden_rows(row: Any) -> str:
+    """A file that is one object around the array of its rows."""
+    values = row.items() if isinstance(row, dict) else ()
+    key = next((key for key, value in values if isinstance(value, list) and value and isinstance(value[0], dict)), None)
+    return f"; {key} holds a list of rows: write that list alone into the file" if key else ""
 
 
 def _found(row: Any) -> str:
@@ -155,8 +162,6 @@ def _nearness(shape: Shape, row: Any) -> float:
 
 def _add_extras(found: SourceRow, row: dict) -> None:
     """The columns that any shape may have."""
-    if row.get("system") and found.messages and found.messages[0]["role"] != "system":
-        found.messages = [{"role": "system", "content": text(row["system"], "system")}, *found.messages]
     given = {key: row[key] for key in EXTRAS if row.get(key) not in (None, "")}
     found.category = str(given["category"]) if "category" in given else None
     if "gt_answer" in given:

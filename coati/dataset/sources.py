@@ -61,7 +61,7 @@ def _files_of(path: Path, split: str | None) -> list[Path]:
 def _search(folder: Path, split: str | None, found: list[Path], ignored: list[Path]) -> None:
     """Sort the files below ``folder`` into those with data and others."""
     if (folder / "dataset_dict.json").is_file():
-        names = load_json(folder / "dataset_dict.json")["splits"]
+        names = _saved_list(folder / "dataset_dict.json", "splits")
         found += _saved_files(folder / choose_split(names, split, str(folder)))
     elif (folder / "state.json").is_file():
         found += _saved_files(folder)
@@ -75,7 +75,14 @@ def _search(folder: Path, split: str | None, found: list[Path], ignored: list[Pa
 
 def _saved_files(folder: Path) -> list[Path]:
     """The arrow files of one ``Dataset.save_to_disk``, in its order."""
-    return [folder / file["filename"] for file in load_json(folder / "state.json")["_data_files"]]
+    return [folder / file["filename"] for file in _saved_list(folder / "state.json", "_data_files")]
+
+
+def _saved_list(file: Path, name: str) -> list:
+    found = load_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get(name), list):
+        raise ValueError(f"{file}: lacks the list {name} that save_to_disk writes; save the data set again")
+    return found[name]
 
 
 def choose_split(names: Sequence[str], split: str | None, where: str) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from coati.dataset import source_row as read
-from coati.dataset.messages import complete_rounds, continuation, is_message_list, question, without_answer
+from coati.dataset.messages import complete_rounds, continuation, is_message_list, question, text, without_answer
 from coati.dataset.reasons import RowError
 from coati.dataset.source_row import SourceRow
 
@@ -162,6 +162,8 @@ def _nearness(shape: Shape, row: Any) -> float:
 
 def _add_extras(found: SourceRow, row: dict) -> None:
     """The columns that any shape may have."""
+    if row.get("system") and found.messages and found.messages[0]["role"] != "system":
+        found.messages = [{"role": "system", "content": text(row["system"], "system")}, *found.messages]
     given = {key: row[key] for key in EXTRAS if row.get(key) not in (None, "")}
     found.category = str(given["category"]) if "category" in given else None
     if "gt_answer" in given:

@@ -118,8 +118,10 @@ def _split_of(file: Path) -> str | None:
 def _files_of_hub(path: Path, split: str | None) -> list[Path]:
     name = path.as_posix()
     absent = f"{name}: there is no such file or folder; expected data files ({KNOWN})"
-    if not _HUB_NAME.fullmatch(name) or kind_of(path) is not None:
+    # Of data/sft.jsn, where there is a folder data, a file was meant; offline, asking the hub takes half a minute.
+    if not _HUB_NAME.fullmatch(name) or kind_of(path) is not None or Path(path.parts[0]).exists():
         raise ValueError(absent)
+    say_once(f"{name}: no such file or folder; looking for a data set of this name on the hub")
     import datasets
 
     name, _, subset = name.partition(":")

@@ -258,6 +258,7 @@ def test_the_name_of_a_data_set(saved, monkeypatch):
                      ("owner/name", None, None)]  # fmt: skip
     with pytest.raises(ValueError, match="no such file or folder.*a data set that can be loaded here .offline"):
         find_files(["nobody/nothing"])
-    for path in ("data/sft.jsonl", "../data", "/data/sft", "data"):
+    (saved / "data").mkdir()
+    for path in ("data/sft.jsonl", "../data", "/data/sft", "sft", "data/sft", "nobody/a.jsonl"):
         with pytest.raises(ValueError, match="there is no such file or folder; expected data files .*gz\\)\\)$"):
             find_files([path])

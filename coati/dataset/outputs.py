@@ -100,24 +100,27 @@ class Workplace:
     def building(self) -> Iterator[None]:
         """The folders to work in, renamed at the end. A ValueError removes them; else the finished bins stay."""
         self._look_around()
-        renamed = self.jsonl is not None and self.outputs[0].exists()
-        if self.jsonl is not None and not renamed and not self.jsonl.exists():
-            shutil.rmtree(self._counts, ignore_errors=True)
-        for folder in filter(None, (self.arrow, self._counts, self.scratch, None if renamed else self.jsonl)):
-            folder.mkdir(parents=True, exist_ok=True)
-        save_json(self.made_from, self.root / MADE_FROM)
         try:
+            self._make_folders()
             yield
             self._rename()
         except ValueError:
             self._remove()
             raise
         except BaseException:
-            if any(self._counts.iterdir()):
+            if any(self._counts.glob("*[0-9]")):
                 say(f"what is finished is kept in {self.root}; the same command completes it")
             else:
                 self._remove()
             raise
+
+    def _make_folders(self) -> None:
+        renamed = self.jsonl is not None and self.outputs[0].exists()
+        if self.jsonl is not None and not renamed and not self.jsonl.exists():
+            shutil.rmtree(self._counts, ignore_errors=True)
+        for folder in filter(None, (self.arrow, self._counts, self.scratch, None if renamed else self.jsonl)):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_json(self.made_from, self.root / MADE_FROM)
 
     @property
     def folders(self) -> list[Path]:
@@ -137,7 +140,10 @@ class Workplace:
         if not path.exists():
             return None
         with open(path, "rb") as file:
-            return _Counts(file).load()
+            found = _Counts(file).load()
+        # Counts of an older version of the library are of no use.
+        known = vars(Tally()).keys()
+        return found if all(vars(tally).keys() == known for tally, _ in found.values()) else None
 
     def clear(self, bin: Bin) -> None:
         """Remove what an interrupted run may have left of the shards of ``bin``."""

@@ -189,7 +189,10 @@ SFT = {
     ),
     "a judged answer": row("label_word.jsonl", "found prompt, completion, label: kto rows, for --type kto", "not sft"),
     "too long for max_length": row(
-        "third_line.jsonl", "17 tokens are needed, max_length is 9", line=2, flags=("--max_length", "9")
+        "third_line.jsonl",
+        "17 tokens are needed, max_length is 9",
+        line=2,
+        flags=("--max_length", "9", "--max_bad_ratio", "1"),
     ),
     "another shape than --format": row(
         "no_answer.jsonl", "expected conversations (--format sharegpt), found messages", flags=("--format", "sharegpt")

@@ -201,7 +201,7 @@ def test_the_plan_of_packs_is_the_same_whoever_asks_and_counts_packs():
 
 
 def test_figures_say_what_packing_saves():
-    """8 rows of 4 and 8 of 60 tokens fill 8 packs of 64; in one batch of 16 rows, padded to 60, 512 of 960 are tokens."""
+    """8 rows of 4 and 8 of 60 tokens fill 8 packs of 64; as one batch of rows 512 of 960 positions are tokens."""
     plan = EpochPlan(np.array([4, 60] * 8), pack_length=64)
     figures = plan.packing_figures(batch_size=16)
     assert figures["packing/rows_per_pack"] == 2.0 and figures["packing/padding"] == 0.0

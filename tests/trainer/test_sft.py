@@ -1,7 +1,6 @@
 """The loop and the SFT hooks with an engine that only counts: what is logged, evaluated, saved, and when it ends."""
 
 import json
-import os
 import signal
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -155,7 +154,7 @@ def test_samples_not_reported_yet_are_part_of_a_checkpoint(tmp_path, monkeypatch
 
 
 def test_a_signal_ends_after_the_step_with_a_save(made):
-    trainer, saves = made(at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    trainer, saves = made(at={2: lambda: signal.raise_signal(signal.SIGTERM)})
     fit(trainer)
     assert trainer.engine.steps == 3 and saves == [(3, 1, 3)] and trainer.stopped_early
 
@@ -234,9 +233,9 @@ def test_the_second_interrupt_does_not_wait(capsys):
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().err.count("SIGINT: finishing this step, then saving") == 1

@@ -29,13 +29,8 @@ MALFORMED_REASONS = {
     "bad_margin": "the margin is not a number",
     "bad_gt_answer": "the gt_answer is neither a text nor a number",
 }
-# ... as against what max_length, the template or the other rows decide.
-REASONS = MALFORMED_REASONS | {
-    "same_answers": "chosen and rejected are the same",
-    "too_long": "the row, or its first answer, does not fit into max_length",
-    "template_refused": "the chat template refuses this conversation",
-    "template_rewrites": "the chat template changes an earlier turn of this conversation",
-    "no_end_marker": "end_of_assistant does not follow an answer",
+# ... what cleaning was asked to leave out ...
+CLEANING_REASONS = {
     "duplicate": "the same text as an earlier row (--deduplicate)",
     "near_duplicate": "nearly the text of an earlier row (--near_duplicates)",
     "eval_overlap": "words in a row that an evaluation row has too (--drop_eval_overlap)",
@@ -44,8 +39,16 @@ REASONS = MALFORMED_REASONS | {
     "answer_too_long": "more characters than --max_answer_chars",
     "blank_answer": "an answer without a visible character (--drop_trivial_answers)",
     "answer_repeats_prompt": "the answer is what was asked (--drop_trivial_answers)",
-    "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
 }
+# ... and what max_length or the template decides.
+REASONS = MALFORMED_REASONS | {
+    "same_answers": "chosen and rejected are the same",
+    "too_long": "the row, or its first answer, does not fit into max_length",
+    "template_refused": "the chat template refuses this conversation",
+    "template_rewrites": "the chat template changes an earlier turn of this conversation",
+    "no_end_marker": "end_of_assistant does not follow an answer",
+    "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
+} | CLEANING_REASONS
 MALFORMED = frozenset(MALFORMED_REASONS)
 
 

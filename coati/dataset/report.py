@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.dataset.masked_text import show_mask, visible
-from coati.dataset.reasons import MALFORMED, REASONS
+from coati.dataset.reasons import CLEANING_REASONS, MALFORMED, REASONS
 from coati.dataset.report_html import page
 from coati.dataset.report_warnings import warnings_of
 from coati.dataset.tally import Shown, Tally
@@ -59,7 +59,7 @@ def build_report(tally: Tally, files: dict[int, str], shards: list[int], **setti
             reason: {
                 "rows": tally.dropped[reason],
                 "meaning": REASONS[reason],
-                "kind": "malformed" if reason in MALFORMED else "unfit",
+                "kind": _kind(reason),
                 "first": tally.first[reason],
             }
             for reason in REASONS
@@ -82,6 +82,10 @@ def build_report(tally: Tally, files: dict[int, str], shards: list[int], **setti
         "samples": [_sample(row) for row in tally.shown],
     }
     return report | {"warnings": warnings_of(report)}
+
+
+def _kind(reason: str) -> str:
+    return "malformed" if reason in MALFORMED else "cleaned" if reason in CLEANING_REASONS else "unfit"
 
 
 def _sample(row: Shown) -> dict[str, Any]:

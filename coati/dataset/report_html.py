@@ -60,7 +60,7 @@ TRAITS = {
     "gt_answer": "prompts with a right answer (gt_answer)",
 }  # fmt: skip
 SETTINGS = {
-    "tokenizer": "tokenizer", "seed": "seed", "rows_per_part": "rows drawn for each part",
+    "tokenizer": "tokenizer", "cleaning": "cleaning", "seed": "seed", "rows_per_part": "rows drawn for each part",
     "end_of_assistant": "text that ends an answer", "stop_ids": "stop sequences, as token numbers",
     "stop_texts": "stop sequences, as text", "system_message": "system message", "chat_template": "chat template",
 }  # fmt: skip
@@ -166,6 +166,7 @@ def _settings(report: dict[str, Any]) -> list[tuple[str, str]]:
     known = {**report, **report.get("template", {})}
     drawn = report.get("num_samples_per_bin", -1)
     known["rows_per_part"] = drawn if drawn >= 0 else "all"
+    known["cleaning"] = ", ".join(f"{name} {value}" for name, value in report.get("cleaning", {}).items()) or "none"
     if "tokenizer" in report:
         tokenizer = report["tokenizer"]
         known["tokenizer"] = f"{tokenizer['path']} ({tokenizer['vocab_size']:,} tokens)"

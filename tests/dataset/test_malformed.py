@@ -269,6 +269,25 @@ FLAGS = {
     "no bins": flag("--num_spliced_dataset_bins", "--num_spliced_dataset_bins", "0"),
     "an empty sample": flag("--num_samples_per_datafile 0 leaves nothing", "--num_samples_per_datafile", "0"),
     "a negative seed": flag("--seed", "--seed", "-1"),
+    "a bad ratio above one": flag("--max_bad_ratio", "--max_bad_ratio", "1.5"),
+    "a similarity of one": flag("--near_duplicates", "--near_duplicates", "1"),
+    "an evaluation share of one": flag("--eval_ratio", "--eval_ratio", "1"),
+    "evaluation rows from two places": flag(
+        "give one", "--eval_ratio", "0.1", "--eval_input_dirs", "{here}/null.jsonl"
+    ),
+    "overlap with nothing": flag("--drop_eval_overlap needs evaluation rows", "--drop_eval_overlap"),
+    "bounds that exclude all": flag(
+        "--max_answer_chars 5 is below", "--max_answer_chars", "5", "--min_answer_chars", "9"
+    ),
+    "a benchmark that is not there": flag(
+        "absent.jsonl: there is no such", "--benchmark_files", "absent.jsonl", code=1
+    ),
+    "evaluation files without rows": flag(
+        "empty.jsonl: no rows found for evaluation", "--eval_input_dirs", "{here}/empty.jsonl", code=1
+    ),
+    "too many malformed rows": flag(
+        "at most a share of 0.3 may be (--max_bad_ratio)", "--max_bad_ratio", "0.3", code=1
+    ),
     "no tokenizer there": flag("no_tokenizer", "--tokenizer_dir", "{folder}/no_tokenizer", code=1),
     "an output that exists": flag("exists already; name another", "--data_arrow_output_dir", "{here}", code=1),
     "one folder for both outputs": flag("name two folders", "--data_arrow_output_dir", "{folder}/jsonl", code=1),

@@ -248,6 +248,25 @@ def test_command_tokenizer_and_template_are_in_the_report(tmp_path, monkeypatch)
     assert "'my data.jsonl'" in text and "add_generation_prompt" in text and "tiny (" in text
 
 
+def test_evaluation_rows_have_a_page_of_their_own(tmp_path):
+    report = prepared(tmp_path, [ROWS["sft"](i) for i in range(100)], eval_ratio=0.2)
+    below = json.loads((tmp_path / "jsonl" / "eval" / "report.json").read_text())
+    assert below["rows_kept"] == report["evaluation"]["rows_kept"] > 0 and "evaluation" not in below
+    assert f"of {below['rows_read']} rows read" in " ".join("".join(Tags(page(report)).text).split())
+    assert (tmp_path / "arrow" / "eval" / "report.html").read_text() == page(below)
+
+
+def test_cleaned_rows_are_not_called_broken(tmp_path):
+    from coati.dataset.cleaning import Cleaning
+
+    rows = [ROWS["sft"](i % 90) for i in range(100)]
+    report = prepared(tmp_path, rows, cleaning=Cleaning(deduplicate=True))
+    assert report["dropped"]["duplicate"]["kind"] == "cleaned" and report["warnings"] == []
+    text = " ".join("".join(Tags(page(report)).text).split())
+    assert "left out by the cleaning that was asked for: 10" in text and "deduplicate True" in text
+    assert "is to be mended" not in text
+
+
 # --- warnings ---
 
 

@@ -176,6 +176,10 @@ def add_output_flags(parser: Parser) -> None:
         group, "--save_interval", default=1000, unit="STEPS", least=0,
         help="optimiser steps between checkpoints; 0: only when the run is stopped early",
     )
+    add_text(
+        group, "--metric_for_best", unit="NAME",
+        help="keep the best model so far by this metric of the evaluations (loss, accuracy, ...) in DIR/best",
+    )
     add_count(
         group, "--keep_last_k", unit="K", help="remove all but the newest K checkpoints; default: keep all of them"
     )

@@ -2,7 +2,9 @@
 this."""
 
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ from coati.dataset.packing import PackCollator
 from coati.models.block_mask import sliding_window
 from coati.models.lora import LoraConfig, apply_lora
 from coati.models.lora_files import load_lora
-from coati.models.utils import check_vocabulary, choose_attention, load_causal_lm, load_config, load_tokenizer
+from coati.models.reward_model import RewardModel
+from coati.models.scalar import load_scalar_model
+from coati.models.utils import (
+    check_vocabulary,
+    choose_attention,
+    disable_dropout,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
 from coati.parallel.boost import boost, prepare_colossalai
 from coati.parallel.checkpoint import RunningState, restore
 from coati.parallel.engine import Engine
@@ -24,6 +35,7 @@ from coati.parallel.families import check_family
 from coati.parallel.launch import launch, set_seed, warn_of_threads
 from coati.parallel.plugins import ParallelOptions, check_heads
 from coati.parallel.weights import ModelAssets
+from coati.trainer.base import Plan
 from coati.trainer.windows import total_steps
 from coati.utils.distributed import world_size
 from coati.utils.notice import say
@@ -69,6 +81,33 @@ def _check_same_vocabulary(tokenizer: Any, prepared: dict[str, Any]) -> None:
 
 def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
     """The model to train, with adapters when asked for. Raises ValueError before weights are loaded where it can."""
+    return _model(args, options, tokenizer, resume, load_causal_lm)
+
+
+def reward_model(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
+    """The reward model to train: ``--pretrain`` with a new head if it has none, or a checkpoint with its head."""
+    new_head = resume.weights is None or options.lora  # an adapter's files bring the head themselves
+    model = _model(
+        args, options, tokenizer, resume, partial(load_scalar_model, RewardModel, new_head=new_head), dropout=False
+    )
+    # It cancels in every pair, and Adam would make steps of the rounding errors that are left of its gradient.
+    model.score.bias.requires_grad_(args.center_coef > 0)
+    return model
+
+
+def policy(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
+    """:func:`causal_lm` without dropout, whose noise would be learnt as a difference to the reference."""
+    return _model(args, options, tokenizer, resume, load_causal_lm, dropout=False)
+
+
+def _model(
+    args: Namespace,
+    options: ParallelOptions,
+    tokenizer: Any,
+    resume: Resume,
+    load: Callable[..., Any],
+    dropout: bool = True,
+):
     adapters = options.lora and resume.weights is not None
     source = args.pretrain if adapters or resume.weights is None else resume.weights
     if Path(source).is_dir() and (Path(source) / "config.json").is_file():
@@ -77,7 +116,7 @@ def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume:
         check_family(config, options)
         check_same_model(config, args)
     set_seed(args.seed)
-    model = load_causal_lm(
+    model = load(
         source,
         dtype="fp32" if options.precision == "fp32" or options.plugin == "ddp" else "auto",
         attn_implementation=attention(args, options),
@@ -90,6 +129,10 @@ def causal_lm(args: Namespace, options: ParallelOptions, tokenizer: Any, resume:
         model = apply_lora(model, config, seed=args.seed)
         if adapters:
             load_lora(model, resume.weights)
+        if not dropout and (config.linear_lora_dropout or config.embedding_lora_dropout):
+            say("LoRA's dropout is off here: its noise would be learnt as a difference to the reference.")
+    if not dropout:
+        disable_dropout(model)
     return model
 
 
@@ -127,6 +170,7 @@ def engine(
         weight_decay=args.weight_decay,
         total_steps=max(total, 1),
         warmup_steps=args.warmup_steps,
+        head_lr=getattr(args, "head_lr", None),
     )
     # Ranks that see other rows draw other dropout; those that share a copy of the data draw the same.
     set_seed(args.seed + 1 + built.mesh.dp_rank)
@@ -146,12 +190,19 @@ def check_window_of_attention(config: Any, longest: int) -> None:
 
 
 def loaders(
-    args: Namespace, built: Engine, train: Any, evaluation: Any, collate: Any, plan: EpochPlan | None = None
+    args: Namespace,
+    built: Engine,
+    train: Any,
+    evaluation: Any,
+    collate: Any,
+    plan: EpochPlan | None = None,
+    kinds: tuple[type, type] = (WindowLoader, EvaluationLoader),
 ):
-    """The training windows and evaluation batches of this rank; evaluation rows are never packed."""
+    """The training windows and evaluation batches of this rank; evaluation rows are never packed. ``kinds``: loaders
+    to use instead of the ordinary ones."""
     mesh = {"dp_rank": built.mesh.dp_rank, "dp_size": built.mesh.dp_size}
     plan = plan or epoch_plan(args, train)
-    windows = WindowLoader(
+    windows = kinds[0](
         train,
         PackCollator(collate) if plan.pack_length is not None else collate,
         batch_size=args.batch_size,
@@ -161,7 +212,12 @@ def loaders(
     )
     if evaluation is None:
         return windows, None
-    return windows, EvaluationLoader(evaluation, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh)
+    return windows, kinds[1](evaluation, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh)
+
+
+def plan(args: Namespace) -> Plan:
+    """When the run logs, evaluates, saves and ends."""
+    return Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
 
 
 def assets(model: Any, tokenizer: Any, template: Conversation | None) -> ModelAssets:

@@ -31,7 +31,7 @@ def check_paths(args: Namespace) -> None:
     """Every named input must be there."""
     for flag in ("dataset", "eval_dataset"):
         for path in getattr(args, flag):
-            if not Path(path).exists():
+            if not (Path(path).exists() or _may_be_hub_name(path)):
                 raise ValueError(f"--{flag} {path}: there is no such file or directory")
     for flag in ("lora_config", "plugin_args", "conversation_template_config"):
         path = getattr(args, flag)
@@ -39,6 +39,12 @@ def check_paths(args: Namespace) -> None:
             raise ValueError(f"--{flag} {path}: expected a JSON object {{...}}, found another kind of value")
     if args.checkpoint_path not in (None, "auto") and not Path(args.checkpoint_path).is_dir():
         raise ValueError(f"--checkpoint_path {args.checkpoint_path}: there is no such directory; name one, or `auto`")
+
+
+def _may_be_hub_name(path: str) -> bool:
+    """``owner/name`` or ``owner/name:subset``, where no folder ``owner`` is here."""
+    owner, _, name = path.partition(":")[0].partition("/")
+    return bool(owner and name) and "/" not in name and owner[0] not in ".~" and not Path(owner).is_dir()
 
 
 def check_mixture(args: Namespace) -> None:
@@ -85,6 +91,9 @@ def check_pointless(args: Namespace) -> None:
     for flag in ("eval_interval", "eval_batch_size"):
         if getattr(args, flag) is not None and not args.eval_dataset:
             raise ValueError(f"--{flag} does nothing without --eval_dataset")
+    own_split = any(not Path(path).is_file() for path in args.dataset)
+    if args.metric_for_best is not None and not args.eval_dataset and not own_split:
+        raise ValueError("--metric_for_best does nothing without --eval_dataset")
     if args.checkpoint_weights_only and args.checkpoint_path is None:
         raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
 
@@ -101,7 +110,7 @@ def check_parallel(args: Namespace) -> None:
         # Every plugin has bf16; the default is chosen to fit the plugin once the machine is known.
         precision=args.mixed_precision or "bf16",
         lora=args.lora_rank > 0,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size * getattr(args, "_rows_each", 1),
         packing=getattr(args, "packing", False),
         **{name: getattr(args, name) for name in SHARED_OPTIONS},
     )

@@ -49,6 +49,7 @@ def rows_of(
     rows = load_tokenized_dataset(ready, mode)
     if rows is None:
         return None
+    _remember(args, mode, ready)
     _check_type(rows, paths[0], type)
     if mode == "train" and args.dataset_weights:
         args._dataset_sizes = [len(load_tokenized_dataset(path, mode)) for path in ready]
@@ -73,8 +74,13 @@ def evaluation_rows(args: Namespace, tokenizer: Any, template: Conversation | No
             if _has_split(path, split):
                 say(f"{path}: its {split} split becomes the evaluation set")
                 folder = _prepare_raw(path, args, tokenizer, template, type, split)
+                _remember(args, "valid", [folder])
                 return _fitting(load_tokenized_dataset([folder]), args, "dataset")
     return None
+
+
+def _remember(args: Namespace, mode: str, ready: list[str]) -> None:
+    args._prepared = {**getattr(args, "_prepared", {}), mode: ready}
 
 
 def is_raw(path: str) -> bool:
@@ -172,9 +178,9 @@ def _cache_folder(
     return root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def beside(paths: list[str], name: str) -> Path:
-    """Where something that belongs to the prepared rows of ``paths`` is kept: a folder ``name`` next to their parts."""
-    return part_directories(paths[0])[0].parent / name
+def beside(args: Namespace, mode: str, name: str) -> Path:
+    """Where something that belongs to the rows of ``mode`` is kept: a folder ``name`` next to their prepared parts."""
+    return part_directories(args._prepared[mode][0])[0].parent / name
 
 
 def epoch_plan(args: Namespace, rows: Any) -> EpochPlan:

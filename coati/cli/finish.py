@@ -18,11 +18,15 @@ from coati.utils.distributed import barrier, broadcast_object, is_rank_0, rank, 
 from coati.utils.memory import describe_memory, in_units, peak_memory_of_ranks
 from coati.utils.notice import say
 
+CHAT = "talk to it: python examples/inference/inference.py --model_path"
+SCORE = "score answers with it: python examples/inference/score.py --model_path"
+BOUNDS = ("_low", "_high", "/count")  # metrics that say how sure another one is
 EXPECTED = (ValueError, OSError, LaunchFailed, SaveFailed, NonFiniteLoss)
 
 
-def save_final(args: Namespace, trainer: Any) -> None:
-    """Write ``<save_dir>/modeling`` and say where it is and how to talk to it; or how to go on after a polite end."""
+def save_final(args: Namespace, trainer: Any, use: str = CHAT) -> None:
+    """Write ``<save_dir>/modeling`` and say where it is and what to ``use`` it for; or how to go on after a polite
+    end."""
     if trainer.stopped_early:
         say(f"stopped after step {trainer.state.step}, everything is saved. To go on: {command_again()}")
         return
@@ -32,8 +36,13 @@ def save_final(args: Namespace, trainer: Any) -> None:
     )
     kind = "LoRA adapter" if args.lora_rank and not args.merge_lora_weights else "model"
     for name, value in trainer.last_evaluation.items():
+        if name.endswith(BOUNDS):
+            continue
         say(f"{name} {trainer.first_evaluation[name]:.4f} at the first evaluation, {value:.4f} at the last")
-    say(f"the trained {kind} is in {final}; talk to it: python examples/inference/inference.py --model_path {final}")
+    if args.metric_for_best is not None and trainer.best:
+        best = trainer.best
+        say(f"the best {args.metric_for_best} was {best['value']:.4f} at step {best['step']}: {args.save_dir}/best")
+    say(f"the trained {kind} is in {final}; {use} {final}")
 
 
 def command_again() -> str:
@@ -48,9 +57,9 @@ def command_again() -> str:
     return f"{launcher} {shlex.join(words)} --checkpoint_path auto"
 
 
-def dry_run(args: Namespace, trainer: Any, loader: Any) -> None:
-    """One real step, saved beside ``--save_dir`` under a temporary name and loaded again; prints what the run would
-    be."""
+def dry_run(args: Namespace, trainer: Any, loader: Any, load: Callable[..., Any] | None = None) -> None:
+    """One real step, saved beside ``--save_dir`` under a temporary name and loaded again by ``load`` (by default as a
+    language model); prints what the run would be."""
     from coati.models.utils import load_causal_lm
 
     say(describe(args, trainer, loader))
@@ -62,7 +71,7 @@ def dry_run(args: Namespace, trainer: Any, loader: Any) -> None:
         folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
         size = sum(read_checkpoint(folder).files.values())
         if is_rank_0():
-            load_causal_lm(folder / "modeling")
+            (load or load_causal_lm)(folder / "modeling")
         barrier()
     finally:
         if is_rank_0():

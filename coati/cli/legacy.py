@@ -26,11 +26,13 @@ RENAMED = {
     "--num_epochs": "--max_epochs",
     "--tensorboard_dir": "--log_dir",
     "--use_grad_checkpoint": "--grad_checkpoint",
+    "--loss_func": "--loss_fn",
 }
 
 # No longer needed -> why.
 DROPPED = {
     "--model": "the architecture is read from --pretrain",
+    "--model_type": "the architecture is read from --pretrain",
     "--need_optim_ckpt": "every checkpoint holds the optimiser's state",
 }
 

@@ -22,7 +22,7 @@ def parallel_options(args: Namespace) -> ParallelOptions:
         precision=args.mixed_precision,
         lora=args.lora_rank > 0,
         grad_clip=args.grad_clip,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size * getattr(args, "_rows_each", 1),
         packing=getattr(args, "packing", False),
         plugin_args=plugin_args,
         **shared,

@@ -28,8 +28,14 @@ def table_of(
 
 def _prompt(row: dict[str, Any]) -> list[int]:
     """The tokens before the first supervised one, at most the last ``PROMPT_TOKENS``."""
-    first = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-    return row["input_ids"][:first][-PROMPT_TOKENS:] or row["input_ids"][:1]
+    if "prompt" in row:  # of a judged answer
+        return row["prompt"][-PROMPT_TOKENS:]
+    if "chosen_input_ids" in row:
+        ids, marked = row["chosen_input_ids"], row["chosen_loss_mask"]
+    else:
+        ids, marked = row["input_ids"], [label != -100 for label in row["labels"]]
+    first = next((i for i, is_marked in enumerate(marked) if is_marked), len(marked))
+    return ids[:first][-PROMPT_TOKENS:] or ids[:1]
 
 
 def what_differs(prompts: list[list[int]]) -> list[list[int]]:

@@ -177,11 +177,15 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // (self.batch_size * self.dp_size))
 
-    def __iter__(self) -> Iterator[dict]:
+    def rows(self) -> Iterator[list[int]]:
+        """This rank's rows of each batch, those that fill it up left out."""
         step = self.batch_size * self.dp_size
         for start in range(0, len(self.order), step):
-            mine = self.order[start : start + step][self.dp_rank :: self.dp_size]
-            rows = [self.dataset[int(row)] for row in mine]
+            yield self.order[start : start + step][self.dp_rank :: self.dp_size].tolist()
+
+    def __iter__(self) -> Iterator[dict]:
+        for mine in self.rows():
+            rows = [self.dataset[row] for row in mine]
             while len(rows) < self.batch_size:
                 rows.append(self.collate.blank(self.dataset[int(self.order[0])]))
             yield self.collate(rows)

@@ -42,11 +42,13 @@ def boost(
     total_steps: int = 1,
     warmup_steps: int | None = None,
     custom_policy: Any = None,
+    head_lr: float | None = None,
 ) -> Engine:
     """Wrap ``model`` for training under ``options`` and return its :class:`Engine`.
 
     One plugin instance is made per call, because a custom policy belongs to the plugin. AdamW with betas (0.9, 0.95);
-    linear warm-up over ``warmup_steps`` optimiser steps, then cosine to 0.1 ``lr`` at ``total_steps``.
+    linear warm-up over ``warmup_steps`` optimiser steps, then cosine to 0.1 ``lr`` at ``total_steps``. ``head_lr``: the
+    rate of a scalar head, in place of ``lr``.
 
     Raises:
         ValueError: naming the flag, when the model or the plugin cannot do what ``options`` ask.
@@ -66,7 +68,7 @@ def boost(
     if options.packing and packing is None:
         check_packs(model, options)
     plugin = make_plugin(options, custom_policy or scalar_policy(model, options))
-    optimizer = _optimizer(model, options, lr, weight_decay)
+    optimizer = _optimizer(model, options, lr, weight_decay, head_lr)
     schedule = cosine_with_warmup(optimizer, total_steps, warmup_steps)
     booster = _booster(plugin, options)
     model, optimizer, _, _, schedule = booster.boost(model, optimizer, lr_scheduler=schedule)
@@ -161,8 +163,10 @@ def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
         model.config.use_cache = False
 
 
-def _optimizer(model: nn.Module, options: ParallelOptions, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(
+    model: nn.Module, options: ParallelOptions, lr: float, weight_decay: float, head_lr: float | None
+) -> torch.optim.Optimizer:
+    parameters = _groups(model, head_lr)
     keywords = {"lr": lr, "betas": BETAS, "weight_decay": weight_decay}
     if options.plugin in ("gemini", "gemini_auto") or (torch.cuda.is_available() and can_compile()):
         from colossalai.nn.optimizer import HybridAdam
@@ -172,6 +176,16 @@ def _optimizer(model: nn.Module, options: ParallelOptions, lr: float, weight_dec
         say_once("the optimiser is PyTorch's AdamW: ColossalAI's own needs nvcc, ninja and g++ to be compiled here.")
     fused = {"fused": True} if options.plugin not in ("zero2_cpu",) and not options.zero_cpu_offload else {}
     return partial(torch.optim.AdamW, **fused)(parameters, **keywords)
+
+
+def _groups(model: nn.Module, head_lr: float | None) -> list[Any]:
+    """What is trained; with ``head_lr`` the scalar head in a group of its own."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if head_lr is None:
+        return trained
+    head = {id(parameter) for parameter in model.score.parameters()}
+    mine = [parameter for parameter in trained if id(parameter) in head]
+    return [{"params": [p for p in trained if id(p) not in head]}, {"params": mine, "lr": head_lr}]
 
 
 def can_compile() -> bool:

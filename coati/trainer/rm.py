@@ -7,9 +7,10 @@ from torch import Tensor
 
 from coati.models.loss import centering, masked_sum, reward_loss
 from coati.parallel.engine import Engine
-from coati.parallel.step import Batch
+from coati.parallel.step import Batch, Step
 from coati.trainer.preference import PreferenceTrainer, in_order, sides
 from coati.trainer.signs import moments
+from coati.trainer.verdict import verdict
 
 
 class RewardModelTrainer(PreferenceTrainer):
@@ -40,6 +41,7 @@ class RewardModelTrainer(PreferenceTrainer):
     ) -> None:
         super().__init__(engine or Engine(booster, model, optimizer, lr_scheduler), max_epochs, **keywords)
         self.loss_fn, self.center_coef = reward_loss(loss_fn), center_coef
+        self.last_scores: tuple[Tensor, Tensor] | None = None  # of the last evaluation's pairs: chosen, rejected
 
     def prepare(self, batch: Batch) -> Batch:
         rows = super().prepare(batch)
@@ -62,3 +64,12 @@ class RewardModelTrainer(PreferenceTrainer):
             **moments(outputs[batch["counted"]], lengths),
         }
         return masked_sum(losses, counted), metrics
+
+    def evaluation_metrics(self, step: Step) -> dict[str, float]:
+        if step.metrics.get("reward_chosen"):
+            self.last_scores = tuple(torch.cat(step.metrics[f"reward_{side}"]) for side in ("chosen", "rejected"))
+        return super().evaluation_metrics(step)
+
+    def verdict(self) -> list[str]:
+        """:func:`~coati.trainer.verdict.verdict` of the last evaluation; empty without one."""
+        return [] if self.last_scores is None else verdict(*self.last_scores)

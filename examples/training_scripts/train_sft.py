@@ -9,7 +9,7 @@ from coati.cli.arguments import parse_sft
 def main(args: Namespace) -> None:
     from coati.cli import build, data, finish, restart, samples
     from coati.dataset import DataCollatorForSupervisedDataset
-    from coati.trainer import Plan, SFTTrainer
+    from coati.trainer import SFTTrainer
 
     options = build.start(args)
     resume = restart.find_resume(args)
@@ -35,9 +35,7 @@ def main(args: Namespace) -> None:
         max_epochs=args.max_epochs,
         accumulation_steps=args.accumulation_steps,
         apply_loss_mask=not args.disable_loss_mask,
-        plan=Plan(
-            args.save_dir, args.save_interval, args.keep_last_k, args.eval_interval, args.log_interval, args.max_steps
-        ),
+        plan=build.plan(args),
         state=state,
         assets=assets,
         samples=samples.table_of(evaluation, tokenizer, template, options),

@@ -51,6 +51,15 @@ def _is_plain(row: Any) -> bool:
     return isinstance(row, str) or read.first_question(row) is not None
 
 
+def _is_asked_pair(row: Any) -> bool:
+    return _has(*_PAIR)(row) and read.first_question(row) not in (None, "text")
+
+
+def _is_talk(row: Any) -> bool:
+    # With two answers after it, it is the context of a preference.
+    return _has(_TALK)(row) and not _has(*_PAIR)(row)
+
+
 def _is_unjudged_round(row: Any) -> bool:
     # With a label the answer may be a bad one, which supervised training must not learn.
     return _has("prompt", "completion")(row) and row.get("label") is None
@@ -66,13 +75,16 @@ def _spoken(key: str, name: str) -> Callable[[Any], bool]:
     return matches
 
 
-PAIR, JUDGED, CHAT, ASKED = ("preference", "prompt"), ("kto", "prompt"), ("sft", "prompt"), ("prompt",)
 _PAIR, _JUDGED, _ROUND = ("chosen", "rejected"), ("prompt", "completion", "label"), ("prompt", "completion")
+PAIR, JUDGED, CHAT, ASKED = ("preference", "prompt"), ("kto", "prompt"), ("sft", "prompt"), ("prompt",)
+_TALK = "conversations"
 _RM_STATIC = _has("response", prompt=str, chosen=str, rejected=str)
 SHAPES: tuple[Shape, ...] = (
-    Shape("preference", PAIR, ("context", *_PAIR), _has("context", *_PAIR), read.context_pair),
+    Shape("preference", PAIR, ("context", *_PAIR), _has("context", *_PAIR), read.context_pair("context")),
+    Shape("sharegpt", PAIR, (_TALK, *_PAIR), _has(_TALK, *_PAIR), read.context_pair(_TALK)),
+    Shape("alpaca", PAIR, ("instruction", *_PAIR), _has("instruction", *_PAIR), read.instruction_pair),
     Shape("rm_static", PAIR, ("prompt", "response", *_PAIR), _RM_STATIC, read.prompt_pair),
-    Shape("trl", PAIR, ("prompt", *_PAIR), _has("prompt", *_PAIR), read.prompt_pair),
+    Shape("trl", PAIR, ("prompt", *_PAIR), _is_asked_pair, read.prompt_pair),
     Shape("trl", PAIR, _PAIR, _has(chosen=list, rejected=list), read.whole_pair),
     Shape("hh_rlhf", PAIR, _PAIR, _has(*_PAIR), read.whole_pair),
     Shape("kto", JUDGED, _JUDGED, _has("prompt", "label", completion=dict), read.judged),
@@ -81,7 +93,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape("openai", CHAT, ("messages",), _spoken("messages", "role"), read.listed("messages")),
     Shape("messages", CHAT, ("messages",), _has("messages"), read.listed("messages")),
     Shape("message_list", CHAT, (), is_message_list, read.message_rows),
-    Shape("sharegpt", CHAT, ("conversations",), _has("conversations"), read.listed("conversations")),
+    Shape("sharegpt", CHAT, (_TALK,), _is_talk, read.listed(_TALK)),
     Shape("alpaca", CHAT, ("instruction", "output"), _has("instruction", "output"), read.alpaca),
     Shape("alpaca", ASKED, ("instruction",), _has("instruction"), read.alpaca),
     Shape("source_target", ("sft",), ("source", "Target"), _is_source_target, read.source_target),

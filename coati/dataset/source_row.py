@@ -57,19 +57,26 @@ def _answer_messages(found: Any, key: str) -> Messages:
     return [message(found, key)] if isinstance(found, dict) else message_list(found, key)
 
 
-def context_pair(row: dict) -> SourceRow:
-    return SourceRow(
-        messages=message_list(row["context"], "context"),
-        chosen=_answer_messages(row["chosen"], "chosen"),
-        rejected=_answer_messages(row["rejected"], "rejected"),
-    )
+def context_pair(key: str) -> Callable[[dict], SourceRow]:
+    """The list of messages under ``key`` and its two answers."""
+    return lambda row: SourceRow(messages=message_list(row[key], key), **_two_answers(row))
+
+
+def _two_answers(row: dict) -> dict[str, Messages]:
+    return {key: _answer_messages(row[key], key) for key in ("chosen", "rejected")}
 
 
 def prompt_pair(row: dict) -> SourceRow:
-    chosen, rejected = (_answer_messages(row[key], key) for key in ("chosen", "rejected"))
-    if chosen and chosen[0]["role"] != "assistant":
-        return _split_pair(chosen, rejected)  # whole conversations beside the prompt they begin with
-    return SourceRow(messages=_prompt_messages(row["prompt"]), chosen=chosen, rejected=rejected)
+    if isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
+        return whole_pair(row)
+    pair = _two_answers(row)
+    if pair["chosen"] and pair["chosen"][0]["role"] != "assistant":
+        return _split_pair(**pair)  # whole conversations beside the prompt they begin with
+    return SourceRow(messages=_prompt_messages(row[first_question(row)]), **pair)
+
+
+def instruction_pair(row: dict) -> SourceRow:
+    return SourceRow(messages=alpaca({**row, "output": None}).messages, **_two_answers(row))
 
 
 def whole_pair(row: dict) -> SourceRow:

@@ -81,6 +81,20 @@ PREFERENCE = [
     ),
     ("hh_rlhf", {"chosen": f"{HH} a2", "rejected": f"{HH} no"}, CHAT[:3], WELL, BADLY),
     (
+        "sharegpt",
+        {
+            "conversations": spelt(CHAT[:3], "from", "value", user="human", assistant="gpt"),
+            "chosen": {"from": "gpt", "value": "a2"}, "rejected": {"from": "gpt", "value": "no"},
+        },
+        CHAT[:3], WELL, BADLY,
+    ),
+    ("alpaca", {"instruction": "q", "input": "1", "chosen": "a2", "rejected": "no"}, turns("q\n\n1"), WELL, BADLY),
+    (
+        "trl", {"system": "Be brief.", "question": "q1", "chosen": "a2", "rejected": "no"},
+        [SYSTEM, CHAT[0]], WELL, BADLY,
+    ),
+    ("trl", {"prompt": HH, "chosen": f"{HH} a2", "rejected": f"{HH} no"}, CHAT[:3], WELL, BADLY),
+    (
         "hh_rlhf",  # what differs begins with a turn of the assistant
         {"chosen": "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: more\n\nAssistant: a2", "rejected": f"{HH} no"},
         CHAT[:1], turns("a1", "more", "a2", first="assistant"), turns("a1", "q2", "no", first="assistant"),
@@ -177,6 +191,7 @@ TOOL = {"role": "tool", "content": "4"}
     ("type", "row", "reason", "said"),
     [
         ("sft", PAIR, "wrong_type", "rejected: preference rows, for --type preference or prompt, not sft"),
+        ("sft", {"conversations": CHAT, **PAIR, "context": None}, "wrong_type", "sharegpt rows, for --type preference"),
         ("sft", JUDGED, "wrong_type", "trl rows, for --type kto or prompt, not sft"),
         ("sft", {"instruction": "q"}, "wrong_type", "for which they need instruction, output"),
         ("sft", "a line", "wrong_type", "found a text: plain rows, for --type prompt, not sft"),

@@ -1,5 +1,6 @@
 """A dialogue: its history, the room it takes, how it is broken off."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,19 @@ def test_answers_and_history(tokenizer):
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhow are you?<|im_end|>\n"
         "<|im_start|>assistant\nfine 😀<|im_end|>\n<|im_start|>user\nreally?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_a_template_that_drops_old_thoughts(tokenizer):
+    rewriting = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{{ m.content if loop.last else "
+        "m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = rewriting
+    chat = session(tokenizer, ["<think>add</think>2", "4"])
+    assert "".join(chat.ask("1+1?")) == "<think>add</think>2" and "".join(chat.ask("2+2?")) == "4"
+    assert "add" not in chat.model.prompts[1] and "assistant\n2<|im_end|>" in chat.model.prompts[1]
 
 
 def test_a_new_dialogue_knows_nothing_of_the_old_one_but_the_system_message(tokenizer):

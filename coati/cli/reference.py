@@ -1,7 +1,7 @@
 """Writes what the code itself can say into docs/, so that the pages cannot differ from it.
 
 docs/flags.md is written whole, from the parsers; the plugin tables of docs/plugins.md, from PLUGINS and the checks; the
-tree of docs/architecture.md, from the modules' first sentences.
+tree of docs/architecture.md, from the modules' first sentences; the reasons of docs/data.md, from reasons.py.
 
 python -m coati.cli.reference            write them
 python -m coati.cli.reference --check    exit with code 1 when one of them is not current
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from coati.cli.legacy import DROPPED, RENAMED, STRATEGIES
 from coati.cli.parser import Parser
+from coati.dataset.reasons import CLEANING_REASONS, MALFORMED_REASONS, REASONS
 from coati.parallel.plugins import PLUGINS, PRECISIONS, ParallelOptions, check_options, resolve_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -140,7 +141,27 @@ def _first_sentence(module: Path) -> str:
     return re.sub(r":\w+:`(\w+)`", r"\1", sentence).replace("``", "")
 
 
-PARTS = {"plugins.md": {"plugins": plugin_tables, "strategies": strategy_table}, "architecture.md": {"tree": tree}}
+def reason_tables() -> str:
+    """Why a preparation leaves rows out, by who has to do something about it."""
+    others = MALFORMED_REASONS | CLEANING_REASONS
+    unfit = {reason: meaning for reason, meaning in REASONS.items() if reason not in others}
+    groups = {
+        "Malformed: the file is to be mended": MALFORMED_REASONS,
+        "Unfit: `--max_length`, the template or the row itself is in the way": unfit,
+        "Cleaned: left out because a flag asked for it": CLEANING_REASONS,
+    }
+    lines = []
+    for title, reasons in groups.items():
+        lines += [f"{title}.", "", "| reason | what it means |", "| --- | --- |"]
+        lines += [*(f"| `{reason}` | {meaning} |" for reason, meaning in reasons.items()), ""]
+    return "\n".join(lines[:-1])
+
+
+PARTS = {
+    "plugins.md": {"plugins": plugin_tables, "strategies": strategy_table},
+    "architecture.md": {"tree": tree},
+    "data.md": {"reasons": reason_tables},
+}
 
 
 def pages() -> dict[Path, str]:

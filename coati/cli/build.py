@@ -3,7 +3,7 @@ this."""
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,10 @@ def loaders(
 
 def plan(args: Namespace) -> Plan:
     """When the run logs, evaluates, saves and ends."""
-    return Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
+    return Plan(
+        args.save_dir, args.save_interval, args.keep_last_k, args.eval_interval, args.log_interval, args.max_steps,
+        args.metric_for_best,
+    )  # fmt: skip
 
 
 def assets(model: Any, tokenizer: Any, template: Conversation | None) -> ModelAssets:

@@ -31,7 +31,7 @@ def check_paths(args: Namespace) -> None:
     """Every named input must be there."""
     for flag in ("dataset", "eval_dataset"):
         for path in getattr(args, flag):
-            if not (Path(path).exists() or _may_be_hub_name(path)):
+            if not (Path(path).exists() or (flag == "dataset" and _may_be_hub_name(path))):
                 raise ValueError(f"--{flag} {path}: there is no such file or directory")
     for flag in ("lora_config", "plugin_args", "conversation_template_config"):
         path = getattr(args, flag)

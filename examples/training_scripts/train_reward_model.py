@@ -1,13 +1,21 @@
-"""The name train_rm.py had in the first generation; takes its flags too."""
+"""The name that train_rm.py had in the first generation; takes the flags of that time too."""
+
+from argparse import Namespace
 
 from coati.cli.preferences import parse_rm
 
-if __name__ == "__main__":
-    arguments = parse_rm()
-    from train_rm import main
 
-    from coati.cli.finish import guarded
+def main(args: Namespace) -> None:
+    from train_rm import main as train
+
     from coati.utils.notice import say
 
     say("train_reward_model.py is now train_rm.py")
-    guarded("train_rm.py", main, arguments)
+    train(args)
+
+
+if __name__ == "__main__":
+    arguments = parse_rm()
+    from coati.cli.finish import guarded
+
+    guarded("train_reward_model.py", main, arguments)

@@ -25,13 +25,13 @@ def write_model(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def short_lines(first: int, rows: int) -> str:
-    """``rows`` short conversations of the sample, from its ``first`` one on, as JSON lines."""
-    lines = [line for line in SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True) if len(line) < 500]
+def short_lines(first: int, rows: int, file: Path = SAMPLE) -> str:
+    """``rows`` short rows of a sample, from its ``first`` one on, as JSON lines."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if len(line) < 500]
     return "".join(lines[first : first + rows])
 
 
-def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH) -> str:
+def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH, type: str = "sft") -> str:
     """The arrow directory of the JSON lines ``text``."""
     from coati.dataset import setup_conversation_template
     from coati.dataset.prepare import prepare_dataset
@@ -46,6 +46,7 @@ def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH) -> str:
         tokenizer_name="tiny",
         template=setup_conversation_template(tokenizer, {}),
         arrow_dir=folder / "arrow",
+        type=type,
         max_length=max_length,
         num_bins=2,
         num_proc=1,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "training_scripts" / "train_sft.py"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "training_scripts"
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the script: its words, a fault, and where to put what :func:`copied` takes."""
+    """One run of a script: its words, a fault, and where to put what :func:`copied` takes."""
 
     words: list[str]
     fault: Fault | None = None
     copies: str | None = None
+    script: str = "train_sft.py"
 
 
 @dataclass
@@ -58,19 +59,19 @@ class Ended:
 
 
 def train(run: Run) -> Ended:
-    """``train_sft.py`` as its last lines run it, once."""
+    """A script as its last lines run it, once."""
     rows: list[list[int]] = []
     text, code, rank = io.StringIO(), 0, int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(text))
-        stack.enter_context(patch.object(sys, "argv", [str(SCRIPT), *run.words]))
+        stack.enter_context(patch.object(sys, "argv", [str(SCRIPTS / run.script), *run.words]))
         stack.enter_context(rows_seen(rows))
         if run.fault is not None and run.fault.rank == rank:
             stack.enter_context(struck_by(run.fault))
         if run.copies is not None:
             stack.enter_context(copied(run.words[run.words.index("--save_dir") + 1], Path(run.copies), rank))
         try:
-            run_script(run.words)
+            run_script(run.script, run.words)
         except SystemExit as stop:
             code = stop.code or 0
     print(text.getvalue(), file=sys.stderr)
@@ -83,15 +84,18 @@ def train_each(runs: dict[str, Run]) -> dict[str, Ended]:
         return {name: train(run) for name, run in runs.items()}
 
 
-def run_script(words: list[str]) -> None:
-    from coati.cli.arguments import parse_sft
+def run_script(name: str, words: list[str]) -> None:
     from coati.cli.finish import guarded
 
-    guarded("train_sft.py", script().main, parse_sft(words))
+    module = script(name)
+    parse = next(value for key, value in vars(module).items() if key.startswith("parse_"))
+    guarded(name, module.main, parse(words))
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("train_sft", SCRIPT)
+def script(name: str) -> Any:
+    if str(SCRIPTS) not in sys.path:  # as it is where a script is run by its name
+        sys.path.insert(0, str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), SCRIPTS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -183,7 +183,10 @@ def _add_extras(found: SourceRow, row: dict) -> None:
             raise RowError("bad_gt_answer", f"gt_answer is {given['gt_answer']!r:.60}")
         found.gt_answer = str(given["gt_answer"])
     elif "test_cases" in given:
-        found.gt_answer = json.dumps(given["test_cases"], ensure_ascii=False)
+        try:
+            found.gt_answer = json.dumps(given["test_cases"], ensure_ascii=False)
+        except TypeError as error:  # dates or bytes out of a parquet file
+            raise RowError("bad_gt_answer", f"test_cases: {error}") from error
     if "margin" in given:
         try:
             found.margin = float(row["margin"])

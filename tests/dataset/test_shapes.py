@@ -240,6 +240,7 @@ TOOL = {"role": "tool", "content": "4"}
         ("preference", {**PAIR, "margin": float("nan")}, "bad_margin", "nan"),
         ("prompt", {"prompt": " "}, "no_question", "message 0, the last of the user, is blank"),
         ("prompt", {"prompt": "q", "gt_answer": ["7"]}, "bad_gt_answer", "['7']"),
+        ("prompt", {"prompt": "q", "test_cases": [b"7"]}, "bad_gt_answer", "bytes is not JSON serializable"),
         ("kto", {**JUDGED, "label": "maybe"}, "bad_label", "'maybe'"),
         ("kto", {**JUDGED, "label": 2}, "bad_label", "2"),
         ("kto", {**JUDGED, "label": 0.5}, "bad_label", "0.5"),

@@ -178,7 +178,8 @@ class Conversation:
     def encode_prompt(self, messages: list[dict[str, str]]) -> Encoded:
         """What generation is given for ``messages``, which end with the user: no spans. Raises RowError."""
         shown, key = self.encoder.hide(self._with_system(messages))
-        return self._encode(self.render(shown, add_generation_prompt=True), [], key, None)
+        text = self.render(shown, add_generation_prompt=True)
+        return self._encode(text, [], key, None, self._answers_in(text, shown))
 
     def encode_answer(self, messages: list[dict[str, str]], max_length: int | None = None) -> Encoded:
         """``messages`` with the last answer alone supervised, and nothing after it; never cut.
@@ -187,7 +188,8 @@ class Conversation:
         """
         shown, key = self.encoder.hide(self._with_system(messages))
         text = self.render(shown)
-        encoded = self._encode(text, [self._span(text, shown, len(shown) - 1)], key, max_length)
+        earlier = self._answers_in(text, shown[:-1])
+        encoded = self._encode(text, [self._span(text, shown, len(shown) - 1)], key, max_length, earlier)
         return Encoded(encoded.input_ids[: encoded.spans[0][1]], encoded.text, encoded.spans)
 
     def encode_text(self, text: str) -> tuple[list[int], int]:
@@ -218,8 +220,16 @@ class Conversation:
                 break
         return rows
 
-    def _encode(self, text: str, spans: list[Span], key: str | None, max_length: int | None) -> Encoded:
-        text, ids, ranges = self.encoder.encode(text, spans, key)
+    def _answers_in(self, text: str, messages: list[dict[str, str]]) -> list[Span]:
+        """Answers that are not trained in ``text``, yet tokenised as where they are; none of a template that rewrites
+        them."""
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        return [] if self.rewrites else [self._span(text, messages, k) for k in turns]
+
+    def _encode(
+        self, text: str, spans: list[Span], key: str | None, max_length: int | None, others: list[Span] | None = None
+    ) -> Encoded:
+        text, ids, ranges = self.encoder.encode(text, spans, key, others or [])
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, ranges = [self._bos, *ids], [(start + 1, end + 1) for start, end in ranges]
         encoded = Encoded(ids, text, ranges)

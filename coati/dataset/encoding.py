@@ -7,6 +7,7 @@ encoded as ordinary text afterwards: nobody can end a turn by typing its marker.
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -29,6 +30,7 @@ class TextEncoder:
     def __init__(self, tokenizer, end_of_assistant: str = ""):
         self.tokenizer = tokenizer
         self.controls = {i: tokenizer.convert_ids_to_tokens(i) for i in special_ids(tokenizer)}
+        self.end_of_assistant = end_of_assistant
         texts = {*self.controls.values(), end_of_assistant}
         self.markers = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)")
@@ -50,11 +52,15 @@ class TextEncoder:
 
         return [{**m, "content": self._pattern.sub(placeholder, m["content"])} for m in messages], key
 
-    def encode(self, text: str, spans: list[Span], key: str | None = None) -> tuple[str, list[int], list[Span]]:
+    def encode(
+        self, text: str, spans: list[Span], key: str | None = None, others: Sequence[Span] = ()
+    ) -> tuple[str, list[int], list[Span]]:
         """``(final text, input_ids, token range of each span)``.
 
-        A token belongs to a span when it shares a character with it. ``spans`` count characters of ``text``, in which
-        :meth:`hide`'s placeholders may stand.
+        No token reaches over the beginning or the end of a span, nor over the beginning of the end marker in it: so a
+        prompt has the ids that a row with its answer begins with, and an answer ends with the ids that generation
+        stops at. ``spans`` count characters of ``text``, in which :meth:`hide`'s placeholders may stand; ``others`` are
+        answers too, whose tokens are not asked for.
         """
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)
@@ -63,9 +69,53 @@ class TextEncoder:
         if key is not None:
             tokens = self._reveal_sections(text, list(zip(ids, offsets, strict=True)), key)
             ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
-            spans = [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in spans]
+            spans, others = (
+                [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in some] for some in (spans, others)
+            )
             text = self._reveal(text, key)
+        if crossed := self._crossed(offsets, [*spans, *others]):
+            tokens = self._cut(text, list(zip(ids, offsets, strict=True)), crossed)
+            ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
         return text, ids, self._token_ranges(offsets, spans)
+
+    def _crossed(self, offsets: list[Span], spans: list[Span]) -> list[int]:
+        """Borders of spans and end markers that lie inside a token."""
+        borders = {border for s, e in spans for border in (s, max(s, e - len(self.end_of_assistant)), e)}
+        crossed = []
+        for border in sorted(borders):
+            before = bisect_left(offsets, border, key=itemgetter(0)) - 1  # the last token that begins before it
+            if before >= 0 and offsets[before][1] > border:
+                crossed.append(border)
+        return crossed
+
+    def _cut(self, text: str, tokens: list, borders: list[int]) -> list:
+        """``tokens`` with each stretch between control tokens that a border crosses encoded in pieces."""
+        cut, end = [], 0
+        for special, run in self._runs(text, tokens):
+            start, end = run[0][1][0] if special else end, run[-1][1][1]
+            inside = [border for border in borders if start < border < end]
+            if not inside:
+                cut += run
+                continue
+            edges = [*inside, end]
+            if special:  # a control token that takes in white space around it gives back what is not before the border
+                cut += [*run[:-1], (run[-1][0], (run[-1][1][0], inside[0]))]
+            else:
+                cut += self._encode_piece(text, start, edges[0], inside=False)
+            for piece_start, piece_end in zip(edges, edges[1:], strict=False):
+                cut += self._encode_piece(text, piece_start, piece_end, inside=True)
+        return cut
+
+    def _encode_piece(self, text: str, start: int, end: int, inside: bool) -> list:
+        backend = self._backend(as_text=True, at_start=start == 0, inside=inside)
+        encoded = backend.encode(text[start:end], add_special_tokens=False)
+        return [(i, (s + start, e + start)) for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)]
+
+    def _runs(self, text: str, tokens: list) -> Iterator[tuple[bool, list]]:
+        """Control tokens and the stretches between them, in turn."""
+        # An unknown character has a special id too, but another text.
+        for special, run in groupby(tokens, key=lambda t: self.controls.get(t[0]) == text[t[1][0] : t[1][1]].strip()):
+            yield special, list(run)
 
     @staticmethod
     def _token_ranges(offsets: list[Span], spans: list[Span]) -> list[Span]:
@@ -87,9 +137,7 @@ class TextEncoder:
     def _reveal_sections(self, text: str, tokens: list, key: str) -> list:
         """Encode again, as plain text, each stretch between control tokens that holds a placeholder."""
         revealed, end = [], 0
-        # An unknown character has a special id too, but another text.
-        for special, group in groupby(tokens, key=lambda t: self.controls.get(t[0]) == text[t[1][0] : t[1][1]].strip()):
-            run = list(group)
+        for special, run in self._runs(text, tokens):
             start, end = run[0][1][0] if special else end, run[-1][1][1]
             moved = self._shift(text, start, key)
             if special or key not in text[start:end]:
@@ -106,9 +154,12 @@ class TextEncoder:
     def _backends(self) -> dict:
         return {}
 
-    def _backend(self, as_text: bool, at_start: bool = True):
-        """A private copy of the Rust tokenizer: exact offsets, no padding or truncation set by other callers."""
-        if (as_text, at_start) not in self._backends:
+    def _backend(self, as_text: bool, at_start: bool = True, inside: bool = False):
+        """A private copy of the Rust tokenizer: exact offsets, no padding or truncation set by other callers.
+
+        ``inside``: for text in the middle of a stretch, where no word-start mark is put.
+        """
+        if (as_text, at_start, inside) not in self._backends:
             from tokenizers import Tokenizer
 
             layout = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -118,10 +169,14 @@ class TextEncoder:
             if not at_start and '"first"' in json.dumps(layout["pre_tokenizer"]):
                 # "first" adds the word-start mark at the beginning of the text only, and this piece is not there.
                 _set_everywhere(layout["pre_tokenizer"], "prepend_scheme", "never")
+            if inside:
+                _set_everywhere(layout["pre_tokenizer"], "prepend_scheme", "never")
+                _set_everywhere(layout["pre_tokenizer"], "add_prefix_space", False)
+                layout["normalizer"] = _without_prepend(layout["normalizer"])
             copy = Tokenizer.from_str(json.dumps(layout))
             copy.encode_special_tokens = as_text
-            self._backends[as_text, at_start] = copy
-        return self._backends[as_text, at_start]
+            self._backends[as_text, at_start, inside] = copy
+        return self._backends[as_text, at_start, inside]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids`` with control tokens, untouched by clean-up of spaces."""
@@ -145,6 +200,14 @@ class TextEncoder:
         part = self.tokenizer.encode(text, add_special_tokens=False)
         same = next((n for n, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
         return same, int(same < len(part))
+
+
+def _without_prepend(normalizer: dict | None) -> dict | None:
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] != "Sequence":
+        return normalizer
+    return normalizer | {"normalizers": [one for one in normalizer["normalizers"] if one["type"] != "Prepend"]}
 
 
 def _set_everywhere(node, name: str, value) -> None:

@@ -31,13 +31,27 @@ FAMILIES = {
 }
 
 
-def byte_level(specials=(), names=None, template=None):
-    """A byte-level BPE tokenizer whose only control tokens are ``specials`` and the values of ``names``."""
+# Tokens that reach over the border between a header, an answer and a marker wherever both sides allow it.
+SPACE, NEWLINE = "Ġ", "Ċ"
+WIDE = [
+    (NEWLINE, NEWLINE), (NEWLINE * 2, NEWLINE), (SPACE, SPACE), (NEWLINE, SPACE), (":", SPACE), ("]", SPACE),
+    (">", NEWLINE), (">", SPACE), *((left, right) for left in (NEWLINE, SPACE, ":") for right in "uahbdef<["),
+    *((letter, "<") for letter in "aeot."), *((letter, NEWLINE) for letter in "aeot"),
+]  # fmt: skip
+
+
+def byte_level(specials=(), names=None, template=None, merges=()):
+    """A byte-level BPE tokenizer whose only control tokens are ``specials`` and the values of ``names``.
+
+    With ``merges`` no pre-tokenizer keeps words apart.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merges = list(dict.fromkeys(merges))
+    wide = {left + right: 256 + index for index, (left, right) in enumerate(merges)}
+    core = Tokenizer(models.BPE(vocab=_byte_vocabulary() | wide, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **(names or {}))
     tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
@@ -52,9 +66,9 @@ def _byte_vocabulary() -> dict[str, int]:
     return {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
-def family_tokenizer(name: str):
+def family_tokenizer(name: str, merges=()):
     specials, names = FAMILIES[name]
-    return byte_level(specials, names)
+    return byte_level(specials, names, merges=merges)
 
 
 def chatml_tokenizer(template=None):

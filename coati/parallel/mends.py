@@ -235,6 +235,38 @@ def _groups_die_with_the_plugin() -> bool:
     return "destroy_mesh_process_groups" in inspect.getsource(HybridParallelPlugin.__del__)
 
 
+def infer_before_the_first_step() -> None:
+    """zero/gemini/gemini_ddp.py:278: placement "auto" refuses a forward without gradient before the first iteration.
+
+    That iteration records in which order chunks are needed; what an inference recorded before it is removed again.
+    """
+    from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+
+    original = GeminiDDP.forward
+
+    @wraps(original)
+    def forward(self, *args, **kwargs):
+        manager = self.gemini_manager
+        if torch.is_grad_enabled() or not (manager.need_warmup and manager.is_warmup()):
+            return original(self, *args, **kwargs)
+        policy, known = manager.policy_name, len(manager._compute_list)
+        manager.policy_name = "static"  # asked for in the assertion alone
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            manager.policy_name = policy
+            del manager._compute_list[known:]
+            manager._get_layout_info.cache_clear()
+
+    GeminiDDP.forward = forward
+
+
+def _inference_waits_for_training() -> bool:
+    from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+
+    return not hasattr(GeminiDDP.forward, "__wrapped__") and "warmup" in inspect.getsource(GeminiDDP.forward)
+
+
 MENDS = (
     Patch("ring gather", "shardformer/layer/_operation.py:470", gather_what_was_received, _ring_keeps_what_it_sent),
     Patch(
@@ -254,6 +286,9 @@ MENDS = (
     Patch(
         "groups of a collected plugin", "booster/plugin/hybrid_parallel_plugin.py:1256",
         keep_groups_until_the_end, _groups_die_with_the_plugin,
+    ),
+    Patch(
+        "gemini inference", "zero/gemini/gemini_ddp.py:278", infer_before_the_first_step, _inference_waits_for_training
     ),
     Patch("p2p backend", "pipeline/p2p.py:159", send_over_any_backend, _p2p_asks_for_hccl),
 )  # fmt: skip

@@ -12,6 +12,7 @@ The two take turns on the same input file; the ratio of each turn is reported, a
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -95,6 +96,12 @@ def by_us(type: str, data: Path, folder: Path, template, max_length: int) -> int
     return report["rows_written"]
 
 
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def write_rows(type: str, rows: int, path: Path) -> None:
     """``rows`` sample rows, each told apart from its repetitions by a number in its text."""
     lines = [json.loads(line) for line in open(EXAMPLES / f"{type}.jsonl", encoding="utf-8")]
@@ -111,6 +118,7 @@ def measure(type: str, args: argparse.Namespace, tokenizer, template) -> dict:
     """Both ways in turns, each beginning every other turn."""
     ways = {"map": partial(by_map, tokenizer=tokenizer), "coati": partial(by_us, template=template)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     written = {}
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "rows.jsonl"
@@ -118,15 +126,18 @@ def measure(type: str, args: argparse.Namespace, tokenizer, template) -> dict:
         for turn in range(args.turns):
             for way in list(ways)[:: 1 if turn % 2 else -1]:
                 folder = Path(name) / f"{way}{turn}"
-                start = time.perf_counter()
+                start, used = time.perf_counter(), cpu_seconds()
                 written[way] = ways[way](type, data, folder, max_length=args.max_length)
                 seconds[way].append(time.perf_counter() - start)
+                cpu[way].append(cpu_seconds() - used)
     ratios = [theirs / ours for theirs, ours in zip(seconds["map"], seconds["coati"], strict=True)]
+    cpu_ratios = [theirs / ours for theirs, ours in zip(cpu["map"], cpu["coati"], strict=True)]
     return {
         "rows": args.rows, "rows_written": written["coati"], "rows_written_by_map": written["map"],
         "rows_per_second": round(args.rows / statistics.median(seconds["coati"]), 1),
         "rows_per_second_of_map": round(args.rows / statistics.median(seconds["map"]), 1),
         "ratio_of_each_turn": [round(ratio, 2) for ratio in ratios], "ratio": round(statistics.median(ratios), 2),
+        "ratio_of_cpu_seconds": round(statistics.median(cpu_ratios), 2),
     }  # fmt: skip
 
 
@@ -143,7 +154,8 @@ def main(args: argparse.Namespace) -> None:
         results["types"][type] = found = measure(type, args, tokenizer, template)
         print(
             f"{type}: {found['rows_per_second']:.0f} rows/s, datasets.map {found['rows_per_second_of_map']:.0f}: "
-            f"{found['ratio']:.2f} times as fast (turns {found['ratio_of_each_turn']})",
+            f"{found['ratio']:.2f} times as fast (turns {found['ratio_of_each_turn']}; "
+            f"processor time: {found['ratio_of_cpu_seconds']:.2f})",
             flush=True,
         )
     if args.output:

@@ -56,7 +56,7 @@ def decode(row: Any) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        found = json.loads(row.decode("utf-8-sig").rstrip(), object_pairs_hook=_object)
+        found = _DECODER.decode(row.decode("utf-8-sig").rstrip())
         if _HALF_PAIR.search(row):
             json.dumps(found, ensure_ascii=False).encode("utf-8")
         return found
@@ -79,6 +79,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise RowError("bad_json", f"the key {twice!r} occurs twice in one object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for every row
 
 
 def _place(error: json.JSONDecodeError, row: bytes) -> str:

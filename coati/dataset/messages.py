@@ -47,9 +47,9 @@ def message(found: Any, where: str) -> dict[str, str]:
 def _refuse_tools(found: dict, role: Any, content: Any, where: str) -> None:
     if isinstance(role, str) and role.lower() in OTHER_ROLES:
         raise RowError("unsupported_role", f"{where} is from {role!r}; train on dialogues of user and assistant")
-    calls = next((name for name in ("tool_calls", "function_call") if found.get(name)), None)
-    if calls and not content:
-        raise RowError("unsupported_role", f"{where} has {calls} in place of text")
+    for calls in ("tool_calls", "function_call"):
+        if found.get(calls) and not content:
+            raise RowError("unsupported_role", f"{where} has {calls} in place of text")
 
 
 def text(value: Any, where: str) -> str:

@@ -24,6 +24,8 @@ from coati.dataset.sources import decode
 from coati.dataset.tally import Recorder, Tally
 from coati.dataset.tokenization import TOKENIZERS
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every row
+
 
 class Worker(Protocol):
     """What every process gets once; it is then given one chunk after the other."""
@@ -58,7 +60,7 @@ class Job:
                 continue
             recorder.keep(file, line, where, source, made)
             rows += [row for row, _ in made]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if self.jsonl else ""
+        text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
         return to_arrow(self.type, rows), text.encode("utf-8"), recorder.close()
 
 

@@ -3,7 +3,7 @@
 import inspect
 import shutil
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ def boost(
     packing = _lays_end_to_end(model, options)
     if options.packing and packing is None:
         check_packs(model, options)
-    plugin = make_plugin(options, custom_policy or scalar_policy(model, options))
+    check_scalar(model, options)
+    plugin = make_plugin(options, custom_policy)
     optimizer = _optimizer(model, options, lr, weight_decay, head_lr)
     schedule = cosine_with_warmup(optimizer, total_steps, warmup_steps)
     booster = _booster(plugin, options)
@@ -100,23 +101,21 @@ def check_packs(model: nn.Module, options: ParallelOptions) -> None:
         )
 
 
-def scalar_policy(model: nn.Module, options: ParallelOptions) -> Any:
-    """How to split a model with a scalar head: as its backbone, since ColossalAI does not know it
-    (shardformer/policies/auto_policy.py:276). None for other models, and where nothing is split.
-
-    Raises ValueError under a pipeline.
-    """
-    backbone = getattr(model, "backbone", None)
-    if backbone is None or not (options.plugin == "3d" or options.tp > 1):
-        return None
+def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
+    """Teach ColossalAI to split a model with a scalar head, which it does not know
+    (shardformer/policies/auto_policy.py:276): as its backbone. Raises ValueError under a pipeline."""
+    if getattr(model, "backbone", None) is None:
+        return
     if options.pp > 1:
         raise ValueError(
             f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be cut into pipeline stages; "
             "use --tp, or --plugin zero2 or gemini"
         )
-    from colossalai.shardformer.policies.auto_policy import get_autopolicy
+    from colossalai.shardformer.policies import auto_policy
 
-    return get_autopolicy(backbone)
+    original = auto_policy._fullname
+    if not hasattr(original, "__wrapped__"):
+        auto_policy._fullname = wraps(original)(lambda model: original(getattr(model, "backbone", model)))
 
 
 def make_plugin(options: ParallelOptions, custom_policy: Any = None):

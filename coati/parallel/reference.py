@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.models.varlen import Packing
-from coati.parallel.boost import make_plugin, prepare_colossalai, scalar_policy
+from coati.parallel.boost import check_scalar, make_plugin, prepare_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import prepare_family
 from coati.parallel.plugins import ParallelOptions, resolve_options
@@ -66,9 +66,10 @@ def freeze(model: nn.Module, options: ParallelOptions) -> Engine:
         return Engine(_Unboosted(), model, options=options, packing=packing)
     from colossalai.booster import Booster
 
+    check_scalar(model, options)
     if options.pp > 1:
         model.config.use_cache = False
     # Its parameters keep requires_grad, without which the plugin's own DDP refuses them.
-    booster = Booster(plugin=make_plugin(options, scalar_policy(model, options)))
+    booster = Booster(plugin=make_plugin(options))
     boosted, *_ = booster.boost(model)
     return Engine(booster, boosted, options=options)

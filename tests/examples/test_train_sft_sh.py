@@ -1,4 +1,4 @@
-"""The shell wrapper, run with stand-ins for the launcher and for nvidia-smi that record what they were called with."""
+"""The shell wrappers, run with stand-ins for the launcher and for nvidia-smi that record what they were called with."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coati.cli.arguments import parse_sft
+from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
 
 SCRIPTS = Path(__file__).parent.parent.parent / "examples" / "training_scripts"
 # Four GPUs; numbers 3 and 1 have the least memory in use.
@@ -28,14 +29,14 @@ def machine(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
-    def run(*words, launcher=("colossalai", "torchrun"), gpus=False, **variables):
+    def run(*words, launcher=("colossalai", "torchrun"), gpus=False, script="train_sft.sh", **variables):
         for name in launcher:
             install(name, f"#!/bin/sh\nprintf '%s\\n' \"CUDA=$CUDA_VISIBLE_DEVICES\" \"$@\" > {tmp_path}/called\n")
         if gpus:
             install("nvidia-smi", NVIDIA_SMI)
         environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), **variables}
         done = subprocess.run(
-            ["bash", str(SCRIPTS / "train_sft.sh"), *words],
+            ["bash", str(SCRIPTS / script), *words],
             capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60,
         )  # fmt: skip
         called = tmp_path / "called"
@@ -62,6 +63,29 @@ def test_without_gpus_one_process_trains_with_flags_that_the_parser_accepts(mach
     assert args.dataset == [f"{tmp_path}/arrow/part-00000", f"{tmp_path}/arrow/part-00001"]
     assert (args.max_steps, args.lr, args.tokenizer_dir, args.plugin) == (3, 1e-4, "m", "zero2")
     assert args.save_dir.startswith("output/sft-20")
+
+
+# The published hyper-parameters of each stage.
+STAGES = {
+    "rm": (parse_rm, {"batch_size": 8, "lr": 5e-6, "max_epochs": 3, "weight_decay": 0.01, "warmup_steps": 40}),
+    "dpo": (parse_dpo, {"batch_size": 16, "accumulation_steps": 2, "lr": 1e-6, "beta": 0.1, "max_length": 4096}),
+    "orpo": (parse_orpo, {"batch_size": 16, "lr": 8e-6, "lam": 0.5, "max_length": 1024, "max_epochs": 3}),
+    "kto": (parse_kto, {"batch_size": 8, "lr": 1e-5, "auto_weight": True, "max_length": 1024}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_other_stages_start_with_flags_that_their_parsers_accept(machine, tmp_path, stage):
+    parse, published = STAGES[stage]
+    for name in ("train", "held"):
+        (tmp_path / name).mkdir()
+    data = {"DATASET": str(tmp_path / "train"), "EVAL_DATASET": str(tmp_path / "held")}
+    done, called = machine("--max_steps", "3", script=f"train_{stage}.sh", PRETRAINED_MODEL_PATH="m", **data)
+    assert done.returncode == 0, done.stderr
+    assert called[6].endswith(f"train_{stage}.py")
+    args = parse(called[7:])
+    assert {name: getattr(args, name) for name in published} == published
+    assert args.eval_dataset == [data["EVAL_DATASET"]] and args.save_dir.startswith(f"output/{stage}-20")
 
 
 @pytest.mark.parametrize("processes, chosen", [("2", "CUDA=3,1"), (None, "CUDA=3,1,2,0")])

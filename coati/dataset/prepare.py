@@ -176,6 +176,7 @@ class Preparation:
             **self.told,
             template=describe_template(self.template),
             cleaning=self.cleaning.named(),
+            part="evaluation" if evaluation else "training",
         )
         check_result(report, f"the {'evaluation' if evaluation else 'training'} split, from {_names(from_files.paths)}")
         return report

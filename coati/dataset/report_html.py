@@ -80,6 +80,7 @@ def page(report: dict[str, Any]) -> str:
     return _template().render(
         report=report,
         kind=KINDS[report["type"]],
+        evaluation=report.get("part") == "evaluation",
         tiles=_tiles(report),
         fate=fate,
         styles=styles,

@@ -11,20 +11,15 @@ def main(args: Namespace) -> None:
     from coati.dataset.conversation import setup_conversation_template
     from coati.dataset.prepare import check_outputs, prepare_dataset
     from coati.dataset.sources import find_files
-    from coati.dataset.template_check import render_masked_probe
     from coati.models.utils import load_tokenizer
 
-    if not args.check_template:
-        # Before anything is loaded: what can be refused for its name alone.
-        find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
-        check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
+    # Before anything is loaded: what can be refused for its name alone.
+    find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
+    check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     template = setup_conversation_template(
         tokenizer, args.conversation_template_config, template_mode=args.template_mode
     )
-    if args.check_template:
-        print(render_masked_probe(template, colour=sys.stdout.isatty()))
-        return
     prepare_dataset(
         type=args.type,
         format=args.format,
@@ -47,6 +42,7 @@ def main(args: Namespace) -> None:
         eval_inputs=args.eval_input_dirs,
         cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
     )
+    print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
     evaluation = f" --eval_dataset {args.data_arrow_output_dir}/eval" if args.eval_ratio or args.eval_input_dirs else ""
     print(
         f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset {args.data_arrow_output_dir}"
@@ -54,10 +50,23 @@ def main(args: Namespace) -> None:
     )
 
 
+def check(args: Namespace) -> None:
+    """Print all that there is to say about the template; exit code 1 where training on it would be wrong."""
+    from coati.dataset.template_lint import check_template
+    from coati.models.utils import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
+    colour = sys.stdout.isatty()
+    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, colour)
+    print(report.lines())
+    if report.errors:
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     arguments = parse_prepare()
     try:
-        main(arguments)
+        check(arguments) if arguments.check_template else main(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"prepare_dataset.py: error: {error}")
     except KeyboardInterrupt:

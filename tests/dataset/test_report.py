@@ -252,6 +252,7 @@ def test_evaluation_rows_have_a_page_of_their_own(tmp_path):
     report = prepared(tmp_path, [ROWS["sft"](i) for i in range(100)], eval_ratio=0.2)
     below = json.loads((tmp_path / "jsonl" / "eval" / "report.json").read_text())
     assert below["rows_kept"] == report["evaluation"]["rows_kept"] > 0 and "evaluation" not in below
+    assert "(sft), kept for evaluation</h1>" in page(below) and "(sft)</h1>" in page(report)
     assert f"of {below['rows_read']} rows read" in " ".join("".join(Tags(page(report)).text).split())
     assert (tmp_path / "arrow" / "eval" / "report.html").read_text() == page(below)
 

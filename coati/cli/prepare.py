@@ -28,7 +28,7 @@ def prepare_parser() -> Parser:
         usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL [flags]",
         description="Raw rows to the tokenised shards that training reads, and a report of every row's fate.",
     )
-    parser.add_argument("--type", required=True, choices=READERS, help="what the rows are for (required)")
+    parser.add_argument("--type", choices=READERS, help="what the rows are for (required)")
     parser.add_argument(
         "--data_input_dirs",
         nargs="+",
@@ -66,7 +66,12 @@ def _add_template_flags(parser: Parser) -> None:
         default=TEMPLATE_MODES[0],
         help="a template that rewrites earlier assistant turns: make one row per turn, or refuse it",
     )
-    add_switch(parser, "--check_template", help="show what the template makes of a probe dialogue, and stop there")
+    add_switch(
+        parser,
+        "--check_template",
+        help="print a probe dialogue as the template renders it, its supervised part marked, and all that is wrong "
+        "with it; exit code 1 where training would be wrong; needs --tokenizer_dir alone",
+    )
 
 
 def _add_output_flags(parser: Parser) -> None:
@@ -154,7 +159,11 @@ def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     for name in ("data_input_dirs", "eval_input_dirs", "benchmark_files"):
         setattr(args, name, [path for word in getattr(args, name) for path in word.split(",") if path])
-    if not args.data_input_dirs and not args.check_template:
+    if args.check_template:
+        return args
+    if args.type is None:
+        parser.error(f"--type is required, what the rows are for: {', '.join(READERS)}")
+    if not args.data_input_dirs:
         parser.error("--data_input_dirs is required: the files or folders to read")
     if args.format not in (None, *FORMATS_OF[args.type]):
         types = " or ".join(type for type, formats in FORMATS_OF.items() if args.format in formats)

@@ -97,7 +97,7 @@ def _find_start(conversation, messages: list[dict], finished: tuple[str, str]) -
     )
 
 
-def _tails(finished: tuple[str, str]) -> list[str]:
+def tails(finished: tuple[str, str]) -> list[str]:
     """What follows an answer: at the end of a dialogue, in its middle, at the end again."""
     first, both = finished
     after = both.index(ANSWERS[0]) + len(ANSWERS[0])
@@ -109,7 +109,7 @@ def _tails(finished: tuple[str, str]) -> list[str]:
 
 
 def _derived_end(conversation, finished: tuple[str, str]) -> str | None:
-    common = commonprefix(_tails(finished))
+    common = commonprefix(tails(finished))
     controls = [marker for marker in conversation.encoder.markers if marker in common]
     return (
         min(controls, key=lambda marker: (common.index(marker), -len(marker))) if controls else common.strip() or None
@@ -129,7 +129,7 @@ def _find_end(conversation, finished: tuple[str, str]) -> None:
     if given is None:
         conversation.end_of_assistant = conversation.derived["end_of_assistant"] = found
         say(f"conversation template: end_of_assistant was derived: {found!r}")
-    elif not all(given in tail for tail in _tails(finished)):
+    elif not all(given in tail for tail in tails(finished)):
         hint = f", here {found!r} would do" if found else ""
         refuse(
             conversation,

@@ -55,7 +55,12 @@ class Cleaning:
     @property
     def compares_rows(self) -> bool:
         """Whether rows must be seen before it can be told which of them stay."""
-        return self.deduplicate or self.near_duplicates is not None or self.drop_eval_overlap
+        return self.compares_all or self.drop_eval_overlap
+
+    @property
+    def compares_all(self) -> bool:
+        """Whether every row, not just those for evaluation, must be seen before."""
+        return self.deduplicate or self.near_duplicates is not None
 
 
 @dataclass

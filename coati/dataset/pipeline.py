@@ -77,8 +77,7 @@ def compare_rows(
 
 def _survey(rows: Rows, survey: Survey, place: Workplace, files: list[str], num_proc: int) -> Refused:
     book = NoteBook(place.scratch)
-    only_evaluation = not survey.cleaning.deduplicate and survey.cleaning.near_duplicates is None
-    wanted = [bin for bin in rows.bins if not only_evaluation or bin.evaluation or bin.split]
+    wanted = [bin for bin in rows.bins if survey.cleaning.compares_all or bin.evaluation or bin.split]
     todo = [bin for bin in wanted if not all(map(book.has, bin.shards))]
     for task, notes in results(survey, rows.tasks(todo, rows.selection), num_proc, place.lock):
         if task.rows is not None:

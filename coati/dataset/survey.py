@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from coati.dataset.overlap import row_grams
 from coati.dataset.plan import Chunk, is_evaluation
 from coati.dataset.reasons import RowError
 from coati.dataset.shapes import READERS
+from coati.dataset.source_row import SourceRow
 from coati.dataset.sources import decode
 
 Notes = dict[str, np.ndarray]
@@ -42,10 +44,7 @@ class Survey:
         for index, (file, line, raw) in enumerate(chunk):
             notes["file"].append(file)
             notes["line"].append(line)
-            try:
-                row = READERS[self.type](decode(raw), self.format)
-            except RowError:
-                row = None
+            row = self._read(raw) if evaluation or cleaning.compares_all else None
             notes["hash"].append(UNREAD if row is None else _hash(whole(row)))
             if cleaning.near_duplicates is not None:
                 notes["signature"].append(signature(row))
@@ -53,6 +52,12 @@ class Survey:
                 notes["grams"].append(np.unique(row_grams(row, cleaning.overlap_words)))
                 notes["owners"].append(np.full(len(notes["grams"][-1]), index, dtype=np.int64))
         return as_arrays(notes)
+
+    def _read(self, raw: Any) -> SourceRow | None:
+        try:
+            return READERS[self.type](decode(raw), self.format)
+        except RowError:
+            return None
 
 
 def _hash(text: str) -> int:

@@ -40,13 +40,14 @@ def message(found: Any, where: str) -> dict[str, str]:
         raise RowError("wrong_keys", f"{where} lacks {lacking}, found {', '.join(map(str, found)) or 'no key'}")
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise RowError("unknown_role", f"{where} is from {role!r}; known roles: {', '.join(ROLES)}")
+        raise RowError("unknown_role", f"{where} is from {role!r}; known roles: {', '.join(ROLES)}", str(role))
     return {"role": known, "content": text(content, where)}
 
 
 def _refuse_tools(found: dict, role: Any, content: Any, where: str) -> None:
     if isinstance(role, str) and role.lower() in OTHER_ROLES:
-        raise RowError("unsupported_role", f"{where} is from {role!r}; train on dialogues of user and assistant")
+        said = f"{where} is from {role!r}; train on dialogues of user and assistant"
+        raise RowError("unsupported_role", said, role.lower())
     for calls in ("tool_calls", "function_call"):
         if found.get(calls) and not content:
             raise RowError("unsupported_role", f"{where} has {calls} in place of text")

@@ -53,12 +53,14 @@ MALFORMED = frozenset(MALFORMED_REASONS)
 
 
 class RowError(ValueError):
-    """One row cannot be used. ``reason`` is a key of :data:`REASONS`; the text says what was found."""
+    """One row cannot be used. ``reason`` is a key of :data:`REASONS`; the text says what was found, ``role`` whose
+    turn is in the way."""
 
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
+    def __init__(self, reason: str, detail: str, role: str | None = None):
+        super().__init__(reason, detail, role)
         self.reason = reason
         self.detail = detail
+        self.role = role
 
     def __str__(self) -> str:
         return f"{REASONS[self.reason]}: {self.detail}"

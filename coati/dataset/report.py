@@ -13,6 +13,7 @@ from coati.utils.json_io import save_json, save_text
 
 BARS = 40  # of the length histogram, at most
 NICE = (1, 2, 5)
+COUNTED = ("shapes", "roles", "refused_roles", "scripts", "traits")
 
 
 def percentiles(lengths: Counter) -> dict[str, float]:
@@ -73,7 +74,7 @@ def build_report(tally: Tally, files: dict[int, str], shards: list[int], **setti
         "supervised_share": round(tally.supervised / tally.tokens, 4) if tally.tokens else 0.0,
         "rows_ended": tally.ended,
         "answers_differ": len(tally.answers) > 1,
-        **{name: dict(getattr(tally, name).most_common()) for name in ("shapes", "roles", "scripts", "traits")},
+        **{name: dict(getattr(tally, name).most_common()) for name in COUNTED},
         "files": [
             {"file": name, "rows_read": tally.read[index], "rows_kept": tally.kept[index]}
             for index, name in files.items()
@@ -114,6 +115,9 @@ def format_report(report: dict[str, Any], colour: bool) -> str:
     )
     if report["shapes"]:
         lines.append("shapes: " + ", ".join(f"{name} {rows}" for name, rows in report["shapes"].items()))
+    if report["refused_roles"]:
+        refused = ", ".join(f"{visible(role)} {rows}" for role, rows in report["refused_roles"].items())
+        lines.append(f"rows dropped for a turn of: {refused}")
     for sample in report["samples"][:1]:
         marked = "green" if colour else "in [[ ]]"
         lines.append(f"sample from {sample['at']} (supervised text {marked}):")

@@ -146,13 +146,13 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _groups(report: dict[str, Any]) -> list[tuple[str, str, list]]:
     """``(title, remark, bars)`` of what was counted in the rows that are used."""
     scripts = {
-        f"{name} ({WHERE_USED[name]})" if name in WHERE_USED else name: rows
-        for name, rows in report["scripts"].items()
+        f"{name} ({WHERE_USED[name]})" if name in WHERE_USED else name: rows for name, rows in report["scripts"].items()
     }
     traits = {TRAITS[name]: number for name, number in report["traits"].items()}
     return [
         ("Shape", "In which of the known layouts the rows were written.", _bars(report["shapes"])),
         ("Who speaks", "Messages by role.", _bars(report["roles"])),
+        ("Who may not speak", "Rows left out for a turn of this role.", _bars(report["refused_roles"])),
         ("Writing system", "Rows by the script most of their letters belong to.", _bars(scripts)),
         ("Answers", "", _bars(traits)),
     ]
@@ -160,7 +160,7 @@ def _groups(report: dict[str, Any]) -> list[tuple[str, str, list]]:
 
 def _bars(counts: dict[str, int]) -> list[tuple[str, int, Any]]:
     most = max(counts.values(), default=0)
-    return [(name, number, bar(number, most)) for name, number in counts.items()]
+    return [(visible(name), number, bar(number, most)) for name, number in counts.items()]
 
 
 def _settings(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from coati.dataset.tokenization import IGNORE_INDEX
 
 FIRST_FEW = 3
 SHOWN_ROWS = 3
+MOST_ROLES, LONGEST_NAME = 20, 40  # a column of something else taken for roles must not fill the memory
 Columns = dict[str, Any]
 
 
@@ -69,6 +70,7 @@ class Tally:
     roles: Counter = field(default_factory=Counter)
     scripts: Counter = field(default_factory=Counter)
     traits: Counter = field(default_factory=Counter)
+    refused_roles: Counter = field(default_factory=Counter)  # rows dropped because of a turn of that role
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
@@ -81,6 +83,12 @@ class Tally:
         examples = self.first.setdefault(error.reason, [])
         if len(examples) < FIRST_FEW:
             examples.append(f"{where}: {error.detail}")
+        if error.role is not None:
+            self._refuse(error.role[:LONGEST_NAME], 1)
+
+    def _refuse(self, role: str, rows: int) -> None:
+        full = len(self.refused_roles) > MOST_ROLES and role not in self.refused_roles
+        self.refused_roles["others" if full else role] += rows
 
     def malformed(self) -> int:
         return sum(count for reason, count in self.dropped.items() if reason in MALFORMED)
@@ -92,6 +100,8 @@ class Tally:
         for reason, examples in later.first.items():
             mine = self.first.setdefault(reason, [])
             mine.extend(examples[: FIRST_FEW - len(mine)])
+        for role, rows in later.refused_roles.items():
+            self._refuse(role, rows)
         for name in ("tokens", "supervised", "truncated", "ended"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.answers = list(dict.fromkeys(self.answers + later.answers))[:2]

@@ -323,6 +323,26 @@ def test_answers_without_an_end():
     assert not list(_never_ends(report | {"rows_ended": 3})) and not list(_never_ends(report | {"type": "prompt"}))
 
 
+def test_roles_that_left_rows_out_are_counted(tmp_path, capsys):
+    rows = [ROWS["sft"](i) for i in range(20)]
+    for place, role in enumerate(["tool", "developer", "Tool", "narrator\x1b", "tool"]):
+        rows[place]["messages"].insert(1, message(role, "x"))
+    report = prepared(tmp_path, rows, max_bad_ratio=1, show=print)
+    assert report["refused_roles"] == {"tool": 3, "developer": 1, "narrator\x1b": 1}
+    assert "rows dropped for a turn of: tool 3, developer 1, narrator␛ 1" in capsys.readouterr().out
+    assert {"tool", "developer", "narrator␛"} <= set(Tags(page(report)).text)
+
+
+def test_endless_roles_do_not_fill_the_memory():
+    tally = Tally()
+    for n in range(1000):
+        tally.drop(RowError("unknown_role", "x", f"{n}" * 1000), "f:1")
+    other = Tally()
+    other.merge(tally)
+    assert len(tally.refused_roles) < 30 and tally.refused_roles.total() == other.refused_roles.total() == 1000
+    assert max(map(len, tally.refused_roles)) <= 40 and other.refused_roles["others"] > 900
+
+
 def test_one_label_only_and_missing_ground_truths(tmp_path):
     report = prepared(tmp_path / "kto", [ROWS["kto"](2 * i) for i in range(60)], "kto")
     assert said(report, "no row has label false")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from coati.models.noise import draw
+
 
 def _same(value):
     return value
@@ -47,13 +49,15 @@ class Generated:
     """``sequences`` (B, P + N): prompts and answers, pad after an answer's end.
 
     ``lengths`` (B,): tokens of each answer, its stop sequence included. ``stopped`` (B,): whether a stop sequence, not
-    the limit, ended it.
+    the limit, ended it. ``logprobs`` (B, N) fp32, when asked for: log_softmax(logits / temperature) at each token of
+    an answer, whatever top_k, top_p and penalties made of the logits; 0 after its end.
     """
 
     sequences: Tensor
     lengths: Tensor
     stopped: Tensor
     prompt_length: int = field(default=0)
+    logprobs: Tensor | None = None
 
     def answers(self) -> list[list[int]]:
         """The new token ids of each row, stop sequence included."""
@@ -75,28 +79,35 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    return_logprobs: bool = False,
     stop_flag: Callable[[bool], bool] = _same,
     gather_logits: Callable[[Tensor], Tensor] = _same,
 ) -> Generated:
     """Continue every row of ``input_ids`` (B, P), left-padded with ``attention_mask`` (B, P) 0 on the padding.
 
     A row ends with any of ``stop_sequences`` (each a list of token ids, counted within the answer) or after
-    ``max_new_tokens``. ``stop_flag`` takes "all my rows have ended" and returns whether to leave the loop: ranks whose
-    forward passes contain collectives leave together, by an all-reduce that the caller supplies. ``gather_logits``
-    completes the last position's logits where each rank holds a part of the vocabulary. ``model`` is the plain or the
-    wrapped model. Raises ValueError for right padding, an empty prompt, or more tokens than the model has positions.
+    ``max_new_tokens``. ``noise`` (B, at least max_new_tokens) of :func:`~coati.models.noise.row_noise` decides each
+    token in place of ``generator``; a row's sample then depends on nothing but the row. ``stop_flag`` takes "all my
+    rows have ended" and returns whether to leave the loop: ranks whose forward passes contain collectives leave
+    together, by an all-reduce that the caller supplies. ``gather_logits`` completes the last position's logits where
+    each rank holds a part of the vocabulary. ``model`` is the plain or the wrapped model. Raises ValueError for right
+    padding, an empty prompt, more tokens than the model has positions, or noise of another shape.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     _check(model, input_ids, attention_mask, stop_sequences, max_new_tokens)
+    _check_noise(noise, len(input_ids), max_new_tokens)
     loop = _Loop(model, input_ids, attention_mask, stop_sequences, pad_token_id, sampling, generator, gather_logits)
+    loop.noise, loop.logprobs = noise, [] if return_logprobs else None
     with _at_rest(model):
         for _ in range(max_new_tokens):
             loop.step()
             if stop_flag(bool(loop.stopped.all())):
                 break
-    return Generated(loop.ids, loop.lengths, loop.stopped, input_ids.shape[1])
+    logprobs = torch.stack(loop.logprobs, dim=1) if return_logprobs else None
+    return Generated(loop.ids, loop.lengths, loop.stopped, input_ids.shape[1], logprobs)
 
 
 def generate_streaming(
@@ -142,10 +153,17 @@ class _Loop:
         self.stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.lengths = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.fed = 0
+        self.noise: Tensor | None = None
+        self.logprobs: list[Tensor] | None = None  # of each step, (B,); None: not asked for
 
     def step(self) -> None:
         logits = self.gather_logits(self._logits())
-        token = choose(logits, self.ids, self.mask, self.sampling, self.generator)
+        uniform = None if self.noise is None else self.noise[:, self.ids.shape[1] - self.prompt_length]
+        token = choose(logits, self.ids, self.mask, self.sampling, self.generator, uniform)
+        if self.logprobs is not None:
+            scaled = logits / self.sampling.temperature
+            chosen = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(dim=-1)
+            self.logprobs.append(chosen.masked_fill(self.stopped, 0.0))
         token = torch.where(self.stopped, self.pad, token)
         self.ids = torch.cat([self.ids, token[:, None]], dim=1)
         self.mask = torch.cat([self.mask, (~self.stopped).long()[:, None]], dim=1)
@@ -180,9 +198,17 @@ class _Loop:
 
 
 def choose(
-    logits: Tensor, ids: Tensor, mask: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
 ) -> Tensor:
-    """The next token (B,) of each row from ``logits`` (B, V); ``ids`` and ``mask`` (B, T) are the row so far."""
+    """The next token (B,) of each row from ``logits`` (B, V); ``ids`` and ``mask`` (B, T) are the row so far.
+
+    ``uniform`` (B,) in [0, 1) takes the place of ``generator``.
+    """
     if sampling.repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.long).scatter_add_(1, ids, mask) > 0
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
@@ -190,6 +216,8 @@ def choose(
     if not sampling.do_sample:
         return logits.argmax(dim=-1)
     probabilities = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
+    if uniform is not None:
+        return draw(probabilities, uniform)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
@@ -236,6 +264,11 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _check_noise(noise: Tensor | None, rows: int, steps: int) -> None:
+    if noise is not None and (noise.dim() != 2 or noise.shape[0] != rows or noise.shape[1] < steps):
+        raise ValueError(f"noise must have the shape ({rows}, {steps} or more), not {tuple(noise.shape)}")
 
 
 def _check(model, input_ids: Tensor, mask: Tensor, stop_sequences: list[list[int]], max_new_tokens: int) -> None:

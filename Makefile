@@ -14,10 +14,12 @@ BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo test test-fast test-long bench bench-peers lint docs venv venv-latest
+.PHONY: help demo demo-preferences prove-preferences test test-fast test-long bench bench-peers lint docs venv venv-latest
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
+	@echo "make demo-preferences   a reward model and a DPO policy, each measured on pairs it has not seen"
+	@echo "make prove-preferences  the same for hours: the reward model ranks more than 0.75 of them"
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
 	@echo "make lint docs    style check; the generated pages of docs/"
@@ -32,6 +34,13 @@ venv-latest:
 
 demo: venv
 	@$(RUN) bash examples/demo/demo.sh
+
+demo-preferences: venv
+	@$(RUN) bash examples/demo/demo_preferences.sh
+
+# Three epochs each, evaluated as they go.
+prove-preferences: venv
+	@$(RUN) RM_STEPS=255 DPO_STEPS=255 EVAL_INTERVAL=30 RM_ACCURACY=0.75 bash examples/demo/demo_preferences.sh
 
 test: venv
 	@$(PYTEST) -m "not slow"

@@ -1,28 +1,80 @@
-"""What a run's metrics.jsonl says: evaluation loss before and after, speed, peak memory of every process.
+"""What a run's metrics.jsonl says: its evaluation before and after, speed, peak memory of every process.
 
-Exit code 1 when the evaluation loss has not fallen.
+``python examples/demo/result.py METRICS [sft | rm | dpo]``. Exit code 1 when the run has not learned what it should:
+SFT that the evaluation loss falls; a reward model to rank enough unseen pairs; DPO to rank them better than it did,
+without the chosen answers becoming less likely.
 """
 
+import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+REWARD_ACCURACY = 0.67  # of unseen pairs, at least, unless --reward_accuracy says otherwise
+CHOSEN_MAY_FALL = 0.05  # DPO: the log-prob of chosen answers, by at most this share of itself
 
-def summary(entries: list[dict]) -> tuple[str, bool]:
-    """The lines to print, and whether the evaluation loss fell. Raises ValueError with fewer than two evaluations."""
-    losses = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
-    if len(losses) < 2:
-        raise ValueError(f"expected an evaluation before and one after training, found {len(losses)}")
+Evaluation = dict[str, float]
+Judged = tuple[list[str], str | None]  # lines to print, and what went wrong
+
+
+def sft(before: Evaluation, after: Evaluation, steps: int) -> Judged:
+    first, last = before["eval/loss"], after["eval/loss"]
+    line = f"Evaluation loss on rows not trained on: {first:.3f} before, {last:.3f} after {steps} steps"
+    return [line], None if last < first else "the evaluation loss has not fallen"
+
+
+def rm(before: Evaluation, after: Evaluation, steps: int, least: float = REWARD_ACCURACY) -> Judged:
+    found = after["eval/acc"]
+    line = (
+        f"Accuracy on {after['eval/count']:.0f} pairs not trained on: {_share(before, 'acc')} before, "
+        f"{_share(after, 'acc')} after {steps} steps"
+    )
+    return [line], None if found >= least else f"the accuracy is below {least}"
+
+
+def dpo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
+    lines = [
+        f"Implicit accuracy on {after['eval/count']:.0f} pairs not trained on: {before['eval/accuracy']:.3f} before, "
+        f"{_share(after, 'accuracy')} after {steps} steps",
+        *(
+            f"Log-probability of {what} answers: {before[f'eval/{name}']:.2f} before, {after[f'eval/{name}']:.2f} after"
+            for what, name in (("chosen", "lp_chosen"), ("rejected", "lp_rejected"))
+        ),
+        f"Margin of the implicit rewards: {before['eval/margin']:.3f} before, {after['eval/margin']:.3f} after",
+    ]
+    start, chosen = before["eval/lp_chosen"], after["eval/lp_chosen"]
+    if after["eval/accuracy_low"] <= before["eval/accuracy"]:
+        return lines, "the implicit accuracy has not risen beyond what chance may do"
+    if start - chosen > CHOSEN_MAY_FALL * abs(start):
+        return lines, "the chosen answers have become less likely"
+    return lines, None
+
+
+def _share(evaluation: Evaluation, name: str) -> str:
+    value, low, high = (evaluation[f"eval/{name}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.3f} (95% {low:.3f} to {high:.3f})"
+
+
+KINDS: dict[str, Callable[..., Judged]] = {"sft": sft, "rm": rm, "dpo": dpo}
+
+
+def summary(entries: list[dict], kind: str = "sft", **limits: float) -> tuple[str, str | None]:
+    """The lines to print, and what went wrong, if anything. Raises ValueError with fewer than two evaluations."""
+    evaluations = [entry for entry in entries if "eval/loss" in entry]
+    if len(evaluations) < 2:
+        raise ValueError(f"expected an evaluation before and one after training, found {len(evaluations)}")
     steps = max(entry["step"] for entry in entries)
+    lines, wrong = KINDS[kind](evaluations[0], evaluations[-1], steps, **limits)
+    return "\n".join([*lines, *_speed_and_memory(entries)]), wrong
+
+
+def _speed_and_memory(entries: list[dict]) -> list[str]:
     speeds = sorted(entry["train/tokens_per_second"] for entry in entries if "train/tokens_per_second" in entry)
     peaks = {name: value for entry in entries for name, value in entry.items() if name.startswith("memory/")}
     memory = [f"{mb * 2**20 / 1e9:.2f} GB ({_process(name)})" for name, mb in sorted(peaks.items())]
-    lines = [
-        f"Evaluation loss on rows not trained on: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps",
-        f"Speed: {speeds[len(speeds) // 2]:.0f} tokens/s" if speeds else "",
-        f"Peak memory: {', '.join(memory)}",
-    ]
-    return "\n".join(line for line in lines if line), losses[-1] < losses[0]
+    speed = [f"Speed: {speeds[len(speeds) // 2]:.0f} tokens/s"] if speeds else []
+    return [*speed, f"Peak memory: {', '.join(memory)}"]
 
 
 def _process(name: str) -> str:
@@ -30,8 +82,14 @@ def _process(name: str) -> str:
 
 
 if __name__ == "__main__":
-    with open(Path(sys.argv[1]), encoding="utf-8") as file:
-        text, fell = summary([json.loads(line) for line in file])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", type=Path)
+    parser.add_argument("kind", nargs="?", choices=KINDS, default="sft")
+    parser.add_argument("--reward_accuracy", type=float, help="what a reward model must reach; default: 0.67")
+    args = parser.parse_args()
+    limits = {} if args.reward_accuracy is None else {"least": args.reward_accuracy}
+    with open(args.metrics, encoding="utf-8") as file:
+        text, wrong = summary([json.loads(line) for line in file], args.kind, **limits)
     print(text)
-    if not fell:
-        sys.exit("result.py: the evaluation loss has not fallen")
+    if wrong:
+        sys.exit(f"result.py: {wrong}")

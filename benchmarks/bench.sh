@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 mkdir -p output/bench
 python benchmarks/bench_sft.py --output output/bench/sft.json "$@"
 python benchmarks/bench_head_memory.py --output output/bench/head_memory.json
+python benchmarks/bench_dpo.py --output output/bench/dpo.json
 if [ -f benchmarks/bench_data.py ]; then
     python benchmarks/bench_data.py --output output/bench/data.json
 fi

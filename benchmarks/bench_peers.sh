@@ -4,3 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p output/bench
 python benchmarks/bench_sft_peers.py --output output/bench/sft_peers.json "$@"
+python benchmarks/bench_preference_peers.py --output output/bench/preference_peers.json "$@"

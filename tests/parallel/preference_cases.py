@@ -4,7 +4,6 @@ The plain version shares no code with the library: separate forwards of chosen a
 written out.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +211,7 @@ def make_trainer(case: Case):
         rows, collate, batch_size=batch, accumulation_steps=case.accumulation, shuffle=False, group_by_length=False,
         **mesh,
     )  # fmt: skip
-    evaluation = kinds[1](Rows(list(rows)[:7]), collate, batch_size=2, **mesh)
+    evaluation = kinds[1](Rows(list(rows)[:7]), collate, batch_size=4, **mesh)
     if case.algorithm == "rm":
         trainer = RewardModelTrainer(engine=engine, center_coef=CENTER)
     elif case.algorithm == "orpo":
@@ -230,14 +229,12 @@ def make_trainer(case: Case):
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
-    """Per case: (loss, gradient norm) of each step, and the evaluations before and after them."""
+    """Per case: (loss, gradient norm) of each step, and the evaluation after them."""
     _join()
     reports = []
     for case in cases:
         trainer, train, evaluation = make_trainer(case)
         engine = trainer.engine
-        trainer.before_evaluation(evaluation)
-        before = engine.evaluate(evaluation, trainer)
         steps = [engine.train_step(window, trainer) for window in train.windows(0)]
         trainer.before_evaluation(evaluation)
         after = engine.evaluate(evaluation, trainer)
@@ -245,13 +242,8 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
             {
                 "steps": [(step.loss, step.grad_norm) for step in steps],
                 "units": [step.units for step in steps],
-                "before": (before.loss, before.units), "after": (after.loss, after.units),
+                "after": (after.loss, after.units),
                 "samples": {name: int(sum(map(len, values))) for name, values in after.metrics.items()},
             }
         )  # fmt: skip
     return reports
-
-
-def expected_start(algorithm: str) -> float | None:
-    """Loss of a policy that is its reference, before the SFT term."""
-    return {"dpo": math.log(2), "ipo": 1 / (4 * BETA**2)}.get(algorithm)

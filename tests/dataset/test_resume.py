@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coati.dataset import load_tokenized_dataset, outputs, workers
+from coati.dataset import load_tokenized_dataset, outputs, survey, workers
 from coati.dataset.shards import ShardWriter
 from tests.dataset.test_prepare import row, run, write
 
@@ -57,6 +57,7 @@ def end_at(owner, name: str, call: int, folder: Path, data: Path) -> None:
 
 
 POINTS = [
+    (survey.NoteBook, "close", 2),
     (ShardWriter, "add", 1),
     (ShardWriter, "add", 7),
     (ShardWriter, "close", 1),

@@ -34,7 +34,6 @@ def main(args: Namespace) -> None:
         engine=engine,
         max_epochs=args.max_epochs,
         accumulation_steps=args.accumulation_steps,
-        apply_loss_mask=not args.disable_loss_mask,
         plan=build.plan(args),
         state=state,
         assets=assets,

@@ -82,6 +82,8 @@ def test_the_supervised_text_is_the_answers_and_their_end_markers(name, merges, 
     expected = [written(answer) + template.end_of_assistant for answer in answers_of(turns)]
     assert [template.encoder.decode(answer) for answer in encoded.answers()] == expected
     assert template.encoder.decode(encoded.input_ids).endswith(encoded.text)
+    for answer in encoded.answers():
+        assert any(answer[-len(stop) :] == stop for stop in template.stop_ids)
     (row, truncated), = TOKENIZERS["sft"](SourceRow(messages=turns), template, 10**6)
     assert not truncated and row["labels_decode"] == expected
     supervised = [token for token in row["labels"] if token != IGNORE_INDEX]

@@ -98,6 +98,15 @@ def test_the_probe_leaves_the_mode_as_it_was():
         assert holds_for(model := tiny_llama().train(mode)) and model.training is mode
 
 
+def test_adapters_do_not_hide_the_model_from_the_probe():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    assert holds_for(get_peft_model(tiny_llama(attn_implementation="eager"), config))
+    bloom = get_peft_model(tiny_model(BY_TYPE["bloom"]), LoraConfig(r=4, target_modules=["query_key_value"]))
+    assert not holds_for(bloom)
+
+
 def test_sliding_windows():
     mistral = tiny_model(replace(BY_TYPE["mistral"], config=BY_TYPE["mistral"].config | {"sliding_window": 11}))
     assert sliding_window(mistral.config) == 11

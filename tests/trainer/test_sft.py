@@ -239,3 +239,11 @@ def test_the_second_interrupt_does_not_wait(capsys):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().err.count("SIGINT: finishing this step, then saving") == 1
+
+
+def test_in_packs_no_token_is_asked_for_the_first_of_the_next_row():
+    """Rows 5 6 and 7 in one pack, and padding: of all tokens only 6 has one of its row before it."""
+    trainer = SFTTrainer(engine=CountingEngine(), assets=ModelAssets(config=None), apply_loss_mask=False)
+    batch = {"input_ids": [[5, 6, 7, 2]], "attention_mask": [[1, 1, 1, 0]], "position_ids": [[0, 1, 0, 0]]}
+    labels = trainer.prepare({name: torch.tensor(values) for name, values in batch.items()})["labels"]
+    assert labels.tolist() == [[-100, 6, -100, -100]]

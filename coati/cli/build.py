@@ -90,8 +90,9 @@ def reward_model(args: Namespace, options: ParallelOptions, tokenizer: Any, resu
     model = _model(
         args, options, tokenizer, resume, partial(load_scalar_model, RewardModel, new_head=new_head), dropout=False
     )
-    # It cancels in every pair, and Adam would make steps of the rounding errors that are left of its gradient.
-    model.score.bias.requires_grad_(args.center_coef > 0)
+    # It cancels in every pair, and Adam would make small steps of the rounding errors that are left of its gradient.
+    # Gemini wants a gradient of every parameter.
+    model.score.bias.requires_grad_(args.center_coef > 0 or options.plugin.startswith("gemini"))
     return model
 
 

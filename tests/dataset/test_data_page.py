@@ -41,7 +41,7 @@ def followed(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 def test_the_commands_run_and_leave_what_the_page_says(followed):
     folder, printed = followed
-    assert len(printed) == 6
+    assert len(printed) >= 6
     for name in ("out", "pairs", "clean", "few", "judged"):
         for file in ("jsonl/report.html", "jsonl/report.json", "arrow/report.html", "arrow/preparation.json"):
             assert (folder / name / file).is_file(), file

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.matrix
 SAMPLES = ROOT / "examples" / "data"
 MAX_LENGTH, STEPS, SAVED_AT = 160, 6, 2
 TRAIN = "tests.end_to_end.worker:train_each"
-# script and flags of each run that is killed and resumed
+# script and flags of each run that is interrupted and resumed: the adapters' by SIGTERM, the others by kill -9
 KINDS = {
     "rm": ("train_rm.py", ["--head_lr", "1e-3", "--metric_for_best", "acc"]),
     "dpo": ("train_dpo.py", ["--metric_for_best", "loss"]),
@@ -31,6 +31,7 @@ KINDS = {
     "orpo": ("train_orpo.py", []),
     "kto": ("train_kto.py", ["--auto_weight"]),
 }
+LORA = ("dpo_lora", "rm_lora")
 
 
 def prepared(folder: Path, type: str, parts: dict[str, tuple[int, int]]) -> list[str]:
@@ -76,6 +77,9 @@ def first(tmp_path_factory, words) -> tuple[Path, dict[str, list[Ended]]]:
     """Each kind without interruption, and the runs with stored log-probs: {name: [Ended of rank 0, of rank 1]}."""
     folder = tmp_path_factory.mktemp("runs")
     runs = {kind: Run(words(kind, folder / kind), script=script) for kind, (script, _) in KINDS.items()}
+    for kind in LORA:
+        term = Fault("step", STEPS - SAVED_AT, "after", what="term")
+        runs[f"{kind}_ended"] = Run(words(kind, folder / f"{kind}_interrupted"), term, script=KINDS[kind][0])
     for name in ("stored", "stored_again"):
         runs[name] = Run(words("dpo", folder / name, "--precompute_ref"), script="train_dpo.py")
     ranks = run(2, TRAIN, runs, env=environment(folder), timeout=500)
@@ -127,14 +131,17 @@ def test_the_reward_model_ends_with_a_verdict_and_a_directory_with_its_head(firs
 
 @pytest.fixture(scope="module")
 def resumed(first, words) -> dict[str, list[Ended]]:
-    """Each kind killed in its fourth step, then all gone on with in fresh processes."""
+    """Each kind killed in its fourth step, or ended after it, then all gone on with in fresh processes."""
     folder, _ = first
     for kind, (script, _) in KINDS.items():
-        killed = Run(words(kind, folder / f"{kind}_killed"), Fault("update", SAVED_AT + 2, rank=1), script=script)
+        if kind in LORA:
+            continue
+        fault = Fault("update", SAVED_AT + 2, rank=1)
+        killed = Run(words(kind, folder / f"{kind}_interrupted"), fault, script=script)
         with pytest.raises(WorkerFailed, match=r"--- rank 1 \(exit code -9\) ---"):
-            run(2, "tests.end_to_end.worker:train", killed, env=environment(folder), timeout=200)
+            run(2, "tests.end_to_end.worker:train", killed, env=environment(folder), timeout=400)
     runs = {
-        kind: Run(words(kind, folder / f"{kind}_killed", "--checkpoint_path", "auto"), script=script)
+        kind: Run(words(kind, folder / f"{kind}_interrupted", "--checkpoint_path", "auto"), script=script)
         for kind, (script, _) in KINDS.items()
     }
     ranks = run(2, TRAIN, runs, env=environment(folder), timeout=500)
@@ -142,12 +149,13 @@ def resumed(first, words) -> dict[str, list[Ended]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on_to_the_bit(first, resumed, kind):
+def test_an_interrupted_run_goes_on_to_the_bit(first, resumed, kind):
     folder, _ = first
     assert [rank.code for rank in resumed[kind]] == [0, 0], resumed[kind][0].err
-    assert len(resumed[kind][0].rows) == STEPS - SAVED_AT
-    assert metrics(folder / f"{kind}_killed") == metrics(folder / kind)
-    assert weights(folder / f"{kind}_killed") == weights(folder / kind) and weights(folder / kind)
+    done = STEPS - SAVED_AT if kind in LORA else SAVED_AT  # steps in the checkpoint that it goes on from
+    assert len(resumed[kind][0].rows) == STEPS - done
+    assert metrics(folder / f"{kind}_interrupted") == metrics(folder / kind)
+    assert weights(folder / f"{kind}_interrupted") == weights(folder / kind) and weights(folder / kind)
 
 
 def test_stored_log_probs_give_the_run_of_a_live_reference(first):

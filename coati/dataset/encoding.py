@@ -97,14 +97,20 @@ class TextEncoder:
             if not inside:
                 cut += run
                 continue
-            edges = [*inside, end]
-            if special:  # a control token that takes in white space around it gives back what is not before the border
-                cut += [*run[:-1], (run[-1][0], (run[-1][1][0], inside[0]))]
-            else:
-                cut += self._encode_piece(text, start, edges[0], inside=False)
-            for piece_start, piece_end in zip(edges, edges[1:], strict=False):
-                cut += self._encode_piece(text, piece_start, piece_end, inside=True)
+            if not special:
+                cut += self._encode_piece(text, start, inside[0], inside=False)
+                cut += self._encode_pieces(text, [*inside, end])
+                continue
+            for token, (first, last) in run:
+                # A control token that takes in the white space after it gives back what lies beyond the border.
+                own = [border for border in inside if first < border < last]
+                cut.append((token, (first, own[0] if own else last)))
+                cut += self._encode_pieces(text, [*own, last]) if own else []
         return cut
+
+    def _encode_pieces(self, text: str, edges: list[int]) -> list:
+        pairs = zip(edges, edges[1:], strict=False)
+        return [token for start, end in pairs for token in self._encode_piece(text, start, end, inside=True)]
 
     def _encode_piece(self, text: str, start: int, end: int, inside: bool) -> list:
         backend = self._backend(as_text=True, at_start=start == 0, inside=inside)

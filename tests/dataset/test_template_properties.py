@@ -138,6 +138,33 @@ def test_a_preferred_answer_follows_its_prompt(name, turns):
 
 @FAST
 @given(turns=DIALOGUE)
+@example(turns=messages("hi", "  two", "", " ", "b", "\n\n"))
+def test_control_tokens_that_take_in_white_space_leave_the_answer_its_own(turns):
+    """As Phi-3's do: the token of the header takes in the line break after it, and would an answer's blanks."""
+    template = swallowing()
+    encoded = template.encode(turns)
+    for number, (start, end) in enumerate(encoded.spans):
+        assert encoded.input_ids[:start] == sent(template, turns[: 2 * number + 1])
+        assert template.encoder.decode(encoded.input_ids[start:end]) == answers_of(turns)[number] + "<|im_end|>"
+
+
+SWALLOWING = (
+    "{% for m in messages %}{{ ('<|answer|>' if m.role == 'assistant' else m.role) + '\n' + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|answer|>\n' }}{% endif %}"
+)
+
+
+@cache
+def swallowing() -> Conversation:
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level((), {"eos_token": "<|im_end|>"}, SWALLOWING)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|answer|>", rstrip=True, special=True)]})
+    return setup_conversation_template(tokenizer, {})
+
+
+@FAST
+@given(turns=DIALOGUE)
 def test_a_template_that_rewrites_gives_each_answer_the_prompt_of_a_chat(turns):
     template = rewriting()
     rows = template.encode_turns(turns)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coati.dataset.collator import attention_mask, pad
 
-_EXCHANGES = 40  # rounds of :func:`exchange`; at 1,000 rows they leave a third of the pairs of neighbours or fewer
+_EXCHANGES = 40  # rounds of :func:`exchange`: enough for other company, little beside the packing itself
 
 
 def best_fit_decreasing(lengths: np.ndarray, limit: int, random: np.random.Generator | None = None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Packs as they are: several rows in one sequence, kept apart by a block-diagonal mask.
 
-For models and plugins to which rows cannot be given by their ends (models/varlen.py): a mask of one number for each pair
-of tokens of a pack goes through every attention of transformers that takes masks with four dimensions.
+For models and plugins to which rows cannot be given by their ends (models/varlen.py): a mask of one number for each
+pair of tokens of a pack goes through every attention of transformers that takes masks with four dimensions.
 """
 
 from typing import Any

@@ -52,7 +52,7 @@ def _not_hybrid_problems(options: ParallelOptions) -> Iterator[str]:
     if options.zero_cpu_offload:
         instead = {"gemini": "gemini_auto, which moves what is idle to host memory by itself, or zero2_cpu"}
         yield (
-            f"--zero_cpu_offload belongs to --plugin 3d and zero2; --plugin {options.plugin} does not take it: drop it, "
+            f"--zero_cpu_offload belongs to --plugin 3d and zero2; --plugin {options.plugin} does not take it: drop it "
             f"or use --plugin {instead.get(options.plugin, 'zero2_cpu')}"
         )
     if options.zero_stage not in (0, 2 if options.plugin.startswith("zero2") else 3):

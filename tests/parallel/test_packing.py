@@ -56,7 +56,7 @@ def test_families_that_can_be_split(family, layout):
 @pytest.mark.parametrize(
     "plugin, options, refused, instead",
     [
-        ("3d", {"enable_sequence_parallelism": True, "tp": 2}, "--packing cannot be combined with --enable_seq", "--tp"),
+        ("3d", {"enable_sequence_parallelism": True, "tp": 2}, "--packing cannot be combined with", "use --tp or --pp"),
         (
             "3d",
             {"enable_sequence_parallelism": True, "sp": 2, "sp_mode": "all_to_all"},

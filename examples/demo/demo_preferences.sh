@@ -3,7 +3,7 @@
 # examples/data, each measured on pairs it has not seen, before and after. `make demo-preferences` calls this with its
 # environment first on PATH.
 #   DEMO_DIR=DIR     where everything is written; default output/demo-preferences, which is emptied first
-#   RM_STEPS=N       optimiser steps of 8 pairs each for the reward model; default 40
+#   RM_STEPS=N       optimiser steps of 8 pairs each for the reward model; default 64
 #   DPO_STEPS=N      the same for DPO; default 30
 #   EVAL_INTERVAL=N  optimiser steps between evaluations; default 0: before the first and after the last alone
 #   RM_ACCURACY=P    the share of unseen pairs that the reward model must rank; default 0.67
@@ -33,7 +33,7 @@ prepare preference examples/data/preference.jsonl 384 train
 quietly eval.log prepare preference examples/data/preference_eval.jsonl 384 eval
 
 step "A reward model"
-train train_rm.py rm --max_steps "${RM_STEPS:-40}" --lr 2e-5 --head_lr 1e-3 --center_coef 0.01
+train train_rm.py rm --max_steps "${RM_STEPS:-64}" --lr 5e-5 --head_lr 1e-3 --center_coef 0.01
 
 step "DPO, by LoRA adapters: the reference is the model without them"
 train train_dpo.py dpo --max_steps "${DPO_STEPS:-30}" --lora_rank 16 --lr 2e-4 --beta 0.1

@@ -14,6 +14,7 @@ from coati.dataset.collator import DataCollatorForKTODataset, DataCollatorForPre
 from coati.dataset.kto_loader import KTOEvaluationLoader, KTOWindowLoader
 from coati.dataset.loader import EvaluationLoader, WindowLoader
 from coati.models.reward_model import RewardModel
+from coati.models.varlen import Packing
 from coati.parallel.engine import Engine
 from coati.trainer import DPOTrainer, KTOTrainer, ORPOTrainer, Plan, RewardModelTrainer
 from tests.parallel.preference_cases import Rows
@@ -130,3 +131,19 @@ def test_what_can_be_told_apart_is_told_apart(method, seed, tmp_path):
     before, after = (found[f"eval/{name}"] for found in (trainer.first_evaluation, trainer.last_evaluation))
     assert before < 0.8 and after > 0.95
     assert trainer.last_evaluation["eval/loss"] < trainer.first_evaluation["eval/loss"]
+
+
+@pytest.mark.parametrize("method", ["rm", "dpo"])
+def test_pairs_are_laid_end_to_end(method, tmp_path):
+    """On a CPU no padding goes through the model: it sees one row of all real tokens."""
+    model = tiny_llama(0, layers=1, hidden=32, vocab_size=VOCAB)
+    model = RewardModel(backbone=model) if method == "rm" else model
+    engine = Engine(PlainBooster(), model, packing=Packing.of(model))
+    trainer = METHODS[method][0](engine=engine, save_dir=str(tmp_path))
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    ((batch,),) = list(loaders(method, 0)[0].windows(0))[:1]
+    rows = trainer.prepare(batch)
+    engine.forward(rows, trainer.model_keys)
+    real = int(rows["attention_mask"].sum())
+    assert seen == [(1, real)] and real < rows["input_ids"].numel()

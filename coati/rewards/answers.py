@@ -1,0 +1,119 @@
+"""Final answers: found in a text, and compared as a mathematician would rather than letter by letter."""
+
+import re
+from fractions import Fraction
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
+# "#### 42", "the answer is 42", "Answer: 42"; the last one counts.
+_MARKED = re.compile(r"(?:####|\banswer\s*(?:is|:|=))\s*:?\s*([^\n]+)", re.IGNORECASE)
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?")
+# What only lays an expression out, or names a unit, and says nothing of its value.
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|limits|big[lr]?|Big[lr]?|,|;|!|:|\s)|[$~]|\\(?=\()|\\(?=\))")
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_UNITS = re.compile(
+    r"(?<=[\d}])\s*(?:\\%|%|\^?\{?\\circ\}?|°|degrees?|dollars?|cents?|units?|(?:square|cubic)?\s*"
+    r"(?:inches|inch|feet|foot|miles?|meters?|metres?|centimeters?|hours?|minutes?|seconds?|cm|km|mm|kg)\b(?:\^\d)?)\s*$",
+    re.IGNORECASE,
+)
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)")
+_ROOT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
+_MIXED = re.compile(r"^(-?)(\d+)\\frac\{(\d+)\}\{(\d+)\}$")
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last whole ``\boxed{...}``, braces matched; None without one."""
+    for start in reversed(list(_BOXED.finditer(text))):
+        depth, begin = 0, start.end()
+        for end in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                if text[begin] == "{":
+                    return text[begin + 1 : end].strip()
+                break
+    return None
+
+
+def final_answer(text: str) -> str | None:
+    r"""The answer that a response ends on: the last ``\boxed``, else what follows the last "####" or "answer is", else
+    its last number; None where there is none of them."""
+    if (inside := boxed(text)) is not None:
+        return inside
+    if marked := _MARKED.findall(text):
+        return _NUMBER.search(marked[-1]).group() if _NUMBER.search(marked[-1]) else marked[-1].strip(" .*")
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def whole_number(text: str | None) -> int | None:
+    """The integer that ``text`` is (1,234 and $7 and 3.0 are), or None."""
+    number = None if text is None else _value(normalise(text))
+    return int(number) if number is not None and number.denominator == 1 else None
+
+
+def normalise(answer: str) -> str:
+    r"""``answer`` in one spelling: no layout, units, thousands separators or blanks, fractions as ``\frac{a}{b}``."""
+    inside = boxed(answer)
+    text = (answer if inside is None else inside).strip().rstrip(".")
+    text = _LAYOUT.sub("", _TEXT.sub(r"\1", text)).replace("−", "-").replace("\\\\", "\\")
+    text = _UNITS.sub("", text.strip())
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"^[a-zA-Z](?:_\w+)?\s*=\s*", "", text.strip())  # "x = 5"
+    text = _ROOT.sub(r"\\sqrt{\1}", text)
+    text = _FRACTION.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
+    text = re.sub(r"^(-?\w+)\s*/\s*(\w+)$", r"\\frac{\1}{\2}", text)
+    return re.sub(r"\s+", "", text).lower()
+
+
+def _value(normal: str) -> Fraction | None:
+    """The exact number that a normalised answer is, or None."""
+    if mixed := _MIXED.match(normal):
+        sign, whole, above, below = mixed.groups()
+        return None if int(below) == 0 else (-1 if sign else 1) * (int(whole) + Fraction(int(above), int(below)))
+    plain = re.sub(r"^(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}$", r"\1\2/\3", normal).replace("--", "")
+    if not re.fullmatch(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:/-?\d+)?", plain) or len(plain) > 60:
+        return None
+    above, _, below = plain.partition("/")
+    return None if below and int(below) == 0 else Fraction(above) / int(below or 1)
+
+
+def same_answer(one: str, other: str) -> bool:
+    r"""Whether two answers are equal: as exact numbers (1/2, 0.5, \frac12), element by element in tuples, lists and
+    sets, or in their normal spelling. 1/3 and 0.333 are not."""
+    one, other = normalise(one), normalise(other)
+    if one == other:
+        return one != ""
+    first, second = _elements(one), _elements(other)
+    if first is not None and second is not None:
+        return first[0] == second[0] and _same_elements(first[1], second[1], ordered=first[0] != "{}")
+    values = _value(one), _value(other)
+    return values[0] is not None and values[0] == values[1]
+
+
+def _same_elements(one: list[str], other: list[str], ordered: bool) -> bool:
+    if len(one) != len(other):
+        return False
+    if ordered:
+        return all(map(same_answer, one, other))
+    left = list(other)
+    for element in one:
+        match = next((each for each in left if same_answer(element, each)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _elements(text: str) -> tuple[str, list[str]] | None:
+    """Brackets and elements of a tuple, an interval or a set; None for anything else."""
+    text = text.replace("\\{", "{").replace("\\}", "}")
+    if len(text) < 2 or text[0] not in "([{" or text[-1] not in ")]}":
+        return None
+    parts, depth, start = [], 0, 1
+    for place, letter in enumerate(text[1:-1], start=1):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth < 0:
+            return None
+        if letter == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    return (text[0] + text[-1], [*parts, text[start:-1]]) if parts else None

@@ -31,7 +31,10 @@ CONFINED = {
     "argparse": ("coati/cli/",),
 }
 # Names that a parser offers live in modules that load in milliseconds.
-LIGHT = ["coati", "coati.cli.arguments", "coati.parallel.plugins", "coati.trainer.strategies"]
+LIGHT = [
+    "coati", "coati.cli.arguments", "coati.parallel.plugins", "coati.trainer.strategies", "coati.models.policy_names",
+    "coati.rewards.names", "coati.rewards.scorer", "coati.experience_maker.names", "coati.experience_buffer.equation",
+]  # fmt: skip
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
 
 

@@ -1,0 +1,98 @@
+"""The experience buffer: rows in, windows of micro-batches out, in an order that knows nothing of processes.
+
+The responses of an episode have indices over all ranks. Of every k consecutive ones, where k is the number of windows,
+each goes to another window; which to which is drawn from (seed, episode, pass, block). A rank holds whole blocks, so
+every window takes equally many of its rows, and together the ranks' windows hold the same rows as one process's would.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from coati.experience_maker.experience import (
+    Experience,
+    concatenate,
+    make_experience_batch,
+    split_experience_batch,
+)
+from coati.utils.notice import say_once
+
+__all__ = ["BufferItem", "NaiveExperienceBuffer", "make_experience_batch", "split_experience_batch"]
+
+BufferItem = Experience  # of a single row
+_ORDER = 0x62756666  # keeps these draws apart from those of the data order, which are seeded alike
+
+
+class NaiveExperienceBuffer:
+    """This rank's responses of one episode.
+
+    Args:
+        sample_batch_size: rows of a micro-batch.
+        limit: the newest rows that are kept; 0: all.
+        cpu_offload: whether rows wait in system memory.
+    """
+
+    def __init__(self, sample_batch_size: int, limit: int = 0, cpu_offload: bool = True) -> None:
+        if sample_batch_size < 1 or limit < 0:
+            raise ValueError(f"sample_batch_size {sample_batch_size} must be at least 1, limit {limit} at least 0")
+        self.sample_batch_size, self.limit, self.cpu_offload = sample_batch_size, limit, cpu_offload
+        self.items: list[BufferItem] = []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def append(self, experience: Experience) -> None:
+        """Take in the rows of ``experience``; beyond the limit the oldest go, which is said once."""
+        experience = experience.to_device("cpu") if self.cpu_offload else experience
+        self.items += split_experience_batch(experience)
+        if self.limit and len(self.items) > self.limit:
+            say_once(f"the buffer holds {self.limit} responses: the oldest of {len(self.items)} are dropped untrained")
+            self.items = self.items[-self.limit :]
+
+    def clear(self) -> None:
+        self.items.clear()
+
+    def windows(
+        self, count: int, *, seed: int, episode: int, update: int = 0, start: int = 0
+    ) -> Iterator[list[Experience]]:
+        """The ``count`` windows of update pass ``update``, from number ``start`` on: each a list of micro-batches,
+        padded to their own longest rows.
+
+        Inside a window rows are sorted by length, so that micro-batches hold little padding. Raises ValueError when the
+        rows cannot be cut into ``count`` equal windows.
+        """
+        order = self._order(count, seed, episode, update)
+        for rows in order[start:]:
+            rows = sorted(rows, key=lambda row: (int(self.items[row].lengths()), int(self.items[row].rows)))
+            size = self.sample_batch_size
+            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+            yield [make_experience_batch([self.items[row] for row in batch]) for batch in batches]
+
+    def _order(self, count: int, seed: int, episode: int, update: int) -> list[list[int]]:
+        """Positions in :attr:`items` of each window."""
+        indices = [int(item.rows) for item in self.items]
+        position = {index: row for row, index in enumerate(indices)}
+        if count < 1 or len(position) != len(indices) or not self._whole_blocks(indices, count):
+            raise ValueError(
+                f"{len(indices)} responses in the buffer cannot be cut into {count} windows: expected every response "
+                "once, in whole runs of as many consecutive indices as there are windows"
+            )
+        windows: list[list[int]] = [[] for _ in range(count)]
+        for block in sorted({index // count for index in indices}):
+            goal = np.random.default_rng([_ORDER, seed, episode, update, block]).permutation(count)
+            for offset in range(count):
+                windows[goal[offset]].append(position[block * count + offset])
+        return windows
+
+    @staticmethod
+    def _whole_blocks(indices: list[int], count: int) -> bool:
+        return len({index // count for index in indices}) * count == len(indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, as tensors; which windows are done is the trainer's to know."""
+        return concatenate(self.items).to_device("cpu").tensors() if self.items else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave; the windows are then the same to the bit."""
+        self.items = split_experience_batch(Experience(**state)) if state else []

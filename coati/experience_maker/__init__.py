@@ -1,0 +1,16 @@
+"""From responses to experience: rewards of actions, advantages, and the one layout in which both are kept."""
+
+from coati.utils.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Experience": "experience",
+        "KLController": "running",
+        "RunningNormalisation": "running",
+        "gae": "advantage",
+        "group_advantages": "advantage",
+        "token_rewards": "advantage",
+        "whiten": "advantage",
+    },
+)

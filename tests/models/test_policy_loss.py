@@ -1,0 +1,212 @@
+"""Losses of policy and value by hand-worked values; masks, splits and skipped micro-batches."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from coati.models.policy_loss import (
+    Normalisation,
+    exceeds,
+    explained_variance,
+    kl_per_token,
+    policy_statistics,
+    policy_terms,
+    ratio_sums,
+    value_statistics,
+    value_terms,
+)
+from coati.models.policy_names import KL_ESTIMATORS, NORMALISATIONS
+from tests.ranks import on_ranks
+
+NAN = math.nan
+ALL = torch.ones(1, 3)
+
+
+def row(*values: float) -> torch.Tensor:
+    return torch.tensor([values])
+
+
+def test_clipped_policy_loss():
+    # ratios .5 1 1.5: min(.5, .8) = .5; min(-1, -1) = -1; min(3, 1.2 x 2 = 2.4) = 2.4
+    terms = policy_terms(row(0.5, 1, 1.5).log(), torch.zeros(1, 3), row(1, -1, 2), ALL)
+    assert_close(terms, row(-0.5, 1.0, -2.4))
+    assert_close(terms.mean().item(), -0.6333, atol=1e-4, rtol=0)
+
+
+def test_clipping_is_one_sided_and_only_what_is_not_clipped_has_a_gradient():
+    logps = row(0.5, 0.5, 1.5, 1.5).log().requires_grad_()
+    terms = policy_terms(logps, torch.zeros(1, 4), row(1, -1, 1, -1), torch.ones(1, 4))
+    # A bad action that became rarer, and a good one that became more likely, have gone far enough: .8 and 1.2.
+    assert_close(terms, row(-0.5, 0.8, -1.2, 1.5))
+    terms.sum().backward()
+    assert_close(logps.grad, row(-0.5, 0.0, 0.0, 1.5))  # d(-ratio A) / d logp = -ratio A
+
+
+def test_dapo_clips_further_above_than_below():
+    terms = policy_terms(row(0.5, 1.5).log(), torch.zeros(1, 2), row(-1, 1), torch.ones(1, 2), 0.2, 0.28)
+    assert_close(terms, row(0.8, -1.28))
+
+
+def test_on_policy_the_gradient_is_that_of_reinforce():
+    logps = row(-1.0, -2.0, -0.5).requires_grad_()
+    policy_terms(logps, logps.detach(), row(1, -1, 2), ALL).sum().backward()
+    assert_close(logps.grad, row(-1.0, 1.0, -2.0))
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_masked_cells_change_neither_losses_nor_gradients(bad):
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    torch.manual_seed(0)
+    clean = [torch.randn(2, 3) * mask for _ in range(3)]
+
+    def losses(tensors):
+        first = tensors[0].clone().requires_grad_()
+        terms = (
+            policy_terms(first, tensors[1], tensors[2], mask) + value_terms(first, tensors[1], tensors[2], mask)
+            + kl_per_token(first, tensors[1], mask, "k3")
+        )  # fmt: skip
+        terms.sum().backward()
+        return terms.detach(), first.grad
+
+    dirty = [tensor.masked_fill(mask == 0, bad) for tensor in clean]
+    assert_close(losses(dirty), losses(clean))
+    assert losses(dirty)[1][mask == 0].eq(0).all()
+    assert_close(policy_statistics(*dirty, mask), policy_statistics(*clean, mask))
+    assert_close(value_statistics(*dirty[:2], mask), value_statistics(*clean[:2], mask))
+    assert_close(explained_variance(*dirty[:2], mask), explained_variance(*clean[:2], mask))
+    assert_close(ratio_sums(*dirty[:2], mask), ratio_sums(*clean[:2], mask))
+
+
+def test_kl_estimators():
+    logps, reference = row(-1.0, -2.0, -1.0), row(-1.5, -1.0, -1.0)  # x = .5, -1, 0
+    expected = {
+        "k1": row(0.5, -1, 0),
+        "k2": row(0.125, 0.5, 0),
+        "k3": row(math.exp(-0.5) - 1 + 0.5, math.e - 2, 0),
+    }
+    assert expected.keys() == KL_ESTIMATORS.keys()
+    for name, values in expected.items():
+        assert_close(kl_per_token(logps, reference, ALL, name), values)
+
+
+def test_k1_and_k3_are_unbiased_and_k3_varies_less():
+    policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    exact = (policy * (policy / reference).log()).sum()
+    every = [kl_per_token(policy.log()[None], reference.log()[None], ALL, name)[0] for name in ("k1", "k3")]
+    for values in every:
+        assert_close((policy * values).sum(), exact)
+    variance = [(policy * (values - exact).square()).sum() for values in every]
+    assert variance[1] < variance[0] / 10
+
+
+def test_an_unknown_estimator_is_named():
+    with pytest.raises(ValueError, match="'k4'; there are k1, k2, k3"):
+        kl_per_token(ALL, ALL, ALL, "k4")
+
+
+def test_skipping_is_decided_by_the_mean_ratio_of_all_ranks():
+    mask = torch.tensor([[1, 1, 0]])
+    far = ratio_sums(row(30.0, 30.0, NAN).log(), torch.zeros(1, 3), mask)
+    near = ratio_sums(row(1.0, 1.0, NAN).log(), torch.zeros(1, 3), mask)
+    assert_close(far, torch.tensor([60.0, 2.0], dtype=torch.float64))
+    assert exceeds(far, 20) and not exceeds(near, 20)
+    assert not exceeds(far + near, 20)  # mean 15.5: no rank skips, neither the one that would alone
+    assert exceeds(far + near, 15)
+    assert not exceeds(torch.zeros(2), 20)  # no action anywhere
+
+
+def test_a_skipped_micro_batch_has_loss_0_and_still_a_backward_pass():
+    logps = row(900.0, 2.0, NAN).requires_grad_()
+    mask, skip = torch.tensor([[1, 1, 0]]), torch.tensor(True)
+    terms = policy_terms(logps, row(-900.0, 0.0, NAN), row(-1, 1, NAN), mask, skip=skip)
+    terms.sum().backward()
+    assert terms.tolist() == [[0, 0, 0]] and logps.grad.tolist() == [[0, 0, 0]]
+
+
+def test_a_ratio_beyond_all_bounds_stays_finite():
+    logps = row(900.0).requires_grad_()
+    terms = policy_terms(logps, row(-900.0), row(-1.0), torch.ones(1, 1))
+    terms.sum().backward()
+    assert terms.isfinite().all() and logps.grad.isfinite().all()
+
+
+def test_value_loss_takes_the_worse_of_plain_and_clipped():
+    # R = 1 each. V_old 0, V .5: clipped .2, (.8)^2 > (.5)^2. V -1: clipped -.2, (2)^2 > (1.2)^2. V .1: unclipped.
+    terms = value_terms(row(0.5, -1.0, 0.1), row(0, 0, 0), row(1, 1, 1), ALL)
+    assert_close(terms, row(0.32, 2.0, 0.405))
+    assert value_statistics(row(0.5, -1.0, 0.1), row(0, 0, 0), ALL)["value_clip_fraction"].tolist() == [1, 1, 0]
+
+
+def test_policy_statistics():
+    logps, old = row(0.5, 1.5, 1.5, 9.0).log(), row(1, 1, 1, 1).log() - 0.25
+    statistics = policy_statistics(logps - 0.25, old, row(-1, -1, 1, NAN), torch.tensor([[1, 1, 1, 0]]))
+    assert statistics["clip_fraction"].tolist() == [1, 0, 1]  # the second is the side that is never clipped
+    assert_close(statistics["entropy"], torch.tensor([0.25] * 3))
+    assert_close(statistics["ratio_max"], torch.tensor([1.5]))
+    x = torch.tensor([0.5, 1.5, 1.5])  # pi / pi_old = e^r; KL(old || new) by k3: e^r - 1 - r
+    assert_close(statistics["update_kl"], x - 1 - x.log())
+
+
+def test_statistics_of_no_action_are_no_samples():
+    nothing = policy_statistics(ALL, ALL, ALL, torch.zeros(1, 3))
+    assert {name: len(samples) for name, samples in nothing.items()} == dict.fromkeys(nothing, 0)
+
+
+def test_statistics_hold_no_graph():
+    logps = ALL.clone().requires_grad_()
+    found = policy_statistics(logps, ALL, ALL, ALL) | value_statistics(logps, ALL, ALL)
+    assert not any(samples.requires_grad for samples in found.values())
+
+
+def test_explained_variance():
+    returns = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, NAN]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert explained_variance(returns, returns, mask) == 1
+    assert explained_variance(torch.full((2, 3), 2.5), returns, mask) == 0
+    assert explained_variance(torch.full((2, 3), 9.0), returns, mask) == 0  # a constant error is no variance
+    assert_close(explained_variance(-returns, returns, mask).item(), -3.0)  # Var(2 R) = 4 Var(R)
+    assert explained_variance(returns, torch.ones(2, 3), mask) == 0  # nothing to explain
+
+
+def test_explained_variance_over_ranks_is_that_of_all_rows_together():
+    torch.manual_seed(0)
+    returns, mask = torch.randn(5, 4), torch.rand(5, 4) > 0.3
+    values = returns + torch.randn(5, 4)
+    whole = explained_variance(values, returns, mask)
+    parts = [(values[part], returns[part], mask[part]) for part in (slice(0, 2), slice(2, 5))]
+    for found in on_ranks(lambda part, reduce_sum: explained_variance(*part, reduce_sum), parts):
+        assert_close(found, whole)
+
+
+# Normalisation
+
+TERMS = torch.tensor([[1.0, 2.0, 3.0, NAN], [6.0, NAN, NAN, NAN], [NAN] * 4])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "total", "units"),
+    [
+        (Normalisation("token"), 12.0, 4),
+        (Normalisation("response"), 2.0 + 6.0, 2),  # the empty response is not counted
+        (Normalisation("constant", 8), 6 / 8 + 6 / 8, 2),
+    ],
+)
+def test_normalisations(normalisation, total, units):
+    assert normalisation.total(TERMS, MASK).item() == total and normalisation.units(MASK).item() == units
+    # How the window is split into micro-batches changes neither sum.
+    parts = [slice(0, 1), slice(1, 3)]
+    assert sum(normalisation.total(TERMS[part], MASK[part]).item() for part in parts) == total
+    assert sum(normalisation.units(MASK[part]).item() for part in parts) == units
+    wider = torch.nn.functional.pad(TERMS, (0, 3), value=NAN), torch.nn.functional.pad(MASK, (0, 3))
+    assert normalisation.total(*wider).item() == total and normalisation.units(wider[1]).item() == units
+
+
+def test_normalisations_that_cannot_be():
+    assert {"token", "response", "constant"} == set(NORMALISATIONS)
+    with pytest.raises(ValueError, match="'mean'; there are token, response, constant"):
+        Normalisation("mean")
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        Normalisation("constant")

@@ -11,6 +11,7 @@ from coati.dataset.tally import Tally
 from coati.dataset.tokenization import TOKENIZERS
 
 MOST_FREQUENT = 5
+SAME_ANSWERS = 0.5  # share of pairs with one answer twice above which a wrong column is taken to be the cause
 
 
 def check_settings(settings: dict[str, Any], eval_inputs: Any, max_bad_ratio: float) -> None:
@@ -44,7 +45,7 @@ class BadRows:
 
     def check(self, tally: Tally) -> None:
         """Raise ValueError with what is most often wrong when the rows so far are too bad."""
-        if any(reason in MALFORMED for reason in tally.dropped):
+        if any(reason in MALFORMED or reason == "same_answers" for reason in tally.dropped):
             dropped = {reason: {"rows": n, "first": tally.first[reason]} for reason, n in tally.dropped.items()}
             self.check_counts(dropped, tally.read.total())
 
@@ -63,6 +64,18 @@ class BadRows:
                 f"{self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n" + "\n".join(reasons) + "\n"
                 "mend the rows, check the type and the input, or allow more with --max_bad_ratio"
             )
+        self._check_answers(dropped.get("same_answers"), read)
+
+    def _check_answers(self, same: dict[str, Any] | None, read: int) -> None:
+        share = max(SAME_ANSWERS, self.max_ratio)
+        if same is None or same["rows"] <= share * self.expected:
+            return
+        raise ValueError(
+            f"{same['rows']} of the first {read} pairs have the same answer as chosen and as rejected; of all "
+            f"{self.expected} rows at most a share of {share:g} may, and these are dropped. For example\n    "
+            f"{same['first'][0]}\nis the right column read as rejected? Mend the rows, or allow more with "
+            "--max_bad_ratio"
+        )
 
 
 def check_result(report: dict[str, Any], what: str) -> None:

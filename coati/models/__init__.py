@@ -29,5 +29,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "LogSigLoss": "loss",
         "LogExpLoss": "loss",
         "DpoLoss": "loss",
+        "PolicyLoss": "policy_loss",
+        "ValueLoss": "policy_loss",
     },
 )

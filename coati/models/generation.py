@@ -100,7 +100,8 @@ def generate(
     _check(model, input_ids, attention_mask, stop_sequences, max_new_tokens)
     _check_noise(noise, len(input_ids), max_new_tokens)
     loop = _Loop(model, input_ids, attention_mask, stop_sequences, pad_token_id, sampling, generator, gather_logits)
-    loop.noise, loop.logprobs = noise, [] if return_logprobs else None
+    loop.noise = None if noise is None else noise.to(input_ids.device)
+    loop.logprobs = [] if return_logprobs else None
     with _at_rest(model):
         for _ in range(max_new_tokens):
             loop.step()

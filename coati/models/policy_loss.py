@@ -9,13 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coati.models.loss import masked_mean, masked_sum
 from coati.models.policy_names import KL_ESTIMATORS, NORMALISATIONS
 
 # e^20 is beyond every sensible ratio; without a bound one token makes the gradient infinite, and 0 times it NaN.
 LARGEST_LOG_RATIO = 20.0
+
+
+def _same(sums: Tensor) -> Tensor:
+    return sums
 
 
 def kept(values: Tensor, mask: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def value_statistics(values: Tensor, old_values: Tensor, mask: Tensor, clip: flo
 
 
 def explained_variance(
-    values: Tensor, returns: Tensor, mask: Tensor, reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums
+    values: Tensor, returns: Tensor, mask: Tensor, reduce_sum: Callable[[Tensor], Tensor] = _same
 ) -> Tensor:
     """1 - Var(R - V) / Var(R) over the actions of all ranks, a scalar: 1 is a perfect critic, 0 one that says the mean,
     below 0 worse than that. 0 where all returns are equal. No mean over micro-batches gives it; it is one sample.
@@ -186,3 +190,41 @@ class Normalisation:
     def units(self, mask: Tensor) -> Tensor:
         """How many are averaged, a scalar: actions, or responses that have any."""
         return mask.bool().sum() if self.name == "token" else mask.bool().any(dim=1).sum()
+
+
+# For a batch alone; the trainers normalise over their window and use the functions above
+
+
+class PolicyLoss(nn.Module):
+    """Mean of :func:`policy_terms` over the actions of a batch. ``reduce_sum``: sums a tensor over all ranks."""
+
+    def __init__(
+        self, clip_eps: float = 0.2, skip_threshold: float = 20.0, reduce_sum: Callable[[Tensor], Tensor] = _same
+    ) -> None:
+        super().__init__()
+        self.clip_eps, self.skip_threshold, self.reduce_sum = clip_eps, skip_threshold, reduce_sum
+
+    def forward(
+        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, bool, Tensor]:
+        """Loss, whether the batch is skipped, and the largest ratio (0 without actions); all inputs (B, A)."""
+        mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask.bool()
+        skip = exceeds(self.reduce_sum(ratio_sums(log_probs, old_log_probs, mask)), self.skip_threshold)
+        terms = policy_terms(log_probs, old_log_probs, advantages, mask, self.clip_eps, self.clip_eps, skip)
+        ratios = log_ratio(log_probs.detach(), old_log_probs, mask).exp().masked_fill(~mask, 0.0)
+        return masked_mean(terms, mask), bool(skip), ratios.amax()
+
+
+class ValueLoss(nn.Module):
+    """Mean of :func:`value_terms` over the actions of a batch; the return is advantage + old value, so advantages are
+    those before whitening."""
+
+    def __init__(self, clip_eps: float = 0.2) -> None:
+        super().__init__()
+        self.clip_eps = clip_eps
+
+    def forward(
+        self, values: Tensor, old_values: Tensor, advantage: Tensor, action_mask: Tensor | None = None
+    ) -> Tensor:
+        mask = torch.ones_like(values, dtype=torch.bool) if action_mask is None else action_mask.bool()
+        return masked_mean(value_terms(values, old_values, advantage + old_values, mask, self.clip_eps), mask)

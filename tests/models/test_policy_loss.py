@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from coati.models import PolicyLoss, ValueLoss
 from coati.models.policy_loss import (
     Normalisation,
     exceeds,
@@ -178,6 +179,27 @@ def test_explained_variance_over_ranks_is_that_of_all_rows_together():
     parts = [(values[part], returns[part], mask[part]) for part in (slice(0, 2), slice(2, 5))]
     for found in on_ranks(lambda part, reduce_sum: explained_variance(*part, reduce_sum), parts):
         assert_close(found, whole)
+
+
+def test_losses_of_a_batch_are_means_over_its_actions():
+    logps, mask = row(0.5, 1, 1.5, NAN).log(), torch.tensor([[1, 1, 1, 0]])
+    loss, skipped, largest = PolicyLoss()(logps, row(0.0, 0, 0, NAN), row(1, -1, 2, NAN), mask)
+    assert_close(loss.item(), -1.9 / 3)
+    assert_close(largest.item(), 1.5)
+    assert not skipped
+    # Returns 1 = advantage + old value; the values of test_value_loss_takes_the_worse_of_plain_and_clipped.
+    assert_close(ValueLoss()(row(0.5, -1.0, 0.1), row(0.0, 0, 0), row(1.0, 1, 1)).item(), (0.32 + 2.0 + 0.405) / 3)
+
+
+def test_a_batch_is_skipped_when_the_ratios_of_all_ranks_say_so():
+    far, near = row(30.0).log(), row(1.0).log()
+
+    def work(logps, reduce_sum):
+        loss, skipped, _ = PolicyLoss(skip_threshold=12, reduce_sum=reduce_sum)(logps, row(0.0), row(1.0))
+        return loss.item(), skipped
+
+    assert on_ranks(work, [far, near]) == [(0.0, True)] * 2  # mean 15.5: the near one skips too
+    assert on_ranks(work, [near, near]) == [(-1.0, False)] * 2
 
 
 # Normalisation

@@ -6,7 +6,7 @@ their steps in turn, so whatever else the machine does slows all, and a ratio is
 steps, which all ways take on the same rows. Tokens are real tokens: padding counts for none. Peak memory is the highest
 resident set of the process, interpreter, libraries, weights and optimiser included.
 
-    python benchmarks/bench_dpo.py [--steps 8] [--vocabulary 49152 151936] [--algorithm dpo rm] [--output results.json]
+    python benchmarks/bench_dpo.py [--steps 6] [--vocabulary 49152 151936] [--algorithm dpo rm] [--output results.json]
 """
 
 import argparse
@@ -92,7 +92,7 @@ def show(what: str, results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[49_152, 151_936])
     parser.add_argument("--algorithm", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", help="write the figures as JSON")

@@ -134,7 +134,8 @@ def _groups(scores: Tensor, group_size: int) -> Tensor:
     """(B,) -> (groups, G) fp64; raises ValueError when rows are left over."""
     if group_size < 1 or len(scores) % group_size:
         raise ValueError(f"{len(scores)} responses are no whole number of groups of {group_size}")
-    return scores.double().view(-1, group_size)
+    # Sums of fp32 numbers are exact in fp64: equal scores are exactly their mean, and no small std magnifies rounding.
+    return scores.float().double().view(-1, group_size)
 
 
 def group_advantages(scores: Tensor, group_size: int, method: str = "grpo") -> Tensor:
@@ -154,9 +155,7 @@ def group_advantages(scores: Tensor, group_size: int, method: str = "grpo") -> T
             "would be 0; use 2 or more, or reinforce_pp"
         )
     groups = _groups(scores, group_size)
-    # The mean of equal scores may differ from them by rounding, which a small std would then magnify.
-    centred = torch.where(_equal(groups)[:, None], 0.0, groups - groups.mean(1, keepdim=True))
-    return _SCALES[method](centred, group_size).flatten().float()
+    return _SCALES[method](groups - groups.mean(1, keepdim=True), group_size).flatten().float()
 
 
 def _by_deviation(centred: Tensor, group_size: int) -> Tensor:

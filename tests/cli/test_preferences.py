@@ -69,6 +69,7 @@ def test_beta_and_gamma_are_those_of_the_loss_unless_given(parse, words, beta, g
         ("dpo", ["--ref_tp", "2"], "it divides --tp 1"),
         ("dpo", ["--pp", "2", "--microbatch_size", "3", "--batch_size", "6"], "--microbatch_size 3 would part a pair"),
         ("rm", ["--pp", "2", "--batch_size", "8"], "a reward model cannot be cut into pipeline stages"),
+        ("rm", ["--tp", "2", "--plugin", "gemini"], "--tp 2 under gemini: the gradients of a reward model's head"),
         ("rm", ["--disable_loss_mask"], "--disable_loss_mask does nothing for a reward model"),
         ("rm", ["--loss_fn", "mse"], "invalid choice: 'mse'"),
         ("kto", ["--pp", "2", "--batch_size", "8"], "KTO needs log-probs of a whole window"),
@@ -79,7 +80,7 @@ def test_beta_and_gamma_are_those_of_the_loss_unless_given(parse, words, beta, g
     ],
 )
 def test_what_cannot_work_is_refused_by_name(parse, refused, monkeypatch, name, words, said):
-    if "--pp" in words:
+    if "--pp" in words or "--tp" in words:
         monkeypatch.setenv("WORLD_SIZE", "2")
         if name in ("rm", "kto"):
             words = [*words, "--accumulation_steps", "1"]

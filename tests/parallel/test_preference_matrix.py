@@ -46,7 +46,7 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
     "zero2_cpu": (2, cases("zero2_cpu", {}, ("rm", "dpo"))),
     "gemini": (2, cases("gemini", BF16, ALL)),
     "gemini_auto": (2, cases("gemini_auto", BF16, ("rm", "dpo"))),
-    "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, ("rm", "dpo"))),
+    "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, ("dpo",))),
     "3d_dp": (2, cases("3d", {}, ("rm", "dpo"), **LORA)),
     "3d_zero1": (2, cases("3d", {"zero_stage": 1, **BF16}, ("rm", "dpo"))),
     "3d_tp": (2, cases("3d", {"tp": 2}, ALL, dpo_whole_reference={"algorithm": "dpo", "ref_tp": 1}, **SPLIT)),

@@ -158,8 +158,8 @@ def main(args: argparse.Namespace) -> None:
             f"processor time: {found['ratio_of_cpu_seconds']:.2f})",
             flush=True,
         )
-    if args.output:
-        save_json(results, args.output)
+        if args.output:
+            save_json(results, args.output)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def main(args: argparse.Namespace) -> None:
             write_rows(rows, data)
             command = [sys.executable, __file__, "--one", str(data), *(["--deduplicate"] if args.deduplicate else [])]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout.splitlines()[-1]) | {"input_mib": round(data.stat().st_size / 2**20, 1)}
+            found = json.loads(done.stdout.splitlines()[-1])
+            found |= {"input_mib": round(data.stat().st_size / 2**20, 1), "load_average": round(os.getloadavg()[0], 2)}
         results["sizes"].append(found)
         print(
             f"{rows} rows: {found['seconds']} s, {found['rows_per_second']} rows/s, peak {found['peak_resident_mib']} "

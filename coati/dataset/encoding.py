@@ -65,6 +65,8 @@ class TextEncoder:
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
+        if key is None and not spans and not others:  # offsets cost nearly as much as a short text's encoding
+            return text, encoded.ids, []
         ids, offsets = encoded.ids, encoded.offsets
         if key is not None:
             tokens = self._reveal_sections(text, list(zip(ids, offsets, strict=True)), key)

@@ -20,8 +20,8 @@ def check_rm(args: Namespace) -> None:
         )
     if args.tp > 1 and (str(args.plugin).startswith("gemini") or args.zero_stage == 3):
         raise ValueError(
-            f"--tp {args.tp} under gemini: the gradients of a reward model's head come out wrong there; use --plugin 3d "
-            f"--tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
+            f"--tp {args.tp} under gemini: the gradients of a reward model's head come out wrong there; use "
+            f"--plugin 3d --tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
         )
     if args.disable_loss_mask:
         raise ValueError("--disable_loss_mask does nothing for a reward model: a score is of a whole conversation")

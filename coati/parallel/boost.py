@@ -103,7 +103,10 @@ def check_packs(model: nn.Module, options: ParallelOptions) -> None:
 
 def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
     """Teach ColossalAI to split a model with a scalar head, which it does not know
-    (shardformer/policies/auto_policy.py:276): as its backbone. Raises ValueError under a pipeline, and under gemini with --tp."""
+    (shardformer/policies/auto_policy.py:276): as its backbone.
+
+    Raises ValueError under a pipeline, and under gemini with ``--tp``.
+    """
     if getattr(model, "backbone", None) is None:
         return
     if options.pp > 1:
@@ -113,8 +116,8 @@ def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
         )
     if options.plugin.startswith("gemini") and options.tp > 1:
         raise ValueError(
-            f"--tp {options.tp} with --plugin {options.plugin}: the gradients of a scalar head come out wrong there; use "
-            f"--plugin 3d --tp {options.tp}, or --plugin {options.plugin} without --tp"
+            f"--tp {options.tp} with --plugin {options.plugin}: the gradients of a scalar head come out wrong there; "
+            f"use --plugin 3d --tp {options.tp}, or --plugin {options.plugin} without --tp"
         )
     from colossalai.shardformer.policies import auto_policy
 

@@ -101,8 +101,8 @@ def test_every_template_marks_the_last_answer_and_its_end(name):
         assert bos is None or (ids[0] == bos and ids[1] != bos)
 
 
-def test_tokens_that_join_over_the_border_belong_to_the_answer():
-    """ "[a]" and "b" become one token in the whole text, so the prompt alone has another ending."""
+def test_no_token_joins_prompt_and_answer():
+    """ "]b" is a token, but whoever asks the model sends "[a]" and has the answer begin with "b"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +115,7 @@ def test_tokens_that_join_over_the_border_belong_to_the_answer():
     )
     (row,) = rows("kto", {"prompt": "q", "completion": "bad", "label": False}, conversation)
     decode = conversation.encoder.decode
-    assert decode(row["prompt"]) == "<s>[u]q[a" and decode(row["completion"]) == "]bad</s>"
+    assert decode(row["prompt"]) == "<s>[u]q[a]" and decode(row["completion"]) == "bad</s>"
     (whole,) = rows("sft", {"messages": messages("q", "bad")}, conversation)
     assert row["prompt"] + row["completion"] == whole["input_ids"]
 

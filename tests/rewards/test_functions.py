@@ -27,6 +27,8 @@ GOOD = "<think>2 and 2</think>\n<answer> 4 </answer>"
         (GOOD + GOOD, False),
         ("<answer>4</answer><think>2 and 2</think>", False),
         ("<think>2<answer>4</answer></think>", False),
+        ("<answer><think>2</think>4</answer>", False),  # ends as it should, but the thoughts are in the answer
+        ("</think>2<think><answer>4</answer>", False),
         ("<think>2 and 2 <answer>4</answer>", False),
         ("<think></think><answer></answer>", True),
         ("4", False),

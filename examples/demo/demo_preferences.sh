@@ -5,7 +5,7 @@
 #   DEMO_DIR=DIR     where everything is written; default output/demo-preferences, which is emptied first
 #   RM_STEPS=N       optimiser steps of 8 pairs each for the reward model; default 64
 #   DPO_STEPS=N      the same for DPO; default 30
-#   EVAL_INTERVAL=N  optimiser steps between evaluations; default 0: before the first and after the last alone
+#   EVAL_INTERVAL=N  optimiser steps between evaluations; default: before the first and after the last alone
 #   RM_ACCURACY=P    the share of unseen pairs that the reward model must rank; default 0.67
 set -euo pipefail
 name=demo-preferences
@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=$cores
 train() { # script $1 into $work/$2, with further flags
     "$python" "examples/training_scripts/$1" --pretrain "$model" --conversation_template_config "$template" \
         --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin zero2 --mixed_precision fp32 \
-        --batch_size 4 --accumulation_steps 2 --eval_batch_size 8 --max_length 384 --eval_interval "${EVAL_INTERVAL:-0}" \
+        --batch_size 4 --accumulation_steps 2 --eval_batch_size 8 --max_length 384 ${EVAL_INTERVAL:+--eval_interval "$EVAL_INTERVAL"} \
         --save_interval 0 --save_dir "$work/$2" "${@:3}"
 }
 

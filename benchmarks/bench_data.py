@@ -2,8 +2,9 @@
 
 The other way is what one writes in an hour with `datasets` and `transformers`: load the JSON lines, map a function over
 single rows with one process per core, filter, save to disk. The function renders and tokenises with
-`apply_chat_template` and finds the loss mask by tokenising the text before each answer. Ours also writes the rows as
-JSON lines, decodes them for people to read, checks every row, and reports.
+`apply_chat_template` and finds the loss mask by tokenising the text before each answer. Both write arrow files and no
+JSON lines (--jsonl: ours writes them too). Ours also decodes the rows for people to read, checks every row, and
+reports.
 
 The two take turns on the same input file; the ratio of each turn is reported, and their median.
 
@@ -86,12 +87,12 @@ def by_map(type: str, data: Path, folder: Path, tokenizer, max_length: int) -> i
     return len(kept)
 
 
-def by_us(type: str, data: Path, folder: Path, template, max_length: int) -> int:
+def by_us(type: str, data: Path, folder: Path, template, max_length: int, jsonl: bool) -> int:
     from coati.dataset import prepare_dataset
 
     report = prepare_dataset(
-        inputs=[data], type=type, tokenizer=template.tokenizer, template=template, max_length=max_length,
-        arrow_dir=folder / "arrow", jsonl_dir=folder / "jsonl", cache_dir=folder / "cache", show=None,
+        inputs=[data], type=type, tokenizer=template.tokenizer, template=template, max_length=max_length, show=None,
+        arrow_dir=folder / "arrow", jsonl_dir=folder / "jsonl" if jsonl else None, cache_dir=folder / "cache",
     )  # fmt: skip
     return report["rows_written"]
 
@@ -116,7 +117,7 @@ def write_rows(type: str, rows: int, path: Path) -> None:
 
 def measure(type: str, args: argparse.Namespace, tokenizer, template) -> dict:
     """Both ways in turns, each beginning every other turn."""
-    ways = {"map": partial(by_map, tokenizer=tokenizer), "coati": partial(by_us, template=template)}
+    ways = {"map": partial(by_map, tokenizer=tokenizer), "coati": partial(by_us, template=template, jsonl=args.jsonl)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     written = {}
@@ -170,5 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer_dir", help="default: a byte-level BPE trained on the sample rows")
     parser.add_argument("--conversation_template_config", help="default: the tokenizer's own template")
     parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--jsonl", action="store_true", help="ours writes JSON lines beside the arrow files")
     parser.add_argument("--output", help="JSON file for the results")
     main(parser.parse_args())

@@ -5,6 +5,7 @@ encoded as ordinary text afterwards: nobody can end a turn by typing its marker.
 """
 
 import json
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -64,9 +65,9 @@ class TextEncoder:
         """
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)
+        if key is None and not spans and not others:
+            return text, self._ids(text), []
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
-        if key is None and not spans and not others:  # offsets cost nearly as much as a short text's encoding
-            return text, encoded.ids, []
         ids, offsets = encoded.ids, encoded.offsets
         if key is not None:
             tokens = self._reveal_sections(text, list(zip(ids, offsets, strict=True)), key)
@@ -79,6 +80,14 @@ class TextEncoder:
             tokens = self._cut(text, list(zip(ids, offsets, strict=True)), crossed)
             ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
         return text, ids, self._token_ranges(offsets, spans)
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids alone: offsets cost nearly as much as a short text's encoding."""
+        backend = self._backend(as_text=False)
+        if os.environ.get("TOKENIZERS_PARALLELISM") == "false":
+            # Elsewhere a batch, even of one, would start threads, after which a process must not fork.
+            return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return backend.encode(text, add_special_tokens=False).ids
 
     def _crossed(self, offsets: list[Span], spans: list[Span]) -> list[int]:
         """Borders of spans and end markers that lie inside a token."""

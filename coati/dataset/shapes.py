@@ -6,10 +6,10 @@ fits a row wins, so the ones with more keys come first.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from coati.dataset import source_row as read
@@ -34,11 +34,12 @@ def _has(*keys: str, **kinds: type | tuple) -> Callable[[Any], bool]:
     wanted = (*keys, *kinds)
 
     def matches(row: Any) -> bool:
-        return (
-            isinstance(row, dict)
-            and all(row.get(key) is not None for key in wanted)
-            and all(isinstance(row[key], kind) for key, kind in kinds.items())
-        )
+        if not isinstance(row, dict):
+            return False
+        for key in wanted:  # a loop, since every row meets most of the table
+            if row.get(key) is None:
+                return False
+        return all(isinstance(row[key], kind) for key, kind in kinds.items())
 
     return matches
 
@@ -123,8 +124,13 @@ def read_row(type: str, row: Any, format: str | None = None) -> SourceRow:
     return found
 
 
+@lru_cache
+def _candidates(type: str, format: str | None) -> tuple[Shape, ...]:
+    return tuple(shape for shape in SHAPES if type in shape.types and format in (None, shape.name))
+
+
 def _recognise(type: str, row: Any, format: str | None) -> Shape:
-    shapes = [shape for shape in SHAPES if type in shape.types and format in (None, shape.name)]
+    shapes = _candidates(type, format)
     for shape in shapes:
         if shape.matches(row):
             return shape
@@ -139,7 +145,7 @@ def _recognise(type: str, row: Any, format: str | None) -> Shape:
     )
 
 
-def _expected(shapes: list[Shape], row: Any, format: str | None) -> str:
+def _expected(shapes: Sequence[Shape], row: Any, format: str | None) -> str:
     forms = " / ".join(dict.fromkeys(", ".join(shape.keys) or "a list of messages" for shape in shapes))
     said = f"expected {forms}{f' (--format {format})' if format else ''}, found {_found(row)}"
     near = max(SHAPES, key=lambda shape: _nearness(shape, row))

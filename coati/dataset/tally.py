@@ -151,13 +151,15 @@ class Recorder:
         tally = self.tally
         tally.lengths[columns["seq_length"]] += 1
         sides = self._sides(columns)
+        learnt = 0
         for side in sides:
             supervised = side.supervised()
+            learnt += supervised
             tally.tokens += len(side.ids)
             tally.supervised += supervised
             if len(sides) > 1:
                 tally.traits[f"{side.name} tokens"] += supervised
-        tally.ended += sides[0].ends_with(self._stops)
+        tally.ended += learnt > 0 and sides[0].ends_with(self._stops)
         if len(tally.answers) < 2:
             ids = sides[0].ids
             answer = [token for token, kept in zip(ids, sides[0].mask(), strict=True) if kept] or ids

@@ -71,11 +71,13 @@ def _text_columns(row: SourceRow, conversation: Conversation, max_length: int) -
 
 def prompt_rows(row: SourceRow, conversation: Conversation, max_length: int) -> Made:
     """The ids that generation starts from, and the answer that is right."""
-    ids = conversation.encode_prompt(row.messages).input_ids
+    encoded = conversation.encode_prompt(row.messages)
+    ids, bos = encoded.input_ids, conversation.tokenizer.bos_token
     _check_length(len(ids), max_length)
     columns = {
         "input_ids": ids,
-        "inputs_decode": conversation.encoder.decode(ids),
+        # The ids are those of this text, behind the begin token where the template writes none: no need to decode.
+        "inputs_decode": encoded.text if bos is None or encoded.text.startswith(bos) else bos + encoded.text,
         "seq_length": len(ids),
         "seq_category": row.category,
         "gt_answer": row.gt_answer,

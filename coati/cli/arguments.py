@@ -144,7 +144,8 @@ def add_epoch_flags(parser: Parser) -> None:
     add_count(group, "--batch_size", default=4, unit="ROWS", help="rows per batch and process")
     add_count(group, "--eval_batch_size", unit="ROWS", help="rows per evaluation batch; default: --batch_size")
     add_count(
-        group, "--eval_interval", unit="STEPS", help="optimiser steps between evaluations; default: once per epoch"
+        group, "--eval_interval", unit="STEPS", least=0,
+        help="optimiser steps between evaluations, 0: only before and after training; default: once per epoch",
     )
 
 

@@ -74,6 +74,10 @@ def test_older_flags_say_what_they_became(sft, capsys, words, value, said):
     assert len(lines) == 1 and said in lines[0]
 
 
+def test_0_steps_between_evaluations_switch_them_off(sft, tmp_path):
+    assert sft(["--eval_interval", "0", "--eval_dataset", str(tmp_path)]).eval_interval == 0
+
+
 def test_older_flags_are_not_offered():
     text = sft_parser().format_help()
     assert "--strategy" not in text and "--accimulation_steps" not in text

@@ -85,7 +85,10 @@ def test_the_logged_loss_weighs_units(made, tmp_path):
 
 @pytest.mark.parametrize(
     "plan, evaluated",
-    [({}, [0, 2, 4]), ({"eval_interval": 3}, [0, 3, 4]), ({"eval_interval": 4}, [0, 4]), ({"max_steps": 3}, [0, 2, 3])],
+    [
+        ({}, [0, 2, 4]), ({"eval_interval": 3}, [0, 3, 4]), ({"eval_interval": 4}, [0, 4]),
+        ({"eval_interval": 0}, [0, 4]), ({"max_steps": 3}, [0, 2, 3]),
+    ],  # fmt: skip
 )
 def test_evaluation_at_the_start_when_due_and_at_the_end_once(made, tmp_path, plan, evaluated):
     trainer, _ = made(**plan)

@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=$cores
 train() { # script $1 into $work/$2, with further flags
     "$python" "examples/training_scripts/$1" --pretrain "$model" --conversation_template_config "$template" \
         --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin zero2 --mixed_precision fp32 \
-        --batch_size 4 --accumulation_steps 2 --eval_batch_size 8 --max_length 384 ${EVAL_INTERVAL:+--eval_interval "$EVAL_INTERVAL"} \
+        --batch_size 2 --accumulation_steps 4 --eval_batch_size 8 --max_length 384 ${EVAL_INTERVAL:+--eval_interval "$EVAL_INTERVAL"} \
         --save_interval 0 --save_dir "$work/$2" "${@:3}"
 }
 

@@ -3,7 +3,7 @@
 The model's code is left alone. :meth:`Head.install` replaces the ``forward`` of its output embedding; between
 :meth:`Head.set` and :meth:`Head.clear` that forward keeps the hidden states whose next token is supervised and returns
 the log-probabilities of these tokens, shape (1, n), where logits would have been: the (B, S, V) logits never exist.
-Otherwise it is the original forward.
+Otherwise it is the original forward. They are of log_softmax(logits / :attr:`Head.temperature`).
 """
 
 from collections.abc import Callable
@@ -58,6 +58,7 @@ class Head:
         self.module = module
         self.collective = collective or WHOLE
         self.chunk_rows = chunk_rows
+        self.temperature = 1.0
         self.agree_on_chunks: Callable[[int], int] | None = None
         self._targets: Tensor | None = None
         self._ignore_index = IGNORE_INDEX
@@ -141,7 +142,7 @@ class Head:
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         step = self.chunk_rows or rows_per_chunk(len(weight))
-        return FromHidden.apply(rows, weight, bias, targets, step)
+        return FromHidden.apply(rows, weight, bias, targets, step, self.temperature)
 
     def _general(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """Any module, by its own forward: parameters that are split, gathered or adapted when it is called."""
@@ -157,15 +158,18 @@ class Head:
             rows, targets = torch.cat([rows, blank]), F.pad(targets, (0, chunks - count))
         parts = zip(rows.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
         if chunks == 1 or not torch.is_grad_enabled():
-            logps = [self._chunk(part, wanted) for part, wanted in parts]
+            logps = [self._chunk(part, wanted, self.temperature) for part, wanted in parts]
         else:
-            logps = [checkpoint(self._chunk, part, wanted, use_reentrant=False) for part, wanted in parts]
+            # The temperature is an argument: a chunk formed again must have the one of its forward pass.
+            logps = [
+                checkpoint(self._chunk, part, wanted, self.temperature, use_reentrant=False) for part, wanted in parts
+            ]
         return torch.cat(logps)[:count]
 
-    def _chunk(self, rows: Tensor, targets: Tensor) -> Tensor:
+    def _chunk(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
         # Three dimensions, as every module that stands here has seen them.
         logits = _plain_tensor(self._original(rows[None]))
-        return FromLogits.apply(logits.flatten(0, -2), targets, self.collective)
+        return FromLogits.apply(logits.flatten(0, -2), targets, self.collective, temperature)
 
     def _width(self) -> int:
         """Vocabulary entries one call returns, close enough to choose the size of a chunk."""

@@ -54,71 +54,78 @@ def rows_per_chunk(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
-def _exp_(logits: Tensor, peak: Tensor) -> Tensor:
-    """``logits`` (n, V) becomes exp(logits - peak), in place; the sum of each row, (n,)."""
+def _exp_(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
+    """``logits`` (n, V) becomes exp((logits - peak) / temperature), in place; the sum of each row, (n,)."""
     total = torch.empty_like(peak)
     rows = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
     for start in range(0, len(logits), rows):
         block = logits[start : start + rows]
-        block.sub_(peak[start : start + rows, None]).exp_()
+        block.sub_(peak[start : start + rows, None])
+        if temperature != 1:
+            block.div_(temperature)
+        block.exp_()
         torch.sum(block, dim=1, out=total[start : start + rows])
     return total
 
 
-def _logprobs_and_gradient_(logits: Tensor, targets: Tensor, collective: VocabCollective) -> tuple[Tensor, Tensor]:
-    """Log-probs (n,) of ``targets`` (n,), and the softmax denominators (n,); fp32 ``logits`` (n, V) become
-    (softmax - onehot) x denominator, in place: a factor per row is cheaper to apply to hidden states than to V columns.
+def _logprobs_and_gradient_(
+    logits: Tensor, targets: Tensor, collective: VocabCollective, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (n,) of ``targets`` (n,), and the factors (n,) of their gradient: fp32 ``logits`` (n, V) become
+    (softmax - onehot) x denominator, in place, and the factor divides by denominator x temperature: a factor per row is
+    cheaper to apply to hidden states than to V columns.
     """
     index = targets - collective.offset
     mine = (index >= 0) & (index < logits.shape[1])  # this rank's shard holds the target
     index = index.masked_fill(~mine, 0)[:, None]
     peak = collective.reduce_max(logits.amax(dim=1))
     chosen = collective.reduce_sum((logits.gather(1, index)[:, 0] - peak).masked_fill(~mine, 0.0))
-    total = collective.reduce_sum(_exp_(logits, peak))
+    total = collective.reduce_sum(_exp_(logits, peak, temperature))
     logits.scatter_add_(1, index, total.masked_fill(~mine, 0.0).neg()[:, None])
-    return chosen - total.log(), total
+    return chosen / temperature - total.log(), (total * temperature).reciprocal_()
 
 
 class FromLogits(torch.autograd.Function):
-    """(n, V) logits, whole or one rank's shard of them -> (n,) log-probs of targets."""
+    """(n, V) logits, whole or one rank's shard of them -> (n,) log-probs of targets: log_softmax(logits / temperature)
+    there."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, collective: VocabCollective) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, collective: VocabCollective, temperature: float) -> Tensor:
         work = logits.detach().to(torch.float32, copy=True)
-        logps, total = _logprobs_and_gradient_(work, targets, collective)
+        logps, factor = _logprobs_and_gradient_(work, targets, collective, temperature)
         ctx.dtype = logits.dtype
-        ctx.save_for_backward(work, total)
+        ctx.save_for_backward(work, factor)
         return logps
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        work, total = ctx.saved_tensors
-        return (work * (-grad / total)[:, None]).to(ctx.dtype), None, None
+        work, factor = ctx.saved_tensors
+        return (work * (-grad * factor)[:, None]).to(ctx.dtype), None, None, None
 
 
 class FromHidden(torch.autograd.Function):
     """(n, H) hidden states, (V, H) weight, (V,) bias or None -> (n,) log-probs of targets; V-wide memory: one chunk."""
 
     @staticmethod
-    def _gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+    def _gradient(hidden, weight, bias, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
         """Log-probs and d(-log-prob)/d(logits) as (n, V) x (n,): in fp32 the row factor stays outside the matrix."""
         logits = F.linear(hidden, weight, bias)
         gradient = logits.float()
-        logps, total = _logprobs_and_gradient_(gradient, targets, WHOLE)
+        logps, factor = _logprobs_and_gradient_(gradient, targets, WHOLE, temperature)
         if logits.dtype == torch.float32:
-            return logps, gradient, total.reciprocal_()
-        return logps, gradient.div_(total[:, None]).to(logits.dtype), torch.ones_like(total)
+            return logps, gradient, factor
+        return logps, gradient.mul_(factor[:, None]).to(logits.dtype), torch.ones_like(factor)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets: Tensor, chunk_rows: int) -> Tensor:
-        ctx.chunk_rows = chunk_rows
+    def forward(ctx, hidden, weight, bias, targets: Tensor, chunk_rows: int, temperature: float) -> Tensor:
+        ctx.chunk_rows, ctx.temperature = chunk_rows, temperature
         if len(hidden) <= chunk_rows:
-            logps, gradient, factor = FromHidden._gradient(hidden, weight, bias, targets)
+            logps, gradient, factor = FromHidden._gradient(hidden, weight, bias, targets, temperature)
             ctx.save_for_backward(hidden, weight, bias, targets, gradient, factor)
             return logps
         ctx.save_for_backward(hidden, weight, bias, targets, None, None)
         chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
-        return torch.cat([FromHidden._gradient(rows, weight, bias, wanted)[0] for rows, wanted in chunks])
+        return torch.cat([FromHidden._gradient(rows, weight, bias, wanted, temperature)[0] for rows, wanted in chunks])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -131,7 +138,7 @@ class FromHidden(torch.autograd.Function):
             rows = hidden[part]
             if gradient is None or start:
                 gradient = None  # release the last chunk before the next is formed
-                _, gradient, factor = FromHidden._gradient(rows, weight, bias, targets[part])
+                _, gradient, factor = FromHidden._gradient(rows, weight, bias, targets[part], ctx.temperature)
             scale = (-grad[part] * factor).to(rows.dtype)[:, None]
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part]).mul_(scale)
@@ -140,21 +147,22 @@ class FromHidden(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 scaled = rows * scale
                 to_weight = gradient.t() @ scaled if to_weight is None else to_weight.addmm_(gradient.t(), scaled)
-        return to_hidden, to_weight, to_bias, None, None
+        return to_hidden, to_weight, to_bias, None, None, None
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """(B, S, V) logits, (B, S) labels -> (1, n) fp32 log-probs of the labelled tokens, as :class:`Head` gives them: for
-    models that :func:`head_unsupported` names. Besides the logits one chunk of fp32 copies exists at a time."""
+def logprobs_from_logits(
+    logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, temperature: float = 1.0
+) -> Tensor:
+    """(B, S, V) logits, (B, S) labels -> (1, n) fp32 log-probs of the labelled tokens, log_softmax(logits /
+    temperature) there, as :class:`Head` gives them: for models that :func:`head_unsupported` names. Besides the logits
+    one chunk of fp32 copies exists at a time."""
     targets = next_token_targets(labels, ignore_index).flatten()
     index = (targets != ignore_index).nonzero()[:, 0]
     rows, targets = logits.flatten(0, 1), targets[index]
     step = rows_per_chunk(logits.shape[-1])
 
     def chunk(part: Tensor, wanted: Tensor) -> Tensor:
-        return FromLogits.apply(rows.index_select(0, part), wanted, WHOLE)
+        return FromLogits.apply(rows.index_select(0, part), wanted, WHOLE, temperature)
 
     parts = zip(index.split(step), targets.split(step), strict=True)
     return torch.cat([checkpoint(chunk, part, wanted, use_reentrant=False) for part, wanted in parts])[None]
-
-

@@ -55,6 +55,7 @@ class Engine:
         self._alone = isinstance(wrapped, DistributedDataParallel) and dist.get_world_size() == 1
         self._batch_keys: set[str] = set()  # of the current pipelined batch, those the model does not take
         self.packing = packing
+        self.temperature = 1.0  # log-probs at labels are those of log_softmax(logits / temperature)
         self._install_head()
         if self.pipelined:
             self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
@@ -210,11 +211,13 @@ class Engine:
             return with_block_mask(inputs, self.dtype)
         if "labels" in batch:
             self.head.set_targets(packed.targets)
+            self.head.temperature = self.temperature
         return packed.inputs
 
     def _set_head(self, batch: Batch) -> None:
         if self.head is not None and "labels" in batch:
             self.head.set(batch["labels"])
+            self.head.temperature = self.temperature
 
     def _clear_head(self) -> None:
         if self.head is not None:
@@ -223,7 +226,8 @@ class Engine:
     def _read(self, outputs: Any, batch: Batch) -> Any:
         if self.head is None and "labels" in batch:
             # Gemini returns ColoTensors, whose in-place operations change nothing (tensor/colo_tensor.py:6).
-            outputs["logits"] = logprobs_from_logits(outputs["logits"].as_subclass(Tensor), batch["labels"])
+            logits = outputs["logits"].as_subclass(Tensor)
+            outputs["logits"] = logprobs_from_logits(logits, batch["labels"], temperature=self.temperature)
         return outputs
 
     def _update(self) -> float | None:

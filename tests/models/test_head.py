@@ -105,6 +105,38 @@ def test_equals_full_logits(tie, chunk_rows, wrapped):
     assert_same_gradients(found_gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("way", ["linear", "linear with bias in bf16", "any module", "full logits"])
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+def test_temperature_divides_the_logits(chunk_rows, temperature, way, monkeypatch):
+    """Values and gradients are those of log_softmax(logits / temperature), chunks formed again in the backward too,
+    whatever the temperature has become by then."""
+    monkeypatch.setattr("coati.models.logprobs.CHUNK_BYTES", 4 * V * (chunk_rows or 100))
+    model = Bare(nn.Linear(32, V, bias="bias" in way))
+    if "bf16" in way:
+        model = model.bfloat16()
+    torch.manual_seed(0)
+    nn.init.normal_(model.lm_head.weight)
+    hidden, (_, labels) = torch.randn(3, 11, 32, dtype=model.lm_head.weight.dtype), rows()
+    expected = reference(model(hidden).float() / temperature, labels)
+    expected_gradients = gradients(model, expected)
+    assert (expected - reference(model(hidden), labels)).abs().max() > 0.1
+    if way == "full logits":
+        flat = logprobs_from_logits(model(hidden), labels, temperature=temperature)
+    else:
+        if way == "any module":
+            model.lm_head = Wrapped(model.lm_head)
+        head = Head.install(model)
+        head.temperature = temperature
+        head.set(labels)
+        flat = model(hidden)
+        head.temperature = 1.0
+    found = gather_token_logprobs(flat, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+    found_gradients = {name.replace("lm_head.inner", "lm_head"): g for name, g in gradients(model, found).items()}
+    assert_same_gradients(found_gradients, expected_gradients, tolerance=2e-2 if "bf16" in way else 1e-5)
+
+
 def test_without_labels_the_model_is_as_before():
     model = tiny_llama()
     ids, labels = rows()

@@ -5,9 +5,13 @@ from coati.utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "Collected": "collected",
         "Experience": "experience",
+        "ExperienceSettings": "collected",
         "KLController": "running",
+        "NaiveExperienceMaker": "maker",
         "RunningNormalisation": "running",
+        "Scorer": "scoring",
         "gae": "advantage",
         "group_advantages": "advantage",
         "token_rewards": "advantage",

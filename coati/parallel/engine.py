@@ -1,27 +1,26 @@
 """One model's step: forward, loss, backward and update, pipelined or not. Nobody above asks which."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coati.models.block_mask import with_block_mask
-from coati.models.head import IGNORE_INDEX, Head, head_unsupported, logprobs_from_logits
+from coati.models.head import Head, head_unsupported, logprobs_from_logits
 from coati.models.varlen import Packing
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.plugins import ParallelOptions
-from coati.parallel.step import Batch, Hooks, NonFiniteLoss, Step
+from coati.parallel.step import Batch, Hooks, NonFiniteLoss, Part, Step, concatenate
 from coati.utils.distributed import all_gather_object
 from coati.utils.notice import say_once
 
-PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
 PACK_KEYS = ("position_ids",)  # in batches of packs, beside a trainer's model_keys
 PACKABLE = {"input_ids", "attention_mask", "position_ids"}
 
@@ -76,30 +75,37 @@ class Engine:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 
-    def train_step(self, window: list[Batch], hooks: Hooks, stop: bool = False) -> Step:
+    def train_step(
+        self, window: list[Batch], hooks: Hooks, stop: bool = False, *, weight: float = 1.0, also: Sequence[Part] = ()
+    ) -> Step:
         """Forward and backward over the micro-batches of ``window``, then one update.
 
-        ``stop``: this rank wants the run to end after the step; all ranks learn of it in :attr:`Step.stop`.
+        ``stop``: this rank wants the run to end after the step; all ranks learn of it in :attr:`Step.stop`. ``also``:
+        further parts of the same step's loss, each of its own window; ``weight`` is that of ``window``.
 
-        The loss is divided by the window's true count over all data-parallel ranks, so neither the split into
+        Each part is divided by its window's true count over all data-parallel ranks, so neither the split into
         micro-batches nor the number of ranks changes it.
 
         Raises:
             NonFiniteLoss: on every rank, before the update.
         """
-        window = self._prepared(window, hooks)
-        counts = [sum(hooks.units(batch) for batch in window), sum(batch["attention_mask"].sum() for batch in window)]
-        units, tokens, stops = (int(n) for n in self._sum([*(n * self.mesh.reports for n in counts), stop]))
-        scale = self.mesh.dp_size / max(units, 1)
+        parts = [replace(p, window=self._prepared(p.window, p.hooks)) for p in (Part(window, hooks, weight), *also)]
+        units = [sum(part.hooks.units(batch) for batch in part.window) for part in parts]
+        tokens = sum(batch["attention_mask"].sum() for part in parts for batch in part.window)
+        *counts, tokens, stops = (int(n) for n in self._sum([*(n * self.mesh.reports for n in (*units, tokens)), stop]))
         self.model.train()
-        run = self._pipeline_window if self.pipelined else self._plain_window
-        total, metrics = run(window, hooks, scale)
-        loss = self._sum([total * self.mesh.reports])[0] / max(units, 1)
-        if not math.isfinite(loss):
+        totals, metrics = [], {}
+        for part, count in zip(parts, counts, strict=True):
+            scale = part.weight * self.mesh.dp_size / max(count, 1)
+            total, samples = self._run(part.window, part.hooks, scale, sync=part is parts[-1])
+            totals.append(total * self.mesh.reports)
+            for name, values in samples.items():
+                metrics.setdefault(name, []).extend(values)
+        losses = [total / max(count, 1) for total, count in zip(self._sum(totals), counts, strict=True)]
+        if not all(map(math.isfinite, losses)):
             self.optimizer.zero_grad()
-            raise NonFiniteLoss(f"the loss of this step is {loss}")
-        norm = self._update()
-        return Step(loss, units, tokens, stops > 0, norm, metrics)
+            raise NonFiniteLoss(f"the loss of this step is {next(loss for loss in losses if not math.isfinite(loss))}")
+        return Step(losses[0], counts[0], tokens, stops > 0, self._update(), metrics, losses[1:])
 
     def _prepared(self, window: list[Batch], hooks: Hooks) -> list[Batch]:
         window = [self._to_device(hooks.prepare(batch)) for batch in window]
@@ -114,8 +120,7 @@ class Engine:
         """The metrics that ``hooks.loss`` makes of ``batch``, (n,) each in the order of the rows, and nothing else: no
         gradient, no exchange of losses. Under a pipeline they are on its last stage; the other stages get none."""
         self.model.eval()
-        run = self._pipeline_window if self.pipelined else self._plain_window
-        _, metrics = run([self._to_device(batch)], hooks, None)
+        _, metrics = self._run([self._to_device(batch)], hooks, None)
         return {name: torch.cat(values).to(self.device) for name, values in metrics.items()}
 
     @torch.no_grad()
@@ -126,8 +131,7 @@ class Engine:
         metrics: dict[str, list[Tensor]] = {}
         for batch in batches:
             batch = self._to_device(hooks.prepare(batch))
-            run = self._pipeline_window if self.pipelined else self._plain_window
-            batch_total, samples = run([batch], hooks, None)
+            batch_total, samples = self._run([batch], hooks, None)
             total += float(batch_total)
             units += float(hooks.units(batch))
             for name, values in samples.items():
@@ -147,10 +151,18 @@ class Engine:
             self._clear_head()
         return self._read(outputs, batch)
 
-    def _plain_window(self, window: list[Batch], hooks: Hooks, scale: float | None) -> tuple[Tensor, dict]:
+    def _run(self, window: list[Batch], hooks: Hooks, scale: float | None, sync: bool = True) -> tuple[Tensor, dict]:
+        """Sum of the loss's terms, and samples; with ``scale`` the gradients too, added up over ranks if ``sync``."""
+        if self.pipelined:
+            return self._pipeline_window(window, hooks, scale)
+        return self._plain_window(window, hooks, scale, sync)
+
+    def _plain_window(
+        self, window: list[Batch], hooks: Hooks, scale: float | None, sync: bool
+    ) -> tuple[Tensor, dict]:
         total, metrics = torch.zeros((), dtype=torch.float64, device=self.device), {}
         for index, batch in enumerate(window):
-            last = index == len(window) - 1
+            last = sync and index == len(window) - 1
             with nullcontext() if scale is None or (last and not self._alone) else self._no_sync():
                 loss, samples = hooks.loss(self.forward(batch, hooks.model_keys), batch)
                 if scale is not None:
@@ -270,18 +282,6 @@ def grad_scaler(optimizer):
         if scaler is not None:
             return scaler
     return None
-
-
-def concatenate(window: list[Batch]) -> Batch:
-    """Micro-batches joined along the rows, each right-padded to the longest."""
-    joined = {}
-    for key in window[0]:
-        parts = [batch[key] for batch in window]
-        if parts[0].dim() == 2:
-            width = max(part.shape[1] for part in parts)
-            parts = [F.pad(part, (0, width - part.shape[1]), value=PADDING.get(key, 0)) for part in parts]
-        joined[key] = torch.cat(parts)
-    return joined
 
 
 def _collect(metrics: dict[str, list[Tensor]], samples: dict[str, Tensor]) -> None:

@@ -3,9 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from coati.models.logprobs import IGNORE_INDEX
+
 Batch = dict[str, Tensor]
+PADDING = {"labels": IGNORE_INDEX}  # every other key is padded with 0: attention masks say what counts
 
 
 class Hooks(Protocol):
@@ -28,10 +33,19 @@ class Hooks(Protocol):
         the tokens chosen by ``batch["labels"]``; a model with a scalar head gives its tensor instead."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A share of a step's loss: the micro-batches and hooks it comes from, and how much it weighs."""
+
+    window: list[Batch]
+    hooks: Hooks
+    weight: float = 1.0
+
+
 @dataclass
 class Step:
     """What one optimiser step was, over all ranks: loss per unit, units, real tokens, whether a rank asked to stop; the
-    samples in ``metrics`` are this rank's."""
+    samples in ``metrics`` are this rank's; ``also`` the loss per unit of each further part."""
 
     loss: float
     units: int
@@ -39,7 +53,20 @@ class Step:
     stop: bool = False
     grad_norm: float | None = None
     metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+    also: list[float] = field(default_factory=list)
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss of a step is NaN or infinite; nothing was updated by it."""
+
+
+def concatenate(window: list[Batch]) -> Batch:
+    """Micro-batches joined along the rows, each right-padded to the longest."""
+    joined = {}
+    for key in window[0]:
+        parts = [batch[key] for batch in window]
+        if parts[0].dim() == 2:
+            width = max(part.shape[1] for part in parts)
+            parts = [F.pad(part, (0, width - part.shape[1]), value=PADDING.get(key, 0)) for part in parts]
+        joined[key] = torch.cat(parts)
+    return joined

@@ -1,10 +1,13 @@
 """Collectives that are the identity without a process group, so that nobody above asks how many processes there are."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 def _grouped() -> bool:
@@ -69,3 +72,23 @@ def broadcast_object(obj: Any, source: int = 0) -> Any:
 def any_rank(flag: bool) -> bool:
     """True on every rank when ``flag`` is true on at least one."""
     return any(all_gather_object(bool(flag)))
+
+
+def raise_together(work: Callable[[], Result]) -> Result:
+    """What ``work()`` returns on this rank. Every rank must call it.
+
+    Raises ValueError on every rank when ``work`` raises one on any, naming the rank: one that went away alone would
+    leave the others waiting for it.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except ValueError as error:
+        failure = error
+    failures = all_gather_object(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for who, text in enumerate(failures):
+        if text is not None:
+            raise ValueError(f"rank {who}: {text}")
+    return result

@@ -1,0 +1,61 @@
+"""Scores of responses: a reward model's, those of reward functions, or both added up."""
+
+import torch
+from torch import Tensor
+
+from coati.experience_maker.batches import scores
+from coati.experience_maker.experience import Experience
+from coati.parallel.reference import Reference
+from coati.rewards.responses import Responses
+from coati.rewards.scorer import Rewards
+from coati.utils.distributed import raise_together
+
+REWARD_MODEL = "reward_model"  # its name beside those of functions
+
+
+class Scorer:
+    """The reward of a run.
+
+    Args:
+        model: a frozen reward model.
+        functions: reward functions.
+        batch_size: rows that the reward model gets at a time; None: all.
+
+    Raises:
+        ValueError: with neither.
+    """
+
+    def __init__(
+        self, model: Reference | None = None, functions: Rewards | None = None, batch_size: int | None = None
+    ) -> None:
+        if model is None and functions is None:
+            raise ValueError(
+                "nothing gives a reward: name a reward model (--rm_pretrain) or functions (--reward_functions)"
+            )
+        self.model, self.functions, self.batch_size = model, functions, batch_size
+
+    def __call__(self, experience: Experience, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores (B,), and what each source gave, (B,) by name. Every rank must call it.
+
+        Raises ValueError on every rank when a function fails on one, and for a reward model whose score is not finite.
+        """
+        total, parts = torch.zeros(len(experience)), {}
+        if self.functions is not None:
+            scored = raise_together(lambda: self.functions(responses))
+            total += torch.tensor(scored.total)
+            parts |= {name: torch.tensor(values) for name, values in scored.parts.items()}
+        if self.model is not None:
+            found = scores(self.model, experience, self.batch_size).float().cpu()
+            parts[REWARD_MODEL] = raise_together(lambda: _finite(found, responses))
+            total += found
+        return total, parts
+
+
+def _finite(found: Tensor, responses: Responses) -> Tensor:
+    if bad := (~found.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the reward model's score of response {bad[0]} is {found[bad[0]]:.3g}: prompt "
+            f"{responses.prompts[bad[0]][-160:]!r}, response {responses.responses[bad[0]][:160]!r}; score "
+            "some rows with examples/inference/score.py to see whether the model itself is broken"
+        )
+    return found

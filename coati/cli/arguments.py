@@ -1,5 +1,6 @@
 """Every flag of the training scripts, defined once in groups that the scripts' parsers share."""
 
+import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -80,14 +81,18 @@ def add_data_flags(parser: Parser) -> None:
         "has as many rows as all paths together; default: every row once an epoch",
     )
     group.add_argument("--eval_dataset", nargs="+", default=[], metavar="PATH", help="the same, to evaluate on")
+    add_template_flag(group)
+    add_count(group, "--max_length", "--max_len", default=512, unit="TOKENS", least=2, help="longer rows are cut here")
+    add_count(group, "--max_samples", help="train on the first N rows of --dataset; default: all")
+    add_switch(group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone")
+
+
+def add_template_flag(group: argparse._ArgumentGroup) -> None:
     add_text(
         group, "--conversation_template_config", unit="FILE",
         help="template JSON for raw files and for the final model; default: what the data was prepared with, "
         "else the tokenizer's own",
     )
-    add_count(group, "--max_length", "--max_len", default=512, unit="TOKENS", least=2, help="longer rows are cut here")
-    add_count(group, "--max_samples", help="train on the first N rows of --dataset; default: all")
-    add_switch(group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone")
 
 
 def add_packing_flag(parser: Parser) -> None:
@@ -134,13 +139,13 @@ def add_optimisation_flags(parser: Parser) -> None:
         group, "--grad_clip", default=1.0, unit="NORM", help="gradients are scaled down to this norm; 0: not at all"
     )
     add_count(group, "--accumulation_steps", default=8, help="batches per optimiser step")
-    add_count(group, "--max_steps", unit="STEPS", help="stop after this many optimiser steps; default: all epochs")
     add_count(group, "--seed", default=42, least=0, help="seed of everything random")
 
 
 def add_epoch_flags(parser: Parser) -> None:
     group = parser.add_argument_group("batches and epochs")
     add_count(group, "--max_epochs", default=3, help="passes over --dataset")
+    add_count(group, "--max_steps", unit="STEPS", help="stop after this many optimiser steps; default: all epochs")
     add_count(group, "--batch_size", default=4, unit="ROWS", help="rows per batch and process")
     add_count(group, "--eval_batch_size", unit="ROWS", help="rows per evaluation batch; default: --batch_size")
     add_count(
@@ -149,7 +154,7 @@ def add_epoch_flags(parser: Parser) -> None:
     )
 
 
-def add_lora_flags(parser: Parser) -> None:
+def add_lora_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("LoRA", "Train low-rank adapters instead of all weights.")
     add_count(
         group, "--lora_rank", unit="R", least=0,
@@ -164,22 +169,24 @@ def add_lora_flags(parser: Parser) -> None:
         help="JSON with r, lora_alpha, dropouts, initialisation and target_modules; the flags above override it",
     )
     add_switch(group, "--merge_lora_weights", help="save the final model with the adapters merged in")
+    return group
 
 
-def add_output_flags(parser: Parser) -> None:
+def add_output_flags(parser: Parser, steps: str = "optimiser steps", final: str = "DIR/modeling") -> None:
+    """``steps``: what the run counts. ``final``: where the trained model is written."""
     group = parser.add_argument_group("output")
     add_text(
         group, "--save_dir", "--save_path", default="output",
-        help="checkpoints in DIR/epoch-E_step-S, the final model in DIR/modeling, metrics.jsonl and arguments.json "
+        help=f"checkpoints in DIR/epoch-E_step-S, the final model in {final}, metrics.jsonl and arguments.json "
         "beside them",
     )
     add_count(
-        group, "--save_interval", default=1000, unit="STEPS", least=0,
-        help="optimiser steps between checkpoints; 0: only when the run is stopped early",
+        group, "--save_interval", default=1000, unit=steps.split()[-1].upper(), least=0,
+        help=f"{steps} between checkpoints; 0: only when the run is stopped early",
     )
     add_text(
         group, "--metric_for_best", unit="NAME",
-        help="keep the best model so far by this metric of the evaluations (loss, accuracy, ...) in DIR/best",
+        help="keep the best model so far by this metric of the evaluations (loss, accuracy, reward, ...) in DIR/best",
     )
     add_count(
         group, "--keep_last_k", unit="K", help="remove all but the newest K checkpoints; default: keep all of them"
@@ -191,8 +198,11 @@ def add_output_flags(parser: Parser) -> None:
     )
 
 
-def add_logging_flags(parser: Parser) -> None:
+def add_logging_flags(parser: Parser, steps: str = "optimiser steps") -> None:
+    """``steps``: what the run counts."""
     group = parser.add_argument_group("logging")
     add_text(group, "--log_dir", help="write TensorBoard events below this directory")
     add_switch(group, "--use_wandb", help="log to Weights & Biases (WANDB_MODE=offline works)")
-    add_count(group, "--log_interval", default=1, unit="STEPS", help="optimiser steps between log entries")
+    add_count(
+        group, "--log_interval", default=1, unit=steps.split()[-1].upper(), help=f"{steps} between log entries"
+    )

@@ -27,11 +27,11 @@ def check_sft(args: Namespace) -> None:
     check_parallel(args)
 
 
-def check_paths(args: Namespace) -> None:
-    """Every named input must be there."""
-    for flag in ("dataset", "eval_dataset"):
+def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_dataset")) -> None:
+    """Every named input must be there. ``data``: the flags that name rows; a hub name will do but to evaluate on."""
+    for flag in data:
         for path in getattr(args, flag):
-            if not (Path(path).exists() or (flag == "dataset" and _may_be_hub_name(path))):
+            if not (Path(path).exists() or (not flag.startswith("eval_") and _may_be_hub_name(path))):
                 raise ValueError(f"--{flag} {path}: there is no such file or directory")
     for flag in ("lora_config", "plugin_args", "conversation_template_config"):
         path = getattr(args, flag)

@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 from coati.cli.parser import Parser
-from coati.cli.values import boolean
 from coati.utils.notice import say_once
 
 # --strategy of the first generation -> --plugin
@@ -27,6 +26,8 @@ RENAMED = {
     "--tensorboard_dir": "--log_dir",
     "--use_grad_checkpoint": "--grad_checkpoint",
     "--loss_func": "--loss_fn",
+    "--rm_path": "--rm_checkpoint_path",
+    "--prompt_path": "--prompt_dataset",
 }
 
 # No longer needed -> why.
@@ -34,6 +35,12 @@ DROPPED = {
     "--model": "the architecture is read from --pretrain",
     "--model_type": "the architecture is read from --pretrain",
     "--need_optim_ckpt": "every checkpoint holds the optimiser's state",
+}
+# The same, of scripts with a reward model.
+DROPPED_OF_ROLLOUTS = {
+    "--rm_model": "the architecture is read from --rm_pretrain",
+    "--critic_model": "the architecture is read from --critic_pretrain",
+    "--max_tokens_thinking": "--max_seq_len is the room for a response, its thoughts included",
 }
 
 
@@ -47,7 +54,8 @@ class _Renamed(argparse.Action):
 
 class _Dropped(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        say_once(f"{option_string} {values} has no effect: {DROPPED[option_string]}")
+        why = (DROPPED | DROPPED_OF_ROLLOUTS)[option_string]
+        say_once(f"{option_string} {values} has no effect: {why}")
 
 
 class _Strategy(argparse.Action):
@@ -60,11 +68,11 @@ def add_flags(parser: Parser) -> None:
     """Accept the older flags beside ``parser``'s own, without offering them in its help."""
     hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--strategy", action=_Strategy, choices=tuple(STRATEGIES), dest="plugin", **hidden)
-    for old in DROPPED:
+    for old in DROPPED if parser.action_of("--rm_pretrain") is None else DROPPED | DROPPED_OF_ROLLOUTS:
         parser.add_argument(old, action=_Dropped, dest=f"dropped{old}", **hidden)
     for old, new in RENAMED.items():
         now = parser.action_of(new)
         if now is None:
             continue
-        extra = {"nargs": now.nargs, "const": now.const} if now.type is boolean else {}
+        extra = {"nargs": now.nargs, "const": now.const} if now.nargs else {}
         parser.add_argument(old, action=_Renamed, dest=now.dest, type=now.type, choices=now.choices, **extra, **hidden)

@@ -14,7 +14,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from coati.cli.legacy import DROPPED, RENAMED, STRATEGIES
+from coati.cli.legacy import DROPPED, DROPPED_OF_ROLLOUTS, RENAMED, STRATEGIES
+from coati.cli.legacy_ppo import TURNED
 from coati.cli.parser import Parser
 from coati.dataset.reasons import CLEANING_REASONS, MALFORMED_REASONS, REASONS
 from coati.parallel.plugins import PLUGINS, PRECISIONS, ParallelOptions, check_options, resolve_options
@@ -77,7 +78,8 @@ def _row(action: argparse.Action) -> str:
 
 def _older() -> str:
     rows = [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
-    rows += [f"| `{old}` | no effect: {why} |" for old, why in DROPPED.items()]
+    rows += [f"| `{old}` | no effect: {why} |" for old, why in (DROPPED | DROPPED_OF_ROLLOUTS).items()]
+    rows += [f"| `{old}` of train_ppo.py and train_grpo.py | {new} |" for old, new in TURNED.items()]
     what = "Accepted by the training scripts; one line on standard error says what each became."
     return "\n".join(["## Flags of older documents", "", what, "", strategy_table(), *rows]) + "\n"
 

@@ -55,8 +55,13 @@ def find_resume(args: Namespace) -> Resume:
     if args.checkpoint_weights_only or not state.layout:
         why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
         say(f"{folder}: {why}; its weights are taken, optimiser, schedule and sample order start anew.")
-        return Resume(weights=str(folder / "modeling"))
-    return Resume(weights=str(folder / "modeling"), folder=folder, state=state)
+        return Resume(weights=weights_of(folder))
+    return Resume(weights=weights_of(folder), folder=folder, state=state)
+
+
+def weights_of(folder: Path, model: str = "actor") -> str:
+    """The model directory of a checkpoint; of several models that were trained together, the one of that name."""
+    return str(folder / model / "modeling" if (folder / model).is_dir() else folder / "modeling")
 
 
 def _refuse_finished(args: Namespace) -> None:

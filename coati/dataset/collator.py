@@ -127,8 +127,8 @@ class DataCollatorForPromptDataset(_Collator):
         }
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A short prompt in the place of one that is not there, without a ground truth."""
-        return {"input_ids": row["input_ids"][-2:], "gt_answer": None, "blank": True}
+        """A short prompt in the place of one that is not there."""
+        return {"input_ids": row["input_ids"][-2:], "gt_answer": row.get("gt_answer"), "blank": True}
 
 
 class DataCollatorForPreferenceDataset(_Collator):

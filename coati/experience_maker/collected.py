@@ -76,18 +76,16 @@ def joined(made: list[Generated], prompt_length: int) -> Generated:
     return Generated(torch.cat(wide), lengths, stopped, prompt_length, logprobs)
 
 
-def samples_of(experience: Experience, collected: Collected) -> dict[str, Tensor]:
-    """What is logged of each response, or of each action."""
-    responses, mask = collected.responses, experience.action_mask.bool()
+def samples_of(collected: Collected) -> dict[str, Tensor]:
+    """What is logged of each response, (B,) each."""
+    experience, responses = collected.experience, collected.responses
     samples = {
         "reward": experience.reward,
-        "approx_kl": kl_of_responses(experience.kl, mask),
+        "approx_kl": kl_of_responses(experience.kl, experience.action_mask),
         "response_length": experience.response_lengths().float(),
         "stop_rate": torch.tensor(responses.stopped).float(),
         "empty_responses": torch.tensor([not text.strip() for text in responses.responses]).float(),
     }
-    if experience.values is not None:
-        samples["value"] = experience.values[mask]
     return samples | {f"reward/{name}": values for name, values in collected.parts.items()}
 
 

@@ -67,26 +67,34 @@ class NaiveExperienceMaker:
         ``rows``: indices of the B x num_generations responses among all of the episode
         (:func:`~coati.experience_maker.experience.collect_rows`). Every rank must call it with equally many.
         """
-        for model in filter(None, (self.actor, self.reference and self.reference.engine)):
-            model.temperature = temperature
-        collected = self.respond(prompts, rows, episode, temperature)
-        experience, responses = collected.experience, collected.responses
+        collected = self.judge(prompts, rows, episode, temperature, self.settings.num_generations)
+        experience = collected.experience
         with timed(collected.seconds, "scoring"):
-            raw, collected.parts = self.scorer(experience, responses)
-            experience = replace(experience, reward=raw.to(experience.reward))
-            experience = self._towards_reference(experience)
             if self.critic is not None:
                 values = state_values(self.critic, experience, self.settings.forward_batch_size)
                 experience = replace(experience, values=values)
-        collected.samples = samples_of(experience, collected)
-        collected.experience = self._with_advantages(experience, collected)
+                collected.samples["value"] = values[experience.action_mask]
+            collected.experience = self._with_advantages(experience, collected)
         return collected
 
-    def respond(
-        self, prompts: dict[str, Any], rows: Sequence[int], episode: int, temperature: float
+    def judge(
+        self, prompts: dict[str, Any], rows: Sequence[int], episode: int, temperature: float = 1.0, times: int = 1
     ) -> Collected:
-        """The responses alone, their rewards still 0."""
-        times, settings = self.settings.num_generations, self.settings
+        """``times`` responses to each prompt, their scores and their KL; nothing of it changes the run."""
+        for model in filter(None, (self.actor, self.reference and self.reference.engine)):
+            model.temperature = temperature
+        collected = self._respond(prompts, rows, episode, temperature, times)
+        with timed(collected.seconds, "scoring"):
+            raw, collected.parts = self.scorer(collected.experience, collected.responses)
+            experience = replace(collected.experience, reward=raw.to(collected.experience.reward))
+            collected.experience = self._towards_reference(experience)
+        collected.samples = samples_of(collected)
+        return collected
+
+    def _respond(
+        self, prompts: dict[str, Any], rows: Sequence[int], episode: int, temperature: float, times: int
+    ) -> Collected:
+        settings = self.settings
         ids, mask = (prompts[name].repeat_interleave(times, 0) for name in ("input_ids", "attention_mask"))
         seconds: dict[str, float] = {}
         with timed(seconds, "rollout"):

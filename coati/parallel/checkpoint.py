@@ -2,7 +2,9 @@
 
 ``<save_dir>/epoch-E_step-S/``: ``modeling/`` (a Hugging Face directory), ``optimizer/rank-XXXXX.pt`` (each rank's own
 optimiser states, fp32 master weights and random states: ColossalAI saves neither of the latter two), ``lr_scheduler``,
-``running_states.json``. A directory of this name is whole: it was renamed into place last.
+``running_states.json``. A directory of this name is whole: it was renamed into place last. A run that trains several
+models has the first three in a folder for each, ``actor/`` and ``critic/``, and ``buffer/rank-XXXXX.pt`` when it was
+stopped between two updates of an episode.
 """
 
 import re
@@ -22,6 +24,8 @@ from coati.utils.json_io import load_json, save_json
 from coati.utils.notice import say
 
 NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
+HELD = "buffer"
+Models = dict[str, tuple[Engine, ModelAssets]]  # by name: an engine and what is saved beside its weights
 
 
 @dataclass
@@ -62,16 +66,29 @@ def save_checkpoint(save_dir: str | Path, engine: Engine, assets: ModelAssets, s
     Raises:
         SaveFailed: on every rank, when one could not write; no directory of that name is left then.
     """
+    return _save(save_dir, {".": (engine, assets)}, state, None)
+
+
+def save_models(
+    save_dir: str | Path, models: Models, state: RunningState, held: dict[str, Any] | None = None
+) -> Path:
+    """The same for a run that trains several models: each in a folder of its name, ``epoch-E_step-S/actor`` and so on.
+
+    ``held``: tensors of this rank, as nested dictionaries, that a run stopped between two steps goes on with.
+    """
+    return _save(save_dir, models, state, held)
+
+
+def _save(save_dir: str | Path, models: Models, state: RunningState, held: dict[str, Any] | None) -> Path:
     final = Path(save_dir) / f"epoch-{state.epoch}_step-{state.step}"
-    state.layout = layout_of(engine)
+    state.layout = layout_of(next(iter(models.values()))[0])
 
     def write(folder: Path) -> None:
-        save_model(engine, folder / "modeling", assets)
-        make_folder(folder / "optimizer")
-        mine = rank_state(engine)
-        write_file(folder / "optimizer" / f"rank-{rank():05d}.pt", lambda path: torch.save(mine, path))
-        if is_rank_0():
-            write_file(folder / "lr_scheduler", lambda path: torch.save(engine.lr_scheduler.state_dict(), path))
+        for name, (engine, assets) in models.items():
+            _write_engine(folder / name, engine, assets)
+        if held is not None:
+            make_folder(folder / HELD)
+            write_file(folder / HELD / f"rank-{rank():05d}.pt", lambda path: torch.save(held, path))
         barrier()  # the list of files is complete
         if is_rank_0():
             state.files = file_sizes(folder)
@@ -79,6 +96,27 @@ def save_checkpoint(save_dir: str | Path, engine: Engine, assets: ModelAssets, s
 
     write_directory(final, write)
     return final
+
+
+def _write_engine(folder: Path, engine: Engine, assets: ModelAssets) -> None:
+    save_model(engine, folder / "modeling", assets)
+    make_folder(folder / "optimizer")
+    mine = rank_state(engine)
+    write_file(folder / "optimizer" / f"rank-{rank():05d}.pt", lambda path: torch.save(mine, path))
+    if is_rank_0():
+        write_file(folder / "lr_scheduler", lambda path: torch.save(engine.lr_scheduler.state_dict(), path))
+
+
+def held_by_rank(folder: str | Path, state: RunningState) -> dict[str, Any] | None:
+    """What this rank gave :func:`save_models` to hold; None where nothing was held, or by other ranks than there are
+    now, which is said."""
+    file = Path(folder) / HELD / f"rank-{rank():05d}.pt"
+    if not file.parent.is_dir():
+        return None
+    if state.layout.get("world_size") != world_size():
+        say(f"{folder} was stopped inside an episode of {state.layout.get('world_size')} processes: it starts anew.")
+        return None
+    return torch.load(file, weights_only=True)
 
 
 def read_checkpoint(folder: str | Path) -> RunningState:

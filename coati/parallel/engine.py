@@ -153,9 +153,14 @@ class Engine:
 
     def _run(self, window: list[Batch], hooks: Hooks, scale: float | None, sync: bool = True) -> tuple[Tensor, dict]:
         """Sum of the loss's terms, and samples; with ``scale`` the gradients too, added up over ranks if ``sync``."""
-        if self.pipelined:
-            return self._pipeline_window(window, hooks, scale)
-        return self._plain_window(window, hooks, scale, sync)
+        usual = self.temperature
+        self.temperature = getattr(hooks, "temperature", usual)
+        try:
+            if self.pipelined:
+                return self._pipeline_window(window, hooks, scale)
+            return self._plain_window(window, hooks, scale, sync)
+        finally:
+            self.temperature = usual
 
     def _plain_window(
         self, window: list[Batch], hooks: Hooks, scale: float | None, sync: bool

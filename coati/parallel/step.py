@@ -17,7 +17,8 @@ class Hooks(Protocol):
     """What a trainer tells the engine about its algorithm.
 
     Optional besides: ``prepare_window(window) -> window``, called with the prepared batches of a training step on the
-    device, in eval mode and without gradient, before the first forward; for what needs the whole window.
+    device, in eval mode and without gradient, before the first forward; for what needs the whole window. And
+    ``temperature``, where log-probs are wanted at another than the engine's.
     """
 
     model_keys: tuple[str, ...]

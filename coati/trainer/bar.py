@@ -6,10 +6,15 @@ from coati.utils.distributed import is_rank_0
 
 
 class Bar:
-    """Optimiser steps done of all, with loss, learning rate and tokens per second; tqdm adds the time left."""
+    """Steps (or episodes) done of all, with loss, learning rate and tokens per second; tqdm adds the time left."""
 
-    def __init__(self, total: int, done: int, name: str) -> None:
-        self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=not is_rank_0(), dynamic_ncols=True)
+    def __init__(self, total: int, done: int, name: str, unit: str = "step") -> None:
+        self.name = name
+        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, disable=not is_rank_0(), dynamic_ncols=True)
+
+    def phase(self, text: str) -> None:
+        """What is being done inside a step."""
+        self._bar.set_description(f"{self.name} ({text})")
 
     def step(self, **shown: float) -> None:
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)

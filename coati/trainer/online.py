@@ -1,0 +1,270 @@
+"""The only loop for data that the policy makes itself: collect, update, report, episode after episode."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from coati.experience_buffer.buffer import NaiveExperienceBuffer
+from coati.experience_maker.batches import sum_over
+from coati.experience_maker.collected import Collected
+from coati.experience_maker.experience import collect_rows
+from coati.experience_maker.maker import NaiveExperienceMaker
+from coati.parallel.checkpoint import RunningState
+from coati.parallel.engine import Engine
+from coati.parallel.step import Batch, NonFiniteLoss, Part, Step
+from coati.parallel.weights import ModelAssets
+from coati.trainer.bar import Bar
+from coati.trainer.base import Plan
+from coati.trainer.online_record import Record
+from coati.trainer.policy import CriticHooks, PolicyHooks, PolicySettings, PretrainingHooks
+from coati.trainer.stop import StopRequest
+from coati.utils.distributed import any_rank
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """How long a run is and how its episodes are cut.
+
+    ``windows``: optimiser steps of one pass over what an episode collects
+    (:func:`~coati.experience_buffer.equation.windows_per_episode`). ``temperature``: episode -> what is sampled at.
+    """
+
+    num_episodes: int = 1
+    num_update_steps: int = 1
+    windows: int = 1
+    temperature: Callable[[int], float] = field(default=lambda episode: 1.0)
+    seed: int = 42
+    sample_interval: int = 10
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.num_episodes * self.num_update_steps * self.windows
+
+
+class OLTrainer:
+    """Episodes: ``num_collect_steps`` batches of prompts answered and judged, then passes over the answers.
+
+    Args:
+        actor: the policy's engine, ``critic`` that of the values where there is one.
+        plan: its intervals count episodes here.
+        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows.
+        assets: what is saved beside the weights of each model, by name.
+        held: what :func:`~coati.parallel.checkpoint.held_by_rank` found, of a run stopped inside an episode.
+    """
+
+    name = "online"
+
+    def __init__(
+        self,
+        actor: Engine,
+        maker: NaiveExperienceMaker,
+        buffer: NaiveExperienceBuffer,
+        episodes: Episodes,
+        *,
+        critic: Engine | None = None,
+        policy: PolicySettings | None = None,
+        value_clip: float = 0.2,
+        ptx_coef: float = 0.0,
+        plan: Plan | None = None,
+        state: RunningState | None = None,
+        assets: dict[str, ModelAssets] | None = None,
+        held: dict[str, Any] | None = None,
+        signs: Any = None,
+    ) -> None:
+        self.engine, self.critic, self.maker, self.buffer = actor, critic, maker, buffer
+        self.episodes, self.ptx_coef = episodes, ptx_coef
+        self.plan, self.state = plan or Plan(), state or RunningState()
+        self.models = {"actor": actor} | ({"critic": critic} if critic is not None else {})
+        self.model_assets = assets or {name: ModelAssets.of(each.module) for name, each in self.models.items()}
+        self.policy = PolicyHooks(policy or PolicySettings(), sum_over(actor))
+        self.values, self.pretraining = CriticHooks(value_clip), PretrainingHooks()
+        self.stopped_early = False
+        trained = self.state.trainer
+        self.episode: int = trained.get("episode", 0)
+        self._position: tuple[int, int] = (0, 0)  # pass and window of the episode that come next
+        self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
+        self.record = Record(self, signs)
+        if "maker" in trained:
+            maker.load_state_dict(trained["maker"])
+        if held is not None:
+            self._position = tuple(trained["position"])
+            buffer.load_state_dict(held)
+
+    @property
+    def assets(self) -> ModelAssets:
+        return self.model_assets["actor"]
+
+    @property
+    def first_evaluation(self) -> dict[str, float]:
+        return self.record.first_evaluation
+
+    @property
+    def last_evaluation(self) -> dict[str, float]:
+        return self.record.last_evaluation
+
+    @property
+    def best(self) -> dict[str, float]:
+        return self.record.best
+
+    def fit(
+        self, prompts: Any, evaluation: Any = None, ptx: Any = None, log_dir: str | None = None, use_wandb: bool = False
+    ) -> None:
+        """Train.
+
+        Args:
+            prompts: a :class:`~coati.dataset.loader.WindowLoader` whose windows are the prompts of one episode.
+            evaluation: an :class:`~coati.dataset.loader.EvaluationLoader` of other prompts.
+            ptx: a window loader of supervised rows, a window for each optimiser step.
+
+        Raises:
+            NonFiniteLoss: naming the episode; the last checkpoint stays as it was.
+            ValueError: on every rank, for a reward function that fails on one.
+        """
+        self.record.open(log_dir, use_wandb)
+        bar = Bar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
+        try:
+            with StopRequest() as stop:
+                if self.episode == 0 and not len(self.buffer):
+                    self.record.evaluate(evaluation, bar)
+                while self.episode < self.episodes.num_episodes and not self.stopped_early:
+                    self._run_episode(prompts, evaluation, ptx, bar, stop)
+            self.record.memory()
+        finally:
+            bar.close()
+            self.record.close()
+
+    def _run_episode(self, prompts: Any, evaluation: Any, ptx: Any, bar: Bar, stop: StopRequest) -> None:
+        if not len(self.buffer) and not self._collect(prompts, bar, stop):
+            self.stopped_early = True
+            self.record.save()
+            return
+        if not self._update(ptx, bar, stop):
+            self.stopped_early = True
+            self.record.save(self.buffer.state_dict())
+            return
+        self.buffer.clear()
+        self._position = (0, 0)
+        self.episode += 1
+        self.state.sample_start_index += prompts.window_rows
+        self.record.episode(bar)
+        last = self.episode == self.episodes.num_episodes
+        if self._due(self.plan.eval_interval) or last:
+            self.record.evaluate(evaluation, bar)
+        self.stopped_early = any_rank(stop.requested) and not last
+        if self._due(self.plan.save_interval) or self.stopped_early:
+            self.record.save()
+
+    def _due(self, interval: int | None) -> bool:
+        return bool(interval) and self.episode % interval == 0
+
+    # Collecting
+
+    def _collect(self, prompts: Any, bar: Bar, stop: StopRequest) -> bool:
+        """Fill the buffer; False, with everything as it was before, when a rank was asked to stop."""
+        before, batches = self.maker.state_dict(), self._next_prompts(prompts)
+        temperature = self.episodes.temperature(self.episode)
+        self.policy.temperature = temperature
+        collected: list[Collected] = []
+        for number, batch in enumerate(batches):
+            if any_rank(stop.requested):
+                self.maker.load_state_dict(before)
+                return False
+            bar.phase(f"rollout {number + 1}/{len(batches)}")
+            count = len(batch["input_ids"]) * self.maker.settings.num_generations
+            rows = collect_rows(number, len(batches), self.engine.mesh.dp_rank * count, count)
+            collected.append(self.maker.make_experience(batch, rows, self.episode, temperature))
+        experiences, figures = self.maker.finish(collected)
+        for experience in experiences:
+            self.buffer.append(experience)
+        self.record.collected(collected, figures, bar)
+        return True
+
+    def _next_prompts(self, prompts: Any) -> list[dict[str, Any]]:
+        state = self.state
+        while state.sample_start_index + prompts.window_rows > prompts.count(state.epoch):
+            state.epoch, state.sample_start_index = state.epoch + 1, 0
+        return next(iter(prompts.windows(state.epoch, state.sample_start_index)))
+
+    # Updating
+
+    def _update(self, ptx: Any, bar: Bar, stop: StopRequest) -> bool:
+        """The passes over the buffer, from where an interrupted run stood; False when a rank was asked to stop."""
+        episodes, (first, start) = self.episodes, self._position
+        total = episodes.num_update_steps * episodes.windows
+        self.policy.temperature = episodes.temperature(self.episode)
+        for number in range(first, episodes.num_update_steps):
+            windows = self.buffer.windows(
+                episodes.windows, seed=episodes.seed, episode=self.episode, update=number, start=start
+            )
+            for index, window in enumerate(windows, start):
+                bar.phase(f"update {number * episodes.windows + index + 1}/{total}")
+                self.policy.first_pass = number == 0 and index == 0
+                stopping = self._step(window, ptx, stop)
+                done = number + 1 == episodes.num_update_steps and index + 1 == episodes.windows
+                if stopping and not done:
+                    self._position = (number, index + 1) if index + 1 < episodes.windows else (number + 1, 0)
+                    return False
+            start = 0
+        return True
+
+    def _step(self, window: list, ptx: Any, stop: StopRequest) -> bool:
+        """One update of every model; whether a rank was asked to stop."""
+        started, also = time.perf_counter(), []
+        if self.ptx_coef:
+            also = [Part(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
+        try:
+            batches = self.policy.window(window)
+            step = self.engine.train_step(
+                batches, self.policy, stop.requested, weight=1 - self.ptx_coef, also=also
+            )
+            values = self._critic_step(window)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(self._describe(error)) from error
+        self.state.step += 1
+        self.record.step(step, values, time.perf_counter() - started)
+        return step.stop
+
+    def _critic_step(self, window: list) -> Step | None:
+        return None if self.critic is None else self.critic.train_step(self.values.window(window), self.values)
+
+    def _next_ptx(self, ptx: Any) -> list[Batch]:
+        epoch, start = self._ptx_at
+        while start + ptx.window_rows > ptx.count(epoch):
+            epoch, start = epoch + 1, 0
+        self._ptx_at = [epoch, start + ptx.window_rows]
+        return next(islice(ptx.windows(epoch, start), 1))
+
+    def _describe(self, error: NonFiniteLoss) -> str:
+        folder = self.plan.save_dir
+        kept = f"the last checkpoint in {folder} is untouched" if folder else "nothing was saved"
+        return (
+            f"{error} (episode {self.episode + 1}, optimiser step {self.state.step + 1}); {kept}. Lower --lr, "
+            "--critic_lr or --grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights, optimisers and the buffer; JSON keeps it exactly."""
+        return {
+            "episode": self.episode,
+            "position": list(self._position),
+            "ptx": self._ptx_at,
+            "maker": self.maker.state_dict(),
+        }
+
+
+class PPOTrainer(OLTrainer):
+    """Proximal policy optimisation with a critic (arXiv 1707.06347, 2203.02155). Raises ValueError without a critic."""
+
+    name = "ppo"
+
+    def __init__(self, actor: Engine, *arguments: Any, critic: Engine, **keywords: Any) -> None:
+        super().__init__(actor, *arguments, critic=critic, **keywords)
+
+
+class GRPOTrainer(OLTrainer):
+    """Policy gradient with advantages from groups of responses instead of a critic (arXiv 2402.03300 and its kin)."""
+
+    name = "grpo"

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from os.path import commonprefix
 from typing import Any
 
-from coati.models.generation import generate
+from coati.models.generation import Sampling
 from coati.models.samples import format_samples, left_pad, without_stop
 from coati.parallel.engine import Engine
 from coati.parallel.plugins import ParallelOptions
+from coati.parallel.sampling import sample
 from coati.utils.notice import say_once
 
 ROWS, NEW_TOKENS, PROMPT_TOKENS = 3, 40, 96
@@ -48,15 +49,14 @@ def what_differs(prompts: list[list[int]]) -> list[list[int]]:
 
 def _table(engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: list[list[int]]) -> str:
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, engine.device)
-    result = generate(
-        engine.model,
+    result = sample(
+        engine,
         ids,
         mask,
+        sampling=Sampling(do_sample=False),
         stop_sequences=stop_ids,
         max_new_tokens=NEW_TOKENS,
-        do_sample=False,
         pad_token_id=tokenizer.pad_token_id or 0,
-        stop_flag=engine.all_ranks,
     )
     answers = [
         tokenizer.decode(without_stop(answer, stop_ids), skip_special_tokens=True) for answer in result.answers()

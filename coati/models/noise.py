@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ROLLOUT = 0x726F6C6C  # keeps these draws apart from those of the data order, which are seeded alike
+_BLOCK = 256
 
 
 def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tensor:
@@ -19,14 +21,27 @@ def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tenso
     return torch.from_numpy(np.stack(draws)) if draws else torch.zeros(0, steps, dtype=torch.float64)
 
 
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (B,) at the quantiles ``uniform`` (B,) of ``probabilities`` (B, V); never one of probability 0.
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens (B,) at the quantiles ``uniform`` (B,) of the distributions proportional to ``weights`` (B, V) >= 0; never
+    one of weight 0.
 
     One number decides a token (inverse distribution function): rounding differences between two batches change it only
-    where they straddle that number.
+    where they straddle that number. First the block of tokens is found, then the token in it, so that only sums of
+    blocks and one block of each row are added up in order.
     """
-    cumulative = probabilities.double().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Rounded up to the total, a number would point behind the last token that has a probability.
-    wanted = torch.minimum(uniform.to(total).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    size = weights.shape[1]
+    whole = size - size % _BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1)
+    cumulative = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1).double().cumsum(dim=-1)
+    wanted = _below(uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:], cumulative[:, -1:])
+    block = torch.searchsorted(cumulative, wanted, right=True)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    index = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, index.clamp(max=size - 1)).masked_fill(index >= size, 0.0).double().cumsum(dim=-1)
+    wanted = _below(wanted - before, inside[:, -1:])
+    return (block * _BLOCK + torch.searchsorted(inside, wanted, right=True))[:, 0]
+
+
+def _below(numbers: Tensor, total: Tensor) -> Tensor:
+    # Rounded up to the total, a number would point behind the last token that has a weight.
+    return torch.minimum(numbers, torch.nextafter(total, torch.zeros_like(total)))

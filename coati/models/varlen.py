@@ -3,7 +3,7 @@
 Position ids start anew at every row and attention runs row by row, so each token sees exactly what it sees in a padded
 batch; linear layers, norms and the vocabulary head get real tokens only. The model's code is left alone: transformers
 hands ``cu_seq_lens_q`` (the ends of the rows) down to its attention function, which flash-attention already obeys and
-which :meth:`Packing.of` teaches to "sdpa" for CPUs.
+which "sdpa" is taught for CPUs (attention.py).
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coati.models.attention import teach_sdpa
 from coati.models.block_mask import sliding_window
 from coati.models.logprobs import IGNORE_INDEX, next_token_targets
 
@@ -47,7 +48,7 @@ class Packing:
         if not (known and getattr(model, "_supports_attention_backend", False)):
             return None
         if attention == "sdpa":
-            _teach_sdpa()
+            teach_sdpa()
         # Rows longer than a sliding window are masked by it, which row_by_row does not do.
         packing = cls(longest=sliding_window(model.config) or 2**62)
         return packing if packing.longest > max(_PROBE_LENGTHS) and packing._holds_for(model) else None
@@ -99,33 +100,3 @@ class Packing:
         alone = torch.cat(single, dim=1)
         tolerance = 1e-5 if packed.dtype == torch.float32 else 2e-2
         return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
-
-
-def row_by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float, scale: float) -> Tensor:
-    """Causal attention of each row with itself: ``query`` (1, heads, T, D), ``key``, ``value`` (1, KV heads, T, D) with
-    T the sum of ``lengths`` -> (1, T, heads, D)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outs = [F.scaled_dot_product_attention(*row, dropout_p=dropout, is_causal=True, scale=scale) for row in rows]
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
-
-
-def _teach_sdpa() -> None:
-    """Register an "sdpa" that goes row by row where it is told the ends of rows, and is the original otherwise."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if getattr(original, "takes_packed_rows", False):
-        return
-
-    def attention(module, query, key, value, attention_mask, **keywords):
-        ends = keywords.get("cu_seq_lens_q")
-        if ends is None:
-            return original(module, query, key, value, attention_mask, **keywords)
-        lengths = [length for length in ends.diff().tolist() if length]
-        return row_by_row(query, key, value, lengths, keywords.get("dropout", 0.0), keywords.get("scaling")), None
-
-    attention.takes_packed_rows = True
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)

@@ -66,6 +66,20 @@ def gather(engine: Engine) -> dict[str, Tensor]:
     return mine
 
 
+def merged_weights(engine: Engine) -> dict[str, Tensor]:
+    """:func:`gather`, adapters merged into the weights that they adapt: the names and tensors of the plain model."""
+    if not is_lora(engine):
+        return gather(engine)
+    from coati.models.lora import merged
+
+    with merged(engine.module):
+        return _without_adapters(gather(engine))
+
+
+def _without_adapters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_plain_name(name): tensor for name, tensor in tensors.items() if not _is_adapter(name)}
+
+
 def _plain(tensor: Tensor) -> Tensor:
     # ColossalAI replaces .detach and .clone of gathered tensors by ones that keep their process group.
     return Tensor.detach(tensor).as_subclass(Tensor).clone().cpu()
@@ -92,7 +106,7 @@ def save_model(engine: Engine, folder: Path, assets: ModelAssets, *, merge_lora:
 
         with merged(engine.module):
             config = ModelAssets.of(engine.module.get_base_model()).config
-            tensors = {_plain_name(name): tensor for name, tensor in gather(engine).items() if not _is_adapter(name)}
+            tensors = _without_adapters(gather(engine))
     else:
         tensors = gather(engine)
     if is_lora(engine) and not merge_lora:

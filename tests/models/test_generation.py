@@ -88,7 +88,8 @@ def test_dropout_and_gradients_are_off_while_sampling_and_only_then():
 
 
 class Scripted(nn.Module):
-    """Says what it is told: row r answers ``script[r]``, by the number of tokens since its prompt."""
+    """Says what it is told: the row whose prompt begins with r + 1 answers ``script[r]``, by the number of tokens since
+    its prompt. Which row stands where it reads in the cache, as attention does."""
 
     class config:
         max_position_embeddings = 64
@@ -100,19 +101,20 @@ class Scripted(nn.Module):
     def forward(self, input_ids=None, past_key_values=None, cache_position=None):
         from types import SimpleNamespace
 
-        states = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
-        past_key_values.update(states, states, 0)
+        states = input_ids[:, None, :, None].float()
+        keys, _ = past_key_values.update(states, states, 0)
         step = int(cache_position[-1]) + 1 - self.prompt_length
         logits = torch.full((len(input_ids), 1, self.vocabulary), -5.0)
-        for row, script in enumerate(self.script):
-            logits[row, 0, script[min(step, len(script) - 1)]] = 5.0
+        for slot, first in enumerate(keys[:, 0, 0, 0].long().tolist()):
+            script = self.script[first - 1]
+            logits[slot, 0, script[min(step, len(script) - 1)]] = 5.0
         return SimpleNamespace(logits=logits)
 
 
 def test_rows_stop_at_their_stop_sequence_and_the_batch_when_all_have_stopped():
     script = [[9, 7, 8, 20], [7, 9, 30, 31], [7, 7, 7, 8]]  # stops: [7, 8] or [30]
-    result = generate(Scripted(script, 2), torch.tensor([[1, 2]] * 3), stop_sequences=[[7, 8], [30]], max_new_tokens=9,
-                      do_sample=False, pad_token_id=0)  # fmt: skip
+    prompts = torch.tensor([[1, 2], [2, 2], [3, 2]])
+    result = generate(Scripted(script, 2), prompts, stop_sequences=[[7, 8], [30]], max_new_tokens=9, do_sample=False)
     assert result.answers() == [[9, 7, 8], [7, 9, 30], [7, 7, 7, 8]]
     assert result.sequences[:, 2:].tolist() == [[9, 7, 8, 0], [7, 9, 30, 0], [7, 7, 7, 8]]
     assert result.stopped.all() and result.lengths.tolist() == [3, 3, 4]
@@ -125,7 +127,7 @@ def test_a_stop_sequence_does_not_begin_in_the_prompt():
 
 
 def test_a_row_at_the_limit_has_not_stopped():
-    result = generate(Scripted([[3, 4], [7, 7]], 1), torch.tensor([[1], [1]]), stop_sequences=[[7]], max_new_tokens=3,
+    result = generate(Scripted([[3, 4], [7, 7]], 1), torch.tensor([[1], [2]]), stop_sequences=[[7]], max_new_tokens=3,
                       do_sample=False)  # fmt: skip
     assert result.stopped.tolist() == [False, True] and result.lengths.tolist() == [3, 1]
 
@@ -175,10 +177,10 @@ def test_the_fewest_likely_tokens_are_kept():
 
 def test_sampled_frequencies_follow_temperature():
     logits = torch.tensor([[0.8, 0.2]]).log().repeat(20000, 1)
-    ids = mask = torch.zeros(20000, 1, dtype=torch.long)
+    uniform = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature, share in [(1.0, 0.2), (0.5, 0.2**2 / (0.2**2 + 0.8**2)), (1e6, 0.5)]:
-        seeded = torch.Generator().manual_seed(0)
-        drawn = choose(logits, ids, mask, Sampling(temperature=temperature), seeded).float().mean().item()
+        tokens, _ = choose(logits, Sampling(temperature=temperature), uniform)
+        drawn = tokens.float().mean().item()
         assert abs(drawn - share) < 0.01
 
 

@@ -95,7 +95,7 @@ def test_logprobs_are_those_of_a_full_forward_without_top_k_top_p_and_penalty(op
 
 def test_logprobs_are_zero_after_an_answers_end_and_cover_its_stop_sequence():
     model = Scripted([[9, 7, 8], [3, 3, 3, 3, 7, 8]], 1)
-    result = generate(model, torch.tensor([[1], [1]]), stop_sequences=[[7, 8]], max_new_tokens=6, do_sample=False,
+    result = generate(model, torch.tensor([[1], [2]]), stop_sequences=[[7, 8]], max_new_tokens=6, do_sample=False,
                       return_logprobs=True)  # fmt: skip
     assert result.lengths.tolist() == [3, 6]
     assert (result.logprobs[0, :3] < 0).all() and (result.logprobs[0, 3:] == 0).all() and (result.logprobs[1] < 0).all()

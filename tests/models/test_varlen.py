@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from coati.models.attention import row_by_row
 from coati.models.head import Head, gather_token_logprobs
-from coati.models.varlen import Packing, row_by_row
+from coati.models.varlen import Packing
 from tests.models_table import FAMILIES, tiny_model
 from tests.tiny import tiny_llama
 

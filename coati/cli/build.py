@@ -96,9 +96,15 @@ def reward_model(args: Namespace, options: ParallelOptions, tokenizer: Any, resu
     return model
 
 
-def policy(args: Namespace, options: ParallelOptions, tokenizer: Any, resume: Resume):
+def policy(
+    args: Namespace,
+    options: ParallelOptions,
+    tokenizer: Any,
+    resume: Resume,
+    load: Callable[..., Any] = load_causal_lm,
+):
     """:func:`causal_lm` without dropout, whose noise would be learnt as a difference to the reference."""
-    return _model(args, options, tokenizer, resume, load_causal_lm, dropout=False)
+    return _model(args, options, tokenizer, resume, load, dropout=False)
 
 
 def _model(
@@ -117,12 +123,7 @@ def _model(
         check_family(config, options)
         check_same_model(config, args)
     set_seed(args.seed)
-    model = load(
-        source,
-        dtype="fp32" if options.precision == "fp32" or options.plugin == "ddp" else "auto",
-        attn_implementation=attention(args, options),
-        trust_remote_code=args.trust_remote_code,
-    )
+    model = load(source, **loading(args, options))
     check_vocabulary(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     if options.lora:
@@ -135,6 +136,15 @@ def _model(
     if not dropout:
         disable_dropout(model)
     return model
+
+
+def loading(args: Namespace, options: ParallelOptions) -> dict[str, Any]:
+    """Keywords of every loader, for a model that is to be trained."""
+    return {
+        "dtype": "fp32" if options.precision == "fp32" or options.plugin == "ddp" else "auto",
+        "attn_implementation": attention(args, options),
+        "trust_remote_code": args.trust_remote_code,
+    }
 
 
 def attention(args: Namespace, options: ParallelOptions) -> str:

@@ -28,6 +28,8 @@ TOKENS = {
     "preference": ("chosen_input_ids", "rejected_input_ids"),
     "kto": ("prompt", "completion"),
 }
+# What only rows of another type have: SFT rows hold the prompt and its answer.
+NOT_OF = {"prompt": ("labels", "sft")}
 HELD_OUT = ("validation", "test")  # in the order in which a split of that name is taken to evaluate on
 
 
@@ -38,8 +40,14 @@ def rows_of(
     template: Conversation | None,
     mode: str = "train",
     type: str = "sft",
+    flag: str | None = None,
 ):
-    """The rows of ``paths``, None without paths. Raises ValueError for rows of another type or another tokenizer."""
+    """The rows of ``paths``, None without paths. Raises ValueError for rows of another type or another tokenizer.
+
+    ``flag``: what named the paths, for messages. Rows that are too long are cut by the collator (sft) or left out here
+    (the other types).
+    """
+    flag = flag or ("dataset" if mode == "train" else "eval_dataset")
     ready = [
         _prepare_raw(path, args, tokenizer, template, type, _train_split(path) if mode == "train" else None)
         if is_raw(path)
@@ -50,7 +58,7 @@ def rows_of(
     if rows is None:
         return None
     _remember(args, mode, ready)
-    _check_type(rows, paths[0], type)
+    _check_type(rows, paths[0], type, flag)
     if mode == "train" and args.dataset_weights:
         args._dataset_sizes = [len(load_tokenized_dataset(path, mode)) for path in ready]
     if mode == "train" and args.max_samples:
@@ -59,10 +67,10 @@ def rows_of(
     largest = max((max(row) for name in TOKENS[type] for row in first[name] if row), default=0)
     if largest >= len(tokenizer):
         raise ValueError(
-            f"--dataset {paths[0]} holds token id {largest}, the tokenizer has {len(tokenizer)} tokens; prepare the "
+            f"--{flag} {paths[0]} holds token id {largest}, the tokenizer has {len(tokenizer)} tokens; prepare the "
             "data with this model's tokenizer"
         )
-    return rows if type == "sft" else _fitting(rows, args, "dataset" if mode == "train" else "eval_dataset")
+    return rows if type == "sft" else _fitting(rows, args, flag, type)
 
 
 def evaluation_rows(args: Namespace, tokenizer: Any, template: Conversation | None, type: str):
@@ -75,7 +83,7 @@ def evaluation_rows(args: Namespace, tokenizer: Any, template: Conversation | No
                 say(f"{path}: its {split} split becomes the evaluation set")
                 folder = _prepare_raw(path, args, tokenizer, template, type, split)
                 _remember(args, "valid", [folder])
-                return _fitting(load_tokenized_dataset([folder]), args, "dataset")
+                return _fitting(load_tokenized_dataset([folder]), args, "dataset", type)
     return None
 
 
@@ -115,22 +123,37 @@ def _train_split(path: str) -> str | None:
     return "train" if held_out and _has_split(path, "train") else None
 
 
-def _check_type(rows: Any, path: str, type: str) -> None:
-    if missing := [name for name in TOKENS[type] if name not in rows.column_names]:
+def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
+    column, other = NOT_OF.get(type, (None, None))
+    if column in rows.column_names:
+        raise ValueError(
+            f"--{flag} {path} is prepared for {other} (column {column}), this script reads rows of type {type} there; "
+            f"prepare them with prepare_dataset.py --type {type}"
+        )
+    wanted = (*TOKENS[type], "labels") if type == "sft" else TOKENS[type]
+    if missing := [name for name in wanted if name not in rows.column_names]:
         found = [kind for kind, schema in SCHEMAS.items() if set(rows.column_names) <= set(schema.names)]
         what = f"prepared for {found[0]}" if found else f"columns {', '.join(rows.column_names)}"
         raise ValueError(
-            f"--dataset {path} has no {missing[0]}: {what}. This script reads rows of type {type}; prepare them with "
-            f"prepare_dataset.py --type {type}"
+            f"--{flag} {path} has no {missing[0]}: {what}. This script reads rows of type {type} there; prepare them "
+            f"with prepare_dataset.py --type {type}"
         )
 
 
-def _fitting(rows: Any, args: Namespace, flag: str):
-    """Pairs and judged answers are never cut: without those longer than ``--max_length``, which are counted."""
-    fits = np.flatnonzero(row_lengths(rows) <= args.max_length)
+def _longest(args: Namespace, type: str) -> int:
+    """Tokens that a row may have; a prompt leaves room for its response."""
+    return args.max_length - args.max_seq_len if type == "prompt" else args.max_length
+
+
+def _fitting(rows: Any, args: Namespace, flag: str, type: str):
+    """Pairs, judged answers and prompts are never cut: without those that are too long, which are counted."""
+    most, limit = _longest(args, type), f"--max_length {args.max_length}"
+    if type == "prompt":
+        limit = f"{most} tokens ({limit} less --max_seq_len {args.max_seq_len})"
+    fits = np.flatnonzero(row_lengths(rows) <= most)
     if left_out := len(rows) - len(fits):
         longest = int(row_lengths(rows).max())
-        what = f"--{flag}: {left_out} of {len(rows)} rows are longer than --max_length {args.max_length}"
+        what = f"--{flag}: {left_out} of {len(rows)} rows are longer than {limit}"
         if not len(fits):
             raise ValueError(f"{what} (the longest has {longest} tokens): nothing is left; raise --max_length")
         say(f"{what} (the longest has {longest} tokens) and are left out")
@@ -153,7 +176,7 @@ def _prepare_raw(
                 arrow_dir=folder,
                 type=type,
                 split=split,
-                max_length=args.max_length,
+                max_length=_longest(args, type),
                 num_bins=1,
                 tokenizer_name=args.tokenizer_dir or args.pretrain,
                 seed=args.seed,
@@ -173,7 +196,7 @@ def _cache_folder(
     files = find_files([path], split)
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    key = json.dumps([stamps, vocabulary, template.to_config(), args.max_length, type])
+    key = json.dumps([stamps, vocabulary, template.to_config(), _longest(args, type), type])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
 

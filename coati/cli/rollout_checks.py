@@ -78,6 +78,11 @@ def _check_sft(args: Namespace) -> None:
         raise ValueError(f"--ptx_coef {args.ptx_coef:g} needs --ptx_dataset, the conversations to learn beside it")
     if args.ptx_dataset and not args.ptx_coef:
         say_once("--ptx_dataset is not used, --ptx_coef being 0; --ptx_coef 0.1 would give SFT a tenth of the loss")
+    if args.ptx_coef and args.plugin == "gemini_auto":
+        raise ValueError(
+            "--plugin gemini_auto cannot add up gradients, and --ptx_coef makes two backward passes of a step; use "
+            "--plugin gemini"
+        )
     if args.disable_loss_mask and not args.ptx_coef:
         raise ValueError("--disable_loss_mask is about SFT on --ptx_dataset: set --ptx_coef above 0, or leave it out")
 
@@ -101,7 +106,7 @@ def _check_reward_sources(args: Namespace) -> None:
         raise ValueError("--rm_pretrain does nothing with --no_neural_reward_model here; leave one of the two out")
     if args.rm_checkpoint_path is not None:
         model_directory("rm_checkpoint_path", args.rm_checkpoint_path)
-    if neural and args.tp > 1 and (str(args.plugin).startswith("gemini") or args.zero_stage == 3):
+    if neural and args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
         raise ValueError(
             f"--tp {args.tp} under gemini: models with a scalar head, as reward models are, come out wrong there; use "
             f"--plugin 3d --tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
@@ -132,8 +137,18 @@ def _check_scores(args: Namespace) -> None:
         raise ValueError(f"--reward_weights {' '.join(map(str, args.reward_weights))}: no function would count")
 
 
+def _check_group(args: Namespace) -> None:
+    if GROUP_METHODS[args.algo].group and args.num_generations == 1:
+        raise ValueError(
+            f"--num_generations 1: --algo {args.algo} compares the responses to a prompt, which takes two or more; 8 "
+            "is usual. reinforce_pp does without a comparison"
+        )
+
+
 def _check_buffer(args: Namespace) -> None:
     """The buffer equation, and the batch sizes of inference."""
+    if "algo" in args:
+        _check_group(args)
     generations = getattr(args, "num_generations", 1)
     windows_per_episode(
         args.num_collect_steps, args.experience_batch_size, args.train_batch_size, args.accumulation_steps, generations
@@ -229,7 +244,7 @@ def check_ppo(args: Namespace) -> None:
         )
     if args.critic_checkpoint_path is not None:
         model_directory("critic_checkpoint_path", args.critic_checkpoint_path, "critic")
-    if args.tp > 1 and (str(args.plugin).startswith("gemini") or args.zero_stage == 3):
+    if args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
         raise ValueError(
             f"--tp {args.tp} under gemini: the gradients of a critic's head come out wrong there; use --plugin 3d --tp "
             f"{args.tp} with --zero_stage 0 to 2, or gemini without --tp"
@@ -239,11 +254,6 @@ def check_ppo(args: Namespace) -> None:
 def check_grpo(args: Namespace) -> None:
     """GRPO's own flags; settles the clips and DAPO's margin."""
     method = GROUP_METHODS[args.algo]
-    if method.group and args.num_generations == 1:
-        raise ValueError(
-            f"--num_generations 1: --algo {args.algo} compares the responses to a prompt, which takes two or more; 8 "
-            "is usual. reinforce_pp does without a comparison"
-        )
     args.clip_eps_high = args.clip_eps_high or args.clip_eps or method.clip_high
     args.clip_eps = args.clip_eps or CLIP
     args.clip_eps_low = args.clip_eps_low or min(args.clip_eps, 1.0)

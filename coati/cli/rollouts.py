@@ -40,6 +40,10 @@ class RolloutFlags(Namespace):
     def max_steps(self) -> None:
         """A run ends after ``num_episodes``."""
 
+    @property
+    def ref_tp(self) -> None:
+        """The reference is split as the policy is."""
+
 
 def ppo_parser() -> Parser:
     """The parser of ``train_ppo.py``."""

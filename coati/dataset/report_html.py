@@ -58,6 +58,7 @@ TRAITS = {
     "chosen tokens": "tokens of chosen answers", "rejected tokens": "tokens of rejected answers",
     "label true": "good answers (label true)", "label false": "bad answers (label false)",
     "gt_answer": "prompts with a right answer (gt_answer)",
+    "answer left out": "prompts whose last turn, the assistant's, was left out",
 }  # fmt: skip
 SETTINGS = {
     "tokenizer": "tokenizer", "cleaning": "cleaning", "seed": "seed", "rows_per_part": "rows drawn for each part",

@@ -102,6 +102,12 @@ def _ground_truths(report: Report) -> Iterator[str]:
         yield f"only {having} of {rows} prompts have a gt_answer: verifiable rewards cannot score the rest"
 
 
+def _answers_left_out(report: Report) -> Iterator[str]:
+    if without := report["traits"].get("answer left out", 0):
+        rows = report["rows_kept"]
+        yield f"{without} of {rows} prompts ended with an answer, which was left out: the model is to give its own"
+
+
 CHECKS: tuple[Callable[[Report], Iterator[str]], ...] = (
     _never_ends,
     _identical,
@@ -112,6 +118,7 @@ CHECKS: tuple[Callable[[Report], Iterator[str]], ...] = (
     _few_rows,
     _labels,
     _ground_truths,
+    _answers_left_out,
     _sides,
     _empty_parts,
 )

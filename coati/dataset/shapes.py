@@ -41,6 +41,7 @@ def _has(*keys: str, **kinds: type | tuple) -> Callable[[Any], bool]:
                 return False
         return all(isinstance(row[key], kind) for key, kind in kinds.items())
 
+    matches.needs = frozenset(wanted)
     return matches
 
 
@@ -129,11 +130,17 @@ def _candidates(type: str, format: str | None) -> tuple[Shape, ...]:
     return tuple(shape for shape in SHAPES if type in shape.types and format in (None, shape.name))
 
 
+@lru_cache(maxsize=1024)
+def _within_reach(type: str, format: str | None, keys: tuple[str, ...]) -> tuple[Shape, ...]:
+    """The candidates that a row with these keys may have; most rows of a file have the same keys."""
+    return tuple(shape for shape in _candidates(type, format) if getattr(shape.matches, "needs", set()) <= set(keys))
+
+
 def _recognise(type: str, row: Any, format: str | None) -> Shape:
-    shapes = _candidates(type, format)
-    for shape in shapes:
+    for shape in _within_reach(type, format, tuple(row) if isinstance(row, dict) else ()):
         if shape.matches(row):
             return shape
+    shapes = _candidates(type, format)
     other = next((shape for shape in SHAPES if shape.matches(row)), None)
     if other is None or format is not None:
         raise RowError("wrong_keys", _expected(shapes, row, format))
@@ -210,7 +217,9 @@ def _finish_sft(row: SourceRow) -> None:
 
 
 def _finish_prompt(row: SourceRow) -> None:
+    whole = len(row.messages)
     row.messages = without_answer(row.messages)
+    row.unanswered = len(row.messages) < whole
     row.chosen, row.rejected, row.completion, row.label, row.margin = [], [], None, None, None
 
 

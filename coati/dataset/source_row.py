@@ -31,6 +31,7 @@ class SourceRow:
         gt_answer: prompt: the right answer, for rewards that verify it.
         margin: preference: by how much the chosen answer should win.
         category: kept as ``seq_category``.
+        unanswered: prompt: an answer at its end was left out.
         shape: the name of the shape the row came in.
     """
 
@@ -43,6 +44,7 @@ class SourceRow:
     gt_answer: str | None = None
     margin: float | None = None
     category: str | None = None
+    unanswered: bool = False
     shape: str = ""
 
 

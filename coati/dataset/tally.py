@@ -140,6 +140,8 @@ class Recorder:
             tally.traits[f"label {str(row.label).lower()}"] += 1
         if row.gt_answer is not None:
             tally.traits["gt_answer"] += 1
+        if row.unanswered:
+            tally.traits["answer left out"] += 1
         for columns, _ in made:
             self._count(columns)
         order = (zlib.crc32(f"{line}/{file}".encode()), line)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coati.models.base import BaseModel
-from coati.models.utils import adapter_base, explained, load_backbone, read_config
+from coati.models.utils import DTYPES, adapter_base, explained, load_backbone, load_configuration, read_config
 from coati.utils.notice import say_once
 
 Scalar = TypeVar("Scalar", bound=BaseModel)
@@ -52,6 +52,53 @@ def load_scalar_model(
     else:
         set_head(model, state, path)
     return model
+
+
+def load_scalar_weights(
+    kind: type[Scalar],
+    architecture: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Scalar:
+    """The reward model (or critic) whose weights and head lie in ``path`` without a configuration, as ColossalChat's
+    checkpoints have them; ``architecture``: a directory or hub name with the configuration, its weights are not read.
+
+    Raises ValueError when the head or weights of the backbone are missing, or others are there.
+    """
+    from transformers import AutoModel
+
+    head = head_state(path)
+    if head is None:
+        raise ValueError(f"{path}: no scalar head (score.weight, value_head.weight) among its weights")
+    config = load_configuration(architecture, trust_remote_code)
+    keywords = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = kind(backbone=AutoModel.from_config(config, trust_remote_code=trust_remote_code, **keywords))
+    tensors = _backbone_tensors(path, f"{model.base_model_prefix}.")
+    try:
+        model.backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        text = str(error).split("\n\t", 2)[1]
+        raise ValueError(f"{path}: not the weights of {architecture} ({text[:300]})") from error
+    set_head(model, head, path)
+    kept = next(iter(tensors.values())).dtype if dtype == "auto" else getattr(torch, DTYPES[dtype])
+    return model.to(kept)
+
+
+def _backbone_tensors(path: str | os.PathLike, prefix: str) -> dict[str, Tensor]:
+    """Every tensor of the files of ``path`` but heads, without the name that the backbone had there: a wrapper's
+    ``model.`` or its own ``prefix``."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")]):
+        tensors |= {name: _tensor(str(file), name) for name in _names_in(str(file))}
+    heads = (*(f"{head}." for head in HEADS), "lm_head.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
+    for before in (prefix, "model."):
+        if all(name.startswith(before) for name in tensors):
+            return {name.removeprefix(before): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def set_head(model: BaseModel, state: dict[str, Tensor], path: str | os.PathLike) -> None:

@@ -39,9 +39,14 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
 
 def load_config(path: str | os.PathLike, trust_remote_code: bool = False):
     """The configuration of ``path``. Raises ValueError as :func:`load_causal_lm` does, before weights are read."""
+    _check_directory(path, "model")
+    return load_configuration(path, trust_remote_code)
+
+
+def load_configuration(path: str | os.PathLike, trust_remote_code: bool = False):
+    """The configuration of ``path``, which may hold nothing else."""
     from transformers import AutoConfig
 
-    _check_directory(path, "model")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

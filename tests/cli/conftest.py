@@ -16,8 +16,11 @@ def data(tmp_path):
     """Paths that exist, under the names that documented commands use."""
     (tmp_path / "arrow").mkdir()
     (tmp_path / "raw.json").write_text("[]")
-    names = {"dataset": "arrow", "RAW_DATASET": "raw.json", "PREFERENCE_DATASET": "arrow", "prompt_dataset": "arrow"}
-    free = ("PRETRAINED_MODEL_PATH", "PRETRAINED_TOKENIZER_PATH", "SAVE_DIR", "CONFIG_FILE")
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "config.json").write_text("{}")
+    names = {"dataset": "arrow", "RAW_DATASET": "raw.json", "PREFERENCE_DATASET": "arrow", "prompt_dataset": "arrow",
+             "ptx_dataset": "arrow", "CONVERSATION_TEMPLATE_CONFIG_PATH": "rm/config.json", "REWARD_MODEL_PATH": "rm"}
+    free = ("SFT_MODEL_PATH", "PRETRAINED_MODEL_PATH", "PRETRAINED_TOKENIZER_PATH", "SAVE_DIR", "CONFIG_FILE")
     return {name: str(tmp_path / path) for name, path in names.items()} | {name: f"some/{name}" for name in free}
 
 

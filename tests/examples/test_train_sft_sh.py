@@ -8,6 +8,7 @@ import pytest
 
 from coati.cli.arguments import parse_sft
 from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
+from coati.cli.rollouts import parse_grpo, parse_ppo
 
 SCRIPTS = Path(__file__).parent.parent.parent / "examples" / "training_scripts"
 # Four GPUs; numbers 3 and 1 have the least memory in use.
@@ -86,6 +87,42 @@ def test_the_other_stages_start_with_flags_that_their_parsers_accept(machine, tm
     args = parse(called[7:])
     assert {name: getattr(args, name) for name in published} == published
     assert args.eval_dataset == [data["EVAL_DATASET"]] and args.save_dir.startswith(f"output/{stage}-20")
+
+
+# The published hyper-parameters of the stages with rollouts; the parsers check the buffer equation.
+ROLLOUTS = {
+    "ppo": (parse_ppo, {"num_episodes": 2000, "num_update_steps": 1, "train_batch_size": 4, "accumulation_steps": 2,
+                        "lr": 9e-6, "grad_clip": 0.1, "warmup_steps": 40, "plugin": "zero2"}),
+    "grpo": (parse_grpo, {"num_episodes": 100, "num_generations": 8, "kl_coef": 0.01, "max_length": 2000,
+                          "max_seq_len": 1700, "inference_batch_size": 8, "logits_forward_batch_size": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ROLLOUTS)
+def test_rollouts_start_with_flags_that_their_parsers_accept(machine, tmp_path, stage):
+    parse, published = ROLLOUTS[stage]
+    (tmp_path / "prompts").mkdir()
+    variables = {"PRETRAINED_MODEL_PATH": "m", "REWARD_MODEL_PATH": "r", "REWARD_FUNCTIONS": "length format"}
+    done, called = machine(script=f"train_{stage}.sh", PROMPT_DATASET=str(tmp_path / "prompts"), **variables)
+    assert done.returncode == 0, done.stderr
+    args = parse(called[7:])
+    assert {name: getattr(args, name) for name in published} == published
+    assert args.prompt_dataset == [str(tmp_path / "prompts")] and args.rm_pretrain == "r" and args.ptx_coef == 0
+    assert args.reward_functions == ["length", "format"] and args.save_dir.startswith(f"output/{stage}-20")
+
+
+def test_ptx_data_bring_their_coefficient(machine, tmp_path):
+    for name in ("prompts", "chats"):
+        (tmp_path / name).mkdir()
+    data = {"DATASET": str(tmp_path / "prompts"), "PTX_DATASET": str(tmp_path / "chats")}
+    done, called = machine(script="train_ppo.sh", PRETRAINED_MODEL_PATH="m", REWARD_MODEL_PATH="r", **data)
+    args = parse_ppo(called[7:])
+    assert (args.ptx_dataset, args.ptx_coef, args.ptx_batch_size) == ([data["PTX_DATASET"]], 0.1, 1), done.stderr
+
+
+def test_rollouts_ask_for_prompts(machine):
+    done, called = machine(script="train_ppo.sh", PRETRAINED_MODEL_PATH="m")
+    assert done.returncode != 0 and "PROMPT_DATASET" in done.stderr and called is None
 
 
 @pytest.mark.parametrize("processes, chosen", [("2", "CUDA=3,1"), (None, "CUDA=3,1,2,0")])

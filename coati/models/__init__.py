@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Head": "head",
         "BaseModel": "base",
         "RewardModel": "reward_model",
+        "RLVRRewardModel": "rlvr_reward_model",
         "Critic": "critic",
         "load_scalar_model": "scalar",
         "GPTLMLoss": "loss",

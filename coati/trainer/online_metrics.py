@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from os.path import commonprefix
 
 from coati.utils.columns import table, terminal_width, wrap
 
 NUMBER, LONGEST_NAME = 8, 12  # places of a column of numbers, "-1.2e+06" among them, and of a name above it
+_ENDS, _BEGINNINGS = "\n>]:", "\n<["  # of a template's markers
 LEAST_TEXT = 18  # narrower columns of text are not read but guessed
 
 
@@ -49,9 +51,11 @@ class SampleRow:
 def sample_table(rows: Sequence[SampleRow], width: int | None = None) -> str:
     """Prompt, response, reward, each function's reward and KL of ``rows``, in ``width`` places (None: the terminal's).
 
-    Where that leaves too little for the texts, each row stands below the other instead of beside.
+    Where that leaves too little for the texts, each row stands below the other instead of beside. What a template puts
+    around every prompt is left out.
     """
     width = terminal_width(width)
+    rows = [replace(row, prompt=prompt) for row, prompt in zip(rows, _own([row.prompt for row in rows]), strict=True)]
     names = _names(rows)
     titles = [name.replace("_", "_ ").replace("/", "/ ") for name in names]  # a long name is broken there
     columns = [max([NUMBER, *(min(len(part), LONGEST_NAME) for part in title.split())]) for title in titles]
@@ -69,6 +73,16 @@ def sample_rows(rows: Sequence[SampleRow]) -> tuple[list[str], list[list]]:
     return ["prompt", "response", *names], [
         [row.prompt, row.response, *(row.numbers().get(name) for name in names)] for row in rows
     ]
+
+
+def _own(prompts: list[str]) -> list[str]:
+    """``prompts`` without what all begin and end with, up to the last and from the first sign that a template's marker
+    could end or begin with: words that questions share are theirs."""
+    before = commonprefix(prompts)
+    start = max(before.rfind(sign) for sign in _ENDS) + 1
+    after = commonprefix([prompt[start:][::-1] for prompt in prompts])
+    end = max(after.rfind(sign) for sign in _BEGINNINGS) + 1
+    return [prompt[start : len(prompt) - end].strip() or prompt for prompt in prompts]
 
 
 def _names(rows: Sequence[SampleRow]) -> list[str]:

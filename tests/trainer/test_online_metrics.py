@@ -65,3 +65,14 @@ def test_rows_for_wandb():
     assert data[0] == ["What is 12 + 30?", "The sum is 42.", 10.0, 10.0, 9.0, None, 3.214]
     assert data[2] == ["", "", 0.0, None, None, None, None] and len(data) == 3
     assert sample_rows([]) == (["prompt", "response"], [])
+
+
+def test_what_a_template_puts_around_prompts_is_left_out():
+    around = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    questions = ["What is 12 + 3?", "What is 15 + 3?"]
+    lines = sample_table([SampleRow(around.format(question), "4", 1.0) for question in questions], 100).splitlines()
+    assert [line.split(" | ")[0].strip() for line in lines[2:]] == questions
+    plain = sample_table([SampleRow(question, "4", 1.0) for question in questions], 100).splitlines()
+    assert plain == lines
+    same = " ".join(sample_table([SampleRow(around.format("a"), "4", 1.0)] * 2, 200).split())
+    assert "system Be brief" in same  # nothing tells what of it is the question

@@ -14,9 +14,8 @@ from itertools import groupby
 from operator import itemgetter
 
 from coati.dataset.reasons import RowError
+from coati.dataset.words import Span, Words
 from coati.utils.notice import say_once
-
-Span = tuple[int, int]
 
 
 def special_ids(tokenizer) -> frozenset[int]:
@@ -38,7 +37,7 @@ class TextEncoder:
 
     def __getstate__(self) -> dict:
         # The Rust copies are made anew where they are needed.
-        return {name: value for name, value in self.__dict__.items() if name != "_backends"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backends", "_words")}
 
     def hide(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
         """The messages with each marker in their contents replaced by ``<key>index<key>``, and the key (None: none)."""
@@ -65,7 +64,10 @@ class TextEncoder:
         """
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)
-        if key is None and not spans and not others:
+        borders = self._borders([*spans, *others])
+        if key is None and self._words is not None and (found := self._words.encode(text, spans, borders)):
+            return text, *found
+        if key is None and not borders:
             return text, self._ids(text), []
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
         ids, offsets = encoded.ids, encoded.offsets
@@ -76,7 +78,7 @@ class TextEncoder:
                 [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in some] for some in (spans, others)
             )
             text = self._reveal(text, key)
-        if crossed := self._crossed(offsets, [*spans, *others]):
+        if crossed := self._crossed(offsets, self._borders([*spans, *others])):
             tokens = self._cut(text, list(zip(ids, offsets, strict=True)), crossed)
             ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
         return text, ids, self._token_ranges(offsets, spans)
@@ -89,9 +91,13 @@ class TextEncoder:
             return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return backend.encode(text, add_special_tokens=False).ids
 
-    def _crossed(self, offsets: list[Span], spans: list[Span]) -> list[int]:
-        """Borders of spans and end markers that lie inside a token."""
-        borders = {border for s, e in spans for border in (s, max(s, e - len(self.end_of_assistant)), e)}
+    def _borders(self, spans: Sequence[Span]) -> set[int]:
+        """Of spans, and of the end markers in them."""
+        return {border for s, e in spans for border in (s, max(s, e - len(self.end_of_assistant)), e)}
+
+    @staticmethod
+    def _crossed(offsets: list[Span], borders: set[int]) -> list[int]:
+        """Those of ``borders`` that lie inside a token."""
         crossed = []
         for border in sorted(borders):
             before = bisect_left(offsets, border, key=itemgetter(0)) - 1  # the last token that begins before it
@@ -166,6 +172,10 @@ class TextEncoder:
                 raise RowError("marker_in_text", "this tokenizer has no way to spell the marker as ordinary text")
             revealed += [(i, (s + moved, e + moved)) for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)]
         return revealed
+
+    @cached_property
+    def _words(self) -> Words | None:
+        return Words.of(self._backend(as_text=False))
 
     @cached_property
     def _backends(self) -> dict:

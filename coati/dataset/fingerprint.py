@@ -26,9 +26,14 @@ def describe(
         **{f"cleaning {name}": value for name, value in asdict(cleaning).items() if name != "benchmark_files"},
         "tokenizer": tokenizer_fingerprint(template.tokenizer),
         "template": template.to_config() | {"template_mode": template.template_mode},
-        **{use: [stamp(path) for path in paths] for use, paths in files.items()},
+        **stamps(files),
     }
     return json.loads(json.dumps(found))  # as it will be read from disk again
+
+
+def stamps(files: dict[str, Sequence[Path]]) -> dict[str, list[Stamp]]:
+    """The part of :func:`describe` that may change while the work goes on."""
+    return {use: [stamp(path) for path in paths] for use, paths in files.items()}
 
 
 def stamp(path: Path) -> Stamp:

@@ -34,11 +34,12 @@ def message(found: Any, where: str) -> dict[str, str]:
         raise RowError("wrong_keys", f"{where} must be an object, found {type(found).__name__}")
     role = found.get("role") if found.get("from") is None else found["from"]
     content = found.get("value") if found.get("content") is None else found["content"]
-    _refuse_tools(found, role, content, where)
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None or not content:
+        _refuse_tools(found, role, content, where)
     if role is None or content is None:
         lacking = "from (or role)" if role is None else "content (or value)"
         raise RowError("wrong_keys", f"{where} lacks {lacking}, found {', '.join(map(str, found)) or 'no key'}")
-    known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise RowError("unknown_role", f"{where} is from {role!r}; known roles: {', '.join(ROLES)}", str(role))
     return {"role": known, "content": text(content, where)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from coati.dataset.cleaning import Cleaning, RowChecks
 from coati.dataset.conversation import Conversation
-from coati.dataset.fingerprint import describe, differences
+from coati.dataset.fingerprint import describe, differences, stamps
 from coati.dataset.limits import BadRows, check_result, check_settings
 from coati.dataset.outputs import PREPARATION, Counts, Workplace, check_outputs
 from coati.dataset.pipeline import Rows, Writing, compare_rows, merged
@@ -74,11 +74,13 @@ def prepare_dataset(
         template=template,
         cleaning=cleaning or Cleaning(),
         settings=settings,
-        told={"command": command_line(), "tokenizer": describe_tokenizer(tokenizer, tokenizer_name)},
+        told={"command": command_line()},
         num_proc=num_proc or cores(),
         limits={"strict": strict, "max_ratio": max_bad_ratio},
     )
-    place = Workplace(*outputs, preparation.made_from(jsonl_dir is not None))
+    made_from = preparation.made_from(jsonl_dir is not None)
+    preparation.told["tokenizer"] = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
+    place = Workplace(*outputs, made_from)
     report = place.finished()
     if report is None or place.root.exists():
         with place.locked():  # perhaps after another process that did the same
@@ -119,7 +121,7 @@ class Preparation:
         with place.building():
             rows = self._count()
             counts = self._write(place, rows)
-            differs = differences(place.made_from, self.made_from(place.jsonl is not None))
+            differs = differences(place.made_from, place.made_from | stamps(self.files))
             if differs:
                 raise ValueError(f"an input changed while it was read ({differs}); start again when it is complete")
             report = self._report(rows, counts, evaluation=False)

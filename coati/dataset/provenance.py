@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 from coati.dataset.conversation import Conversation
-from coati.dataset.shards import tokenizer_fingerprint
 
 
 def command_line() -> str:
@@ -13,12 +12,12 @@ def command_line() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def describe_tokenizer(tokenizer, name: str = "") -> dict[str, Any]:
+def describe_tokenizer(tokenizer, name: str, fingerprint: str) -> dict[str, Any]:
     """``name`` is what the user called it."""
     return {
         "path": name or getattr(tokenizer, "name_or_path", ""),
         "vocab_size": len(tokenizer),
-        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "fingerprint": fingerprint,
     }
 
 

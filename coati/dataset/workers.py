@@ -1,5 +1,6 @@
 """Source rows to training rows on all cores: what a worker does with a chunk of rows, and the pool of workers."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -71,6 +72,7 @@ def _start_worker(worker: Worker, inherited: int | None) -> None:
     """``inherited``: the file descriptor of a lock, which must be the parent's alone."""
     global _worker
     _worker = worker
+    gc.freeze()  # what was there before the fork stays shared with the parent: collections do not touch it
     if inherited is not None:
         os.close(inherited)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers

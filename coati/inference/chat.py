@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coati.inference.loading import stop_sequences
 from coati.inference.stream import TextStream
 from coati.models.generation import Sampling, generate_streaming
 
@@ -35,10 +36,7 @@ class ChatSession:
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
-        # The tokenizer's own end always ends an answer, whatever the template stops at.
-        self.stops = [list(stop) for stop in conversation.stop_ids]
-        if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in self.stops:
-            self.stops.append([tokenizer.eos_token_id])
+        self.stops = stop_sequences(tokenizer, conversation)
         self.clear()
 
     def clear(self) -> None:

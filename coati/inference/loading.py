@@ -80,6 +80,14 @@ def conversation_of(
     return setup_conversation_template(tokenizer, {})
 
 
+def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:
+    """What ends an answer: the template's stop ids and, whatever these are, the tokenizer's own end."""
+    stops = [list(stop) for stop in conversation.stop_ids]
+    if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in stops:
+        stops.append([tokenizer.eos_token_id])
+    return stops
+
+
 def _with_tokenizer(directory: str | Path) -> str | Path:
     """``directory``, or the base model's place where an adapter was saved without its tokenizer."""
     folder, adapter = Path(directory), Path(directory) / "adapter_config.json"

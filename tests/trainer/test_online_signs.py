@@ -96,7 +96,7 @@ def test_each_failure_is_named_in_time_and_once(failure, seed):
     assert said, f"nothing about {words!r}"
     assert said[0][0] < within and flag in said[0][1] and said[0][1].startswith("sign of trouble: ")
     # Repeated only where it became three times as bad, so a handful of times however long the run.
-    assert len(said) <= 8
+    assert len(said) <= 10
 
 
 @pytest.mark.parametrize("failure", ["equal groups", "not centred", "cut", "useless critic", "skipped", "equal scores"])

@@ -27,14 +27,40 @@ EXPECTED = (ValueError, OSError, LaunchFailed, SaveFailed, NonFiniteLoss)
 def save_final(args: Namespace, trainer: Any, use: str = CHAT) -> None:
     """Write ``<save_dir>/modeling`` and say where it is and what to ``use`` it for; or how to go on after a polite
     end."""
-    if trainer.stopped_early:
-        say(f"stopped after step {trainer.state.step}, everything is saved. To go on: {command_again()}")
+    if _ended_early(trainer):
         return
     final = Path(args.save_dir) / "modeling"
-    write_directory(
-        final, lambda folder: save_model(trainer.engine, folder, trainer.assets, merge_lora=args.merge_lora_weights)
-    )
-    kind = "LoRA adapter" if args.lora_rank and not args.merge_lora_weights else "model"
+    _write_final(args, trainer.engine, trainer.assets, final)
+    _tell_evaluations(args, trainer)
+    say(f"the trained {_kind(args)} is in {final}; {use} {final}")
+
+
+def save_models_of(args: Namespace, trainer: Any) -> None:
+    """:func:`save_final` of a run that trains several models: ``<save_dir>/actor/modeling``, and the critic's."""
+    if _ended_early(trainer):
+        return
+    final = {name: Path(args.save_dir) / name / "modeling" for name in trainer.models}
+    for name, engine in trainer.models.items():
+        _write_final(args, engine, trainer.model_assets[name], final[name])
+    _tell_evaluations(args, trainer)
+    say(f"the trained {_kind(args)} is in {final['actor']}; {CHAT} {final['actor']}")
+
+
+def _ended_early(trainer: Any) -> bool:
+    if trainer.stopped_early:
+        say(f"stopped after step {trainer.state.step}, everything is saved. To go on: {command_again()}")
+    return trainer.stopped_early
+
+
+def _write_final(args: Namespace, engine: Any, assets: Any, folder: Path) -> None:
+    write_directory(folder, lambda path: save_model(engine, path, assets, merge_lora=args.merge_lora_weights))
+
+
+def _kind(args: Namespace) -> str:
+    return "LoRA adapter" if args.lora_rank and not args.merge_lora_weights else "model"
+
+
+def _tell_evaluations(args: Namespace, trainer: Any) -> None:
     for name, value in trainer.last_evaluation.items():
         if name.endswith(BOUNDS):
             continue
@@ -42,7 +68,6 @@ def save_final(args: Namespace, trainer: Any, use: str = CHAT) -> None:
     if args.metric_for_best is not None and trainer.best:
         best = trainer.best
         say(f"the best {args.metric_for_best} was {best['value']:.4f} at step {best['step']}: {args.save_dir}/best")
-    say(f"the trained {kind} is in {final}; {use} {final}")
 
 
 def command_again() -> str:

@@ -40,7 +40,7 @@ def find_resume(args: Namespace) -> Resume:
         found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
         say(f"--checkpoint_path auto: {found}")
     if path is None:
-        held = [*checkpoints(args.save_dir), *Path(args.save_dir).glob("modeling")]
+        held = [*checkpoints(args.save_dir), *_finished(args.save_dir)]
         if held and args.checkpoint_path is None and not args.dry_run:
             raise ValueError(
                 f"--save_dir {args.save_dir} already holds {held[-1].name}; go on with --checkpoint_path auto, or "
@@ -66,13 +66,19 @@ def weights_of(folder: Path, model: str = "actor") -> str:
 
 def _refuse_finished(args: Namespace) -> None:
     """A finished model without a checkpoint is nothing to go on from, and a new run would end by replacing it."""
-    finished = Path(args.save_dir) / "modeling"
-    if finished.exists() and not args.dry_run:
+    finished = _finished(args.save_dir)
+    if finished and not args.dry_run:
+        name = finished[0].relative_to(args.save_dir)
         raise ValueError(
-            f"--checkpoint_path auto: {args.save_dir} holds a finished model (modeling) and no checkpoint to go on "
+            f"--checkpoint_path auto: {args.save_dir} holds a finished model ({name}) and no checkpoint to go on "
             "from; starting anew would replace it. Choose another --save_dir, train further from it with --pretrain "
-            f"{finished}, or remove that directory"
+            f"{finished[0]}, or remove that directory"
         )
+
+
+def _finished(save_dir: str) -> list[Path]:
+    """The final models in ``save_dir``, the policy's first."""
+    return [folder for name in ("modeling", "actor/modeling") if (folder := Path(save_dir) / name).is_dir()]
 
 
 def record_arguments(args: Namespace) -> None:

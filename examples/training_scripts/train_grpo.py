@@ -1,0 +1,43 @@
+"""GRPO and its kin: several answers to each prompt are compared with each other. ``train_grpo.py --help``
+lists the flags, docs/rlhf.md explains them."""
+
+from argparse import Namespace
+
+from coati.cli.rollouts import parse_grpo
+
+
+def main(args: Namespace) -> None:
+    from coati.cli import build, data, finish, online, restart, rl_models
+    from coati.trainer import GRPOTrainer
+
+    options = build.start(args)
+    resume = restart.find_resume(args)
+    restart.record_arguments(args)
+    tokenizer, template = build.tokenizer_and_template(args)
+    functions = online.rewards(args, template)
+    prompts, evaluation, ptx = online.rows(args, options, tokenizer, template, functions)
+    state = restart.running_state(args, resume, prompts)
+    plan = data.epoch_plan(args, prompts)
+    episodes = online.episodes(args)
+    models = args, options, tokenizer, resume, episodes.total_steps, template
+    actor, actor_assets = rl_models.actor_engine(*models)
+    trainer = GRPOTrainer(
+        actor,
+        online.maker(args, options, tokenizer, template, actor, functions),
+        online.buffer(args),
+        episodes,
+        assets={"actor": actor_assets},
+        **online.parts(args, resume, state),
+    )
+    windows, asked, supervised = online.loaders(args, actor, tokenizer, prompts, evaluation, ptx, plan)
+    if args.dry_run:
+        return finish.dry_run_online(args, trainer, windows, supervised)
+    trainer.fit(windows, asked, supervised, args.log_dir, args.use_wandb)
+    finish.save_models_of(args, trainer)
+
+
+if __name__ == "__main__":
+    arguments = parse_grpo()
+    from coati.cli.finish import guarded
+
+    guarded("train_grpo.py", main, arguments)

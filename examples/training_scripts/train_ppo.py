@@ -1,0 +1,46 @@
+"""PPO: the model answers prompts, a reward judges the answers, a critic says what was expected. ``train_ppo.py --help``
+lists the flags, docs/rlhf.md explains them."""
+
+from argparse import Namespace
+
+from coati.cli.rollouts import parse_ppo
+
+
+def main(args: Namespace) -> None:
+    from coati.cli import build, data, finish, online, restart, rl_models
+    from coati.trainer import PPOTrainer
+
+    options = build.start(args)
+    resume = restart.find_resume(args)
+    restart.record_arguments(args)
+    tokenizer, template = build.tokenizer_and_template(args)
+    functions = online.rewards(args, template)
+    prompts, evaluation, ptx = online.rows(args, options, tokenizer, template, functions)
+    state = restart.running_state(args, resume, prompts)
+    plan = data.epoch_plan(args, prompts)
+    episodes = online.episodes(args)
+    models = args, options, tokenizer, resume, episodes.total_steps, template
+    actor, actor_assets = rl_models.actor_engine(*models)
+    critic, critic_assets = rl_models.critic_engine(*models)
+    trainer = PPOTrainer(
+        actor,
+        online.maker(args, options, tokenizer, template, actor, functions, critic),
+        online.buffer(args),
+        episodes,
+        critic=critic,
+        value_clip=args.value_clip,
+        assets={"actor": actor_assets, "critic": critic_assets},
+        **online.parts(args, resume, state),
+    )
+    windows, asked, supervised = online.loaders(args, actor, tokenizer, prompts, evaluation, ptx, plan)
+    if args.dry_run:
+        return finish.dry_run_online(args, trainer, windows, supervised)
+    trainer.fit(windows, asked, supervised, args.log_dir, args.use_wandb)
+    finish.save_models_of(args, trainer)
+
+
+if __name__ == "__main__":
+    arguments = parse_ppo()
+    from coati.cli.finish import guarded
+
+    guarded("train_ppo.py", main, arguments)

@@ -12,7 +12,7 @@ from typing import Any
 
 from coati.cli import build, references
 from coati.cli.restart import Resume
-from coati.cli.rollout_checks import model_directory
+from coati.cli.rollout_checks import is_bare, model_directory
 from coati.dataset.conversation import Conversation
 from coati.models.base import BaseModel, without_head
 from coati.models.critic import Critic
@@ -184,11 +184,9 @@ def _scalar(
     args: Namespace, options: ParallelOptions, tokenizer: Any, kind: type[BaseModel], start: Start, **changes: Any
 ):
     """The model of ``start``, all of it checked that can be."""
-    loading, bare = build.loading(args, options) | changes, _is_bare(start.path)
+    loading = build.loading(args, options) | changes
+    bare = start.architecture is not None and is_bare(Path(start.path))
     with _naming(start.flag):
-        if bare and start.architecture is None:
-            raise ValueError(f"{start.path} holds weights without a configuration; name their architecture with "
-                             "--rm_pretrain")  # fmt: skip
         if not adapter_base(start.path):
             source = start.architecture if bare else start.path
             config = (load_configuration if bare else load_config)(source, trust_remote_code=args.trust_remote_code)
@@ -213,11 +211,6 @@ def _naming(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"--{flag}: {error}") from error
-
-
-def _is_bare(path: str) -> bool:
-    """Whether a directory holds neither a configuration nor an adapter."""
-    return Path(path).is_dir() and not any((Path(path) / n).is_file() for n in ("config.json", "adapter_config.json"))
 
 
 def _check_architecture(args: Namespace, config: Any, start: Start) -> None:

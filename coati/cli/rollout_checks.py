@@ -21,6 +21,7 @@ PLACES_OF_KL = {
 }
 ESTIMATOR_OF = {"loss": "k3", "reward": "k1"}
 LONGEST_MARGIN = 1024
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Plugins whose weights one process holds whole, so that several models can share them.
 SHARING = ("zero2", "zero2_cpu", "ddp")
 # A sampled token's log-prob is of the whole distribution, whatever these made of it.
@@ -105,12 +106,19 @@ def _check_reward_sources(args: Namespace) -> None:
     if args.no_neural_reward_model and args.rm_pretrain and getattr(args, "critic_pretrain", args.rm_pretrain):
         raise ValueError("--rm_pretrain does nothing with --no_neural_reward_model here; leave one of the two out")
     if args.rm_checkpoint_path is not None:
-        model_directory("rm_checkpoint_path", args.rm_checkpoint_path)
+        _check_weights(args, "rm_checkpoint_path")
     if neural and args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
         raise ValueError(
             f"--tp {args.tp} under gemini: models with a scalar head, as reward models are, come out wrong there; use "
             f"--plugin 3d --tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
         )
+
+
+def _check_weights(args: Namespace, flag: str, *names: str) -> None:
+    path = getattr(args, flag)
+    if is_bare(model_directory(flag, path, *names)) and args.rm_pretrain is None:
+        raise ValueError(f"--{flag} {path} holds weights without a configuration: name their architecture with "
+                         "--rm_pretrain")  # fmt: skip
 
 
 def model_directory(flag: str, path: str, *names: str) -> Path:
@@ -121,12 +129,17 @@ def model_directory(flag: str, path: str, *names: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"--{flag} {path}: there is no such directory")
     for place in (folder, folder / "modeling", *(folder / name / "modeling" for name in names)):
-        if any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not is_bare(place) or any(next(place.glob(pattern), None) for pattern in WEIGHTS):
             return place
     raise ValueError(
         f"--{flag} {path} holds no model (config.json, adapter_config.json), nor does its modeling/ directory; name "
         "the directory that the training script wrote"
     )
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a directory has no configuration, so that its weights, if any, need one from elsewhere."""
+    return not any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _check_scores(args: Namespace) -> None:
@@ -243,7 +256,7 @@ def check_ppo(args: Namespace) -> None:
             "bring the critic's weights; name one of them"
         )
     if args.critic_checkpoint_path is not None:
-        model_directory("critic_checkpoint_path", args.critic_checkpoint_path, "critic")
+        _check_weights(args, "critic_checkpoint_path", "critic")
     if args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
         raise ValueError(
             f"--tp {args.tp} under gemini: the gradients of a critic's head come out wrong there; use --plugin 3d --tp "

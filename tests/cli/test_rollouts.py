@@ -91,6 +91,7 @@ REFUSED = [
     ("ppo", ["--rm_checkpoint_path", "gone"], "--rm_checkpoint_path gone: there is no such directory"),
     ("ppo", ["--rm_checkpoint_path", __file__], "is a file; expected the directory"),
     ("ppo", ["--rm_checkpoint_path", "$empty"], "holds no model"),
+    ("ppo", ["--rm_checkpoint_path", "$bare"], "weights without a configuration: name their architecture with --rm_"),
     ("ppo", ["--rm_checkpoint_path", "$rm", "--no_neural_reward_model", "--reward_functions", "length"],
      "--no_neural_reward_model says that there is none"),
     ("ppo", ["--rm_pretrain", "r", "--no_neural_reward_model", "--reward_functions", "length", "--critic_pretrain",
@@ -151,7 +152,9 @@ REFUSED = [
 @pytest.mark.parametrize("name, words, said", REFUSED, ids=[f"{n} {' '.join(w)[:60]}" for n, w, _ in REFUSED])
 def test_what_cannot_work_is_refused_by_name(parse, refused, data, tmp_path, monkeypatch, name, words, said):
     (tmp_path / "empty").mkdir()
-    places = {"$rm": data["REWARD_MODEL_PATH"], "$empty": str(tmp_path / "empty")}
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "pytorch_model-00001-of-00002.bin").write_text("")
+    places = {"$rm": data["REWARD_MODEL_PATH"]} | {f"${name}": str(tmp_path / name) for name in ("empty", "bare")}
     words = [places.get(word, word) for word in words]
     if {"--tp", "--pp"} & set(words):
         monkeypatch.setenv("WORLD_SIZE", "2")

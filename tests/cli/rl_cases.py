@@ -1,0 +1,123 @@
+"""What the processes of test_rl_models.py do: the models of PPO from a command line, a step of each, what they say."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IDS = torch.tensor([[5, 9, 17, 30, 8, 12], [7, 40, 3, 11, 2, 2]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
+TOTAL_STEPS = 20
+
+
+class ToOne:
+    """Draws the values of all real tokens to 1."""
+
+    model_keys = ("input_ids", "attention_mask")
+
+    def prepare(self, batch):
+        return batch
+
+    def units(self, batch):
+        return batch["attention_mask"].sum()
+
+    def loss(self, outputs, batch):
+        mask = batch["attention_mask"].bool()
+        values = outputs[mask] if outputs.shape == mask.shape else outputs[0]
+        return (values - 1).square().sum(), {}
+
+
+class Rows:
+    """The log-prob of each label, or the values or scores, in the order of the rows."""
+
+    model_keys = ("input_ids", "attention_mask")
+
+    def prepare(self, batch):
+        return batch
+
+    def units(self, batch):
+        return torch.tensor(len(batch["input_ids"]))
+
+    def loss(self, outputs, batch):
+        if hasattr(outputs, "logits"):
+            found = outputs["logits"][0]
+        elif outputs.shape == batch["input_ids"].shape:
+            found = outputs[batch["attention_mask"].bool()]
+        else:
+            found = outputs.flatten()
+        return found.sum(), {"rows": found}
+
+
+def numbers(models: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What each model says of BATCH: log-probs (actor, reference), values of tokens (critic), scores (reward)."""
+    from coati.parallel.reference import Reference
+
+    found = {}
+    for name, model in models.items():
+        batch = {key: value for key, value in BATCH.items() if key != "labels" or name in ("actor", "reference")}
+        source = model if isinstance(model, Reference) else Reference(model)
+        found[name] = source.rows({key: value.to(source.engine.device) for key, value in batch.items()}, Rows())
+        found[name] = found[name].detach().float().cpu()
+    return found
+
+
+def built(words: list[str], resume: Any = None) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """(models by name, what is saved beside their weights, the parsed flags)."""
+    from coati.cli import build, rl_models
+    from coati.cli.restart import Resume
+    from coati.cli.rollouts import parse_ppo
+    from coati.models.utils import load_tokenizer
+
+    args = parse_ppo(words)
+    options, resume = build.start(args), resume or Resume()
+    tokenizer = load_tokenizer(args.tokenizer_dir or args.pretrain)
+    actor, mine = rl_models.actor_engine(args, options, tokenizer, resume, TOTAL_STEPS)
+    critic, its = rl_models.critic_engine(args, options, tokenizer, resume, TOTAL_STEPS)
+    models = {"actor": actor, "critic": critic, "reward": rl_models.reward_engine(args, options, tokenizer)}
+    models["reference"] = rl_models.reference(args, options, actor)
+    return {name: model for name, model in models.items() if model}, {"actor": mine, "critic": its}, args
+
+
+def train(models: dict[str, Any], steps: int = 2) -> None:
+    from coati.trainer.policy import PretrainingHooks
+
+    for _ in range(steps):
+        models["actor"].train_step([BATCH], PretrainingHooks())
+        models["critic"].train_step([BATCH], ToOne())
+
+
+def start_and_train(words: list[str], save_dir: str | None = None) -> dict[str, Any]:
+    """Numbers at the start, after two steps, and (``save_dir``) after three, saved and built again in between."""
+    from coati.cli.restart import Resume
+    from coati.parallel.checkpoint import RunningState, read_checkpoint, save_models
+
+    models, assets, _ = built(words)
+    report = {"start": numbers(models), "rates": [g["lr"] for g in models["actor"].optimizer.param_groups]}
+    report["critic_rates"] = [group["lr"] for group in models["critic"].optimizer.param_groups]
+    report["shared"] = shared_tensors(models)
+    train(models)
+    report["trained"] = numbers(models)
+    if save_dir is None:
+        return report
+    trained = {name: (models[name], assets[name]) for name in ("actor", "critic")}
+    folder = save_models(save_dir, trained, RunningState(step=2))
+    train(models, 1)
+    report["on"] = numbers(models)
+    state = read_checkpoint(folder)
+    models, _, _ = built(words, Resume(weights=str(Path(folder) / "actor" / "modeling"), folder=folder, state=state))
+    report["resumed"] = numbers(models)
+    train(models, 1)
+    report["resumed_on"] = numbers(models)
+    return report
+
+
+def shared_tensors(models: dict[str, Any]) -> dict[str, float]:
+    """Of each other model, the share of its numbers that lie in the memory of the actor's."""
+    mine = {p.data_ptr() for p in models["actor"].module.parameters()}
+    shares = {}
+    for name in ("critic", "reward"):
+        if name in models:
+            sizes = {p.data_ptr(): p.numel() for p in models[name].module.parameters()}
+            shares[name] = sum(n for at, n in sizes.items() if at in mine) / sum(sizes.values())
+    return shares

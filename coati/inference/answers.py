@@ -81,6 +81,18 @@ def read_prompts(
     return prompts, left_out
 
 
+def told(left_out: Sequence[LeftOut], first: int = 2) -> list[str]:
+    """A line for each kind of reason: how many rows, and the ``first`` of them in full."""
+    kinds: dict[str, list[LeftOut]] = {}
+    for place, reason in dict(left_out).items():
+        kinds.setdefault(reason.partition(":")[0], []).append((place, reason))
+    return [
+        f"left out: {len(rows)} ({'; '.join(f'{place}: {reason}' for place, reason in rows[:first])}"
+        f"{'; ...' if len(rows) > first else ''})"
+        for rows in kinds.values()
+    ]
+
+
 def answers_of(
     path: str | os.PathLike, prompts: Sequence[Prompt], asking: Asking, **loading: Any
 ) -> tuple[dict[int, Answer], list[LeftOut], Conversation]:

@@ -50,8 +50,8 @@ class Compared:
             side: {"response": one.text, "score": score, "parts": parts, "tokens": len(one.ids), "stopped": one.stopped}
             for side, one, score, parts in zip(SIDES, self.answers, self.scores, self.parts, strict=True)
         }
-        told = {"row": self.prompt.place, "prompt": self.prompt.messages, "gt_answer": self.prompt.gt_answer}
-        return {**told, **sides, "difference": self.difference, "result": self.result}
+        row = {"row": self.prompt.place, "prompt": self.prompt.messages, "gt_answer": self.prompt.gt_answer}
+        return {**row, **sides, "difference": self.difference, "result": self.result}
 
 
 class Judges:

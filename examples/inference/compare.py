@@ -55,8 +55,8 @@ def main(args: Namespace) -> None:
     rows, unscored = compare.compare(
         prompts, start, trained, judges(args, tags), args.max_new_tokens, args.tie_margin
     )
-    for place, reason in dict([*left_out, *out, *unscored]).items():
-        print(f"compare.py: {place} is left out ({reason})", file=sys.stderr)
+    for line in answers.told([*left_out, *out, *unscored]):
+        print(f"compare.py: {line}", file=sys.stderr)
     if not rows:
         raise ValueError(f"--input {' '.join(args.input)}: no prompt could be compared")
     if args.output:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from coati.cli.compare import parse_compare
-from coati.inference.answers import Answer, Asking, Prompt, answer, read_prompts
+from coati.inference.answers import Answer, Asking, Prompt, answer, read_prompts, told
 from coati.inference.compare import Compared, Judges, compare, extremes, summary, win_rate
 from coati.inference.loading import load
 from coati.inference.scoring import load_reward_model, rows_to_score, score
@@ -141,6 +141,13 @@ def test_a_prompt_without_room_is_left_out_and_named(models, rows):
     found, left_out = answer(load(models["start"]), prompts, Asking(max_new_tokens=10, max_length=30))
     assert 0 < len(found) < 5 and len(found) + len(left_out) == 5
     assert all(reason.startswith("too_long: ") and reason.endswith("room for 20") for _, reason in left_out)
+
+
+def test_what_is_left_out_is_told_in_a_line_for_each_reason():
+    rows = [("f:1", "too_long: 9"), ("f:2", "wrong_keys: x"), ("f:3", "too_long: 8"), ("f:4", "too_long: 7"),
+            ("f:1", "too_long: 9")]  # fmt: skip
+    assert told(rows) == ["left out: 3 (f:1: too_long: 9; f:3: too_long: 8; ...)", "left out: 1 (f:2: wrong_keys: x)"]
+    assert told([]) == []
 
 
 def test_judges_add_up(models, tmp_path):

@@ -5,7 +5,8 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,22 +90,28 @@ def dry_run(args: Namespace, trainer: Any, loader: Any, load: Callable[..., Any]
 
     say(describe(args, trainer, loader))
     step = trainer.engine.train_step(next(iter(loader.windows(0))), trainer)
-    # Not in /tmp: where the run would save, every host sees it and the disk is the one that must have room.
-    near = existing_folder(Path(args.save_dir))
-    place = broadcast_object(tempfile.mkdtemp(prefix=".coati-dry-run-", dir=near) if is_rank_0() else None)
-    try:
+    with place_beside(args.save_dir) as place:
         folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
         size = sum(read_checkpoint(folder).files.values())
         if is_rank_0():
             (load or load_causal_lm)(folder / "modeling")
-        barrier()
-    finally:
-        if is_rank_0():
-            shutil.rmtree(place)
     say(
         f"dry run: one step taken (loss {step.loss:.4f}, {describe_memory(peak_memory_of_ranks())}), a checkpoint of "
         f"{in_units(size)} saved and loaded again. Nothing was kept."
     )
+
+
+@contextmanager
+def place_beside(save_dir: str) -> Iterator[str]:
+    """A directory that every rank sees, on the disk that must have room, gone afterwards: not in /tmp."""
+    near = existing_folder(Path(save_dir))
+    place = broadcast_object(tempfile.mkdtemp(prefix=".coati-dry-run-", dir=near) if is_rank_0() else None)
+    try:
+        yield place
+        barrier()
+    finally:
+        if is_rank_0():
+            shutil.rmtree(place)
 
 
 def describe(args: Namespace, trainer: Any, loader: Any) -> str:
@@ -114,7 +121,6 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
     tokens = int(loader.lengths.sum())
     steps = sum(loader.count(epoch) // loader.window_rows for epoch in range(args.max_epochs))
     steps = min(steps, args.max_steps or 2**62)
-    flags = [(name, value) for name, value in sorted(vars(args).items()) if not name.startswith("_")]
     entries = "rows" if loader.plan.pack_length is None else "packs"
     lines = [
         "dry run: what the run would be",
@@ -122,9 +128,15 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
         f"{loader.window_rows} {entries} a step",
         f"steps {steps} ({len(loader)} an epoch, {args.max_epochs} epochs)",
         estimate_memory(trainer.engine),
-        *(f"  --{name} {_word(value)}" for name, value in flags if value not in (None, False, [])),
+        *given(args),
     ]
     return "\n".join(lines)
+
+
+def given(args: Namespace) -> list[str]:
+    """The resolved flags, a line each."""
+    flags = [(name, value) for name, value in sorted(vars(args).items()) if not name.startswith("_")]
+    return [f"  --{name} {_word(value)}" for name, value in flags if value not in (None, False, [])]
 
 
 def _word(value: Any) -> str:

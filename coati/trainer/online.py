@@ -127,7 +127,7 @@ class OLTrainer:
         bar = Bar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
         try:
             with StopRequest() as stop:
-                if self.episode == 0 and not len(self.buffer):
+                if self.episode == 0 and not self.record.first_evaluation:
                     self.record.evaluate(evaluation, bar)
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
                     self._run_episode(prompts, evaluation, ptx, bar, stop)
@@ -135,6 +135,19 @@ class OLTrainer:
         finally:
             bar.close()
             self.record.close()
+
+    def rehearse(self, prompts: Any, ptx: Any = None) -> dict[str, float]:
+        """The first collect phase and one optimiser step, of which nothing is logged or saved; what an episode would
+        log. Every rank must call it."""
+        bar, never = Bar(1, 0, self.name, unit="episode"), StopRequest()
+        try:
+            self._collect(prompts, bar, never)
+            windows = self.buffer.windows(self.episodes.windows, seed=self.episodes.seed, episode=self.episode)
+            self.policy.first_pass = True
+            self._step(next(windows), ptx, never)
+        finally:
+            bar.close()
+        return self.record.metrics()
 
     def _run_episode(self, prompts: Any, evaluation: Any, ptx: Any, bar: Bar, stop: StopRequest) -> None:
         if not len(self.buffer) and not self._collect(prompts, bar, stop):

@@ -47,6 +47,8 @@ class Record:
         log_dir = None if log_dir is None else str(Path(log_dir) / trainer.name)
         project = f"Coati-{trainer.name}"
         self.tracker = make_tracker(file, log_dir, use_wandb, project=project, keep_to=trainer.episode)
+        if trainer.episode == 0 and self.first_evaluation:  # of a run stopped in its first episode, whose file is new
+            self.tracker.log(self.first_evaluation, 0)
 
     def close(self) -> None:
         self.tracker.close()
@@ -100,14 +102,15 @@ class Record:
         if not trainer.episode % max(trainer.plan.log_interval, 1) == 0:
             bar.step()
             return
-        metrics = self._metrics()
+        metrics = self.metrics()
         self.tracker.log({f"train/{name}": value for name, value in metrics.items()}, trainer.episode)
         shown = {"reward": "reward", "KL": "approx_kl", "length": "response_length", "tokens/s": "tokens_per_second"}
         bar.step(**{name: metrics[key] for name, key in shown.items()})
         for line in self.signs.look(metrics, trainer.episode) if self.signs is not None else []:
             bar.write(line)
 
-    def _metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
+        """Means since this was last called, over all ranks, each of which must call it."""
         trainer, counts = self.trainer, self._counts
         episodes = trainer.episodes
         metrics = self.meter.report()

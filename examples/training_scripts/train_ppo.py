@@ -7,7 +7,7 @@ from coati.cli.rollouts import parse_ppo
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, data, finish, online, restart, rl_models
+    from coati.cli import build, data, finish, online, online_dry_run, restart, rl_models
     from coati.trainer import PPOTrainer
 
     options = build.start(args)
@@ -34,7 +34,7 @@ def main(args: Namespace) -> None:
     )
     windows, asked, supervised = online.loaders(args, actor, tokenizer, prompts, evaluation, ptx, plan)
     if args.dry_run:
-        return finish.dry_run_online(args, trainer, windows, supervised)
+        return online_dry_run.dry_run(args, trainer, windows, supervised)
     trainer.fit(windows, asked, supervised, args.log_dir, args.use_wandb)
     finish.save_models_of(args, trainer)
 

@@ -1,5 +1,6 @@
 """Reward models and critics: what a score depends on, where heads come from, what is on disk."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 
 from coati.models import Critic, LoraConfig, RewardModel, apply_lora, load_scalar_model, merge_lora, save_lora
 from coati.models.lora_files import load_lora
+from coati.models.scalar import load_scalar_weights
 from coati.models.varlen import Packing
 from tests.models.families import tiny_bloom, tiny_gpt2, tiny_opt, tiny_qwen2
 from tests.tiny import tiny_llama
@@ -158,6 +160,37 @@ def test_a_directory_of_colossalchat_is_read(tmp_path):
     state = {name.replace("score.", "value_head."): tensor for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_close(load_scalar_model(RewardModel, tmp_path).eval()(**rows()), model(**rows()), **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_without_a_configuration_take_another_directorys(tmp_path, family):
+    """As ColossalChat's checkpoints: `model.` and `value_head.`, however the family calls its backbone."""
+    torch.manual_seed(0)
+    model = RewardModel(backbone=FAMILIES[family]()).eval()
+    other = FAMILIES[family]()
+    other.config.save_pretrained(tmp_path / "base")
+    state = {f"model.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
+    state |= {f"value_head.{part}": tensor for part, tensor in model.score.state_dict().items()}
+    names, files = sorted(state), ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+    places = {name: files[index % 2] for index, name in enumerate(names)}
+    (tmp_path / "rm").mkdir()
+    for file in files:
+        torch.save({name: state[name] for name in names if places[name] == file}, tmp_path / "rm" / file)
+    (tmp_path / "rm" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = load_scalar_weights(RewardModel, tmp_path / "base", tmp_path / "rm").eval()
+    assert_close(loaded(**rows()), model(**rows()), **EXACT)
+    assert load_scalar_weights(RewardModel, tmp_path / "base", tmp_path / "rm", dtype="bf16").dtype == torch.bfloat16
+
+
+def test_weights_that_are_not_the_architectures(tmp_path):
+    tiny_llama(layers=3).config.save_pretrained(tmp_path / "deeper")
+    folder = saved(reward_model(), tmp_path / "rm")
+    with pytest.raises(ValueError, match="rm: not the weights of .*deeper .*Missing key"):
+        load_scalar_weights(RewardModel, tmp_path / "deeper", folder)
+    tiny_llama().save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match="lm: no scalar head"):
+        load_scalar_weights(RewardModel, tmp_path / "lm", tmp_path / "lm")
 
 
 def trained_adapters(base, seed=1):

@@ -7,8 +7,11 @@ from importlib import import_module
 def lazy_exports(package: str, names: dict[str, str]) -> tuple[Callable, Callable, list[str]]:
     """What a package's ``__init__`` assigns to ``__getattr__, __dir__, __all__``.
 
-    ``names`` maps a public name to the submodule that defines it: ``{"Conversation": "conversation"}``.
+    ``names`` maps a public name to the submodule that defines it: ``{"Conversation": "conversation"}``. Raises
+    ValueError for a name that is its submodule's own: once that is imported, the package has the module under it.
     """
+    if same := [name for name, module in names.items() if name == module]:
+        raise ValueError(f"{package} cannot export {same[0]}: its submodule of that name would take its place")
 
     def __getattr__(name: str):
         if name in names:

@@ -147,7 +147,8 @@ def _batch(loaded: Loaded, batch: list, asking: Asking) -> dict[int, Answer]:
     rows = zip(batch, generated.answers(), generated.stopped.tolist(), strict=True)
     return {
         prompt.number: Answer(
-            encoded.text, tokenizer.decode(without_stop(new, stops), skip_special_tokens=True), new, stopped
+            # As in training: tags that a reward looks for may be special tokens.
+            encoded.text, tokenizer.decode(without_stop(new, stops), skip_special_tokens=False), new, stopped
         )
         for (prompt, encoded), new, stopped in rows
     }

@@ -105,7 +105,7 @@ def _why_flat(history: History) -> str:
     facts, cause = [], "first look at the spread of the reward's scores, then raise --lr or lower --kl_coef"
     if spread is not None:
         facts.append(f"the scores' spread is {spread:.3g}")
-    if kl is not None and coefficient is not None:
+    if kl is not None and coefficient:  # without a coefficient there is no reference, and KL is 0
         facts.append(f"the KL penalty {coefficient * kl:.3g}")
         if spread is not None and coefficient * kl > spread:
             cause = "the penalty outweighs what the scores could give: lower --kl_coef"

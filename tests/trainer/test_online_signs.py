@@ -122,6 +122,12 @@ def test_the_advice_knows_the_flags_of_the_run():
     assert not run(low) and any("above 6." in text for _, text in run(low, kl_target=2.0))
 
 
+def test_without_a_reference_nothing_is_said_about_kl():
+    flat = put(reward=lambda e, d: d.gauss(0.2, 0.1), approx_kl=0.0, kl_coef=0.0)
+    [(_, text)] = run(flat)
+    assert "has not risen" in text and "KL" not in text and "raise --lr" in text
+
+
 def test_a_setting_that_does_not_exist_is_refused():
     with pytest.raises(TypeError, match="patiense"):
         OnlineSigns(patiense=3)

@@ -72,6 +72,9 @@ class NaiveExperienceBuffer:
     def _order(self, count: int, seed: int, episode: int, update: int) -> list[list[int]]:
         """Positions in :attr:`items` of each window."""
         indices = [int(item.rows) for item in self.items]
+        if self.limit:  # what was dropped has left gaps; the rows that are left are numbered anew, in their order
+            numbers = {index: number for number, index in enumerate(sorted(indices))}
+            indices = [numbers[index] for index in indices]
         position = {index: row for row, index in enumerate(indices)}
         if count < 1 or len(position) != len(indices) or not self._whole_blocks(indices, count):
             raise ValueError(

@@ -107,14 +107,17 @@ def _write_engine(folder: Path, engine: Engine, assets: ModelAssets) -> None:
         write_file(folder / "lr_scheduler", lambda path: torch.save(engine.lr_scheduler.state_dict(), path))
 
 
-def held_by_rank(folder: str | Path, state: RunningState) -> dict[str, Any] | None:
+def held_by_rank(folder: str | Path, state: RunningState, **layout: Any) -> dict[str, Any] | None:
     """What this rank gave :func:`save_models` to hold; None where nothing was held, or by other ranks than there are
-    now, which is said."""
+    now, which is said. ``layout``: what else decides which rank holds what, as :func:`layout_of` names it."""
     file = Path(folder) / HELD / f"rank-{rank():05d}.pt"
     if not file.parent.is_dir():
         return None
-    if state.layout.get("world_size") != world_size():
-        say(f"{folder} was stopped inside an episode of {state.layout.get('world_size')} processes: it starts anew.")
+    layout["world_size"] = world_size()
+    changed = [f"{name} {state.layout.get(name)} -> {now}" for name, now in layout.items()
+               if state.layout.get(name) != now]  # fmt: skip
+    if changed:
+        say(f"{folder} was stopped inside an episode of other processes ({', '.join(changed)}): it starts anew.")
         return None
     return torch.load(file, weights_only=True)
 

@@ -21,6 +21,7 @@ from coati.trainer.online_record import Record
 from coati.trainer.policy import CriticHooks, PolicyHooks, PolicySettings, PretrainingHooks
 from coati.trainer.stop import StopRequest
 from coati.utils.distributed import any_rank
+from coati.utils.notice import say
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,15 @@ class OLTrainer:
         if "maker" in trained:
             maker.load_state_dict(trained["maker"])
         if held is not None:
-            self._position = tuple(trained["position"])
-            buffer.load_state_dict(held)
+            self._go_on_inside(held, trained)
+
+    def _go_on_inside(self, held: dict[str, Any], trained: dict[str, Any]) -> None:
+        episodes = self.episodes
+        if trained["cut"] != [episodes.windows, episodes.num_update_steps, self.buffer.sample_batch_size]:
+            say("the run was stopped inside an episode whose updates were cut otherwise: that episode starts anew.")
+            return
+        self._position = tuple(trained["position"])
+        self.buffer.load_state_dict(held)
 
     @property
     def assets(self) -> ModelAssets:
@@ -263,6 +271,7 @@ class OLTrainer:
         return {
             "episode": self.episode,
             "position": list(self._position),
+            "cut": [self.episodes.windows, self.episodes.num_update_steps, self.buffer.sample_batch_size],
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }

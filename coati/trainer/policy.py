@@ -76,7 +76,8 @@ class PolicyHooks:
         metrics = policy_statistics(logps, old, batch["advantages"], mask, *clip)
         metrics["skip_ratio"] = skip.float()[None]
         if settings.kl_coef:
-            terms = terms + settings.kl_coef * kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
+            kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
+            terms = terms + settings.kl_coef * kl.masked_fill(skip, 0.0)
         if self.first_pass:
             metrics["rollout_gap"] = (logps.detach() - old).abs()[mask]
         return settings.normalisation.total(terms, mask), metrics

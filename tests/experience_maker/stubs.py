@@ -1,0 +1,90 @@
+"""Models that say what a test tells them, in the place of engines: no process group, no weights."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coati.models.generation import Generated
+
+
+class StubEngine:
+    """``say(batch)`` is what the model makes of a batch. ``others``: what all other ranks add to every sum of
+    numbers, by how many numbers are summed."""
+
+    def __init__(self, say: Callable[[dict], Any] | None = None, others: dict[int, list[float]] | None = None) -> None:
+        self.say, self.others = say, others or {}
+        self.device, self.temperature = torch.device("cpu"), 1.0
+        self.engine = self.module = self
+        self.mesh = SimpleNamespace(dp_rank=0, dp_size=1, reports=True)
+        self.lr_scheduler = None
+        self.batches: list[dict[str, Tensor]] = []
+
+    def collect(self, batch: dict[str, Tensor], hooks: Any) -> dict[str, Tensor]:
+        self.batches.append(batch)
+        return hooks.loss(self.say(batch), batch)[1]
+
+    def rows(self, batch: dict[str, Tensor], hooks: Any) -> Tensor:
+        """As :class:`~coati.parallel.reference.Reference` has it."""
+        return self.collect(batch, hooks)["rows"]
+
+    def awake(self):
+        return nullcontext()
+
+    def awake(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def sum_of_shares(self, values: list) -> list[float]:
+        others = self.others.get(len(values), [0.0] * len(values))
+        return [float(value) + other for value, other in zip(values, others, strict=True)]
+
+
+def log_probs(value: float | Callable[[Tensor], Tensor]) -> Callable[[dict], dict[str, Tensor]]:
+    """A policy whose log-prob of each label is ``value``, or a function of the labels."""
+
+    def say(batch: dict) -> dict[str, Tensor]:
+        labels = batch["labels"][batch["labels"] != -100].float()
+        return {"logits": (value(labels) if callable(value) else torch.full_like(labels, value))[None]}
+
+    return say
+
+
+class StubRollout:
+    """Answers each prompt with the next of ``answers``; a response that ends in ``stop`` has stopped."""
+
+    def __init__(self, answers: list[list[int]], logprob: float | None = -1.0, stop: int = 2) -> None:
+        self.answers, self.logprob, self.stop = list(answers), logprob, stop
+        self.temperatures: list[float] = []
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float) -> Generated:
+        self.temperatures.append(temperature)
+        mine, self.answers = self.answers[: len(input_ids)], self.answers[len(input_ids) :]
+        width = max(map(len, mine))
+        made = torch.tensor([answer + [9] * (width - len(answer)) for answer in mine])
+        lengths = torch.tensor([len(answer) for answer in mine])
+        logprobs = None
+        if self.logprob is not None:
+            logprobs = torch.full(made.shape, self.logprob).masked_fill(torch.arange(width) >= lengths[:, None], 0.0)
+        stopped = torch.tensor([answer[-1] == self.stop for answer in mine])
+        return Generated(torch.cat([input_ids, made], 1), lengths, stopped, input_ids.shape[1], logprobs)
+
+
+class Words:
+    """A tokenizer whose tokens are numbers."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
+
+
+def prompts(*rows: list[int], truths: list[str] | None = None) -> dict[str, Any]:
+    """As the collator makes them: padded on the left."""
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[8] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        "gt_answer": truths or [None] * len(rows),
+    }

@@ -1,0 +1,246 @@
+"""Episodes: which prompts, which windows, at what temperature, and where a stopped run goes on. Models are stubs."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from coati.dataset.loader import EvaluationLoader, WindowLoader
+from coati.experience_buffer.buffer import NaiveExperienceBuffer
+from coati.experience_maker.collected import Collected
+from coati.experience_maker.experience import Experience, masks
+from coati.experience_maker.running import KLController
+from coati.parallel.checkpoint import RunningState
+from coati.parallel.step import NonFiniteLoss, Step
+from coati.rewards.responses import Responses
+from coati.trainer.base import Plan
+from coati.trainer.online import Episodes, GRPOTrainer, PPOTrainer
+from tests.experience_maker.stubs import StubEngine
+
+ASSETS = {"actor": None, "critic": None}
+
+
+class Rows:
+    """Prompts of one token each, their own number."""
+
+    column_names = ("input_ids", "seq_length")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key):
+        return np.ones(self.count, dtype=np.int64) if isinstance(key, str) else {"input_ids": [key + 10]}
+
+
+class Collate:
+    def __call__(self, rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "gt_answer": [None] * len(rows)}
+
+    def blank(self, row):
+        return row
+
+
+class Maker:
+    """Answers a prompt n with two tokens of n; its state is how many it has answered."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
+        self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at
+
+    def make_experience(self, batch, rows, episode, temperature):
+        self.calls.append((episode, batch["input_ids"].flatten().tolist(), list(rows), temperature))
+        if len(self.calls) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.answered += len(batch["input_ids"])
+        return self.judge(batch, rows, episode, temperature)
+
+    def judge(self, batch, rows, episode, temperature):
+        self.judged.append(episode)
+        ids, count = batch["input_ids"], len(batch["input_ids"])
+        attention, actions = masks(batch["attention_mask"], torch.full((count,), 2), 2)
+        numbers = ids.expand(count, 2).float() / 100
+        made = Experience(
+            torch.cat([ids, ids, ids], 1), attention, actions, -numbers, numbers[:, 0], torch.tensor(list(rows)),
+            kl=numbers, values=numbers, advantages=numbers, returns=numbers,
+        )  # fmt: skip
+        responses = Responses(["p"] * count, ["r"] * count, lengths=[2] * count)
+        samples = {"reward": made.reward, "approx_kl": made.reward, "response_length": torch.full((count,), 2.0),
+                   "stop_rate": torch.ones(count)}  # fmt: skip
+        return Collected(made, responses, {}, samples, {"rollout": 1.0, "scoring": 0.5})
+
+    def finish(self, collected):
+        return [each.experience for each in collected], {"reward_std": 1.0}
+
+    def state_dict(self):
+        return {"answered": self.answered}
+
+    def load_state_dict(self, state):
+        self.answered = state["answered"]
+
+
+class Engine(StubEngine):
+    """Writes down the steps it is asked for; ``stop_at``: SIGTERM comes within that one."""
+
+    def __init__(self, stop_at: int | None = None, nan_at: int | None = None) -> None:
+        super().__init__()
+        self.steps, self.stop_at, self.nan_at = [], stop_at, nan_at
+
+    def train_step(self, window, hooks, stop=False, *, weight=1.0, also=()):
+        rows = sorted(int(row[0]) for batch in window for row in batch["input_ids"])
+        first = getattr(hooks, "first_pass", None)
+        beside = [(part.weight, int(part.window[0]["input_ids"][0, 0])) for part in also]
+        self.steps.append((rows, getattr(hooks, "temperature", None), first, weight, beside))
+        if len(self.steps) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(self.steps) == self.nan_at:
+            raise NonFiniteLoss("the loss of this step is nan")
+        return Step(len(self.steps) / 10, len(rows), stop=stop, also=[0.5] * len(also))
+
+
+def loader(count: int = 10, batch: int = 2, steps: int = 2) -> WindowLoader:
+    return WindowLoader(Rows(count), Collate(), batch_size=batch, accumulation_steps=steps, seed=3)
+
+
+def trainer(actor=None, maker=None, critic=None, **changes) -> GRPOTrainer:
+    """5 episodes of 4 prompts, each trained on twice in 2 windows."""
+    episodes = Episodes(5, 2, 2, lambda episode: 1 - episode / 10, seed=1, sample_interval=0)
+    kind = GRPOTrainer if critic is None else PPOTrainer
+    if critic is not None:
+        changes["critic"] = critic
+    return kind(actor or Engine(), maker or Maker(), NaiveExperienceBuffer(2), episodes, assets=ASSETS, **changes)
+
+
+def prompts_of(maker: Maker) -> list[int]:
+    return [prompt for _, batch, _, _ in maker.calls for prompt in batch]
+
+
+def test_episodes_go_through_the_epochs():
+    made = trainer()
+    made.fit(loader())
+    seen, windows = prompts_of(made.maker), loader()
+    places = ((0, 0), (0, 4), (1, 0), (1, 4), (2, 0))
+    expected = [row for place in places for row in windows.rows_at(*place)]
+    assert [prompt - 10 for prompt in seen] == expected
+    assert made.state.epoch == 2 and made.state.sample_start_index == 4 and made.state.step == 20
+    # Of each episode: number, indices of the responses, temperature.
+    assert [(call[0], call[2]) for call in made.maker.calls][:3] == [(0, [0, 2]), (0, [1, 3]), (1, [0, 2])]
+    assert [call[3] for call in made.maker.calls] == [1 - episode / 10 for episode in range(5) for _ in range(2)]
+
+
+def test_every_pass_trains_on_every_response_once():
+    made = trainer()
+    made.fit(loader())
+    for episode in range(5):
+        steps = made.engine.steps[4 * episode : 4 * episode + 4]
+        collected = sorted(prompts_of(made.maker)[4 * episode : 4 * episode + 4])
+        assert sorted(steps[0][0] + steps[1][0]) == sorted(steps[2][0] + steps[3][0]) == collected
+        assert [step[1] for step in steps] == [1 - episode / 10] * 4
+        assert [step[2] for step in steps] == [True, False, False, False]
+
+
+def test_the_critic_learns_from_the_same_windows():
+    critic = Engine()
+    made = trainer(critic=critic)
+    made.fit(loader())
+    assert [step[0] for step in critic.steps] == [step[0] for step in made.engine.steps] and len(critic.steps) == 20
+
+
+def test_supervised_rows_beside_the_policy():
+    made, ptx = trainer(ptx_coef=0.25), loader(7, 1, 2)
+    made.fit(loader(), ptx=ptx)
+    weights = {(step[3], step[4][0][0]) for step in made.engine.steps}
+    assert weights == {(0.75, 0.25)}
+    rows = [row for step in range(20) for row in ptx.rows_at(step // 3, 2 * (step % 3))[:1]]
+    assert [step[4][0][1] - 10 for step in made.engine.steps] == rows  # three windows an epoch, epoch after epoch
+
+
+def test_evaluations_are_due_and_count_for_nothing():
+    made = trainer(plan=Plan(eval_interval=2))
+    evaluation = EvaluationLoader(Rows(3), Collate(), batch_size=2)
+    made.fit(loader(), evaluation)
+    seen = [episode for episode in made.maker.judged if episode > 5]
+    assert len(seen) == 2 * 4  # before, after 2, 4 and 5 episodes, in two batches
+    assert made.maker.answered == 20
+    assert made.last_evaluation["eval/reward"] == pytest.approx(0.11)  # prompts 10, 11, 12; the blank one left out
+
+
+def test_what_is_logged(tmp_path):
+    made = trainer(critic=Engine(), plan=Plan(str(tmp_path), log_interval=2))
+    made.fit(loader())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5] and "memory/rank_0_peak_mb" in lines[-1]
+    two = prompts_of(made.maker)[:8]
+    assert lines[0]["train/reward"] == pytest.approx(sum(two) / 800)
+    assert lines[0]["train/policy_loss"] == pytest.approx(sum(range(1, 9)) / 80)
+    assert lines[0]["train/seconds_rollout"] == 2.0 and lines[0]["train/tokens_per_second"] == 16 / 4
+    assert {"train/value_loss", "train/distinct_2", "train/kl_coef", "train/optimiser_steps"} <= lines[0].keys()
+
+
+def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
+    """A run that SIGTERM stops, what it saved, and the one that goes on."""
+    saved = {}
+
+    def save(folder, models, state, held=None):
+        saved.update(state=json.loads(json.dumps(vars(state))), held=held, models=set(models))
+        return tmp_path
+
+    monkeypatch.setattr("coati.trainer.online_record.save_models", save)
+    first = trainer(place.get("actor"), place.get("maker"), plan=Plan(str(tmp_path)))
+    first.fit(loader())
+    assert first.stopped_early
+    second = trainer(plan=Plan(str(tmp_path)), state=RunningState(**saved["state"]), held=saved["held"])
+    second.fit(loader())
+    return first, saved, second
+
+
+def test_stopped_while_collecting_the_episode_starts_again(tmp_path, monkeypatch):
+    whole = trainer()
+    whole.fit(loader())
+    # In the first of the two batches of the third episode; the second batch is not asked for.
+    first, saved, second = stopped_at({"maker": Maker(stop_at=5)}, tmp_path, monkeypatch)
+    assert saved["held"] is None and first.maker.answered == 8 and len(first.engine.steps) == 8
+    assert second.maker.calls == whole.maker.calls[4:] and second.maker.answered == whole.maker.answered
+    assert first.engine.steps + second.engine.steps == whole.engine.steps
+
+
+@pytest.mark.parametrize("at", [9, 10, 11])
+def test_stopped_between_updates_the_rest_of_the_episode_follows(tmp_path, monkeypatch, at):
+    whole = trainer()
+    whole.fit(loader())
+    first, saved, second = stopped_at({"actor": Engine(stop_at=at)}, tmp_path, monkeypatch)
+    steps = len(first.engine.steps)
+    assert steps == at + 1 and first.state.step == steps
+    assert (saved["held"] is None) == (steps == 12)  # the episode was over: nothing is held
+    assert first.engine.steps + second.engine.steps == whole.engine.steps
+    assert first.maker.calls + second.maker.calls == whole.maker.calls
+
+
+def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
+    first, saved, _ = stopped_at({"actor": Engine(stop_at=9)}, tmp_path, monkeypatch)
+    state = RunningState(**saved["state"])
+    episodes = Episodes(5, 2, 4)
+    other = GRPOTrainer(Engine(), Maker(), NaiveExperienceBuffer(1), episodes, assets=ASSETS, state=state,
+                        held=saved["held"])  # fmt: skip
+    assert len(other.buffer) == 0 and other._position == (0, 0)
+    assert "that episode starts anew" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_names_the_episode():
+    made = trainer(Engine(nan_at=7))
+    with pytest.raises(NonFiniteLoss, match=r"nan \(episode 2, optimiser step 7\); nothing was saved"):
+        made.fit(loader())
+
+
+def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
+    made = trainer(plan=Plan(str(tmp_path)))
+    metrics = made.rehearse(loader())
+    assert len(made.maker.calls) == 2 and len(made.engine.steps) == 1 and made.engine.steps[0][2]
+    assert metrics["policy_loss"] == 0.1 and not list(tmp_path.iterdir())

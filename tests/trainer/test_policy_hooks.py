@@ -1,0 +1,241 @@
+"""The losses of policy, critic and pretraining rows as steps of a real engine: by hand, and however a window is cut."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from coati.experience_maker.experience import concatenate, make_experience_batch, split_experience_batch
+from coati.models.critic import Critic
+from coati.models.policy_loss import Normalisation
+from coati.parallel.step import Part
+from coati.trainer.policy import CriticHooks, PolicyHooks, PolicySettings, PretrainingHooks
+from tests.experience_maker.engines import engine_of, gradients, group_of_one
+from tests.experience_maker.test_experience import experience
+from tests.tiny import tiny_llama
+
+PROMPTS = [[11, 12, 13], [21], [31, 32], [41, 42]]
+ANSWERS = [[14, 15], [22, 23, 24], [33], [43, 44, 45, 46]]
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory):
+    with group_of_one(tmp_path_factory.mktemp("group")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def actor(model):
+    return engine_of(model)
+
+
+def plain_logps(model, row: int) -> torch.Tensor:
+    """Of the unpadded row alone, with gradient."""
+    prompt, answer = PROMPTS[row], ANSWERS[row]
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def sampled(model, *, moved: float = 0.0, junk: float = 0.0, left: int = 0, right: int = 0):
+    """The four rows with log-probs of the model itself less ``moved`` a token, and unequal advantages."""
+    made = experience(PROMPTS, ANSWERS, left=left, right=right, junk=junk)
+    numbers = torch.full(made.action_mask.shape, junk)
+    old, advantages = numbers.clone(), numbers.clone()
+    with torch.no_grad():
+        for row, answer in enumerate(ANSWERS):
+            old[row, : len(answer)] = plain_logps(model, row) - moved * (row + 1)
+            advantages[row, : len(answer)] = torch.arange(len(answer)) - 0.5 * row + 0.3
+    reference = old - 0.2
+    return replace(made, action_log_probs=old, advantages=advantages, reference_log_probs=reference)
+
+
+def hooks_of(reduce_sum=lambda sums: sums, **settings) -> PolicyHooks:
+    hooks = PolicyHooks(PolicySettings(**settings), reduce_sum)
+    hooks.temperature = TEMPERATURE
+    return hooks
+
+
+def taken(engine, hooks, window, **more):
+    """The step and its gradient."""
+    engine.optimizer.zero_grad()  # what the test itself has left
+    step = engine.train_step(hooks.window(window), hooks, **more)
+    return step, engine.optimizer.found
+
+
+def test_the_first_window_is_reinforce(model, actor):
+    """Ratio 1: the loss is minus the mean advantage, its gradient minus the mean of A grad log p."""
+    one = sampled(model)
+    step, gradient = taken(actor, hooks_of(), [one])
+    assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()), rel=1e-6)
+    assert step.units == 10
+    model.zero_grad()
+    rows = [-(plain_logps(model, row) * one.advantages[row, : len(ANSWERS[row])]).sum() for row in range(4)]
+    (sum(rows) / 10).backward()
+    expected = gradients(model)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert torch.cat(step.metrics["update_kl"]).abs().max() < 1e-5 and max(step.metrics["ratio_max"]) < 1.001
+    entropy = torch.cat(step.metrics["entropy"])
+    assert entropy.mean() == pytest.approx(-float(one.action_log_probs[one.action_mask].mean()), rel=1e-6)
+
+
+CUTS = {
+    "two and two": lambda one: [one.select([0, 1]), one.select([2, 3])],
+    "one by one": split_experience_batch,
+    "another order": lambda one: [one.select([3, 1]), one.select([0]), one.select([2])],
+    "more padding": lambda one: [concatenate([one, sampled_wide(one)]).select([0, 1, 2, 3])],
+    "put together again": lambda one: [make_experience_batch(split_experience_batch(one))],
+}
+
+
+def sampled_wide(one):
+    """Another row, with more of both kinds of padding, that only widens."""
+    return experience([[1] * 9], [[2] * 8]).__class__(
+        **{name: value[:1] for name, value in one._resized(6, 4).tensors().items()}
+    )
+
+
+@pytest.mark.parametrize("normalisation", ["token", "response", "constant"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_how_a_window_is_cut_changes_nothing(model, actor, cut, normalisation):
+    settings = {"normalisation": Normalisation(normalisation, 6), "kl_coef": 0.3, "clip_low": 0.1, "clip_high": 0.3}
+    one = sampled(model, moved=0.1)
+    whole, gradient = taken(actor, hooks_of(**settings), [one])
+    step, found = taken(actor, hooks_of(**settings), CUTS[cut](one))
+    assert step.loss == pytest.approx(whole.loss, rel=1e-5) and step.units == whole.units
+    assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    assert gradient.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_masked_cells_are_nothing(model, actor, packed):
+    settings = {"kl_coef": 0.3}
+    step, gradient = taken(actor, hooks_of(**settings), [sampled(model, moved=0.1)])
+    spoiled = sampled(model, moved=0.1, junk=float("nan"), left=2, right=3)
+    other, found = taken(engine_of(model, packed), hooks_of(**settings), [spoiled])
+    assert other.loss == pytest.approx(step.loss, rel=1e-5)
+    assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_kl_in_the_loss(model, actor):
+    one = sampled(model)
+    step, _ = taken(actor, hooks_of(kl_coef=0.5), [one])
+    k3 = math.exp(-0.2) - 1 + 0.2  # the policy is 0.2 above its reference everywhere
+    assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()) + 0.5 * k3, rel=1e-5)
+    step, _ = taken(actor, hooks_of(kl_coef=0.5, kl_estimator="k1"), [one])
+    assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()) + 0.5 * 0.2, rel=1e-5)
+
+
+def test_dropped_rows_count_for_nothing(model, actor):
+    one = sampled(model, moved=0.1)
+    kept, gradient = taken(actor, hooks_of(), [one.select([0, 2, 3])])
+    one.action_mask[1] = False
+    step, found = taken(actor, hooks_of(), [one])
+    assert step.units == kept.units == 7 and step.loss == pytest.approx(kept.loss, rel=1e-5)
+    assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    one.action_mask[:] = False
+    step, found = taken(actor, hooks_of(), [one])
+    assert step.loss == 0 and not found.any()
+
+
+def test_the_skip_is_decided_by_all_ranks(model, actor):
+    """Ratios here are about 1. Another rank's are not, and all leave the step out; KL in the loss too."""
+    one = sampled(model)
+    for others, skipped in (((0.0, 0.0), False), ((1000.0, 10.0), True)):
+        hooks = hooks_of(lambda sums, others=others: sums + torch.tensor(others), kl_coef=0.5)
+        step, gradient = taken(actor, hooks, [one])
+        assert [float(value) for value in step.metrics["skip_ratio"]] == [float(skipped)]
+        assert bool(gradient.any()) != skipped and (step.loss == 0) == skipped
+
+
+def test_rollout_and_update_are_compared_in_the_first_pass_alone(model, actor):
+    hooks = hooks_of()
+    assert "rollout_gap" not in taken(actor, hooks, [sampled(model)])[0].metrics
+    hooks.first_pass = True
+    step, _ = taken(actor, hooks, [sampled(model, moved=0.1)])
+    gaps = torch.cat(step.metrics["rollout_gap"])
+    assert len(gaps) == 10 and float(gaps.max()) == pytest.approx(0.4, abs=1e-4)
+
+
+def supervised():
+    ids = torch.tensor([[5, 9, 17, 30], [7, 40, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize("c", [0.25, 1.0])
+def test_pretraining_rows_beside_the_policy(model, actor, c):
+    """(1 - c) x policy + c x supervised, the latter at temperature 1."""
+    one, batch = sampled(model), supervised()
+    _, policy = taken(actor, hooks_of(), [one])
+    also = [Part([batch], PretrainingHooks(), c)]
+    step, found = taken(actor, hooks_of(), [one], weight=1 - c, also=also)
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    expected = gradients(model)
+    assert step.also == [pytest.approx(float(loss), rel=1e-5)]
+    assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()), rel=1e-5)
+    assert_close(found, (1 - c) * policy + c * expected, rtol=1e-4, atol=1e-6)
+    assert actor.temperature == 1.0
+
+
+# Critic
+
+
+@pytest.fixture(scope="module")
+def critic():
+    torch.manual_seed(4)
+    critic = Critic(backbone=tiny_llama(seed=2))
+    torch.nn.init.normal_(critic.score.weight, std=0.1)
+    return critic
+
+
+def plain_values(critic, row: int) -> torch.Tensor:
+    """V of the states before the actions, of the unpadded row."""
+    ids = torch.tensor([PROMPTS[row] + ANSWERS[row]])
+    states = critic.score(critic.backbone(input_ids=ids)[0])[0]
+    return states.flatten()[len(PROMPTS[row]) - 1 : -1]
+
+
+def judged(critic, junk: float = 0.0, **padding: int):
+    made = experience(PROMPTS, ANSWERS, junk=junk, **padding)
+    old, returns = torch.full(made.action_mask.shape, junk), torch.full(made.action_mask.shape, junk)
+    with torch.no_grad():
+        for row, answer in enumerate(ANSWERS):
+            old[row, : len(answer)] = plain_values(critic, row) + 0.1 * row
+            returns[row, : len(answer)] = torch.arange(len(answer)) - row
+    return replace(made, values=old, returns=returns)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_critics_loss(critic, packed):
+    one, hooks = judged(critic), CriticHooks(0.15)
+    engine = engine_of(critic, packed)
+    step, gradient = taken(engine, hooks, [one])
+    critic.zero_grad()
+    terms = []
+    for row, answer in enumerate(ANSWERS):
+        values, old = plain_values(critic, row), one.values[row, : len(answer)]
+        returns = one.returns[row, : len(answer)]
+        near = old + (values - old).clamp(-0.15, 0.15)
+        terms.append(0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2))
+    loss = torch.cat(terms).mean()
+    loss.backward()
+    assert step.loss == pytest.approx(float(loss), rel=1e-4) and step.units == 10
+    assert_close(gradient, gradients(critic), rtol=1e-3, atol=1e-5)
+    clipped = torch.cat(step.metrics["value_clip_fraction"])
+    assert float(clipped.sum()) == 5  # the last two rows have moved by 0.2 and 0.3
+    for cut in (split_experience_batch(one), [judged(critic, float("nan"), left=1, right=2)]):
+        again, found = taken(engine, hooks, cut)
+        assert again.loss == pytest.approx(step.loss, rel=1e-4)
+        assert_close(found, gradient, rtol=1e-3, atol=1e-5)

@@ -1,7 +1,6 @@
 """Models that say what a test tells them, in the place of engines: no process group, no weights."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +30,6 @@ class StubEngine:
     def rows(self, batch: dict[str, Tensor], hooks: Any) -> Tensor:
         """As :class:`~coati.parallel.reference.Reference` has it."""
         return self.collect(batch, hooks)["rows"]
-
-    def awake(self):
-        return nullcontext()
 
     def awake(self) -> AbstractContextManager:
         return nullcontext()

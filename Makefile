@@ -14,12 +14,14 @@ BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo demo-preferences prove-preferences test test-fast test-long bench bench-peers lint docs venv venv-latest
+.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs venv venv-latest
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
 	@echo "make demo-preferences   a reward model and a DPO policy, each measured on pairs it has not seen"
-	@echo "make prove-preferences  the same for hours: the reward model ranks more than 0.75 of them"
+	@echo "make demo-rlhf    SFT, reward model and PPO, one after the other, on real prompts"
+	@echo "make prove-preferences  a reward model on more pairs, for hours: it ranks more than 0.75 of unseen ones"
+	@echo "make prove-ppo    PPO and GRPO learn what can be checked, ten seeds of ten, with their curves"
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
 	@echo "make lint docs    style check; the generated pages of docs/"
@@ -38,9 +40,14 @@ demo: venv
 demo-preferences: venv
 	@$(RUN) bash examples/demo/demo_preferences.sh
 
-# Three epochs each, evaluated as they go.
+demo-rlhf: venv
+	@$(RUN) bash examples/demo/demo_rlhf.sh
+
 prove-preferences: venv
-	@$(RUN) RM_STEPS=255 DPO_STEPS=255 EVAL_INTERVAL=30 RM_ACCURACY=0.75 bash examples/demo/demo_preferences.sh
+	@$(RUN) bash examples/demo/prove_preferences.sh
+
+prove-ppo: venv
+	@$(RUN) bash examples/demo/prove_ppo.sh
 
 test: venv
 	@$(PYTEST) -m "not slow"

@@ -32,8 +32,9 @@ unpack_model() { # sets model
     model=$("$python" examples/demo/smollm2.py)
     echo "$model"
 }
-prepare() { # rows of the file $2, of the type $1, with up to $3 tokens, into $work/$4
-    "$python" examples/data_preparation_scripts/prepare_dataset.py --type "$1" --data_input_dirs "$2" \
+prepare() { # rows of the files $2, of the type $1, with up to $3 tokens, into $work/$4
+    # shellcheck disable=SC2086 # several files are several words
+    "$python" examples/data_preparation_scripts/prepare_dataset.py --type "$1" --data_input_dirs $2 \
         --tokenizer_dir "$model" --conversation_template_config "$template" --max_length "$3" \
         --num_spliced_dataset_bins 1 --data_cache_dir "$work/$4/cache" \
         --data_jsonl_output_dir "$work/$4/jsonl" --data_arrow_output_dir "$work/$4/arrow"

@@ -1,4 +1,11 @@
-"""Curves of several runs side by side as a picture, drawn with Pillow alone."""
+"""Curves of several runs side by side as a picture, drawn with Pillow alone.
+
+``python examples/demo/curves.py METRICS NAME [NAME ...] --png FILE`` draws metrics of a run's metrics.jsonl.
+"""
+
+import argparse
+import json
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,3 +46,16 @@ def _panel(pen: ImageDraw.ImageDraw, left: int, title: str, curves: list[list[fl
     for number, curve in enumerate(curves):
         points = [at(episode, value) for episode, value in enumerate(curve)]
         pen.line(points, fill=COLOURS[number % len(COLOURS)], width=2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--mark", type=float, default=0.0, help="height of a dashed line")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.metrics.read_text(encoding="utf-8").splitlines()]
+    found = {name: [row[name] for row in rows if name in row] for name in args.names}
+    draw({name: ([values], args.mark) for name, values in found.items()}, "report").save(args.png)
+    print(f"the curve is in {args.png}")

@@ -3,10 +3,8 @@
 # examples/data, each measured on pairs it has not seen, before and after. `make demo-preferences` calls this with its
 # environment first on PATH.
 #   DEMO_DIR=DIR     where everything is written; default output/demo-preferences, which is emptied first
-#   RM_STEPS=N       optimiser steps of 8 pairs each for the reward model; default 64
-#   DPO_STEPS=N      the same for DPO; default 30
-#   EVAL_INTERVAL=N  optimiser steps between evaluations; default: before the first and after the last alone
-#   RM_ACCURACY=P    the share of unseen pairs that the reward model must rank; default 0.67
+#   RM_STEPS=N     optimiser steps of 8 pairs each for the reward model; default 56
+#   DPO_STEPS=N    the same for DPO; default 30
 set -euo pipefail
 name=demo-preferences
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -22,7 +20,7 @@ export OMP_NUM_THREADS=$cores
 train() { # script $1 into $work/$2, with further flags
     "$python" "examples/training_scripts/$1" --pretrain "$model" --conversation_template_config "$template" \
         --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin zero2 --mixed_precision fp32 \
-        --batch_size 2 --accumulation_steps 4 --eval_batch_size 8 --max_length 384 ${EVAL_INTERVAL:+--eval_interval "$EVAL_INTERVAL"} \
+        --batch_size 2 --accumulation_steps 4 --eval_batch_size 8 --max_length 384 --eval_interval 0 \
         --save_interval 0 --save_dir "$work/$2" "${@:3}"
 }
 
@@ -33,13 +31,13 @@ prepare preference examples/data/preference.jsonl 384 train
 quietly eval.log prepare preference examples/data/preference_eval.jsonl 384 eval
 
 step "A reward model"
-train train_rm.py rm --max_steps "${RM_STEPS:-64}" --lr 5e-5 --head_lr 1e-3 --center_coef 0.01
+train train_rm.py rm --max_steps "${RM_STEPS:-56}" --lr 5e-5 --head_lr 1e-3 --center_coef 0.01
 
 step "DPO, by LoRA adapters: the reference is the model without them"
 train train_dpo.py dpo --max_steps "${DPO_STEPS:-30}" --lora_rank 16 --lr 2e-4 --beta 0.1
 
 step "Result"
 echo "Reward model"
-"$python" examples/demo/result.py "$work/rm/metrics.jsonl" rm --reward_accuracy "${RM_ACCURACY:-0.67}"
+"$python" examples/demo/result.py "$work/rm/metrics.jsonl" rm
 echo "DPO"
 "$python" examples/demo/result.py "$work/dpo/metrics.jsonl" dpo

@@ -1,8 +1,9 @@
 """What a run's metrics.jsonl says: its evaluation before and after, speed, peak memory of every process.
 
-``python examples/demo/result.py METRICS [sft | rm | dpo]``. Exit code 1 when the run has not learned what it should:
-SFT that the evaluation loss falls; a reward model to rank enough unseen pairs; DPO to rank them better than it did,
-without the chosen answers becoming less likely.
+``python examples/demo/result.py METRICS [sft | rm | dpo | ppo]``. Exit code 1 when the run has not learned what it
+should: SFT that the evaluation loss falls; a reward model to rank enough unseen pairs; DPO to rank them better than it
+did, without the chosen answers becoming less likely; PPO the mean reward to rise. ``result.py SCORES pairs`` reads what
+score.py wrote instead.
 """
 
 import argparse
@@ -51,17 +52,38 @@ def dpo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
     return lines, None
 
 
+def ppo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
+    first, last = before["eval/reward"], after["eval/reward"]
+    lines = [
+        f"Mean reward on prompts not trained on: {first:.3f} before, {last:.3f} after {steps} episodes",
+        f"KL towards the start: {after['eval/approx_kl']:.2f} nats per answer of {after['eval/response_length']:.1f} "
+        f"tokens ({before['eval/response_length']:.1f} before)",
+    ]
+    return lines, None if last > first else "the mean reward has not risen"
+
+
+def pairs(entries: list[dict], least: float = REWARD_ACCURACY) -> Judged:
+    """Of the rows that score.py wrote: the share of pairs whose chosen answer has the higher score must be above
+    ``least``."""
+    from coati.utils.statistics import wilson_interval
+
+    right = sum((row["chosen"] > row["rejected"]) + 0.5 * (row["chosen"] == row["rejected"]) for row in entries)
+    (low, high), share = wilson_interval(right, len(entries)), right / len(entries)
+    line = f"Accuracy on {len(entries)} pairs never looked at before: {share:.3f} (95% {low:.3f} to {high:.3f})"
+    return [line], None if share > least else f"the accuracy is not above {least}"
+
+
 def _share(evaluation: Evaluation, name: str) -> str:
     value, low, high = (evaluation[f"eval/{name}{end}"] for end in ("", "_low", "_high"))
     return f"{value:.3f} (95% {low:.3f} to {high:.3f})"
 
 
-KINDS: dict[str, Callable[..., Judged]] = {"sft": sft, "rm": rm, "dpo": dpo}
+KINDS: dict[str, Callable[..., Judged]] = {"sft": sft, "rm": rm, "dpo": dpo, "ppo": ppo}
 
 
 def summary(entries: list[dict], kind: str = "sft", **limits: float) -> tuple[str, str | None]:
     """The lines to print, and what went wrong, if anything. Raises ValueError with fewer than two evaluations."""
-    evaluations = [entry for entry in entries if "eval/loss" in entry]
+    evaluations = [entry for entry in entries if "eval/loss" in entry or "eval/reward" in entry]
     if len(evaluations) < 2:
         raise ValueError(f"expected an evaluation before and one after training, found {len(evaluations)}")
     steps = max(entry["step"] for entry in entries)
@@ -84,12 +106,17 @@ def _process(name: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", type=Path)
-    parser.add_argument("kind", nargs="?", choices=KINDS, default="sft")
+    parser.add_argument("kind", nargs="?", choices=(*KINDS, "pairs"), default="sft")
     parser.add_argument("--reward_accuracy", type=float, help="what a reward model must reach; default: 0.67")
     args = parser.parse_args()
     limits = {} if args.reward_accuracy is None else {"least": args.reward_accuracy}
     with open(args.metrics, encoding="utf-8") as file:
-        text, wrong = summary([json.loads(line) for line in file], args.kind, **limits)
+        entries = [json.loads(line) for line in file]
+    if args.kind == "pairs":
+        lines, wrong = pairs(entries, **limits)
+        text = "\n".join(lines)
+    else:
+        text, wrong = summary(entries, args.kind, **limits)
     print(text)
     if wrong:
         sys.exit(f"result.py: {wrong}")

@@ -83,6 +83,15 @@ def test_dpo_must_rank_better_and_keep_the_chosen_answers(result, accuracy, chos
     assert "Margin of the implicit rewards: 0.000 before, 0.300 after" in text
 
 
+@pytest.mark.parametrize("right, wrong", [(3, True), (4, False)])
+def test_scored_pairs_must_be_right_more_often_than_the_bound(result, right, wrong):
+    rows = [{"chosen": float(i < right), "rejected": 0.5} for i in range(4)]
+    lines, said = result.pairs(rows, 0.75)
+    assert lines[0].startswith(f"Accuracy on 4 pairs never looked at before: {right / 4:.3f} (95%")
+    assert (said is not None) == wrong
+
+
+
 @pytest.mark.parametrize("script", ["demo.sh", "demo_preferences.sh"])
 def test_a_directory_that_is_there_is_never_emptied(tmp_path, script):
     (tmp_path / "mine.txt").write_text("mine")

@@ -8,7 +8,7 @@ from coati.parallel.checkpoint import clean, save_models
 from coati.parallel.step import Step
 from coati.trainer.bar import Bar
 from coati.trainer.best import is_better, save_best, value_of
-from coati.trainer.online_metrics import SampleRow, distinct_2, sample_table
+from coati.trainer.online_metrics import SampleRow, distinct_2, sample_rows, sample_table
 from coati.utils.distributed import all_gather_object
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
@@ -76,7 +76,9 @@ class Record:
         self._counts["seconds"] += sum(seconds.values())
         interval = self.trainer.episodes.sample_interval
         if interval and self.trainer.episode % interval == 0:
-            bar.write(f"episode {self.trainer.episode + 1}: samples\n{sample_table(_rows(collected[-1]))}")
+            rows = _rows(collected[-1])
+            bar.write(f"episode {self.trainer.episode + 1}: samples\n{sample_table(rows)}")
+            self.tracker.table(*sample_rows(rows), self.trainer.episode + 1)
 
     def step(self, step: Step, values: Step | None, seconds: float) -> None:
         """An optimiser step is done."""

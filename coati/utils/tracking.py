@@ -1,5 +1,5 @@
-"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked. One method: ``log(metrics,
-step)``."""
+"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked: ``log(metrics, step)``, and
+``table(columns, rows, step)`` for samples to read."""
 
 import json
 import os
@@ -12,6 +12,8 @@ from coati.utils.distributed import is_rank_0
 class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
+    def table(self, columns: list[str], rows: list[list], step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -20,11 +22,14 @@ class NullTracker:
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
+    def table(self, columns: list[str], rows: list[list], step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
 class JsonlTracker:
-    """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``.
+    """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``; ``samples.jsonl`` beside it: one
+    per row of a table, without what the row lacks.
 
     ``keep_to`` cuts an existing file back to the reports up to that step: those after the checkpoint that a resumed run
     starts from would otherwise be there twice. 0 is a run from the start, which keeps none.
@@ -33,18 +38,31 @@ class JsonlTracker:
     def __init__(self, path: str | os.PathLike, keep_to: int = 0) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if keep_to and json.loads(line)["step"] <= keep_to]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        _cut(path, keep_to)
         self._file = open(path, "a", encoding="utf-8")
+        self._samples = path.with_name("samples.jsonl")
+        if self._samples.exists():
+            _cut(self._samples, keep_to)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
+    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+        with open(self._samples, "a", encoding="utf-8") as file:
+            for row in rows:
+                held = {name: value for name, value in zip(columns, row, strict=True) if value is not None}
+                file.write(json.dumps({"step": step, **held}, ensure_ascii=False) + "\n")
+
     def close(self) -> None:
         self._file.close()
+
+
+def _cut(path: Path, keep_to: int) -> None:
+    kept = [line for line in _whole_lines(path) if keep_to and json.loads(line)["step"] <= keep_to]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -64,8 +82,19 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+        cells = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+        self._writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _cell(value: Any) -> str:
+    """``value`` in a cell of a Markdown table."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
 class WandbTracker:
@@ -75,9 +104,13 @@ class WandbTracker:
         import wandb
 
         self._run = wandb.init(project=project, config=config, dir=None if log_dir is None else str(log_dir))
+        self._table = wandb.Table
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
+
+    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+        self._run.log({"samples": self._table(columns=columns, data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -92,6 +125,10 @@ class Trackers:
     def log(self, metrics: dict[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(metrics, step)
+
+    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.table(columns, rows, step)
 
     def close(self) -> None:
         for tracker in self._trackers:

@@ -52,3 +52,50 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     assert isinstance(tracker, NullTracker) and not list(tmp_path.iterdir())
+
+
+COLUMNS = ["prompt", "response", "reward", "KL"]
+ROWS = [["1 + 1?", "2 | two\nlines", 1.0, None], ["数", "", -0.51234, 2.5]]
+
+
+def test_samples_are_written_beside_the_metrics_and_cut_with_them(tmp_path):
+    for keep_to, kept in ((0, []), (3, [3, 3]), (5, [3, 3, 5, 5])):
+        tracker = make_tracker(tmp_path / "metrics.jsonl", keep_to=keep_to)
+        for step in (3, 5):
+            if step > keep_to:
+                tracker.table(COLUMNS, ROWS, step)
+        tracker.close()
+        assert steps(tmp_path / "samples.jsonl")[: len(kept)] == kept
+    assert steps(tmp_path / "samples.jsonl") == [3, 3, 5, 5]
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 3, "prompt": "1 + 1?", "response": "2 | two\nlines", "reward": 1.0}
+    assert lines[1] == {"step": 3, "prompt": "数", "response": "", "reward": -0.51234, "KL": 2.5}
+
+
+def test_samples_in_tensorboard_are_a_table(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = make_tracker(None, tmp_path / "events")
+    tracker.table(COLUMNS, ROWS, 4)
+    tracker.close()
+    events = reader.EventAccumulator(str(tmp_path / "events")).Reload()
+    [event] = events.Tensors("samples/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 4 and text.splitlines() == [
+        "| prompt | response | reward | KL |",
+        "| --- | --- | --- | --- |",
+        "| 1 + 1? | 2 \\| two lines | 1 |  |",
+        "| 数 |  | -0.5123 | 2.5 |",
+    ]
+
+
+def test_samples_in_wandb_are_its_table(tmp_path, monkeypatch):
+    """Offline: nothing leaves the machine."""
+    wandb = pytest.importorskip("wandb")
+    logged = []
+    monkeypatch.setattr(wandb, "init", lambda **_: type("Run", (), {
+        "log": lambda self, what, step: logged.append((what, step)), "finish": lambda self: None})())  # fmt: skip
+    monkeypatch.setattr(wandb, "Table", lambda columns, data: (columns, data))
+    tracker = make_tracker(None, use_wandb=True)
+    tracker.table(COLUMNS, ROWS, 4)
+    tracker.close()
+    assert logged == [({"samples": (COLUMNS, ROWS)}, 4)]

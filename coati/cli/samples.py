@@ -7,7 +7,8 @@ from typing import Any
 from coati.models.generation import Sampling
 from coati.models.samples import format_samples, left_pad, without_stop
 from coati.parallel.engine import Engine
-from coati.parallel.plugins import ParallelOptions
+from coati.parallel.plugin_checks import cannot_generate
+from coati.parallel.plugins import ParallelOptions, resolve_options
 from coati.parallel.sampling import sample
 from coati.utils.notice import say_once
 
@@ -20,8 +21,8 @@ def table_of(
     """A function that makes the table, or None where there is nothing to ask or the plugin cannot sample."""
     if evaluation is None or template is None:
         return None
-    if options.pp > 1 or options.enable_sequence_parallelism:
-        say_once("no sample answers at evaluations: a model split by --pp or along the sequence cannot generate.")
+    if reason := cannot_generate(resolve_options(options)[0]):
+        say_once(f"no sample answers at evaluations. {reason}.")
         return None
     prompts = [_prompt(evaluation[index]) for index in range(min(ROWS, len(evaluation)))]
     return lambda engine: _table(engine, prompts, tokenizer, template.stop_ids)

@@ -29,6 +29,23 @@ def problems(options: ParallelOptions, plugin: "Plugin") -> Iterator[str]:
         yield from _hybrid_problems(options)
 
 
+def cannot_generate(options: ParallelOptions) -> str | None:
+    """Why a model split as ``options`` say (resolved) cannot be sampled from; None where it can."""
+    if options.pp > 1:
+        return f"--pp {options.pp}: a model split into pipeline stages cannot generate; split it by --tp instead"
+    if options.enable_sequence_parallelism:
+        return (
+            "--enable_sequence_parallelism, --sp: a model split along the sequence cannot generate; split it by --tp "
+            "instead"
+        )
+    if options.use_flash_attn and options.plugin in ("3d", "gemini", "gemini_auto"):
+        return (
+            f"--use_flash_attn with --plugin {options.plugin}: ColossalAI's attention reads no key-value cache, so the "
+            "model cannot generate; drop --use_flash_attn, or use --plugin zero2"
+        )
+    return None
+
+
 def _packing_problems(options: ParallelOptions) -> Iterator[str]:
     if options.enable_sequence_parallelism:
         yield (

@@ -1,10 +1,13 @@
 """Sampling from an engine's model as it stands, whatever plugin wrapped it."""
 
+from dataclasses import replace
+
 import torch.distributed as dist
 from torch import Tensor
 
 from coati.models.generation import Generated, Sampling, generate
 from coati.parallel.engine import Engine
+from coati.parallel.plugin_checks import cannot_generate
 
 
 def sample(
@@ -26,7 +29,7 @@ def sample(
     same rows and noise and get the same tokens, to the bit. Otherwise ranks are independent: each leaves on its own.
 
     Raises:
-        ValueError: for a model split by a pipeline or along the sequence, and what ``generate`` refuses.
+        ValueError: for a model that :func:`cannot_sample` names, and what ``generate`` refuses.
     """
     reason = cannot_sample(engine)
     if reason:
@@ -46,12 +49,16 @@ def sample(
 
 
 def cannot_sample(engine: Engine) -> str | None:
-    """Why the model of ``engine`` cannot be sampled from, naming the flag; None where it can."""
-    if engine.pipelined:
-        return "a model split into pipeline stages (--pp) cannot generate; split it by --tp instead"
-    split = engine.options.enable_sequence_parallelism or getattr(engine.plugin, "enable_sequence_parallelism", False)
-    if split:
-        return "a model split along the sequence (--enable_sequence_parallelism, --sp) cannot generate; use --tp alone"
+    """Why the model of ``engine`` cannot generate, naming the flag; None where it can."""
+    config = getattr(engine.plugin, "shard_config", None)  # of an engine that was boosted by hand
+    options = replace(
+        engine.options,
+        pp=max(engine.options.pp, engine.mesh.pp_size),
+        enable_sequence_parallelism=engine.options.enable_sequence_parallelism
+        or getattr(config, "enable_sequence_parallelism", False),
+    )
+    if reason := cannot_generate(options):
+        return reason
     if not hasattr(engine.module, "get_output_embeddings") or engine.module.get_output_embeddings() is None:
         return f"{type(engine.module).__name__} has no vocabulary head, so it cannot generate"
     return None

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from coati.models.attention import one_query
 from coati.models.generation import Sampling, choose, generate, generate_streaming, keep_likely
+from coati.models.noise import row_noise
+from coati.models.varlen import Packing
 from tests.models.families import tiny_bloom, tiny_gpt2, tiny_opt, tiny_qwen2
 from tests.tiny import tiny_llama
 
@@ -30,11 +33,41 @@ def tied_llama():
     return tiny_llama(tie=True)
 
 
+def until_a_tie(rows, logits, closest=1e-4):
+    """Each row of (B, N) up to the first position whose two best of (B, N, V) logits are closer than that."""
+    best = logits.topk(2).values
+    ties = best[..., 0] - best[..., 1] < closest
+    return [row[: int(tie.long().argmax()) if tie.any() else len(row)] for row, tie in zip(rows, ties, strict=True)]
+
+
 @pytest.mark.parametrize("make", [tiny_llama, tied_llama, tiny_qwen2, tiny_opt, tiny_bloom, tiny_gpt2])
-def test_greedy_is_transformers_token_for_token(make):
+def test_greedy_is_transformers_token_for_token_up_to_a_tie(make):
     model, (ids, mask) = make(), left_padded(PROMPTS)
-    ours = generate(model, ids, mask, max_new_tokens=12, **NO_STOP).sequences
-    assert torch.equal(ours, reference(model, ids, mask, 12))
+    ours = generate(model, ids, mask, max_new_tokens=40, **NO_STOP).sequences
+    chosen, model.config._attn_implementation = model.config._attn_implementation, "eager"
+    theirs = reference(model, ids, mask, 40, output_logits=True, return_dict_in_generate=True)
+    model.config._attn_implementation = chosen
+    expected = until_a_tie(theirs.sequences[:, 6:].tolist(), torch.stack(theirs.logits, dim=1))
+    assert sum(map(len, expected)) > 60, "too many ties to compare anything"
+    assert [row[: len(part)] for row, part in zip(ours[:, 6:].tolist(), expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2, tiny_opt, tiny_bloom, tiny_gpt2])
+def test_rows_that_end_leave_and_the_others_do_not_notice(make):
+    """Rows of unequal prompts that end at unequal times: each is what it is alone, log-probs included."""
+    model, (ids, mask) = make(), left_padded([*PROMPTS, [9, 9], [31, 32, 33, 34, 35]])
+    options = {"stop_sequences": [[token] for token in range(0, 300, 8)], "max_new_tokens": 20}
+    options |= {"return_logprobs": True, "temperature": 1.5}
+    noise = row_noise(0, 0, range(len(ids)), 20)
+    batch = generate(model, ids, mask, noise=noise, **options)
+    assert len(set(batch.lengths.tolist())) >= 4
+    assert batch.lengths.tolist() != sorted(batch.lengths.tolist(), reverse=True), "no row moved to another's place"
+    for row, answer in enumerate(batch.answers()):
+        prompt = ids[row, mask[row].bool()][None]
+        alone = generate(model, prompt, noise=noise[row : row + 1], **options)
+        assert alone.answers() == [answer]
+        assert torch.allclose(alone.logprobs[0], batch.logprobs[row, : len(answer)], atol=1e-5)
+        assert (batch.logprobs[row, len(answer) :] == 0).all()
 
 
 def test_one_row_alone_is_the_row_of_the_batch():
@@ -57,10 +90,13 @@ class Watched(nn.Module):
     def __init__(self, module):
         super().__init__()
         self.module, self.fed, self.logits, self.modes = module, [], [], []
+        self.rows, self.columns = [], []
 
     def forward(self, **inputs):
         outputs = self.module(**inputs)
         self.fed.append(inputs["input_ids"].shape[1])
+        self.rows.append(len(inputs["input_ids"]))
+        self.columns.append(inputs["attention_mask"].shape[1] if "attention_mask" in inputs else None)
         self.logits.append(outputs.logits[:, -1])
         self.modes.append((self.module.training, torch.is_grad_enabled()))
         return outputs
@@ -76,6 +112,78 @@ def test_the_prompt_is_fed_once_then_one_token_at_a_time_and_logits_are_those_of
         with torch.no_grad():
             full = model.module(input_ids=whole).logits[0, len(prompt) - 1 : -1]
         assert torch.allclose(torch.stack(model.logits, dim=1)[row], full, atol=1e-5)
+
+
+def test_only_living_rows_are_fed_and_columns_of_padding_alone_left_behind():
+    model = Watched(tiny_llama())
+    ids, mask = left_padded(PROMPTS)  # of 6, 2 and 4 tokens
+    answers = generate(model, ids, mask, max_new_tokens=9, **NO_STOP).answers()
+    model.rows, model.columns = [], []
+    stops = [answers[0][:3], answers[2][:6]]
+    found = generate(model, ids, mask, stop_sequences=stops, max_new_tokens=9, do_sample=False)
+    assert found.answers() == [answers[0][:3], answers[1], answers[2][:6]]
+    assert model.rows == [3, 3, 3, 2, 2, 2, 1, 1, 1]
+    assert model.columns == [6, 7, 8, 7, 8, 9, 8, 9, 10]  # the longest prompt of those that live, and its answer
+
+
+def test_equal_prompts_go_through_the_model_once():
+    model, prompt = Watched(tiny_llama()), PROMPTS[0]
+    ids, mask = left_padded([prompt, PROMPTS[1], prompt, prompt])
+    options = {"stop_sequences": [], "max_new_tokens": 4, "return_logprobs": True}
+    noise = row_noise(0, 0, range(4), 4)
+    group = generate(model, ids, mask, noise=noise, **options)
+    assert model.rows == [2, 4, 4, 4] and len({tuple(answer) for answer in group.answers()}) == 4
+    alone = generate(model, torch.tensor([prompt]), noise=noise[2:3], **options)
+    assert alone.answers() == group.answers()[2:3] and torch.allclose(alone.logprobs[0], group.logprobs[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2])
+def test_prompts_go_in_without_padding_where_the_model_can_be_given_them_so(make):
+    model, (ids, mask) = Watched(make()), left_padded(PROMPTS)
+    padded = generate(model, ids, mask, max_new_tokens=5, return_logprobs=True, **NO_STOP)
+    model.fed = []
+    packing = Packing.of(model.module)
+    found = generate(model, ids, mask, max_new_tokens=5, return_logprobs=True, packing=packing, **NO_STOP)
+    assert model.fed == [6 + 2 + 4, 1, 1, 1, 1]
+    assert torch.equal(found.sequences, padded.sequences)
+    assert torch.allclose(found.logprobs, padded.logprobs, atol=1e-5)
+
+
+def test_the_cache_grows_with_the_answers(monkeypatch):
+    model, (ids, mask) = tiny_llama(), left_padded(PROMPTS)
+    expected = generate(model, ids, mask, max_new_tokens=12, **NO_STOP).sequences
+    monkeypatch.setattr("coati.models.kv_cache._GROWTH", 5)
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=12, **NO_STOP).sequences, expected)
+
+
+def test_ranks_agree_on_tokens_and_log_probs():
+    """The tokens of the first rank are taken even where this rank's logits say otherwise."""
+    model, asked = tiny_llama(), []
+
+    def of_the_first_rank(tensor):
+        asked.append(tensor.clone())
+        return torch.full_like(tensor, 33)
+
+    found = generate(model, torch.tensor([[5, 6]]), max_new_tokens=3, agree=of_the_first_rank, return_logprobs=True,
+                     **NO_STOP)  # fmt: skip
+    assert found.answers() == [[33, 33, 33]] and found.logprobs.tolist() == [[33.0] * 3]
+    assert [tuple(tensor.shape) for tensor in asked] == [(1,), (1,), (1,), (1, 3)] and asked[0].item() != 33
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_reads_the_cache_where_it_lies(groups, masked):
+    torch.manual_seed(0)
+    query, cache = torch.randn(2, 2 * groups, 1, 8), torch.randn(2, 4, 2, 20, 8)
+    key, value = cache[0, :2, :, 3:9], cache[1, :2, :, 3:9]
+    mask = torch.zeros(2, 1, 1, 7)
+    mask[0, ..., :2] = torch.finfo(torch.float32).min
+    found = one_query(query, key, value, mask if masked else None, scale=0.5)
+    repeated = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, *repeated, attn_mask=mask[..., :6] if masked else None, scale=0.5
+    )
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_dropout_and_gradients_are_off_while_sampling_and_only_then():

@@ -45,6 +45,19 @@ def test_no_number_picks_an_impossible_token_when_the_sum_is_not_1():
     assert draw(probabilities.repeat(2, 1), ends).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+def test_a_token_of_many_is_found_as_if_they_were_added_up_one_by_one(size):
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(64, size, generator=generator) * (torch.rand(64, size, generator=generator) < 0.5)
+    weights[:, size // 2] = 0.1  # at least one of each row; some blocks have little else
+    weights[::2, : min(size - 1, 300)] = 0.0
+    weights[::2, -1] = 0.2
+    numbers = torch.rand(64, dtype=torch.float64, generator=generator)
+    ends = weights.double().cumsum(dim=1)
+    expected = torch.searchsorted(ends, (numbers * ends[:, -1])[:, None], right=True)[:, 0]
+    assert torch.equal(draw(weights, numbers), expected)
+
+
 def test_drawn_frequencies_are_the_probabilities():
     probabilities = torch.tensor([0.1, 0.6, 0.05, 0.25])
     numbers = row_noise(0, 0, [0], 40000)[0]

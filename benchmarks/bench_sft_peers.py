@@ -34,9 +34,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trl_python(folder: Path) -> str:
-    """The Python of an environment with requirements-trl.txt, built in ``folder`` unless it is there."""
-    requirements, python, stamp = HERE / "requirements-trl.txt", folder / "bin" / "python", folder / ".coati-stamp"
+def trl_python(folder: Path, requirements: str = "requirements-trl.txt") -> str:
+    """The Python of an environment with ``requirements``, built in ``folder`` unless it is there."""
+    requirements, python, stamp = HERE / requirements, folder / "bin" / "python", folder / ".coati-stamp"
     wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return str(python)

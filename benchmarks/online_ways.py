@@ -1,0 +1,158 @@
+"""Episodes of PPO or GRPO by this library; a worker process of bench_ppo_peers.py.
+
+    python benchmarks/online_ways.py ppo|grpo FOLDER EPISODES PASSES
+
+FOLDER is what online_case.prepare made. An episode is run for each line on standard input, and printed as a line of
+JSON: its seconds, and those of rollout, scoring and update.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import online_case as case  # noqa: E402
+from benchmarks.bench_dpo_7b import Rows  # noqa: E402
+
+PHASES = ("rollout", "scoring", "update")
+
+
+def at_once() -> None:
+    """Waits for nothing."""
+
+
+def show(found: dict[str, float]) -> None:
+    print(json.dumps(found), flush=True)
+
+
+class Paced:
+    """A loader that gives out the prompts of an episode once ``wait`` is over; and, in the place of signs of trouble,
+    the end of each episode: ``tell`` is given what it took."""
+
+    def __init__(self, loader: Any, wait: Callable[[], Any] = at_once, tell: Callable[[dict], Any] = show):
+        self.loader, self.window_rows, self.started = loader, loader.window_rows, 0.0
+        self.wait, self.tell = wait, tell
+
+    def count(self, epoch: int) -> int:
+        return self.loader.count(epoch)
+
+    def windows(self, epoch: int, start: int) -> Iterator[Any]:
+        self.wait()
+        self.started = time.perf_counter()
+        return self.loader.windows(epoch, start)
+
+    def look(self, metrics: dict[str, float], episode: int) -> list[str]:
+        seconds = time.perf_counter() - self.started
+        phases = {phase: metrics[f"seconds_{phase}"] for phase in PHASES}
+        found = {"seconds": seconds, **phases, "answer_tokens": metrics["response_length"]}
+        self.tell(found | {"reward": metrics["reward"]})
+        return []
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def loader(prompts: list[list[int]], tokenizer: Any) -> Any:
+    """All of ``prompts`` in every episode."""
+    from coati.dataset import DataCollatorForPromptDataset
+    from coati.dataset.loader import WindowLoader
+
+    rows = Rows({"input_ids": ids, "seq_length": len(ids)} for ids in prompts)
+    collate = DataCollatorForPromptDataset(tokenizer, max(map(len, prompts)))
+    return WindowLoader(rows, collate, batch_size=len(prompts), shuffle=False)
+
+
+class Models(NamedTuple):
+    """The roles as engines; GRPO has a policy alone."""
+
+    policy: Any
+    critic: Any = None
+    reward: Any = None
+    reference: Any = None
+
+
+def boosted(options: Any, policy: Any, critic: Any = None, reward: Any = None, reference: Any = None) -> Models:
+    """Of models with or without the other three roles."""
+    from coati.parallel.boost import boost
+    from coati.parallel.reference import Reference, freeze
+
+    # A schedule so long that its learning rate stays where it starts.
+    keywords = {"lr": case.LEARNING_RATE, "weight_decay": 0.0, "warmup_steps": 0, "total_steps": 10**9}
+    if critic is None:
+        return Models(boost(policy, options, **keywords))
+    frozen = (Reference(freeze(model, options)) for model in (reward, reference))
+    return Models(boost(policy, options, **keywords), boost(critic, options, **keywords), *frozen)
+
+
+def stored(algorithm: str, folder: Path, options: Any) -> Models:
+    """The models that online_case.prepare wrote."""
+    from coati.models import Critic, RewardModel, load_causal_lm, load_scalar_model
+
+    policy, reference = (load_causal_lm(str(folder / "model"), dtype="fp32") for _ in range(2))
+    if algorithm == "grpo":
+        return boosted(options, policy)
+    critic, reward = (load_scalar_model(kind, str(folder / "reward"), dtype="fp32") for kind in (Critic, RewardModel))
+    return boosted(options, policy, critic, reward, reference)
+
+
+def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tokenizer: Any):
+    """A PPO trainer, or without a critic one of GRPO, of ``episodes`` episodes whose end ``signs`` is told."""
+    from coati.experience_buffer import NaiveExperienceBuffer
+    from coati.experience_maker.collected import ExperienceSettings
+    from coati.experience_maker.maker import NaiveExperienceMaker
+    from coati.experience_maker.rollout import ModelRollout
+    from coati.experience_maker.running import KLController
+    from coati.experience_maker.scoring import Scorer
+    from coati.models.generation import Sampling
+    from coati.models.policy_loss import Normalisation
+    from coati.rewards import Rewards
+    from coati.trainer import GRPOTrainer, PPOTrainer
+    from coati.trainer.base import Plan
+    from coati.trainer.online import Episodes
+    from coati.trainer.policy import PolicySettings
+
+    ppo = models.critic is not None
+    answers = {"stop_sequences": [[tokenizer.eos_token_id]], "max_new_tokens": size.new}
+    rollout = ModelRollout(models.policy, sampling=Sampling(), pad_token_id=tokenizer.pad_token_id, **answers)
+    settings = ExperienceSettings(**answers, method=None if ppo else "grpo", num_generations=size.generations, lam=0.95)
+    functions = None if ppo else Rewards([f"{case.__file__}:score"])
+    maker = NaiveExperienceMaker(
+        models.policy, rollout, Scorer(models.reward, functions), tokenizer, settings, reference=models.reference,
+        critic=models.critic, kl=KLController(case.KL if ppo else 0.0),
+    )  # fmt: skip
+    normalisation = Normalisation("token" if ppo else "response", size.new)
+    keywords: dict[str, Any] = {"critic": models.critic} if ppo else {}
+    return (PPOTrainer if ppo else GRPOTrainer)(
+        models.policy, maker, NaiveExperienceBuffer(size.answers),
+        Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
+        policy=PolicySettings(case.CLIP, case.CLIP, normalisation=normalisation), plan=Plan(log_interval=1),
+        signs=signs, **keywords,
+    )  # fmt: skip
+
+
+def main() -> None:
+    algorithm, folder, episodes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    size = replace(case.SIZES[algorithm], passes=int(sys.argv[4]))
+    from coati.models import load_tokenizer
+    from coati.parallel.launch import launch
+    from coati.parallel.plugins import ParallelOptions
+    from coati.utils.memory import peak_memory_mb
+
+    launch()
+    tokenizer = load_tokenizer(str(folder / "model"))
+    rows = loader([row["input_ids"] for row in case.read(folder, size)], tokenizer)
+    prompts = Paced(rows, sys.stdin.readline)
+    options = ParallelOptions(plugin="ddp", precision="fp32", grad_clip=case.MAX_NORM)
+    trainer = make_trainer(stored(algorithm, folder, options), size, episodes, prompts, tokenizer)
+    print("ready", flush=True)
+    trainer.fit(prompts)
+    print(json.dumps({"peak_mb": peak_memory_mb()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,8 @@ def rows(args: Namespace, options: ParallelOptions, tokenizer: Any, template: An
 
 def episodes(args: Namespace) -> Episodes:
     """How long the run is."""
-    windows = windows_per_episode(
+    window = args.train_batch_size * args.accumulation_steps
+    windows = args.buffer_limit // window or windows_per_episode(
         args.num_collect_steps,
         args.experience_batch_size,
         args.train_batch_size,
@@ -127,7 +128,11 @@ def maker(
     return NaiveExperienceMaker(
         actor,
         rollout,
-        Scorer(None if scoring is None else Reference(scoring), functions, args.logits_forward_batch_size),
+        Scorer(
+            None if scoring is None else Reference(scoring, offload=args.offload_inference_models),
+            functions,
+            args.logits_forward_batch_size,
+        ),
         tokenizer,
         settings,
         reference=rl_models.reference(args, options, actor),
@@ -157,7 +162,7 @@ def parts(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any
         "ptx_coef": args.ptx_coef,
         "plan": Plan(args.save_dir, *intervals, metric_for_best=args.metric_for_best),
         "state": state,
-        "held": None if resume.folder is None else held_by_rank(resume.folder, resume.state),
+        "held": None if resume.folder is None else held_by_rank(resume.folder, resume.state, tp=args.tp),
         "signs": OnlineSigns(
             top_k=args.top_k or None,
             top_p=args.top_p,
@@ -172,7 +177,8 @@ def parts(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any
 
 
 def buffer(args: Namespace) -> NaiveExperienceBuffer:
-    return NaiveExperienceBuffer(args.train_batch_size)
+    """What holds the responses of an episode."""
+    return NaiveExperienceBuffer(args.train_batch_size, args.buffer_limit)
 
 
 def loaders(

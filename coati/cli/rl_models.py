@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from coati.cli import build, references
 from coati.cli.restart import Resume
 from coati.cli.rollout_checks import is_bare, model_directory
@@ -38,6 +40,7 @@ from coati.parallel.optimizer_state import random_state, set_random_state
 from coati.parallel.plugins import ParallelOptions, check_heads
 from coati.parallel.reference import Reference, freeze
 from coati.parallel.weights import ModelAssets
+from coati.utils.notice import say_once
 
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -64,9 +67,9 @@ def actor_engine(
 ) -> tuple[Engine, ModelAssets]:
     """The policy, without dropout, with adapters when asked for, put back to where a checkpoint was; and what is saved
     beside its weights. ``total_steps``: optimiser steps of the whole run, which is how long the schedule is."""
-    load = load_causal_lm
-    if args.shared_base:
-        load = _keeping_base(args)
+    if args.offload_inference_models:
+        _check_offload(options)
+    load = _keeping_base(args) if args.shared_base else load_causal_lm
     model = build.policy(args, options, tokenizer, resume, load)
     if args.ptx_coef:  # SFT is a second backward pass of the same step, which Gemini has to be told
         options = replace(options, accumulation_steps=max(options.accumulation_steps, 2))
@@ -124,7 +127,18 @@ def reference(args: Namespace, options: ParallelOptions, actor: Engine) -> Refer
     a checkpoint. None where KL counts for nothing."""
     if not args.kl_coef and args.kl_target is None:
         return None
-    return references.reference(args, options, actor)
+    found = references.reference(args, options, actor)
+    return Reference(found.engine, offload=True) if args.offload_inference_models and not found.adapters_off else found
+
+
+def _check_offload(options: ParallelOptions) -> None:
+    if options.plugin.startswith("gemini"):
+        raise ValueError(
+            f"--offload_inference_models: --plugin {options.plugin} itself decides where weights are; leave it out, or "
+            "use --plugin gemini_auto, which moves what is idle to host memory"
+        )
+    if not torch.cuda.is_available():
+        say_once("--offload_inference_models does nothing here: without a GPU all models are in host memory.")
 
 
 def reward_start(args: Namespace) -> Start | None:

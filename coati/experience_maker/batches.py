@@ -86,7 +86,8 @@ SCORES = _Numbers(lambda outputs, batch: outputs)
 
 def action_logprobs(model: Reference, experience: Experience, batch_size: int | None = None) -> Tensor:
     """(B, A) log-probs of the actions under ``model``, ``batch_size`` rows at a time, 0 where masked."""
-    found = [model.rows(policy_batch(part), LOGPS) for part in _parts(experience, batch_size)]
+    with model.awake():
+        found = [model.rows(policy_batch(part), LOGPS) for part in _parts(experience, batch_size)]
     return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
 
 
@@ -98,7 +99,8 @@ def state_values(critic: Reference, experience: Experience, batch_size: int | No
 
 def scores(reward_model: Reference, experience: Experience, batch_size: int | None = None) -> Tensor:
     """(B,) scores of the whole rows."""
-    return torch.cat([reward_model.rows(reward_batch(part), SCORES) for part in _parts(experience, batch_size)])
+    with reward_model.awake():
+        return torch.cat([reward_model.rows(reward_batch(part), SCORES) for part in _parts(experience, batch_size)])
 
 
 def _parts(experience: Experience, size: int | None) -> list[Experience]:

@@ -1,6 +1,7 @@
 """The reference model of preference and RL trainers: fixed weights, log-probs without gradient."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,16 +27,30 @@ class _Unboosted:
 class Reference:
     """Numbers per row of a model that is not trained.
 
-    ``adapters_off``: the model is the policy itself; its LoRA adapters are switched off meanwhile.
+    ``adapters_off``: the model is the policy itself; its LoRA adapters are switched off meanwhile. ``offload``: it is
+    in host memory except while :meth:`awake`.
     """
 
-    def __init__(self, engine: Engine, adapters_off: bool = False) -> None:
-        self.engine, self.adapters_off = engine, adapters_off
+    def __init__(self, engine: Engine, adapters_off: bool = False, offload: bool = False) -> None:
+        self.engine, self.adapters_off, self.offload = engine, adapters_off, offload
+        if offload:
+            engine.module.to("cpu")
 
     @classmethod
     def plain(cls, model: nn.Module) -> "Reference":
         """``model`` as it is, on every process whole."""
         return cls(Engine(_Unboosted(), model.eval()))
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """With ``offload``: on the engine's device meanwhile. Around all batches that it gets in a row."""
+        if self.offload:
+            self.engine.module.to(self.engine.device)
+        try:
+            yield
+        finally:
+            if self.offload:
+                self.engine.module.to("cpu")
 
     def rows(self, batch: Batch, hooks: Any) -> Tensor:
         """(R,) on the engine's device: the metric ``rows`` of ``hooks`` for the R rows of ``batch``. Zeros on the

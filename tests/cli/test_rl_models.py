@@ -103,7 +103,7 @@ def test_without_a_reward_model_the_critics_head_is_0(places, words):
 
 
 def test_rm_pretrain_is_an_architecture_beside_weights_without_configuration(places, words):
-    flags = words("--rm_pretrain", "$lm", "--rm_checkpoint_path", "$bare")
+    flags = words("--rm_pretrain", "$lm", "--rm_checkpoint_path", "$bare", "--offload_inference_models")
     (report,) = run(1, "tests.cli.rl_cases:start_and_train", flags)
     assert_close(report["start"]["reward"], says(places["rm"], "scores"), **CLOSE)
     assert_close(report["start"]["critic"], says(places["rm"], "values"), **CLOSE)
@@ -278,6 +278,16 @@ def test_a_tokenizer_that_only_lacks_the_padding_is_the_same(load, places, tmp_p
     tokenizer = tiny_tokenizer()
     loaded = load("--rm_pretrain", str(tmp_path / "rm"), tokenizer=tokenizer)
     assert loaded.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_gemini_offloads_by_itself(words):
+    from coati.cli.rl_models import actor_engine
+    from coati.cli.rollouts import parse_ppo
+    from coati.parallel.plugins import ParallelOptions
+
+    args = parse_ppo(words("--rm_pretrain", "$rm", "--offload_inference_models"))
+    with pytest.raises(ValueError, match="--offload_inference_models: --plugin gemini itself decides"):
+        actor_engine(args, ParallelOptions(plugin="gemini"), tiny_tokenizer(), Resume(), 1)
 
 
 def test_a_base_can_be_shared_only_with_adapters_on_it(words, places):

@@ -1,10 +1,10 @@
 """Sample answers as a table: prompts of different length in one batch, answers without their end marker."""
 
-import shutil
-import textwrap
 from collections.abc import Sequence
 
 import torch
+
+from coati.utils.columns import table, terminal_width
 
 
 def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,18 +24,8 @@ def without_stop(answer: list[int], stop_sequences: list[list[int]]) -> list[int
 
 
 def format_samples(samples: Sequence[tuple[str, str]], width: int | None = None) -> str:
-    """Two columns, prompt and answer, in ``width`` characters (default: the terminal's), at most 6 lines each."""
-    width = min(width or shutil.get_terminal_size((100, 24)).columns, 160)
-    left = max(12, (width - 3) * 2 // 5)
-    right = max(12, width - 3 - left)
-    lines = [f"{'prompt':<{left}} | answer", f"{'-' * left}-+-{'-' * right}"]
-    for prompt, answer in samples:
-        cells = [_wrapped(prompt, left), _wrapped(answer, right)]
-        height = max(map(len, cells))
-        columns = [cell + [""] * (height - len(cell)) for cell in cells]
-        lines += [f"{a:<{left}} | {b}".rstrip() for a, b in zip(*columns, strict=True)]
-    return "\n".join(lines)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, max_lines=6, placeholder=" ...") or ["(empty)"]
+    """Two columns, prompt and answer, in ``width`` places (default: the terminal's), at most 6 lines each."""
+    width = terminal_width(width)
+    left = (width - 3) * 2 // 5
+    rows = [[prompt or " ", answer or " "] for prompt, answer in samples]
+    return table(["prompt", "answer"], rows, [left, width - 3 - left], [False, False])

@@ -1,6 +1,7 @@
 """The table of sample answers and what it is made of."""
 
 from coati.models.samples import format_samples, left_pad, without_stop
+from coati.utils.columns import places
 
 
 def test_rows_are_padded_on_the_left():
@@ -21,4 +22,6 @@ def test_the_table():
         "hello there      | hi",
     ]
     assert all(len(line) <= 45 for line in table.splitlines())
+    wide = format_samples([("数学" * 20, "\x1b[2J")], width=40)
+    assert all(places(line) <= 40 for line in wide.splitlines()) and "\x1b" not in wide
     assert table.count("word") < 40 and "..." in table and table.splitlines()[-1].endswith("(empty)")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,6 +183,19 @@ def test_what_is_logged(tmp_path):
     assert lines[0]["train/policy_loss"] == pytest.approx(sum(range(1, 9)) / 80)
     assert lines[0]["train/seconds_rollout"] == 2.0 and lines[0]["train/tokens_per_second"] == 16 / 4
     assert {"train/value_loss", "train/distinct_2", "train/kl_coef", "train/optimiser_steps"} <= lines[0].keys()
+
+
+def test_samples_are_shown_and_kept_every_few_episodes(tmp_path, capsys):
+    made = trainer(plan=Plan(str(tmp_path)))
+    made.episodes = replace(made.episodes, sample_interval=2)
+    made.fit(loader())
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == [1, 1, 3, 3, 5, 5]
+    last = prompts_of(made.maker)[2] / 100  # of the first episode's second batch
+    assert samples[0] == {"step": 1, "prompt": "p", "response": "r", "reward": pytest.approx(last),
+                          "KL": pytest.approx(last)}  # fmt: skip
+    shown = capsys.readouterr()
+    assert [n for n in range(1, 6) if f"episode {n}: samples" in shown.out + shown.err] == [1, 3, 5]
 
 
 def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:

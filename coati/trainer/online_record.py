@@ -173,7 +173,7 @@ class Record:
             return None
         trainer.state.trainer = trainer.state_dict() | {
             "meter": self.meter.state_of_ranks(),
-            "counts": dict(self._counts),
+            "counts": self._counts | {"ratio": max(all_gather_object(self._counts["ratio"]))},
             "evaluated": {"first": self.first_evaluation, "last": self.last_evaluation},
             "best": self.best,
         }

@@ -21,10 +21,10 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "training_scripts"
 class Fault:
     """What goes wrong, where and when, on ``rank``.
 
-    ``at``: "update" (of the weights, inside a step), "step", "file" (one that a save writes) or "rename" (of a
-    directory), the ``count``-th since the process started; ``moment``: "before" it, "half" (of a file's bytes) or
-    "after". ``what``: "kill" (-9), "term" (SIGTERM), "full" (no space left on device), "nan" (in the loss, at each
-    micro-batch).
+    ``at``: "update" (of one model's weights, inside a step), "step", "rollout" (a batch of prompts answered and
+    judged), "file" (one that a save writes) or "rename" (of a directory), the ``count``-th since the process started;
+    ``moment``: "before" it, "half" (of a file's bytes) or "after". ``what``: "kill" (-9), "term" (SIGTERM), "full" (no
+    space left on device), "nan" (in the loss, at each micro-batch).
     """
 
     at: str
@@ -117,11 +117,17 @@ def rows_seen(rows: list[list[int]]) -> Iterator[None]:
 
 def struck_by(fault: Fault) -> contextlib.AbstractContextManager:
     """The context in which the fault strikes."""
+    from coati.experience_maker.maker import NaiveExperienceMaker
     from coati.parallel.engine import Engine
     from coati.trainer.base import SLTrainer
     from coati.trainer.sft import SFTTrainer
 
     seen = 0
+    calls = {
+        "update": (Engine, "_update"),
+        "step": (SLTrainer, "_step"),
+        "rollout": (NaiveExperienceMaker, "make_experience"),
+    }
 
     def strike_if_due(moment: str) -> None:
         nonlocal seen
@@ -136,10 +142,8 @@ def struck_by(fault: Fault) -> contextlib.AbstractContextManager:
 
     if fault.what == "nan":
         return replaced(SFTTrainer, "loss", lambda original: lambda *args: spoiled(original(*args)))
-    if fault.at == "update":
-        return replaced(Engine, "_update", lambda original: around(original, strike_if_due))
-    if fault.at == "step":
-        return replaced(SLTrainer, "_step", lambda original: around(original, strike_if_due))
+    if fault.at in calls:
+        return replaced(*calls[fault.at], lambda original: around(original, strike_if_due))
     if fault.at == "rename":
         return directories_renamed(lambda moment, path: strike_if_due(moment))
     return files_written(lambda moment, path: strike_if_due(moment))

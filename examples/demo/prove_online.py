@@ -19,9 +19,9 @@ from typing import Any
 
 SYMBOLS, ANSWER, REWARD = 32, 8, 5.0
 WINDOWS, PASSES, GROUP = 4, 2, 8  # optimiser steps of a pass, passes over an episode's responses, responses to a prompt
-EPISODES = {"ppo": 60, "grpo": 80}
+EPISODES = {"ppo": 80, "grpo": 80}
 RESPONSES = {"ppo": 128, "grpo": 256}  # in an episode
-LR = {"ppo": 2e-3, "grpo": 1e-3}
+LR = {"ppo": 1e-3, "grpo": 1e-3}
 LAST = 5  # episodes that the result is averaged over
 GOAL, KL_BOUND = 0.95, 1.5 * ANSWER * math.log(2)
 

@@ -32,8 +32,9 @@ CONFINED = {
 }
 # Names that a parser offers live in modules that load in milliseconds.
 LIGHT = [
-    "coati", "coati.cli.arguments", "coati.parallel.plugins", "coati.trainer.strategies", "coati.models.policy_names",
-    "coati.rewards.names", "coati.rewards.scorer", "coati.experience_maker.names", "coati.experience_buffer.equation",
+    "coati", "coati.cli.arguments", "coati.cli.rollouts", "coati.parallel.plugins", "coati.trainer.strategies",
+    "coati.models.policy_names", "coati.rewards.names", "coati.rewards.scorer", "coati.experience_maker.names",
+    "coati.experience_buffer.equation",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
 

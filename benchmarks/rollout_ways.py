@@ -1,0 +1,111 @@
+"""One batch of rollouts in two ways; each worker process of bench_rollout.py runs one.
+
+    python benchmarks/rollout_ways.py WAY STEPS CASE
+
+A batch is made for each line on standard input, and printed as a line of JSON.
+"""
+
+import ast
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MODES = ("greedy", "sampled")
+WAYS = ("coati", "transformers")
+STOP_SHARE = 48  # one in so many tokens ends an answer
+PAD = 2
+
+
+def make_model(path: str | None):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.sft_case import MODEL
+
+    if path:
+        return AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    # Larger weights than a new model's: its likeliest tokens then wander instead of repeating one.
+    return LlamaForCausalLM(LlamaConfig(**MODEL, initializer_range=0.1))
+
+
+def prompts(step: int, case: dict, vocabulary: int) -> tuple[list[list[int]], list[int]]:
+    """The prompts of a batch, and the stop tokens; the same for both ways and both modes."""
+    from_, to = case["prompt_tokens"]
+    generator = random.Random(step // len(MODES))
+    lengths = [generator.randint(from_, to) for _ in range(case["batch_size"])]
+    stops = random.Random(-1).sample(range(3, vocabulary), vocabulary // STOP_SHARE)
+    return [[generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths], sorted(stops)
+
+
+def coati(model, case: dict) -> Callable:
+    from coati.experience_maker.rollout import ModelRollout
+    from coati.models.generation import Sampling
+    from coati.models.noise import row_noise
+    from coati.models.samples import left_pad
+    from coati.parallel.boost import boost
+    from coati.parallel.launch import launch
+    from coati.parallel.plugins import ParallelOptions
+
+    launch()
+    engine = boost(model, ParallelOptions(plugin="ddp", precision="fp32"), lr=1e-5)
+
+    def batch(step: int, rows: list[list[int]], stops: list[int], sampled: bool) -> list[list[int]]:
+        rollout = ModelRollout(
+            engine, sampling=Sampling(do_sample=sampled), stop_sequences=[[stop] for stop in stops],
+            max_new_tokens=case["max_new_tokens"], pad_token_id=PAD,
+        )  # fmt: skip
+        noise = row_noise(0, step, range(len(rows)), case["max_new_tokens"])
+        ids, mask = left_pad(rows, PAD)
+        return rollout.generate(ids, mask, noise=noise, temperature=1.0).answers()
+
+    return batch
+
+
+def transformers(model, case: dict) -> Callable:
+    import torch
+
+    from coati.models.samples import left_pad
+
+    model.eval()
+
+    def batch(step: int, rows: list[list[int]], stops: list[int], sampled: bool) -> list[list[int]]:
+        torch.manual_seed(step)
+        ids, mask = left_pad(rows, PAD)
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=case["max_new_tokens"], do_sample=sampled,
+            eos_token_id=stops, pad_token_id=PAD, **settings,
+        )  # fmt: skip
+        ends, answers = set(stops), [row[ids.shape[1] :] for row in out.tolist()]
+        return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
+
+    return batch
+
+
+def main() -> None:
+    way, steps, case = sys.argv[1], int(sys.argv[2]), ast.literal_eval(sys.argv[3])
+    model = make_model(case["model"])
+    vocabulary = model.config.vocab_size
+    batch = {"coati": coati, "transformers": transformers}[way](model, case)
+    print("ready", flush=True)
+    for step in range(steps):
+        rows, stops = prompts(step, case, vocabulary)
+        sys.stdin.readline()
+        started, worked = time.perf_counter(), time.process_time()
+        answers = batch(step, rows, stops, MODES[step % len(MODES)] == "sampled")
+        seconds, processor = time.perf_counter() - started, time.process_time() - worked
+        lengths = [len(answer) for answer in answers]
+        figures = {"seconds": seconds, "processor_seconds": processor, "tokens": sum(lengths), "lengths": lengths}
+        print(json.dumps(figures | {"answers": answers}), flush=True)
+    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,21 @@ def test_a_healthy_noisy_run_is_left_in_peace(seed, critic):
     assert said == []
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_of_a_task_that_gets_solved_nothing_is_said_but_that(seed):
+    signs, dice, said = OnlineSigns(reward_clip=None), random.Random(seed), []
+    for episode in range(EPISODES):
+        right = 1 / (1 + math.exp((60 - episode) / 8))  # the share of right answers, 10 each, among 64
+        spread = 10 * math.sqrt(right * (1 - right))
+        metrics = healthy(episode, dice, critic=False) | {
+            "reward": 10.0 if episode > 140 else min(10.0, max(0.0, dice.gauss(10 * right, spread / 8))),
+            "reward_std": 0.0 if episode > 140 else spread,
+            "equal_groups": max(right, 1 - right) ** 8 if episode <= 140 else 1.0,
+        }
+        said += signs.look(metrics, episode)
+    assert 1 <= len(said) <= 2 and all("score alike" in text for text in said)
+
+
 def put(**values):
     """A change that sets metrics: numbers, or functions of (episode, dice)."""
 

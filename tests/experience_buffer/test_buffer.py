@@ -111,6 +111,15 @@ def test_clear_and_limit(capsys):
     assert len(buffer) == 0
 
 
+def test_what_a_limit_has_left_makes_whole_windows():
+    buffer = filled(2, 4, limit=6)  # rows 0 and 2 are gone
+    windows = rows_of(buffer.windows(3, seed=0, episode=0))
+    assert [len(window) for window in windows] == [2, 2, 2] and sorted(sum(windows, [])) == [1, 3, 4, 5, 6, 7]
+    # Another rank, whose rows have other numbers, takes as many in each.
+    other = rows_of(filled(2, 4, first=4, limit=6).windows(3, seed=0, episode=0))
+    assert [len(window) for window in other] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("count", [0, 3, 5, 16])
 def test_unequal_windows_are_refused(count):
     with pytest.raises(ValueError, match=f"8 responses in the buffer cannot be cut into {count} windows"):

@@ -4,6 +4,7 @@ Imported by all environments of `make bench-peers`, so nothing beyond the standa
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ class Size:
 
 
 SIZES = {"ppo": Size(prompts=8, new=48), "grpo": Size(prompts=2, new=64, generations=4)}
+
+
+class Clock:
+    """Time of one episode, on the wall and of this process's processors."""
+
+    def start(self) -> None:
+        self.wall, self.processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
+        return {"seconds": wall, "processor_seconds": processor}
 
 
 def prepare(folder: Path | None = None) -> Path:

@@ -8,7 +8,6 @@ JSON: its seconds, and those of rollout, scoring and update.
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ class Paced:
     the end of each episode: ``tell`` is given what it took."""
 
     def __init__(self, loader: Any, wait: Callable[[], Any] = at_once, tell: Callable[[dict], Any] = show):
-        self.loader, self.window_rows, self.started = loader, loader.window_rows, 0.0
+        self.loader, self.window_rows, self.clock = loader, loader.window_rows, case.Clock()
         self.wait, self.tell = wait, tell
 
     def count(self, epoch: int) -> int:
@@ -43,14 +42,13 @@ class Paced:
 
     def windows(self, epoch: int, start: int) -> Iterator[Any]:
         self.wait()
-        self.started = time.perf_counter()
+        self.clock.start()
         return self.loader.windows(epoch, start)
 
     def look(self, metrics: dict[str, float], episode: int) -> list[str]:
-        seconds = time.perf_counter() - self.started
+        found = self.clock.read()
         phases = {phase: metrics[f"seconds_{phase}"] for phase in PHASES}
-        found = {"seconds": seconds, **phases, "answer_tokens": metrics["response_length"]}
-        self.tell(found | {"reward": metrics["reward"]})
+        self.tell({**found, **phases, "answer_tokens": metrics["response_length"], "reward": metrics["reward"]})
         return []
 
     def state_dict(self) -> dict:

@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,20 +28,20 @@ class Paced(TrainerCallback):
     """Waits for a line before each step that samples, and prints what it took as a line of JSON."""
 
     def __init__(self, passes: int):
-        self.passes, self.started, self.seconds = passes, 0.0, 0.0
+        self.passes, self.clock, self.found = passes, case.Clock(), {}
 
     def on_step_begin(self, args, state, control, **keywords):
         if state.global_step % self.passes == 0:
             sys.stdin.readline()
-            self.started = time.perf_counter()
+            self.clock.start()
 
     def on_step_end(self, args, state, control, **keywords):
-        self.seconds = time.perf_counter() - self.started
+        self.found = self.clock.read()
 
     def on_log(self, args, state, control, logs, **keywords):
         if "reward" in logs and state.global_step % self.passes == 0:
-            found = {"seconds": self.seconds, "answer_tokens": logs["completions/mean_length"]}
-            print(json.dumps(found | {"reward": logs["reward"]}), flush=True)
+            more = {"answer_tokens": logs["completions/mean_length"], "reward": logs["reward"]}
+            print(json.dumps(self.found | more), flush=True)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,21 +33,21 @@ class Paced(TrainerCallback):
     """Prints what each episode took as a line of JSON, and waits for a line before the next."""
 
     def __init__(self, size: case.Size, episodes: int):
-        self.size, self.left, self.started = size, episodes, 0.0
+        self.size, self.left, self.clock = size, episodes, case.Clock()
 
     def on_train_begin(self, args, state, control, **keywords):
         self._wait()
 
     def on_step_end(self, args, state, control, **keywords):
-        found = {"seconds": time.perf_counter() - self.started, "reward": state.log_history[-1]["objective/scores"]}
-        print(json.dumps(found), flush=True)
+        reward = state.log_history[-1]["objective/scores"]
+        print(json.dumps(self.clock.read() | {"reward": reward}), flush=True)
         self.left -= 1
         if self.left:
             self._wait()
 
     def _wait(self) -> None:
         sys.stdin.readline()
-        self.started = time.perf_counter()
+        self.clock.start()
 
 
 def scorer(folder: Path):

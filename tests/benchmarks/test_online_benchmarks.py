@@ -80,11 +80,18 @@ def test_both_systems_get_the_same_prompts_and_score(tmp_path):
 
 
 def test_figures_leave_the_first_episode_out():
-    steps = [{"seconds": s, "reward": 1.0, "rollout": s / 2, "scoring": 0.0, "update": s / 4} for s in (9.0, 2.0, 4.0)]
+    steps = [
+        {"seconds": s, "processor_seconds": 2 * s, "reward": 1.0, "rollout": s / 2, "scoring": 0.0, "update": s / 4}
+        for s in (9.0, 2.0, 4.0)
+    ]
     found = bench_ppo_peers.figures(steps, case.SIZES["ppo"], 100.0)
     assert found["samples_per_second"] == pytest.approx(8 / 3)
     assert found["shares"] == {"rollout": 0.5, "scoring": 0.0, "update": 0.25}
-    assert "shares" not in bench_ppo_peers.figures([{"seconds": 1.0, "reward": 0.0}] * 2, case.SIZES["ppo"], 1.0)
+    other = [{"seconds": 4.0, "processor_seconds": 4.0, "reward": 0.0}] * 3
+    results = {"coati": found, "trl": bench_ppo_peers.figures(other, case.SIZES["ppo"], 1.0)}
+    assert "shares" not in results["trl"]
+    assert bench_ppo_peers.ratios_of(results, "seconds") == [2.0, 1.0]
+    assert bench_ppo_peers.ratios_of(results, "processor_seconds") == [1.0, 0.5]
 
 
 def test_shares_of_an_episode_from_the_lines_of_a_run():

@@ -64,10 +64,15 @@ def compare(algorithm: str, folder: Path, python: str, args: argparse.Namespace)
             worker.step()
             rates.append(products.measure())
     results: dict = {worker.name: figures(worker.steps, size, worker.finish()) for worker in workers}
-    ratios = {name: ratios_of(results, name) for name in ("seconds", "processor_seconds")}
     needed = case.flops(algorithm, size, [len(row["input_ids"]) for row in case.read(folder, size)])
-    return results | {
-        "size": asdict(size), "trl": VERSIONS[algorithm], "trl_defaults": args.trl_defaults,
+    about = {"size": asdict(size), "trl_version": VERSIONS[algorithm], "trl_defaults": args.trl_defaults}
+    return results | about | outcome(results, needed, rates)
+
+
+def outcome(results: dict, needed: float, rates: list[float]) -> dict:
+    """Ratios, and the floor of ``needed`` operations at the median of ``rates``."""
+    ratios = {name: ratios_of(results, name) for name in ("seconds", "processor_seconds")}
+    return {
         "ratio_of_each_episode": ratios["seconds"], "ratio": median(ratios["seconds"]),
         "ratio_of_processor_seconds": median(ratios["processor_seconds"]),
         "memory_ratio": results["coati"]["peak_memory_mb"] / results["trl"]["peak_memory_mb"],
@@ -98,7 +103,7 @@ def figures(steps: list[dict], size: case.Size, peak: float) -> dict:
 
 
 def show(algorithm: str, result: dict) -> None:
-    size, version = result["size"], result["trl"]
+    size, version = result["size"], result["trl_version"]
     settings = "with its own defaults" if result["trl_defaults"] else "in fp32 without checkpointing"
     answers = size["prompts"] * size["generations"]
     print(f"{algorithm} of 28M Llamas, {answers} answers of {size['new']} tokens; TRL {version} {settings}")

@@ -79,7 +79,7 @@ def test_both_systems_get_the_same_prompts_and_score(tmp_path):
     assert case.score(completions=["abc1", "", "42"], prompts=["", "", ""]) == [0.75, 0.0, 0.0]
 
 
-def test_figures_leave_the_first_episode_out():
+def test_figures_leave_the_first_episode_out(capsys):
     steps = [
         {"seconds": s, "processor_seconds": 2 * s, "reward": 1.0, "rollout": s / 2, "scoring": 0.0, "update": s / 4}
         for s in (9.0, 2.0, 4.0)
@@ -91,7 +91,15 @@ def test_figures_leave_the_first_episode_out():
     results = {"coati": found, "trl": bench_ppo_peers.figures(other, case.SIZES["ppo"], 1.0)}
     assert "shares" not in results["trl"]
     assert bench_ppo_peers.ratios_of(results, "seconds") == [2.0, 1.0]
-    assert bench_ppo_peers.ratios_of(results, "processor_seconds") == [1.0, 0.5]
+    result = results | bench_ppo_peers.outcome(results, needed=8e9, rates=[1e9, 2e9, 4e9])
+    assert (result["ratio"], result["ratio_of_processor_seconds"], result["floor_seconds"]) == (1.5, 0.75, 4.0)
+    about = {"size": {"prompts": 2, "new": 48, "generations": 4}, "trl_version": "1.9.2", "trl_defaults": False}
+    bench_ppo_peers.show("ppo", result | about)
+    said = capsys.readouterr().out
+    assert "8 answers of 48 tokens; TRL 1.9.2" in said and "1.5 x as fast (episodes: 1.0 to 2.0" in said
+    assert (
+        "peak 100 MiB (rollout 50%, scoring 0%, update 25%)" in said and "the floor of the arithmetic is 4.0 s" in said
+    )
 
 
 def test_shares_of_an_episode_from_the_lines_of_a_run():

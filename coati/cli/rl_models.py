@@ -14,7 +14,7 @@ import torch
 
 from coati.cli import build, references
 from coati.cli.restart import Resume
-from coati.cli.rollout_checks import is_bare, model_directory
+from coati.cli.rollout_checks import check_ids, is_bare, model_directory
 from coati.dataset.conversation import Conversation
 from coati.models.base import BaseModel, without_head
 from coati.models.critic import Critic
@@ -71,6 +71,7 @@ def actor_engine(
         _check_offload(options)
     load = _keeping_base(args) if args.shared_base else load_causal_lm
     model = build.policy(args, options, tokenizer, resume, load)
+    args._vocabulary = model.config.vocab_size
     if args.ptx_coef:  # SFT is a second backward pass of the same step, which Gemini has to be told
         options = replace(options, accumulation_steps=max(options.accumulation_steps, 2))
     assets = build.assets(model, tokenizer, template)
@@ -212,6 +213,7 @@ def _scalar(
         else:
             model = load_scalar_model(kind, start.path, new_head=start.new_head, **loading)
         check_vocabulary(model, tokenizer)
+        check_ids(getattr(args, "_vocabulary", 0), model.get_input_embeddings().weight.shape[0])
         _check_same_tokens(args, tokenizer, start.path)
     model.name_or_path = start.path
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -142,6 +142,16 @@ def is_bare(folder: Path) -> bool:
     return not any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
+def check_ids(written: int, read: int) -> None:
+    """Any of the ``written`` rows of the policy's vocabulary can be sampled, those without a token too; the other
+    models know ``read``."""
+    if read < written:
+        raise ValueError(
+            f"the policy (--pretrain) can write ids up to {written - 1}, this model has a vocabulary of {read}; train "
+            "it from a model of the policy's vocabulary, or resize its embeddings"
+        )
+
+
 def _check_scores(args: Namespace) -> None:
     if args.reward_weights and not args.reward_functions:
         raise ValueError("--reward_weights does nothing without --reward_functions")

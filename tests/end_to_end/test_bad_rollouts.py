@@ -71,7 +71,8 @@ def cases(online_words, online_places, tmp_path_factory):
         ),
         "long prompts": ("grpo", ("--max_length", "20"), ("--prompt_dataset", "--max_length 20 less --max_seq_len 10")),
         "no reward model": ("ppo", ("--rm_pretrain", "$model"), ("--rm_pretrain", "has no scalar head")),
-        "another vocabulary": ("ppo", ("--critic_pretrain", other), ("--critic_pretrain: the policy", "up to 383", "a vocabulary of 320")),
+        "another vocabulary": ("ppo", ("--critic_pretrain", other),
+                               ("--critic_pretrain: the policy", "ids up to 383", "a vocabulary of 320")),
         "rows of another kind": ("grpo", ("--prompt_dataset", "$ptx"), ("--prompt_dataset", "--type prompt")),
         "no such function": (
             "grpo", ("--reward_functions", f"{online_places['functions']}:vowel"), ("--reward_functions", "vowel"),

@@ -173,6 +173,20 @@ def test_one_base_in_two_processes(words):
         assert min(report["shared"].values()) > 0.8
 
 
+@pytest.mark.matrix
+def test_one_base_in_half_precision_with_recomputation(words):
+    flags = words("--rm_pretrain", "$adapter", "--lora_rank", "4", "--shared_base")
+    expected = alone(tuple(flags))
+    (report,) = run(1, "tests.cli.rl_cases:start_and_train", [*flags, "--mixed_precision", "bf16", "--grad_checkpoint"])
+    assert min(report["shared"].values()) > 0.8
+    for name in ("actor", "critic", "reward", "reference"):
+        assert_close(report["start"][name], expected["start"][name], atol=5e-2, rtol=2e-2)
+    for name in ("reward", "reference"):
+        assert torch.equal(report["trained"][name], report["start"][name])
+    for name in ("actor", "critic"):
+        assert not torch.allclose(report["trained"][name], report["start"][name], atol=1e-2)
+
+
 # Where models start, without loading any
 
 

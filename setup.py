@@ -23,13 +23,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["coati", "coati.*"]),
-    package_data={"coati.dataset": ["*.jinja"]},
+    package_data={"coati.dataset": ["*.jinja"], "coati.inference": ["*.html"]},
     python_requires=">=3.10,<3.13",
     install_requires=requirements(),
     extras_require={
         "cleaning": ["datasketch>=2.0"],
-        "dev": ["datasketch>=2.0", "hypothesis>=6.100", "pytest>=8", "ruff>=0.6"],
+        "dev": [
+            "datasketch>=2.0", "hypothesis>=6.100", "pytest>=8", "ruff>=0.6",
+            # the server, and what its tests call it with; the browser itself (chromium) comes from the system
+            "fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50", "schemathesis>=4",
+            "playwright>=1.45",
+        ],
         "flash": ["flash-attn>=2.5"],
         "inference": ["rich>=13"],
+        "serve": ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"],
     },
 )

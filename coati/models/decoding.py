@@ -51,11 +51,8 @@ class Decoder:
         self.steps, self.all_ended = 0, False
         self.noise = None if decoding.noise is None else decoding.noise.to(device)
         self.stops = _by_length(decoding.stop_sequences, device)
-        self.accepted = _accepted(model)
-        if getattr(innermost(model), "_supports_cache_class", True):
-            self.cache = RowCache(rows, width + limit)
-        else:
-            self.cache = TupleCache()
+        self.accepted = accepted_by(model)
+        self.cache = cache_for(model, rows, width + limit)
         if device.type == "cpu":
             teach_sdpa()
         self._rows = torch.arange(rows, device=device)
@@ -129,7 +126,7 @@ class Decoder:
         packed = self._packed(ids, mask)
         if packed is None:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            logits = self._call(ids, mask, positions, self.ids.shape[1])[:, -1]
+            logits = self._call(ids, mask, positions)[:, -1]
         else:
             logits = self._end_to_end(packed, mask)
         if index is None:
@@ -157,28 +154,43 @@ class Decoder:
         """What the cache has not seen: one token of each row; the logits after it, (slots, V) fp32."""
         end = self.ids.shape[1] + self.steps
         tokens = self.tokens[self._rows, self.steps - 1]
-        logits = self._call(tokens[:, None], self._seen[:, self._start : end], self._positions[:, None], end)
+        logits = self._call(tokens[:, None], self._seen[:, self._start : end], self._positions[:, None])
         self._positions = self._positions + 1
         return logits[:, -1].float()
 
-    def _call(self, ids: Tensor, mask: Tensor, positions: Tensor, end: int) -> Tensor:
-        cache, shown = self.cache, end - self._start
-        tuples = isinstance(cache, TupleCache)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache.states if tuples else cache,
-            "use_cache": True,
-            "cache_position": torch.arange(shown - ids.shape[1], shown, device=ids.device),
-            "logits_to_keep": 1,  # of a long prompt only the last position goes through the head
-        }
-        outputs = self.model(**{name: value for name, value in inputs.items() if name in self.accepted})
-        if tuples:
-            cache.states = outputs.past_key_values
-        if cache.get_seq_length() != shown:
-            raise ValueError(f"{type(innermost(self.model)).__name__} fills no key-value cache here; it cannot sample")
-        return _plain(outputs.logits)
+    def _call(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return call_with_cache(self.model, self.accepted, self.cache, ids, mask, positions)
+
+
+def cache_for(model: nn.Module, rows: int, limit: int) -> RowCache | TupleCache:
+    """An empty cache of the kind that ``model`` fills, for ``rows`` rows and up to ``limit`` columns."""
+    return RowCache(rows, limit) if getattr(innermost(model), "_supports_cache_class", True) else TupleCache()
+
+
+def call_with_cache(
+    model: nn.Module, accepted: set[str], cache: RowCache | TupleCache, ids: Tensor, mask: Tensor, positions: Tensor
+) -> Tensor:
+    """``ids`` and ``positions`` (rows, n) through the model, after what ``cache`` holds; logits (rows, 1 or n, V).
+
+    ``mask`` (rows, shown): 1 on the columns of the cache and of ``ids`` that hold tokens. ``accepted``: the keywords of
+    the model's forward.
+    """
+    shown, tuples = mask.shape[1], isinstance(cache, TupleCache)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "past_key_values": cache.states if tuples else cache,
+        "use_cache": True,
+        "cache_position": torch.arange(shown - ids.shape[1], shown, device=ids.device),
+        "logits_to_keep": 1,  # of a long prompt only the last position goes through the head
+    }
+    outputs = model(**{name: value for name, value in inputs.items() if name in accepted})
+    if tuples:
+        cache.states = outputs.past_key_values
+    if cache.get_seq_length() != shown:
+        raise ValueError(f"{type(innermost(model)).__name__} fills no key-value cache here; it cannot sample")
+    return _plain(outputs.logits)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -210,6 +222,6 @@ def innermost(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _accepted(model: nn.Module) -> set[str]:
+def accepted_by(model: nn.Module) -> set[str]:
     """The keywords that the model's forward names; wrappers pass everything on, so the innermost decides."""
     return set(inspect.signature(innermost(model).forward).parameters)

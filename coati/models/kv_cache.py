@@ -87,6 +87,13 @@ class RowCache(DynamicCache):
         self.start = start
         return True
 
+    def join(self, other: "RowCache") -> None:
+        """The rows of ``other`` below these; rows of fewer columns get empty ones on their left."""
+        columns, rows = max(self.get_seq_length(), other.get_seq_length()), self.rows + other.rows
+        for layer, (mine, theirs) in enumerate(zip(self, other, strict=True)):
+            self._layers[layer] = [_below(*pair, columns, columns + _GROWTH) for pair in zip(mine, theirs, strict=True)]
+        self.rows, self.start, self.end = rows, 0, columns
+
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         return self.end - self.start
 
@@ -115,8 +122,24 @@ class TupleCache:
 
     repeat = keep
 
+    def join(self, other: "TupleCache") -> None:
+        columns = max(self.get_seq_length(), other.get_seq_length())
+        self.states = tuple(
+            tuple(_below(*pair, columns, columns) for pair in zip(mine, theirs, strict=True))
+            for mine, theirs in zip(self.states, other.states, strict=True)
+        )
+
     def trim(self, start: int) -> bool:
         return False
 
     def get_seq_length(self) -> int:
         return 0 if self.states is None else self.states[0][0].shape[-2]
+
+
+def _below(mine: Tensor, theirs: Tensor, columns: int, width: int) -> Tensor:
+    """Keys or values (rows, heads, at most columns, D) of two caches, one below the other and all ending at column
+    ``columns`` of ``width``."""
+    made = mine.new_zeros(len(mine) + len(theirs), mine.shape[1], width, mine.shape[3])
+    made[: len(mine), :, columns - mine.shape[2] : columns] = mine
+    made[len(mine) :, :, columns - theirs.shape[2] : columns] = theirs
+    return made

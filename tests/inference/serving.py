@@ -1,0 +1,66 @@
+"""A running server of a tiny model in this process, on loopback."""
+
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+from coati.dataset.conversation import Conversation
+from coati.inference.loading import Loaded
+from coati.inference.service import Service
+from coati.models.choice import Sampling
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+GREEDY = Sampling(do_sample=False)
+NAME = "tiny"
+
+
+def tiny_loaded():
+    tokenizer = tiny_tokenizer()
+    return Loaded(tiny_llama(layers=1).eval(), tokenizer, Conversation.from_config(tokenizer, {}))
+
+
+@contextmanager
+def service_of(endless=False, pause=0.0, **settings):
+    """A service; ``endless``: no answer stops by itself, ``pause``: seconds that a token takes at least."""
+    service = Service(tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings)
+    if endless:
+        service.stops = []
+    if pause:
+        step = service._batch.step
+        service._batch.step = lambda: (time.sleep(pause), step())
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+@contextmanager
+def running(web=None, **settings):
+    """The server: ``url``, ``service``. ``web``: fields of WebSettings."""
+    import uvicorn
+
+    from coati.cli.serve import listening_socket
+    from coati.inference.web import WebSettings, make_app
+
+    with service_of(**settings) as service:
+        app = make_app(service, WebSettings(NAME, **{"sampling": GREEDY, "max_new_tokens": 400} | (web or {})))
+        listening = listening_socket("127.0.0.1", 0)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}", service=service, app=app)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def until(condition, seconds=20.0):
+    """Wait for ``condition``; whether it came true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from coati.dataset.conversation import Conversation, setup_conversation_template
-from coati.models.utils import check_vocabulary, load_causal_lm, load_tokenizer
+from coati.inference.quantisation import placing_of
+from coati.models.utils import adapter_base, check_vocabulary, load_causal_lm, load_tokenizer
 from coati.utils.json_io import load_json
 from coati.utils.notice import say_once
 
@@ -32,22 +33,33 @@ def load(
     dtype: str = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    quant: str | None = None,
 ) -> Loaded:
     """The model of ``path``: a Hugging Face directory or hub name, a LoRA adapter, a checkpoint ``epoch-E_step-S``.
 
     Tokenizer and template come from the same directory unless they are given; without a template file the tokenizer's
     own chat template serves. ``device`` None: a GPU if there is one. ``dtype`` "auto": fp32 on a CPU, bf16 or fp16 on a
-    GPU. Raises ValueError saying what a directory lacks.
+    GPU. ``quant``: a key of QUANTS, the weights are quantised as they are loaded; directories that hold quantised
+    weights need none. Raises ValueError saying what a directory lacks, or has too much.
     """
     directory = weights_of(path)
-    tokenizer = load_tokenizer(tokenizer_path or _with_tokenizer(directory), trust_remote_code)
+    if quant and adapter_base(directory):
+        raise ValueError(f"{directory} is a LoRA adapter, which cannot be quantised alone; merge it with merge_lora.py")
+    tokenizer = load_tokenizer(tokenizer_path or with_tokenizer(directory), trust_remote_code)
     conversation = conversation_of(directory, tokenizer, template)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    model = load_causal_lm(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    placing = placing_of(directory, quant, device, dtype)
+    model = load_causal_lm(directory, dtype=dtype, trust_remote_code=trust_remote_code, strict=True, placing=placing)
     check_vocabulary(model, tokenizer)
-    return Loaded(model.to(device).eval(), tokenizer, conversation)
+    return Loaded((model if placing else model.to(device)).eval(), tokenizer, conversation)
+
+
+def with_system(loaded: Loaded, text: str) -> Loaded:
+    """``loaded`` with another system message; none for an empty ``text``."""
+    config = loaded.conversation.to_config() | {"system_message": text or None}
+    return loaded._replace(conversation=Conversation.from_config(loaded.tokenizer, config))
 
 
 def weights_of(path: str | os.PathLike) -> str | Path:
@@ -88,7 +100,7 @@ def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:
     return stops
 
 
-def _with_tokenizer(directory: str | Path) -> str | Path:
+def with_tokenizer(directory: str | Path) -> str | Path:
     """``directory``, or the base model's place where an adapter was saved without its tokenizer."""
     folder, adapter = Path(directory), Path(directory) / "adapter_config.json"
     if not adapter.is_file() or (folder / "tokenizer_config.json").is_file():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coati.models.base import BaseModel
-from coati.models.utils import DTYPES, adapter_base, explained, load_backbone, load_configuration, read_config
+from coati.models.utils import DTYPES, adapter_base, load_backbone, load_configuration, read_config
 from coati.utils.notice import say_once
 
 Scalar = TypeVar("Scalar", bound=BaseModel)
@@ -156,9 +156,8 @@ def _tensor(file: str, key: str) -> Tensor:
 
 
 def _with_adapter(kind: type[Scalar], directory: Path, base: str, options: dict[str, Any]) -> Scalar:
-    from peft import PeftModel
-
     from coati.models.lora import merge_lora
+    from coati.models.lora_files import adapted
 
     state = head_state(directory)
     if state is None:
@@ -166,7 +165,4 @@ def _with_adapter(kind: type[Scalar], directory: Path, base: str, options: dict[
     say_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
     model = kind(backbone=load_backbone(base, **options))
     set_head(model, state, directory)
-    try:
-        return merge_lora(PeftModel.from_pretrained(model, str(directory)))
-    except Exception as error:
-        raise explained(directory, "adapter", error) from error
+    return merge_lora(adapted(model, directory))

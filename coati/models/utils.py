@@ -59,18 +59,22 @@ def load_causal_lm(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    strict: bool = False,
+    placing: dict[str, Any] | None = None,
 ):
     """The language model of ``path``: a Hugging Face directory, a hub name, or a PEFT adapter (merged into its base).
 
-    ``dtype`` is a key of DTYPES ("auto": as stored). Raises ValueError when the directory lacks configuration or
-    weights, when a file is damaged, when weights are missing from it, and for code that was not trusted.
+    ``dtype`` is a key of DTYPES ("auto": as stored). ``strict``: weights without a use are an error, not a notice.
+    ``placing``: further keywords of ``from_pretrained``, for quantised models. Raises ValueError when the directory
+    lacks configuration or weights, when a file is damaged, when weights are missing from it, and for code that was not
+    trusted.
     """
     from transformers import AutoModelForCausalLM
 
-    options = _load_options(dtype, attn_implementation, trust_remote_code)
+    options = _load_options(dtype, attn_implementation, trust_remote_code) | (placing or {})
     if adapter_base(path):
-        return _with_adapter(Path(path), dtype, options)
-    return _load(AutoModelForCausalLM, path, dtype, options)
+        return _with_adapter(Path(path), dtype, options, strict)
+    return _load(AutoModelForCausalLM, path, dtype, options, strict=strict)
 
 
 def load_backbone(
@@ -85,7 +89,7 @@ def load_backbone(
 
     options = _load_options(dtype, attn_implementation, trust_remote_code)
     if adapter_base(path):
-        model = _with_adapter(Path(path), dtype, options)
+        model = _with_adapter(Path(path), dtype, options, strict=False)
         return getattr(model, model.base_model_prefix)
     return _load(AutoModel, path, dtype, options, heads=("lm_head.", "score.", "value_head.", "embed_out."))
 
@@ -99,7 +103,14 @@ def _load_options(dtype: str, attn_implementation: str | None, trust_remote_code
     return options
 
 
-def _load(auto_class: Any, path: str | os.PathLike, dtype: str, options: dict[str, Any], heads: tuple[str, ...] = ()):
+def _load(
+    auto_class: Any,
+    path: str | os.PathLike,
+    dtype: str,
+    options: dict[str, Any],
+    heads: tuple[str, ...] = (),
+    strict: bool = False,
+):
     """``heads``: beginnings of names that are left behind on purpose."""
     _check_directory(path, "model")
     options = options | {"torch_dtype": DTYPES[dtype]}
@@ -108,8 +119,10 @@ def _load(auto_class: Any, path: str | os.PathLike, dtype: str, options: dict[st
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
     if unexpected := sorted(key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")):
-        shown = ", ".join(unexpected[:3])
-        say_once(f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights ({shown})")
+        told = f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights ({', '.join(unexpected[:3])})"
+        if strict:
+            raise ValueError(f"{told}; is this a model of another kind, a reward model or critic perhaps?")
+        say_once(told)
     if report["missing_keys"]:
         shown = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(
@@ -146,18 +159,13 @@ def adapter_base(path: str | os.PathLike) -> str | None:
     return base
 
 
-def _with_adapter(directory: Path, dtype: str, options: dict[str, Any]):
-    from peft import PeftModel
-
+def _with_adapter(directory: Path, dtype: str, options: dict[str, Any], strict: bool):
     from coati.models.lora import merge_lora
+    from coati.models.lora_files import adapted
 
-    base = adapter_base(directory)
-    say_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
-    model = load_causal_lm(base, dtype=dtype, **options)
-    try:
-        model = merge_lora(PeftModel.from_pretrained(model, str(directory)))
-    except Exception as error:
-        raise explained(directory, "adapter", error) from error
+    say_once(f"{directory} holds a LoRA adapter; it is merged into its base {adapter_base(directory)}")
+    base = load_causal_lm(adapter_base(directory), dtype=dtype, strict=strict, **options)
+    model = merge_lora(adapted(base, directory))
     # An adapter trained on top names this directory as its base, not the base of the base.
     model.name_or_path = model.config._name_or_path = str(directory)
     return model

@@ -1,0 +1,72 @@
+"""The flags of ``merge_lora.py`` and ``export.py``."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from coati.cli.parser import Parser
+from coati.cli.values import add_count, add_switch, add_text
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+GGUF = (
+    "--gguf: no converter that is kept up can be installed as a package: convert_hf_to_gguf.py of llama.cpp lives in "
+    "its repository alone (the package gguf only reads and writes the file format). Export without --gguf, then run "
+    "that program on the directory"
+)
+
+
+def merging_parser() -> Parser:
+    """The parser of ``merge_lora.py``."""
+    parser = Parser(
+        prog="merge_lora.py",
+        usage="%(prog)s --model_path ADAPTER --output_dir DIR [flags]",
+        description="Merges a LoRA adapter into its base model: a Hugging Face directory with the adapter's logits.",
+    )
+    _add_common(parser, "directory that holds a LoRA adapter, or a checkpoint of a LoRA run (required)", "fp32")
+    return parser
+
+
+def export_parser() -> Parser:
+    """The parser of ``export.py``."""
+    parser = Parser(
+        prog="export.py",
+        usage="%(prog)s --model_path MODEL --output_dir DIR [flags]",
+        description="Writes a model directory for others, adapters merged: checked in plain transformers, with a model "
+        "card.",
+    )
+    _add_common(parser, "directory that training wrote, a checkpoint, or a LoRA adapter (required)", "auto")
+    add_count(parser, "--max_new_tokens", default=32, help="tokens of each answer that is compared with transformers'")
+    add_switch(parser, "--gguf", help="refused, with what to do instead: no packaged converter exists")
+    return parser
+
+
+def _add_common(parser: Parser, model: str, dtype: str) -> None:
+    add_text(parser, "--model_path", unit="MODEL", help=model)
+    add_text(parser, "--output_dir", help="new directory to write (required)")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="of the written weights; auto: as stored")
+    add_text(
+        parser, "--conversation_template_config", unit="FILE",
+        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+    )  # fmt: skip
+    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+
+
+def parse_merging(argv: Sequence[str] | None = None) -> Namespace:
+    """The checked flags of ``merge_lora.py``. Exits with code 2 and one line naming a wrong flag."""
+    return _checked(merging_parser(), argv)
+
+
+def parse_export(argv: Sequence[str] | None = None) -> Namespace:
+    """The checked flags of ``export.py``. Exits with code 2 and one line naming a wrong flag."""
+    parser = export_parser()
+    args = _checked(parser, argv)
+    if args.gguf:
+        parser.error(GGUF)
+    return args
+
+
+def _checked(parser: Parser, argv: Sequence[str] | None) -> Namespace:
+    args = parser.parse_args(argv)
+    for flag in ("model_path", "output_dir"):
+        if getattr(args, flag) is None:
+            parser.error(f"--{flag} is required")
+    return args

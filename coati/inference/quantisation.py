@@ -1,0 +1,50 @@
+"""Models with fewer bits a weight, made and read by bitsandbytes and LLM Compressor; nothing is quantised here."""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from coati.inference.quant_names import QUANTS
+from coati.models.utils import DTYPES, read_config
+
+# What transformers needs beside itself to read a directory of each quant_method.
+READERS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "gptq": "gptqmodel"}
+
+
+def placing_of(
+    directory: str | os.PathLike, quant: str | None, device: torch.device, dtype: str
+) -> dict[str, Any] | None:
+    """Keywords of ``from_pretrained`` for a model that is quantised, or to be; None for any other.
+
+    Raises ValueError for a directory that is quantised already and for a package that is not installed.
+    """
+    held = read_config(directory).get("quantization_config")
+    if quant is None and held is None:
+        return None
+    method = (held or {}).get("quant_method")
+    if quant and held:
+        raise ValueError(f"{directory} is quantised already ({method}); leave --quant away")
+    need(READERS.get(method or "bitsandbytes", "transformers"), f"{directory}: {quant or method}")
+    placing: dict[str, Any] = {"device_map": {"": str(device)}}
+    return placing | ({"quantization_config": bitsandbytes_config(quant, dtype)} if quant else {})
+
+
+def bitsandbytes_config(quant: str, dtype: str) -> Any:
+    """``quant``: a key of QUANTS; the products are computed in ``dtype``, a key of DTYPES."""
+    from transformers import BitsAndBytesConfig
+
+    if quant not in QUANTS:
+        raise ValueError(f"quant must be one of {', '.join(QUANTS)}, not {quant!r}")
+    if quant == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = getattr(torch, "float32" if dtype == "auto" else DTYPES[dtype])
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def need(package: str, wanted: str) -> None:
+    """Raise ValueError when ``package`` is not installed; ``wanted``: what for."""
+    if importlib.util.find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise ValueError(f"{wanted} needs the package {name}, which is not installed; see docs/inference.md")

@@ -1,0 +1,33 @@
+"""A model directory for others, checked and described. ``export.py --help`` lists the flags."""
+
+import sys
+from argparse import Namespace
+
+from coati.cli.export import parse_export
+
+
+def main(args: Namespace) -> None:
+    from coati.inference.card import model_card
+    from coati.inference.export import export
+
+    def card(loaded, found) -> str:
+        return model_card(
+            args.model_path,
+            f"Plain transformers loads this directory, and its greedy answers to {found.asked} questions are those of "
+            "coati's own loader, token for token.",
+        )
+
+    reading = {"template": args.conversation_template_config, "trust_remote_code": args.trust_remote_code}
+    found = export(
+        args.model_path, args.output_dir, card, dtype=args.dtype, max_new_tokens=args.max_new_tokens, **reading
+    )
+    print(f"greedy answers equal to plain transformers': {found.same} of {found.asked}")
+    print(f"the exported model and its card, README.md, are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    arguments = parse_export()
+    try:
+        main(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"export.py: error: {error}")

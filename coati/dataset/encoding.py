@@ -17,6 +17,8 @@ from coati.dataset.reasons import RowError
 from coati.dataset.words import Span, Words
 from coati.utils.notice import say_once
 
+CHECKED = 32  # texts of a process
+
 
 def special_ids(tokenizer) -> frozenset[int]:
     """Ids of the tokens that stand for control markers (never for ordinary added words such as ``<think>``)."""
@@ -30,7 +32,7 @@ class TextEncoder:
     def __init__(self, tokenizer, end_of_assistant: str = ""):
         self.tokenizer = tokenizer
         self.controls = {i: tokenizer.convert_ids_to_tokens(i) for i in special_ids(tokenizer)}
-        self.end_of_assistant = end_of_assistant
+        self.end_of_assistant, self._to_check = end_of_assistant, CHECKED
         texts = {*self.controls.values(), end_of_assistant}
         self.markers = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)")
@@ -66,7 +68,8 @@ class TextEncoder:
             return self._encode_slow(text, spans, key)
         borders = self._borders([*spans, *others])
         if key is None and self._words is not None and (found := self._words.encode(text, spans, borders)):
-            return text, *found
+            if self._sure_of(text, found[0]):
+                return text, *found
         if key is None and not borders:
             return text, self._ids(text), []
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
@@ -82,6 +85,18 @@ class TextEncoder:
             tokens = self._cut(text, list(zip(ids, offsets, strict=True)), crossed)
             ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
         return text, ids, self._token_ranges(offsets, spans)
+
+    def _sure_of(self, text: str, ids: list[int]) -> bool:
+        """The first texts are encoded both ways; a tokenizer that differs is asked itself from then on, which is
+        said."""
+        if not self._to_check:
+            return True
+        self._to_check -= 1
+        if ids == self._ids(text):
+            return True
+        say_once("the memory of words does not fit this tokenizer, which is asked for every row instead: slower")
+        self.__dict__["_words"] = None
+        return False
 
     def _ids(self, text: str) -> list[int]:
         """The ids alone: offsets cost nearly as much as a short text's encoding."""

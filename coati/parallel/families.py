@@ -66,7 +66,7 @@ NOT_CHAT = {
 def check_family(config: Any, options: ParallelOptions) -> None:
     """Raise ValueError, naming the flag and what to use instead, where ``options`` cannot train this family.
 
-    ``config``: a model's configuration; only ``model_type`` is read, so it can be asked before weights are loaded.
+    ``config``: a model's configuration, so that it can be asked before weights are loaded.
     """
     family = config.model_type
     if family in NOT_CHAT:
@@ -85,6 +85,11 @@ def check_family(config: Any, options: ParallelOptions) -> None:
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
         reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
         raise ValueError(f"{name} is not possible with {family} models: {reason}; {_instead(family)}")
+    if family == "opt" and TP in flags and not getattr(config, "tie_word_embeddings", True):
+        raise ValueError(
+            "--tp is not possible with OPT models whose output embedding is not the input embedding "
+            "(tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong logits; use --plugin zero2 or gemini"
+        )
     for flags in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
         raise ValueError(
             f"{flags} is not possible with {family} models: ColossalAI 0.5.0 makes masks and positions of its own "

@@ -149,3 +149,12 @@ def test_the_encoder_gives_the_same_with_and_without(text, monkeypatch):
     one = TextEncoder(tokenizer, "<|im_end|>").encode(whole, [(start, end)], others=[(3, 5)])
     monkeypatch.setattr(TextEncoder, "_words", None)
     assert one == TextEncoder(tokenizer, "<|im_end|>").encode(whole, [(start, end)], others=[(3, 5)])
+
+
+def test_a_memory_that_differs_from_the_tokenizer_is_found_out_and_left(monkeypatch, capsys):
+    encoder, text = TextEncoder(chatml_tokenizer(), "<|im_end|>"), "hi there"
+    right = encoder.encode(text, [])
+    monkeypatch.setattr(type(encoder._words), "encode", lambda *_: ([0], []))
+    encoder = TextEncoder(chatml_tokenizer(), "<|im_end|>")
+    assert encoder.encode(text, []) == right and encoder._words is None
+    assert "does not fit this tokenizer" in capsys.readouterr().err

@@ -31,8 +31,8 @@ setup(
         "dev": [
             "datasketch>=2.0", "hypothesis>=6.100", "pytest>=8", "ruff>=0.6",
             # the server, and what its tests call it with; the browser itself (chromium) comes from the system
-            "fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50", "schemathesis>=4",
-            "playwright>=1.45",
+            "fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50",
+            "schemathesis>=4", "playwright>=1.45",
         ],
         "flash": ["flash-attn>=2.5"],
         "inference": ["rich>=13"],

@@ -34,11 +34,12 @@ def inference_parser() -> Parser:
         help="answer this and end; repeat it for several, each a dialogue of its own",
     )  # fmt: skip
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
-    _add_sampling_flags(parser)
+    add_sampling_flags(parser)
     return parser
 
 
-def _add_sampling_flags(parser: Parser) -> None:
+def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
+    """How tokens are drawn; ``seed``: whether the flag of that name is among them."""
     group = parser.add_argument_group("sampling")
     add_number(group, "--temperature", default=0.7, unit="T", help="0: always the likeliest token")
     add_count(group, "--top_k", default=0, least=0, unit="K", help="draw from the K likeliest tokens; 0: from all")
@@ -50,7 +51,8 @@ def _add_sampling_flags(parser: Parser) -> None:
         group, "--repetition_penalty", default=1.0, unit="R", exclusive=True,
         help="above 1: tokens that were already said become less likely",
     )  # fmt: skip
-    add_count(group, "--seed", least=0, help="makes the answers repeatable; default: different ones each time")
+    if seed:
+        add_count(group, "--seed", least=0, help="makes the answers repeatable; default: different ones each time")
 
 
 def parse_inference(argv: Sequence[str] | None = None) -> Namespace:

@@ -20,7 +20,7 @@ class ExperienceSettings:
     """How scores become advantages.
 
     ``method``: a name of :data:`~coati.experience_maker.names.GROUP_METHODS`; None: a critic and GAE.
-    ``kl_in``: "reward" or "loss". ``reward_clip`` and ``reward_at`` hold with a critic. ``overlong_margin``: tokens
+    ``kl_in``: "reward" or "loss". ``reward_at`` holds with a critic. ``overlong_margin``: tokens
     before ``max_new_tokens`` from which on a response is punished. ``filter_truncated``: responses that did not end by
     themselves are not trained on. ``rollout_batch_size``, ``forward_batch_size``: rows at a time; None: all.
     """

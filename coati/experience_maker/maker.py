@@ -178,11 +178,11 @@ class NaiveExperienceMaker:
         if settings.reward_normalization == "running":
             self.normalisation.update(scores, self._sum)
             scores = self.normalisation(scores)
+        if settings.reward_clip is not None:
+            scores = scores.clamp(-settings.reward_clip, settings.reward_clip)
         kl_coef = self.kl.kl_coef if settings.kl_in == "reward" else 0.0
         if self.method is None:
-            rewards = compute.token_rewards(
-                experience.kl, scores, mask, kl_coef, settings.reward_clip, settings.reward_at
-            )
+            rewards = compute.token_rewards(experience.kl, scores, mask, kl_coef, None, settings.reward_at)
             advantages, returns = compute.gae(rewards, experience.values, mask, settings.gamma, settings.lam)
             experience = replace(experience, advantages=advantages, returns=returns)
         else:

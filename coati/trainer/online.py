@@ -216,6 +216,8 @@ class OLTrainer:
         episodes, (first, start) = self.episodes, self._position
         total = episodes.num_update_steps * episodes.windows
         self.policy.temperature = episodes.temperature(self.episode)
+        if self.policy.settings.kl_coef:
+            self.policy.kl_coef = self.maker.kl.kl_coef
         for number in range(first, episodes.num_update_steps):
             windows = self.buffer.windows(
                 episodes.windows, seed=episodes.seed, episode=self.episode, update=number, start=start

@@ -43,6 +43,7 @@ class PolicyHooks:
 
     def __init__(self, settings: PolicySettings, reduce_sum: Callable[[Tensor], Tensor]) -> None:
         self.settings, self.reduce_sum, self.temperature = settings, reduce_sum, 1.0
+        self.kl_coef = settings.kl_coef  # a KL target moves it
         self.first_pass = False  # whether the policy is still the one that sampled
 
     def window(self, experiences: Sequence[Experience]) -> list[Batch]:
@@ -75,9 +76,9 @@ class PolicyHooks:
         terms = policy_terms(logps, old, batch["advantages"], mask, *clip, skip)
         metrics = policy_statistics(logps, old, batch["advantages"], mask, *clip)
         metrics["skip_ratio"] = skip.float()[None]
-        if settings.kl_coef:
+        if self.kl_coef:
             kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
-            terms = terms + settings.kl_coef * kl.masked_fill(skip, 0.0)
+            terms = terms + self.kl_coef * kl.masked_fill(skip, 0.0)
         if self.first_pass:
             metrics["rollout_gap"] = (logps.detach() - old).abs()[mask]
         return settings.normalisation.total(terms, mask), metrics

@@ -19,7 +19,7 @@ from typing import Any
 
 SYMBOLS, ANSWER, REWARD = 32, 8, 5.0
 WINDOWS, PASSES, GROUP = 4, 2, 8  # optimiser steps of a pass, passes over an episode's responses, responses to a prompt
-EPISODES = {"ppo": 80, "grpo": 80}
+EPISODES = {"ppo": 100, "grpo": 80}
 RESPONSES = {"ppo": 128, "grpo": 256}  # in an episode
 LR = {"ppo": 1e-3, "grpo": 1e-3}
 LAST = 5  # episodes that the result is averaged over

@@ -225,3 +225,15 @@ def test_a_critic_and_a_group_method_exclude_each_other():
         settings = ExperienceSettings(3, [[2]], method=method)
         with pytest.raises(ValueError, match="PPO takes a critic and no group method"):
             NaiveExperienceMaker(StubEngine(), StubRollout([]), scored(), Words(), settings, critic=critic)
+
+
+def test_scores_of_a_group_are_clipped_where_that_is_asked_for():
+    wide = collect(make(FOUR, scored(9.0, 1.0, 1.0, 0.0), method="rloo", num_generations=2, reward_clip=3.0), 4)
+    # 9 counts as 3: each is judged by the other of its pair.
+    assert_close(wide.experience.advantages[:, 0], torch.tensor([2.0, -2.0, 1.0, -1.0]) - wide_kl(wide))
+
+
+def wide_kl(found) -> torch.Tensor:
+    """What the KL in the reward takes off each advantage: its own, less that of the other of its pair."""
+    kl = 0.1 * found.samples["approx_kl"]
+    return kl - kl.view(-1, 2).flip(1).flatten()

@@ -20,6 +20,7 @@ from coati.parallel.step import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
 from coati.trainer.base import Plan
 from coati.trainer.online import Episodes, GRPOTrainer, PPOTrainer
+from coati.trainer.policy import PolicySettings
 from tests.experience_maker.stubs import StubEngine
 
 ASSETS = {"actor": None, "critic": None}
@@ -258,3 +259,23 @@ def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
     metrics = made.rehearse(loader())
     assert len(made.maker.calls) == 2 and len(made.engine.steps) == 1 and made.engine.steps[0][2]
     assert metrics["policy_loss"] == 0.1 and not list(tmp_path.iterdir())
+
+
+def test_a_kl_target_moves_the_coefficient_in_the_loss_too():
+    used, maker = [], Maker()
+
+    class Watched(Engine):
+        def train_step(self, window, hooks, *others, **named):
+            used.append(hooks.kl_coef)
+            return super().train_step(window, hooks, *others, **named)
+
+    maker.kl = KLController(0.5, target=1.0, horizon=100)
+    trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).fit(loader(4, 2, 2))
+    assert used == [0.5] * len(used)  # the stub's phases say nothing of KL
+    maker.kl.kl_coef = 0.25
+    used.clear()
+    trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).fit(loader(4, 2, 2))
+    assert used == [0.25] * len(used) and used
+    used.clear()
+    trainer(Watched(), maker).fit(loader(4, 2, 2))  # KL in the reward: nothing of it in the loss
+    assert used == [0.0] * len(used)

@@ -75,7 +75,8 @@ def cases(online_words, online_places, tmp_path_factory):
                                ("--critic_pretrain: the policy", "ids up to 383", "a vocabulary of 320")),
         "rows of another kind": ("grpo", ("--prompt_dataset", "$ptx"), ("--prompt_dataset", "--type prompt")),
         "no such function": (
-            "grpo", ("--reward_functions", f"{online_places['functions']}:vowel"), ("--reward_functions", "vowel"),
+            "grpo", ("--reward_functions", f"{online_places['functions']}:vowel"),
+            ("functions.py has no vowel; it defines vowels", "is_nan"),
         ),
         "no answers to compare": ("grpo", ("--reward_functions", "gsm8k", "--prompt_dataset", "$untrue"),
                                   ("--prompt_dataset", "gt_answer", "gsm8k")),

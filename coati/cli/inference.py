@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
+from coati.inference.quant_names import QUANTS
 
 CONSOLES = ("rich", "simple", "dummy")
 
@@ -34,8 +35,20 @@ def inference_parser() -> Parser:
         help="answer this and end; repeat it for several, each a dialogue of its own",
     )  # fmt: skip
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    parser.add_argument("--quant", choices=tuple(QUANTS), help="quantise the weights while loading, by bitsandbytes")
+    _add_dialogue_flags(parser)
     add_sampling_flags(parser)
     return parser
+
+
+def _add_dialogue_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("dialogue")
+    add_text(group, "--system_message", unit="TEXT", help="in place of the template's own; '' for none")
+    add_text(
+        group, "--prompt_file", unit="FILE",
+        help="answer each line of a text file (-: of standard input), or each row of a data file, and end",
+    )  # fmt: skip
+    add_text(group, "--transcript", unit="FILE", help="append every dialogue to this file, as a JSON row")
 
 
 def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
@@ -66,4 +79,6 @@ def parse_inference(argv: Sequence[str] | None = None) -> Namespace:
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --model_max_length "
             f"{args.model_max_length}"
         )
+    if args.prompt and args.prompt_file:
+        parser.error("--prompt and --prompt_file both say what to ask; give one of them")
     return args

@@ -76,15 +76,16 @@ class ChatSession:
     def _make_room(self, question: dict[str, str]) -> list[int]:
         """Add ``question`` and leave out the oldest rounds until prompt and answer fit; the prompt's token ids."""
         messages, left_out = [*self.messages, question], 0
+        kept = int(messages[0]["role"] == "system")  # rounds begin after a system message of the dialogue's own
         while True:
             prompt = self.conversation.encode_prompt(messages).input_ids
             if len(prompt) + self.max_new_tokens <= self.max_length:
                 break
-            if len(messages) == 1:
+            if len(messages) == kept + 1:
                 raise ValueError(
                     f"the question takes {len(prompt)} tokens and the answer up to {self.max_new_tokens} "
                     f"(--max_new_tokens), more than the {self.max_length} of --model_max_length or of the model"
                 )
-            messages, left_out = messages[2:], left_out + 1
+            messages, left_out = messages[:kept] + messages[kept + 2 :], left_out + 1
         self.messages, self.forgotten = messages, self.forgotten + left_out
         return prompt

@@ -1,4 +1,4 @@
-"""Chat with a model in the terminal; ``--prompt`` or a pipe asks without one."""
+"""Chat with a model in the terminal; ``--prompt``, ``--prompt_file`` or a pipe asks without one."""
 
 import sys
 from argparse import Namespace
@@ -9,6 +9,7 @@ from coati.cli.inference import parse_inference
 
 def open_session(args: Namespace):
     from coati.inference import ChatSession, load
+    from coati.inference.loading import with_system
     from coati.models.generation import Sampling
 
     try:
@@ -17,12 +18,15 @@ def open_session(args: Namespace):
             tokenizer_path=args.tokenizer_path,
             template=args.conversation_template_config,
             trust_remote_code=args.trust_remote_code,
+            quant=args.quant,
         )
     except ValueError as error:
         # Every message of the loader begins with the path at fault.
         flags = ("conversation_template_config", "tokenizer_path", "model_path")
         at_fault = [flag for flag in flags if getattr(args, flag) and str(error).startswith(getattr(args, flag))]
         raise ValueError(f"--{(at_fault or ['model_path'])[0]} {error}") from error
+    if args.system_message is not None:
+        loaded = with_system(loaded, args.system_message)
     sampling = Sampling(
         do_sample=args.temperature > 0,
         temperature=args.temperature or 1.0,
@@ -34,25 +38,29 @@ def open_session(args: Namespace):
     return ChatSession(*loaded, sampling=sampling, seed=args.seed, **lengths)
 
 
-def reply(session, screen, question: str) -> None:
+def reply(session, screen, record, question: str) -> None:
     forgotten = session.forgotten
-    with closing(session.ask(question)) as pieces:
-        screen.answer(pieces)
+    try:
+        with closing(session.ask(question)) as pieces:
+            screen.answer(pieces)
+    finally:
+        record.add(session.messages)
     if session.forgotten > forgotten:
         screen.note(f"{session.forgotten} oldest rounds no longer fit into --model_max_length and are left out")
     if session.cut:
         screen.note(f"cut off at --max_new_tokens {session.max_new_tokens}")
 
 
-def chat(session, screen, words) -> None:
+def chat(session, screen, record, words) -> None:
     """The dialogue, until the questions end. Ctrl-C breaks off an answer, not the dialogue."""
     for question in screen.questions():
         if question == words.CLEAR:
             session.clear()
+            record.close()
             screen.clear()
             continue
         try:
-            reply(session, screen, question)
+            reply(session, screen, record, question)
         except KeyboardInterrupt:
             screen.note("broken off")
         except ValueError as error:
@@ -63,15 +71,20 @@ def chat(session, screen, words) -> None:
 
 def main(args: Namespace) -> None:
     from coati.inference import console
+    from coati.inference.transcript import Transcript, dialogues
 
     screen = console.console(args.io)
+    asked = dialogues(args.prompt_file) if args.prompt_file else [([], question) for question in args.prompt]
     session = open_session(args)
-    for question in args.prompt:
-        session.clear()
-        screen.repeat(question)
-        reply(session, screen, question)
-    if not args.prompt:
-        chat(session, screen, console)
+    with closing(Transcript(args.transcript)) as record:
+        for before, question in asked:
+            session.clear()
+            session.messages = list(before)
+            screen.repeat(question)
+            reply(session, screen, record, question)
+            record.close()
+        if not asked:
+            chat(session, screen, record, console)
 
 
 if __name__ == "__main__":

@@ -141,3 +141,12 @@ def test_a_seed_makes_answers_repeatable(tokenizer):
         return "".join(chat.ask("hello"))
 
     assert answer(1) == answer(1) != answer(2)
+
+
+def test_a_dialogues_own_system_message_stays_when_rounds_make_room(tokenizer):
+    chat = session(tokenizer, ["a"], max_new_tokens=10)
+    turn = {"role": "user", "content": "first question"}, {"role": "assistant", "content": "yes"}
+    chat.messages = [{"role": "system", "content": "S!"}, *turn]
+    chat.max_length = len(chat.conversation.encode_prompt([chat.messages[0], turn[0]]).input_ids) + 12
+    list(chat.ask("other question"))
+    assert "first" not in chat.model.prompts[0] and "S!" in chat.model.prompts[0] and chat.forgotten == 1

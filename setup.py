@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+QUANTISE = ["bitsandbytes>=0.46", "compressed-tensors==0.10.2", "loguru", "nvidia-ml-py"]
 
 
 def requirements() -> list[str]:
@@ -33,9 +34,12 @@ setup(
             # the server, and what its tests call it with; the browser itself (chromium) comes from the system
             "fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50",
             "schemathesis>=4", "playwright>=1.45",
+            *QUANTISE, "ipykernel>=6", "nbclient>=0.8",
         ],
         "flash": ["flash-attn>=2.5"],
         "inference": ["rich>=13"],
+        # llmcompressor==0.6.0 itself is installed with --no-deps: it declares numpy<2, and runs with 2
+        "quantise": QUANTISE,
         "serve": ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"],
     },
 )

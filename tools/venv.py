@@ -21,7 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CANDIDATES = (sys.executable, "python3.12", "python3.11", "python3.10", "python3")
 IN_RANGE = "import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))"
-DEFAULT = ([["-r", "requirements.txt", "-e", ".[dev]"]], ["requirements.txt", "setup.py"])
+DEFAULT = (
+    # The last LLM Compressor for torch 2.5 declares numpy<2 and runs with 2.
+    [["-r", "requirements.txt", "-e", ".[dev]"], ["--no-deps", "llmcompressor==0.6.0"]],
+    ["requirements.txt", "setup.py"],
+)
 LATEST = (
     [["-r", "requirements-latest.txt"], ["--no-deps", "colossalai==0.5.0"], ["--no-deps", "-e", "."]],
     ["requirements-latest.txt", "setup.py"],

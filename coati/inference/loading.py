@@ -1,6 +1,7 @@
 """One loader for every directory that training writes and every Hugging Face model."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from coati.dataset.conversation import Conversation, setup_conversation_template
-from coati.inference.quantisation import placing_of
+from coati.inference.quantisation import bitsandbytes_on_cpus, placing_of
 from coati.models.utils import adapter_base, check_vocabulary, load_causal_lm, load_tokenizer
 from coati.utils.json_io import load_json
 from coati.utils.notice import say_once
@@ -51,7 +52,9 @@ def load(
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     placing = placing_of(directory, quant, device, dtype)
-    model = load_causal_lm(directory, dtype=dtype, trust_remote_code=trust_remote_code, strict=True, placing=placing)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "strict": True, "placing": placing}
+    with bitsandbytes_on_cpus() if placing else nullcontext():
+        model = load_causal_lm(directory, **options)
     check_vocabulary(model, tokenizer)
     return Loaded((model if placing else model.to(device)).eval(), tokenizer, conversation)
 

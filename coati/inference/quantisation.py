@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,20 @@ def placing_of(
     need(READERS.get(method or "bitsandbytes", "transformers"), f"{directory}: {quant or method}")
     placing: dict[str, Any] = {"device_map": {"": str(device)}}
     return placing | ({"quantization_config": bitsandbytes_config(quant, dtype)} if quant else {})
+
+
+@contextmanager
+def bitsandbytes_on_cpus() -> Iterator[None]:
+    """transformers 4.51 lets bitsandbytes onto a CPU with Intel's extension for PyTorch alone, which bitsandbytes has
+    done without since 0.46: inside the block it is not asked for."""
+    from transformers.integrations import bitsandbytes as gate
+
+    asked = gate.is_ipex_available
+    gate.is_ipex_available = lambda: True
+    try:
+        yield
+    finally:
+        gate.is_ipex_available = asked
 
 
 def bitsandbytes_config(quant: str, dtype: str) -> Any:

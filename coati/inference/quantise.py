@@ -1,0 +1,93 @@
+"""Quantised directories: bitsandbytes and LLM Compressor do the work, this writes what they need beside the weights."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from coati.inference.export import fresh_folder, write_model
+from coati.inference.loading import conversation_of, load, weights_of, with_tokenizer
+from coati.inference.measure import Row
+from coati.inference.quant_names import CALIBRATED, METHODS, OF_QUANT
+from coati.inference.quantisation import need
+from coati.models.utils import adapter_base, load_causal_lm, load_tokenizer
+
+
+def quantise(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    method: str,
+    *,
+    calibration: Sequence[Row] = (),
+    group_size: int = 128,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the model of ``path`` to ``output`` with fewer bits a weight. ``method``: a key of METHODS.
+
+    ``calibration``: rows that GPTQ measures its errors on. ``group_size``: neighbouring weights that share a scale, for
+    gptq and rtn. Raises ValueError for an adapter, for gptq without calibration rows, for a group size that does not
+    divide the width of a layer, and for a package that is not installed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method in CALIBRATED and not calibration:
+        raise ValueError(f"{method} needs calibration data: rows like those the model will see (--calibration FILE)")
+    directory = weights_of(path)
+    if adapter_base(directory):
+        raise ValueError(f"{directory} is a LoRA adapter, which cannot be quantised alone; merge it with merge_lora.py")
+    with fresh_folder(output) as folder:
+        if method in OF_QUANT.values():
+            quant = next(name for name, own in OF_QUANT.items() if own == method)
+            write_model(*load(directory, quant=quant, trust_remote_code=trust_remote_code), folder)
+            return
+        need("llmcompressor", method)
+        tokenizer = load_tokenizer(with_tokenizer(directory), trust_remote_code)
+        conversation = conversation_of(directory, tokenizer)
+        model = load_causal_lm(directory, dtype="fp32", strict=True, trust_remote_code=trust_remote_code)
+        check_groups(model, group_size)
+        model.name_or_path = str(folder)  # where a recipe of earlier compressions is looked for, hub and all
+        _compress(model, tokenizer, method, calibration, group_size)
+        write_model(model, tokenizer, conversation, folder)
+
+
+def check_groups(model: nn.Module, group_size: int) -> None:
+    """Raise ValueError naming the first linear layer whose inputs cannot be cut into groups, and sizes that can."""
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for name, layer in layers.items():
+        if layer.in_features % group_size:
+            widths = {one.in_features for one in layers.values()}
+            fits = [size for size in range(16, 513, 16) if not any(width % size for width in widths)]
+            raise ValueError(
+                f"--group_size {group_size} does not divide the {layer.in_features} inputs of {name}; "
+                f"these divide all layers: {', '.join(map(str, fits)) or 'none of 16 to 512'}"
+            )
+
+
+def _compress(model: nn.Module, tokenizer: Any, method: str, calibration: Sequence[Row], group_size: int) -> None:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from loguru import logger
+
+    logger.disable("llmcompressor")  # some lines for each layer
+
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size)
+    modifier = {"gptq": GPTQModifier, "rtn": QuantizationModifier}[method]
+    recipe = modifier(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
+    )
+    given: dict[str, Any] = {}
+    if method in CALIBRATED:
+        rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in calibration]
+        longest = max(len(ids) for ids, _ in calibration)
+        given = {
+            "dataset": Dataset.from_list(rows),
+            "num_calibration_samples": len(rows),
+            "max_seq_length": longest,
+        }
+    with torch.random.fork_rng(devices=[]):
+        oneshot(model=model, recipe=[recipe], tokenizer=tokenizer, log_dir=None, **given)

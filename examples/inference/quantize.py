@@ -1,0 +1,69 @@
+"""A model with fewer bits a weight, measured beside the original. ``quantize.py --help`` lists the flags."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from coati.cli.quantize import parse_quantize
+
+
+def measured(name: str, folder, args: Namespace, original=None) -> dict:
+    """Size, perplexity and speed of the model of ``folder``; ``original``: the size that the ratio is against."""
+    from coati.inference import load, measure
+    from coati.inference.loading import weights_of
+
+    loaded = load(folder, trust_remote_code=args.trust_remote_code)
+    rows = measure.rows_of(args.eval, loaded.conversation, args.max_length)
+    size = measure.size_of(weights_of(folder))
+    return {
+        "model": name,
+        "bytes": size.embeddings + size.inside,
+        "ratio": size.ratio(original or size),
+        "perplexity": measure.perplexity(loaded.model, rows),
+        "tokens_per_second": measure.speed_of(loaded, 1, new_tokens=args.new_tokens).rate,
+    }
+
+
+def show(figures: list[dict]) -> None:
+    print(f"{'model':10} {'MiB':>8} {'x bf16, no embeddings':>22} {'perplexity':>11} {'change':>8} {'tokens/s':>9}")
+    for one in figures:
+        change = one["perplexity"] / figures[0]["perplexity"] - 1
+        print(
+            f"{one['model']:10} {one['bytes'] / 2**20:8.1f} {one['ratio']:22.3f} {one['perplexity']:11.3f} "
+            f"{change:+8.2%} {one['tokens_per_second']:9.1f}"
+        )
+
+
+def main(args: Namespace) -> None:
+    from coati.inference import measure
+    from coati.inference.loading import conversation_of, weights_of, with_tokenizer
+    from coati.inference.quantise import quantise
+    from coati.models.utils import load_tokenizer
+
+    original = weights_of(args.model_path)
+    calibration = []
+    if args.calibration:
+        conversation = conversation_of(original, load_tokenizer(with_tokenizer(original), args.trust_remote_code))
+        calibration = measure.rows_of(args.calibration, conversation, args.max_length, args.calibration_rows)
+    several = len(args.method) > 1
+    folders = {method: Path(args.output_dir) / (method if several else "") for method in args.method}
+    for method, folder in folders.items():
+        quantise(
+            args.model_path, folder, method, calibration=calibration, group_size=args.group_size,
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+    figures = [measured("original", args.model_path, args)]
+    size = measure.size_of(original)
+    figures += [measured(method, folder, args, size) for method, folder in folders.items()]
+    show(figures)
+    if args.output:
+        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    arguments = parse_quantize()
+    try:
+        main(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"quantize.py: error: {error}")

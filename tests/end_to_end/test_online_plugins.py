@@ -145,7 +145,7 @@ def assert_same_first_episode(found: dict[str, float], expected: dict[str, float
 
 
 def assert_same_weights(place: Path, reference: Path, start: Path) -> None:
-    """What training has changed is the same to a thousandth: Adam makes steps of numbers that are all but 0."""
+    """What training has changed is the same to a few thousandths: Adam makes steps of numbers that are all but 0."""
     from safetensors.torch import load_file
 
     for file in sorted(reference.glob("*/modeling/*.safetensors")):
@@ -154,4 +154,4 @@ def assert_same_weights(place: Path, reference: Path, start: Path) -> None:
         assert mine.keys() == other.keys()
         moved = sum(float((other[name] - before.get(name, 0)).double().square().sum()) for name in other)
         apart = sum(float((other[name] - mine[name]).double().square().sum()) for name in other)
-        assert 0 < moved and apart < 1e-6 * moved, f"{file}: {apart**0.5} of {moved**0.5}"
+        assert 0 < moved and apart < 1e-5 * moved, f"{file}: {apart**0.5} of {moved**0.5}"

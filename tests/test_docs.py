@@ -22,6 +22,8 @@ OTHERS = {
     "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
     "docker": {"--ipc"},
     "pip": {"--no-deps"},
+    "vllm serve": {"--served-model-name", "--max-model-len"},
+    "sglang.launch_server": {"--model-path", "--served-model-name"},
     "coati.cli.reference": {"--check"},
 }  # fmt: skip
 # What a benchmark prints on one machine is not true of another; pages name the command instead.

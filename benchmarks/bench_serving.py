@@ -1,0 +1,74 @@
+"""Tokens per second of the serving engine: requests one after the other, and all at the same time.
+
+    python benchmarks/bench_serving.py --model_path models/smollm2 --requests 8 --max_new_tokens 64
+
+Greedy answers; it also says whether those given together are those given alone.
+"""
+
+import argparse
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+QUESTIONS = (
+    "How far is the moon?", "What do bees eat?", "Name three rivers of Europe.", "Why is the sky blue?",
+    "Write a short story about a cat.", "How do I boil an egg?", "What is a prime number?", "Who wrote Hamlet?",
+)  # fmt: skip
+
+
+class Asked:
+    """One request to ``service`` and its answer."""
+
+    def __init__(self, service, number: int, new: int):
+        from coati.inference.service import Wish
+        from coati.models.choice import Sampling
+
+        self._done, self.text = threading.Event(), ""
+        prompt = service.encode([{"role": "user", "content": f"{number}. {QUESTIONS[number % len(QUESTIONS)]}"}])
+        self.ticket = service.submit(prompt, Wish(Sampling(do_sample=False), new), self._take)
+
+    def _take(self, piece) -> None:
+        self.text += piece.text
+        if piece.finish:
+            self._done.set()
+
+    def wait(self) -> "Asked":
+        self._done.wait()
+        return self
+
+
+def timed(service, arguments, together: bool) -> tuple[float, list[str]]:
+    """Tokens per second, and the texts."""
+    start = time.perf_counter()
+    asked = []
+    for number in range(arguments.requests):
+        asked.append(Asked(service, number, arguments.max_new_tokens))
+        if not together:
+            asked[-1].wait()
+    tokens = sum(len(each.wait().ticket.row.tokens) for each in asked)
+    return tokens / (time.perf_counter() - start), [each.text for each in asked]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    from coati.inference.loading import load
+    from coati.inference.service import Service
+
+    service = Service(load(arguments.model_path), max_batch=arguments.requests, max_queue=arguments.requests)
+    timed(service, argparse.Namespace(requests=1, max_new_tokens=4), together=False)
+    alone, texts = timed(service, arguments, together=False)
+    together, texts_together = timed(service, arguments, together=True)
+    service.close()
+    print(f"one after the other {alone:.1f} tokens/s, {arguments.requests} together {together:.1f} tokens/s: ", end="")
+    print(f"{together / alone:.2f} times as many; same answers: {texts == texts_together}")
+
+
+if __name__ == "__main__":
+    main()

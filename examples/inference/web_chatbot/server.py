@@ -1,0 +1,72 @@
+"""Serve a model: OpenAI's chat completions, /generate, and a page to chat on."""
+
+import signal
+import sys
+from argparse import Namespace
+
+from coati.cli.serve import LOOPBACK, listening_socket, parse_server
+
+
+def open_service(args: Namespace):
+    from coati.inference import load
+    from coati.inference.cut import read_words
+    from coati.inference.service import Service
+
+    words = read_words(args.profanity_file) if args.profanity_file else []
+    loaded = load(
+        args.model_path,
+        tokenizer_path=args.tokenizer_path,
+        template=args.conversation_template_config,
+        trust_remote_code=args.trust_remote_code,
+        quant=args.quant,
+    )
+    return Service(
+        loaded,
+        max_length=args.model_max_length,
+        max_batch=args.max_batch,
+        max_queue=args.max_queue,
+        timeout=args.timeout,
+        words=words,
+    )
+
+
+def app_of(args: Namespace, service):
+    from coati.inference.web import WebSettings, make_app
+    from coati.models.choice import Sampling
+
+    sampling = Sampling(
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    # Without a token only the address protects the model, so a web page that makes its name point here must not do.
+    hosts = (*LOOPBACK, "[::1]") if args.token is None and args.http_host in LOOPBACK else ()
+    settings = WebSettings(args.served_model_name, sampling, args.max_new_tokens, args.token, args.cors_origins, hosts)
+    return make_app(service, settings)
+
+
+def main(args: Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once all is in order
+    listening = listening_socket(args.http_host, args.http_port)
+    try:
+        import uvicorn
+
+        service = open_service(args)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; the server needs: pip install 'coati[serve]'") from error
+    host, port = listening.getsockname()[:2]
+    print(f"{args.served_model_name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    config = uvicorn.Config(app_of(args, service), timeout_graceful_shutdown=args.shutdown_timeout)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    arguments = parse_server()
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    except (ValueError, OSError) as error:
+        sys.exit(f"server.py: error: {error}")

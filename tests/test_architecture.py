@@ -33,8 +33,8 @@ CONFINED = {
 # Names that a parser offers live in modules that load in milliseconds.
 LIGHT = [
     "coati", "coati.cli.arguments", "coati.cli.rollouts", "coati.parallel.plugins", "coati.trainer.strategies",
-    "coati.models.policy_names", "coati.rewards.names", "coati.rewards.scorer", "coati.experience_maker.names",
-    "coati.experience_buffer.equation",
+    "coati.models.policy_names", "coati.models.quant_names", "coati.rewards.names", "coati.rewards.scorer",
+    "coati.experience_maker.names", "coati.experience_buffer.equation",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.inference.quant_names import QUANTS
+from coati.models.quant_names import QUANTS
 
 CONSOLES = ("rich", "simple", "dummy")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from coati.inference.quant_names import QUANTS
+from coati.models.quant_names import QUANTS
 from coati.models.utils import DTYPES, read_config
 
 # What transformers needs beside itself to read a directory of each quant_method.

@@ -10,8 +10,8 @@ from torch import nn
 from coati.inference.export import fresh_folder, write_model
 from coati.inference.loading import conversation_of, load, weights_of, with_tokenizer
 from coati.inference.measure import Row
-from coati.inference.quant_names import CALIBRATED, METHODS, OF_QUANT
 from coati.inference.quantisation import need
+from coati.models.quant_names import CALIBRATED, METHODS, OF_QUANT
 from coati.models.utils import adapter_base, load_causal_lm, load_tokenizer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from coati.cli.inference import add_sampling_flags
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
-from coati.inference.quant_names import QUANTS
+from coati.models.quant_names import QUANTS
 from coati.utils.notice import say_once
 
 TOKEN_VARIABLE, ORIGIN_VARIABLE = "COATI_SERVER_TOKEN", "CORS_ORIGIN"

@@ -28,7 +28,7 @@ FAILED = {
     "cancelled": (499, "the client left", "server_error"),
 }
 _ERRORS = {status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 413, 422, 429, 499, 500, 503, 504)}
-_EVENTS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENTS = {200: {"content": {"text/event-stream": {}}}}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""The chat page in a real browser: sending, streaming, stopping, reloading, settings, a phone's width."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.inference.serving import running, until
+
+playwright = pytest.importorskip("playwright.sync_api")
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+SHOTS = os.environ.get("COATI_SCREENSHOTS")  # a folder to look at them in
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with playwright.sync_playwright() as started:
+        try:
+            browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium here ({str(error).splitlines()[0]})")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(endless=True, pause=0.02, web={"max_new_tokens": 30}, max_length=256) as server:
+        yield server
+
+
+@pytest.fixture(params=[(390, 844), (1280, 800)], ids=["phone", "desk"])
+def page(browser, server, request):
+    width, height = request.param
+    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 600)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("console", lambda line: page.faults.append(line.text) if line.type == "error" else None)
+    own = (server.url, "data:")
+    page.on("request", lambda sent: None if sent.url.startswith(own) else page.faults.append(sent.url))
+    page.goto(server.url)
+    holds(page, "document.querySelector('#model').textContent === 'tiny'")
+    yield page
+    context.close()
+
+
+def holds(page, expression):
+    """Wait until ``expression`` is true. Playwright's own waiting needs eval, which the page's policy forbids."""
+    for _ in range(800):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(25)
+    raise AssertionError(f"never true: {expression}")
+
+
+def send(page, text):
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+
+
+def answered(page, count=1):
+    """Wait for ``count`` whole answers; the last one's text."""
+    holds(
+        page,
+        f"document.querySelectorAll('article.assistant').length === {count} && "
+        "!document.querySelector('.writing') && document.querySelector('#send').textContent === 'Send'"
+    )
+    return page.locator("article.assistant").last.locator(".text, pre").all_inner_texts()
+
+
+def shot(page, name):
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{page.viewport_size['width']}_{name}.png")
+
+
+def test_send_stream_and_reload(page):
+    shot(page, "empty")
+    send(page, "hello there")
+    page.wait_for_selector(".writing")
+    holds(page, "document.querySelector('.writing .text')?.textContent.length > 2")  # it streams
+    shot(page, "writing")
+    answer = answered(page)
+    assert "cut off at the longest answer" in page.locator(".note").inner_text()
+    send(page, "and again")
+    assert answered(page, 2)
+    shot(page, "answered")
+    page.reload()
+    assert page.locator("article").count() == 4
+    assert page.locator("article.user").first.inner_text().endswith("hello there")
+    assert page.locator("article.assistant").first.locator(".text, pre").all_inner_texts() == answer
+    page.click("#new")
+    assert page.locator("article").count() == 0 and page.locator("#empty").is_visible()
+    page.reload()
+    assert page.locator("article").count() == 0
+    assert page.faults == []
+
+
+def test_stop_keeps_what_was_written_and_frees_the_place(page, server):
+    page.click("#adjust")
+    page.fill("[name=max_tokens]", "30")
+    send(page, "hello")
+    holds(page, "document.querySelector('.writing .text')?.textContent.length > 2")
+    page.click("#send")  # now Stop
+    assert answered(page) and page.locator(".note").inner_text() == "stopped"
+    assert until(lambda: server.service.running == 0, 5)
+    send(page, "go on")  # the dialogue goes on from there
+    assert answered(page, 2)
+    assert page.faults == []
+
+
+def test_nothing_is_wider_than_the_screen(page):
+    page.click("#adjust")
+    shot(page, "settings")
+    messages = [
+        {"role": "user", "content": "w" * 300},
+        {"role": "assistant", "content": "Look:\n```python\n" + "x" * 300 + "\n```\nand <b>this</b> " + "y" * 300},
+    ]
+    page.evaluate("messages => localStorage.setItem('coati.messages', JSON.stringify(messages))", messages)
+    page.reload()
+    page.wait_for_selector("pre")
+    shot(page, "long")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert "<b>this</b>" in page.locator("article.assistant").inner_text()  # text, never markup
+    for button in page.locator("button:visible").all():
+        box = button.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= page.viewport_size["width"]
+    page.click("#theme")
+    shot(page, "other_theme")
+
+
+def test_settings_go_with_the_request_and_stay(page):
+    page.click("#adjust")
+    page.fill("[name=system]", "Be brief.")
+    page.fill("[name=temperature]", "0.5")
+    page.fill("[name=seed]", "7")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        send(page, "hello")
+    body = sent.value.post_data_json
+    assert (body["temperature"], body["seed"], body["stream"]) == (0.5, 7, True)
+    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    answered(page)
+    page.reload()
+    page.click("#adjust")
+    assert page.input_value("[name=temperature]") == "0.5"
+    page.fill("[name=temperature]", "5")
+    send(page, "once more")
+    page.wait_for_selector("#notice:visible")
+    assert "Temperature" in page.inner_text("#notice") and page.input_value("#question") == "once more"
+
+
+def test_a_dialogue_that_outgrows_the_model_loses_its_oldest_rounds(page):
+    for turn in range(4):
+        send(page, "hello there, how are you " * 5)
+        answered(page, turn + 1)
+    assert "oldest rounds were left out" in page.locator(".note").last.inner_text()
+    assert page.locator("#notice").is_hidden()
+
+
+def test_a_server_that_is_gone_is_said_and_the_question_kept(page):
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    send(page, "are you there?")
+    page.wait_for_selector("#notice:visible")
+    assert page.inner_text("#notice") == "The server cannot be reached."
+    assert page.input_value("#question") == "are you there?" and page.locator("article").count() == 0
+
+
+def test_every_control_has_a_name_and_the_keyboard_suffices(page):
+    page.click("#adjust")
+    nameless = page.evaluate(
+        "[...document.querySelectorAll('button, input, textarea')].filter(e => "
+        "!(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map(e => e.outerHTML)"
+    )
+    assert nameless == []
+    assert page.get_attribute("#adjust", "aria-expanded") == "true"
+    page.focus("#question")
+    page.keyboard.type("hello")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "send"
+    page.keyboard.press("Enter")
+    answered(page)
+
+
+def test_a_token_is_asked_for(browser):
+    with running(web={"token": "sesame"}) as server:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("[name=token]:visible")
+        assert "wrong or missing token" in page.inner_text("#notice")
+        page.fill("[name=token]", "sesame")
+        page.press("[name=token]", "Tab")
+        holds(page, "document.querySelector('#model').textContent === 'tiny'")
+        assert page.locator("#notice").is_hidden()
+        assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
+        context.close()

@@ -35,7 +35,8 @@ def conversation():
 
 
 def tokenised(type: str, rows: list, conversation) -> tuple[list, list[dict]]:
-    """All rows as they are read, without the name of their shape and the answers left out, and every column of the first 40 training rows."""
+    """All rows as they are read, whatever their shape and what was left out at their end, and every column of the first
+    40 training rows."""
     read = [replace(READERS[type](row), shape="", unanswered=False) for row in rows]
     return read, [columns for row in read[:40] for columns, _ in TOKENIZERS[type](row, conversation, 4000)]
 

@@ -4,10 +4,10 @@ import os
 import shutil
 
 import pytest
+from playwright import sync_api as playwright
 
 from tests.inference.serving import running, until
 
-playwright = pytest.importorskip("playwright.sync_api")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SHOTS = os.environ.get("COATI_SCREENSHOTS")  # a folder to look at them in
 

@@ -118,7 +118,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     prompts = torch.randint(3, vocabulary, (size.prompts, case.prompt), generator=generator).tolist()
     episodes: list[dict] = []
     rows = Paced(loader(prompts, Ids), tell=episodes.append)
-    make_trainer(models(args, name, options), size, args.episodes, rows, Ids).fit(rows)
+    make_trainer(models(args, name, options), size, args.episodes, rows, Ids).run(rows)
     return {"peak_memory_mb": peak_memory_mb(), "episodes": episodes}
 
 

@@ -109,7 +109,7 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
     from coati.models.generation import Sampling
     from coati.models.policy_loss import Normalisation
     from coati.rewards import Rewards
-    from coati.trainer import GRPOTrainer, PPOTrainer
+    from coati.trainer import OLTrainer
     from coati.trainer.base import Plan
     from coati.trainer.online import Episodes
     from coati.trainer.policy import PolicySettings
@@ -125,7 +125,7 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
     )  # fmt: skip
     normalisation = Normalisation("token" if ppo else "response", size.new)
     keywords: dict[str, Any] = {"critic": models.critic} if ppo else {}
-    return (PPOTrainer if ppo else GRPOTrainer)(
+    return OLTrainer(
         models.policy, maker, NaiveExperienceBuffer(size.answers),
         Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
         policy=PolicySettings(case.CLIP, case.CLIP, normalisation=normalisation), plan=Plan(log_interval=1),
@@ -148,7 +148,7 @@ def main() -> None:
     options = ParallelOptions(plugin="ddp", precision="fp32", grad_clip=case.MAX_NORM)
     trainer = make_trainer(stored(algorithm, folder, options), size, episodes, prompts, tokenizer)
     print("ready", flush=True)
-    trainer.fit(prompts)
+    trainer.run(prompts)
     print(json.dumps({"peak_mb": peak_memory_mb()}), flush=True)
 
 

@@ -107,8 +107,8 @@ def add_parallel_flags(parser: Parser) -> None:
     group = parser.add_argument_group("parallelism")
     group.add_argument(
         "--plugin", choices=tuple(PLUGINS),
-        help="ColossalAI plugin; default: gemini with several GPUs, a compiler and no LoRA, else zero2; "
-        "3d when --tp, --pp or --sp is given (docs/plugins.md)",
+        help="ColossalAI plugin; default: gemini with several GPUs, a compiler and no LoRA, ddp with one "
+        "process on a CPU, else zero2; 3d when --tp, --pp or --sp is given (docs/plugins.md)",
     )
     add_count(group, "--tp", default=1, help="processes that share each weight (tensor parallel)")
     add_count(group, "--pp", default=1, help="pipeline stages that the layers are cut into")

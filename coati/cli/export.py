@@ -7,11 +7,7 @@ from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_switch, add_text
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-GGUF = (
-    "--gguf: no converter that is kept up can be installed as a package: convert_hf_to_gguf.py of llama.cpp lives in "
-    "its repository alone (the package gguf only reads and writes the file format). Export without --gguf, then run "
-    "that program on the directory"
-)
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def merging_parser() -> Parser:
@@ -35,7 +31,10 @@ def export_parser() -> Parser:
     )
     _add_common(parser, "directory that training wrote, a checkpoint, or a LoRA adapter (required)", "auto")
     add_count(parser, "--max_new_tokens", default=32, help="tokens of each answer that is compared with transformers'")
-    add_switch(parser, "--gguf", help="refused, with what to do instead: no packaged converter exists")
+    parser.add_argument(
+        "--gguf", choices=GGUF_TYPES,
+        help="write a GGUF file for llama.cpp beside it, with weights of this type, by the program convert-hf-to-gguf",
+    )
     return parser
 
 
@@ -57,11 +56,7 @@ def parse_merging(argv: Sequence[str] | None = None) -> Namespace:
 
 def parse_export(argv: Sequence[str] | None = None) -> Namespace:
     """The checked flags of ``export.py``. Exits with code 2 and one line naming a wrong flag."""
-    parser = export_parser()
-    args = _checked(parser, argv)
-    if args.gguf:
-        parser.error(GGUF)
-    return args
+    return _checked(export_parser(), argv)
 
 
 def _checked(parser: Parser, argv: Sequence[str] | None) -> Namespace:

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from coati.cli.legacy import add_gptq
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
 from coati.models.quant_names import QUANTS
@@ -36,6 +37,7 @@ def inference_parser() -> Parser:
     )  # fmt: skip
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
     parser.add_argument("--quant", choices=tuple(QUANTS), help="quantise the weights while loading, by bitsandbytes")
+    add_gptq(parser)
     _add_dialogue_flags(parser)
     add_sampling_flags(parser)
     return parser

@@ -42,6 +42,12 @@ DROPPED_OF_ROLLOUTS = {
     "--critic_model": "the architecture is read from --critic_pretrain",
     "--max_tokens_thinking": "--max_seq_len is the room for a response, its thoughts included",
 }
+# What programs that answer were given to read a GPTQ file -> what takes its place.
+GPTQ = {
+    "--gptq_checkpoint": "a directory that quantize.py --method gptq wrote is a model by itself: give it in place of "
+    "the model, without --quant",
+    "--gptq_group_size": "the directory says it itself; quantize.py --group_size decides it",
+}
 
 
 class _Renamed(argparse.Action):
@@ -56,6 +62,11 @@ class _Dropped(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         why = (DROPPED | DROPPED_OF_ROLLOUTS)[option_string]
         say_once(f"{option_string} {values} has no effect: {why}")
+
+
+class _Refused(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.error(f"{option_string}: {GPTQ[option_string]}")
 
 
 class _Strategy(argparse.Action):
@@ -76,3 +87,9 @@ def add_flags(parser: Parser) -> None:
             continue
         extra = {"nargs": now.nargs, "const": now.const} if now.nargs else {}
         parser.add_argument(old, action=_Renamed, dest=now.dest, type=now.type, choices=now.choices, **extra, **hidden)
+
+
+def add_gptq(parser: Parser) -> None:
+    """Answer the flags of GPTQ files with what takes their place."""
+    for old in GPTQ:
+        parser.add_argument(old, action=_Refused, help=argparse.SUPPRESS, default=argparse.SUPPRESS)

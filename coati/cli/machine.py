@@ -44,6 +44,8 @@ def _default_plugin(args: Namespace) -> str:
         name = "3d"
     elif torch.cuda.device_count() > 1 and world_size() > 1 and can_compile() and not args.lora_rank:
         name = "zero2" if args.mixed_precision == "fp32" or args.zero_cpu_offload else "gemini"
+    elif world_size() == 1 and not torch.cuda.is_available():
+        name = "ddp"  # nothing to shard; zero2 would still copy every gradient into its buckets
     else:
         name = "zero2"
     say_once(f"--plugin is {name} by default here ({PLUGINS[name].best_for}).")

@@ -30,6 +30,7 @@ from coati.trainer.base import Plan
 from coati.trainer.online import Episodes
 from coati.trainer.online_signs import OnlineSigns
 from coati.trainer.policy import PolicySettings
+from coati.trainer.rl import annealing
 
 
 def rewards(args: Namespace, template: Conversation | None) -> Rewards | None:
@@ -75,14 +76,8 @@ def _temperature(args: Namespace):
     sixth (at most 100) and half (at most 600) of the episodes."""
     if "initial_temperature" not in args:
         return lambda episode: args.temperature
-    first, last = args.initial_temperature, args.final_temperature
     start, end = min(100, args.num_episodes // 6), min(600, args.num_episodes // 2)
-
-    def temperature(episode: int) -> float:
-        done = min(max((episode - start) / max(end - start, 1), 0.0), 1.0)
-        return first + (last - first) * done
-
-    return temperature
+    return annealing(args.initial_temperature, args.final_temperature, start, end)
 
 
 def maker(

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from coati.cli.legacy import add_gptq
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_switch, add_text
 from coati.models.quant_names import CALIBRATED, METHODS, QUANTS
@@ -71,6 +72,7 @@ def benchmark_parser() -> Parser:
     parser.add_argument(
         "--quant", nargs="+", choices=(FULL, *QUANTS), default=[FULL, *QUANTS], help="kinds of weights to measure"
     )
+    add_gptq(parser)
     parser.add_argument("--batch_size", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="answers at a time")
     add_count(parser, "--prompt_tokens", default=64, unit="TOKENS", help="length of each prompt")
     add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="length of each answer")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coati.cli.inference import add_sampling_flags
+from coati.cli.legacy import add_gptq
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
 from coati.models.quant_names import QUANTS
@@ -39,6 +40,7 @@ def server_parser() -> Parser:
     )
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
     parser.add_argument("--quant", choices=tuple(QUANTS), help="quantise the weights while loading, by bitsandbytes")
+    add_gptq(parser)
     _add_network_flags(parser)
     _add_limits(parser)
     add_sampling_flags(parser, seed=False)

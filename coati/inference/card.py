@@ -23,6 +23,13 @@ def run_of(path: str | Path) -> Path | None:
     return None
 
 
+def run_files(path: str | Path) -> list[Path]:
+    """What a card is made of: arguments.json and metrics.jsonl of the run that wrote ``path``, as far as there are."""
+    run = run_of(path)
+    files = [] if run is None else [run / name for name in ("arguments.json", "metrics.jsonl")]
+    return [file for file in files if file.is_file()]
+
+
 def model_card(path: str | Path, checked: str) -> str:
     """Markdown. ``path``: what was exported; ``checked``: a sentence on how the result was tested."""
     name = Path(path).absolute()

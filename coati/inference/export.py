@@ -4,16 +4,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coati.inference.card import run_files
+from coati.inference.gguf_file import Written, converter, write_gguf
 from coati.inference.loading import TEMPLATE, Loaded, conversation_of, load, stop_sequences, weights_of, with_tokenizer
 from coati.models.generation import generate
 from coati.models.utils import adapter_base, load_causal_lm, load_tokenizer
+from coati.parallel.quiet import hush
 
 PROBES = ("Hello, who are you?", "Name three colours.", "What is 12 + 30?", "Write one sentence about the sea.")
 
@@ -68,12 +71,14 @@ def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> 
 def merge(path: str | os.PathLike, output: str | os.PathLike, dtype: str = "fp32", **reading: Any) -> Merged:
     """Write the adapter of ``path``, merged into its base, to ``output`` in ``dtype``, a key of DTYPES.
 
-    The merging is done, and its logits compared, in fp32. ``reading``: template, trust_remote_code. Raises ValueError
+    The merging is done, and its logits compared, in fp32. What the run left about itself goes along, for a model card.
+    ``reading``: template, trust_remote_code. Raises ValueError
     where ``path`` holds no adapter, or where merging changed the logits.
     """
     from coati.models.lora import merge_lora
     from coati.models.lora_files import adapted
 
+    hush()
     directory = weights_of(path)
     base = adapter_base(directory)
     if base is None:
@@ -92,6 +97,8 @@ def merge(path: str | os.PathLike, output: str | os.PathLike, dtype: str = "fp32
         if dtype != "auto":
             model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
         write_model(model, tokenizer, conversation, folder)
+        for file in run_files(path):
+            shutil.copyfile(file, folder / file.name)
     return found
 
 
@@ -112,6 +119,7 @@ class Checked:
     asked: int
     same: int
     first: str | None = None  # what differs first, for people
+    gguf: Written | None = None
 
 
 def export(
@@ -122,13 +130,18 @@ def export(
     dtype: str = "auto",
     max_new_tokens: int = 32,
     questions: Sequence[str] = PROBES,
+    gguf: str | None = None,
     **reading: Any,
 ) -> Checked:
     """Write the model of ``path`` to ``output``, adapters merged, and compare plain transformers' answers with ours.
 
-    ``card`` gives the text of README.md. Raises ValueError when transformers cannot load the directory, or answers
+    ``card`` gives the text of README.md. ``gguf``: weight type of a GGUF file to be written beside
+    (:mod:`coati.inference.gguf_file`). Raises ValueError when transformers cannot load the directory, or answers
     otherwise than this library; nothing is left then.
     """
+    if gguf:
+        converter()
+    hush()
     directory = weights_of(path)
     code = reading.get("trust_remote_code", False)
     tokenizer = load_tokenizer(with_tokenizer(directory), code)
@@ -141,6 +154,9 @@ def export(
         found = check(folder, ours, questions, max_new_tokens, code)
         if found.same != found.asked:
             raise ValueError(f"{path}: plain transformers answers otherwise than this library ({found.first})")
+        if gguf:
+            written = write_gguf(folder, gguf, ours.model, _prompts(ours.conversation, questions))
+            found = replace(found, gguf=replace(written, file=Path(output) / written.file.name))
         (folder / "README.md").write_text(card(ours, found), encoding="utf-8")
     return found
 

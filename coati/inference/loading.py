@@ -11,6 +11,7 @@ from torch import nn
 from coati.dataset.conversation import Conversation, setup_conversation_template
 from coati.inference.quantisation import bitsandbytes_on_cpus, placing_of
 from coati.models.utils import adapter_base, check_vocabulary, load_causal_lm, load_tokenizer
+from coati.parallel.quiet import hush
 from coati.utils.json_io import load_json
 from coati.utils.notice import say_once
 
@@ -43,6 +44,7 @@ def load(
     GPU. ``quant``: a key of QUANTS, the weights are quantised as they are loaded; directories that hold quantised
     weights need none. Raises ValueError saying what a directory lacks, or has too much.
     """
+    hush()
     directory = weights_of(path)
     if quant and adapter_base(directory):
         raise ValueError(f"{directory} is a LoRA adapter, which cannot be quantised alone; merge it with merge_lora.py")

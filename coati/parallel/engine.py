@@ -252,7 +252,10 @@ class Engine:
         if hasattr(self.optimizer, "_current_grad_norm"):
             self.optimizer._current_grad_norm = None
         self.optimizer.step()
-        norm = self.optimizer.get_grad_norm()
+        try:
+            norm = self.optimizer.get_grad_norm()
+        except NotImplementedError:  # an optimiser that the caller boosted with plain DDP keeps no norm
+            norm = None
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()

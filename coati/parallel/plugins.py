@@ -90,7 +90,7 @@ PLUGINS: dict[str, Plugin] = {
         shards="nothing: every process holds the whole model",
         keywords=lambda o: {},
         precisions=PRECISIONS,
-        best_for="debugging; small models; the reference the others are compared with",
+        best_for="one process on a CPU; small models; debugging; the reference the others are compared with",
         cannot="shard anything: weights, gradients and optimiser states are held whole by every process",
     ),
     "zero2": Plugin(

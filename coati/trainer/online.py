@@ -49,14 +49,13 @@ class OLTrainer:
     """Episodes: ``num_collect_steps`` batches of prompts answered and judged, then passes over the answers.
 
     Args:
-        actor: the policy's engine, ``critic`` that of the values where there is one.
+        actor: the policy's engine, ``critic`` that of the values: with one it is PPO, without one of GRPO's kin.
         plan: its intervals count episodes here.
+        vf_coef: of the critic's loss.
         ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows.
         assets: what is saved beside the weights of each model, by name.
         held: what :func:`~coati.parallel.checkpoint.held_by_rank` found, of a run stopped inside an episode.
     """
-
-    name = "online"
 
     def __init__(
         self,
@@ -68,6 +67,7 @@ class OLTrainer:
         critic: Engine | None = None,
         policy: PolicySettings | None = None,
         value_clip: float = 0.2,
+        vf_coef: float = 1.0,
         ptx_coef: float = 0.0,
         plan: Plan | None = None,
         state: RunningState | None = None,
@@ -76,7 +76,8 @@ class OLTrainer:
         signs: Any = None,
     ) -> None:
         self.engine, self.critic, self.maker, self.buffer = actor, critic, maker, buffer
-        self.episodes, self.ptx_coef = episodes, ptx_coef
+        self.episodes, self.ptx_coef, self.vf_coef = episodes, ptx_coef, vf_coef
+        self.name = "grpo" if critic is None else "ppo"
         self.plan, self.state = plan or Plan(), state or RunningState()
         self.models = {"actor": actor} | ({"critic": critic} if critic is not None else {})
         self.model_assets = assets or {name: ModelAssets.of(each.module) for name, each in self.models.items()}
@@ -117,7 +118,7 @@ class OLTrainer:
     def best(self) -> dict[str, float]:
         return self.record.best
 
-    def fit(
+    def run(
         self, prompts: Any, evaluation: Any = None, ptx: Any = None, log_dir: str | None = None, use_wandb: bool = False
     ) -> None:
         """Train.
@@ -251,7 +252,9 @@ class OLTrainer:
         return step.stop
 
     def _critic_step(self, window: list) -> Step | None:
-        return None if self.critic is None else self.critic.train_step(self.values.window(window), self.values)
+        if self.critic is None:
+            return None
+        return self.critic.train_step(self.values.window(window), self.values, weight=self.vf_coef)
 
     def _next_ptx(self, ptx: Any) -> list[Batch]:
         epoch, start = self._ptx_at
@@ -277,18 +280,3 @@ class OLTrainer:
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }
-
-
-class PPOTrainer(OLTrainer):
-    """Proximal policy optimisation with a critic (arXiv 1707.06347, 2203.02155). Raises ValueError without a critic."""
-
-    name = "ppo"
-
-    def __init__(self, actor: Engine, *arguments: Any, critic: Engine, **keywords: Any) -> None:
-        super().__init__(actor, *arguments, critic=critic, **keywords)
-
-
-class GRPOTrainer(OLTrainer):
-    """Policy gradient with advantages from groups of responses instead of a critic (arXiv 2402.03300 and its kin)."""
-
-    name = "grpo"

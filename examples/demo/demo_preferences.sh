@@ -3,7 +3,7 @@
 # examples/data, each measured on pairs it has not seen, before and after. `make demo-preferences` calls this with its
 # environment first on PATH.
 #   DEMO_DIR=DIR     where everything is written; default output/demo-preferences, which is emptied first
-#   RM_STEPS=N     optimiser steps of 8 pairs each for the reward model; default 56
+#   RM_STEPS=N     optimiser steps of 8 pairs each for the reward model; default 64
 #   DPO_STEPS=N    the same for DPO; default 30
 set -euo pipefail
 name=demo-preferences
@@ -19,8 +19,8 @@ export OMP_NUM_THREADS=$cores
 
 train() { # script $1 into $work/$2, with further flags
     "$python" "examples/training_scripts/$1" --pretrain "$model" --conversation_template_config "$template" \
-        --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin zero2 --mixed_precision fp32 \
-        --batch_size 2 --accumulation_steps 4 --eval_batch_size 8 --max_length 384 --eval_interval 0 \
+        --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin ddp --mixed_precision fp32 \
+        --batch_size 4 --accumulation_steps 2 --eval_batch_size 8 --max_length 384 --eval_interval 0 \
         --save_interval 0 --save_dir "$work/$2" "${@:3}"
 }
 
@@ -31,7 +31,7 @@ prepare preference examples/data/preference.jsonl 384 train
 quietly eval.log prepare preference examples/data/preference_eval.jsonl 384 eval
 
 step "A reward model"
-train train_rm.py rm --max_steps "${RM_STEPS:-56}" --lr 5e-5 --head_lr 1e-3 --center_coef 0.01
+train train_rm.py rm --max_steps "${RM_STEPS:-64}" --lr 5e-5 --head_lr 1e-3 --center_coef 0.01
 
 step "DPO, by LoRA adapters: the reference is the model without them"
 train train_dpo.py dpo --max_steps "${DPO_STEPS:-30}" --lora_rank 16 --lr 2e-4 --beta 0.1

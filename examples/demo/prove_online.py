@@ -75,7 +75,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     from coati.parallel.boost import boost
     from coati.parallel.reference import Reference, freeze
     from coati.rewards.scorer import Rewards
-    from coati.trainer import GRPOTrainer, Plan, PPOTrainer
+    from coati.trainer import OLTrainer, Plan
     from coati.trainer.online import Episodes
     from coati.trainer.policy import PolicySettings
 
@@ -106,9 +106,9 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // WINDOWS))
     length = Episodes(episodes, PASSES, WINDOWS, seed=seed, sample_interval=0)
     if ppo:
-        return PPOTrainer(*parts, length, critic=critic, plan=Plan(save_dir))
+        return OLTrainer(*parts, length, critic=critic, plan=Plan(save_dir))
     policy = PolicySettings(normalisation=Normalisation("response"), kl_coef=0.01)
-    return GRPOTrainer(*parts, length, policy=policy, plan=Plan(save_dir))
+    return OLTrainer(*parts, length, policy=policy, plan=Plan(save_dir))
 
 
 def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, float]]:
@@ -122,7 +122,7 @@ def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, f
             batch_size=RESPONSES[algo] // (1 if algo == "ppo" else GROUP),
             seed=seed,
         )
-        trainer(algo, seed, episodes or EPISODES[algo], folder).fit(prompts)
+        trainer(algo, seed, episodes or EPISODES[algo], folder).run(prompts)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         return [line for line in lines if "train/reward" in line]
 

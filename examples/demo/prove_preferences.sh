@@ -17,8 +17,8 @@ quietly eval.log prepare preference examples/data/preference_eval.jsonl 384 eval
 
 step "A reward model"
 "$python" examples/training_scripts/train_rm.py --pretrain "$model" --conversation_template_config "$template" \
-    --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin zero2 --mixed_precision fp32 \
-    --batch_size 2 --accumulation_steps 4 --eval_batch_size 8 --max_length 384 --max_epochs 1 \
+    --dataset "$work/train/arrow" --eval_dataset "$work/eval/arrow" --plugin ddp --mixed_precision fp32 \
+    --batch_size 4 --accumulation_steps 2 --eval_batch_size 8 --max_length 384 --max_epochs 1 \
     --max_steps "${RM_STEPS:-216}" --eval_interval 54 --save_interval 54 --keep_last_k 1 \
     --lr 5e-5 --head_lr 1e-3 --center_coef 0.01 --save_dir "$work/rm"
 

@@ -19,9 +19,17 @@ def main(args: Namespace) -> None:
 
     reading = {"template": args.conversation_template_config, "trust_remote_code": args.trust_remote_code}
     found = export(
-        args.model_path, args.output_dir, card, dtype=args.dtype, max_new_tokens=args.max_new_tokens, **reading
+        args.model_path,
+        args.output_dir,
+        card,
+        dtype=args.dtype,
+        max_new_tokens=args.max_new_tokens,
+        gguf=args.gguf,
+        **reading,
     )
     print(f"greedy answers equal to plain transformers': {found.same} of {found.asked}")
+    if found.gguf:
+        print(f"{found.gguf.file}: read back, its logits differ by at most {found.gguf.difference:.2g}")
     print(f"the exported model and its card, README.md, are in {args.output_dir}")
 
 

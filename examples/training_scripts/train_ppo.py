@@ -8,7 +8,7 @@ from coati.cli.rollouts import parse_ppo
 
 def main(args: Namespace) -> None:
     from coati.cli import build, data, finish, online, online_dry_run, restart, rl_models
-    from coati.trainer import PPOTrainer
+    from coati.trainer import OLTrainer
 
     options = build.start(args)
     resume = restart.find_resume(args)
@@ -22,7 +22,7 @@ def main(args: Namespace) -> None:
     models = args, options, tokenizer, resume, episodes.total_steps, template
     actor, actor_assets = rl_models.actor_engine(*models)
     critic, critic_assets = rl_models.critic_engine(*models)
-    trainer = PPOTrainer(
+    trainer = OLTrainer(
         actor,
         online.maker(args, options, tokenizer, template, actor, functions, critic),
         online.buffer(args),
@@ -35,7 +35,7 @@ def main(args: Namespace) -> None:
     windows, asked, supervised = online.loaders(args, actor, tokenizer, prompts, evaluation, ptx, plan)
     if args.dry_run:
         return online_dry_run.dry_run(args, trainer, windows, supervised)
-    trainer.fit(windows, asked, supervised, args.log_dir, args.use_wandb)
+    trainer.run(windows, asked, supervised, args.log_dir, args.use_wandb)
     finish.save_models_of(args, trainer)
 
 

@@ -38,7 +38,7 @@ def episodes_of(folder: str, algorithm: str) -> list[dict]:
     rows = Paced(loader(PROMPTS, Ids), tell=told.append)
     models = stored(algorithm, Path(folder), ParallelOptions(plugin="ddp", precision="fp32", grad_clip=case.MAX_NORM))
     trainer = make_trainer(models, size, EPISODES, rows, Ids)
-    trainer.fit(rows)
+    trainer.run(rows)
     assert len(trainer.buffer) == 0 and trainer.state.step == EPISODES * size.passes
     return told
 

@@ -38,7 +38,7 @@ def called_by(script: str, folder: Path, **changes: str) -> dict[str, list[str]]
     return {Path(words[0]).name: words[1:] for words in map(json.loads, calls.read_text().splitlines())}
 
 
-@pytest.mark.parametrize("changes, steps", [({}, 56), ({"RM_STEPS": "3"}, 3)])
+@pytest.mark.parametrize("changes, steps", [({}, 64), ({"RM_STEPS": "3"}, 3)])
 def test_the_training_scripts_take_its_flags(tmp_path, changes, steps):
     called = called_by("demo_preferences.sh", tmp_path, **changes)
     reward_model, policy = parse_rm(called["train_rm.py"]), parse_dpo(called["train_dpo.py"])

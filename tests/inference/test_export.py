@@ -138,6 +138,18 @@ def test_the_card_tells_what_the_run_wrote(tmp_path):
     assert fingerprint(data) != before
 
 
+def test_a_merged_directory_knows_the_run_that_its_adapter_is_of(tmp_path):
+    adapter(tmp_path / "run")
+    arguments = {"pretrain": "org/base", "dataset": [], "lr": 0.25}
+    (tmp_path / "run" / "arguments.json").write_text(json.dumps(arguments))
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/loss": 2.0}) + "\n")
+    merge(tmp_path / "run" / "adapter", tmp_path / "merged")
+    export(tmp_path / "merged", tmp_path / "out", lambda *_: model_card(tmp_path / "merged", "It was tested."))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`org/base`" in card and "--lr 0.25" in card and "eval/loss" in card
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_what_is_not_known_is_not_made_up(tmp_path):
     card = model_card(tmp_path, "It was tested.")
     assert card.count("Not known") == 3 and "None: no metrics.jsonl" in card
@@ -148,7 +160,7 @@ def test_what_is_not_known_is_not_made_up(tmp_path):
     [
         (["--output_dir", "x"], "--model_path is required"),
         (["--model_path", "x"], "--output_dir is required"),
-        (["--model_path", "x", "--output_dir", "y", "--gguf"], "convert_hf_to_gguf.py"),
+        (["--model_path", "x", "--output_dir", "y", "--gguf", "q2"], "--gguf"),
         (["--model_path", "x", "--output_dir", "y", "--dtype", "int3"], "--dtype"),
     ],
 )

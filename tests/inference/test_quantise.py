@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from coati.cli.inference import parse_inference
 from coati.cli.quantize import parse_benchmark, parse_quantize
+from coati.cli.serve import parse_server
 from coati.inference.loading import load
 from coati.inference.measure import Size, perplexity, rows_of, size_of, speed_of
 from coati.inference.quantisation import need, placing_of
@@ -153,3 +155,14 @@ def test_bad_flags_are_refused(words, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_benchmark(["--model_path", "m", "--batch_size", "0"])
+
+
+@pytest.mark.parametrize("parse", [parse_inference, parse_server, parse_benchmark])
+@pytest.mark.parametrize(
+    ("flag", "answer"), [("--gptq_checkpoint", "quantize.py --method gptq"), ("--gptq_group_size", "--group_size")]
+)
+def test_flags_of_gptq_files_are_answered(parse, flag, answer, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--model_path", "x", flag, "128"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and flag in said and answer in said

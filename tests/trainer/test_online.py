@@ -19,7 +19,7 @@ from coati.parallel.checkpoint import RunningState
 from coati.parallel.step import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
 from coati.trainer.base import Plan
-from coati.trainer.online import Episodes, GRPOTrainer, PPOTrainer
+from coati.trainer.online import Episodes, OLTrainer
 from coati.trainer.policy import PolicySettings
 from tests.experience_maker.stubs import StubEngine
 
@@ -111,13 +111,12 @@ def loader(count: int = 10, batch: int = 2, steps: int = 2) -> WindowLoader:
     return WindowLoader(Rows(count), Collate(), batch_size=batch, accumulation_steps=steps, seed=3)
 
 
-def trainer(actor=None, maker=None, critic=None, **changes) -> GRPOTrainer:
+def trainer(actor=None, maker=None, critic=None, **changes) -> OLTrainer:
     """5 episodes of 4 prompts, each trained on twice in 2 windows."""
     episodes = Episodes(5, 2, 2, lambda episode: 1 - episode / 10, seed=1, sample_interval=0)
-    kind = GRPOTrainer if critic is None else PPOTrainer
     if critic is not None:
         changes["critic"] = critic
-    return kind(actor or Engine(), maker or Maker(), NaiveExperienceBuffer(2), episodes, assets=ASSETS, **changes)
+    return OLTrainer(actor or Engine(), maker or Maker(), NaiveExperienceBuffer(2), episodes, assets=ASSETS, **changes)
 
 
 def prompts_of(maker: Maker) -> list[int]:
@@ -126,7 +125,7 @@ def prompts_of(maker: Maker) -> list[int]:
 
 def test_episodes_go_through_the_epochs():
     made = trainer()
-    made.fit(loader())
+    made.run(loader())
     seen, windows = prompts_of(made.maker), loader()
     places = ((0, 0), (0, 4), (1, 0), (1, 4), (2, 0))
     expected = [row for place in places for row in windows.rows_at(*place)]
@@ -139,7 +138,7 @@ def test_episodes_go_through_the_epochs():
 
 def test_every_pass_trains_on_every_response_once():
     made = trainer()
-    made.fit(loader())
+    made.run(loader())
     for episode in range(5):
         steps = made.engine.steps[4 * episode : 4 * episode + 4]
         collected = sorted(prompts_of(made.maker)[4 * episode : 4 * episode + 4])
@@ -151,13 +150,13 @@ def test_every_pass_trains_on_every_response_once():
 def test_the_critic_learns_from_the_same_windows():
     critic = Engine()
     made = trainer(critic=critic)
-    made.fit(loader())
+    made.run(loader())
     assert [step[0] for step in critic.steps] == [step[0] for step in made.engine.steps] and len(critic.steps) == 20
 
 
 def test_supervised_rows_beside_the_policy():
     made, ptx = trainer(ptx_coef=0.25), loader(7, 1, 2)
-    made.fit(loader(), ptx=ptx)
+    made.run(loader(), ptx=ptx)
     weights = {(step[3], step[4][0][0]) for step in made.engine.steps}
     assert weights == {(0.75, 0.25)}
     rows = [row for step in range(20) for row in ptx.rows_at(step // 3, 2 * (step % 3))[:1]]
@@ -167,7 +166,7 @@ def test_supervised_rows_beside_the_policy():
 def test_evaluations_are_due_and_count_for_nothing():
     made = trainer(plan=Plan(eval_interval=2))
     evaluation = EvaluationLoader(Rows(3), Collate(), batch_size=2)
-    made.fit(loader(), evaluation)
+    made.run(loader(), evaluation)
     seen = [episode for episode in made.maker.judged if episode > 5]
     assert len(seen) == 2 * 4  # before, after 2, 4 and 5 episodes, in two batches
     assert made.maker.answered == 20
@@ -176,7 +175,7 @@ def test_evaluations_are_due_and_count_for_nothing():
 
 def test_what_is_logged(tmp_path):
     made = trainer(critic=Engine(), plan=Plan(str(tmp_path), log_interval=2))
-    made.fit(loader())
+    made.run(loader())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5] and "memory/rank_0_peak_mb" in lines[-1]
     two = prompts_of(made.maker)[:8]
@@ -189,7 +188,7 @@ def test_what_is_logged(tmp_path):
 def test_samples_are_shown_and_kept_every_few_episodes(tmp_path, capsys):
     made = trainer(plan=Plan(str(tmp_path)))
     made.episodes = replace(made.episodes, sample_interval=2)
-    made.fit(loader())
+    made.run(loader())
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [1, 1, 3, 3, 5, 5]
     last = prompts_of(made.maker)[2] / 100  # of the first episode's second batch
@@ -209,16 +208,16 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
 
     monkeypatch.setattr("coati.trainer.online_record.save_models", save)
     first = trainer(place.get("actor"), place.get("maker"), plan=Plan(str(tmp_path)))
-    first.fit(loader())
+    first.run(loader())
     assert first.stopped_early
     second = trainer(plan=Plan(str(tmp_path)), state=RunningState(**saved["state"]), held=saved["held"])
-    second.fit(loader())
+    second.run(loader())
     return first, saved, second
 
 
 def test_stopped_while_collecting_the_episode_starts_again(tmp_path, monkeypatch):
     whole = trainer()
-    whole.fit(loader())
+    whole.run(loader())
     # In the first of the two batches of the third episode; the second batch is not asked for.
     first, saved, second = stopped_at({"maker": Maker(stop_at=5)}, tmp_path, monkeypatch)
     assert saved["held"] is None and first.maker.answered == 8 and len(first.engine.steps) == 8
@@ -229,7 +228,7 @@ def test_stopped_while_collecting_the_episode_starts_again(tmp_path, monkeypatch
 @pytest.mark.parametrize("at", [9, 10, 11])
 def test_stopped_between_updates_the_rest_of_the_episode_follows(tmp_path, monkeypatch, at):
     whole = trainer()
-    whole.fit(loader())
+    whole.run(loader())
     first, saved, second = stopped_at({"actor": Engine(stop_at=at)}, tmp_path, monkeypatch)
     steps = len(first.engine.steps)
     assert steps == at + 1 and first.state.step == steps
@@ -242,7 +241,7 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
     first, saved, _ = stopped_at({"actor": Engine(stop_at=9)}, tmp_path, monkeypatch)
     state = RunningState(**saved["state"])
     episodes = Episodes(5, 2, 4)
-    other = GRPOTrainer(Engine(), Maker(), NaiveExperienceBuffer(1), episodes, assets=ASSETS, state=state,
+    other = OLTrainer(Engine(), Maker(), NaiveExperienceBuffer(1), episodes, assets=ASSETS, state=state,
                         held=saved["held"])  # fmt: skip
     assert len(other.buffer) == 0 and other._position == (0, 0)
     assert "that episode starts anew" in capsys.readouterr().err
@@ -251,7 +250,7 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_names_the_episode():
     made = trainer(Engine(nan_at=7))
     with pytest.raises(NonFiniteLoss, match=r"nan \(episode 2, optimiser step 7\); nothing was saved"):
-        made.fit(loader())
+        made.run(loader())
 
 
 def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
@@ -270,12 +269,12 @@ def test_a_kl_target_moves_the_coefficient_in_the_loss_too():
             return super().train_step(window, hooks, *others, **named)
 
     maker.kl = KLController(0.5, target=1.0, horizon=100)
-    trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).fit(loader(4, 2, 2))
+    trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).run(loader(4, 2, 2))
     assert used == [0.5] * len(used)  # the stub's phases say nothing of KL
     maker.kl.kl_coef = 0.25
     used.clear()
-    trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).fit(loader(4, 2, 2))
+    trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).run(loader(4, 2, 2))
     assert used == [0.25] * len(used) and used
     used.clear()
-    trainer(Watched(), maker).fit(loader(4, 2, 2))  # KL in the reward: nothing of it in the loss
+    trainer(Watched(), maker).run(loader(4, 2, 2))  # KL in the reward: nothing of it in the loss
     assert used == [0.0] * len(used)

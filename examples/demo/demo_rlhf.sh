@@ -42,7 +42,7 @@ quietly ptx.log prepare sft examples/data/sft.jsonl 128 ptx
 step "PPO: $rm judges, the critic starts from it, conversations are learnt beside"
 "$python" examples/training_scripts/train_ppo.py --pretrain "$sft" --rm_pretrain "$rm" \
     --prompt_dataset "$work/prompts/arrow" --eval_prompt_dataset "$work/unseen/arrow" --ptx_dataset "$work/ptx/arrow" \
-    --plugin ddp --mixed_precision fp32 --lora_rank 16 --lr 2e-4 --critic_lr 2e-4 --kl_coef 0.05 --ptx_coef 0.1 \
+    --plugin ddp --mixed_precision fp32 --lora_rank 16 --lr 1e-3 --critic_lr 2e-4 --kl_coef 0.05 --ptx_coef 0.1 \
     --num_episodes "${EPISODES:-20}" --num_collect_steps 1 --experience_batch_size 32 --num_update_steps 1 \
     --train_batch_size 8 --accumulation_steps 1 --ptx_batch_size 2 --max_length 128 --max_seq_len 32 \
     --sample_interval 8 --eval_interval 0 --save_interval 0 --save_dir "$work/ppo" "$@"

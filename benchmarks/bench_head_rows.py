@@ -11,6 +11,7 @@ memory stays with the process, as in training.
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +35,9 @@ def main() -> None:
 
     keep_freed_memory()
 
+    def transposed(x, weight):
+        return (weight @ x.t()).t().contiguous()
+
     def seconds(way) -> float:
         started = time.perf_counter()
         way()
@@ -46,10 +50,8 @@ def main() -> None:
         weight = torch.randn(vocabulary, hidden)
         for rows in args.rows:
             x = torch.randn(rows, hidden)
-            times = [
-                (seconds(lambda x=x: F.linear(x, weight)), seconds(lambda x=x: (weight @ x.t()).t().contiguous()))
-                for _ in range(args.turns + 2)
-            ][2:]
+            ways = partial(F.linear, x, weight), partial(transposed, x, weight)
+            times = [tuple(map(seconds, ways)) for _ in range(args.turns + 2)][2:]
             usual, other = (1e3 * median(column) for column in zip(*times, strict=True))
             print(f"{shape:>14} {rows:>5} {usual:>8.1f} {other:>10.1f} {usual / other:>6.2f}", flush=True)
 

@@ -72,8 +72,8 @@ def merge(path: str | os.PathLike, output: str | os.PathLike, dtype: str = "fp32
     """Write the adapter of ``path``, merged into its base, to ``output`` in ``dtype``, a key of DTYPES.
 
     The merging is done, and its logits compared, in fp32. What the run left about itself goes along, for a model card.
-    ``reading``: template, trust_remote_code. Raises ValueError where ``path`` holds no adapter, or where merging changed
-    the logits.
+    ``reading``: template, trust_remote_code. Raises ValueError where ``path`` holds no adapter, or where merging
+    changed the logits.
     """
     from coati.models.lora import merge_lora
     from coati.models.lora_files import adapted

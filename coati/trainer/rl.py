@@ -3,34 +3,26 @@
 The training scripts have more to say and put an :class:`~coati.trainer.online.OLTrainer` together part by part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_buffer.equation import windows_per_episode
 from coati.experience_maker.collected import ExperienceSettings
-from coati.experience_maker.experience import Experience
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.names import GROUP_METHODS
 from coati.experience_maker.rollout import ModelRollout
 from coati.experience_maker.running import KLController
-from coati.experience_maker.scoring import Scorer
-from coati.models.generation import Sampling
 from coati.models.policy_loss import Normalisation
-from coati.models.rlvr_reward_model import RLVRRewardModel
 from coati.parallel.engine import Engine
 from coati.parallel.reference import Reference
-from coati.rewards.responses import Responses
-from coati.rewards.scorer import Rewards
 from coati.trainer.base import Plan
 from coati.trainer.online import Episodes, OLTrainer
 from coati.trainer.policy import PolicySettings
+from coati.trainer.rl_parts import generation_of, scorer_of
 from coati.trainer.windows import as_windows
-
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def annealing(first: float, last: float, start: int, end: int) -> Callable[[int], float]:
@@ -83,7 +75,7 @@ class BoostedTrainer(OLTrainer):
         generate_kwargs: dict[str, Any],
     ) -> None:
         self._accumulation_steps, self._seed = accumulation_steps, experience.get("seed", 42)
-        stops, length, sampling = _generation(tokenizer, generate_kwargs)
+        stops, length, sampling = generation_of(tokenizer, generate_kwargs)
         self._temperature = annealing(*[sampling.temperature] * 2, 0, 1)
         rollout = ModelRollout(
             actor,
@@ -96,7 +88,7 @@ class BoostedTrainer(OLTrainer):
         maker = NaiveExperienceMaker(
             actor,
             rollout,
-            _scorer(reward_model, settings.forward_batch_size),
+            scorer_of(reward_model, settings.forward_batch_size),
             tokenizer,
             settings,
             reference=None if initial_model is None else Reference.plain(initial_model),
@@ -280,46 +272,3 @@ class GRPOTrainer(BoostedTrainer):
             first, last, start, end = (temperature_annealing_config[name] for name in (
                 "start_temperature", "end_temperature", "annealing_warmup_steps", "annealing_steps"))  # fmt: skip
             self._temperature = annealing(first, last, start, end)
-
-
-class _RowFunctions:
-    """A :class:`~coati.models.rlvr_reward_model.RLVRRewardModel` in a scorer's place."""
-
-    def __init__(self, model: RLVRRewardModel) -> None:
-        self.model = model
-
-    def __call__(self, experience: Experience, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
-        start, lengths = experience.prompt_width, experience.response_lengths()
-        found = self.model(
-            experience.sequences,
-            experience.attention_mask,
-            response_start=[start] * len(lengths),
-            response_end=(start + lengths).tolist(),
-            gt_answer=responses.gt_answers,
-        ).float().cpu()  # fmt: skip
-        return found, {"reward_functions": found}
-
-
-def _scorer(reward_model: Any, batch_size: int | None) -> Callable:
-    if isinstance(reward_model, RLVRRewardModel):
-        return _RowFunctions(reward_model)
-    if isinstance(reward_model, Rewards):
-        return Scorer(functions=reward_model)
-    if not isinstance(reward_model, torch.nn.Module):
-        raise TypeError(
-            f"reward_model is {type(reward_model).__name__}; expected a RewardModel, coati.rewards.Rewards or an "
-            "RLVRRewardModel"
-        )
-    return Scorer(Reference.plain(reward_model), batch_size=batch_size)
-
-
-def _generation(tokenizer: Any, given: dict[str, Any]) -> tuple[list[list[int]], int, Sampling]:
-    """Stop sequences, tokens of a response at most, and how it is sampled."""
-    if unknown := set(given) - {"max_new_tokens", "stop_token_ids", *SAMPLING}:
-        known = ", ".join(("max_new_tokens", "stop_token_ids", *SAMPLING))
-        raise TypeError(f"unknown keywords {', '.join(sorted(unknown))}; what is sampled with may be {known}")
-    if not given.get("max_new_tokens"):
-        raise TypeError("max_new_tokens is missing: how many tokens a response may have")
-    stops: Sequence = given.get("stop_token_ids") or [[tokenizer.eos_token_id]]
-    stops = [list(stops)] if isinstance(stops[0], int) else [list(stop) for stop in stops]
-    return stops, given["max_new_tokens"], Sampling(**{name: given[name] for name in SAMPLING if name in given})

@@ -25,6 +25,7 @@ kind, file, folder = sys.argv[2], sys.argv[4], sys.argv[5]
 model = AutoModelForCausalLM.from_pretrained(folder)
 config = model.config
 writer = gguf.GGUFWriter(file, "llama")
+writer.add_name("tiny")
 writer.add_block_count(config.num_hidden_layers)
 writer.add_context_length(config.max_position_embeddings)
 writer.add_embedding_length(config.hidden_size)

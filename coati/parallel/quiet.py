@@ -25,6 +25,7 @@ KNOWN_WARNINGS = (
 )
 # (logger, start of the message)
 KNOWN_LOG_LINES = (
+    ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast"),
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
     ("colossalai", "enable_async_reduce sets pin_memory=True"),
     ("colossalai", "The plugin will control the accelerator"),

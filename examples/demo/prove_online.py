@@ -101,13 +101,13 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
         settings,
         reference=Reference(freeze(network(seed), options)),
         critic=critic,
-        kl=KLController(0.1 if ppo else 0.01),
+        kl=KLController(0.1 if ppo else 0.04),
     )
     parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // WINDOWS))
     length = Episodes(episodes, PASSES, WINDOWS, seed=seed, sample_interval=0)
     if ppo:
         return OLTrainer(*parts, length, critic=critic, plan=Plan(save_dir))
-    policy = PolicySettings(normalisation=Normalisation("response"), kl_coef=0.01)
+    policy = PolicySettings(normalisation=Normalisation("response"), kl_coef=0.04)
     return OLTrainer(*parts, length, policy=policy, plan=Plan(save_dir))
 
 

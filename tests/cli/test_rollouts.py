@@ -27,7 +27,7 @@ DEFAULTS = {
         "--rollout_engine": "model", "--reward_normalization": "none", "--missing_eos_penalty": 0.0,
     },
     "grpo": {
-        "--num_generations": 8, "--lr": 1e-6, "--kl_coef": 0.01, "--kl_in": "loss", "--algo": "grpo", "--top_k": 0,
+        "--num_generations": 8, "--lr": 1e-6, "--kl_coef": 0.04, "--kl_in": "loss", "--algo": "grpo", "--top_k": 0,
         "--initial_temperature": 1.0, "--final_temperature": 0.9, "--reward_clip": 0.0, "--num_update_steps": 5,
     },
 }  # fmt: skip

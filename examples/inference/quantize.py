@@ -25,14 +25,16 @@ def measured(name: str, folder, args: Namespace, original=None) -> dict:
     }
 
 
-def show(figures: list[dict]) -> None:
-    print(f"{'model':10} {'MiB':>8} {'x bf16, no embeddings':>22} {'perplexity':>11} {'change':>8} {'tokens/s':>9}")
-    for one in figures:
-        change = one["perplexity"] / figures[0]["perplexity"] - 1
-        print(
-            f"{one['model']:10} {one['bytes'] / 2**20:8.1f} {one['ratio']:22.3f} {one['perplexity']:11.3f} "
-            f"{change:+8.2%} {one['tokens_per_second']:9.1f}"
-        )
+def show(one: dict, first: dict) -> None:
+    """A row of the table, as soon as it is known."""
+    if one is first:
+        print(f"{'model':10} {'MiB':>8} {'x bf16, no embeddings':>22} {'perplexity':>11} {'change':>8} {'tokens/s':>9}")
+    change = one["perplexity"] / first["perplexity"] - 1
+    print(
+        f"{one['model']:10} {one['bytes'] / 2**20:8.1f} {one['ratio']:22.3f} {one['perplexity']:11.3f} "
+        f"{change:+8.2%} {one['tokens_per_second']:9.1f}",
+        flush=True,
+    )
 
 
 def main(args: Namespace) -> None:
@@ -53,10 +55,10 @@ def main(args: Namespace) -> None:
             args.model_path, folder, method, calibration=calibration, group_size=args.group_size,
             trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
-    figures = [measured("original", args.model_path, args)]
-    size = measure.size_of(original)
-    figures += [measured(method, folder, args, size) for method, folder in folders.items()]
-    show(figures)
+    size, figures = measure.size_of(original), []
+    for name, folder in {"original": args.model_path, **folders}.items():
+        figures.append(measured(name, folder, args, size if name in folders else None))
+        show(figures[-1], figures[0])
     if args.output:
         Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -40,7 +40,12 @@ def quantise(
     with fresh_folder(output) as folder:
         if method in OF_QUANT.values():
             quant = next(name for name, own in OF_QUANT.items() if own == method)
-            write_model(*load(directory, quant=quant, trust_remote_code=trust_remote_code), folder)
+            model, *rest = load(directory, quant=quant, trust_remote_code=trust_remote_code)
+            head = model.get_output_embeddings()
+            for layer in model.modules():
+                if type(layer) is nn.Linear and layer is not head:  # kept its precision
+                    layer.to(torch.bfloat16)
+            write_model(model, *rest, folder)
             return
         need("llmcompressor", method)
         tokenizer = load_tokenizer(with_tokenizer(directory), trust_remote_code)

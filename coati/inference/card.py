@@ -51,7 +51,7 @@ def _base(arguments: dict[str, Any]) -> str:
 
 
 def _data(arguments: dict[str, Any], run: Path | None) -> list[str]:
-    named = arguments.get("dataset") or []
+    named = arguments.get("dataset") or arguments.get("prompt_dataset") or []
     named = named if isinstance(named, list) else [named]
     if not named:
         return ["Not known."]

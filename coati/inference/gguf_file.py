@@ -66,9 +66,9 @@ def _compared(file: Path, model: Any, prompts: list[list[int]]) -> Written:
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).float().eval()
-    difference = largest = 0.0
-    for ids in prompts:
-        row = torch.tensor([ids])
-        mine, other = model(row).logits.float(), theirs(row).logits.float()
-        difference, largest = max(difference, float((mine - other).abs().max())), max(largest, float(mine.abs().max()))
-    return Written(file, difference, largest)
+    rows = [torch.tensor([ids]) for ids in prompts]
+    pairs = [(model(row).logits.float(), theirs(row).logits.float()) for row in rows]
+    # Tensors' maxima, unlike max(), keep a NaN.
+    difference = torch.stack([(mine - other).abs().max() for mine, other in pairs]).max()
+    largest = torch.stack([mine.abs().max() for mine, _ in pairs]).max()
+    return Written(file, float(difference), float(largest))

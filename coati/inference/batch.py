@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from coati.models.attention import teach_sdpa
 from coati.models.choice import Sampling, choose
 from coati.models.decoding import accepted_by, cache_for, call_with_cache
+from coati.models.prepack import PAYS_AFTER, Prepacked
 
 _NO_LIMIT = 2**31
 
@@ -47,6 +48,8 @@ class Batch:
         self.model, self.accepted = model, accepted_by(model)
         self.device = next(model.parameters()).device
         self.rows: list[Row] = []
+        # Clients come and go: only a number of rows that stays for a while is worth it.
+        self.prepacked = Prepacked(model, patience=PAYS_AFTER)
         if self.device.type == "cpu":
             teach_sdpa()
         self.clear()
@@ -54,6 +57,7 @@ class Batch:
     def clear(self) -> None:
         """Forget all rows, and what the model has seen of them."""
         self.rows = []
+        self.prepacked.end()
         self._cache = None
         self._start = 0  # the first column that the model is shown
         self._seen = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (rows, columns shown)
@@ -85,6 +89,7 @@ class Batch:
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.device)
         self._seen = torch.cat([self._seen, torch.ones_like(last)], dim=1)
         positions = self._positions[:, None]
+        self.prepacked.use(len(self.rows))
         logits = call_with_cache(self.model, self.accepted, self._cache, last, self._seen, positions)
         self._positions = self._positions + 1
         self._choose(logits[:, -1].float(), self.rows)

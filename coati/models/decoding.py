@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coati.models.attention import teach_sdpa
 from coati.models.choice import Sampling, choose
 from coati.models.kv_cache import RowCache, TupleCache
+from coati.models.prepack import PAYS_AFTER, Prepacked
 from coati.models.varlen import Packing
 
 
@@ -40,10 +41,13 @@ class Decoder:
     given; everything with an underscore is by slot.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, mask: Tensor, decoding: Decoding) -> None:
+    def __init__(
+        self, model: nn.Module, input_ids: Tensor, mask: Tensor, decoding: Decoding, prepacked: Prepacked | None = None
+    ) -> None:
         rows, width = input_ids.shape
         device, limit = input_ids.device, decoding.max_new_tokens
         self.model, self.ids, self.mask, self.decoding = model, input_ids, mask.long(), decoding
+        self.prepacked = prepacked
         self.tokens = torch.full((rows, limit), decoding.pad, dtype=input_ids.dtype, device=device)
         self.logprobs = torch.zeros(rows, limit, device=device) if decoding.return_logprobs else None
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -154,6 +158,8 @@ class Decoder:
         """What the cache has not seen: one token of each row; the logits after it, (slots, V) fp32."""
         end = self.ids.shape[1] + self.steps
         tokens = self.tokens[self._rows, self.steps - 1]
+        if self.prepacked is not None and self.decoding.max_new_tokens - self.steps >= PAYS_AFTER:
+            self.prepacked.use(len(tokens))
         logits = self._call(tokens[:, None], self._seen[:, self._start : end], self._positions[:, None])
         self._positions = self._positions + 1
         return logits[:, -1].float()

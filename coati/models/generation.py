@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coati.models.choice import Sampling, choose, keep_likely
 from coati.models.decoding import Decoder, Decoding, innermost
+from coati.models.prepack import Prepacked
 from coati.models.varlen import Packing
 
 __all__ = ["Generated", "Sampling", "choose", "generate", "generate_streaming", "innermost", "keep_likely"]
@@ -88,8 +89,8 @@ def generate(
         sampling, stop_sequences, max_new_tokens, pad_token_id, generator, noise, return_logprobs, gather_logits,
         agree, packing,
     )  # fmt: skip
-    with _at_rest(model):
-        decoder = Decoder(model, input_ids, mask, decoding)
+    with _at_rest(model), Prepacked(model) as prepacked:
+        decoder = Decoder(model, input_ids, mask, decoding, prepacked)
         for _ in range(max_new_tokens):
             decoder.step()
             if stop_flag(decoder.all_ended):

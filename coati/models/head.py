@@ -34,8 +34,6 @@ __all__ = [
 
 # Configuration fields of models that change the logits after the head; 1 and None change nothing.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-# Rows for which the transposed product takes half to nine tenths of the time (hidden sizes 384 to 1536, fp32).
-FEW = range(4, 32)
 
 
 def head_unsupported(config: Any) -> str | None:
@@ -115,7 +113,7 @@ class Head:
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any):
         if self._targets is None:
-            return self._of_few(hidden) if self._is_few(hidden) else self._original(hidden, *args, **kwargs)
+            return self._original(hidden, *args, **kwargs)
         if hidden.shape[:-1].numel() != self._targets.numel():
             raise ValueError(
                 f"the vocabulary head was set for {tuple(self._targets.shape)} positions and got hidden states "
@@ -125,10 +123,10 @@ class Head:
         targets = self._targets.to(hidden.device).flatten()
         index = (targets != self._ignore_index).nonzero()[:, 0]
         rows, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), targets[index]
-        chosen = self._plain(rows, targets) if self._is_plain() else self._general(hidden, rows, targets)
+        chosen = self._plain(rows, targets) if self.is_plain() else self._general(hidden, rows, targets)
         return chosen[None]
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the module is a linear layer and nothing else: its parameters may then be used directly."""
         module = self.module
         return (
@@ -137,23 +135,6 @@ class Head:
             and self.collective is WHOLE
             and all(type(parameter) is nn.Parameter for parameter in module.parameters())
         )
-
-    def _is_few(self, hidden: Tensor) -> bool:
-        """Whether :meth:`_of_few` can stand in: the next tokens of some rows that are sampled on a CPU."""
-        return (
-            hidden.device.type == "cpu"
-            and hidden.shape[:-1].numel() in FEW
-            and hidden.dtype == torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and self._is_plain()
-            and self.module.bias is None
-        )
-
-    def _of_few(self, hidden: Tensor) -> Tensor:
-        # The matrix library has no good kernel for few rows times many columns; for the transposed product it has one.
-        logits = self.module.weight @ hidden.flatten(0, -2).t()
-        return logits.t().contiguous().unflatten(0, hidden.shape[:-1])
 
     def _plain(self, rows: Tensor, targets: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias

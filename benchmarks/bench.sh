@@ -7,6 +7,7 @@ python benchmarks/bench_sft.py --output output/bench/sft.json "$@"
 python benchmarks/bench_head_memory.py --output output/bench/head_memory.json
 python benchmarks/bench_dpo.py --output output/bench/dpo.json
 python benchmarks/bench_rollout.py --output output/bench/rollout.json
+python benchmarks/bench_prepack.py
 if [ -f benchmarks/bench_data.py ]; then
     python benchmarks/bench_data.py --output output/bench/data.json
 fi

@@ -10,7 +10,6 @@ from torch import nn
 
 from coati.dataset.conversation import Conversation, setup_conversation_template
 from coati.inference.quantisation import bitsandbytes_on_cpus, placing_of
-from coati.models.head import Head
 from coati.models.utils import adapter_base, check_vocabulary, load_causal_lm, load_tokenizer
 from coati.parallel.quiet import hush
 from coati.utils.json_io import load_json
@@ -59,8 +58,6 @@ def load(
     with bitsandbytes_on_cpus() if placing else nullcontext():
         model = load_causal_lm(directory, **options)
     check_vocabulary(model, tokenizer)
-    if not placing:
-        Head.install(model)  # which has a faster product for the few rows that are sampled at a time
     return Loaded((model if placing else model.to(device)).eval(), tokenizer, conversation)
 
 

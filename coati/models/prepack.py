@@ -53,7 +53,7 @@ class Prepacked:
             self._arrange(rows)
 
     def _serves(self, rows: int) -> bool:
-        # The product is always one of self.rows rows: with less than half of them, arranging anew is the better bargain.
+        # The product is always one of self.rows rows: for half of them or fewer, arranging anew is the better bargain.
         return self.rows // 2 < rows <= self.rows
 
     @torch.no_grad()

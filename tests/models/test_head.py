@@ -148,19 +148,6 @@ def test_without_labels_the_model_is_as_before():
     assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("shape", [(3,), (4,), (5, 1), (2, 8), (31, 1), (40, 1)])
-def test_logits_of_few_rows_without_gradient(shape):
-    torch.manual_seed(0)
-    model = Bare(nn.Linear(16, V, bias=False))
-    hidden = torch.randn(*shape, 16)
-    Head.install(model)
-    with torch.no_grad():
-        found = model.lm_head(hidden)
-        torch.testing.assert_close(found, torch.nn.functional.linear(hidden, model.lm_head.weight))
-        assert found.is_contiguous()
-    assert model.lm_head(hidden).requires_grad
-
-
 def test_installing_again_replaces_and_removing_restores():
     model = tiny_llama()
     ids, labels = rows()

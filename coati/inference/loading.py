@@ -1,6 +1,7 @@
 """One loader for every directory that training writes and every Hugging Face model."""
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +37,15 @@ def load(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     quant: str | None = None,
+    spared: Sequence[str] = (),
 ) -> Loaded:
     """The model of ``path``: a Hugging Face directory or hub name, a LoRA adapter, a checkpoint ``epoch-E_step-S``.
 
     Tokenizer and template come from the same directory unless they are given; without a template file the tokenizer's
     own chat template serves. ``device`` None: a GPU if there is one. ``dtype`` "auto": fp32 on a CPU, bf16 or fp16 on a
-    GPU. ``quant``: a key of QUANTS, the weights are quantised as they are loaded; directories that hold quantised
-    weights need none. Raises ValueError saying what a directory lacks, or has too much.
+    GPU. ``quant``: a key of QUANTS, the weights are quantised as they are loaded, with 4 bits not those of the layers
+    named in ``spared``; directories that hold quantised weights need neither. Raises ValueError saying what a directory
+    lacks, or has too much.
     """
     hush()
     directory = weights_of(path)
@@ -53,7 +56,7 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    placing = placing_of(directory, quant, device, dtype)
+    placing = placing_of(directory, quant, device, dtype, spared)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "strict": True, "placing": placing}
     with bitsandbytes_on_cpus() if placing else nullcontext():
         model = load_causal_lm(directory, **options)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,11 @@ READERS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_ten
 
 
 def placing_of(
-    directory: str | os.PathLike, quant: str | None, device: torch.device, dtype: str
+    directory: str | os.PathLike, quant: str | None, device: torch.device, dtype: str, spared: Sequence[str] = ()
 ) -> dict[str, Any] | None:
     """Keywords of ``from_pretrained`` for a model that is quantised, or to be; None for any other.
+
+    ``spared``: layers that keep their precision with 4 bits, beside those that always do.
 
     Raises ValueError for a directory that is quantised already and for a package that is not installed.
     """
@@ -30,7 +32,9 @@ def placing_of(
         raise ValueError(f"{directory} is quantised already ({method}); leave --quant away")
     need(READERS.get(method or "bitsandbytes", "transformers"), f"{directory}: {quant or method}")
     placing: dict[str, Any] = {"device_map": {"": str(device)}}
-    return placing | ({"quantization_config": bitsandbytes_config(quant, dtype, layers_of(directory))} if quant else {})
+    if quant:
+        placing["quantization_config"] = bitsandbytes_config(quant, dtype, [*spared_of(directory), *spared])
+    return placing
 
 
 @contextmanager
@@ -53,12 +57,20 @@ def layers_of(directory: str | os.PathLike) -> int:
     return next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 0)
 
 
-def bitsandbytes_config(quant: str, dtype: str, layers: int = 0) -> Any:
-    """``quant``: a key of QUANTS; the products are computed in ``dtype``, a key of DTYPES. ``layers``: of the model.
+def spared_of(directory: str | os.PathLike) -> list[str]:
+    """The layers of a model that keep their precision with 4 bits, by name or a part of it: head, value projections,
+    key projections where heads share them (they are small there), and the MLPs of the last fifteenth of the layers."""
+    config, layers = read_config(directory), layers_of(directory)
+    shared = config.get("num_key_value_heads", 0) < config.get("num_attention_heads", 0)
+    keys = ["k_proj"] if shared and "num_key_value_heads" in config else []
+    last = range(layers - layers // 15, layers)
+    mlps = [f"{layer}.{n}.{part}" for n in last for layer in ("layers", "h") for part in ("mlp", "fc1", "fc2")]
+    return ["lm_head", "embed_out", "v_proj", *keys, *mlps]
 
-    With 4 bits the value projections and the MLPs of the last tenth of the layers keep their precision: a tenth of the
-    weights, and those that small models can spare least.
-    """
+
+def bitsandbytes_config(quant: str, dtype: str, spared: Sequence[str] = ()) -> Any:
+    """``quant``: a key of QUANTS; the products are computed in ``dtype``, a key of DTYPES. ``spared``: layers that keep
+    their precision with 4 bits."""
     from transformers import BitsAndBytesConfig
 
     if quant not in QUANTS:
@@ -66,14 +78,12 @@ def bitsandbytes_config(quant: str, dtype: str, layers: int = 0) -> Any:
     if quant == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = getattr(torch, "float32" if dtype == "auto" else DTYPES[dtype])
-    last = range(layers - layers // 10, layers)
-    mlps = [f"{layer}.{n}.{part}" for n in last for layer in ("layers", "h") for part in ("mlp", "fc1", "fc2")]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_use_double_quant=True,  # the scales too are rounded, to 8 bits
-        llm_int8_skip_modules=["lm_head", "embed_out", "v_proj", *mlps],
+        llm_int8_skip_modules=list(spared),
     )
 
 

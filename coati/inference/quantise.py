@@ -10,7 +10,7 @@ from torch import nn
 from coati.inference.export import fresh_folder, write_model
 from coati.inference.loading import conversation_of, load, weights_of, with_tokenizer
 from coati.inference.measure import Row
-from coati.inference.quantisation import need
+from coati.inference.quantisation import layers_of, need
 from coati.models.quant_names import CALIBRATED, METHODS, OF_QUANT
 from coati.models.utils import adapter_base, load_causal_lm, load_tokenizer
 
@@ -40,7 +40,8 @@ def quantise(
     with fresh_folder(output) as folder:
         if method in OF_QUANT.values():
             quant = next(name for name, own in OF_QUANT.items() if own == method)
-            model, *rest = load(directory, quant=quant, trust_remote_code=trust_remote_code)
+            spared = massive(directory, trust_remote_code) if quant == "4bit" else []
+            model, *rest = load(directory, quant=quant, spared=spared, trust_remote_code=trust_remote_code)
             head = model.get_output_embeddings()
             for layer in model.modules():
                 if type(layer) is nn.Linear and layer is not head:  # kept its precision
@@ -55,6 +56,27 @@ def quantise(
         model.name_or_path = str(folder)  # where a recipe of earlier compressions is looked for, hub and all
         _compress(model, tokenizer, method, calibration, group_size)
         write_model(model, tokenizer, conversation, folder)
+
+
+@torch.no_grad()
+def massive(directory: str | os.PathLike, trust_remote_code: bool = False) -> list[str]:
+    """Names of the linear layers with the largest outputs, as many as a tenth of the layers: they hold the few weights
+    that a model cannot do without, whatever it is given to read ("The Super Weight in Large Language Models", Yu et al.
+    2024, arXiv 2411.07191)."""
+    count = layers_of(directory) // 10
+    if not count:
+        return []
+    model = load_causal_lm(directory, dtype="bf16", strict=True, trust_remote_code=trust_remote_code).eval()
+    head, largest = model.get_output_embeddings(), {}
+
+    def note(name: str):
+        return lambda module, inputs, output: largest.__setitem__(name, float(output.abs().max()))
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer is not head:
+            layer.register_forward_hook(note(name))
+    model(torch.arange(min(16, model.config.vocab_size))[None])
+    return sorted(largest, key=largest.get, reverse=True)[:count]
 
 
 def check_groups(model: nn.Module, group_size: int) -> None:

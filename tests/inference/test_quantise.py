@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from coati.cli.inference import parse_inference
 from coati.cli.quantize import parse_benchmark, parse_quantize
@@ -13,7 +14,7 @@ from coati.cli.serve import parse_server
 from coati.inference.loading import load
 from coati.inference.measure import Size, perplexity, rows_of, size_of, speed_of
 from coati.inference.quantisation import need, placing_of
-from coati.inference.quantise import check_groups, quantise
+from coati.inference.quantise import check_groups, massive, quantise
 from tests.inference.test_export import adapter, script
 from tests.inference.test_loading import write
 from tests.tiny import tiny_llama
@@ -53,15 +54,44 @@ def test_a_quantised_directory_is_smaller_and_answers_nearly_alike(tmp_path, met
         load(tmp_path / "out", quant="8bit")
 
 
+def kept(model):
+    return {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+
+
+def mlp(layer):
+    return {f"model.layers.{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")}
+
+
 @pytest.mark.skipif(not HAS["bitsandbytes"], reason="bitsandbytes is not installed")
-def test_with_4_bits_values_and_the_last_mlps_keep_their_precision(tmp_path):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_with_4_bits_values_shared_keys_and_the_last_mlps_keep_their_precision(tmp_path, grouped):
     write(tmp_path)  # the tokenizer
-    tiny_llama(layers=10).save_pretrained(tmp_path)
-    model = load(tmp_path, quant="4bit", device="cpu").model
-    kept = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    values = {f"model.layers.{layer}.self_attn.v_proj" for layer in range(10)}
-    mlp = {f"model.layers.9.mlp.{part}_proj" for part in ("gate", "up", "down")}
-    assert kept == values | mlp | {"lm_head"}
+    model = tiny_llama(layers=15)
+    if not grouped:
+        model = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_key_value_heads": 4}))
+    model.save_pretrained(tmp_path)
+    names = {"k_proj", "v_proj"} if grouped else {"v_proj"}
+    attention = {f"model.layers.{layer}.self_attn.{name}" for layer in range(15) for name in names}
+    assert kept(load(tmp_path, quant="4bit", device="cpu").model) == attention | mlp(14) | {"lm_head"}
+
+
+@pytest.mark.skipif(not HAS["bitsandbytes"], reason="bitsandbytes is not installed")
+def test_a_directory_of_4_bits_keeps_the_layers_with_massive_outputs(tmp_path):
+    write(tmp_path / "model")  # the tokenizer
+    model = tiny_llama(layers=12)
+    with torch.no_grad():
+        model.model.layers[4].mlp.down_proj.weight[7, 9] = 500
+    model.save_pretrained(tmp_path / "model")
+    assert massive(tmp_path / "model") == ["model.layers.4.mlp.down_proj"]
+    quantise(tmp_path / "model", tmp_path / "out", "nf4")
+    found = kept(load(tmp_path / "out", device="cpu").model)
+    plain = kept(load(tmp_path / "model", quant="4bit", device="cpu").model)
+    assert found - plain == {"model.layers.4.mlp.down_proj"}
+
+
+def test_models_of_few_layers_have_no_massive_outputs_to_look_for(tmp_path):
+    write(tmp_path)
+    assert massive(tmp_path) == []
 
 
 def test_perplexity_is_that_of_the_supervised_tokens(tmp_path):

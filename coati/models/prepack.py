@@ -88,13 +88,18 @@ class _Product:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         count = hidden.shape[:-1].numel()
-        if not self.rows // 2 < count <= self.rows or hidden.dtype != torch.float32 or torch.is_grad_enabled():
+        if not (self.rows // 2 < count <= self.rows and self._is_plain(hidden)):
             return self.otherwise(hidden)
         rows = hidden.reshape(count, -1)
         if count < self.rows:
             rows = F.pad(rows, (0, 0, 0, self.rows - count))
         made = torch.ops.mkl._mkl_linear(rows, self.packed, self.weight, self.bias, self.rows)
         return made[:count].view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    def _is_plain(hidden: Tensor) -> bool:
+        inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        return inference and hidden.dtype == torch.float32
 
 
 def _suits(layer: nn.Module) -> bool:

@@ -61,6 +61,13 @@ def test_a_gradient_takes_the_layers_own_way(products):
     assert layer.weight.grad is not None and products == []
 
 
+def test_autocast_takes_the_layers_own_way(products):
+    layer = nn.Linear(16, 40)
+    with torch.no_grad(), Prepacked(layer) as prepacked, torch.autocast("cpu", torch.bfloat16):
+        prepacked.use(6)
+        assert layer(torch.randn(6, 16)).dtype == torch.bfloat16 and products == []
+
+
 def test_weights_are_arranged_anew_when_half_of_the_rows_have_ended(products):
     layer = nn.Linear(16, 40)
     with torch.no_grad(), Prepacked(layer) as prepacked:

@@ -1,4 +1,4 @@
-"""Linear layers while a model samples on a CPU: their weights, laid out once as the matrix library wants them.
+"""The weights of linear layers, arranged once for the few rows that are sampled at a time on a CPU.
 
 Each token that is sampled multiplies every weight with one row for each living answer. For so few rows MKL spends half
 of its time or more on arranging the weights for its kernel, at every call anew (benchmarks/bench_prepack.py); PyTorch

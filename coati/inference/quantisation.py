@@ -61,8 +61,8 @@ def spared_of(directory: str | os.PathLike) -> list[str]:
     """The layers of a model that keep their precision with 4 bits, by name or a part of it: head, value projections,
     key projections where heads share them (they are small there), and the MLPs of the last fifteenth of the layers."""
     config, layers = read_config(directory), layers_of(directory)
-    shared = config.get("num_key_value_heads", 0) < config.get("num_attention_heads", 0)
-    keys = ["k_proj"] if shared and "num_key_value_heads" in config else []
+    heads = config.get("num_attention_heads") or 0
+    keys = ["k_proj"] if (config.get("num_key_value_heads") or heads) < heads else []
     last = range(layers - layers // 15, layers)
     mlps = [f"{layer}.{n}.{part}" for n in last for layer in ("layers", "h") for part in ("mlp", "fc1", "fc2")]
     return ["lm_head", "embed_out", "v_proj", *keys, *mlps]

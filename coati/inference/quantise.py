@@ -10,7 +10,7 @@ from torch import nn
 from coati.inference.export import fresh_folder, write_model
 from coati.inference.loading import conversation_of, load, weights_of, with_tokenizer
 from coati.inference.measure import Row
-from coati.inference.quantisation import layers_of, need
+from coati.inference.quantisation import layers_of, need, placing_of
 from coati.models.quant_names import CALIBRATED, METHODS, OF_QUANT
 from coati.models.utils import adapter_base, load_causal_lm, load_tokenizer
 
@@ -40,6 +40,7 @@ def quantise(
     with fresh_folder(output) as folder:
         if method in OF_QUANT.values():
             quant = next(name for name, own in OF_QUANT.items() if own == method)
+            placing_of(directory, quant, torch.device("cpu"), "auto")  # refuses before anything is loaded
             spared = massive(directory, trust_remote_code) if quant == "4bit" else []
             model, *rest = load(directory, quant=quant, spared=spared, trust_remote_code=trust_remote_code)
             head = model.get_output_embeddings()
@@ -75,7 +76,7 @@ def massive(directory: str | os.PathLike, trust_remote_code: bool = False) -> li
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer is not head:
             layer.register_forward_hook(note(name))
-    model(torch.arange(min(16, model.config.vocab_size))[None])
+    model(torch.arange(min(16, model.get_input_embeddings().num_embeddings))[None])
     return sorted(largest, key=largest.get, reverse=True)[:count]
 
 

@@ -102,7 +102,7 @@ def adapted(base: nn.Module, directory: str | os.PathLike) -> nn.Module:
     try:
         model = PeftModel.from_pretrained(base, str(directory))
         held = {name for name in load_peft_weights(str(directory), device="cpu") if ".lora_" in name}
-    except Exception as error:
+    except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(directory, "adapter", error) from error
     wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
     for names, what in ((wanted - held, "lacks"), (held - wanted, "has tensors that its settings have no use for:")):

@@ -1,8 +1,8 @@
 """The weights of linear layers, arranged once for the few rows that are sampled at a time on a CPU.
 
-Each token that is sampled multiplies every weight with one row for each living answer. For so few rows MKL spends half
-of its time or more on arranging the weights for its kernel, at every call anew (benchmarks/bench_prepack.py); PyTorch
-can keep the arrangement, which is made for one number of rows.
+Each token that is sampled multiplies every weight with one row for each living answer. For so few rows MKL spends
+much of its time on arranging the weights for its kernel, at every call anew (benchmarks/bench_prepack.py); PyTorch can
+keep the arrangement, which is made for one number of rows.
 """
 
 from collections.abc import Callable
@@ -44,17 +44,13 @@ class Prepacked:
 
     def use(self, rows: int) -> None:
         """The next forward has a token of each of ``rows`` rows."""
-        if not self._layers or self._serves(rows):
+        if not self._layers or _serves(self.rows, rows):
             self._waited = 0
             return
         self._waited += 1
         if rows in ROWS and self._waited > self.patience:
             self.end()
             self._arrange(rows)
-
-    def _serves(self, rows: int) -> bool:
-        # The product is always one of self.rows rows: for half of them or fewer, arranging anew is the better bargain.
-        return self.rows // 2 < rows <= self.rows
 
     @torch.no_grad()
     def _arrange(self, rows: int) -> None:
@@ -67,7 +63,7 @@ class Prepacked:
         """The layers as they were."""
         for layer, original in zip(self._layers, self._original, strict=False):
             if original is None:
-                del layer.forward
+                layer.__dict__.pop("forward", None)  # it has none where memory ran out while arranging
             else:
                 layer.forward = original
         self._original, self.rows = [], 0
@@ -80,7 +76,7 @@ class Prepacked:
 
 
 class _Product:
-    """The forward of ``layer`` for more than half of ``rows`` up to ``rows`` rows, and its own for others."""
+    """The forward of ``layer``, by weights arranged for ``rows`` rows where they serve."""
 
     def __init__(self, layer: nn.Linear, rows: int) -> None:
         self.rows, self.weight, self.bias, self.otherwise = rows, layer.weight, layer.bias, layer.forward
@@ -88,7 +84,7 @@ class _Product:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         count = hidden.shape[:-1].numel()
-        if not (self.rows // 2 < count <= self.rows and self._is_plain(hidden)):
+        if not (_serves(self.rows, count) and self._is_plain(hidden)):
             return self.otherwise(hidden)
         rows = hidden.reshape(count, -1)
         if count < self.rows:
@@ -100,6 +96,11 @@ class _Product:
     def _is_plain(hidden: Tensor) -> bool:
         inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         return inference and hidden.dtype == torch.float32
+
+
+def _serves(arranged: int, rows: int) -> bool:
+    # The product is always one of as many rows as it is arranged for: for half of them or fewer it is no bargain.
+    return arranged // 2 < rows <= arranged
 
 
 def _suits(layer: nn.Module) -> bool:

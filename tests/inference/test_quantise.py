@@ -87,6 +87,8 @@ def test_a_directory_of_4_bits_keeps_the_layers_with_massive_outputs(tmp_path):
     found = kept(load(tmp_path / "out", device="cpu").model)
     plain = kept(load(tmp_path / "model", quant="4bit", device="cpu").model)
     assert found - plain == {"model.layers.4.mlp.down_proj"}
+    with pytest.raises(ValueError, match="is quantised already"):
+        quantise(tmp_path / "out", tmp_path / "again", "nf4")
 
 
 def test_models_of_few_layers_have_no_massive_outputs_to_look_for(tmp_path):

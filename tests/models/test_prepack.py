@@ -160,6 +160,20 @@ def test_an_error_while_sampling_gives_the_layers_back(monkeypatch):
     assert not any("forward" in layer.__dict__ for layer in model.modules())
 
 
+def test_memory_that_runs_out_while_arranging_leaves_the_layers_as_they_were(monkeypatch):
+    layers, made = nn.ModuleList(nn.Linear(16, 16) for _ in range(3)), prepack._Product
+
+    def fails(layer, rows):
+        if layer is layers[1]:
+            raise MemoryError
+        return made(layer, rows)
+
+    monkeypatch.setattr(prepack, "_Product", fails)
+    with pytest.raises(MemoryError), Prepacked(layers) as prepacked:
+        prepacked.use(8)
+    assert not any("forward" in layer.__dict__ for layer in layers)
+
+
 def test_a_server_s_batch_uses_them_while_rows_are_there(products):
     model = tiny_llama()
     batch = Batch(model.eval())

@@ -68,4 +68,4 @@ lint: venv
 	@$(RUN) "$(BIN)/ruff" check .
 
 docs: venv
-	@$(RUN) "$(BIN)/python" -m coati.cli.reference
+	@$(RUN) "$(BIN)/python" -m tools.write_docs

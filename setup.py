@@ -4,7 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-QUANTISE = ["bitsandbytes>=0.46", "compressed-tensors==0.10.2", "loguru", "nvidia-ml-py"]
+QUANTIZE = ["bitsandbytes>=0.46", "compressed-tensors==0.10.2", "loguru", "nvidia-ml-py"]
 
 
 def requirements() -> list[str]:
@@ -13,7 +13,9 @@ def requirements() -> list[str]:
 
 
 def version() -> str:
-    return re.search(r'__version__ = "(.+?)"', (HERE / "coati" / "__init__.py").read_text(encoding="utf-8"))[1]
+    return re.search(
+        r'__version__ = "(.+?)"', (HERE / "coati" / "__init__.py").read_text(encoding="utf-8")
+    )[1]
 
 
 setup(
@@ -24,22 +26,34 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["coati", "coati.*"]),
-    package_data={"coati.dataset": ["*.jinja"], "coati.inference": ["*.html"]},
+    package_data={"coati.dataset.report": ["*.jinja"], "coati.inference.serve": ["*.html"]},
     python_requires=">=3.10,<3.13",
     install_requires=requirements(),
     extras_require={
         "cleaning": ["datasketch>=2.0"],
         "dev": [
-            "datasketch>=2.0", "hypothesis>=6.100", "pytest>=8", "ruff>=0.6",
-            # the server, and what its tests call it with; the browser itself (chromium) comes from the system
-            "fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50",
-            "schemathesis>=4", "playwright>=1.45",
-            *QUANTISE, "ipykernel>=6", "nbclient>=0.8",
+            "datasketch>=2.0",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "ruff>=0.6",
+            # the server, and what its tests call it with; the browser itself (chromium) comes from
+            # the system
+            "fastapi>=0.132",
+            "prometheus-client>=0.20",
+            "uvicorn>=0.29",
+            "httpx>=0.27",
+            "openai>=1.50",
+            "schemathesis>=4",
+            "playwright>=1.45",
+            *QUANTIZE,
+            "ipykernel>=6",
+            "nbclient>=0.8",
         ],
         "flash": ["flash-attn>=2.5"],
         "inference": ["rich>=13"],
-        # llmcompressor==0.6.0 itself is installed with --no-deps: it declares numpy<2, and runs with 2
-        "quantise": QUANTISE,
+        # llmcompressor==0.6.0 itself is installed with --no-deps: it declares numpy<2, and runs
+        # with 2
+        "quantize": QUANTIZE,
         "serve": ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"],
     },
 )

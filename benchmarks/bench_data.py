@@ -1,14 +1,15 @@
 """Rows per second of preparing each type of data, beside `datasets.map` with the same tokenizer.
 
-The other way is what one writes in an hour with `datasets` and `transformers`: load the JSON lines, map a function over
-single rows with one process per core, filter, save to disk. The function renders and tokenises with
-`apply_chat_template` and finds the loss mask by tokenising the text before each answer. Both write arrow files and no
-JSON lines (--jsonl: ours writes them too). Ours also decodes the rows for people to read, checks every row, and
-reports.
+The other way is what one writes in an hour with `datasets` and `transformers`: load the JSON lines,
+map a function over single rows with one process per core, filter, save to disk. The function
+renders and tokenizes with `apply_chat_template` and finds the loss mask by tokenizing the text
+before each answer. Both write arrow files and no JSON lines (--jsonl: ours writes them too). Ours
+also decodes the rows for people to read, checks every row, and reports.
 
 The two take turns on the same input file; the ratio of each turn is reported, and their median.
 
-    python benchmarks/bench_data.py [--rows 8000] [--turns 3] [--types sft kto] [--tokenizer_dir MODEL] [--output F]
+    python benchmarks/bench_data.py [--rows 8000] [--turns 3] [--types sft kto] [--tokenizer_dir
+    MODEL] [--output F]
 """
 
 import argparse
@@ -29,11 +30,15 @@ IGNORE = -100
 
 
 def messages_of(turns: list[dict]) -> list[dict]:
-    return [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["content"]} for turn in turns]
+    return [
+        {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["content"]}
+        for turn in turns
+    ]
 
 
 def masked(tokenizer, messages: list[dict], answers: list[int]) -> tuple[list[int], list[int]]:
-    """Ids of a whole conversation and, 1 or 0 for each, whether it belongs to one of the answers at these places."""
+    """Ids of a whole conversation and, 1 or 0 for each, whether it belongs to one of the answers at
+    these places."""
     ids = tokenizer.apply_chat_template(messages)
     mask = [0] * len(ids)
     for place in answers:
@@ -45,9 +50,15 @@ def masked(tokenizer, messages: list[dict], answers: list[int]) -> tuple[list[in
 
 def sft(row: dict, tokenizer, max_length: int) -> dict:
     messages = messages_of(row["messages"])
-    ids, mask = masked(tokenizer, messages, [k for k, m in enumerate(messages) if m["role"] == "assistant"])
+    ids, mask = masked(
+        tokenizer, messages, [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+    )
     labels = [token if kept else IGNORE for token, kept in zip(ids, mask, strict=True)]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length], "keep": any(mask[:max_length])}
+    return {
+        "input_ids": ids[:max_length],
+        "labels": labels[:max_length],
+        "keep": any(mask[:max_length]),
+    }
 
 
 def prompt(row: dict, tokenizer, max_length: int) -> dict:
@@ -69,20 +80,36 @@ def kto(row: dict, tokenizer, max_length: int) -> dict:
     messages = messages_of([*row["prompt"], row["completion"]])
     ids = tokenizer.apply_chat_template(messages)
     start = len(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True))
-    return {"prompt": ids[:start], "completion": ids[start:], "label": row["label"], "keep": len(ids) <= max_length}
+    return {
+        "prompt": ids[:start],
+        "completion": ids[start:],
+        "label": row["label"],
+        "keep": len(ids) <= max_length,
+    }
 
 
-CONVERT: dict[str, Callable[..., dict]] = {"sft": sft, "prompt": prompt, "preference": preference, "kto": kto}
+CONVERT: dict[str, Callable[..., dict]] = {
+    "sft": sft,
+    "prompt": prompt,
+    "preference": preference,
+    "kto": kto,
+}
 
 
 def by_map(type: str, data: Path, folder: Path, tokenizer, max_length: int) -> int:
     import datasets
 
     datasets.disable_progress_bars()
-    raw = datasets.load_dataset("json", data_files=str(data), cache_dir=str(folder / "cache"), split="train")
+    raw = datasets.load_dataset(
+        "json", data_files=str(data), cache_dir=str(folder / "cache"), split="train"
+    )
     convert = partial(CONVERT[type], tokenizer=tokenizer, max_length=max_length)
-    made = raw.map(convert, num_proc=CORES, remove_columns=raw.column_names, load_from_cache_file=False)
-    kept = made.filter(lambda keep: keep, input_columns="keep", num_proc=CORES, load_from_cache_file=False)
+    made = raw.map(
+        convert, num_proc=CORES, remove_columns=raw.column_names, load_from_cache_file=False
+    )
+    kept = made.filter(
+        lambda keep: keep, input_columns="keep", num_proc=CORES, load_from_cache_file=False
+    )
     kept.save_to_disk(str(folder / "arrow"))
     return len(kept)
 
@@ -91,9 +118,16 @@ def by_us(type: str, data: Path, folder: Path, template, max_length: int, jsonl:
     from coati.dataset import prepare_dataset
 
     report = prepare_dataset(
-        inputs=[data], type=type, tokenizer=template.tokenizer, template=template, max_length=max_length, show=None,
-        arrow_dir=folder / "arrow", jsonl_dir=folder / "jsonl" if jsonl else None, cache_dir=folder / "cache",
-    )  # fmt: skip
+        inputs=[data],
+        type=type,
+        tokenizer=template.tokenizer,
+        template=template,
+        max_length=max_length,
+        show=None,
+        arrow_dir=folder / "arrow",
+        jsonl_dir=folder / "jsonl" if jsonl else None,
+        cache_dir=folder / "cache",
+    )
     return report["rows_written"]
 
 
@@ -117,7 +151,10 @@ def write_rows(type: str, rows: int, path: Path) -> None:
 
 def measure(type: str, args: argparse.Namespace, tokenizer, template) -> dict:
     """Both ways in turns, each beginning every other turn."""
-    ways = {"map": partial(by_map, tokenizer=tokenizer), "coati": partial(by_us, template=template, jsonl=args.jsonl)}
+    ways = {
+        "map": partial(by_map, tokenizer=tokenizer),
+        "coati": partial(by_us, template=template, jsonl=args.jsonl),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     written = {}
@@ -134,12 +171,15 @@ def measure(type: str, args: argparse.Namespace, tokenizer, template) -> dict:
     ratios = [theirs / ours for theirs, ours in zip(seconds["map"], seconds["coati"], strict=True)]
     cpu_ratios = [theirs / ours for theirs, ours in zip(cpu["map"], cpu["coati"], strict=True)]
     return {
-        "rows": args.rows, "rows_written": written["coati"], "rows_written_by_map": written["map"],
+        "rows": args.rows,
+        "rows_written": written["coati"],
+        "rows_written_by_map": written["map"],
         "rows_per_second": round(args.rows / statistics.median(seconds["coati"]), 1),
         "rows_per_second_of_map": round(args.rows / statistics.median(seconds["map"]), 1),
-        "ratio_of_each_turn": [round(ratio, 2) for ratio in ratios], "ratio": round(statistics.median(ratios), 2),
+        "ratio_of_each_turn": [round(ratio, 2) for ratio in ratios],
+        "ratio": round(statistics.median(ratios), 2),
         "ratio_of_cpu_seconds": round(statistics.median(cpu_ratios), 2),
-    }  # fmt: skip
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -150,11 +190,17 @@ def main(args: argparse.Namespace) -> None:
 
     tokenizer = make_tokenizer(args.tokenizer_dir)
     template = setup_conversation_template(tokenizer, args.conversation_template_config)
-    results: dict[str, Any] = {"machine": machine(), "processes": CORES, "vocabulary": len(tokenizer), "types": {}}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "processes": CORES,
+        "vocabulary": len(tokenizer),
+        "types": {},
+    }
     for type in args.types:
         results["types"][type] = found = measure(type, args, tokenizer, template)
         print(
-            f"{type}: {found['rows_per_second']:.0f} rows/s, datasets.map {found['rows_per_second_of_map']:.0f}: "
+            f"{type}: {found['rows_per_second']:.0f} rows/s, datasets.map "
+            f"{found['rows_per_second_of_map']:.0f}: "
             f"{found['ratio']:.2f} times as fast (turns {found['ratio_of_each_turn']}; "
             f"processor time: {found['ratio_of_cpu_seconds']:.2f})",
             flush=True,
@@ -164,13 +210,21 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", nargs="+", choices=CONVERT, default=list(CONVERT))
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--tokenizer_dir", help="default: a byte-level BPE trained on the sample rows")
-    parser.add_argument("--conversation_template_config", help="default: the tokenizer's own template")
+    parser.add_argument(
+        "--tokenizer_dir", help="default: a byte-level BPE trained on the sample rows"
+    )
+    parser.add_argument(
+        "--conversation_template_config", help="default: the tokenizer's own template"
+    )
     parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--jsonl", action="store_true", help="ours writes JSON lines beside the arrow files")
+    parser.add_argument(
+        "--jsonl", action="store_true", help="ours writes JSON lines beside the arrow files"
+    )
     parser.add_argument("--output", help="JSON file for the results")
     main(parser.parse_args())

@@ -1,12 +1,15 @@
-"""Memory and time of a DPO step and of a reward model's step, beside plain PyTorch on the same model and rows.
+"""Memory and time of a DPO step and of a reward model's step, beside plain PyTorch on the same
+model and rows.
 
-A 28M-parameter Llama in fp32 with a vocabulary of 49,152 or 151,936; pairs of random tokens whose prompts are twice as
-long as their answers. What is compared is described in preference_ways.py. Each way has a process of its own; they take
-their steps in turn, so whatever else the machine does slows all, and a ratio is the median of the ratios of single
-steps, which all ways take on the same rows. Tokens are real tokens: padding counts for none. Peak memory is the highest
-resident set of the process, interpreter, libraries, weights and optimiser included.
+A 28M-parameter Llama in fp32 with a vocabulary of 49,152 or 151,936; pairs of random tokens whose
+prompts are twice as long as their answers. What is compared is described in preference_ways.py.
+Each way has a process of its own; they take their steps in turn, so whatever else the machine does
+slows all, and a ratio is the median of the ratios of single steps, which all ways take on the same
+rows. Tokens are real tokens: padding counts for none. Peak memory is the highest resident set of
+the process, interpreter, libraries, weights and optimizer included.
 
-    python benchmarks/bench_dpo.py [--steps 6] [--vocabulary 49152 151936] [--algorithm dpo rm] [--output results.json]
+    python benchmarks/bench_dpo.py [--steps 6] [--vocabulary 49152 151936] [--algorithm dpo rm]
+    [--output results.json]
 """
 
 import argparse
@@ -22,12 +25,21 @@ from benchmarks.bench_sft_peers import Worker  # noqa: E402
 HERE = Path(__file__).resolve().parent
 WARM_UP = 2  # steps before counting begins
 WAYS = {"dpo": ("dpo", "dpo_stored", "dpo_plain"), "rm": ("rm", "rm_plain")}
-PAIRS = {49_152: 8}  # of a step, by vocabulary: full logits of more would not fit into many a machine
+PAIRS = {
+    49_152: 8
+}  # of a step, by vocabulary: full logits of more would not fit into many a machine
 FEWER = 4  # for every other vocabulary
 
 
 def command(way: str, folder: Path, steps: int, pairs: int) -> list[str]:
-    return [sys.executable, str(HERE / "preference_ways.py"), way, str(folder), str(steps), str(pairs)]
+    return [
+        sys.executable,
+        str(HERE / "preference_ways.py"),
+        way,
+        str(folder),
+        str(steps),
+        str(pairs),
+    ]
 
 
 def in_turn(commands: dict[str, list[str]], steps: int) -> dict[str, dict]:
@@ -80,18 +92,28 @@ def show(what: str, results: dict) -> None:
     print(what)
     for way, row in results.items():
         if way != "ratios":
-            print(f"  {way:10s} {row['tokens_per_second']:6.0f} tokens/s   peak {row['peak_memory_mb']:6.0f} MiB")
+            print(
+                f"  {way:10s} {row['tokens_per_second']:6.0f} tokens/s   peak "
+                f"{row['peak_memory_mb']:6.0f} MiB"
+            )
     found = results["ratios"]
-    again = f"; stored log-probs: {found['stored_to_live']:.2f} x again" if "stored_to_live" in found else ""
+    again = (
+        f"; stored log-probs: {found['stored_to_live']:.2f} x again"
+        if "stored_to_live" in found
+        else ""
+    )
     print(
-        f"  {found['to_plain']:.2f} x the tokens/s of plain PyTorch with {found['memory']:.0%} of its peak memory "
+        f"  {found['to_plain']:.2f} x the tokens/s of plain PyTorch with {found['memory']:.0%} of "
+        "its peak memory "
         f"(losses differ by {found['loss_difference']:.0e} of their value){again}",
         flush=True,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[49_152, 151_936])
     parser.add_argument("--algorithm", nargs="+", choices=WAYS, default=list(WAYS))
@@ -103,7 +125,9 @@ def main() -> None:
         for algorithm in args.algorithm:
             found = compare(vocabulary, WAYS[algorithm], args.steps, pairs)
             tokens = case.PROMPT + case.ANSWER
-            show(f"{algorithm}, vocabulary {vocabulary}, {pairs} pairs of 2 x {tokens} tokens", found)
+            show(
+                f"{algorithm}, vocabulary {vocabulary}, {pairs} pairs of 2 x {tokens} tokens", found
+            )
             results.setdefault(algorithm, {})[str(vocabulary)] = found
     if args.output:
         from coati.utils.json_io import save_json

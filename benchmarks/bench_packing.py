@@ -1,14 +1,18 @@
-"""What --packing brings: tokens/s of the same rows padded, laid end to end, and packed, a step of each in turn.
+"""What --packing brings: tokens/s of the same rows padded, laid end to end, and packed, a step of
+each in turn.
 
-The model and rows of bench_sft.py on one process. A step has as many tokens either way: 8 rows or so, or as many packs
-as hold them. Ways of giving rows to the model:
+The model and rows of bench_sft.py on one process. A step has as many tokens either way: 8 rows or
+so, or as many packs as hold them. Ways of giving rows to the model:
 
-    padded        batches of rows of like length, padded to the longest: what a GPU gets without --packing
-    end to end    the same batches without their padding: what a CPU gets without --packing
-    packed        packs of up to --max_length tokens, laid end to end: a CPU with --packing (a GPU with flash-attention)
-    packed, mask  the same packs under a block-diagonal mask: plugins and GPUs that cannot be given the ends of rows
+    padded        batches of rows of like length, padded to the longest: what a GPU gets without
+    --packing
+    end to end    the same batches without their padding: what a CPU gets without --packing packed
+    packs of up to --max_length tokens, laid end to end: a CPU with --packing (a GPU with
+    flash-attention) packed, mask  the same packs under a block-diagonal mask: plugins and GPUs that
+    cannot be given the ends of rows
 
-    python benchmarks/bench_packing.py [--rounds 12] [--max_length 512] [--tokenizer_dir MODEL] [--output results.json]
+    python benchmarks/bench_packing.py [--rounds 12] [--max_length 512] [--tokenizer_dir MODEL]
+    [--output results.json]
 """
 
 import argparse
@@ -29,10 +33,14 @@ WARM_UP = 2
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=12, help="steps of each way that count")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a pack")
-    parser.add_argument("--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py")
+    parser.add_argument(
+        "--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py"
+    )
     parser.add_argument("--output", help="write the figures as JSON")
     return parser.parse_args()
 
@@ -40,12 +48,12 @@ def parse() -> argparse.Namespace:
 def loaders(rows, tokenizer, max_length: int) -> tuple[Any, Any]:
     """Windows of 8 rows, and of about as many tokens in packs."""
     from coati.dataset import DataCollatorForSupervisedDataset
-    from coati.dataset.loader import WindowLoader, row_lengths
-    from coati.dataset.order import EpochPlan
-    from coati.dataset.packing import PackCollator
+    from coati.dataset.load.epoch_order import EpochOrder
+    from coati.dataset.load.loader import WindowLoader, row_lengths
+    from coati.dataset.load.packing import PackCollator
 
     collate = DataCollatorForSupervisedDataset(tokenizer, max_length)
-    plan = EpochPlan(row_lengths(rows), pack_length=max_length)
+    plan = EpochOrder(row_lengths(rows), pack_length=max_length)
     tokens_of_a_batch = float(plan.lengths.mean()) * sft_case.BATCH_SIZE
     size = max(1, round(tokens_of_a_batch / max_length))
     packed = WindowLoader(rows, PackCollator(collate), batch_size=size, plan=plan)
@@ -60,7 +68,9 @@ def make_engine(folder: Path):
 
     launch()
     model = load_causal_lm(str(folder / "model"), dtype="fp32")
-    options = ParallelOptions(plugin="ddp", precision="fp32", grad_clip=sft_case.MAX_NORM, packing=True)
+    options = ParallelOptions(
+        plugin="ddp", precision="fp32", grad_clip=sft_case.MAX_NORM, packing=True
+    )
     return boost(model, options, lr=sft_case.LEARNING_RATE, total_steps=10**6, warmup_steps=0)
 
 
@@ -88,14 +98,18 @@ def measure(engine, by_rows, by_packs, rounds: int) -> dict[str, list[tuple[int,
 
 
 def summary(found: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
-    """Tokens/s of each way over its steps, and the median over the rounds of its rate divided by that of "padded"."""
+    """Tokens/s of each way over its steps, and the median over the rounds of its rate divided by
+    that of "padded"."""
     figures: dict[str, Any] = {}
     padded = [tokens / seconds for tokens, seconds in found["padded"]]
     for way, steps in found.items():
         rates = [tokens / seconds for tokens, seconds in steps]
         figures[way] = {
-            "tokens_per_second": sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps),
-            "over_padded": median(mine / theirs for mine, theirs in zip(rates, padded, strict=True)),
+            "tokens_per_second": sum(tokens for tokens, _ in steps)
+            / sum(seconds for _, seconds in steps),
+            "over_padded": median(
+                mine / theirs for mine, theirs in zip(rates, padded, strict=True)
+            ),
             "tokens_per_step": sum(tokens for tokens, _ in steps) / len(steps),
         }
     return figures
@@ -116,11 +130,18 @@ def main() -> None:
     figures = summary(measure(engine, by_rows, by_packs, args.rounds))
     print(by_packs.plan.describe_packing(by_packs.batch_size))
     for way, values in figures.items():
-        rate, ratio, tokens = (values[name] for name in ("tokens_per_second", "over_padded", "tokens_per_step"))
+        rate, ratio, tokens = (
+            values[name] for name in ("tokens_per_second", "over_padded", "tokens_per_step")
+        )
         print(f"{way:13} {rate:7.0f} tokens/s  {ratio:.2f} x padded  {tokens:6.0f} tokens a step")
     if args.output:
         load, threads = os.getloadavg()[0], torch.get_num_threads()
-        about = {"rounds": args.rounds, "max_length": args.max_length, "threads": threads, "load_average": load}
+        about = {
+            "rounds": args.rounds,
+            "max_length": args.max_length,
+            "threads": threads,
+            "load_average": load,
+        }
         save_json(figures | by_packs.figures | about, args.output)
 
 

@@ -1,14 +1,18 @@
-"""Rollouts beside transformers' own `generate`: same model, prompts, stop tokens and sampling settings, in turn.
+"""Rollouts beside transformers' own `generate`: same model, prompts, stop tokens and sampling
+settings, in turn.
 
-A 28M-parameter Llama in fp32 (or --model DIR), batches of 16 prompts of 16 to 200 tokens, up to 128 new ones. Answers
-end at any of the stop tokens, 1 in 48 of the vocabulary, so they are of many lengths. Each way has a process of its
-own; they take the batches in turn, greedy and sampled ones alternating. Tokens are those of the answers, stop token
-included; a batch begins with its prompts and ends with the last answer. What is compared:
+A 28M-parameter Llama in fp32 (or --model DIR), batches of 16 prompts of 16 to 200 tokens, up to 128
+new ones. Answers end at any of the stop tokens, 1 in 48 of the vocabulary, so they are of many
+lengths. Each way has a process of its own; they take the batches in turn, greedy and sampled ones
+alternating. Tokens are those of the answers, stop token included; a batch begins with its prompts
+and ends with the last answer. What is compared:
 
-  coati          the rollout that PPO and GRPO make: a boosted engine (plugin ddp), noise by row, log-probs returned
-  transformers   model.generate, which returns no log-probs, with eos_token_id the stop tokens, top_k and top_p off
+  coati          the rollout that PPO and GRPO make: a boosted engine (plugin ddp), noise by row,
+  log-probs returned transformers   model.generate, which returns no log-probs, with eos_token_id
+  the stop tokens, top_k and top_p off
 
-    python benchmarks/bench_rollout.py [--batches 8] [--batch_size 16] [--max_new_tokens 128] [--output results.json]
+    python benchmarks/bench_rollout.py [--batches 8] [--batch_size 16] [--max_new_tokens 128]
+    [--output results.json]
 """
 
 import argparse
@@ -25,10 +29,16 @@ WARM_UP = 1  # batches of each mode before counting begins
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=8, help="of each mode, the first not counted")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--batches", type=int, default=8, help="of each mode, the first not counted"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--prompt_tokens", type=int, nargs=2, default=[16, 200], metavar=("FROM", "TO"))
+    parser.add_argument(
+        "--prompt_tokens", type=int, nargs=2, default=[16, 200], metavar=("FROM", "TO")
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--model", help="a model directory instead of random weights")
     parser.add_argument("--output", help="write the figures as JSON")
@@ -37,13 +47,19 @@ def parse() -> argparse.Namespace:
 
 def in_turn(args: argparse.Namespace) -> dict[str, dict]:
     script = str(Path(__file__).with_name("rollout_ways.py"))
-    case = {name: getattr(args, name) for name in ("batch_size", "prompt_tokens", "max_new_tokens", "model")}
+    case = {
+        name: getattr(args, name)
+        for name in ("batch_size", "prompt_tokens", "max_new_tokens", "model")
+    }
     steps = args.batches * len(MODES)
     workers = [Worker(way, [sys.executable, script, way, str(steps), repr(case)]) for way in WAYS]
     for index in range(steps):
         for worker in workers if index // len(MODES) % 2 else reversed(workers):
             worker.step()
-    return {worker.name: {"steps": worker.steps, "peak_memory_mb": worker.finish()} for worker in workers}
+    return {
+        worker.name: {"steps": worker.steps, "peak_memory_mb": worker.finish()}
+        for worker in workers
+    }
 
 
 def rate(steps: list[dict], by: str) -> float:
@@ -56,7 +72,10 @@ def figures(results: dict[str, dict], mode: str) -> dict:
     index = MODES.index(mode)
     steps = {way: row["steps"][index :: len(MODES)] for way, row in results.items()}
     counted = {way: some[WARM_UP:] for way, some in steps.items()}
-    speed, work = ({way: rate(some, by) for way, some in counted.items()} for by in ("seconds", "processor_seconds"))
+    speed, work = (
+        {way: rate(some, by) for way, some in counted.items()}
+        for by in ("seconds", "processor_seconds")
+    )
     rates = [[rate([s], "seconds") for s in counted[way]] for way in WAYS]
     pairs = zip(*(sum((s["answers"] for s in some), []) for some in steps.values()), strict=True)
     equal = [one == other for one, other in pairs]
@@ -66,7 +85,11 @@ def figures(results: dict[str, dict], mode: str) -> dict:
         "ratio": speed["coati"] / speed["transformers"],
         "ratio_of_processor_time": work["coati"] / work["transformers"],
         "ratios_of_batches": [mine / theirs for mine, theirs in zip(*rates, strict=True)],
-        "answer_tokens": {"shortest": min(lengths), "median": median(lengths), "longest": max(lengths)},
+        "answer_tokens": {
+            "shortest": min(lengths),
+            "median": median(lengths),
+            "longest": max(lengths),
+        },
         "same_answers": sum(equal) / len(equal),
     }
 
@@ -77,12 +100,16 @@ def main() -> None:
     found = {mode: figures(results, mode) for mode in MODES}
     for mode, row in found.items():
         spread, ratios = row["answer_tokens"], row["ratios_of_batches"]
-        print(f"{mode}, batch {args.batch_size}, answers of {spread['shortest']} to {spread['longest']} tokens")
+        print(
+            f"{mode}, batch {args.batch_size}, answers of {spread['shortest']} to "
+            f"{spread['longest']} tokens"
+        )
         for way in WAYS:
             print(f"  {way:13s} {row['tokens_per_second'][way]:6.0f} tokens/s")
         same = f"; {row['same_answers']:.0%} of the answers the same" if mode == "greedy" else ""
         print(
-            f"  {row['ratio']:.2f} x (batches: {min(ratios):.2f} to {max(ratios):.2f}), by processor time "
+            f"  {row['ratio']:.2f} x (batches: {min(ratios):.2f} to {max(ratios):.2f}), by "
+            "processor time "
             f"{row['ratio_of_processor_time']:.2f} x{same}",
             flush=True,
         )

@@ -14,21 +14,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 QUESTIONS = (
-    "How far is the moon?", "What do bees eat?", "Name three rivers of Europe.", "Why is the sky blue?",
-    "Write a short story about a cat.", "How do I boil an egg?", "What is a prime number?", "Who wrote Hamlet?",
-)  # fmt: skip
+    "How far is the moon?",
+    "What do bees eat?",
+    "Name three rivers of Europe.",
+    "Why is the sky blue?",
+    "Write a short story about a cat.",
+    "How do I boil an egg?",
+    "What is a prime number?",
+    "Who wrote Hamlet?",
+)
 
 
 class Asked:
     """One request to ``service`` and its answer."""
 
     def __init__(self, service, number: int, new: int):
-        from coati.inference.service import Wish
-        from coati.models.choice import Sampling
+        from coati.inference.serve.service import SamplingParams
+        from coati.models.generation.sampling import Sampling
 
         self._done, self.text = threading.Event(), ""
-        prompt = service.encode([{"role": "user", "content": f"{number}. {QUESTIONS[number % len(QUESTIONS)]}"}])
-        self.ticket = service.submit(prompt, Wish(Sampling(do_sample=False), new), self._take)
+        prompt = service.encode(
+            [{"role": "user", "content": f"{number}. {QUESTIONS[number % len(QUESTIONS)]}"}]
+        )
+        self.ticket = service.submit(
+            prompt, SamplingParams(Sampling(do_sample=False), new), self._take
+        )
 
     def _take(self, piece) -> None:
         self.text += piece.text
@@ -53,20 +63,28 @@ def timed(service, arguments, together: bool) -> tuple[float, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     arguments = parser.parse_args()
-    from coati.inference.loading import load
-    from coati.inference.service import Service
+    from coati.inference.model_loading import load
+    from coati.inference.serve.service import InferenceEngine
 
-    service = Service(load(arguments.model_path), max_batch=arguments.requests, max_queue=arguments.requests)
+    service = InferenceEngine(
+        load(arguments.model_path), max_batch=arguments.requests, max_queue=arguments.requests
+    )
     timed(service, argparse.Namespace(requests=1, max_new_tokens=4), together=False)
     alone, texts = timed(service, arguments, together=False)
     together, texts_together = timed(service, arguments, together=True)
     service.close()
-    print(f"one after the other {alone:.1f} tokens/s, {arguments.requests} together {together:.1f} tokens/s: ", end="")
+    print(
+        f"one after the other {alone:.1f} tokens/s, {arguments.requests} together {together:.1f} "
+        "tokens/s: ",
+        end="",
+    )
     print(f"{together / alone:.2f} times as many; same answers: {texts == texts_together}")
 
 

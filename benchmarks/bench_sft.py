@@ -1,10 +1,13 @@
-"""SFT speed of this machine: tokens/s, and the share of its own matrix rate that forward + backward reach.
+"""SFT speed of this machine: tokens/s, and the share of its own matrix rate that forward + backward
+reach.
 
-A 28M-parameter Llama in fp32 on real conversations, batch 8, through the library's own boost, Engine and SFTTrainer.
-The matrix rate is measured between the steps of the same run, so another job on the machine slows both. Padding is not
+A 28M-parameter Llama in fp32 on real conversations, batch 8, through the library's own boost,
+Engine and SFTTrainer. The matrix rate is measured between the steps of the same run, so another job
+on the machine slows both. Padding is not
 counted: tokens are real tokens, and sft_case.flops counts the work they need.
 
-    python benchmarks/bench_sft.py [--steps 40] [--plugin ddp] [--tokenizer_dir MODEL] [--output results.json]
+    python benchmarks/bench_sft.py [--steps 40] [--plugin ddp] [--tokenizer_dir MODEL] [--output
+    results.json]
 """
 
 import argparse
@@ -24,40 +27,59 @@ WARM_UP = 3  # steps before counting begins: thread pools, memory, caches
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--plugin", default="ddp", help="ddp: in one process nothing is exchanged and nothing copied")
-    parser.add_argument("--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py")
+    parser.add_argument(
+        "--plugin",
+        default="ddp",
+        help="ddp: in one process nothing is exchanged and nothing copied",
+    )
+    parser.add_argument(
+        "--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py"
+    )
     parser.add_argument("--output", help="write the figures as JSON")
-    parser.add_argument("--paced", action="store_true", help="wait for a line on standard input before each step")
+    parser.add_argument(
+        "--paced", action="store_true", help="wait for a line on standard input before each step"
+    )
     return parser.parse_args()
 
 
 def make_trainer(folder: Path, plugin: str, steps: int):
-    """The library's public path: ``boost`` and ``SFTTrainer``, constant learning rate, rows in the file's order."""
+    """The library's public path: ``boost`` and ``SFTTrainer``, constant learning rate, rows in the
+    file's order."""
     from coati.dataset import DataCollatorForSupervisedDataset, load_tokenized_dataset
-    from coati.dataset.loader import WindowLoader
+    from coati.dataset.load.loader import WindowLoader
     from coati.models import load_causal_lm, load_tokenizer
     from coati.parallel.boost import boost
     from coati.parallel.launch import launch
     from coati.parallel.plugins import ParallelOptions
-    from coati.trainer import Plan, SFTTrainer
+    from coati.trainer import RunSchedule, SFTTrainer
 
     launch()
     options = ParallelOptions(plugin=plugin, precision="fp32", grad_clip=sft_case.MAX_NORM)
     model = load_causal_lm(str(folder / "model"), dtype="fp32")
     # A schedule a million times as long as the run: its learning rate stays where it starts.
-    keywords = {"lr": sft_case.LEARNING_RATE, "weight_decay": 0.0, "warmup_steps": 0, "total_steps": steps * 10**6}
+    keywords = {
+        "lr": sft_case.LEARNING_RATE,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "total_steps": steps * 10**6,
+    }
     engine = boost(model, options, **keywords)
     rows = load_tokenized_dataset(str(folder / "arrow"))
     collate = DataCollatorForSupervisedDataset(load_tokenizer(str(folder / "model")), 512)
     loader = WindowLoader(rows, collate, batch_size=sft_case.BATCH_SIZE, shuffle=False)
     epochs = -(-steps // len(loader))
-    return SFTTrainer(engine=engine, max_epochs=epochs, accumulation_steps=1, plan=Plan(max_steps=steps)), loader
+    return SFTTrainer(
+        engine=engine, max_epochs=epochs, accumulation_steps=1, plan=RunSchedule(max_steps=steps)
+    ), loader
 
 
 def record_steps(engine, before_step) -> list[dict]:
-    """Times of every step of ``engine`` to come: the whole step, and the optimiser's part of it (clipping included)."""
+    """Times of every step of ``engine`` to come: the whole step, and the optimizer's part of it
+    (clipping included)."""
     steps, train_step, update = [], engine.train_step, engine.optimizer.step
 
     def timed_update(*args, **keywords):
@@ -71,8 +93,15 @@ def record_steps(engine, before_step) -> list[dict]:
         lengths = [n for batch in window for n in batch["attention_mask"].sum(1).tolist()]
         started = time.perf_counter()
         step = train_step(window, *args, **keywords)
-        steps[-1] |= {"seconds": time.perf_counter() - started, "loss": step.loss, "tokens": step.tokens}
-        steps[-1] |= {"supervised": step.units, "flops": sft_case.flops(lengths, step.units)}
+        steps[-1] |= {
+            "seconds": time.perf_counter() - started,
+            "loss": step.loss,
+            "tokens": step.tokens,
+        }
+        steps[-1] |= {
+            "supervised": step.num_terms,
+            "flops": sft_case.flops(lengths, step.num_terms),
+        }
         return step
 
     engine.train_step, engine.optimizer.step = timed_step, timed_update
@@ -80,14 +109,18 @@ def record_steps(engine, before_step) -> list[dict]:
 
 
 def summary(steps: list[dict]) -> dict:
-    """Figures over the steps after the warm-up: sums of work over sums of time, the median of the matrix rate."""
+    """Figures over the steps after the warm-up: sums of work over sums of time, the median of the
+    matrix rate."""
     counted = steps[WARM_UP:]
     seconds = sum(step["seconds"] for step in counted)
     passes = sum(step["seconds"] - step["optimizer_s"] for step in counted)
     tokens = sum(step["tokens"] for step in counted)
     rate = sum(step["flops"] for step in counted) / passes
     machine = median(step["matmul_rate"] for step in counted)
-    shares = sorted(step["flops"] / (step["seconds"] - step["optimizer_s"]) / step["matmul_rate"] for step in counted)
+    shares = sorted(
+        step["flops"] / (step["seconds"] - step["optimizer_s"]) / step["matmul_rate"]
+        for step in counted
+    )
     return {
         "tokens_per_second": tokens / seconds,
         "matmul_gflops": machine / 1e9,
@@ -121,10 +154,14 @@ def main() -> None:
         print(json.dumps({"peak_mb": peak_memory_mb()}), flush=True)
         return
     figures = summary(steps) | {
-        "plugin": args.plugin, "steps": args.steps - WARM_UP, "threads": torch.get_num_threads(),
-        "peak_memory_mb": peak_memory_mb(), "torch": torch.__version__, "machine": platform.processor() or "unknown",
+        "plugin": args.plugin,
+        "steps": args.steps - WARM_UP,
+        "threads": torch.get_num_threads(),
+        "peak_memory_mb": peak_memory_mb(),
+        "torch": torch.__version__,
+        "machine": platform.processor() or "unknown",
         "load_average": os.getloadavg()[0],
-    }  # fmt: skip
+    }
     show(figures)
     if args.output:
         from coati.utils.json_io import save_json
@@ -135,12 +172,17 @@ def main() -> None:
 def show(figures: dict) -> None:
     low, middle, high = figures["share_of_matmul_rate_quartiles"]
     print(
-        f"SFT of a 28M Llama in fp32, batch {sft_case.BATCH_SIZE}, {figures['threads']} threads, plugin "
-        f"{figures['plugin']}: {figures['tokens_per_second']:.0f} tokens/s, peak {figures['peak_memory_mb']:.0f} MiB "
-        f"(padding is not counted; {figures['supervised_share_of_tokens']:.0%} of the tokens are supervised)\n"
-        f"forward + backward: {figures['passes_gflops']:.0f} of this machine's own {figures['matmul_gflops']:.0f} "
-        f"Gflop/s = {figures['share_of_matmul_rate']:.0%} (steps, quartiles: {low:.0%}, {middle:.0%}, {high:.0%}); "
-        f"optimiser and clipping: {figures['optimizer_share_of_step']:.0%} of the step"
+        f"SFT of a 28M Llama in fp32, batch {sft_case.BATCH_SIZE}, {figures['threads']} threads, "
+        "plugin "
+        f"{figures['plugin']}: {figures['tokens_per_second']:.0f} tokens/s, peak "
+        f"{figures['peak_memory_mb']:.0f} MiB "
+        f"(padding is not counted; {figures['supervised_share_of_tokens']:.0%} of the tokens are "
+        "supervised)\n"
+        f"forward + backward: {figures['passes_gflops']:.0f} of this machine's own "
+        f"{figures['matmul_gflops']:.0f} "
+        f"Gflop/s = {figures['share_of_matmul_rate']:.0%} (steps, quartiles: {low:.0%}, "
+        f"{middle:.0%}, {high:.0%}); "
+        f"optimizer and clipping: {figures['optimizer_share_of_step']:.0%} of the step"
     )
 
 

@@ -1,10 +1,13 @@
-"""SFT beside TRL 1.16.0: same model, rows, order, batches and learning rate, both on the assistant's tokens only.
+"""SFT beside TRL 1.16.0: same model, rows, order, batches and learning rate, both on the
+assistant's tokens only.
 
-Each system runs in an environment and a process of its own, with all cores; they take their steps in turn, so whatever
-else the machine does slows both. Tokens are real tokens: padding counts for neither. TRL gets the settings that are
-fastest on a CPU (fp32, no gradient checkpointing); --trl_defaults leaves it its own (bf16, checkpointing).
+Each system runs in an environment and a process of its own, with all cores; they take their steps
+in turn, so whatever else the machine does slows both. Tokens are real tokens: padding counts for
+neither. TRL gets the settings that are fastest on a CPU (fp32, no gradient checkpointing);
+--trl_defaults leaves it its own (bf16, checkpointing).
 
-    python benchmarks/bench_sft_peers.py [--steps 20] [--trl_env DIR] [--trl_python PATH] [--output results.json]
+    python benchmarks/bench_sft_peers.py [--steps 20] [--trl_env DIR] [--trl_python PATH] [--output
+    results.json]
 """
 
 import argparse
@@ -23,20 +26,36 @@ WARM_UP = 2  # steps before counting begins
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--plugin", default="ddp")
-    parser.add_argument("--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py")
-    parser.add_argument("--trl_env", type=Path, default=sft_case.ROOT / ".venv-trl", help="built when it is not there")
-    parser.add_argument("--trl_python", help="the Python of an environment that exists, instead of --trl_env")
+    parser.add_argument(
+        "--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py"
+    )
+    parser.add_argument(
+        "--trl_env",
+        type=Path,
+        default=sft_case.ROOT / ".venv-trl",
+        help="built when it is not there",
+    )
+    parser.add_argument(
+        "--trl_python", help="the Python of an environment that exists, instead of --trl_env"
+    )
     parser.add_argument("--trl_defaults", action="store_true")
     parser.add_argument("--output", help="write the figures as JSON")
     return parser.parse_args()
 
 
 def trl_python(folder: Path, requirements: str = "requirements-trl.txt") -> str:
-    """The Python of an environment with ``requirements``, built in ``folder`` unless it is there."""
-    requirements, python, stamp = HERE / requirements, folder / "bin" / "python", folder / ".coati-stamp"
+    """The Python of an environment with ``requirements``, built in ``folder`` unless it is
+    there."""
+    requirements, python, stamp = (
+        HERE / requirements,
+        folder / "bin" / "python",
+        folder / ".coati-stamp",
+    )
     wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return str(python)
@@ -56,7 +75,9 @@ class Worker:
 
     def __init__(self, name: str, command: list[str]):
         self.name, self.steps = name, []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
         self._read(lambda line: line == "ready")
 
     def step(self) -> None:
@@ -90,8 +111,22 @@ def figures(worker: Worker, peak: float) -> dict:
 
 
 def run(folder: Path, steps: int, plugin: str, python: str, trl_defaults: bool) -> dict:
-    ours = [sys.executable, str(HERE / "bench_sft.py"), "--paced", "--steps", str(steps), "--plugin", plugin]
-    theirs = [python, str(HERE / "trl_worker.py"), str(folder), str(steps), *["--defaults"] * trl_defaults]
+    ours = [
+        sys.executable,
+        str(HERE / "bench_sft.py"),
+        "--paced",
+        "--steps",
+        str(steps),
+        "--plugin",
+        plugin,
+    ]
+    theirs = [
+        python,
+        str(HERE / "trl_worker.py"),
+        str(folder),
+        str(steps),
+        *["--defaults"] * trl_defaults,
+    ]
     workers = [Worker("coati", ours), Worker("trl", theirs)]
     for index in range(steps):
         for worker in workers if index % 2 else reversed(workers):
@@ -114,16 +149,21 @@ def main() -> None:
     result = run(folder, args.steps, args.plugin, python, args.trl_defaults)
     settings = "with its own defaults" if args.trl_defaults else "in fp32 without checkpointing"
     counted = args.steps - WARM_UP
-    print(f"SFT of a 28M Llama, batch {sft_case.BATCH_SIZE}, {counted} steps in turn; TRL 1.16.0 {settings}")
+    print(
+        f"SFT of a 28M Llama, batch {sft_case.BATCH_SIZE}, {counted} steps in turn; TRL 1.16.0 "
+        f"{settings}"
+    )
     for name in ("coati", "trl"):
         row = result[name]
         print(
-            f"{name:6s} {row['tokens_per_second']:6.0f} tokens/s   peak {row['peak_memory_mb']:5.0f} MiB   "
+            f"{name:6s} {row['tokens_per_second']:6.0f} tokens/s   peak "
+            f"{row['peak_memory_mb']:5.0f} MiB   "
             f"{row['supervised_share_of_tokens']:.0%} of the tokens supervised   "
             f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
         )
     print(
-        f"{result['tokens_per_second_ratio']:.1f} x TRL's tokens/s with {result['memory_ratio']:.0%} of its memory; "
+        f"{result['tokens_per_second_ratio']:.1f} x TRL's tokens/s with "
+        f"{result['memory_ratio']:.0%} of its memory; "
         f"losses differ by at most {result['largest_relative_loss_difference']:.1e} of their value"
     )
     if args.output:

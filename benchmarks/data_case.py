@@ -1,4 +1,5 @@
-"""What the data benchmarks share: a tokenizer of usual size, rows of every type, and the machine in neutral words."""
+"""What the data benchmarks share: a tokenizer of usual size, rows of every type, and the machine in
+neutral words."""
 
 import os
 import platform
@@ -8,16 +9,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are the parallelism, in every way measured
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # processes are the parallelism, in every way measured
 
 EXAMPLES = ROOT / "examples" / "data"
 CORES = len(os.sched_getaffinity(0))
 
 
 def make_tokenizer(directory: str | None, vocab_size: int = 8000) -> Any:
-    """The tokenizer of a model directory; without one a byte-level BPE trained on the sample rows, with ChatML."""
+    """The tokenizer of a model directory; without one a byte-level BPE trained on the sample rows,
+    with ChatML."""
     if directory:
-        from coati.models.utils import load_tokenizer
+        from coati.models.loading import load_tokenizer
 
         return load_tokenizer(directory)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -29,11 +33,15 @@ def make_tokenizer(directory: str | None, vocab_size: int = 8000) -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     core.train([str(EXAMPLES / name) for name in ("sft.jsonl", "preference.jsonl")], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[:2]})
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -48,7 +56,11 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "cores": CORES, "memory_gib": round(memory, 1), "cpu": names[0] if names else platform.processor() or "unknown",
-        "python": platform.python_version(), "datasets": datasets.__version__, "tokenizers": tokenizers.__version__,
+        "cores": CORES,
+        "memory_gib": round(memory, 1),
+        "cpu": names[0] if names else platform.processor() or "unknown",
+        "python": platform.python_version(),
+        "datasets": datasets.__version__,
+        "tokenizers": tokenizers.__version__,
         "load_average_at_start": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
+    }

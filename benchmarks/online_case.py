@@ -1,6 +1,8 @@
-"""What the PPO and GRPO benchmarks run: models of random weights, prompts, and how much arithmetic an episode needs.
+"""What the PPO and GRPO benchmarks run: models of random weights, prompts, and how much arithmetic
+an episode needs.
 
-Imported by all environments of `make bench-peers`, so nothing beyond the standard library is imported here at the top.
+Imported by all environments of `make bench-peers`, so nothing beyond the standard library is
+imported here at the top.
 """
 
 import json
@@ -13,12 +15,16 @@ from benchmarks import sft_case
 
 LONGEST_PROMPT, TEMPERATURE, CLIP, KL = 200, 0.7, 0.2, 0.05
 LEARNING_RATE, MAX_NORM, BETAS = 1e-6, 1.0, (0.9, 0.95)
-ROLES = ("model", "reward")  # folders: the policy and its reference; the reward model and the critic
+ROLES = (
+    "model",
+    "reward",
+)  # folders: the policy and its reference; the reward model and the critic
 
 
 @dataclass(frozen=True)
 class Size:
-    """One episode: ``prompts`` prompts with ``generations`` answers of ``new`` tokens each, ``passes`` over them."""
+    """One episode: ``prompts`` prompts with ``generations`` answers of ``new`` tokens each,
+    ``passes`` over them."""
 
     prompts: int
     new: int
@@ -45,34 +51,41 @@ class Clock:
 
 
 def prepare(folder: Path | None = None) -> Path:
-    """A folder with ``model/`` and ``reward/`` (28M, seed 0), tokenizers included, and ``prompts.jsonl``: eight prompts
-    of examples/data/prompt.jsonl as text and SmolLM2's token ids, the longest that 200 tokens hold."""
+    """A folder with ``model/`` and ``reward/`` (28M, seed 0), tokenizers included, and
+    ``prompts.jsonl``: eight prompts of examples/data/prompt.jsonl as text and SmolLM2's token ids,
+    the longest that 200 tokens hold."""
     folder = folder or sft_case.CACHE / "online"
     if (folder / "prompts.jsonl").exists():
         return folder
     from benchmarks.preference_case import write_models
     from coati.dataset import setup_conversation_template
-    from coati.dataset.shapes import READERS
-    from coati.dataset.tokenization import TOKENIZERS
+    from coati.dataset.rows.formats import READERS
+    from coati.dataset.rows.tokenization import TOKENIZERS
     from coati.models import load_tokenizer
 
     tokenizer = load_tokenizer(str(sft_case.prepare() / "model"))
     path = sft_case.ROOT / "config" / "conversation_template" / sft_case.TEMPLATE
     template = setup_conversation_template(tokenizer, str(path))
     lines = open(sft_case.ROOT / "examples" / "data" / "prompt.jsonl", encoding="utf-8")
-    made = [TOKENIZERS["prompt"](READERS["prompt"](json.loads(line)), template, 10_000)[0][0] for line in lines]
+    made = [
+        TOKENIZERS["prompt"](READERS["prompt"](json.loads(line)), template, 10_000)[0][0]
+        for line in lines
+    ]
     fitting = [row for row in made if row["seq_length"] <= LONGEST_PROMPT]
     chosen = sorted(fitting, key=lambda row: -row["seq_length"])[: SIZES["ppo"].prompts]
     write_models(folder, sft_case.MODEL)
     for role in ROLES:
         tokenizer.save_pretrained(folder / role)
     rows = [{"text": row["inputs_decode"], "input_ids": row["input_ids"]} for row in chosen]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return folder
 
 
 def read(folder: Path, size: Size) -> list[dict[str, Any]]:
-    """The prompts of every episode: each has the same ones, so an episode is the same work as every other."""
+    """The prompts of every episode: each has the same ones, so an episode is the same work as every
+    other."""
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[: size.prompts]]
 
@@ -82,15 +95,23 @@ def score(completions: list[str], **others: Any) -> list[float]:
     return [sum(map(str.isalpha, text)) / max(len(text), 1) for text in completions]
 
 
-def flops(algorithm: str, size: Size, prompts: list[int], model: dict[str, int] | None = None) -> float:
-    """Floating-point operations that an episode needs, by mathematics, not by implementation; see sft_case.flops.
+def flops(
+    algorithm: str, size: Size, prompts: list[int], model: dict[str, int] | None = None
+) -> float:
+    """Floating-point operations that an episode needs, by mathematics, not by implementation; see
+    sft_case.flops.
 
-    ``prompts``: tokens of each. A forward pass takes every token once: the policy's while it samples (log-probs
-    included), the reference's, reward model's and critic's (PPO); an update is three times a forward pass, of policy
-    and critic. The vocabulary is multiplied at answers' tokens alone. The prompt of a group is read once for sampling.
+    ``prompts``: tokens of each. A forward pass takes every token once: the policy's while it
+    samples (log-probs included), the reference's, reward model's and critic's (PPO); an update is
+    three times a forward pass, of policy and critic. The vocabulary is multiplied at answers'
+    tokens alone. The prompt of a group is read once for sampling.
     """
     model = model or sft_case.MODEL
-    hidden, layers, inner = model["hidden_size"], model["num_hidden_layers"], model["intermediate_size"]
+    hidden, layers, inner = (
+        model["hidden_size"],
+        model["num_hidden_layers"],
+        model["intermediate_size"],
+    )
     kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
     weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/online_ways.py ppo|grpo FOLDER EPISODES PASSES
 
-FOLDER is what online_case.prepare made. An episode is run for each line on standard input, and printed as a line of
-JSON: its seconds, and those of rollout, scoring and update.
+FOLDER is what online_case.prepare made. An episode is run for each line on standard input, and
+printed as a line of JSON: its seconds, and those of rollout, scoring and update.
 """
 
 import json
@@ -30,10 +30,13 @@ def show(found: dict[str, float]) -> None:
 
 
 class Paced:
-    """A loader that gives out the prompts of an episode once ``wait`` is over; and, in the place of signs of trouble,
+    """A loader that gives out the prompts of an episode once ``wait`` is over; and, in the place of
+    signs of trouble,
     the end of each episode: ``tell`` is given what it took."""
 
-    def __init__(self, loader: Any, wait: Callable[[], Any] = at_once, tell: Callable[[dict], Any] = show):
+    def __init__(
+        self, loader: Any, wait: Callable[[], Any] = at_once, tell: Callable[[dict], Any] = show
+    ):
         self.loader, self.window_rows, self.clock = loader, loader.window_rows, case.Clock()
         self.wait, self.tell = wait, tell
 
@@ -48,7 +51,14 @@ class Paced:
     def look(self, metrics: dict[str, float], episode: int) -> list[str]:
         found = self.clock.read()
         phases = {phase: metrics[f"seconds_{phase}"] for phase in PHASES}
-        self.tell({**found, **phases, "answer_tokens": metrics["response_length"], "reward": metrics["reward"]})
+        self.tell(
+            {
+                **found,
+                **phases,
+                "answer_tokens": metrics["response_length"],
+                "reward": metrics["reward"],
+            }
+        )
         return []
 
     def state_dict(self) -> dict:
@@ -58,7 +68,7 @@ class Paced:
 def loader(prompts: list[list[int]], tokenizer: Any) -> Any:
     """All of ``prompts`` in every episode."""
     from coati.dataset import DataCollatorForPromptDataset
-    from coati.dataset.loader import WindowLoader
+    from coati.dataset.load.loader import WindowLoader
 
     rows = Rows({"input_ids": ids, "seq_length": len(ids)} for ids in prompts)
     collate = DataCollatorForPromptDataset(tokenizer, max(map(len, prompts)))
@@ -74,16 +84,23 @@ class Models(NamedTuple):
     reference: Any = None
 
 
-def boosted(options: Any, policy: Any, critic: Any = None, reward: Any = None, reference: Any = None) -> Models:
+def boosted(
+    options: Any, policy: Any, critic: Any = None, reward: Any = None, reference: Any = None
+) -> Models:
     """Of models with or without the other three roles."""
     from coati.parallel.boost import boost
-    from coati.parallel.reference import Reference, freeze
+    from coati.parallel.inference_model import InferenceModel, boost_for_inference
 
     # A schedule so long that its learning rate stays where it starts.
-    keywords = {"lr": case.LEARNING_RATE, "weight_decay": 0.0, "warmup_steps": 0, "total_steps": 10**9}
+    keywords = {
+        "lr": case.LEARNING_RATE,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "total_steps": 10**9,
+    }
     if critic is None:
         return Models(boost(policy, options, **keywords))
-    frozen = (Reference(freeze(model, options)) for model in (reward, reference))
+    frozen = (InferenceModel(boost_for_inference(model, options)) for model in (reward, reference))
     return Models(boost(policy, options, **keywords), boost(critic, options, **keywords), *frozen)
 
 
@@ -94,43 +111,61 @@ def stored(algorithm: str, folder: Path, options: Any) -> Models:
     policy, reference = (load_causal_lm(str(folder / "model"), dtype="fp32") for _ in range(2))
     if algorithm == "grpo":
         return boosted(options, policy)
-    critic, reward = (load_scalar_model(kind, str(folder / "reward"), dtype="fp32") for kind in (Critic, RewardModel))
+    critic, reward = (
+        load_scalar_model(kind, str(folder / "reward"), dtype="fp32")
+        for kind in (Critic, RewardModel)
+    )
     return boosted(options, policy, critic, reward, reference)
 
 
 def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tokenizer: Any):
-    """A PPO trainer, or without a critic one of GRPO, of ``episodes`` episodes whose end ``signs`` is told."""
+    """A PPO trainer, or without a critic one of GRPO, of ``episodes`` episodes whose end ``signs``
+    is told."""
     from coati.experience_buffer import NaiveExperienceBuffer
-    from coati.experience_maker.collected import ExperienceSettings
     from coati.experience_maker.maker import NaiveExperienceMaker
     from coati.experience_maker.rollout import ModelRollout
-    from coati.experience_maker.running import KLController
+    from coati.experience_maker.rollout_batch import ExperienceSettings
+    from coati.experience_maker.running_moments import KLController
     from coati.experience_maker.scoring import Scorer
-    from coati.models.generation import Sampling
-    from coati.models.policy_loss import Normalisation
+    from coati.models.generation.loop import Sampling
+    from coati.models.policy_loss import Normalization
     from coati.rewards import Rewards
     from coati.trainer import OLTrainer
-    from coati.trainer.base import Plan
+    from coati.trainer.base import RunSchedule
     from coati.trainer.online import Episodes
-    from coati.trainer.policy import PolicySettings
+    from coati.trainer.policy_objective import PolicySettings
 
     ppo = models.critic is not None
     answers = {"stop_sequences": [[tokenizer.eos_token_id]], "max_new_tokens": size.new}
-    rollout = ModelRollout(models.policy, sampling=Sampling(), pad_token_id=tokenizer.pad_token_id, **answers)
-    settings = ExperienceSettings(**answers, method=None if ppo else "grpo", num_generations=size.generations, lam=0.95)
+    rollout = ModelRollout(
+        models.policy, sampling=Sampling(), pad_token_id=tokenizer.pad_token_id, **answers
+    )
+    settings = ExperienceSettings(
+        **answers, method=None if ppo else "grpo", num_generations=size.generations, lam=0.95
+    )
     functions = None if ppo else Rewards([f"{case.__file__}:score"])
     maker = NaiveExperienceMaker(
-        models.policy, rollout, Scorer(models.reward, functions), tokenizer, settings, reference=models.reference,
-        critic=models.critic, kl=KLController(case.KL if ppo else 0.0),
-    )  # fmt: skip
-    normalisation = Normalisation("token" if ppo else "response", size.new)
+        models.policy,
+        rollout,
+        Scorer(models.reward, functions),
+        tokenizer,
+        settings,
+        reference=models.reference,
+        critic=models.critic,
+        kl=KLController(case.KL if ppo else 0.0),
+    )
+    normalization = Normalization("token" if ppo else "response", size.new)
     keywords: dict[str, Any] = {"critic": models.critic} if ppo else {}
     return OLTrainer(
-        models.policy, maker, NaiveExperienceBuffer(size.answers),
+        models.policy,
+        maker,
+        NaiveExperienceBuffer(size.answers),
         Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
-        policy=PolicySettings(case.CLIP, case.CLIP, normalisation=normalisation), plan=Plan(log_interval=1),
-        signs=signs, **keywords,
-    )  # fmt: skip
+        policy=PolicySettings(case.CLIP, case.CLIP, normalization=normalization),
+        plan=RunSchedule(log_interval=1),
+        signs=signs,
+        **keywords,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""What the preference benchmarks run: models, pairs as token ids, and one training step of each way to be compared.
+"""What the preference benchmarks run: models, pairs as token ids, and one training step of each way
+to be compared.
 
-Imported by both environments of `make bench-peers`, so nothing beyond the standard library is imported here at the top.
+Imported by both environments of `make bench-peers`, so nothing beyond the standard library is
+imported here at the top.
 """
 
 import json
@@ -15,8 +17,8 @@ SPREAD = 0.25  # their lengths differ by up to this share of the mean
 
 
 def made(vocab_size: int, rows: int = 256) -> Path:
-    """A folder with ``model/`` (the 28M model with another vocabulary), ``reward/`` and ``pairs.jsonl`` of random
-    tokens."""
+    """A folder with ``model/`` (the 28M model with another vocabulary), ``reward/`` and
+    ``pairs.jsonl`` of random tokens."""
     folder = sft_case.CACHE / f"pairs-{vocab_size}-{PROMPT}-{ANSWER}"
     if (folder / "pairs.jsonl").exists():
         return folder
@@ -27,7 +29,8 @@ def made(vocab_size: int, rows: int = 256) -> Path:
         return [generator.randrange(3, vocab_size) for _ in range(count)]
 
     pairs = [
-        {"prompt_ids": some(PROMPT), "chosen_ids": some(ANSWER), "rejected_ids": some(ANSWER)} for _ in range(rows)
+        {"prompt_ids": some(PROMPT), "chosen_ids": some(ANSWER), "rejected_ids": some(ANSWER)}
+        for _ in range(rows)
     ]
     write_models(folder, sft_case.MODEL | {"vocab_size": vocab_size})
     _write(folder, pairs)
@@ -35,7 +38,8 @@ def made(vocab_size: int, rows: int = 256) -> Path:
 
 
 def real(tokenizer_dir: str | None = None) -> Path:
-    """The same with the pairs of examples/data/preference.jsonl, in the file's order, as SmolLM2's token ids."""
+    """The same with the pairs of examples/data/preference.jsonl, in the file's order, as SmolLM2's
+    token ids."""
     folder = sft_case.CACHE / "pairs"
     if (folder / "pairs.jsonl").exists():
         return folder
@@ -45,19 +49,32 @@ def real(tokenizer_dir: str | None = None) -> Path:
     tokenizer = load_tokenizer(tokenizer_dir or str(sft_case.prepare() / "model"))
     template = sft_case.ROOT / "config" / "conversation_template" / sft_case.TEMPLATE
     prepare_dataset(
-        inputs=[sft_case.ROOT / "examples" / "data" / "preference.jsonl"], type="preference", tokenizer=tokenizer,
-        template=setup_conversation_template(tokenizer, str(template)), arrow_dir=folder / "arrow", max_length=512,
-        num_bins=1, show=None,
-    )  # fmt: skip
+        inputs=[sft_case.ROOT / "examples" / "data" / "preference.jsonl"],
+        type="preference",
+        tokenizer=tokenizer,
+        template=setup_conversation_template(tokenizer, str(template)),
+        arrow_dir=folder / "arrow",
+        max_length=512,
+        num_bins=1,
+        show=None,
+    )
     pairs = []
     for row in load_tokenized_dataset(str(folder / "arrow")):
         start = row["chosen_loss_mask"].index(True)
-        prompt, chosen, rejected = (row["chosen_input_ids"][:start], *(row[f"{s}_input_ids"] for s in SIDES))
-        # Whoever takes prompt and answers apart must find one prompt; a mask may end before its row.
+        prompt, chosen, rejected = (
+            row["chosen_input_ids"][:start],
+            *(row[f"{s}_input_ids"] for s in SIDES),
+        )
+        # Whoever takes prompt and answers apart must find one prompt; a mask may end before its
+        # row.
         if rejected[:start] == prompt and row["rejected_loss_mask"].index(True) == start:
-            ends = [len(row[f"{s}_loss_mask"]) - row[f"{s}_loss_mask"][::-1].index(True) for s in SIDES]
+            ends = [
+                len(row[f"{s}_loss_mask"]) - row[f"{s}_loss_mask"][::-1].index(True) for s in SIDES
+            ]
             answers = (chosen[start : ends[0]], rejected[start : ends[1]])
-            pairs.append({"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]})
+            pairs.append(
+                {"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]}
+            )
     write_models(folder, sft_case.MODEL)
     tokenizer.save_pretrained(folder / "model")
     _write(folder, pairs)
@@ -68,7 +85,8 @@ SIDES = ("chosen", "rejected")
 
 
 def write_models(folder: Path, config: dict) -> None:
-    """``model/``, a language model of random weights, and ``reward/``, a reward model on it; seed 0."""
+    """``model/``, a language model of random weights, and ``reward/``, a reward model on it; seed
+    0."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,4 +116,7 @@ def read(folder: Path, count: int) -> list[dict]:
 def counted(pairs: list[dict]) -> dict[str, int]:
     """Real tokens of both sides, and how many of them are supervised."""
     answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
-    return {"tokens": answers + 2 * sum(len(pair["prompt_ids"]) for pair in pairs), "supervised": answers}
+    return {
+        "tokens": answers + 2 * sum(len(pair["prompt_ids"]) for pair in pairs),
+        "supervised": answers,
+    }

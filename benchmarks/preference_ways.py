@@ -1,15 +1,16 @@
-"""One training step of DPO and of a reward model in several ways; each worker process of the benchmarks runs one.
+"""One training step of DPO and of a reward model in several ways; each worker process of the
+benchmarks runs one.
 
     python benchmarks/preference_ways.py WAY FOLDER STEPS PAIRS
 
-FOLDER is what preference_case.made or .real wrote, PAIRS how many are in a step. A step is taken for each line on
-standard input, and printed as a line of JSON. The ways:
+FOLDER is what preference_case.made or .real wrote, PAIRS how many are in a step. A step is taken
+for each line on standard input, and printed as a line of JSON. The ways:
 
-  dpo          this library: one forward of interleaved rows, log-probs at supervised positions, a live reference
-  dpo_stored   the same, with log-probs of the reference that were stored before
+  dpo          this library: one forward of interleaved rows, log-probs at supervised positions, a
+  live reference dpo_stored   the same, with log-probs of the reference that were stored before
   dpo_plain    plain PyTorch: chosen and rejected forward by themselves, log-softmax of full logits
-  rm           this library: one forward of interleaved rows, no vocabulary head
-  rm_plain     plain PyTorch: a value head on a language model, chosen and rejected by themselves, logits left unused
+  rm           this library: one forward of interleaved rows, no vocabulary head rm_plain     plain
+  PyTorch: a value head on a language model, chosen and rejected by themselves, logits left unused
 """
 
 import json
@@ -46,7 +47,9 @@ def prepared(pairs: list[dict]) -> Rows:
         row = {}
         for side in case.SIDES:
             row[f"{side}_input_ids"] = pair["prompt_ids"] + pair[f"{side}_ids"]
-            row[f"{side}_loss_mask"] = [False] * len(pair["prompt_ids"]) + [True] * len(pair[f"{side}_ids"])
+            row[f"{side}_loss_mask"] = [False] * len(pair["prompt_ids"]) + [True] * len(
+                pair[f"{side}_ids"]
+            )
         rows.append(row | {"seq_length": max(len(row[f"{side}_input_ids"]) for side in case.SIDES)})
     return rows
 
@@ -56,9 +59,10 @@ class Pad:
 
 
 def library(trainer, pairs: list[dict], batch: int, stored=None) -> Steps:
-    """Steps through the library's own loader and engine; ``stored`` gives a window its reference's log-probs."""
+    """Steps through the library's own loader and engine; ``stored`` gives a window its reference's
+    log-probs."""
     from coati.dataset import DataCollatorForPreferenceDataset
-    from coati.dataset.loader import WindowLoader
+    from coati.dataset.load.loader import WindowLoader
 
     collate = DataCollatorForPreferenceDataset(Pad, 4096)
     loader = WindowLoader(prepared(pairs), collate, batch_size=batch, shuffle=False)
@@ -74,7 +78,12 @@ def boosted(model: nn.Module):
     from coati.parallel.boost import boost
 
     # A schedule so long that its learning rate stays where it starts.
-    keywords = {"lr": case.LEARNING_RATE, "weight_decay": 0.0, "warmup_steps": 0, "total_steps": 10**9}
+    keywords = {
+        "lr": case.LEARNING_RATE,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "total_steps": 10**9,
+    }
     return boost(model, options(), **keywords)
 
 
@@ -86,15 +95,17 @@ def options():
 
 def dpo(folder: Path, pairs: list[dict], batch: int, stored: bool = False) -> Steps:
     from coati.models import load_causal_lm
+    from coati.parallel.inference_model import InferenceModel, boost_for_inference
     from coati.parallel.launch import launch
-    from coati.parallel.reference import Reference, freeze
     from coati.trainer import DPOTrainer
 
     launch()
     engine = boosted(load_causal_lm(str(folder / "model"), dtype="fp32"))
     reference = None
     if not stored:
-        reference = Reference(freeze(load_causal_lm(str(folder / "model"), dtype="fp32"), options()))
+        reference = InferenceModel(
+            boost_for_inference(load_causal_lm(str(folder / "model"), dtype="fp32"), options())
+        )
     trainer = DPOTrainer(engine=engine, reference=reference, beta=case.BETA)
 
     def with_stored(batch):
@@ -122,7 +133,10 @@ def rm(folder: Path, pairs: list[dict], batch: int) -> Steps:
 def padded(rows: list[list[int]]) -> dict[str, Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([row + [2] * (width - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows]),
+    }
 
 
 def full_logps(model: nn.Module, pairs: list[dict], side: str) -> Tensor:
@@ -135,7 +149,9 @@ def full_logps(model: nn.Module, pairs: list[dict], side: str) -> Tensor:
     return (tokens * ((places >= starts) & batch["attention_mask"][:, 1:].bool())).sum(1)
 
 
-def plain(model: nn.Module, loss: Callable[[list[dict]], Tensor], pairs: list[dict], batch: int) -> Steps:
+def plain(
+    model: nn.Module, loss: Callable[[list[dict]], Tensor], pairs: list[dict], batch: int
+) -> Steps:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=case.LEARNING_RATE, betas=case.BETAS, weight_decay=0.0, fused=True
     )
@@ -166,7 +182,8 @@ def dpo_plain(folder: Path, pairs: list[dict], batch: int) -> Steps:
 
 
 class WithValue(nn.Module):
-    """A language model with a value head beside its vocabulary head, as reward models are often made."""
+    """A language model with a value head beside its vocabulary head, as reward models are often
+    made."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -176,7 +193,9 @@ class WithValue(nn.Module):
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model")
         self.score = nn.Linear(self.model.config.hidden_size, 1)
         with torch.no_grad():
-            self.score.weight.copy_(load_file(folder / "reward" / "model.safetensors")["score.weight"])
+            self.score.weight.copy_(
+                load_file(folder / "reward" / "model.safetensors")["score.weight"]
+            )
             self.score.bias.zero_()
         self.score.bias.requires_grad_(False)
 

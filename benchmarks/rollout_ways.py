@@ -41,14 +41,16 @@ def prompts(step: int, case: dict, vocabulary: int) -> tuple[list[list[int]], li
     generator = random.Random(step // len(MODES))
     lengths = [generator.randint(from_, to) for _ in range(case["batch_size"])]
     stops = random.Random(-1).sample(range(3, vocabulary), vocabulary // STOP_SHARE)
-    return [[generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths], sorted(stops)
+    return [
+        [generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths
+    ], sorted(stops)
 
 
 def coati(model, case: dict) -> Callable:
     from coati.experience_maker.rollout import ModelRollout
-    from coati.models.generation import Sampling
-    from coati.models.noise import row_noise
-    from coati.models.samples import left_pad
+    from coati.models.generation.loop import Sampling
+    from coati.models.generation.response_table import left_pad
+    from coati.models.generation.row_noise import row_noise
     from coati.parallel.boost import boost
     from coati.parallel.launch import launch
     from coati.parallel.plugins import ParallelOptions
@@ -58,9 +60,12 @@ def coati(model, case: dict) -> Callable:
 
     def batch(step: int, rows: list[list[int]], stops: list[int], sampled: bool) -> list[list[int]]:
         rollout = ModelRollout(
-            engine, sampling=Sampling(do_sample=sampled), stop_sequences=[[stop] for stop in stops],
-            max_new_tokens=case["max_new_tokens"], pad_token_id=PAD,
-        )  # fmt: skip
+            engine,
+            sampling=Sampling(do_sample=sampled),
+            stop_sequences=[[stop] for stop in stops],
+            max_new_tokens=case["max_new_tokens"],
+            pad_token_id=PAD,
+        )
         noise = row_noise(0, step, range(len(rows)), case["max_new_tokens"])
         ids, mask = left_pad(rows, PAD)
         return rollout.generate(ids, mask, noise=noise, temperature=1.0).answers()
@@ -71,7 +76,7 @@ def coati(model, case: dict) -> Callable:
 def transformers(model, case: dict) -> Callable:
     import torch
 
-    from coati.models.samples import left_pad
+    from coati.models.generation.response_table import left_pad
 
     model.eval()
 
@@ -80,11 +85,19 @@ def transformers(model, case: dict) -> Callable:
         ids, mask = left_pad(rows, PAD)
         settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=case["max_new_tokens"], do_sample=sampled,
-            eos_token_id=stops, pad_token_id=PAD, **settings,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=case["max_new_tokens"],
+            do_sample=sampled,
+            eos_token_id=stops,
+            pad_token_id=PAD,
+            **settings,
+        )
         ends, answers = set(stops), [row[ids.shape[1] :] for row in out.tolist()]
-        return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
+        return [
+            row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+            for row in answers
+        ]
 
     return batch
 
@@ -102,9 +115,17 @@ def main() -> None:
         answers = batch(step, rows, stops, MODES[step % len(MODES)] == "sampled")
         seconds, processor = time.perf_counter() - started, time.process_time() - worked
         lengths = [len(answer) for answer in answers]
-        figures = {"seconds": seconds, "processor_seconds": processor, "tokens": sum(lengths), "lengths": lengths}
+        figures = {
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "tokens": sum(lengths),
+            "lengths": lengths,
+        }
         print(json.dumps(figures | {"answers": answers}), flush=True)
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+    print(
+        json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

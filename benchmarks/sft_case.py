@@ -1,5 +1,6 @@
-"""What the SFT benchmarks run: one model, one set of rows, one way of counting work. Imported by both environments of
-`make bench-peers`, so nothing beyond torch and transformers is imported here at the top."""
+"""What the SFT benchmarks run: one model, one set of rows, one way of counting work. Imported by
+both environments of `make bench-peers`, so nothing beyond torch and transformers is imported here
+at the top."""
 
 import json
 import sys
@@ -11,15 +12,24 @@ CACHE = ROOT / ".cache" / "bench"
 TEMPLATE = "HuggingFaceTB_SmolLM2-135M-Instruct.json"
 BATCH_SIZE, LEARNING_RATE, MAX_NORM, BETAS = 8, 3e-4, 1.0, (0.9, 0.95)
 MODEL = {  # 28.3 million parameters, of which the tied vocabulary 18.9 million
-    "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "intermediate_size": 1024, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 2048,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1024,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 
 
 def prepare(tokenizer_dir: str | None = None, folder: Path = CACHE) -> Path:
-    """``folder`` with ``model/`` (random weights, seed 0), ``arrow/`` and ``rows.jsonl``: the conversations of
-    examples/data/sft.jsonl as token ids of SmolLM2's tokenizer, in the file's order, with -100 outside the answers."""
+    """``folder`` with ``model/`` (random weights, seed 0), ``arrow/`` and ``rows.jsonl``: the
+    conversations of examples/data/sft.jsonl as token ids of SmolLM2's tokenizer, in the file's
+    order, with -100 outside the answers."""
     if (folder / "rows.jsonl").exists():
         return folder
     import torch
@@ -34,11 +44,18 @@ def prepare(tokenizer_dir: str | None = None, folder: Path = CACHE) -> Path:
 
         tokenizer_dir = str(smollm2.prepare())
     tokenizer = load_tokenizer(tokenizer_dir)
-    template = setup_conversation_template(tokenizer, str(ROOT / "config" / "conversation_template" / TEMPLATE))
+    template = setup_conversation_template(
+        tokenizer, str(ROOT / "config" / "conversation_template" / TEMPLATE)
+    )
     prepare_dataset(
-        inputs=[ROOT / "examples" / "data" / "sft.jsonl"], tokenizer=tokenizer, template=template,
-        arrow_dir=folder / "arrow", max_length=512, num_bins=1, show=None,
-    )  # fmt: skip
+        inputs=[ROOT / "examples" / "data" / "sft.jsonl"],
+        tokenizer=tokenizer,
+        template=template,
+        arrow_dir=folder / "arrow",
+        max_length=512,
+        num_bins=1,
+        show=None,
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**MODEL))
     model.save_pretrained(folder / "model")
@@ -50,14 +67,20 @@ def prepare(tokenizer_dir: str | None = None, folder: Path = CACHE) -> Path:
 
 
 def flops(lengths: list[int], supervised: int) -> float:
-    """Floating-point operations that one forward and backward pass needs, by mathematics, not by implementation.
+    """Floating-point operations that one forward and backward pass needs, by mathematics, not by
+    implementation.
 
-    Padding counts for nothing, nor does anything computed twice. A weight of a matrix product costs 6 per token it is
-    applied to (2 forward, 4 backward): the layers' weights at every token, the vocabulary's at supervised tokens only.
-    Attention over n tokens: 2 products (scores, values) x 2 x hidden x n^2 / 2 (the causal half) forward, and twice
-    that backward, per layer. Norms, activations and the softmax are left out, as is the optimiser.
+    Padding counts for nothing, nor does anything computed twice. A weight of a matrix product costs
+    6 per token it is applied to (2 forward, 4 backward): the layers' weights at every token, the
+    vocabulary's at supervised tokens only. Attention over n tokens: 2 products (scores, values) x 2
+    x hidden x n^2 / 2 (the causal half) forward, and twice that backward, per layer. Norms,
+    activations and the softmax are left out, as is the optimizer.
     """
-    hidden, layers, inner = MODEL["hidden_size"], MODEL["num_hidden_layers"], MODEL["intermediate_size"]
+    hidden, layers, inner = (
+        MODEL["hidden_size"],
+        MODEL["num_hidden_layers"],
+        MODEL["intermediate_size"],
+    )
     kv = hidden * MODEL["num_key_value_heads"] // MODEL["num_attention_heads"]
     weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     vocabulary = hidden * MODEL["vocab_size"]
@@ -66,7 +89,8 @@ def flops(lengths: list[int], supervised: int) -> float:
 
 
 class MatmulRate:
-    """This machine's fp32 matrix rate, in flop/s: 2048 x 2048 x 2048 with all threads of this process."""
+    """This machine's fp32 matrix rate, in flop/s: 2048 x 2048 x 2048 with all threads of this
+    process."""
 
     def __init__(self, size: int = 2048):
         import torch

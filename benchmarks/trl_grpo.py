@@ -2,9 +2,10 @@
 
     python benchmarks/trl_grpo.py FOLDER STEPS PASSES [--defaults]
 
-FOLDER is what online_case.prepare made. A step, sampling included, is taken for each line on standard input, and
-printed as a line of JSON. TRL gets the settings that are fastest here: fp32 without gradient checkpointing.
-``--defaults`` leaves its own defaults instead: bf16 and gradient checkpointing.
+FOLDER is what online_case.prepare made. A step, sampling included, is taken for each line on
+standard input, and printed as a line of JSON. TRL gets the settings that are fastest here: fp32
+without gradient checkpointing. ``--defaults`` leaves its own defaults instead: bf16 and gradient
+checkpointing.
 """
 
 import json
@@ -49,21 +50,46 @@ def main() -> None:
     size = replace(case.SIZES["grpo"], passes=int(sys.argv[3]))
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), max_steps=steps * size.passes, per_device_train_batch_size=size.answers,
-        gradient_accumulation_steps=1, num_generations=size.generations, num_iterations=size.passes,
-        max_completion_length=size.new, temperature=case.TEMPERATURE, beta=0.0, epsilon=case.CLIP, loss_type="grpo",
-        learning_rate=case.LEARNING_RATE, lr_scheduler_type="constant", adam_beta1=case.BETAS[0],
-        adam_beta2=case.BETAS[1], weight_decay=0.0, max_grad_norm=case.MAX_NORM, logging_steps=1,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **settings,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=steps * size.passes,
+        per_device_train_batch_size=size.answers,
+        gradient_accumulation_steps=1,
+        num_generations=size.generations,
+        num_iterations=size.passes,
+        max_completion_length=size.new,
+        temperature=case.TEMPERATURE,
+        beta=0.0,
+        epsilon=case.CLIP,
+        loss_type="grpo",
+        learning_rate=case.LEARNING_RATE,
+        lr_scheduler_type="constant",
+        adam_beta1=case.BETAS[0],
+        adam_beta2=case.BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=case.MAX_NORM,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32"), reward_funcs=case.score,
-        args=config, train_dataset=Dataset.from_list([{"prompt": row["text"]} for row in case.read(folder, size)]),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"), callbacks=[Paced(size.passes)],
-    )  # fmt: skip
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32"),
+        reward_funcs=case.score,
+        args=config,
+        train_dataset=Dataset.from_list(
+            [{"prompt": row["text"]} for row in case.read(folder, size)]
+        ),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        callbacks=[Paced(size.passes)],
+    )
     print("ready", flush=True)
     trainer.train()
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+    print(
+        json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/trl_ppo.py FOLDER EPISODES PASSES [--defaults]
 
-FOLDER is what online_case.prepare made. An episode is run for each line on standard input, and printed as a line of
-JSON. TRL gets the settings that are fastest here: fp32 without gradient checkpointing. ``--defaults`` leaves its own
+FOLDER is what online_case.prepare made. An episode is run for each line on standard input, and
+printed as a line of JSON. TRL gets the settings that are fastest here: fp32 without gradient
+checkpointing. ``--defaults`` leaves its own
 defaults instead: bf16 and gradient checkpointing.
 """
 
@@ -51,7 +52,9 @@ class Paced(TrainerCallback):
 
 
 def scorer(folder: Path):
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype="float32", num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder / "reward", dtype="float32", num_labels=1
+    )
     model.config.pad_token_id = 0
     return model
 
@@ -64,22 +67,50 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     tokenizer.pad_token_id = 0
     config = PPOConfig(
-        output_dir=str(folder / "trl"), total_episodes=episodes * size.answers, num_ppo_epochs=size.passes,
-        per_device_train_batch_size=size.answers, gradient_accumulation_steps=1, num_mini_batches=1,
-        response_length=size.new, stop_token="eos", temperature=case.TEMPERATURE, kl_coef=case.KL,
-        learning_rate=case.LEARNING_RATE, lr_scheduler_type="constant", adam_beta1=case.BETAS[0],
-        adam_beta2=case.BETAS[1], weight_decay=0.0, num_sample_generations=0, save_strategy="no", report_to="none",
-        use_cpu=True, disable_tqdm=True, logging_steps=1, **settings,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        total_episodes=episodes * size.answers,
+        num_ppo_epochs=size.passes,
+        per_device_train_batch_size=size.answers,
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        response_length=size.new,
+        stop_token="eos",
+        temperature=case.TEMPERATURE,
+        kl_coef=case.KL,
+        learning_rate=case.LEARNING_RATE,
+        lr_scheduler_type="constant",
+        adam_beta1=case.BETAS[0],
+        adam_beta2=case.BETAS[1],
+        weight_decay=0.0,
+        num_sample_generations=0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        **settings,
+    )
     rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in case.read(folder, size)])
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32") for _ in range(2))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32") for _ in range(2)
+    )
     trainer = PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=scorer(folder),
-        value_model=scorer(folder), train_dataset=rows, eval_dataset=rows, callbacks=[Paced(size, episodes)],
-    )  # fmt: skip
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=scorer(folder),
+        value_model=scorer(folder),
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[Paced(size, episodes)],
+    )
     print("ready", flush=True)
     trainer.train()
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+    print(
+        json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

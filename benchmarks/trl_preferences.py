@@ -1,10 +1,11 @@
-"""TRL's DPOTrainer or RewardTrainer on the same model and pairs, one step per line on standard input; runs in TRL's own
-environment.
+"""TRL's DPOTrainer or RewardTrainer on the same model and pairs, one step per line on standard
+input; runs in TRL's own environment.
 
     python benchmarks/trl_preferences.py dpo|rm FOLDER STEPS PAIRS [--defaults]
 
-FOLDER is what preference_case.real made. TRL gets the settings that are fastest here: fp32 without gradient
-checkpointing. ``--defaults`` leaves its own defaults instead: bf16 and gradient checkpointing.
+FOLDER is what preference_case.real made. TRL gets the settings that are fastest here: fp32 without
+gradient checkpointing. ``--defaults`` leaves its own defaults instead: bf16 and gradient
+checkpointing.
 """
 
 import json
@@ -49,7 +50,8 @@ class Reward(AsItIs, RewardTrainer):
 
 
 class Paced(TrainerCallback):
-    """Waits for a line before each step, and prints each step's time, loss and tokens as a line of JSON after it."""
+    """Waits for a line before each step, and prints each step's time, loss and tokens as a line of
+    JSON after it."""
 
     def __init__(self, pairs: list[dict], batch: int):
         self.pairs, self.batch, self.started, self.seconds = pairs, batch, 0.0, 0.0
@@ -65,39 +67,72 @@ class Paced(TrainerCallback):
         if "loss" not in logs:
             return
         mine = self.pairs[(state.global_step - 1) * self.batch : state.global_step * self.batch]
-        print(json.dumps({"seconds": self.seconds, "loss": logs["loss"], **case.counted(mine)}), flush=True)
+        print(
+            json.dumps({"seconds": self.seconds, "loss": logs["loss"], **case.counted(mine)}),
+            flush=True,
+        )
 
 
 def main() -> None:
-    algorithm, folder, steps, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    algorithm, folder, steps, batch = (
+        sys.argv[1],
+        Path(sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+    )
     pairs = case.read(folder, steps * batch)
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}
     settings |= {
-        "output_dir": str(folder / "trl"), "max_steps": steps, "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 1, "learning_rate": case.LEARNING_RATE, "lr_scheduler_type": "constant",
-        "adam_beta1": case.BETAS[0], "adam_beta2": case.BETAS[1], "weight_decay": 0.0, "max_grad_norm": case.MAX_NORM,
-        "logging_steps": 1, "logging_first_step": True, "save_strategy": "no", "report_to": "none", "use_cpu": True,
-        "disable_tqdm": True, "max_length": 1024,
-    }  # fmt: skip
+        "output_dir": str(folder / "trl"),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": case.LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": case.BETAS[0],
+        "adam_beta2": case.BETAS[1],
+        "weight_decay": 0.0,
+        "max_grad_norm": case.MAX_NORM,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_length": 1024,
+    }
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     shared = {"processing_class": tokenizer, "callbacks": [Paced(pairs, batch)]}
     if algorithm == "dpo":
         trainer = DPO(
             model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32"),
-            args=DPOConfig(beta=case.BETA, **settings), train_dataset=Dataset.from_list(pairs), **shared,
-        )  # fmt: skip
+            args=DPOConfig(beta=case.BETA, **settings),
+            train_dataset=Dataset.from_list(pairs),
+            **shared,
+        )
     else:
         # It finds a row's last token by the pad id, which must then be one that no row holds.
         tokenizer.pad_token_id = 0
-        model = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype="float32")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder / "reward", dtype="float32"
+        )
         model.config.pad_token_id = 0
-        rows = [{f"{side}_ids": pair["prompt_ids"] + pair[f"{side}_ids"] for side in case.SIDES} for pair in pairs]
+        rows = [
+            {f"{side}_ids": pair["prompt_ids"] + pair[f"{side}_ids"] for side in case.SIDES}
+            for pair in pairs
+        ]
         trainer = Reward(
-            model=model, args=RewardConfig(**settings), train_dataset=Dataset.from_list(rows), **shared,
-        )  # fmt: skip
+            model=model,
+            args=RewardConfig(**settings),
+            train_dataset=Dataset.from_list(rows),
+            **shared,
+        )
     print("ready", flush=True)
     trainer.train()
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+    print(
+        json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""TRL's SFTTrainer on the same model and rows, one step per line on standard input; runs in TRL's own environment.
+"""TRL's SFTTrainer on the same model and rows, one step per line on standard input; runs in TRL's
+own environment.
 
     python benchmarks/trl_worker.py FOLDER STEPS [--defaults]
 
-FOLDER is what sft_case.prepare made. TRL gets the settings that are fastest here: fp32 without gradient checkpointing.
-``--defaults`` leaves its own defaults instead: bf16 and gradient checkpointing.
+FOLDER is what sft_case.prepare made. TRL gets the settings that are fastest here: fp32 without
+gradient checkpointing. ``--defaults`` leaves its own defaults instead: bf16 and gradient
+checkpointing.
 """
 
 import json
@@ -30,7 +32,8 @@ class InFileOrder(SFTTrainer):
 
 
 class Paced(TrainerCallback):
-    """Waits for a line before each step, and prints each step's time, loss and tokens as a line of JSON after it."""
+    """Waits for a line before each step, and prints each step's time, loss and tokens as a line of
+    JSON after it."""
 
     def __init__(self, rows: list[dict]):
         self.rows, self.started, self.seconds = rows, 0.0, 0.0
@@ -46,7 +49,9 @@ class Paced(TrainerCallback):
         if "loss" not in logs:
             return
         start = (state.global_step - 1) * sft_case.BATCH_SIZE
-        rows = [self.rows[index % len(self.rows)] for index in range(start, start + sft_case.BATCH_SIZE)]
+        rows = [
+            self.rows[index % len(self.rows)] for index in range(start, start + sft_case.BATCH_SIZE)
+        ]
         step = {
             "seconds": self.seconds,
             "loss": logs["loss"],
@@ -62,12 +67,25 @@ def main() -> None:
     rows = rows[: len(rows) // sft_case.BATCH_SIZE * sft_case.BATCH_SIZE]
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}
     config = SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=sft_case.BATCH_SIZE,
-        gradient_accumulation_steps=1, learning_rate=sft_case.LEARNING_RATE, lr_scheduler_type="constant",
-        adam_beta1=sft_case.BETAS[0], adam_beta2=sft_case.BETAS[1], weight_decay=0.0,
-        max_grad_norm=sft_case.MAX_NORM, logging_steps=1, logging_first_step=True, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True, max_length=512, **settings,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=sft_case.BATCH_SIZE,
+        gradient_accumulation_steps=1,
+        learning_rate=sft_case.LEARNING_RATE,
+        lr_scheduler_type="constant",
+        adam_beta1=sft_case.BETAS[0],
+        adam_beta2=sft_case.BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=sft_case.MAX_NORM,
+        logging_steps=1,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_length=512,
+        **settings,
+    )
     trainer = InFileOrder(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32"),
         args=config,
@@ -77,7 +95,10 @@ def main() -> None:
     )
     print("ready", flush=True)
     trainer.train()
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+    print(
+        json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

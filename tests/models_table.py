@@ -1,8 +1,10 @@
-"""Writes docs/models.md: what each model family does under each plugin, tried with tiny random models.
+"""Writes docs/models.md: what each model family does under each plugin, tried with tiny random
+models.
 
-``python -m tests.models_table`` runs every cell (two processes each, ten minutes in all) and writes the page. A cell
-says that a family trains only after two steps whose losses and gradient norms equal those of one process. With names of
-families (``python -m tests.models_table gpt2 opt``) only these are tried anew.
+``python -m tests.models_table`` runs every cell (two processes each, ten minutes in all) and writes
+the page. A cell says that a family trains only after two steps whose losses and gradient norms
+equal those of one process. With names of families (``python -m tests.models_table gpt2 opt``) only
+these are tried anew.
 """
 
 import sys
@@ -20,24 +22,50 @@ from tests.distributed.spawn import run
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 TRAINS, REFUSED = "yes", "no"
 ROWS, VOCABULARY = 8, 384
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = WIDE | {"num_key_value_heads": 2, "max_position_embeddings": 128}
 OLD = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 EXPERTS = {
-    "num_key_value_heads": 4, "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
-    "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16, "first_k_dense_replace": 1, "max_position_embeddings": 128,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 128,
+}
 CHATGLM = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "kv_channels": 16, "num_attention_heads": 4,
-    "multi_query_attention": True, "multi_query_group_num": 2, "seq_length": 128, "padded_vocab_size": VOCABULARY,
-    "original_rope": True, "add_qkv_bias": True, "rmsnorm": True, "use_cache": False,
-}  # fmt: skip
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "kv_channels": 16,
+    "num_attention_heads": 4,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "seq_length": 128,
+    "padded_vocab_size": VOCABULARY,
+    "original_rope": True,
+    "add_qkv_bias": True,
+    "rmsnorm": True,
+    "use_cache": False,
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row: ``type`` is transformers' model_type, ``config`` makes a tiny model (None: none can be made here)."""
+    """A row: ``type`` is transformers' model_type, ``config`` makes a tiny model (None: none can be
+    made here)."""
 
     names: str
     type: str
@@ -55,21 +83,41 @@ class Column:
 FAMILIES = (
     Family("LLaMA-2, Colossal-LLaMA-2, Vicuna, Yi, Yi-1.5, TinyLlama, SmolLM2", "llama", GROUPED),
     Family("Mistral, Zephyr", "mistral", GROUPED | {"sliding_window": None}),
-    Family("Mixtral", "mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    Family(
+        "Mixtral",
+        "mixtral",
+        GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     Family("Qwen1.5, Qwen2, Qwen2.5, R1 distilled to Qwen", "qwen2", GROUPED),
     Family("Qwen3", "qwen3", GROUPED | {"head_dim": 16}),
     Family("GPT-2", "gpt2", OLD),
     Family("GPT-J", "gptj", OLD | {"rotary_dim": 8}),
     Family("GPT-NeoX, Pythia", "gpt_neox", WIDE | {"max_position_embeddings": 128}),
-    Family("OPT", "opt", {
-        "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64,
-        "max_position_embeddings": 128, "pad_token_id": 1,
-    }),
+    Family(
+        "OPT",
+        "opt",
+        {
+            "hidden_size": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 64,
+            "max_position_embeddings": 128,
+            "pad_token_id": 1,
+        },
+    ),
     Family("BLOOM", "bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    Family("Falcon", "falcon", {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2,
-        "new_decoder_architecture": True,
-    }),
+    Family(
+        "Falcon",
+        "falcon",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+        },
+    ),
     Family("Phi-2", "phi", WIDE | {"max_position_embeddings": 128}),
     Family("Phi-3", "phi3", GROUPED | {"pad_token_id": 0}),
     Family("Gemma", "gemma", GROUPED | {"head_dim": 16}),
@@ -80,7 +128,7 @@ FAMILIES = (
     Family("Baichuan2", "baichuan", None, remote=True),
     Family("MiniCPM", "minicpm", None, remote=True),
     Family("DeepSeek-V2", "deepseek_v2", None, remote=True),
-)  # fmt: skip
+)
 
 _SEQUENCE = {"plugin": "3d", "enable_sequence_parallelism": True}
 COLUMNS = (
@@ -116,7 +164,7 @@ def tiny_model(family: Family) -> torch.nn.Module:
     """A random model of two layers, the same for every call."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from coati.models.utils import disable_dropout
+    from coati.models.loading import disable_dropout
 
     torch.manual_seed(0)
     if family.type == "chatglm":
@@ -129,8 +177,9 @@ def tiny_model(family: Family) -> torch.nn.Module:
 
 
 def _chatglm(config: dict) -> torch.nn.Module:
-    # The model's own code is not in transformers; ColossalAI brings a copy, which must look as if it came from the hub.
-    from coati.parallel.quiet import import_colossalai
+    # The model's own code is not in transformers; ColossalAI brings a copy, which must look as if
+    # it came from the hub.
+    from coati.parallel.compat.import_colossalai import import_colossalai
 
     import_colossalai()
     from colossalai.shardformer.modeling.chatglm2_6b import configuration_chatglm, modeling_chatglm
@@ -146,7 +195,7 @@ class _Hooks:
     def prepare(self, batch):
         return batch
 
-    def units(self, batch):
+    def num_terms(self, batch):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def loss(self, outputs, batch):
@@ -161,7 +210,11 @@ def _batch(step: int, pad: int) -> dict[str, torch.Tensor]:
     mask = torch.arange(length) < lengths[:, None]
     labels = tokens.masked_fill(~mask, -100)
     labels[:, :3] = -100
-    return {"input_ids": tokens.masked_fill(~mask, pad), "attention_mask": mask.long(), "labels": labels}
+    return {
+        "input_ids": tokens.masked_fill(~mask, pad),
+        "attention_mask": mask.long(),
+        "labels": labels,
+    }
 
 
 def train(family: Family, column: Column) -> list[tuple[float, float]]:
@@ -172,7 +225,7 @@ def train(family: Family, column: Column) -> list[tuple[float, float]]:
     launch(seed=0, timeout_s=60)
     model = tiny_model(family)
     if column.lora:
-        from coati.models.lora import LoraConfig, apply_lora
+        from coati.models.lora.lora import LoraConfig, apply_lora
 
         model = apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0))
     options = ParallelOptions(grad_clip=0.5, batch_size=ROWS, lora=column.lora, **column.options)
@@ -181,13 +234,16 @@ def train(family: Family, column: Column) -> list[tuple[float, float]]:
     steps = []
     for step in range(2):
         whole = _batch(step, pad=getattr(model.config, "pad_token_id", None) or 0)
-        done = engine.train_step([{key: value.chunk(count)[share] for key, value in whole.items()}], _Hooks())
+        done = engine.train_step(
+            [{key: value.chunk(count)[share] for key, value in whole.items()}], _Hooks()
+        )
         steps.append((done.loss, done.grad_norm))
     return steps
 
 
 def try_cell(family: Family, column: Column) -> str:
-    """TRAINS, or REFUSED with the library's words; raises AssertionError if it trains otherwise than one process."""
+    """TRAINS, or REFUSED with the library's words; raises AssertionError if it trains otherwise
+    than one process."""
     said = refusal(family.type, column)
     if said:
         return f"{REFUSED}: {said}"
@@ -217,7 +273,9 @@ def page() -> str:
     lines = [INTRODUCTION, _line(header), _line(["---"] * len(header))]
     for family in FAMILIES:
         names = family.names + (" (`--trust_remote_code`)" if family.remote else "")
-        lines.append(_line([names, f"`{family.type}`", *(cells(family, column) for column in COLUMNS)]))
+        lines.append(
+            _line([names, f"`{family.type}`", *(cells(family, column) for column in COLUMNS)])
+        )
     lines += ["", "## Why not", ""]
     lines += _reasons()
     others = ", ".join(f"{name} ({what})" for name, what in sorted(NOT_CHAT.items()))
@@ -228,9 +286,15 @@ def page() -> str:
 def _reasons() -> list[str]:
     """One line per refusal of a family that can be split, one for all that cannot."""
     whole = [f"`{family.type}`" for family in FAMILIES if family.type not in SPLITS]
-    said = {refusal(family.type, column) for family in FAMILIES if family.type in SPLITS for column in COLUMNS} - {None}
+    said = {
+        refusal(family.type, column)
+        for family in FAMILIES
+        if family.type in SPLITS
+        for column in COLUMNS
+    } - {None}
     return [
-        f"- {', '.join(whole)}: ColossalAI 0.5.0 has no working policy to split them, so plugin 3d and `--tp` are out.",
+        f"- {', '.join(whole)}: ColossalAI 0.5.0 has no working policy to split them, so plugin "
+        "3d and `--tp` are out.",
         *(f"- {reason}" for reason in sorted(said)),
     ]
 
@@ -259,7 +323,9 @@ def main(wanted: list[str]) -> None:
                 print(f"{family.type:12} {column.title:18} {try_cell(family, column)}", flush=True)
             except AssertionError as error:
                 failed = True
-                print(f"{family.type:12} {column.title:18} FAILED: {str(error)[-1500:]}", flush=True)
+                print(
+                    f"{family.type:12} {column.title:18} FAILED: {str(error)[-1500:]}", flush=True
+                )
     if failed:
         sys.exit("docs/models.md was not written: the cells above do not do what the library says")
     PAGE.write_text(page(), encoding="utf-8")

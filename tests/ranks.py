@@ -1,4 +1,5 @@
-"""Several ranks in one process: a thread each, and a sum over them for what takes its collective as an argument."""
+"""Several ranks in one process: a thread each, and a sum over them for what takes its collective as
+an argument."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,8 @@ from torch import Tensor
 
 
 def on_ranks(work: Callable, parts: list) -> list:
-    """``work(part, reduce_sum)`` of every part at once; fails when the ranks do not call ``reduce_sum`` equally
-    often."""
+    """``work(part, reduce_sum)`` of every part at once; fails when the ranks do not call
+    ``reduce_sum`` equally often."""
     barrier = Barrier(len(parts), timeout=30)
     box: list[Tensor | None] = [None] * len(parts)
 

@@ -1,4 +1,5 @@
-"""What README and docs/ say must be there: links, files, make targets and flags; and they claim no measured figures."""
+"""What README and docs/ say must be there: links, files, make targets and flags; and they claim no
+measured figures."""
 
 import re
 import shlex
@@ -6,17 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from coati.cli.reference import parsers
+from tools.write_docs import parsers
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "examples" / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WRITTEN = [page for page in PAGES if page.name not in ("flags.md", "models.md")]  # those two are generated whole
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "data" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+WRITTEN = [
+    page for page in PAGES if page.name not in ("flags.md", "models.md")
+]  # those two are generated whole
 
 # Flags of other programs, by the program that has them.
 OTHERS = {
     "colossalai run": {
-        "--nproc_per_node", "--hostfile", "--master_port", "--master_addr", "--ssh-port", "--num_nodes", "--include",
-        "--exclude", "--extra_launch_args",
+        "--nproc_per_node",
+        "--hostfile",
+        "--master_port",
+        "--master_addr",
+        "--ssh-port",
+        "--num_nodes",
+        "--include",
+        "--exclude",
+        "--extra_launch_args",
     },
     "torchrun": {"--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"},
     "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
@@ -24,8 +38,8 @@ OTHERS = {
     "pip": {"--no-deps"},
     "vllm serve": {"--served-model-name", "--max-model-len"},
     "sglang.launch_server": {"--model-path", "--served-model-name"},
-    "coati.cli.reference": {"--check"},
-}  # fmt: skip
+    "tools.write_docs": {"--check"},
+}
 # What a benchmark prints on one machine is not true of another; pages name the command instead.
 FIGURES = re.compile(
     r"\d[\d.,]*\s?(?:tokens/s|rows/s|%|percent|seconds?\b|s\b|ms\b|minutes?\b|hours?\b|x (?:faster|less)|times faster)"
@@ -55,7 +69,9 @@ def test_links_lead_somewhere(page):
         goal = (page.parent / path).resolve() if path else page
         assert goal.exists(), f"{name_of(page)} links to {target}"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", prose(goal.read_text(encoding="utf-8")), re.MULTILINE)
+            headings = re.findall(
+                r"^#+ (.+)$", prose(goal.read_text(encoding="utf-8")), re.MULTILINE
+            )
             assert anchor in map(slug, headings), f"{name_of(page)} links to {target}"
 
 
@@ -71,23 +87,32 @@ def test_flags_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_are_accepted(page):
-    """Each line in a code block that starts one of the scripts, its file names aside, is what the parser takes."""
+    """Each line in a code block that starts one of the scripts, its file names aside, is what the
+    parser takes."""
     scripts = parsers()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True) if ".py --" in line else []
         for index, word in enumerate(words):
             if Path(word).name in scripts:
-                scripts[Path(word).name].parse_args([rest for rest in words[index + 1 :] if rest != "..."])
+                scripts[Path(word).name].parse_args(
+                    [rest for rest in words[index + 1 :] if rest != "..."]
+                )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_and_make_targets_exist(page):
     text = page.read_text(encoding="utf-8")
     folders = "coati|examples|config|benchmarks|tests|tools|docs"
-    for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]+\.(?:py|sh|json|jsonl|md|example))\b", text):
+    for path in re.findall(
+        rf"(?<![\w/.])((?:{folders})/[\w./-]+\.(?:py|sh|json|jsonl|md|example))\b", text
+    ):
         assert (ROOT / path).exists(), f"{name_of(page)} names {path}"
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert named <= targets, f"{name_of(page)} names make {sorted(named - targets)}"
 

@@ -1,4 +1,5 @@
-"""docs/models.md says what the library does: every cell is refused or not as it says, and some are tried anew."""
+"""docs/models.md says what the library does: every cell is refused or not as it says, and some are
+tried anew."""
 
 import pytest
 
@@ -55,14 +56,18 @@ def test_models_that_do_not_chat_are_refused_by_every_plugin(family):
 
 def test_the_first_reason_given_does_not_depend_on_chance():
     """Sets of strings have another order in every process."""
-    options = ParallelOptions(plugin="3d", tp=2, enable_sequence_parallelism=True, sp_mode="split_gather")
+    options = ParallelOptions(
+        plugin="3d", tp=2, enable_sequence_parallelism=True, sp_mode="split_gather"
+    )
     with pytest.raises(ValueError, match="^--tp is not possible"):
         check_family(type("Config", (), {"model_type": "chatglm"})(), options)
 
 
 def test_opt_with_an_output_embedding_of_its_own_is_not_split_over_processes():
     untied = type("Config", (), {"model_type": "opt", "tie_word_embeddings": False})()
-    with pytest.raises(ValueError, match="--tp is not possible with OPT models whose output embedding"):
+    with pytest.raises(
+        ValueError, match="--tp is not possible with OPT models whose output embedding"
+    ):
         check_family(untied, ParallelOptions(plugin="3d", tp=2))
     check_family(untied, ParallelOptions(plugin="zero2"))
     untied.tie_word_embeddings = True

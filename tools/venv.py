@@ -1,10 +1,13 @@
-"""Builds the virtual environment that `make` uses, or does nothing when it is already the right one.
+"""Builds the virtual environment that `make` uses, or does nothing when it is already the right
+one.
 
-    python tools/venv.py DIR            torch 2.5.1, ColossalAI 0.5.0 and all else of requirements.txt
+    python tools/venv.py DIR            torch 2.5.1, ColossalAI 0.5.0 and all else of
+    requirements.txt
     python tools/venv.py DIR --latest   torch 2.11 to 2.13 and ColossalAI without its own pins
 
-The environment is right when its stamp equals the hash of the requirements and of setup.py; otherwise it is built anew.
-Uses the standard library only; any Python 3 can run it as long as some Python 3.10 to 3.12 is installed.
+The environment is right when its stamp equals the hash of the requirements and of setup.py;
+otherwise it is built anew. Uses the standard library only; any Python 3 can run it as long as some
+Python 3.10 to 3.12 is installed.
 """
 
 import argparse
@@ -27,7 +30,11 @@ DEFAULT = (
     ["requirements.txt", "setup.py"],
 )
 LATEST = (
-    [["-r", "requirements-latest.txt"], ["--no-deps", "colossalai==0.5.0"], ["--no-deps", "-e", "."]],
+    [
+        ["-r", "requirements-latest.txt"],
+        ["--no-deps", "colossalai==0.5.0"],
+        ["--no-deps", "-e", "."],
+    ],
     ["requirements-latest.txt", "setup.py"],
 )
 
@@ -36,11 +43,13 @@ def find_python() -> str:
     """A Python 3.10 to 3.12 that can make virtual environments."""
     for name in CANDIDATES:
         path = shutil.which(name)
-        # Asked, not believed: a version manager's shim may stand for a version that is not installed.
+        # Asked, not believed: a version manager's shim may stand for a version that is not
+        # installed.
         if path and subprocess.run([path, "-c", IN_RANGE], capture_output=True).returncode == 0:
             return path
     sys.exit(
-        f"coati: no Python 3.10, 3.11 or 3.12 with the venv module among {', '.join(CANDIDATES)}; install one "
+        f"coati: no Python 3.10, 3.11 or 3.12 with the venv module among {', '.join(CANDIDATES)}; "
+        "install one "
         "(Debian, Ubuntu: apt-get install python3-venv) or name it: make PYTHON=/path/to/python3.11"
     )
 
@@ -51,7 +60,10 @@ def digest(files: list[str]) -> str:
 
 def build(folder: Path, steps: list[list[str]], stamp: Path, wanted: str) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
-        sys.exit(f"coati: {folder} holds other files and is no virtual environment; name another place with VENV=")
+        sys.exit(
+            f"coati: {folder} holds other files and is no virtual environment; name another place "
+            "with VENV="
+        )
     print(f"coati: building {folder} (some GB; takes minutes)", flush=True)
     start = time.monotonic()
     commands = [[find_python(), "-m", "venv", "--clear", str(folder)]]
@@ -66,7 +78,9 @@ def build(folder: Path, steps: list[list[str]], stamp: Path, wanted: str) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--latest", action="store_true")
     args = parser.parse_args()
@@ -75,8 +89,14 @@ def main() -> None:
     stamp, wanted = folder / ".coati-stamp", digest(files)
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"coati-venv-{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: the second waits and then has nothing to do
-        if not (stamp.exists() and stamp.read_text() == wanted and os.access(folder / "bin" / "python", os.X_OK)):
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # two runs at once: the second waits and then has nothing to do
+        if not (
+            stamp.exists()
+            and stamp.read_text() == wanted
+            and os.access(folder / "bin" / "python", os.X_OK)
+        ):
             build(folder, steps, stamp, wanted)
 
 

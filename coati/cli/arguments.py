@@ -22,7 +22,7 @@ def sft_parser() -> Parser:
     add_data_flags(parser)
     add_packing_flag(parser)
     add_parallel_flags(parser)
-    add_optimisation_flags(parser)
+    add_optimization_flags(parser)
     add_epoch_flags(parser)
     add_lora_flags(parser)
     add_output_flags(parser)
@@ -32,10 +32,11 @@ def sft_parser() -> Parser:
 
 
 def parse_sft(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags of ``train_sft.py``; exits with code 2 and one line naming the flag when something is wrong.
+    """The checked flags of ``train_sft.py``; exits with code 2 and one line naming the flag when
+    something is wrong.
 
-    What follows the machine stays None (``plugin``, ``mixed_precision``); ``lora_rank`` is an int, 0 without LoRA.
-    Neither torch nor transformers is imported.
+    What follows the machine stays None (``plugin``, ``mixed_precision``); ``lora_rank`` is an int,
+    0 without LoRA. Neither torch nor transformers is imported.
     """
     parser = sft_parser()
     args = parser.parse_args(argv)
@@ -48,48 +49,88 @@ def parse_sft(argv: Sequence[str] | None = None) -> Namespace:
 
 def add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    add_text(group, "--pretrain", unit="MODEL", help="Hugging Face directory or hub name to start from (required)")
+    add_text(
+        group,
+        "--pretrain",
+        unit="MODEL",
+        help="Hugging Face directory or hub name to start from (required)",
+    )
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
     add_text(
-        group, "--checkpoint_path", unit="DIR or auto",
+        group,
+        "--checkpoint_path",
+        unit="DIR or auto",
         help="go on from this epoch-E_step-S directory (weights only if it is a `modeling` directory); "
         "auto: from the newest whole checkpoint in --save_dir, or from the start if there is none",
     )
     add_switch(
-        group, "--checkpoint_weights_only",
-        help="take only the weights of --checkpoint_path and start optimiser, schedule and sample order anew",
+        group,
+        "--checkpoint_weights_only",
+        help="take only the weights of --checkpoint_path and start optimizer, schedule and sample order anew",
     )
     group.add_argument(
-        "--mixed_precision", choices=PRECISIONS,
+        "--mixed_precision",
+        choices=PRECISIONS,
         help="precision of the forward and backward pass; default: bf16 on a GPU that has it, fp32 on a CPU",
     )
-    add_switch(group, "--grad_checkpoint", help="recompute activations in the backward pass: less memory, more time")
-    add_switch(group, "--use_flash_attn", help="flash-attn where it is installed, PyTorch's fused attention elsewhere")
-    add_switch(group, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    add_switch(
+        group,
+        "--grad_checkpoint",
+        help="recompute activations in the backward pass: less memory, more time",
+    )
+    add_switch(
+        group,
+        "--use_flash_attn",
+        help="flash-attn where it is installed, PyTorch's fused attention elsewhere",
+    )
+    add_switch(
+        group, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
 
 
 def add_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset", nargs="+", default=[], metavar="PATH",
+        "--dataset",
+        nargs="+",
+        default=[],
+        metavar="PATH",
         help="prepared arrow part directories (prepare_dataset.py), or raw json, jsonl or parquet files, which are "
         "prepared into a cache first (required)",
     )
     group.add_argument(
-        "--dataset_weights", nargs="+", type=number(0, exclusive=True), default=[], metavar="W",
+        "--dataset_weights",
+        nargs="+",
+        type=number(0, exclusive=True),
+        default=[],
+        metavar="W",
         help="one number for each path of --dataset: how often its rows are drawn, relative to the others; an epoch "
         "has as many rows as all paths together; default: every row once an epoch",
     )
-    group.add_argument("--eval_dataset", nargs="+", default=[], metavar="PATH", help="the same, to evaluate on")
+    group.add_argument(
+        "--eval_dataset", nargs="+", default=[], metavar="PATH", help="the same, to evaluate on"
+    )
     add_template_flag(group)
-    add_count(group, "--max_length", "--max_len", default=512, unit="TOKENS", least=2, help="longer rows are cut here")
+    add_count(
+        group,
+        "--max_length",
+        "--max_len",
+        default=512,
+        unit="TOKENS",
+        least=2,
+        help="longer rows are cut here",
+    )
     add_count(group, "--max_samples", help="train on the first N rows of --dataset; default: all")
-    add_switch(group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone")
+    add_switch(
+        group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone"
+    )
 
 
 def add_template_flag(group: argparse._ArgumentGroup) -> None:
     add_text(
-        group, "--conversation_template_config", unit="FILE",
+        group,
+        "--conversation_template_config",
+        unit="FILE",
         help="template JSON for raw files and for the final model; default: what the data was prepared with, "
         "else the tokenizer's own",
     )
@@ -97,7 +138,8 @@ def add_template_flag(group: argparse._ArgumentGroup) -> None:
 
 def add_packing_flag(parser: Parser) -> None:
     add_switch(
-        parser.add_argument_group("packing"), "--packing",
+        parser.add_argument_group("packing"),
+        "--packing",
         help="fill sequences up to --max_length with whole rows that do not see each other; --batch_size then counts "
         "such packs",
     )
@@ -106,103 +148,188 @@ def add_packing_flag(parser: Parser) -> None:
 def add_parallel_flags(parser: Parser) -> None:
     group = parser.add_argument_group("parallelism")
     group.add_argument(
-        "--plugin", choices=tuple(PLUGINS),
+        "--plugin",
+        choices=tuple(PLUGINS),
         help="ColossalAI plugin; default: gemini with several GPUs, a compiler and no LoRA, ddp with one "
         "process on a CPU, else zero2; 3d when --tp, --pp or --sp is given (docs/plugins.md)",
     )
     add_count(group, "--tp", default=1, help="processes that share each weight (tensor parallel)")
     add_count(group, "--pp", default=1, help="pipeline stages that the layers are cut into")
     add_count(group, "--sp", default=1, help="processes that share one sequence (all_to_all)")
-    add_switch(group, "--enable_sequence_parallelism", help="split each sequence over processes (plugin 3d)")
+    add_switch(
+        group,
+        "--enable_sequence_parallelism",
+        help="split each sequence over processes (plugin 3d)",
+    )
     group.add_argument(
-        "--sp_mode", choices=SP_MODES, default="split_gather",
+        "--sp_mode",
+        choices=SP_MODES,
+        default="split_gather",
         help="how: split_gather and ring over the --tp processes, all_to_all over --sp",
     )
     group.add_argument(
-        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=0,
-        help="plugin 3d: shard optimiser states (1), gradients too (2); 3 means plugin gemini with --tp",
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=0,
+        help="plugin 3d: shard optimizer states (1), gradients too (2); 3 means plugin gemini with --tp",
     )
-    add_switch(group, "--zero_cpu_offload", help="plugin 3d: keep the sharded optimiser states in host memory")
-    add_count(group, "--microbatch_size", default=1, unit="ROWS", help="rows per pipeline micro-batch (--pp above 1)")
-    add_text(group, "--plugin_args", unit="FILE", help="JSON object with further keywords of the ColossalAI plugin")
-
-
-def add_optimisation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("optimisation")
-    add_number(group, "--lr", default=5e-6, unit="RATE", exclusive=True, help="highest learning rate")
+    add_switch(
+        group,
+        "--zero_cpu_offload",
+        help="plugin 3d: keep the sharded optimizer states in host memory",
+    )
     add_count(
-        group, "--warmup_steps", unit="STEPS", least=0,
-        help="optimiser steps of linear warm-up, before a cosine down to a tenth of --lr; default: 2.5%% of all",
+        group,
+        "--microbatch_size",
+        default=1,
+        unit="ROWS",
+        help="rows per pipeline micro-batch (--pp above 1)",
     )
-    add_number(group, "--weight_decay", default=0.1, unit="RATE", help="decoupled weight decay (AdamW)")
+    add_text(
+        group,
+        "--plugin_args",
+        unit="FILE",
+        help="JSON object with further keywords of the ColossalAI plugin",
+    )
+
+
+def add_optimization_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("optimization")
     add_number(
-        group, "--grad_clip", default=1.0, unit="NORM", help="gradients are scaled down to this norm; 0: not at all"
+        group, "--lr", default=5e-6, unit="RATE", exclusive=True, help="highest learning rate"
     )
-    add_count(group, "--accumulation_steps", default=8, help="batches per optimiser step")
+    add_count(
+        group,
+        "--warmup_steps",
+        unit="STEPS",
+        least=0,
+        help="optimizer steps of linear warm-up, before a cosine down to a tenth of --lr; default: 2.5%% of all",
+    )
+    add_number(
+        group, "--weight_decay", default=0.1, unit="RATE", help="decoupled weight decay (AdamW)"
+    )
+    add_number(
+        group,
+        "--grad_clip",
+        default=1.0,
+        unit="NORM",
+        help="gradients are scaled down to this norm; 0: not at all",
+    )
+    add_count(group, "--accumulation_steps", default=8, help="batches per optimizer step")
     add_count(group, "--seed", default=42, least=0, help="seed of everything random")
 
 
 def add_epoch_flags(parser: Parser) -> None:
     group = parser.add_argument_group("batches and epochs")
     add_count(group, "--max_epochs", default=3, help="passes over --dataset")
-    add_count(group, "--max_steps", unit="STEPS", help="stop after this many optimiser steps; default: all epochs")
-    add_count(group, "--batch_size", default=4, unit="ROWS", help="rows per batch and process")
-    add_count(group, "--eval_batch_size", unit="ROWS", help="rows per evaluation batch; default: --batch_size")
     add_count(
-        group, "--eval_interval", unit="STEPS", least=0,
-        help="optimiser steps between evaluations, 0: only before and after training; default: once per epoch",
+        group,
+        "--max_steps",
+        unit="STEPS",
+        help="stop after this many optimizer steps; default: all epochs",
+    )
+    add_count(group, "--batch_size", default=4, unit="ROWS", help="rows per batch and process")
+    add_count(
+        group,
+        "--eval_batch_size",
+        unit="ROWS",
+        help="rows per evaluation batch; default: --batch_size",
+    )
+    add_count(
+        group,
+        "--eval_interval",
+        unit="STEPS",
+        least=0,
+        help="optimizer steps between evaluations, 0: only before and after training; default: once per epoch",
     )
 
 
 def add_lora_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("LoRA", "Train low-rank adapters instead of all weights.")
     add_count(
-        group, "--lora_rank", unit="R", least=0,
+        group,
+        "--lora_rank",
+        unit="R",
+        least=0,
         help="rank of the adapters, 20 to 64 is usual, 0: no LoRA; default: r of --lora_config",
     )
-    add_number(group, "--lora_alpha", unit="A", exclusive=True, help="the adapters are scaled by A / R; default: 32")
+    add_number(
+        group,
+        "--lora_alpha",
+        unit="A",
+        exclusive=True,
+        help="the adapters are scaled by A / R; default: 32",
+    )
     group.add_argument(
-        "--lora_train_bias", choices=("none", "all", "lora"), help="biases that are trained along; default: none"
+        "--lora_train_bias",
+        choices=("none", "all", "lora"),
+        help="biases that are trained along; default: none",
     )
     add_text(
-        group, "--lora_config", unit="FILE",
-        help="JSON with r, lora_alpha, dropouts, initialisation and target_modules; the flags above override it",
+        group,
+        "--lora_config",
+        unit="FILE",
+        help="JSON with r, lora_alpha, dropouts, initialization and target_modules; the flags above override it",
     )
-    add_switch(group, "--merge_lora_weights", help="save the final model with the adapters merged in")
+    add_switch(
+        group, "--merge_lora_weights", help="save the final model with the adapters merged in"
+    )
     return group
 
 
-def add_output_flags(parser: Parser, steps: str = "optimiser steps", final: str = "DIR/modeling") -> None:
+def add_output_flags(
+    parser: Parser, steps: str = "optimizer steps", final: str = "DIR/modeling"
+) -> None:
     """``steps``: what the run counts. ``final``: where the trained model is written."""
     group = parser.add_argument_group("output")
     add_text(
-        group, "--save_dir", "--save_path", default="output",
+        group,
+        "--save_dir",
+        "--save_path",
+        default="output",
         help=f"checkpoints in DIR/epoch-E_step-S, the final model in {final}, metrics.jsonl and arguments.json "
         "beside them",
     )
     add_count(
-        group, "--save_interval", default=1000, unit=steps.split()[-1].upper(), least=0,
+        group,
+        "--save_interval",
+        default=1000,
+        unit=steps.split()[-1].upper(),
+        least=0,
         help=f"{steps} between checkpoints; 0: only when the run is stopped early",
     )
     add_text(
-        group, "--metric_for_best", unit="NAME",
+        group,
+        "--metric_for_best",
+        unit="NAME",
         help="keep the best model so far by this metric of the evaluations (loss, accuracy, reward, ...) in DIR/best",
     )
     add_count(
-        group, "--keep_last_k", unit="K", help="remove all but the newest K checkpoints; default: keep all of them"
+        group,
+        "--keep_last_k",
+        unit="K",
+        help="remove all but the newest K checkpoints; default: keep all of them",
     )
-    add_text(group, "--config_file", unit="FILE", help="write the resolved flags to this JSON file too")
+    add_text(
+        group, "--config_file", unit="FILE", help="write the resolved flags to this JSON file too"
+    )
     add_switch(
-        group, "--dry_run",
+        group,
+        "--dry_run",
         help="check everything, print rows, steps, tokens, memory and flags, take one step, save and load it, exit",
     )
 
 
-def add_logging_flags(parser: Parser, steps: str = "optimiser steps") -> None:
+def add_logging_flags(parser: Parser, steps: str = "optimizer steps") -> None:
     """``steps``: what the run counts."""
     group = parser.add_argument_group("logging")
     add_text(group, "--log_dir", help="write TensorBoard events below this directory")
     add_switch(group, "--use_wandb", help="log to Weights & Biases (WANDB_MODE=offline works)")
     add_count(
-        group, "--log_interval", default=1, unit=steps.split()[-1].upper(), help=f"{steps} between log entries"
+        group,
+        "--log_interval",
+        default=1,
+        unit=steps.split()[-1].upper(),
+        help=f"{steps} between log entries",
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.rewards.names import REWARDS, check_rewards
+from coati.rewards.registry import REWARDS, check_rewards
 
 
 def compare_parser() -> Parser:
@@ -15,20 +15,44 @@ def compare_parser() -> Parser:
         usage="%(prog)s --model_path MODEL [--start_path MODEL] --input FILE [FILE ...] [flags]",
         description="How often a trained model answers better than the one it started from, on the same prompts.",
     )
-    add_text(parser, "--model_path", unit="MODEL", help="the trained model, LoRA adapter or checkpoint (required)")
-    add_text(parser, "--start_path", unit="MODEL", help="what it is compared with; default: the base of a LoRA adapter")
+    add_text(
+        parser,
+        "--model_path",
+        unit="MODEL",
+        help="the trained model, LoRA adapter or checkpoint (required)",
+    )
+    add_text(
+        parser,
+        "--start_path",
+        unit="MODEL",
+        help="what it is compared with; default: the base of a LoRA adapter",
+    )
     parser.add_argument(
-        "--input", nargs="+", default=[], metavar="FILE",
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="FILE",
         help="files or folders of prompts, of any row shape (required)",
-    )  # fmt: skip
+    )
     add_count(parser, "--max_prompts", help="draw as many prompts, with --seed; default: all")
-    add_text(parser, "--output", unit="FILE", help="write one JSON object per prompt: both answers, scores, result")
+    add_text(
+        parser,
+        "--output",
+        unit="FILE",
+        help="write one JSON object per prompt: both answers, scores, result",
+    )
     add_count(parser, "--show", default=3, least=0, help="largest wins and largest losses to show")
     add_text(
-        parser, "--conversation_template_config", unit="FILE",
+        parser,
+        "--conversation_template_config",
+        unit="FILE",
         help="template JSON of both models; default: that beside the weights, else the tokenizer's own",
-    )  # fmt: skip
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the models or tokenizers")
+    )
+    add_switch(
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the models or tokenizers",
+    )
     _add_judge_flags(parser)
     _add_answer_flags(parser)
     return parser
@@ -36,34 +60,83 @@ def compare_parser() -> Parser:
 
 def _add_judge_flags(parser: Parser) -> None:
     group = parser.add_argument_group("judge")
-    add_text(group, "--rm_path", unit="MODEL", help="reward model: directory that train_rm.py wrote")
-    group.add_argument(
-        "--reward_functions", nargs="+", default=[], metavar="NAME",
-        help=f"{', '.join(REWARDS)}, or path.py:function; with --rm_path both are added up",
-    )  # fmt: skip
-    group.add_argument(
-        "--reward_weights", nargs="+", type=float, metavar="W", help="one for each reward function; default: 1"
+    add_text(
+        group, "--rm_path", unit="MODEL", help="reward model: directory that train_rm.py wrote"
     )
-    add_number(group, "--reward_timeout", default=60.0, unit="SECONDS", exclusive=True, help="for one function's batch")
-    add_number(group, "--tie_margin", default=0.0, unit="M", help="scores at most this far apart are a tie")
+    group.add_argument(
+        "--reward_functions",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(REWARDS)}, or path.py:function; with --rm_path both are added up",
+    )
+    group.add_argument(
+        "--reward_weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="one for each reward function; default: 1",
+    )
+    add_number(
+        group,
+        "--reward_timeout",
+        default=60.0,
+        unit="SECONDS",
+        exclusive=True,
+        help="for one function's batch",
+    )
+    add_number(
+        group, "--tie_margin", default=0.0, unit="M", help="scores at most this far apart are a tie"
+    )
 
 
 def _add_answer_flags(parser: Parser) -> None:
     group = parser.add_argument_group("answers")
-    add_count(group, "--max_length", default=2048, unit="TOKENS", least=2, help="prompt and answer together")
+    add_count(
+        group,
+        "--max_length",
+        default=2048,
+        unit="TOKENS",
+        least=2,
+        help="prompt and answer together",
+    )
     add_count(group, "--max_new_tokens", default=256, unit="TOKENS", help="longest answer")
-    add_count(group, "--batch_size", default=16, unit="ROWS", help="answers made, or scored, at a time")
+    add_count(
+        group, "--batch_size", default=16, unit="ROWS", help="answers made, or scored, at a time"
+    )
     add_number(group, "--temperature", default=0.0, unit="T", help="0: always the likeliest token")
-    add_count(group, "--top_k", default=0, least=0, unit="K", help="draw from the K likeliest tokens; 0: from all")
+    add_count(
+        group,
+        "--top_k",
+        default=0,
+        least=0,
+        unit="K",
+        help="draw from the K likeliest tokens; 0: from all",
+    )
     add_number(
-        group, "--top_p", default=1.0, unit="P", exclusive=True, most=1,
+        group,
+        "--top_p",
+        default=1.0,
+        unit="P",
+        exclusive=True,
+        most=1,
         help="draw from the fewest tokens that together have this probability",
-    )  # fmt: skip
+    )
     add_number(
-        group, "--repetition_penalty", default=1.0, unit="R", exclusive=True,
+        group,
+        "--repetition_penalty",
+        default=1.0,
+        unit="R",
+        exclusive=True,
         help="above 1: tokens that were already said become less likely",
-    )  # fmt: skip
-    add_count(group, "--seed", default=42, least=0, help="of the drawing; both models draw with the same numbers")
+    )
+    add_count(
+        group,
+        "--seed",
+        default=42,
+        least=0,
+        help="of the drawing; both models draw with the same numbers",
+    )
 
 
 def parse_compare(argv: Sequence[str] | None = None) -> Namespace:
@@ -75,10 +148,13 @@ def parse_compare(argv: Sequence[str] | None = None) -> Namespace:
     if not args.input:
         parser.error("--input is required: files or folders of prompts")
     if not args.rm_path and not args.reward_functions:
-        parser.error("what judges the answers? Give --rm_path (a reward model), --reward_functions, or both")
+        parser.error(
+            "what judges the answers? Give --rm_path (a reward model), --reward_functions, or both"
+        )
     if args.max_new_tokens >= args.max_length:
         parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length {args.max_length}"
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length "
+            f"{args.max_length}"
         )
     try:
         args.reward_functions = check_rewards(args.reward_functions, args.reward_weights)

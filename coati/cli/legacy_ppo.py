@@ -1,4 +1,5 @@
-"""Flags of older documents that the scripts with rollouts took, the first generation's train_prompts.py above all."""
+"""Flags of older documents that the scripts with rollouts took, the first generation's
+train_prompts.py above all."""
 
 import argparse
 from argparse import Namespace
@@ -6,7 +7,9 @@ from pathlib import Path
 
 from coati.cli.parser import Parser
 from coati.cli.values import whole_number
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # Older -> what settle() turns it into.
 TURNED = {
@@ -20,28 +23,33 @@ PTX_COEF = 0.9
 
 
 def add_flags(parser: Parser) -> None:
-    """Accept them without offering them in the help; :func:`settle` says what became of them."""
+    """Accept them without offering them in the help; :func:`apply_legacy_flags` says what became of them."""
     for flag in TURNED:
         parser.add_argument(flag, type=whole_number(1), dest=f"_{flag[2:]}", help=argparse.SUPPRESS)
 
 
 def add_prompts(parser: Parser) -> None:
-    """What only train_prompts.py had: its prompts without a flag, and SFT beside PPO as soon as there were data."""
+    """What only train_prompts.py had: its prompts without a flag, and SFT beside PPO as soon as
+    there were data."""
     parser.add_argument("_prompts", nargs="?", help=argparse.SUPPRESS)
     parser.set_defaults(ptx_coef=None)
 
 
-def settle(args: Namespace) -> None:
+def apply_legacy_flags(args: Namespace) -> None:
     """Turn the older flags into today's, one line each."""
     if args._max_epochs:
         args.num_update_steps = args._max_epochs
-        say_once(f"--max_epochs is now --num_update_steps {args._max_epochs}: passes over what an episode collected")
+        logger.warning_once(
+            f"--max_epochs is now --num_update_steps {args._max_epochs}: passes over what an "
+            "episode collected"
+        )
     if args._max_timesteps or args._update_timesteps:
         _settle_timesteps(args)
     if args._max_input_len:
         args.max_length = args._max_input_len + args.max_seq_len
-        say_once(
-            f"--max_input_len {args._max_input_len} is now --max_length {args.max_length}, which counts prompt and "
+        logger.warning_once(
+            f"--max_input_len {args._max_input_len} is now --max_length {args.max_length}, which "
+            "counts prompt and "
             "response"
         )
     for flag in ("rm_checkpoint_path", "critic_checkpoint_path"):
@@ -51,11 +59,16 @@ def settle(args: Namespace) -> None:
 
 
 def _settle_timesteps(args: Namespace) -> None:
-    """An episode was ``max_timesteps`` collect steps with a training phase after every ``update_timesteps``."""
+    """An episode was ``max_timesteps`` collect steps with a training phase after every
+    ``update_timesteps``."""
     total, between = args._max_timesteps or TIMESTEPS, args._update_timesteps or TIMESTEPS
-    args.num_collect_steps, args.num_episodes = between, max(args.num_episodes * total // between, 1)
-    say_once(
-        f"--max_timesteps {total} and --update_timesteps {between} are now --num_collect_steps {between} "
+    args.num_collect_steps, args.num_episodes = (
+        between,
+        max(args.num_episodes * total // between, 1),
+    )
+    logger.warning_once(
+        f"--max_timesteps {total} and --update_timesteps {between} are now --num_collect_steps "
+        f"{between} "
         f"--num_episodes {args.num_episodes}: an episode collects once and trains once"
     )
 
@@ -66,18 +79,25 @@ def _settle_weights(args: Namespace, flag: str) -> None:
         return
     if Path(path).is_file():
         raise ValueError(
-            f"--{flag} {path} is a file of the first generation, whose weights belong to no configuration; train the "
+            f"--{flag} {path} is a file of the first generation, whose weights belong to no "
+            "configuration; train the "
             "model with train_rm.py, which writes a directory"
         )
     setattr(args, flag, path.removesuffix(".pt"))
-    say_once(f"a model is a directory now, not a .pt file: --{flag} is read as {path.removesuffix('.pt')}")
+    logger.warning_once(
+        f"a model is a directory now, not a .pt file: --{flag} is read as "
+        f"{path.removesuffix('.pt')}"
+    )
 
 
 def _settle_prompts(args: Namespace) -> None:
     if args._prompts and not args.prompt_dataset:
         args.prompt_dataset = [args._prompts]
-        say_once(f"{args._prompts} is read as --prompt_dataset {args._prompts}")
+        logger.warning_once(f"{args._prompts} is read as --prompt_dataset {args._prompts}")
     if args.ptx_coef is None:
         args.ptx_coef = PTX_COEF if args.ptx_dataset else 0.0
         if args.ptx_dataset:
-            say_once(f"--ptx_coef is {PTX_COEF} with --ptx_dataset, as train_prompts.py had it; train_ppo.py has 0")
+            logger.warning_once(
+                f"--ptx_coef is {PTX_COEF} with --ptx_dataset, as train_prompts.py had it; "
+                "train_ppo.py has 0"
+            )

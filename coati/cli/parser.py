@@ -1,4 +1,5 @@
-"""The one parser class: no guessing at misspelt flags, YAML files, switches that can be switched off again."""
+"""The one parser class: no guessing at misspelled flags, YAML files, switches that can be switched
+off again."""
 
 import argparse
 import difflib
@@ -9,7 +10,9 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class _Help(argparse.HelpFormatter):
@@ -37,8 +40,9 @@ class _Help(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """The flags of one script.
 
-    An unknown flag is refused with the nearest known one, an ambiguous prefix with all that it may mean.
-    ``--config FILE.yaml`` stands for the flags written in the file; flags on the command line override it.
+    An unknown flag is refused with the nearest known one, an ambiguous prefix with all that it may
+    mean. ``--config FILE.yaml`` stands for the flags written in the file; flags on the command line
+    override it.
     """
 
     def __init__(self, **kwargs: Any):
@@ -46,28 +50,36 @@ class Parser(argparse.ArgumentParser):
         # argparse's own takes -1e-5 for a flag.
         self._negative_number_matcher = re.compile(r"-\.?\d")
         self.add_argument(
-            "--config", metavar="FILE", help="read flags from this YAML (or JSON) file; the command line overrides it"
+            "--config",
+            metavar="FILE",
+            help="read flags from this YAML (or JSON) file; the command line overrides it",
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """As argparse; exits with code 2 and one line that names the flag when something is wrong."""
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:  # type: ignore[override]
+        """As argparse; exits with code 2 and one line that names the flag when something is
+        wrong."""
         argv = self._in_full(sys.argv[1:] if args is None else args)
         parsed, unread = self.parse_known_args(self._from_file(argv) + argv, namespace)
         if unread:
-            self.error(f"{' '.join(unread)}: a value without a flag before it; --help lists the flags")
+            self.error(
+                f"{' '.join(unread)}: a value without a flag before it; --help lists the flags"
+            )
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """One line instead of the usage text, from one process per machine."""
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # The same line from every process would bury it. A launcher ends all processes with the first that
-            # fails, so those that stay silent leave the speaking one the time to speak.
+            # The same line from every process would bury it. A launcher ends all processes with the
+            # first that fails, so those that stay silent leave the speaking one the time to speak.
             time.sleep(1.0)
             raise SystemExit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def names(self) -> list[str]:
-        """The public spelling of every documented flag, with its aliases, in the order of the help."""
+        """The public spelling of every documented flag, with its aliases, in the order of the
+        help."""
         return [name for action in self.documented() for name in action.option_strings]
 
     def documented(self) -> list[argparse.Action]:
@@ -85,9 +97,11 @@ class Parser(argparse.ArgumentParser):
     def nearest(self, name: str) -> str:
         """``"; the nearest known one is --x"``, or nothing when none is near."""
         plain = name.lower().replace("-", "_")
-        spelt = {known.replace("-", "_"): known for known in self.names()}
-        near = difflib.get_close_matches(plain, spelt, n=1, cutoff=0.5)
-        return f"; the nearest known one is {spelt[near[0]]}" if near else "; --help lists the flags"
+        spelled = {known.replace("-", "_"): known for known in self.names()}
+        near = difflib.get_close_matches(plain, spelled, n=1, cutoff=0.5)
+        return (
+            f"; the nearest known one is {spelled[near[0]]}" if near else "; --help lists the flags"
+        )
 
     def _in_full(self, argv: Iterable[str]) -> list[str]:
         words = list(argv)
@@ -101,15 +115,26 @@ class Parser(argparse.ArgumentParser):
 
     def _is_flag(self, word: str) -> bool:
         # argparse's own rule: negative numbers and words with a space are values.
-        return len(word) > 1 and word[0] == "-" and " " not in word and not self._negative_number_matcher.match(word)
+        return (
+            len(word) > 1
+            and word[0] == "-"
+            and " " not in word
+            and not self._negative_number_matcher.match(word)
+        )
 
     def _full_name(self, name: str) -> str:
         if name in self._option_string_actions:
             return name
-        begins_alike = [a for a in self.documented() if any(known.startswith(name) for known in a.option_strings)]
+        begins_alike = [
+            a
+            for a in self.documented()
+            if any(known.startswith(name) for known in a.option_strings)
+        ]
         meant = [action.option_strings[0] for action in begins_alike]
         if len(name) > 2 and len(meant) == 1:
-            say_once(f"{name} is read as {meant[0]}; write it in full, a later flag may begin alike")
+            logger.warning_once(
+                f"{name} is read as {meant[0]}; write it in full, a later flag may begin alike"
+            )
             return meant[0]
         if len(name) > 2 and len(meant) > 1:
             self.error(f"{name} may mean {' or '.join(meant)}; write it in full")
@@ -127,4 +152,3 @@ class Parser(argparse.ArgumentParser):
             return file_words(self, path)
         except ValueError as error:
             self.error(str(error))
-

@@ -9,20 +9,34 @@ from coati.cli.checks import check_sft
 from coati.cli.parser import Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
 from coati.cli.values import add_count, add_number, add_switch
-from coati.models.loss_names import LOSS_TYPES, REWARD_LOSSES
+from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
 
 
 def rm_parser() -> Parser:
     """The parser of ``train_rm.py``."""
-    parser = _parser("train_rm.py", "Reward model: learns to score the chosen answer of a pair above the rejected one.")
+    parser = _parser(
+        "train_rm.py",
+        "Reward model: learns to score the chosen answer of a pair above the rejected one.",
+    )
     group = parser.add_argument_group("reward model")
     group.add_argument(
-        "--loss_fn", choices=tuple(REWARD_LOSSES), default="log_sig",
+        "--loss_fn",
+        choices=tuple(REWARD_LOSSES),
+        default="log_sig",
         help="-log sigmoid(chosen - rejected - margin), or log(1 + exp(rejected - chosen + margin)): the same number",
     )
-    add_number(group, "--center_coef", default=0.0, unit="C", help="adds C x (chosen + rejected)^2: scores around 0")
     add_number(
-        group, "--head_lr", unit="RATE", exclusive=True,
+        group,
+        "--center_coef",
+        default=0.0,
+        unit="C",
+        help="adds C x (chosen + rejected)^2: scores around 0",
+    )
+    add_number(
+        group,
+        "--head_lr",
+        unit="RATE",
+        exclusive=True,
         help="learning rate of the new head; default: --lr (1e-3 lets it learn as fast as it should)",
     )
     return _finished(parser, rows_each=2)
@@ -30,21 +44,46 @@ def rm_parser() -> Parser:
 
 def dpo_parser() -> Parser:
     """The parser of ``train_dpo.py``."""
-    parser = _parser("train_dpo.py", "Direct preference optimisation and its family, on pairs of answers.")
+    parser = _parser(
+        "train_dpo.py", "Direct preference optimization and its family, on pairs of answers."
+    )
     group = parser.add_argument_group("preference")
-    group.add_argument("--loss_type", choices=tuple(LOSS_TYPES), default="dpo_loss", help="the loss over pairs")
+    group.add_argument(
+        "--loss_type", choices=tuple(LOSS_TYPES), default="dpo_loss", help="the loss over pairs"
+    )
     given = f"{LOSS_TYPES['dpo_loss'].beta}, and {LOSS_TYPES['simpo_loss'].beta} for simpo_loss"
-    add_number(group, "--beta", unit="B", exclusive=True, help=f"weight of the margin of a pair; default: {given}")
-    given = f"0, and {LOSS_TYPES['simpo_loss'].gamma} for simpo_loss"
-    add_number(group, "--gamma", unit="G", help=f"margin to reach (dpo_loss, simpo_loss); default: {given}")
     add_number(
-        group, "--label_smoothing", default=0.0, unit="E", most=0.4999,
+        group,
+        "--beta",
+        unit="B",
+        exclusive=True,
+        help=f"weight of the margin of a pair; default: {given}",
+    )
+    given = f"0, and {LOSS_TYPES['simpo_loss'].gamma} for simpo_loss"
+    add_number(
+        group, "--gamma", unit="G", help=f"margin to reach (dpo_loss, simpo_loss); default: {given}"
+    )
+    add_number(
+        group,
+        "--label_smoothing",
+        default=0.0,
+        unit="E",
+        most=0.4999,
         help="share of pairs taken to be the wrong way round: conservative DPO with dpo_loss, or robust",
     )
     add_switch(group, "--length_normalization", help="average log-probs per token instead of sums")
-    add_number(group, "--sft_coef", default=0.0, unit="A", help="adds A x the chosen answer's mean negative log-prob")
     add_number(
-        group, "--ld_alpha", unit="A", most=1,
+        group,
+        "--sft_coef",
+        default=0.0,
+        unit="A",
+        help="adds A x the chosen answer's mean negative log-prob",
+    )
+    add_number(
+        group,
+        "--ld_alpha",
+        unit="A",
+        most=1,
         help="tokens of the longer answer beyond the shorter one's length count A (LD-DPO); default: 1",
     )
     _add_reference_flags(parser, switch=True, precompute=True)
@@ -53,21 +92,47 @@ def dpo_parser() -> Parser:
 
 def orpo_parser() -> Parser:
     """The parser of ``train_orpo.py``."""
-    parser = _parser("train_orpo.py", "Odds-ratio preference optimisation: SFT and preference in one, no reference.")
+    parser = _parser(
+        "train_orpo.py",
+        "Odds-ratio preference optimization: SFT and preference in one, no reference.",
+    )
     group = parser.add_argument_group("preference")
-    add_number(group, "--lam", default=0.1, unit="L", help="weight of the odds ratio beside the chosen answer's loss")
+    add_number(
+        group,
+        "--lam",
+        default=0.1,
+        unit="L",
+        help="weight of the odds ratio beside the chosen answer's loss",
+    )
     return _finished(parser, rows_each=2, microbatch_size=2)
 
 
 def kto_parser() -> Parser:
     """The parser of ``train_kto.py``."""
-    parser = _parser("train_kto.py", "Kahneman-Tversky optimisation, on single answers judged good or bad.")
+    parser = _parser(
+        "train_kto.py", "Kahneman-Tversky optimization, on single answers judged good or bad."
+    )
     group = parser.add_argument_group("preference")
-    add_number(group, "--beta", default=0.1, unit="B", exclusive=True, help="weight of a row's gain over the reference")
+    add_number(
+        group,
+        "--beta",
+        default=0.1,
+        unit="B",
+        exclusive=True,
+        help="weight of a row's gain over the reference",
+    )
     for side, what in (("desirable", "good"), ("undesirable", "bad")):
-        add_number(group, f"--{side}_weight", default=1.0, unit="W", exclusive=True, help=f"weight of {what} answers")
+        add_number(
+            group,
+            f"--{side}_weight",
+            default=1.0,
+            unit="W",
+            exclusive=True,
+            help=f"weight of {what} answers",
+        )
     add_switch(
-        group, "--auto_weight",
+        group,
+        "--auto_weight",
         help="set --desirable_weight so that good and bad answers weigh alike in all; their ratio should be 1 to 4/3",
     )
     _add_reference_flags(parser, switch=False, precompute=False)
@@ -76,7 +141,9 @@ def kto_parser() -> Parser:
 
 def _parser(program: str, description: str) -> Parser:
     parser = Parser(
-        prog=program, usage="%(prog)s --pretrain MODEL --dataset PATH [PATH ...] [flags]", description=description
+        prog=program,
+        usage="%(prog)s --pretrain MODEL --dataset PATH [PATH ...] [flags]",
+        description=description,
     )
     shared.add_model_flags(parser)
     shared.add_data_flags(parser)
@@ -84,20 +151,27 @@ def _parser(program: str, description: str) -> Parser:
 
 
 def _add_reference_flags(parser: Parser, switch: bool, precompute: bool) -> None:
-    group = parser.add_argument_group("reference model", "With LoRA it is the same model with its adapters off.")
+    group = parser.add_argument_group(
+        "reference model", "With LoRA it is the same model with its adapters off."
+    )
     if switch:
-        add_switch(group, "--disable_reference_model", help="train without one: its log-probs count as 0")
-    add_count(group, "--ref_tp", help="plugin 3d: processes that share each of its weights; default: --tp")
+        add_switch(
+            group, "--disable_reference_model", help="train without one: its log-probs count as 0"
+        )
+    add_count(
+        group, "--ref_tp", help="plugin 3d: processes that share each of its weights; default: --tp"
+    )
     if precompute:
         add_switch(
-            group, "--precompute_ref",
+            group,
+            "--precompute_ref",
             help="compute its log-probs once, keep them beside the data, and never load it again",
         )
 
 
 def _finished(parser: Parser, rows_each: int, **defaults: object) -> Parser:
     shared.add_parallel_flags(parser)
-    shared.add_optimisation_flags(parser)
+    shared.add_optimization_flags(parser)
     shared.add_epoch_flags(parser)
     shared.add_lora_flags(parser)
     shared.add_output_flags(parser)
@@ -114,7 +188,8 @@ def parse_rm(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def parse_dpo(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags of ``train_dpo.py``; ``beta`` and ``gamma`` are those of the loss where not given."""
+    """The checked flags of ``train_dpo.py``; ``beta`` and ``gamma`` are those of the loss where not
+    given."""
     return _parse(dpo_parser(), argv, check_pairs, check_dpo)
 
 
@@ -128,10 +203,12 @@ def parse_kto(argv: Sequence[str] | None = None) -> Namespace:
     return _parse(kto_parser(), argv, check_kto)
 
 
-def _parse(parser: Parser, argv: Sequence[str] | None, *checks: Callable[[Namespace], None]) -> Namespace:
+def _parse(
+    parser: Parser, argv: Sequence[str] | None, *checks: Callable[[Namespace], None]
+) -> Namespace:
     args = parser.parse_args(argv)
     try:
-        legacy_preferences.settle(args)
+        legacy_preferences.apply_legacy_flags(args)
         for check in (check_sft, *checks):
             check(args)
     except ValueError as error:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.dataset.reasons import DEFAULT_BAD_RATIO, DEFAULT_OVERLAP_WORDS, TEMPLATE_MODES
-from coati.dataset.shapes import FORMATS, FORMATS_OF, READERS
+from coati.dataset.rows.formats import FORMATS, FORMATS_OF, READERS
+from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO, DEFAULT_OVERLAP_WORDS, TEMPLATE_MODES
 
-# The flags that are attributes of coati.dataset.cleaning.Cleaning.
+# The flags that are attributes of coati.dataset.clean.cleaning.Cleaning.
 CLEANING_FLAGS = (
     "deduplicate",
     "near_duplicates",
@@ -26,7 +26,7 @@ def prepare_parser() -> Parser:
     parser = Parser(
         prog="prepare_dataset.py",
         usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL [flags]",
-        description="Raw rows to the tokenised shards that training reads, and a report of every row's fate.",
+        description="Raw rows to the tokenized shards that training reads, and a report of every row's fate.",
     )
     parser.add_argument("--type", choices=READERS, help="what the rows are for (required)")
     parser.add_argument(
@@ -35,14 +35,22 @@ def prepare_parser() -> Parser:
         default=[],
         metavar="PATH",
         help="parted by commas or blanks: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), folders of them, "
-        "directories of save_to_disk, or names of data sets on the hub (owner/name or owner/name:subset) (required)",
+        "directories of save_to_disk, or names of data sets on the hub (owner/name or "
+        "owner/name:subset) (required)",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, help="the shape of every row; default: each row's is recognised by its keys"
+        "--format",
+        choices=FORMATS,
+        help="the shape of every row; default: each row's is recognized by its keys",
     )
-    add_text(parser, "--split", unit="NAME", help="part of a data set that has several; default: train")
+    add_text(
+        parser, "--split", unit="NAME", help="part of a data set that has several; default: train"
+    )
     parser.add_argument(
-        "--tokenizer_dir", required=True, metavar="MODEL", help="directory or hub name of the tokenizer (required)"
+        "--tokenizer_dir",
+        required=True,
+        metavar="MODEL",
+        help="directory or hub name of the tokenizer (required)",
     )
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the tokenizer")
     _add_template_flags(parser)
@@ -76,12 +84,32 @@ def _add_template_flags(parser: Parser) -> None:
 
 def _add_output_flags(parser: Parser) -> None:
     add_text(parser, "--data_cache_dir", default="cache", help="scratch space, emptied at the end")
-    add_text(parser, "--data_jsonl_output_dir", default="jsonl_output", help="readable rows, report.json; must be new")
-    add_text(parser, "--data_arrow_output_dir", default="arrow_output", help="rows for training; must be new")
-    add_count(
-        parser, "--max_length", "--max_len", default=4096, least=2, help="longest row in tokens; cut after rounds"
+    add_text(
+        parser,
+        "--data_jsonl_output_dir",
+        default="jsonl_output",
+        help="readable rows, report.json; must be new",
     )
-    add_count(parser, "--num_spliced_dataset_bins", default=10, help="number of part-XXXXX shards, exactly")
+    add_text(
+        parser,
+        "--data_arrow_output_dir",
+        default="arrow_output",
+        help="rows for training; must be new",
+    )
+    add_count(
+        parser,
+        "--max_length",
+        "--max_len",
+        default=4096,
+        least=2,
+        help="longest row in tokens; cut after rounds",
+    )
+    add_count(
+        parser,
+        "--num_spliced_dataset_bins",
+        default=10,
+        help="number of part-XXXXX shards, exactly",
+    )
     add_count(
         parser,
         "--num_samples_per_datafile",
@@ -89,9 +117,15 @@ def _add_output_flags(parser: Parser) -> None:
         least=-1,
         help="take a random sample of this many input rows for each shard; -1: all",
     )
-    add_count(parser, "--seed", default=42, least=0, help="of the random sample and of --eval_ratio")
+    add_count(
+        parser, "--seed", default=42, least=0, help="of the random sample and of --eval_ratio"
+    )
     add_count(parser, "--num_proc", help="processes; default: one per core")
-    add_switch(parser, "--strict", help="end at the first malformed row instead of dropping and reporting it")
+    add_switch(
+        parser,
+        "--strict",
+        help="end at the first malformed row instead of dropping and reporting it",
+    )
     add_number(
         parser,
         "--max_bad_ratio",
@@ -147,18 +181,37 @@ def _add_cleaning_flags(parser: Parser) -> None:
         metavar="PATH",
         help="drop training rows that share --overlap_words words in a row with any text of these files",
     )
-    add_count(parser, "--overlap_words", default=DEFAULT_OVERLAP_WORDS, least=2, help="length of what counts as shared")
-    add_count(parser, "--min_answer_chars", default=0, least=0, help="drop rows with shorter answers (sft: together)")
+    add_count(
+        parser,
+        "--overlap_words",
+        default=DEFAULT_OVERLAP_WORDS,
+        least=2,
+        help="length of what counts as shared",
+    )
+    add_count(
+        parser,
+        "--min_answer_chars",
+        default=0,
+        least=0,
+        help="drop rows with shorter answers (sft: together)",
+    )
     add_count(parser, "--max_answer_chars", help="drop rows with longer answers (sft: together)")
-    add_switch(parser, "--drop_trivial_answers", help="drop rows with an answer that is blank or repeats the question")
+    add_switch(
+        parser,
+        "--drop_trivial_answers",
+        help="drop rows with an answer that is blank or repeats the question",
+    )
 
 
 def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags; ``data_input_dirs`` is a list of paths. Exits with code 2 and one line naming a wrong flag."""
+    """The checked flags; ``data_input_dirs`` is a list of paths. Exits with code 2 and one line
+    naming a wrong flag."""
     parser = prepare_parser()
     args = parser.parse_args(argv)
     for name in ("data_input_dirs", "eval_input_dirs", "benchmark_files"):
-        setattr(args, name, [path for word in getattr(args, name) for path in word.split(",") if path])
+        setattr(
+            args, name, [path for word in getattr(args, name) for path in word.split(",") if path]
+        )
     if args.check_template:
         return args
     if args.type is None:
@@ -168,18 +221,30 @@ def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
     if args.format not in (None, *FORMATS_OF[args.type]):
         types = " or ".join(type for type, formats in FORMATS_OF.items() if args.format in formats)
         parser.error(
-            f"--format {args.format} is for --type {types}; --type {args.type} reads {', '.join(FORMATS_OF[args.type])}"
+            f"--format {args.format} is for --type {types}; --type {args.type} reads "
+            f"{', '.join(FORMATS_OF[args.type])}"
         )
     if args.num_samples_per_datafile == 0:
-        parser.error("--num_samples_per_datafile 0 leaves nothing; give a positive number, or -1 for all rows")
+        parser.error(
+            "--num_samples_per_datafile 0 leaves nothing; give a positive number, or -1 for all "
+            "rows"
+        )
     _check_together(parser, args)
     return args
 
 
 def _check_together(parser: Parser, args: Namespace) -> None:
     if args.eval_ratio and args.eval_input_dirs:
-        parser.error("--eval_ratio takes evaluation rows from the inputs, --eval_input_dirs names others; give one")
+        parser.error(
+            "--eval_ratio takes evaluation rows from the inputs, --eval_input_dirs names others; "
+            "give one"
+        )
     if args.drop_eval_overlap and not (args.eval_ratio or args.eval_input_dirs):
-        parser.error("--drop_eval_overlap needs evaluation rows: give --eval_ratio or --eval_input_dirs")
+        parser.error(
+            "--drop_eval_overlap needs evaluation rows: give --eval_ratio or --eval_input_dirs"
+        )
     if args.max_answer_chars is not None and args.max_answer_chars < args.min_answer_chars:
-        parser.error(f"--max_answer_chars {args.max_answer_chars} is below --min_answer_chars {args.min_answer_chars}")
+        parser.error(
+            f"--max_answer_chars {args.max_answer_chars} is below --min_answer_chars "
+            f"{args.min_answer_chars}"
+        )

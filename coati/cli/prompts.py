@@ -16,11 +16,24 @@ def prompts_parser() -> Parser:
         description="A random sample of the questions of any data set, as rows for prepare_dataset.py --type prompt.",
     )
     add_text(
-        parser, "--dataset_path", unit="PATH",
+        parser,
+        "--dataset_path",
+        unit="PATH",
         help="file, folder or name of a data set, of any row shape; a last answer is left out (required)",
-    )  # fmt: skip
-    add_text(parser, "--save_path", default="prompt.json", unit="FILE", help="the JSON array to write; must be new")
-    add_count(parser, "--sample_size", default=16384, help="prompts to draw; of a smaller data set all are taken")
+    )
+    add_text(
+        parser,
+        "--save_path",
+        default="prompt.json",
+        unit="FILE",
+        help="the JSON array to write; must be new",
+    )
+    add_count(
+        parser,
+        "--sample_size",
+        default=16384,
+        help="prompts to draw; of a smaller data set all are taken",
+    )
     add_count(parser, "--seed", default=42, least=0, help="of the drawing")
     return parser
 
@@ -32,5 +45,7 @@ def parse_prompts(argv: Sequence[str] | None = None) -> Namespace:
     if not args.dataset_path:
         parser.error("--dataset_path is required: the rows to take the prompts from")
     if Path(args.save_path).exists():
-        parser.error(f"--save_path {args.save_path} exists already; name another file, or remove that one")
+        parser.error(
+            f"--save_path {args.save_path} exists already; name another file, or remove that one"
+        )
     return args

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from coati.cli.legacy import add_gptq
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_switch, add_text
-from coati.models.quant_names import CALIBRATED, METHODS, QUANTS
+from coati.models.quantization_registry import CALIBRATED, METHODS, QUANTS
 
 FULL = "full"
 
@@ -18,24 +18,60 @@ def quantize_parser() -> Parser:
         usage="%(prog)s --model_path MODEL --output_dir DIR --method METHOD [METHOD ...] [flags]",
         description="Writes a model with fewer bits a weight; prints size, perplexity and speed beside the original.",
     )
-    add_text(parser, "--model_path", unit="MODEL", help="directory that training wrote, or a checkpoint (required)")
-    add_text(parser, "--output_dir", help="new directory; of several methods each gets a folder in it (required)")
+    add_text(
+        parser,
+        "--model_path",
+        unit="MODEL",
+        help="directory that training wrote, or a checkpoint (required)",
+    )
+    add_text(
+        parser,
+        "--output_dir",
+        help="new directory; of several methods each gets a folder in it (required)",
+    )
     parser.add_argument(
-        "--method", nargs="+", choices=tuple(METHODS), default=[],
+        "--method",
+        nargs="+",
+        choices=tuple(METHODS),
+        default=[],
         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (required)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration", nargs="+", default=[], metavar="FILE", help="conversations that gptq measures its errors on"
     )
-    add_count(parser, "--calibration_rows", default=64, unit="ROWS", help="of --calibration, the first so many")
-    add_count(parser, "--group_size", default=128, least=8, help="gptq, rtn: neighbouring weights that share a scale")
     parser.add_argument(
-        "--eval", nargs="+", default=[], metavar="FILE", help="conversations to measure the perplexity on (required)"
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="conversations that gptq measures its errors on",
     )
-    add_count(parser, "--max_length", default=1024, unit="TOKENS", least=2, help="longer rows are cut")
+    add_count(
+        parser,
+        "--calibration_rows",
+        default=64,
+        unit="ROWS",
+        help="of --calibration, the first so many",
+    )
+    add_count(
+        parser,
+        "--group_size",
+        default=128,
+        least=8,
+        help="gptq, rtn: neighboring weights that share a scale",
+    )
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="conversations to measure the perplexity on (required)",
+    )
+    add_count(
+        parser, "--max_length", default=1024, unit="TOKENS", least=2, help="longer rows are cut"
+    )
     add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="of the answer that is timed")
     add_text(parser, "--output", unit="FILE", help="write the figures as JSON too")
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
     return parser
 
 
@@ -44,7 +80,7 @@ def parse_quantize(argv: Sequence[str] | None = None) -> Namespace:
     parser = quantize_parser()
     args = parser.parse_args(argv)
     for flag, what in (
-        ("model_path", "the model to quantise"),
+        ("model_path", "the model to quantize"),
         ("output_dir", "where to write"),
         ("method", f"one or more of {', '.join(METHODS)}"),
         ("eval", "conversations to measure the perplexity on"),
@@ -54,7 +90,8 @@ def parse_quantize(argv: Sequence[str] | None = None) -> Namespace:
     for method in args.method:
         if method in CALIBRATED and not args.calibration:
             parser.error(
-                f"--method {method} needs --calibration FILE: conversations like those the model will see; "
+                f"--method {method} needs --calibration FILE: conversations like those the model "
+                "will see; "
                 "not those of --eval, on which the result is judged"
             )
     return args
@@ -68,16 +105,31 @@ def benchmark_parser() -> Parser:
         description="Time to load, time to the first token, tokens per second and peak memory of a model, each kind of "
         "weights in a process of its own.",
     )
-    add_text(parser, "--model_path", unit="MODEL", help="anything that inference.py talks to (required)")
+    add_text(
+        parser, "--model_path", unit="MODEL", help="anything that inference.py talks to (required)"
+    )
     parser.add_argument(
-        "--quant", nargs="+", choices=(FULL, *QUANTS), default=[FULL, *QUANTS], help="kinds of weights to measure"
+        "--quant",
+        nargs="+",
+        choices=(FULL, *QUANTS),
+        default=[FULL, *QUANTS],
+        help="kinds of weights to measure",
     )
     add_gptq(parser)
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="answers at a time")
+    parser.add_argument(
+        "--batch_size",
+        nargs="+",
+        type=int,
+        default=[1, 8, 32],
+        metavar="N",
+        help="answers at a time",
+    )
     add_count(parser, "--prompt_tokens", default=64, unit="TOKENS", help="length of each prompt")
     add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="length of each answer")
     add_text(parser, "--output", unit="FILE", help="write the figures as JSON too")
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
     return parser
 
 
@@ -86,7 +138,9 @@ def parse_benchmark(argv: Sequence[str] | None = None) -> Namespace:
     parser = benchmark_parser()
     args = parser.parse_args(argv)
     if args.model_path is None:
-        parser.error("--model_path is required: a model directory, a LoRA adapter or a training checkpoint")
+        parser.error(
+            "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
+        )
     if min(args.batch_size) < 1:
         parser.error(f"--batch_size must be at least 1, not {min(args.batch_size)}")
     return args

@@ -1,5 +1,5 @@
-"""What can be found wrong with the flags of PPO and GRPO before torch is imported. All raise ValueError with flag,
-finding and remedy."""
+"""What can be found wrong with the flags of PPO and GRPO before torch is imported. All raise
+ValueError with flag, finding and remedy."""
 
 import importlib.util
 import os
@@ -7,10 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from coati.cli.checks import check_lora, check_mixture, check_parallel, check_paths, read_json
-from coati.experience_buffer.equation import windows_per_episode
-from coati.experience_maker.names import GROUP_METHODS
-from coati.rewards.names import REWARDS, check_rewards
-from coati.utils.notice import say_once
+from coati.experience_buffer.batch_sizes import windows_per_episode
+from coati.experience_maker.advantage_registry import GROUP_METHODS
+from coati.rewards.registry import REWARDS, check_rewards
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 KL_HORIZON = 10000
 CLIP = 0.2
@@ -29,12 +31,16 @@ CHANGES_SAMPLES = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def check_rollouts(args: Namespace) -> None:
-    """What PPO and GRPO share; settles ``lora_rank``, the batch sizes of inference, and the names of rewards."""
+    """What PPO and GRPO share; settles ``lora_rank``, the batch sizes of inference, and the names
+    of rewards."""
     if not args.pretrain:
-        raise ValueError("--pretrain is missing: the Hugging Face directory or hub name of the model to train")
+        raise ValueError(
+            "--pretrain is missing: the Hugging Face directory or hub name of the model to train"
+        )
     if not args.prompt_dataset:
         raise ValueError(
-            "--prompt_dataset is missing: prepared arrow directories (prepare_dataset.py --type prompt) or a raw file"
+            "--prompt_dataset is missing: prepared arrow directories (prepare_dataset.py --type "
+            "prompt) or a raw file"
         )
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
     check_mixture(args)
@@ -60,7 +66,8 @@ def _check_cut(args: Namespace) -> None:
     ):
         if given:
             raise ValueError(
-                f"{flag}: the model has to write responses, which one that is cut into pipeline stages or along the "
+                f"{flag}: the model has to write responses, which one that is cut into pipeline "
+                "stages or along the "
                 "sequence cannot; use --plugin 3d --tp, or --plugin zero2 or gemini"
             )
 
@@ -69,23 +76,35 @@ def _check_lengths(args: Namespace) -> None:
     room = args.max_length - args.max_seq_len
     if room < 1:
         raise ValueError(
-            f"--max_length {args.max_length} holds prompt and response; --max_seq_len {args.max_seq_len} for the "
-            f"response leaves {room} tokens for the prompt. Raise --max_length or lower --max_seq_len"
+            f"--max_length {args.max_length} holds prompt and response; --max_seq_len "
+            f"{args.max_seq_len} for the "
+            f"response leaves {room} tokens for the prompt. Raise --max_length or lower "
+            "--max_seq_len"
         )
 
 
 def _check_sft(args: Namespace) -> None:
     if args.ptx_coef and not args.ptx_dataset:
-        raise ValueError(f"--ptx_coef {args.ptx_coef:g} needs --ptx_dataset, the conversations to learn beside it")
+        raise ValueError(
+            f"--ptx_coef {args.ptx_coef:g} needs --ptx_dataset, the conversations to learn beside "
+            "it"
+        )
     if args.ptx_dataset and not args.ptx_coef:
-        say_once("--ptx_dataset is not used, --ptx_coef being 0; --ptx_coef 0.1 would give SFT a tenth of the loss")
+        logger.warning_once(
+            "--ptx_dataset is not used, --ptx_coef being 0; --ptx_coef 0.1 would give SFT a tenth "
+            "of the loss"
+        )
     if args.ptx_coef and args.plugin == "gemini_auto":
         raise ValueError(
-            "--plugin gemini_auto cannot add up gradients, and --ptx_coef makes two backward passes of a step; use "
+            "--plugin gemini_auto cannot add up gradients, and --ptx_coef makes two backward "
+            "passes of a step; use "
             "--plugin gemini"
         )
     if args.disable_loss_mask and not args.ptx_coef:
-        raise ValueError("--disable_loss_mask is about SFT on --ptx_dataset: set --ptx_coef above 0, or leave it out")
+        raise ValueError(
+            "--disable_loss_mask is about SFT on --ptx_dataset: set --ptx_coef above 0, or leave "
+            "it out"
+        )
 
 
 def _check_reward_sources(args: Namespace) -> None:
@@ -93,23 +112,36 @@ def _check_reward_sources(args: Namespace) -> None:
     neural = bool(args.rm_pretrain or args.rm_checkpoint_path) and not args.no_neural_reward_model
     if args.no_neural_reward_model and args.rm_checkpoint_path:
         raise ValueError(
-            f"--rm_checkpoint_path {args.rm_checkpoint_path} brings a reward model, --no_neural_reward_model says that "
+            f"--rm_checkpoint_path {args.rm_checkpoint_path} brings a reward model, "
+            "--no_neural_reward_model says that "
             "there is none; leave one of the two out"
         )
     if args.no_neural_reward_model and not args.reward_functions:
-        raise ValueError(f"--no_neural_reward_model needs --reward_functions: {', '.join(REWARDS)}, path.py:function")
+        raise ValueError(
+            f"--no_neural_reward_model needs --reward_functions: {', '.join(REWARDS)}, "
+            "path.py:function"
+        )
     if not neural and not args.reward_functions:
         raise ValueError(
-            "nothing gives a reward: name a reward model (--rm_pretrain, the directory that train_rm.py wrote), or "
+            "nothing gives a reward: name a reward model (--rm_pretrain, the directory that "
+            "train_rm.py wrote), or "
             f"--reward_functions ({', '.join(REWARDS)}, path.py:function), or both"
         )
-    if args.no_neural_reward_model and args.rm_pretrain and getattr(args, "critic_pretrain", args.rm_pretrain):
-        raise ValueError("--rm_pretrain does nothing with --no_neural_reward_model here; leave one of the two out")
+    if (
+        args.no_neural_reward_model
+        and args.rm_pretrain
+        and getattr(args, "critic_pretrain", args.rm_pretrain)
+    ):
+        raise ValueError(
+            "--rm_pretrain does nothing with --no_neural_reward_model here; leave one of the two "
+            "out"
+        )
     if args.rm_checkpoint_path is not None:
         _check_weights(args, "rm_checkpoint_path")
     if neural and args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
         raise ValueError(
-            f"--tp {args.tp} under gemini: models with a scalar head, as reward models are, come out wrong there; use "
+            f"--tp {args.tp} under gemini: models with a scalar head, as reward models are, come "
+            "out wrong there; use "
             f"--plugin 3d --tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
         )
 
@@ -117,37 +149,45 @@ def _check_reward_sources(args: Namespace) -> None:
 def _check_weights(args: Namespace, flag: str, *names: str) -> None:
     path = getattr(args, flag)
     if is_bare(model_directory(flag, path, *names)) and args.rm_pretrain is None:
-        raise ValueError(f"--{flag} {path} holds weights without a configuration: name their architecture with "
-                         "--rm_pretrain")  # fmt: skip
+        raise ValueError(
+            f"--{flag} {path} holds weights without a configuration: name their architecture with "
+            "--rm_pretrain"
+        )
 
 
 def model_directory(flag: str, path: str, *names: str) -> Path:
-    """The model directory that ``path`` means: itself, its ``modeling``, or that of one of its parts ``names``."""
+    """The model directory that ``path`` means: itself, its ``modeling``, or that of one of its
+    parts ``names``."""
     folder = Path(path)
     if folder.is_file():
-        raise ValueError(f"--{flag} {path} is a file; expected the directory that a training script wrote")
+        raise ValueError(
+            f"--{flag} {path} is a file; expected the directory that a training script wrote"
+        )
     if not folder.is_dir():
         raise ValueError(f"--{flag} {path}: there is no such directory")
     for place in (folder, folder / "modeling", *(folder / name / "modeling" for name in names)):
         if not is_bare(place) or any(next(place.glob(pattern), None) for pattern in WEIGHTS):
             return place
     raise ValueError(
-        f"--{flag} {path} holds no model (config.json, adapter_config.json), nor does its modeling/ directory; name "
+        f"--{flag} {path} holds no model (config.json, adapter_config.json), nor does its "
+        "modeling/ directory; name "
         "the directory that the training script wrote"
     )
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether a directory has no configuration, so that its weights, if any, need one from elsewhere."""
+    """Whether a directory has no configuration, so that its weights, if any, need one from
+    elsewhere."""
     return not any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def check_ids(written: int, read: int) -> None:
-    """Any of the ``written`` rows of the policy's vocabulary can be sampled, those without a token too; the other
-    models know ``read``."""
+    """Any of the ``written`` rows of the policy's vocabulary can be sampled, those without a token
+    too; the other models know ``read``."""
     if read < written:
         raise ValueError(
-            f"the policy (--pretrain) can write ids up to {written - 1}, this model has a vocabulary of {read}; train "
+            f"the policy (--pretrain) can write ids up to {written - 1}, this model has a "
+            f"vocabulary of {read}; train "
             "it from a model of the policy's vocabulary, or resize its embeddings"
         )
 
@@ -157,13 +197,16 @@ def _check_scores(args: Namespace) -> None:
         raise ValueError("--reward_weights does nothing without --reward_functions")
     args.reward_functions = check_rewards(args.reward_functions, args.reward_weights or None)
     if args.reward_functions and not any(args.reward_weights or [1.0]):
-        raise ValueError(f"--reward_weights {' '.join(map(str, args.reward_weights))}: no function would count")
+        raise ValueError(
+            f"--reward_weights {' '.join(map(str, args.reward_weights))}: no function would count"
+        )
 
 
 def _check_group(args: Namespace) -> None:
     if GROUP_METHODS[args.algo].group and args.num_generations == 1:
         raise ValueError(
-            f"--num_generations 1: --algo {args.algo} compares the responses to a prompt, which takes two or more; 8 "
+            f"--num_generations 1: --algo {args.algo} compares the responses to a prompt, which "
+            "takes two or more; 8 "
             "is usual. reinforce_pp does without a comparison"
         )
 
@@ -174,17 +217,25 @@ def _check_buffer(args: Namespace) -> None:
         _check_group(args)
     generations = getattr(args, "num_generations", 1)
     windows_per_episode(
-        args.num_collect_steps, args.experience_batch_size, args.train_batch_size, args.accumulation_steps, generations
+        args.num_collect_steps,
+        args.experience_batch_size,
+        args.train_batch_size,
+        args.accumulation_steps,
+        generations,
     )
     window = args.train_batch_size * args.accumulation_steps
     collected = args.num_collect_steps * args.experience_batch_size * generations
     if args.buffer_limit and (args.buffer_limit % window or args.buffer_limit > collected):
         raise ValueError(
-            f"--buffer_limit {args.buffer_limit}: an episode collects {collected} responses per process and an "
-            f"optimiser step takes {window} (--train_batch_size x --accumulation_steps); keep a multiple of {window} "
+            f"--buffer_limit {args.buffer_limit}: an episode collects {collected} responses per "
+            "process and an "
+            f"optimizer step takes {window} (--train_batch_size x --accumulation_steps); keep a "
+            f"multiple of {window} "
             f"that is at most {collected}, or 0 for all"
         )
-    args.inference_batch_size = args.inference_batch_size or args.experience_batch_size * generations
+    args.inference_batch_size = (
+        args.inference_batch_size or args.experience_batch_size * generations
+    )
     args.logits_forward_batch_size = args.logits_forward_batch_size or args.train_batch_size
 
 
@@ -192,27 +243,37 @@ def _check_kl(args: Namespace) -> None:
     args.kl_estimator = args.kl_estimator or ESTIMATOR_OF[args.kl_in]
     if args.kl_target is None:
         if args.kl_horizon != KL_HORIZON:
-            raise ValueError("--kl_horizon does nothing without --kl_target: --kl_coef stays as it is")
+            raise ValueError(
+                "--kl_horizon does nothing without --kl_target: --kl_coef stays as it is"
+            )
     else:
         _check_target(args)
     if not args.kl_coef:
         return
-    changed = [f"--{name} {getattr(args, name)}" for name, off in CHANGES_SAMPLES.items() if getattr(args, name) != off]
+    changed = [
+        f"--{name} {getattr(args, name)}"
+        for name, off in CHANGES_SAMPLES.items()
+        if getattr(args, name) != off
+    ]
     if changed:
-        say_once(
-            f"{', '.join(changed)}: responses are sampled from another distribution than log-probs are taken of, so KL "
+        logger.warning_once(
+            f"{', '.join(changed)}: responses are sampled from another distribution than log-probs "
+            "are taken of, so KL "
             "estimates come out wrong, below 0 too"
         )
 
 
 def _check_target(args: Namespace) -> None:
     if not args.kl_coef:
-        raise ValueError("--kl_target multiplies --kl_coef towards it, which is 0: set --kl_coef above 0, 0.1 say")
+        raise ValueError(
+            "--kl_target multiplies --kl_coef toward it, which is 0: set --kl_coef above 0, 0.1 say"
+        )
     processes = max(int(os.environ.get("WORLD_SIZE", "1")) // args.tp, 1)
     each = args.num_collect_steps * args.experience_batch_size * getattr(args, "num_generations", 1)
     if 0.2 * each * processes >= args.kl_horizon:
         raise ValueError(
-            f"--kl_horizon {args.kl_horizon} is too short: an episode collects {each * processes} responses and could "
+            f"--kl_horizon {args.kl_horizon} is too short: an episode collects {each * processes} "
+            "responses and could "
             f"make --kl_coef 0 at once; take {20 * each * processes} or more"
         )
 
@@ -231,23 +292,43 @@ def _check_pointless(args: Namespace) -> None:
 
 def _check_machine(args: Namespace) -> None:
     if args.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--rollout_engine vllm: vllm is not installed; install it (it needs a GPU), or leave this out")
+        raise ValueError(
+            "--rollout_engine vllm: vllm is not installed; install it (it needs a GPU), or leave "
+            "this out"
+        )
     if not args.shared_base:
         return
     if not args.lora_rank:
-        raise ValueError("--shared_base is for LoRA, whose models differ in their adapters alone: set --lora_rank")
-    if args.plugin not in (None, *SHARING) or args.tp > 1 or args.zero_stage or args.zero_cpu_offload:
         raise ValueError(
-            f"--shared_base needs a plugin that leaves weights whole ({', '.join(SHARING)}), without --tp and "
+            "--shared_base is for LoRA, whose models differ in their adapters alone: set "
+            "--lora_rank"
+        )
+    if (
+        args.plugin not in (None, *SHARING)
+        or args.tp > 1
+        or args.zero_stage
+        or args.zero_cpu_offload
+    ):
+        raise ValueError(
+            f"--shared_base needs a plugin that leaves weights whole ({', '.join(SHARING)}), "
+            "without --tp and "
             "--zero_stage; a base that ColossalAI cuts cannot be shared"
         )
     if _trained_biases(args) != "none":
-        raise ValueError("--shared_base: LoRA may not train biases, which belong to the base that all share; set "
-                         "--lora_train_bias none")  # fmt: skip
+        raise ValueError(
+            "--shared_base: LoRA may not train biases, which belong to the base that all share; "
+            "set "
+            "--lora_train_bias none"
+        )
     if args.offload_inference_models:
-        raise ValueError("--offload_inference_models does nothing with --shared_base: the one base is never idle")
+        raise ValueError(
+            "--offload_inference_models does nothing with --shared_base: the one base is never idle"
+        )
     if getattr(args, "critic_pretrain", None):
-        raise ValueError("--critic_pretrain with --shared_base: the critic is an adapter on --pretrain; leave one out")
+        raise ValueError(
+            "--critic_pretrain with --shared_base: the critic is an adapter on --pretrain; leave "
+            "one out"
+        )
 
 
 def _trained_biases(args: Namespace) -> str:
@@ -262,14 +343,16 @@ def check_ppo(args: Namespace) -> None:
     args.clip_eps_high = args.clip_eps_high or args.clip_eps
     if args.critic_pretrain and args.critic_checkpoint_path:
         raise ValueError(
-            f"--critic_pretrain {args.critic_pretrain} and --critic_checkpoint_path {args.critic_checkpoint_path} both "
+            f"--critic_pretrain {args.critic_pretrain} and --critic_checkpoint_path "
+            f"{args.critic_checkpoint_path} both "
             "bring the critic's weights; name one of them"
         )
     if args.critic_checkpoint_path is not None:
         _check_weights(args, "critic_checkpoint_path", "critic")
     if args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
         raise ValueError(
-            f"--tp {args.tp} under gemini: the gradients of a critic's head come out wrong there; use --plugin 3d --tp "
+            f"--tp {args.tp} under gemini: the gradients of a critic's head come out wrong there; "
+            "use --plugin 3d --tp "
             f"{args.tp} with --zero_stage 0 to 2, or gemini without --tp"
         )
 
@@ -283,11 +366,16 @@ def check_grpo(args: Namespace) -> None:
     if args.overlong_margin and args.algo != "dapo":
         raise ValueError(f"--overlong_margin belongs to --algo dapo, not {args.algo}")
     if args.overlong_margin is None:
-        args.overlong_margin = min(LONGEST_MARGIN, args.max_seq_len // 4) if args.algo == "dapo" else 0
+        args.overlong_margin = (
+            min(LONGEST_MARGIN, args.max_seq_len // 4) if args.algo == "dapo" else 0
+        )
     if args.overlong_margin > args.max_seq_len:
         raise ValueError(
-            f"--overlong_margin {args.overlong_margin} is more than a response may have (--max_seq_len "
+            f"--overlong_margin {args.overlong_margin} is more than a response may have "
+            "(--max_seq_len "
             f"{args.max_seq_len}); a quarter of it is usual"
         )
     if args.overlong_margin and args.filter_truncated:
-        say_once("--filter_truncated leaves out the responses that --overlong_margin punishes most")
+        logger.warning_once(
+            "--filter_truncated leaves out the responses that --overlong_margin punishes most"
+        )

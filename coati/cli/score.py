@@ -14,17 +14,42 @@ def score_parser() -> Parser:
         usage="%(prog)s --model_path MODEL --input FILE [FILE ...] [flags]",
         description="Scores of a reward model for rows of data files: pairs, judged answers, or conversations.",
     )
-    add_text(parser, "--model_path", unit="MODEL", help="directory that train_rm.py wrote, or a checkpoint (required)")
-    parser.add_argument("--input", nargs="+", default=[], metavar="FILE", help="files or folders of rows (required)")
-    add_text(parser, "--output", unit="FILE", help="write one JSON object per row; default: standard output")
-    add_text(parser, "--histogram", unit="FILE", help="draw the distribution of the scores as a PNG")
-    add_count(parser, "--batch_size", default=16, unit="ROWS", help="sequences scored at a time")
-    add_count(parser, "--max_length", default=2048, unit="TOKENS", least=2, help="longer rows are left out and named")
     add_text(
-        parser, "--conversation_template_config", unit="FILE",
+        parser,
+        "--model_path",
+        unit="MODEL",
+        help="directory that train_rm.py wrote, or a checkpoint (required)",
+    )
+    parser.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE", help="files or folders of rows (required)"
+    )
+    add_text(
+        parser,
+        "--output",
+        unit="FILE",
+        help="write one JSON object per row; default: standard output",
+    )
+    add_text(
+        parser, "--histogram", unit="FILE", help="draw the distribution of the scores as a PNG"
+    )
+    add_count(parser, "--batch_size", default=16, unit="ROWS", help="sequences scored at a time")
+    add_count(
+        parser,
+        "--max_length",
+        default=2048,
+        unit="TOKENS",
+        least=2,
+        help="longer rows are left out and named",
+    )
+    add_text(
+        parser,
+        "--conversation_template_config",
+        unit="FILE",
         help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
-    )  # fmt: skip
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
+    )
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
     return parser
 
 

@@ -10,8 +10,10 @@ from coati.cli.inference import add_sampling_flags
 from coati.cli.legacy import add_gptq
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
-from coati.models.quant_names import QUANTS
-from coati.utils.notice import say_once
+from coati.models.quantization_registry import QUANTS
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 TOKEN_VARIABLE, ORIGIN_VARIABLE = "COATI_SERVER_TOKEN", "CORS_ORIGIN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -27,19 +29,32 @@ def server_parser() -> Parser:
     )
     parser.add_argument("pretrained", nargs="?", help=SUPPRESS)
     add_text(
-        parser, "--model_path", unit="MODEL",
+        parser,
+        "--model_path",
+        unit="MODEL",
         help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
-    )  # fmt: skip
-    add_text(parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path")
-    add_text(
-        parser, "--conversation_template_config", unit="FILE",
-        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
-    )  # fmt: skip
-    add_text(
-        parser, "--served_model_name", unit="NAME", help="what clients call the model; default: the directory's name"
     )
-    add_switch(parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer")
-    parser.add_argument("--quant", choices=tuple(QUANTS), help="quantise the weights while loading, by bitsandbytes")
+    add_text(
+        parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path"
+    )
+    add_text(
+        parser,
+        "--conversation_template_config",
+        unit="FILE",
+        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+    )
+    add_text(
+        parser,
+        "--served_model_name",
+        unit="NAME",
+        help="what clients call the model; default: the directory's name",
+    )
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
+    parser.add_argument(
+        "--quant", choices=tuple(QUANTS), help="quantize the weights while loading, by bitsandbytes"
+    )
     add_gptq(parser)
     _add_network_flags(parser)
     _add_limits(parser)
@@ -49,37 +64,70 @@ def server_parser() -> Parser:
 
 def _add_network_flags(parser: Parser) -> None:
     group = parser.add_argument_group("network")
-    add_text(group, "--http_host", default="127.0.0.1", unit="ADDRESS", help="0.0.0.0: reachable from other machines")
+    add_text(
+        group,
+        "--http_host",
+        default="127.0.0.1",
+        unit="ADDRESS",
+        help="0.0.0.0: reachable from other machines",
+    )
     group.add_argument(
-        "--http_port", type=whole_number(0), default=7070, metavar="PORT", help="0: any free one, which is printed"
+        "--http_port",
+        type=whole_number(0),
+        default=7070,
+        metavar="PORT",
+        help="0: any free one, which is printed",
     )
     add_text(
-        group, "--token_file", unit="FILE",
+        group,
+        "--token_file",
+        unit="FILE",
         help=f"its first line is the token that clients must send; default: the variable {TOKEN_VARIABLE}, else none",
-    )  # fmt: skip
+    )
     add_text(
-        group, "--cors_origins", unit="ORIGIN,...",
+        group,
+        "--cors_origins",
+        unit="ORIGIN,...",
         help=f"other web pages that may call the server; default: the variable {ORIGIN_VARIABLE}, else none",
-    )  # fmt: skip
+    )
     add_text(
-        group, "--profanity_file", unit="FILE",
+        group,
+        "--profanity_file",
+        unit="FILE",
         help="words that are neither taken nor given: a JSON list, or one to a line",
-    )  # fmt: skip
+    )
 
 
 def _add_limits(parser: Parser) -> None:
     group = parser.add_argument_group("limits")
-    add_count(group, "--model_max_length", default=2048, least=2, help="tokens of dialogue and answer together")
+    add_count(
+        group,
+        "--model_max_length",
+        default=2048,
+        least=2,
+        help="tokens of dialogue and answer together",
+    )
     add_count(group, "--max_new_tokens", default=512, help="longest answer in tokens")
     add_count(group, "--max_batch", default=8, help="requests answered at the same time")
-    add_count(group, "--max_queue", default=64, help="requests that may wait; one more gets status 429")
-    add_number(
-        group, "--timeout", default=300.0, unit="SECONDS", exclusive=True, help="of a request, waiting included",
-    )  # fmt: skip
     add_count(
-        group, "--shutdown_timeout", default=30, least=0, unit="SECONDS",
+        group, "--max_queue", default=64, help="requests that may wait; one more gets status 429"
+    )
+    add_number(
+        group,
+        "--timeout",
+        default=300.0,
+        unit="SECONDS",
+        exclusive=True,
+        help="of a request, waiting included",
+    )
+    add_count(
+        group,
+        "--shutdown_timeout",
+        default=30,
+        least=0,
+        unit="SECONDS",
         help="how long answers may take after SIGTERM or Ctrl-C",
-    )  # fmt: skip
+    )
 
 
 def parse_server(argv: Sequence[str] | None = None) -> Namespace:
@@ -93,27 +141,38 @@ def parse_server(argv: Sequence[str] | None = None) -> Namespace:
         parser.error(f"{args.pretrained} and --model_path {args.model_path}: name one model")
     args.model_path = args.model_path or args.pretrained
     if args.model_path is None:
-        parser.error("--model_path is required: a model directory, a LoRA adapter or a training checkpoint")
+        parser.error(
+            "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
+        )
     if args.max_new_tokens >= args.model_max_length:
         parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --model_max_length "
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in "
+            "--model_max_length "
             f"{args.model_max_length}"
         )
     if args.http_port > 65535:
         parser.error(f"--http_port {args.http_port}: ports end at 65535")
     args.served_model_name = args.served_model_name or _name_of(args.model_path)
-    origins = args.cors_origins if args.cors_origins is not None else os.environ.get(ORIGIN_VARIABLE, "")
+    origins = (
+        args.cors_origins if args.cors_origins is not None else os.environ.get(ORIGIN_VARIABLE, "")
+    )
     args.cors_origins = tuple(origin.strip() for origin in origins.split(",") if origin.strip())
     args.token = _token(parser, args.token_file)
     if args.token is None and args.http_host not in LOOPBACK:
-        say_once(f"--http_host {args.http_host} without --token_file: whoever reaches this address can use the model")
+        logger.warning_once(
+            f"--http_host {args.http_host} without --token_file: whoever reaches this address can "
+            "use the model"
+        )
     return args
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to ``host`` and ``port``, taken before the model is loaded. Raises ValueError naming the flag."""
+    """A socket bound to ``host`` and ``port``, taken before the model is loaded. Raises ValueError
+    naming the flag."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -122,7 +181,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
         raise ValueError(f"--http_host {host}: no such address ({error.strerror})") from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"--http_port {port} on {host} cannot be had ({reason}); name another one") from error
+        raise ValueError(
+            f"--http_port {port} on {host} cannot be had ({reason}); name another one"
+        ) from error
     return bound
 
 
@@ -139,7 +200,10 @@ def _token(parser: Parser, file: str | None) -> str | None:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         # Not the error's own text, which may quote what the file holds.
-        parser.error(f"--token_file {file}: not readable ({type(error).__name__}); its first line is to be the token")
+        parser.error(
+            f"--token_file {file}: not readable ({type(error).__name__}); its first line is to be "
+            "the token"
+        )
     token = lines[0].strip() if lines else ""
     if not token or not token.isascii():
         parser.error(f"--token_file {file}: expected the token, in ASCII, in its first line")

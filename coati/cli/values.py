@@ -1,4 +1,5 @@
-"""Kinds of flags and their value types: each says what it expected and found, and argparse adds the flag's name."""
+"""Kinds of flags and their value types: each says what it expected and found, and argparse adds the
+flag's name."""
 
 import argparse
 from collections.abc import Callable
@@ -16,13 +17,17 @@ def whole_number(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, found {text!r}"
+            )
         return value
 
     return read
 
 
-def number(least: float, *, exclusive: bool = False, most: float = float("inf")) -> Callable[[str], float]:
+def number(
+    least: float, *, exclusive: bool = False, most: float = float("inf")
+) -> Callable[[str], float]:
     """A type that reads finite numbers in [least, most], or above ``least`` when ``exclusive``."""
     bound = f"above {least:g}" if exclusive else f"of at least {least:g}"
     if most != float("inf"):
@@ -34,7 +39,9 @@ def number(least: float, *, exclusive: bool = False, most: float = float("inf"))
         except ValueError:
             value = float("nan")
         # Written so that nan fails it too.
-        fits = least <= value <= most and value != float("inf") and not (exclusive and value == least)
+        fits = (
+            least <= value <= most and value != float("inf") and not (exclusive and value == least)
+        )
         if not fits:
             raise argparse.ArgumentTypeError(f"expected a number {bound}, found {text!r}")
         return value
@@ -48,11 +55,17 @@ def boolean(text: str) -> bool:
         return True
     if text.lower() in FALSE:
         return False
-    raise argparse.ArgumentTypeError(f"is a switch: give it no value, or true or false; found {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"is a switch: give it no value, or true or false; found {text!r}"
+    )
 
 
 def add_text(
-    group: argparse._ActionsContainer, *names: str, help: str, default: str | None = None, unit: str = "DIR"
+    group: argparse._ActionsContainer,
+    *names: str,
+    help: str,
+    default: str | None = None,
+    unit: str = "DIR",
 ) -> None:
     """A flag with a name, path or other text; ``unit`` is what the help calls it."""
     group.add_argument(*names, default=default, metavar=unit, help=help)
@@ -71,12 +84,20 @@ def add_count(
 
 
 def add_number(
-    group: argparse._ActionsContainer, *names: str, help: str, default: float | None = None, unit: str, **bounds: Any
+    group: argparse._ActionsContainer,
+    *names: str,
+    help: str,
+    default: float | None = None,
+    unit: str,
+    **bounds: Any,
 ) -> None:
     """A flag with a number of at least 0; ``bounds`` are keywords of :func:`number`."""
     group.add_argument(*names, type=number(0, **bounds), default=default, metavar=unit, help=help)
 
 
 def add_switch(group: argparse._ActionsContainer, *names: str, help: str) -> None:
-    """A flag that is off unless given; ``--name false`` takes back what a ``--config`` file switched on."""
-    group.add_argument(*names, nargs="?", type=boolean, const=True, default=False, metavar="true|false", help=help)
+    """A flag that is off unless given; ``--name false`` takes back what a ``--config`` file
+    switched on."""
+    group.add_argument(
+        *names, nargs="?", type=boolean, const=True, default=False, metavar="true|false", help=help
+    )

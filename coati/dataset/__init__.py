@@ -1,22 +1,23 @@
-"""Conversations from files to token ids: templates, loss masks, preparation, loading. Knows no model."""
+"""Conversations from files to token ids: templates, loss masks, preparation, loading. Knows no
+model."""
 
 from coati.utils.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "Conversation": "conversation",
-        "setup_conversation_template": "conversation",
-        "tokenize_sft": "tokenization",
-        "tokenize_prompt": "tokenization",
-        "tokenize_rlhf": "tokenization",
-        "tokenize_kto": "tokenization",
-        "prepare_dataset": "prepare",
-        "DataCollatorForSupervisedDataset": "collator",
-        "DataCollatorForPromptDataset": "collator",
-        "DataCollatorForPreferenceDataset": "collator",
-        "DataCollatorForKTODataset": "collator",
-        "StatefulDistributedSampler": "loader",
-        "load_tokenized_dataset": "loader",
+        "Conversation": "chat.conversation",
+        "setup_conversation_template": "chat.conversation",
+        "tokenize_sft": "rows.tokenization",
+        "tokenize_prompt": "rows.tokenization",
+        "tokenize_rlhf": "rows.tokenization",
+        "tokenize_kto": "rows.tokenization",
+        "prepare_dataset": "prepare.prepare",
+        "DataCollatorForSupervisedDataset": "load.collator",
+        "DataCollatorForPromptDataset": "load.collator",
+        "DataCollatorForPreferenceDataset": "load.collator",
+        "DataCollatorForKTODataset": "load.collator",
+        "StatefulDistributedSampler": "load.loader",
+        "load_tokenized_dataset": "load.loader",
     },
 )

@@ -1,4 +1,5 @@
-"""What a preparation's result depends on, as one dictionary; its hash names the folder that the work is done in."""
+"""What a preparation's result depends on, as one dictionary; its hash names the folder that the
+work is done in."""
 
 import hashlib
 import json
@@ -8,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coati.dataset.cleaning import Cleaning
-from coati.dataset.conversation import Conversation
-from coati.dataset.shards import tokenizer_fingerprint
+from coati.dataset.chat.conversation import Conversation
+from coati.dataset.clean.cleaning import Cleaning
+from coati.dataset.prepare.shards import tokenizer_fingerprint
 
 LAYOUT = 3  # raised whenever the same rows and settings come to give another result
 Stamp = list[Any]  # path, size in bytes, time of the last change in ns
@@ -19,11 +20,16 @@ Stamp = list[Any]  # path, size in bytes, time of the last change in ns
 def describe(
     files: dict[str, Sequence[Path]], template: Conversation, cleaning: Cleaning, **settings: Any
 ) -> dict[str, Any]:
-    """``files`` are named by their use. What only says how to work (processes, limits of bad rows) is left out."""
+    """``files`` are named by their use. What only says how to work (processes, limits of bad rows)
+    is left out."""
     found = {
         "layout": LAYOUT,
         **settings,
-        **{f"cleaning {name}": value for name, value in asdict(cleaning).items() if name != "benchmark_files"},
+        **{
+            f"cleaning {name}": value
+            for name, value in asdict(cleaning).items()
+            if name != "benchmark_files"
+        },
         "tokenizer": tokenizer_fingerprint(template.tokenizer),
         "template": template.to_config() | {"template_mode": template.template_mode},
         **stamps(files),
@@ -72,5 +78,14 @@ def _difference(name: str, there: Any, here: Any) -> Iterator[str]:
 def _changed_files(there: list[Stamp], here: list[Stamp]) -> str:
     before, now = ({one[0]: one[1:] for one in stamps} for stamps in (there, here))
     changed = [path for path in now if path in before and now[path] != before[path]]
-    parts = {"changed": changed, "new": now.keys() - before.keys(), "gone": before.keys() - now.keys()}
-    return ", ".join(f"{what} {', '.join(sorted(paths)[:3])}" for what, paths in parts.items() if paths) or "reordered"
+    parts = {
+        "changed": changed,
+        "new": now.keys() - before.keys(),
+        "gone": before.keys() - now.keys(),
+    }
+    return (
+        ", ".join(
+            f"{what} {', '.join(sorted(paths)[:3])}" for what, paths in parts.items() if paths
+        )
+        or "reordered"
+    )

@@ -1,4 +1,5 @@
-"""The responses of one collect phase, kept until they have been trained on, and the order in which that happens."""
+"""The responses of one collect phase, kept until they have been trained on, and the order in which
+that happens."""
 
 from coati.utils.lazy import lazy_exports
 
@@ -9,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "NaiveExperienceBuffer": "buffer",
         "make_experience_batch": "buffer",
         "split_experience_batch": "buffer",
-        "windows_per_episode": "equation",
+        "windows_per_episode": "batch_sizes",
     },
 )

@@ -1,8 +1,10 @@
-"""The experience buffer: rows in, windows of micro-batches out, in an order that knows nothing of processes.
+"""The experience buffer: rows in, windows of micro-batches out, in an order that knows nothing of
+processes.
 
-The responses of an episode have indices over all ranks. Of every k consecutive ones, where k is the number of windows,
-each goes to another window; which to which is drawn from (seed, episode, pass, block). A rank holds whole blocks, so
-every window takes equally many of its rows, and together the ranks' windows hold the same rows as one process's would.
+The responses of an episode have indices over all ranks. Of every k consecutive ones, where k is the
+number of windows, each goes to another window; which to which is drawn from (seed, episode, pass,
+block). A rank holds whole blocks, so every window takes equally many of its rows, and together the
+ranks' windows hold the same rows as one process's would.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from coati.experience_maker.experience import (
     make_experience_batch,
     split_experience_batch,
 )
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 __all__ = ["BufferItem", "NaiveExperienceBuffer", "make_experience_batch", "split_experience_batch"]
 
@@ -35,7 +39,10 @@ class NaiveExperienceBuffer:
 
     def __init__(self, sample_batch_size: int, limit: int = 0, cpu_offload: bool = True) -> None:
         if sample_batch_size < 1 or limit < 0:
-            raise ValueError(f"sample_batch_size {sample_batch_size} must be at least 1, limit {limit} at least 0")
+            raise ValueError(
+                f"sample_batch_size {sample_batch_size} must be at least 1, limit {limit} at least "
+                "0"
+            )
         self.sample_batch_size, self.limit, self.cpu_offload = sample_batch_size, limit, cpu_offload
         self.items: list[BufferItem] = []
 
@@ -43,11 +50,15 @@ class NaiveExperienceBuffer:
         return len(self.items)
 
     def append(self, experience: Experience) -> None:
-        """Take in the rows of ``experience``; beyond the limit the oldest go, which is said once."""
+        """Take in the rows of ``experience``; beyond the limit the oldest go, which is said
+        once."""
         experience = experience.to_device("cpu") if self.cpu_offload else experience
         self.items += split_experience_batch(experience)
         if self.limit and len(self.items) > self.limit:
-            say_once(f"the buffer holds {self.limit} responses: the oldest of {len(self.items)} are dropped untrained")
+            logger.warning_once(
+                f"the buffer holds {self.limit} responses: the oldest of {len(self.items)} are "
+                "dropped untrained"
+            )
             self.items = self.items[-self.limit :]
 
     def clear(self) -> None:
@@ -56,15 +67,17 @@ class NaiveExperienceBuffer:
     def windows(
         self, count: int, *, seed: int, episode: int, update: int = 0, start: int = 0
     ) -> Iterator[list[Experience]]:
-        """The ``count`` windows of update pass ``update``, from number ``start`` on: each a list of micro-batches,
-        padded to their own longest rows.
+        """The ``count`` windows of update pass ``update``, from number ``start`` on: each a list of
+        micro-batches, padded to their own longest rows.
 
-        Inside a window rows are sorted by length, so that micro-batches hold little padding. Raises ValueError when the
-        rows cannot be cut into ``count`` equal windows.
+        Inside a window rows are sorted by length, so that micro-batches hold little padding. Raises
+        ValueError when the rows cannot be cut into ``count`` equal windows.
         """
         order = self._order(count, seed, episode, update)
         for rows in order[start:]:
-            rows = sorted(rows, key=lambda row: (int(self.items[row].lengths()), int(self.items[row].rows)))
+            rows = sorted(
+                rows, key=lambda row: (int(self.items[row].lengths()), int(self.items[row].rows))
+            )
             size = self.sample_batch_size
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
             yield [make_experience_batch([self.items[row] for row in batch]) for batch in batches]
@@ -72,13 +85,15 @@ class NaiveExperienceBuffer:
     def _order(self, count: int, seed: int, episode: int, update: int) -> list[list[int]]:
         """Positions in :attr:`items` of each window."""
         indices = [int(item.rows) for item in self.items]
-        if self.limit:  # what was dropped has left gaps; the rows that are left are numbered anew, in their order
+        # What was dropped has left gaps; the rows that are left are numbered anew, in their order
+        if self.limit:
             numbers = {index: number for number, index in enumerate(sorted(indices))}
             indices = [numbers[index] for index in indices]
         position = {index: row for row, index in enumerate(indices)}
         if count < 1 or len(position) != len(indices) or not self._whole_blocks(indices, count):
             raise ValueError(
-                f"{len(indices)} responses in the buffer cannot be cut into {count} windows: expected every response "
+                f"{len(indices)} responses in the buffer cannot be cut into {count} windows: "
+                "expected every response "
                 "once, in whole runs of as many consecutive indices as there are windows"
             )
         windows: list[list[int]] = [[] for _ in range(count)]

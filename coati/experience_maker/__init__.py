@@ -1,16 +1,17 @@
-"""From responses to experience: rewards of actions, advantages, and the one layout in which both are kept."""
+"""From responses to experience: rewards of actions, advantages, and the one layout in which both
+are kept."""
 
 from coati.utils.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "Collected": "collected",
+        "Collected": "rollout_batch",
         "Experience": "experience",
-        "ExperienceSettings": "collected",
-        "KLController": "running",
+        "ExperienceSettings": "rollout_batch",
+        "KLController": "running_moments",
         "NaiveExperienceMaker": "maker",
-        "RunningNormalisation": "running",
+        "RunningNormalization": "running_moments",
         "Scorer": "scoring",
         "gae": "advantage",
         "group_advantages": "advantage",

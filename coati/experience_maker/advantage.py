@@ -1,9 +1,10 @@
-"""From scores to advantages: rewards of actions, generalised advantage estimation, whitening, group advantages.
+"""From scores to advantages: rewards of actions, generalized advantage estimation, whitening, group
+advantages.
 
-Pure functions of tensors. Shapes: B responses, A actions; a response starts in column 0 and ``mask`` (B, A) is set on
-its actions. A masked cell never counts, not even NaN, and comes out as 0. What is taken over all ranks gets its
-collective as ``reduce_sum``: a tensor -> its sum over the ranks (the identity by default). Everything is fp32, sums
-over many actions fp64.
+Pure functions of tensors. Shapes: B responses, A actions; a response starts in column 0 and
+``mask`` (B, A) is set on its actions. A masked cell never counts, not even NaN, and comes out as 0.
+What is taken over all ranks gets its collective as ``reduce_sum``: a tensor -> its sum over the
+ranks (the identity by default). Everything is fp32, sums over many actions fp64.
 """
 
 from collections.abc import Callable
@@ -11,14 +12,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from coati.experience_maker.names import GROUP_METHODS, REWARD_PLACES
+from coati.experience_maker.advantage_registry import GROUP_METHODS, REWARD_PLACES
 from coati.models.loss import masked_sum
-from coati.models.policy_loss import kept, kl_per_token
+from coati.models.policy_loss import kl_per_token, zero_masked
 
 __all__ = [
-    "drop_rows", "equal_groups", "gae", "group_advantages", "kl_of_responses", "kl_per_token", "over_actions",
-    "overlong_penalty", "rewards_to_go", "scores_less_kl", "token_rewards", "whiten", "without_end_penalty",
-]  # fmt: skip
+    "drop_rows",
+    "equal_groups",
+    "gae",
+    "group_advantages",
+    "kl_of_responses",
+    "kl_per_token",
+    "broadcast_to_tokens",
+    "overlong_penalty",
+    "rewards_to_go",
+    "scores_less_kl",
+    "token_rewards",
+    "whiten",
+    "without_end_penalty",
+]
 
 ReduceSum = Callable[[Tensor], Tensor]
 GROUP_EPSILON = 1e-4  # added to a group's standard deviation (arXiv 2402.03300)
@@ -33,28 +45,35 @@ def _same(sums: Tensor) -> Tensor:
 
 
 def without_end_penalty(scores: Tensor, stopped: Tensor, penalty: float) -> Tensor:
-    """``scores`` (B,) less ``penalty`` where a response did not end by itself (``stopped`` (B,) is False)."""
+    """``scores`` (B,) less ``penalty`` where a response did not end by itself (``stopped`` (B,) is
+    False)."""
     return scores.float() - penalty * (~stopped.bool()).float()
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, margin: int) -> Tensor:
-    """DAPO's soft punishment of long responses, (B,), to be added to their scores (arXiv 2503.14476, eq. 13).
+    """DAPO's soft punishment of long responses, (B,), to be added to their scores (arXiv
+    2503.14476, eq. 13).
 
-    0 up to ``max_length - margin`` tokens, then falling by 1 / margin a token, -1 above ``max_length``. Raises
-    ValueError for a margin that is not in 1 to ``max_length``.
+    0 up to ``max_length - margin`` tokens, then falling by 1 / margin a token, -1 above
+    ``max_length``. Raises ValueError for a margin that is not in 1 to ``max_length``.
     """
     if not 0 < margin <= max_length:
-        raise ValueError(f"the margin of the over-long penalty must be between 1 and {max_length} tokens, not {margin}")
+        raise ValueError(
+            f"the margin of the over-long penalty must be between 1 and {max_length} tokens, not "
+            f"{margin}"
+        )
     return ((max_length - margin - lengths.float()) / margin).clamp(-1.0, 0.0)
 
 
 def kl_of_responses(kl: Tensor, mask: Tensor) -> Tensor:
-    """(B,): the sum of a response's ``kl`` (B, A) over its actions; what a KL target and the logged KL mean."""
+    """(B,): the sum of a response's ``kl`` (B, A) over its actions; what a KL target and the logged
+    KL mean."""
     return masked_sum(kl.float(), mask, 1)
 
 
 def scores_less_kl(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Scores (B,) less ``kl_coef`` times a response's KL: KL as part of the reward where there is no critic."""
+    """Scores (B,) less ``kl_coef`` times a response's KL: KL as part of the reward where there is
+    no critic."""
     return scores.float() - kl_coef * kl_of_responses(kl, mask)
 
 
@@ -62,19 +81,28 @@ def scores_less_kl(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
 
 
 def token_rewards(
-    kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, clip: float | None = 5.0, at: str = "last"
+    kl: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    clip: float | None = 5.0,
+    at: str = "last",
 ) -> Tensor:
-    """r_t = -kl_coef kl_t, plus the score within +-``clip`` (None: as it is) at the last action of the response.
+    """r_t = -kl_coef kl_t, plus the score within +-``clip`` (None: as it is) at the last action of
+    the response.
 
-    ``kl`` (B, A) as :func:`kl_per_token` gives it, ``scores`` (B,). ``at`` "every_token" adds the score to every
-    action. A response without actions has no reward. Raises ValueError for another ``at``.
+    ``kl`` (B, A) as :func:`kl_per_token` gives it, ``scores`` (B,). ``at`` "every_token" adds the
+    score to every action. A response without actions has no reward. Raises ValueError for another
+    ``at``.
     """
     if at not in REWARD_PLACES:
-        raise ValueError(f"unknown place of the reward {at!r}; there are {', '.join(REWARD_PLACES)}")
+        raise ValueError(
+            f"unknown place of the reward {at!r}; there are {', '.join(REWARD_PLACES)}"
+        )
     mask = mask.bool()
     scores = scores.float() if clip is None else scores.float().clamp(-clip, clip)
     place = mask if at == "every_token" else last_action(mask)
-    return torch.where(place, scores[:, None], 0.0) - kl_coef * kept(kl, mask)
+    return torch.where(place, scores[:, None], 0.0) - kl_coef * zero_masked(kl, mask)
 
 
 def last_action(mask: Tensor) -> Tensor:
@@ -84,13 +112,14 @@ def last_action(mask: Tensor) -> Tensor:
     return mask & (after == 1)
 
 
-def over_actions(advantages: Tensor, mask: Tensor) -> Tensor:
+def broadcast_to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
     """One number per response (B,) at each of its actions, (B, A)."""
     return torch.where(mask.bool(), advantages.float()[:, None], 0.0)
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """R_t = r_t + gamma R_(t+1), (B, A): the return of each action, the advantage where there is no baseline."""
+    """R_t = r_t + gamma R_(t+1), (B, A): the return of each action, the advantage where there is no
+    baseline."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
@@ -99,10 +128,10 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both (B, A) (arXiv 1506.02438, eq. 16).
 
-    ``values`` (B, A): V_t of the state before action t. After the last action there is nothing: its V and A are 0.
-    Returns are advantages + values, before any whitening.
+    ``values`` (B, A): V_t of the state before action t. After the last action there is nothing: its
+    V and A are 0. Returns are advantages + values, before any whitening.
     """
-    rewards, values = kept(rewards, mask), kept(values, mask)
+    rewards, values = zero_masked(rewards, mask), zero_masked(values, mask)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else None
     for t in reversed(range(rewards.shape[1])):
@@ -115,16 +144,17 @@ def gae(
 
 
 def whiten(advantages: Tensor, mask: Tensor, reduce_sum: ReduceSum = _same) -> Tensor:
-    """(A - mean) rsqrt(var + 1e-8) over the actions of all ranks, var unbiased, (B, A); 0 where masked.
+    """(A - mean) rsqrt(var + 1e-8) over the actions of all ranks, var unbiased, (B, A); 0 where
+    masked.
 
     A single action has no variance and comes out as 0. Every rank calls ``reduce_sum`` twice.
     """
-    mask, values = mask.bool(), kept(advantages, mask).double()
+    mask, values = mask.bool(), zero_masked(advantages, mask).double()
     total, count = reduce_sum(torch.stack([values.sum(), mask.sum().double()]))
-    centred = kept(advantages, mask).double() - total / count.clamp(min=1)
-    squares = reduce_sum(masked_sum(centred.square(), mask))
+    centered = zero_masked(advantages, mask).double() - total / count.clamp(min=1)
+    squares = reduce_sum(masked_sum(centered.square(), mask))
     variance = squares / (count - 1).clamp(min=1)
-    return kept(centred * torch.rsqrt(variance + WHITEN_EPSILON), mask)
+    return zero_masked(centered * torch.rsqrt(variance + WHITEN_EPSILON), mask)
 
 
 # Groups: rows g G to (g + 1) G - 1 answer the same prompt
@@ -134,41 +164,45 @@ def _groups(scores: Tensor, group_size: int) -> Tensor:
     """(B,) -> (groups, G) fp64; raises ValueError when rows are left over."""
     if group_size < 1 or len(scores) % group_size:
         raise ValueError(f"{len(scores)} responses are no whole number of groups of {group_size}")
-    # Sums of fp32 numbers are exact in fp64: equal scores are exactly their mean, and no small std magnifies rounding.
+    # Sums of fp32 numbers are exact in fp64: equal scores are exactly their mean, and no small std
+    # magnifies rounding.
     return scores.float().double().view(-1, group_size)
 
 
 def group_advantages(scores: Tensor, group_size: int, method: str = "grpo") -> Tensor:
     """One advantage per response, (B,), from ``scores`` (B,) whose groups lie together.
 
-    ``method``: a name of :data:`~coati.experience_maker.names.GROUP_METHODS`; whitening, where it says so, is left to
-    :func:`whiten`. Equal scores give exactly 0. Raises ValueError for another name, rows left over, or groups of one in
-    a method that compares.
+    ``method``: a name of :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`;
+    whitening, where it says so, is left to :func:`whiten`. Equal scores give exactly 0. Raises
+    ValueError for another name, rows left over, or groups of one in a method that compares.
     """
     if method not in GROUP_METHODS:
-        raise ValueError(f"unknown group advantage {method!r}; there are {', '.join(GROUP_METHODS)}")
+        raise ValueError(
+            f"unknown group advantage {method!r}; there are {', '.join(GROUP_METHODS)}"
+        )
     if not GROUP_METHODS[method].group:
         return scores.float()
     if group_size == 1:
         raise ValueError(
-            f"{method} compares the responses to one prompt and got one of each (--num_generations 1): every advantage "
+            f"{method} compares the responses to one prompt and got one of each (--num_generations "
+            "1): every advantage "
             "would be 0; use 2 or more, or reinforce_pp"
         )
     groups = _groups(scores, group_size)
     return _SCALES[method](groups - groups.mean(1, keepdim=True), group_size).flatten().float()
 
 
-def _by_deviation(centred: Tensor, group_size: int) -> Tensor:
-    deviation = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
-    return centred / (deviation + GROUP_EPSILON)
+def _by_deviation(centered: Tensor, group_size: int) -> Tensor:
+    deviation = (centered.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
+    return centered / (deviation + GROUP_EPSILON)
 
 
-def _by_nothing(centred: Tensor, group_size: int) -> Tensor:
-    return centred
+def _by_nothing(centered: Tensor, group_size: int) -> Tensor:
+    return centered
 
 
-def _leave_one_out(centred: Tensor, group_size: int) -> Tensor:
-    return centred * group_size / (group_size - 1)  # r - mean of the others
+def _leave_one_out(centered: Tensor, group_size: int) -> Tensor:
+    return centered * group_size / (group_size - 1)  # r - mean of the others
 
 
 _SCALES = {
@@ -185,13 +219,15 @@ def _equal(groups: Tensor) -> Tensor:
 
 
 def equal_groups(scores: Tensor, group_size: int) -> Tensor:
-    """(B,) bool: the response is in a group whose scores are all equal, from which nothing can be learnt."""
+    """(B,) bool: the response is in a group whose scores are all equal, from which nothing can be
+    learned."""
     return _equal(_groups(scores, group_size)).repeat_interleave(group_size)
 
 
 def drop_rows(mask: Tensor, dropped: Tensor) -> tuple[Tensor, int]:
     """``mask`` (B, A) without the actions of the ``dropped`` (B,) rows, and how many rows that are.
 
-    Masked instead of removed: every rank keeps as many micro-batches as the others, and a mean divides by what is left.
+    Masked instead of removed: every rank keeps as many micro-batches as the others, and a mean
+    divides by what is left.
     """
     return mask.bool() & ~dropped.bool()[:, None], int(dropped.sum())

@@ -1,8 +1,9 @@
 """Responses and what is known of them, in the one layout that rollout and update share.
 
-A row is [padding | prompt | response | padding]: prompts end, and responses begin, in the same column. Position j of
-every (B, A) tensor is the action that produced token j of the response; the state before it is the position of the
-token to its left. So V_j, like the log-prob of action j, is read one column before token j.
+A row is [padding | prompt | response | padding]: prompts end, and responses begin, in the same
+column. Position j of every (B, A) tensor is the action that produced token j of the response; the
+state before it is the position of the token to its left. So V_j, like the log-prob of action j, is
+read one column before token j.
 """
 
 from collections.abc import Sequence
@@ -22,15 +23,14 @@ _SEQUENCE, _ROW = ("sequences", "attention_mask"), ("reward", "rows")
 class Experience:
     """B responses of up to A actions, after prompts of up to P tokens.
 
-    Args:
-        sequences: (B, P + A) token ids; any id at the padding.
-        attention_mask: (B, P + A) bool, the real tokens, from lengths.
-        action_mask: (B, A) bool, the actions that count: a response's tokens, its stop sequence included.
-        action_log_probs: (B, A) of the policy that sampled, log_softmax(logits / temperature).
-        reward: (B,) the score, before KL and clipping.
-        rows: (B,) index of the response among all of its episode, over all ranks (:func:`collect_rows`).
-        kl: (B, A) towards the reference. advantages, returns, values: (B, A); the last two None without a critic.
-        reference_log_probs: (B, A), where the loss has a KL term.
+    Args: sequences: (B, P + A) token ids; any id at the padding. attention_mask: (B, P + A) bool,
+        the real tokens, from lengths. action_mask: (B, A) bool, the actions that count: a
+        response's tokens, its stop sequence included. action_log_probs: (B, A) of the policy that
+        sampled, log_softmax(logits / temperature). reward: (B,) the score, before KL and clipping.
+        rows: (B,) index of the response among all of its episode, over all ranks
+        (:func:`collect_rows`). kl: (B, A) toward the reference. advantages, returns, values: (B,
+        A); the last two None without a critic. reference_log_probs: (B, A), where the loss has a KL
+        term.
 
     Raises:
         ValueError: for tensors whose shapes do not fit together.
@@ -52,11 +52,17 @@ class Experience:
         batch, width = self.sequences.shape
         actions = self.action_mask.shape[1]
         if actions >= width:
-            raise ValueError(f"sequences of {width} tokens leave no prompt before {actions} actions")
+            raise ValueError(
+                f"sequences of {width} tokens leave no prompt before {actions} actions"
+            )
         for name, tensor in self.tensors().items():
-            expected = (batch,) if name in _ROW else (batch, width if name in _SEQUENCE else actions)
+            expected = (
+                (batch,) if name in _ROW else (batch, width if name in _SEQUENCE else actions)
+            )
             if tuple(tensor.shape) != expected:
-                raise ValueError(f"experience: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+                raise ValueError(
+                    f"experience: {name} has shape {tuple(tensor.shape)}, expected {expected}"
+                )
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -97,12 +103,16 @@ class Experience:
         return self.attention_mask[:, self.prompt_width :].sum(1)
 
     def labels(self) -> Tensor:
-        """(B, P + A): the token of each action, -100 elsewhere; what the vocabulary head is told to score."""
-        actions = self.sequences[:, self.prompt_width :].masked_fill(~self.action_mask.bool(), IGNORE_INDEX)
+        """(B, P + A): the token of each action, -100 elsewhere; what the vocabulary head is told to
+        score."""
+        actions = self.sequences[:, self.prompt_width :].masked_fill(
+            ~self.action_mask.bool(), IGNORE_INDEX
+        )
         return F.pad(actions, (self.prompt_width, 0), value=IGNORE_INDEX)
 
     def trimmed(self) -> "Experience":
-        """Without the columns that are padding in every row; one prompt and one response column at least stay."""
+        """Without the columns that are padding in every row; one prompt and one response column at
+        least stay."""
         if not len(self):
             return self
         real = self.attention_mask.bool()
@@ -112,7 +122,8 @@ class Experience:
         return self._resized(-left, -right)
 
     def _resized(self, left: int, right: int) -> "Experience":
-        """``left`` columns more before the prompts, ``right`` more after the responses; fewer when negative."""
+        """``left`` columns more before the prompts, ``right`` more after the responses; fewer when
+        negative."""
         changed = {}
         for name, tensor in self.tensors().items():
             if name not in _ROW:
@@ -121,43 +132,54 @@ class Experience:
 
 
 def masks(prompt_mask: Tensor, lengths: Tensor, actions: int) -> tuple[Tensor, Tensor]:
-    """attention_mask (B, P + A) and action_mask (B, A), both bool, from the prompts' mask (B, P) and the ``lengths``
-    (B,) of the responses, stop sequence included. Lengths, not token ids: pad may equal eos."""
+    """attention_mask (B, P + A) and action_mask (B, A), both bool, from the prompts' mask (B, P)
+    and the ``lengths`` (B,) of the responses, stop sequence included. Lengths, not token ids: pad
+    may equal eos."""
     action_mask = torch.arange(actions, device=lengths.device) < lengths[:, None]
     return torch.cat([prompt_mask.bool(), action_mask], dim=1), action_mask
 
 
 def at_actions(per_token: Tensor, actions: int) -> Tensor:
-    """(B, A) from what a model says at each position (B, P + A): what it says of the state before each action."""
+    """(B, A) from what a model says at each position (B, P + A): what it says of the state before
+    each action."""
     return per_token[:, -actions - 1 : -1]
 
 
 def logprobs_at_actions(logprobs: Tensor, actions: int) -> Tensor:
     """(B, A) from log-probs (B, P + A - 1) whose column t belongs to token t + 1
-    (:func:`~coati.models.logprobs.gather_token_logprobs`)."""
+    (:func:`~coati.models.logprobs.scatter_token_logprobs`)."""
     return logprobs[:, logprobs.shape[1] - actions :]
 
 
 def collect_rows(step: int, steps: int, first: int, count: int) -> list[int]:
-    """The indices of ``count`` responses of collect step ``step`` of ``steps``, from the ``first`` of all ranks on.
+    """The indices of ``count`` responses of collect step ``step`` of ``steps``, from the ``first``
+    of all ranks on.
 
-    Response i of step s has the index i steps + s. What is sampled (:func:`~coati.models.noise.row_noise`) and when it
-    is trained on follow from it, not from the rank that holds it.
+    Response i of step s has the index i steps + s. What is sampled
+    (:func:`~coati.models.generation.row_noise.row_noise`) and when it is trained on follow from it,
+    not from the rank that holds it.
     """
     return [(first + i) * steps + step for i in range(count)]
 
 
 def concatenate(parts: Sequence[Experience]) -> Experience:
-    """One experience of all rows, padded to the longest prompt and response. Raises ValueError for no parts, or parts
-    that do not hold the same fields."""
+    """One experience of all rows, padded to the longest prompt and response. Raises ValueError for
+    no parts, or parts that do not hold the same fields."""
     if not parts:
         raise ValueError("there is no experience to concatenate")
     if len(kinds := {frozenset(part.tensors()) for part in parts}) > 1:
         different = frozenset.union(*kinds) - frozenset.intersection(*kinds)
         raise ValueError(f"only some of the experiences hold {', '.join(sorted(different))}")
-    prompts, actions = max(part.prompt_width for part in parts), max(part.num_actions for part in parts)
-    wide = [part._resized(prompts - part.prompt_width, actions - part.num_actions) for part in parts]
-    return Experience(**{name: torch.cat([getattr(part, name) for part in wide]) for name in wide[0].tensors()})
+    prompts, actions = (
+        max(part.prompt_width for part in parts),
+        max(part.num_actions for part in parts),
+    )
+    wide = [
+        part._resized(prompts - part.prompt_width, actions - part.num_actions) for part in parts
+    ]
+    return Experience(
+        **{name: torch.cat([getattr(part, name) for part in wide]) for name in wide[0].tensors()}
+    )
 
 
 def split_experience_batch(experience: Experience) -> list[Experience]:

@@ -1,24 +1,28 @@
-"""The boundary between training and what samples for it: one method, behind which another engine can stand."""
+"""The boundary between training and what samples for it: one method, behind which another engine
+can stand."""
 
 from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from coati.models.generation import Generated, Sampling
+from coati.models.generation.loop import Generated, Sampling
 from coati.parallel.engine import Engine
-from coati.parallel.sampling import cannot_sample, sample
+from coati.parallel.sharded_generation import cannot_sample, sample
 
 
 class RolloutEngine(Protocol):
     """Samples responses of the policy as it is now."""
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float) -> Generated:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
+    ) -> Generated:
         """Continue prompts (B, P), padded on the left with ``attention_mask`` 0.
 
-        ``noise`` (B, max_new_tokens) decides the tokens (:func:`~coati.models.noise.row_noise`). ``logprobs`` of the
-        result are log_softmax(logits / temperature) at each token, without top-k, top-p and penalties; None: the caller
-        must recompute them with the policy. Every rank must call it equally often.
+        ``noise`` (B, max_new_tokens) decides the tokens
+        (:func:`~coati.models.generation.row_noise.row_noise`). ``logprobs`` of the result are
+        log_softmax(logits / temperature) at each token, without top-k, top-p and penalties; None:
+        the caller must recompute them with the policy. Every rank must call it equally often.
         """
         ...
 
@@ -35,16 +39,20 @@ class ModelRollout:
         max_new_tokens: int,
         pad_token_id: int,
     ) -> None:
-        """``sampling.temperature`` gives way to the one that :meth:`generate` is called with. Raises ValueError where
-        the plugin cannot sample."""
+        """``sampling.temperature`` gives way to the one that :meth:`generate` is called with.
+        Raises ValueError where the plugin cannot sample."""
         if reason := cannot_sample(engine):
             raise ValueError(reason)
         self.engine, self.sampling = engine, sampling
         self.settings = {
-            "stop_sequences": stop_sequences, "max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id,
-        }  # fmt: skip
+            "stop_sequences": stop_sequences,
+            "max_new_tokens": max_new_tokens,
+            "pad_token_id": pad_token_id,
+        }
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float) -> Generated:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
+    ) -> Generated:
         return sample(
             self.engine,
             input_ids,
@@ -57,10 +65,11 @@ class ModelRollout:
 
 
 def make_rollout(name: str, engine: Engine, *, model_path: str, **settings: Any) -> RolloutEngine:
-    """The engine called ``name`` ("model" or "vllm"); ``settings`` are those of :class:`ModelRollout`.
+    """The engine called ``name`` ("model" or "vllm"); ``settings`` are those of
+    :class:`ModelRollout`.
 
-    ``model_path``: the model's directory or name, from which another engine reads its shape and first weights. Raises
-    ValueError for another name or where the engine cannot work.
+    ``model_path``: the model's directory or name, from which another engine reads its shape and
+    first weights. Raises ValueError for another name or where the engine cannot work.
     """
     if name == "model":
         return ModelRollout(engine, **settings)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from coati.experience_maker.batches import scores
 from coati.experience_maker.experience import Experience
-from coati.parallel.reference import Reference
+from coati.experience_maker.model_inputs import scores
+from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
 from coati.rewards.scorer import Rewards
 from coati.utils.distributed import raise_together
@@ -26,18 +26,25 @@ class Scorer:
     """
 
     def __init__(
-        self, model: Reference | None = None, functions: Rewards | None = None, batch_size: int | None = None
+        self,
+        model: InferenceModel | None = None,
+        functions: Rewards | None = None,
+        batch_size: int | None = None,
     ) -> None:
         if model is None and functions is None:
             raise ValueError(
-                "nothing gives a reward: name a reward model (--rm_pretrain) or functions (--reward_functions)"
+                "nothing gives a reward: name a reward model (--rm_pretrain) or functions "
+                "(--reward_functions)"
             )
         self.model, self.functions, self.batch_size = model, functions, batch_size
 
-    def __call__(self, experience: Experience, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, experience: Experience, responses: Responses
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores (B,), and what each source gave, (B,) by name. Every rank must call it.
 
-        Raises ValueError on every rank when a function fails on one, and for a reward model whose score is not finite.
+        Raises ValueError on every rank when a function fails on one, and for a reward model whose
+        score is not finite.
         """
         total, parts = torch.zeros(len(experience)), {}
         if self.functions is not None:
@@ -55,7 +62,8 @@ def _finite(found: Tensor, responses: Responses) -> Tensor:
     if bad := (~found.isfinite()).nonzero().flatten().tolist():
         raise ValueError(
             f"the reward model's score of response {bad[0]} is {found[bad[0]]:.3g}: prompt "
-            f"{responses.prompts[bad[0]][-160:]!r}, response {responses.responses[bad[0]][:160]!r}; score "
+            f"{responses.prompts[bad[0]][-160:]!r}, response "
+            f"{responses.responses[bad[0]][:160]!r}; score "
             "some rows with examples/inference/score.py to see whether the model itself is broken"
         )
     return found

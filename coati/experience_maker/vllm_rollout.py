@@ -1,10 +1,13 @@
-"""Rollouts by vLLM in the training process, for one process on one GPU; imported only when it is chosen.
+"""Rollouts by vLLM in the training process, for one process on one GPU; imported only when it is
+chosen.
 
-What holds: weights are handed over before the first rollout after each update, adapters merged; log-probs are left to
-the policy, whose numbers the update is compared with, so vLLM's kernels and rounding do not enter the ratio. What does
-not: a response is repeated by its row's noise only within one vLLM version and batch composition (vLLM takes a seed per
-request, not the noise itself); a stop sequence of several tokens ends a response only afterwards, so vLLM computes
-tokens that are cut off; model and key-value cache live on the GPU beside the training state.
+What holds: weights are handed over before the first rollout after each update, adapters merged;
+log-probs are left to the policy, whose numbers the update is compared with, so vLLM's kernels and
+rounding do not enter the ratio. What does
+not: a response is repeated by its row's noise only within one vLLM version and batch composition
+(vLLM takes a seed per request, not the noise itself); a stop sequence of several tokens ends a
+response only afterward, so vLLM computes tokens that are cut off; model and key-value cache live
+on the GPU beside the training state.
 """
 
 import os
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.models.generation import Generated, Sampling
+from coati.models.generation.loop import Generated, Sampling
 from coati.parallel.engine import Engine
 from coati.parallel.weights import is_lora, merged_weights
 from coati.utils.distributed import world_size
@@ -27,7 +30,8 @@ _WAYS_TO_THE_MODEL = (
 
 
 class VllmRollout:
-    """A :class:`~coati.experience_maker.rollout.RolloutEngine`; see the module for what it promises and what not."""
+    """A :class:`~coati.experience_maker.rollout.RolloutEngine`; see the module for what it promises
+    and what not."""
 
     def __init__(
         self,
@@ -40,10 +44,12 @@ class VllmRollout:
         pad_token_id: int,
         gpu_share: float = GPU_SHARE,
     ) -> None:
-        """Raises ValueError without vLLM, with more than one process, or for adapters on tied embeddings."""
+        """Raises ValueError without vLLM, with more than one process, or for adapters on tied
+        embeddings."""
         if world_size() > 1:
             raise ValueError(
-                f"--rollout_engine vllm works with one process, not {world_size()}; use --rollout_engine model"
+                f"--rollout_engine vllm works with one process, not {world_size()}; use "
+                "--rollout_engine model"
             )
         # Its engine must live in this process, where the weights are.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -51,27 +57,42 @@ class VllmRollout:
             self.vllm = import_module("vllm")
         except ImportError as error:
             raise ValueError(
-                f"--rollout_engine vllm: vllm cannot be imported ({error}); install it (pip install vllm, on a machine "
+                f"--rollout_engine vllm: vllm cannot be imported ({error}); install it (pip "
+                "install vllm, on a machine "
                 "with a GPU) or use --rollout_engine model"
             ) from error
         _check_head(engine)
-        self.engine, self.sampling, self.stops = engine, sampling, [tuple(stop) for stop in stop_sequences]
+        self.engine, self.sampling, self.stops = (
+            engine,
+            sampling,
+            [tuple(stop) for stop in stop_sequences],
+        )
         self.max_new_tokens, self.pad = max_new_tokens, pad_token_id
         self.llm = self.vllm.LLM(
-            model=model_path, skip_tokenizer_init=True, gpu_memory_utilization=gpu_share, enable_prefix_caching=False
+            model=model_path,
+            skip_tokenizer_init=True,
+            gpu_memory_utilization=gpu_share,
+            enable_prefix_caching=False,
         )
         self._weights_of: Any = None  # what the policy's schedule said when they were handed over
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float) -> Generated:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
+    ) -> Generated:
         self._hand_over()
-        rows = [row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)]
+        rows = [
+            row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)
+        ]
         seeds = (noise[:, 0].double() * 2**31).long().tolist()
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in rows],
             [self._parameters(seed, temperature) for seed in seeds],
             use_tqdm=False,
         )
-        answers = [cut(list(output.outputs[0].token_ids), self.stops, self.max_new_tokens) for output in outputs]
+        answers = [
+            cut(list(output.outputs[0].token_ids), self.stops, self.max_new_tokens)
+            for output in outputs
+        ]
         return self._laid_out(input_ids, answers)
 
     def _parameters(self, seed: int, temperature: float) -> Any:
@@ -83,7 +104,8 @@ class VllmRollout:
             repetition_penalty=sampling.repetition_penalty,
             seed=seed,
             max_tokens=self.max_new_tokens,
-            ignore_eos=True,  # the stop sequences say what ends a response, not the model's configuration
+            # The stop sequences say what ends a response, not the model's configuration
+            ignore_eos=True,
             stop_token_ids=[stop[0] for stop in self.stops if len(stop) == 1],
             detokenize=False,
         )
@@ -118,26 +140,30 @@ class VllmRollout:
                 return found
         version = getattr(self.vllm, "__version__", "of unknown version")
         raise ValueError(
-            f"--rollout_engine vllm: the weights of vllm {version} cannot be reached in this process (looked for "
+            f"--rollout_engine vllm: the weights of vllm {version} cannot be reached in this "
+            "process (looked for "
             f"llm.{_WAYS_TO_THE_MODEL[0]}); use another version or --rollout_engine model"
         )
 
 
 def _check_head(engine: Engine) -> None:
-    # Merged, such a model has a head of its own; vLLM, which reads the configuration, would use the input embedding.
+    # Merged, such a model has a head of its own; vLLM, which reads the configuration, would use the
+    # input embedding.
     if not is_lora(engine):
         return
-    from coati.models.lora_layers import tied_head
+    from coati.models.lora.layers import tied_head
 
     if tied_head(engine.module.get_base_model()) is not None:
         raise ValueError(
-            "--rollout_engine vllm: the adapters change one side of tied embeddings, which vllm cannot be given; leave "
+            "--rollout_engine vllm: the adapters change one side of tied embeddings, which vllm "
+            "cannot be given; leave "
             "embed_tokens and lm_head out of the adapters or use --rollout_engine model"
         )
 
 
 def cut(tokens: list[int], stops: list[tuple[int, ...]], limit: int) -> tuple[list[int], bool]:
-    """``tokens`` up to the end of the first stop sequence to be complete, and whether there is one within ``limit``."""
+    """``tokens`` up to the end of the first stop sequence to be complete, and whether there is one
+    within ``limit``."""
     tokens = tokens[:limit]
     for end in range(1, len(tokens) + 1):
         if any(tuple(tokens[max(0, end - len(stop)) : end]) == stop for stop in stops):

@@ -4,5 +4,10 @@ from coati.utils.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    {"ChatSession": "chat", "TextStream": "stream", "load": "loading", "Loaded": "loading"},
+    {
+        "ChatSession": "chat",
+        "TextStream": "stream",
+        "load": "model_loading",
+        "Loaded": "model_loading",
+    },
 )

@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from coati.inference.loading import stop_sequences
+from coati.inference.model_loading import stop_sequences
 from coati.inference.stream import TextStream
-from coati.models.generation import Sampling, generate_streaming
+from coati.models.generation.loop import Sampling, generate_streaming
 
 
 class ChatSession:
     """Keeps the messages of one dialogue and answers the next question in its light.
 
-    ``max_length``: tokens of prompt and answer together (never more than the model has positions). ``sampling`` decides
-    how tokens are drawn, ``seed`` makes that repeatable. ``messages`` is the history, {role, content} each.
+    ``max_length``: tokens of prompt and answer together (never more than the model has positions).
+    ``sampling`` decides how tokens are drawn, ``seed`` makes that repeatable. ``messages`` is the
+    history, {role, content} each.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class ChatSession:
         self.cut = False  # whether the last answer ended at max_new_tokens instead of by itself
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece. An answer broken off half-way stays in the history as far as it came.
+        """The answer, piece by piece. An answer broken off half-way stays in the history as far as
+        it came.
 
         Raises ValueError when the question alone leaves no room for an answer.
         """
@@ -74,17 +76,22 @@ class ChatSession:
                 self.messages.pop()
 
     def _make_room(self, question: dict[str, str]) -> list[int]:
-        """Add ``question`` and leave out the oldest rounds until prompt and answer fit; the prompt's token ids."""
+        """Add ``question`` and leave out the oldest rounds until prompt and answer fit; the
+        prompt's token ids."""
         messages, left_out = [*self.messages, question], 0
-        kept = int(messages[0]["role"] == "system")  # rounds begin after a system message of the dialogue's own
+        kept = int(
+            messages[0]["role"] == "system"
+        )  # rounds begin after a system message of the dialogue's own
         while True:
             prompt = self.conversation.encode_prompt(messages).input_ids
             if len(prompt) + self.max_new_tokens <= self.max_length:
                 break
             if len(messages) == kept + 1:
                 raise ValueError(
-                    f"the question takes {len(prompt)} tokens and the answer up to {self.max_new_tokens} "
-                    f"(--max_new_tokens), more than the {self.max_length} of --model_max_length or of the model"
+                    f"the question takes {len(prompt)} tokens and the answer up to "
+                    f"{self.max_new_tokens} "
+                    f"(--max_new_tokens), more than the {self.max_length} of --model_max_length or "
+                    "of the model"
                 )
             messages, left_out = messages[:kept] + messages[kept + 2 :], left_out + 1
         self.messages, self.forgotten = messages, self.forgotten + left_out

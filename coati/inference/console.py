@@ -1,16 +1,20 @@
-"""Where a chat is held: a plain terminal, one with colours, or a pipe. Loads neither torch nor transformers."""
+"""Where a chat is held: a plain terminal, one with colors, or a pipe. Loads neither torch nor
+transformers."""
 
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 EXIT, CLEAR = "exit", "clear"
 
 
 class SimpleConsole:
-    """Plain text; each answer appears as it comes. From a pipe, questions are read line by line and repeated."""
+    """Plain text; each answer appears as it comes. From a pipe, questions are read line by line and
+    repeated."""
 
     def questions(self) -> Iterator[str]:
         """What the user types, until the input ends or says ``exit``; empty lines are left out."""
@@ -62,7 +66,7 @@ class DummyConsole(SimpleConsole):
 
 
 class RichConsole(SimpleConsole):
-    """Colours, and answers shown as Markdown, through the package rich."""
+    """Colors, and answers shown as Markdown, through the package rich."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -98,8 +102,11 @@ CONSOLES = {"rich": RichConsole, "simple": SimpleConsole, "dummy": DummyConsole}
 
 
 def console(name: str) -> SimpleConsole:
-    """The console called ``name`` (a key of CONSOLES); the simple one, said once, where rich is not installed."""
+    """The console called ``name`` (a key of CONSOLES); the simple one, said once, where rich is not
+    installed."""
     if name == "rich" and importlib.util.find_spec("rich") is None:
-        say_once("--io rich: the package rich is not installed; --io simple is used instead")
+        logger.warning_once(
+            "--io rich: the package rich is not installed; --io simple is used instead"
+        )
         name = "simple"
     return CONSOLES[name]()

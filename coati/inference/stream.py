@@ -4,7 +4,8 @@
 class TextStream:
     """Takes token ids one by one and gives the text that is certain.
 
-    Ids that may be the beginning of a stop sequence and bytes that do not make a whole character yet are held back.
+    Ids that may be the beginning of a stop sequence and bytes that do not make a whole character
+    yet are held back.
     ``text`` is what has been given so far, ``ids`` everything that was taken.
     """
 
@@ -33,7 +34,8 @@ class TextStream:
         if not final:
             whole = whole.rstrip("\ufffd")
         if not whole.startswith(self.text):
-            return ""  # a tokenizer that changes earlier text with later tokens; wait until it agrees again
+            # A tokenizer that changes earlier text with later tokens; wait until it agrees again
+            return ""
         new = whole[len(self.text) :]
         self.text = whole
         return new

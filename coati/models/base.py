@@ -1,7 +1,9 @@
-"""A transformer with one number per token in place of its vocabulary head: what reward model and critic share.
+"""A transformer with one number per token in place of its vocabulary head: what reward model and
+critic share.
 
-On disk it is what transformers calls a sequence (critic: token) classifier of one label: the backbone's weights under
-the names they have in the language model, and ``score.weight``, ``score.bias``.
+On disk it is what transformers calls a sequence (critic: token) classifier of one label: the
+backbone's weights under the names they have in the language model, and ``score.weight``,
+``score.bias``.
 """
 
 import copy
@@ -12,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coati.models.padding import real_first
+from coati.models.padding import right_pad_order
 
 
 class ScalarHead(nn.Linear):
-    """d -> 1 in fp32 whatever the model computes in: scores of a few units, in bf16, would be rounded to hundredths."""
+    """d -> 1 in fp32 whatever the model computes in: scores of a few units, in bf16, would be
+    rounded to hundredths."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 1)
@@ -30,11 +33,10 @@ class ScalarHead(nn.Linear):
 class BaseModel(nn.Module):
     """A backbone and a :class:`ScalarHead` named ``score``.
 
-    Args:
-        pretrained: directory or hub name; its weights without the vocabulary head, and a new head. To load a saved
-            head too: :func:`coati.models.scalar.load_scalar_model`.
-        config: instead, a transformers configuration: random weights.
-        backbone: instead, a transformers model, with or without vocabulary head; its weights are shared, not copied.
+    Args: pretrained: directory or hub name; its weights without the vocabulary head, and a new
+        head. To load a saved head too: :func:`coati.models.scalar_loading.load_scalar_model`.
+        config: instead, a transformers configuration: random weights. backbone: instead, a
+        transformers model, with or without vocabulary head; its weights are shared, not copied.
     """
 
     # The modules that LoRA trains whole: they are new, there is nothing to adapt.
@@ -58,14 +60,16 @@ class BaseModel(nn.Module):
 
             backbone = AutoModel.from_config(config, **keywords)
         elif pretrained is not None:
-            from coati.models.utils import load_backbone
+            from coati.models.loading import load_backbone
 
             backbone = load_backbone(pretrained, **keywords)
         backbone = without_head(backbone)
         # Where the language model has it, so that weights keep their names.
         self.base_model_prefix = backbone.base_model_prefix or "model"
         setattr(self, self.base_model_prefix, backbone)
-        self.name_or_path = getattr(backbone, "name_or_path", "")  # peft looks for it among the plain attributes
+        self.name_or_path = getattr(
+            backbone, "name_or_path", ""
+        )  # peft looks for it among the plain attributes
         self.config = classifier_config(backbone.config, self.task, self.kind)
         backbone.config = self.config
         self.score = ScalarHead(width_of(self.config))
@@ -83,12 +87,18 @@ class BaseModel(nn.Module):
         """The transformer below the head."""
         return getattr(self, self.base_model_prefix)
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor | None, **keywords: Any) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, d) with each row's padding at its end, and where each came from: (B, S) positions."""
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, S, d) with each row's padding at its end, and where each came from: (B,
+        S) positions."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        order = real_first(attention_mask)
-        moved = {"input_ids": input_ids.gather(1, order), "attention_mask": attention_mask.gather(1, order)}
+        order = right_pad_order(attention_mask)
+        moved = {
+            "input_ids": input_ids.gather(1, order),
+            "attention_mask": attention_mask.gather(1, order),
+        }
         return self.backbone(**moved, **keywords)[0], order
 
     def get_input_embeddings(self) -> nn.Module:
@@ -132,7 +142,8 @@ def width_of(config: Any) -> int:
 
 
 def classifier_config(config: Any, task: str, kind: str) -> Any:
-    """A copy that says what the directory will hold, for transformers (``architectures``) and for this library."""
+    """A copy that says what the directory will hold, for transformers (``architectures``) and for
+    this library."""
     config = copy.deepcopy(config)
     config.num_labels = 1
     config.coati_head = kind

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from coati.models.base import BaseModel
-from coati.models.padding import put_back
+from coati.models.padding import restore_order
 
 
 class Critic(BaseModel):
-    """Value of the state after each token. Its head starts at 0 unless it comes from a reward model."""
+    """Value of the state after each token. Its head starts at 0 unless it comes from a reward
+    model."""
 
     kind = "critic"
     task = "TokenClassification"
@@ -27,12 +28,15 @@ class Critic(BaseModel):
         cu_seq_lens_q: Tensor | None = None,
         **keywords: Any,
     ) -> Tensor:
-        """Values (B, S) fp32, each at the place of its token in ``input_ids`` (B, S); meaningless at padding.
+        """Values (B, S) fp32, each at the place of its token in ``input_ids`` (B, S); meaningless
+        at padding.
 
         With ``cu_seq_lens_q`` (rows laid end to end in ``input_ids`` (1, T)): (1, T).
         """
         keywords.setdefault("use_cache", False)
         if cu_seq_lens_q is not None:
-            return self.score(self.backbone(input_ids=input_ids, cu_seq_lens_q=cu_seq_lens_q, **keywords)[0])
+            return self.score(
+                self.backbone(input_ids=input_ids, cu_seq_lens_q=cu_seq_lens_q, **keywords)[0]
+            )
         hidden, order = self.states(input_ids, attention_mask, **keywords)
-        return put_back(self.score(hidden), order)
+        return restore_order(self.score(hidden), order)

@@ -1,9 +1,11 @@
-"""The output embedding of a causal language model, switchable to log-probabilities of chosen tokens.
+"""The output embedding of a causal language model, switchable to log-probabilities of chosen
+tokens.
 
-The model's code is left alone. :meth:`Head.install` replaces the ``forward`` of its output embedding; between
-:meth:`Head.set` and :meth:`Head.clear` that forward keeps the hidden states whose next token is supervised and returns
-the log-probabilities of these tokens, shape (1, n), where logits would have been: the (B, S, V) logits never exist.
-Otherwise it is the original forward. They are of log_softmax(logits / :attr:`Head.temperature`).
+The model's code is left alone. :meth:`Head.install` replaces the ``forward`` of its output
+embedding; between :meth:`Head.set` and :meth:`Head.clear` that forward keeps the hidden states
+whose next token is supervised and returns the log-probabilities of these tokens, shape (1, n),
+where logits would have been: the (B, S, V) logits never exist. Otherwise it is the original
+forward. They are of log_softmax(logits / :attr:`Head.temperature`).
 """
 
 from collections.abc import Callable
@@ -20,24 +22,31 @@ from coati.models.logprobs import (
     FromHidden,
     FromLogits,
     VocabCollective,
-    gather_token_logprobs,
     logprobs_from_logits,
     next_token_targets,
     rows_per_chunk,
+    scatter_token_logprobs,
     unflatten,
 )
 
 __all__ = [
-    "IGNORE_INDEX", "Head", "VocabCollective", "gather_token_logprobs", "head_unsupported", "logprobs_from_logits",
-    "next_token_targets", "unflatten",
-]  # fmt: skip
+    "IGNORE_INDEX",
+    "Head",
+    "VocabCollective",
+    "scatter_token_logprobs",
+    "head_unsupported",
+    "logprobs_from_logits",
+    "next_token_targets",
+    "unflatten",
+]
 
 # Configuration fields of models that change the logits after the head; 1 and None change nothing.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def head_unsupported(config: Any) -> str | None:
-    """Why :class:`Head` cannot serve the model of ``config`` (it changes logits after the head), or None."""
+    """Why :class:`Head` cannot serve the model of ``config`` (it changes logits after the head), or
+    None."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for field in _CHANGES_LOGITS:
         value = getattr(text, field, None)
@@ -52,9 +61,12 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
 
 
 class Head:
-    """The output embedding of a causal language model, switchable to log-probs; made by :meth:`install`."""
+    """The output embedding of a causal language model, switchable to log-probs; made by
+    :meth:`install`."""
 
-    def __init__(self, module: nn.Module | None, collective: VocabCollective | None, chunk_rows: int | None):
+    def __init__(
+        self, module: nn.Module | None, collective: VocabCollective | None, chunk_rows: int | None
+    ):
         self.module = module
         self.collective = collective or WHOLE
         self.chunk_rows = chunk_rows
@@ -73,12 +85,13 @@ class Head:
         chunk_rows: int | None = None,
         agree_on_chunks: Callable[[int], int] | None = None,
     ) -> "Head":
-        """Replace the forward of ``causal_lm.get_output_embeddings()``; call it after boosting. Where that is None (a
-        pipeline stage that is not the last) nothing happens.
+        """Replace the forward of ``causal_lm.get_output_embeddings()``; call it after boosting.
+        Where that is None (a pipeline stage that is not the last) nothing happens.
 
-        collective: for a head that leaves its logits split over ranks. chunk_rows: rows of logits formed at a time,
-        by default as many as fit into 128 MiB of fp32. agree_on_chunks: for a head whose own forward holds collectives
-        (sharded parameters), which all ranks must call equally often: number of chunks -> the largest of all ranks.
+        collective: for a head that leaves its logits split over ranks. chunk_rows: rows of logits
+        formed at a time, by default as many as fit into 128 MiB of fp32. agree_on_chunks: for a
+        head whose own forward holds collectives (sharded parameters), which all ranks must call
+        equally often: number of chunks -> the largest of all ranks.
         """
         module = causal_lm.get_output_embeddings()
         head = cls(module, collective, chunk_rows)
@@ -96,15 +109,17 @@ class Head:
             self.module.forward = self._original
 
     def set(self, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
-        """Choose tokens for the next forward: ``labels`` (B, S), position t predicts ``labels[:, t + 1]``.
+        """Choose tokens for the next forward: ``labels`` (B, S), position t predicts ``labels[:, t
+        + 1]``.
 
         The log-probs come in the row order of ``labels[:, 1:] != ignore_index``.
         """
         self.set_targets(next_token_targets(labels, ignore_index), ignore_index)
 
     def set_targets(self, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
-        """:meth:`set` with labels already shifted: ``targets`` (B, S), what position t itself is to predict; for hidden
-        states that are not whole rows (several rows in one, or a slice of the sequence)."""
+        """:meth:`set` with labels already shifted: ``targets`` (B, S), what position t itself is to
+        predict; for hidden states that are not whole rows (several rows in one, or a slice of the
+        sequence)."""
         self._targets, self._ignore_index = targets, ignore_index
 
     def clear(self) -> None:
@@ -116,18 +131,23 @@ class Head:
             return self._original(hidden, *args, **kwargs)
         if hidden.shape[:-1].numel() != self._targets.numel():
             raise ValueError(
-                f"the vocabulary head was set for {tuple(self._targets.shape)} positions and got hidden states "
-                f"{tuple(hidden.shape)}: call Head.set with the labels of this forward, Head.clear before generating"
+                f"the vocabulary head was set for {tuple(self._targets.shape)} positions and got "
+                "hidden states "
+                f"{tuple(hidden.shape)}: call Head.set with the labels of this forward, Head.clear "
+                "before generating"
             )
         hidden = _plain_tensor(hidden)
         targets = self._targets.to(hidden.device).flatten()
         index = (targets != self._ignore_index).nonzero()[:, 0]
         rows, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), targets[index]
-        chosen = self._plain(rows, targets) if self.is_plain() else self._general(hidden, rows, targets)
+        chosen = (
+            self._plain(rows, targets) if self.is_plain() else self._general(hidden, rows, targets)
+        )
         return chosen[None]
 
     def is_plain(self) -> bool:
-        """Whether the module is a linear layer and nothing else: its parameters may then be used directly."""
+        """Whether the module is a linear layer and nothing else: its parameters may then be used
+        directly."""
         module = self.module
         return (
             type(module) is nn.Linear
@@ -140,19 +160,25 @@ class Head:
         weight, bias = self.module.weight, self.module.bias
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            rows, weight, bias = (
+                rows.to(dtype),
+                weight.to(dtype),
+                None if bias is None else bias.to(dtype),
+            )
         step = self.chunk_rows or rows_per_chunk(len(weight))
         return FromHidden.apply(rows, weight, bias, targets, step, self.temperature)
 
     def _general(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """Any module, by its own forward: parameters that are split, gathered or adapted when it is called."""
+        """Any module, by its own forward: parameters that are split, gathered or adapted when it is
+        called."""
         count = len(rows)
         step = self.chunk_rows or rows_per_chunk(self._width())
         chunks = max(1, -(-count // step))
         if self.agree_on_chunks is not None:
             chunks = self.agree_on_chunks(chunks)
         if count < chunks:
-            # Every rank calls the module equally often, with at least one row, and every parameter gets a gradient.
+            # Every rank calls the module equally often, with at least one row, and every parameter
+            # gets a gradient.
             blank = hidden.reshape(-1, hidden.shape[-1])[:1].expand(chunks - count, -1)
             blank = blank.masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0.0)
             rows, targets = torch.cat([rows, blank]), F.pad(targets, (0, chunks - count))
@@ -160,9 +186,11 @@ class Head:
         if chunks == 1 or not torch.is_grad_enabled():
             logps = [self._chunk(part, wanted, self.temperature) for part, wanted in parts]
         else:
-            # The temperature is an argument: a chunk formed again must have the one of its forward pass.
+            # The temperature is an argument: a chunk formed again must have the one of its forward
+            # pass.
             logps = [
-                checkpoint(self._chunk, part, wanted, self.temperature, use_reentrant=False) for part, wanted in parts
+                checkpoint(self._chunk, part, wanted, self.temperature, use_reentrant=False)
+                for part, wanted in parts
             ]
         return torch.cat(logps)[:count]
 

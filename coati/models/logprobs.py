@@ -1,8 +1,9 @@
 """Log-softmax over the vocabulary at chosen tokens, and its gradient, a chunk of rows at a time.
 
-The gradient of a row's log-probability with respect to its logits is ``onehot - softmax``. Where the rows of one call
-fit into a chunk it is kept from the forward pass, in place of the logits; otherwise each chunk's logits are formed
-again in the backward pass. Either way one chunk of (rows, V) exists at a time.
+The gradient of a row's log-probability with respect to its logits is ``onehot - softmax``. Where
+the rows of one call fit into a chunk it is kept from the forward pass, in place of the logits;
+otherwise each chunk's logits are formed again in the backward pass. Either way one chunk of (rows,
+V) exists at a time.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 128 * 2**20  # of fp32 logits: large enough for full matrix speed, small beside a model
-_CACHED_ELEMENTS = 2**19  # rows are exponentiated in blocks of 2 MiB, which stay in a core's cache between the passes
+CHUNK_BYTES = (
+    128 * 2**20
+)  # of fp32 logits: large enough for full matrix speed, small beside a model
+_CACHED_ELEMENTS = (
+    2**19
+)  # rows are exponentiated in blocks of 2 MiB, which stay in a core's cache between the passes
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -24,8 +29,9 @@ def _same(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabCollective:
-    """A vocabulary split over ranks. ``offset``: token id of this rank's first logit. ``reduce_max``, ``reduce_sum``:
-    a float tensor -> its maximum or sum over the ranks that share the vocabulary (by default the identity)."""
+    """A vocabulary split over ranks. ``offset``: token id of this rank's first logit.
+    ``reduce_max``, ``reduce_sum``: a float tensor -> its maximum or sum over the ranks that share
+    the vocabulary (by default the identity)."""
 
     offset: int = 0
     reduce_max: Callable[[Tensor], Tensor] = _same
@@ -36,17 +42,21 @@ WHOLE = VocabCollective()
 
 
 def next_token_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """(B, S) labels -> (B, S) targets: position t is to predict ``labels[:, t + 1]``, the last position nothing."""
+    """(B, S) labels -> (B, S) targets: position t is to predict ``labels[:, t + 1]``, the last
+    position nothing."""
     return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
-def gather_token_logprobs(flat: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """The head's (1, n) log-probs laid out as (B, S - 1), zero where ``labels[:, 1:]`` is ``ignore_index``."""
+def scatter_token_logprobs(
+    flat: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """The head's (1, n) log-probs laid out as (B, S - 1), zero where ``labels[:, 1:]`` is
+    ``ignore_index``."""
     chosen = labels[:, 1:] != ignore_index
     return flat.new_zeros(chosen.shape).masked_scatter(chosen, flat)
 
 
-unflatten = gather_token_logprobs
+unflatten = scatter_token_logprobs
 
 
 def rows_per_chunk(vocab_size: int) -> int:
@@ -55,7 +65,8 @@ def rows_per_chunk(vocab_size: int) -> int:
 
 
 def _exp_(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """``logits`` (n, V) becomes exp((logits - peak) / temperature), in place; the sum of each row, (n,)."""
+    """``logits`` (n, V) becomes exp((logits - peak) / temperature), in place; the sum of each row,
+    (n,)."""
     total = torch.empty_like(peak)
     rows = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
     for start in range(0, len(logits), rows):
@@ -71,9 +82,9 @@ def _exp_(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
 def _logprobs_and_gradient_(
     logits: Tensor, targets: Tensor, collective: VocabCollective, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (n,) of ``targets`` (n,), and the factors (n,) of their gradient: fp32 ``logits`` (n, V) become
-    (softmax - onehot) x denominator, in place, and the factor divides by denominator x temperature: a factor per row is
-    cheaper to apply to hidden states than to V columns.
+    """Log-probs (n,) of ``targets`` (n,), and the factors (n,) of their gradient: fp32 ``logits``
+    (n, V) become (softmax - onehot) x denominator, in place, and the factor divides by denominator
+    x temperature: a factor per row is cheaper to apply to hidden states than to V columns.
     """
     index = targets - collective.offset
     mine = (index >= 0) & (index < logits.shape[1])  # this rank's shard holds the target
@@ -86,11 +97,13 @@ def _logprobs_and_gradient_(
 
 
 class FromLogits(torch.autograd.Function):
-    """(n, V) logits, whole or one rank's shard of them -> (n,) log-probs of targets: log_softmax(logits / temperature)
-    there."""
+    """(n, V) logits, whole or one rank's shard of them -> (n,) log-probs of targets:
+    log_softmax(logits / temperature) there."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, collective: VocabCollective, temperature: float) -> Tensor:
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, collective: VocabCollective, temperature: float
+    ) -> Tensor:
         work = logits.detach().to(torch.float32, copy=True)
         logps, factor = _logprobs_and_gradient_(work, targets, collective, temperature)
         ctx.dtype = logits.dtype
@@ -104,11 +117,13 @@ class FromLogits(torch.autograd.Function):
 
 
 class FromHidden(torch.autograd.Function):
-    """(n, H) hidden states, (V, H) weight, (V,) bias or None -> (n,) log-probs of targets; V-wide memory: one chunk."""
+    """(n, H) hidden states, (V, H) weight, (V,) bias or None -> (n,) log-probs of targets; V-wide
+    memory: one chunk."""
 
     @staticmethod
     def _gradient(hidden, weight, bias, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        """Log-probs and d(-log-prob)/d(logits) as (n, V) x (n,): in fp32 the row factor stays outside the matrix."""
+        """Log-probs and d(-log-prob)/d(logits) as (n, V) x (n,): in fp32 the row factor stays
+        outside the matrix."""
         logits = F.linear(hidden, weight, bias)
         gradient = logits.float()
         logps, factor = _logprobs_and_gradient_(gradient, targets, WHOLE, temperature)
@@ -117,28 +132,41 @@ class FromHidden(torch.autograd.Function):
         return logps, gradient.mul_(factor[:, None]).to(logits.dtype), torch.ones_like(factor)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets: Tensor, chunk_rows: int, temperature: float) -> Tensor:
+    def forward(
+        ctx, hidden, weight, bias, targets: Tensor, chunk_rows: int, temperature: float
+    ) -> Tensor:
         ctx.chunk_rows, ctx.temperature = chunk_rows, temperature
         if len(hidden) <= chunk_rows:
-            logps, gradient, factor = FromHidden._gradient(hidden, weight, bias, targets, temperature)
+            logps, gradient, factor = FromHidden._gradient(
+                hidden, weight, bias, targets, temperature
+            )
             ctx.save_for_backward(hidden, weight, bias, targets, gradient, factor)
             return logps
         ctx.save_for_backward(hidden, weight, bias, targets, None, None)
         chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
-        return torch.cat([FromHidden._gradient(rows, weight, bias, wanted, temperature)[0] for rows, wanted in chunks])
+        return torch.cat(
+            [
+                FromHidden._gradient(rows, weight, bias, wanted, temperature)[0]
+                for rows, wanted in chunks
+            ]
+        )
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, bias, targets, gradient, factor = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] and not len(hidden) else None
+        to_weight = (
+            torch.zeros_like(weight) if ctx.needs_input_grad[1] and not len(hidden) else None
+        )
         to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), ctx.chunk_rows):
             part = slice(start, start + ctx.chunk_rows)
             rows = hidden[part]
             if gradient is None or start:
                 gradient = None  # release the last chunk before the next is formed
-                _, gradient, factor = FromHidden._gradient(rows, weight, bias, targets[part], ctx.temperature)
+                _, gradient, factor = FromHidden._gradient(
+                    rows, weight, bias, targets[part], ctx.temperature
+                )
             scale = (-grad[part] * factor).to(rows.dtype)[:, None]
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part]).mul_(scale)
@@ -146,16 +174,20 @@ class FromHidden(torch.autograd.Function):
                 to_bias.addmv_(gradient.t(), scale[:, 0])
             if ctx.needs_input_grad[1]:
                 scaled = rows * scale
-                to_weight = gradient.t() @ scaled if to_weight is None else to_weight.addmm_(gradient.t(), scaled)
+                to_weight = (
+                    gradient.t() @ scaled
+                    if to_weight is None
+                    else to_weight.addmm_(gradient.t(), scaled)
+                )
         return to_hidden, to_weight, to_bias, None, None, None
 
 
 def logprobs_from_logits(
     logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, temperature: float = 1.0
 ) -> Tensor:
-    """(B, S, V) logits, (B, S) labels -> (1, n) fp32 log-probs of the labelled tokens, log_softmax(logits /
-    temperature) there, as :class:`Head` gives them: for models that :func:`head_unsupported` names. Besides the logits
-    one chunk of fp32 copies exists at a time."""
+    """(B, S, V) logits, (B, S) labels -> (1, n) fp32 log-probs of the labeled tokens,
+    log_softmax(logits / temperature) there, as :class:`Head` gives them: for models that
+    :func:`head_unsupported` names. Besides the logits one chunk of fp32 copies exists at a time."""
     targets = next_token_targets(labels, ignore_index).flatten()
     index = (targets != ignore_index).nonzero()[:, 0]
     rows, targets = logits.flatten(0, 1), targets[index]
@@ -165,4 +197,6 @@ def logprobs_from_logits(
         return FromLogits.apply(rows.index_select(0, part), wanted, WHOLE, temperature)
 
     parts = zip(index.split(step), targets.split(step), strict=True)
-    return torch.cat([checkpoint(chunk, part, wanted, use_reentrant=False) for part, wanted in parts])[None]
+    return torch.cat(
+        [checkpoint(chunk, part, wanted, use_reentrant=False) for part, wanted in parts]
+    )[None]

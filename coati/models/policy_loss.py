@@ -1,8 +1,10 @@
-"""Losses of policy and value for PPO, GRPO and their kin: pure functions, one term per action, no collective inside.
+"""Losses of policy and value for PPO, GRPO and their kin: pure functions, one term per action, no
+collective inside.
 
-Shapes: B responses, A actions. Position j is the action that produced token j of a response; ``mask`` (B, A) is set on
-the actions. A masked cell never counts, neither in a value nor in a gradient, not even when it holds NaN. Log-probs
-are log_softmax(logits / temperature) at the sampled token. All numbers are fp32.
+Shapes: B responses, A actions. Position j is the action that produced token j of a response;
+``mask`` (B, A) is set on the actions. A masked cell never counts, neither in a value nor in a
+gradient, not even when it holds NaN. Log-probs are log_softmax(logits / temperature) at the sampled
+token. All numbers are fp32.
 """
 
 from collections.abc import Callable
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from coati.models.loss import masked_mean, masked_sum
-from coati.models.policy_names import KL_ESTIMATORS, NORMALISATIONS
+from coati.models.policy_registry import KL_ESTIMATORS, NORMALIZATIONS
 
-# e^20 is beyond every sensible ratio; without a bound one token makes the gradient infinite, and 0 times it NaN.
+# e^20 is beyond every sensible ratio; without a bound one token makes the gradient infinite, and 0
+# times it NaN.
 LARGEST_LOG_RATIO = 20.0
 
 
@@ -22,8 +25,9 @@ def _same(sums: Tensor) -> Tensor:
     return sums
 
 
-def kept(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` in fp32, 0 where ``mask`` is not set; taken before any arithmetic, or NaN comes back as a gradient."""
+def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` in fp32, 0 where ``mask`` is not set; taken before any arithmetic, or NaN comes
+    back as a gradient."""
     return values.float().masked_fill(~mask.bool(), 0.0)
 
 
@@ -44,33 +48,41 @@ def k3(difference: Tensor) -> Tensor:
 
 
 def kl_per_token(logps: Tensor, reference: Tensor, mask: Tensor, estimator: str = "k1") -> Tensor:
-    """Estimated KL(policy || reference) of each action, (B, A), 0 where masked; x = logps - reference.
+    """Estimated KL(policy || reference) of each action, (B, A), 0 where masked; x = logps -
+    reference.
 
-    ``estimator``: a name of :data:`~coati.models.policy_names.KL_ESTIMATORS`. Raises ValueError for another.
+    ``estimator``: a name of :data:`~coati.models.policy_registry.KL_ESTIMATORS`. Raises ValueError
+    for another.
     """
     if estimator not in KL_ESTIMATORS:
-        raise ValueError(f"unknown KL estimator {estimator!r}; there are {', '.join(KL_ESTIMATORS)}")
-    return globals()[estimator](kept(logps, mask) - kept(reference, mask))
+        raise ValueError(
+            f"unknown KL estimator {estimator!r}; there are {', '.join(KL_ESTIMATORS)}"
+        )
+    return globals()[estimator](zero_masked(logps, mask) - zero_masked(reference, mask))
 
 
 # Policy
 
 
 def log_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_old) of each action, (B, A), within +-:data:`LARGEST_LOG_RATIO`; 0 where masked."""
-    return (kept(logps, mask) - kept(old_logps, mask)).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    """log(pi / pi_old) of each action, (B, A), within +-:data:`LARGEST_LOG_RATIO`; 0 where
+    masked."""
+    return (zero_masked(logps, mask) - zero_masked(old_logps, mask)).clamp(
+        -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO
+    )
 
 
 def ratio_sums(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
-    """(2,) fp64: the sum of the ratios of this rank's actions, and their number; what :func:`exceeds` wants summed over
-    all ranks."""
+    """(2,) fp64: the sum of the ratios of this rank's actions, and their number; what
+    :func:`mean_ratio_exceeds` wants summed over all ranks."""
     ratios = log_ratio(logps.detach(), old_logps, mask).exp().double()
     return torch.stack([masked_sum(ratios, mask), mask.sum().double()])
 
 
-def exceeds(sums: Tensor, threshold: float) -> Tensor:
-    """Whether the mean ratio is above ``threshold``, a bool scalar: the policy has moved so far that a step on these
-    actions would be noise. ``sums``: :func:`ratio_sums`, added up over all ranks, so that all decide alike."""
+def mean_ratio_exceeds(sums: Tensor, threshold: float) -> Tensor:
+    """Whether the mean ratio is above ``threshold``, a bool scalar: the policy has moved so far
+    that a step on these actions would be noise. ``sums``: :func:`ratio_sums`, added up over all
+    ranks, so that all decide alike."""
     return sums[0] > threshold * sums[1]
 
 
@@ -83,15 +95,17 @@ def policy_terms(
     clip_high: float = 0.2,
     skip: Tensor | bool = False,
 ) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) of each action (B, A), 0 where masked (arXiv 1707.06347, eq. 7).
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) of each action (B, A), 0 where masked (arXiv
+    1707.06347, eq. 7).
 
-    ``clip_high`` above ``clip_low`` is DAPO's clip-higher (arXiv 2503.14476, eq. 10). ``skip``, from :func:`exceeds`,
-    makes every term 0 and leaves a gradient of zeros, so that a backward pass with collectives still runs.
+    ``clip_high`` above ``clip_low`` is DAPO's clip-higher (arXiv 2503.14476, eq. 10). ``skip``,
+    from :func:`mean_ratio_exceeds`, makes every term 0 and leaves a gradient of zeros, so that a backward pass
+    with collectives still runs.
     """
     mask = mask.bool() & ~torch.as_tensor(skip, device=mask.device)
-    ratio, advantages = log_ratio(logps, old_logps, mask).exp(), kept(advantages, mask)
+    ratio, advantages = log_ratio(logps, old_logps, mask).exp(), zero_masked(advantages, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return kept(-torch.minimum(ratio * advantages, clipped * advantages), mask)
+    return zero_masked(-torch.minimum(ratio * advantages, clipped * advantages), mask)
 
 
 def policy_statistics(
@@ -104,10 +118,11 @@ def policy_statistics(
 ) -> dict[str, Tensor]:
     """Samples for the meter, detached.
 
-    clip_fraction: 1 for each action whose clipped term was the larger loss, else 0. update_kl: k3 of old against new
-    policy per action, how far this phase's updates have gone. entropy: -log pi_old per action, whose mean is an
-    unbiased estimate of the entropy of what was sampled. ratio_max: one number, empty without actions. skip_ratio has
-    no sample here: :func:`exceeds` is one.
+    clip_fraction: 1 for each action whose clipped term was the larger loss, else 0. update_kl: k3
+    of old against new policy per action, how far this phase's updates have gone. entropy: -log
+    pi_old per action, whose mean is an unbiased estimate of the entropy of what was sampled.
+    ratio_max: one number, empty without actions. skip_ratio has
+    no sample here: :func:`mean_ratio_exceeds` is one.
     """
     mask = mask.bool()
     moved = log_ratio(logps.detach(), old_logps, mask)
@@ -127,17 +142,26 @@ def policy_statistics(
 def value_terms(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2
 ) -> Tensor:
-    """.5 max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2) of each action (B, A), 0 where masked.
+    """.5 max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2) of each action (B, A), 0 where
+    masked.
 
-    The clipped form of OpenAI's PPO: a value that has moved further than ``clip`` gains nothing by moving on.
+    The clipped form of OpenAI's PPO: a value that has moved further than ``clip`` gains nothing by
+    moving on.
     """
-    values, old_values, returns = kept(values, mask), kept(old_values, mask), kept(returns, mask)
+    values, old_values, returns = (
+        zero_masked(values, mask),
+        zero_masked(old_values, mask),
+        zero_masked(returns, mask),
+    )
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
-def value_statistics(values: Tensor, old_values: Tensor, mask: Tensor, clip: float = 0.2) -> dict[str, Tensor]:
-    """Samples for the meter: value of each action, and value_clip_fraction, 1 where it moved further than ``clip``."""
+def value_statistics(
+    values: Tensor, old_values: Tensor, mask: Tensor, clip: float = 0.2
+) -> dict[str, Tensor]:
+    """Samples for the meter: value of each action, and value_clip_fraction, 1 where it moved
+    further than ``clip``."""
     mask = mask.bool()
     values, old_values = values.detach()[mask].float(), old_values[mask].float()
     return {"value": values, "value_clip_fraction": ((values - old_values).abs() > clip).float()}
@@ -146,38 +170,52 @@ def value_statistics(values: Tensor, old_values: Tensor, mask: Tensor, clip: flo
 def explained_variance(
     values: Tensor, returns: Tensor, mask: Tensor, reduce_sum: Callable[[Tensor], Tensor] = _same
 ) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the actions of all ranks, a scalar: 1 is a perfect critic, 0 one that says the mean,
-    below 0 worse than that. 0 where all returns are equal. No mean over micro-batches gives it; it is one sample.
+    """1 - Var(R - V) / Var(R) over the actions of all ranks, a scalar: 1 is a perfect critic, 0 one
+    that says the mean, below 0 worse than that. 0 where all returns are equal. No mean over
+    micro-batches gives it; it is one sample.
 
-    ``reduce_sum``: sums a tensor over all ranks; the identity for one process. Every rank calls it twice.
+    ``reduce_sum``: sums a tensor over all ranks; the identity for one process. Every rank calls it
+    twice.
     """
-    both = torch.stack([kept(returns, mask), kept(returns, mask) - kept(values, mask)]).double()
+    both = torch.stack(
+        [zero_masked(returns, mask), zero_masked(returns, mask) - zero_masked(values, mask)]
+    ).double()
     count = mask.sum().double()
     totals = reduce_sum(torch.cat([both.sum((1, 2)), count[None]]))
     means = totals[:2] / totals[2].clamp(min=1)
-    squares = reduce_sum(masked_sum((both - means[:, None, None]).square(), mask.expand_as(both), (1, 2)))
-    return torch.where(squares[0] > 0, 1 - squares[1] / squares[0].clamp(min=1e-30), torch.zeros_like(squares[0]))
+    squares = reduce_sum(
+        masked_sum((both - means[:, None, None]).square(), mask.expand_as(both), (1, 2))
+    )
+    return torch.where(
+        squares[0] > 0, 1 - squares[1] / squares[0].clamp(min=1e-30), torch.zeros_like(squares[0])
+    )
 
 
 # From terms to one number
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """How (B, A) terms add up, a name of :data:`~coati.models.policy_names.NORMALISATIONS`.
+class Normalization:
+    """How (B, A) terms add up, a name of :data:`~coati.models.policy_registry.NORMALIZATIONS`.
 
-    A window's loss is the sum of :meth:`total` over its micro-batches and ranks divided by the sum of :meth:`units`;
-    so how a window is split changes nothing. ``max_new_tokens`` serves "constant" alone.
+    A window's loss is the sum of :meth:`total` over its micro-batches and ranks divided by the sum
+    of :meth:`num_terms`; so how a window is split changes nothing. ``max_new_tokens`` serves "constant"
+    alone.
     """
 
     name: str = "token"
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in NORMALISATIONS:
-            raise ValueError(f"unknown normalisation {self.name!r}; there are {', '.join(NORMALISATIONS)}")
+        if self.name not in NORMALIZATIONS:
+            raise ValueError(
+                f"unknown normalization {self.name!r}; there are {', '.join(NORMALIZATIONS)}"
+            )
         if self.name == "constant" and not self.max_new_tokens:
-            raise ValueError("normalisation 'constant' divides by max_new_tokens; give the longest response allowed")
+            raise ValueError(
+                "normalization 'constant' divides by max_new_tokens; give the longest response "
+                "allowed"
+            )
 
     def total(self, terms: Tensor, mask: Tensor) -> Tensor:
         """The sum of what is averaged, a scalar."""
@@ -187,44 +225,69 @@ class Normalisation:
             return masked_mean(terms, mask, dim=1).sum()
         return masked_sum(terms, mask) / self.max_new_tokens
 
-    def units(self, mask: Tensor) -> Tensor:
+    def num_terms(self, mask: Tensor) -> Tensor:
         """How many are averaged, a scalar: actions, or responses that have any."""
         return mask.bool().sum() if self.name == "token" else mask.bool().any(dim=1).sum()
 
 
-# For a batch alone; the trainers normalise over their window and use the functions above
+# For a batch alone; the trainers normalize over their window and use the functions above
 
 
 class PolicyLoss(nn.Module):
-    """Mean of :func:`policy_terms` over the actions of a batch. ``reduce_sum``: sums a tensor over all ranks."""
+    """Mean of :func:`policy_terms` over the actions of a batch. ``reduce_sum``: sums a tensor over
+    all ranks."""
 
     def __init__(
-        self, clip_eps: float = 0.2, skip_threshold: float = 20.0, reduce_sum: Callable[[Tensor], Tensor] = _same
+        self,
+        clip_eps: float = 0.2,
+        skip_threshold: float = 20.0,
+        reduce_sum: Callable[[Tensor], Tensor] = _same,
     ) -> None:
         super().__init__()
         self.clip_eps, self.skip_threshold, self.reduce_sum = clip_eps, skip_threshold, reduce_sum
 
     def forward(
-        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
     ) -> tuple[Tensor, bool, Tensor]:
-        """Loss, whether the batch is skipped, and the largest ratio (0 without actions); all inputs (B, A)."""
-        mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask.bool()
-        skip = exceeds(self.reduce_sum(ratio_sums(log_probs, old_log_probs, mask)), self.skip_threshold)
-        terms = policy_terms(log_probs, old_log_probs, advantages, mask, self.clip_eps, self.clip_eps, skip)
+        """Loss, whether the batch is skipped, and the largest ratio (0 without actions); all inputs
+        (B, A)."""
+        mask = (
+            torch.ones_like(log_probs, dtype=torch.bool)
+            if action_mask is None
+            else action_mask.bool()
+        )
+        skip = mean_ratio_exceeds(
+            self.reduce_sum(ratio_sums(log_probs, old_log_probs, mask)), self.skip_threshold
+        )
+        terms = policy_terms(
+            log_probs, old_log_probs, advantages, mask, self.clip_eps, self.clip_eps, skip
+        )
         ratios = log_ratio(log_probs.detach(), old_log_probs, mask).exp().masked_fill(~mask, 0.0)
         return masked_mean(terms, mask), bool(skip), ratios.amax()
 
 
 class ValueLoss(nn.Module):
-    """Mean of :func:`value_terms` over the actions of a batch; the return is advantage + old value, so advantages are
-    those before whitening."""
+    """Mean of :func:`value_terms` over the actions of a batch; the return is advantage + old value,
+    so advantages are those before whitening."""
 
     def __init__(self, clip_eps: float = 0.2) -> None:
         super().__init__()
         self.clip_eps = clip_eps
 
     def forward(
-        self, values: Tensor, old_values: Tensor, advantage: Tensor, action_mask: Tensor | None = None
+        self,
+        values: Tensor,
+        old_values: Tensor,
+        advantage: Tensor,
+        action_mask: Tensor | None = None,
     ) -> Tensor:
-        mask = torch.ones_like(values, dtype=torch.bool) if action_mask is None else action_mask.bool()
-        return masked_mean(value_terms(values, old_values, advantage + old_values, mask, self.clip_eps), mask)
+        mask = (
+            torch.ones_like(values, dtype=torch.bool) if action_mask is None else action_mask.bool()
+        )
+        return masked_mean(
+            value_terms(values, old_values, advantage + old_values, mask, self.clip_eps), mask
+        )

@@ -9,7 +9,8 @@ from coati.models.base import BaseModel
 
 
 class RewardModel(BaseModel):
-    """Score = linear head on the hidden state of the last real token. Arguments as :class:`BaseModel`."""
+    """Score = linear head on the hidden state of the last real token. Arguments as
+    :class:`BaseModel`."""
 
     kind = "reward"
     task = "SequenceClassification"
@@ -21,9 +22,11 @@ class RewardModel(BaseModel):
         cu_seq_lens_q: Tensor | None = None,
         **keywords: Any,
     ) -> Tensor:
-        """Scores (B,) fp32 of ``input_ids`` (B, S), whatever side ``attention_mask`` (B, S) says the padding is on.
+        """Scores (B,) fp32 of ``input_ids`` (B, S), whatever side ``attention_mask`` (B, S) says
+        the padding is on.
 
-        ``cu_seq_lens_q`` (B + 1,): the ends of rows laid end to end in ``input_ids`` (1, T), see models/varlen.py.
+        ``cu_seq_lens_q`` (B + 1,): the ends of rows laid end to end in ``input_ids`` (1, T), see
+        models/varlen.py.
         """
         keywords.setdefault("use_cache", False)
         if cu_seq_lens_q is not None:
@@ -31,5 +34,9 @@ class RewardModel(BaseModel):
             return self.score(hidden[0, cu_seq_lens_q[1:].long() - 1])
         hidden, _ = self.states(input_ids, attention_mask, **keywords)
         rows = torch.arange(len(hidden), device=hidden.device)
-        lengths = attention_mask.sum(1) if attention_mask is not None else torch.full_like(rows, input_ids.shape[1])
+        lengths = (
+            attention_mask.sum(1)
+            if attention_mask is not None
+            else torch.full_like(rows, input_ids.shape[1])
+        )
         return self.score(hidden[rows, (lengths - 1).clamp(min=0)])

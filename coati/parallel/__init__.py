@@ -1,4 +1,5 @@
-"""Everything that knows ColossalAI: plugins, its behaviour without an accelerator, the engine, checkpoints."""
+"""Everything that knows ColossalAI: plugins, its behavior without an accelerator, the engine,
+checkpoints."""
 
 from coati.utils.lazy import lazy_exports
 

@@ -1,4 +1,4 @@
-"""A model becomes an Engine: plugin, optimiser and schedule put together in one place."""
+"""A model becomes an Engine: plugin, optimizer and schedule put together in one place."""
 
 import inspect
 import shutil
@@ -10,23 +10,33 @@ import torch
 from torch import nn
 
 from coati.models.block_mask import holds_for
-from coati.models.varlen import Packing
-from coati.parallel.cpu.heap import keep_freed_memory
+from coati.models.padding_free import PaddingFree
+from coati.parallel.compat.cpu.malloc import keep_freed_memory
+from coati.parallel.compat.import_colossalai import import_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
-from coati.parallel.plugins import PLUGINS, ParallelOptions, check_heads, check_options, resolve_options
-from coati.parallel.quiet import import_colossalai
+from coati.parallel.plugins import (
+    PLUGINS,
+    ParallelOptions,
+    check_heads,
+    check_options,
+    resolve_options,
+)
 from coati.parallel.schedule import cosine_with_warmup
 from coati.utils.distributed import world_size
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 BETAS = (0.9, 0.95)
 
 
 def prepare_colossalai() -> None:
-    """Import ColossalAI quietly; mend it on every device and make it run without an accelerator where there is none."""
+    """Import ColossalAI quietly; mend it on every device and make it run without an accelerator
+    where there is none."""
     import_colossalai()
-    from coati.parallel import cpu, mends
+    from coati.parallel.compat import cpu
+    from coati.parallel.compat import fixes as mends
 
     mends.apply()
     if not torch.cuda.is_available():
@@ -46,16 +56,16 @@ def boost(
 ) -> Engine:
     """Wrap ``model`` for training under ``options`` and return its :class:`Engine`.
 
-    One plugin instance is made per call, because a custom policy belongs to the plugin. AdamW with betas (0.9, 0.95);
-    linear warm-up over ``warmup_steps`` optimiser steps, then cosine to 0.1 ``lr`` at ``total_steps``. ``head_lr``: the
-    rate of a scalar head, in place of ``lr``.
+    One plugin instance is made per call, because a custom policy belongs to the plugin. AdamW with
+    betas (0.9, 0.95); linear warm-up over ``warmup_steps`` optimizer steps, then cosine to 0.1
+    ``lr`` at ``total_steps``. ``head_lr``: the rate of a scalar head, in place of ``lr``.
 
     Raises:
         ValueError: naming the flag, when the model or the plugin cannot do what ``options`` ask.
     """
     options, notes = resolve_options(options)
     for note in notes:
-        say_once(note)
+        logger.warning_once(note)
     checked = {name: value for name, value in vars(options).items() if name != "plugin"}
     check_options(options.plugin, world_size=world_size(), **checked)
     check_heads(model.config, options)
@@ -76,27 +86,35 @@ def boost(
     return Engine(booster, model, optimizer, schedule, options, packing)
 
 
-def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> Packing | None:
+def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> PaddingFree | None:
     """How batches are given to ``model`` without padding, or None where it must have padded ones.
 
-    The plugin must leave the model's own forward in place. On a GPU only packs and only with flash-attention: without
-    it attention would go row by row, which costs more there than padding does.
+    The plugin must leave the model's own forward in place. On a GPU only packs and only with
+    flash-attention: without it attention would go row by row, which costs more there than padding
+    does.
     """
-    plain = options.plugin in ("ddp", "zero2", "zero2_cpu") or (options.plugin == "gemini" and options.tp == 1)
+    plain = options.plugin in ("ddp", "zero2", "zero2_cpu") or (
+        options.plugin == "gemini" and options.tp == 1
+    )
     if torch.cuda.is_available():
         flash = model.config._attn_implementation == "flash_attention_2"
         if not (plain and flash and options.packing and options.plugin != "gemini"):
             return None
-        model.to("cuda")  # where the plugin moves it next; flash-attention can be tried nowhere else
-    return Packing.of(model) if plain else None
+        model.to(
+            "cuda"
+        )  # where the plugin moves it next; flash-attention can be tried nowhere else
+    return PaddingFree.of(model) if plain else None
 
 
 def check_packs(model: nn.Module, options: ParallelOptions) -> None:
-    """Raise ValueError where rows of one pack would not come out of ``model`` as each does alone."""
+    """Raise ValueError where rows of one pack would not come out of ``model`` as each does
+    alone."""
     if not holds_for(model):
         raise ValueError(
-            f"--packing: this {model.config.model_type} model ({model.config._attn_implementation} attention) does not "
-            "keep the rows of a pack apart (a probe of two rows in one sequence came out otherwise than each row "
+            f"--packing: this {model.config.model_type} model ({model.config._attn_implementation} "
+            "attention) does not "
+            "keep the rows of a pack apart (a probe of two rows in one sequence came out otherwise "
+            "than each row "
             "alone); drop --packing: rows of like length are batched together anyway"
         )
 
@@ -111,23 +129,28 @@ def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
         return
     if options.pp > 1:
         raise ValueError(
-            f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be cut into pipeline stages; "
+            f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be cut "
+            "into pipeline stages; "
             "use --tp, or --plugin zero2 or gemini"
         )
     if options.plugin.startswith("gemini") and options.tp > 1:
         raise ValueError(
-            f"--tp {options.tp} with --plugin {options.plugin}: the gradients of a scalar head come out wrong there; "
+            f"--tp {options.tp} with --plugin {options.plugin}: the gradients of a scalar head "
+            "come out wrong there; "
             f"use --plugin 3d --tp {options.tp}, or --plugin {options.plugin} without --tp"
         )
     from colossalai.shardformer.policies import auto_policy
 
     original = auto_policy._fullname
     if not hasattr(original, "__wrapped__"):
-        auto_policy._fullname = wraps(original)(lambda model: original(getattr(model, "backbone", model)))
+        auto_policy._fullname = wraps(original)(
+            lambda model: original(getattr(model, "backbone", model))
+        )
 
 
 def make_plugin(options: ParallelOptions, custom_policy: Any = None):
-    """The ColossalAI plugin of ``options``. Raises ValueError for a key of ``plugin_args`` it does not know."""
+    """The ColossalAI plugin of ``options``. Raises ValueError for a key of ``plugin_args`` it does
+    not know."""
     from colossalai.booster import plugin as upstream
 
     row = PLUGINS[options.plugin]
@@ -137,9 +160,14 @@ def make_plugin(options: ParallelOptions, custom_policy: Any = None):
     for key in options.plugin_args:
         if key not in known:
             nearest = get_close_matches(key, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(sorted(known))}"
+            hint = (
+                f"did you mean {nearest[0]!r}?"
+                if nearest
+                else f"it takes {', '.join(sorted(known))}"
+            )
             raise ValueError(
-                f"--plugin_args: {row.upstream} of --plugin {options.plugin} has no keyword {key!r}; {hint}"
+                f"--plugin_args: {row.upstream} of --plugin {options.plugin} has no keyword "
+                f"{key!r}; {hint}"
             )
     keywords |= options.plugin_args
     if custom_policy is not None:
@@ -152,9 +180,11 @@ def _booster(plugin, options: ParallelOptions):
 
     if plugin.control_precision():
         return Booster(plugin=plugin)
-    from coati.parallel.amp import AutocastPrecision
+    from coati.parallel.compat.amp import AutocastPrecision
 
-    return Booster(plugin=plugin, mixed_precision=AutocastPrecision(options.precision, options.max_norm))
+    return Booster(
+        plugin=plugin, mixed_precision=AutocastPrecision(options.precision, options.max_norm)
+    )
 
 
 def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
@@ -165,13 +195,17 @@ def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
         if options.lora:
             model.enable_input_require_grads()
     for note in prepare_family(model, options):
-        say_once(note)
+        logger.warning_once(note)
     if options.pp > 1:
         model.config.use_cache = False
 
 
 def _optimizer(
-    model: nn.Module, options: ParallelOptions, lr: float, weight_decay: float, head_lr: float | None
+    model: nn.Module,
+    options: ParallelOptions,
+    lr: float,
+    weight_decay: float,
+    head_lr: float | None,
 ) -> torch.optim.Optimizer:
     parameters = _groups(model, head_lr)
     keywords = {"lr": lr, "betas": BETAS, "weight_decay": weight_decay}
@@ -180,8 +214,15 @@ def _optimizer(
 
         return HybridAdam(parameters, adamw_mode=True, **keywords)
     if torch.cuda.is_available():
-        say_once("the optimiser is PyTorch's AdamW: ColossalAI's own needs nvcc, ninja and g++ to be compiled here.")
-    fused = {"fused": True} if options.plugin not in ("zero2_cpu",) and not options.zero_cpu_offload else {}
+        logger.warning_once(
+            "the optimizer is PyTorch's AdamW: ColossalAI's own needs nvcc, ninja and g++ to be "
+            "compiled here."
+        )
+    fused = (
+        {"fused": True}
+        if options.plugin not in ("zero2_cpu",) and not options.zero_cpu_offload
+        else {}
+    )
     return partial(torch.optim.AdamW, **fused)(parameters, **keywords)
 
 
@@ -199,4 +240,8 @@ def can_compile() -> bool:
     """Whether ColossalAI's CUDA kernels could be compiled here: they are, at first use."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    return CUDA_HOME is not None and shutil.which("ninja") is not None and shutil.which("g++") is not None
+    return (
+        CUDA_HOME is not None
+        and shutil.which("ninja") is not None
+        and shutil.which("g++") is not None
+    )

@@ -5,11 +5,12 @@ from coati.utils.memory import in_units
 
 
 def estimate_memory(engine: Engine) -> str:
-    """One line: bytes of weights, gradients and optimiser states per process, from counts and the plugin's sharding.
+    """One line: bytes of weights, gradients and optimizer states per process, from counts and the
+    plugin's sharding.
 
-    Weights 2 (bf16, fp16) or 4 bytes a parameter; gradients the same for what is trained; AdamW 8 bytes, and 4 more for
-    fp32 masters. ``zero2`` shards the last two over the data-parallel processes, gemini all three; activations come
-    on top.
+    Weights 2 (bf16, fp16) or 4 bytes a parameter; gradients the same for what is trained; AdamW 8
+    bytes, and 4 more for fp32 masters. ``zero2`` shards the last two over the data-parallel
+    processes, gemini all three; activations come on top.
     """
     options, shares = engine.options, engine.mesh.dp_size
     if engine.mesh.sharded_forward:
@@ -29,6 +30,7 @@ def estimate_memory(engine: Engine) -> str:
     where = "host" if options.plugin == "zero2_cpu" or options.zero_cpu_offload else device
     held = f"{int(total):,} parameters held, {int(trained):,} trained"
     return (
-        f"memory per process before activations: weights {in_units(weights)} + gradients {in_units(gradients)} on the "
-        f"{device}, optimiser {in_units(states)} on the {where} ({held})"
+        f"memory per process before activations: weights {in_units(weights)} + gradients "
+        f"{in_units(gradients)} on the "
+        f"{device}, optimizer {in_units(states)} on the {where} ({held})"
     )

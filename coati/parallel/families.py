@@ -1,7 +1,7 @@
 """What ColossalAI 0.5.0 can split of each model family. Imports neither torch nor ColossalAI.
 
-A family is ``config.model_type``. Every "can" and every refusal here is a cell of docs/models.md, which a test writes
-from what tiny models did.
+A family is ``config.model_type``. Every "can" and every refusal here is a cell of docs/models.md,
+which a test writes from what tiny models did.
 """
 
 from typing import Any
@@ -38,10 +38,14 @@ _REASONS = {
     ("opt", SPLIT_GATHER): "ColossalAI 0.5.0 ignores it there",
     ("opt", RING): "ColossalAI 0.5.0 ignores it there",
     ("opt", ALL_TO_ALL): "ColossalAI 0.5.0 ignores it there",
-    ("chatglm", TP): "ColossalAI 0.5.0 cuts its joint query, key and value weights in the wrong place",
+    (
+        "chatglm",
+        TP,
+    ): "ColossalAI 0.5.0 cuts its joint query, key and value weights in the wrong place",
 }
 
-# Packs need a mask and positions of their own; there ColossalAI 0.5.0 makes others from the padding, or takes none.
+# Packs need a mask and positions of their own; there ColossalAI 0.5.0 makes others from the
+# padding, or takes none.
 _PACKS_PP, _PACKS_GEMINI_TP = "--packing with --pp", "--packing with --plugin gemini --tp"
 _NO_PACKS = {
     "mixtral": frozenset({_PACKS_PP}),
@@ -56,7 +60,7 @@ NOT_CHAT = {
     "deberta": "an encoder",
     "deberta-v2": "an encoder",
     "t5": "an encoder-decoder",
-    "whisper": "a speech recogniser",
+    "whisper": "a speech recognizer",
     "vit": "an image classifier",
     "sam": "an image segmenter",
     "blip-2": "an image captioner",
@@ -64,36 +68,45 @@ NOT_CHAT = {
 
 
 def check_family(config: Any, options: ParallelOptions) -> None:
-    """Raise ValueError, naming the flag and what to use instead, where ``options`` cannot train this family.
+    """Raise ValueError, naming the flag and what to use instead, where ``options`` cannot train
+    this family.
 
     ``config``: a model's configuration, so that it can be asked before weights are loaded.
     """
     family = config.model_type
     if family in NOT_CHAT:
         raise ValueError(
-            f"{family} is {NOT_CHAT[family]}, not a causal language model: it cannot learn to chat; "
+            f"{family} is {NOT_CHAT[family]}, not a causal language model: it cannot learn to "
+            "chat; "
             "use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
         )
     flags = _asked(options)
     if family not in SPLITS and (options.plugin == "3d" or flags):
         flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
         raise ValueError(
-            f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for them (it has for "
+            f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for "
+            "them (it has for "
             f"{', '.join(SPLITS)}); use --plugin zero2 or --plugin gemini without --tp"
         )
     for flag in sorted(flags - SPLITS.get(family, _ALL)):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
         reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
-        raise ValueError(f"{name} is not possible with {family} models: {reason}; {_instead(family)}")
+        raise ValueError(
+            f"{name} is not possible with {family} models: {reason}; {_instead(family)}"
+        )
     if family == "opt" and TP in flags and not getattr(config, "tie_word_embeddings", True):
         raise ValueError(
-            "--tp is not possible with OPT models whose output embedding is not the input embedding "
-            "(tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong logits; use --plugin zero2 or gemini"
+            "--tp is not possible with OPT models whose output embedding is not the input "
+            "embedding "
+            "(tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong logits; use "
+            "--plugin zero2 or gemini"
         )
     for flags in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
         raise ValueError(
-            f"{flags} is not possible with {family} models: ColossalAI 0.5.0 makes masks and positions of its own "
-            "there, which let the rows of a pack see each other; use --plugin zero2, or drop --packing"
+            f"{flags} is not possible with {family} models: ColossalAI 0.5.0 makes masks and "
+            "positions of its own "
+            "there, which let the rows of a pack see each other; use --plugin zero2, or drop "
+            "--packing"
         )
 
 
@@ -121,14 +134,17 @@ def _instead(family: str) -> str:
 
 
 def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
-    """Change ``model`` in place where its family needs it; return a sentence for each change a user should know."""
+    """Change ``model`` in place where its family needs it; return a sentence for each change a user
+    should know."""
     family = model.config.model_type
     eager = None
     if family == "opt" and (options.plugin == "3d" or options.tp > 1):
-        # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names only.
+        # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names
+        # only.
         eager = "ColossalAI 0.5.0 cannot split its SDPA attention"
     if family == "gpt2" and (options.plugin == "3d" or options.tp > 1):
-        # shardformer/modeling/gpt2.py:95 masks the padding only: eager attention adds the causal mask itself, SDPA not.
+        # shardformer/modeling/gpt2.py:95 masks the padding only: eager attention adds the causal
+        # mask itself, SDPA not.
         eager = "ColossalAI 0.5.0 gives its SDPA attention a mask that is not causal"
     if eager and model.config._attn_implementation != "eager":
         model.config._attn_implementation = "eager"
@@ -139,7 +155,8 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
 
 
 def _use_plain_linears(model: Any) -> None:
-    # FalconLinear multiplies by `weight.T`; Gemini sees a parameter only when it is handed to a function.
+    # FalconLinear multiplies by `weight.T`; Gemini sees a parameter only when it is handed to a
+    # function.
     from types import MethodType
 
     from torch import nn

@@ -1,4 +1,5 @@
-"""Joining the other processes: with a launcher's variables or, without any launcher, as a group of one."""
+"""Joining the other processes: with a launcher's variables or, without any launcher, as a group of
+one."""
 
 import os
 import random
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from coati.utils.notice import say
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class LaunchFailed(RuntimeError):
@@ -20,10 +23,11 @@ class LaunchFailed(RuntimeError):
 def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0) -> torch.device:
     """Join the process group and return this process's device.
 
-    Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no host name.
+    Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no
+    host name.
 
-    Raises:
-        LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s`` seconds.
+    Raises: LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
+        seconds.
     """
     device = _device()
     if not dist.is_initialized():
@@ -33,7 +37,9 @@ def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0)
             store, rank, world_size = _meet(handshake_s, timeout)
         else:
             store, rank, world_size = dist.HashStore(), 0, 1
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     set_seed(seed)
     return device
 
@@ -52,7 +58,8 @@ def _device() -> torch.device:
     found = torch.cuda.device_count()
     if local_rank >= found:
         raise LaunchFailed(
-            f"LOCAL_RANK {local_rank} needs {local_rank + 1} GPUs, this host shows {found}; lower --nproc_per_node or "
+            f"LOCAL_RANK {local_rank} needs {local_rank + 1} GPUs, this host shows {found}; lower "
+            "--nproc_per_node or "
             f"check CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}"
         )
     torch.cuda.set_device(local_rank)
@@ -61,10 +68,13 @@ def _device() -> torch.device:
 
 def _meet(handshake_s: float, timeout: timedelta):
     """Wait until every rank has signed in; ranks that do not are named instead of hung for."""
-    missing_variables = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing_variables = [
+        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
     if missing_variables:
         raise LaunchFailed(
-            f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or torchrun, or unset RANK "
+            f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or "
+            "torchrun, or unset RANK "
             "to run one process without a launcher"
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -74,7 +84,8 @@ def _meet(handshake_s: float, timeout: timedelta):
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchFailed(
-            f"rank {rank} on {socket.gethostname()}: no sign of rank 0 of {world_size} at {where} within "
+            f"rank {rank} on {socket.gethostname()}: no sign of rank 0 of {world_size} at {where} "
+            "within "
             f"{handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
         ) from error
     store.set(f"here/{rank}", socket.gethostname())
@@ -85,7 +96,8 @@ def _meet(handshake_s: float, timeout: timedelta):
     text = store.get("missing").decode() if _appears(store, "missing", end + handshake_s) else "0"
     if text:
         raise LaunchFailed(
-            f"rank {rank}: no sign of rank {text} of {world_size} within {handshake_s:.0f} s; look at its host's log, "
+            f"rank {rank}: no sign of rank {text} of {world_size} within {handshake_s:.0f} s; look "
+            "at its host's log, "
             "at --nproc_per_node (the same on every host) and at the firewall"
         )
     store.set_timeout(timeout)
@@ -93,13 +105,22 @@ def _meet(handshake_s: float, timeout: timedelta):
 
 
 def _store(rank: int, world_size: int, wait: timedelta):
-    """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is missing."""
+    """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is
+    missing."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(
-        host, port, world_size, rank == 0 and not hosted, wait, wait_for_workers=False, multi_tenant=True
+        host,
+        port,
+        world_size,
+        rank == 0 and not hosted,
+        wait,
+        wait_for_workers=False,
+        multi_tenant=True,
     )
-    return dist.PrefixStore(f"coati/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(
+        f"coati/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
 
 
 def _appears(store, key: str, end: float) -> bool:
@@ -117,10 +138,16 @@ def shut_down() -> None:
 
 
 def warn_of_threads() -> None:
-    """Say once when several processes of one host would each use every core (a CPU run without OMP_NUM_THREADS)."""
+    """Say once when several processes of one host would each use every core (a CPU run without
+    OMP_NUM_THREADS)."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not torch.cuda.is_available() and local > 1 and torch.get_num_threads() * local > (os.cpu_count() or 1):
-        say(
-            f"{local} processes x {torch.get_num_threads()} threads on {os.cpu_count()} cores slow each other down; "
+    if (
+        not torch.cuda.is_available()
+        and local > 1
+        and torch.get_num_threads() * local > (os.cpu_count() or 1)
+    ):
+        logger.info(
+            f"{local} processes x {torch.get_num_threads()} threads on {os.cpu_count()} cores slow "
+            "each other down; "
             f"set OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // local)}"
         )

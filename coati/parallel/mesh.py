@@ -1,4 +1,5 @@
-"""Where this process stands: which share of the data it gets, and whether its numbers are the ones to report."""
+"""Where this process stands: which share of the data it gets, and whether its numbers are the ones
+to report."""
 
 from dataclasses import dataclass
 
@@ -8,14 +9,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Mesh:
-    """``dp_rank`` of ``dp_size`` shares of the data; ``reports`` is true on one process per share (for a pipeline:
-    on its last stage)."""
+    """``dp_rank`` of ``dp_size`` shares of the data; ``reports`` is true on one process per share
+    (for a pipeline: on its last stage)."""
 
     dp_rank: int
     dp_size: int
-    reports: bool
+    is_loss_rank: bool
     last_stage: bool = True
-    first_of_stage: bool = True  # of the processes that hold the same layers of the same copy, the one that writes them
+    # Of the processes that hold the same layers of the same copy, the one that writes them
+    is_stage_writer: bool = True
     pp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
     sharded_forward: bool = False  # a forward gathers parameters from the other shares (ZeRO-3)
@@ -28,7 +30,7 @@ class Mesh:
             return cls._of_hybrid(plugin)
         if kind == "GeminiPlugin":
             return cls._of_gemini(plugin)
-        return cls(dist.get_rank(), dist.get_world_size(), reports=True)
+        return cls(dist.get_rank(), dist.get_world_size(), is_loss_rank=True)
 
     @classmethod
     def _of_hybrid(cls, plugin) -> "Mesh":
@@ -41,9 +43,9 @@ class Mesh:
         return cls(
             position[plugin.dp_axis],
             mesh.size(plugin.dp_axis),
-            reports=last and first_of_copy,
+            is_loss_rank=last and first_of_copy,
             last_stage=last,
-            first_of_stage=first_of_copy,
+            is_stage_writer=first_of_copy,
             pp_size=pp_size,
             tp_group=plugin.tp_group if plugin.tp_size > 1 else None,
         )
@@ -54,15 +56,16 @@ class Mesh:
         return cls(
             dist.get_rank() // size,
             plugin.dp_size,
-            reports=dist.get_rank() % size == 0,
-            first_of_stage=dist.get_rank() % size == 0,
+            is_loss_rank=dist.get_rank() % size == 0,
+            is_stage_writer=dist.get_rank() % size == 0,
             tp_group=plugin.tp_group if size > 1 else None,
             sharded_forward=True,
         )
 
 
 def inner_module(model: nn.Module) -> nn.Module:
-    """The user's module inside ColossalAI's and PyTorch's wrappers; a PEFT model stays a PEFT model."""
+    """The user's module inside ColossalAI's and PyTorch's wrappers; a PEFT model stays a PEFT
+    model."""
     from colossalai.interface import ModelWrapper
     from torch.nn.parallel import DistributedDataParallel
 

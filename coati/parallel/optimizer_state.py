@@ -1,4 +1,5 @@
-"""What decides a rank's next step and is in no weights file: optimiser, fp32 masters, loss scale, random states."""
+"""What decides a rank's next step and is in no weights file: optimizer, fp32 masters, loss scale,
+random states."""
 
 import random
 from typing import Any
@@ -21,14 +22,17 @@ def rank_state(engine: Engine) -> dict[str, Any]:
     return {
         "masters": [tensor.detach().cpu().clone() for tensor in master_tensors(engine)],
         "optimizer": optimizer.optim.state_dict(),
-        "scaler": None if scaler is None else {name: getattr(scaler, name) for name in SCALER_FIELDS},
+        "scaler": None
+        if scaler is None
+        else {name: getattr(scaler, name) for name in SCALER_FIELDS},
         "amp": None if amp is None else amp.state_dict(),
         "random": random_state(),
     }
 
 
 def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
-    """The inverse of :func:`rank_state`; the master weights come last, because loading weights rebuilt them."""
+    """The inverse of :func:`rank_state`; the master weights come last, because loading weights
+    rebuilt them."""
     optimizer = engine.optimizer
     scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
     if scaler is not None:
@@ -38,10 +42,14 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
         amp.load_state_dict(state["amp"])
     optimizer.optim.load_state_dict(state["optimizer"])
     masters = master_tensors(engine)
-    shapes = [tuple(tensor.shape) for tensor in masters], [tuple(tensor.shape) for tensor in state["masters"]]
+    shapes = (
+        [tuple(tensor.shape) for tensor in masters],
+        [tuple(tensor.shape) for tensor in state["masters"]],
+    )
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the optimiser state of rank {rank()} is of another model: shapes {shapes[1][:3]}..., here "
+            f"the optimizer state of rank {rank()} is of another model: shapes {shapes[1][:3]}..., "
+            "here "
             f"{shapes[0][:3]}..."
         )
     for mine, saved in zip(masters, state["masters"], strict=True):
@@ -52,20 +60,24 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
 
 
 def master_tensors(engine: Engine) -> list[Tensor]:
-    """This rank's fp32 master weights, in an order that the model alone decides; none for plugin ddp, whose
-    weights are saved whole."""
+    """This rank's fp32 master weights, in an order that the model alone decides; none for plugin
+    ddp, whose weights are saved whole."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "param_to_chunk16"):  # Gemini: one payload for each chunk that this rank updates
+    if hasattr(
+        optimizer, "param_to_chunk16"
+    ):  # Gemini: one payload for each chunk that this rank updates
         chunks = dict.fromkeys(optimizer.param_to_chunk16.values())
         return [(chunk.paired_chunk or chunk).payload for chunk in chunks]
     if engine.options.plugin == "ddp":
         return []
-    return [parameter.data for group in optimizer.optim.param_groups for parameter in group["params"]]
+    return [
+        parameter.data for group in optimizer.optim.param_groups for parameter in group["params"]
+    ]
 
 
 def refresh_working_weights(optimizer: Any) -> None:
-    """The weights that the model computes with := the masters. Vocabulary rows that tensor parallelism padded on are in
-    no weights file, and would otherwise differ after a resume."""
+    """The weights that the model computes with := the masters. Vocabulary rows that tensor
+    parallelism padded on are in no weights file, and would otherwise differ after a resume."""
     if hasattr(optimizer, "param_to_chunk16"):
         for chunk in optimizer.chunk16_set:
             if chunk.paired_chunk is not None:
@@ -74,7 +86,9 @@ def refresh_working_weights(optimizer: Any) -> None:
         from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 
         for group, masters in optimizer._master_param_groups_of_current_rank.items():
-            for working, master in zip(optimizer._working_param_groups[group], masters, strict=True):
+            for working, master in zip(
+                optimizer._working_param_groups[group], masters, strict=True
+            ):
                 padded = optimizer._working_param_to_padded_working_param[working]
                 shard = master.to(working.device).to(working.dtype)
                 all_gather_into_flat_tensor_nd(padded, shard, optimizer.param_to_pg[working])
@@ -85,8 +99,8 @@ def refresh_working_weights(optimizer: Any) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python's, NumPy's, PyTorch's and ColossalAI's tensor-parallel generators, readable with
-    weights_only."""
+    """States of Python's, NumPy's, PyTorch's and ColossalAI's tensor-parallel generators, readable
+    with weights_only."""
     _, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),

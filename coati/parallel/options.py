@@ -11,7 +11,8 @@ NO_CLIPPING = 1e30
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """Named values of the parallel flags (``--plugin``, ``--tp``, ...), independent of any parser."""
+    """Named values of the parallel flags (``--plugin``, ``--tp``, ...), independent of any
+    parser."""
 
     plugin: str = "zero2"
     precision: str | None = "fp32"  # None: follows the machine, decided later

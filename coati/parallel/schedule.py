@@ -5,22 +5,30 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from coati.utils.notice import say
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 FLOOR = 0.1  # of the peak learning rate, reached at the last step
 
 
-def cosine_with_warmup(optimizer: Optimizer, total_steps: int, warmup_steps: int | None = None) -> LambdaLR:
-    """Linear warm-up (t + 1) / warmup, then cosine to 0.1 of the peak at ``total_steps`` optimiser steps.
+def cosine_with_warmup(
+    optimizer: Optimizer, total_steps: int, warmup_steps: int | None = None
+) -> LambdaLR:
+    """Linear warm-up (t + 1) / warmup, then cosine to 0.1 of the peak at ``total_steps`` optimizer
+    steps.
 
-    ``warmup_steps`` None means 2.5% of ``total_steps``. A warm-up that leaves no step for the cosine is cut to half
-    the run, and said.
+    ``warmup_steps`` None means 2.5% of ``total_steps``. A warm-up that leaves no step for the
+    cosine is cut to half the run, and said.
     """
     if warmup_steps is None:
         warmup_steps = int(0.025 * total_steps)
     if warmup_steps >= total_steps > 1:
         cut = total_steps // 2
-        say(f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of this run: cut to {cut}.")
+        logger.info(
+            f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of this run: cut "
+            f"to {cut}."
+        )
         warmup_steps = cut
 
     def factor(step: int) -> float:

@@ -1,4 +1,5 @@
-"""Weights of any plugin as an ordinary Hugging Face directory: whole tensors, tied ones once, safetensors."""
+"""Weights of any plugin as an ordinary Hugging Face directory: whole tensors, tied ones once,
+safetensors."""
 
 import copy
 import re
@@ -12,8 +13,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from coati.parallel.atomic_dirs import make_folder, write_file
 from coati.parallel.engine import Engine
-from coati.parallel.files import make_folder, write_file
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.json_io import save_json
 
@@ -25,7 +26,8 @@ TEMPLATE_FILE = "conversation_template.json"
 class ModelAssets:
     """What belongs to a model beside its weights.
 
-    ``config`` is taken before boosting, which changes it; ``template`` is ``Conversation.to_config()`` or None.
+    ``config`` is taken before boosting, which changes it; ``template`` is
+    ``Conversation.to_config()`` or None.
     """
 
     config: Any
@@ -34,10 +36,13 @@ class ModelAssets:
     template: dict | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any = None, template: dict | None = None) -> "ModelAssets":
+    def of(
+        cls, model: nn.Module, tokenizer: Any = None, template: dict | None = None
+    ) -> "ModelAssets":
         config = copy.deepcopy(model.config)
         config.use_cache = True
-        # Written out, it would make transformers take eager attention for a choice when it loads the directory.
+        # Written out, it would make transformers take eager attention for a choice when it loads
+        # the directory.
         config._attn_implementation_autoset = False
         return cls(config, getattr(model, "generation_config", None), tokenizer, template)
 
@@ -48,8 +53,8 @@ def is_lora(engine: Engine) -> bool:
 
 
 def gather(engine: Engine) -> dict[str, Tensor]:
-    """Whole, unpadded CPU tensors by name: all of them on rank 0, or under a pipeline each stage's on its first rank;
-    empty elsewhere. Every rank must call it."""
+    """Whole, unpadded CPU tensors by name: all of them on rank 0, or under a pipeline each stage's
+    on its first rank; empty elsewhere. Every rank must call it."""
     if type(engine.plugin).__name__ == "GeminiPlugin":
         tensors: dict[str, Tensor] = {}
         for shard, _ in engine.model.state_dict_shard(max_shard_size=1024, only_rank_0=True):
@@ -57,7 +62,7 @@ def gather(engine: Engine) -> dict[str, Tensor]:
         return tensors if is_rank_0() else {}
     if hasattr(engine.model, "_force_wait_all_gather"):
         engine.model._force_wait_all_gather()
-    writes = engine.mesh.dp_rank == 0 and engine.mesh.first_of_stage
+    writes = engine.mesh.dp_rank == 0 and engine.mesh.is_stage_writer
     mine = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         whole = _whole(tensor)
@@ -67,10 +72,11 @@ def gather(engine: Engine) -> dict[str, Tensor]:
 
 
 def merged_weights(engine: Engine) -> dict[str, Tensor]:
-    """:func:`gather`, adapters merged into the weights that they adapt: the names and tensors of the plain model."""
+    """:func:`gather`, adapters merged into the weights that they adapt: the names and tensors of
+    the plain model."""
     if not is_lora(engine):
         return gather(engine)
-    from coati.models.lora import merged
+    from coati.models.lora.lora import merged
 
     with merged(engine.module):
         return _without_adapters(gather(engine))
@@ -81,7 +87,8 @@ def _without_adapters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    # ColossalAI replaces .detach and .clone of gathered tensors by ones that keep their process group.
+    # ColossalAI replaces .detach and .clone of gathered tensors by ones that keep their process
+    # group.
     return Tensor.detach(tensor).as_subclass(Tensor).clone().cpu()
 
 
@@ -94,15 +101,18 @@ def _whole(tensor: Tensor) -> Tensor:
     return to_unpadded_tensor(tensor) if is_padded_tensor(tensor) else tensor
 
 
-def save_model(engine: Engine, folder: Path, assets: ModelAssets, *, merge_lora: bool = False) -> None:
-    """Write ``folder`` so that transformers (or, with adapters and without ``merge_lora``, peft) loads it.
+def save_model(
+    engine: Engine, folder: Path, assets: ModelAssets, *, merge_lora: bool = False
+) -> None:
+    """Write ``folder`` so that transformers (or, with adapters and without ``merge_lora``, peft)
+    loads it.
 
     Every rank must call it. Raises OSError on the rank whose disk is full.
     """
     make_folder(folder)
     config = assets.config
     if is_lora(engine) and merge_lora:
-        from coati.models.lora import merged
+        from coati.models.lora.lora import merged
 
         with merged(engine.module):
             config = ModelAssets.of(engine.module.get_base_model()).config
@@ -127,9 +137,12 @@ def _plain_name(name: str) -> str:
 
 
 def _save_adapter(engine: Engine, folder: Path, tensors: dict[str, Tensor]) -> None:
-    from coati.models.lora_files import save_lora
+    from coati.models.lora.adapter_files import save_lora
 
-    write_file(folder / "adapter_model.safetensors", lambda path: save_lora(engine.module, path.parent, tensors))
+    write_file(
+        folder / "adapter_model.safetensors",
+        lambda path: save_lora(engine.module, path.parent, tensors),
+    )
 
 
 def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module: nn.Module) -> None:
@@ -147,23 +160,34 @@ def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module:
         if tensors
         else []
     )
-    everyone = all_gather_object([[(name, t.numel() * t.element_size()) for name, t in s.items()] for s in shards])
+    everyone = all_gather_object(
+        [[(name, t.numel() * t.element_size()) for name, t in s.items()] for s in shards]
+    )
     total, before = sum(map(len, everyone)), sum(map(len, everyone[: dist.get_rank()]))
     for index, shard in enumerate(shards):
         path = folder / _shard_name(before + index, total)
-        write_file(path, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        write_file(
+            path, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"})
+        )
     if is_rank_0() and total > 1:
-        listed = [(names, _shard_name(i, total)) for i, names in enumerate(n for rank in everyone for n in rank)]
+        listed = [
+            (names, _shard_name(i, total))
+            for i, names in enumerate(n for rank in everyone for n in rank)
+        ]
         weight_map = {name: file for names, file in listed for name, _ in names}
         size = sum(bytes_ for names, _ in listed for _, bytes_ in names)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_file(folder / "model.safetensors.index.json", lambda path: save_json(index, path))
     if tensors:
-        config.torch_dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+        config.torch_dtype = next(
+            (t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32
+        )
 
 
 def _shard_name(index: int, total: int) -> str:
-    return "model.safetensors" if total == 1 else f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+    return (
+        "model.safetensors" if total == 1 else f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+    )
 
 
 def _save_assets(folder: Path, assets: ModelAssets, config: Any | None) -> None:
@@ -171,9 +195,13 @@ def _save_assets(folder: Path, assets: ModelAssets, config: Any | None) -> None:
         write_file(folder / "config.json", lambda path: config.save_pretrained(path.parent))
         if assets.generation_config is not None:
             write_file(
-                folder / "generation_config.json", lambda path: assets.generation_config.save_pretrained(path.parent)
+                folder / "generation_config.json",
+                lambda path: assets.generation_config.save_pretrained(path.parent),
             )
     if assets.tokenizer is not None:
-        write_file(folder / "tokenizer_config.json", lambda path: assets.tokenizer.save_pretrained(path.parent))
+        write_file(
+            folder / "tokenizer_config.json",
+            lambda path: assets.tokenizer.save_pretrained(path.parent),
+        )
     if assets.template is not None:
         write_file(folder / TEMPLATE_FILE, lambda path: save_json(assets.template, path))

@@ -1,4 +1,5 @@
-"""Rewards that are computed, not learnt: a registry by name, and functions of the user's own files."""
+"""Rewards that are computed, not learned: a registry by name, and functions of the user's own
+files."""
 
 from coati.utils.lazy import lazy_exports
 
@@ -8,8 +9,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Rewards": "scorer",
         "Scored": "scorer",
         "Responses": "responses",
-        "REWARDS": "names",
-        "check_rewards": "names",
+        "REWARDS": "registry",
+        "check_rewards": "registry",
         "gsm8k_reward_fn": "functions",
         "math_competition_reward_fn": "functions",
         "extract_solution": "tags",

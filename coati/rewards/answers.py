@@ -1,4 +1,5 @@
-"""Final answers: found in a text, and compared as a mathematician would rather than letter by letter."""
+"""Final answers: found in a text, and compared as a mathematician would rather than letter by
+letter."""
 
 import re
 from fractions import Fraction
@@ -8,7 +9,9 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _MARKED = re.compile(r"(?:####|\banswer\s*(?:is|:|=))\s*:?\s*([^\n]+)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?")
 # What only lays an expression out, or names a unit, and says nothing of its value.
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|limits|big[lr]?|Big[lr]?|,|;|!|:|\s)|[$~]|\\(?=\()|\\(?=\))")
+_LAYOUT = re.compile(
+    r"\\(?:left|right|displaystyle|limits|big[lr]?|Big[lr]?|,|;|!|:|\s)|[$~]|\\(?=\()|\\(?=\))"
+)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNITS = re.compile(
     r"(?<=[\d}])\s*(?:\\%|%|\^?\{?\\circ\}?|°|degrees?|dollars?|cents?|units?|(?:square|cubic)?\s*"
@@ -34,24 +37,29 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that a response ends on: the last ``\boxed``, else what follows the last "####" or "answer is", else
-    its last number; None where there is none of them."""
+    r"""The answer that a response ends on: the last ``\boxed``, else what follows the last "####"
+    or "answer is", else its last number; None where there is none of them."""
     if (inside := boxed(text)) is not None:
         return inside
     if marked := _MARKED.findall(text):
-        return _NUMBER.search(marked[-1]).group() if _NUMBER.search(marked[-1]) else marked[-1].strip(" .*")
+        return (
+            _NUMBER.search(marked[-1]).group()
+            if _NUMBER.search(marked[-1])
+            else marked[-1].strip(" .*")
+        )
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 
 def whole_number(text: str | None) -> int | None:
     """The integer that ``text`` is (1,234 and $7 and 3.0 are), or None."""
-    number = None if text is None else _value(normalise(text))
+    number = None if text is None else _value(normalize(text))
     return int(number) if number is not None and number.denominator == 1 else None
 
 
-def normalise(answer: str) -> str:
-    r"""``answer`` in one spelling: no layout, units, thousands separators or blanks, fractions as ``\frac{a}{b}``."""
+def normalize(answer: str) -> str:
+    r"""``answer`` in one spelling: no layout, units, thousands separators or blanks, fractions as
+    ``\frac{a}{b}``."""
     inside = boxed(answer)
     text = (answer if inside is None else inside).strip().rstrip(".")
     text = _LAYOUT.sub("", _TEXT.sub(r"\1", text)).replace("−", "-").replace("\\\\", "\\")
@@ -65,10 +73,14 @@ def normalise(answer: str) -> str:
 
 
 def _value(normal: str) -> Fraction | None:
-    """The exact number that a normalised answer is, or None."""
+    """The exact number that a normalized answer is, or None."""
     if mixed := _MIXED.match(normal):
         sign, whole, above, below = mixed.groups()
-        return None if int(below) == 0 else (-1 if sign else 1) * (int(whole) + Fraction(int(above), int(below)))
+        return (
+            None
+            if int(below) == 0
+            else (-1 if sign else 1) * (int(whole) + Fraction(int(above), int(below)))
+        )
     plain = re.sub(r"^(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}$", r"\1\2/\3", normal).replace("--", "")
     if not re.fullmatch(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:/-?\d+)?", plain) or len(plain) > 60:
         return None
@@ -77,14 +89,16 @@ def _value(normal: str) -> Fraction | None:
 
 
 def same_answer(one: str, other: str) -> bool:
-    r"""Whether two answers are equal: as exact numbers (1/2, 0.5, \frac12), element by element in tuples, lists and
-    sets, or in their normal spelling. 1/3 and 0.333 are not."""
-    one, other = normalise(one), normalise(other)
+    r"""Whether two answers are equal: as exact numbers (1/2, 0.5, \frac12), element by element in
+    tuples, lists and sets, or in their normal spelling. 1/3 and 0.333 are not."""
+    one, other = normalize(one), normalize(other)
     if one == other:
         return one != ""
     first, second = _elements(one), _elements(other)
     if first is not None and second is not None:
-        return first[0] == second[0] and _same_elements(first[1], second[1], ordered=first[0] != "{}")
+        return first[0] == second[0] and _same_elements(
+            first[1], second[1], ordered=first[0] != "{}"
+        )
     values = _value(one), _value(other)
     return values[0] is not None and values[0] == values[1]
 

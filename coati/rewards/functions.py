@@ -1,4 +1,5 @@
-"""The registered rewards: one response to one number. :mod:`coati.rewards.names` is their table."""
+"""The registered rewards: one response to one number. :mod:`coati.rewards.registry` is their
+table."""
 
 import inspect
 
@@ -12,8 +13,8 @@ RIGHT, WELL_FORMED = 10.0, 1.0
 def gsm8k_reward_fn(response: str, gt_answer: str, tags: dict | None = None) -> float:
     """10 for the right whole number, 1 for another one in due form, else 0.
 
-    With ``tags`` (response_format_tags) due form means their structure, and the answer stands in the answer tags;
-    without, it is the number that the response ends on.
+    With ``tags`` (response_format_tags) due form means their structure, and the answer stands in
+    the answer tags; without, it is the number that the response ends on.
     """
     answer = _answer(response, tags)
     number = None if answer is None else whole_number(answer)
@@ -23,8 +24,8 @@ def gsm8k_reward_fn(response: str, gt_answer: str, tags: dict | None = None) -> 
 
 
 def math_competition_reward_fn(response: str, gt_answer: str, tags: dict | None = None) -> float:
-    """10 for an answer equal to ``gt_answer`` (:func:`~coati.rewards.answers.same_answer`), 1 for any in due form, else
-    0; form as for :func:`gsm8k_reward_fn`."""
+    """10 for an answer equal to ``gt_answer`` (:func:`~coati.rewards.answers.same_answer`), 1 for
+    any in due form, else 0; form as for :func:`gsm8k_reward_fn`."""
     answer = _answer(response, tags)
     if not answer:
         return 0.0
@@ -43,7 +44,9 @@ def length_reward_fn(length: int, max_new_tokens: int) -> float:
 
 def _answer(response: str, tags: dict | None) -> str | None:
     if tags is None:
-        solution = extract_solution(response)  # with the usual tags where the model writes them anyway
+        solution = extract_solution(
+            response
+        )  # with the usual tags where the model writes them anyway
         return final_answer(response) if solution is None else final_answer(solution) or solution
     if not validate_response_structure(response, tags):
         return None
@@ -56,7 +59,8 @@ def _truth(gt_answer: str) -> str:
 
 
 def per_row(name: str, batch: Responses, row: int) -> float:
-    """The registered reward function ``name`` of one response of a batch, given what its arguments name."""
+    """The registered reward function ``name`` of one response of a batch, given what its arguments
+    name."""
     function = globals()[name]
     known = {
         "response": batch.responses[row],
@@ -65,4 +69,6 @@ def per_row(name: str, batch: Responses, row: int) -> float:
         "length": batch.lengths[row],
         "max_new_tokens": batch.max_new_tokens,
     }
-    return function(**{argument: known[argument] for argument in inspect.signature(function).parameters})
+    return function(
+        **{argument: known[argument] for argument in inspect.signature(function).parameters}
+    )

@@ -41,7 +41,11 @@ class Responses:
 
     def columns(self) -> dict[str, list]:
         """The lists by name."""
-        return {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), list)}
+        return {
+            each.name: value
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), list)
+        }
 
     def row(self, index: int) -> "Responses":
         """A batch of this one response."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coati.rewards.functions import per_row
-from coati.rewards.names import REWARDS, check_rewards, file_and_function, is_file
+from coati.rewards.registry import REWARDS, check_rewards, file_and_function, is_file
 from coati.rewards.responses import Responses
 from coati.rewards.tags import check_tags
 from coati.rewards.time_limit import Overrun, time_limit
@@ -20,8 +20,8 @@ _SHORT.maxstring = _SHORT.maxother = 160
 
 @dataclass(frozen=True)
 class Scored:
-    """``total``: the weighted sum of each response, which is what is trained on. ``parts``: name -> the numbers of that
-    function, unweighted, for the log."""
+    """``total``: the weighted sum of each response, which is what is trained on. ``parts``: name ->
+    the numbers of that function, unweighted, for the log."""
 
     total: list[float]
     parts: dict[str, list[float]]
@@ -30,15 +30,14 @@ class Scored:
 class Rewards:
     """The reward functions of a run.
 
-    Args:
-        names: of :data:`~coati.rewards.names.REWARDS`, or ``path.py:function``.
-        weights: one for each name; by default 1.
-        tags: response_format_tags of the conversation template; with them answers count in due form only.
-        timeout: seconds that one function may take for a batch; None: no limit.
+    Args: names: of :data:`~coati.rewards.registry.REWARDS`, or ``path.py:function``. weights: one
+        for each name; by default 1. tags: response_format_tags of the conversation template; with
+        them answers count in due form only. timeout: seconds that one function may take for a
+        batch; None: no limit.
 
-    Raises:
-        ValueError: for what :func:`~coati.rewards.names.check_rewards` and
-            :func:`~coati.rewards.user_function.load_function` refuse, and tags that are wrong or missing.
+    Raises: ValueError: for what :func:`~coati.rewards.registry.check_rewards` and
+        :func:`~coati.rewards.user_function.load_function` refuse, and tags that are wrong or
+        missing.
     """
 
     def __init__(
@@ -50,13 +49,16 @@ class Rewards:
     ) -> None:
         resolved = check_rewards(names, weights)
         if not resolved:
-            raise ValueError(f"no reward function is named; there are {', '.join(REWARDS)}, and path.py:function")
+            raise ValueError(
+                f"no reward function is named; there are {', '.join(REWARDS)}, and path.py:function"
+            )
         if tags is not None:
             check_tags(tags)
         for name in resolved:
             if name in REWARDS and REWARDS[name].tags and tags is None:
                 raise ValueError(
-                    f"reward {name} looks for the tags of a response, and the conversation template has no "
+                    f"reward {name} looks for the tags of a response, and the conversation "
+                    "template has no "
                     "response_format_tags; add them to the template file, or leave the reward out"
                 )
         self.tags, self.timeout = tags, timeout
@@ -65,33 +67,47 @@ class Rewards:
         self._functions = dict(zip(self.weights, map(_function, resolved), strict=True))
 
     def __call__(self, batch: Responses) -> Scored:
-        """Score ``batch``. Raises ValueError, naming the function and the response, for a function that raises, takes
-        too long, or returns anything but one finite number per response."""
+        """Score ``batch``. Raises ValueError, naming the function and the response, for a function
+        that raises, takes too long, or returns anything but one finite number per response."""
         if batch.tags is None and self.tags is not None:
-            batch = Responses(**batch.columns(), max_new_tokens=batch.max_new_tokens, tags=self.tags)
-        parts = {label: self._numbers(label, function, batch) for label, function in self._functions.items()}
-        weighted = [[self.weights[label] * value for value in values] for label, values in parts.items()]
+            batch = Responses(
+                **batch.columns(), max_new_tokens=batch.max_new_tokens, tags=self.tags
+            )
+        parts = {
+            label: self._numbers(label, function, batch)
+            for label, function in self._functions.items()
+        }
+        weighted = [
+            [self.weights[label] * value for value in values] for label, values in parts.items()
+        ]
         return Scored([sum(values) for values in zip(*weighted, strict=True)], parts)
 
-    def _numbers(self, label: str, function: Callable[[Responses], Any], batch: Responses) -> list[float]:
+    def _numbers(
+        self, label: str, function: Callable[[Responses], Any], batch: Responses
+    ) -> list[float]:
         try:
             with time_limit(self.timeout):
                 result = function(batch)
         except Overrun as error:
             row = _first(function, batch, self.timeout / max(len(batch), 1))
             raise ValueError(
-                f"reward {label} took longer than {self.timeout:g} s for {len(batch)} responses{_at(batch, row)}"
+                f"reward {label} took longer than {self.timeout:g} s for {len(batch)} "
+                f"responses{_at(batch, row)}"
             ) from error
         except Exception as error:
             row = _first(function, batch, self.timeout)
-            raise ValueError(f"reward {label} raised {described(error)}{_at(batch, row)}") from error
+            raise ValueError(
+                f"reward {label} raised {described(error)}{_at(batch, row)}"
+            ) from error
         return _checked(label, result, batch)
 
 
 def _labels(names: list[str]) -> list[str]:
     """What each is logged as: a file's function by its own name unless two are called alike."""
     short = [file_and_function(name)[1] if is_file(name) else name for name in names]
-    return [name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)]
+    return [
+        name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)
+    ]
 
 
 def _function(name: str) -> Callable[[Responses], Any]:
@@ -103,7 +119,10 @@ def _registered(name: str) -> Callable[[Responses], list[float]]:
 
     def call(batch: Responses) -> list[float]:
         if entry.gt_answer and None in batch.gt_answers:
-            raise ValueError("the row has no gt_answer to compare with; prepare the prompts with one in every row")
+            raise ValueError(
+                "the row has no gt_answer to compare with; prepare the prompts with one in every "
+                "row"
+            )
         if name == "length" and not batch.max_new_tokens:
             raise ValueError("the batch does not say how long a response may be (max_new_tokens)")
         return [per_row(entry.function, batch, row) for row in range(len(batch))]
@@ -111,7 +130,9 @@ def _registered(name: str) -> Callable[[Responses], list[float]]:
     return call
 
 
-def _first(function: Callable[[Responses], Any], batch: Responses, limit: float | None) -> int | None:
+def _first(
+    function: Callable[[Responses], Any], batch: Responses, limit: float | None
+) -> int | None:
     """The first response that fails alone too, or None."""
     return next((row for row in range(len(batch)) if _fails(function, batch.row(row), limit)), None)
 
@@ -139,17 +160,23 @@ def _sample(batch: Responses, row: int) -> str:
 def _checked(label: str, result: Any, batch: Responses) -> list[float]:
     """``result`` as a list of finite floats, one per response; tensors and arrays are taken too."""
     values = result.tolist() if hasattr(result, "tolist") else result
-    kind, wanted = type(result).__name__, f"expected a list of {len(batch)} numbers, one per response"
+    kind, wanted = (
+        type(result).__name__,
+        f"expected a list of {len(batch)} numbers, one per response",
+    )
     if not isinstance(values, list | tuple):
         raise ValueError(f"reward {label} returned {_SHORT.repr(result)} ({kind}); {wanted}")
     if len(values) != len(batch):
-        raise ValueError(f"reward {label} returned {len(values)} values ({_SHORT.repr(values)}); {wanted}")
+        raise ValueError(
+            f"reward {label} returned {len(values)} values ({_SHORT.repr(values)}); {wanted}"
+        )
     numbers = []
     for row, value in enumerate(values):
         value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(
-                f"reward {label} returned {_SHORT.repr(value)} ({type(value).__name__}) for {_sample(batch, row)}; "
+                f"reward {label} returned {_SHORT.repr(value)} ({type(value).__name__}) for "
+                f"{_sample(batch, row)}; "
                 "expected a finite number"
             )
         numbers.append(float(value))

@@ -1,11 +1,14 @@
-"""A limit on how long foreign code may take, enforced from within, so that a regular expression cannot hang a run."""
+"""A limit on how long foreign code may take, enforced from within, so that a regular expression
+cannot hang a run."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from coati.utils.notice import say_once
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class Overrun(BaseException):
@@ -21,8 +24,13 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        say_once("reward functions run without a time limit here: it needs the main thread of a Unix process")
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        logger.warning_once(
+            "reward functions run without a time limit here: it needs the main thread of a Unix "
+            "process"
+        )
         yield
         return
 

@@ -1,8 +1,9 @@
 """Reward functions of a user's own file, ``path.py:function``.
 
-The function is called with keywords, those of the following that it names, or all when it takes ``**keywords``:
-prompts, responses (also as completions), gt_answers, lengths, stopped, max_new_tokens, tags; see
-:class:`~coati.rewards.responses.Responses`. It returns one number per response.
+The function is called with keywords, those of the following that it names, or all when it takes
+``**keywords``: prompts, responses (also as completions), gt_answers, lengths, stopped,
+max_new_tokens, tags; see :class:`~coati.rewards.responses.Responses`. It returns one number per
+response.
 """
 
 import importlib.util
@@ -11,17 +12,26 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from coati.rewards.names import file_and_function
+from coati.rewards.registry import file_and_function
 from coati.rewards.responses import Responses
 
-KEYWORDS = ("prompts", "responses", "completions", "gt_answers", "lengths", "stopped", "max_new_tokens", "tags")
+KEYWORDS = (
+    "prompts",
+    "responses",
+    "completions",
+    "gt_answers",
+    "lengths",
+    "stopped",
+    "max_new_tokens",
+    "tags",
+)
 
 
 def load_function(name: str) -> Callable[[Responses], Any]:
     """The function that ``path.py:function`` names, ready to be called with a batch.
 
-    Raises ValueError when the file cannot be run, or the function is not there, not callable, or wants an argument that
-    nobody gives.
+    Raises ValueError when the file cannot be run, or the function is not there, not callable, or
+    wants an argument that nobody gives.
     """
     path, attribute = file_and_function(name)
     module_name = f"coati_reward_{path.stem}_{abs(hash(path.resolve()))}"
@@ -42,7 +52,10 @@ def load_function(name: str) -> Callable[[Responses], Any]:
     wanted = _wanted(name, function)
 
     def call(batch: Responses) -> Any:
-        known = {**{key: getattr(batch, key, None) for key in KEYWORDS}, "completions": batch.responses}
+        known = {
+            **{key: getattr(batch, key, None) for key in KEYWORDS},
+            "completions": batch.responses,
+        }
         return function(**{key: known[key] for key in wanted})
 
     return call
@@ -52,13 +65,20 @@ def _wanted(name: str, function: Callable) -> list[str]:
     """Which of :data:`KEYWORDS` the function takes."""
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    named = [
+        each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    ]
     positional = [each.name for each in parameters if each.kind is each.POSITIONAL_ONLY]
-    unknown = [each.name for each in named if each.name not in KEYWORDS and each.default is each.empty] + positional
+    unknown = [
+        each.name for each in named if each.name not in KEYWORDS and each.default is each.empty
+    ] + positional
     wanted = list(KEYWORDS) if takes_all else [each.name for each in named if each.name in KEYWORDS]
     if unknown or not wanted:
         found = f"wants {', '.join(unknown)}" if unknown else "takes none of them"
-        raise ValueError(f"reward {name}: the function is called with {', '.join(KEYWORDS)} as keywords; it {found}")
+        raise ValueError(
+            f"reward {name}: the function is called with {', '.join(KEYWORDS)} as keywords; it "
+            f"{found}"
+        )
     return wanted
 
 

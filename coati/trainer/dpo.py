@@ -1,34 +1,37 @@
-"""Direct preference optimisation and its family: a pairwise loss of policy and reference log-probs."""
+"""Direct preference optimization and its family: a pairwise loss of policy and reference
+log-probs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coati.models.head import gather_token_logprobs
+from coati.models.head import scatter_token_logprobs
 from coati.models.loss import PairwiseSettings, masked_mean, masked_sum, pairwise_loss
-from coati.models.loss_names import LOSS_TYPES
+from coati.models.loss_registry import LOSS_TYPES
 from coati.parallel.engine import Engine
-from coati.parallel.reference import Reference
-from coati.parallel.step import Batch, Step
+from coati.parallel.inference_model import InferenceModel
+from coati.parallel.objective import Batch, Step
+from coati.trainer.monitor.preference_checks import moments
 from coati.trainer.preference import PreferenceTrainer, RowLogps, in_order, sides, supervised
-from coati.trainer.signs import moments
 
-# How far the first loss may be from what a policy that is its reference has, relative to it, by precision.
+# How far the first loss may be from what a policy that is its reference has, relative to it, by
+# precision.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 
 
 class DPOTrainer(PreferenceTrainer):
     """Takes what ``booster.boost`` returned, or an :class:`~coati.parallel.engine.Engine`.
 
-    Args:
-        ref_model: a plain frozen model; or ``reference``, a :class:`~coati.parallel.reference.Reference`. Without
-            either, batches hold ``chosen_reference`` and ``reject_reference`` (B,), or there is no reference.
-        loss_type: a name of :data:`~coati.models.loss_names.LOSS_TYPES`; its beta and gamma hold where they are None.
-        length_normalization: log-probs are means over a row's supervised tokens.
-        sft_coef: a of + a x the mean negative log-prob of the chosen answer's tokens.
-        ld_alpha: of the longer answer of a pair, tokens beyond the shorter's length count this much.
-        starts_at_reference: the policy is the reference at step 0, so the first loss is known and checked.
+    Args: ref_model: a plain frozen model; or ``reference``, a
+        :class:`~coati.parallel.inference_model.InferenceModel`. Without either, batches hold
+        ``chosen_reference`` and ``reject_reference`` (B,), or there is no reference. loss_type: a
+        name of :data:`~coati.models.loss_registry.LOSS_TYPES`; its beta and gamma hold where they
+        are None. length_normalization: log-probs are means over a row's supervised tokens.
+        sft_coef: a of + a x the mean negative log-prob of the chosen answer's tokens. ld_alpha: of
+        the longer answer of a pair, tokens beyond the shorter's length count this much.
+        starts_at_reference: the policy is the reference at step 0, so the first loss is known and
+        checked.
     """
 
     name = "dpo"
@@ -48,7 +51,7 @@ class DPOTrainer(PreferenceTrainer):
         length_normalization: bool = False,
         *,
         engine: Engine | None = None,
-        reference: Reference | None = None,
+        reference: InferenceModel | None = None,
         loss_type: str = "dpo_loss",
         label_smoothing: float = 0.0,
         sft_coef: float = 0.0,
@@ -56,13 +59,19 @@ class DPOTrainer(PreferenceTrainer):
         starts_at_reference: bool = False,
         **keywords: Any,
     ) -> None:
-        super().__init__(engine or Engine(booster, actor, actor_optim, actor_lr_scheduler), max_epochs, **keywords)
+        super().__init__(
+            engine or Engine(booster, actor, actor_optim, actor_lr_scheduler),
+            max_epochs,
+            **keywords,
+        )
         row = LOSS_TYPES[loss_type]
         self.settings = PairwiseSettings(
-            row.beta if beta is None else beta, row.gamma if gamma is None else gamma, label_smoothing
+            row.beta if beta is None else beta,
+            row.gamma if gamma is None else gamma,
+            label_smoothing,
         )
         self.row_logps = RowLogps(row.averaged or length_normalization, ld_alpha)
-        self.reference = reference if ref_model is None else Reference.plain(ref_model)
+        self.reference = reference if ref_model is None else InferenceModel.plain(ref_model)
         self.pairwise, self.loss_type, self.sft_coef = pairwise_loss(loss_type), loss_type, sft_coef
         self.starts_at_reference = starts_at_reference
 
@@ -73,7 +82,7 @@ class DPOTrainer(PreferenceTrainer):
         return rows
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens, mask = gather_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch)
+        tokens, mask = scatter_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch)
         scores, both = self.row_logps(tokens, mask), batch["counted"]
         gained = scores - batch["reference"] if "reference" in batch else scores
         chosen, rejected = sides(gained)
@@ -98,10 +107,13 @@ class DPOTrainer(PreferenceTrainer):
         return [*self._first_loss(step), *super().observe(step)]
 
     def _first_loss(self, step: Step) -> list[str]:
-        """At the first step, how its loss differs from that of a policy that is its reference, and the likely cause."""
+        """At the first step, how its loss differs from that of a policy that is its reference, and
+        the likely cause."""
         expected, gamma = LOSS_TYPES[self.loss_type].at_reference, self.settings.gamma
-        known = self.starts_at_reference and expected is not None and not gamma and not self.sft_coef
-        if self.state.step != 1 or not known or not step.units:
+        known = (
+            self.starts_at_reference and expected is not None and not gamma and not self.sft_coef
+        )
+        if self.state.step != 1 or not known or not step.num_terms:
             return []
         wanted = expected(self.settings.beta)
         if abs(step.loss - wanted) <= TOLERANCE[self.engine.options.precision or "fp32"] * wanted:
@@ -111,8 +123,11 @@ class DPOTrainer(PreferenceTrainer):
         elif self.engine.options.lora:
             cause = "adapters that do not start at zero, or dropout in the model's own code"
         else:
-            cause = "dropout in the model's own code, or a reference from other weights than --pretrain"
+            cause = (
+                "dropout in the model's own code, or a reference from other weights than --pretrain"
+            )
         return [
-            f"the first loss is {step.loss:.4f}, a policy that is its own reference has {wanted:.4f}: policy and "
+            f"the first loss is {step.loss:.4f}, a policy that is its own reference has "
+            f"{wanted:.4f}: policy and "
             f"reference differ before anything is trained. Likely: {cause}"
         ]

@@ -1,4 +1,5 @@
-"""The only loop for data that the policy makes itself: collect, update, report, episode after episode."""
+"""The only loop for data that the policy makes itself: collect, update, report, episode after
+episode."""
 
 import time
 from collections.abc import Callable
@@ -7,29 +8,37 @@ from itertools import islice
 from typing import Any
 
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
-from coati.experience_maker.batches import sum_over
-from coati.experience_maker.collected import Collected
 from coati.experience_maker.experience import collect_rows
 from coati.experience_maker.maker import NaiveExperienceMaker
+from coati.experience_maker.model_inputs import sum_over
+from coati.experience_maker.rollout_batch import RolloutBatch
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
-from coati.parallel.step import Batch, NonFiniteLoss, Part, Step
+from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
-from coati.trainer.bar import Bar
-from coati.trainer.base import Plan
-from coati.trainer.online_record import Record
-from coati.trainer.policy import CriticHooks, PolicyHooks, PolicySettings, PretrainingHooks
-from coati.trainer.stop import StopRequest
+from coati.trainer.base import RunSchedule
+from coati.trainer.monitor.rl_reporter import RLReporter
+from coati.trainer.policy_objective import (
+    PolicyObjective,
+    PolicySettings,
+    PtxObjective,
+    ValueObjective,
+)
+from coati.trainer.progress import ProgressBar
+from coati.trainer.stop import GracefulStop
 from coati.utils.distributed import any_rank
-from coati.utils.notice import say
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Episodes:
     """How long a run is and how its episodes are cut.
 
-    ``windows``: optimiser steps of one pass over what an episode collects
-    (:func:`~coati.experience_buffer.equation.windows_per_episode`). ``temperature``: episode -> what is sampled at.
+    ``windows``: optimizer steps of one pass over what an episode collects
+    (:func:`~coati.experience_buffer.batch_sizes.windows_per_episode`). ``temperature``: episode ->
+    what is sampled at.
     """
 
     num_episodes: int = 1
@@ -41,20 +50,19 @@ class Episodes:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.num_episodes * self.num_update_steps * self.windows
 
 
 class OLTrainer:
-    """Episodes: ``num_collect_steps`` batches of prompts answered and judged, then passes over the answers.
+    """Episodes: ``num_collect_steps`` batches of prompts answered and judged, then passes over the
+    answers.
 
-    Args:
-        actor: the policy's engine, ``critic`` that of the values: with one it is PPO, without one of GRPO's kin.
-        plan: its intervals count episodes here.
-        vf_coef: of the critic's loss.
-        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows.
-        assets: what is saved beside the weights of each model, by name.
-        held: what :func:`~coati.parallel.checkpoint.held_by_rank` found, of a run stopped inside an episode.
+    Args: actor: the policy's engine, ``critic`` that of the values: with one it is PPO, without one
+        of GRPO's kin. plan: its intervals count episodes here. vf_coef: of the critic's loss.
+        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows. assets: what is
+        saved beside the weights of each model, by name. held: what
+        :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found, of a run stopped inside an episode.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class OLTrainer:
         value_clip: float = 0.2,
         vf_coef: float = 1.0,
         ptx_coef: float = 0.0,
-        plan: Plan | None = None,
+        plan: RunSchedule | None = None,
         state: RunningState | None = None,
         assets: dict[str, ModelAssets] | None = None,
         held: dict[str, Any] | None = None,
@@ -78,17 +86,19 @@ class OLTrainer:
         self.engine, self.critic, self.maker, self.buffer = actor, critic, maker, buffer
         self.episodes, self.ptx_coef, self.vf_coef = episodes, ptx_coef, vf_coef
         self.name = "grpo" if critic is None else "ppo"
-        self.plan, self.state = plan or Plan(), state or RunningState()
+        self.plan, self.state = plan or RunSchedule(), state or RunningState()
         self.models = {"actor": actor} | ({"critic": critic} if critic is not None else {})
-        self.model_assets = assets or {name: ModelAssets.of(each.module) for name, each in self.models.items()}
-        self.policy = PolicyHooks(policy or PolicySettings(), sum_over(actor))
-        self.values, self.pretraining = CriticHooks(value_clip), PretrainingHooks()
+        self.model_assets = assets or {
+            name: ModelAssets.of(each.module) for name, each in self.models.items()
+        }
+        self.policy = PolicyObjective(policy or PolicySettings(), sum_over(actor))
+        self.values, self.pretraining = ValueObjective(value_clip), PtxObjective()
         self.stopped_early = False
         trained = self.state.trainer
         self.episode: int = trained.get("episode", 0)
         self._position: tuple[int, int] = (0, 0)  # pass and window of the episode that come next
         self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
-        self.record = Record(self, signs)
+        self.record = RLReporter(self, signs)
         if "maker" in trained:
             maker.load_state_dict(trained["maker"])
         if held is not None:
@@ -96,8 +106,15 @@ class OLTrainer:
 
     def _go_on_inside(self, held: dict[str, Any], trained: dict[str, Any]) -> None:
         episodes = self.episodes
-        if trained["cut"] != [episodes.windows, episodes.num_update_steps, self.buffer.sample_batch_size]:
-            say("the run was stopped inside an episode whose updates were cut otherwise: that episode starts anew.")
+        if trained["cut"] != [
+            episodes.windows,
+            episodes.num_update_steps,
+            self.buffer.sample_batch_size,
+        ]:
+            logger.info(
+                "the run was stopped inside an episode whose updates were cut otherwise: that "
+                "episode starts anew."
+            )
             return
         self._position = tuple(trained["position"])
         self.buffer.load_state_dict(held)
@@ -119,23 +136,28 @@ class OLTrainer:
         return self.record.best
 
     def run(
-        self, prompts: Any, evaluation: Any = None, ptx: Any = None, log_dir: str | None = None, use_wandb: bool = False
+        self,
+        prompts: Any,
+        evaluation: Any = None,
+        ptx: Any = None,
+        log_dir: str | None = None,
+        use_wandb: bool = False,
     ) -> None:
         """Train.
 
-        Args:
-            prompts: a :class:`~coati.dataset.loader.WindowLoader` whose windows are the prompts of one episode.
-            evaluation: an :class:`~coati.dataset.loader.EvaluationLoader` of other prompts.
-            ptx: a window loader of supervised rows, a window for each optimiser step.
+        Args: prompts: a :class:`~coati.dataset.load.loader.WindowLoader` whose windows are the
+            prompts of one episode. evaluation: an
+            :class:`~coati.dataset.load.loader.EvaluationLoader` of other prompts. ptx: a window
+            loader of supervised rows, a window for each optimizer step.
 
         Raises:
             NonFiniteLoss: naming the episode; the last checkpoint stays as it was.
             ValueError: on every rank, for a reward function that fails on one.
         """
         self.record.open(log_dir, use_wandb)
-        bar = Bar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
+        bar = ProgressBar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
         try:
-            with StopRequest() as stop:
+            with GracefulStop() as stop:
                 if self.episode == 0 and not self.record.first_evaluation:
                     self.record.evaluate(evaluation, bar)
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
@@ -146,19 +168,23 @@ class OLTrainer:
             self.record.close()
 
     def rehearse(self, prompts: Any, ptx: Any = None) -> dict[str, float]:
-        """The first collect phase and one optimiser step, of which nothing is logged or saved; what an episode would
-        log. Every rank must call it."""
-        bar, never = Bar(1, 0, self.name, unit="episode"), StopRequest()
+        """The first collect phase and one optimizer step, of which nothing is logged or saved; what
+        an episode would log. Every rank must call it."""
+        bar, never = ProgressBar(1, 0, self.name, unit="episode"), GracefulStop()
         try:
             self._collect(prompts, bar, never)
-            windows = self.buffer.windows(self.episodes.windows, seed=self.episodes.seed, episode=self.episode)
+            windows = self.buffer.windows(
+                self.episodes.windows, seed=self.episodes.seed, episode=self.episode
+            )
             self.policy.first_pass = True
             self._step(next(windows), ptx, never)
         finally:
             bar.close()
         return self.record.metrics()
 
-    def _run_episode(self, prompts: Any, evaluation: Any, ptx: Any, bar: Bar, stop: StopRequest) -> None:
+    def _run_episode(
+        self, prompts: Any, evaluation: Any, ptx: Any, bar: ProgressBar, stop: GracefulStop
+    ) -> None:
         if not len(self.buffer) and not self._collect(prompts, bar, stop):
             self.stopped_early = True
             self.record.save()
@@ -184,12 +210,13 @@ class OLTrainer:
 
     # Collecting
 
-    def _collect(self, prompts: Any, bar: Bar, stop: StopRequest) -> bool:
-        """Fill the buffer; False, with everything as it was before, when a rank was asked to stop."""
+    def _collect(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
+        """Fill the buffer; False, with everything as it was before, when a rank was asked to
+        stop."""
         before, batches = self.maker.state_dict(), self._next_prompts(prompts)
         temperature = self.episodes.temperature(self.episode)
         self.policy.temperature = temperature
-        collected: list[Collected] = []
+        collected: list[RolloutBatch] = []
         for number, batch in enumerate(batches):
             if any_rank(stop.requested):
                 self.maker.load_state_dict(before)
@@ -212,8 +239,9 @@ class OLTrainer:
 
     # Updating
 
-    def _update(self, ptx: Any, bar: Bar, stop: StopRequest) -> bool:
-        """The passes over the buffer, from where an interrupted run stood; False when a rank was asked to stop."""
+    def _update(self, ptx: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
+        """The passes over the buffer, from where an interrupted run stood; False when a rank was
+        asked to stop."""
         episodes, (first, start) = self.episodes, self._position
         total = episodes.num_update_steps * episodes.windows
         self.policy.temperature = episodes.temperature(self.episode)
@@ -221,7 +249,11 @@ class OLTrainer:
             self.policy.kl_coef = self.maker.kl.kl_coef
         for number in range(first, episodes.num_update_steps):
             windows = self.buffer.windows(
-                episodes.windows, seed=episodes.seed, episode=self.episode, update=number, start=start
+                episodes.windows,
+                seed=episodes.seed,
+                episode=self.episode,
+                update=number,
+                start=start,
             )
             for index, window in enumerate(windows, start):
                 bar.phase(f"update {number * episodes.windows + index + 1}/{total}")
@@ -229,16 +261,18 @@ class OLTrainer:
                 stopping = self._step(window, ptx, stop)
                 done = number + 1 == episodes.num_update_steps and index + 1 == episodes.windows
                 if stopping and not done:
-                    self._position = (number, index + 1) if index + 1 < episodes.windows else (number + 1, 0)
+                    self._position = (
+                        (number, index + 1) if index + 1 < episodes.windows else (number + 1, 0)
+                    )
                     return False
             start = 0
         return True
 
-    def _step(self, window: list, ptx: Any, stop: StopRequest) -> bool:
+    def _step(self, window: list, ptx: Any, stop: GracefulStop) -> bool:
         """One update of every model; whether a rank was asked to stop."""
         started, also = time.perf_counter(), []
         if self.ptx_coef:
-            also = [Part(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
+            also = [LossPart(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
         try:
             batches = self.policy.window(window)
             step = self.engine.train_step(
@@ -267,16 +301,22 @@ class OLTrainer:
         folder = self.plan.save_dir
         kept = f"the last checkpoint in {folder} is untouched" if folder else "nothing was saved"
         return (
-            f"{error} (episode {self.episode + 1}, optimiser step {self.state.step + 1}); {kept}. Lower --lr, "
+            f"{error} (episode {self.episode + 1}, optimizer step {self.state.step + 1}); {kept}. "
+            "Lower --lr, "
             "--critic_lr or --grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights, optimisers and the buffer; JSON keeps it exactly."""
+        """What a resumed run needs beside weights, optimizers and the buffer; JSON keeps it
+        exactly."""
         return {
             "episode": self.episode,
             "position": list(self._position),
-            "cut": [self.episodes.windows, self.episodes.num_update_steps, self.buffer.sample_batch_size],
+            "cut": [
+                self.episodes.windows,
+                self.episodes.num_update_steps,
+                self.buffer.sample_batch_size,
+            ],
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }

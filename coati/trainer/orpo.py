@@ -1,21 +1,22 @@
-"""Odds-ratio preference optimisation (arXiv 2403.07691): supervised loss and odds ratio in one, without a reference."""
+"""Odds-ratio preference optimization (arXiv 2403.07691): supervised loss and odds ratio in one,
+without a reference."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coati.models.head import gather_token_logprobs
+from coati.models.head import scatter_token_logprobs
 from coati.models.loss import masked_mean, masked_sum, odds_ratio_loss
 from coati.parallel.engine import Engine
-from coati.parallel.step import Batch
+from coati.parallel.objective import Batch
+from coati.trainer.monitor.preference_checks import moments
 from coati.trainer.preference import PreferenceTrainer, in_order, sides, supervised
-from coati.trainer.signs import moments
 
 
 class ORPOTrainer(PreferenceTrainer):
-    """Takes what ``booster.boost`` returned, or an :class:`~coati.parallel.engine.Engine`. ``lam``: the weight of the
-    odds ratio beside the mean negative log-prob of the chosen answer."""
+    """Takes what ``booster.boost`` returned, or an :class:`~coati.parallel.engine.Engine`. ``lam``:
+    the weight of the odds ratio beside the mean negative log-prob of the chosen answer."""
 
     name = "orpo"
     ln2_is_chance = False
@@ -34,12 +35,20 @@ class ORPOTrainer(PreferenceTrainer):
         engine: Engine | None = None,
         **keywords: Any,
     ) -> None:
-        super().__init__(engine or Engine(booster, actor, actor_optim, actor_lr_scheduler), max_epochs, **keywords)
+        super().__init__(
+            engine or Engine(booster, actor, actor_optim, actor_lr_scheduler),
+            max_epochs,
+            **keywords,
+        )
         self.lam = lam
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens, mask = gather_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch)
-        means, both, counted = masked_mean(tokens, mask, 1), batch["counted"], batch["counted"][0::2]
+        tokens, mask = scatter_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch)
+        means, both, counted = (
+            masked_mean(tokens, mask, 1),
+            batch["counted"],
+            batch["counted"][0::2],
+        )
         chosen, rejected = sides(means)
         penalty, ratio = odds_ratio_loss(chosen, rejected)
         sums = sides(masked_sum(tokens, mask, 1).detach())

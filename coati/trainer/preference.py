@@ -1,4 +1,5 @@
-"""What trainers on pairs share: rows 2i chosen and 2i + 1 rejected in one forward, their log-probs and metrics."""
+"""What trainers on pairs share: rows 2i chosen and 2i + 1 rejected in one forward, their log-probs
+and metrics."""
 
 from typing import Any
 
@@ -6,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coati.models.head import IGNORE_INDEX, gather_token_logprobs
-from coati.models.loss import length_desensitised, masked_mean, masked_sum
-from coati.models.padding import real_first
+from coati.models.head import IGNORE_INDEX, scatter_token_logprobs
+from coati.models.loss import length_desensitized, masked_mean, masked_sum
+from coati.models.padding import right_pad_order
 from coati.parallel.engine import Engine
-from coati.parallel.step import Batch, Step
-from coati.trainer.base import Plan, SLTrainer
-from coati.trainer.signs import Signs
+from coati.parallel.objective import Batch, Step
+from coati.trainer.base import RunSchedule, SLTrainer
+from coati.trainer.monitor.preference_checks import PreferenceChecks
 from coati.utils.statistics import wilson_interval
 
 
 def interleave(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(B, ...) and (B, ...) -> (2B, ...): row 2i is chosen, row 2i + 1 rejected; the narrower is padded with 0."""
+    """(B, ...) and (B, ...) -> (2B, ...): row 2i is chosen, row 2i + 1 rejected; the narrower is
+    padded with 0."""
     if chosen.dim() == 2 and chosen.shape[1] != rejected.shape[1]:
         width = max(chosen.shape[1], rejected.shape[1])
         chosen, rejected = (F.pad(side, (0, width - side.shape[1])) for side in (chosen, rejected))
@@ -35,16 +37,19 @@ def supervised(batch: Batch) -> Tensor:
 
 
 def marked(ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Batch:
-    """A batch whose ``labels`` are the marked tokens, each row's padding moved to its end, so that its side does not
-    matter."""
-    order = real_first(attention_mask)
-    ids, attention_mask, loss_mask = (x.gather(1, order) for x in (ids, attention_mask, loss_mask.bool()))
+    """A batch whose ``labels`` are the marked tokens, each row's padding moved to its end, so that
+    its side does not matter."""
+    order = right_pad_order(attention_mask)
+    ids, attention_mask, loss_mask = (
+        x.gather(1, order) for x in (ids, attention_mask, loss_mask.bool())
+    )
     labels = ids.masked_fill(~(loss_mask & attention_mask.bool()), IGNORE_INDEX)
     return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
 
 
 class PreferenceTrainer(SLTrainer):
-    """A trainer on pairs. Its batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}`` (B, S).
+    """A trainer on pairs. Its batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``
+    (B, S).
 
     A pair of which a side has nothing marked counts for nothing.
 
@@ -66,19 +71,22 @@ class PreferenceTrainer(SLTrainer):
         start_epoch: int = 0,
         save_interval: int | None = None,
         save_dir: str | None = None,
-        plan: Plan | None = None,
+        plan: RunSchedule | None = None,
         **keywords: Any,
     ) -> None:
-        plan = plan or Plan(save_dir=save_dir, save_interval=save_interval or 0)
+        plan = plan or RunSchedule(save_dir=save_dir, save_interval=save_interval or 0)
         super().__init__(engine, max_epochs, plan=plan, **keywords)
         self.state.epoch = max(self.state.epoch, start_epoch)
         self.apply_loss_mask = apply_loss_mask
-        self.signs = Signs(self.ln2_is_chance, self.accuracy)
+        self.signs = PreferenceChecks(self.ln2_is_chance, self.accuracy)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) says which pairs count."""
+        """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) says which
+        pairs count."""
         names = ("input_ids", "attention_mask", "loss_mask")
-        ids, real, mask = (interleave(batch[f"chosen_{name}"], batch[f"reject_{name}"]) for name in names)
+        ids, real, mask = (
+            interleave(batch[f"chosen_{name}"], batch[f"reject_{name}"]) for name in names
+        )
         rows = marked(ids, real, mask if self.apply_loss_mask else real.bool())
         whole = mask.bool().any(1).view(-1, 2).all(1)
         rows["counted"] = whole.repeat_interleave(2)
@@ -88,11 +96,11 @@ class PreferenceTrainer(SLTrainer):
             rows["reference"] = interleave(batch["chosen_reference"], batch["reject_reference"])
         return rows
 
-    def units(self, batch: Batch) -> Tensor:
+    def num_terms(self, batch: Batch) -> Tensor:
         return batch["counted"].sum() // 2
 
     def observe(self, step: Step) -> list[str]:
-        self.signs.add(step.metrics, step.loss, step.units, self.engine.mesh.reports)
+        self.signs.add(step.metrics, step.loss, step.num_terms, self.engine.mesh.is_loss_rank)
         return self.signs.look()
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
@@ -100,7 +108,8 @@ class PreferenceTrainer(SLTrainer):
 
 
 def interval_of(step: Step, name: str) -> dict[str, float]:
-    """Bounds of the 95% confidence interval of a share among the evaluation's metrics, and its count."""
+    """Bounds of the 95% confidence interval of a share among the evaluation's metrics, and its
+    count."""
     samples = step.metrics.get(name)
     if not samples:
         return {}
@@ -110,14 +119,16 @@ def interval_of(step: Step, name: str) -> dict[str, float]:
 
 
 def in_order(better: Tensor, worse: Tensor) -> Tensor:
-    """1 where ``better`` is larger, 0 where it is smaller; a tie, as at the start of DPO, counts half."""
+    """1 where ``better`` is larger, 0 where it is smaller; a tie, as at the start of DPO, counts
+    half."""
     return (torch.sign(better - worse).float() + 1) / 2
 
 
 class RowLogps:
     """How log-probs of tokens become one number per row, the same for policy and reference.
 
-    ``averaged``: their mean instead of their sum; ``ld_alpha``: of the longer of a pair, the surplus counts that much.
+    ``averaged``: their mean instead of their sum; ``ld_alpha``: of the longer of a pair, the
+    surplus counts that much.
     """
 
     model_keys = ("input_ids", "attention_mask")
@@ -128,19 +139,19 @@ class RowLogps:
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(R, S) log-probs and their mask -> (R,)."""
         if self.ld_alpha is not None:
-            return length_desensitised(tokens, mask, self.ld_alpha)
+            return length_desensitized(tokens, mask, self.ld_alpha)
         return masked_mean(tokens, mask, 1) if self.averaged else masked_sum(tokens, mask, 1)
 
     def of(self, outputs: Any, batch: Batch) -> Tensor:
         """(R,) from what the engine's model returned."""
-        return self(gather_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch))
+        return self(scatter_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch))
 
     # As the engine's hooks, to collect the numbers of a batch without training on it:
 
     def prepare(self, batch: Batch) -> Batch:
         return batch
 
-    def units(self, batch: Batch) -> Tensor:
+    def num_terms(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch["input_ids"]))
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

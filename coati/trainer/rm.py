@@ -7,10 +7,10 @@ from torch import Tensor
 
 from coati.models.loss import centering, masked_sum, reward_loss
 from coati.parallel.engine import Engine
-from coati.parallel.step import Batch, Step
+from coati.parallel.objective import Batch, Step
+from coati.trainer.monitor.preference_checks import moments
+from coati.trainer.monitor.reward_model_report import verdict
 from coati.trainer.preference import PreferenceTrainer, in_order, sides
-from coati.trainer.signs import moments
-from coati.trainer.verdict import verdict
 
 
 class RewardModelTrainer(PreferenceTrainer):
@@ -39,9 +39,13 @@ class RewardModelTrainer(PreferenceTrainer):
         center_coef: float = 0.0,
         **keywords: Any,
     ) -> None:
-        super().__init__(engine or Engine(booster, model, optimizer, lr_scheduler), max_epochs, **keywords)
+        super().__init__(
+            engine or Engine(booster, model, optimizer, lr_scheduler), max_epochs, **keywords
+        )
         self.loss_fn, self.center_coef = reward_loss(loss_fn), center_coef
-        self.last_scores: tuple[Tensor, Tensor] | None = None  # of the last evaluation's pairs: chosen, rejected
+        self.last_scores: tuple[Tensor, Tensor] | None = (
+            None  # of the last evaluation's pairs: chosen, rejected
+        )
 
     def prepare(self, batch: Batch) -> Batch:
         rows = super().prepare(batch)
@@ -67,9 +71,12 @@ class RewardModelTrainer(PreferenceTrainer):
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
         if step.metrics.get("reward_chosen"):
-            self.last_scores = tuple(torch.cat(step.metrics[f"reward_{side}"]) for side in ("chosen", "rejected"))
+            self.last_scores = tuple(
+                torch.cat(step.metrics[f"reward_{side}"]) for side in ("chosen", "rejected")
+            )
         return super().evaluation_metrics(step)
 
     def verdict(self) -> list[str]:
-        """:func:`~coati.trainer.verdict.verdict` of the last evaluation; empty without one."""
+        """:func:`~coati.trainer.monitor.reward_model_report.verdict` of the last evaluation; empty
+        without one."""
         return [] if self.last_scores is None else verdict(*self.last_scores)

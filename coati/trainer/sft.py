@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coati.parallel.engine import Batch, Engine, Step
-from coati.trainer.base import Plan, SLTrainer
+from coati.trainer.base import RunSchedule, SLTrainer
 
 
 class SFTTrainer(SLTrainer):
@@ -15,7 +15,8 @@ class SFTTrainer(SLTrainer):
 
     Takes what ``booster.boost`` returned, or an :class:`~coati.parallel.engine.Engine`::
 
-        SFTTrainer(model, booster, optim, lr_scheduler, max_epochs=1, accumulation_steps=1).fit(train_dataloader)
+        SFTTrainer(model, booster, optim, lr_scheduler, max_epochs=1,
+        accumulation_steps=1).fit(train_dataloader)
 
     Args:
         apply_loss_mask: False supervises every token the attention mask shows; padding never.
@@ -39,12 +40,14 @@ class SFTTrainer(SLTrainer):
         coordinator: Any = None,
         *,
         engine: Engine | None = None,
-        plan: Plan | None = None,
+        plan: RunSchedule | None = None,
         **keywords: Any,
     ) -> None:
         engine = engine or Engine(booster, model, optim, lr_scheduler)
-        plan = plan or Plan(save_dir=save_dir, save_interval=save_interval or 0)
-        super().__init__(engine, max_epochs, accumulation_steps=accumulation_steps, plan=plan, **keywords)
+        plan = plan or RunSchedule(save_dir=save_dir, save_interval=save_interval or 0)
+        super().__init__(
+            engine, max_epochs, accumulation_steps=accumulation_steps, plan=plan, **keywords
+        )
         self.state.epoch = max(self.state.epoch, start_epoch)
         self.apply_loss_mask = apply_loss_mask
 
@@ -52,7 +55,9 @@ class SFTTrainer(SLTrainer):
         if self.apply_loss_mask:
             return batch
         hidden = batch["attention_mask"] == 0
-        if "position_ids" in batch:  # of a pack: nothing before a row's first token may be asked to predict it
+        if (
+            "position_ids" in batch
+        ):  # of a pack: nothing before a row's first token may be asked to predict it
             hidden |= batch["position_ids"] == 0
         return batch | {"labels": batch["input_ids"].masked_fill(hidden, -100)}
 

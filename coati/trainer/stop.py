@@ -1,20 +1,23 @@
-"""A polite end: SIGTERM and Ctrl-C let the step finish, the checkpoint be written and the process exit with 0."""
+"""A polite end: SIGTERM and Ctrl-C let the step finish, the checkpoint be written and the process
+exit with 0."""
 
 import signal
 
-from coati.utils.notice import say
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
-class StopRequest:
-    """Inside ``with StopRequest() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``; a second Ctrl-C
-    raises
-    KeyboardInterrupt as usual. Outside the main thread (a notebook server's) signals stay as they are."""
+class GracefulStop:
+    """Inside ``with StopRequest() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``; a
+    second Ctrl-C raises KeyboardInterrupt as usual. Outside the main thread (a notebook server's)
+    signals stay as they are."""
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "GracefulStop":
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._ask)
@@ -30,5 +33,8 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
-            say(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop without saving)")
+            logger.info(
+                f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: "
+                "stop without saving)"
+            )
         self.requested = True

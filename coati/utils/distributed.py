@@ -1,4 +1,5 @@
-"""Collectives that are the identity without a process group, so that nobody above asks how many processes there are."""
+"""Collectives that are the identity without a process group, so that nobody above asks how many
+processes there are."""
 
 import os
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor, group=None) -> torch.Tensor:
-    """Sum of ``tensor`` over the ranks of ``group``, in place; the identity without a process group."""
+    """Sum of ``tensor`` over the ranks of ``group``, in place; the identity without a process
+    group."""
     if _grouped():
         dist.all_reduce(tensor, group=group)
     return tensor
@@ -77,8 +79,8 @@ def any_rank(flag: bool) -> bool:
 def raise_together(work: Callable[[], Result]) -> Result:
     """What ``work()`` returns on this rank. Every rank must call it.
 
-    Raises ValueError on every rank when ``work`` raises one on any, naming the rank: one that went away alone would
-    leave the others waiting for it.
+    Raises ValueError on every rank when ``work`` raises one on any, naming the rank: one that went
+    away alone would leave the others waiting for it.
     """
     result, failure = None, None
     try:

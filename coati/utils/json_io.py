@@ -11,16 +11,20 @@ def load_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})") from error
+        raise ValueError(
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})"
+        ) from error
 
 
 def save_json(obj: Any, path: str | os.PathLike) -> None:
-    """Write ``obj`` as indented UTF-8 JSON under a temporary name, then rename it into place; makes the folder."""
+    """Write ``obj`` as indented UTF-8 JSON under a temporary name, then rename it into place; makes
+    the folder."""
     save_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", path)
 
 
 def save_text(text: str, path: str | os.PathLike) -> None:
-    """Write ``text`` as UTF-8 under a temporary name, then rename it into place; makes the folder."""
+    """Write ``text`` as UTF-8 under a temporary name, then rename it into place; makes the
+    folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

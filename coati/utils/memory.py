@@ -9,7 +9,8 @@ from coati.utils.distributed import all_gather_object
 
 
 def peak_memory_mb() -> float:
-    """MiB: the most that PyTorch has held on this process's GPU, or, without one, that the process has had resident."""
+    """MiB: the most that PyTorch has held on this process's GPU, or, without one, that the process
+    has had resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere

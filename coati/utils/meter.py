@@ -8,15 +8,18 @@ from coati.utils.distributed import all_gather_object, rank, world_size
 
 
 class AccumulativeMeanMeter:
-    """Sums and counts by name. Nothing is averaged before :meth:`report`, so unequal batches weigh rightly."""
+    """Sums and counts by name. Nothing is averaged before :meth:`report`, so unequal batches weigh
+    rightly."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
 
-    def add(self, name: str, values: torch.Tensor | float, count_update: float | None = None) -> None:
-        """Add samples: a tensor of any shape (each element is one), or a number that stands for ``count_update``
-        (1)."""
+    def add(
+        self, name: str, values: torch.Tensor | float, count_update: float | None = None
+    ) -> None:
+        """Add samples: a tensor of any shape (each element is one), or a number that stands for
+        ``count_update`` (1)."""
         if isinstance(values, torch.Tensor):
             total, count = float(values.double().sum()), float(values.numel())
         else:
@@ -33,10 +36,15 @@ class AccumulativeMeanMeter:
 
     def get(self, name: str) -> float:
         """This rank's mean; 0 for a name without samples."""
-        return self._sums.get(name, 0.0) / max(self._counts.get(name, 0.0), 1e-30) if self._counts.get(name) else 0.0
+        return (
+            self._sums.get(name, 0.0) / max(self._counts.get(name, 0.0), 1e-30)
+            if self._counts.get(name)
+            else 0.0
+        )
 
     def report(self) -> dict[str, float]:
-        """Means over all ranks, of the names that have a sample on any. One exchange; then :meth:`reset`."""
+        """Means over all ranks, of the names that have a sample on any. One exchange; then
+        :meth:`reset`."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for rank_sums, rank_counts in all_gather_object((self._sums, self._counts)):
@@ -47,13 +55,16 @@ class AccumulativeMeanMeter:
         return {name: sums[name] / count for name, count in counts.items() if count}
 
     def state_of_ranks(self) -> list[dict[str, list[float]]]:
-        """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON keeps it exactly. Every rank must
-        call it."""
-        return all_gather_object({name: [total, self._counts[name]] for name, total in self._sums.items()})
+        """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON keeps it
+        exactly. Every rank must call it."""
+        return all_gather_object(
+            {name: [total, self._counts[name]] for name, total in self._sums.items()}
+        )
 
     def load(self, states: list[dict[str, list[float]]]) -> None:
-        """Take up what :meth:`state_of_ranks` gave: each rank its own, or, when there were more ranks, the first ones
-        the others' too; a report is the same to rounding then, and to the bit with as many ranks."""
+        """Take up what :meth:`state_of_ranks` gave: each rank its own, or, when there were more
+        ranks, the first ones the others' too; a report is the same to rounding then, and to the bit
+        with as many ranks."""
         self.reset()
         for state in states[rank() :: world_size()]:
             for name, (total, count) in state.items():

@@ -1,4 +1,5 @@
-"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked: ``log(metrics, step)``, and
+"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked: ``log(metrics,
+step)``, and
 ``table(columns, rows, step)`` for samples to read."""
 
 import json
@@ -28,11 +29,12 @@ class NullTracker:
 
 
 class JsonlTracker:
-    """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``; ``samples.jsonl`` beside it: one
-    per row of a table, without what the row lacks.
+    """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``;
+    ``samples.jsonl`` beside it: one per row of a table, without what the row lacks.
 
-    ``keep_to`` cuts an existing file back to the reports up to that step: those after the checkpoint that a resumed run
-    starts from would otherwise be there twice. 0 is a run from the start, which keeps none.
+    ``keep_to`` cuts an existing file back to the reports up to that step: those after the
+    checkpoint that a resumed run starts from would otherwise be there twice. 0 is a run from the
+    start, which keeps none.
     """
 
     def __init__(self, path: str | os.PathLike, keep_to: int = 0) -> None:
@@ -51,7 +53,11 @@ class JsonlTracker:
     def table(self, columns: list[str], rows: list[list], step: int) -> None:
         with open(self._samples, "a", encoding="utf-8") as file:
             for row in rows:
-                held = {name: value for name, value in zip(columns, row, strict=True) if value is not None}
+                held = {
+                    name: value
+                    for name, value in zip(columns, row, strict=True)
+                    if value is not None
+                }
                 file.write(json.dumps({"step": step, **held}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
@@ -69,7 +75,11 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     # A run killed while writing leaves half a line at the end.
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    return [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("}\n")
+    ]
 
 
 class TensorBoardTracker:
@@ -83,8 +93,14 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
 
     def table(self, columns: list[str], rows: list[list], step: int) -> None:
-        cells = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
-        self._writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+        cells = [
+            columns,
+            ["---"] * len(columns),
+            *([_cell(value) for value in row] for row in rows),
+        ]
+        self._writer.add_text(
+            "samples", "\n".join(f"| {' | '.join(line)} |" for line in cells), step
+        )
 
     def close(self) -> None:
         self._writer.close()
@@ -100,10 +116,14 @@ def _cell(value: Any) -> str:
 class WandbTracker:
     """wandb, online or (``WANDB_MODE=offline``) not; its own login decides."""
 
-    def __init__(self, project: str, config: dict[str, Any], log_dir: str | os.PathLike | None) -> None:
+    def __init__(
+        self, project: str, config: dict[str, Any], log_dir: str | os.PathLike | None
+    ) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, config=config, dir=None if log_dir is None else str(log_dir))
+        self._run = wandb.init(
+            project=project, config=config, dir=None if log_dir is None else str(log_dir)
+        )
         self._table = wandb.Table
 
     def log(self, metrics: dict[str, float], step: int) -> None:

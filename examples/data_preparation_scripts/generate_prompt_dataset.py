@@ -1,4 +1,5 @@
-"""A random sample of the questions of a data set, as a JSON array for prepare_dataset.py --type prompt."""
+"""A random sample of the questions of a data set, as a JSON array for prepare_dataset.py --type
+prompt."""
 
 import sys
 from argparse import Namespace
@@ -7,7 +8,7 @@ from coati.cli.prompts import parse_prompts
 
 
 def main(args: Namespace) -> None:
-    from coati.dataset.prompts import sample_prompts
+    from coati.dataset.rows.prompt_sample import sample_prompts
     from coati.utils.json_io import save_json
 
     prompts = sample_prompts([args.dataset_path], args.sample_size, args.seed)

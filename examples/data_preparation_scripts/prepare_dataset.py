@@ -1,4 +1,5 @@
-"""Raw conversations to the tokenised shards that training reads; ends with a report of what became of the rows."""
+"""Raw conversations to the tokenized shards that training reads; ends with a report of what became
+of the rows."""
 
 import sys
 from argparse import Namespace
@@ -7,11 +8,11 @@ from coati.cli.prepare import CLEANING_FLAGS, parse_prepare
 
 
 def main(args: Namespace) -> None:
-    from coati.dataset.cleaning import Cleaning
-    from coati.dataset.conversation import setup_conversation_template
-    from coati.dataset.prepare import check_outputs, prepare_dataset
-    from coati.dataset.sources import find_files
-    from coati.models.utils import load_tokenizer
+    from coati.dataset.chat.conversation import setup_conversation_template
+    from coati.dataset.clean.cleaning import Cleaning
+    from coati.dataset.prepare.prepare import check_outputs, prepare_dataset
+    from coati.dataset.rows.input_files import find_files
+    from coati.models.loading import load_tokenizer
 
     # Before anything is loaded: what can be refused for its name alone.
     find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
@@ -43,21 +44,27 @@ def main(args: Namespace) -> None:
         cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
     )
     print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
-    evaluation = f" --eval_dataset {args.data_arrow_output_dir}/eval" if args.eval_ratio or args.eval_input_dirs else ""
+    evaluation = (
+        f" --eval_dataset {args.data_arrow_output_dir}/eval"
+        if args.eval_ratio or args.eval_input_dirs
+        else ""
+    )
     print(
-        f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset {args.data_arrow_output_dir}"
+        f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset "
+        f"{args.data_arrow_output_dir}"
         f"{evaluation}"
     )
 
 
 def check(args: Namespace) -> None:
-    """Print all that there is to say about the template; exit code 1 where training on it would be wrong."""
-    from coati.dataset.template_lint import check_template
-    from coati.models.utils import load_tokenizer
+    """Print all that there is to say about the template; exit code 1 where training on it would be
+    wrong."""
+    from coati.dataset.chat.template_lint import check_template
+    from coati.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
-    colour = sys.stdout.isatty()
-    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, colour)
+    color = sys.stdout.isatty()
+    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, color)
     print(report.lines())
     if report.errors:
         sys.exit(1)

@@ -2,7 +2,7 @@
 # The main job on this machine: a real chat model fine-tuned in two processes on the conversations of examples/data,
 # asked the same before and after. `make demo` calls this with its environment first on PATH.
 #   DEMO_DIR=DIR   where everything is written; default output/demo, which is emptied first
-#   DEMO_STEPS=N   optimiser steps of 16 conversations each; default 12
+#   DEMO_STEPS=N   optimizer steps of 16 conversations each; default 12
 # Further flags are handed on to train_sft.py.
 set -euo pipefail
 name=demo
@@ -28,7 +28,7 @@ unpack_model
 step "Before training"
 ask "$model"
 
-step "The conversations, tokenised, with the assistant's turns marked"
+step "The conversations, tokenized, with the assistant's turns marked"
 prepare sft examples/data/sft.jsonl 512 train
 quietly eval.log prepare sft examples/data/sft_eval.jsonl 512 eval
 

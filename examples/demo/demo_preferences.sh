@@ -3,7 +3,7 @@
 # examples/data, each measured on pairs it has not seen, before and after. `make demo-preferences` calls this with its
 # environment first on PATH.
 #   DEMO_DIR=DIR     where everything is written; default output/demo-preferences, which is emptied first
-#   RM_STEPS=N     optimiser steps of 8 pairs each for the reward model; default 64
+#   RM_STEPS=N     optimizer steps of 8 pairs each for the reward model; default 64
 #   DPO_STEPS=N    the same for DPO; default 30
 set -euo pipefail
 name=demo-preferences
@@ -26,7 +26,7 @@ train() { # script $1 into $work/$2, with further flags
 
 unpack_model
 
-step "Pairs of answers, tokenised, the last answer of each marked"
+step "Pairs of answers, tokenized, the last answer of each marked"
 prepare preference examples/data/preference.jsonl 384 train
 quietly eval.log prepare preference examples/data/preference_eval.jsonl 384 eval
 

@@ -39,7 +39,7 @@ prepare prompt examples/data/preference.jsonl 96 prompts
 quietly eval.log prepare prompt examples/data/preference_test.jsonl 96 unseen
 quietly ptx.log prepare sft examples/data/sft.jsonl 128 ptx
 
-step "PPO: $rm judges, the critic starts from it, conversations are learnt beside"
+step "PPO: $rm judges, the critic starts from it, conversations are learned beside"
 "$python" examples/training_scripts/train_ppo.py --pretrain "$sft" --rm_pretrain "$rm" \
     --prompt_dataset "$work/prompts/arrow" --eval_prompt_dataset "$work/unseen/arrow" --ptx_dataset "$work/ptx/arrow" \
     --plugin ddp --mixed_precision fp32 --lora_rank 16 --lr 1e-3 --critic_lr 2e-4 --kl_coef 0.05 --ptx_coef 0.1 \

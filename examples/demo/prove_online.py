@@ -1,10 +1,11 @@
 """Proof that PPO and GRPO learn: a tiny random model, a reward that can be checked, ten seeds.
 
-``python examples/demo/prove_online.py ppo --seeds 10 --png ppo.png``. The prompt's last symbol says which half of the
-alphabet the answer is to be of; the reward is 5 x the share of such symbols. A model that knows nothing gets 2.5, and
-a policy that always chooses from the right half is log 2 per symbol away from it. Each seed must reach 0.95 of the
-reward, averaged over the last five episodes, with a KL below 1.5 times that distance; the exit code says whether all
-did. Everything but sizes and learning rates is what train_ppo.py and train_grpo.py take by default.
+``python examples/demo/prove_online.py ppo --seeds 10 --png ppo.png``. The prompt's last symbol says
+which half of the alphabet the answer is to be of; the reward is 5 x the share of such symbols. A
+model that knows nothing gets 2.5, and a policy that always chooses from the right half is log 2 per
+symbol away from it. Each seed must reach 0.95 of the reward, averaged over the last five episodes,
+with a KL below 1.5 times that distance; the exit code says whether all did. Everything but sizes
+and learning rates is what train_ppo.py and train_grpo.py take by default.
 """
 
 import argparse
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 SYMBOLS, ANSWER, REWARD = 32, 8, 5.0
-WINDOWS, PASSES, GROUP = 4, 2, 8  # optimiser steps of a pass, passes over an episode's responses, responses to a prompt
+WINDOWS, PASSES, GROUP = (
+    4,
+    2,
+    8,
+)  # optimizer steps of a pass, passes over an episode's responses, responses to a prompt
 EPISODES = {"ppo": 100, "grpo": 80}
 RESPONSES = {"ppo": 128, "grpo": 256}  # in an episode
 LR = {"ppo": 1e-3, "grpo": 1e-3}
@@ -30,7 +35,10 @@ def right_half(prompts: list[str], responses: list[str], **_: Any) -> list[float
     """The reward: 5 x the share of symbols in the half that the prompt's last symbol asks for."""
     wanted = [int(prompt.split()[-1]) % 2 for prompt in prompts]
     answers = [[int(symbol) for symbol in response.split()] for response in responses]
-    right = [sum(s // (SYMBOLS // 2) == half for s in answer) for half, answer in zip(wanted, answers, strict=True)]
+    right = [
+        sum(s // (SYMBOLS // 2) == half for s in answer)
+        for half, answer in zip(wanted, answers, strict=True)
+    ]
     return [REWARD * count / ANSWER for count in right]
 
 
@@ -51,7 +59,9 @@ class Prompts(list):
 
     def __init__(self) -> None:
         first = [[2 + (7 * i + j) % (SYMBOLS - 2) for j in range(1 + i % 3)] for i in range(256)]
-        super().__init__({"input_ids": [*row, 2 + i % (SYMBOLS - 2)]} for i, row in enumerate(first))
+        super().__init__(
+            {"input_ids": [*row, 2 + i % (SYMBOLS - 2)]} for i, row in enumerate(first)
+        )
 
 
 def network(seed: int) -> Any:
@@ -59,31 +69,46 @@ def network(seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=SYMBOLS, max_position_embeddings=64, pad_token_id=0, **sizes))
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=SYMBOLS, max_position_embeddings=64, pad_token_id=0, **sizes)
+    )
 
 
 def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
-    """A run of ``algo`` put together by hand, as train_ppo.py and train_grpo.py do it from flags."""
+    """A run of ``algo`` put together by hand, as train_ppo.py and train_grpo.py do it from
+    flags."""
     from coati.experience_buffer import NaiveExperienceBuffer
-    from coati.experience_maker import ExperienceSettings, KLController, NaiveExperienceMaker, Scorer
+    from coati.experience_maker import (
+        ExperienceSettings,
+        KLController,
+        NaiveExperienceMaker,
+        Scorer,
+    )
     from coati.experience_maker.rollout import ModelRollout
     from coati.models import Critic
-    from coati.models.generation import Sampling
-    from coati.models.policy_loss import Normalisation
+    from coati.models.generation.loop import Sampling
+    from coati.models.policy_loss import Normalization
     from coati.parallel import ParallelOptions
     from coati.parallel.boost import boost
-    from coati.parallel.reference import Reference, freeze
+    from coati.parallel.inference_model import InferenceModel, freeze
     from coati.rewards.scorer import Rewards
-    from coati.trainer import OLTrainer, Plan
+    from coati.trainer import OLTrainer, RunSchedule
     from coati.trainer.online import Episodes
-    from coati.trainer.policy import PolicySettings
+    from coati.trainer.policy_objective import PolicySettings
 
     options = ParallelOptions(plugin="ddp", precision="fp32")
     training = {"weight_decay": 0.0, "total_steps": episodes * PASSES * WINDOWS}
     actor = boost(network(seed), options, lr=LR[algo], **training)
     ppo = algo == "ppo"
-    critic = boost(Critic(backbone=network(seed)), options, lr=LR[algo], **training) if ppo else None
+    critic = (
+        boost(Critic(backbone=network(seed)), options, lr=LR[algo], **training) if ppo else None
+    )
     settings = ExperienceSettings(
         ANSWER,
         [],
@@ -95,26 +120,29 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     )
     maker = NaiveExperienceMaker(
         actor,
-        ModelRollout(actor, sampling=Sampling(), stop_sequences=[], max_new_tokens=ANSWER, pad_token_id=0),
+        ModelRollout(
+            actor, sampling=Sampling(), stop_sequences=[], max_new_tokens=ANSWER, pad_token_id=0
+        ),
         Scorer(functions=Rewards([f"{__file__}:right_half"])),
         Symbols(),
         settings,
-        reference=Reference(freeze(network(seed), options)),
+        reference=InferenceModel(freeze(network(seed), options)),
         critic=critic,
         kl=KLController(0.1 if ppo else 0.04),
     )
     parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // WINDOWS))
     length = Episodes(episodes, PASSES, WINDOWS, seed=seed, sample_interval=0)
     if ppo:
-        return OLTrainer(*parts, length, critic=critic, plan=Plan(save_dir))
-    policy = PolicySettings(normalisation=Normalisation("response"), kl_coef=0.04)
-    return OLTrainer(*parts, length, policy=policy, plan=Plan(save_dir))
+        return OLTrainer(*parts, length, critic=critic, plan=RunSchedule(save_dir))
+    policy = PolicySettings(normalization=Normalization("response"), kl_coef=0.04)
+    return OLTrainer(*parts, length, policy=policy, plan=RunSchedule(save_dir))
 
 
 def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, float]]:
     """Train once; the metrics of each episode."""
     from coati.dataset import DataCollatorForPromptDataset
-    from coati.dataset.loader import WindowLoader
+    from coati.dataset.load.loader import WindowLoader
+
     with tempfile.TemporaryDirectory() as folder:
         prompts = WindowLoader(
             Prompts(),
@@ -123,23 +151,29 @@ def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, f
             seed=seed,
         )
         trainer(algo, seed, episodes or EPISODES[algo], folder).run(prompts)
-        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = map(
+            json.loads, (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         return [line for line in lines if "train/reward" in line]
 
 
 def result(lines: list[dict[str, float]]) -> tuple[float, float]:
     """The share of the largest reward, and the KL, averaged over the last episodes."""
     last = lines[-LAST:]
-    reward, kl = (sum(line[f"train/{name}"] for line in last) / len(last) for name in ("reward", "approx_kl"))
+    reward, kl = (
+        sum(line[f"train/{name}"] for line in last) / len(last) for name in ("reward", "approx_kl")
+    )
     return reward / REWARD, kl
 
 
-def has_learnt(share: float, kl: float) -> bool:
+def has_learned(share: float, kl: float) -> bool:
     return share >= GOAL and kl < KL_BOUND
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("algo", choices=tuple(LR))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, help=f"default: {EPISODES}")
@@ -150,16 +184,22 @@ def main() -> None:
 
     launch(0)
     prepare_colossalai()
-    curves, learnt = [], 0
+    curves, learned = [], 0
     for seed in range(args.seeds):
         started = time.perf_counter()
         curves.append(curve(args.algo, seed, args.episodes))
         share, kl = result(curves[-1])
-        learnt += has_learnt(share, kl)
-        verdict = "learnt" if has_learnt(share, kl) else "NOT learnt"
+        learned += has_learned(share, kl)
+        verdict = "learned" if has_learned(share, kl) else "NOT learned"
         seconds = time.perf_counter() - started
-        print(f"{args.algo} seed {seed}: {share:.3f} of the reward, KL {kl:.2f} nats; {verdict} ({seconds:.0f} s)")
-    print(f"{args.algo}: {learnt} of {args.seeds} seeds reach {GOAL} of the reward with a KL below {KL_BOUND:.1f} nats")
+        print(
+            f"{args.algo} seed {seed}: {share:.3f} of the reward, KL {kl:.2f} nats; {verdict} "
+            f"({seconds:.0f} s)"
+        )
+    print(
+        f"{args.algo}: {learned} of {args.seeds} seeds reach {GOAL} of the reward with a KL below "
+        f"{KL_BOUND:.1f} nats"
+    )
     if args.png is not None:
         from curves import draw
 
@@ -173,7 +213,7 @@ def main() -> None:
         }
         draw(lines, "episode").save(args.png)
         print(f"the curves are in {args.png}")
-    sys.exit(learnt < args.seeds)
+    sys.exit(learned < args.seeds)
 
 
 if __name__ == "__main__":

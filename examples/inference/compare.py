@@ -16,27 +16,36 @@ def named(flag: str, make, *words, **keywords):
 
 
 def judges(args: Namespace, tags: dict | None):
-    from coati.inference.compare import Judges
-    from coati.inference.scoring import load_reward_model
+    from coati.inference.evaluate.reward_scores import load_reward_model
+    from coati.inference.evaluate.win_rate import Judge
     from coati.rewards import Rewards
 
     model = rewards = None
     if args.rm_path:
-        model = named("--rm_path", load_reward_model, args.rm_path, trust_remote_code=args.trust_remote_code)
+        model = named(
+            "--rm_path", load_reward_model, args.rm_path, trust_remote_code=args.trust_remote_code
+        )
     if args.reward_functions:
         rewards = Rewards(args.reward_functions, args.reward_weights, tags, args.reward_timeout)
-    return Judges(model, rewards, args.batch_size)
+    return Judge(model, rewards, args.batch_size)
 
 
 def answered(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | None]:
-    """Both models' answers, one model in memory at a time; the prompts left out; the trained one's tags."""
-    from coati.inference import answers, compare
-    from coati.models.generation import Sampling
+    """Both models' answers, one model in memory at a time; the prompts left out; the trained one's
+    tags."""
+    from coati.inference.evaluate import generate_responses as answers
+    from coati.inference.evaluate import win_rate as compare
+    from coati.models.generation.loop import Sampling
 
     drawn = {name: getattr(args, name) for name in ("top_k", "top_p", "repetition_penalty")}
     sampling = Sampling(args.temperature > 0, args.temperature or 1.0, **drawn)
-    asking = answers.Asking(sampling, args.max_new_tokens, args.max_length, args.batch_size, args.seed)
-    loading = {"template": args.conversation_template_config, "trust_remote_code": args.trust_remote_code}
+    asking = answers.SamplingConfig(
+        sampling, args.max_new_tokens, args.max_length, args.batch_size, args.seed
+    )
+    loading = {
+        "template": args.conversation_template_config,
+        "trust_remote_code": args.trust_remote_code,
+    }
     found, left_out, conversation = [], [], None
     start = args.start_path or named("--model_path", compare.start_of, args.model_path)
     for flag, path in (("--start_path", start), ("--model_path", args.model_path)):
@@ -48,9 +57,12 @@ def answered(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | N
 
 
 def main(args: Namespace) -> None:
-    from coati.inference import answers, compare
+    from coati.inference.evaluate import generate_responses as answers
+    from coati.inference.evaluate import win_rate as compare
 
-    prompts, left_out = named("--input", answers.read_prompts, args.input, args.max_prompts, args.seed)
+    prompts, left_out = named(
+        "--input", answers.read_prompts, args.input, args.max_prompts, args.seed
+    )
     (start, trained), out, tags = answered(args, prompts)
     rows, unscored = compare.compare(
         prompts, start, trained, judges(args, tags), args.max_new_tokens, args.tie_margin

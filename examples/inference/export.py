@@ -7,17 +7,21 @@ from coati.cli.export import parse_export
 
 
 def main(args: Namespace) -> None:
-    from coati.inference.card import model_card
-    from coati.inference.export import export
+    from coati.inference.export.model_card import model_card
+    from coati.inference.export.model_dir import export
 
     def card(loaded, found) -> str:
         return model_card(
             args.model_path,
-            f"Plain transformers loads this directory, and its greedy answers to {found.asked} questions are those of "
+            f"Plain transformers loads this directory, and its greedy answers to {found.asked} "
+            "questions are those of "
             "coati's own loader, token for token.",
         )
 
-    reading = {"template": args.conversation_template_config, "trust_remote_code": args.trust_remote_code}
+    reading = {
+        "template": args.conversation_template_config,
+        "trust_remote_code": args.trust_remote_code,
+    }
     found = export(
         args.model_path,
         args.output_dir,
@@ -29,7 +33,10 @@ def main(args: Namespace) -> None:
     )
     print(f"greedy answers equal to plain transformers': {found.same} of {found.asked}")
     if found.gguf:
-        print(f"{found.gguf.file}: read back, its logits differ by at most {found.gguf.difference:.2g}")
+        print(
+            f"{found.gguf.file}: read back, its logits differ by at most "
+            f"{found.gguf.difference:.2g}"
+        )
     print(f"the exported model and its card, README.md, are in {args.output_dir}")
 
 

@@ -9,8 +9,8 @@ from coati.cli.inference import parse_inference
 
 def open_session(args: Namespace):
     from coati.inference import ChatSession, load
-    from coati.inference.loading import with_system
-    from coati.models.generation import Sampling
+    from coati.inference.model_loading import with_system
+    from coati.models.generation.loop import Sampling
 
     try:
         loaded = load(
@@ -23,7 +23,11 @@ def open_session(args: Namespace):
     except ValueError as error:
         # Every message of the loader begins with the path at fault.
         flags = ("conversation_template_config", "tokenizer_path", "model_path")
-        at_fault = [flag for flag in flags if getattr(args, flag) and str(error).startswith(getattr(args, flag))]
+        at_fault = [
+            flag
+            for flag in flags
+            if getattr(args, flag) and str(error).startswith(getattr(args, flag))
+        ]
         raise ValueError(f"--{(at_fault or ['model_path'])[0]} {error}") from error
     if args.system_message is not None:
         loaded = with_system(loaded, args.system_message)
@@ -46,7 +50,10 @@ def reply(session, screen, record, question: str) -> None:
     finally:
         record.add(session.messages)
     if session.forgotten > forgotten:
-        screen.note(f"{session.forgotten} oldest rounds no longer fit into --model_max_length and are left out")
+        screen.note(
+            f"{session.forgotten} oldest rounds no longer fit into --model_max_length and are left "
+            "out"
+        )
     if session.cut:
         screen.note(f"cut off at --max_new_tokens {session.max_new_tokens}")
 
@@ -74,7 +81,11 @@ def main(args: Namespace) -> None:
     from coati.inference.transcript import Transcript, dialogues
 
     screen = console.console(args.io)
-    asked = dialogues(args.prompt_file) if args.prompt_file else [([], question) for question in args.prompt]
+    asked = (
+        dialogues(args.prompt_file)
+        if args.prompt_file
+        else [([], question) for question in args.prompt]
+    )
     session = open_session(args)
     with closing(Transcript(args.transcript)) as record:
         for before, question in asked:

@@ -7,11 +7,17 @@ from coati.cli.export import parse_merging
 
 
 def main(args: Namespace) -> None:
-    from coati.inference.export import merge
+    from coati.inference.export.model_dir import merge
 
-    reading = {"template": args.conversation_template_config, "trust_remote_code": args.trust_remote_code}
+    reading = {
+        "template": args.conversation_template_config,
+        "trust_remote_code": args.trust_remote_code,
+    }
     merged = merge(args.model_path, args.output_dir, args.dtype, **reading)
-    print(f"logits with the adapter beside and inside the weights differ by at most {merged.difference:.2g}")
+    print(
+        "logits with the adapter beside and inside the weights differ by at most "
+        f"{merged.difference:.2g}"
+    )
     print(f"the merged model is in {args.output_dir}")
 
 

@@ -1,4 +1,5 @@
-"""A model with fewer bits a weight, measured beside the original. ``quantize.py --help`` lists the flags."""
+"""A model with fewer bits a weight, measured beside the original. ``quantize.py --help`` lists the
+flags."""
 
 import json
 import sys
@@ -9,9 +10,11 @@ from coati.cli.quantize import parse_quantize
 
 
 def measured(name: str, folder, args: Namespace, original=None) -> dict:
-    """Size, perplexity and speed of the model of ``folder``; ``original``: the size that the ratio is against."""
-    from coati.inference import load, measure
-    from coati.inference.loading import weights_of
+    """Size, perplexity and speed of the model of ``folder``; ``original``: the size that the ratio
+    is against."""
+    from coati.inference import load
+    from coati.inference.export.model_dir import perplexity as measure
+    from coati.inference.model_loading import weights_of
 
     loaded = load(folder, trust_remote_code=args.trust_remote_code)
     rows = measure.rows_of(args.eval, loaded.conversation, args.max_length)
@@ -28,33 +31,47 @@ def measured(name: str, folder, args: Namespace, original=None) -> dict:
 def show(one: dict, first: dict) -> None:
     """A row of the table, as soon as it is known."""
     if one is first:
-        print(f"{'model':10} {'MiB':>8} {'x bf16, no embeddings':>22} {'perplexity':>11} {'change':>8} {'tokens/s':>9}")
+        print(
+            f"{'model':10} {'MiB':>8} {'x bf16, no embeddings':>22} {'perplexity':>11} "
+            f"{'change':>8} {'tokens/s':>9}"
+        )
     change = one["perplexity"] / first["perplexity"] - 1
     print(
-        f"{one['model']:10} {one['bytes'] / 2**20:8.1f} {one['ratio']:22.3f} {one['perplexity']:11.3f} "
+        f"{one['model']:10} {one['bytes'] / 2**20:8.1f} {one['ratio']:22.3f} "
+        f"{one['perplexity']:11.3f} "
         f"{change:+8.2%} {one['tokens_per_second']:9.1f}",
         flush=True,
     )
 
 
 def main(args: Namespace) -> None:
-    from coati.inference import measure
-    from coati.inference.loading import conversation_of, weights_of, with_tokenizer
-    from coati.inference.quantise import quantise
-    from coati.models.utils import load_tokenizer
+    from coati.inference.export.model_dir import perplexity as measure
+    from coati.inference.export.quantize import quantize
+    from coati.inference.model_loading import conversation_of, weights_of, with_tokenizer
+    from coati.models.loading import load_tokenizer
 
     original = weights_of(args.model_path)
     calibration = []
     if args.calibration:
-        conversation = conversation_of(original, load_tokenizer(with_tokenizer(original), args.trust_remote_code))
-        calibration = measure.rows_of(args.calibration, conversation, args.max_length, args.calibration_rows)
+        conversation = conversation_of(
+            original, load_tokenizer(with_tokenizer(original), args.trust_remote_code)
+        )
+        calibration = measure.rows_of(
+            args.calibration, conversation, args.max_length, args.calibration_rows
+        )
     several = len(args.method) > 1
-    folders = {method: Path(args.output_dir) / (method if several else "") for method in args.method}
+    folders = {
+        method: Path(args.output_dir) / (method if several else "") for method in args.method
+    }
     for method, folder in folders.items():
-        quantise(
-            args.model_path, folder, method, calibration=calibration, group_size=args.group_size,
+        quantize(
+            args.model_path,
+            folder,
+            method,
+            calibration=calibration,
+            group_size=args.group_size,
             trust_remote_code=args.trust_remote_code,
-        )  # fmt: skip
+        )
     size, figures = measure.size_of(original), []
     for name, folder in {"original": args.model_path, **folders}.items():
         figures.append(measured(name, folder, args, size if name in folders else None))

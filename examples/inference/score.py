@@ -9,7 +9,7 @@ from coati.cli.score import parse_score
 
 
 def main(args: Namespace) -> None:
-    from coati.inference import scoring
+    from coati.inference.evaluate import reward_scores as scoring
 
     model, tokenizer, conversation = scoring.load_reward_model(
         args.model_path, args.conversation_template_config, trust_remote_code=args.trust_remote_code
@@ -21,13 +21,20 @@ def main(args: Namespace) -> None:
     if not rows:
         raise ValueError(f"--input {' '.join(args.input)}: no row could be scored")
     scoring.score(model, rows, tokenizer.pad_token_id, args.batch_size)
-    with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as output:
+    with (
+        open(args.output, "w", encoding="utf-8")
+        if args.output
+        else nullcontext(sys.stdout) as output
+    ):
         for row in rows:
             print(json.dumps(row.as_dict()), file=output)
     for line in scoring.summary(rows):
         print(line, file=sys.stderr)
     if args.histogram:
-        print(f"histogram: {scoring.write_histogram(scoring.groups_of(rows), args.histogram)}", file=sys.stderr)
+        print(
+            f"histogram: {scoring.write_histogram(scoring.groups_of(rows), args.histogram)}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

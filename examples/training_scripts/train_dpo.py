@@ -1,5 +1,5 @@
-"""Preferences without a reward model: DPO and its family. ``train_dpo.py --help`` lists the flags, docs/preferences.md
-explains them."""
+"""Preferences without a reward model: DPO and its family. ``train_dpo.py --help`` lists the flags,
+docs/preferences.md explains them."""
 
 from argparse import Namespace
 
@@ -7,11 +7,15 @@ from coati.cli.preferences import parse_dpo
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, data, finish, preference_data, references, restart, samples
     from coati.dataset import DataCollatorForPreferenceDataset
-    from coati.models.loss_names import LOSS_TYPES
+    from coati.models.loss_registry import LOSS_TYPES
+    from coati.recipes import build, data, finish
+    from coati.recipes import eval_samples as samples
+    from coati.recipes import preference_data_checks as preference_data
+    from coati.recipes import reference_model as references
+    from coati.recipes import resume as restart
     from coati.trainer import DPOTrainer
-    from coati.trainer.precompute import WithReference
+    from coati.trainer.precompute_reference import WithReference
 
     options = build.start(args)
     resume = restart.find_resume(args)
@@ -35,7 +39,9 @@ def main(args: Namespace) -> None:
     wanted = LOSS_TYPES[args.loss_type].reference and not args.disable_reference_model
     trainer = DPOTrainer(
         engine=engine,
-        reference=references.reference(args, options, engine) if wanted and not args.precompute_ref else None,
+        reference=references.reference(args, options, engine)
+        if wanted and not args.precompute_ref
+        else None,
         loss_type=args.loss_type,
         beta=args.beta,
         gamma=args.gamma,
@@ -53,7 +59,9 @@ def main(args: Namespace) -> None:
     )
     if wanted and args.precompute_ref:
         train = references.precomputed(args, options, trainer, resume, collate, train, "train")
-        evaluation = references.precomputed(args, options, trainer, resume, collate, evaluation, "valid")
+        evaluation = references.precomputed(
+            args, options, trainer, resume, collate, evaluation, "valid"
+        )
         collate = WithReference(collate)
     windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate, plan)
     if args.dry_run:
@@ -64,6 +72,6 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_dpo()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_dpo.py", main, arguments)

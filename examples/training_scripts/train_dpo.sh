@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Direct preference optimisation with ColossalAI's launcher. What is set below, and in launch.sh, can be set in the environment:
+# Direct preference optimization with ColossalAI's launcher. What is set below, and in launch.sh, can be set in the environment:
 #   PRETRAINED_MODEL_PATH=my/model DATASET="out/arrow/part-*" bash train_dpo.sh --max_steps 100
 # Further flags are handed on to train_dpo.py (python train_dpo.py --help), and override those below.
 set -euo pipefail

@@ -1,5 +1,5 @@
-"""Preferences from single answers, each judged good or bad. ``train_kto.py --help`` lists the flags,
-docs/preferences.md explains them."""
+"""Preferences from single answers, each judged good or bad. ``train_kto.py --help`` lists the
+flags, docs/preferences.md explains them."""
 
 from argparse import Namespace
 
@@ -7,9 +7,13 @@ from coati.cli.preferences import parse_kto
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, data, finish, preference_data, references, restart, samples
     from coati.dataset import DataCollatorForKTODataset
-    from coati.dataset.kto_loader import KTOEvaluationLoader, KTOWindowLoader
+    from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader
+    from coati.recipes import build, data, finish
+    from coati.recipes import eval_samples as samples
+    from coati.recipes import preference_data_checks as preference_data
+    from coati.recipes import reference_model as references
+    from coati.recipes import resume as restart
     from coati.trainer import KTOTrainer
 
     options = build.start(args)
@@ -33,7 +37,9 @@ def main(args: Namespace) -> None:
         pad_to_multiple_of=options.sequence_multiple,
     )
     kinds = (KTOWindowLoader, KTOEvaluationLoader)
-    windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate, plan, kinds)
+    windows, evaluation_batches = build.loaders(
+        args, engine, train, evaluation, collate, plan, kinds
+    )
     trainer = KTOTrainer(
         engine=engine,
         reference=references.reference(args, options, engine),
@@ -55,6 +61,6 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_kto()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_kto.py", main, arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kahneman-Tversky optimisation with ColossalAI's launcher. What is set below, and in launch.sh, can be set in the environment:
+# Kahneman-Tversky optimization with ColossalAI's launcher. What is set below, and in launch.sh, can be set in the environment:
 #   PRETRAINED_MODEL_PATH=my/model DATASET="out/arrow/part-*" bash train_kto.sh --max_steps 100
 # Further flags are handed on to train_kto.py (python train_kto.py --help), and override those below.
 set -euo pipefail

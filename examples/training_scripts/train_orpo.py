@@ -1,5 +1,5 @@
-"""SFT and preferences in one stage, without a reference model. ``train_orpo.py --help`` lists the flags,
-docs/preferences.md explains them."""
+"""SFT and preferences in one stage, without a reference model. ``train_orpo.py --help`` lists the
+flags, docs/preferences.md explains them."""
 
 from argparse import Namespace
 
@@ -7,8 +7,11 @@ from coati.cli.preferences import parse_orpo
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, data, finish, preference_data, restart, samples
     from coati.dataset import DataCollatorForPreferenceDataset
+    from coati.recipes import build, data, finish
+    from coati.recipes import eval_samples as samples
+    from coati.recipes import preference_data_checks as preference_data
+    from coati.recipes import resume as restart
     from coati.trainer import ORPOTrainer
 
     options = build.start(args)
@@ -49,6 +52,6 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_orpo()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_orpo.py", main, arguments)

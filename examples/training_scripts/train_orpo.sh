@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Odds-ratio preference optimisation with ColossalAI's launcher. What is set below, and in launch.sh, can be set in the environment:
+# Odds-ratio preference optimization with ColossalAI's launcher. What is set below, and in launch.sh, can be set in the environment:
 #   PRETRAINED_MODEL_PATH=my/model DATASET="out/arrow/part-*" bash train_orpo.sh --max_steps 100
 # Further flags are handed on to train_orpo.py (python train_orpo.py --help), and override those below.
 set -euo pipefail

@@ -1,5 +1,5 @@
-"""PPO: the model answers prompts, a reward judges the answers, a critic says what was expected. ``train_ppo.py --help``
-lists the flags, docs/rlhf.md explains them."""
+"""PPO: the model answers prompts, a reward judges the answers, a critic says what was expected.
+``train_ppo.py --help`` lists the flags, docs/rlhf.md explains them."""
 
 from argparse import Namespace
 
@@ -7,7 +7,10 @@ from coati.cli.rollouts import parse_ppo
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, data, finish, online, online_dry_run, restart, rl_models
+    from coati.recipes import build, data, finish, rl_models
+    from coati.recipes import resume as restart
+    from coati.recipes import rl as online
+    from coati.recipes import rl_dry_run as online_dry_run
     from coati.trainer import OLTrainer
 
     options = build.start(args)
@@ -32,7 +35,9 @@ def main(args: Namespace) -> None:
         assets={"actor": actor_assets, "critic": critic_assets},
         **online.parts(args, resume, state),
     )
-    windows, asked, supervised = online.loaders(args, actor, tokenizer, prompts, evaluation, ptx, plan)
+    windows, asked, supervised = online.loaders(
+        args, actor, tokenizer, prompts, evaluation, ptx, plan
+    )
     if args.dry_run:
         return online_dry_run.dry_run(args, trainer, windows, supervised)
     trainer.run(windows, asked, supervised, args.log_dir, args.use_wandb)
@@ -41,6 +46,6 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_ppo()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_ppo.py", main, arguments)

@@ -8,14 +8,16 @@ from coati.cli.rollouts import parse_prompts
 def main(args: Namespace) -> None:
     from train_ppo import main as train
 
-    from coati.utils.notice import say
+    from coati.utils.logging import get_logger
 
-    say("train_prompts.py is now train_ppo.py")
+    logger = get_logger(__name__)
+
+    logger.info("train_prompts.py is now train_ppo.py")
     train(args)
 
 
 if __name__ == "__main__":
     arguments = parse_prompts()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_prompts.py", main, arguments)

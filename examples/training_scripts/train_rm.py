@@ -1,5 +1,5 @@
-"""Stage 2: a reward model from pairs of answers. ``train_rm.py --help`` lists the flags, docs/preferences.md explains
-them."""
+"""Stage 2: a reward model from pairs of answers. ``train_rm.py --help`` lists the flags,
+docs/preferences.md explains them."""
 
 from argparse import Namespace
 
@@ -9,11 +9,14 @@ from coati.cli.preferences import parse_rm
 def main(args: Namespace) -> None:
     from functools import partial
 
-    from coati.cli import build, data, finish, restart
     from coati.dataset import DataCollatorForPreferenceDataset
     from coati.models import RewardModel, load_scalar_model
+    from coati.recipes import build, data, finish
+    from coati.recipes import resume as restart
     from coati.trainer import RewardModelTrainer
-    from coati.utils.notice import say
+    from coati.utils.logging import get_logger
+
+    logger = get_logger(__name__)
 
     options = build.start(args)
     resume = restart.find_resume(args)
@@ -46,11 +49,11 @@ def main(args: Namespace) -> None:
     trainer.fit(windows, evaluation_batches, args.log_dir, args.use_wandb)
     finish.save_final(args, trainer, finish.SCORE)
     for line in trainer.verdict():
-        say(line)
+        logger.info(line)
 
 
 if __name__ == "__main__":
     arguments = parse_rm()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_rm.py", main, arguments)

@@ -1,5 +1,5 @@
-"""Stage 1: supervised fine-tuning on conversations. ``train_sft.py --help`` lists the flags, docs/flags.md explains
-them."""
+"""Stage 1: supervised fine-tuning on conversations. ``train_sft.py --help`` lists the flags,
+docs/flags.md explains them."""
 
 from argparse import Namespace
 
@@ -7,8 +7,10 @@ from coati.cli.arguments import parse_sft
 
 
 def main(args: Namespace) -> None:
-    from coati.cli import build, data, finish, restart, samples
     from coati.dataset import DataCollatorForSupervisedDataset
+    from coati.recipes import build, data, finish
+    from coati.recipes import eval_samples as samples
+    from coati.recipes import resume as restart
     from coati.trainer import SFTTrainer
 
     options = build.start(args)
@@ -47,6 +49,6 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_sft()
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     guarded("train_sft.py", main, arguments)

@@ -1,4 +1,5 @@
-"""The data benchmark compares like with like: what `datasets.map` computes there are the ids and masks of ours."""
+"""The data benchmark compares like with like: what `datasets.map` computes there are the ids and
+masks of ours."""
 
 import importlib
 import json
@@ -8,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from coati.dataset import setup_conversation_template
-from coati.dataset.shapes import READERS
-from coati.dataset.tokenization import TOKENIZERS
+from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.tokenization import TOKENIZERS
 from tests.dataset.makers import chatml_tokenizer
 
 ROOT = Path(__file__).parents[2]
-# Ours ends what is learnt with the end marker, theirs with the line break that the template writes after it.
+# Ours ends what is learned with the end marker, theirs with the line break that the template writes
+# after it.
 NEW_LINE = "\n"
 
 
@@ -33,12 +35,16 @@ def template():
 
 def both(bench, template, type: str, rows: int = 20):
     """``(theirs, ours)`` of some sample rows."""
-    for line in open(ROOT / "examples" / "data" / f"{type}.jsonl", encoding="utf-8").readlines()[:rows]:
+    for line in open(ROOT / "examples" / "data" / f"{type}.jsonl", encoding="utf-8").readlines()[
+        :rows
+    ]:
         theirs = bench.CONVERT[type](json.loads(line), template.tokenizer, 10_000)
         yield theirs, TOKENIZERS[type](READERS[type](json.loads(line)), template, 10_000)[0][0]
 
 
-def same_but_for_line_breaks(ids: list[int], theirs: list[bool], ours: list[bool], template) -> bool:
+def same_but_for_line_breaks(
+    ids: list[int], theirs: list[bool], ours: list[bool], template
+) -> bool:
     differ = [token for token, one, other in zip(ids, theirs, ours, strict=False) if one != other]
     return {template.encoder.decode([token]) for token in differ} <= {NEW_LINE}
 
@@ -46,7 +52,9 @@ def same_but_for_line_breaks(ids: list[int], theirs: list[bool], ours: list[bool
 def test_sft(bench, template):
     for theirs, ours in both(bench, template, "sft"):
         assert theirs["keep"] and theirs["input_ids"][: ours["seq_length"]] == ours["input_ids"]
-        masks = ([label != -100 for label in labels] for labels in (theirs["labels"], ours["labels"]))
+        masks = (
+            [label != -100 for label in labels] for labels in (theirs["labels"], ours["labels"])
+        )
         assert same_but_for_line_breaks(ours["input_ids"], *masks, template)
 
 

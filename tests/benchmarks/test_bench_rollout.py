@@ -10,18 +10,42 @@ CASE = {"batch_size": 4, "prompt_tokens": [2, 9]}
 
 def step(tokens: int, seconds: float, answers: list[list[int]]) -> dict:
     lengths = [len(answer) for answer in answers]
-    return {"tokens": tokens, "seconds": seconds, "processor_seconds": seconds / 2, "lengths": lengths,
-            "answers": answers}  # fmt: skip
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "processor_seconds": seconds / 2,
+        "lengths": lengths,
+        "answers": answers,
+    }
 
 
 def test_greedy_and_sampled_batches_are_counted_apart_and_the_first_not_at_all():
     one, other = [[1], [2, 3]], [[1], [2, 4]]
-    ours = [step(9, 9, one), step(9, 9, one), step(30, 1, one), step(40, 4, one), step(10, 1, other), step(9, 1, one)]
-    theirs = [step(9, 1, one), step(9, 1, one), step(10, 1, one), step(9, 3, one), step(10, 1, one), step(9, 3, one)]
+    ours = [
+        step(9, 9, one),
+        step(9, 9, one),
+        step(30, 1, one),
+        step(40, 4, one),
+        step(10, 1, other),
+        step(9, 1, one),
+    ]
+    theirs = [
+        step(9, 1, one),
+        step(9, 1, one),
+        step(10, 1, one),
+        step(9, 3, one),
+        step(10, 1, one),
+        step(9, 3, one),
+    ]
     results = {"coati": {"steps": ours}, "transformers": {"steps": theirs}}
     greedy, sampled = (figures(results, mode) for mode in MODES)
-    assert greedy["tokens_per_second"] == {"coati": 20.0, "transformers": 10.0} and greedy["ratio"] == 2.0
-    assert greedy["ratios_of_batches"] == [3.0, 1.0] and greedy["same_answers"] == pytest.approx(5 / 6)
+    assert (
+        greedy["tokens_per_second"] == {"coati": 20.0, "transformers": 10.0}
+        and greedy["ratio"] == 2.0
+    )
+    assert greedy["ratios_of_batches"] == [3.0, 1.0] and greedy["same_answers"] == pytest.approx(
+        5 / 6
+    )
     assert sampled["tokens_per_second"]["coati"] == 49 / 5
     assert sampled["ratio_of_processor_time"] == pytest.approx(49 / 5 / 3)
     assert greedy["answer_tokens"] == {"shortest": 1, "median": 1.5, "longest": 2}

@@ -1,4 +1,5 @@
-"""benchmarks/bench_dpo_7b.py runs through where there is no GPU, and says what it is without one."""
+"""benchmarks/bench_dpo_7b.py runs through where there is no GPU, and says what it is without
+one."""
 
 import json
 import os
@@ -24,7 +25,9 @@ def test_without_a_gpu_it_says_what_it_needs():
 
 @pytest.mark.matrix
 def test_a_tiny_model_goes_through_it(tmp_path):
-    done = bench("--tiny", "--batch_size", "2", "--steps", "2", "--output", str(tmp_path / "found.json"))
+    done = bench(
+        "--tiny", "--batch_size", "2", "--steps", "2", "--output", str(tmp_path / "found.json")
+    )
     assert done.returncode == 0, done.stderr
     assert "these figures mean nothing" in done.stdout and "first loss 0.69" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())

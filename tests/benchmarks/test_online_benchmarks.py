@@ -1,4 +1,5 @@
-"""The benchmarks of PPO and GRPO: episodes are the same work for both systems, and the arithmetic is counted right."""
+"""The benchmarks of PPO and GRPO: episodes are the same work for both systems, and the arithmetic
+is counted right."""
 
 import json
 import os
@@ -16,9 +17,15 @@ from tests.distributed.spawn import run
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TINY = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 64, "vocab_size": 97, "tie_word_embeddings": True, "pad_token_id": 1,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+    "tie_word_embeddings": True,
+    "pad_token_id": 1,
+}
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 EPISODES = 2
 
@@ -36,7 +43,11 @@ def episodes_of(folder: str, algorithm: str) -> list[dict]:
     size = case.Size(prompts=2, new=4, generations=1 if algorithm == "ppo" else 3, passes=2)
     told: list[dict] = []
     rows = Paced(loader(PROMPTS, Ids), tell=told.append)
-    models = stored(algorithm, Path(folder), ParallelOptions(plugin="ddp", precision="fp32", grad_clip=case.MAX_NORM))
+    models = stored(
+        algorithm,
+        Path(folder),
+        ParallelOptions(plugin="ddp", precision="fp32", grad_clip=case.MAX_NORM),
+    )
     trainer = make_trainer(models, size, EPISODES, rows, Ids)
     trainer.run(rows)
     assert len(trainer.buffer) == 0 and trainer.state.step == EPISODES * size.passes
@@ -44,8 +55,14 @@ def episodes_of(folder: str, algorithm: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_an_episode_is_all_prompts_answered_and_learnt(algorithm, tmp_path):
-    (told,) = run(1, "tests.benchmarks.test_online_benchmarks:episodes_of", str(tmp_path), algorithm, env=ENVIRONMENT)
+def test_an_episode_is_all_prompts_answered_and_learned(algorithm, tmp_path):
+    (told,) = run(
+        1,
+        "tests.benchmarks.test_online_benchmarks:episodes_of",
+        str(tmp_path),
+        algorithm,
+        env=ENVIRONMENT,
+    )
     assert len(told) == EPISODES
     for found in told:
         assert 1 <= found["answer_tokens"] <= 4
@@ -53,9 +70,16 @@ def test_an_episode_is_all_prompts_answered_and_learnt(algorithm, tmp_path):
 
 
 def test_the_arithmetic_of_an_episode_by_hand():
-    # One layer: queries and output 2 x 4 x 4, keys and values 2 x 4 x 2, MLP 3 x 4 x 8: 144 weights. Vocabulary 4 x 10.
-    model = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-             "intermediate_size": 8, "vocab_size": 10}  # fmt: skip
+    # One layer: queries and output 2 x 4 x 4, keys and values 2 x 4 x 2, MLP 3 x 4 x 8: 144
+    # weights. Vocabulary 4 x 10.
+    model = {
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 10,
+    }
 
     def forward(tokens: int) -> float:
         return 2 * 144 * tokens + 2 * 4 * tokens**2
@@ -74,14 +98,23 @@ def test_both_systems_get_the_same_prompts_and_score(tmp_path):
     lines = [json.dumps({"text": f"prompt {number}", "input_ids": [number]}) for number in range(8)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     for size in case.SIZES.values():
-        assert [row["input_ids"] for row in case.read(tmp_path, size)] == [[n] for n in range(size.prompts)]
+        assert [row["input_ids"] for row in case.read(tmp_path, size)] == [
+            [n] for n in range(size.prompts)
+        ]
     assert case.SIZES["ppo"].answers == case.SIZES["grpo"].answers == 8
     assert case.score(completions=["abc1", "", "42"], prompts=["", "", ""]) == [0.75, 0.0, 0.0]
 
 
 def test_figures_leave_the_first_episode_out(capsys):
     steps = [
-        {"seconds": s, "processor_seconds": 2 * s, "reward": 1.0, "rollout": s / 2, "scoring": 0.0, "update": s / 4}
+        {
+            "seconds": s,
+            "processor_seconds": 2 * s,
+            "reward": 1.0,
+            "rollout": s / 2,
+            "scoring": 0.0,
+            "update": s / 4,
+        }
         for s in (9.0, 2.0, 4.0)
     ]
     found = bench_ppo_peers.figures(steps, case.SIZES["ppo"], 100.0)
@@ -92,25 +125,45 @@ def test_figures_leave_the_first_episode_out(capsys):
     assert "shares" not in results["trl"]
     assert bench_ppo_peers.ratios_of(results, "seconds") == [2.0, 1.0]
     result = results | bench_ppo_peers.outcome(results, needed=8e9, rates=[1e9, 2e9, 4e9])
-    assert (result["ratio"], result["ratio_of_processor_seconds"], result["floor_seconds"]) == (1.5, 0.75, 4.0)
-    about = {"size": {"prompts": 2, "new": 48, "generations": 4}, "trl_version": "1.9.2", "trl_defaults": False}
+    assert (result["ratio"], result["ratio_of_processor_seconds"], result["floor_seconds"]) == (
+        1.5,
+        0.75,
+        4.0,
+    )
+    about = {
+        "size": {"prompts": 2, "new": 48, "generations": 4},
+        "trl_version": "1.9.2",
+        "trl_defaults": False,
+    }
     bench_ppo_peers.show("ppo", result | about)
     said = capsys.readouterr().out
-    assert "8 answers of 48 tokens; TRL 1.9.2" in said and "1.5 x as fast (episodes: 1.0 to 2.0" in said
     assert (
-        "peak 100 MiB (rollout 50%, scoring 0%, update 25%)" in said and "the floor of the arithmetic is 4.0 s" in said
+        "8 answers of 48 tokens; TRL 1.9.2" in said
+        and "1.5 x as fast (episodes: 1.0 to 2.0" in said
+    )
+    assert (
+        "peak 100 MiB (rollout 50%, scoring 0%, update 25%)" in said
+        and "the floor of the arithmetic is 4.0 s" in said
     )
 
 
 def test_shares_of_an_episode_from_the_lines_of_a_run():
     lines = [
-        {"step": step, "train/seconds_rollout": a, "train/seconds_scoring": b, "train/seconds_update": c,
-         "train/tokens_per_second": 50.0 * step}
+        {
+            "step": step,
+            "train/seconds_rollout": a,
+            "train/seconds_scoring": b,
+            "train/seconds_update": c,
+            "train/tokens_per_second": 50.0 * step,
+        }
         for step, a, b, c in ((1, 50.0, 50.0, 50.0), (2, 2.0, 1.0, 3.0), (3, 1.0, 0.0, 1.0))
-    ]  # fmt: skip
+    ]
     found = bench_ppo.figures([*lines, {"step": 3, "memory/rank_0_peak_mb": 700.0}])
     assert found["shares"] == {"rollout": 3 / 8, "scoring": 1 / 8, "update": 4 / 8}
-    assert found["samples_per_second"] == bench_ppo.PROMPTS * 2 / 8 and found["peak_memory_mb"] == 700.0
+    assert (
+        found["samples_per_second"] == bench_ppo.PROMPTS * 2 / 8
+        and found["peak_memory_mb"] == 700.0
+    )
     assert found["rollout_tokens_per_second"] == 125.0
 
 
@@ -118,9 +171,15 @@ def test_shares_of_an_episode_from_the_lines_of_a_run():
 def test_the_command_of_every_way_is_one_that_the_script_takes(way, tmp_path):
     from coati.cli.rollouts import parse_ppo
 
-    command = bench_ppo.command(way, tmp_path, str(tmp_path / "out"), Namespace(episodes=3, new_tokens=16))
+    command = bench_ppo.command(
+        way, tmp_path, str(tmp_path / "out"), Namespace(episodes=3, new_tokens=16)
+    )
     args = parse_ppo(command[2:])
-    assert args.shared_base == (way == "one base") and args.num_episodes == 3 and args.max_seq_len == 16
+    assert (
+        args.shared_base == (way == "one base")
+        and args.num_episodes == 3
+        and args.max_seq_len == 16
+    )
     assert Path(args.rm_pretrain).name == ("adapter" if args.shared_base else "reward")
 
 
@@ -136,7 +195,9 @@ def test_without_a_gpu_it_says_what_it_needs():
 
 @pytest.mark.matrix
 def test_tiny_models_go_through_it(tmp_path):
-    done = gpu_bench("--tiny", "--batch_size", "2", "--episodes", "2", "--output", str(tmp_path / "found.json"))
+    done = gpu_bench(
+        "--tiny", "--batch_size", "2", "--episodes", "2", "--output", str(tmp_path / "found.json")
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("these figures mean nothing") == 2
     found = json.loads((tmp_path / "found.json").read_text())

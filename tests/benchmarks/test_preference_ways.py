@@ -1,4 +1,5 @@
-"""The preference benchmarks compare like with like: every way takes the same steps on the same pairs."""
+"""The preference benchmarks compare like with like: every way takes the same steps on the same
+pairs."""
 
 import json
 import random
@@ -10,9 +11,15 @@ from tests.distributed.spawn import run
 
 STEPS, PAIRS = 3, 2
 TINY = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 64, "vocab_size": 97, "tie_word_embeddings": True, "pad_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+    "tie_word_embeddings": True,
+    "pad_token_id": 2,
+}
 
 
 def pairs() -> list[dict]:
@@ -21,7 +28,10 @@ def pairs() -> list[dict]:
     def some(low: int, high: int) -> list[int]:
         return [generator.randrange(3, 97) for _ in range(generator.randint(low, high))]
 
-    return [{"prompt_ids": some(4, 9), "chosen_ids": some(2, 6), "rejected_ids": some(2, 6)} for _ in range(5)]
+    return [
+        {"prompt_ids": some(4, 9), "chosen_ids": some(2, 6), "rejected_ids": some(2, 6)}
+        for _ in range(5)
+    ]
 
 
 def losses_of_ways(folder: str) -> dict[str, list[float]]:
@@ -41,7 +51,12 @@ def losses_of_ways(folder: str) -> dict[str, list[float]]:
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory) -> dict[str, list[float]]:
     folder = str(tmp_path_factory.mktemp("case"))
-    return run(1, "tests.benchmarks.test_preference_ways:losses_of_ways", folder, env={"CUDA_VISIBLE_DEVICES": ""})[0]
+    return run(
+        1,
+        "tests.benchmarks.test_preference_ways:losses_of_ways",
+        folder,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )[0]
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "rm"])

@@ -1,6 +1,6 @@
 import pytest
 
-from coati.utils import notice
+from coati.utils.logging import forget_warnings
 
 
 @pytest.fixture(autouse=True)
@@ -8,7 +8,7 @@ def one_process(monkeypatch):
     """A clean launcher environment, and notices that have not been said yet."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(notice, "_said", set())
+    forget_warnings()
 
 
 @pytest.fixture
@@ -18,10 +18,25 @@ def data(tmp_path):
     (tmp_path / "raw.json").write_text("[]")
     (tmp_path / "rm").mkdir()
     (tmp_path / "rm" / "config.json").write_text("{}")
-    names = {"dataset": "arrow", "RAW_DATASET": "raw.json", "PREFERENCE_DATASET": "arrow", "prompt_dataset": "arrow",
-             "ptx_dataset": "arrow", "CONVERSATION_TEMPLATE_CONFIG_PATH": "rm/config.json", "REWARD_MODEL_PATH": "rm"}
-    free = ("SFT_MODEL_PATH", "PRETRAINED_MODEL_PATH", "PRETRAINED_TOKENIZER_PATH", "SAVE_DIR", "CONFIG_FILE")
-    return {name: str(tmp_path / path) for name, path in names.items()} | {name: f"some/{name}" for name in free}
+    names = {
+        "dataset": "arrow",
+        "RAW_DATASET": "raw.json",
+        "PREFERENCE_DATASET": "arrow",
+        "prompt_dataset": "arrow",
+        "ptx_dataset": "arrow",
+        "CONVERSATION_TEMPLATE_CONFIG_PATH": "rm/config.json",
+        "REWARD_MODEL_PATH": "rm",
+    }
+    free = (
+        "SFT_MODEL_PATH",
+        "PRETRAINED_MODEL_PATH",
+        "PRETRAINED_TOKENIZER_PATH",
+        "SAVE_DIR",
+        "CONFIG_FILE",
+    )
+    return {name: str(tmp_path / path) for name, path in names.items()} | {
+        name: f"some/{name}" for name in free
+    }
 
 
 @pytest.fixture

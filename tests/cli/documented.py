@@ -17,7 +17,9 @@ class Command:
     def words(self, variables: dict[str, str]) -> list[str]:
         """The words a shell would see: lines joined, ``$NAME`` and ``${name[@]}`` replaced."""
         joined = re.sub(r"\\\n|\\$", "", self.text)
-        return shlex.split(re.sub(r"\$\{?(\w+)(?:\[@\])?\}?", lambda match: variables[match[1]], joined))
+        return shlex.split(
+            re.sub(r"\$\{?(\w+)(?:\[@\])?\}?", lambda match: variables[match[1]], joined)
+        )
 
     @property
     def processes(self) -> int:

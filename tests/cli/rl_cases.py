@@ -1,4 +1,5 @@
-"""What the processes of test_rl_models.py do: the models of PPO from a command line, a step of each, what they say."""
+"""What the processes of test_rl_models.py do: the models of PPO from a command line, a step of
+each, what they say."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class ToOne:
     def prepare(self, batch):
         return batch
 
-    def units(self, batch):
+    def num_terms(self, batch):
         return batch["attention_mask"].sum()
 
     def loss(self, outputs, batch):
@@ -36,7 +37,7 @@ class Rows:
     def prepare(self, batch):
         return batch
 
-    def units(self, batch):
+    def num_terms(self, batch):
         return torch.tensor(len(batch["input_ids"]))
 
     def loss(self, outputs, batch):
@@ -50,50 +51,69 @@ class Rows:
 
 
 def numbers(models: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What each model says of BATCH: log-probs (actor, reference), values of tokens (critic), scores (reward)."""
-    from coati.parallel.reference import Reference
+    """What each model says of BATCH: log-probs (actor, reference), values of tokens (critic),
+    scores (reward)."""
+    from coati.parallel.inference_model import InferenceModel
 
     found = {}
     for name, model in models.items():
-        batch = {key: value for key, value in BATCH.items() if key != "labels" or name in ("actor", "reference")}
-        source = model if isinstance(model, Reference) else Reference(model)
-        found[name] = source.rows({key: value.to(source.engine.device) for key, value in batch.items()}, Rows())
+        batch = {
+            key: value
+            for key, value in BATCH.items()
+            if key != "labels" or name in ("actor", "reference")
+        }
+        source = model if isinstance(model, InferenceModel) else InferenceModel(model)
+        found[name] = source.rows(
+            {key: value.to(source.engine.device) for key, value in batch.items()}, Rows()
+        )
         found[name] = found[name].detach().float().cpu()
     return found
 
 
 def built(words: list[str], resume: Any = None) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """(models by name, what is saved beside their weights, the parsed flags)."""
-    from coati.cli import build, rl_models
-    from coati.cli.restart import Resume
     from coati.cli.rollouts import parse_ppo
-    from coati.models.utils import load_tokenizer
+    from coati.models.loading import load_tokenizer
+    from coati.recipes import build, rl_models
+    from coati.recipes.resume import Resume
 
     args = parse_ppo(words)
     options, resume = build.start(args), resume or Resume()
     tokenizer = load_tokenizer(args.tokenizer_dir or args.pretrain)
     actor, mine = rl_models.actor_engine(args, options, tokenizer, resume, TOTAL_STEPS)
     critic, its = rl_models.critic_engine(args, options, tokenizer, resume, TOTAL_STEPS)
-    models = {"actor": actor, "critic": critic, "reward": rl_models.reward_engine(args, options, tokenizer)}
+    models = {
+        "actor": actor,
+        "critic": critic,
+        "reward": rl_models.reward_engine(args, options, tokenizer),
+    }
     models["reference"] = rl_models.reference(args, options, actor)
-    return {name: model for name, model in models.items() if model}, {"actor": mine, "critic": its}, args
+    return (
+        {name: model for name, model in models.items() if model},
+        {"actor": mine, "critic": its},
+        args,
+    )
 
 
 def train(models: dict[str, Any], steps: int = 2) -> None:
-    from coati.trainer.policy import PretrainingHooks
+    from coati.trainer.policy_objective import PtxObjective
 
     for _ in range(steps):
-        models["actor"].train_step([BATCH], PretrainingHooks())
+        models["actor"].train_step([BATCH], PtxObjective())
         models["critic"].train_step([BATCH], ToOne())
 
 
 def start_and_train(words: list[str], save_dir: str | None = None) -> dict[str, Any]:
-    """Numbers at the start, after two steps, and (``save_dir``) after three, saved and built again in between."""
-    from coati.cli.restart import Resume
+    """Numbers at the start, after two steps, and (``save_dir``) after three, saved and built again
+    in between."""
     from coati.parallel.checkpoint import RunningState, read_checkpoint, save_models
+    from coati.recipes.resume import Resume
 
     models, assets, _ = built(words)
-    report = {"start": numbers(models), "rates": [g["lr"] for g in models["actor"].optimizer.param_groups]}
+    report = {
+        "start": numbers(models),
+        "rates": [g["lr"] for g in models["actor"].optimizer.param_groups],
+    }
     report["critic_rates"] = [group["lr"] for group in models["critic"].optimizer.param_groups]
     report["shared"] = shared_tensors(models)
     train(models)
@@ -105,7 +125,9 @@ def start_and_train(words: list[str], save_dir: str | None = None) -> dict[str, 
     train(models, 1)
     report["on"] = numbers(models)
     state = read_checkpoint(folder)
-    models, _, _ = built(words, Resume(weights=str(Path(folder) / "actor" / "modeling"), folder=folder, state=state))
+    models, _, _ = built(
+        words, Resume(weights=str(Path(folder) / "actor" / "modeling"), folder=folder, state=state)
+    )
     report["resumed"] = numbers(models)
     train(models, 1)
     report["resumed_on"] = numbers(models)

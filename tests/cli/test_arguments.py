@@ -12,17 +12,44 @@ from coati.utils.json_io import save_json
 from tests.cli.documented import documented_commands
 
 ROOT = Path(__file__).parent.parent.parent
-LOADED = "import sys; print([m for m in ('torch', 'transformers', 'colossalai') if m in sys.modules])"
+LOADED = (
+    "import sys; print([m for m in ('torch', 'transformers', 'colossalai') if m in sys.modules])"
+)
 
-# The flags of the reference's train_sft.py and their defaults, minus the two that follow the machine here.
+# The flags of the reference's train_sft.py and their defaults, minus the two that follow the
+# machine here.
 REFERENCE = {
-    "--grad_clip": 1.0, "--weight_decay": 0.1, "--warmup_steps": None, "--tp": 1, "--pp": 1, "--sp": 1,
-    "--disable_loss_mask": False, "--enable_sequence_parallelism": False, "--zero_stage": 0,
-    "--zero_cpu_offload": False, "--sp_mode": "split_gather", "--pretrain": None, "--tokenizer_dir": None,
-    "--dataset": [], "--eval_dataset": [], "--checkpoint_path": None, "--max_epochs": 3, "--batch_size": 4,
-    "--max_len": 512, "--lora_config": None, "--save_interval": 1000, "--lr": 5e-6, "--config_file": None,
-    "--accumulation_steps": 8, "--log_dir": None, "--use_wandb": False, "--grad_checkpoint": False,
-    "--use_flash_attn": False, "--microbatch_size": 1, "--plugin": None, "--mixed_precision": None,
+    "--grad_clip": 1.0,
+    "--weight_decay": 0.1,
+    "--warmup_steps": None,
+    "--tp": 1,
+    "--pp": 1,
+    "--sp": 1,
+    "--disable_loss_mask": False,
+    "--enable_sequence_parallelism": False,
+    "--zero_stage": 0,
+    "--zero_cpu_offload": False,
+    "--sp_mode": "split_gather",
+    "--pretrain": None,
+    "--tokenizer_dir": None,
+    "--dataset": [],
+    "--eval_dataset": [],
+    "--checkpoint_path": None,
+    "--max_epochs": 3,
+    "--batch_size": 4,
+    "--max_len": 512,
+    "--lora_config": None,
+    "--save_interval": 1000,
+    "--lr": 5e-6,
+    "--config_file": None,
+    "--accumulation_steps": 8,
+    "--log_dir": None,
+    "--use_wandb": False,
+    "--grad_checkpoint": False,
+    "--use_flash_attn": False,
+    "--microbatch_size": 1,
+    "--plugin": None,
+    "--mixed_precision": None,
 }
 
 
@@ -43,7 +70,11 @@ def test_documented_commands_parse(command, data, monkeypatch):
     words = command.words(data)
     script = next(position for position, word in enumerate(words) if word.endswith("train_sft.py"))
     args = parse_sft(words[script + 1 :])
-    assert args.pretrain == data["PRETRAINED_MODEL_PATH"] and args.save_dir == data["SAVE_DIR"] and args.lr == 2e-5
+    assert (
+        args.pretrain == data["PRETRAINED_MODEL_PATH"]
+        and args.save_dir == data["SAVE_DIR"]
+        and args.lr == 2e-5
+    )
 
 
 def test_the_file_of_documented_commands_is_complete():
@@ -57,14 +88,38 @@ def test_the_file_of_documented_commands_is_complete():
     "words, value, said",
     [
         (["--strategy", "naive"], ("plugin", "ddp"), "--strategy naive is now --plugin ddp"),
-        (["--strategy", "colossalai_gemini"], ("plugin", "gemini"), "colossalai_gemini is now --plugin gemini"),
-        (["--strategy", "colossalai_zero2_cpu"], ("plugin", "zero2_cpu"), "is now --plugin zero2_cpu"),
-        (["--accimulation_steps", "3"], ("accumulation_steps", 3), "--accimulation_steps is now --accumulation_steps"),
-        (["--max_datasets_size", "9"], ("max_samples", 9), "--max_datasets_size is now --max_samples"),
+        (
+            ["--strategy", "colossalai_gemini"],
+            ("plugin", "gemini"),
+            "colossalai_gemini is now --plugin gemini",
+        ),
+        (
+            ["--strategy", "colossalai_zero2_cpu"],
+            ("plugin", "zero2_cpu"),
+            "is now --plugin zero2_cpu",
+        ),
+        (
+            ["--accimulation_steps", "3"],
+            ("accumulation_steps", 3),
+            "--accimulation_steps is now --accumulation_steps",
+        ),
+        (
+            ["--max_datasets_size", "9"],
+            ("max_samples", 9),
+            "--max_datasets_size is now --max_samples",
+        ),
         (["--tokenizer", "t"], ("tokenizer_dir", "t"), "--tokenizer is now --tokenizer_dir"),
-        (["--model", "llama"], ("pretrain", "m"), "--model llama has no effect: the architecture is read from"),
+        (
+            ["--model", "llama"],
+            ("pretrain", "m"),
+            "--model llama has no effect: the architecture is read from",
+        ),
         (["--need_optim_ckpt", "True"], ("pretrain", "m"), "--need_optim_ckpt True has no effect"),
-        (["--use_grad_checkpoint"], ("grad_checkpoint", True), "--use_grad_checkpoint is now --grad_checkpoint"),
+        (
+            ["--use_grad_checkpoint"],
+            ("grad_checkpoint", True),
+            "--use_grad_checkpoint is now --grad_checkpoint",
+        ),
     ],
 )
 def test_older_flags_say_what_they_became(sft, capsys, words, value, said):
@@ -86,7 +141,10 @@ def test_older_flags_are_not_offered():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--strategy", "colossalai_zero3"], "argument --strategy: invalid choice: 'colossalai_zero3'"),
+        (
+            ["--strategy", "colossalai_zero3"],
+            "argument --strategy: invalid choice: 'colossalai_zero3'",
+        ),
         (["--plugin", "gemini", "--lora_rank", "8"], "--plugin gemini cannot train LoRA adapters"),
         (["--plugin", "gemini", "--mixed_precision", "fp32"], "--plugin gemini has no fp32"),
         (["--plugin", "gemini_auto"], "--plugin gemini_auto cannot accumulate gradients"),
@@ -97,11 +155,23 @@ def test_older_flags_are_not_offered():
         (["--lora_alpha", "8"], "--lora_alpha does nothing without LoRA"),
         (["--merge_lora_weights"], "--merge_lora_weights does nothing without LoRA"),
         (["--eval_interval", "8"], "--eval_interval does nothing without --eval_dataset"),
-        (["--checkpoint_weights_only"], "--checkpoint_weights_only does nothing without --checkpoint_path"),
-        (["--checkpoint_path", "no/where"], "--checkpoint_path no/where: there is no such directory"),
-        (["--eval_dataset", "no/where"], "--eval_dataset no/where: there is no such file or directory"),
+        (
+            ["--checkpoint_weights_only"],
+            "--checkpoint_weights_only does nothing without --checkpoint_path",
+        ),
+        (
+            ["--checkpoint_path", "no/where"],
+            "--checkpoint_path no/where: there is no such directory",
+        ),
+        (
+            ["--eval_dataset", "no/where"],
+            "--eval_dataset no/where: there is no such file or directory",
+        ),
         (["--lora_config", "no/where"], "--lora_config no/where: No such file"),
-        (["--max_length", "1"], "argument --max_length/--max_len: expected a whole number of at least 2"),
+        (
+            ["--max_length", "1"],
+            "argument --max_length/--max_len: expected a whole number of at least 2",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(sft, refused, words, said):
@@ -112,7 +182,9 @@ def test_what_cannot_work_is_refused_by_name(sft, refused, words, said):
 def test_a_missing_flag_is_named(refused, data, missing):
     given = {"--pretrain": "m", "--dataset": data["dataset"]}
     del given[missing]
-    assert f"{missing} is missing" in refused(parse_sft, [word for pair in given.items() for word in pair])
+    assert f"{missing} is missing" in refused(
+        parse_sft, [word for pair in given.items() for word in pair]
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +196,9 @@ def test_the_rank_comes_from_the_flag_or_the_file(sft, tmp_path, text, words, ra
     assert sft(["--lora_config", str(file), *words]).lora_rank == rank
 
 
-@pytest.mark.parametrize("text, said", [("{", "lora.json:1:2: not valid JSON"), ("[1]", "expected a JSON object")])
+@pytest.mark.parametrize(
+    "text, said", [("{", "lora.json:1:2: not valid JSON"), ("[1]", "expected a JSON object")]
+)
 def test_a_bad_json_file_is_named(sft, refused, tmp_path, text, said):
     file = tmp_path / "lora.json"
     file.write_text(text)
@@ -132,7 +206,19 @@ def test_a_bad_json_file_is_named(sft, refused, tmp_path, text, said):
 
 
 def test_the_flags_that_a_run_recorded_can_be_read_back(sft, tmp_path):
-    args = sft(["--lora_rank", "8", "--seed", "3", "--use_wandb", "--weight_decay", "0", "--plugin", "zero2"])
+    args = sft(
+        [
+            "--lora_rank",
+            "8",
+            "--seed",
+            "3",
+            "--use_wandb",
+            "--weight_decay",
+            "0",
+            "--plugin",
+            "zero2",
+        ]
+    )
     file = tmp_path / "arguments.json"
     save_json(vars(args), file)
     assert vars(parse_sft(["--config", str(file)])) == vars(args) | {"config": str(file)}
@@ -140,7 +226,12 @@ def test_the_flags_that_a_run_recorded_can_be_read_back(sft, tmp_path):
 
 def test_every_flag_is_read_somewhere():
     """A flag that nothing reads is a promise that nobody keeps."""
-    readers = [path for path in (ROOT / "coati" / "cli").glob("*.py") if path.stem not in ("checks", "legacy")]
+    readers = [
+        path
+        for package in ("cli", "recipes")
+        for path in (ROOT / "coati" / package).glob("*.py")
+        if path.stem not in ("checks", "legacy")
+    ]
     readers.append(ROOT / "examples" / "training_scripts" / "train_sft.py")
     text = "".join(path.read_text() for path in readers)
     flags = {action.dest for action in sft_parser().documented()} - {"help", "config"}
@@ -149,9 +240,13 @@ def test_every_flag_is_read_somewhere():
 
 @pytest.mark.parametrize("words, code", [(["--help"], 0), (["--pretran", "x"], 2)])
 def test_help_and_refusals_are_quick_and_load_no_torch(words, code):
-    program = f"from coati.cli.arguments import parse_sft\ntry: parse_sft({words!r})\nfinally: {LOADED}"
+    program = (
+        f"from coati.cli.arguments import parse_sft\ntry: parse_sft({words!r})\nfinally: {LOADED}"
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run.returncode == code and run.stdout.endswith("[]\n")
     said = "Supervised fine-tuning" if code == 0 else "nearest known one is --pretrain"

@@ -23,17 +23,25 @@ def parse(*words):
     return parser().parse_args(list(words))
 
 
-@pytest.mark.parametrize("word, near", [("--bach_size", "--batch_size"), ("--max-lenght", "--max_length")])
+@pytest.mark.parametrize(
+    "word, near", [("--bach_size", "--batch_size"), ("--max-lenght", "--max_length")]
+)
 def test_an_unknown_flag_is_refused_with_the_nearest_one(refused, word, near):
-    assert f"unknown flag {word}; the nearest known one is {near}" in refused(parser().parse_args, [word, "3"])
+    assert f"unknown flag {word}; the nearest known one is {near}" in refused(
+        parser().parse_args, [word, "3"]
+    )
 
 
 def test_an_unknown_flag_near_to_none_points_to_the_help(refused):
-    assert "unknown flag --qqqq; --help lists the flags" in refused(parser().parse_args, ["--qqqq=3"])
+    assert "unknown flag --qqqq; --help lists the flags" in refused(
+        parser().parse_args, ["--qqqq=3"]
+    )
 
 
 def test_a_prefix_of_two_flags_is_refused_with_both(refused):
-    assert "--save may mean --save_dir or --save_interval" in refused(parser().parse_args, ["--save", "x"])
+    assert "--save may mean --save_dir or --save_interval" in refused(
+        parser().parse_args, ["--save", "x"]
+    )
 
 
 def test_a_prefix_of_one_flag_and_its_alias_is_read_and_said(capsys):
@@ -48,7 +56,10 @@ def test_both_spellings_set_the_same_value():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--batch_size", "0"], "argument --batch_size: expected a whole number of at least 1, found '0'"),
+        (
+            ["--batch_size", "0"],
+            "argument --batch_size: expected a whole number of at least 1, found '0'",
+        ),
         (["--batch_size", "2.5"], "found '2.5'"),
         (["--batch_size"], "argument --batch_size: expected one argument"),
         (["--lr", "0"], "argument --lr: expected a number above 0, found '0'"),
@@ -79,7 +90,10 @@ def test_only_one_process_of_a_machine_speaks(refused, monkeypatch):
 
 def test_a_file_stands_for_flags_and_the_command_line_overrides_it(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("lr: 5e-6\nmax_len: 99\nuse_wandb: yes\ndataset: [a, b c]\nsave_dir: null\nbatch_size: 8 # rows\n")
+    file.write_text(
+        "lr: 5e-6\nmax_len: 99\nuse_wandb: yes\ndataset: [a, b c]\nsave_dir: null\nbatch_size: 8 # "
+        "rows\n"
+    )
     args = parse("--batch_size", "2", "--config", str(file), "--use_wandb", "false")
     assert (args.lr, args.max_length, args.dataset, args.save_dir) == (5e-6, 99, ["a", "b c"], None)
     assert args.batch_size == 2 and args.use_wandb is False
@@ -96,8 +110,14 @@ def test_the_resolved_flags_written_as_json_give_the_same_flags_again(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("lr: 1\nbach_size: 3\n", "run.yaml:2: unknown key 'bach_size'; the nearest known one is batch_size"),
-        ("\nbatch_size: 0\n", "run.yaml:2: batch_size: expected a whole number of at least 1, found '0'"),
+        (
+            "lr: 1\nbach_size: 3\n",
+            "run.yaml:2: unknown key 'bach_size'; the nearest known one is batch_size",
+        ),
+        (
+            "\nbatch_size: 0\n",
+            "run.yaml:2: batch_size: expected a whole number of at least 1, found '0'",
+        ),
         ("plugin: zero9\n", "run.yaml:1: plugin: invalid choice: 'zero9'"),
         ("max_len: 3\nmax_length: 4\n", "run.yaml:2: 'max_length' repeats line 1"),
         ("lr: {a: 1}\n", "run.yaml:1: 'lr' holds a mapping"),
@@ -119,4 +139,8 @@ def test_a_missing_file_is_named(refused, tmp_path):
 
 def test_help_shows_units_and_defaults():
     text = parser().format_help()
-    assert "--max_length, --max_len N" in text and "(default: 512)" in text and "(default: None)" not in text
+    assert (
+        "--max_length, --max_len N" in text
+        and "(default: 512)" in text
+        and "(default: None)" not in text
+    )

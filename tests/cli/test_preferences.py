@@ -1,4 +1,5 @@
-"""The flags of the preference scripts: defaults, what belongs together, what older documents wrote."""
+"""The flags of the preference scripts: defaults, what belongs together, what older documents
+wrote."""
 
 import subprocess
 import sys
@@ -11,28 +12,53 @@ from tests.cli.documented import documented_commands
 
 PARSE = {"rm": parse_rm, "dpo": parse_dpo, "orpo": parse_orpo, "kto": parse_kto}
 
-# Defaults of the reference where they are not those of train_sft.py; precision and plugin follow the machine.
+# Defaults of the reference where they are not those of train_sft.py; precision and plugin follow
+# the machine.
 REFERENCE = {
-    "rm": {"--max_length": 2048, "--loss_fn": "log_sig", "--accumulation_steps": 8, "--lr": 5e-6, "--max_epochs": 3},
+    "rm": {
+        "--max_length": 2048,
+        "--loss_fn": "log_sig",
+        "--accumulation_steps": 8,
+        "--lr": 5e-6,
+        "--max_epochs": 3,
+    },
     "dpo": {
-        "--max_length": 2048, "--loss_type": "dpo_loss", "--length_normalization": False, "--accumulation_steps": 1,
-        "--microbatch_size": 2, "--disable_reference_model": False, "--disable_loss_mask": False,
+        "--max_length": 2048,
+        "--loss_type": "dpo_loss",
+        "--length_normalization": False,
+        "--accumulation_steps": 1,
+        "--microbatch_size": 2,
+        "--disable_reference_model": False,
+        "--disable_loss_mask": False,
     },
-    "orpo": {"--max_length": 2048, "--lam": 0.1, "--accumulation_steps": 8, "--disable_loss_mask": False},
+    "orpo": {
+        "--max_length": 2048,
+        "--lam": 0.1,
+        "--accumulation_steps": 8,
+        "--disable_loss_mask": False,
+    },
     "kto": {
-        "--max_length": 2048, "--beta": 0.1, "--desirable_weight": 1.0, "--undesirable_weight": 1.0,
-        "--auto_weight": False, "--accumulation_steps": 8,
+        "--max_length": 2048,
+        "--beta": 0.1,
+        "--desirable_weight": 1.0,
+        "--undesirable_weight": 1.0,
+        "--auto_weight": False,
+        "--accumulation_steps": 8,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def parse(data):
     """``parse(name, words)`` with the required flags given."""
-    return lambda name, words=(): PARSE[name](["--pretrain", "m", "--dataset", data["dataset"], *words])
+    return lambda name, words=(): PARSE[name](
+        ["--pretrain", "m", "--dataset", data["dataset"], *words]
+    )
 
 
-@pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in REFERENCE.items() for flag in flags])
+@pytest.mark.parametrize(
+    "name, flag", [(name, flag) for name, flags in REFERENCE.items() for flag in flags]
+)
 def test_flags_of_the_reference_with_their_defaults(name, flag):
     parser = getattr(preferences, f"{name}_parser")()
     assert parser.get_default(parser.action_of(flag).dest) == REFERENCE[name][flag]
@@ -57,26 +83,70 @@ def test_beta_and_gamma_are_those_of_the_loss_unless_given(parse, words, beta, g
     "name, words, said",
     [
         ("dpo", ["--loss_type", "dpo"], "invalid choice: 'dpo'"),
-        ("dpo", ["--loss_type", "ipo_loss", "--gamma", "1"], "--gamma does nothing with --loss_type ipo_loss"),
-        ("dpo", ["--loss_type", "hinge_loss", "--label_smoothing", "0.1"], "belongs to dpo_loss or robust"),
+        (
+            "dpo",
+            ["--loss_type", "ipo_loss", "--gamma", "1"],
+            "--gamma does nothing with --loss_type ipo_loss",
+        ),
+        (
+            "dpo",
+            ["--loss_type", "hinge_loss", "--label_smoothing", "0.1"],
+            "belongs to dpo_loss or robust",
+        ),
         ("dpo", ["--loss_type", "robust"], "--loss_type robust needs --label_smoothing"),
         ("dpo", ["--label_smoothing", "0.5"], "argument --label_smoothing: expected a number"),
-        ("dpo", ["--label_smoothing", "0.1", "--gamma", "0.1"], "--label_smoothing takes no --gamma"),
-        ("dpo", ["--ld_alpha", "0.5", "--length_normalization"], "--ld_alpha weighs tokens of a sum"),
-        ("dpo", ["--loss_type", "simpo_loss", "--precompute_ref"], "--precompute_ref does nothing with --loss"),
-        ("dpo", ["--disable_reference_model", "--ref_tp", "2"], "--ref_tp does nothing with --disable_reference_model"),
+        (
+            "dpo",
+            ["--label_smoothing", "0.1", "--gamma", "0.1"],
+            "--label_smoothing takes no --gamma",
+        ),
+        (
+            "dpo",
+            ["--ld_alpha", "0.5", "--length_normalization"],
+            "--ld_alpha weighs tokens of a sum",
+        ),
+        (
+            "dpo",
+            ["--loss_type", "simpo_loss", "--precompute_ref"],
+            "--precompute_ref does nothing with --loss",
+        ),
+        (
+            "dpo",
+            ["--disable_reference_model", "--ref_tp", "2"],
+            "--ref_tp does nothing with --disable_reference_model",
+        ),
         ("dpo", ["--ref_tp", "2", "--plugin", "zero2"], "--ref_tp 2 belongs to --plugin 3d"),
         ("dpo", ["--ref_tp", "2"], "it divides --tp 1"),
-        ("dpo", ["--pp", "2", "--microbatch_size", "3", "--batch_size", "6"], "--microbatch_size 3 would part a pair"),
-        ("rm", ["--pp", "2", "--batch_size", "8"], "a reward model cannot be cut into pipeline stages"),
-        ("rm", ["--tp", "2", "--plugin", "gemini"], "--tp 2 under gemini: the gradients of a reward model's head"),
+        (
+            "dpo",
+            ["--pp", "2", "--microbatch_size", "3", "--batch_size", "6"],
+            "--microbatch_size 3 would part a pair",
+        ),
+        (
+            "rm",
+            ["--pp", "2", "--batch_size", "8"],
+            "a reward model cannot be cut into pipeline stages",
+        ),
+        (
+            "rm",
+            ["--tp", "2", "--plugin", "gemini"],
+            "--tp 2 under gemini: the gradients of a reward model's head",
+        ),
         ("rm", ["--disable_loss_mask"], "--disable_loss_mask does nothing for a reward model"),
         ("rm", ["--loss_fn", "mse"], "invalid choice: 'mse'"),
         ("kto", ["--pp", "2", "--batch_size", "8"], "KTO needs log-probs of a whole window"),
-        ("kto", ["--desirable_weight", "0"], "argument --desirable_weight: expected a number above 0"),
+        (
+            "kto",
+            ["--desirable_weight", "0"],
+            "argument --desirable_weight: expected a number above 0",
+        ),
         ("kto", ["--precompute_ref"], "unknown flag --precompute_ref"),
         ("orpo", ["--beta", "0.1"], "unknown flag --beta"),
-        ("orpo", ["--metric_for_best", "loss"], "--metric_for_best does nothing without --eval_dataset"),
+        (
+            "orpo",
+            ["--metric_for_best", "loss"],
+            "--metric_for_best does nothing without --eval_dataset",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(parse, refused, monkeypatch, name, words, said):
@@ -97,14 +167,27 @@ def test_rows_of_a_pair_count_for_the_pipeline(parse, monkeypatch):
         parse("dpo", ["--pp", "2", "--batch_size", "1"])
 
 
-@pytest.mark.parametrize("command", documented_commands("rm"), ids=lambda command: command.source + command.text[60:90])
+@pytest.mark.parametrize(
+    "command", documented_commands("rm"), ids=lambda command: command.source + command.text[60:90]
+)
 def test_documented_reward_models_parse(command, data, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(command.processes))
-    words = command.words(data | {"SFT_MODEL_PATH": "some/model", "REWARD_MODEL_PATH": "some/rm.pt"})
-    script = next(position for position, word in enumerate(words) if word.endswith("train_reward_model.py"))
+    words = command.words(
+        data | {"SFT_MODEL_PATH": "some/model", "REWARD_MODEL_PATH": "some/rm.pt"}
+    )
+    script = next(
+        position for position, word in enumerate(words) if word.endswith("train_reward_model.py")
+    )
     args = parse_rm(words[script + 1 :])
-    assert (args.loss_fn, args.plugin, args.save_dir, args.max_samples) == ("log_exp", "zero2", "some/rm", 100)
-    assert len(capsys.readouterr().err.splitlines()) == 4  # --model, --strategy, --test and .pt, a line each
+    assert (args.loss_fn, args.plugin, args.save_dir, args.max_samples) == (
+        "log_exp",
+        "zero2",
+        "some/rm",
+        100,
+    )
+    assert (
+        len(capsys.readouterr().err.splitlines()) == 4
+    )  # --model, --strategy, --test and .pt, a line each
 
 
 @pytest.mark.parametrize(
@@ -116,9 +199,24 @@ def test_documented_reward_models_parse(command, data, monkeypatch, capsys):
         ("rm", ["--loss_func", "log_exp"], ("loss_fn", "log_exp"), "--loss_func is now --loss_fn"),
         ("rm", ["--max_len", "512"], ("max_length", 512), None),
         ("dpo", ["--model_type", "llama"], ("pretrain", "m"), "--model_type llama has no effect"),
-        ("dpo", ["--enable_reference_model", "False"], ("disable_reference_model", True), "its opposite is"),
-        ("dpo", ["--enable_reference_model", "True"], ("disable_reference_model", False), "is the default now"),
-        ("orpo", ["--disable_reference_model"], ("pretrain", "m"), "--disable_reference_model has no effect here"),
+        (
+            "dpo",
+            ["--enable_reference_model", "False"],
+            ("disable_reference_model", True),
+            "its opposite is",
+        ),
+        (
+            "dpo",
+            ["--enable_reference_model", "True"],
+            ("disable_reference_model", False),
+            "is the default now",
+        ),
+        (
+            "orpo",
+            ["--disable_reference_model"],
+            ("pretrain", "m"),
+            "--disable_reference_model has no effect here",
+        ),
     ],
 )
 def test_older_flags(parse, capsys, name, words, value, said):
@@ -129,7 +227,9 @@ def test_older_flags(parse, capsys, name, words, value, said):
 
 
 def test_a_hub_name_and_its_subset(capsys):
-    args = parse_rm(["--pretrain", "m", "--dataset", "Anthropic/hh-rlhf", "--subset", "harmless-base"])
+    args = parse_rm(
+        ["--pretrain", "m", "--dataset", "Anthropic/hh-rlhf", "--subset", "harmless-base"]
+    )
     assert args.dataset == ["Anthropic/hh-rlhf:harmless-base"]
     assert "--subset harmless-base is now part of the name" in capsys.readouterr().err
 
@@ -145,5 +245,7 @@ def test_a_missing_path_is_not_taken_for_a_hub_name(refused, path):
 def test_help_loads_no_torch(name):
     loaded = "import sys; print([m for m in ('torch', 'transformers', 'colossalai', 'numpy') if m in sys.modules])"
     program = f"from coati.cli.preferences import parse_{name}\ntry: parse_{name}(['--help'])\nfinally: {loaded}"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 0 and run.stdout.endswith("[]\n"), run.stderr

@@ -9,33 +9,67 @@ import pytest
 from coati.cli import rollouts
 from coati.cli.legacy import DROPPED_OF_ROLLOUTS
 from coati.cli.rollouts import parse_grpo, parse_ppo, parse_prompts
-from coati.experience_buffer.equation import windows_per_episode
-from coati.experience_maker.names import GROUP_METHODS
+from coati.experience_buffer.batch_sizes import windows_per_episode
+from coati.experience_maker.advantage_registry import GROUP_METHODS
 from tests.cli.documented import documented_commands
 
 PARSE = {"ppo": parse_ppo, "grpo": parse_grpo, "prompts": parse_prompts}
 
-# Defaults: those of the reference but for accumulation (the buffer equation), GRPO's KL and sampling.
+# Defaults: those of the reference but for accumulation (the buffer equation), GRPO's KL and
+# sampling.
 DEFAULTS = {
     "ppo": {
-        "--num_episodes": 1, "--num_collect_steps": 2, "--num_update_steps": 5, "--train_batch_size": 16,
-        "--experience_batch_size": 16, "--ptx_batch_size": 4, "--accumulation_steps": 2, "--lr": 9e-6,
-        "--critic_lr": 9e-6, "--kl_coef": 0.1, "--kl_estimator": "k1", "--kl_in": "reward", "--ptx_coef": 0.0,
-        "--max_length": 2048, "--max_seq_len": 256, "--temperature": 1.0, "--top_k": 0, "--top_p": 1.0, "--gamma": 1.0,
-        "--lam": 0.95, "--value_clip": 0.2, "--reward_clip": 5.0, "--reward_at": "last", "--skip_threshold": 20.0,
-        "--reward_timeout": 60.0, "--sample_interval": 10, "--save_interval": 1000, "--kl_horizon": 10000,
-        "--rollout_engine": "model", "--reward_normalization": "none", "--missing_eos_penalty": 0.0,
+        "--num_episodes": 1,
+        "--num_collect_steps": 2,
+        "--num_update_steps": 5,
+        "--train_batch_size": 16,
+        "--experience_batch_size": 16,
+        "--ptx_batch_size": 4,
+        "--accumulation_steps": 2,
+        "--lr": 9e-6,
+        "--critic_lr": 9e-6,
+        "--kl_coef": 0.1,
+        "--kl_estimator": "k1",
+        "--kl_in": "reward",
+        "--ptx_coef": 0.0,
+        "--max_length": 2048,
+        "--max_seq_len": 256,
+        "--temperature": 1.0,
+        "--top_k": 0,
+        "--top_p": 1.0,
+        "--gamma": 1.0,
+        "--lam": 0.95,
+        "--value_clip": 0.2,
+        "--reward_clip": 5.0,
+        "--reward_at": "last",
+        "--skip_threshold": 20.0,
+        "--reward_timeout": 60.0,
+        "--sample_interval": 10,
+        "--save_interval": 1000,
+        "--kl_horizon": 10000,
+        "--rollout_engine": "model",
+        "--reward_normalization": "none",
+        "--missing_eos_penalty": 0.0,
     },
     "grpo": {
-        "--num_generations": 8, "--lr": 1e-6, "--kl_coef": 0.04, "--kl_in": "loss", "--algo": "grpo", "--top_k": 0,
-        "--initial_temperature": 1.0, "--final_temperature": 0.9, "--reward_clip": 0.0, "--num_update_steps": 5,
+        "--num_generations": 8,
+        "--lr": 1e-6,
+        "--kl_coef": 0.04,
+        "--kl_in": "loss",
+        "--algo": "grpo",
+        "--top_k": 0,
+        "--initial_temperature": 1.0,
+        "--final_temperature": 0.9,
+        "--reward_clip": 0.0,
+        "--num_update_steps": 5,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def parse(data):
-    """``parse(name, words)`` with the required flags given, a reward among them unless ``reward`` is False."""
+    """``parse(name, words)`` with the required flags given, a reward among them unless ``reward``
+    is False."""
 
     def call(name, words=(), reward=True):
         given = ["--pretrain", "m", "--prompt_dataset", data["prompt_dataset"]]
@@ -44,7 +78,9 @@ def parse(data):
     return call
 
 
-@pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in DEFAULTS.items() for flag in flags])
+@pytest.mark.parametrize(
+    "name, flag", [(name, flag) for name, flags in DEFAULTS.items() for flag in flags]
+)
 def test_defaults(name, flag):
     parser = getattr(rollouts, f"{name}_parser")()
     assert parser.get_default(parser.action_of(flag).dest) == DEFAULTS[name][flag]
@@ -54,25 +90,49 @@ def test_defaults(name, flag):
 def test_the_defaults_satisfy_the_buffer_equation(parse, name, steps):
     args = parse(name)
     generations = getattr(args, "num_generations", 1)
-    sizes = args.num_collect_steps, args.experience_batch_size, args.train_batch_size, args.accumulation_steps
+    sizes = (
+        args.num_collect_steps,
+        args.experience_batch_size,
+        args.train_batch_size,
+        args.accumulation_steps,
+    )
     assert windows_per_episode(*sizes, generations) == steps
     assert args.inference_batch_size == 16 * generations and args.logits_forward_batch_size == 16
 
 
 def test_shared_code_finds_the_prompts(parse):
     args = parse("ppo", ["--eval_prompt_dataset", __file__])
-    assert args.dataset == args.prompt_dataset and args.eval_dataset == [__file__] and args.max_steps is None
-    assert not {"dataset", "eval_dataset", "batch_size"} & set(vars(args))  # they are no flags: not written to files
+    assert (
+        args.dataset == args.prompt_dataset
+        and args.eval_dataset == [__file__]
+        and args.max_steps is None
+    )
+    assert not {"dataset", "eval_dataset", "batch_size"} & set(
+        vars(args)
+    )  # they are no flags: not written to files
     assert parse("ppo", ["--dataset", __file__]).prompt_dataset == [__file__]
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_written_arguments_are_read_back_alike(parse, tmp_path, name):
-    words = ["--eval_prompt_dataset", __file__, "--num_episodes", "50", "--kl_target", "6", "--reward_weights", "-0.5"]
-    args = parse(name, [*words, "--clip_eps", "0.1", *(["--algo", "DAPO"] if name == "grpo" else [])])
+    words = [
+        "--eval_prompt_dataset",
+        __file__,
+        "--num_episodes",
+        "50",
+        "--kl_target",
+        "6",
+        "--reward_weights",
+        "-0.5",
+    ]
+    args = parse(
+        name, [*words, "--clip_eps", "0.1", *(["--algo", "DAPO"] if name == "grpo" else [])]
+    )
     assert args.eval_interval == 5
     file = tmp_path / "arguments.json"
-    file.write_text(json.dumps({key: value for key, value in vars(args).items() if not key.startswith("_")}))
+    file.write_text(
+        json.dumps({key: value for key, value in vars(args).items() if not key.startswith("_")})
+    )
     again = PARSE[name](["--config", str(file)])
     assert {**vars(again), "config": None} == vars(args)
 
@@ -83,82 +143,206 @@ REFUSED = [
     ("grpo", ["--no_neural_reward_model"], "--no_neural_reward_model needs --reward_functions"),
     ("ppo", ["--reward_functions", "gsm"], "did you mean gsm8k?"),
     ("ppo", ["--reward_functions", "no.py:f"], "there is no file no.py"),
-    ("ppo", ["--reward_functions", "length", "--reward_weights", "1", "2"], "--reward_weights has 2 values"),
+    (
+        "ppo",
+        ["--reward_functions", "length", "--reward_weights", "1", "2"],
+        "--reward_weights has 2 values",
+    ),
     ("ppo", ["--reward_functions", "length", "--reward_weights", "0"], "no function would count"),
-    ("ppo", ["--reward_functions", "length", "--reward_weights", "much"], "--reward_weights: expected a number"),
-    ("ppo", ["--rm_pretrain", "m", "--reward_weights", "1"], "--reward_weights does nothing without"),
+    (
+        "ppo",
+        ["--reward_functions", "length", "--reward_weights", "much"],
+        "--reward_weights: expected a number",
+    ),
+    (
+        "ppo",
+        ["--rm_pretrain", "m", "--reward_weights", "1"],
+        "--reward_weights does nothing without",
+    ),
     # reward model and critic
-    ("ppo", ["--rm_checkpoint_path", "gone"], "--rm_checkpoint_path gone: there is no such directory"),
+    (
+        "ppo",
+        ["--rm_checkpoint_path", "gone"],
+        "--rm_checkpoint_path gone: there is no such directory",
+    ),
     ("ppo", ["--rm_checkpoint_path", __file__], "is a file; expected the directory"),
     ("ppo", ["--rm_checkpoint_path", "$empty"], "holds no model"),
-    ("ppo", ["--rm_checkpoint_path", "$bare"], "weights without a configuration: name their architecture with --rm_"),
-    ("ppo", ["--rm_checkpoint_path", "$rm", "--no_neural_reward_model", "--reward_functions", "length"],
-     "--no_neural_reward_model says that there is none"),
-    ("ppo", ["--rm_pretrain", "r", "--no_neural_reward_model", "--reward_functions", "length", "--critic_pretrain",
-             "c"], "--rm_pretrain does nothing with --no_neural_reward_model"),
-    ("grpo", ["--rm_pretrain", "r", "--no_neural_reward_model", "--reward_functions", "length"],
-     "--rm_pretrain does nothing with --no_neural_reward_model"),
-    ("ppo", ["--rm_pretrain", "r", "--critic_pretrain", "c", "--critic_checkpoint_path", "$rm"],
-     "both bring the critic's weights"),
-    ("ppo", ["--rm_pretrain", "r", "--critic_checkpoint_path", "gone"], "--critic_checkpoint_path gone: there is no"),
+    (
+        "ppo",
+        ["--rm_checkpoint_path", "$bare"],
+        "weights without a configuration: name their architecture with --rm_",
+    ),
+    (
+        "ppo",
+        ["--rm_checkpoint_path", "$rm", "--no_neural_reward_model", "--reward_functions", "length"],
+        "--no_neural_reward_model says that there is none",
+    ),
+    (
+        "ppo",
+        [
+            "--rm_pretrain",
+            "r",
+            "--no_neural_reward_model",
+            "--reward_functions",
+            "length",
+            "--critic_pretrain",
+            "c",
+        ],
+        "--rm_pretrain does nothing with --no_neural_reward_model",
+    ),
+    (
+        "grpo",
+        ["--rm_pretrain", "r", "--no_neural_reward_model", "--reward_functions", "length"],
+        "--rm_pretrain does nothing with --no_neural_reward_model",
+    ),
+    (
+        "ppo",
+        ["--rm_pretrain", "r", "--critic_pretrain", "c", "--critic_checkpoint_path", "$rm"],
+        "both bring the critic's weights",
+    ),
+    (
+        "ppo",
+        ["--rm_pretrain", "r", "--critic_checkpoint_path", "gone"],
+        "--critic_checkpoint_path gone: there is no",
+    ),
     ("grpo", ["--rm_pretrain", "r", "--critic_lr", "1e-5"], "unknown flag --critic_lr"),
     # sizes
-    ("ppo", ["--accumulation_steps", "8"], "an episode collects --num_collect_steps 2 x --experience_"),
+    (
+        "ppo",
+        ["--accumulation_steps", "8"],
+        "an episode collects --num_collect_steps 2 x --experience_",
+    ),
     ("grpo", ["--train_batch_size", "7"], "x --num_generations 8 = 256"),
     ("ppo", ["--buffer_limit", "20"], "--buffer_limit 20: an episode collects 32 responses"),
     ("ppo", ["--buffer_limit", "64"], "keep a multiple of 32 that is at most 32"),
-    ("ppo", ["--max_length", "256"], "--max_seq_len 256 for the response leaves 0 tokens for the prompt"),
+    (
+        "ppo",
+        ["--max_length", "256"],
+        "--max_seq_len 256 for the response leaves 0 tokens for the prompt",
+    ),
     ("grpo", ["--num_generations", "1"], "--algo grpo compares the responses to a prompt"),
     ("grpo", ["--algo", "ppo"], "invalid choice: 'ppo'"),
     ("grpo", ["--overlong_margin", "64"], "--overlong_margin belongs to --algo dapo"),
-    ("grpo", ["--algo", "dapo", "--overlong_margin", "300"], "--overlong_margin 300 is more than a response may have"),
+    (
+        "grpo",
+        ["--algo", "dapo", "--overlong_margin", "300"],
+        "--overlong_margin 300 is more than a response may have",
+    ),
     # SFT beside it
     ("ppo", ["--ptx_coef", "0.1"], "--ptx_coef 0.1 needs --ptx_dataset"),
-    ("ppo", ["--ptx_coef", "1.5", "--ptx_dataset", __file__], "--ptx_coef: expected a number of at least 0"),
+    (
+        "ppo",
+        ["--ptx_coef", "1.5", "--ptx_dataset", __file__],
+        "--ptx_coef: expected a number of at least 0",
+    ),
     ("ppo", ["--disable_loss_mask"], "--disable_loss_mask is about SFT on --ptx_dataset"),
-    ("ppo", ["--ptx_coef", "0.1", "--ptx_dataset", "gone"], "--ptx_dataset gone: there is no such file"),
-    ("ppo", ["--ptx_coef", "0.1", "--ptx_dataset", __file__, "--plugin", "gemini_auto", "--accumulation_steps", "1"],
-     "--plugin gemini_auto"),
+    (
+        "ppo",
+        ["--ptx_coef", "0.1", "--ptx_dataset", "gone"],
+        "--ptx_dataset gone: there is no such file",
+    ),
+    (
+        "ppo",
+        [
+            "--ptx_coef",
+            "0.1",
+            "--ptx_dataset",
+            __file__,
+            "--plugin",
+            "gemini_auto",
+            "--accumulation_steps",
+            "1",
+        ],
+        "--plugin gemini_auto",
+    ),
     # KL
-    ("ppo", ["--kl_target", "6", "--kl_coef", "0"], "--kl_target multiplies --kl_coef towards it, which is 0"),
+    (
+        "ppo",
+        ["--kl_target", "6", "--kl_coef", "0"],
+        "--kl_target multiplies --kl_coef toward it, which is 0",
+    ),
     ("ppo", ["--kl_horizon", "500"], "--kl_horizon does nothing without --kl_target"),
     ("ppo", ["--kl_target", "6", "--kl_horizon", "6"], "take 640 or more"),
     ("ppo", ["--kl_in", "loss"], "--kl_in: invalid choice: 'loss'"),
     ("ppo", ["--temperature", "0"], "--temperature: expected a number above 0"),
     ("ppo", ["--top_p", "0"], "--top_p: expected a number above 0 and at most 1"),
     # evaluation
-    ("ppo", ["--eval_interval", "5", "--prompt_dataset", __file__], "--eval_interval does nothing without"),
-    ("ppo", ["--metric_for_best", "reward", "--prompt_dataset", __file__], "--metric_for_best does nothing without"),
+    (
+        "ppo",
+        ["--eval_interval", "5", "--prompt_dataset", __file__],
+        "--eval_interval does nothing without",
+    ),
+    (
+        "ppo",
+        ["--metric_for_best", "reward", "--prompt_dataset", __file__],
+        "--metric_for_best does nothing without",
+    ),
     ("ppo", ["--eval_prompt_dataset", "gone"], "--eval_prompt_dataset gone: there is no such file"),
     ("ppo", ["--prompt_dataset", "gone"], "--prompt_dataset gone: there is no such file"),
     # plugins and machines
     ("ppo", ["--pp", "2"], "--pp 2: the model has to write responses"),
     ("ppo", ["--sp", "2"], "--sp 2: the model has to write responses"),
-    ("grpo", ["--enable_sequence_parallelism"], "--enable_sequence_parallelism: the model has to write"),
-    ("ppo", ["--tp", "2", "--plugin", "gemini"], "the gradients of a critic's head come out wrong there"),
+    (
+        "grpo",
+        ["--enable_sequence_parallelism"],
+        "--enable_sequence_parallelism: the model has to write",
+    ),
+    (
+        "ppo",
+        ["--tp", "2", "--plugin", "gemini"],
+        "the gradients of a critic's head come out wrong there",
+    ),
     ("grpo", ["--tp", "2", "--zero_stage", "3", "--rm_pretrain", "r"], "models with a scalar head"),
-    ("ppo", ["--lora_rank", "8", "--plugin", "gemini", "--mixed_precision", "bf16"], "cannot train LoRA"),
+    (
+        "ppo",
+        ["--lora_rank", "8", "--plugin", "gemini", "--mixed_precision", "bf16"],
+        "cannot train LoRA",
+    ),
     ("ppo", ["--lora_alpha", "8"], "--lora_alpha does nothing without LoRA"),
     ("ppo", ["--rollout_engine", "vllm"], "vllm is not installed"),
     ("ppo", ["--shared_base"], "--shared_base is for LoRA"),
-    ("ppo", ["--shared_base", "--lora_rank", "8", "--plugin", "3d"], "--shared_base needs a plugin that"),
-    ("ppo", ["--shared_base", "--lora_rank", "8", "--lora_train_bias", "all"], "LoRA may not train biases"),
-    ("ppo", ["--shared_base", "--lora_rank", "8", "--offload_inference_models"], "the one base is never idle"),
-    ("ppo", ["--shared_base", "--lora_rank", "8", "--critic_pretrain", "c"], "--critic_pretrain with --shared_base"),
+    (
+        "ppo",
+        ["--shared_base", "--lora_rank", "8", "--plugin", "3d"],
+        "--shared_base needs a plugin that",
+    ),
+    (
+        "ppo",
+        ["--shared_base", "--lora_rank", "8", "--lora_train_bias", "all"],
+        "LoRA may not train biases",
+    ),
+    (
+        "ppo",
+        ["--shared_base", "--lora_rank", "8", "--offload_inference_models"],
+        "the one base is never idle",
+    ),
+    (
+        "ppo",
+        ["--shared_base", "--lora_rank", "8", "--critic_pretrain", "c"],
+        "--critic_pretrain with --shared_base",
+    ),
     ("ppo", ["--max_steps", "3"], "unknown flag --max_steps"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("name, words, said", REFUSED, ids=[f"{n} {' '.join(w)[:60]}" for n, w, _ in REFUSED])
-def test_what_cannot_work_is_refused_by_name(parse, refused, data, tmp_path, monkeypatch, name, words, said):
+@pytest.mark.parametrize(
+    "name, words, said", REFUSED, ids=[f"{n} {' '.join(w)[:60]}" for n, w, _ in REFUSED]
+)
+def test_what_cannot_work_is_refused_by_name(
+    parse, refused, data, tmp_path, monkeypatch, name, words, said
+):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "pytorch_model-00001-of-00002.bin").write_text("")
-    places = {"$rm": data["REWARD_MODEL_PATH"]} | {f"${name}": str(tmp_path / name) for name in ("empty", "bare")}
+    places = {"$rm": data["REWARD_MODEL_PATH"]} | {
+        f"${name}": str(tmp_path / name) for name in ("empty", "bare")
+    }
     words = [places.get(word, word) for word in words]
     if {"--tp", "--pp"} & set(words):
         monkeypatch.setenv("WORLD_SIZE", "2")
-    rewarded = said.startswith("nothing") or any(word.startswith(("--rm", "--reward", "--no_n")) for word in words)
+    rewarded = said.startswith("nothing") or any(
+        word.startswith(("--rm", "--reward", "--no_n")) for word in words
+    )
     err = refused(lambda more: parse(name, more, reward=not rewarded), words)
     assert said in err and len(err.splitlines()) == 1
 
@@ -171,8 +355,14 @@ def test_what_cannot_work_is_refused_by_name(parse, refused, data, tmp_path, mon
         (["--algo", "dapo", "--clip_eps", "0.1"], ("dapo", 0.1, 0.1, 0.1, 64, "k3")),
         (["--algo", "dapo", "--overlong_margin", "0"], ("dapo", 0.2, 0.2, 0.28, 0, "k3")),
         (["--clip_eps_low", "0.1", "--clip_eps_high", "0.3"], ("grpo", 0.2, 0.1, 0.3, 0, "k3")),
-        (["--algo", "REINFORCE_PPB", "--kl_in", "reward"], ("reinforce_pp_baseline", 0.2, 0.2, 0.2, 0, "k1")),
-        (["--algo", "REINFORCE++", "--num_generations", "1"], ("reinforce_pp", 0.2, 0.2, 0.2, 0, "k3")),
+        (
+            ["--algo", "REINFORCE_PPB", "--kl_in", "reward"],
+            ("reinforce_pp_baseline", 0.2, 0.2, 0.2, 0, "k1"),
+        ),
+        (
+            ["--algo", "REINFORCE++", "--num_generations", "1"],
+            ("reinforce_pp", 0.2, 0.2, 0.2, 0, "k3"),
+        ),
         (["--algo", "RLOO", "--kl_estimator", "k2"], ("rloo", 0.2, 0.2, 0.2, 0, "k2")),
     ],
 )
@@ -180,7 +370,14 @@ def test_what_follows_the_algorithm(parse, words, settled):
     if "1" in words:
         words = [*words, "--accumulation_steps", "2"]
     args = parse("grpo", words)
-    found = args.algo, args.clip_eps, args.clip_eps_low, args.clip_eps_high, args.overlong_margin, args.kl_estimator
+    found = (
+        args.algo,
+        args.clip_eps,
+        args.clip_eps_low,
+        args.clip_eps_high,
+        args.overlong_margin,
+        args.kl_estimator,
+    )
     assert found == settled
 
 
@@ -192,7 +389,10 @@ def test_every_group_method_can_be_chosen(parse):
     "words, said",
     [
         (["--top_k", "50"], "--top_k 50: responses are sampled from another distribution"),
-        (["--top_p", "0.9", "--repetition_penalty", "1.1"], "--top_p 0.9, --repetition_penalty 1.1: responses"),
+        (
+            ["--top_p", "0.9", "--repetition_penalty", "1.1"],
+            "--top_p 0.9, --repetition_penalty 1.1: responses",
+        ),
         (["--ptx_dataset", __file__], "--ptx_dataset is not used, --ptx_coef being 0"),
     ],
 )
@@ -207,9 +407,24 @@ def test_sampling_that_changes_the_distribution_is_fine_without_kl(parse, capsys
 
 
 def test_a_reward_model_and_functions_add_up(parse):
-    args = parse("ppo", ["--rm_pretrain", "r", "--reward_functions", "gsm8k_reward_fn", "length", "--reward_weights",
-                         "1", "-.5"])  # fmt: skip
-    assert (args.rm_pretrain, args.reward_functions, args.reward_weights) == ("r", ["gsm8k", "length"], [1.0, -0.5])
+    args = parse(
+        "ppo",
+        [
+            "--rm_pretrain",
+            "r",
+            "--reward_functions",
+            "gsm8k_reward_fn",
+            "length",
+            "--reward_weights",
+            "1",
+            "-.5",
+        ],
+    )
+    assert (args.rm_pretrain, args.reward_functions, args.reward_weights) == (
+        "r",
+        ["gsm8k", "length"],
+        [1.0, -0.5],
+    )
 
 
 def test_rm_pretrain_without_reward_model_is_the_critics_start(parse):
@@ -230,27 +445,47 @@ def words_of(command, data):
 
 
 @pytest.mark.parametrize(
-    "command", [*documented_commands("ppo"), *documented_commands("ppo_flags")], ids=lambda command: command.source
+    "command",
+    [*documented_commands("ppo"), *documented_commands("ppo_flags")],
+    ids=lambda command: command.source,
 )
 def test_documented_ppo_parses(command, data, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(command.processes) if "--nproc" in command.text else "1")
     args = parse_ppo(words_of(command, data))
-    assert args.rm_checkpoint_path == data["REWARD_MODEL_PATH"] and args.ptx_dataset == [data["ptx_dataset"]]
+    assert args.rm_checkpoint_path == data["REWARD_MODEL_PATH"] and args.ptx_dataset == [
+        data["ptx_dataset"]
+    ]
     assert (args.num_episodes, args.num_update_steps, args.ptx_batch_size) == (2000, 1, 1)
     assert capsys.readouterr().err.count("coati: ") == 1  # --ptx_dataset is not used
 
 
 def test_documented_train_prompts_parses(data, monkeypatch, capsys, refused):
-    bare, short, long = sorted(documented_commands("prompts"), key=lambda command: len(command.text))
+    bare, short, long = sorted(
+        documented_commands("prompts"), key=lambda command: len(command.text)
+    )
     monkeypatch.setenv("WORLD_SIZE", "4")
     data = data | {"REWARD_MODEL_PATH": data["REWARD_MODEL_PATH"] + ".pt"}
     args = parse_prompts(words_of(long, data))
-    assert (args.plugin, args.max_samples, args.num_update_steps, args.ptx_coef) == ("zero2", 100, 1, 0.9)
-    assert args.rm_checkpoint_path == data["REWARD_MODEL_PATH"].removesuffix(".pt") and args.rm_pretrain
+    assert (args.plugin, args.max_samples, args.num_update_steps, args.ptx_coef) == (
+        "zero2",
+        100,
+        1,
+        0.9,
+    )
+    assert (
+        args.rm_checkpoint_path == data["REWARD_MODEL_PATH"].removesuffix(".pt")
+        and args.rm_pretrain
+    )
     said = capsys.readouterr().err
-    for part in ("--model bloom has no effect", "--rm_path is now --rm_checkpoint_path", "--ptx_coef is 0.9",
-                 "--max_datasets_size is now --max_samples", "--max_epochs is now --num_update_steps 1",
-                 "not a .pt file", "--strategy colossalai_zero2 is now --plugin zero2"):  # fmt: skip
+    for part in (
+        "--model bloom has no effect",
+        "--rm_path is now --rm_checkpoint_path",
+        "--ptx_coef is 0.9",
+        "--max_datasets_size is now --max_samples",
+        "--max_epochs is now --num_update_steps 1",
+        "not a .pt file",
+        "--strategy colossalai_zero2 is now --plugin zero2",
+    ):
         assert said.count(part) == 1, part
     assert parse_prompts(words_of(short, data)).prompt_dataset == [data["RAW_DATASET"]]
     err = refused(parse_prompts, words_of(bare, data))
@@ -260,17 +495,45 @@ def test_documented_train_prompts_parses(data, monkeypatch, capsys, refused):
 @pytest.mark.parametrize(
     "name, words, values, said",
     [
-        ("ppo", ["--rm_model", "bloom"], {}, "--rm_model bloom has no effect: the architecture is read from --rm_"),
+        (
+            "ppo",
+            ["--rm_model", "bloom"],
+            {},
+            "--rm_model bloom has no effect: the architecture is read from --rm_",
+        ),
         ("ppo", ["--need_optim_ckpt", "True"], {}, "--need_optim_ckpt True has no effect"),
-        ("grpo", ["--max_tokens_thinking", "2000"], {}, "--max_tokens_thinking 2000 has no effect: --max_seq_len"),
-        ("prompts", ["--max_timesteps", "20"], {"num_episodes": 2, "num_collect_steps": 10, "accumulation_steps": 2},
-         "are now --num_collect_steps 10 --num_episodes 2: an episode collects once"),
-        ("prompts", ["--update_timesteps", "2", "--num_episodes", "3"], {"num_episodes": 15, "num_collect_steps": 2},
-         "--max_timesteps 10 and --update_timesteps 2 are now"),
-        ("prompts", ["--max_input_len", "96", "--max_seq_len", "128"], {"max_length": 224}, "--max_length 224"),
-        ("ppo", ["--prompt_path", __file__], {"prompt_dataset": [__file__]}, "--prompt_path is now --prompt_dataset"),
+        (
+            "grpo",
+            ["--max_tokens_thinking", "2000"],
+            {},
+            "--max_tokens_thinking 2000 has no effect: --max_seq_len",
+        ),
+        (
+            "prompts",
+            ["--max_timesteps", "20"],
+            {"num_episodes": 2, "num_collect_steps": 10, "accumulation_steps": 2},
+            "are now --num_collect_steps 10 --num_episodes 2: an episode collects once",
+        ),
+        (
+            "prompts",
+            ["--update_timesteps", "2", "--num_episodes", "3"],
+            {"num_episodes": 15, "num_collect_steps": 2},
+            "--max_timesteps 10 and --update_timesteps 2 are now",
+        ),
+        (
+            "prompts",
+            ["--max_input_len", "96", "--max_seq_len", "128"],
+            {"max_length": 224},
+            "--max_length 224",
+        ),
+        (
+            "ppo",
+            ["--prompt_path", __file__],
+            {"prompt_dataset": [__file__]},
+            "--prompt_path is now --prompt_dataset",
+        ),
     ],
-)  # fmt: skip
+)
 def test_older_flags(parse, capsys, name, words, values, said):
     args = parse(name, words)
     assert {key: getattr(args, key) for key in values} == values
@@ -280,7 +543,9 @@ def test_older_flags(parse, capsys, name, words, values, said):
 
 def test_a_file_of_weights_is_refused_with_what_to_do(parse, refused, tmp_path):
     (tmp_path / "rm.pt").write_text("")
-    err = refused(lambda words: parse("ppo", words, reward=False), ["--rm_path", str(tmp_path / "rm.pt")])
+    err = refused(
+        lambda words: parse("ppo", words, reward=False), ["--rm_path", str(tmp_path / "rm.pt")]
+    )
     assert "is a file of the first generation" in err and "train_rm.py" in err
 
 
@@ -302,5 +567,7 @@ def test_help_offers_only_what_works():
 def test_help_loads_no_torch(name):
     loaded = "import sys; print([m for m in ('torch', 'transformers', 'colossalai', 'numpy') if m in sys.modules])"
     program = f"from coati.cli.rollouts import parse_{name}\ntry: parse_{name}(['--help'])\nfinally: {loaded}"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 0 and run.stdout.endswith("[]\n"), run.stderr

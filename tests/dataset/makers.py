@@ -1,4 +1,5 @@
-"""Tokenizers of every family's kind, made in-process, and the template each shipped file belongs to."""
+"""Tokenizers of every family's kind, made in-process, and the template each shipped file belongs
+to."""
 
 import copy
 from functools import lru_cache
@@ -10,17 +11,24 @@ TEMPLATES = Path(__file__).parents[2] / "config" / "conversation_template"
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
 DEEPSEEK = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
-# Per file: the control tokens of that family, and its bos and eos. Where a file writes ChatML to a vocabulary without
-# ChatML tokens (chatglm2, baichuan2, phi-2), the markers are ordinary text there, and so they are here.
+# Per file: the control tokens of that family, and its bos and eos. Where a file writes ChatML to a
+# vocabulary without ChatML tokens (chatglm2, baichuan2, phi-2), the markers are ordinary text
+# there, and so they are here.
 FAMILIES = {
     "01-ai_Yi-1.5-9B-Chat": (CHATML, {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>"}),
-    "HuggingFaceTB_SmolLM2-135M-Instruct": (CHATML, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}),
+    "HuggingFaceTB_SmolLM2-135M-Instruct": (
+        CHATML,
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+    ),
     "MiniCPM-2b": (CHATML, LLAMA),
     "Qwen_Qwen1.5-110B-Chat": (CHATML, {"eos_token": "<|im_end|>"}),
     "Qwen_Qwen1.5-32B-Chat": (CHATML, {"eos_token": "<|im_end|>"}),
     "Qwen_Qwen2.5-3B": (CHATML, {"eos_token": "<|endoftext|>"}),
     "THUDM_chatglm2-6b": ((), LLAMA),
-    "THUDM_chatglm3-6b": (("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"), {"eos_token": "</s>"}),
+    "THUDM_chatglm3-6b": (
+        ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"),
+        {"eos_token": "</s>"},
+    ),
     "baichuan-inc_Baichuan2-13B-Chat": ((), LLAMA),
     "colossal-llama2": ((), LLAMA),
     "deepseek-ai_DeepSeek-V2-Lite": ((), DEEPSEEK),
@@ -31,17 +39,27 @@ FAMILIES = {
 }
 
 
-# Tokens that reach over the border between a header, an answer and a marker wherever both sides allow it.
+# Tokens that reach over the border between a header, an answer and a marker wherever both sides
+# allow it.
 SPACE, NEWLINE = "Ġ", "Ċ"
 WIDE = [
-    (NEWLINE, NEWLINE), (NEWLINE * 2, NEWLINE), (SPACE, SPACE), (NEWLINE, SPACE), (":", SPACE), ("]", SPACE),
-    (">", NEWLINE), (">", SPACE), *((left, right) for left in (NEWLINE, SPACE, ":") for right in "uahbdef<["),
-    *((letter, "<") for letter in "aeot."), *((letter, NEWLINE) for letter in "aeot"),
-]  # fmt: skip
+    (NEWLINE, NEWLINE),
+    (NEWLINE * 2, NEWLINE),
+    (SPACE, SPACE),
+    (NEWLINE, SPACE),
+    (":", SPACE),
+    ("]", SPACE),
+    (">", NEWLINE),
+    (">", SPACE),
+    *((left, right) for left in (NEWLINE, SPACE, ":") for right in "uahbdef<["),
+    *((letter, "<") for letter in "aeot."),
+    *((letter, NEWLINE) for letter in "aeot"),
+]
 
 
 def byte_level(specials=(), names=None, template=None, merges=()):
-    """A byte-level BPE tokenizer whose only control tokens are ``specials`` and the values of ``names``.
+    """A byte-level BPE tokenizer whose only control tokens are ``specials`` and the values of
+    ``names``.
 
     With ``merges`` no pre-tokenizer keeps words apart.
     """
@@ -63,7 +81,9 @@ def byte_level(specials=(), names=None, template=None, merges=()):
 def _byte_vocabulary() -> dict[str, int]:
     from tokenizers import pre_tokenizers
 
-    return {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    return {
+        letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
 
 
 def family_tokenizer(name: str, merges=()):
@@ -72,7 +92,8 @@ def family_tokenizer(name: str, merges=()):
 
 
 def chatml_tokenizer(template=None):
-    """A fresh copy of the tiny ChatML tokenizer: a Conversation writes its template into the tokenizer."""
+    """A fresh copy of the tiny ChatML tokenizer: a Conversation writes its template into the
+    tokenizer."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
     if template is not None:
         tokenizer.chat_template = template
@@ -80,13 +101,16 @@ def chatml_tokenizer(template=None):
 
 
 def sentencepiece_like(kind: str):
-    """Word-start marks as sentencepiece puts them: first, always (Metaspace), legacy (Llama's normaliser)."""
+    """Word-start marks as sentencepiece puts them: first, always (Metaspace), legacy (Llama's
+    normalizer)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     if kind == "legacy":
-        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     alphabet = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
@@ -96,9 +120,16 @@ def sentencepiece_like(kind: str):
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    core.train_from_iterator(["Human: hello there, how are you today? Assistant: I am well </s> <s>"] * 4, trainer)
+    core.train_from_iterator(
+        ["Human: hello there, how are you today? Assistant: I am well </s> <s>"] * 4, trainer
+    )
     core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_only_special(core, {"<unk>", "<s>", "</s>"}),
@@ -116,10 +147,14 @@ def _only_special(core, names):
     from tokenizers import Tokenizer
 
     layout = json.loads(core.to_str())
-    layout["added_tokens"] = [token for token in layout["added_tokens"] if token["content"] in names]
+    layout["added_tokens"] = [
+        token for token in layout["added_tokens"] if token["content"] in names
+    ]
     return Tokenizer.from_str(json.dumps(layout))
 
 
 def messages(*contents: str) -> list[dict[str, str]]:
     """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+    ]

@@ -1,4 +1,5 @@
-"""docs/data.md as a reader would follow it: its rows are read, its commands run, in the order they stand in."""
+"""docs/data.md as a reader would follow it: its rows are read, its commands run, in the order they
+stand in."""
 
 import json
 import re
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from coati.dataset import load_tokenized_dataset
-from coati.dataset.reasons import REASONS
-from coati.dataset.shapes import READERS
+from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.row_errors import REASONS
 from tests.dataset.makers import chatml_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,10 @@ def followed(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         for words in COMMANDS:
             if Path(words[1]).name == "prepare_dataset.py":
                 lines = []
-                patch.setattr("builtins.print", lambda *said, lines=lines, **_: lines.append(" ".join(map(str, said))))
+                patch.setattr(
+                    "builtins.print",
+                    lambda *said, lines=lines, **_: lines.append(" ".join(map(str, said))),
+                )
                 patch.setattr(sys, "argv", [*words[1:], "--num_proc", "1"])
                 runpy.run_path(words[1], run_name="__main__")
                 printed[shlex.join(words)] = "\n".join(lines)
@@ -43,7 +47,12 @@ def test_the_commands_run_and_leave_what_the_page_says(followed):
     folder, printed = followed
     assert len(printed) >= 6
     for name in ("out", "pairs", "clean", "few", "judged"):
-        for file in ("jsonl/report.html", "jsonl/report.json", "arrow/report.html", "arrow/preparation.json"):
+        for file in (
+            "jsonl/report.html",
+            "jsonl/report.json",
+            "arrow/report.html",
+            "arrow/preparation.json",
+        ):
             assert (folder / name / file).is_file(), file
         assert len(load_tokenized_dataset(str(folder / name / "arrow"))) >= 40
     assert (folder / "pairs" / "arrow" / "eval" / "report.html").is_file()
@@ -54,7 +63,9 @@ def test_the_commands_run_and_leave_what_the_page_says(followed):
 def test_cleaning_on_the_page_cleans(followed):
     folder, _ = followed
     report = json.loads((folder / "clean" / "jsonl" / "report.json").read_text())
-    assert report["cleaning"]["near_duplicates"] == 0.8 and report["cleaning"]["deduplicate"] is True
+    assert (
+        report["cleaning"]["near_duplicates"] == 0.8 and report["cleaning"]["deduplicate"] is True
+    )
     assert {entry["kind"] for entry in report["dropped"].values()} <= {"cleaned", "unfit"}
     few = json.loads((folder / "few" / "jsonl" / "report.json").read_text())
     assert few["rows_read"] == 40 and few["shards"] == [20, 20]

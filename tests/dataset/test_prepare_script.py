@@ -11,7 +11,7 @@ import pytest
 
 from coati.cli.prepare import parse_prepare
 from coati.dataset import load_tokenized_dataset
-from coati.dataset.tokenization import COLUMNS
+from coati.dataset.rows.tokenization import COLUMNS
 from tests.cli.documented import documented_commands
 from tests.dataset.makers import byte_level, chatml_tokenizer
 
@@ -29,10 +29,23 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 def call(monkeypatch, folder: Path, tokenizer: Path, *flags: str, data: Path = ALPACA) -> None:
     argv = [
-        "prepare_dataset.py", "--type", "sft", "--data_input_dirs", str(data), "--tokenizer_dir", str(tokenizer),
-        "--data_cache_dir", str(folder / "cache"), "--data_jsonl_output_dir", str(folder / "jsonl"),
-        "--data_arrow_output_dir", str(folder / "arrow"), "--num_proc", "1", *flags,
-    ]  # fmt: skip
+        "prepare_dataset.py",
+        "--type",
+        "sft",
+        "--data_input_dirs",
+        str(data),
+        "--tokenizer_dir",
+        str(tokenizer),
+        "--data_cache_dir",
+        str(folder / "cache"),
+        "--data_jsonl_output_dir",
+        str(folder / "jsonl"),
+        "--data_arrow_output_dir",
+        str(folder / "arrow"),
+        "--num_proc",
+        "1",
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(SCRIPTS / "prepare_dataset.py"), run_name="__main__")
 
@@ -47,15 +60,23 @@ def failure(monkeypatch, *arguments, **keywords) -> str:
 def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_dir):
     template = tmp_path / "template.json"
     environment = os.environ | {
-        "SAVE_DIR": str(tmp_path / "out"), "DATA_INPUT_DIRS": f"{ALPACA},{ALPACA.with_name('sft_eval.jsonl')}",
-        "TOKENIZER_DIR": str(tokenizer_dir), "CONVERSATION_TEMPLATE_CONFIG": str(template), "MAX_LENGTH": "300",
-        "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        "SAVE_DIR": str(tmp_path / "out"),
+        "DATA_INPUT_DIRS": f"{ALPACA},{ALPACA.with_name('sft_eval.jsonl')}",
+        "TOKENIZER_DIR": str(tokenizer_dir),
+        "CONVERSATION_TEMPLATE_CONFIG": str(template),
+        "MAX_LENGTH": "300",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+    }
     command = ["bash", str(SCRIPTS / "prepare_sft_dataset.sh"), "--num_spliced_dataset_bins", "3"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "jsonl" / "report.json").read_text())
-    assert report["rows_read"] == 84 and len(report["shards"]) == 3 and report["length"]["max"] <= 300
+    assert (
+        report["rows_read"] == 84 and len(report["shards"]) == 3 and report["length"]["max"] <= 300
+    )
     assert done.stdout.endswith(f"--dataset {tmp_path}/out/arrow\n")
     assert "rows read 84" in done.stdout and "[[" in done.stdout and "too_long" in done.stdout
     assert len(load_tokenized_dataset(str(tmp_path / "out" / "arrow"))) == report["rows_written"]
@@ -68,20 +89,33 @@ SHELL = {"sft": 4096, "preference": 1024, "prompt": 300, "kto": 1024}
 
 @pytest.mark.parametrize("type", SHELL)
 def test_each_type_has_its_shell_script(type, tmp_path):
-    """It hands on the type, the reference's length and further flags; a stand-in for Python shows what it calls."""
+    """It hands on the type, the reference's length and further flags; a stand-in for Python shows
+    what it calls."""
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     environment = {
-        "PATH": os.environ["PATH"], "SAVE_DIR": "o u t", "DATA_INPUT_DIRS": "a,b", "TOKENIZER_DIR": "t",
+        "PATH": os.environ["PATH"],
+        "SAVE_DIR": "o u t",
+        "DATA_INPUT_DIRS": "a,b",
+        "TOKENIZER_DIR": "t",
         "PYTHON": str(tmp_path / "python"),
-    }  # fmt: skip
+    }
     command = ["bash", str(SCRIPTS / f"prepare_{type}_dataset.sh"), "--format", "x y"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
     script, *words = done.stdout.splitlines()
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert script == str(SCRIPTS / "prepare_dataset.py") and done.stderr == ""
-    assert given["--type"] == type and given["--max_length"] == str(SHELL[type]) and given["--format"] == "x y"
-    assert given["--data_arrow_output_dir"] == "o u t/arrow" and "--conversation_template_config" not in given
+    assert (
+        given["--type"] == type
+        and given["--max_length"] == str(SHELL[type])
+        and given["--format"] == "x y"
+    )
+    assert (
+        given["--data_arrow_output_dir"] == "o u t/arrow"
+        and "--conversation_template_config" not in given
+    )
 
 
 @pytest.mark.parametrize("missing", ["SAVE_DIR", "DATA_INPUT_DIRS", "TOKENIZER_DIR"])
@@ -90,7 +124,9 @@ def test_the_shell_scripts_refuse_an_empty_variable(type, missing, tmp_path):
     names = {"SAVE_DIR": str(tmp_path / "x"), "DATA_INPUT_DIRS": "x", "TOKENIZER_DIR": "x"}
     environment = os.environ | names | {missing: ""}
     command = ["bash", str(SCRIPTS / f"prepare_{type}_dataset.sh")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert done.stderr.startswith(f"prepare_{type}_dataset.sh: {missing} is empty; set it")
     assert done.stderr.count("\n") == 1
@@ -104,17 +140,40 @@ def test_no_script_deletes_anything():
 @pytest.mark.parametrize("stage", ["prepare_sft", "prepare_preference", "prepare_prompt"])
 def test_documented_commands_ask_in_one_line_for_what_they_need(stage):
     (command,) = documented_commands(stage)
-    nothing = {name: text for name, text in os.environ.items() if name not in ("SAVE_DIR", "DATA_INPUT_DIRS")}
-    done = subprocess.run(command.words({}), env=nothing, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SAVE_DIR is empty; set it" in done.stderr
+    nothing = {
+        name: text
+        for name, text in os.environ.items()
+        if name not in ("SAVE_DIR", "DATA_INPUT_DIRS")
+    }
+    done = subprocess.run(
+        command.words({}), env=nothing, capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "SAVE_DIR is empty; set it" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("type", ["preference", "prompt", "kto"])
-def test_the_other_types_as_a_user_prepares_them(type, monkeypatch, tmp_path, tokenizer_dir, capsys):
+def test_the_other_types_as_a_user_prepares_them(
+    type, monkeypatch, tmp_path, tokenizer_dir, capsys
+):
     sample = ALPACA.with_name(f"{type}.jsonl")
-    (tmp_path / "rows.jsonl").write_text("".join(sample.open(encoding="utf-8").readlines()[:30]), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(sample.open(encoding="utf-8").readlines()[:30]), encoding="utf-8"
+    )
     shape = {"prompt": "messages"}.get(type, type)
-    flags = ("--type", type, "--max_length", "2000", "--num_spliced_dataset_bins", "2", "--format", shape)
+    flags = (
+        "--type",
+        type,
+        "--max_length",
+        "2000",
+        "--num_spliced_dataset_bins",
+        "2",
+        "--format",
+        shape,
+    )
     call(monkeypatch, tmp_path, tokenizer_dir, *flags, data=tmp_path / "rows.jsonl")
     report = json.loads((tmp_path / "jsonl" / "report.json").read_text())
     assert (report["type"], report["rows_kept"], report["rows_read"]) == (type, 30, 30)
@@ -128,24 +187,44 @@ def test_a_format_of_another_type_is_refused(capsys):
     with pytest.raises(SystemExit) as exit:
         parse_prepare(["--type", "sft", *words])
     said = capsys.readouterr().err
-    assert exit.value.code == 2 and "--format hh_rlhf is for --type preference or prompt; --type sft reads" in said
+    assert (
+        exit.value.code == 2
+        and "--format hh_rlhf is for --type preference or prompt; --type sft reads" in said
+    )
 
 
 def test_flags_need_neither_torch_nor_transformers():
     code = (
-        "import sys; from coati.cli.prepare import parse_prepare; parse_prepare(['--type', 'sft', '--data_input_dirs', "
-        "'a,b', '--tokenizer_dir', 'x']); assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+        "import sys; from coati.cli.prepare import parse_prepare; parse_prepare(['--type', 'sft', "
+        "'--data_input_dirs', "
+        "'a,b', '--tokenizer_dir', 'x']); assert not {'torch', 'transformers', 'datasets'} & "
+        "set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
 
 
 def test_spellings_of_flags():
     args = parse_prepare(
-        ["--type", "sft", "--data_input_dirs", "a,b", "c", "--tokenizer_dir", "t", "--max_len", "64", "--strict"]
+        [
+            "--type",
+            "sft",
+            "--data_input_dirs",
+            "a,b",
+            "c",
+            "--tokenizer_dir",
+            "t",
+            "--max_len",
+            "64",
+            "--strict",
+        ]
     )
     assert args.data_input_dirs == ["a", "b", "c"] and args.max_length == 64 and args.strict
     defaults = parse_prepare(["--type", "sft", "--data_input_dirs", "a", "--tokenizer_dir", "t"])
-    assert (defaults.max_length, defaults.num_spliced_dataset_bins, defaults.num_samples_per_datafile) == (4096, 10, -1)
+    assert (
+        defaults.max_length,
+        defaults.num_spliced_dataset_bins,
+        defaults.num_samples_per_datafile,
+    ) == (4096, 10, -1)
 
 
 @pytest.mark.parametrize(
@@ -179,33 +258,57 @@ def test_missing_input_is_named(capsys):
 
 def test_unusable_input_ends_with_a_message(monkeypatch, tmp_path, tokenizer_dir):
     (tmp_path / "empty").mkdir()
-    assert "holds no data file" in failure(monkeypatch, tmp_path, tokenizer_dir, data=tmp_path / "empty")
+    assert "holds no data file" in failure(
+        monkeypatch, tmp_path, tokenizer_dir, data=tmp_path / "empty"
+    )
     (tmp_path / "bad.jsonl").write_text('{"messages": [\n')
-    assert f"{tmp_path}/bad.jsonl:1" in failure(monkeypatch, tmp_path, tokenizer_dir, data=tmp_path / "bad.jsonl")
+    assert f"{tmp_path}/bad.jsonl:1" in failure(
+        monkeypatch, tmp_path, tokenizer_dir, data=tmp_path / "bad.jsonl"
+    )
     assert "nothing left" in failure(monkeypatch, tmp_path, tokenizer_dir, "--max_length", "3")
     byte_level(names={"eos_token": "</s>"}).save_pretrained(tmp_path / "bare")
     assert "set chat_template" in failure(monkeypatch, tmp_path, tmp_path / "bare")
     (tmp_path / "t.json").write_text('{"chat_template": "{% for m in messages %}{{ m }}"}')
-    said = failure(monkeypatch, tmp_path, tokenizer_dir, "--conversation_template_config", str(tmp_path / "t.json"))
+    said = failure(
+        monkeypatch,
+        tmp_path,
+        tokenizer_dir,
+        "--conversation_template_config",
+        str(tmp_path / "t.json"),
+    )
     assert "Jinja syntax error in line 1" in said
     assert not (tmp_path / "arrow").exists() and not (tmp_path / "jsonl").exists()
 
 
-def test_a_second_run_is_recognised_and_other_folders_are_refused(monkeypatch, tmp_path, tokenizer_dir, capsys):
+def test_a_second_run_is_recognized_and_other_folders_are_refused(
+    monkeypatch, tmp_path, tokenizer_dir, capsys
+):
     call(monkeypatch, tmp_path, tokenizer_dir)
     first = capsys.readouterr()
     assert "rows read 12, kept 12" in first.out
     call(monkeypatch, tmp_path, tokenizer_dir)
     again = capsys.readouterr()
     assert again.out == first.out and "prepared already" in again.err
-    assert "max_length was 4096, now 300" in failure(monkeypatch, tmp_path, tokenizer_dir, "--max_length", "300")
+    assert "max_length was 4096, now 300" in failure(
+        monkeypatch, tmp_path, tokenizer_dir, "--max_length", "300"
+    )
     (tmp_path / "other" / "arrow").mkdir(parents=True)
     # Before the tokenizer is loaded.
-    assert "exists already" in failure(monkeypatch, tmp_path / "other", tmp_path / "no tokenizer here")
+    assert "exists already" in failure(
+        monkeypatch, tmp_path / "other", tmp_path / "no tokenizer here"
+    )
 
 
 def test_an_evaluation_split_and_cleaning_by_flags(monkeypatch, tmp_path, tokenizer_dir, capsys):
-    flags = ["--eval_ratio", "0.25", "--deduplicate", "--min_answer_chars", "1", "--num_spliced_dataset_bins", "2"]
+    flags = [
+        "--eval_ratio",
+        "0.25",
+        "--deduplicate",
+        "--min_answer_chars",
+        "1",
+        "--num_spliced_dataset_bins",
+        "2",
+    ]
     call(monkeypatch, tmp_path, tokenizer_dir, *flags)
     said = capsys.readouterr().out
     assert "rows read 9, kept 9" in said and "evaluation split: rows read 3, kept 3" in said
@@ -215,8 +318,13 @@ def test_an_evaluation_split_and_cleaning_by_flags(monkeypatch, tmp_path, tokeni
     assert stored["rows"] == 3 and (tmp_path / "jsonl" / "eval" / "part-00001.jsonl").is_file()
 
 
-def test_check_template_shows_the_mask_and_writes_nothing(monkeypatch, tmp_path, tokenizer_dir, capsys):
+def test_check_template_shows_the_mask_and_writes_nothing(
+    monkeypatch, tmp_path, tokenizer_dir, capsys
+):
     call(monkeypatch, tmp_path, tokenizer_dir, "--check_template")
     shown = capsys.readouterr().out
-    assert shown.count("[[Probe answer number") == 2 and "end_of_assistant '<|im_end|>', stop_ids [[2]]" in shown
+    assert (
+        shown.count("[[Probe answer number") == 2
+        and "end_of_assistant '<|im_end|>', stop_ids [[2]]" in shown
+    )
     assert list(tmp_path.iterdir()) == []

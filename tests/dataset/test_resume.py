@@ -1,4 +1,5 @@
-"""An interrupted preparation is completed, a finished one is recognised, and the result is the same to the byte."""
+"""An interrupted preparation is completed, a finished one is recognized, and the result is the same
+to the byte."""
 
 import json
 import os
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from coati.dataset import load_tokenized_dataset, outputs, survey, workers
-from coati.dataset.shards import ShardWriter
-from tests.dataset.test_prepare import row, run, write
+from coati.dataset import load_tokenized_dataset
+from coati.dataset.prepare import dedup_pass as survey
+from coati.dataset.prepare import staging as outputs
+from coati.dataset.prepare import workers
+from coati.dataset.prepare.shards import ShardWriter
+from tests.dataset.prepare.test_prepare import row, run, write
 
 ROWS = [row(f"question {i}", f"answer {i} " * (1 + i % 5)) for i in range(200)] + ["{", row("q")]
 CLEANING = {"deduplicate": True, "drop_eval_overlap": True}
@@ -18,13 +22,19 @@ CLEANING = {"deduplicate": True, "drop_eval_overlap": True}
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder``."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def prepare(folder: Path, data: Path, **settings) -> dict:
-    from coati.dataset.cleaning import Cleaning
+    from coati.dataset.clean.cleaning import Cleaning
 
-    return run(folder, data, **{"num_bins": 6, "eval_ratio": 0.1, "cleaning": Cleaning(**CLEANING), **settings})
+    return run(
+        folder,
+        data,
+        **{"num_bins": 6, "eval_ratio": 0.1, "cleaning": Cleaning(**CLEANING), **settings},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,8 @@ def whole(tmp_path_factory):
 
 
 def end_at(owner, name: str, call: int, folder: Path, data: Path) -> None:
-    """Prepare in another process, which is gone at once when it comes to the n-th call of a function."""
+    """Prepare in another process, which is gone at once when it comes to the n-th call of a
+    function."""
     original, calls = getattr(owner, name), []
 
     def counted(*args, **keywords):
@@ -57,24 +68,26 @@ def end_at(owner, name: str, call: int, folder: Path, data: Path) -> None:
 
 
 POINTS = [
-    (survey.NoteBook, "close", 2),
+    (survey.RowStats, "close", 2),
     (ShardWriter, "add", 1),
     (ShardWriter, "add", 7),
     (ShardWriter, "close", 1),
     (ShardWriter, "close", 4),
     (ShardWriter, "close", 12),
-    (outputs.Workplace, "store", 2),
+    (outputs.StagingDir, "store", 2),
     (outputs.os, "replace", 3),
     (outputs.os, "rename", 3),
     (outputs.os, "rename", 13),
     (outputs.os, "rename", 14),
     (workers.Job, "run", 9),
-    (outputs.Workplace, "_rename", 1),
-    (outputs.Workplace, "_remove", 1),
+    (outputs.StagingDir, "_rename", 1),
+    (outputs.StagingDir, "_remove", 1),
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), POINTS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), POINTS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_whatever_moment_it_ends_at_the_same_call_completes_it(owner, name, call, whole, tmp_path):
     data, arrow, jsonl = whole
     end_at(owner, name, call, tmp_path, data)
@@ -87,11 +100,13 @@ def test_whatever_moment_it_ends_at_the_same_call_completes_it(owner, name, call
 
 def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch, capsys):
     data, arrow, _ = whole
-    end_at(outputs.Workplace, "store", 5, tmp_path, data)
+    end_at(outputs.StagingDir, "store", 5, tmp_path, data)
     read = []
     original = workers.Job.run
     monkeypatch.setattr(
-        workers.Job, "run", lambda job, chunk, *rest: read.append(len(chunk)) or original(job, chunk, *rest)
+        workers.Job,
+        "run",
+        lambda job, chunk, *rest: read.append(len(chunk)) or original(job, chunk, *rest),
     )
     prepare(tmp_path, data)
     # The last two of six parts of 202 rows; nothing is compared again either.
@@ -99,12 +114,12 @@ def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch, capsys
     assert "4 of 6 parts are done already" in capsys.readouterr().err
 
 
-def test_a_finished_preparation_is_recognised(tmp_path, monkeypatch, capsys):
+def test_a_finished_preparation_is_recognized(tmp_path, monkeypatch, capsys):
     data = write(tmp_path / "a.jsonl", row("q", "a"), row("q", "b"))
     said = []
     first = run(tmp_path, data, show=said.append)
     monkeypatch.setattr(workers.Job, "run", None)
-    monkeypatch.setattr("coati.dataset.prepare.Files", None)
+    monkeypatch.setattr("coati.dataset.prepare.prepare.Files", None)
     before = contents(tmp_path)
     assert run(tmp_path, data, num_proc=2, show=said.append) == first and said[0] == said[1]
     assert "arrow is prepared already" in capsys.readouterr().err and contents(tmp_path) == before
@@ -122,7 +137,9 @@ def test_an_output_made_otherwise_is_refused_with_what_differs(settings, said, t
     data = write(tmp_path / "a.jsonl", row("q", "a"), row("q", "b"))
     run(tmp_path, data)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=f"exists already, made from something else: {said}; name another"):
+    with pytest.raises(
+        ValueError, match=f"exists already, made from something else: {said}; name another"
+    ):
         run(tmp_path, data, **settings)
     assert contents(tmp_path) == before
 
@@ -138,18 +155,25 @@ def test_a_changed_input_a_new_one_and_a_changed_template_are_named(tmp_path):
         run(tmp_path, data)
     (tmp_path / "jsonl" / "report.json").unlink()
     write(data, row("q", "a"))
-    os.utime(data, ns=(0, json.loads((tmp_path / "arrow" / "made_from.json").read_text())["inputs"][0][2]))
+    os.utime(
+        data,
+        ns=(0, json.loads((tmp_path / "arrow" / "made_from.json").read_text())["inputs"][0][2]),
+    )
     run(tmp_path, data)  # nothing but the file's time says that it was written again
     (tmp_path / "jsonl").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="arrow exists already, but .*jsonl, which belongs to it, does not"):
+    with pytest.raises(
+        ValueError, match="arrow exists already, but .*jsonl, which belongs to it, does not"
+    ):
         run(tmp_path, data)
 
 
 def test_an_interrupted_one_of_other_settings_is_named_and_left_alone(whole, tmp_path, capsys):
     data, arrow, _ = whole
-    end_at(outputs.Workplace, "store", 3, tmp_path, data)
+    end_at(outputs.StagingDir, "store", 3, tmp_path, data)
     prepare(tmp_path, data, max_length=512)
-    assert "holds an interrupted preparation (max_length was 4096, now 512)" in capsys.readouterr().err
+    assert (
+        "holds an interrupted preparation (max_length was 4096, now 512)" in capsys.readouterr().err
+    )
     assert len(list(tmp_path.glob(".arrow.*.tmp"))) == 1
 
 
@@ -160,12 +184,12 @@ def test_a_row_too_bad_removes_what_was_begun(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["a.jsonl"]
     run(tmp_path, data, num_bins=3)
     with pytest.raises(ValueError, match="strict"):
-        run(tmp_path, data, num_bins=3, strict=True)  # recognised, and still not good enough
+        run(tmp_path, data, num_bins=3, strict=True)  # recognized, and still not good enough
 
 
 def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch, capsys):
     data, arrow, _ = whole
-    original, calls = outputs.Workplace.store, []
+    original, calls = outputs.StagingDir.store, []
 
     def full(*args):
         calls.append(1)
@@ -174,23 +198,26 @@ def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch, capsys
         original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs.Workplace, "store", full)
+        patch.setattr(outputs.StagingDir, "store", full)
         with pytest.raises(OSError, match="No space left"):
             prepare(tmp_path, data)
-    assert "the same command completes it" in capsys.readouterr().err and not (tmp_path / "arrow").exists()
+    assert (
+        "the same command completes it" in capsys.readouterr().err
+        and not (tmp_path / "arrow").exists()
+    )
     prepare(tmp_path, data)
     assert contents(tmp_path / "arrow") == arrow
 
 
 def test_an_input_that_changes_while_it_is_read_ends_the_job(tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", row("q", "a"), row("q", "b"))
-    original = outputs.Workplace.store
+    original = outputs.StagingDir.store
 
     def meanwhile(*args):
         original(*args)
         write(data, row("q", "longer than before"))
 
-    monkeypatch.setattr(outputs.Workplace, "store", meanwhile)
+    monkeypatch.setattr(outputs.StagingDir, "store", meanwhile)
     with pytest.raises(ValueError, match=f"changed while it was read .inputs: changed {data}"):
         run(tmp_path, data)
     assert not (tmp_path / "arrow").exists()
@@ -226,7 +253,10 @@ def test_killed_with_its_workers_at_work(whole, tmp_path):
     assert not any(_alive(pid) for pid in workers_of)
     report = prepare(tmp_path, data)
     assert contents(tmp_path / "arrow") == arrow and contents(tmp_path / "jsonl") == jsonl
-    assert len(load_tokenized_dataset(str(tmp_path / "arrow" / "eval"))) == report["evaluation"]["rows_written"]
+    assert (
+        len(load_tokenized_dataset(str(tmp_path / "arrow" / "eval")))
+        == report["evaluation"]["rows_written"]
+    )
 
 
 def _alive(pid: str) -> bool:
@@ -241,4 +271,6 @@ def test_two_at_once_do_the_work_once(whole, tmp_path, capfd):
     both = [in_another_process(tmp_path, data, pause=0.02) for _ in range(2)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both] == [0, 0]
     said = capfd.readouterr().err
-    assert ("waiting for it" in said) != ("prepared already" in said) and contents(tmp_path / "arrow") == arrow
+    assert ("waiting for it" in said) != ("prepared already" in said) and contents(
+        tmp_path / "arrow"
+    ) == arrow

@@ -1,5 +1,5 @@
-"""Whatever is said, whatever the template: answers and their end markers are trained, nothing else; a prompt is the
-beginning of the row that trains its answer; truncation keeps the first rounds."""
+"""Whatever is said, whatever the template: answers and their end markers are trained, nothing else;
+a prompt is the beginning of the row that trains its answer; truncation keeps the first rounds."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coati.dataset import setup_conversation_template
-from coati.dataset.conversation import Conversation
-from coati.dataset.reasons import RowError
-from coati.dataset.tokenization import IGNORE_INDEX, TOKENIZERS, SourceRow
+from coati.dataset.chat.conversation import Conversation
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.tokenization import IGNORE_INDEX, TOKENIZERS, SourceRow
 from coati.inference.chat import ChatSession
 from tests.dataset.makers import CHATML as MARKERS
 from tests.dataset.makers import (
@@ -29,20 +29,56 @@ from tests.dataset.test_masks import QWEN3_LIKE, WRITTEN
 from tests.tiny import CHATML
 
 FAST = settings(
-    derandomize=True, max_examples=12, deadline=None, database=None,
+    derandomize=True,
+    max_examples=12,
+    deadline=None,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 OWN = "the tokenizer's own"
 NAMES = [*FAMILIES, OWN]
 
 # What a message may hold that could be taken for something else.
 FRAGMENTS = [
-    "", " ", "\n", "\n\n", "\t \n", "user", "assistant", "system", "Human:", "Assistant: ", "[INST]", "[/INST]",
-    "<<SYS>>", "<|im_start|>", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "<|user|>\n", "<|endoftext|>",
-    "<think>", "</think>", "{{ messages }}", "{% raw %}", "###", "\u200b", "\u202e", "e\u0301", "\u4f60\u597d",
-    "\U0001f469\u200d\U0001f467", "\U000f0000", "\U000f00001\U000f0000", "\U0010fffd", "\x00", "\r\n", "\ufb01",
-    "\u0130", "a" * 30,
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "\t \n",
+    "user",
+    "assistant",
+    "system",
+    "Human:",
+    "Assistant: ",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "</s>",
+    "<s>",
+    "<|user|>\n",
+    "<|endoftext|>",
+    "<think>",
+    "</think>",
+    "{{ messages }}",
+    "{% raw %}",
+    "###",
+    "\u200b",
+    "\u202e",
+    "e\u0301",
+    "\u4f60\u597d",
+    "\U0001f469\u200d\U0001f467",
+    "\U000f0000",
+    "\U000f00001\U000f0000",
+    "\U0010fffd",
+    "\x00",
+    "\r\n",
+    "\ufb01",
+    "\u0130",
+    "a" * 30,
+]
 CONTENT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=4).map("".join)
 DIALOGUE = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4).map(
     lambda rounds: messages(*(text for pair in rounds for text in pair))
@@ -51,11 +87,13 @@ DIALOGUE = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4).map(
 
 @cache
 def conversation(name: str, merges: bool = False) -> Conversation:
-    """The template of a file with a tokenizer of its family, or a tokenizer's own; ``merges``: one whose tokens reach
-    over the borders between header, answer and marker wherever they can."""
+    """The template of a file with a tokenizer of its family, or a tokenizer's own; ``merges``: one
+    whose tokens reach over the borders between header, answer and marker wherever they can."""
     wide = WIDE if merges else ()
     if name == OWN:
-        return setup_conversation_template(byte_level(MARKERS, {"eos_token": "<|im_end|>"}, CHATML, wide))
+        return setup_conversation_template(
+            byte_level(MARKERS, {"eos_token": "<|im_end|>"}, CHATML, wide)
+        )
     return setup_conversation_template(family_tokenizer(name, wide), TEMPLATES / f"{name}.json")
 
 
@@ -84,11 +122,14 @@ def test_the_supervised_text_is_the_answers_and_their_end_markers(name, merges, 
     assert template.encoder.decode(encoded.input_ids).endswith(encoded.text)
     for answer in encoded.answers():
         assert any(answer[-len(stop) :] == stop for stop in template.stop_ids)
-    (row, truncated), = TOKENIZERS["sft"](SourceRow(messages=turns), template, 10**6)
+    ((row, truncated),) = TOKENIZERS["sft"](SourceRow(messages=turns), template, 10**6)
     assert not truncated and row["labels_decode"] == expected
     supervised = [token for token in row["labels"] if token != IGNORE_INDEX]
     assert supervised == [token for answer in encoded.answers() for token in answer]
-    assert all(label in (IGNORE_INDEX, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    assert all(
+        label in (IGNORE_INDEX, token)
+        for label, token in zip(row["labels"], row["input_ids"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["bytes", "merges"])
@@ -104,7 +145,9 @@ def test_a_prompt_is_the_beginning_of_the_row_that_trains_its_answer(name, merge
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
-@pytest.mark.parametrize("name", ["colossal-llama2", "llama2", "tiny-llama", "mistralai_Mixtral-8x7B-Instruct-v0.1"])
+@pytest.mark.parametrize(
+    "name", ["colossal-llama2", "llama2", "tiny-llama", "mistralai_Mixtral-8x7B-Instruct-v0.1"]
+)
 @FAST
 @given(turns=DIALOGUE)
 @example(turns=messages("hi", "  \n x", "a", " b", "", " "))
@@ -140,16 +183,21 @@ def test_a_preferred_answer_follows_its_prompt(name, turns):
 @given(turns=DIALOGUE)
 @example(turns=messages("hi", "  two", "", " ", "b", "\n\n"))
 def test_control_tokens_that_take_in_white_space_leave_the_answer_its_own(turns):
-    """As Phi-3's do: the token of the header takes in the line break after it, and would an answer's blanks."""
+    """As Phi-3's do: the token of the header takes in the line break after it, and would an
+    answer's blanks."""
     template = swallowing()
     encoded = template.encode(turns)
     for number, (start, end) in enumerate(encoded.spans):
         assert encoded.input_ids[:start] == sent(template, turns[: 2 * number + 1])
-        assert template.encoder.decode(encoded.input_ids[start:end]) == answers_of(turns)[number] + "<|im_end|>"
+        assert (
+            template.encoder.decode(encoded.input_ids[start:end])
+            == answers_of(turns)[number] + "<|im_end|>"
+        )
 
 
 SWALLOWING = (
-    "{% for m in messages %}{{ ('<|answer|>' if m.role == 'assistant' else m.role) + '\n' + m.content + '<|im_end|>' }}"
+    "{% for m in messages %}{{ ('<|answer|>' if m.role == 'assistant' else m.role) + '\n' + "
+    "m.content + '<|im_end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|answer|>\n' }}{% endif %}"
 )
 
@@ -159,7 +207,9 @@ def swallowing() -> Conversation:
     from tokenizers import AddedToken
 
     tokenizer = byte_level((), {"eos_token": "<|im_end|>"}, SWALLOWING)
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|answer|>", rstrip=True, special=True)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|answer|>", rstrip=True, special=True)]}
+    )
     return setup_conversation_template(tokenizer, {})
 
 
@@ -170,8 +220,11 @@ def test_a_template_that_rewrites_gives_each_answer_the_prompt_of_a_chat(turns):
     rows = template.encode_turns(turns)
     assert len(rows) == len(turns) // 2
     for number, row in enumerate(rows):
-        (start, end), = row.spans
-        assert row.input_ids[:start] == sent(template, turns[: 2 * number + 1]) and row.input_ids[end - 1] == 2
+        ((start, end),) = row.spans
+        assert (
+            row.input_ids[:start] == sent(template, turns[: 2 * number + 1])
+            and row.input_ids[end - 1] == 2
+        )
 
 
 @cache
@@ -186,7 +239,11 @@ def test_truncation_keeps_the_first_rounds_that_fit_whole(name, turns, share):
     template = conversation(name)
     whole = template.encode(turns)
     limit = int(share * len(whole.input_ids))
-    kept = [span for span in whole.spans if span[1] <= limit] if limit < len(whole.input_ids) else whole.spans
+    kept = (
+        [span for span in whole.spans if span[1] <= limit]
+        if limit < len(whole.input_ids)
+        else whole.spans
+    )
     try:
         cut = template.encode(turns, max_length=limit)
     except RowError as error:

@@ -1,4 +1,5 @@
-"""The commands of demo_preferences.sh and prove_preferences.sh, with a stand-in for Python that writes them down."""
+"""The commands of demo_preferences.sh and prove_preferences.sh, with a stand-in for Python that
+writes them down."""
 
 import json
 import os
@@ -34,8 +35,12 @@ def called_by(script: str, folder: Path, **changes: str) -> dict[str, list[str]]
     stand_in.chmod(0o755)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DEMO_DIR": str(folder / "demo"), **changes}
-    subprocess.run(["bash", DEMO / script], env=environment, check=True, capture_output=True, timeout=60)
-    return {Path(words[0]).name: words[1:] for words in map(json.loads, calls.read_text().splitlines())}
+    subprocess.run(
+        ["bash", DEMO / script], env=environment, check=True, capture_output=True, timeout=60
+    )
+    return {
+        Path(words[0]).name: words[1:] for words in map(json.loads, calls.read_text().splitlines())
+    }
 
 
 @pytest.mark.parametrize("changes, steps", [({}, 64), ({"RM_STEPS": "3"}, 3)])
@@ -43,7 +48,10 @@ def test_the_training_scripts_take_its_flags(tmp_path, changes, steps):
     called = called_by("demo_preferences.sh", tmp_path, **changes)
     reward_model, policy = parse_rm(called["train_rm.py"]), parse_dpo(called["train_dpo.py"])
     assert (reward_model.max_steps, reward_model.eval_interval) == (steps, 0)
-    assert policy.lora_rank and policy.eval_dataset == reward_model.eval_dataset != reward_model.dataset
+    assert (
+        policy.lora_rank
+        and policy.eval_dataset == reward_model.eval_dataset != reward_model.dataset
+    )
     assert called["result.py"] == [f"{tmp_path}/demo/dpo/metrics.jsonl", "dpo"]
 
 
@@ -52,7 +60,12 @@ def test_the_proof_scores_pairs_that_training_and_its_curve_do_not_use(tmp_path)
     trained, scored = parse_rm(called["train_rm.py"]), parse_score(called["score.py"])
     assert trained.max_steps == 216 and trained.dataset != trained.eval_dataset
     assert scored.input == ["examples/data/preference_test.jsonl"]
-    assert called["result.py"] == [f"{tmp_path}/demo/scores.jsonl", "pairs", "--reward_accuracy", "0.75"]
+    assert called["result.py"] == [
+        f"{tmp_path}/demo/scores.jsonl",
+        "pairs",
+        "--reward_accuracy",
+        "0.75",
+    ]
 
 
 def messages(name: str) -> set[str]:

@@ -34,15 +34,24 @@ def test_loss_speed_and_memory(result):
     assert text.splitlines() == [
         "Evaluation loss on rows not trained on: 3.500 before, 2.750 after 3 steps",
         "Speed: 100 tokens/s",
-        "Peak memory: 1.05 GB (process 0), 2.10 GB (process 1)",  # MiB in the file, GB on the screen
+        # MiB in the file, GB on the screen
+        "Peak memory: 1.05 GB (process 0), 2.10 GB (process 1)",
     ]
 
 
 def test_a_loss_that_did_not_fall_is_a_failure(result, tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in [*ENTRIES, {"step": 4, "eval/loss": 3.6}]))
-    done = subprocess.run([sys.executable, DEMO / "result.py", file], capture_output=True, text=True)
-    assert done.returncode == 1 and "has not fallen" in done.stderr and "3.600 after 4 steps" in done.stdout
+    file.write_text(
+        "".join(json.dumps(entry) + "\n" for entry in [*ENTRIES, {"step": 4, "eval/loss": 3.6}])
+    )
+    done = subprocess.run(
+        [sys.executable, DEMO / "result.py", file], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and "has not fallen" in done.stderr
+        and "3.600 after 4 steps" in done.stdout
+    )
     with pytest.raises(ValueError, match="found 1"):
         result.summary(ENTRIES[:1])
 
@@ -60,7 +69,9 @@ def evaluations(before: dict, after: dict) -> list[dict]:
     return entries
 
 
-@pytest.mark.parametrize("accuracy, wrong", [(0.7, None), (0.67, None), (0.66, "the accuracy is below 0.67")])
+@pytest.mark.parametrize(
+    "accuracy, wrong", [(0.7, None), (0.67, None), (0.66, "the accuracy is below 0.67")]
+)
 def test_a_reward_model_must_rank_unseen_pairs(result, accuracy, wrong):
     text, found = result.summary(evaluations({"acc": 0.5}, {"acc": accuracy}), "rm")
     assert found == wrong
@@ -72,7 +83,12 @@ def test_a_reward_model_must_rank_unseen_pairs(result, accuracy, wrong):
 
 @pytest.mark.parametrize(
     "accuracy, chosen, wrong",
-    [(0.65, -51.0, None), (0.57, -51.0, "beyond what chance"), (0.65, -53.0, "less likely"), (0.65, -40.0, None)],
+    [
+        (0.65, -51.0, None),
+        (0.57, -51.0, "beyond what chance"),
+        (0.65, -53.0, "less likely"),
+        (0.65, -40.0, None),
+    ],
 )
 def test_dpo_must_rank_better_and_keep_the_chosen_answers(result, accuracy, chosen, wrong):
     before = {"accuracy": 0.5, "lp_chosen": -50.0, "lp_rejected": -52.0, "margin": 0.0}
@@ -91,11 +107,12 @@ def test_scored_pairs_must_be_right_more_often_than_the_bound(result, right, wro
     assert (said is not None) == wrong
 
 
-
 @pytest.mark.parametrize("script", ["demo.sh", "demo_preferences.sh"])
 def test_a_directory_that_is_there_is_never_emptied(tmp_path, script):
     (tmp_path / "mine.txt").write_text("mine")
     environment = {**os.environ, "DEMO_DIR": str(tmp_path)}
-    done = subprocess.run(["bash", DEMO / script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", DEMO / script], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and f"{script}: DEMO_DIR={tmp_path} exists" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -1,4 +1,5 @@
-"""The conversion of the bundled SmolLM2: small pieces made here, and the real file when it is at hand."""
+"""The conversion of the bundled SmolLM2: small pieces made here, and the real file when it is at
+hand."""
 
 import importlib
 import json
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-REAL = Path(os.environ.get("COATI_SMOLLM2", Path(__file__).resolve().parents[2] / ".cache" / "smollm2"))
+REAL = Path(
+    os.environ.get("COATI_SMOLLM2", Path(__file__).resolve().parents[2] / ".cache" / "smollm2")
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,8 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def metadata():
-    """The shape of the real file's metadata: three control tokens, then the bytes, then the results of the merges."""
+    """The shape of the real file's metadata: three control tokens, then the bytes, then the results
+    of the merges."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     merges = ["h e", "l l", "he ll", "hell o", "1 2", "Ġ Ġ", "Ġ 2", "Ġ hello"]
@@ -36,7 +40,11 @@ def tokenizer(smollm2, metadata):
     from from_gguf import build_tokenizer
 
     return build_tokenizer(
-        metadata, begin="<|im_start|>", end="<|im_end|>", chat_template="{{ messages }}", max_length=8192
+        metadata,
+        begin="<|im_start|>",
+        end="<|im_end|>",
+        chat_template="{{ messages }}",
+        max_length=8192,
     )
 
 
@@ -44,14 +52,21 @@ def test_special_tokens_are_those_of_the_chat_format(tokenizer):
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert tokenizer.pad_token_id == 2
-    assert tokenizer("<|im_start|>hello<|im_end|>").input_ids[::2] == [1, 2]  # and none is added of itself
+    assert tokenizer("<|im_start|>hello<|im_end|>").input_ids[::2] == [
+        1,
+        2,
+    ]  # and none is added of itself
 
 
 def test_digits_are_split_one_by_one_before_the_merges(tokenizer):
-    # Byte-level BPE alone would merge "1 2" and "Ġ 2"; the pre-tokenizer keeps digits alone and two spaces together.
+    # Byte-level BPE alone would merge "1 2" and "Ġ 2"; the pre-tokenizer keeps digits alone and two
+    # spaces together.
     assert tokenizer.convert_ids_to_tokens(tokenizer("12").input_ids) == ["1", "2"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("hello  2").input_ids) == ["hello", "ĠĠ", "2"]
-    assert tokenizer.convert_ids_to_tokens(tokenizer("hello hello").input_ids) == ["hello", "Ġhello"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("hello hello").input_ids) == [
+        "hello",
+        "Ġhello",
+    ]
 
 
 def test_text_survives_a_round_trip_and_a_save(tokenizer, tmp_path):
@@ -62,7 +77,9 @@ def test_text_survives_a_round_trip_and_a_save(tokenizer, tmp_path):
     text = "hello  12 , it 's né 😀"
     assert again.is_fast and again.chat_template == "{{ messages }}"
     assert again(text).input_ids == tokenizer(text).input_ids
-    assert again.decode(again(text).input_ids) == text  # clean_up_tokenization_spaces would join " ," and " 's"
+    assert (
+        again.decode(again(text).input_ids) == text
+    )  # clean_up_tokenization_spaces would join " ," and " 's"
 
 
 def test_the_file_is_found_without_importing_the_package(smollm2, tmp_path, monkeypatch):
@@ -123,12 +140,21 @@ def test_the_real_model_is_an_ordinary_directory_and_answers(smollm2):
         assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 2)
     assert config["torch_dtype"] == "float32" and config["tie_word_embeddings"]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49152, 1, 2, 2)
+    assert (
+        len(tokenizer),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    ) == (49152, 1, 2, 2)
     assert tokenizer.convert_ids_to_tokens(tokenizer("a  24").input_ids) == ["a", "ĠĠ", "2", "4"]
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt"
+    )
     model = AutoModelForCausalLM.from_pretrained(directory)
     answer = tokenizer("The capital of France is Paris.<|im_end|>", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(torch.cat([prompt, answer], dim=1)).logits
-    assert logits[0, prompt.shape[1] - 1 : -1].argmax(-1).tolist() == answer[0].tolist()  # greedy, in one forward
+    assert (
+        logits[0, prompt.shape[1] - 1 : -1].argmax(-1).tolist() == answer[0].tolist()
+    )  # greedy, in one forward

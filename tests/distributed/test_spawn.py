@@ -1,4 +1,5 @@
-"""The module that starts real processes gives results by rank, shows what failed, and leaves nobody behind."""
+"""The module that starts real processes gives results by rank, shows what failed, and leaves nobody
+behind."""
 
 import os
 
@@ -8,7 +9,10 @@ from tests.distributed.spawn import WorkerFailed, run
 
 
 def test_results_come_by_rank_with_a_launchers_variables():
-    assert run(2, "tests.distributed.samples:where", env={"EXTRA": "x"}) == [("0", "2", "x"), ("1", "2", "x")]
+    assert run(2, "tests.distributed.samples:where", env={"EXTRA": "x"}) == [
+        ("0", "2", "x"),
+        ("1", "2", "x"),
+    ]
 
 
 def test_a_failure_is_shown_and_the_other_rank_is_ended(tmp_path):

@@ -3,7 +3,10 @@ import pytest
 from tests.end_to_end.inputs import prepare, short_lines, write_model
 from tests.end_to_end.online_inputs import MAX_LENGTH, NEW, prompts, write_files, write_reward_model
 
-ROWS = {"train": (0, 48), "eval": (60, 6)}  # first line and number of lines; some are longer than a row may be
+ROWS = {
+    "train": (0, 48),
+    "eval": (60, 6),
+}  # first line and number of lines; some are longer than a row may be
 
 
 @pytest.fixture(scope="session")
@@ -34,22 +37,61 @@ def online_places(tmp_path_factory, model) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def online_words(online_places):
-    """``online_words(script, save_dir, more...)``: two episodes in fp32; later words override earlier ones, "$name"
-    stands for a place."""
+    """``online_words(script, save_dir, more...)``: two episodes in fp32; later words override
+    earlier ones, "$name" stands for a place."""
     own = {
         "ppo": ["--rm_pretrain", "$rm", "--critic_lr", "1e-2", "--num_collect_steps", "2"],
-        "grpo": ["--reward_functions", f"{online_places['functions']}:vowels", "--num_generations", "4",
-                 "--num_collect_steps", "1", "--experience_batch_size", "2"],
-    }  # fmt: skip
+        "grpo": [
+            "--reward_functions",
+            f"{online_places['functions']}:vowels",
+            "--num_generations",
+            "4",
+            "--num_collect_steps",
+            "1",
+            "--experience_batch_size",
+            "2",
+        ],
+    }
 
     def words(script: str, save_dir, *more: str) -> list[str]:
         given = [
-            "--pretrain", "$model", "--prompt_dataset", "$prompts", "--conversation_template_config", "$template",
-            "--plugin", "zero2", "--mixed_precision", "fp32", "--kl_coef", "0.05", "--lr", "5e-3",
-            "--warmup_steps", "0", "--max_length", str(MAX_LENGTH), "--max_seq_len", str(NEW), "--num_episodes", "2",
-            "--experience_batch_size", "4", "--num_update_steps", "2", "--train_batch_size", "2",
-            "--accumulation_steps", "2", "--sample_interval", "0", "--save_dir", str(save_dir), *own[script], *more,
-        ]  # fmt: skip
+            "--pretrain",
+            "$model",
+            "--prompt_dataset",
+            "$prompts",
+            "--conversation_template_config",
+            "$template",
+            "--plugin",
+            "zero2",
+            "--mixed_precision",
+            "fp32",
+            "--kl_coef",
+            "0.05",
+            "--lr",
+            "5e-3",
+            "--warmup_steps",
+            "0",
+            "--max_length",
+            str(MAX_LENGTH),
+            "--max_seq_len",
+            str(NEW),
+            "--num_episodes",
+            "2",
+            "--experience_batch_size",
+            "4",
+            "--num_update_steps",
+            "2",
+            "--train_batch_size",
+            "2",
+            "--accumulation_steps",
+            "2",
+            "--sample_interval",
+            "0",
+            "--save_dir",
+            str(save_dir),
+            *own[script],
+            *more,
+        ]
         return [online_places[word[1:]] if word.startswith("$") else word for word in given]
 
     return words

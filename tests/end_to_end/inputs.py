@@ -1,4 +1,5 @@
-"""What the runs of this folder start from: a tiny model directory and some real rows prepared by the library."""
+"""What the runs of this folder start from: a tiny model directory and some real rows prepared by
+the library."""
 
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ MAX_LENGTH = 96
 
 
 def write_model(folder: Path, **changes: Any) -> str:
-    """A Hugging Face directory: a random Llama of 2 layers and its tokenizer. ``changes`` are config fields."""
+    """A Hugging Face directory: a random Llama of 2 layers and its tokenizer. ``changes`` are
+    config fields."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = tiny_llama()
@@ -27,14 +29,18 @@ def write_model(folder: Path, **changes: Any) -> str:
 
 def short_lines(first: int, rows: int, file: Path = SAMPLE) -> str:
     """``rows`` short rows of a sample, from its ``first`` one on, as JSON lines."""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if len(line) < 500]
+    lines = [
+        line
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(line) < 500
+    ]
     return "".join(lines[first : first + rows])
 
 
 def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH, type: str = "sft") -> str:
     """The arrow directory of the JSON lines ``text``."""
     from coati.dataset import setup_conversation_template
-    from coati.dataset.prepare import prepare_dataset
+    from coati.dataset.prepare.prepare import prepare_dataset
 
     folder.mkdir(parents=True)
     raw = folder / "rows.jsonl"
@@ -57,9 +63,15 @@ def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH, type: str = "
 
 def metrics(save_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without times and memory, which no two runs share."""
-    lines = [json.loads(line) for line in (Path(save_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(save_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     kept = [
-        {name: value for name, value in line.items() if name != "train/tokens_per_second" and "memory/" not in name}
+        {
+            name: value
+            for name, value in line.items()
+            if name != "train/tokens_per_second" and "memory/" not in name
+        }
         for line in lines
     ]
     return [line for line in kept if line.keys() != {"step"}]

@@ -1,4 +1,5 @@
-"""What runs of PPO and GRPO start from: prompts, conversations, a reward model and reward functions, all tiny."""
+"""What runs of PPO and GRPO start from: prompts, conversations, a reward model and reward
+functions, all tiny."""
 
 import json
 from pathlib import Path
@@ -11,7 +12,11 @@ PROMPTS = ROOT / "examples" / "data" / "prompt.jsonl"
 NEW = 10  # tokens of the longest response
 MAX_LENGTH = 84
 # So many ways to end that a random model finds one now and then, of one and of two tokens.
-STOPS = [[2], *([token] for token in range(40, 64)), *([token, token + 1] for token in range(100, 140))]
+STOPS = [
+    [2],
+    *([token] for token in range(40, 64)),
+    *([token, token + 1] for token in range(100, 140)),
+]
 TIMES = ("seconds_", "per_second", "memory/", "_mb")  # what no two runs share
 FUNCTIONS = '''
 import os
@@ -35,7 +40,9 @@ def too_few(responses):
 
 def prompts(folder: Path, count: int = 24, first: int = 0) -> str:
     """The arrow directory of ``count`` short prompts of the sample."""
-    lines = [line for line in short_lines(0, 200, PROMPTS).splitlines(keepends=True) if len(line) < 140]
+    lines = [
+        line for line in short_lines(0, 200, PROMPTS).splitlines(keepends=True) if len(line) < 140
+    ]
     return prepare(folder, "".join(lines[first : first + count]), MAX_LENGTH, "prompt")
 
 
@@ -57,8 +64,14 @@ def write_reward_model(folder: Path, kind: str = "RewardModel") -> str:
 
 
 def write_files(folder: Path) -> dict[str, str]:
-    """``template``: a conversation template with :data:`STOPS`; ``functions``: a file of reward functions."""
-    template = {"chat_template": CHATML, "system_message": "", "stop_ids": STOPS, "end_of_assistant": "<|im_end|>"}
+    """``template``: a conversation template with :data:`STOPS`; ``functions``: a file of reward
+    functions."""
+    template = {
+        "chat_template": CHATML,
+        "system_message": "",
+        "stop_ids": STOPS,
+        "end_of_assistant": "<|im_end|>",
+    }
     (folder / "template.json").write_text(json.dumps(template))
     (folder / "functions.py").write_text(FUNCTIONS)
     return {"template": str(folder / "template.json"), "functions": str(folder / "functions.py")}
@@ -66,15 +79,26 @@ def write_files(folder: Path) -> dict[str, str]:
 
 def metrics(save_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without times and memory."""
-    lines = [json.loads(line) for line in (Path(save_dir) / "metrics.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in line.items() if not any(t in name for t in TIMES)} for line in lines]
+    lines = [
+        json.loads(line) for line in (Path(save_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
+    kept = [
+        {name: value for name, value in line.items() if not any(t in name for t in TIMES)}
+        for line in lines
+    ]
     return [line for line in kept if line.keys() != {"step"}]
 
 
 def of_episode(lines: list[dict[str, Any]], episode: int, kind: str = "train") -> dict[str, float]:
     """What was logged under ``kind``/ for an episode."""
-    (found,) = [line for line in lines if line["step"] == episode and any(k.startswith(kind) for k in line)]
-    return {name.removeprefix(f"{kind}/"): value for name, value in found.items() if name.startswith(kind)}
+    (found,) = [
+        line for line in lines if line["step"] == episode and any(k.startswith(kind) for k in line)
+    ]
+    return {
+        name.removeprefix(f"{kind}/"): value
+        for name, value in found.items()
+        if name.startswith(kind)
+    }
 
 
 def weights(save_dir: Path) -> dict[str, bytes]:

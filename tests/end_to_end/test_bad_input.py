@@ -1,4 +1,5 @@
-"""What a user meets who gives train_sft.py something wrong: one sentence, exit code not 0, nothing that looks whole.
+"""What a user meets who gives train_sft.py something wrong: one sentence, exit code not 0, nothing
+that looks whole.
 
 Each case is a real run of the script; the cases of a number of processes share a launch.
 """
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coati.cli.machine import check_precision
 from coati.parallel.checkpoint import checkpoints
+from coati.recipes.defaults import check_precision
 from tests.distributed.spawn import run
 from tests.end_to_end.inputs import write_model
 from tests.end_to_end.worker import Ended, Fault, Run
@@ -24,7 +25,8 @@ CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 @dataclass
 class Place:
-    """Where a case may put things: a folder of its own, the good model, the good data, a finished run's directory."""
+    """Where a case may put things: a folder of its own, the good model, the good data, a finished
+    run's directory."""
 
     folder: Path
     model: str
@@ -33,7 +35,9 @@ class Place:
 
     def file(self, name: str, content: object) -> str:
         path = self.folder / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        path.write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
         return str(path)
 
     def empty(self) -> str:
@@ -55,12 +59,15 @@ class Place:
         shutil.copytree(self.model, folder)
         config = json.loads((folder / "config.json").read_text())
         auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of", "auto_map": auto_map}))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"model_type": "unheard_of", "auto_map": auto_map})
+        )
         (folder / "code.py").write_text("raise SystemExit('ran')")
         return str(folder)
 
     def cut(self, pattern: str, name: str = "epoch-0_step-2") -> str:
-        """A copy of the finished run whose checkpoint ``name`` has half of its first file of that pattern."""
+        """A copy of the finished run whose checkpoint ``name`` has half of its first file of that
+        pattern."""
         shutil.copytree(self.finished, self.folder / "run")
         file = next((self.folder / "run" / name).rglob(pattern))
         os.truncate(file, file.stat().st_size // 2)
@@ -69,7 +76,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """``words`` beside the good ones; ``said``: what standard error must hold, all of it; ``code``: the exit code."""
+    """``words`` beside the good ones; ``said``: what standard error must hold, all of it; ``code``:
+    the exit code."""
 
     words: Callable[[Place], list[str]]
     said: tuple[str, ...]
@@ -95,17 +103,32 @@ ONE = {
     ),
     "fewer rows than a step needs": Case(
         lambda p: ["--batch_size", "16", "--accumulation_steps", "2"],
-        ("--dataset holds 31 rows, one step needs 32", "--batch_size 16", "--accumulation_steps 2", "lower one"),
+        (
+            "--dataset holds 31 rows, one step needs 32",
+            "--batch_size 16",
+            "--accumulation_steps 2",
+            "lower one",
+        ),
     ),
     "an unknown keyword of the plugin": Case(
         lambda p: ["--plugin_args", p.file("plugin.json", {"overlap_comunication": True})],
-        ("--plugin_args", "zero2", "'overlap_comunication'", "did you mean 'overlap_communication'"),
+        (
+            "--plugin_args",
+            "zero2",
+            "'overlap_comunication'",
+            "did you mean 'overlap_communication'",
+        ),
     ),
     "a checkpoint with truncated weights": Case(
         lambda p: ["--checkpoint_path", p.cut("model.safetensors")],
-        ("--checkpoint_path", "epoch-0_step-2: modeling/model.safetensors has", "bytes", "Resume from an earlier one"),
+        (
+            "--checkpoint_path",
+            "epoch-0_step-2: modeling/model.safetensors has",
+            "bytes",
+            "Resume from an earlier one",
+        ),
     ),
-    "a checkpoint with a truncated optimiser": Case(
+    "a checkpoint with a truncated optimizer": Case(
         lambda p: ["--checkpoint_path", p.cut("rank-00000.pt")],
         ("optimizer/rank-00000.pt has", "truncated or changed", "Resume from an earlier one"),
     ),
@@ -119,14 +142,26 @@ ONE = {
     ),
     "a checkpoint of another model": Case(
         lambda p: [
-            "--pretrain", p.other_model(hidden_size=32),
-            "--checkpoint_path", str(p.finished / "epoch-0_step-2"),
+            "--pretrain",
+            p.other_model(hidden_size=32),
+            "--checkpoint_path",
+            str(p.finished / "epoch-0_step-2"),
         ],
-        ("--checkpoint_path", "of another model than --pretrain", "hidden_size is 64 there and 32 here"),
+        (
+            "--checkpoint_path",
+            "of another model than --pretrain",
+            "hidden_size is 64 there and 32 here",
+        ),
     ),
     "a checkpoint of other data": Case(
         lambda p: ["--max_samples", "20", "--checkpoint_path", str(p.finished / "epoch-0_step-2")],
-        ("--checkpoint_path", "other data", "'rows': 31", "'rows': 20", "--checkpoint_weights_only"),
+        (
+            "--checkpoint_path",
+            "other data",
+            "'rows': 31",
+            "'rows': 20",
+            "--checkpoint_weights_only",
+        ),
     ),
     "a tokenizer class that transformers does not know": Case(
         lambda p: ["--tokenizer_dir", p.broken_tokenizer(tokenizer_class="LLaMATokenizer")],
@@ -141,8 +176,10 @@ ONE = {
         ("--plugin gemini has no fp32", "--mixed_precision", "--plugin zero2"),
         code=2,
     ),
-    "a misspelt flag": Case(lambda p: ["--acumulation_steps", "2"], ("--acumulation_steps", "--accumulation_steps"), 2),
-}  # fmt: skip
+    "a misspelled flag": Case(
+        lambda p: ["--acumulation_steps", "2"], ("--acumulation_steps", "--accumulation_steps"), 2
+    ),
+}
 
 THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}
 TWO = {
@@ -156,12 +193,13 @@ TWO = {
         ("--tp 2", "3 attention heads cannot be divided by 2", "--plugin zero2"),
     ),
     "nothing left of a raw file": ONE["nothing left of a raw file"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, model, data):
-    """``place(name)``: the Place of a case; all share one finished run of two steps and a checkpoint each."""
+    """``place(name)``: the Place of a case; all share one finished run of two steps and a
+    checkpoint each."""
     folder = tmp_path_factory.mktemp("bad")
     finished = folder / "finished"
 
@@ -175,10 +213,29 @@ def place(tmp_path_factory, model, data):
 
 def good_words(place: Place, save_dir: Path) -> list[str]:
     return [
-        "--pretrain", place.model, "--dataset", place.data, "--plugin", "zero2", "--mixed_precision", "fp32",
-        "--batch_size", "2", "--accumulation_steps", "2", "--max_length", "96", "--max_steps", "4", "--lr", "1e-3",
-        "--save_interval", "1", "--save_dir", str(save_dir),
-    ]  # fmt: skip
+        "--pretrain",
+        place.model,
+        "--dataset",
+        place.data,
+        "--plugin",
+        "zero2",
+        "--mixed_precision",
+        "fp32",
+        "--batch_size",
+        "2",
+        "--accumulation_steps",
+        "2",
+        "--max_length",
+        "96",
+        "--max_steps",
+        "4",
+        "--lr",
+        "1e-3",
+        "--save_interval",
+        "1",
+        "--save_dir",
+        str(save_dir),
+    ]
 
 
 def launched(nproc: int, runs: dict[str, Run], folder: Path) -> dict[str, list[Ended]]:
@@ -201,7 +258,9 @@ def finished(place):
 def ends(nproc: int, cases: dict[str, Case], place) -> dict[str, tuple[Place, list[Ended]]]:
     places = {name: place(f"{nproc} {name}") for name in cases}
     runs = {
-        name: Run([*good_words(places[name], places[name].folder / "out"), *case.words(places[name])])
+        name: Run(
+            [*good_words(places[name], places[name].folder / "out"), *case.words(places[name])]
+        )
         for name, case in cases.items()
     }
     ended = launched(nproc, runs, next(iter(places.values())).folder)
@@ -220,12 +279,16 @@ def together(place, finished):
 
 def check(case: Case, place: Place, ranks: list[Ended]) -> None:
     assert [rank.code for rank in ranks] == [case.code] * len(ranks), ranks[0].err
-    line = next(line for line in ranks[0].err.splitlines() if line.startswith("train_sft.py: error: "))
+    line = next(
+        line for line in ranks[0].err.splitlines() if line.startswith("train_sft.py: error: ")
+    )
     text = ranks[0].err[ranks[0].err.index(line) :]
     for part in case.said:
         assert part in text, text
     assert "Traceback" not in text and not ranks[0].rows
-    assert not list((place.folder / "out").glob("modeling")) and not checkpoints(place.folder / "out")
+    assert not list((place.folder / "out").glob("modeling")) and not checkpoints(
+        place.folder / "out"
+    )
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -240,7 +303,10 @@ def test_two_processes(together, name):
 
 def test_a_refused_run_leaves_the_earlier_one_as_it_was(alone, finished):
     place, _ = finished
-    assert [path.name for path in checkpoints(place.finished)] == ["epoch-0_step-1", "epoch-0_step-2"]
+    assert [path.name for path in checkpoints(place.finished)] == [
+        "epoch-0_step-1",
+        "epoch-0_step-2",
+    ]
     assert json.loads((place.finished / "arguments.json").read_text())["max_steps"] == 2
     assert len((place.finished / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -265,7 +331,10 @@ def test_auto_passes_over_a_truncated_checkpoint_and_says_so(finished, tmp_path)
     words = [*good_words(mine, tmp_path / "run"), "--checkpoint_path", "auto"]
     ended = launched(2, {"auto": Run(words)}, tmp_path)["auto"]
     assert [rank.code for rank in ended] == [0, 0] and len(ended[0].rows) == 3
-    assert "passed over: " in ended[0].err and "epoch-0_step-2: optimizer/rank-00001.pt has" in ended[0].err
+    assert (
+        "passed over: " in ended[0].err
+        and "epoch-0_step-2: optimizer/rank-00001.pt has" in ended[0].err
+    )
     assert "going on from" in ended[0].err and "epoch-0_step-1" in ended[0].err
 
 
@@ -291,6 +360,8 @@ def test_bf16_on_a_card_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old Card")
-    with pytest.raises(ValueError, match="--mixed_precision bf16: Old Card has no bf16; use --mixed_precision fp16"):
+    with pytest.raises(
+        ValueError, match="--mixed_precision bf16: Old Card has no bf16; use --mixed_precision fp16"
+    ):
         check_precision("bf16")
     check_precision("fp16")

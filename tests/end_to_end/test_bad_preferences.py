@@ -1,7 +1,9 @@
-"""What a user of the preference scripts meets who gives them something wrong: rows, reward models, references.
+"""What a user of the preference scripts meets who gives them something wrong: rows, reward models,
+references.
 
-Each case is a real run of the script: one sentence, exit code not 0, nothing that looks whole. The cases of a number of
-processes share a launch. What needs no more than flags is in tests/cli, other cases are in test_preferences.py.
+Each case is a real run of the script: one sentence, exit code not 0, nothing that looks whole. The
+cases of a number of processes share a launch. What needs no more than flags is in tests/cli, other
+cases are in test_preferences.py.
 """
 
 import json
@@ -26,7 +28,8 @@ MAX_LENGTH = 160
 
 @dataclass
 class Place:
-    """A folder of the case's own, the good model, prepared pairs with stored log-probs, and a finished reward model."""
+    """A folder of the case's own, the good model, prepared pairs with stored log-probs, and a
+    finished reward model."""
 
     folder: Path
     model: str
@@ -49,12 +52,13 @@ class Place:
         return write_model(self.folder / "other", **changes)
 
     def reward_model(self, kind: str = "RewardModel", width: int | None = None) -> str:
-        """A directory with a scalar head on the good model; ``width``: the head is one of states of this width."""
+        """A directory with a scalar head on the good model; ``width``: the head is one of states of
+        this width."""
         import torch
         from safetensors.torch import load_file, save_file
 
         from coati import models
-        from coati.models.utils import load_causal_lm
+        from coati.models.loading import load_causal_lm
 
         folder = self.folder / kind
         shutil.copytree(self.model, folder)
@@ -72,7 +76,9 @@ class Place:
 
         from coati.models import RewardModel
 
-        backbone = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=384, n_positions=256))
+        backbone = GPT2LMHeadModel(
+            GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=384, n_positions=256)
+        )
         backbone.save_pretrained(self.folder / "gpt2")
         RewardModel(backbone=backbone).config.save_pretrained(self.folder / "gpt2")
         return str(self.folder / "gpt2")
@@ -91,7 +97,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """``words`` beside the good ones; ``said``: what standard error must hold, all of it; ``code``: the exit code."""
+    """``words`` beside the good ones; ``said``: what standard error must hold, all of it; ``code``:
+    the exit code."""
 
     script: str
     words: Callable[[Place], list[str]]
@@ -103,8 +110,13 @@ ONE = {
     "the same answer twice in most pairs": Case(
         "train_dpo.py",
         lambda p: ["--dataset", p.raw(same=9)],
-        ("of the first 12 pairs have the same answer as chosen and as rejected", "a share of 0.5", "pairs.jsonl:1",
-         "column", "--max_bad_ratio"),
+        (
+            "of the first 12 pairs have the same answer as chosen and as rejected",
+            "a share of 0.5",
+            "pairs.jsonl:1",
+            "column",
+            "--max_bad_ratio",
+        ),
     ),
     "prompts longer than max_length": Case(
         "train_dpo.py",
@@ -113,13 +125,26 @@ ONE = {
     ),
     "a reward checkpoint of another width": Case(
         "train_rm.py",
-        lambda p: ["--pretrain", p.other_model(hidden_size=32), "--checkpoint_path", str(checkpoints(p.rewards)[-1])],
-        ("--checkpoint_path", "of another model than --pretrain", "hidden_size is 64 there and 32 here"),
+        lambda p: [
+            "--pretrain",
+            p.other_model(hidden_size=32),
+            "--checkpoint_path",
+            str(checkpoints(p.rewards)[-1]),
+        ],
+        (
+            "--checkpoint_path",
+            "of another model than --pretrain",
+            "hidden_size is 64 there and 32 here",
+        ),
     ),
     "a reward model of another architecture": Case(
         "train_rm.py",
         lambda p: ["--checkpoint_path", p.of_another_family()],
-        ("--checkpoint_path", "of another model than --pretrain", "model_type is gpt2 there and llama here"),
+        (
+            "--checkpoint_path",
+            "of another model than --pretrain",
+            "model_type is gpt2 there and llama here",
+        ),
     ),
     "a head of another width": Case(
         "train_rm.py",
@@ -146,7 +171,7 @@ ONE = {
         lambda p: ["--dataset", p.cut_off(), "--precompute_ref"],
         (".npy: not readable as stored log-probs", "remove it, it is made anew"),
     ),
-}  # fmt: skip
+}
 
 TWO = {
     f"an odd micro-batch for {algorithm}": Case(
@@ -163,7 +188,9 @@ TWO = {
 def place(tmp_path_factory, model):
     """``place(name)``: the Place of a case."""
     folder = tmp_path_factory.mktemp("bad")
-    pairs = Path(prepare(folder / "preference", short_lines(0, 30, SAMPLE), MAX_LENGTH, "preference"))
+    pairs = Path(
+        prepare(folder / "preference", short_lines(0, 30, SAMPLE), MAX_LENGTH, "preference")
+    )
     shutil.move(pairs, folder / "pairs")
     prepare(folder / "kto", short_lines(0, 30, SAMPLE.with_name("kto.jsonl")), MAX_LENGTH, "kto")
 
@@ -177,10 +204,25 @@ def place(tmp_path_factory, model):
 
 def good_words(place: Place, save_dir: Path) -> list[str]:
     return [
-        "--pretrain", place.model, "--dataset", str(place.pairs), "--plugin", "zero2", "--mixed_precision", "fp32",
-        "--batch_size", "2", "--accumulation_steps", "1", "--max_length", str(MAX_LENGTH), "--max_steps", "1",
-        "--save_dir", str(save_dir),
-    ]  # fmt: skip
+        "--pretrain",
+        place.model,
+        "--dataset",
+        str(place.pairs),
+        "--plugin",
+        "zero2",
+        "--mixed_precision",
+        "fp32",
+        "--batch_size",
+        "2",
+        "--accumulation_steps",
+        "1",
+        "--max_length",
+        str(MAX_LENGTH),
+        "--max_steps",
+        "1",
+        "--save_dir",
+        str(save_dir),
+    ]
 
 
 def launched(nproc: int, runs: dict[str, Run], folder: Path) -> dict[str, list[Ended]]:
@@ -191,20 +233,28 @@ def launched(nproc: int, runs: dict[str, Run], folder: Path) -> dict[str, list[E
 
 @pytest.fixture(scope="module")
 def finished(place):
-    """Runs that end well: a reward model with a checkpoint; log-probs stored beside the pairs, and other data after
-    that; pairs of which one has the same answer twice."""
+    """Runs that end well: a reward model with a checkpoint; log-probs stored beside the pairs, and
+    other data after that; pairs of which one has the same answer twice."""
     here = place("finished")
     rows, first, other = here.raw(same=1), here.folder / "first", here.folder / "pairs"
     runs = {
-        "rewards": Run([*good_words(here, here.rewards), "--save_interval", "1"], script="train_rm.py"),
-        "same": Run([*good_words(here, here.folder / "same"), "--dataset", rows], script="train_dpo.py"),
+        "rewards": Run(
+            [*good_words(here, here.rewards), "--save_interval", "1"], script="train_rm.py"
+        ),
+        "same": Run(
+            [*good_words(here, here.folder / "same"), "--dataset", rows], script="train_dpo.py"
+        ),
         "stored": Run([*good_words(here, first), "--precompute_ref"], script="train_dpo.py"),
     }
     ended = launched(1, runs, here.folder)
-    prepared = Path(prepare(here.folder / "more", short_lines(30, 20, SAMPLE), MAX_LENGTH, "preference"))
+    prepared = Path(
+        prepare(here.folder / "more", short_lines(30, 20, SAMPLE), MAX_LENGTH, "preference")
+    )
     shutil.move(prepared, other)
     shutil.copytree(here.pairs / "reference", other / "reference")
-    changed = Run([*good_words(here, here.folder / "out"), "--dataset", str(other), "--precompute_ref"])
+    changed = Run(
+        [*good_words(here, here.folder / "out"), "--dataset", str(other), "--precompute_ref"]
+    )
     ended |= launched(1, {"changed": Run(changed.words, script="train_dpo.py")}, here.folder)
     return here, ended
 
@@ -212,10 +262,12 @@ def finished(place):
 def ends(nproc: int, cases: dict[str, Case], place) -> dict[str, tuple[Place, list[Ended]]]:
     places = {name: place(f"{nproc} {name}") for name in cases}
     runs = {
-        name: Run([*good_words(places[name], places[name].folder / "out"), *case.words(places[name])],
-                  script=case.script)
+        name: Run(
+            [*good_words(places[name], places[name].folder / "out"), *case.words(places[name])],
+            script=case.script,
+        )
         for name, case in cases.items()
-    }  # fmt: skip
+    }
     ended = launched(nproc, runs, next(iter(places.values())).folder)
     return {name: (places[name], ended[name]) for name in cases}
 
@@ -236,7 +288,9 @@ def check(case: Case, place: Place, ranks: list[Ended]) -> None:
     for part in case.said:
         assert part in text, text
     assert "Traceback" not in text and not ranks[0].rows
-    assert not list((place.folder / "out").glob("modeling")) and not checkpoints(place.folder / "out")
+    assert not list((place.folder / "out").glob("modeling")) and not checkpoints(
+        place.folder / "out"
+    )
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -252,7 +306,9 @@ def test_two_processes(together, name):
 def test_a_few_pairs_with_the_same_answer_twice_are_dropped_and_counted(finished):
     place, ended = finished
     assert ended["same"][0].code == 0
-    report = json.loads(next((place.folder / "cache").rglob("preparation.json")).read_text())["report"]
+    report = json.loads(next((place.folder / "cache").rglob("preparation.json")).read_text())[
+        "report"
+    ]
     assert report["dropped"]["same_answers"]["rows"] == 1
     assert "pairs.jsonl:1" in report["dropped"]["same_answers"]["first"][0]
     assert report["rows_written"] == 12 - sum(entry["rows"] for entry in report["dropped"].values())

@@ -1,4 +1,5 @@
-"""What a user of PPO and GRPO meets when something is wrong, and the dry run that finds it out beforehand.
+"""What a user of PPO and GRPO meets when something is wrong, and the dry run that finds it out
+beforehand.
 
 What needs no more than flags is in tests/cli.
 """
@@ -25,8 +26,15 @@ def launched(nproc: int, runs: dict[str, Run]) -> dict[str, list[Ended]]:
 # Reward functions of which one rank's fails: standard error of that rank, of the other
 
 FAILURES = {
-    "raises": ("raised RuntimeError: no judge today", "functions.py:", "response 0 of the batch: prompt '"),
-    "is_nan": ("returned nan (float) for response 2 of the batch: prompt '", "expected a finite number"),
+    "raises": (
+        "raised RuntimeError: no judge today",
+        "functions.py:",
+        "response 0 of the batch: prompt '",
+    ),
+    "is_nan": (
+        "returned nan (float) for response 2 of the batch: prompt '",
+        "expected a finite number",
+    ),
     "too_few": ("returned 7 values", "expected a list of 8 numbers, one per response"),
 }
 
@@ -63,24 +71,51 @@ def cases(online_words, online_places, tmp_path_factory):
     other = write_model(folder / "other", vocab_size=320)
     few = ("--num_collect_steps", "8", "--experience_batch_size", "8")
     given = {
-        "few prompts": ("ppo", few, ("--prompt_dataset holds 24 prompts, an episode takes 64", "--num_collect_steps 8",
-                                     "--experience_batch_size 8")),
+        "few prompts": (
+            "ppo",
+            few,
+            (
+                "--prompt_dataset holds 24 prompts, an episode takes 64",
+                "--num_collect_steps 8",
+                "--experience_batch_size 8",
+            ),
+        ),
         "few conversations": (
-            "ppo", ("--ptx_dataset", "$ptx", "--ptx_coef", "0.1", "--ptx_batch_size", "40"),
+            "ppo",
+            ("--ptx_dataset", "$ptx", "--ptx_coef", "0.1", "--ptx_batch_size", "40"),
             ("--ptx_dataset holds ", "--ptx_batch_size 40"),
         ),
-        "long prompts": ("grpo", ("--max_length", "20"), ("--prompt_dataset", "--max_length 20 less --max_seq_len 10")),
-        "no reward model": ("ppo", ("--rm_pretrain", "$model"), ("--rm_pretrain", "has no scalar head")),
-        "another vocabulary": ("ppo", ("--critic_pretrain", other),
-                               ("--critic_pretrain: the policy", "ids up to 383", "a vocabulary of 320")),
-        "rows of another kind": ("grpo", ("--prompt_dataset", "$ptx"), ("--prompt_dataset", "--type prompt")),
+        "long prompts": (
+            "grpo",
+            ("--max_length", "20"),
+            ("--prompt_dataset", "--max_length 20 less --max_seq_len 10"),
+        ),
+        "no reward model": (
+            "ppo",
+            ("--rm_pretrain", "$model"),
+            ("--rm_pretrain", "has no scalar head"),
+        ),
+        "another vocabulary": (
+            "ppo",
+            ("--critic_pretrain", other),
+            ("--critic_pretrain: the policy", "ids up to 383", "a vocabulary of 320"),
+        ),
+        "rows of another kind": (
+            "grpo",
+            ("--prompt_dataset", "$ptx"),
+            ("--prompt_dataset", "--type prompt"),
+        ),
         "no such function": (
-            "grpo", ("--reward_functions", f"{online_places['functions']}:vowel"),
+            "grpo",
+            ("--reward_functions", f"{online_places['functions']}:vowel"),
             ("functions.py has no vowel; it defines vowels", "is_nan"),
         ),
-        "no answers to compare": ("grpo", ("--reward_functions", "gsm8k", "--prompt_dataset", "$untrue"),
-                                  ("--prompt_dataset", "gt_answer", "gsm8k")),
-    }  # fmt: skip
+        "no answers to compare": (
+            "grpo",
+            ("--reward_functions", "gsm8k", "--prompt_dataset", "$untrue"),
+            ("--prompt_dataset", "gt_answer", "gsm8k"),
+        ),
+    }
     return folder, given
 
 
@@ -111,13 +146,25 @@ def test_what_is_wrong_is_said_in_one_sentence(cases, wrong):
 def rehearsed(online_words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dry")
     more = ("--dry_run", "--num_episodes", "30")
-    sft = ("--ptx_dataset", "$ptx", "--ptx_coef", "0.1", "--ptx_batch_size", "2", "--experience_batch_size", "2",
-           "--accumulation_steps", "1")  # fmt: skip
+    sft = (
+        "--ptx_dataset",
+        "$ptx",
+        "--ptx_coef",
+        "0.1",
+        "--ptx_batch_size",
+        "2",
+        "--experience_batch_size",
+        "2",
+        "--accumulation_steps",
+        "1",
+    )
     runs = {
         "ppo": Run(online_words("ppo", folder / "ppo", *more, *sft), script="train_ppo.py"),
-        "grpo": Run(online_words("grpo", folder / "grpo", *more, "--experience_batch_size", "1"),
-                    script="train_grpo.py"),
-    }  # fmt: skip
+        "grpo": Run(
+            online_words("grpo", folder / "grpo", *more, "--experience_batch_size", "1"),
+            script="train_grpo.py",
+        ),
+    }
     return folder, launched(2, runs)
 
 
@@ -128,12 +175,23 @@ def test_a_dry_run_says_what_the_run_would_be_and_keeps_nothing(rehearsed):
         assert [rank.code for rank in ended[name]] == [0, 0], ended[name][0].err
         assert "saved and loaded again. Nothing was kept." in ended[name][0].err
     assert "prompts 24, tokens " in ppo
-    assert f"episodes 30, each of 8 prompts x 1 responses of up to {NEW} tokens; every prompt 10 times" in ppo
-    assert "optimiser steps 120 (2 passes x 2 windows an episode), each of 4 responses" in ppo
-    assert "episodes 30, each of 2 prompts x 4 responses" in grpo and "optimiser steps 60 (2 passes x 1 windows" in grpo
+    assert (
+        f"episodes 30, each of 8 prompts x 1 responses of up to {NEW} tokens; every prompt 10 times"
+        in ppo
+    )
+    assert "optimizer steps 120 (2 passes x 2 windows an episode), each of 4 responses" in ppo
+    assert (
+        "episodes 30, each of 2 prompts x 4 responses" in grpo
+        and "optimizer steps 60 (2 passes x 1 windows" in grpo
+    )
     for name in ("actor", "critic"):
         assert f"{name}: memory per process before activations" in ppo
-    assert "SFT rows " in ppo and "value_loss" in ppo and "ptx_loss" in ppo and "critic" not in grpo.split("--")[0]
+    assert (
+        "SFT rows " in ppo
+        and "value_loss" in ppo
+        and "ptx_loss" in ppo
+        and "critic" not in grpo.split("--")[0]
+    )
     assert f"--max_length {MAX_LENGTH}" in ppo and "--kl_coef 0.05" in grpo
     assert sorted(path.name for path in Path(folder).rglob("*")) == []
     assert json.dumps(ended["ppo"][1].err).count("dry run:") == 0  # once, by rank 0

@@ -1,7 +1,7 @@
 """The command lines of the older documents for PPO train an episode and leave models that load.
 
-Paths are those of tiny models and a few rows, processes as many as --tp splits a model over, else two; the runs are cut
-to one episode of short responses. Everything else is as printed.
+Paths are those of tiny models and a few rows, processes as many as --tp splits a model over, else
+two; the runs are cut to one episode of short responses. Everything else is as printed.
 """
 
 import json
@@ -17,9 +17,15 @@ from tests.end_to_end.worker import Ended, Run
 
 pytestmark = pytest.mark.matrix
 
-COMMANDS = {f"{number:02d} {command.stage} {command.source}": command for number, command in enumerate(
-    command for stage in ("ppo", "prompts") for command in documented_commands(stage) if "--pretrain" in command.text
-)}  # fmt: skip
+COMMANDS = {
+    f"{number:02d} {command.stage} {command.source}": command
+    for number, command in enumerate(
+        command
+        for stage in ("ppo", "prompts")
+        for command in documented_commands(stage)
+        if "--pretrain" in command.text
+    )
+}
 SHORTER = ["--num_episodes", "1", "--max_seq_len", "4"]
 
 
@@ -35,18 +41,24 @@ def variables(tmp_path_factory):
     torch.manual_seed(0)
     reward = RewardModel(model)
     (folder / "rm" / "modeling").mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in reward.state_dict().items()},
-              folder / "rm" / "modeling" / "model.safetensors")  # fmt: skip
+    save_file(
+        {name: t.contiguous() for name, t in reward.state_dict().items()},
+        folder / "rm" / "modeling" / "model.safetensors",
+    )
     reward.config.save_pretrained(folder / "rm" / "modeling")
     rows = [json.loads(line)["messages"] for line in short_lines(0, 80).splitlines()]
-    raw = [{"instruction": row[0]["content"], "input": "", "output": row[1]["content"]} for row in rows]
+    raw = [
+        {"instruction": row[0]["content"], "input": "", "output": row[1]["content"]} for row in rows
+    ]
     (folder / "raw.json").write_text(json.dumps(raw), encoding="utf-8")
     return {
         "PRETRAINED_MODEL_PATH": model,
         "PRETRAINED_TOKENIZER_PATH": model,
         "SFT_MODEL_PATH": model,
         "REWARD_MODEL_PATH": str(folder / "rm"),
-        "prompt_dataset": prepare(folder / "prompts", short_lines(0, 80), max_length=512, type="prompt"),
+        "prompt_dataset": prepare(
+            folder / "prompts", short_lines(0, 80), max_length=512, type="prompt"
+        ),
         "ptx_dataset": prepare(folder / "ptx", short_lines(0, 60), max_length=512),
         "RAW_DATASET": str(folder / "raw.json"),
     }
@@ -66,8 +78,13 @@ def ended(variables, tmp_path_factory) -> dict[str, tuple[Path, list[Ended]]]:
         plugin = flags[1 + flags.index("--plugin" if "--plugin" in flags else "--strategy")]
         processes = 4 if "--tp" in flags else 2
         groups.setdefault((plugin, processes), {})[name] = Run(flags, script=Path(words[at]).name)
-    env = {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true",
-           "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+    env = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "WANDB_SILENT": "true",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
     found = {}
     for (_, processes), runs in groups.items():
         ranks = run(processes, "tests.end_to_end.worker:train_each", runs, env=env, timeout=400)
@@ -78,7 +95,7 @@ def ended(variables, tmp_path_factory) -> dict[str, tuple[Path, list[Ended]]]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_trains_an_episode_and_leaves_models(ended, name):
     from coati.models import Critic, load_scalar_model
-    from coati.models.utils import load_causal_lm, load_tokenizer
+    from coati.models.loading import load_causal_lm, load_tokenizer
 
     place, ranks = ended[name]
     assert [rank.code for rank in ranks] == [0] * len(ranks), ranks[0].err

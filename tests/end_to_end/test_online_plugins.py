@@ -1,4 +1,5 @@
-"""PPO and GRPO by their scripts: however the models are laid over processes, the same samples, scores and losses."""
+"""PPO and GRPO by their scripts: however the models are laid over processes, the same samples,
+scores and losses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,23 @@ from tests.end_to_end.worker import Run
 pytestmark = pytest.mark.matrix
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
-FIRST = ("reward", "reward_std", "policy_loss", "value_loss", "approx_kl", "response_length", "stop_rate", "entropy")
+FIRST = (
+    "reward",
+    "reward_std",
+    "policy_loss",
+    "value_loss",
+    "approx_kl",
+    "response_length",
+    "stop_rate",
+    "entropy",
+)
 LORA = ("--lora_rank", "4")
 
 
 @dataclass(frozen=True)
 class Group:
-    """``words`` of a plugin; ``exact``: fp32; ``tp``: processes that share weights, so that one holds all prompts."""
+    """``words`` of a plugin; ``exact``: fp32; ``tp``: processes that share weights, so that one
+    holds all prompts."""
 
     words: tuple[str, ...]
     exact: bool = True
@@ -39,13 +50,25 @@ GROUPS = {
     "3d zero 2": Group(("--plugin", "3d", "--zero_stage", "2", *BF16), exact=False),
     "zero2 bf16": Group(("--plugin", "zero2", *BF16), exact=False),
     "gemini": Group(("--plugin", "gemini", *BF16), exact=False),
-    "gemini_auto": Group(("--plugin", "gemini_auto", *BF16, "--accumulation_steps", "1"), exact=False),
+    "gemini_auto": Group(
+        ("--plugin", "gemini_auto", *BF16, "--accumulation_steps", "1"), exact=False
+    ),
     "ddp lora": Group(("--plugin", "ddp", *LORA)),
     "zero2 lora": Group(("--plugin", "zero2", *LORA)),
     "zero2_cpu lora": Group(("--plugin", "zero2_cpu", *LORA)),
-    "one base": Group(("--plugin", "zero2", *LORA, "--shared_base", "--reward_functions", "length",
-                       "--no_neural_reward_model"), scripts=("ppo",)),
-}  # fmt: skip
+    "one base": Group(
+        (
+            "--plugin",
+            "zero2",
+            *LORA,
+            "--shared_base",
+            "--reward_functions",
+            "length",
+            "--no_neural_reward_model",
+        ),
+        scripts=("ppo",),
+    ),
+}
 
 
 def shares(script: str, count: int) -> list[str]:
@@ -60,7 +83,9 @@ def launched(nproc: int, cases: dict[str, list[str]]) -> dict[str, list]:
     runs = {name: Run(words, script=f"train_{name.split()[0]}.py") for name, words in cases.items()}
     ranks = run(nproc, "tests.end_to_end.worker:train_each", runs, env=CPU, timeout=200)
     for name in cases:
-        assert [rank[name].code for rank in ranks] == [0] * nproc, f"{name}: {[rank[name].err for rank in ranks]}"
+        assert [rank[name].code for rank in ranks] == [0] * nproc, (
+            f"{name}: {[rank[name].err for rank in ranks]}"
+        )
     return {name: [rank[name] for rank in ranks] for name in cases}
 
 
@@ -92,11 +117,15 @@ def without(words: list[str], *flags: str) -> list[str]:
 def loaded(save_dir: Path) -> None:
     """Every model that was left behind loads, and says something finite."""
     from coati.models import Critic, load_scalar_model
-    from coati.models.utils import adapter_base, load_causal_lm
+    from coati.models.loading import adapter_base, load_causal_lm
 
     ids = torch.tensor([[5, 9, 17, 30]])
     with torch.no_grad():
-        assert load_causal_lm(str(save_dir / "actor" / "modeling"), dtype="fp32")(input_ids=ids).logits.isfinite().all()
+        assert (
+            load_causal_lm(str(save_dir / "actor" / "modeling"), dtype="fp32")(input_ids=ids)
+            .logits.isfinite()
+            .all()
+        )
         folder = save_dir / "critic" / "modeling"
         if folder.is_dir():
             critic = load_scalar_model(Critic, str(folder), dtype="fp32")
@@ -133,7 +162,9 @@ def test_two_processes_do_as_one(name, alone, online_words, online_places, tmp_p
         assert "the trained" in ended[script][0].err
 
 
-def assert_same_first_episode(found: dict[str, float], expected: dict[str, float], exact: bool) -> None:
+def assert_same_first_episode(
+    found: dict[str, float], expected: dict[str, float], exact: bool
+) -> None:
     names = [name for name in FIRST if name in expected]
     assert len(names) >= 7
     if not exact:  # other roundings are other samples, sooner or later
@@ -141,17 +172,22 @@ def assert_same_first_episode(found: dict[str, float], expected: dict[str, float
         assert abs(found["approx_kl"]) < 1
         return
     for name in names:
-        assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}: {found}, {expected}")
+        assert_close(
+            found[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}: {found}, {expected}"
+        )
 
 
 def assert_same_weights(place: Path, reference: Path, start: Path) -> None:
-    """What training has changed is the same to a few thousandths: Adam makes steps of numbers that are all but 0."""
+    """What training has changed is the same to a few thousandths: Adam makes steps of numbers that
+    are all but 0."""
     from safetensors.torch import load_file
 
     for file in sorted(reference.glob("*/modeling/*.safetensors")):
         mine, other = load_file(place / file.relative_to(reference)), load_file(file)
         before = load_file(start / file.name) if (start / file.name).exists() else {}
         assert mine.keys() == other.keys()
-        moved = sum(float((other[name] - before.get(name, 0)).double().square().sum()) for name in other)
+        moved = sum(
+            float((other[name] - before.get(name, 0)).double().square().sum()) for name in other
+        )
         apart = sum(float((other[name] - mine[name]).double().square().sum()) for name in other)
         assert 0 < moved and apart < 1e-5 * moved, f"{file}: {apart**0.5} of {moved**0.5}"

@@ -1,7 +1,8 @@
-"""PPO and GRPO killed with -9 or asked to stop, anywhere in an episode or in a save, and gone on with: to the bit.
+"""PPO and GRPO killed with -9 or asked to stop, anywhere in an episode or in a save, and gone on
+with: to the bit.
 
-With everything that a run carries from episode to episode: running normalisation, a moving KL coefficient, supervised
-rows, means that are not logged yet.
+With everything that a run carries from episode to episode: running normalization, a moving KL
+coefficient, supervised rows, means that are not logged yet.
 """
 
 from pathlib import Path
@@ -18,26 +19,76 @@ pytestmark = pytest.mark.matrix
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 AUTO = ("--checkpoint_path", "auto")
 SCRIPTS = ("ppo", "grpo")
-# Two collect steps and 2 x 2 optimiser steps an episode, on each of two processes.
+# Two collect steps and 2 x 2 optimizer steps an episode, on each of two processes.
 CARRIED = {
-    "ppo": ("--experience_batch_size", "2", "--accumulation_steps", "1", "--kl_target", "0.5", "--kl_horizon", "200",
-            "--reward_normalization", "running", "--ptx_dataset", "$ptx", "--ptx_coef", "0.2", "--ptx_batch_size", "2"),
-    "grpo": ("--num_collect_steps", "2", "--experience_batch_size", "1", "--final_temperature", "0.5"),
-}  # fmt: skip
-EVERY = ("--num_episodes", "3", "--save_interval", "1", "--keep_last_k", "2", "--log_interval", "2",
-         "--eval_prompt_dataset", "$eval", "--eval_interval", "2")  # fmt: skip
+    "ppo": (
+        "--experience_batch_size",
+        "2",
+        "--accumulation_steps",
+        "1",
+        "--kl_target",
+        "0.5",
+        "--kl_horizon",
+        "200",
+        "--reward_normalization",
+        "running",
+        "--ptx_dataset",
+        "$ptx",
+        "--ptx_coef",
+        "0.2",
+        "--ptx_batch_size",
+        "2",
+    ),
+    "grpo": (
+        "--num_collect_steps",
+        "2",
+        "--experience_batch_size",
+        "1",
+        "--final_temperature",
+        "0.5",
+    ),
+}
+EVERY = (
+    "--num_episodes",
+    "3",
+    "--save_interval",
+    "1",
+    "--keep_last_k",
+    "2",
+    "--log_interval",
+    "2",
+    "--eval_prompt_dataset",
+    "$eval",
+    "--eval_interval",
+    "2",
+)
 UPDATES = {"ppo": 2, "grpo": 1}  # models that are updated in a step
 
-# One after the other, each in a run that goes on from what the one before has left; at most one episode each.
+# One after the other, each in a run that goes on from what the one before has left; at most one
+# episode each.
 KILLS = {
-    "ppo": [Fault("update", 3, "after"), Fault("rollout", 4, "before", rank=1), Fault("file", 3, "half"),
-            Fault("rename", 1, "before"), Fault("update", 6, "before", rank=1)],
-    "grpo": [Fault("rollout", 2, "after"), Fault("file", 2, "half", rank=1), Fault("rename", 1, "after"),
-             Fault("update", 2, "before")],
-}  # fmt: skip
+    "ppo": [
+        Fault("update", 3, "after"),
+        Fault("rollout", 4, "before", rank=1),
+        Fault("file", 3, "half"),
+        Fault("rename", 1, "before"),
+        Fault("update", 6, "before", rank=1),
+    ],
+    "grpo": [
+        Fault("rollout", 2, "after"),
+        Fault("file", 2, "half", rank=1),
+        Fault("rename", 1, "after"),
+        Fault("update", 2, "before"),
+    ],
+}
 # What of a save could be left half written: (file, moment)
-COPIES = {("rank-00001.pt", "half"), ("model.safetensors", "half"), ("running_states.json", "half"),
-          ("epoch-0_step-8", "before"), ("epoch-0_step-8", "after")}  # fmt: skip
+COPIES = {
+    ("rank-00001.pt", "half"),
+    ("model.safetensors", "half"),
+    ("running_states.json", "half"),
+    ("epoch-0_step-8", "before"),
+    ("epoch-0_step-8", "after"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +112,9 @@ def first(tmp_path_factory, words):
         updates = UPDATES[script]
         faults = {
             "plain": None,
-            "rollout": Fault("rollout", 3, "before", what="term", rank=1),  # the first batch of the second episode
+            "rollout": Fault(
+                "rollout", 3, "before", what="term", rank=1
+            ),  # the first batch of the second episode
             "pass": Fault("update", 5 * updates, "after", what="term", rank=1),
             "opening": Fault("update", updates, "after", what="term"),  # in the first episode
             "fewer": Fault("update", 6 * updates, "after", what="term"),
@@ -69,8 +122,11 @@ def first(tmp_path_factory, words):
         for name, fault in faults.items():
             given = words(script, folder / f"{script}-{name}", *(AUTO if fault else ()))
             runs[f"{script}-{name}"] = Run(given, fault, script=f"train_{script}.py")
-    runs["ppo-copied"] = Run(words("ppo", folder / "ppo-copied", "--num_episodes", "2"), script="train_ppo.py",
-                             copies=str(folder / "copies"))  # fmt: skip
+    runs["ppo-copied"] = Run(
+        words("ppo", folder / "ppo-copied", "--num_episodes", "2"),
+        script="train_ppo.py",
+        copies=str(folder / "copies"),
+    )
     return folder, launched(2, runs)
 
 
@@ -88,12 +144,16 @@ def second(first, words):
     """The stopped ones gone on with, and some of the copies, in fresh processes."""
     folder, _ = first
     runs = {
-        f"{script}-{name}": Run(words(script, folder / f"{script}-{name}", *AUTO), script=f"train_{script}.py")
+        f"{script}-{name}": Run(
+            words(script, folder / f"{script}-{name}", *AUTO), script=f"train_{script}.py"
+        )
         for script in SCRIPTS
         for name in ("rollout", "pass", "opening")
     }
     for place in chosen(folder / "copies"):
-        runs[place.name] = Run(words("ppo", place, "--num_episodes", "2", *AUTO), script="train_ppo.py")
+        runs[place.name] = Run(
+            words("ppo", place, "--num_episodes", "2", *AUTO), script="train_ppo.py"
+        )
     return launched(2, runs)
 
 
@@ -110,14 +170,18 @@ def test_killed_again_and_again_the_run_is_the_uninterrupted_one(first, words, t
             run(2, "tests.end_to_end.worker:train", given, env=CPU, timeout=100)
         for checkpoint in checkpoints(tmp_path):
             read_checkpoint(checkpoint)
-    ended = launched(2, {"last": Run(words(script, tmp_path, *AUTO), script=f"train_{script}.py")})["last"]
+    ended = launched(2, {"last": Run(words(script, tmp_path, *AUTO), script=f"train_{script}.py")})[
+        "last"
+    ]
     assert [rank.code for rank in ended] == [0, 0] and "going on from" in ended[0].err
     assert_same_run(tmp_path, first[0] / f"{script}-plain")
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("name, steps, held", [("rollout", 4, False), ("pass", 6, True), ("opening", 2, True)])
+@pytest.mark.parametrize(
+    "name, steps, held", [("rollout", 4, False), ("pass", 6, True), ("opening", 2, True)]
+)
 def test_asked_to_stop_the_run_goes_on_where_it_stood(first, second, script, name, steps, held):
     folder, ended = first
     before = ended[f"{script}-{name}"]
@@ -138,15 +202,24 @@ def test_at_moments_of_a_save_the_disk_holds_a_run_that_goes_on(first, second):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_process_goes_on_from_the_weights_of_two(first, words, script):
-    """Stopped inside the second episode, whose responses other processes hold. The reference is still --pretrain."""
+    """Stopped inside the second episode, whose responses other processes hold. The reference is
+    still --pretrain."""
     folder, before = first
     place = folder / f"{script}-fewer"
     assert [rank.code for rank in before[f"{script}-fewer"]] == [0, 0]
-    (ended,) = launched(1, {"it": Run(words(script, place, *AUTO), script=f"train_{script}.py")})["it"]
-    assert ended.code == 0 and "inside an episode of other processes (world_size 2 -> 1)" in ended.err
-    assert "the optimiser starts anew" in ended.err.replace("\n", " ")
-    # What has been learnt before and since is far from --pretrain, as in the run that was not stopped.
-    kl = [of_episode(metrics(at), 3, "eval")["approx_kl"] for at in (place, folder / f"{script}-plain")]
+    (ended,) = launched(1, {"it": Run(words(script, place, *AUTO), script=f"train_{script}.py")})[
+        "it"
+    ]
+    assert (
+        ended.code == 0 and "inside an episode of other processes (world_size 2 -> 1)" in ended.err
+    )
+    assert "the optimizer starts anew" in ended.err.replace("\n", " ")
+    # What has been learned before and since is far from --pretrain, as in the run that was not
+    # stopped.
+    kl = [
+        of_episode(metrics(at), 3, "eval")["approx_kl"]
+        for at in (place, folder / f"{script}-plain")
+    ]
     assert min(kl) > 0.02, kl
 
 

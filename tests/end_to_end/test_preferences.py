@@ -1,5 +1,6 @@
-"""train_rm.py, train_dpo.py, train_orpo.py and train_kto.py from their words on: what they write, say and refuse; exact
-resume after kills; stored reference log-probs; the older documents' reward model.
+"""train_rm.py, train_dpo.py, train_orpo.py and train_kto.py from their words on: what they write,
+say and refuse; exact resume after kills; stored reference log-probs; the older documents' reward
+model.
 
 Runs that share nothing but a process group share a launch.
 """
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.matrix
 SAMPLES = ROOT / "examples" / "data"
 MAX_LENGTH, STEPS, SAVED_AT = 160, 6, 2
 TRAIN = "tests.end_to_end.worker:train_each"
-# script and flags of each run that is interrupted and resumed: the adapters' by SIGTERM, the others by kill -9
+# script and flags of each run that is interrupted and resumed: the adapters' by SIGTERM, the others
+# by kill -9
 KINDS = {
     "rm": ("train_rm.py", ["--head_lr", "1e-3", "--metric_for_best", "acc"]),
     "dpo": ("train_dpo.py", ["--metric_for_best", "loss"]),
@@ -37,7 +39,10 @@ LORA = ("dpo_lora", "rm_lora")
 def prepared(folder: Path, type: str, parts: dict[str, tuple[int, int]]) -> list[str]:
     """Arrow directories of lines (first, number) of the sample of ``type``."""
     file = SAMPLES / f"{type}.jsonl"
-    return [prepare(folder / name, short_lines(*lines, file), MAX_LENGTH, type) for name, lines in parts.items()]
+    return [
+        prepare(folder / name, short_lines(*lines, file), MAX_LENGTH, type)
+        for name, lines in parts.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +64,37 @@ def words(model, pairs, judged):
     def words(kind: str, save_dir, *more: str) -> list[str]:
         train, evaluation = judged if kind == "kto" else pairs
         return [
-            "--pretrain", model, "--dataset", train, "--eval_dataset", evaluation, "--plugin", "zero2",
-            "--mixed_precision", "fp32", "--lr", "1e-3", "--batch_size", "2", "--accumulation_steps", "2",
-            "--max_length", str(MAX_LENGTH), "--max_steps", str(STEPS), "--eval_interval", "3", "--save_interval",
-            str(SAVED_AT), "--log_interval", "2", "--save_dir", str(save_dir), *KINDS.get(kind, ("", []))[1], *more,
-        ]  # fmt: skip
+            "--pretrain",
+            model,
+            "--dataset",
+            train,
+            "--eval_dataset",
+            evaluation,
+            "--plugin",
+            "zero2",
+            "--mixed_precision",
+            "fp32",
+            "--lr",
+            "1e-3",
+            "--batch_size",
+            "2",
+            "--accumulation_steps",
+            "2",
+            "--max_length",
+            str(MAX_LENGTH),
+            "--max_steps",
+            str(STEPS),
+            "--eval_interval",
+            "3",
+            "--save_interval",
+            str(SAVED_AT),
+            "--log_interval",
+            "2",
+            "--save_dir",
+            str(save_dir),
+            *KINDS.get(kind, ("", []))[1],
+            *more,
+        ]
 
     return words
 
@@ -74,12 +105,17 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, words) -> tuple[Path, dict[str, list[Ended]]]:
-    """Each kind without interruption, and the runs with stored log-probs: {name: [Ended of rank 0, of rank 1]}."""
+    """Each kind without interruption, and the runs with stored log-probs: {name: [Ended of rank 0,
+    of rank 1]}."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = {kind: Run(words(kind, folder / kind), script=script) for kind, (script, _) in KINDS.items()}
+    runs = {
+        kind: Run(words(kind, folder / kind), script=script) for kind, (script, _) in KINDS.items()
+    }
     for kind in LORA:
         term = Fault("step", STEPS - SAVED_AT, "after", what="term")
-        runs[f"{kind}_ended"] = Run(words(kind, folder / f"{kind}_interrupted"), term, script=KINDS[kind][0])
+        runs[f"{kind}_ended"] = Run(
+            words(kind, folder / f"{kind}_interrupted"), term, script=KINDS[kind][0]
+        )
     for name in ("stored", "stored_again"):
         runs[name] = Run(words("dpo", folder / name, "--precompute_ref"), script="train_dpo.py")
     ranks = run(2, TRAIN, runs, env=environment(folder), timeout=500)
@@ -94,7 +130,14 @@ def test_a_run_ends_well_and_logs_what_it_should(first, kind):
     shared = {"train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/count"}
     own = {
         "rm": {"acc", "reward_chosen", "reward_rejected", "dist"},
-        "dpo": {"chosen_rewards", "rejected_rewards", "margin", "accuracy", "lp_chosen", "lp_rejected"},
+        "dpo": {
+            "chosen_rewards",
+            "rejected_rewards",
+            "margin",
+            "accuracy",
+            "lp_chosen",
+            "lp_rejected",
+        },
         "orpo": {"chosen_rewards", "rejected_rewards", "margin", "accuracy", "log_odds_ratio"},
         "kto": {"chosen_rewards", "rejected_rewards", "margin", "accuracy", "kl"},
     }[kind.removesuffix("_lora")]
@@ -116,22 +159,36 @@ def test_the_reward_model_ends_with_a_verdict_and_a_directory_with_its_head(firs
 
     folder, ended = first
     text = ended["rm"][0].err
-    assert "it is taken as the base, and a new head is drawn" in text and "examples/inference/score.py" in text
-    assert "verdict: PPO" in text and "standard deviations apart" in text and "scores are positive" in text
+    assert (
+        "it is taken as the base, and a new head is drawn" in text
+        and "examples/inference/score.py" in text
+    )
+    assert (
+        "verdict: PPO" in text
+        and "standard deviations apart" in text
+        and "scores are positive" in text
+    )
     model = load_scalar_model(RewardModel, folder / "rm" / "modeling").eval()
     with torch.no_grad():
         assert model(torch.tensor([[5, 6, 7]])).isfinite().all()
     assert float(model.score.bias) == 0  # nothing moves it: it cancels in every pair
     best = json.loads((folder / "rm" / "best" / "best.json").read_text())
-    values = {line["step"]: line["eval/acc"] for line in metrics(folder / "rm") if line.get("eval/acc")}
-    assert best["value"] == max(value for step, value in values.items() if step) == values[best["step"]]
+    values = {
+        line["step"]: line["eval/acc"] for line in metrics(folder / "rm") if line.get("eval/acc")
+    }
+    assert (
+        best["value"]
+        == max(value for step, value in values.items() if step)
+        == values[best["step"]]
+    )
     load_scalar_model(RewardModel, folder / "rm" / "best")
     load_scalar_model(RewardModel, folder / "rm_lora" / "modeling")
 
 
 @pytest.fixture(scope="module")
 def resumed(first, words) -> dict[str, list[Ended]]:
-    """Each kind killed in its fourth step, or asked to end after it, then all gone on with in fresh processes."""
+    """Each kind killed in its fourth step, or asked to end after it, then all gone on with in fresh
+    processes."""
     folder, _ = first
     for kind, (script, _) in KINDS.items():
         if kind in LORA:
@@ -141,7 +198,9 @@ def resumed(first, words) -> dict[str, list[Ended]]:
         with pytest.raises(WorkerFailed, match=r"--- rank 1 \(exit code -9\) ---"):
             run(2, "tests.end_to_end.worker:train", killed, env=environment(folder), timeout=400)
     runs = {
-        kind: Run(words(kind, folder / f"{kind}_interrupted", "--checkpoint_path", "auto"), script=script)
+        kind: Run(
+            words(kind, folder / f"{kind}_interrupted", "--checkpoint_path", "auto"), script=script
+        )
         for kind, (script, _) in KINDS.items()
     }
     ranks = run(2, TRAIN, runs, env=environment(folder), timeout=500)
@@ -152,11 +211,14 @@ def resumed(first, words) -> dict[str, list[Ended]]:
 def test_an_interrupted_run_goes_on_to_the_bit(first, resumed, kind):
     folder, _ = first
     assert [rank.code for rank in resumed[kind]] == [0, 0], resumed[kind][0].err
-    # Steps in the checkpoint that it goes on from: SIGTERM after the fourth step lets the fifth be finished.
+    # Steps in the checkpoint that it goes on from: SIGTERM after the fourth step lets the fifth be
+    # finished.
     done = STEPS - SAVED_AT + 1 if kind in LORA else SAVED_AT
     assert len(resumed[kind][0].rows) == STEPS - done
     assert metrics(folder / f"{kind}_interrupted") == metrics(folder / kind)
-    assert weights(folder / f"{kind}_interrupted") == weights(folder / kind) and weights(folder / kind)
+    assert weights(folder / f"{kind}_interrupted") == weights(folder / kind) and weights(
+        folder / kind
+    )
 
 
 def test_stored_log_probs_give_the_run_of_a_live_reference(first):
@@ -174,21 +236,35 @@ def test_stored_log_probs_give_the_run_of_a_live_reference(first):
 def refused(first, words, pairs, judged, model, tmp_path_factory) -> dict[str, Ended]:
     """Runs that must not go on, in one process."""
     folder = tmp_path_factory.mktemp("refused")
-    good = [row for row in map(json.loads, (SAMPLES / "kto.jsonl").read_text().splitlines()) if row["label"]][:30]
-    one_kind = prepare(folder / "good", "".join(json.dumps(row) + "\n" for row in good), MAX_LENGTH, "kto")
+    good = [
+        row
+        for row in map(json.loads, (SAMPLES / "kto.jsonl").read_text().splitlines())
+        if row["label"]
+    ][:30]
+    one_kind = prepare(
+        folder / "good", "".join(json.dumps(row) + "\n" for row in good), MAX_LENGTH, "kto"
+    )
     broken = folder / "broken"
     shutil.copytree(Path(pairs[0]).parent, broken)
     shutil.rmtree(broken / "arrow" / "reference")
     runs = {
-        "rows of another type": Run(words("dpo", folder / "1", "--dataset", judged[0]), script="train_dpo.py"),
+        "rows of another type": Run(
+            words("dpo", folder / "1", "--dataset", judged[0]), script="train_dpo.py"
+        ),
         "one label": Run(words("kto", folder / "2", "--dataset", one_kind), script="train_kto.py"),
-        "everything too long": Run(words("dpo", folder / "3", "--max_length", "8"), script="train_dpo.py"),
-        "unknown metric": Run(words("dpo", folder / "4", "--metric_for_best", "bleu"), script="train_dpo.py"),
+        "everything too long": Run(
+            words("dpo", folder / "3", "--max_length", "8"), script="train_dpo.py"
+        ),
+        "unknown metric": Run(
+            words("dpo", folder / "4", "--metric_for_best", "bleu"), script="train_dpo.py"
+        ),
         "other data": Run(
-            words("dpo", folder / "5", "--dataset", str(broken / "arrow"), "--precompute_ref"), script="train_dpo.py"
+            words("dpo", folder / "5", "--dataset", str(broken / "arrow"), "--precompute_ref"),
+            script="train_dpo.py",
         ),
         "another reward head": Run(
-            words("rm", folder / "6", "--pretrain", _with_two_labels(folder / "two", model)), script="train_rm.py"
+            words("rm", folder / "6", "--pretrain", _with_two_labels(folder / "two", model)),
+            script="train_rm.py",
         ),
     }
     for file in (Path(pairs[0]) / "reference").glob("*.npy"):
@@ -231,19 +307,25 @@ RM_COMMANDS = {f"{number} {c.source}": c for number, c in enumerate(documented_c
 
 @pytest.fixture(scope="module")
 def documented(model, tmp_path_factory) -> tuple[Path, dict[str, list[Ended]]]:
-    """The older documents' reward models: raw rows with a test split beside them, ``.pt`` to save into."""
+    """The older documents' reward models: raw rows with a test split beside them, ``.pt`` to save
+    into."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "rows").mkdir()
     for name, (first, rows) in {"train": (0, 40), "test": (100, 6)}.items():
-        (folder / "rows" / f"{name}.jsonl").write_text(short_lines(first, rows, SAMPLES / "preference.jsonl"))
+        (folder / "rows" / f"{name}.jsonl").write_text(
+            short_lines(first, rows, SAMPLES / "preference.jsonl")
+        )
     runs = {}
     for name, command in RM_COMMANDS.items():
         variables = {
-            "SFT_MODEL_PATH": model, "REWARD_MODEL_PATH": str(folder / name[0] / "rm.pt"),
+            "SFT_MODEL_PATH": model,
+            "REWARD_MODEL_PATH": str(folder / name[0] / "rm.pt"),
             "PREFERENCE_DATASET": str(folder / "rows"),
-        }  # fmt: skip
+        }
         flags = command.words(variables)
-        script = next(index for index, word in enumerate(flags) if word.endswith("train_reward_model.py"))
+        script = next(
+            index for index, word in enumerate(flags) if word.endswith("train_reward_model.py")
+        )
         more = ["--max_steps", "1", "--accumulation_steps", "1", "--subset", "harmless-base"]
         runs[name] = Run([*flags[script + 1 :], *more], script="train_reward_model.py")
     ranks = run(2, TRAIN, runs, env=environment(folder), timeout=300)

@@ -1,7 +1,8 @@
-"""Killed with -9 and gone on with, to the bit: what a preference run has beside its weights and its position.
+"""Killed with -9 and gone on with, to the bit: what a preference run has beside its weights and its
+position.
 
-That is KTO's partners, whose answers decide z, and log-probs of the reference that were stored and are lost. The plain
-resumption of every trainer is in test_preferences.py.
+That is KTO's partners, whose answers decide z, and log-probs of the reference that were stored and
+are lost. The plain resumption of every trainer is in test_preferences.py.
 """
 
 import random
@@ -26,7 +27,8 @@ AUTO = ("--checkpoint_path", "auto")
 
 @dataclass(frozen=True)
 class Case:
-    """A script and its words; ``type`` of its rows; ``forget``: its stored reference is lost with the kill."""
+    """A script and its words; ``type`` of its rows; ``forget``: its stored reference is lost with
+    the kill."""
 
     script: str
     words: tuple[str, ...] = ()
@@ -43,7 +45,9 @@ CASES = {
 def fault_of(name: str) -> Fault:
     """A moment after the first checkpoint and before the last step is done."""
     generator = random.Random(f"4 {name}")
-    at, moment = generator.choice([("update", "before"), ("update", "after"), ("step", "before"), ("step", "after")])
+    at, moment = generator.choice(
+        [("update", "before"), ("update", "after"), ("step", "before"), ("step", "after")]
+    )
     return Fault(at, generator.randint(SAVED + 1, STEPS - 1), moment, rank=generator.randrange(2))
 
 
@@ -53,7 +57,12 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     return {
         type: tuple(
-            prepare(folder / f"{type}{first}", short_lines(first, count, SAMPLES / f"{type}.jsonl"), 160, type)
+            prepare(
+                folder / f"{type}{first}",
+                short_lines(first, count, SAMPLES / f"{type}.jsonl"),
+                160,
+                type,
+            )
             for first, count in ((0, 44), (60, 9))
         )
         for type in ("preference", "kto")
@@ -62,19 +71,46 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(model, rows, tmp_path_factory):
-    """``words(name, save_dir)``: those of a case, which has a copy of the rows to itself in ``save_dir``."""
+    """``words(name, save_dir)``: those of a case, which has a copy of the rows to itself in
+    ``save_dir``."""
 
     def words(name: str, save_dir: Path) -> list[str]:
         case, own = CASES[name], save_dir.with_name(f"{save_dir.name} rows")
         if not own.exists():
             shutil.copytree(rows[case.type][0], own)
         return [
-            "--pretrain", model, "--dataset", str(own), "--eval_dataset", rows[case.type][1],
-            "--plugin", "zero2", "--mixed_precision", "fp32", "--max_epochs", "3", "--max_steps", str(STEPS),
-            "--lr", "1e-3", "--batch_size", "2", "--accumulation_steps", "2", "--max_length", "160",
-            "--log_interval", "3", "--eval_interval", "3", "--save_interval", str(SAVED), "--save_dir", str(save_dir),
+            "--pretrain",
+            model,
+            "--dataset",
+            str(own),
+            "--eval_dataset",
+            rows[case.type][1],
+            "--plugin",
+            "zero2",
+            "--mixed_precision",
+            "fp32",
+            "--max_epochs",
+            "3",
+            "--max_steps",
+            str(STEPS),
+            "--lr",
+            "1e-3",
+            "--batch_size",
+            "2",
+            "--accumulation_steps",
+            "2",
+            "--max_length",
+            "160",
+            "--log_interval",
+            "3",
+            "--eval_interval",
+            "3",
+            "--save_interval",
+            str(SAVED),
+            "--save_dir",
+            str(save_dir),
             *case.words,
-        ]  # fmt: skip
+        ]
 
     return words
 
@@ -83,7 +119,9 @@ def words(model, rows, tmp_path_factory):
 def whole(words, tmp_path_factory):
     """What the uninterrupted runs did: (their folder, {name: Ended of rank 0})."""
     folder = tmp_path_factory.mktemp("whole")
-    runs = {name: Run(words(name, folder / name), script=case.script) for name, case in CASES.items()}
+    runs = {
+        name: Run(words(name, folder / name), script=case.script) for name, case in CASES.items()
+    }
     return folder, run(2, "tests.end_to_end.worker:train_each", runs, env=CPU, timeout=300)[0]
 
 
@@ -98,7 +136,10 @@ def resumed(words, tmp_path_factory):
             run(2, "tests.end_to_end.worker:train", killed, env=CPU, timeout=200)
         if case.forget:
             shutil.rmtree(folder / f"{name} rows" / "reference")
-    runs = {name: Run([*words(name, folder / name), *AUTO], script=case.script) for name, case in CASES.items()}
+    runs = {
+        name: Run([*words(name, folder / name), *AUTO], script=case.script)
+        for name, case in CASES.items()
+    }
     return folder, run(2, "tests.end_to_end.worker:train_each", runs, env=CPU, timeout=300)[0]
 
 
@@ -111,7 +152,9 @@ def test_killed_and_gone_on_with_it_is_the_uninterrupted_run(whole, resumed, nam
     assert after[name].rows == plain[name].rows[-left:]
     assert metrics(place / name) == metrics(reference / name)
     assert weights(place / name) == weights(reference / name) and weights(place / name)
-    assert [p.name for p in checkpoints(place / name)] == [p.name for p in checkpoints(reference / name)]
+    assert [p.name for p in checkpoints(place / name)] == [
+        p.name for p in checkpoints(reference / name)
+    ]
 
 
 def test_partners_mattered(whole):
@@ -120,8 +163,13 @@ def test_partners_mattered(whole):
     assert any(line.get("train/kl", 0) > 0 for line in metrics(folder / "kto"))
 
 
-def test_stored_log_probs_that_were_lost_are_computed_from_the_model_that_the_run_began_with(whole, resumed):
+def test_stored_log_probs_that_were_lost_are_computed_from_the_model_that_the_run_began_with(
+    whole, resumed
+):
     name = "dpo on stored log-probs"
     assert "reference log-probs of" in resumed[1][name].err and "stored in" in resumed[1][name].err
-    stored = [next((place / f"{name} rows" / "reference").glob("*.npy")) for place in (whole[0], resumed[0])]
+    stored = [
+        next((place / f"{name} rows" / "reference").glob("*.npy"))
+        for place in (whole[0], resumed[0])
+    ]
     assert stored[0].name == stored[1].name and stored[0].read_bytes() == stored[1].read_bytes()

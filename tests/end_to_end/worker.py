@@ -21,10 +21,11 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "training_scripts"
 class Fault:
     """What goes wrong, where and when, on ``rank``.
 
-    ``at``: "update" (of one model's weights, inside a step), "step", "rollout" (a batch of prompts answered and
-    judged), "file" (one that a save writes) or "rename" (of a directory), the ``count``-th since the process started;
-    ``moment``: "before" it, "half" (of a file's bytes) or "after". ``what``: "kill" (-9), "term" (SIGTERM), "full" (no
-    space left on device), "nan" (in the loss, at each micro-batch).
+    ``at``: "update" (of one model's weights, inside a step), "step", "rollout" (a batch of prompts
+    answered and judged), "file" (one that a save writes) or "rename" (of a directory), the
+    ``count``-th since the process started;
+    ``moment``: "before" it, "half" (of a file's bytes) or "after". ``what``: "kill" (-9), "term"
+    (SIGTERM), "full" (no space left on device), "nan" (in the loss, at each micro-batch).
     """
 
     at: str
@@ -51,7 +52,8 @@ class Run:
 
 @dataclass
 class Ended:
-    """How a run ended on this rank: exit code, standard error, and the rows of each window (of all ranks)."""
+    """How a run ended on this rank: exit code, standard error, and the rows of each window (of all
+    ranks)."""
 
     code: int
     err: str
@@ -69,7 +71,9 @@ def train(run: Run) -> Ended:
         if run.fault is not None and run.fault.rank == rank:
             stack.enter_context(struck_by(run.fault))
         if run.copies is not None:
-            stack.enter_context(copied(run.words[run.words.index("--save_dir") + 1], Path(run.copies), rank))
+            stack.enter_context(
+                copied(run.words[run.words.index("--save_dir") + 1], Path(run.copies), rank)
+            )
         try:
             run_script(run.script, run.words)
         except SystemExit as stop:
@@ -80,12 +84,12 @@ def train(run: Run) -> Ended:
 
 def train_each(runs: dict[str, Run]) -> dict[str, Ended]:
     """Several runs, one after the other, in one process group."""
-    with patch("coati.cli.finish.shut_down"):
+    with patch("coati.recipes.finish.shut_down"):
         return {name: train(run) for name, run in runs.items()}
 
 
 def run_script(name: str, words: list[str]) -> None:
-    from coati.cli.finish import guarded
+    from coati.recipes.finish import guarded
 
     module = script(name)
     parse = next(value for key, value in vars(module).items() if key.startswith("parse_"))
@@ -151,9 +155,11 @@ def struck_by(fault: Fault) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def copied(save_dir: str, copies: Path, rank: int) -> Iterator[None]:
-    """Copy ``save_dir`` at every moment of a save at which this rank could be killed: what the disk would hold then.
+    """Copy ``save_dir`` at every moment of a save at which this rank could be killed: what the disk
+    would hold then.
 
-    From the second checkpoint on, when there is something to lose. Of the final model only the weights and the rename.
+    From the second checkpoint on, when there is something to lose. Of the final model only the
+    weights and the rename.
     """
     copies.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -167,7 +173,11 @@ def copied(save_dir: str, copies: Path, rank: int) -> Iterator[None]:
         name = f"{count:03d} rank {rank} {moment} {path.parent.name} {path.name}"
         shutil.copytree(save_dir, copies / name.replace("/", "-"), copy_function=copy_if_there)
 
-    with files_written(copy), directories_renamed(copy), replaced(shutil, "rmtree", lambda f: half_removed(f, copy)):
+    with (
+        files_written(copy),
+        directories_renamed(copy),
+        replaced(shutil, "rmtree", lambda f: half_removed(f, copy)),
+    ):
         yield
 
 
@@ -194,7 +204,8 @@ def half_removed(original: Callable, copy: Callable[[str, Path], None]) -> Calla
 @contextlib.contextmanager
 def files_written(call: Callable[[str, Path], None]) -> Iterator[None]:
     """``call(moment, path)`` before, half-way through and after every file of a save."""
-    from coati.parallel import checkpoint, files, weights
+    from coati.parallel import atomic_dirs as files
+    from coati.parallel import checkpoint, weights
 
     original = files.write_file
 
@@ -245,5 +256,7 @@ def around(original: Callable, call: Callable[[str], None]) -> Callable:
     return wrapped
 
 
-def replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> contextlib.AbstractContextManager:
+def replaced(
+    owner: Any, name: str, wrap: Callable[[Callable], Callable]
+) -> contextlib.AbstractContextManager:
     return patch.object(owner, name, wrap(getattr(owner, name)))

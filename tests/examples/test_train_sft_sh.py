@@ -1,4 +1,5 @@
-"""The shell wrappers, run with stand-ins for the launcher and for nvidia-smi that record what they were called with."""
+"""The shell wrappers, run with stand-ins for the launcher and for nvidia-smi that record what they
+were called with."""
 
 import os
 import subprocess
@@ -22,7 +23,8 @@ esac
 
 @pytest.fixture
 def machine(tmp_path):
-    """A bare machine: system tools, plus the programs named; returns a function that runs train_sft.sh on it."""
+    """A bare machine: system tools, plus the programs named; returns a function that runs
+    train_sft.sh on it."""
     programs = tmp_path / "bin"
     programs.mkdir()
 
@@ -30,16 +32,25 @@ def machine(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
-    def run(*words, launcher=("colossalai", "torchrun"), gpus=False, script="train_sft.sh", **variables):
+    def run(
+        *words, launcher=("colossalai", "torchrun"), gpus=False, script="train_sft.sh", **variables
+    ):
         for name in launcher:
-            install(name, f"#!/bin/sh\nprintf '%s\\n' \"CUDA=$CUDA_VISIBLE_DEVICES\" \"$@\" > {tmp_path}/called\n")
+            install(
+                name,
+                f'#!/bin/sh\nprintf \'%s\\n\' "CUDA=$CUDA_VISIBLE_DEVICES" "$@" > {tmp_path}/called\n',
+            )
         if gpus:
             install("nvidia-smi", NVIDIA_SMI)
         environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), **variables}
         done = subprocess.run(
             ["bash", str(SCRIPTS / script), *words],
-            capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=60,
+        )
         called = tmp_path / "called"
         return done, called.read_text().splitlines() if called.exists() else None
 
@@ -56,7 +67,9 @@ def test_without_gpus_one_process_trains_with_flags_that_the_parser_accepts(mach
     for part in ("part-00000", "part-00001"):
         (tmp_path / "arrow" / part).mkdir(parents=True)
     dataset = f"{tmp_path}/arrow/part-*"
-    done, called = machine("--max_steps", "3", "--lr", "1e-4", PRETRAINED_MODEL_PATH="m", DATASET=dataset)
+    done, called = machine(
+        "--max_steps", "3", "--lr", "1e-4", PRETRAINED_MODEL_PATH="m", DATASET=dataset
+    )
     assert done.returncode == 0, done.stderr
     assert called[:6] == ["CUDA=", "run", "--nproc_per_node", "1", "--master_port", "29500"]
     assert called[6].endswith("train_sft.py")
@@ -68,9 +81,18 @@ def test_without_gpus_one_process_trains_with_flags_that_the_parser_accepts(mach
 
 # The published hyper-parameters of each stage.
 STAGES = {
-    "rm": (parse_rm, {"batch_size": 8, "lr": 5e-6, "max_epochs": 3, "weight_decay": 0.01, "warmup_steps": 40}),
-    "dpo": (parse_dpo, {"batch_size": 16, "accumulation_steps": 2, "lr": 1e-6, "beta": 0.1, "max_length": 4096}),
-    "orpo": (parse_orpo, {"batch_size": 16, "lr": 8e-6, "lam": 0.5, "max_length": 1024, "max_epochs": 3}),
+    "rm": (
+        parse_rm,
+        {"batch_size": 8, "lr": 5e-6, "max_epochs": 3, "weight_decay": 0.01, "warmup_steps": 40},
+    ),
+    "dpo": (
+        parse_dpo,
+        {"batch_size": 16, "accumulation_steps": 2, "lr": 1e-6, "beta": 0.1, "max_length": 4096},
+    ),
+    "orpo": (
+        parse_orpo,
+        {"batch_size": 16, "lr": 8e-6, "lam": 0.5, "max_length": 1024, "max_epochs": 3},
+    ),
     "kto": (parse_kto, {"batch_size": 8, "lr": 1e-5, "auto_weight": True, "max_length": 1024}),
 }
 
@@ -81,43 +103,86 @@ def test_the_other_stages_start_with_flags_that_their_parsers_accept(machine, tm
     for name in ("train", "held"):
         (tmp_path / name).mkdir()
     data = {"DATASET": str(tmp_path / "train"), "EVAL_DATASET": str(tmp_path / "held")}
-    done, called = machine("--max_steps", "3", script=f"train_{stage}.sh", PRETRAINED_MODEL_PATH="m", **data)
+    done, called = machine(
+        "--max_steps", "3", script=f"train_{stage}.sh", PRETRAINED_MODEL_PATH="m", **data
+    )
     assert done.returncode == 0, done.stderr
     assert called[6].endswith(f"train_{stage}.py")
     args = parse(called[7:])
     assert {name: getattr(args, name) for name in published} == published
-    assert args.eval_dataset == [data["EVAL_DATASET"]] and args.save_dir.startswith(f"output/{stage}-20")
+    assert args.eval_dataset == [data["EVAL_DATASET"]] and args.save_dir.startswith(
+        f"output/{stage}-20"
+    )
 
 
 # The published hyper-parameters of the stages with rollouts; the parsers check the buffer equation.
 ROLLOUTS = {
-    "ppo": (parse_ppo, {"num_episodes": 2000, "num_update_steps": 1, "train_batch_size": 4, "accumulation_steps": 2,
-                        "lr": 9e-6, "grad_clip": 0.1, "warmup_steps": 40, "plugin": "zero2"}),
-    "grpo": (parse_grpo, {"num_episodes": 100, "num_generations": 8, "kl_coef": 0.01, "max_length": 2000,
-                          "max_seq_len": 1700, "inference_batch_size": 8, "logits_forward_batch_size": 2}),
-}  # fmt: skip
+    "ppo": (
+        parse_ppo,
+        {
+            "num_episodes": 2000,
+            "num_update_steps": 1,
+            "train_batch_size": 4,
+            "accumulation_steps": 2,
+            "lr": 9e-6,
+            "grad_clip": 0.1,
+            "warmup_steps": 40,
+            "plugin": "zero2",
+        },
+    ),
+    "grpo": (
+        parse_grpo,
+        {
+            "num_episodes": 100,
+            "num_generations": 8,
+            "kl_coef": 0.01,
+            "max_length": 2000,
+            "max_seq_len": 1700,
+            "inference_batch_size": 8,
+            "logits_forward_batch_size": 2,
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("stage", ROLLOUTS)
 def test_rollouts_start_with_flags_that_their_parsers_accept(machine, tmp_path, stage):
     parse, published = ROLLOUTS[stage]
     (tmp_path / "prompts").mkdir()
-    variables = {"PRETRAINED_MODEL_PATH": "m", "REWARD_MODEL_PATH": "r", "REWARD_FUNCTIONS": "length format"}
-    done, called = machine(script=f"train_{stage}.sh", PROMPT_DATASET=str(tmp_path / "prompts"), **variables)
+    variables = {
+        "PRETRAINED_MODEL_PATH": "m",
+        "REWARD_MODEL_PATH": "r",
+        "REWARD_FUNCTIONS": "length format",
+    }
+    done, called = machine(
+        script=f"train_{stage}.sh", PROMPT_DATASET=str(tmp_path / "prompts"), **variables
+    )
     assert done.returncode == 0, done.stderr
     args = parse(called[7:])
     assert {name: getattr(args, name) for name in published} == published
-    assert args.prompt_dataset == [str(tmp_path / "prompts")] and args.rm_pretrain == "r" and args.ptx_coef == 0
-    assert args.reward_functions == ["length", "format"] and args.save_dir.startswith(f"output/{stage}-20")
+    assert (
+        args.prompt_dataset == [str(tmp_path / "prompts")]
+        and args.rm_pretrain == "r"
+        and args.ptx_coef == 0
+    )
+    assert args.reward_functions == ["length", "format"] and args.save_dir.startswith(
+        f"output/{stage}-20"
+    )
 
 
 def test_ptx_data_bring_their_coefficient(machine, tmp_path):
     for name in ("prompts", "chats"):
         (tmp_path / name).mkdir()
     data = {"DATASET": str(tmp_path / "prompts"), "PTX_DATASET": str(tmp_path / "chats")}
-    done, called = machine(script="train_ppo.sh", PRETRAINED_MODEL_PATH="m", REWARD_MODEL_PATH="r", **data)
+    done, called = machine(
+        script="train_ppo.sh", PRETRAINED_MODEL_PATH="m", REWARD_MODEL_PATH="r", **data
+    )
     args = parse_ppo(called[7:])
-    assert (args.ptx_dataset, args.ptx_coef, args.ptx_batch_size) == ([data["PTX_DATASET"]], 0.1, 1), done.stderr
+    assert (args.ptx_dataset, args.ptx_coef, args.ptx_batch_size) == (
+        [data["PTX_DATASET"]],
+        0.1,
+        1,
+    ), done.stderr
 
 
 def test_rollouts_ask_for_prompts(machine):
@@ -133,7 +198,9 @@ def test_the_least_used_gpus_are_chosen(machine, processes, chosen):
 
 
 def test_a_choice_already_made_is_respected(machine):
-    _, called = machine(gpus=True, CUDA_VISIBLE_DEVICES="2,0", PRETRAINED_MODEL_PATH="m", DATASET="d")
+    _, called = machine(
+        gpus=True, CUDA_VISIBLE_DEVICES="2,0", PRETRAINED_MODEL_PATH="m", DATASET="d"
+    )
     assert called[0] == "CUDA=2,0" and called[3] == "2"
 
 
@@ -144,7 +211,12 @@ def test_more_processes_than_gpus_are_refused(machine):
 
 def test_hosts_and_settings_come_from_the_environment(machine):
     _, called = machine(
-        PRETRAINED_MODEL_PATH="m", DATASET="a b", HOSTFILE="hosts", MASTER_PORT="1234", SAVE_DIR="s", BATCH_SIZE="2"
+        PRETRAINED_MODEL_PATH="m",
+        DATASET="a b",
+        HOSTFILE="hosts",
+        MASTER_PORT="1234",
+        SAVE_DIR="s",
+        BATCH_SIZE="2",
     )
     text = " ".join(called)
     assert "--master_port 1234 --hostfile hosts" in text and "--dataset a b " in text

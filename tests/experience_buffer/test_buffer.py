@@ -1,4 +1,5 @@
-"""The buffer: every response once a pass, the same windows for any number of processes, exact after a resume."""
+"""The buffer: every response once a pass, the same windows for any number of processes, exact after
+a resume."""
 
 import io
 
@@ -10,13 +11,22 @@ from coati.experience_maker.experience import Experience, collect_rows, masks
 
 
 def collected(rows, longest=5):
-    """An experience of the responses ``rows``; length and ids follow from the row, so that it is known again."""
+    """An experience of the responses ``rows``; length and ids follow from the row, so that it is
+    known again."""
     lengths = torch.tensor([1 + (row * 7) % longest for row in rows])
     attention_mask, action_mask = masks(torch.ones(len(rows), 2), lengths, longest)
     index = torch.tensor(rows)
     sequences = (index[:, None] * 10 + torch.arange(2 + longest)).masked_fill(~attention_mask, 0)
     numbers = (index[:, None] + torch.arange(longest) / 10).masked_fill(~action_mask, 0.0)
-    return Experience(sequences, attention_mask, action_mask, numbers, index.float(), index, advantages=numbers + 1)
+    return Experience(
+        sequences,
+        attention_mask,
+        action_mask,
+        numbers,
+        index.float(),
+        index,
+        advantages=numbers + 1,
+    )
 
 
 def filled(steps, per_step, first=0, batch=2, **options):
@@ -38,10 +48,13 @@ def test_a_pass_trains_on_every_response_once():
 
 
 @pytest.mark.parametrize(
-    ("steps", "per_step", "windows"), [(4, 4, 1), (4, 4, 2), (4, 4, 4), (1, 8, 4), (3, 4, 6), (2, 8, 8)]
+    ("steps", "per_step", "windows"),
+    [(4, 4, 1), (4, 4, 2), (4, 4, 4), (1, 8, 4), (3, 4, 6), (2, 8, 8)],
 )
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_windows_of_all_ranks_hold_what_one_process_would_have(steps, per_step, windows, processes):
+def test_the_windows_of_all_ranks_hold_what_one_process_would_have(
+    steps, per_step, windows, processes
+):
     whole = rows_of(filled(steps, per_step).windows(windows, seed=3, episode=5))
     share = per_step // processes
     ranks = [
@@ -91,10 +104,15 @@ def test_a_saved_buffer_gives_the_same_windows_to_the_bit():
     file.seek(0)
     other = NaiveExperienceBuffer(2)
     other.load_state_dict(torch.load(file, weights_only=True))
-    for one, two in zip(buffer.windows(3, seed=0, episode=1), other.windows(3, seed=0, episode=1), strict=True):
+    for one, two in zip(
+        buffer.windows(3, seed=0, episode=1), other.windows(3, seed=0, episode=1), strict=True
+    ):
         for mine, theirs in zip(one, two, strict=True):
             assert mine.tensors().keys() == theirs.tensors().keys()
-            assert all(torch.equal(tensor, theirs.tensors()[name]) for name, tensor in mine.tensors().items())
+            assert all(
+                torch.equal(tensor, theirs.tensors()[name])
+                for name, tensor in mine.tensors().items()
+            )
 
 
 def test_an_empty_buffer_is_saved_and_restored():
@@ -114,7 +132,14 @@ def test_clear_and_limit(capsys):
 def test_what_a_limit_has_left_makes_whole_windows():
     buffer = filled(2, 4, limit=6)  # rows 0 and 2 are gone
     windows = rows_of(buffer.windows(3, seed=0, episode=0))
-    assert [len(window) for window in windows] == [2, 2, 2] and sorted(sum(windows, [])) == [1, 3, 4, 5, 6, 7]
+    assert [len(window) for window in windows] == [2, 2, 2] and sorted(sum(windows, [])) == [
+        1,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
     # Another rank, whose rows have other numbers, takes as many in each.
     other = rows_of(filled(2, 4, first=4, limit=6).windows(3, seed=0, episode=0))
     assert [len(window) for window in other] == [2, 2, 2]
@@ -122,7 +147,9 @@ def test_what_a_limit_has_left_makes_whole_windows():
 
 @pytest.mark.parametrize("count", [0, 3, 5, 16])
 def test_unequal_windows_are_refused(count):
-    with pytest.raises(ValueError, match=f"8 responses in the buffer cannot be cut into {count} windows"):
+    with pytest.raises(
+        ValueError, match=f"8 responses in the buffer cannot be cut into {count} windows"
+    ):
         list(filled(2, 4).windows(count, seed=0, episode=0))
 
 

@@ -1,4 +1,5 @@
-"""Real engines around plain models, without a plugin: what they compute, and the gradients of a step."""
+"""Real engines around plain models, without a plugin: what they compute, and the gradients of a
+step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,12 +9,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from coati.models.varlen import Packing
+from coati.models.padding_free import PaddingFree
 from coati.parallel.engine import Engine
 
 
 class Gradients:
-    """In an optimiser's place: keeps the gradients of the last step and changes nothing."""
+    """In an optimizer's place: keeps the gradients of the last step and changes nothing."""
 
     def __init__(self, model) -> None:
         self.model = model
@@ -47,7 +48,9 @@ def gradients(model) -> torch.Tensor:
 def engine_of(model, packed: bool = False) -> Engine:
     """``packed``: rows are laid end to end."""
     with patch("coati.parallel.engine.inner_module", lambda model: model):  # nothing is wrapped
-        engine = Engine(Plain(), model, Gradients(model), packing=Packing.of(model) if packed else None)
+        engine = Engine(
+            Plain(), model, Gradients(model), packing=PaddingFree.of(model) if packed else None
+        )
     assert (engine.packing is not None) == packed
     engine._no_sync = nullcontext
     return engine

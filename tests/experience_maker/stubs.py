@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.models.generation import Generated
+from coati.models.generation.loop import Generated
 
 
 class StubEngine:
-    """``say(batch)`` is what the model makes of a batch. ``others``: what all other ranks add to every sum of
-    numbers, by how many numbers are summed."""
+    """``say(batch)`` is what the model makes of a batch. ``others``: what all other ranks add to
+    every sum of numbers, by how many numbers are summed."""
 
-    def __init__(self, say: Callable[[dict], Any] | None = None, others: dict[int, list[float]] | None = None) -> None:
+    def __init__(
+        self, say: Callable[[dict], Any] | None = None, others: dict[int, list[float]] | None = None
+    ) -> None:
         self.say, self.others = say, others or {}
         self.device, self.temperature = torch.device("cpu"), 1.0
         self.engine = self.module = self
@@ -28,7 +30,7 @@ class StubEngine:
         return hooks.loss(self.say(batch), batch)[1]
 
     def rows(self, batch: dict[str, Tensor], hooks: Any) -> Tensor:
-        """As :class:`~coati.parallel.reference.Reference` has it."""
+        """As :class:`~coati.parallel.inference_model.InferenceModel` has it."""
         return self.collect(batch, hooks)["rows"]
 
     def awake(self) -> AbstractContextManager:
@@ -44,19 +46,26 @@ def log_probs(value: float | Callable[[Tensor], Tensor]) -> Callable[[dict], dic
 
     def say(batch: dict) -> dict[str, Tensor]:
         labels = batch["labels"][batch["labels"] != -100].float()
-        return {"logits": (value(labels) if callable(value) else torch.full_like(labels, value))[None]}
+        return {
+            "logits": (value(labels) if callable(value) else torch.full_like(labels, value))[None]
+        }
 
     return say
 
 
 class StubRollout:
-    """Answers each prompt with the next of ``answers``; a response that ends in ``stop`` has stopped."""
+    """Answers each prompt with the next of ``answers``; a response that ends in ``stop`` has
+    stopped."""
 
-    def __init__(self, answers: list[list[int]], logprob: float | None = -1.0, stop: int = 2) -> None:
+    def __init__(
+        self, answers: list[list[int]], logprob: float | None = -1.0, stop: int = 2
+    ) -> None:
         self.answers, self.logprob, self.stop = list(answers), logprob, stop
         self.temperatures: list[float] = []
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float) -> Generated:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
+    ) -> Generated:
         self.temperatures.append(temperature)
         mine, self.answers = self.answers[: len(input_ids)], self.answers[len(input_ids) :]
         width = max(map(len, mine))
@@ -64,9 +73,13 @@ class StubRollout:
         lengths = torch.tensor([len(answer) for answer in mine])
         logprobs = None
         if self.logprob is not None:
-            logprobs = torch.full(made.shape, self.logprob).masked_fill(torch.arange(width) >= lengths[:, None], 0.0)
+            logprobs = torch.full(made.shape, self.logprob).masked_fill(
+                torch.arange(width) >= lengths[:, None], 0.0
+            )
         stopped = torch.tensor([answer[-1] == self.stop for answer in mine])
-        return Generated(torch.cat([input_ids, made], 1), lengths, stopped, input_ids.shape[1], logprobs)
+        return Generated(
+            torch.cat([input_ids, made], 1), lengths, stopped, input_ids.shape[1], logprobs
+        )
 
 
 class Words:

@@ -1,4 +1,5 @@
-"""Rewards of actions, advantages, whitening and groups: hand-worked values, and what must not change them."""
+"""Rewards of actions, advantages, whitening and groups: hand-worked values, and what must not
+change them."""
 
 import math
 
@@ -7,13 +8,13 @@ import torch
 from torch.testing import assert_close
 
 from coati.experience_maker.advantage import (
+    broadcast_to_tokens,
     drop_rows,
     equal_groups,
     gae,
     group_advantages,
     kl_of_responses,
     last_action,
-    over_actions,
     overlong_penalty,
     rewards_to_go,
     scores_less_kl,
@@ -21,8 +22,8 @@ from coati.experience_maker.advantage import (
     whiten,
     without_end_penalty,
 )
-from coati.experience_maker.names import GROUP_METHODS
-from coati.models.policy_names import NORMALISATIONS
+from coati.experience_maker.advantage_registry import GROUP_METHODS
+from coati.models.policy_registry import NORMALIZATIONS
 from tests.ranks import on_ranks
 
 NAN = math.nan
@@ -94,7 +95,9 @@ def test_whitening_by_hand():
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     values = torch.tensor([[1.0, 2.0, 3.0, NAN], [6.0, NAN, NAN, NAN]])
     std = math.sqrt(14 / 3)
-    assert_close(whiten(values, mask), torch.tensor([[-2 / std, -1 / std, 0, 0], [3 / std, 0, 0, 0]]))
+    assert_close(
+        whiten(values, mask), torch.tensor([[-2 / std, -1 / std, 0, 0], [3 / std, 0, 0, 0]])
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -110,7 +113,9 @@ def test_whitening_over_ranks_is_that_of_all_rows_together():
     whole = whiten(values, mask)
     for cut in (1, 3, 6):
         parts = [(values[:cut], mask[:cut]), (values[cut:], mask[cut:])]
-        assert_close(torch.cat(on_ranks(lambda part, reduce_sum: whiten(*part, reduce_sum), parts)), whole)
+        assert_close(
+            torch.cat(on_ranks(lambda part, reduce_sum: whiten(*part, reduce_sum), parts)), whole
+        )
     moved = torch.tensor([3, 0, 5, 1, 4, 2])
     assert_close(whiten(values[moved], mask[moved]), whole[moved])
 
@@ -122,7 +127,9 @@ def test_penalties_of_scores():
     scores, stopped = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
     assert without_end_penalty(scores, stopped, 1.5).tolist() == [1.0, 0.5]
     lengths = torch.tensor([5, 6, 7, 8, 10, 11, 99])
-    assert_close(overlong_penalty(lengths, 10, 4), torch.tensor([0, 0, -0.25, -0.5, -1.0, -1.0, -1.0]))
+    assert_close(
+        overlong_penalty(lengths, 10, 4), torch.tensor([0, 0, -0.25, -0.5, -1.0, -1.0, -1.0])
+    )
     for margin in (0, 11):
         with pytest.raises(ValueError, match=f"between 1 and 10 tokens, not {margin}"):
             overlong_penalty(lengths, 10, margin)
@@ -151,13 +158,19 @@ SCORES = torch.tensor([1.0, 3.0, 5.0, 2.0, 2.0, 2.0])
     ],
 )
 def test_group_advantages(method, expected):
-    assert_close(group_advantages(SCORES, 3, method), torch.tensor([float(value) for value in expected]))
+    assert_close(
+        group_advantages(SCORES, 3, method), torch.tensor([float(value) for value in expected])
+    )
 
 
-def test_every_method_has_its_values_here_and_a_normalisation_that_exists():
-    tested = {mark.args[1][i][0] for mark in test_group_advantages.pytestmark for i in range(len(mark.args[1]))}
+def test_every_method_has_its_values_here_and_a_normalization_that_exists():
+    tested = {
+        mark.args[1][i][0]
+        for mark in test_group_advantages.pytestmark
+        for i in range(len(mark.args[1]))
+    }
     assert tested == GROUP_METHODS.keys()
-    assert {method.normalisation for method in GROUP_METHODS.values()} <= NORMALISATIONS.keys()
+    assert {method.normalization for method in GROUP_METHODS.values()} <= NORMALIZATIONS.keys()
 
 
 @pytest.mark.parametrize("method", GROUP_METHODS)
@@ -197,4 +210,8 @@ def test_equal_groups_are_dropped_and_counted():
 
 
 def test_a_response_has_its_advantage_at_each_action():
-    assert over_actions(torch.tensor([2.0, -1.0, NAN]), MASK).tolist() == [[2, 2, 2], [-1, 0, 0], [0, 0, 0]]
+    assert broadcast_to_tokens(torch.tensor([2.0, -1.0, NAN]), MASK).tolist() == [
+        [2, 2, 2],
+        [-1, 0, 0],
+        [0, 0, 0],
+    ]

@@ -17,27 +17,41 @@ from coati.experience_maker.experience import (
     split_experience_batch,
 )
 from coati.models.critic import Critic
-from coati.models.logprobs import gather_token_logprobs, logprobs_from_logits
+from coati.models.logprobs import logprobs_from_logits, scatter_token_logprobs
 from tests.tiny import tiny_llama
 
 PROMPTS, ANSWERS = [[11, 12, 13], [21], [31, 32]], [[14, 15], [22, 23, 24], [33]]
 
 
 def experience(prompts=PROMPTS, answers=ANSWERS, left=0, right=0, junk=0.0, first=0):
-    """Rows as given; padding besides, with ``junk`` in the cells that must not matter. Numbers name row and action."""
+    """Rows as given; padding besides, with ``junk`` in the cells that must not matter. Numbers name
+    row and action."""
     width, actions = max(map(len, prompts)) + left, max(map(len, answers)) + right
     rows = [
         [9] * (width - len(prompt)) + prompt + answer + [9] * (actions - len(answer))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    prompt_mask = torch.arange(width) >= width - torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    attention_mask, action_mask = masks(prompt_mask, torch.tensor([len(answer) for answer in answers]), actions)
+    prompt_mask = (
+        torch.arange(width) >= width - torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    )
+    attention_mask, action_mask = masks(
+        prompt_mask, torch.tensor([len(answer) for answer in answers]), actions
+    )
     index = torch.arange(first, first + len(rows))
     numbers = (10.0 * index[:, None] + torch.arange(actions)).masked_fill(~action_mask, junk)
     return Experience(
-        torch.tensor(rows), attention_mask, action_mask, -numbers, index.float(), index, kl=numbers + 1,
-        values=numbers + 2, advantages=numbers + 3, returns=numbers + 4, reference_log_probs=numbers + 5,
-    )  # fmt: skip
+        torch.tensor(rows),
+        attention_mask,
+        action_mask,
+        -numbers,
+        index.float(),
+        index,
+        kl=numbers + 1,
+        values=numbers + 2,
+        advantages=numbers + 3,
+        returns=numbers + 4,
+        reference_log_probs=numbers + 5,
+    )
 
 
 def assert_same(one: Experience, other: Experience) -> None:
@@ -48,7 +62,11 @@ def assert_same(one: Experience, other: Experience) -> None:
 
 def test_masks_come_from_lengths():
     made = experience()
-    assert made.attention_mask.int().tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]]
+    assert made.attention_mask.int().tolist() == [
+        [1, 1, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 1],
+        [0, 1, 1, 1, 0, 0],
+    ]
     assert made.action_mask.int().tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert made.lengths().tolist() == [5, 4, 3] and made.response_lengths().tolist() == [2, 3, 1]
 
@@ -56,12 +74,15 @@ def test_masks_come_from_lengths():
 def test_labels_are_the_tokens_of_the_actions():
     no = -100
     assert experience().labels().tolist() == [
-        [no, no, no, 14, 15, no], [no, no, no, 22, 23, 24], [no, no, no, 33, no, no],
-    ]  # fmt: skip
+        [no, no, no, 14, 15, no],
+        [no, no, no, 22, 23, 24],
+        [no, no, no, 33, no, no],
+    ]
 
 
 def test_position_j_is_read_at_the_token_before_token_j():
-    """Each position says its own token id, as a critic would the state after it; log-probs say the token scored."""
+    """Each position says its own token id, as a critic would the state after it; log-probs say the
+    token scored."""
     made = experience()
     assert at_actions(made.sequences, 3).tolist() == [[13, 14, 15], [21, 22, 23], [32, 33, 9]]
     assert logprobs_at_actions(made.sequences[:, 1:], 3).tolist() == made.sequences[:, 3:].tolist()
@@ -76,10 +97,12 @@ def test_critic_and_policy_read_the_same_states_whatever_the_padding():
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             values = at_actions(critic(made.sequences, mask), actions)
-            logits = policy(input_ids=made.sequences, attention_mask=mask.long(), position_ids=positions).logits
+            logits = policy(
+                input_ids=made.sequences, attention_mask=mask.long(), position_ids=positions
+            ).logits
             labels = made.labels()
             flat = logprobs_from_logits(logits, labels)
-            logprobs = logprobs_at_actions(gather_token_logprobs(flat, labels), actions)
+            logprobs = logprobs_at_actions(scatter_token_logprobs(flat, labels), actions)
             for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
                 for j, token in enumerate(answer):
                     before = torch.tensor([prompt + answer[:j]])
@@ -112,12 +135,19 @@ def assert_same_rows(one: Experience, other: Experience) -> None:
         expected = other.tensors()[name]
         assert tensor.shape == expected.shape, name
         cells = {one.num_actions: one.action_mask, one.sequences.shape[1]: one.attention_mask}
-        chosen = slice(None) if tensor.dim() == 1 or tensor.dtype == torch.bool else cells[tensor.shape[1]]
+        chosen = (
+            slice(None)
+            if tensor.dim() == 1 or tensor.dtype == torch.bool
+            else cells[tensor.shape[1]]
+        )
         assert torch.equal(tensor[chosen], expected[chosen]), name
 
 
 def test_rows_of_different_widths_are_joined():
-    parts = [experience(PROMPTS[:1], ANSWERS[:1]), experience(PROMPTS[1:], ANSWERS[1:], left=3, first=1)]
+    parts = [
+        experience(PROMPTS[:1], ANSWERS[:1]),
+        experience(PROMPTS[1:], ANSWERS[1:], left=3, first=1),
+    ]
     assert_same_rows(concatenate(parts).trimmed(), experience())
     assert concatenate(parts).labels()[:, 2:].tolist() == experience().labels().tolist()
 

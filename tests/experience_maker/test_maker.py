@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from coati.experience_maker.collected import ExperienceSettings
 from coati.experience_maker.maker import NaiveExperienceMaker
-from coati.experience_maker.running import KLController
+from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.experience_maker.running_moments import KLController
 from coati.experience_maker.scoring import Scorer
 from tests.experience_maker.stubs import StubEngine, StubRollout, Words, log_probs, prompts
 
@@ -33,15 +33,34 @@ def position(batch: dict) -> torch.Tensor:
     return torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]) / 10
 
 
-def make(answers, scorer, *, kl_coef=0.1, target=None, reference=-1.5, others=None, logprob=-1.0, **settings):
+def make(
+    answers,
+    scorer,
+    *,
+    kl_coef=0.1,
+    target=None,
+    reference=-1.5,
+    others=None,
+    logprob=-1.0,
+    **settings,
+):
     """Actor log-probs are -1, the reference's -1.5: KL 0.5 an action."""
-    settings = ExperienceSettings(**({"max_new_tokens": 3, "stop_sequences": [[2]], "whiten": False} | settings))
+    settings = ExperienceSettings(
+        **({"max_new_tokens": 3, "stop_sequences": [[2]], "whiten": False} | settings)
+    )
     critic = StubEngine(position) if settings.method is None else None
     kl = KLController(kl_coef, target, 100)
     actor = StubEngine(log_probs(-0.25), others)
-    towards = None if reference is None else StubEngine(log_probs(reference))
+    toward = None if reference is None else StubEngine(log_probs(reference))
     return NaiveExperienceMaker(
-        actor, StubRollout(answers, logprob), scorer, Words(), settings, reference=towards, critic=critic, kl=kl
+        actor,
+        StubRollout(answers, logprob),
+        scorer,
+        Words(),
+        settings,
+        reference=toward,
+        critic=critic,
+        kl=kl,
     )
 
 
@@ -59,15 +78,22 @@ def test_ppo():
     assert one.sequences.tolist() == [[5, 6, 3, 2], [8, 7, 4, 9]] and one.rows.tolist() == [10, 11]
     assert one.action_mask.tolist() == [[True, True], [True, False]]
     assert_close(one.kl, torch.tensor([[0.5, 0.5], [0.5, 0.0]]))
-    assert_close(one.values, torch.tensor([[0.1, 0.2], [0.0, 0.0]]))  # states 1 and 2 of the first row, 0 of the second
+    assert_close(
+        one.values, torch.tensor([[0.1, 0.2], [0.0, 0.0]])
+    )  # states 1 and 2 of the first row, 0 of the second
     # -0.1 x 0.5 for each action, the score at the last one, 9 cut to 5.
     assert_close(one.returns, torch.tensor([[1.9, 1.95], [4.95, 0.0]]))
     assert_close(one.advantages, torch.tensor([[1.8, 1.75], [4.95, 0.0]]))
     assert one.reward.tolist() == [2, 9] and one.reference_log_probs is None
-    assert found.samples["approx_kl"].tolist() == [1.0, 0.5] and found.samples["stop_rate"].tolist() == [1, 0]
+    assert found.samples["approx_kl"].tolist() == [1.0, 0.5] and found.samples[
+        "stop_rate"
+    ].tolist() == [1, 0]
     assert found.samples["response_length"].tolist() == [2, 1]
     assert found.responses.prompts == ["5 6", "7"] and found.responses.responses == ["3", "4"]
-    assert maker.actor.temperature == maker.reference.temperature == 0.5 and maker.rollout.temperatures == [0.5]
+    assert (
+        maker.actor.temperature == maker.reference.temperature == 0.5
+        and maker.rollout.temperatures == [0.5]
+    )
 
 
 def test_discount_and_lambda():
@@ -88,9 +114,15 @@ def test_log_probs_that_the_rollout_does_not_give_are_the_actors():
     assert_close(one.kl, torch.tensor([[1.25, 1.25], [1.25, 0.0]]))
 
 
-def test_penalties_then_normalisation_then_clipping():
-    # 4 and 12 - 2 - that one was cut - are 4 and 10: mean 7, spread sqrt 18, so +-0.7071, cut to +-0.5.
-    settings = {"missing_eos_penalty": 2.0, "reward_normalization": "running", "reward_clip": 0.5, "kl_coef": 0.0}
+def test_penalties_then_normalization_then_clipping():
+    # 4 and 12 - 2 - that one was cut - are 4 and 10: mean 7, spread sqrt 18, so +-0.7071, cut to
+    # +-0.5.
+    settings = {
+        "missing_eos_penalty": 2.0,
+        "reward_normalization": "running",
+        "reward_clip": 0.5,
+        "kl_coef": 0.0,
+    }
     one = collect(make(TWO, scored(4.0, 12.0), **settings, **PPO), 2).experience
     assert_close(one.returns, torch.tensor([[-0.5, -0.5], [0.5, 0.0]]))
     settings["reward_clip"] = None
@@ -99,12 +131,17 @@ def test_penalties_then_normalisation_then_clipping():
 
 
 def test_the_score_at_every_action():
-    one = collect(make(TWO, scored(2.0, 0.0), kl_coef=0.0, reward_at="every_token", **PPO), 2).experience
+    one = collect(
+        make(TWO, scored(2.0, 0.0), kl_coef=0.0, reward_at="every_token", **PPO), 2
+    ).experience
     assert_close(one.returns[0], torch.tensor([4.0, 2.0]))
 
 
 def groups(method: str, *values: float, answers=FOUR, **settings):
-    return collect(make(answers, scored(*values), method=method, num_generations=2, kl_in="loss", **settings), 4)
+    return collect(
+        make(answers, scored(*values), method=method, num_generations=2, kl_in="loss", **settings),
+        4,
+    )
 
 
 def test_grpo():
@@ -114,14 +151,27 @@ def test_grpo():
     assert_close(one.advantages[1], torch.full((3,), step))
     assert one.values is None and one.returns is None
     assert_close(one.reference_log_probs, torch.where(one.action_mask, -1.5, 0.0))
-    assert found.samples["equal_groups"].tolist() == [0, 0, 1, 1] and not found.samples["dropped"].any()
-    assert found.responses.prompts == ["5 6", "5 6", "7", "7"] and one.rows.tolist() == [10, 11, 12, 13]
+    assert (
+        found.samples["equal_groups"].tolist() == [0, 0, 1, 1]
+        and not found.samples["dropped"].any()
+    )
+    assert found.responses.prompts == ["5 6", "5 6", "7", "7"] and one.rows.tolist() == [
+        10,
+        11,
+        12,
+        13,
+    ]
 
 
 def test_truths_follow_their_prompts():
     maker = make(FOUR, scored(1.0, 3.0, 5.0, 5.0), method="grpo", num_generations=2)
     given = prompts([5, 6], [7], truths=["first", "second"])
-    assert maker.make_experience(given, range(4), 0).responses.gt_answers == ["first", "first", "second", "second"]
+    assert maker.make_experience(given, range(4), 0).responses.gt_answers == [
+        "first",
+        "first",
+        "second",
+        "second",
+    ]
 
 
 def test_kl_as_part_of_the_reward():
@@ -132,7 +182,9 @@ def test_kl_as_part_of_the_reward():
     assert one.reference_log_probs is None
 
 
-@pytest.mark.parametrize("method, first", [("dr_grpo", -1.0), ("rloo", -2.0), ("reinforce_pp_baseline", -1.0)])
+@pytest.mark.parametrize(
+    "method, first", [("dr_grpo", -1.0), ("rloo", -2.0), ("reinforce_pp_baseline", -1.0)]
+)
 def test_other_ways_to_compare(method, first):
     one = groups(method, 1.0, 3.0, 5.0, 5.0).experience
     assert_close(one.advantages[:, 0], torch.tensor([first, -first, 0.0, 0.0]))
@@ -148,14 +200,20 @@ def test_reinforce_pp_compares_nothing():
 
 def test_dapo_drops_equal_groups_and_punishes_length():
     found = groups("dapo", 1.0, 3.0, 5.0, 5.0, overlong_margin=2)
-    # Lengths 2, 3, 2, 1 of 3 with a margin of 2: -0.5, -1, -0.5, 0; so the second group is not equal after all.
+    # Lengths 2, 3, 2, 1 of 3 with a margin of 2: -0.5, -1, -0.5, 0; so the second group is not
+    # equal after all.
     half = 0.75 / (1.5 / math.sqrt(2) + 1e-4)
     assert_close(found.experience.advantages[:2, 0], torch.tensor([-half, half]))
     assert not found.samples["dropped"].any()
     found = groups("dapo", 1.0, 3.0, 5.0, 5.0)
     assert found.samples["dropped"].tolist() == [0, 0, 1, 1]
     assert found.experience.action_mask.any(1).tolist() == [True, True, False, False]
-    assert found.experience.response_lengths().tolist() == [2, 3, 2, 1]  # they are still what was answered
+    assert found.experience.response_lengths().tolist() == [
+        2,
+        3,
+        2,
+        1,
+    ]  # they are still what was answered
 
 
 def test_truncated_responses_can_be_left_out():
@@ -166,7 +224,9 @@ def test_truncated_responses_can_be_left_out():
 
 
 def test_many_rows_are_answered_in_parts():
-    whole, parts = (groups("grpo", 1.0, 3.0, 5.0, 5.0, rollout_batch_size=size).experience for size in (None, 3))
+    whole, parts = (
+        groups("grpo", 1.0, 3.0, 5.0, 5.0, rollout_batch_size=size).experience for size in (None, 3)
+    )
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, parts.tensors()[name]) or name == "sequences", name
     real = whole.attention_mask
@@ -182,14 +242,18 @@ def test_a_phase_is_whitened_as_a_whole():
     assert_close(found, (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
     assert figures["advantages_std"] == pytest.approx(float(raw.std()), rel=1e-5)
     assert figures["reward_std"] == pytest.approx(math.sqrt(5 / 3))
-    returns, values = (torch.cat([getattr(e.experience, n)[e.experience.action_mask] for e in collected])
-                       for n in ("returns", "values"))  # fmt: skip
+    returns, values = (
+        torch.cat([getattr(e.experience, n)[e.experience.action_mask] for e in collected])
+        for n in ("returns", "values")
+    )
     explained = 1 - (returns - values).var() / returns.var()
     assert figures["explained_variance"] == pytest.approx(float(explained), rel=1e-4)
     # One phase that collects all four at once says the same.
     maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), kl_coef=0.0, whiten=True, **PPO)
     together = maker.make_experience(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5)
-    assert_close(maker.finish([together])[0][0].advantages, torch.cat([part.advantages for part in parts]))
+    assert_close(
+        maker.finish([together])[0][0].advantages, torch.cat([part.advantages for part in parts])
+    )
 
 
 def test_the_coefficient_moves_by_the_mean_kl_of_all_ranks():
@@ -224,16 +288,23 @@ def test_a_critic_and_a_group_method_exclude_each_other():
     for method, critic in ((None, None), ("grpo", StubEngine())):
         settings = ExperienceSettings(3, [[2]], method=method)
         with pytest.raises(ValueError, match="PPO takes a critic and no group method"):
-            NaiveExperienceMaker(StubEngine(), StubRollout([]), scored(), Words(), settings, critic=critic)
+            NaiveExperienceMaker(
+                StubEngine(), StubRollout([]), scored(), Words(), settings, critic=critic
+            )
 
 
 def test_scores_of_a_group_are_clipped_where_that_is_asked_for():
-    wide = collect(make(FOUR, scored(9.0, 1.0, 1.0, 0.0), method="rloo", num_generations=2, reward_clip=3.0), 4)
+    wide = collect(
+        make(FOUR, scored(9.0, 1.0, 1.0, 0.0), method="rloo", num_generations=2, reward_clip=3.0), 4
+    )
     # 9 counts as 3: each is judged by the other of its pair.
-    assert_close(wide.experience.advantages[:, 0], torch.tensor([2.0, -2.0, 1.0, -1.0]) - wide_kl(wide))
+    assert_close(
+        wide.experience.advantages[:, 0], torch.tensor([2.0, -2.0, 1.0, -1.0]) - wide_kl(wide)
+    )
 
 
 def wide_kl(found) -> torch.Tensor:
-    """What the KL in the reward takes off each advantage: its own, less that of the other of its pair."""
+    """What the KL in the reward takes off each advantage: its own, less that of the other of its
+    pair."""
     kl = 0.1 * found.samples["approx_kl"]
     return kl - kl.view(-1, 2).flip(1).flatten()

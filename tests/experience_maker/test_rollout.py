@@ -1,4 +1,5 @@
-"""The rollout boundary: the model itself, and vLLM behind it (a stand-in here: it records what it is given)."""
+"""The rollout boundary: the model itself, and vLLM behind it (a stand-in here: it records what it
+is given)."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -8,8 +9,8 @@ import torch
 
 from coati.experience_maker.rollout import ModelRollout, make_rollout
 from coati.experience_maker.vllm_rollout import cut
-from coati.models.generation import Sampling, generate
-from coati.models.noise import row_noise
+from coati.models.generation.loop import Sampling, generate
+from coati.models.generation.row_noise import row_noise
 from coati.parallel.options import ParallelOptions
 from tests.tiny import tiny_llama
 
@@ -24,14 +25,22 @@ class FakeEngine(SimpleNamespace):
     def __init__(self, model):
         mesh = SimpleNamespace(sharded_forward=False, tp_group=None, pp_size=1)
         super().__init__(
-            model=model, module=model, mesh=mesh, options=ParallelOptions(), plugin=None, packing=None,
-            device=torch.device("cpu"), lr_scheduler=SimpleNamespace(last_epoch=0),
-        )  # fmt: skip
+            model=model,
+            module=model,
+            mesh=mesh,
+            options=ParallelOptions(),
+            plugin=None,
+            packing=None,
+            device=torch.device("cpu"),
+            lr_scheduler=SimpleNamespace(last_epoch=0),
+        )
 
 
 def test_the_model_samples_with_the_temperature_it_is_asked_for():
     model, noise = tiny_llama(), row_noise(0, 0, [0, 1], 6)
-    rollout = make_rollout("model", FakeEngine(model), model_path="", sampling=Sampling(temperature=0.1), **SETTINGS)
+    rollout = make_rollout(
+        "model", FakeEngine(model), model_path="", sampling=Sampling(temperature=0.1), **SETTINGS
+    )
     assert isinstance(rollout, ModelRollout)
     for temperature in (1.5, 0.7):
         found = rollout.generate(PROMPTS, MASK, noise=noise, temperature=temperature)
@@ -50,13 +59,19 @@ def test_a_model_that_cannot_sample_is_refused_at_once():
 
 def test_an_unknown_engine_is_named():
     with pytest.raises(ValueError, match="--rollout_engine sglang: unknown; choose model or vllm"):
-        make_rollout("sglang", FakeEngine(tiny_llama()), model_path="", sampling=Sampling(), **SETTINGS)
+        make_rollout(
+            "sglang", FakeEngine(tiny_llama()), model_path="", sampling=Sampling(), **SETTINGS
+        )
 
 
 def test_without_vllm_one_sentence_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match="--rollout_engine vllm: vllm cannot be imported .*--rollout_engine model"):
-        make_rollout("vllm", FakeEngine(tiny_llama()), model_path="", sampling=Sampling(), **SETTINGS)
+    with pytest.raises(
+        ValueError, match="--rollout_engine vllm: vllm cannot be imported .*--rollout_engine model"
+    ):
+        make_rollout(
+            "vllm", FakeEngine(tiny_llama()), model_path="", sampling=Sampling(), **SETTINGS
+        )
 
 
 @pytest.fixture
@@ -68,25 +83,33 @@ def vllm(monkeypatch):
     class LLM:
         def __init__(self, **options):
             module.options = options
-            model = SimpleNamespace(load_weights=lambda weights: module.loaded.append(dict(weights)))
+            model = SimpleNamespace(
+                load_weights=lambda weights: module.loaded.append(dict(weights))
+            )
             runner = SimpleNamespace(model_runner=SimpleNamespace(model=model))
             self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
 
         def generate(self, prompts, parameters, use_tqdm):
             module.asked.append((prompts, parameters))
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(answer))]) for answer in module.answers]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(answer))])
+                for answer in module.answers
+            ]
 
     module.LLM, module.SamplingParams = LLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr("coati.experience_maker.vllm_rollout.is_lora", lambda engine: False)
     monkeypatch.setattr(
-        "coati.experience_maker.vllm_rollout.merged_weights", lambda engine: dict(engine.module.state_dict())
+        "coati.experience_maker.vllm_rollout.merged_weights",
+        lambda engine: dict(engine.module.state_dict()),
     )
     return module
 
 
 def rollout(engine, **sampling):
-    return make_rollout("vllm", engine, model_path="some/model", sampling=Sampling(**sampling), **SETTINGS)
+    return make_rollout(
+        "vllm", engine, model_path="some/model", sampling=Sampling(**sampling), **SETTINGS
+    )
 
 
 def test_vllm_gets_prompts_without_padding_and_its_answers_end_where_the_stop_sequences_say(vllm):

@@ -5,10 +5,10 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from coati.dataset.conversation import Conversation
-from coati.inference.loading import Loaded
-from coati.inference.service import Service
-from coati.models.choice import Sampling
+from coati.dataset.chat.conversation import Conversation
+from coati.inference.model_loading import Loaded
+from coati.inference.serve.service import InferenceEngine
+from coati.models.generation.sampling import Sampling
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 GREEDY = Sampling(do_sample=False)
@@ -22,8 +22,9 @@ def tiny_loaded():
 
 @contextmanager
 def service_of(endless=False, pause=0.0, **settings):
-    """A service; ``endless``: no answer stops by itself, ``pause``: seconds that a token takes at least."""
-    service = Service(tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings)
+    """A service; ``endless``: no answer stops by itself, ``pause``: seconds that a token takes at
+    least."""
+    service = InferenceEngine(tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings)
     if endless:
         service.stops = []
     if pause:
@@ -41,16 +42,22 @@ def running(web=None, **settings):
     import uvicorn
 
     from coati.cli.serve import listening_socket
-    from coati.inference.web import WebSettings, make_app
+    from coati.inference.serve.web import WebSettings, make_app
 
     with service_of(**settings) as service:
-        app = make_app(service, WebSettings(NAME, **{"sampling": GREEDY, "max_new_tokens": 400} | (web or {})))
+        app = make_app(
+            service, WebSettings(NAME, **{"sampling": GREEDY, "max_new_tokens": 400} | (web or {}))
+        )
         listening = listening_socket("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
-            yield SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}", service=service, app=app)
+            yield SimpleNamespace(
+                url=f"http://127.0.0.1:{listening.getsockname()[1]}", service=service, app=app
+            )
         finally:
             server.should_exit = True
             thread.join(20)

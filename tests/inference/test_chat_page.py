@@ -1,4 +1,5 @@
-"""The chat page in a real browser: sending, streaming, stopping, reloading, settings, a phone's width."""
+"""The chat page in a real browser: sending, streaming, stopping, reloading, settings, a phone's
+width."""
 
 import os
 import shutil
@@ -33,14 +34,18 @@ def server():
 @pytest.fixture(params=[(390, 844), (1280, 800)], ids=["phone", "desk"])
 def page(browser, server, request):
     width, height = request.param
-    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 600)
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, has_touch=width < 600
+    )
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("console", lambda line: page.faults.append(line.text) if line.type == "error" else None)
     own = (server.url, "data:")
-    page.on("request", lambda sent: None if sent.url.startswith(own) else page.faults.append(sent.url))
+    page.on(
+        "request", lambda sent: None if sent.url.startswith(own) else page.faults.append(sent.url)
+    )
     page.goto(server.url)
     holds(page, "document.querySelector('#model').textContent === 'tiny'")
     yield page
@@ -48,7 +53,8 @@ def page(browser, server, request):
 
 
 def holds(page, expression):
-    """Wait until ``expression`` is true. Playwright's own waiting needs eval, which the page's policy forbids."""
+    """Wait until ``expression`` is true. Playwright's own waiting needs eval, which the page's
+    policy forbids."""
     for _ in range(800):
         if page.evaluate(expression):
             return
@@ -66,7 +72,8 @@ def answered(page, count=1):
     holds(
         page,
         f"document.querySelectorAll('article.assistant').length === {count} && "
-        "!document.querySelector('.writing') && document.querySelector('#send').textContent === 'Send'"
+        "!document.querySelector('.writing') && document.querySelector('#send').textContent === "
+        "'Send'",
     )
     return page.locator("article.assistant").last.locator(".text, pre").all_inner_texts()
 
@@ -116,9 +123,14 @@ def test_nothing_is_wider_than_the_screen(page):
     shot(page, "settings")
     messages = [
         {"role": "user", "content": "w" * 300},
-        {"role": "assistant", "content": "Look:\n```python\n" + "x" * 300 + "\n```\nand <b>this</b> " + "y" * 300},
+        {
+            "role": "assistant",
+            "content": "Look:\n```python\n" + "x" * 300 + "\n```\nand <b>this</b> " + "y" * 300,
+        },
     ]
-    page.evaluate("messages => localStorage.setItem('coati.messages', JSON.stringify(messages))", messages)
+    page.evaluate(
+        "messages => localStorage.setItem('coati.messages', JSON.stringify(messages))", messages
+    )
     page.reload()
     page.wait_for_selector("pre")
     shot(page, "long")
@@ -140,7 +152,10 @@ def test_settings_go_with_the_request_and_stay(page):
         send(page, "hello")
     body = sent.value.post_data_json
     assert (body["temperature"], body["seed"], body["stream"]) == (0.5, 7, True)
-    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+    ]
     answered(page)
     page.reload()
     page.click("#adjust")
@@ -148,7 +163,9 @@ def test_settings_go_with_the_request_and_stay(page):
     page.fill("[name=temperature]", "5")
     send(page, "once more")
     page.wait_for_selector("#notice:visible")
-    assert "Temperature" in page.inner_text("#notice") and page.input_value("#question") == "once more"
+    assert (
+        "Temperature" in page.inner_text("#notice") and page.input_value("#question") == "once more"
+    )
 
 
 def test_a_dialogue_that_outgrows_the_model_loses_its_oldest_rounds(page):
@@ -164,7 +181,9 @@ def test_a_server_that_is_gone_is_said_and_the_question_kept(page):
     send(page, "are you there?")
     page.wait_for_selector("#notice:visible")
     assert page.inner_text("#notice") == "The server cannot be reached."
-    assert page.input_value("#question") == "are you there?" and page.locator("article").count() == 0
+    assert (
+        page.input_value("#question") == "are you there?" and page.locator("article").count() == 0
+    )
 
 
 def test_every_control_has_a_name_and_the_keyboard_suffices(page):

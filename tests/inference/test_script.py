@@ -11,7 +11,7 @@ import pytest
 
 from coati.cli import inference as flags
 from coati.inference.console import CONSOLES, console
-from tests.inference.test_loading import write
+from tests.inference.test_model_loading import write
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "inference.py"
 
@@ -50,17 +50,23 @@ def test_a_pipe_is_answered_line_by_line_until_exit(run):
     assert shown == ["user: hello", "user: how are you?", "user: hello"]
     answers = out.split("assistant: ")
     assert len(answers) == 4
-    assert answers[1].split("\nuser: ")[0] == answers[3].removesuffix("\n")  # a new dialogue after `clear`
+    assert answers[1].split("\nuser: ")[0] == answers[3].removesuffix(
+        "\n"
+    )  # a new dialogue after `clear`
 
 
 def test_prompts_are_dialogues_of_their_own(run):
-    first, second = run("--io", "simple", "--prompt", "hello", "--prompt", "hello").split("user: hello\n")[1:]
+    first, second = run("--io", "simple", "--prompt", "hello", "--prompt", "hello").split(
+        "user: hello\n"
+    )[1:]
     assert first == second and first.startswith("assistant: ")
 
 
 def test_the_dummy_console_prints_nothing_but_answers(run):
     simple = run("--io", "simple", "--prompt", "hello").split("assistant: ")[1]
-    assert run("--io", "dummy", "--prompt", "hello") == simple == run("--io", "dummy", typed="hello\n")
+    assert (
+        run("--io", "dummy", "--prompt", "hello") == simple == run("--io", "dummy", typed="hello\n")
+    )
 
 
 def test_the_rich_console_shows_the_same_answer(run):
@@ -92,7 +98,10 @@ def test_an_answer_cut_off_is_said(script, model, capsys):
     [
         (["--model_path", "/nowhere"], "--model_path /nowhere: no such directory"),
         (["--tokenizer_path", "/nowhere"], "--tokenizer_path /nowhere: no such directory"),
-        (["--conversation_template_config", "/no.json"], "--conversation_template_config /no.json: no such file"),
+        (
+            ["--conversation_template_config", "/no.json"],
+            "--conversation_template_config /no.json: no such file",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_named_with_its_flag(script, model, argv, message):
@@ -109,7 +118,10 @@ def test_a_question_that_is_too_long_ends_a_pipe_with_an_error(run):
     ("argv", "message"),
     [
         ([], "--model_path is required"),
-        (["--model_path", "m", "--max_new_tokens", "99", "--model_max_length", "99"], "--max_new_tokens 99 leaves no"),
+        (
+            ["--model_path", "m", "--max_new_tokens", "99", "--model_max_length", "99"],
+            "--max_new_tokens 99 leaves no",
+        ),
         (["--model_path", "m", "--io", "fancy"], "--io"),
         (["--model_path", "m", "--top_p", "1.5"], "--top_p"),
         (["--model_path", "m", "--temprature", "1"], "--temperature"),
@@ -122,8 +134,19 @@ def test_bad_flags_are_refused(argv, message, capsys):
 
 
 def test_the_command_itself(model):
-    command = [sys.executable, str(SCRIPT), "--model_path", model, "--io", "dummy", "--max_new_tokens", "4"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--model_path",
+        model,
+        "--io",
+        "dummy",
+        "--max_new_tokens",
+        "4",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
-    done = subprocess.run(command, input="hello\n", capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        command, input="hello\n", capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr

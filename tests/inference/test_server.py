@@ -1,4 +1,5 @@
-"""The server as clients know it: OpenAI's own, many at once, some that vanish; random bodies; shutting down."""
+"""The server as clients know it: OpenAI's own, many at once, some that vanish; random bodies;
+shutting down."""
 
 import json
 import os
@@ -16,7 +17,9 @@ import pytest
 from coati.cli import serve as flags
 from tests.inference.serving import NAME, running, until
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "web_chatbot" / "server.py"
+SCRIPT = (
+    Path(__file__).resolve().parents[2] / "examples" / "inference" / "web_chatbot" / "server.py"
+)
 HELLO = [{"role": "user", "content": "hello"}]
 TOKEN = "sesame"
 
@@ -30,23 +33,38 @@ def server():
 def client_of(server, **options):
     import openai
 
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none needed", max_retries=0, timeout=60, **options)
+    return openai.OpenAI(
+        base_url=server.url + "/v1", api_key="none needed", max_retries=0, timeout=60, **options
+    )
 
 
 def test_the_openai_client_works_unchanged(server):
     client = client_of(server)
-    assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(NAME).id == NAME
+    assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(
+        NAME
+    ).id == NAME
     whole = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=20)
     assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 20
     chunks = list(
         client.chat.completions.create(
-            model=NAME, messages=HELLO, max_tokens=20, stream=True, stream_options={"include_usage": True}
+            model=NAME,
+            messages=HELLO,
+            max_tokens=20,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     *pieces, last, counted = chunks
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+        == whole.choices[0].message.content
+    )
     assert pieces[0].choices[0].delta.role == "assistant" and len(pieces) > 5
-    assert last.choices[0].finish_reason == "length" and counted.usage == whole.usage and counted.choices == []
+    assert (
+        last.choices[0].finish_reason == "length"
+        and counted.usage == whole.usage
+        and counted.choices == []
+    )
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -72,7 +90,8 @@ def test_the_openai_client_stops_seeds_and_is_refused(server):
 
 
 def ask_in_turn(server, count, rounds):
-    """``count`` clients that each stream ``rounds`` answers: (question, text, finish or status) of each."""
+    """``count`` clients that each stream ``rounds`` answers: (question, text, finish or status) of
+    each."""
     found = queue.Queue()
 
     def one(number):
@@ -119,7 +138,7 @@ def test_a_client_that_vanishes_frees_its_place():
         for each in sockets:
             each.close()
         assert until(lambda: server.service.running == server.service.waiting == 0, 5)
-        assert server.service.metrics.requests.labels("cancelled")._value.get() == 3
+        assert server.service.metrics.requests.labels("canceled")._value.get() == 3
         assert single(server, "hello", 3)
 
 
@@ -127,14 +146,17 @@ def _raw(server, body):
     """A connection that has sent ``body`` and not yet read."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    )
     connection = socket.create_connection((host, int(port)), timeout=20)
     connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
 
 def test_random_bodies_never_make_the_server_fail():
-    """Bodies made from the server's own description; what it answers is what the description says."""
+    """Bodies made from the server's own description; what it answers is what the description
+    says."""
     schemathesis = pytest.importorskip("schemathesis")
     import hypothesis
     from schemathesis.checks import not_a_server_error
@@ -144,7 +166,12 @@ def test_random_bodies_never_make_the_server_fail():
         status_code_conformance,
     )
 
-    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    checks = [
+        not_a_server_error,
+        status_code_conformance,
+        content_type_conformance,
+        response_schema_conformance,
+    ]
     with running(web={"max_new_tokens": 4}, max_queue=1000) as server:
         schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
         tried = []
@@ -152,9 +179,12 @@ def test_random_bodies_never_make_the_server_fail():
             operation = result.ok()
 
             @hypothesis.settings(
-                max_examples=15, deadline=None, database=None, derandomize=True,
+                max_examples=15,
+                deadline=None,
+                database=None,
+                derandomize=True,
                 suppress_health_check=list(hypothesis.HealthCheck),
-            )  # fmt: skip
+            )
             @hypothesis.given(case=operation.as_strategy())
             def call(case):
                 case.call_and_validate(checks=checks, timeout=30)
@@ -176,7 +206,11 @@ def test_sixty_four_clients_for_a_minute():
             import openai
 
             client, count = client_of(server), 1 + number % 5
-            ask = {"model": NAME, "messages": [{"role": "user", "content": "hello " * count}], "max_tokens": 20}
+            ask = {
+                "model": NAME,
+                "messages": [{"role": "user", "content": "hello " * count}],
+                "max_tokens": 20,
+            }
             while time.monotonic() < end:
                 try:
                     parts = list(client.chat.completions.create(**ask, stream=True))
@@ -185,7 +219,10 @@ def test_sixty_four_clients_for_a_minute():
                     time.sleep(0.2)
                     continue
                 text = "".join(part.choices[0].delta.content or "" for part in parts)
-                whole = parts[-1].choices[0].finish_reason in ("stop", "length") and text == wanted[count]
+                whole = (
+                    parts[-1].choices[0].finish_reason in ("stop", "length")
+                    and text == wanted[count]
+                )
                 found.put("whole" if whole else f"broken: {text!r}")
 
         threads = [threading.Thread(target=one, args=(number,)) for number in range(64)]
@@ -205,7 +242,9 @@ def test_a_port_in_use_is_one_line_before_the_model_is_loaded():
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[3])}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
-    message = f"--http_port {port} on 127.0.0.1 cannot be had (Address already in use); name another one"
+    message = (
+        f"--http_port {port} on 127.0.0.1 cannot be had (Address already in use); name another one"
+    )
     assert done.stderr == f"server.py: error: {message}\n"
 
 
@@ -214,9 +253,15 @@ def test_a_port_in_use_is_one_line_before_the_model_is_loaded():
     [
         ([], "--model_path is required"),
         (["a", "--model_path", "b"], "name one model"),
-        (["m", "--max_new_tokens", "99", "--model_max_length", "99"], "--max_new_tokens 99 leaves no room"),
+        (
+            ["m", "--max_new_tokens", "99", "--model_max_length", "99"],
+            "--max_new_tokens 99 leaves no room",
+        ),
         (["m", "--http_port", "70000"], "--http_port 70000"),
-        (["m", "--token_file", "/no/file"], "--token_file /no/file: not readable (FileNotFoundError)"),
+        (
+            ["m", "--token_file", "/no/file"],
+            "--token_file /no/file: not readable (FileNotFoundError)",
+        ),
         (["m", "--max_queue", "0"], "--max_queue"),
         (["m", "--portt", "1"], "--http_port"),
     ],
@@ -230,7 +275,12 @@ def test_bad_flags_are_refused(argv, message, capsys):
 def test_flags_and_variables(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv(flags.TOKEN_VARIABLE, raising=False)
     args = flags.parse_server(["out/sft/modeling"])
-    assert (args.http_host, args.token, args.cors_origins, args.served_model_name) == ("127.0.0.1", None, (), "sft")
+    assert (args.http_host, args.token, args.cors_origins, args.served_model_name) == (
+        "127.0.0.1",
+        None,
+        (),
+        "sft",
+    )
     monkeypatch.setenv(flags.TOKEN_VARIABLE, TOKEN)
     monkeypatch.setenv(flags.ORIGIN_VARIABLE, "https://a.example, https://b.example")
     args = flags.parse_server(["--model_path", "m"])

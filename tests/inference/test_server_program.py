@@ -12,15 +12,18 @@ import httpx
 import pytest
 
 from tests.inference.serving import until
-from tests.inference.test_loading import write
+from tests.inference.test_model_loading import write
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "web_chatbot" / "server.py"
+SCRIPT = (
+    Path(__file__).resolve().parents[2] / "examples" / "inference" / "web_chatbot" / "server.py"
+)
 TOKEN = "sesame-open-please"
 
 
 @pytest.fixture
 def started(tmp_path):
-    """Start server.py with the tiny model on a free port: the process, its url, and what it printed."""
+    """Start server.py with the tiny model on a free port: the process, its url, and what it
+    printed."""
     write(tmp_path / "tiny")
     (tmp_path / "token").write_text(TOKEN + "\n")
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[3]), "HF_HUB_OFFLINE": "1"}
@@ -31,7 +34,9 @@ def started(tmp_path):
     text = (tmp_path / "log").read_text
     try:
         # "Uvicorn running" comes from some releases alone when it is given a socket.
-        assert until(lambda: "Application startup complete" in text() or process.poll() is not None, 240), text()
+        assert until(
+            lambda: "Application startup complete" in text() or process.poll() is not None, 240
+        ), text()
         assert process.poll() is None, text()
         yield process, re.search(r"tiny at (http://127\.0\.0\.1:\d+)", text())[1], text
     finally:
@@ -43,9 +48,18 @@ def started(tmp_path):
 def test_the_program_keeps_its_token_to_itself_and_finishes_what_it_began(started):
     process, url, text = started
     mine, wrong = {"Authorization": f"Bearer {TOKEN}"}, {"Authorization": "Bearer my-other-secret"}
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "private words"}], "max_tokens": 60}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "private words"}],
+        "max_tokens": 60,
+    }
     assert httpx.get(url + "/v1/models", headers=wrong).status_code == 401
-    assert httpx.post(url + "/v1/chat/completions", content=b"{" + TOKEN.encode(), headers=mine).status_code == 422
+    assert (
+        httpx.post(
+            url + "/v1/chat/completions", content=b"{" + TOKEN.encode(), headers=mine
+        ).status_code
+        == 422
+    )
     whole = httpx.post(url + "/v1/chat/completions", json=body, headers=mine, timeout=60).json()
     body["stream"], place = True, url + "/v1/chat/completions"
     with httpx.stream("POST", place, json=body, headers=mine, timeout=60) as answer:

@@ -15,7 +15,9 @@ def pieces(text, stops=END, ending=(2,)):
     return [*given, stream.finish()], stream
 
 
-@pytest.mark.parametrize("text", ["hello there", " indented\n\n  twice ", "né 你好 😀🏳️‍🌈!", "a�b", ""])
+@pytest.mark.parametrize(
+    "text", ["hello there", " indented\n\n  twice ", "né 你好 😀🏳️‍🌈!", "a�b", ""]
+)
 def test_the_pieces_make_the_text_without_the_stop_marker(text):
     given, stream = pieces(text)
     assert "".join(given) == stream.text == text
@@ -24,7 +26,11 @@ def test_the_pieces_make_the_text_without_the_stop_marker(text):
 
 def test_no_piece_holds_half_a_character():
     given, _ = pieces("你好😀")
-    assert [piece for piece in given if piece] == ["你", "好", "😀"]  # three, three and four bytes, a token each
+    assert [piece for piece in given if piece] == [
+        "你",
+        "好",
+        "😀",
+    ]  # three, three and four bytes, a token each
 
 
 def test_text_comes_as_soon_as_it_is_certain():

@@ -1,4 +1,5 @@
-"""Questions from files, dialogues to a file, the system message: what inference.py does beside talking."""
+"""Questions from files, dialogues to a file, the system message: what inference.py does beside
+talking."""
 
 import io
 import json
@@ -6,9 +7,9 @@ import sys
 
 import pytest
 
-from coati.inference.loading import load, with_system
+from coati.inference.model_loading import load, with_system
 from coati.inference.transcript import Transcript, dialogues
-from tests.inference.test_loading import write
+from tests.inference.test_model_loading import write
 from tests.inference.test_script import model, run, script  # noqa: F401
 
 
@@ -33,7 +34,10 @@ def test_a_dialogue_is_one_row_with_the_rounds_that_were_forgotten_too(tmp_path)
     record.close()
     record.add(round_of("c", "é"))
     record.close()
-    assert rows(tmp_path / "t.jsonl") == [round_of("a", "1") + 2 * round_of("b", "2"), round_of("c", "é")]
+    assert rows(tmp_path / "t.jsonl") == [
+        round_of("a", "1") + 2 * round_of("b", "2"),
+        round_of("c", "é"),
+    ]
 
 
 def test_without_a_file_nothing_is_kept(tmp_path, monkeypatch):
@@ -48,7 +52,9 @@ def test_the_script_appends_its_dialogues(run, tmp_path):  # noqa: F811
     file = tmp_path / "t.jsonl"
     run("--io", "dummy", "--transcript", str(file), typed="hello\nhow are you?\nclear\nhello\n")
     first, second = rows(file)
-    assert [message["content"] for message in first[::2]] == ["hello", "how are you?"] and len(first) == 4
+    assert [message["content"] for message in first[::2]] == ["hello", "how are you?"] and len(
+        first
+    ) == 4
     assert second == first[:2]
     run("--io", "dummy", "--transcript", str(file), "--prompt", "hello")
     assert rows(file) == [first, second, second]

@@ -1,4 +1,5 @@
-"""Rows of a pack do not see each other: the mask by hand, and a changed row that changes no other, by either route."""
+"""Rows of a pack do not see each other: the mask by hand, and a changed row that changes no other,
+by either route."""
 
 from dataclasses import replace
 
@@ -6,21 +7,32 @@ import pytest
 import torch
 
 from coati.models.block_mask import block_diagonal_mask, holds_for, sliding_window, with_block_mask
-from coati.models.head import Head, gather_token_logprobs
-from coati.models.varlen import Packing
+from coati.models.head import Head, scatter_token_logprobs
+from coati.models.padding_free import PaddingFree
 from tests.models_table import FAMILIES, tiny_model
 from tests.parallel.packing_cases import one_by_one, packed, rows_of
 from tests.tiny import tiny_llama
 
 BY_TYPE = {family.type: family for family in FAMILIES if family.config and not family.remote}
-APART = set(BY_TYPE) - {"gpt2", "bloom"}  # these make masks, and BLOOM its positions, from the padding
+APART = set(BY_TYPE) - {
+    "gpt2",
+    "bloom",
+}  # these make masks, and BLOOM its positions, from the padding
 
 
 def test_the_mask_by_hand():
     """Rows of 2 and 1 tokens and a padding position: each looks at its own row up to itself."""
     mask = block_diagonal_mask(torch.tensor([[0, 1, 0, 0]]), torch.float32)
-    assert mask.shape == (1, 1, 4, 4) and set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
-    assert (mask[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert mask.shape == (1, 1, 4, 4) and set(mask.unique().tolist()) == {
+        0.0,
+        torch.finfo(torch.float32).min,
+    }
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
 
 
 def test_batches_of_rows_keep_their_mask():
@@ -28,10 +40,12 @@ def test_batches_of_rows_keep_their_mask():
     assert with_block_mask(inputs, torch.float32) is inputs
 
 
-def flat(model, batch: dict, packing: Packing | None) -> torch.Tensor:
-    """Log-probs of the labelled tokens, row after row."""
+def flat(model, batch: dict, packing: PaddingFree | None) -> torch.Tensor:
+    """Log-probs of the labeled tokens, row after row."""
     head = Head.install(model)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    inputs = {
+        key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch
+    }
     if packing is not None:
         rows = packing.pack(batch)
         head.set_targets(rows.targets)
@@ -44,7 +58,7 @@ def flat(model, batch: dict, packing: Packing | None) -> torch.Tensor:
     return logps[0]
 
 
-ROUTES = {"masked": lambda model: None, "end to end": Packing.of}
+ROUTES = {"masked": lambda model: None, "end to end": PaddingFree.of}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -68,7 +82,8 @@ def test_log_probs_and_gradients_are_those_of_the_rows_one_by_one(route):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("place", range(7))
 def test_changing_one_row_changes_no_other(route, place):
-    """Seven rows in four packs; all tokens of one become others; the rest of the log-probs stay bit for bit."""
+    """Seven rows in four packs; all tokens of one become others; the rest of the log-probs stay bit
+    for bit."""
     model = tiny_llama().eval()
     packs = rows_of(2)
     pack, row = [(p, r) for p, rows in enumerate(packs) for r in range(len(rows))][place]
@@ -103,20 +118,26 @@ def test_adapters_do_not_hide_the_model_from_the_probe():
 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     assert holds_for(get_peft_model(tiny_llama(attn_implementation="eager"), config))
-    bloom = get_peft_model(tiny_model(BY_TYPE["bloom"]), LoraConfig(r=4, target_modules=["query_key_value"]))
+    bloom = get_peft_model(
+        tiny_model(BY_TYPE["bloom"]), LoraConfig(r=4, target_modules=["query_key_value"])
+    )
     assert not holds_for(bloom)
 
 
 def test_sliding_windows():
-    mistral = tiny_model(replace(BY_TYPE["mistral"], config=BY_TYPE["mistral"].config | {"sliding_window": 11}))
+    mistral = tiny_model(
+        replace(BY_TYPE["mistral"], config=BY_TYPE["mistral"].config | {"sliding_window": 11})
+    )
     assert sliding_window(mistral.config) == 11
     assert sliding_window(tiny_llama().config) is None
-    assert sliding_window(tiny_model(BY_TYPE["qwen2"]).config) is None  # has a width, and a switch that is off
+    assert (
+        sliding_window(tiny_model(BY_TYPE["qwen2"]).config) is None
+    )  # has a width, and a switch that is off
 
 
 def test_gather_of_packs_has_the_shape_of_labels():
     """Labels of a pack lie where they lie without packing: the head's order is theirs."""
     model, batch = tiny_llama().eval(), packed(rows_of(0))
     with torch.no_grad():
-        table = gather_token_logprobs(flat(model, batch, None)[None], batch["labels"])
+        table = scatter_token_logprobs(flat(model, batch, None)[None], batch["labels"])
     assert ((table != 0) == (batch["labels"][:, 1:] != -100)).all()

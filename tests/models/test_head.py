@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from coati.models.head import (
     Head,
     VocabCollective,
-    gather_token_logprobs,
     head_unsupported,
     logprobs_from_logits,
     next_token_targets,
+    scatter_token_logprobs,
 )
 from tests.distributed.spawn import run
 from tests.tiny import tiny_llama
@@ -55,7 +55,8 @@ class Bare(nn.Module):
 
 
 def rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(3, 11) ids and labels: one row without supervision, one with a prompt, one supervised throughout."""
+    """(3, 11) ids and labels: one row without supervision, one with a prompt, one supervised
+    throughout."""
     ids = torch.randint(0, V, (3, 11), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[0], labels[1, :5] = -100, -100
@@ -86,8 +87,8 @@ def assert_same_gradients(found: dict, expected: dict, tolerance: float = 1e-5) 
 @pytest.mark.parametrize("chunk_rows", [None, 7, 1])
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 def test_equals_full_logits(tie, chunk_rows, wrapped):
-    """Values to 1e-6, gradients to 1e-5, whether everything fits into one chunk (None) or not; a tied embedding gets
-    the gradient of both its uses."""
+    """Values to 1e-6, gradients to 1e-5, whether everything fits into one chunk (None) or not; a
+    tied embedding gets the gradient of both its uses."""
     model = tiny_llama(tie=tie)
     ids, labels = rows()
     expected = reference(model(ids).logits, labels)
@@ -99,9 +100,11 @@ def test_equals_full_logits(tie, chunk_rows, wrapped):
     flat = model(ids).logits
     head.clear()
     assert flat.shape == (1, 16) and flat.dtype == torch.float32
-    found = gather_token_logprobs(flat, labels)
+    found = scatter_token_logprobs(flat, labels)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    found_gradients = {name.replace("lm_head.inner", "lm_head"): g for name, g in gradients(model, found).items()}
+    found_gradients = {
+        name.replace("lm_head.inner", "lm_head"): g for name, g in gradients(model, found).items()
+    }
     assert_same_gradients(found_gradients, expected_gradients)
 
 
@@ -109,8 +112,8 @@ def test_equals_full_logits(tie, chunk_rows, wrapped):
 @pytest.mark.parametrize("temperature", [0.7, 3.0])
 @pytest.mark.parametrize("chunk_rows", [None, 5])
 def test_temperature_divides_the_logits(chunk_rows, temperature, way, monkeypatch):
-    """Values and gradients are those of log_softmax(logits / temperature), chunks formed again in the backward too,
-    whatever the temperature has become by then."""
+    """Values and gradients are those of log_softmax(logits / temperature), chunks formed again in
+    the backward too, whatever the temperature has become by then."""
     monkeypatch.setattr("coati.models.logprobs.CHUNK_BYTES", 4 * V * (chunk_rows or 100))
     model = Bare(nn.Linear(32, V, bias="bias" in way))
     if "bf16" in way:
@@ -131,10 +134,14 @@ def test_temperature_divides_the_logits(chunk_rows, temperature, way, monkeypatc
         head.set(labels)
         flat = model(hidden)
         head.temperature = 1.0
-    found = gather_token_logprobs(flat, labels)
+    found = scatter_token_logprobs(flat, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
-    found_gradients = {name.replace("lm_head.inner", "lm_head"): g for name, g in gradients(model, found).items()}
-    assert_same_gradients(found_gradients, expected_gradients, tolerance=2e-2 if "bf16" in way else 1e-5)
+    found_gradients = {
+        name.replace("lm_head.inner", "lm_head"): g for name, g in gradients(model, found).items()
+    }
+    assert_same_gradients(
+        found_gradients, expected_gradients, tolerance=2e-2 if "bf16" in way else 1e-5
+    )
 
 
 def test_without_labels_the_model_is_as_before():
@@ -173,7 +180,7 @@ def test_nothing_supervised_still_reaches_every_parameter(width, wrapped):
     head.set(labels)
     flat = model(ids).logits
     assert flat.shape == (1, 0)
-    assert gather_token_logprobs(flat, labels).shape == (3, width - 1)
+    assert scatter_token_logprobs(flat, labels).shape == (3, width - 1)
     flat.sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
@@ -193,13 +200,18 @@ def test_nan_in_unselected_rows_stays_there(supervised, wrapped):
     head.set(labels)
     flat = model(hidden)
     flat.sum().backward()
-    assert flat.isfinite().all() and module.weight.grad.isfinite().all() and hidden.grad.isfinite().all()
+    assert (
+        flat.isfinite().all()
+        and module.weight.grad.isfinite().all()
+        and hidden.grad.isfinite().all()
+    )
     assert flat.shape == (1, int(supervised))
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["linear", "any module"])
 def test_low_precision_takes_its_log_softmax_in_fp32(wrapped):
-    """bf16 logits, fp32 log-softmax: as good as log_softmax(logits.float()), unlike log_softmax(logits)."""
+    """bf16 logits, fp32 log-softmax: as good as log_softmax(logits.float()), unlike
+    log_softmax(logits)."""
     torch.manual_seed(0)
     module = nn.Linear(32, V, bias=True).bfloat16()
     model = Bare(Wrapped(module) if wrapped else module)
@@ -210,7 +222,7 @@ def test_low_precision_takes_its_log_softmax_in_fp32(wrapped):
     for chunk_rows in (None, 5):
         head = Head.install(model, chunk_rows=chunk_rows)
         head.set(labels)
-        found = gather_token_logprobs(model(hidden), labels)
+        found = scatter_token_logprobs(model(hidden), labels)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert_same_gradients(gradients(model, found), expected_gradients, tolerance=2e-2)
@@ -223,7 +235,7 @@ def test_autocast_forms_low_precision_logits():
     with torch.autocast("cpu", torch.bfloat16):
         expected = reference(model(ids).logits, labels)
         head.set(labels)
-        found = gather_token_logprobs(model(ids).logits, labels)
+        found = scatter_token_logprobs(model(ids).logits, labels)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model, found).values())
 
@@ -235,11 +247,15 @@ def test_frozen_head_and_no_grad():
     head = Head.install(model, chunk_rows=5)
     head.set(labels)
     model(ids).logits.sum().backward()
-    assert model.lm_head.weight.grad is None and model.model.embed_tokens.weight.grad.abs().max() > 0
+    assert (
+        model.lm_head.weight.grad is None and model.model.embed_tokens.weight.grad.abs().max() > 0
+    )
     with torch.no_grad():
         flat = model(ids).logits
     head.clear()
-    torch.testing.assert_close(gather_token_logprobs(flat, labels), reference(model(ids).logits, labels))
+    torch.testing.assert_close(
+        scatter_token_logprobs(flat, labels), reference(model(ids).logits, labels)
+    )
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 5])
@@ -264,14 +280,18 @@ def test_under_gradient_checkpointing():
     model.train()
     head = Head.install(model, chunk_rows=3)
     head.set(labels)
-    assert_same_gradients(gradients(model, gather_token_logprobs(model(ids).logits, labels)), expected)
+    assert_same_gradients(
+        gradients(model, scatter_token_logprobs(model(ids).logits, labels)), expected
+    )
 
 
 def test_lora_on_the_head_itself():
     from peft import LoraConfig, get_peft_model
 
     ids, labels = rows()
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(reference(model(ids).logits, labels).sum(), trained)
     head = Head.install(model, chunk_rows=4)
@@ -294,7 +314,7 @@ def test_all_ranks_call_a_sharded_head_equally_often():
     module.calls = 0
     head = Head.install(model, chunk_rows=2, agree_on_chunks=lambda count: asked.append(count) or 6)
     head.set(labels)
-    found = gather_token_logprobs(model(ids).logits, labels)
+    found = scatter_token_logprobs(model(ids).logits, labels)
     assert asked == [2] and module.calls == 6
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     found.sum().backward()
@@ -309,7 +329,9 @@ def test_any_module_sees_no_more_than_a_chunk():
     head = Head.install(model, chunk_rows=3)
     head.set(labels)
     model(ids).logits.sum().backward()
-    assert module.most_rows == 3 and module.calls == 2 * 6  # 16 rows in 6 chunks, each again in the backward
+    assert (
+        module.most_rows == 3 and module.calls == 2 * 6
+    )  # 16 rows in 6 chunks, each again in the backward
 
 
 class LargestTensor(TorchDispatchMode):
@@ -329,7 +351,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["linear", "any module"])
 def test_full_logits_never_exist(wrapped):
-    """64 supervised tokens, 16 at a time: nothing as large as 17 rows of logits, no logits kept for the backward."""
+    """64 supervised tokens, 16 at a time: nothing as large as 17 rows of logits, no logits kept for
+    the backward."""
     torch.manual_seed(0)
     module = nn.Linear(4, 5000, bias=False)
     model = Bare(Wrapped(module) if wrapped else module)
@@ -337,7 +360,9 @@ def test_full_logits_never_exist(wrapped):
     kept = []
     head = Head.install(model, chunk_rows=16)
     head.set(labels)
-    keep = saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor)
+    keep = saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    )
     with LargestTensor() as seen, keep:
         flat = model(hidden)
         if not wrapped:
@@ -347,14 +372,22 @@ def test_full_logits_never_exist(wrapped):
 
 
 def test_kept_for_the_backward_when_it_fits_into_a_chunk():
-    """One matrix product with the vocabulary in the forward pass, two in the backward: nothing is formed twice."""
+    """One matrix product with the vocabulary in the forward pass, two in the backward: nothing is
+    formed twice."""
     module = nn.Linear(4, 5000, bias=False)
     model = Bare(module)
     head = Head.install(model, chunk_rows=64)
     head.set(torch.randint(0, 5000, (1, 65)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(torch.randn(1, 65, 4, requires_grad=True)).sum().backward()
-    assert sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm_")) == 3
+    assert (
+        sum(
+            event.count
+            for event in profile.key_averages()
+            if event.key in ("aten::mm", "aten::addmm_")
+        )
+        == 3
+    )
 
 
 def test_labels_of_another_batch_are_refused():
@@ -376,7 +409,8 @@ def test_no_output_embedding():
 
 
 def test_hand_worked():
-    """Logits [0, ln 3] at both positions: p = 1/4 and 3/4. Only the second of two labels is left after the shift."""
+    """Logits [0, ln 3] at both positions: p = 1/4 and 3/4. Only the second of two labels is left
+    after the shift."""
     model = Bare(nn.Linear(1, 2, bias=False))
     model.lm_head.weight.data = torch.tensor([[0.0], [math.log(3.0)]])
     head = Head.install(model)
@@ -400,7 +434,10 @@ def test_far_apart_logits_stay_finite():
 
 
 def test_targets_shift_by_one():
-    assert next_token_targets(torch.tensor([[1, 2, 3], [4, -100, 6]])).tolist() == [[2, 3, -100], [-100, 6, -100]]
+    assert next_token_targets(torch.tensor([[1, 2, 3], [4, -100, 6]])).tolist() == [
+        [2, 3, -100],
+        [-100, 6, -100],
+    ]
     assert next_token_targets(torch.tensor([[1]])).tolist() == [[-100]]
 
 
@@ -413,7 +450,7 @@ def test_full_logits_path_equals_the_head(monkeypatch):
     expected_gradients = gradients(model, expected)
     flat = logprobs_from_logits(model(ids).logits, labels)
     assert flat.shape == (1, 16)
-    found = gather_token_logprobs(flat, labels)
+    found = scatter_token_logprobs(flat, labels)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert_same_gradients(gradients(model, found), expected_gradients)
     assert logprobs_from_logits(model(ids).logits, torch.full_like(labels, -100)).shape == (1, 0)
@@ -430,7 +467,8 @@ def test_models_that_change_their_logits_are_named():
 
 
 def one_shard() -> dict[str, torch.Tensor]:
-    """On one of two ranks, which hold 250 and 134 of the 384 vocabulary entries: log-probs and gradients."""
+    """On one of two ranks, which hold 250 and 134 of the 384 vocabulary entries: log-probs and
+    gradients."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -465,7 +503,8 @@ def _shard_case() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 
 def test_vocabulary_split_over_two_processes():
-    """The same log-probs on both ranks; each rank's share of the weight gradient; hidden gradients that add up."""
+    """The same log-probs on both ranks; each rank's share of the weight gradient; hidden gradients
+    that add up."""
     full, hidden, labels = _shard_case()
     hidden.requires_grad_()
     head = Head.install(Bare(full))
@@ -475,5 +514,9 @@ def test_vocabulary_split_over_two_processes():
     first, second = run(2, "tests.models.test_head:one_shard")
     torch.testing.assert_close(first["flat"], expected.detach(), rtol=0, atol=1e-6)
     assert torch.equal(first["flat"], second["flat"])
-    torch.testing.assert_close(torch.cat([first["weight"], second["weight"]]), full.weight.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(first["hidden"] + second["hidden"], hidden.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([first["weight"], second["weight"]]), full.weight.grad, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        first["hidden"] + second["hidden"], hidden.grad, rtol=1e-4, atol=1e-5
+    )

@@ -9,7 +9,8 @@ MIB = 2**20
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_peak_beside_full_logits(frozen):
-    """S 512, vocabulary 151,936: at most 40% of the peak, and the same gradients to 1e-5 of the largest."""
+    """S 512, vocabulary 151,936: at most 40% of the peak, and the same gradients to 1e-5 of the
+    largest."""
     model, states, labels = case(hidden=32, frozen=frozen)
     long_way = allocator_peak(lambda: full_logits(model, states, labels))
     parameters = [states] if frozen else [states, model.lm_head.weight]

@@ -17,7 +17,7 @@ from coati.models.loss import (
     centering,
     kto_baseline,
     kto_loss,
-    length_desensitised,
+    length_desensitized,
     log_exp_loss,
     log_odds,
     log_sig_loss,
@@ -27,7 +27,7 @@ from coati.models.loss import (
     pairwise_loss,
     reward_loss,
 )
-from coati.models.loss_names import LOSS_TYPES, REWARD_LOSSES
+from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
 
 LN2 = math.log(2)
 
@@ -106,7 +106,12 @@ BY_HAND = [
     ("hinge_loss", 11.0, PairwiseSettings(0.1), 0.0),
     ("hinge_loss", -10.0, PairwiseSettings(0.1), 2.0),
     # beta d = 1: dpo(d) = .313262, dpo(-d) = 1.313262; (.313262 x .8 - 1.313262 x .2) / .6
-    ("robust", 10.0, PairwiseSettings(0.1, label_smoothing=0.2), (0.3132617 * 0.8 - 1.3132617 * 0.2) / 0.6),
+    (
+        "robust",
+        10.0,
+        PairwiseSettings(0.1, label_smoothing=0.2),
+        (0.3132617 * 0.8 - 1.3132617 * 0.2) / 0.6,
+    ),
 ]
 
 
@@ -176,7 +181,8 @@ def test_log_odds_of_certainty_and_of_the_impossible_have_gradients():
 
 
 def test_kto_by_hand():
-    """beta .1, z 2: h = 12 desirable: 1 - sigmoid(1); h = -8 undesirable: 1 - sigmoid(1), times 3."""
+    """beta .1, z 2: h = 12 desirable: 1 - sigmoid(1); h = -8 undesirable: 1 - sigmoid(1), times
+    3."""
     found = kto_loss(tensor(12.0, -8.0), torch.tensor([True, False]), 2.0, 0.1, 1.0, 3.0)
     assert_close(found, tensor(1 - sigmoid(1.0), 3 * (1 - sigmoid(1.0))))
 
@@ -199,10 +205,11 @@ def test_balance_by_hand():
     assert balance(30, 10, 1.0, 2.0) == 1.5
 
 
-def test_length_desensitised_by_hand():
-    """Answers of 3 and 1 tokens: of the longer, the first token counts fully, the two others half."""
+def test_length_desensitized_by_hand():
+    """Answers of 3 and 1 tokens: of the longer, the first token counts fully, the two others
+    half."""
     logps = torch.tensor([[math.nan, -1.0, -2.0, -4.0], [math.nan, math.nan, -8.0, math.nan]])
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]])
-    assert length_desensitised(logps, mask, 0.5).tolist() == [-4.0, -8.0]
-    assert length_desensitised(logps, mask, 1.0).tolist() == masked_sum(logps, mask, 1).tolist()
-    assert length_desensitised(logps, mask, 0.0).tolist() == [-1.0, -8.0]
+    assert length_desensitized(logps, mask, 0.5).tolist() == [-4.0, -8.0]
+    assert length_desensitized(logps, mask, 1.0).tolist() == masked_sum(logps, mask, 1).tolist()
+    assert length_desensitized(logps, mask, 0.0).tolist() == [-1.0, -8.0]

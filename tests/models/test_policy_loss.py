@@ -8,17 +8,17 @@ from torch.testing import assert_close
 
 from coati.models import PolicyLoss, ValueLoss
 from coati.models.policy_loss import (
-    Normalisation,
-    exceeds,
+    Normalization,
     explained_variance,
     kl_per_token,
+    mean_ratio_exceeds,
     policy_statistics,
     policy_terms,
     ratio_sums,
     value_statistics,
     value_terms,
 )
-from coati.models.policy_names import KL_ESTIMATORS, NORMALISATIONS
+from coati.models.policy_registry import KL_ESTIMATORS, NORMALIZATIONS
 from tests.ranks import on_ranks
 
 NAN = math.nan
@@ -39,14 +39,17 @@ def test_clipped_policy_loss():
 def test_clipping_is_one_sided_and_only_what_is_not_clipped_has_a_gradient():
     logps = row(0.5, 0.5, 1.5, 1.5).log().requires_grad_()
     terms = policy_terms(logps, torch.zeros(1, 4), row(1, -1, 1, -1), torch.ones(1, 4))
-    # A bad action that became rarer, and a good one that became more likely, have gone far enough: .8 and 1.2.
+    # A bad action that became rarer, and a good one that became more likely, have gone far enough:
+    # .8 and 1.2.
     assert_close(terms, row(-0.5, 0.8, -1.2, 1.5))
     terms.sum().backward()
     assert_close(logps.grad, row(-0.5, 0.0, 0.0, 1.5))  # d(-ratio A) / d logp = -ratio A
 
 
 def test_dapo_clips_further_above_than_below():
-    terms = policy_terms(row(0.5, 1.5).log(), torch.zeros(1, 2), row(-1, 1), torch.ones(1, 2), 0.2, 0.28)
+    terms = policy_terms(
+        row(0.5, 1.5).log(), torch.zeros(1, 2), row(-1, 1), torch.ones(1, 2), 0.2, 0.28
+    )
     assert_close(terms, row(0.8, -1.28))
 
 
@@ -65,9 +68,10 @@ def test_masked_cells_change_neither_losses_nor_gradients(bad):
     def losses(tensors):
         first = tensors[0].clone().requires_grad_()
         terms = (
-            policy_terms(first, tensors[1], tensors[2], mask) + value_terms(first, tensors[1], tensors[2], mask)
+            policy_terms(first, tensors[1], tensors[2], mask)
+            + value_terms(first, tensors[1], tensors[2], mask)
             + kl_per_token(first, tensors[1], mask, "k3")
-        )  # fmt: skip
+        )
         terms.sum().backward()
         return terms.detach(), first.grad
 
@@ -95,7 +99,10 @@ def test_kl_estimators():
 def test_k1_and_k3_are_unbiased_and_k3_varies_less():
     policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
     exact = (policy * (policy / reference).log()).sum()
-    every = [kl_per_token(policy.log()[None], reference.log()[None], ALL, name)[0] for name in ("k1", "k3")]
+    every = [
+        kl_per_token(policy.log()[None], reference.log()[None], ALL, name)[0]
+        for name in ("k1", "k3")
+    ]
     for values in every:
         assert_close((policy * values).sum(), exact)
     variance = [(policy * (values - exact).square()).sum() for values in every]
@@ -112,10 +119,12 @@ def test_skipping_is_decided_by_the_mean_ratio_of_all_ranks():
     far = ratio_sums(row(30.0, 30.0, NAN).log(), torch.zeros(1, 3), mask)
     near = ratio_sums(row(1.0, 1.0, NAN).log(), torch.zeros(1, 3), mask)
     assert_close(far, torch.tensor([60.0, 2.0], dtype=torch.float64))
-    assert exceeds(far, 20) and not exceeds(near, 20)
-    assert not exceeds(far + near, 20)  # mean 15.5: no rank skips, neither the one that would alone
-    assert exceeds(far + near, 15)
-    assert not exceeds(torch.zeros(2), 20)  # no action anywhere
+    assert mean_ratio_exceeds(far, 20) and not mean_ratio_exceeds(near, 20)
+    assert not mean_ratio_exceeds(
+        far + near, 20
+    )  # mean 15.5: no rank skips, neither the one that would alone
+    assert mean_ratio_exceeds(far + near, 15)
+    assert not mean_ratio_exceeds(torch.zeros(2), 20)  # no action anywhere
 
 
 def test_a_skipped_micro_batch_has_loss_0_and_still_a_backward_pass():
@@ -134,16 +143,25 @@ def test_a_ratio_beyond_all_bounds_stays_finite():
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped():
-    # R = 1 each. V_old 0, V .5: clipped .2, (.8)^2 > (.5)^2. V -1: clipped -.2, (2)^2 > (1.2)^2. V .1: unclipped.
+    # R = 1 each. V_old 0, V .5: clipped .2, (.8)^2 > (.5)^2. V -1: clipped -.2, (2)^2 > (1.2)^2. V
+    # .1: unclipped.
     terms = value_terms(row(0.5, -1.0, 0.1), row(0, 0, 0), row(1, 1, 1), ALL)
     assert_close(terms, row(0.32, 2.0, 0.405))
-    assert value_statistics(row(0.5, -1.0, 0.1), row(0, 0, 0), ALL)["value_clip_fraction"].tolist() == [1, 1, 0]
+    assert value_statistics(row(0.5, -1.0, 0.1), row(0, 0, 0), ALL)[
+        "value_clip_fraction"
+    ].tolist() == [1, 1, 0]
 
 
 def test_policy_statistics():
     logps, old = row(0.5, 1.5, 1.5, 9.0).log(), row(1, 1, 1, 1).log() - 0.25
-    statistics = policy_statistics(logps - 0.25, old, row(-1, -1, 1, NAN), torch.tensor([[1, 1, 1, 0]]))
-    assert statistics["clip_fraction"].tolist() == [1, 0, 1]  # the second is the side that is never clipped
+    statistics = policy_statistics(
+        logps - 0.25, old, row(-1, -1, 1, NAN), torch.tensor([[1, 1, 1, 0]])
+    )
+    assert statistics["clip_fraction"].tolist() == [
+        1,
+        0,
+        1,
+    ]  # the second is the side that is never clipped
     assert_close(statistics["entropy"], torch.tensor([0.25] * 3))
     assert_close(statistics["ratio_max"], torch.tensor([1.5]))
     x = torch.tensor([0.5, 1.5, 1.5])  # pi / pi_old = e^r; KL(old || new) by k3: e^r - 1 - r
@@ -166,7 +184,9 @@ def test_explained_variance():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(torch.full((2, 3), 2.5), returns, mask) == 0
-    assert explained_variance(torch.full((2, 3), 9.0), returns, mask) == 0  # a constant error is no variance
+    assert (
+        explained_variance(torch.full((2, 3), 9.0), returns, mask) == 0
+    )  # a constant error is no variance
     assert_close(explained_variance(-returns, returns, mask).item(), -3.0)  # Var(2 R) = 4 Var(R)
     assert explained_variance(returns, torch.ones(2, 3), mask) == 0  # nothing to explain
 
@@ -187,48 +207,60 @@ def test_losses_of_a_batch_are_means_over_its_actions():
     assert_close(loss.item(), -1.9 / 3)
     assert_close(largest.item(), 1.5)
     assert not skipped
-    # Returns 1 = advantage + old value; the values of test_value_loss_takes_the_worse_of_plain_and_clipped.
-    assert_close(ValueLoss()(row(0.5, -1.0, 0.1), row(0.0, 0, 0), row(1.0, 1, 1)).item(), (0.32 + 2.0 + 0.405) / 3)
+    # Returns 1 = advantage + old value; the values of
+    # test_value_loss_takes_the_worse_of_plain_and_clipped.
+    assert_close(
+        ValueLoss()(row(0.5, -1.0, 0.1), row(0.0, 0, 0), row(1.0, 1, 1)).item(),
+        (0.32 + 2.0 + 0.405) / 3,
+    )
 
 
 def test_a_batch_is_skipped_when_the_ratios_of_all_ranks_say_so():
     far, near = row(30.0).log(), row(1.0).log()
 
     def work(logps, reduce_sum):
-        loss, skipped, _ = PolicyLoss(skip_threshold=12, reduce_sum=reduce_sum)(logps, row(0.0), row(1.0))
+        loss, skipped, _ = PolicyLoss(skip_threshold=12, reduce_sum=reduce_sum)(
+            logps, row(0.0), row(1.0)
+        )
         return loss.item(), skipped
 
     assert on_ranks(work, [far, near]) == [(0.0, True)] * 2  # mean 15.5: the near one skips too
     assert on_ranks(work, [near, near]) == [(-1.0, False)] * 2
 
 
-# Normalisation
+# Normalization
 
 TERMS = torch.tensor([[1.0, 2.0, 3.0, NAN], [6.0, NAN, NAN, NAN], [NAN] * 4])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "total", "units"),
+    ("normalization", "total", "num_terms"),
     [
-        (Normalisation("token"), 12.0, 4),
-        (Normalisation("response"), 2.0 + 6.0, 2),  # the empty response is not counted
-        (Normalisation("constant", 8), 6 / 8 + 6 / 8, 2),
+        (Normalization("token"), 12.0, 4),
+        (Normalization("response"), 2.0 + 6.0, 2),  # the empty response is not counted
+        (Normalization("constant", 8), 6 / 8 + 6 / 8, 2),
     ],
 )
-def test_normalisations(normalisation, total, units):
-    assert normalisation.total(TERMS, MASK).item() == total and normalisation.units(MASK).item() == units
+def test_normalizations(normalization, total, num_terms):
+    assert (
+        normalization.total(TERMS, MASK).item() == total
+        and normalization.num_terms(MASK).item() == num_terms
+    )
     # How the window is split into micro-batches changes neither sum.
     parts = [slice(0, 1), slice(1, 3)]
-    assert sum(normalisation.total(TERMS[part], MASK[part]).item() for part in parts) == total
-    assert sum(normalisation.units(MASK[part]).item() for part in parts) == units
+    assert sum(normalization.total(TERMS[part], MASK[part]).item() for part in parts) == total
+    assert sum(normalization.num_terms(MASK[part]).item() for part in parts) == num_terms
     wider = torch.nn.functional.pad(TERMS, (0, 3), value=NAN), torch.nn.functional.pad(MASK, (0, 3))
-    assert normalisation.total(*wider).item() == total and normalisation.units(wider[1]).item() == units
+    assert (
+        normalization.total(*wider).item() == total
+        and normalization.num_terms(wider[1]).item() == num_terms
+    )
 
 
-def test_normalisations_that_cannot_be():
-    assert {"token", "response", "constant"} == set(NORMALISATIONS)
+def test_normalizations_that_cannot_be():
+    assert {"token", "response", "constant"} == set(NORMALIZATIONS)
     with pytest.raises(ValueError, match="'mean'; there are token, response, constant"):
-        Normalisation("mean")
+        Normalization("mean")
     with pytest.raises(ValueError, match="max_new_tokens"):
-        Normalisation("constant")
+        Normalization("constant")

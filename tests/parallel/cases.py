@@ -44,7 +44,9 @@ def _build(name: str, precision: str, options: dict):
 def _optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     from colossalai.nn.optimizer import HybridAdam
 
-    return (torch.optim.AdamW if name == "3d" else HybridAdam)(model.parameters(), lr=LR, weight_decay=0.0)
+    return (torch.optim.AdamW if name == "3d" else HybridAdam)(
+        model.parameters(), lr=LR, weight_decay=0.0
+    )
 
 
 def _loss(model, rows: dict) -> torch.Tensor:
@@ -53,10 +55,13 @@ def _loss(model, rows: dict) -> torch.Tensor:
     if not isinstance(model, GeminiDDP):
         return model(**rows).loss
     head = model.unwrap().get_output_embeddings()
-    # Gemini turns in-place operations on its tensors into others, ColossalAI's own tensor-parallel loss included.
+    # Gemini turns in-place operations on its tensors into others, ColossalAI's own tensor-parallel
+    # loss included.
     head.gather_output = True
     logits = model(rows["input_ids"], rows["attention_mask"]).logits.as_subclass(torch.Tensor)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows["labels"][:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), rows["labels"][:, 1:].flatten()
+    )
 
 
 def _forward_backward(booster, model, optimizer, rows: dict, micro_batches: int) -> torch.Tensor:
@@ -65,14 +70,18 @@ def _forward_backward(booster, model, optimizer, rows: dict, micro_batches: int)
         loss = _loss(model, rows) / micro_batches
         booster.backward(loss, optimizer)
         return loss.detach().float().reshape(1)
-    out = booster.execute_pipeline(iter([rows]), model, lambda outputs, _: outputs[0], optimizer, return_loss=True)
+    out = booster.execute_pipeline(
+        iter([rows]), model, lambda outputs, _: outputs[0], optimizer, return_loss=True
+    )
     last = booster.plugin.stage_manager.is_last_stage(ignore_chunk=True)
     loss = out["loss"].detach().float().reshape(1) if last else torch.zeros(1)
     dist.all_reduce(loss, group=booster.plugin.pp_group)
     return loss
 
 
-def train(name: str, precision: str, options: dict, micro_batches: int = 1) -> tuple[list[float], list[float]]:
+def train(
+    name: str, precision: str, options: dict, micro_batches: int = 1
+) -> tuple[list[float], list[float]]:
     """The losses of each step, averaged over all ranks, and this rank's gradient norms."""
     join_group()
     from colossalai.booster import Booster
@@ -81,9 +90,15 @@ def train(name: str, precision: str, options: dict, micro_batches: int = 1) -> t
     plugin = _build(name, precision, options)
     booster = Booster(plugin=plugin)
     model, optimizer, *_ = booster.boost(model, _optimizer(name, model))
-    # Not plugin.dp_size: with sequence parallelism that counts the ranks which share a sequence too.
-    replicas = None if name == "zero2" else plugin.zero_group if name == "gemini" else plugin.dp_group
-    rows = {k: v.chunk(dist.get_world_size(replicas))[dist.get_rank(replicas)] for k, v in batch().items()}
+    # Not plugin.dp_size: with sequence parallelism that counts the ranks which share a sequence
+    # too.
+    replicas = (
+        None if name == "zero2" else plugin.zero_group if name == "gemini" else plugin.dp_group
+    )
+    rows = {
+        k: v.chunk(dist.get_world_size(replicas))[dist.get_rank(replicas)]
+        for k, v in batch().items()
+    }
     losses, norms = [], []
     for _ in range(STEPS):
         total = torch.zeros(1)

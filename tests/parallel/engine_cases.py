@@ -1,5 +1,5 @@
-"""What the ranks of test_matrix.py do: tiny models trained by the library's engine, saved, resumed; and plain
-PyTorch."""
+"""What the ranks of test_matrix.py do: tiny models trained by the library's engine, saved, resumed;
+and plain PyTorch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not rememb
 
 @dataclass(frozen=True)
 class Case:
-    """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with adapters or not."""
+    """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
+    adapters or not."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -31,9 +32,15 @@ def tiny_qwen2(tie: bool, vocab_size: int):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=vocab_size, max_position_embeddings=512, tie_word_embeddings=tie,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -41,16 +48,25 @@ def tiny_opt(tie: bool, vocab_size: int):
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
-        hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=vocab_size,
-        max_position_embeddings=512, word_embed_proj_dim=64, dropout=0.0, tie_word_embeddings=tie,
-    )  # fmt: skip
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=vocab_size,
+        max_position_embeddings=512,
+        word_embed_proj_dim=64,
+        dropout=0.0,
+        tie_word_embeddings=tie,
+    )
     return OPTForCausalLM(config)
 
 
 def tiny_bloom(tie: bool, vocab_size: int):
     from transformers import BloomConfig, BloomForCausalLM
 
-    config = BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=vocab_size, tie_word_embeddings=tie)
+    config = BloomConfig(
+        hidden_size=64, n_layer=2, n_head=4, vocab_size=vocab_size, tie_word_embeddings=tie
+    )
     return BloomForCausalLM(config)
 
 
@@ -71,13 +87,14 @@ def build_model(case: Case, eager: bool = False):
 
 
 def with_adapters(model):
-    from coati.models.lora import LoraConfig, apply_lora
+    from coati.models.lora.lora import LoraConfig, apply_lora
 
     return apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0))
 
 
 def window(step: int, vocab_size: int) -> dict[str, torch.Tensor]:
-    """ROWS rows of unequal lengths and unequal numbers of supervised tokens, the same for every run."""
+    """ROWS rows of unequal lengths and unequal numbers of supervised tokens, the same for every
+    run."""
     generator, width = torch.Generator().manual_seed(step), LENGTHS[step % len(LENGTHS)]
     ids = torch.randint(3, vocab_size, (ROWS, width), generator=generator)
     lengths = torch.randint(5, width + 1, (ROWS,), generator=generator)
@@ -117,13 +134,13 @@ def rate(step: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10))
 
 
-class Hooks:
+class Objective:
     model_keys = ("input_ids", "attention_mask")
 
     def prepare(self, batch):
         return batch
 
-    def units(self, batch):
+    def num_terms(self, batch):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def loss(self, outputs, batch):
@@ -134,18 +151,24 @@ def _engine(case: Case, model):
     from coati.parallel.boost import boost
     from coati.parallel.plugins import ParallelOptions
 
-    values = {"grad_clip": CLIP, "accumulation_steps": case.accumulation, "lora": case.lora} | case.options
+    values = {
+        "grad_clip": CLIP,
+        "accumulation_steps": case.accumulation,
+        "lora": case.lora,
+    } | case.options
     return boost(model, ParallelOptions(**values), lr=LR, total_steps=10, warmup_steps=0)
 
 
 def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
-    """This rank's micro-batches of the window, as WindowLoader deals them, padded for a split sequence."""
+    """This rank's micro-batches of the window, as WindowLoader deals them, padded for a split
+    sequence."""
     multiple = engine.options.sequence_multiple
     extra = -batch["input_ids"].shape[1] % multiple
     batch = {k: F.pad(v, (0, extra), value=-100 if k == "labels" else 0) for k, v in batch.items()}
     rows = ROWS // (accumulation * engine.mesh.dp_size)
     parts = {
-        k: v.reshape(accumulation, engine.mesh.dp_size, rows, -1)[:, engine.mesh.dp_rank] for k, v in batch.items()
+        k: v.reshape(accumulation, engine.mesh.dp_size, rows, -1)[:, engine.mesh.dp_rank]
+        for k, v in batch.items()
     }
     return [{k: v[i] for k, v in parts.items()} for i in range(accumulation)]
 
@@ -153,7 +176,9 @@ def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
 def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float]]:
     results = []
     for index in range(first, last):
-        step = engine.train_step(_mine(engine, window(index, case.vocab_size), case.accumulation), Hooks())
+        step = engine.train_step(
+            _mine(engine, window(index, case.vocab_size), case.accumulation), Objective()
+        )
         results.append((step.loss, step.grad_norm))
     return results
 
@@ -167,7 +192,8 @@ def _join() -> None:
 
 
 def train_and_save(cases: list[Case], folder: str) -> list[dict[str, Any]]:
-    """Per case: results of all steps, with a checkpoint after SAVED_AT and the final model; evaluation in between."""
+    """Per case: results of all steps, with a checkpoint after SAVED_AT and the final model;
+    evaluation in between."""
     _join()
     from coati.parallel.checkpoint import RunningState, save_checkpoint
     from coati.parallel.weights import ModelAssets, save_model
@@ -180,19 +206,20 @@ def train_and_save(cases: list[Case], folder: str) -> list[dict[str, Any]]:
         steps = _train(engine, case, 0, SAVED_AT)
         place = Path(folder) / case.name
         save_checkpoint(place, engine, assets, RunningState(step=SAVED_AT))
-        before = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), Hooks()).loss
+        before = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), Objective()).loss
         steps += _train(engine, case, SAVED_AT, STEPS)
-        after = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), Hooks()).loss
+        after = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), Objective()).loss
         save_model(engine, place / "final", assets)
         reports.append({"steps": steps, "before": before, "after": after})
     return reports
 
 
 def resume(cases: list[Case], folder: str) -> list[dict[str, Any]]:
-    """Per case, in fresh processes: the steps after SAVED_AT from the checkpoint, and the final model again."""
+    """Per case, in fresh processes: the steps after SAVED_AT from the checkpoint, and the final
+    model again."""
     _join()
-    from coati.models.lora_files import load_lora
-    from coati.models.utils import load_causal_lm
+    from coati.models.loading import load_causal_lm
+    from coati.models.lora.adapter_files import load_lora
     from coati.parallel.checkpoint import read_checkpoint, restore
     from coati.parallel.weights import ModelAssets, save_model
 
@@ -207,7 +234,9 @@ def resume(cases: list[Case], folder: str) -> list[dict[str, Any]]:
         else:
             dtype = "fp32" if case.options.get("precision", "fp32") == "fp32" else "auto"
             attention = "eager" if eager else None
-            model = load_causal_lm(checkpoint / "modeling", dtype=dtype, attn_implementation=attention)
+            model = load_causal_lm(
+                checkpoint / "modeling", dtype=dtype, attn_implementation=attention
+            )
         engine = _engine(case, model)
         exact = restore(checkpoint, engine, read_checkpoint(checkpoint))
         steps = _train(engine, case, SAVED_AT, STEPS)

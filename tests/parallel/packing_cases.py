@@ -1,4 +1,5 @@
-"""What the ranks of test_packing.py do: the same rows trained on in packs and one by one, under one plugin."""
+"""What the ranks of test_packing.py do: the same rows trained on in packs and one by one, under one
+plugin."""
 
 from typing import Any
 
@@ -16,13 +17,13 @@ LENGTHS = (
 )
 
 
-class Hooks:
+class Objective:
     model_keys = ("input_ids", "attention_mask")
 
     def prepare(self, batch):
         return batch
 
-    def units(self, batch):
+    def num_terms(self, batch):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def loss(self, outputs, batch):
@@ -30,9 +31,13 @@ class Hooks:
 
 
 def rows_of(step: int) -> list[list[torch.Tensor]]:
-    """Token ids of the rows of each pack of ``step``; all but a row's first two tokens are supervised."""
+    """Token ids of the rows of each pack of ``step``; all but a row's first two tokens are
+    supervised."""
     generator = torch.Generator().manual_seed(step)
-    return [[torch.randint(3, 384, (n,), generator=generator) for n in pack] for pack in LENGTHS[step % len(LENGTHS)]]
+    return [
+        [torch.randint(3, 384, (n,), generator=generator) for n in pack]
+        for pack in LENGTHS[step % len(LENGTHS)]
+    ]
 
 
 def one_by_one(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -48,12 +53,17 @@ def one_by_one(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def packed(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The same rows as PackCollator gives them."""
-    from coati.dataset.collator import DataCollatorForSupervisedDataset
-    from coati.dataset.packing import PackCollator
+    from coati.dataset.load.collator import DataCollatorForSupervisedDataset
+    from coati.dataset.load.packing import PackCollator
     from tests.tiny import tiny_tokenizer
 
-    rows = [[{"input_ids": (ids := row.tolist()), "labels": [-100] * len(ids[:2]) + ids[2:]} for row in pack]
-            for pack in packs]  # fmt: skip
+    rows = [
+        [
+            {"input_ids": (ids := row.tolist()), "labels": [-100] * len(ids[:2]) + ids[2:]}
+            for row in pack
+        ]
+        for pack in packs
+    ]
     return PackCollator(DataCollatorForSupervisedDataset(tiny_tokenizer()))(rows)
 
 
@@ -68,8 +78,8 @@ def _windows(packs: list, accumulation: int, collate) -> list[dict[str, torch.Te
 
 
 def train_all_ways(family: str, options: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """In a worker: loss and gradient norm of each step on the rows one by one, on packs, and on packs with the
-    block-diagonal mask even where they could be laid end to end."""
+    """In a worker: loss and gradient norm of each step on the rows one by one, on packs, and on
+    packs with the block-diagonal mask even where they could be laid end to end."""
     from coati.parallel.launch import launch
 
     launch(seed=0, timeout_s=60)
@@ -80,7 +90,9 @@ def train_all_ways(family: str, options: dict[str, Any]) -> dict[str, list[tuple
     }
 
 
-def _train(family: str, options: dict[str, Any], collate, masked: bool = False, **more) -> list[tuple[float, float]]:
+def _train(
+    family: str, options: dict[str, Any], collate, masked: bool = False, **more
+) -> list[tuple[float, float]]:
     from coati.parallel.boost import boost
     from coati.parallel.plugins import ParallelOptions
 
@@ -92,7 +104,9 @@ def _train(family: str, options: dict[str, Any], collate, masked: bool = False, 
     results = []
     for step in range(STEPS):
         mine = _share(rows_of(step), engine)
-        done = engine.train_step(_windows(mine, min(values.accumulation_steps, len(mine)), collate), Hooks())
+        done = engine.train_step(
+            _windows(mine, min(values.accumulation_steps, len(mine)), collate), Objective()
+        )
         results.append((done.loss, done.grad_norm))
     return results
 

@@ -1,7 +1,8 @@
-"""What the ranks of test_preference_matrix.py do: every preference trainer on tiny models; and plain PyTorch.
+"""What the ranks of test_preference_matrix.py do: every preference trainer on tiny models; and
+plain PyTorch.
 
-The plain version shares no code with the library: separate forwards of chosen and rejected, full logits, the formulas
-written out.
+The plain version shares no code with the library: separate forwards of chosen and rejected, full
+logits, the formulas written out.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ BETA, LAM, CENTER, SFT = 0.5, 0.5, 0.1, 0.2
 
 @dataclass(frozen=True)
 class Case:
-    """``algorithm``: rm, dpo, simpo, ipo, orpo or kto; ``options`` of the plugin; ``reference``: frozen, lora or
-    stored."""
+    """``algorithm``: rm, dpo, simpo, ipo, orpo or kto; ``options`` of the plugin; ``reference``:
+    frozen, lora or stored."""
 
     name: str
     algorithm: str
@@ -57,7 +58,9 @@ def pairs() -> Rows:
             answer = some(2, 10)
             row[f"{side}_input_ids"] = prompt + answer
             row[f"{side}_loss_mask"] = [False] * len(prompt) + [True] * len(answer)
-        rows.append(row | {"seq_length": max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))})
+        rows.append(
+            row | {"seq_length": max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))}
+        )
     return rows
 
 
@@ -69,7 +72,12 @@ def judged() -> Rows:
         start = row[f"{side}_loss_mask"].index(True)
         ids = row[f"{side}_input_ids"]
         rows.append(
-            {"prompt": ids[:start], "completion": ids[start:], "label": side == "chosen", "seq_length": len(ids)}
+            {
+                "prompt": ids[:start],
+                "completion": ids[start:],
+                "label": side == "chosen",
+                "seq_length": len(ids),
+            }
         )
     return rows
 
@@ -86,7 +94,7 @@ def base_model(algorithm: str, seed: int = 0):
 
 
 def with_adapters(model):
-    from coati.models.lora import LoraConfig, apply_lora
+    from coati.models.lora.lora import LoraConfig, apply_lora
 
     return apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0))
 
@@ -106,7 +114,10 @@ def plain_window(case: Case, model, reference, rows: list[dict]) -> torch.Tensor
         return plain_kto(model, reference, rows)
     losses = []
     for row in rows:
-        sides = [(row[f"{s}_input_ids"], row[f"{s}_loss_mask"].index(True)) for s in ("chosen", "rejected")]
+        sides = [
+            (row[f"{s}_input_ids"], row[f"{s}_loss_mask"].index(True))
+            for s in ("chosen", "rejected")
+        ]
         if case.algorithm == "rm":
             good, bad = (model(torch.tensor([ids]))[0] for ids, _ in sides)
             losses.append(F.softplus(-(good - bad - row["margin"])) + CENTER * (good + bad) ** 2)
@@ -137,12 +148,17 @@ def plain_kto(model, reference, rows: list[dict]) -> torch.Tensor:
         return plain_logps(model, prompt + answer, len(prompt)).sum() - before
 
     with torch.no_grad():
-        mixed = [gained(a["prompt"], b["completion"]) for a, b in zip(rows, rows[1:] + rows[:1], strict=True)]
+        mixed = [
+            gained(a["prompt"], b["completion"])
+            for a, b in zip(rows, rows[1:] + rows[:1], strict=True)
+        ]
         z = max(float(torch.stack(mixed).mean()), 0.0)
     losses = []
     for row in rows:
-        towards = BETA * (gained(row["prompt"], row["completion"]) - z)
-        losses.append(1.2 * (1 - torch.sigmoid(towards)) if row["label"] else 1 - torch.sigmoid(-towards))
+        toward = BETA * (gained(row["prompt"], row["completion"]) - z)
+        losses.append(
+            1.2 * (1 - torch.sigmoid(toward)) if row["label"] else 1 - torch.sigmoid(-toward)
+        )
     return torch.stack(losses).mean()
 
 
@@ -176,21 +192,26 @@ class Pad:
 
 
 def reference_of(case: Case, engine):
+    from coati.parallel.inference_model import InferenceModel, boost_for_inference
     from coati.parallel.plugins import ParallelOptions
-    from coati.parallel.reference import Reference, freeze
 
     if case.reference == "lora":
-        return Reference(engine, adapters_off=True)
+        return InferenceModel(engine, adapters_off=True)
     options = dict(case.options) | ({"tp": case.ref_tp} if case.ref_tp else {})
     options.pop("lora", None)
-    return Reference(freeze(base_model(case.algorithm), ParallelOptions(**options)))
+    return InferenceModel(
+        boost_for_inference(base_model(case.algorithm), ParallelOptions(**options))
+    )
 
 
 def make_trainer(case: Case):
     """The case's trainer, its training loader and its evaluation loader."""
-    from coati.dataset.collator import DataCollatorForKTODataset, DataCollatorForPreferenceDataset
-    from coati.dataset.kto_loader import KTOEvaluationLoader, KTOWindowLoader
-    from coati.dataset.loader import EvaluationLoader, WindowLoader
+    from coati.dataset.load.collator import (
+        DataCollatorForKTODataset,
+        DataCollatorForPreferenceDataset,
+    )
+    from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader
+    from coati.dataset.load.loader import EvaluationLoader, WindowLoader
     from coati.parallel.boost import boost
     from coati.parallel.plugins import ParallelOptions
     from coati.trainer import DPOTrainer, KTOTrainer, ORPOTrainer, RewardModelTrainer
@@ -208,22 +229,33 @@ def make_trainer(case: Case):
     )
     batch = ROWS // (case.accumulation * engine.mesh.dp_size)
     train = kinds[0](
-        rows, collate, batch_size=batch, accumulation_steps=case.accumulation, shuffle=False, group_by_length=False,
+        rows,
+        collate,
+        batch_size=batch,
+        accumulation_steps=case.accumulation,
+        shuffle=False,
+        group_by_length=False,
         **mesh,
-    )  # fmt: skip
+    )
     evaluation = kinds[1](Rows(list(rows)[:7]), collate, batch_size=4, **mesh)
     if case.algorithm == "rm":
         trainer = RewardModelTrainer(engine=engine, center_coef=CENTER)
     elif case.algorithm == "orpo":
         trainer = ORPOTrainer(engine=engine, lam=LAM)
     elif kto:
-        trainer = KTOTrainer(engine=engine, reference=reference_of(case, engine), beta=BETA, desirable_weight=1.2)
+        trainer = KTOTrainer(
+            engine=engine, reference=reference_of(case, engine), beta=BETA, desirable_weight=1.2
+        )
     elif case.algorithm == "simpo":
         trainer = DPOTrainer(engine=engine, loss_type="simpo_loss", beta=BETA, gamma=0.3)
     else:
         kind, sft = ("ipo_loss", 0.0) if case.algorithm == "ipo" else ("dpo_loss", SFT)
         trainer = DPOTrainer(
-            engine=engine, reference=reference_of(case, engine), loss_type=kind, beta=BETA, sft_coef=sft
+            engine=engine,
+            reference=reference_of(case, engine),
+            loss_type=kind,
+            beta=BETA,
+            sft_coef=sft,
         )
     return trainer, train, evaluation
 
@@ -241,9 +273,11 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
         reports.append(
             {
                 "steps": [(step.loss, step.grad_norm) for step in steps],
-                "units": [step.units for step in steps],
-                "after": (after.loss, after.units),
-                "samples": {name: int(sum(map(len, values))) for name, values in after.metrics.items()},
+                "units": [step.num_terms for step in steps],
+                "after": (after.loss, after.num_terms),
+                "samples": {
+                    name: int(sum(map(len, values))) for name, values in after.metrics.items()
+                },
             }
-        )  # fmt: skip
+        )
     return reports

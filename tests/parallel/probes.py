@@ -1,4 +1,5 @@
-"""What is asked of a ColossalAI that nothing has been done to, each time in a process of its own."""
+"""What is asked of a ColossalAI that nothing has been done to, each time in a process of its
+own."""
 
 import torch
 import torch.distributed as dist
@@ -6,9 +7,9 @@ import torch.distributed as dist
 
 def still_needed() -> dict[str, bool]:
     """For each patch and mend, whether the upstream code still misbehaves without it."""
-    from coati.parallel.cpu import CPU_PATCHES
-    from coati.parallel.mends import MENDS
-    from coati.parallel.quiet import import_colossalai
+    from coati.parallel.compat.cpu import CPU_PATCHES
+    from coati.parallel.compat.fixes import MENDS
+    from coati.parallel.compat.import_colossalai import import_colossalai
 
     import_colossalai()
     return {patch.name: patch.still_needed() for patch in (*CPU_PATCHES, *MENDS)}
@@ -16,14 +17,17 @@ def still_needed() -> dict[str, bool]:
 
 def applied_twice() -> tuple[list[str], list[str]]:
     """The names of the patches that a first and a second call applied."""
-    from coati.parallel import cpu, mends
+    from coati.parallel.compat import cpu
+    from coati.parallel.compat import fixes as mends
 
     return mends.apply() + cpu.apply(), mends.apply() + cpu.apply()
 
 
 def clipped_bf16_moment() -> float:
-    """The first moment after one HybridAdam step on a bf16 gradient of 1, divided by 2, with beta1 0.5."""
-    from coati.parallel import cpu, mends
+    """The first moment after one HybridAdam step on a bf16 gradient of 1, divided by 2, with beta1
+    0.5."""
+    from coati.parallel.compat import cpu
+    from coati.parallel.compat import fixes as mends
 
     mends.apply()
     cpu.apply()
@@ -38,11 +42,14 @@ def clipped_bf16_moment() -> float:
 
 def emulated_collectives() -> bool:
     """On two ranks: reduce-scatter, all-to-all and average made from what every gloo has."""
-    from coati.parallel.cpu import collectives
+    from coati.parallel.compat.cpu import collectives
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    mine = [torch.tensor([[rank + 1.0]]), torch.tensor([[10.0 * (rank + 1)]])]  # rank 0: 1, 10; rank 1: 2, 20
+    mine = [
+        torch.tensor([[rank + 1.0]]),
+        torch.tensor([[10.0 * (rank + 1)]]),
+    ]  # rank 0: 1, 10; rank 1: 2, 20
     scattered = torch.zeros(1, 1)
     collectives.reduce_scatter(scattered, mine)
     received = [torch.zeros(1, 1), torch.zeros(1, 1)]

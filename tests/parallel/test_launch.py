@@ -28,7 +28,12 @@ CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 def test_ranks_meet_and_draw_the_same_numbers():
     first, second = run(2, "tests.parallel.test_launch:group", env=CPU)
-    assert first[:4] == (0, 2, "cpu", [2.0, 2.0, 2.0]) and second[:4] == (1, 2, "cpu", [2.0, 2.0, 2.0])
+    assert first[:4] == (0, 2, "cpu", [2.0, 2.0, 2.0]) and second[:4] == (
+        1,
+        2,
+        "cpu",
+        [2.0, 2.0, 2.0],
+    )
     assert first[4] == second[4]
 
 
@@ -42,7 +47,12 @@ def alone() -> tuple:
 
 
 def test_a_process_without_a_launcher_is_a_group_of_one():
-    assert run(1, "tests.parallel.test_launch:alone", env=CPU)[0][:4] == (0, 1, "cpu", [1.0, 1.0, 1.0])
+    assert run(1, "tests.parallel.test_launch:alone", env=CPU)[0][:4] == (
+        0,
+        1,
+        "cpu",
+        [1.0, 1.0, 1.0],
+    )
 
 
 def test_missing_variables_are_named(monkeypatch):
@@ -51,7 +61,10 @@ def test_missing_variables_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(LaunchFailed, match="RANK is set but MASTER_ADDR, MASTER_PORT not: start with colossalai run"):
+    with pytest.raises(
+        LaunchFailed,
+        match="RANK is set but MASTER_ADDR, MASTER_PORT not: start with colossalai run",
+    ):
         launch()
 
 
@@ -59,7 +72,9 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(LaunchFailed, match="LOCAL_RANK 1 needs 2 GPUs, this host shows 1; lower --nproc_per_node"):
+    with pytest.raises(
+        LaunchFailed, match="LOCAL_RANK 1 needs 2 GPUs, this host shows 1; lower --nproc_per_node"
+    ):
         launch()
 
 
@@ -71,7 +86,9 @@ def test_a_seed_decides_every_generator():
     assert draw() == draw()
 
 
-@pytest.mark.parametrize("processes, threads, said", [("2", 2, True), ("2", 1, False), ("1", 2, False)])
+@pytest.mark.parametrize(
+    "processes, threads, said", [("2", 2, True), ("2", 1, False), ("1", 2, False)]
+)
 def test_too_many_threads_are_said(monkeypatch, capsys, processes, threads, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module.os, "cpu_count", lambda: 2)

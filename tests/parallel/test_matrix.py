@@ -1,5 +1,6 @@
-"""Every plugin, precision and variant on real processes: trains as plain PyTorch does, saves what transformers loads,
-resumes to the bit. One launch trains all cases of a plugin's layout, a second, fresh one resumes them."""
+"""Every plugin, precision and variant on real processes: trains as plain PyTorch does, saves what
+transformers loads, resumes to the bit. One launch trains all cases of a plugin's layout, a second,
+fresh one resumes them."""
 
 import pytest
 import torch
@@ -8,11 +9,22 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.distributed.spawn import run
-from tests.parallel.engine_cases import SAVED_AT, Case, build_model, plain_run, window, with_adapters
+from tests.parallel.engine_cases import (
+    SAVED_AT,
+    Case,
+    build_model,
+    plain_run,
+    window,
+    with_adapters,
+)
 
 pytestmark = pytest.mark.matrix
 
-SHARDED = {"min_chunk_size_m": 0.02, "search_range_m": 0.05, "hidden_dim": 64}  # else a tiny model is never sharded
+SHARDED = {
+    "min_chunk_size_m": 0.02,
+    "search_range_m": 0.05,
+    "hidden_dim": 64,
+}  # else a tiny model is never sharded
 
 
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
@@ -21,7 +33,11 @@ def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     return [
         Case(
             name,
-            options={"plugin": plugin, **shared, **{k: v for k, v in values.items() if k not in fields}},
+            options={
+                "plugin": plugin,
+                **shared,
+                **{k: v for k, v in values.items() if k not in fields},
+            },
             **{k: v for k, v in values.items() if k in fields},
         )
         for name, values in variants.items()
@@ -39,43 +55,68 @@ SEQUENCE = {"enable_sequence_parallelism": True}
 GROUPS: dict[str, tuple[int, list[Case]]] = {
     "ddp": (2, cases("ddp", {}, PLAIN | HALF | LORA)),
     "zero2": (2, cases("zero2", {}, PLAIN | HALF | LORA)),
-    "zero2_cpu": (2, cases("zero2_cpu", {}, {"plain": {}, "bf16": BF16, **TIED, "lora": {"lora": True}})),
+    "zero2_cpu": (
+        2,
+        cases("zero2_cpu", {}, {"plain": {}, "bf16": BF16, **TIED, "lora": {"lora": True}}),
+    ),
     "gemini": (
         2,
         cases(
             "gemini",
             BF16,
-            PLAIN | {"fp16": FP16, "sharded": {"plugin_args": SHARDED}}
+            PLAIN
+            | {"fp16": FP16, "sharded": {"plugin_args": SHARDED}}
             | {"sharded_accumulation": {"plugin_args": SHARDED, "accumulation": 2, "tied": True}},
         ),
     ),
     "gemini_auto": (2, cases("gemini_auto", BF16, {"plain": {}, "fp16": FP16, **CHECKPOINTING})),
     "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, {"plain": {}})),
     "3d_dp": (2, cases("3d", {}, PLAIN | HALF | LORA)),
-    "3d_zero1": (2, cases("3d", {"zero_stage": 1, **BF16}, {"plain": {}, "fp16": FP16, **ACCUMULATION})),
+    "3d_zero1": (
+        2,
+        cases("3d", {"zero_stage": 1, **BF16}, {"plain": {}, "fp16": FP16, **ACCUMULATION}),
+    ),
     "3d_zero2": (2, cases("3d", {"zero_stage": 2, **BF16}, {"plain": {}, **ACCUMULATION})),
     "3d_tp": (2, cases("3d", {"tp": 2}, PLAIN | HALF | {"odd_vocabulary": {"vocab_size": 250}})),
     "3d_pp": (2, cases("3d", {"pp": 2, "microbatch_size": 2}, PLAIN | HALF)),
     "3d_split_gather": (2, cases("3d", {"tp": 2, **SEQUENCE}, {"plain": {}, "bf16": BF16})),
     "3d_ring": (2, cases("3d", {"tp": 2, "sp_mode": "ring", **SEQUENCE}, {"plain": {}})),
-    "3d_all_to_all": (2, cases("3d", {"sp": 2, "sp_mode": "all_to_all", **SEQUENCE}, {"plain": {}, **TIED})),
-    "3d_tp_pp": (4, cases("3d", {"tp": 2, "pp": 2, "microbatch_size": 2}, {"plain": {}, "tied": {"tied": True}})),
+    "3d_all_to_all": (
+        2,
+        cases("3d", {"sp": 2, "sp_mode": "all_to_all", **SEQUENCE}, {"plain": {}, **TIED}),
+    ),
+    "3d_tp_pp": (
+        4,
+        cases(
+            "3d", {"tp": 2, "pp": 2, "microbatch_size": 2}, {"plain": {}, "tied": {"tied": True}}
+        ),
+    ),
     "3d_tp_dp": (4, cases("3d", {"tp": 2}, {"plain": {}, "zero1": {"zero_stage": 1, **BF16}})),
     "3d_tp_families": (
         2,
-        cases("3d", {"tp": 2}, {f: {"family": f, "tied": f != "bloom"} for f in ("qwen2", "opt", "bloom")}),
+        cases(
+            "3d",
+            {"tp": 2},
+            {f: {"family": f, "tied": f != "bloom"} for f in ("qwen2", "opt", "bloom")},
+        ),
     ),
     "3d_pp_families": (
         2,
-        cases("3d", {"pp": 2, "microbatch_size": 2}, {f: {"family": f} for f in ("qwen2", "opt", "bloom")}),
+        cases(
+            "3d",
+            {"pp": 2, "microbatch_size": 2},
+            {f: {"family": f} for f in ("qwen2", "opt", "bloom")},
+        ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_trains_saves_and_resumes(group, tmp_path):
     nproc, members = GROUPS[group]
-    first = run(nproc, "tests.parallel.engine_cases:train_and_save", members, str(tmp_path), timeout=400)
+    first = run(
+        nproc, "tests.parallel.engine_cases:train_and_save", members, str(tmp_path), timeout=400
+    )
     second = run(nproc, "tests.parallel.engine_cases:resume", members, str(tmp_path), timeout=400)
     for index, case in enumerate(members):
         for rank in range(nproc):
@@ -88,8 +129,20 @@ def test_trains_saves_and_resumes(group, tmp_path):
 def check_against_plain(case: Case, steps: list[tuple[float, float]]) -> None:
     fp32 = case.options.get("precision", "fp32") == "fp32"
     losses, norms = plain_run(case)
-    assert_close([loss for loss, _ in steps], losses, rtol=1e-5 if fp32 else 2e-2, atol=0.0, msg=f"{case.name}: losses")
-    assert_close([norm for _, norm in steps], norms, rtol=1e-4 if fp32 else 3e-2, atol=0.0, msg=f"{case.name}: norms")
+    assert_close(
+        [loss for loss, _ in steps],
+        losses,
+        rtol=1e-5 if fp32 else 2e-2,
+        atol=0.0,
+        msg=f"{case.name}: losses",
+    )
+    assert_close(
+        [norm for _, norm in steps],
+        norms,
+        rtol=1e-4 if fp32 else 3e-2,
+        atol=0.0,
+        msg=f"{case.name}: norms",
+    )
 
 
 def check_resume(case: Case, first: dict, second: dict, place) -> None:
@@ -99,12 +152,15 @@ def check_resume(case: Case, first: dict, second: dict, place) -> None:
         ours, theirs = load_file(file), load_file(place / "resumed" / file.name)
         assert ours.keys() == theirs.keys()
         for name in ours:
-            assert torch.equal(ours[name], theirs[name]), f"{case.name}: {name} differs after the resume"
+            assert torch.equal(ours[name], theirs[name]), (
+                f"{case.name}: {name} differs after the resume"
+            )
 
 
 @torch.no_grad()
 def check_reload(case: Case, first: dict, place) -> None:
-    """The saved directory, in plain transformers (or peft), has the loss that the engine had when it saved."""
+    """The saved directory, in plain transformers (or peft), has the loss that the engine had when
+    it saved."""
     from transformers import AutoModelForCausalLM
 
     if case.lora:
@@ -112,21 +168,30 @@ def check_reload(case: Case, first: dict, place) -> None:
 
         model = PeftModel.from_pretrained(build_model(case), place / "final")
     else:
-        model, report = AutoModelForCausalLM.from_pretrained(place / "final", output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place / "final", output_loading_info=True
+        )
         assert not report["missing_keys"] and not report["unexpected_keys"], case.name
         assert model.config.tie_word_embeddings == case.tied
         assert model.get_output_embeddings().weight.shape[0] == case.vocab_size
     model.eval()
     batch = window(7, case.vocab_size)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits.float()
     loss = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))
     fp32 = case.options.get("precision", "fp32") == "fp32"
-    assert abs(loss - first["after"]) <= (2e-6 if fp32 else 5e-3) * abs(loss), (case.name, loss, first["after"])
+    assert abs(loss - first["after"]) <= (2e-6 if fp32 else 5e-3) * abs(loss), (
+        case.name,
+        loss,
+        first["after"],
+    )
     assert first["before"] != first["after"]
 
 
 def test_adapters_start_as_the_base_model():
-    """The LoRA rows of the matrix compare with an adapted plain model; at the start that one is the base itself."""
+    """The LoRA rows of the matrix compare with an adapted plain model; at the start that one is the
+    base itself."""
     case = Case("lora", lora=True)
     batch = window(0, case.vocab_size)
     base, adapted = build_model(case).eval(), with_adapters(build_model(case)).eval()

@@ -1,4 +1,5 @@
-"""Training on packs is training on their rows: losses and gradient norms of every plugin, and what is refused."""
+"""Training on packs is training on their rows: losses and gradient norms of every plugin, and what
+is refused."""
 
 from types import SimpleNamespace
 
@@ -33,10 +34,18 @@ def marked(name: str):
 def test_steps_on_packs_are_those_on_rows(name):
     """Three steps, so that every update counts; in bf16 the two differ by its rounding."""
     nproc, options = PLUGINS[name]
-    ways = run(nproc, "tests.parallel.packing_cases:train_all_ways", "llama", options, timeout=200)[0]
+    ways = run(nproc, "tests.parallel.packing_cases:train_all_ways", "llama", options, timeout=200)[
+        0
+    ]
     exact = options.get("precision", "fp32") == "fp32"
     for way in ("packed", "packed, masked"):
-        assert_close(ways[way], ways["one_by_one"], rtol=1e-5 if exact else 2e-2, atol=0.0, msg=f"{name}: {way}")
+        assert_close(
+            ways[way],
+            ways["one_by_one"],
+            rtol=1e-5 if exact else 2e-2,
+            atol=0.0,
+            msg=f"{name}: {way}",
+        )
 
 
 @pytest.mark.matrix
@@ -47,7 +56,11 @@ def test_families_that_can_be_split(family, layout):
     try:
         check_family(SimpleNamespace(model_type=family), ParallelOptions(packing=True, **options))
     except ValueError as error:
-        assert layout == "pp" and family in ("mixtral", "opt", "falcon") and "see each other" in str(error)
+        assert (
+            layout == "pp"
+            and family in ("mixtral", "opt", "falcon")
+            and "see each other" in str(error)
+        )
         return
     ways = run(2, "tests.parallel.packing_cases:train_all_ways", family, options, timeout=200)[0]
     assert_close(ways["packed"], ways["one_by_one"], rtol=1e-5, atol=0.0)
@@ -56,7 +69,12 @@ def test_families_that_can_be_split(family, layout):
 @pytest.mark.parametrize(
     "plugin, options, refused, instead",
     [
-        ("3d", {"enable_sequence_parallelism": True, "tp": 2}, "--packing cannot be combined with", "use --tp or --pp"),
+        (
+            "3d",
+            {"enable_sequence_parallelism": True, "tp": 2},
+            "--packing cannot be combined with",
+            "use --tp or --pp",
+        ),
         (
             "3d",
             {"enable_sequence_parallelism": True, "sp": 2, "sp_mode": "all_to_all"},
@@ -64,7 +82,12 @@ def test_families_that_can_be_split(family, layout):
             "drop --packing",
         ),
         ("3d", {"use_flash_attn": True}, "--packing with --use_flash_attn", "--plugin zero2"),
-        ("gemini", {"use_flash_attn": True}, "--packing with --use_flash_attn", "drop --use_flash_attn"),
+        (
+            "gemini",
+            {"use_flash_attn": True},
+            "--packing with --use_flash_attn",
+            "drop --use_flash_attn",
+        ),
     ],
 )
 def test_what_cannot_pack_is_refused_with_what_can(plugin, options, refused, instead):
@@ -77,7 +100,9 @@ def test_what_cannot_pack_is_refused_with_what_can(plugin, options, refused, ins
 @pytest.mark.parametrize("family", ["opt", "falcon"])
 def test_gemini_with_tp_has_no_positions_for_these(family):
     options = {"plugin": "gemini", "tp": 2, "precision": "bf16"}
-    with pytest.raises(ValueError, match="--packing with --plugin gemini --tp is not possible with " + family):
+    with pytest.raises(
+        ValueError, match="--packing with --plugin gemini --tp is not possible with " + family
+    ):
         check_family(SimpleNamespace(model_type=family), ParallelOptions(packing=True, **options))
     check_family(SimpleNamespace(model_type=family), ParallelOptions(**options))
 

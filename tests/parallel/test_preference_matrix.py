@@ -1,7 +1,8 @@
-"""Every preference trainer on every plugin: the losses, gradient norms and evaluations of plain PyTorch in one process.
+"""Every preference trainer on every plugin: the losses, gradient norms and evaluations of plain
+PyTorch in one process.
 
-So they are the same for tp 1 and 2, pp 1 and 2, dp 1 and 2, any split into micro-batches, either padding side, and for
-a reference that is a frozen copy or the adapters switched off.
+So they are the same for tp 1 and 2, pp 1 and 2, dp 1 and 2, any split into micro-batches, either
+padding side, and for a reference that is a frozen copy or the adapters switched off.
 """
 
 from functools import cache
@@ -18,18 +19,26 @@ ALL = ("rm", "dpo", "orpo", "kto")
 
 
 def cases(plugin: str, shared: dict, algorithms=(), **variants: dict) -> list[Case]:
-    """One case for each algorithm; ``variants``: name -> fields of Case, and options of the plugin."""
+    """One case for each algorithm; ``variants``: name -> fields of Case, and options of the
+    plugin."""
     fields = {"algorithm", "accumulation", "reference", "side", "ref_tp"}
     made = [Case(name, name, {"plugin": plugin, **shared}) for name in algorithms]
     for name, values in variants.items():
-        options = {"plugin": plugin, **shared, **{k: v for k, v in values.items() if k not in fields}}
+        options = {
+            "plugin": plugin,
+            **shared,
+            **{k: v for k, v in values.items() if k not in fields},
+        }
         made.append(Case(name, options=options, **{k: v for k, v in values.items() if k in fields}))
     return made
 
 
 BF16, SEQUENCE = {"precision": "bf16"}, {"enable_sequence_parallelism": True}
 SPLIT = {"dpo_accumulated": {"algorithm": "dpo", "accumulation": 2}}
-LEFT = {"dpo_left": {"algorithm": "dpo", "side": "left"}, "rm_left": {"algorithm": "rm", "side": "left"}}
+LEFT = {
+    "dpo_left": {"algorithm": "dpo", "side": "left"},
+    "rm_left": {"algorithm": "rm", "side": "left"},
+}
 LORA = {
     "dpo_lora": {"algorithm": "dpo", "lora": True, "reference": "lora"},
     "rm_lora": {"algorithm": "rm", "lora": True},
@@ -40,7 +49,14 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
     "one_process": (1, cases("zero2", {}, (*ALL, "ipo", "simpo"), **LEFT)),
     "zero2": (
         2,
-        cases("zero2", {}, ALL, kto_accumulated={"algorithm": "kto", "accumulation": 4}, **SPLIT, **LORA),
+        cases(
+            "zero2",
+            {},
+            ALL,
+            kto_accumulated={"algorithm": "kto", "accumulation": 4},
+            **SPLIT,
+            **LORA,
+        ),
     ),
     "zero2_bf16": (2, cases("zero2", BF16, ALL)),
     "zero2_cpu": (2, cases("zero2_cpu", {}, ("rm", "dpo"))),
@@ -49,15 +65,26 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
     "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, ("dpo",))),
     "3d_dp": (2, cases("3d", {}, ("rm", "dpo"), **LORA)),
     "3d_zero1": (2, cases("3d", {"zero_stage": 1, **BF16}, ("rm", "dpo"))),
-    "3d_tp": (2, cases("3d", {"tp": 2}, ALL, dpo_whole_reference={"algorithm": "dpo", "ref_tp": 1}, **SPLIT)),
+    "3d_tp": (
+        2,
+        cases("3d", {"tp": 2}, ALL, dpo_whole_reference={"algorithm": "dpo", "ref_tp": 1}, **SPLIT),
+    ),
     "3d_pp": (
         2,
-        cases("3d", {"pp": 2, "microbatch_size": 4}, ("dpo", "orpo"), pair={"algorithm": "dpo", "microbatch_size": 2}),
+        cases(
+            "3d",
+            {"pp": 2, "microbatch_size": 4},
+            ("dpo", "orpo"),
+            pair={"algorithm": "dpo", "microbatch_size": 2},
+        ),
     ),
     "3d_split_gather": (2, cases("3d", {"tp": 2, **SEQUENCE}, ("rm", "dpo"))),
-    "3d_all_to_all": (2, cases("3d", {"sp": 2, "sp_mode": "all_to_all", **SEQUENCE}, ("rm", "dpo"))),
+    "3d_all_to_all": (
+        2,
+        cases("3d", {"sp": 2, "sp_mode": "all_to_all", **SEQUENCE}, ("rm", "dpo")),
+    ),
     "3d_tp_pp": (4, cases("3d", {"tp": 2, "pp": 2, "microbatch_size": 2}, ("dpo",))),
-}  # fmt: skip
+}
 
 
 @cache
@@ -77,9 +104,19 @@ def test_trains_as_plain_pytorch_does(group):
         exact = case.options.get("precision", "fp32") == "fp32"
         assert found["units"] == [ROWS] * STEPS
         tolerance = {"rtol": 2e-5 if exact else 2e-2, "atol": 0.0}
-        assert_close([loss for loss, _ in found["steps"]], losses, **tolerance, msg=f"{case.name}: {found}, {losses}")
+        assert_close(
+            [loss for loss, _ in found["steps"]],
+            losses,
+            **tolerance,
+            msg=f"{case.name}: {found}, {losses}",
+        )
         tolerance = {"rtol": 1e-4 if exact else 3e-2, "atol": 0.0}
-        assert_close([norm for _, norm in found["steps"]], norms, **tolerance, msg=f"{case.name}: {found}, {norms}")
+        assert_close(
+            [norm for _, norm in found["steps"]],
+            norms,
+            **tolerance,
+            msg=f"{case.name}: {found}, {norms}",
+        )
         # Seven rows in batches of two over any number of ranks: each counted once.
         assert found["after"][1] == 7
         counts = [n for name, n in found["samples"].items() if name in ("acc", "accuracy")]

@@ -20,7 +20,8 @@ def rates(total: int, warmup: int | None, steps: int | None = None) -> list[floa
 
 
 def test_warm_up_and_cosine_by_hand():
-    """0.1 + 0.45 (1 + cos(pi k / 4)) for k = 0..3 after two steps of warm-up; the fifth would be 0.1."""
+    """0.1 + 0.45 (1 + cos(pi k / 4)) for k = 0..3 after two steps of warm-up; the fifth would be
+    0.1."""
     half = math.sqrt(0.5)
     cosine = [1.0, 0.55 + 0.45 * half, 0.55, 0.55 - 0.45 * half]
     assert rates(6, 2) == pytest.approx([0.5, 1.0, *cosine])
@@ -37,7 +38,10 @@ def test_a_fortieth_of_the_steps_is_warm_up_by_default():
 
 def test_a_warm_up_as_long_as_the_run_is_cut_and_said(capsys):
     assert rates(4, 100) == pytest.approx([0.5, 1.0, 1.0, 0.55])
-    assert "--warmup_steps 100 is not below the 4 steps of this run: cut to 2" in capsys.readouterr().err
+    assert (
+        "--warmup_steps 100 is not below the 4 steps of this run: cut to 2"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_single_step_has_the_full_rate():

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from coati.rewards.answers import boxed, final_answer, normalise, same_answer, whole_number
+from coati.rewards.answers import boxed, final_answer, normalize, same_answer, whole_number
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,23 @@ def test_where_a_response_ends(text, answer):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("7", 7), (" -7 ", -7), ("1,234", 1234), ("$1,234,567", 1234567), ("3.0", 3), ("6/3", 2), (r"\boxed{8}", 8),
-     ("12 dollars", 12), ("50%", 50), ("3.5", None), ("seven", None), ("", None), (None, None), ("1/0", None)],
-)  # fmt: skip
+    [
+        ("7", 7),
+        (" -7 ", -7),
+        ("1,234", 1234),
+        ("$1,234,567", 1234567),
+        ("3.0", 3),
+        ("6/3", 2),
+        (r"\boxed{8}", 8),
+        ("12 dollars", 12),
+        ("50%", 50),
+        ("3.5", None),
+        ("seven", None),
+        ("", None),
+        (None, None),
+        ("1/0", None),
+    ],
+)
 def test_whole_numbers(text, number):
     assert whole_number(text) == number
 
@@ -103,22 +117,26 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("one", "other"), EQUAL)
 def test_equal_answers(one, other):
-    assert same_answer(one, other) and same_answer(other, one), (normalise(one), normalise(other))
+    assert same_answer(one, other) and same_answer(other, one), (normalize(one), normalize(other))
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_different_answers(one, other):
-    assert not same_answer(one, other) and not same_answer(other, one), (normalise(one), normalise(other))
+    assert not same_answer(one, other) and not same_answer(other, one), (
+        normalize(one),
+        normalize(other),
+    )
 
 
-def test_every_answer_equals_itself_and_normalising_twice_is_once():
+def test_every_answer_equals_itself_and_normalizing_twice_is_once():
     for answer in {answer for pair in EQUAL for answer in pair}:
         assert same_answer(answer, answer)
-        assert normalise(normalise(answer)) == normalise(answer)
+        assert normalize(normalize(answer)) == normalize(answer)
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 5000, "(" * 2000, r"\boxed{" * 500, "1," * 3000, r"\frac{" * 800, "answer is " * 500]
+    "text",
+    ["9" * 5000, "(" * 2000, r"\boxed{" * 500, "1," * 3000, r"\frac{" * 800, "answer is " * 500],
 )
 def test_degenerate_texts_take_no_time(text):
     start = time.process_time()

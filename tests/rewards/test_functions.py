@@ -27,7 +27,10 @@ GOOD = "<think>2 and 2</think>\n<answer> 4 </answer>"
         (GOOD + GOOD, False),
         ("<answer>4</answer><think>2 and 2</think>", False),
         ("<think>2<answer>4</answer></think>", False),
-        ("<answer><think>2</think>4</answer>", False),  # ends as it should, but the thoughts are in the answer
+        (
+            "<answer><think>2</think>4</answer>",
+            False,
+        ),  # ends as it should, but the thoughts are in the answer
         ("</think>2<think><answer>4</answer>", False),
         ("<think>2 and 2 <answer>4</answer>", False),
         ("<think></think><answer></answer>", True),
@@ -47,9 +50,14 @@ def test_a_tag_that_the_prompt_holds_has_no_place():
 
 
 @pytest.mark.parametrize(
-    "change", [{"think_end": None}, {"think_end": {"text": ""}}, {"think_end": {"text": "a", "num_occur": "1"}},
-               {"think_end": {"text": "a", "num_occur": -1}}]
-)  # fmt: skip
+    "change",
+    [
+        {"think_end": None},
+        {"think_end": {"text": ""}},
+        {"think_end": {"text": "a", "num_occur": "1"}},
+        {"think_end": {"text": "a", "num_occur": -1}},
+    ],
+)
 def test_tags_of_another_form_are_named(change):
     with pytest.raises(ValueError, match="response_format_tags: think_end is .*expected"):
         validate_response_structure(GOOD, TAGS | change)
@@ -58,7 +66,10 @@ def test_tags_of_another_form_are_named(change):
 def test_the_last_answer_counts():
     assert extract_solution("<answer>1</answer> no: <answer>\n2\n</answer>") == "2"
     assert extract_solution("<answer>1") is None
-    other = TAGS | {"answer_start": {"text": "[", "num_occur": 1}, "answer_end": {"text": "]", "num_occur": 1}}
+    other = TAGS | {
+        "answer_start": {"text": "[", "num_occur": 1},
+        "answer_end": {"text": "]", "num_occur": 1},
+    }
     assert extract_solution("<answer>1</answer>[3]", other) == "3"
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from coati.rewards.names import ALIASES, REWARDS, check_rewards
+from coati.rewards.registry import ALIASES, REWARDS, check_rewards
 from coati.rewards.responses import Responses
 from coati.rewards.scorer import Rewards
 from coati.rewards.time_limit import Overrun, time_limit
@@ -13,7 +13,9 @@ from tests.rewards.test_functions import GOOD, TAGS
 
 def batch(responses=("4", "5", "six"), **columns):
     count = len(responses)
-    return Responses(["2 + 2 ="] * count, list(responses), columns.pop("gt_answers", ["4"] * count), **columns)
+    return Responses(
+        ["2 + 2 ="] * count, list(responses), columns.pop("gt_answers", ["4"] * count), **columns
+    )
 
 
 def write(tmp_path, body, name="mine.py"):
@@ -23,7 +25,9 @@ def write(tmp_path, body, name="mine.py"):
 
 
 def user(tmp_path, expression, arguments="responses, **keywords"):
-    path = write(tmp_path, f"import math, time\n\n\ndef reward({arguments}):\n    return {expression}\n")
+    path = write(
+        tmp_path, f"import math, time\n\n\ndef reward({arguments}):\n    return {expression}\n"
+    )
     return f"{path}:reward"
 
 
@@ -36,7 +40,12 @@ def test_each_reward_is_kept_by_name_and_their_weighted_sum_is_the_score():
 def test_every_name_of_the_table_scores():
     responses = batch([GOOD], lengths=[3], max_new_tokens=6)
     scored = Rewards(list(REWARDS), tags=TAGS)(responses)
-    assert scored.parts == {"gsm8k": [10], "math_competition": [10], "format": [1], "length": [-0.5]}
+    assert scored.parts == {
+        "gsm8k": [10],
+        "math_competition": [10],
+        "format": [1],
+        "length": [-0.5],
+    }
     assert scored.total == [20.5]
 
 
@@ -58,9 +67,16 @@ def test_only_what_compares_needs_a_ground_truth():
 # User functions
 
 
-@pytest.mark.parametrize("values", ["[1, 2.5, True]", "(1, 2.5, True)", "__import__('numpy').array([1, 2.5, 1])",
-                                    "__import__('torch').tensor([1, 2.5, 1])",
-                                    "list(__import__('numpy').array([1, 2.5, 1]))"])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        "[1, 2.5, True]",
+        "(1, 2.5, True)",
+        "__import__('numpy').array([1, 2.5, 1])",
+        "__import__('torch').tensor([1, 2.5, 1])",
+        "list(__import__('numpy').array([1, 2.5, 1]))",
+    ],
+)
 def test_a_users_function_may_return_any_list_of_numbers(tmp_path, values):
     scored = Rewards([user(tmp_path, values)])(batch())
     assert scored.total == [1.0, 2.5, 1.0] and scored.parts == {"reward": [1.0, 2.5, 1.0]}
@@ -71,19 +87,26 @@ def test_a_function_gets_what_it_names(tmp_path):
     arguments = "prompts, completions, gt_answers, lengths, stopped, max_new_tokens, factor=2"
     expression = "[factor * (p + c == '2 + 2 =4') + n + s + max_new_tokens for p, c, n, s in zip(prompts, completions, lengths, stopped)]"  # noqa: E501
     rewards = Rewards([user(tmp_path, expression, arguments)])
-    assert rewards(batch(lengths=[1, 2, 3], stopped=[True, False, True], max_new_tokens=10)).total == [14, 12, 14]
+    assert rewards(
+        batch(lengths=[1, 2, 3], stopped=[True, False, True], max_new_tokens=10)
+    ).total == [14, 12, 14]
 
 
 def test_files_of_two_functions_of_one_name_are_told_apart(tmp_path):
-    names = [f"{write(tmp_path, f'def r(responses): return [{n}.0] * len(responses)', f'{n}.py')}:r" for n in (1, 2)]
+    names = [
+        f"{write(tmp_path, f'def r(responses): return [{n}.0] * len(responses)', f'{n}.py')}:r"
+        for n in (1, 2)
+    ]
     scored = Rewards(names, [1.0, 10.0])(batch())
     assert scored.total == [21.0] * 3 and list(scored.parts) == names
 
 
 def test_a_file_may_hold_dataclasses(tmp_path):
     body = (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Settings:\n"
-        "    bonus: float = 1.5\n\n\ndef reward(responses):\n    return [Settings().bonus for _ in responses]\n"
+        "from __future__ import annotations\nfrom dataclasses import "
+        "dataclass\n\n\n@dataclass\nclass Settings:\n"
+        "    bonus: float = 1.5\n\n\ndef reward(responses):\n    return [Settings().bonus for _ in "
+        "responses]\n"
     )
     assert Rewards([f"{write(tmp_path, body)}:reward"])(batch()).total == [1.5] * 3
 
@@ -94,28 +117,45 @@ def test_a_file_may_hold_dataclasses(tmp_path):
         ("None", r"reward returned None \(NoneType\); expected a list of 3 numbers"),
         ("1.0", r"reward returned 1.0 \(float\); expected a list of 3 numbers"),
         ("__import__('torch').tensor(1.0)", r"\(Tensor\); expected a list of 3 numbers"),
-        ("[1.0, 2.0]", r"returned 2 values \(\[1.0, 2.0\]\); expected a list of 3 numbers, one per response"),
-        ("[1.0, math.nan, 2.0]", r"returned nan \(float\) for response 1 .*'2 \+ 2 ='.*response '5', gt_answer '4'"),
+        (
+            "[1.0, 2.0]",
+            r"returned 2 values \(\[1.0, 2.0\]\); expected a list of 3 numbers, one per response",
+        ),
+        (
+            "[1.0, math.nan, 2.0]",
+            r"returned nan \(float\) for response 1 .*'2 \+ 2 ='.*response '5', gt_answer '4'",
+        ),
         ("[1.0, 2.0, -math.inf]", r"returned -inf \(float\) for response 2 of the batch"),
         ("[1.0, None, 2.0]", r"returned None \(NoneType\) for response 1"),
         ("[1.0, 'two', 2.0]", r"returned 'two' \(str\) for response 1"),
         ("[[1.0], [2.0], [3.0]]", r"returned \[1.0\] \(list\) for response 0"),
-        ("[int(text) for text in responses]", r"raised ValueError: invalid literal .*mine.py:5\); response 2 .*'six'"),
-        ("[1 / (len(responses) - 3)]", r"raised ZeroDivisionError.*mine.py:5\); none of the 3 responses does so alone"),
+        (
+            "[int(text) for text in responses]",
+            r"raised ValueError: invalid literal .*mine.py:5\); response 2 .*'six'",
+        ),
+        (
+            "[1 / (len(responses) - 3)]",
+            r"raised ZeroDivisionError.*mine.py:5\); none of the 3 responses does so alone",
+        ),
     ],
 )
 def test_a_function_that_misbehaves_is_named_with_what_it_returned(tmp_path, expression, message):
-    with pytest.raises(ValueError, match=f"^reward reward .*{message}" if "raised" in message else message):
+    with pytest.raises(
+        ValueError, match=f"^reward reward .*{message}" if "raised" in message else message
+    ):
         Rewards([user(tmp_path, expression)])(batch())
 
 
 @pytest.mark.parametrize(
-    "slow", ["while text == '5': pass", "__import__('re').match('(a+)+b', 'a' * (40 * (text == '5')))"]
+    "slow",
+    ["while text == '5': pass", "__import__('re').match('(a+)+b', 'a' * (40 * (text == '5')))"],
 )
 def test_a_function_that_takes_too_long_is_named_with_its_response(tmp_path, slow):
     body = f"def reward(responses):\n    for text in responses:\n        {slow}\n    return [0.0] * len(responses)\n"
     rewards = Rewards([f"{write(tmp_path, body)}:reward"], timeout=0.3)
-    with pytest.raises(ValueError, match=r"reward reward took longer than 0.3 s for 3 responses; response 1 .*'5'"):
+    with pytest.raises(
+        ValueError, match=r"reward reward took longer than 0.3 s for 3 responses; response 1 .*'5'"
+    ):
         rewards(batch())
 
 
@@ -134,7 +174,9 @@ def test_the_limit_is_gone_after_the_block():
     before = signal.getsignal(signal.SIGALRM)
     with time_limit(30):
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) is before
+    assert (
+        signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) is before
+    )
     with pytest.raises(Overrun), time_limit(0.01):
         while True:
             pass
@@ -157,13 +199,29 @@ def test_outside_the_main_thread_it_is_said_that_nothing_is_limited(capsys):
         ("def other(responses): return []", "reward", "has no reward; it defines other"),
         ("x = 1", "reward", "it defines no function"),
         ("def reward(responses: return", "reward", r"mine.py:1: "),
-        ("def reward(responses): return []", "", r"name the function too, as in .*mine.py:my_reward"),
-        ("def reward(texts): return []", "reward", "called with prompts, .* as keywords; it wants texts"),
+        (
+            "def reward(responses): return []",
+            "",
+            r"name the function too, as in .*mine.py:my_reward",
+        ),
+        (
+            "def reward(texts): return []",
+            "reward",
+            "called with prompts, .* as keywords; it wants texts",
+        ),
         ("def reward(): return []", "reward", "it takes none of them"),
         ("def reward(responses, /): return []", "reward", "it wants responses"),
-        ("import does_not_exist\ndef reward(responses): return []", "reward", r"ModuleNotFoundError.*mine.py:1"),
+        (
+            "import does_not_exist\ndef reward(responses): return []",
+            "reward",
+            r"ModuleNotFoundError.*mine.py:1",
+        ),
         ("reward = 3", "reward", "has no function reward, but 3"),
-        ("open('nowhere.txt')\ndef reward(responses): return []", "reward", r"FileNotFoundError.*mine.py:1"),
+        (
+            "open('nowhere.txt')\ndef reward(responses): return []",
+            "reward",
+            r"FileNotFoundError.*mine.py:1",
+        ),
     ],
 )
 def test_a_file_that_cannot_serve_says_why(tmp_path, body, function, message):
@@ -175,10 +233,18 @@ def test_a_file_that_cannot_serve_says_why(tmp_path, body, function, message):
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        (["gsm8"], None, r"unknown reward 'gsm8'; did you mean gsm8k\? There are gsm8k, math_competition, format, "),
+        (
+            ["gsm8"],
+            None,
+            r"unknown reward 'gsm8'; did you mean gsm8k\? There are gsm8k, math_competition, format, ",
+        ),
         (["nowhere.py:reward"], None, "there is no file nowhere.py"),
         (["gsm8k", "gsm8k_reward_fn"], None, "gsm8k is given twice"),
-        (["gsm8k", "length"], [1.0], r"--reward_weights has 1 values, --reward_functions 2 names \(gsm8k length\)"),
+        (
+            ["gsm8k", "length"],
+            [1.0],
+            r"--reward_weights has 1 values, --reward_functions 2 names \(gsm8k length\)",
+        ),
         (["format"], None, "has no response_format_tags"),
         ([], None, "no reward function is named"),
     ],
@@ -189,7 +255,9 @@ def test_names_that_cannot_be(names, weights, message):
 
 
 def test_a_row_without_ground_truth_is_named():
-    with pytest.raises(ValueError, match="gsm8k raised ValueError: the row has no gt_answer .*; response 1 of"):
+    with pytest.raises(
+        ValueError, match="gsm8k raised ValueError: the row has no gt_answer .*; response 1 of"
+    ):
         Rewards(["gsm8k"])(batch(gt_answers=["4", None, "4"]))
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def venv(monkeypatch):
-    """The tool as a module; its subprocesses are recorded in ``calls`` and end with ``returncode``."""
+    """The tool as a module; its subprocesses are recorded in ``calls`` and end with
+    ``returncode``."""
     spec = importlib.util.spec_from_file_location("venv_tool", ROOT / "tools" / "venv.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -58,8 +59,10 @@ def test_it_is_built_once_and_again_when_the_requirements_change(venv, monkeypat
 def test_the_latest_set_leaves_colossalais_pins_out(venv, monkeypatch, tmp_path):
     _, *installs = make(venv, monkeypatch, tmp_path / "env", "--latest")
     assert [line.split("--no-compile ")[1] for line in installs] == [
-        "-r requirements-latest.txt", "--no-deps colossalai==0.5.0", "--no-deps -e ."
-    ]  # fmt: skip
+        "-r requirements-latest.txt",
+        "--no-deps colossalai==0.5.0",
+        "--no-deps -e .",
+    ]
 
 
 def test_a_failed_installation_is_not_taken_for_a_whole_one(venv, monkeypatch, tmp_path):
@@ -78,17 +81,27 @@ def test_a_folder_with_other_files_is_never_cleared(venv, monkeypatch, tmp_path)
 
 
 def test_no_fitting_python_says_what_to_do(venv, monkeypatch, tmp_path):
-    monkeypatch.setattr(venv.subprocess, "run", lambda *words, **options: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(
+        venv.subprocess, "run", lambda *words, **options: SimpleNamespace(returncode=1)
+    )
     with pytest.raises(SystemExit, match="no Python 3.10, 3.11 or 3.12 .* make PYTHON="):
         make(venv, monkeypatch, tmp_path / "env")
 
 
-@pytest.mark.parametrize("given, expected", [({}, "cache/coati/venv-"), ({"VENV": "/else/where"}, "VENV=/else/where")])
+@pytest.mark.parametrize(
+    "given, expected", [({}, "cache/coati/venv-"), ({"VENV": "/else/where"}, "VENV=/else/where")]
+)
 def test_ci_run_keeps_the_environment_outside_the_checkout(tmp_path, given, expected):
     (tmp_path / "make").write_text('#!/bin/sh\necho "$PWD" "$@"\n')
     (tmp_path / "make").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache"), **given}
-    run = subprocess.run([str(ROOT / ".ci" / "run")], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        **given,
+    }
+    run = subprocess.run(
+        [str(ROOT / ".ci" / "run")], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     folder, target, variable = run.stdout.split()
     assert (folder, target) == (str(ROOT), "test") and expected in variable
     assert not variable.removeprefix("VENV=").startswith(str(ROOT))

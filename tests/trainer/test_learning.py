@@ -1,7 +1,8 @@
-"""Every preference trainer learns a set that can be told apart, and so gets pairs right that it has not seen.
+"""Every preference trainer learns a set that can be told apart, and so gets pairs right that it has
+not seen.
 
-Better answers are made of one half of the symbols, worse ones of the other half. In one process, with plain PyTorch in
-the plugin's place.
+Better answers are made of one half of the symbols, worse ones of the other half. In one process,
+with plain PyTorch in the plugin's place.
 """
 
 import copy
@@ -10,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coati.dataset.collator import DataCollatorForKTODataset, DataCollatorForPreferenceDataset
-from coati.dataset.kto_loader import KTOEvaluationLoader, KTOWindowLoader
-from coati.dataset.loader import EvaluationLoader, WindowLoader
+from coati.dataset.load.collator import DataCollatorForKTODataset, DataCollatorForPreferenceDataset
+from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader
+from coati.dataset.load.loader import EvaluationLoader, WindowLoader
+from coati.models.padding_free import PaddingFree
 from coati.models.reward_model import RewardModel
-from coati.models.varlen import Packing
 from coati.parallel.engine import Engine
-from coati.trainer import DPOTrainer, KTOTrainer, ORPOTrainer, Plan, RewardModelTrainer
+from coati.trainer import DPOTrainer, KTOTrainer, ORPOTrainer, RewardModelTrainer, RunSchedule
 from tests.parallel.preference_cases import Rows
 from tests.tiny import tiny_llama
 
@@ -44,7 +45,7 @@ class PlainBooster:
 
 
 class Clipped(torch.optim.Adam):
-    """Adam that clips to norm 1 and knows the norm, as boosted optimisers do."""
+    """Adam that clips to norm 1 and knows the norm, as boosted optimizers do."""
 
     def step(self, closure=None):
         (group,) = self.param_groups
@@ -69,7 +70,9 @@ def pairs(count: int, seed: int) -> Rows:
             answer = some(low, low + SYMBOLS // 2, 2, 5)
             row[f"{side}_input_ids"] = prompt + answer
             row[f"{side}_loss_mask"] = [False] * len(prompt) + [True] * len(answer)
-        rows.append(row | {"seq_length": max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))})
+        rows.append(
+            row | {"seq_length": max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))}
+        )
     return rows
 
 
@@ -80,7 +83,12 @@ def judged(rows: Rows) -> Rows:
         for side in ("chosen", "rejected"):
             ids, start = row[f"{side}_input_ids"], row[f"{side}_loss_mask"].index(True)
             found.append(
-                {"prompt": ids[:start], "completion": ids[start:], "label": side == "chosen", "seq_length": len(ids)}
+                {
+                    "prompt": ids[:start],
+                    "completion": ids[start:],
+                    "label": side == "chosen",
+                    "seq_length": len(ids),
+                }
             )
     return found
 
@@ -91,7 +99,9 @@ def group_of_one(tmp_path_factory):
     alone = not torch.distributed.is_initialized()
     if alone:
         store = tmp_path_factory.mktemp("store") / "file"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=0, world_size=1
+        )
     yield
     if alone:
         torch.distributed.destroy_process_group()
@@ -105,7 +115,9 @@ def loaders(method: str, seed: int):
         windows = KTOWindowLoader(judged(train), collate, batch_size=BATCH)
         return windows, KTOEvaluationLoader(judged(unseen), collate, batch_size=UNSEEN)
     collate = DataCollatorForPreferenceDataset(TOKENIZER, 16)
-    return WindowLoader(train, collate, batch_size=BATCH), EvaluationLoader(unseen, collate, batch_size=UNSEEN)
+    return WindowLoader(train, collate, batch_size=BATCH), EvaluationLoader(
+        unseen, collate, batch_size=UNSEEN
+    )
 
 
 def trained(method: str, seed: int, folder):
@@ -117,7 +129,7 @@ def trained(method: str, seed: int, folder):
     if method in ("dpo", "kto"):
         options = options | {"ref_model": copy.deepcopy(model)}
     engine = Engine(PlainBooster(), model, Clipped(model.parameters(), lr=LR))
-    plan = Plan(str(folder), max_steps=STEPS, eval_interval=0, log_interval=STEPS)
+    plan = RunSchedule(str(folder), max_steps=STEPS, eval_interval=0, log_interval=STEPS)
     trainer = kind(engine=engine, max_epochs=1, plan=plan, **options)
     trainer.fit(*loaders(method, seed))
     return trainer
@@ -128,7 +140,9 @@ def trained(method: str, seed: int, folder):
 def test_what_can_be_told_apart_is_told_apart(method, seed, tmp_path):
     trainer = trained(method, seed, tmp_path)
     name = getattr(trainer, "accuracy", "accuracy")
-    before, after = (found[f"eval/{name}"] for found in (trainer.first_evaluation, trainer.last_evaluation))
+    before, after = (
+        found[f"eval/{name}"] for found in (trainer.first_evaluation, trainer.last_evaluation)
+    )
     assert before < 0.8 and after > 0.95
     assert trainer.last_evaluation["eval/loss"] < trainer.first_evaluation["eval/loss"]
 
@@ -138,10 +152,12 @@ def test_pairs_are_laid_end_to_end(method, tmp_path):
     """On a CPU no padding goes through the model: it sees one row of all real tokens."""
     model = tiny_llama(0, layers=1, hidden=32, vocab_size=VOCAB)
     model = RewardModel(backbone=model) if method == "rm" else model
-    engine = Engine(PlainBooster(), model, packing=Packing.of(model))
+    engine = Engine(PlainBooster(), model, packing=PaddingFree.of(model))
     trainer = METHODS[method][0](engine=engine, save_dir=str(tmp_path))
     seen = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape)
+    )
     ((batch,),) = list(loaders(method, 0)[0].windows(0))[:1]
     rows = trainer.prepare(batch)
     engine.forward(rows, trainer.model_keys)

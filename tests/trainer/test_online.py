@@ -1,4 +1,5 @@
-"""Episodes: which prompts, which windows, at what temperature, and where a stopped run goes on. Models are stubs."""
+"""Episodes: which prompts, which windows, at what temperature, and where a stopped run goes on.
+Models are stubs."""
 
 import json
 import os
@@ -10,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from coati.dataset.loader import EvaluationLoader, WindowLoader
+from coati.dataset.load.loader import EvaluationLoader, WindowLoader
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
-from coati.experience_maker.collected import Collected
 from coati.experience_maker.experience import Experience, masks
-from coati.experience_maker.running import KLController
+from coati.experience_maker.rollout_batch import RolloutBatch
+from coati.experience_maker.running_moments import KLController
 from coati.parallel.checkpoint import RunningState
-from coati.parallel.step import NonFiniteLoss, Step
+from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
-from coati.trainer.base import Plan
+from coati.trainer.base import RunSchedule
 from coati.trainer.online import Episodes, OLTrainer
-from coati.trainer.policy import PolicySettings
+from coati.trainer.policy_objective import PolicySettings
 from tests.experience_maker.stubs import StubEngine
 
 ASSETS = {"actor": None, "critic": None}
@@ -38,13 +39,21 @@ class Rows:
         return self.count
 
     def __getitem__(self, key):
-        return np.ones(self.count, dtype=np.int64) if isinstance(key, str) else {"input_ids": [key + 10]}
+        return (
+            np.ones(self.count, dtype=np.int64)
+            if isinstance(key, str)
+            else {"input_ids": [key + 10]}
+        )
 
 
 class Collate:
     def __call__(self, rows):
         ids = torch.tensor([row["input_ids"] for row in rows])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "gt_answer": [None] * len(rows)}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "gt_answer": [None] * len(rows),
+        }
 
     def blank(self, row):
         return row
@@ -70,13 +79,25 @@ class Maker:
         attention, actions = masks(batch["attention_mask"], torch.full((count,), 2), 2)
         numbers = ids.expand(count, 2).float() / 100
         made = Experience(
-            torch.cat([ids, ids, ids], 1), attention, actions, -numbers, numbers[:, 0], torch.tensor(list(rows)),
-            kl=numbers, values=numbers, advantages=numbers, returns=numbers,
-        )  # fmt: skip
+            torch.cat([ids, ids, ids], 1),
+            attention,
+            actions,
+            -numbers,
+            numbers[:, 0],
+            torch.tensor(list(rows)),
+            kl=numbers,
+            values=numbers,
+            advantages=numbers,
+            returns=numbers,
+        )
         responses = Responses(["p"] * count, ["r"] * count, lengths=[2] * count)
-        samples = {"reward": made.reward, "approx_kl": made.reward, "response_length": torch.full((count,), 2.0),
-                   "stop_rate": torch.ones(count)}  # fmt: skip
-        return Collected(made, responses, {}, samples, {"rollout": 1.0, "scoring": 0.5})
+        samples = {
+            "reward": made.reward,
+            "approx_kl": made.reward,
+            "response_length": torch.full((count,), 2.0),
+            "stop_rate": torch.ones(count),
+        }
+        return RolloutBatch(made, responses, {}, samples, {"rollout": 1.0, "scoring": 0.5})
 
     def finish(self, collected):
         return [each.experience for each in collected], {"reward_std": 1.0}
@@ -116,7 +137,14 @@ def trainer(actor=None, maker=None, critic=None, **changes) -> OLTrainer:
     episodes = Episodes(5, 2, 2, lambda episode: 1 - episode / 10, seed=1, sample_interval=0)
     if critic is not None:
         changes["critic"] = critic
-    return OLTrainer(actor or Engine(), maker or Maker(), NaiveExperienceBuffer(2), episodes, assets=ASSETS, **changes)
+    return OLTrainer(
+        actor or Engine(),
+        maker or Maker(),
+        NaiveExperienceBuffer(2),
+        episodes,
+        assets=ASSETS,
+        **changes,
+    )
 
 
 def prompts_of(maker: Maker) -> list[int]:
@@ -132,8 +160,14 @@ def test_episodes_go_through_the_epochs():
     assert [prompt - 10 for prompt in seen] == expected
     assert made.state.epoch == 2 and made.state.sample_start_index == 4 and made.state.step == 20
     # Of each episode: number, indices of the responses, temperature.
-    assert [(call[0], call[2]) for call in made.maker.calls][:3] == [(0, [0, 2]), (0, [1, 3]), (1, [0, 2])]
-    assert [call[3] for call in made.maker.calls] == [1 - episode / 10 for episode in range(5) for _ in range(2)]
+    assert [(call[0], call[2]) for call in made.maker.calls][:3] == [
+        (0, [0, 2]),
+        (0, [1, 3]),
+        (1, [0, 2]),
+    ]
+    assert [call[3] for call in made.maker.calls] == [
+        1 - episode / 10 for episode in range(5) for _ in range(2)
+    ]
 
 
 def test_every_pass_trains_on_every_response_once():
@@ -151,7 +185,9 @@ def test_the_critic_learns_from_the_same_windows():
     critic = Engine()
     made = trainer(critic=critic)
     made.run(loader())
-    assert [step[0] for step in critic.steps] == [step[0] for step in made.engine.steps] and len(critic.steps) == 20
+    assert [step[0] for step in critic.steps] == [step[0] for step in made.engine.steps] and len(
+        critic.steps
+    ) == 20
 
 
 def test_supervised_rows_beside_the_policy():
@@ -160,40 +196,56 @@ def test_supervised_rows_beside_the_policy():
     weights = {(step[3], step[4][0][0]) for step in made.engine.steps}
     assert weights == {(0.75, 0.25)}
     rows = [row for step in range(20) for row in ptx.rows_at(step // 3, 2 * (step % 3))[:1]]
-    assert [step[4][0][1] - 10 for step in made.engine.steps] == rows  # three windows an epoch, epoch after epoch
+    assert [
+        step[4][0][1] - 10 for step in made.engine.steps
+    ] == rows  # three windows an epoch, epoch after epoch
 
 
 def test_evaluations_are_due_and_count_for_nothing():
-    made = trainer(plan=Plan(eval_interval=2))
+    made = trainer(plan=RunSchedule(eval_interval=2))
     evaluation = EvaluationLoader(Rows(3), Collate(), batch_size=2)
     made.run(loader(), evaluation)
     seen = [episode for episode in made.maker.judged if episode > 5]
     assert len(seen) == 2 * 4  # before, after 2, 4 and 5 episodes, in two batches
     assert made.maker.answered == 20
-    assert made.last_evaluation["eval/reward"] == pytest.approx(0.11)  # prompts 10, 11, 12; the blank one left out
+    assert made.last_evaluation["eval/reward"] == pytest.approx(
+        0.11
+    )  # prompts 10, 11, 12; the blank one left out
 
 
 def test_what_is_logged(tmp_path):
-    made = trainer(critic=Engine(), plan=Plan(str(tmp_path), log_interval=2))
+    made = trainer(critic=Engine(), plan=RunSchedule(str(tmp_path), log_interval=2))
     made.run(loader())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5] and "memory/rank_0_peak_mb" in lines[-1]
     two = prompts_of(made.maker)[:8]
     assert lines[0]["train/reward"] == pytest.approx(sum(two) / 800)
     assert lines[0]["train/policy_loss"] == pytest.approx(sum(range(1, 9)) / 80)
-    assert lines[0]["train/seconds_rollout"] == 2.0 and lines[0]["train/tokens_per_second"] == 16 / 4
-    assert {"train/value_loss", "train/distinct_2", "train/kl_coef", "train/optimiser_steps"} <= lines[0].keys()
+    assert (
+        lines[0]["train/seconds_rollout"] == 2.0 and lines[0]["train/tokens_per_second"] == 16 / 4
+    )
+    assert {
+        "train/value_loss",
+        "train/distinct_2",
+        "train/kl_coef",
+        "train/optimizer_steps",
+    } <= lines[0].keys()
 
 
 def test_samples_are_shown_and_kept_every_few_episodes(tmp_path, capsys):
-    made = trainer(plan=Plan(str(tmp_path)))
+    made = trainer(plan=RunSchedule(str(tmp_path)))
     made.episodes = replace(made.episodes, sample_interval=2)
     made.run(loader())
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [1, 1, 3, 3, 5, 5]
     last = prompts_of(made.maker)[2] / 100  # of the first episode's second batch
-    assert samples[0] == {"step": 1, "prompt": "p", "response": "r", "reward": pytest.approx(last),
-                          "KL": pytest.approx(last)}  # fmt: skip
+    assert samples[0] == {
+        "step": 1,
+        "prompt": "p",
+        "response": "r",
+        "reward": pytest.approx(last),
+        "KL": pytest.approx(last),
+    }
     shown = capsys.readouterr()
     assert [n for n in range(1, 6) if f"episode {n}: samples" in shown.out + shown.err] == [1, 3, 5]
 
@@ -206,11 +258,13 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
         saved.update(state=json.loads(json.dumps(vars(state))), held=held, models=set(models))
         return tmp_path
 
-    monkeypatch.setattr("coati.trainer.online_record.save_models", save)
-    first = trainer(place.get("actor"), place.get("maker"), plan=Plan(str(tmp_path)))
+    monkeypatch.setattr("coati.trainer.monitor.rl_reporter.save_models", save)
+    first = trainer(place.get("actor"), place.get("maker"), plan=RunSchedule(str(tmp_path)))
     first.run(loader())
     assert first.stopped_early
-    second = trainer(plan=Plan(str(tmp_path)), state=RunningState(**saved["state"]), held=saved["held"])
+    second = trainer(
+        plan=RunSchedule(str(tmp_path)), state=RunningState(**saved["state"]), held=saved["held"]
+    )
     second.run(loader())
     return first, saved, second
 
@@ -221,7 +275,10 @@ def test_stopped_while_collecting_the_episode_starts_again(tmp_path, monkeypatch
     # In the first of the two batches of the third episode; the second batch is not asked for.
     first, saved, second = stopped_at({"maker": Maker(stop_at=5)}, tmp_path, monkeypatch)
     assert saved["held"] is None and first.maker.answered == 8 and len(first.engine.steps) == 8
-    assert second.maker.calls == whole.maker.calls[4:] and second.maker.answered == whole.maker.answered
+    assert (
+        second.maker.calls == whole.maker.calls[4:]
+        and second.maker.answered == whole.maker.answered
+    )
     assert first.engine.steps + second.engine.steps == whole.engine.steps
 
 
@@ -241,20 +298,29 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
     first, saved, _ = stopped_at({"actor": Engine(stop_at=9)}, tmp_path, monkeypatch)
     state = RunningState(**saved["state"])
     episodes = Episodes(5, 2, 4)
-    other = OLTrainer(Engine(), Maker(), NaiveExperienceBuffer(1), episodes, assets=ASSETS, state=state,
-                        held=saved["held"])  # fmt: skip
+    other = OLTrainer(
+        Engine(),
+        Maker(),
+        NaiveExperienceBuffer(1),
+        episodes,
+        assets=ASSETS,
+        state=state,
+        held=saved["held"],
+    )
     assert len(other.buffer) == 0 and other._position == (0, 0)
     assert "that episode starts anew" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_names_the_episode():
     made = trainer(Engine(nan_at=7))
-    with pytest.raises(NonFiniteLoss, match=r"nan \(episode 2, optimiser step 7\); nothing was saved"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"nan \(episode 2, optimizer step 7\); nothing was saved"
+    ):
         made.run(loader())
 
 
 def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
-    made = trainer(plan=Plan(str(tmp_path)))
+    made = trainer(plan=RunSchedule(str(tmp_path)))
     metrics = made.rehearse(loader())
     assert len(made.maker.calls) == 2 and len(made.engine.steps) == 1 and made.engine.steps[0][2]
     assert metrics["policy_loss"] == 0.1 and not list(tmp_path.iterdir())

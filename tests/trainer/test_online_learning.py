@@ -1,4 +1,5 @@
-"""PPO and GRPO learn what can be checked: two seeds of the ten that examples/demo/prove_online.py runs."""
+"""PPO and GRPO learn what can be checked: two seeds of the ten that examples/demo/prove_online.py
+runs."""
 
 import importlib.util
 import sys
@@ -35,19 +36,24 @@ def load():
 def test_it_learns(algo):
     (found,) = run(1, "tests.trainer.test_online_learning:learn", algo, 2, timeout=900)
     for share, kl in found:
-        assert load().has_learnt(share, kl), (share, kl)
+        assert load().has_learned(share, kl), (share, kl)
 
 
 def test_the_goal_is_no_easy_one():
     proof = load()
     episode = {"train/reward": 0.94 * proof.REWARD, "train/approx_kl": 1.0}
-    assert not proof.has_learnt(*proof.result([episode] * 10))
-    assert not proof.has_learnt(0.99, proof.KL_BOUND + 0.1)
-    # What the best policy needs, and what a wasteful one has: a reward of 1 at a KL of a symbol each.
+    assert not proof.has_learned(*proof.result([episode] * 10))
+    assert not proof.has_learned(0.99, proof.KL_BOUND + 0.1)
+    # What the best policy needs, and what a wasteful one has: a reward of 1 at a KL of a symbol
+    # each.
     assert proof.KL_BOUND > proof.ANSWER * 0.6931 and proof.KL_BOUND < proof.ANSWER * 3.4657
 
 
 def test_the_reward_is_worked_by_hand():
     proof = load()
     low, high = "3 15 0 1 2 3 4 5", "16 31 20 21 22 23 24 25"
-    assert proof.right_half(["9 4", "4 9", "2"], [low, high, "0 1 2 3 16 17 18 19"]) == [5.0, 5.0, 2.5]
+    assert proof.right_half(["9 4", "4 9", "2"], [low, high, "0 1 2 3 16 17 18 19"]) == [
+        5.0,
+        5.0,
+        2.5,
+    ]

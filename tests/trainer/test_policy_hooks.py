@@ -1,4 +1,5 @@
-"""The losses of policy, critic and pretraining rows as steps of a real engine: by hand, and however a window is cut."""
+"""The losses of policy, critic and pretraining rows as steps of a real engine: by hand, and however
+a window is cut."""
 
 import math
 from dataclasses import replace
@@ -8,11 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from coati.experience_maker.experience import concatenate, make_experience_batch, split_experience_batch
+from coati.experience_maker.experience import (
+    concatenate,
+    make_experience_batch,
+    split_experience_batch,
+)
 from coati.models.critic import Critic
-from coati.models.policy_loss import Normalisation
-from coati.parallel.step import Part
-from coati.trainer.policy import CriticHooks, PolicyHooks, PolicySettings, PretrainingHooks
+from coati.models.policy_loss import Normalization
+from coati.parallel.objective import LossPart
+from coati.trainer.policy_objective import (
+    PolicyObjective,
+    PolicySettings,
+    PtxObjective,
+    ValueObjective,
+)
 from tests.experience_maker.engines import engine_of, gradients, group_of_one
 from tests.experience_maker.test_experience import experience
 from tests.tiny import tiny_llama
@@ -41,12 +51,16 @@ def actor(model):
 def plain_logps(model, row: int) -> torch.Tensor:
     """Of the unpadded row alone, with gradient."""
     prompt, answer = PROMPTS[row], ANSWERS[row]
-    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    logits = (
+        model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        / TEMPERATURE
+    )
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 def sampled(model, *, moved: float = 0.0, junk: float = 0.0, left: int = 0, right: int = 0):
-    """The four rows with log-probs of the model itself less ``moved`` a token, and unequal advantages."""
+    """The four rows with log-probs of the model itself less ``moved`` a token, and unequal
+    advantages."""
     made = experience(PROMPTS, ANSWERS, left=left, right=right, junk=junk)
     numbers = torch.full(made.action_mask.shape, junk)
     old, advantages = numbers.clone(), numbers.clone()
@@ -58,8 +72,8 @@ def sampled(model, *, moved: float = 0.0, junk: float = 0.0, left: int = 0, righ
     return replace(made, action_log_probs=old, advantages=advantages, reference_log_probs=reference)
 
 
-def hooks_of(reduce_sum=lambda sums: sums, **settings) -> PolicyHooks:
-    hooks = PolicyHooks(PolicySettings(**settings), reduce_sum)
+def hooks_of(reduce_sum=lambda sums: sums, **settings) -> PolicyObjective:
+    hooks = PolicyObjective(PolicySettings(**settings), reduce_sum)
     hooks.temperature = TEMPERATURE
     return hooks
 
@@ -72,19 +86,28 @@ def taken(engine, hooks, window, **more):
 
 
 def test_the_first_window_is_reinforce(model, actor):
-    """Ratio 1: the loss is minus the mean advantage, its gradient minus the mean of A grad log p."""
+    """Ratio 1: the loss is minus the mean advantage, its gradient minus the mean of A grad log
+    p."""
     one = sampled(model)
     step, gradient = taken(actor, hooks_of(), [one])
     assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()), rel=1e-6)
-    assert step.units == 10
+    assert step.num_terms == 10
     model.zero_grad()
-    rows = [-(plain_logps(model, row) * one.advantages[row, : len(ANSWERS[row])]).sum() for row in range(4)]
+    rows = [
+        -(plain_logps(model, row) * one.advantages[row, : len(ANSWERS[row])]).sum()
+        for row in range(4)
+    ]
     (sum(rows) / 10).backward()
     expected = gradients(model)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-    assert torch.cat(step.metrics["update_kl"]).abs().max() < 1e-5 and max(step.metrics["ratio_max"]) < 1.001
+    assert (
+        torch.cat(step.metrics["update_kl"]).abs().max() < 1e-5
+        and max(step.metrics["ratio_max"]) < 1.001
+    )
     entropy = torch.cat(step.metrics["entropy"])
-    assert entropy.mean() == pytest.approx(-float(one.action_log_probs[one.action_mask].mean()), rel=1e-6)
+    assert entropy.mean() == pytest.approx(
+        -float(one.action_log_probs[one.action_mask].mean()), rel=1e-6
+    )
 
 
 CUTS = {
@@ -103,14 +126,19 @@ def sampled_wide(one):
     )
 
 
-@pytest.mark.parametrize("normalisation", ["token", "response", "constant"])
+@pytest.mark.parametrize("normalization", ["token", "response", "constant"])
 @pytest.mark.parametrize("cut", CUTS)
-def test_how_a_window_is_cut_changes_nothing(model, actor, cut, normalisation):
-    settings = {"normalisation": Normalisation(normalisation, 6), "kl_coef": 0.3, "clip_low": 0.1, "clip_high": 0.3}
+def test_how_a_window_is_cut_changes_nothing(model, actor, cut, normalization):
+    settings = {
+        "normalization": Normalization(normalization, 6),
+        "kl_coef": 0.3,
+        "clip_low": 0.1,
+        "clip_high": 0.3,
+    }
     one = sampled(model, moved=0.1)
     whole, gradient = taken(actor, hooks_of(**settings), [one])
     step, found = taken(actor, hooks_of(**settings), CUTS[cut](one))
-    assert step.loss == pytest.approx(whole.loss, rel=1e-5) and step.units == whole.units
+    assert step.loss == pytest.approx(whole.loss, rel=1e-5) and step.num_terms == whole.num_terms
     assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     assert gradient.abs().max() > 1e-3
 
@@ -129,9 +157,13 @@ def test_kl_in_the_loss(model, actor):
     one = sampled(model)
     step, _ = taken(actor, hooks_of(kl_coef=0.5), [one])
     k3 = math.exp(-0.2) - 1 + 0.2  # the policy is 0.2 above its reference everywhere
-    assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()) + 0.5 * k3, rel=1e-5)
+    assert step.loss == pytest.approx(
+        -float(one.advantages[one.action_mask].mean()) + 0.5 * k3, rel=1e-5
+    )
     step, _ = taken(actor, hooks_of(kl_coef=0.5, kl_estimator="k1"), [one])
-    assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()) + 0.5 * 0.2, rel=1e-5)
+    assert step.loss == pytest.approx(
+        -float(one.advantages[one.action_mask].mean()) + 0.5 * 0.2, rel=1e-5
+    )
 
 
 def test_dropped_rows_count_for_nothing(model, actor):
@@ -139,7 +171,7 @@ def test_dropped_rows_count_for_nothing(model, actor):
     kept, gradient = taken(actor, hooks_of(), [one.select([0, 2, 3])])
     one.action_mask[1] = False
     step, found = taken(actor, hooks_of(), [one])
-    assert step.units == kept.units == 7 and step.loss == pytest.approx(kept.loss, rel=1e-5)
+    assert step.num_terms == kept.num_terms == 7 and step.loss == pytest.approx(kept.loss, rel=1e-5)
     assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     one.action_mask[:] = False
     step, found = taken(actor, hooks_of(), [one])
@@ -147,7 +179,8 @@ def test_dropped_rows_count_for_nothing(model, actor):
 
 
 def test_the_skip_is_decided_by_all_ranks(model, actor):
-    """Ratios here are about 1. Another rank's are not, and all leave the step out; KL in the loss too."""
+    """Ratios here are about 1. Another rank's are not, and all leave the step out; KL in the loss
+    too."""
     one = sampled(model)
     for others, skipped in (((0.0, 0.0), False), ((1000.0, 10.0), True)):
         hooks = hooks_of(lambda sums, others=others: sums + torch.tensor(others), kl_coef=0.5)
@@ -176,7 +209,7 @@ def test_pretraining_rows_beside_the_policy(model, actor, c):
     """(1 - c) x policy + c x supervised, the latter at temperature 1."""
     one, batch = sampled(model), supervised()
     _, policy = taken(actor, hooks_of(), [one])
-    also = [Part([batch], PretrainingHooks(), c)]
+    also = [LossPart([batch], PtxObjective(), c)]
     step, found = taken(actor, hooks_of(), [one], weight=1 - c, also=also)
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -209,7 +242,10 @@ def plain_values(critic, row: int) -> torch.Tensor:
 
 def judged(critic, junk: float = 0.0, **padding: int):
     made = experience(PROMPTS, ANSWERS, junk=junk, **padding)
-    old, returns = torch.full(made.action_mask.shape, junk), torch.full(made.action_mask.shape, junk)
+    old, returns = (
+        torch.full(made.action_mask.shape, junk),
+        torch.full(made.action_mask.shape, junk),
+    )
     with torch.no_grad():
         for row, answer in enumerate(ANSWERS):
             old[row, : len(answer)] = plain_values(critic, row) + 0.1 * row
@@ -219,7 +255,7 @@ def judged(critic, junk: float = 0.0, **padding: int):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_critics_loss(critic, packed):
-    one, hooks = judged(critic), CriticHooks(0.15)
+    one, hooks = judged(critic), ValueObjective(0.15)
     engine = engine_of(critic, packed)
     step, gradient = taken(engine, hooks, [one])
     critic.zero_grad()
@@ -231,7 +267,7 @@ def test_the_critics_loss(critic, packed):
         terms.append(0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2))
     loss = torch.cat(terms).mean()
     loss.backward()
-    assert step.loss == pytest.approx(float(loss), rel=1e-4) and step.units == 10
+    assert step.loss == pytest.approx(float(loss), rel=1e-4) and step.num_terms == 10
     assert_close(gradient, gradients(critic), rtol=1e-3, atol=1e-5)
     clipped = torch.cat(step.metrics["value_clip_fraction"])
     assert float(clipped.sum()) == 5  # the last two rows have moved by 0.2 and 0.3

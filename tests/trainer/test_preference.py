@@ -1,4 +1,5 @@
-"""What the preference trainers do with a batch and say about a run; hand-worked, with an engine that only counts."""
+"""What the preference trainers do with a batch and say about a run; hand-worked, with an engine
+that only counts."""
 
 import math
 from types import SimpleNamespace
@@ -7,14 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from coati.parallel.objective import Step
 from coati.parallel.plugins import ParallelOptions
-from coati.parallel.step import Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer import DPOTrainer, ORPOTrainer, RewardModelTrainer
-from coati.trainer.best import is_better, value_of
+from coati.trainer.best_checkpoint import is_better, value_of
+from coati.trainer.monitor.preference_checks import EVERY, PATIENCE, PreferenceChecks, moments
+from coati.trainer.monitor.reward_model_report import verdict
 from coati.trainer.preference import RowLogps, in_order, interleave, sides
-from coati.trainer.signs import EVERY, PATIENCE, Signs, moments
-from coati.trainer.verdict import verdict
 
 LN2 = math.log(2)
 
@@ -37,31 +38,48 @@ def batch(side="right", margin=True) -> dict[str, torch.Tensor]:
     }
     made = {"margin": torch.tensor([0.5, 0.0])} if margin else {}
     for name, (ids, masks) in rows.items():
+
         def padded(values, fill):
             blank = [[fill] * (4 - len(row)) for row in values]
-            return torch.tensor([b + r if side == "left" else r + b for r, b in zip(values, blank, strict=True)])
+            return torch.tensor(
+                [b + r if side == "left" else r + b for r, b in zip(values, blank, strict=True)]
+            )
+
         made[f"{name}_input_ids"] = padded(ids, 9)
         made[f"{name}_attention_mask"] = padded([[1] * len(row) for row in ids], 0)
         made[f"{name}_loss_mask"] = padded(masks, 0).bool()
-    return made  # fmt: skip
+    return made
 
 
 def test_interleaved_rows_and_back():
     chosen, rejected = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5], [6]])
     rows = interleave(chosen, rejected)
     assert rows.tolist() == [[1, 2], [5, 0], [3, 4], [6, 0]]
-    assert sides(torch.arange(4))[0].tolist() == [0, 2] and sides(torch.arange(4))[1].tolist() == [1, 3]
+    assert sides(torch.arange(4))[0].tolist() == [0, 2] and sides(torch.arange(4))[1].tolist() == [
+        1,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_prepared_rows(side):
     rows = trainer().prepare(batch(side))
     assert rows["input_ids"][:2, :3].tolist() == [[5, 6, 7], [5, 6, 9]]
-    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
-    assert rows["labels"].tolist() == [[-100, -100, 7, 8], [-100, -100, 9, -100], [-100] * 4, [-100] * 4]
+    assert rows["attention_mask"].tolist() == [
+        [1, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+    ]
+    assert rows["labels"].tolist() == [
+        [-100, -100, 7, 8],
+        [-100, -100, 9, -100],
+        [-100] * 4,
+        [-100] * 4,
+    ]
     assert rows["counted"].tolist() == [True, True, False, False]
     assert rows["margin"].tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert trainer().units(rows) == 1
+    assert trainer().num_terms(rows) == 1
 
 
 def test_without_the_loss_mask_every_real_token_counts_and_padding_never():
@@ -119,21 +137,29 @@ def test_reward_model_by_hand():
     assert metrics["acc"].tolist() == [1.0] and metrics["dist"].tolist() == pytest.approx([0.8])
 
 
-def test_row_logps_of_length_desensitised_pairs():
+def test_row_logps_of_length_desensitized_pairs():
     tokens, mask = torch.tensor([[-1.0, -2.0], [-4.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
     assert RowLogps(ld_alpha=0.5)(tokens, mask).tolist() == [-2.0, -4.0]
     assert RowLogps(averaged=True)(tokens, mask).tolist() == [-1.5, -4.0]
 
 
 def test_a_tie_counts_half():
-    assert in_order(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [0.5, 1.0, 0.0]
+    assert in_order(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [
+        0.5,
+        1.0,
+        0.0,
+    ]
 
 
 def test_evaluations_say_how_sure_they_are():
-    step = Step(0.5, 10, metrics={"accuracy": [torch.ones(5), torch.cat([torch.ones(3), torch.zeros(2)])]})
+    step = Step(
+        0.5, 10, metrics={"accuracy": [torch.ones(5), torch.cat([torch.ones(3), torch.zeros(2)])]}
+    )
     found = trainer().evaluation_metrics(step)
     assert found["count"] == 10
-    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(
+        (0.4902, 0.9433), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,9 +185,11 @@ def test_the_first_loss_is_checked(loss, keywords, said):
 # Signs
 
 
-def watch(steps: int, loss=0.5, right=0.9, lp=lambda step: (-10.0, -20.0), slope=0.0, pairs=8, ln2=True) -> list[str]:
+def watch(
+    steps: int, loss=0.5, right=0.9, lp=lambda step: (-10.0, -20.0), slope=0.0, pairs=8, ln2=True
+) -> list[str]:
     """What is said about ``steps`` steps of ``pairs`` pairs."""
-    signs, said, generator = Signs(ln2), [], torch.Generator().manual_seed(0)
+    signs, said, generator = PreferenceChecks(ln2), [], torch.Generator().manual_seed(0)
     for step in range(steps):
         length = torch.randint(1, 100, (pairs,), generator=generator).float()
         noise = torch.randn(pairs, generator=generator)
@@ -221,7 +249,11 @@ def scores(right: int, count: int, apart: float) -> tuple[torch.Tensor, torch.Te
 def test_a_good_reward_model():
     lines = verdict(*scores(90, 100, 2.0))
     assert len(lines) == 3
-    assert "PPO can start" in lines[0] and "0.900 on 100 pairs" in lines[0] and "above 0.6 beyond doubt" in lines[0]
+    assert (
+        "PPO can start" in lines[0]
+        and "0.900 on 100 pairs" in lines[0]
+        and "above 0.6 beyond doubt" in lines[0]
+    )
     assert "chosen answers score 1.000" in lines[1] and "+" in lines[1]
     assert lines[2].startswith("100% of the chosen scores are positive, 90% of the rejected")
 
@@ -241,8 +273,14 @@ def test_best_by_metric():
     assert is_better("loss", 1.0, 2.0) and not is_better("eval/loss", 2.0, 1.0)
     assert is_better("accuracy", 0.6, 0.5) and not is_better("accuracy", math.nan, None)
     assert is_better("margin", -1.0, None)
-    assert value_of("accuracy", {"eval/accuracy": 0.5}) == value_of("eval/accuracy", {"eval/accuracy": 0.5}) == 0.5
-    with pytest.raises(ValueError, match=r"--metric_for_best acc: evaluations of this run give loss, accuracy"):
+    assert (
+        value_of("accuracy", {"eval/accuracy": 0.5})
+        == value_of("eval/accuracy", {"eval/accuracy": 0.5})
+        == 0.5
+    )
+    with pytest.raises(
+        ValueError, match=r"--metric_for_best acc: evaluations of this run give loss, accuracy"
+    ):
         value_of("acc", {"eval/loss": 1.0, "eval/accuracy": 0.5})
 
 

@@ -1,4 +1,5 @@
-"""PPO and GRPO put together by hand around boosted models, with the keywords of the first system."""
+"""PPO and GRPO put together by hand around boosted models, with the keywords of the first
+system."""
 
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ EPISODES, ROWS, LR = 30, 64, 1e-3
 
 
 class Loader:
-    """In a DataLoader's place: equal batches of left-padded prompts, and supervised rows where asked for."""
+    """In a DataLoader's place: equal batches of left-padded prompts, and supervised rows where
+    asked for."""
 
     batch_size = ROWS
 
@@ -32,11 +34,13 @@ class Loader:
             width = max(map(len, rows))
             ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            yield {"input_ids": ids, "attention_mask": mask} | ({"labels": ids} if self.labels else {})
+            yield {"input_ids": ids, "attention_mask": mask} | (
+                {"labels": ids} if self.labels else {}
+            )
 
 
 def boosted(model: Any) -> tuple:
-    """Booster, model and optimiser as a notebook makes them."""
+    """Booster, model and optimizer as a notebook makes them."""
     from colossalai.booster import Booster
     from colossalai.booster.plugin import TorchDDPPlugin
 
@@ -45,7 +49,9 @@ def boosted(model: Any) -> tuple:
     return booster, model, optimizer
 
 
-def in_the_right_half(input_ids, attention_mask, response_start, response_end, gt_answer, **_) -> float:
+def in_the_right_half(
+    input_ids, attention_mask, response_start, response_end, gt_answer, **_
+) -> float:
     """As prove_online's reward, from ids."""
     half = int(input_ids[response_start - 1]) % 2
     return 5 * float((input_ids[response_start:response_end] // 16 == half).float().mean())
@@ -59,11 +65,21 @@ def ppo(folder: str, **changes: Any) -> tuple[PPOTrainer, Any]:
     actor_booster, actor, actor_optim = boosted(proof.network(0))
     critic_booster, critic, critic_optim = boosted(Critic(backbone=proof.network(0)))
     keywords: dict[str, Any] = {
-        "actor_booster": actor_booster, "critic_booster": critic_booster, "actor": actor, "critic": critic,
-        "reward_model": RLVRRewardModel([in_the_right_half]), "initial_model": proof.network(0),
-        "actor_optim": actor_optim, "critic_optim": critic_optim, "tokenizer": proof.Symbols(), "ptx_coef": 0.0,
-        "train_batch_size": 16, "save_dir": folder, "max_new_tokens": 8, "stop_token_ids": [1, 1, 1],
-    }  # fmt: skip
+        "actor_booster": actor_booster,
+        "critic_booster": critic_booster,
+        "actor": actor,
+        "critic": critic,
+        "reward_model": RLVRRewardModel([in_the_right_half]),
+        "initial_model": proof.network(0),
+        "actor_optim": actor_optim,
+        "critic_optim": critic_optim,
+        "tokenizer": proof.Symbols(),
+        "ptx_coef": 0.0,
+        "train_batch_size": 16,
+        "save_dir": folder,
+        "max_new_tokens": 8,
+        "stop_token_ids": [1, 1, 1],
+    }
     return PPOTrainer(**keywords | changes), proof
 
 
@@ -89,23 +105,43 @@ def of_episodes(folder: str, name: str) -> list[float]:
 
 
 def grouped(folder: str) -> list[float]:
-    """GRPO of 4 episodes by another group method; the temperatures that it sampled at, and its rewards."""
+    """GRPO of 4 episodes by another group method; the temperatures that it sampled at, and its
+    rewards."""
     join()
     from coati.rewards import Rewards
     from tests.trainer.test_online_learning import load
 
     proof = load()
     booster, actor, optimizer = boosted(proof.network(0))
-    config = {"start_temperature": 1.0, "end_temperature": 0.5, "annealing_warmup_steps": 1, "annealing_steps": 3}
+    config = {
+        "start_temperature": 1.0,
+        "end_temperature": 0.5,
+        "annealing_warmup_steps": 1,
+        "annealing_steps": 3,
+    }
     trainer = GRPOTrainer(
-        booster, actor, Rewards([f"{proof.__file__}:right_half"]), proof.network(0), optimizer, None, proof.Symbols(),
-        kl_coef=0.01, ptx_coef=0.1, train_batch_size=128, num_generation=4, temperature_annealing_config=config,
-        save_dir=folder, algo="rloo", max_new_tokens=8,
-    )  # fmt: skip
+        booster,
+        actor,
+        Rewards([f"{proof.__file__}:right_half"]),
+        proof.network(0),
+        optimizer,
+        None,
+        proof.Symbols(),
+        kl_coef=0.01,
+        ptx_coef=0.1,
+        train_batch_size=128,
+        num_generation=4,
+        temperature_annealing_config=config,
+        save_dir=folder,
+        algo="rloo",
+        max_new_tokens=8,
+    )
     trainer.fit(4, 1, 1, Loader(proof), Loader(proof, labels=True))
     assert trainer.maker.settings.method == "rloo" and trainer.state.step == 8
     assert len(of_episodes(folder, "train/ptx_loss")) == 4
-    return [trainer.episodes.temperature(episode) for episode in range(4)] + of_episodes(folder, "train/reward")
+    return [trainer.episodes.temperature(episode) for episode in range(4)] + of_episodes(
+        folder, "train/reward"
+    )
 
 
 def refusals(folder: str) -> list[str]:
@@ -139,12 +175,25 @@ def test_grpo_with_group_method_annealing_and_ptx(tmp_path):
 
 def test_what_is_wrong_is_said(tmp_path):
     (said,) = run(1, "tests.trainer.test_rl_keywords:refusals", str(tmp_path), timeout=300)
-    parts = "num_beams", "max_new_tokens is missing", "reward_model is builtin", "no pretrain_dataloader", "multiple"
+    parts = (
+        "num_beams",
+        "max_new_tokens is missing",
+        "reward_model is builtin",
+        "no pretrain_dataloader",
+        "multiple",
+    )
     for message, expected in zip(said, parts, strict=True):
         assert expected in message
 
 
 def test_annealing_is_a_straight_line():
     temperature = annealing(1.0, 0.6, 2, 4)
-    assert [round(temperature(episode), 6) for episode in range(6)] == [1.0, 1.0, 1.0, 0.8, 0.6, 0.6]
+    assert [round(temperature(episode), 6) for episode in range(6)] == [
+        1.0,
+        1.0,
+        1.0,
+        0.8,
+        0.6,
+        0.6,
+    ]
     assert pytest.approx(0.5) == annealing(0.5, 0.5, 0, 1)(7)

@@ -1,4 +1,5 @@
-"""A run stopped after any step and gone on with trains on the rows, and the partners, of the uninterrupted run.
+"""A run stopped after any step and gone on with trains on the rows, and the partners, of the
+uninterrupted run.
 
 Trainer and loader are the library's own; the engine only notes what it is given.
 """
@@ -9,10 +10,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from coati.dataset.kto_loader import KTOWindowLoader
-from coati.dataset.loader import WindowLoader
+from coati.dataset.load.kto_loader import KTOWindowLoader
+from coati.dataset.load.loader import WindowLoader
 from coati.parallel.checkpoint import RunningState
-from coati.parallel.step import Step
+from coati.parallel.objective import Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.base import SLTrainer
 
@@ -37,11 +38,16 @@ class Rows:
         return len(self.lengths)
 
     def __getitem__(self, key):
-        return list(self.lengths) if key == "seq_length" else {"row": key, "completion": [key], "label": True}
+        return (
+            list(self.lengths)
+            if key == "seq_length"
+            else {"row": key, "completion": [key], "label": True}
+        )
 
 
 class Noting:
-    """An engine: every row of every window, and its partner where there is one; asks to stop after ``stop`` steps."""
+    """An engine: every row of every window, and its partner where there is one; asks to stop after
+    ``stop`` steps."""
 
     lr_scheduler = module = None
 
@@ -57,8 +63,11 @@ def noted(batch: list[dict]) -> list[tuple]:
     return [(row["row"], *row.get("kl_completion", ())) for row in batch]
 
 
-def trained(loader, state: RunningState | None = None, stop: int | None = None) -> tuple[list, RunningState]:
-    """The windows of a run from ``state`` on, and where it stood at its end, as a checkpoint would keep it."""
+def trained(
+    loader, state: RunningState | None = None, stop: int | None = None
+) -> tuple[list, RunningState]:
+    """The windows of a run from ``state`` on, and where it stood at its end, as a checkpoint would
+    keep it."""
     engine = Noting(stop)
     trainer = SLTrainer(engine, EPOCHS, state=state, assets=ModelAssets(config=None))
     trainer.fit(loader)
@@ -73,23 +82,38 @@ def test_stopped_and_gone_on_with(kind, rows, batch, accumulation, share, capsys
     steps = rows // (batch * accumulation)
     assert end.step == len(whole) == EPOCHS * steps
     for epoch in range(EPOCHS):
-        seen = [row for window in whole[epoch * steps :][:steps] for part in window for row, *_ in part]
+        seen = [
+            row for window in whole[epoch * steps :][:steps] for part in window for row, *_ in part
+        ]
         assert len(seen) == len(set(seen)) == steps * batch * accumulation
     stop = min(max(1, round(share * len(whole))), len(whole) - 1)
     before, state = trained(loader, stop=stop)
-    after, _ = trained(kind(Rows(rows), noted, batch_size=batch, accumulation_steps=accumulation), state)
+    after, _ = trained(
+        kind(Rows(rows), noted, batch_size=batch, accumulation_steps=accumulation), state
+    )
     assert len(before) == stop and before + after == whole
 
 
-@pytest.mark.parametrize("batch, accumulation, size", [(4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 4, 2), (8, 1, 1)])
+@pytest.mark.parametrize(
+    "batch, accumulation, size", [(4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 4, 2), (8, 1, 1)]
+)
 @pytest.mark.parametrize("stop", [1, 11, 12, 13, 30])
-def test_other_processes_go_on_at_the_same_row_with_the_same_partners(batch, accumulation, size, stop):
+def test_other_processes_go_on_at_the_same_row_with_the_same_partners(
+    batch, accumulation, size, stop
+):
     """A checkpoint of one process, windows of 8; 12 an epoch."""
     _, state = trained(KTOWindowLoader(Rows(97), noted, batch_size=8), stop=stop)
     ranks = []
     for rank in range(size):
-        shares = {"batch_size": batch, "accumulation_steps": accumulation, "dp_rank": rank, "dp_size": size}
-        ranks.append(trained(KTOWindowLoader(Rows(97), noted, **shares), RunningState(**asdict(state)))[0])
+        shares = {
+            "batch_size": batch,
+            "accumulation_steps": accumulation,
+            "dp_rank": rank,
+            "dp_size": size,
+        }
+        ranks.append(
+            trained(KTOWindowLoader(Rows(97), noted, **shares), RunningState(**asdict(state)))[0]
+        )
     together = [
         [row for part in zip(*windows, strict=True) for batch in part for row in batch]
         for windows in zip(*ranks, strict=True)
@@ -99,7 +123,8 @@ def test_other_processes_go_on_at_the_same_row_with_the_same_partners(batch, acc
 
 
 def test_thousand_rows_in_batches_of_128_lose_none():
-    """The position is the next row, 128 after a step, however many batches a step has: 7 steps are 896 rows."""
+    """The position is the next row, 128 after a step, however many batches a step has: 7 steps are
+    896 rows."""
     loader = WindowLoader(Rows(1000), noted, batch_size=16, accumulation_steps=8)
     _, state = trained(loader, stop=1)
     assert (state.epoch, state.sample_start_index) == (0, 128)

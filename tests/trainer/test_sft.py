@@ -1,4 +1,5 @@
-"""The loop and the SFT hooks with an engine that only counts: what is logged, evaluated, saved, and when it ends."""
+"""The loop and the SFT hooks with an engine that only counts: what is logged, evaluated, saved, and
+when it ends."""
 
 import json
 import signal
@@ -8,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coati.dataset.loader import WindowLoader
+from coati.dataset.load.loader import WindowLoader
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
-from coati.trainer import Plan, SFTTrainer
-from coati.trainer.stop import StopRequest
-from coati.trainer.windows import DataLoaderWindows, total_steps
+from coati.trainer import RunSchedule, SFTTrainer
+from coati.trainer.global_batches import DataLoaderWindows, total_steps
+from coati.trainer.stop import GracefulStop
 
 
 class CountingEngine:
@@ -29,7 +30,9 @@ class CountingEngine:
         self.steps += 1
         if self.steps in self.at:
             self.at[self.steps]()
-        return Step(float(self.steps), self.steps, tokens=10, stop=stop, grad_norm=10.0 * self.steps)
+        return Step(
+            float(self.steps), self.steps, tokens=10, stop=stop, grad_norm=10.0 * self.steps
+        )
 
     def evaluate(self, batches, hooks):
         return Step(2.0, 7)
@@ -47,17 +50,23 @@ class Rows:
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """``made(plan fields..., at=, state=)``: trainer, its saves; two windows of 3 rows an epoch, two epochs."""
+    """``made(plan fields..., at=, state=)``: trainer, its saves; two windows of 3 rows an epoch,
+    two epochs."""
 
     def make(at=None, state=None, **plan):
         trainer = SFTTrainer(
-            engine=CountingEngine(at), max_epochs=2, plan=Plan(str(tmp_path), **plan), state=state,
+            engine=CountingEngine(at),
+            max_epochs=2,
+            plan=RunSchedule(str(tmp_path), **plan),
+            state=state,
             assets=ModelAssets(config=None),
-        )  # fmt: skip
+        )
         saves: list[tuple[int, int, int]] = []
         where = trainer.state
         monkeypatch.setattr(
-            trainer, "save", lambda: saves.append((where.step, where.epoch, where.sample_start_index))
+            trainer,
+            "save",
+            lambda: saves.append((where.step, where.epoch, where.sample_start_index)),
         )
         return trainer, saves
 
@@ -86,9 +95,12 @@ def test_the_logged_loss_weighs_units(made, tmp_path):
 @pytest.mark.parametrize(
     "plan, evaluated",
     [
-        ({}, [0, 2, 4]), ({"eval_interval": 3}, [0, 3, 4]), ({"eval_interval": 4}, [0, 4]),
-        ({"eval_interval": 0}, [0, 4]), ({"max_steps": 3}, [0, 2, 3]),
-    ],  # fmt: skip
+        ({}, [0, 2, 4]),
+        ({"eval_interval": 3}, [0, 3, 4]),
+        ({"eval_interval": 4}, [0, 4]),
+        ({"eval_interval": 0}, [0, 4]),
+        ({"max_steps": 3}, [0, 2, 3]),
+    ],
 )
 def test_evaluation_at_the_start_when_due_and_at_the_end_once(made, tmp_path, plan, evaluated):
     trainer, _ = made(**plan)
@@ -104,7 +116,9 @@ def test_positions_that_are_saved(made):
 
 
 def test_a_resumed_run_does_the_rest(made):
-    trainer, saves = made(save_interval=1, state=RunningState(epoch=0, step=2, sample_start_index=6))
+    trainer, saves = made(
+        save_interval=1, state=RunningState(epoch=0, step=2, sample_start_index=6)
+    )
     fit(trainer)
     assert trainer.engine.steps == 2 and saves == [(3, 1, 3), (4, 1, 6)]
 
@@ -115,11 +129,15 @@ def test_what_was_evaluated_before_is_not_evaluated_again(made, tmp_path):
     trainer, _ = made(state=state)
     fit(trainer, evaluate=True)
     assert trainer.engine.steps == 0 and logged(tmp_path, "eval/loss") == []
-    assert (trainer.first_evaluation, trainer.last_evaluation) == ({"eval/loss": 9.0}, {"eval/loss": 8.0})
+    assert (trainer.first_evaluation, trainer.last_evaluation) == (
+        {"eval/loss": 9.0},
+        {"eval/loss": 8.0},
+    )
 
 
 class SamplingEngine(CountingEngine):
-    """Begins at step ``done`` + 1, as a resumed run does; step k has the samples 0.1 k and 0.3 k."""
+    """Begins at step ``done`` + 1, as a resumed run does; step k has the samples 0.1 k and 0.3
+    k."""
 
     def __init__(self, done: int = 0) -> None:
         super().__init__()
@@ -127,12 +145,15 @@ class SamplingEngine(CountingEngine):
 
     def train_step(self, window, hooks, stop):
         step = super().train_step(window, hooks, stop)
-        step.metrics = {"reward": [torch.tensor([0.1 * self.steps]), torch.tensor([0.3 * self.steps])]}
+        step.metrics = {
+            "reward": [torch.tensor([0.1 * self.steps]), torch.tensor([0.3 * self.steps])]
+        }
         return step
 
 
 def test_samples_not_reported_yet_are_part_of_a_checkpoint(tmp_path, monkeypatch):
-    """A report at step 3, a save after step 2: the resumed run logs the line of the uninterrupted one."""
+    """A report at step 3, a save after step 2: the resumed run logs the line of the uninterrupted
+    one."""
     stored = {}
 
     def keep(save_dir, engine, assets, state):
@@ -142,15 +163,21 @@ def test_samples_not_reported_yet_are_part_of_a_checkpoint(tmp_path, monkeypatch
     lines = {}
     for name, state in (("whole", {}), ("resumed", None)):
         state = RunningState(**(stored[2] if state is None else state))
-        plan = Plan(str(tmp_path / name), save_interval=2, log_interval=3)
+        plan = RunSchedule(str(tmp_path / name), save_interval=2, log_interval=3)
         trainer = SFTTrainer(
-            engine=SamplingEngine(state.step), max_epochs=2, plan=plan, state=state, assets=ModelAssets(config=None)
+            engine=SamplingEngine(state.step),
+            max_epochs=2,
+            plan=plan,
+            state=state,
+            assets=ModelAssets(config=None),
         )
         fit(trainer)
         lines[name] = [
             (step, loss, reward)
             for (step, loss), (_, reward) in zip(
-                logged(tmp_path / name, "train/loss"), logged(tmp_path / name, "train/reward"), strict=True
+                logged(tmp_path / name, "train/loss"),
+                logged(tmp_path / name, "train/reward"),
+                strict=True,
             )
         ]
     assert lines["whole"] == lines["resumed"] == [(3, 14 / 6, pytest.approx(0.4))]
@@ -167,7 +194,9 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(made):
         raise NonFiniteLoss("the loss of this step is nan")
 
     trainer, saves = made(at={3: fail}, save_interval=1)
-    with pytest.raises(NonFiniteLoss, match=r"is nan \(step 3, epoch 1, rows \d, \d, \d of --dataset\).*untouched"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"is nan \(step 3, epoch 1, rows \d, \d, \d of --dataset\).*untouched"
+    ):
         fit(trainer)
     assert saves[-1] == (2, 0, 6)
 
@@ -177,7 +206,9 @@ def test_a_plain_loader_works_too(made):
     trainer.accumulation_steps = 2
     trainer.fit([{"index": i} for i in range(5)], None)
     assert trainer.engine.steps == 4 and saves == [(2, 0, 4), (4, 1, 4)]
-    with pytest.raises(ValueError, match="the loader has 1 batches, one step needs accumulation_steps 2"):
+    with pytest.raises(
+        ValueError, match="the loader has 1 batches, one step needs accumulation_steps 2"
+    ):
         DataLoaderWindows([{}], 2)
 
 
@@ -197,7 +228,16 @@ def test_steps_in_all(state, window, steps):
 
 
 def test_max_steps_counts_from_the_start_of_the_run():
-    assert total_steps(RunningState(step=1, sample_start_index=3), lambda epoch: 7, 1, max_epochs=2, max_steps=5) == 5
+    assert (
+        total_steps(
+            RunningState(step=1, sample_start_index=3),
+            lambda epoch: 7,
+            1,
+            max_epochs=2,
+            max_steps=5,
+        )
+        == 5
+    )
 
 
 BATCH = {
@@ -209,7 +249,7 @@ BATCH = {
 
 def test_the_hooks(made):
     trainer, _ = made()
-    assert trainer.prepare(BATCH) is BATCH and int(trainer.units(BATCH)) == 3
+    assert trainer.prepare(BATCH) is BATCH and int(trainer.num_terms(BATCH)) == 3
     loss, metrics = trainer.loss({"logits": torch.tensor([[-1.0, -2.0, -0.5]])}, BATCH)
     assert float(loss) == 3.5 and metrics == {}
     assert trainer.evaluation_metrics(Step(1e9, 1))["perplexity"] < float("inf")
@@ -220,21 +260,27 @@ def test_without_the_loss_mask_all_but_padding_is_supervised(made):
     trainer.apply_loss_mask = False
     batch = trainer.prepare(BATCH)
     assert batch["labels"].tolist() == [[5, 6, 2, -100], [7, 2, 8, 2]]
-    assert int(trainer.units(batch)) == 5  # nothing predicts the first token of a row
+    assert int(trainer.num_terms(batch)) == 5  # nothing predicts the first token of a row
 
 
 def test_the_keywords_of_the_reference_are_taken():
     engine = SimpleNamespace()
     assets = ModelAssets(config=None)
     trainer = SFTTrainer(
-        engine=engine, max_epochs=3, accumulation_steps=2, start_epoch=1, save_interval=5, save_dir="d", assets=assets
+        engine=engine,
+        max_epochs=3,
+        accumulation_steps=2,
+        start_epoch=1,
+        save_interval=5,
+        save_dir="d",
+        assets=assets,
     )
     assert (trainer.state.epoch, trainer.plan.save_interval, trainer.plan.save_dir) == (1, 5, "d")
 
 
 def test_the_second_interrupt_does_not_wait(capsys):
     before = signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
+    with GracefulStop() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
@@ -245,8 +291,17 @@ def test_the_second_interrupt_does_not_wait(capsys):
 
 
 def test_in_packs_no_token_is_asked_for_the_first_of_the_next_row():
-    """Rows 5 6 and 7 in one pack, and padding: of all tokens only 6 has one of its row before it."""
-    trainer = SFTTrainer(engine=CountingEngine(), assets=ModelAssets(config=None), apply_loss_mask=False)
-    batch = {"input_ids": [[5, 6, 7, 2]], "attention_mask": [[1, 1, 1, 0]], "position_ids": [[0, 1, 0, 0]]}
-    labels = trainer.prepare({name: torch.tensor(values) for name, values in batch.items()})["labels"]
+    """Rows 5 6 and 7 in one pack, and padding: of all tokens only 6 has one of its row before
+    it."""
+    trainer = SFTTrainer(
+        engine=CountingEngine(), assets=ModelAssets(config=None), apply_loss_mask=False
+    )
+    batch = {
+        "input_ids": [[5, 6, 7, 2]],
+        "attention_mask": [[1, 1, 1, 0]],
+        "position_ids": [[0, 1, 0, 0]],
+    }
+    labels = trainer.prepare({name: torch.tensor(values) for name, values in batch.items()})[
+        "labels"
+    ]
     assert labels.tolist() == [[-100, 6, -100, -100]]

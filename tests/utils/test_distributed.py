@@ -11,7 +11,9 @@ def test_alone_everything_is_the_identity(monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     values = torch.tensor([1.0, 2.0])
     assert distributed.rank() == 0 and distributed.world_size() == 1 and distributed.is_rank_0()
-    assert distributed.all_reduce_sum(values) is values and distributed.all_reduce_mean(values).tolist() == [1.0, 2.0]
+    assert distributed.all_reduce_sum(values) is values and distributed.all_reduce_mean(
+        values
+    ).tolist() == [1.0, 2.0]
     assert distributed.all_gather_object("a") == ["a"] and distributed.broadcast_object([1]) == [1]
     assert distributed.any_rank(True) and not distributed.any_rank(False)
     distributed.barrier()

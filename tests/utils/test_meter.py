@@ -34,7 +34,9 @@ def test_an_empty_tensor_is_no_sample():
 def test_booleans_and_half_precision_are_added_up_exactly():
     meter = AccumulativeMeanMeter()
     meter.add("accuracy", torch.tensor([True, False, True, True]))
-    meter.add("half", torch.full((4096,), 1.001, dtype=torch.bfloat16))  # in bf16 a sum stops growing at 256
+    meter.add(
+        "half", torch.full((4096,), 1.001, dtype=torch.bfloat16)
+    )  # in bf16 a sum stops growing at 256
     report = meter.report()
     assert report == {"accuracy": 0.75, "half": float(torch.tensor(1.001, dtype=torch.bfloat16))}
 
@@ -67,7 +69,8 @@ def test_what_is_not_reported_yet_outlives_the_meter():
 
 
 def continued(states: list) -> dict[str, float]:
-    """In a worker: a report of what ``states`` hold and a sample of 1.0 on rank 0 and 2.0 on rank 1."""
+    """In a worker: a report of what ``states`` hold and a sample of 1.0 on rank 0 and 2.0 on rank
+    1."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -78,6 +81,7 @@ def continued(states: list) -> dict[str, float]:
 
 
 def test_another_number_of_ranks_takes_all_of_it():
-    """Sums 3 over 2 samples, 4 over 1 and 5 over 1, then the new samples 1 and 2: (3 + 4 + 5 + 1 + 2) / 6."""
+    """Sums 3 over 2 samples, 4 over 1 and 5 over 1, then the new samples 1 and 2: (3 + 4 + 5 + 1 +
+    2) / 6."""
     states = [{"loss": [3.0, 2.0]}, {"loss": [4.0, 1.0]}, {"loss": [5.0, 1.0]}]
     assert run(2, "tests.utils.test_meter:continued", states) == [{"loss": 2.5}] * 2

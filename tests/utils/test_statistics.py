@@ -6,20 +6,29 @@ from coati.utils.statistics import correlation, wilson_interval
 
 
 def test_wilson_interval_by_hand():
-    """8 of 10: centre (.8 + 1.92/10) / 1.384 and half-width 1.96/1.384 x sqrt(.016 + .0096)."""
+    """8 of 10: center (.8 + 1.92/10) / 1.384 and half-width 1.96/1.384 x sqrt(.016 + .0096)."""
     low, high = wilson_interval(8, 10)
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
 
 
 def test_wilson_interval_at_the_ends_and_without_observations():
-    assert wilson_interval(0, 20)[0] == 0.0 and wilson_interval(0, 20)[1] == pytest.approx(0.1611, abs=1e-4)
+    assert wilson_interval(0, 20)[0] == 0.0 and wilson_interval(0, 20)[1] == pytest.approx(
+        0.1611, abs=1e-4
+    )
     assert wilson_interval(20, 20)[1] == 1.0
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def sums(x: list[float], y: list[float]) -> tuple[float, ...]:
     pairs = list(zip(x, y, strict=True))
-    return len(x), sum(x), sum(y), sum(a * a for a in x), sum(b * b for b in y), sum(a * b for a, b in pairs)
+    return (
+        len(x),
+        sum(x),
+        sum(y),
+        sum(a * a for a in x),
+        sum(b * b for b in y),
+        sum(a * b for a, b in pairs),
+    )
 
 
 def test_correlation_by_hand():

@@ -21,7 +21,9 @@ def steps(path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("keep_to, kept", [(4, [0, 2, 2, 4]), (3, [0, 2, 2]), (2, [0, 2, 2]), (1, [0]), (0, [])])
+@pytest.mark.parametrize(
+    "keep_to, kept", [(4, [0, 2, 2, 4]), (3, [0, 2, 2]), (2, [0, 2, 2]), (1, [0]), (0, [])]
+)
 def test_a_resumed_run_keeps_what_its_checkpoint_had_seen(file, keep_to, kept):
     tracker = JsonlTracker(file, keep_to)
     tracker.log({"loss": 0.5}, 9)
@@ -43,7 +45,10 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     tracker.log({"train/loss": 1.5}, 2)
     tracker.close()
     events = reader.EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 2.0),
+        (2, 1.5),
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
@@ -92,8 +97,18 @@ def test_samples_in_wandb_are_its_table(tmp_path, monkeypatch):
     """Offline: nothing leaves the machine."""
     wandb = pytest.importorskip("wandb")
     logged = []
-    monkeypatch.setattr(wandb, "init", lambda **_: type("Run", (), {
-        "log": lambda self, what, step: logged.append((what, step)), "finish": lambda self: None})())  # fmt: skip
+    monkeypatch.setattr(
+        wandb,
+        "init",
+        lambda **_: type(
+            "Run",
+            (),
+            {
+                "log": lambda self, what, step: logged.append((what, step)),
+                "finish": lambda self: None,
+            },
+        )(),
+    )
     monkeypatch.setattr(wandb, "Table", lambda columns, data: (columns, data))
     tracker = make_tracker(None, use_wandb=True)
     tracker.table(COLUMNS, ROWS, 4)

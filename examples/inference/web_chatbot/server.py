@@ -9,8 +9,8 @@ from coati.cli.serve import LOOPBACK, listening_socket, parse_server
 
 def open_service(args: Namespace):
     from coati.inference import load
-    from coati.inference.cut import read_words
-    from coati.inference.service import Service
+    from coati.inference.serve.service import InferenceEngine
+    from coati.inference.serve.stop_strings import read_words
 
     words = read_words(args.profanity_file) if args.profanity_file else []
     loaded = load(
@@ -20,7 +20,7 @@ def open_service(args: Namespace):
         trust_remote_code=args.trust_remote_code,
         quant=args.quant,
     )
-    return Service(
+    return InferenceEngine(
         loaded,
         max_length=args.model_max_length,
         max_batch=args.max_batch,
@@ -31,8 +31,8 @@ def open_service(args: Namespace):
 
 
 def app_of(args: Namespace, service):
-    from coati.inference.web import WebSettings, make_app
-    from coati.models.choice import Sampling
+    from coati.inference.serve.web import WebSettings, make_app
+    from coati.models.generation.sampling import Sampling
 
     sampling = Sampling(
         do_sample=args.temperature > 0,
@@ -41,14 +41,19 @@ def app_of(args: Namespace, service):
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
     )
-    # Without a token only the address protects the model, so a web page that makes its name point here must not do.
+    # Without a token only the address protects the model, so a web page that makes its name point
+    # here must not do.
     hosts = (*LOOPBACK, "[::1]") if args.token is None and args.http_host in LOOPBACK else ()
-    settings = WebSettings(args.served_model_name, sampling, args.max_new_tokens, args.token, args.cors_origins, hosts)
+    settings = WebSettings(
+        args.served_model_name, sampling, args.max_new_tokens, args.token, args.cors_origins, hosts
+    )
     return make_app(service, settings)
 
 
 def main(args: Namespace) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once all is in order
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # uvicorn raises it again once all is in order
     listening = listening_socket(args.http_host, args.http_port)
     try:
         import uvicorn
@@ -57,7 +62,10 @@ def main(args: Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; the server needs: pip install 'coati[serve]'") from error
     host, port = listening.getsockname()[:2]
-    print(f"{args.served_model_name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(
+        f"{args.served_model_name} at http://{f'[{host}]' if ':' in host else host}:{port}",
+        flush=True,
+    )
     config = uvicorn.Config(app_of(args, service), timeout_graceful_shutdown=args.shutdown_timeout)
     uvicorn.Server(config).run(sockets=[listening])
 

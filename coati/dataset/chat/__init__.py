@@ -1,0 +1,1 @@
+"""Chat templates, and loss masks by spans."""

@@ -1,0 +1,142 @@
+"""What cleaning is asked for, and the checks that look at one row alone."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coati.dataset.clean.overlap import Overlap
+from coati.dataset.clean.text_normalization import normalize
+from coati.dataset.rows.row_errors import DEFAULT_OVERLAP_WORDS, RowError
+from coati.dataset.rows.source_row import SourceRow
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Which rows are left out although they could be trained on. Raises ValueError for values that
+    cannot work.
+
+    Attributes: deduplicate: a row whose text is that of an earlier one, letters' case, width and
+        white space aside. near_duplicates: a row whose word trigrams agree with those of an earlier
+        one to this share (Jaccard). drop_eval_overlap: a training row that shares ``overlap_words``
+        words in a row with an evaluation row. benchmark_files: likewise with any text in these
+        files. min_answer_chars, max_answer_chars: bounds for the characters of an answer (sft: of
+        all answers together). drop_trivial_answers: an answer without a visible character, or that
+        only repeats what was asked.
+    """
+
+    deduplicate: bool = False
+    near_duplicates: float | None = None
+    drop_eval_overlap: bool = False
+    benchmark_files: Sequence[str] = ()
+    overlap_words: int = DEFAULT_OVERLAP_WORDS
+    min_answer_chars: int = 0
+    max_answer_chars: int | None = None
+    drop_trivial_answers: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "benchmark_files", tuple(self.benchmark_files))
+        if self.near_duplicates is not None and not 0 < self.near_duplicates < 1:
+            raise ValueError(
+                f"near_duplicates must lie between 0 and 1, found {self.near_duplicates}"
+            )
+        if self.overlap_words < 2:
+            raise ValueError(f"overlap_words must be at least 2, found {self.overlap_words}")
+        if self.max_answer_chars is not None and self.max_answer_chars < self.min_answer_chars:
+            raise ValueError(
+                f"max_answer_chars {self.max_answer_chars} is below min_answer_chars "
+                f"{self.min_answer_chars}: "
+                "no answer fits between them"
+            )
+
+    def named(self) -> dict[str, Any]:
+        """What is asked for, by name; empty when nothing is."""
+        asked = {
+            name: value for name, value in asdict(self).items() if value != getattr(Cleaning, name)
+        }
+        if self.drop_eval_overlap or self.benchmark_files:
+            asked["overlap_words"] = self.overlap_words
+        return asked
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether rows must be seen before it can be told which of them stay."""
+        return self.compares_all or self.drop_eval_overlap
+
+    @property
+    def compares_all(self) -> bool:
+        """Whether every row, not just those for evaluation, must be seen before."""
+        return self.deduplicate or self.near_duplicates is not None
+
+
+@dataclass
+class RowChecks:
+    """The checks of one row, in a worker. ``overlap``: the texts that training rows must not share
+    words with."""
+
+    cleaning: Cleaning
+    overlap: Overlap | None = None
+
+    def check(self, row: SourceRow, evaluation: bool) -> None:
+        """Raise RowError when ``row`` is to be left out."""
+        cleaning = self.cleaning
+        if cleaning.min_answer_chars or cleaning.max_answer_chars is not None:
+            self._check_length(row)
+        if cleaning.drop_trivial_answers:
+            _check_trivial(row)
+        if self.overlap is not None and not evaluation:
+            self.overlap.check(row)
+
+    def _check_length(self, row: SourceRow) -> None:
+        low, high = self.cleaning.min_answer_chars, self.cleaning.max_answer_chars
+        for answers in _answer_groups(row):
+            length = sum(len(answer.strip()) for answer in answers)
+            if length < low:
+                raise RowError(
+                    "answer_too_short", f"{length} characters, at least {low} are wanted"
+                )
+            if high is not None and length > high:
+                raise RowError("answer_too_long", f"{length} characters, at most {high} are wanted")
+
+
+def _answer_groups(row: SourceRow) -> list[list[str]]:
+    """What is measured as one answer: all of a conversation, or each of several alternatives."""
+    if row.completion is not None:
+        return [[row.completion]]
+    if row.text is not None:
+        return [[row.text]]
+    turns = [row.chosen, row.rejected] if row.chosen else [row.messages]
+    groups = [[turn["content"] for turn in side if turn["role"] == "assistant"] for side in turns]
+    return [group for group in groups if group or row.chosen]
+
+
+def _check_trivial(row: SourceRow) -> None:
+    for asked, answer in _rounds(row):
+        said = normalize(answer)
+        if not any(_is_visible(character) for character in said):
+            raise RowError("blank_answer", f"found {answer[:40]!r}")
+        if said == normalize(asked):
+            raise RowError("answer_repeats_prompt", f"both are {answer[:60]!r}")
+
+
+def _is_visible(character: str) -> bool:
+    return unicodedata.category(character)[0] not in "ZC"
+
+
+def _rounds(row: SourceRow) -> list[tuple[str, str]]:
+    """``(question, answer)`` of every answer that may be trained on."""
+    last = row.messages[-1]["content"] if row.messages else ""
+    if row.completion is not None:
+        return [(last, row.completion)]
+    if row.chosen:
+        return [_last_round([*row.messages, *turns]) for turns in (row.chosen, row.rejected)]
+    turns = row.messages
+    return [
+        (before["content"], after["content"])
+        for before, after in zip(turns, turns[1:], strict=False)
+        if after["role"] == "assistant"
+    ]
+
+
+def _last_round(turns: list[dict[str, str]]) -> tuple[str, str]:
+    return (turns[-2]["content"] if len(turns) > 1 else ""), turns[-1]["content"]

@@ -1,0 +1,115 @@
+"""Training rows that share a run of words with an evaluation row or with a text of a benchmark."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coati.dataset.clean.text_normalization import asked, grams, said, word_hashes, words
+from coati.dataset.rows.input_files import decode, find_files, read_rows
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.source_row import SourceRow
+
+
+def row_grams(row: SourceRow, size: int) -> np.ndarray:
+    """The runs of ``size`` words in each text of ``row``, and its whole question if that is
+    shorter."""
+    return np.concatenate(
+        [grams(hashes, length) for _, hashes, length in _pieces(row, size)] or [_NOTHING]
+    )
+
+
+_NOTHING = np.empty(0, dtype=np.uint64)
+
+
+def _pieces(row: SourceRow, size: int) -> Iterator[tuple[list[str], np.ndarray, int]]:
+    """``(words, their hashes, how many make one gram)``."""
+    for text in said(row):
+        found = words(text)
+        if len(found) >= size:
+            yield found, word_hashes(found), size
+    question = words(asked(row))
+    if 0 < len(question) < size:
+        yield question, word_hashes(question), len(question)
+
+
+def text_grams(text: str, size: int) -> np.ndarray:
+    """As :func:`row_grams`, of a text alone; a shorter one counts as a question."""
+    hashes = word_hashes(words(text))
+    return grams(hashes, min(size, len(hashes))) if len(hashes) else _NOTHING
+
+
+@dataclass
+class Overlap:
+    """The grams not to be shared: sorted, each with the number of its place; 12 bytes for each."""
+
+    size: int
+    grams: np.ndarray
+    owners: np.ndarray
+    places: list[str]
+    reasons: list[str]
+
+    @classmethod
+    def of(cls, size: int, found: list[tuple[str, str, np.ndarray]]) -> "Overlap":
+        """From ``(reason, place, grams)`` of each text."""
+        sizes = [len(one) for _, _, one in found]
+        together = np.concatenate([one for _, _, one in found] or [_NOTHING])
+        owners = np.repeat(np.arange(len(found), dtype=np.uint32), sizes)
+        unique, first = np.unique(together, return_index=True)
+        return cls(
+            size,
+            unique,
+            owners[first],
+            [place for _, place, _ in found],
+            [why for why, _, _ in found],
+        )
+
+    def check(self, row: SourceRow) -> None:
+        """Raise RowError with the shared words and where they stand."""
+        for found, hashes, length in _pieces(row, self.size) if len(self.grams) else ():
+            mine = grams(hashes, length)
+            places = np.minimum(np.searchsorted(self.grams, mine), len(self.grams) - 1)
+            hits = np.flatnonzero(self.grams[places] == mine)
+            if len(hits):
+                owner, start = self.owners[places[hits[0]]], int(hits[0])
+                shared = " ".join(found[start : start + length])
+                raise RowError(self.reasons[owner], f"{self.places[owner]} holds {shared!r} too")
+
+
+def benchmark_grams(files: tuple[str, ...], size: int) -> list[tuple[str, str, np.ndarray]]:
+    """``(reason, place, grams)`` of every row of benchmark files, whatever its keys. ValueError:
+    none."""
+    found = []
+    for file in find_files(files) if files else ():
+        for line, row in read_rows(file):
+            texts = _texts(_readable(file, line, row))
+            mine = [one for text in texts if len(one := text_grams(text, size))]
+            if mine:
+                found.append(
+                    ("benchmark_overlap", f"{file}:{line}", np.unique(np.concatenate(mine)))
+                )
+    if files and not found:
+        raise ValueError(
+            f"{', '.join(files)}: no text found to compare with; expected rows with texts under "
+            "any keys"
+        )
+    return found
+
+
+def _readable(file: Path, line: int, row: Any) -> Any:
+    try:
+        return decode(row)
+    except RowError as error:
+        raise ValueError(
+            f"{file}:{line}: {error}; mend the benchmark file: what it holds cannot be told"
+        ) from error
+
+
+def _texts(value: Any) -> list[str]:
+    """Every string at any depth, keys aside."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in _texts(one)]

@@ -1,0 +1,262 @@
+"""Rows of token ids to padded tensors. Padding knows lengths, never token values: the pad id may
+equal eos."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+IGNORE_INDEX = -100
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, value: int, side: str = "right") -> Tensor:
+    """(B, width) long tensor of ``rows``, each filled up with ``value`` on ``side``."""
+    out = torch.full((len(rows), width), value, dtype=torch.long)
+    for index, row in enumerate(rows):
+        cells = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        out[index, cells] = torch.as_tensor(row, dtype=torch.long)
+    return out
+
+
+def attention_mask(lengths: Sequence[int], width: int, side: str = "right") -> Tensor:
+    """(B, width) long tensor, 1 at the true tokens of rows of these ``lengths``."""
+    position = torch.arange(width)
+    if side == "left":
+        position = position.flip(0)
+    return (position[None] < torch.as_tensor(lengths)[:, None]).long()
+
+
+class _Collator:
+    """What all collators share.
+
+    Args:
+        tokenizer: gives the pad id and the padding side ("right" is what training uses).
+        max_length: the longest row in tokens.
+        apply_loss_mask: False trains on every real token (never on padding, never on a blank row).
+        pad_to_multiple_of: widths are rounded up to this.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int = 4096,
+        *,
+        apply_loss_mask: bool = True,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        pad_id = tokenizer.pad_token_id
+        self.pad_id = pad_id if pad_id is not None else (tokenizer.eos_token_id or 0)
+        self.side = tokenizer.padding_side
+        self.max_length = max_length
+        self.apply_loss_mask = apply_loss_mask
+        self.multiple = pad_to_multiple_of
+
+    def _width(self, lengths: Sequence[int]) -> int:
+        return -(-max(lengths) // self.multiple) * self.multiple
+
+    def _masked(
+        self, ids: list[list[int]], masks: list[list[bool]], width: int, prefix: str = ""
+    ) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``loss_mask`` (bool), each (B, width), their names
+        after ``prefix``."""
+        attention = attention_mask([len(row) for row in ids], width, self.side)
+        return {
+            f"{prefix}input_ids": pad(ids, width, self.pad_id, self.side),
+            f"{prefix}attention_mask": attention,
+            f"{prefix}loss_mask": pad(masks, width, 0, self.side).bool(),
+        }
+
+    def _check(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"a row of {length} tokens, max_length {self.max_length}: cutting it would take "
+                "the end of an answer; "
+                f"raise --max_length, or prepare the data again with --max_length {self.max_length}"
+            )
+
+
+class DataCollatorForSupervisedDataset(_Collator):
+    """Rows with ``input_ids`` and ``labels`` to ``input_ids, attention_mask, labels``, each (B, S).
+
+    S is the longest row of the batch, at most ``max_length``, rounded up to ``pad_to_multiple_of``.
+
+    Args:
+        tokenizer: gives the pad id and the padding side ("right" is what training uses).
+        max_length: longer rows are cut at the end.
+        ignore_index: label of positions without loss.
+        apply_loss_mask: False trains on every real token (never on padding).
+    """
+
+    def __init__(
+        self, tokenizer, max_length: int = 4096, ignore_index: int = IGNORE_INDEX, **settings: Any
+    ) -> None:
+        super().__init__(tokenizer, max_length, **settings)
+        self.ignore_index = ignore_index
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"][: self.max_length] for row in rows]
+        labels = [self._labels(row)[: self.max_length] for row in rows]
+        if self.side == "left":  # a row's first token would be asked of the padding before it
+            labels = [[self.ignore_index, *row[1:]] for row in labels]
+        lengths = [len(row) for row in ids]
+        width = self._width(lengths)
+        return {
+            "input_ids": pad(ids, width, self.pad_id, self.side),
+            "attention_mask": attention_mask(lengths, width, self.side),
+            "labels": pad(labels, width, self.ignore_index, self.side),
+        }
+
+    def _labels(self, row: dict[str, Any]) -> list[int]:
+        return row["labels"] if self.apply_loss_mask or row.get("blank") else row["input_ids"]
+
+    def blank(self, row: dict[str, Any]) -> dict[str, Any]:
+        """``row`` without anything supervised: keeps a rank in step that has no row left."""
+        ids = row["input_ids"][:2]
+        return {"input_ids": ids, "labels": [self.ignore_index] * len(ids), "blank": True}
+
+
+class DataCollatorForPromptDataset(_Collator):
+    """Rows with ``input_ids`` to ``input_ids, attention_mask``, each (B, S) and padded on the left,
+    and ``gt_answer``.
+
+    ``gt_answer`` is a list of B strings or None. A prompt longer than ``max_length`` loses its
+    beginning, never the generation prompt at its end, and this is said once.
+    """
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        if longest > self.max_length:
+            logger.warning_once(
+                f"prompts of more than {self.max_length} tokens lose their beginning"
+            )
+        ids = [row["input_ids"][-self.max_length :] for row in rows]
+        lengths = [len(row) for row in ids]
+        width = self._width(lengths)
+        return {
+            "input_ids": pad(ids, width, self.pad_id, "left"),
+            "attention_mask": attention_mask(lengths, width, "left"),
+            "gt_answer": [row.get("gt_answer") for row in rows],
+        }
+
+    def blank(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A short prompt in the place of one that is not there."""
+        return {
+            "input_ids": row["input_ids"][-2:],
+            "gt_answer": row.get("gt_answer"),
+            "blank": True,
+        }
+
+
+class DataCollatorForPreferenceDataset(_Collator):
+    """Preference rows to ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``, each (B, S), and
+    ``margin`` (B,).
+
+    S is the longest of all chosen and rejected rows, so the two can be laid into one batch.
+    ``loss_mask`` (bool) marks the last answer; a row in which it marks nothing is blank and counts
+    for nothing. A missing margin is 0. Raises ValueError for a row longer than ``max_length``: a
+    pair without its end is not the pair that was judged.
+    """
+
+    SIDES = {
+        "chosen_": "chosen_",
+        "rejected_": "reject_",
+    }  # column prefix -> the reference's name in a batch
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        width = self._width([len(row[f"{side}input_ids"]) for row in rows for side in self.SIDES])
+        self._check(max(len(row[f"{side}input_ids"]) for row in rows for side in self.SIDES))
+        batch = {
+            "margin": torch.tensor([row.get("margin") or 0.0 for row in rows], dtype=torch.float32)
+        }
+        for side, name in self.SIDES.items():
+            ids = [row[f"{side}input_ids"] for row in rows]
+            batch |= self._masked(ids, [self._mask(row, side) for row in rows], width, name)
+        return batch
+
+    def _mask(self, row: dict[str, Any], side: str) -> list[bool]:
+        found = row[f"{side}loss_mask"]
+        return found if self.apply_loss_mask or row.get("blank") else [True] * len(found)
+
+    def blank(self, row: dict[str, Any]) -> dict[str, Any]:
+        """``row`` without anything supervised: keeps a rank in step that has no row left."""
+        blank = {"blank": True}
+        for side in self.SIDES:
+            ids = row[f"{side}input_ids"][:2]
+            blank |= {f"{side}input_ids": ids, f"{side}loss_mask": [False] * len(ids)}
+        return blank
+
+
+class DataCollatorForKTODataset(_Collator):
+    """Judged answers to ``input_ids, attention_mask, loss_mask`` (B, S), ``label`` (B,) bool, and
+    their KL rows.
+
+    The KL row of a prompt is that prompt with the answer of another row: ``kl_input_ids,
+    kl_attention_mask, kl_loss_mask``, each (B, K). A loader that knows the whole window of an
+    optimizer step puts that answer's ids (column ``completion`` of the partner) into
+    ``row["kl_completion"]``; without it the partner is the next row of the batch, the first after
+    the last. A row that has no partner (a batch of one), or a blank one, has a KL row in which
+    nothing is marked. Rows are padded on the right.
+
+    A row longer than ``max_length`` raises ValueError; a KL row that would be longer loses the
+    beginning of its prompt, never a token of the answer.
+    """
+
+    def __init__(
+        self, tokenizer, max_length: int = 4096, ignore_index: int = IGNORE_INDEX, **settings: Any
+    ) -> None:
+        super().__init__(tokenizer, max_length, **settings)
+        self.ignore_index = ignore_index
+        self.side = "right"
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        for row in rows:
+            self._check(len(row["prompt"]) + len(row["completion"]))
+        batch = self._answers([(row["prompt"], row["completion"]) for row in rows])
+        kl = [
+            (row["prompt"], partner)
+            for row, partner in zip(rows, self._partners(rows), strict=True)
+        ]
+        kl = [(prompt[-(self.max_length - len(partner)) :], partner) for prompt, partner in kl]
+        label = torch.tensor([bool(row["label"]) for row in rows])
+        return batch | {"label": label} | self._answers(kl, "kl_")
+
+    def _answers(
+        self, pairs: list[tuple[list[int], list[int]]], prefix: str = ""
+    ) -> dict[str, Tensor]:
+        ids = [prompt + answer for prompt, answer in pairs]
+        masks = [
+            # Without an answer there is nothing to learn from, whatever else is trained on.
+            [bool(answer) and not self.apply_loss_mask] * len(prompt) + [True] * len(answer)
+            for prompt, answer in pairs
+        ]
+        return self._masked(ids, masks, self._width([len(row) for row in ids]), prefix)
+
+    @staticmethod
+    def _partners(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        real = [index for index, row in enumerate(rows) if row["completion"]]
+        following = dict(zip(real, real[1:] + real[:1], strict=True))
+        partners = []
+        for index, row in enumerate(rows):
+            nobody = following.get(index, index) == index
+            partners.append(
+                row.get(
+                    "kl_completion",
+                    [] if nobody else rows[following.get(index, index)]["completion"],
+                )
+            )
+        return partners
+
+    def blank(self, row: dict[str, Any]) -> dict[str, Any]:
+        """``row`` without an answer: keeps a rank in step that has no row left."""
+        return {
+            "prompt": row["prompt"][:2],
+            "completion": [],
+            "label": False,
+            "kl_completion": [],
+            "blank": True,
+        }

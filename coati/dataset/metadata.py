@@ -1,0 +1,29 @@
+"""What prepared rows were made with: the command, the tokenizer and the template, as their report
+tells it."""
+
+import shlex
+import sys
+from typing import Any
+
+from coati.dataset.chat.conversation import Conversation
+
+
+def command_line() -> str:
+    """The command that started this process, quoted for a shell."""
+    return shlex.join(["python", *sys.argv])
+
+
+def describe_tokenizer(tokenizer, name: str, fingerprint: str) -> dict[str, Any]:
+    """``name`` is what the user called it."""
+    return {
+        "path": name or getattr(tokenizer, "name_or_path", ""),
+        "vocab_size": len(tokenizer),
+        "fingerprint": fingerprint,
+    }
+
+
+def describe_template(template: Conversation) -> dict[str, Any]:
+    """The fields of the template, and its stop sequences as text too."""
+    return template.to_config() | {
+        "stop_texts": [template.encoder.decode(ids) for ids in template.stop_ids]
+    }

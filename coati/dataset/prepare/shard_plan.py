@@ -1,0 +1,185 @@
+"""Which rows go into which shard, and in which chunks they travel there."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coati.dataset.prepare.shards import part_name
+from coati.dataset.rows.input_files import read_rows
+from coati.dataset.rows.row_errors import RowError
+
+CHUNK_ROWS = 128
+MAX_BINS = 100_000  # part names have five digits
+EXACT_ROWS = 5_000_000  # up to here the evaluation split has exactly its share of the rows
+EVALUATION = "eval"  # the folder of the evaluation split inside an output
+Row = tuple[int, int, Any]  # (file index, line, row as read)
+Chunk = list[Row]
+Refusals = Callable[
+    [str, int], RowError | None
+]  # (shard, number of the row in it) -> why the row is left out
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The rows ``start`` to ``end`` of one split's files, which fill the shards of one number.
+
+    ``evaluation``: they are rows of evaluation files. ``split``: some of them go to the evaluation
+    shard.
+    """
+
+    number: int
+    start: int
+    end: int
+    evaluation: bool = False
+    split: bool = False
+
+    @property
+    def shards(self) -> list[str]:
+        """Paths below an output."""
+        train, evaluation = part_name(self.number), f"{EVALUATION}/{part_name(self.number)}"
+        if self.evaluation:
+            return [evaluation]
+        return [train, evaluation] if self.split else [train]
+
+
+def is_evaluation(shard: str) -> bool:
+    return shard.startswith(f"{EVALUATION}/")
+
+
+class Task(NamedTuple):
+    """A chunk on its way to ``shard``; ``rows`` None: nothing more comes for ``bin``."""
+
+    bin: Bin
+    shard: str
+    rows: Chunk | None
+
+
+class Files:
+    """The files of one split and the number of rows in each; their numbers begin at ``first``."""
+
+    def __init__(self, paths: list[Path], first: int = 0):
+        self.paths, self.first = paths, first
+        self.counts = [count_rows(path) for path in paths]
+        self.total = sum(self.counts)
+
+    def rows(self, start: int) -> Iterator[Row]:
+        """The rows from ``start`` on; files before it are not opened."""
+        before = 0
+        for number, (path, count) in enumerate(
+            zip(self.paths, self.counts, strict=True), self.first
+        ):
+            if before + count > start:
+                for line, row in islice(read_rows(path), max(0, start - before), None):
+                    yield number, line, row
+            before += count
+
+
+def count_rows(path: Path) -> int:
+    """How many rows :func:`read_rows` gives, found without decoding any."""
+    if path.name.endswith(".parquet"):
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            return parquet.ParquetFile(path).metadata.num_rows
+        except pyarrow.ArrowException as error:
+            raise ValueError(
+                f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
+            ) from error
+    return sum(1 for _ in read_rows(path))
+
+
+def plan_bins(total: int, bins: int, evaluation: bool = False, split: bool = False) -> list[Bin]:
+    """``bins`` runs of rows whose sizes differ by one at most."""
+    ends = [round(total * number / bins) for number in range(bins + 1)]
+    return [
+        Bin(number, ends[number], ends[number + 1], evaluation, split) for number in range(bins)
+    ]
+
+
+def draw_sample(bin: Bin, samples: int, seed: int) -> set[int] | None:
+    """Positions of ``samples`` rows of ``bin``; None (``samples`` negative): all."""
+    if samples < 0:
+        return None
+    size = min(samples, bin.end - bin.start)
+    return set(random.Random(f"{seed}/{bin.number}").sample(range(bin.start, bin.end), size))
+
+
+class EvaluationShare:
+    """Which rows are kept for evaluation: decided by seed and position, so by nothing else about
+    the run.
+
+    Up to EXACT_ROWS rows exactly ``ratio`` of them, at least one; of more, each with that
+    probability.
+    """
+
+    def __init__(self, ratio: float, total: int, seed: int):
+        self.seed, self.highest = seed, np.uint64(int(ratio * (1 << 64)))
+        if total <= EXACT_ROWS:
+            last = min(max(1, round(ratio * total)), total) - 1
+            self.highest = np.partition(self._keys(0, total), last)[last]
+
+    def chosen(self, start: int, end: int) -> np.ndarray:
+        """(end - start,) bool."""
+        return self._keys(start, end) <= self.highest
+
+    def _keys(self, start: int, end: int) -> np.ndarray:
+        # splitmix64 (Steele, Lea and Flood 2014): for one seed no two positions share a key.
+        offset = self.seed * 0xD1342543DE82EF95 % (1 << 64)
+        keys = np.arange(start + 1, end + 1, dtype=np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        ) + np.uint64(offset)
+        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return keys ^ (keys >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a bin are taken, and where to."""
+
+    samples: int
+    seed: int
+    share: EvaluationShare | None = None
+    refused: Refusals | None = None
+
+    def shard_of_each(self, bin: Bin) -> Iterator[str | None]:
+        """The shard of each row of ``bin``, None for a row that is not drawn."""
+        sample, shards = draw_sample(bin, self.samples, self.seed), bin.shards
+        chosen = (
+            self.share.chosen(bin.start, bin.end)
+            if bin.split
+            else np.zeros(bin.end - bin.start, dtype=bool)
+        )
+        for position, evaluation in enumerate(chosen.tolist(), bin.start):
+            yield shards[evaluation] if sample is None or position in sample else None
+
+
+def tasks(files: Files, bins: list[Bin], selection: Selection) -> Iterator[Task]:
+    """The chunks of ``bins`` (in rising order) and, after those of each bin, a task without
+    rows."""
+    position = bins[0].start if bins else 0
+    rows = files.rows(position)
+    for bin in bins:
+        next(islice(rows, bin.start - position, bin.start - position), None)
+        chunks: dict[str, Chunk] = {shard: [] for shard in bin.shards}
+        seen = dict.fromkeys(chunks, 0)
+        # The shards come first: zip takes a row only once it has a shard for it.
+        for shard, row in zip(selection.shard_of_each(bin), rows, strict=False):
+            if shard is None:
+                continue
+            if selection.refused and (error := selection.refused(shard, seen[shard])):
+                row = (*row[:2], error)
+            seen[shard] += 1
+            chunks[shard].append(row)
+            if len(chunks[shard]) == CHUNK_ROWS:
+                yield Task(bin, shard, chunks[shard])
+                chunks[shard] = []
+        yield from (Task(bin, shard, chunk) for shard, chunk in chunks.items() if chunk)
+        yield Task(bin, "", None)
+        position = bin.end

@@ -1,0 +1,139 @@
+"""Shards on disk: ``part-XXXXX/`` in arrow form for the trainers, ``part-XXXXX.jsonl`` for
+people."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from coati.utils.json_io import save_json
+
+IDS = pa.list_(pa.int32())
+MASK = pa.list_(pa.bool_())
+TEXTS = pa.list_(pa.string())
+_COMMON = {"seq_length": pa.int32(), "seq_category": pa.string()}
+DATA_FILE = "data-00000-of-00001.arrow"
+SCHEMAS = {
+    "sft": pa.schema(
+        {
+            "input_ids": IDS,
+            "labels": IDS,
+            "inputs_decode": pa.string(),
+            "labels_decode": TEXTS,
+            **_COMMON,
+        }
+    ),
+    "prompt": pa.schema(
+        {"input_ids": IDS, "inputs_decode": pa.string(), **_COMMON, "gt_answer": pa.string()}
+    ),
+    "preference": pa.schema(
+        {
+            **{
+                f"{side}_{name}": kind
+                for side in ("chosen", "rejected")
+                for name, kind in (("input_ids", IDS), ("loss_mask", MASK), ("label_decode", TEXTS))
+            },
+            "margin": pa.float32(),
+            **_COMMON,
+        }
+    ),
+    "kto": pa.schema(
+        {
+            "prompt": IDS,
+            "completion": IDS,
+            "label": pa.bool_(),
+            "input_id_decode": pa.string(),
+            "completion_decode": pa.string(),
+            **_COMMON,
+        }
+    ),
+}
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def to_arrow(type: str, rows: list[dict[str, Any]]) -> bytes:
+    """``rows`` as an arrow IPC stream, which crosses a process border cheaply."""
+    schema = SCHEMAS[type]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+class ShardWriter:
+    """Writes one shard as chunks come: a ``datasets.load_from_disk`` folder and a file of JSON
+    lines beside it."""
+
+    def __init__(self, type: str, folder: Path, jsonl: Path | None):
+        self.rows, self._schema, self._folder = 0, SCHEMAS[type], folder
+        folder.mkdir(parents=True)
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._file = open(folder / DATA_FILE, "wb")
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
+        self._text = None
+        if jsonl is not None:
+            jsonl.parent.mkdir(parents=True, exist_ok=True)
+            self._text = open(jsonl, "wb")
+
+    def add(self, arrow: bytes, text: bytes) -> None:
+        """Append what ``to_arrow`` made of a chunk, and its JSON lines."""
+        self._hash.update(arrow)
+        for batch in pa.ipc.open_stream(arrow):
+            self._stream.write_batch(batch)
+            self.rows += batch.num_rows
+        if self._text is not None:
+            self._text.write(text)
+
+    def close(self) -> None:
+        """Complete the shard, on disk whatever happens to the machine next."""
+        self._stream.close()
+        for file in filter(None, (self._file, self._text)):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        _describe_shard(self._folder, self._schema, self._hash.hexdigest())
+
+    def abandon(self) -> None:
+        """Close the files of a shard that will not be completed."""
+        for file in filter(None, (self._file, self._text)):
+            file.close()
+
+
+def _describe_shard(folder: Path, schema: pa.Schema, fingerprint: str) -> None:
+    """The two files that ``datasets.load_from_disk`` wants beside the data.
+
+    ``fingerprint``: of the rows, since ``datasets`` finds what it computed earlier from a data set
+    by this name.
+    """
+    import datasets
+
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(
+        str(folder)
+    )
+    state = {
+        "_data_files": [{"filename": DATA_FILE}],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    save_json(state, folder / "state.json")
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """16 hex digits that differ when vocabulary, special tokens or the splitting of words and
+    numbers differ."""
+    known = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "probe": tokenizer.encode("Probe 12 345,6\n\tcafé 你好 can't", add_special_tokens=False),
+    }
+    return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode("utf-8")).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What a preparation did, for a terminal and a browser."""

@@ -1,0 +1,166 @@
+"""What a preparation did with its rows, as JSON, as lines for a terminal and as a page."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from coati.dataset.chat.masked_text import show_mask, visible
+from coati.dataset.report.html import page
+from coati.dataset.report.report_warnings import warnings_of
+from coati.dataset.report.row_stats import Shown, Tally
+from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED, REASONS
+from coati.utils.json_io import save_json, save_text
+
+BARS = 40  # of the length histogram, at most
+NICE = (1, 2, 5)
+COUNTED = ("shapes", "roles", "refused_roles", "scripts", "traits")
+
+
+def percentiles(lengths: Counter) -> dict[str, float]:
+    """Nearest-rank percentiles, mean and extremes of row lengths in tokens; ``lengths`` counts rows
+    by length."""
+    total = lengths.total()
+    if not total:
+        return {}
+    ranks = {f"p{p}": max(1, -(-total * p // 100)) for p in (10, 50, 90, 99)}
+    found, seen = {}, 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        found |= {
+            name: length for name, rank in ranks.items() if name not in found and seen >= rank
+        }
+    mean = round(sum(length * rows for length, rows in lengths.items()) / total, 1)
+    return {
+        "min": min(lengths),
+        "mean": mean,
+        **{name: found[name] for name in ranks},
+        "max": max(lengths),
+    }
+
+
+def histogram(lengths: Counter) -> list[dict[str, int]]:
+    """Rows by length in bars of equal, round width: ``{from, to, rows}``, both bounds included.
+
+    A few rows far longer than the rest share one last, wider bar, so that they do not press the
+    others together.
+    """
+    if not lengths:
+        return []
+    longest, usual = max(lengths), percentiles(lengths)["p99"]
+    end = longest if longest <= 2 * usual else round(1.2 * usual)
+    width = next(
+        nice * 10**power for power in range(9) for nice in NICE if nice * 10**power * BARS >= end
+    )
+    bars = [
+        {"from": start, "to": start + width - 1, "rows": 0} for start in range(1, end + 1, width)
+    ]
+    for length, rows in lengths.items():
+        bars[min((length - 1) // width, len(bars) - 1)]["rows"] += rows
+    bars[-1]["to"] = max(bars[-1]["to"], longest)
+    return bars
+
+
+def build_report(
+    tally: Tally, files: dict[int, str], shards: list[int], **settings: Any
+) -> dict[str, Any]:
+    """The JSON form of the report; ``settings`` (type, max_length, seed, ...) come first."""
+    report = {
+        **settings,
+        "rows_read": tally.read.total(),
+        "rows_kept": tally.kept.total(),
+        "rows_dropped": tally.dropped.total(),
+        "rows_malformed": tally.malformed(),
+        "rows_written": tally.lengths.total(),
+        "dropped": {
+            reason: {
+                "rows": tally.dropped[reason],
+                "meaning": REASONS[reason],
+                "kind": _kind(reason),
+                "first": tally.first[reason],
+            }
+            for reason in REASONS
+            if tally.dropped[reason]
+        },
+        "rows_truncated": tally.truncated,
+        "length": percentiles(tally.lengths),
+        "length_histogram": histogram(tally.lengths),
+        "tokens": tally.tokens,
+        "supervised_tokens": tally.supervised,
+        "supervised_share": round(tally.supervised / tally.tokens, 4) if tally.tokens else 0.0,
+        "rows_ended": tally.ended,
+        "answers_differ": len(tally.answers) > 1,
+        **{name: dict(getattr(tally, name).most_common()) for name in COUNTED},
+        "files": [
+            {"file": name, "rows_read": tally.read[index], "rows_kept": tally.kept[index]}
+            for index, name in files.items()
+        ],
+        "shards": shards,
+        "samples": [_sample(row) for row in tally.shown],
+    }
+    return report | {"warnings": warnings_of(report)}
+
+
+def _kind(reason: str) -> str:
+    return (
+        "malformed" if reason in MALFORMED else "cleaned" if reason in CLEANING_REASONS else "unfit"
+    )
+
+
+def _sample(row: Shown) -> dict[str, Any]:
+    parts = [{"name": name, "text": [list(run) for run in text]} for name, text in row.parts]
+    return {"at": row.at, "notes": row.notes, "parts": parts}
+
+
+def save_report(report: dict[str, Any], folder: Path) -> None:
+    """Write ``report.json`` and ``report.html``, a page that needs nothing beside it, into
+    ``folder``."""
+    save_json(report, folder / "report.json")
+    save_text(page(report), folder / "report.html")
+
+
+def format_report(report: dict[str, Any], color: bool) -> str:
+    """The report for a terminal, with its first sample and that one's mask."""
+    lines = [
+        f"rows read {report['rows_read']}, kept {report['rows_kept']}, dropped "
+        f"{report['rows_dropped']}, "
+        f"truncated {report['rows_truncated']}; training rows written {report['rows_written']} "
+        f"in {len(report['shards'])} parts",
+        *dropped_lines(report["dropped"]),
+    ]
+    if report["length"]:
+        lines.append(
+            "tokens per row: "
+            + ", ".join(f"{name} {value}" for name, value in report["length"].items())
+        )
+    lines.append(
+        f"tokens {report['tokens']}, supervised {report['supervised_tokens']} "
+        f"({report['supervised_share']:.1%})"
+    )
+    if report["shapes"]:
+        lines.append(
+            "shapes: " + ", ".join(f"{name} {rows}" for name, rows in report["shapes"].items())
+        )
+    if report["refused_roles"]:
+        refused = ", ".join(
+            f"{visible(role)} {rows}" for role, rows in report["refused_roles"].items()
+        )
+        lines.append(f"rows dropped for a turn of: {refused}")
+    for sample in report["samples"][:1]:
+        marked = "green" if color else "in [[ ]]"
+        lines.append(f"sample from {sample['at']} (supervised text {marked}):")
+        for part in sample["parts"]:
+            lines += [f"{part['name']}:"] if part["name"] else []
+            lines.append(
+                show_mask([(learned, visible(text)) for learned, text in part["text"]], color)
+            )
+    return "\n".join(lines)
+
+
+def dropped_lines(dropped: dict[str, dict]) -> list[str]:
+    lines = []
+    for reason, entry in dropped.items():
+        lines.append(f"  dropped {entry['rows']}: {reason} ({entry['meaning']})")
+        lines += [f"    {visible(example)}" for example in entry["first"]]
+        if entry["rows"] > len(entry["first"]):
+            lines.append(f"    ... and {entry['rows'] - len(entry['first'])} more")
+    return lines

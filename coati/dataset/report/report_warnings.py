@@ -1,0 +1,137 @@
+"""What in a preparation's report deserves a second look before training on the result."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Report = dict[str, Any]
+FEW_ROWS = 50
+MUCH_TRUNCATED = 0.10
+MUCH_DROPPED = 0.10
+LITTLE_SUPERVISED = 0.02
+LONGER = 1.5  # chosen to rejected answers, or the reverse
+
+
+def warnings_of(report: Report) -> list[str]:
+    """One sentence for each thing that is odd: what was found and what to do about it."""
+    return [text for check in CHECKS for text in check(report)]
+
+
+def _files_without_rows(report: Report) -> Iterator[str]:
+    for entry in report["files"]:
+        if entry["rows_read"] and not entry["rows_kept"]:
+            yield f"{entry['file']}: none of its {entry['rows_read']} rows was kept"
+
+
+def _many_dropped(report: Report) -> Iterator[str]:
+    read = report["rows_read"]
+    if 2 * report["rows_malformed"] > read:
+        yield "more than half of the rows are malformed: is this the right type and file?"
+    for reason, entry in report["dropped"].items():
+        if entry["rows"] > MUCH_DROPPED * read and entry["kind"] == "unfit":
+            remedy = "; raise max_length to keep them" if reason == "too_long" else ""
+            yield f"{entry['rows']} of {read} rows were dropped: {entry['meaning']} ({reason}){remedy}"
+
+
+def _truncated(report: Report) -> Iterator[str]:
+    cut, kept = report["rows_truncated"], report["rows_kept"]
+    if cut > MUCH_TRUNCATED * kept:
+        yield (
+            f"{cut} of {kept} rows lost their last rounds because they are longer than max_length "
+            f"{report['max_length']}; raise max_length to learn from all of them"
+        )
+
+
+def _few_rows(report: Report) -> Iterator[str]:
+    if 0 < report["rows_written"] < FEW_ROWS and report.get("part") != "evaluation":
+        yield f"only {report['rows_written']} training rows: too few to learn from; are these all the files?"
+
+
+def _empty_parts(report: Report) -> Iterator[str]:
+    if empty := report["shards"].count(0):
+        yield f"{empty} of {len(report['shards'])} parts hold no row; choose fewer bins for so little data"
+
+
+def _supervised(report: Report) -> Iterator[str]:
+    if (
+        report["type"] != "prompt"
+        and 0 < report["tokens"]
+        and report["supervised_share"] < LITTLE_SUPERVISED
+    ):
+        yield (
+            f"only {report['supervised_share']:.2%} of the tokens are learned from: the answers are "
+            "tiny beside what "
+            "they answer, so most of the computing is spent on reading"
+        )
+
+
+def _never_ends(report: Report) -> Iterator[str]:
+    rows, ended = report["rows_written"], report["rows_ended"]
+    if report["type"] == "prompt" or ended == rows:
+        return
+    missing = (
+        f"in none of the {rows} training rows"
+        if not ended
+        else f"in only {ended} of {rows} training rows"
+    )
+    yield (
+        f"the end of an answer is learned {missing}: a model trained on such rows does not learn to "
+        "stop; "
+        "check end_of_assistant and stop_ids of the template"
+    )
+
+
+def _identical(report: Report) -> Iterator[str]:
+    if report["rows_written"] > 1 and not report["answers_differ"]:
+        what = {"prompt": "prompts", "preference": "chosen answers"}.get(report["type"], "answers")
+        yield f"all {what} are identical: there is nothing to learn but one text; is the right column read?"
+
+
+def _sides(report: Report) -> Iterator[str]:
+    chosen, rejected = (
+        report["traits"].get(f"{side} tokens", 0) for side in ("chosen", "rejected")
+    )
+    if report["type"] == "preference" and min(chosen, rejected) > 0:
+        ratio = max(chosen, rejected) / min(chosen, rejected)
+        longer, shorter = ("chosen", "rejected") if chosen > rejected else ("rejected", "chosen")
+        if ratio > LONGER:
+            yield (
+                f"{longer} answers are on average {ratio:.1f} times as long as {shorter} ones: a "
+                "model may learn the "
+                "length instead of what makes an answer good"
+            )
+
+
+def _labels(report: Report) -> Iterator[str]:
+    if report["type"] == "kto":
+        for label, what in (("true", "good"), ("false", "bad")):
+            if not report["traits"].get(f"label {label}"):
+                yield f"no row has label {label}: KTO learns from {what} answers too, and needs both"
+
+
+def _ground_truths(report: Report) -> Iterator[str]:
+    having = report["traits"].get("gt_answer", 0)
+    if report["type"] == "prompt" and 0 < having < report["rows_kept"]:
+        rows = report["rows_kept"]
+        yield f"only {having} of {rows} prompts have a gt_answer: verifiable rewards cannot score the rest"
+
+
+def _answers_left_out(report: Report) -> Iterator[str]:
+    if without := report["traits"].get("answer left out", 0):
+        rows = report["rows_kept"]
+        yield f"{without} of {rows} prompts ended with an answer, which was left out: the model is to give its own"
+
+
+CHECKS: tuple[Callable[[Report], Iterator[str]], ...] = (
+    _never_ends,
+    _identical,
+    _files_without_rows,
+    _many_dropped,
+    _truncated,
+    _supervised,
+    _few_rows,
+    _labels,
+    _ground_truths,
+    _answers_left_out,
+    _sides,
+    _empty_parts,
+)

@@ -1,0 +1,183 @@
+"""Which files an input stands for: files, folders, directories of ``save_to_disk``, names of data
+sets on the hub."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from coati.dataset.rows.formats import READERS as READERS
+from coati.dataset.rows.formats import SourceRow as SourceRow
+from coati.dataset.rows.readers import KINDS, kind_of
+from coati.dataset.rows.readers import decode as decode
+from coati.dataset.rows.readers import read_rows as read_rows
+from coati.utils.json_io import load_json
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+KNOWN = ", ".join(kind for kind in KINDS if kind != ".arrow") + " (all but .parquet also .gz)"
+# How files and folders name the part of a data set they hold.
+SPLITS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+}
+_SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?")
+
+
+def find_files(paths: Sequence[str | os.PathLike], split: str | None = None) -> list[Path]:
+    """The data files behind ``paths``: files as given, folders searched in all depths, in sorted
+    order.
+
+    A directory written by ``save_to_disk``, and the name of a data set on the hub (``owner/name``
+    or
+    ``owner/name:subset``), give the files of one split: ``split``, else the one called train, else
+    the only one.
+
+    Raises ValueError for an input that is not there, holds no data, or is of another kind.
+    """
+    files = [file for path in paths for file in _files_of(Path(path), split)]
+    if not files:
+        raise ValueError("no input: name at least one file or folder of data")
+    return files
+
+
+def _files_of(path: Path, split: str | None) -> list[Path]:
+    if path.is_file():
+        if kind_of(path) is None:
+            raise ValueError(f"{path}: unknown kind of data file; expected one of {KNOWN}")
+        return [path]
+    if not path.is_dir():
+        return _files_of_hub(path, split)
+    if (path / "preparation.json").is_file():
+        raise ValueError(f"{path}: is prepared already; pass it to a trainer with --dataset")
+    found, ignored = [], []
+    _search(path, split, found, ignored)
+    if any(
+        kind_of(file) != ".txt" for file in found
+    ):  # a text file beside other data is a note to the reader
+        ignored += [file for file in found if kind_of(file) == ".txt"]
+        found = [file for file in found if kind_of(file) != ".txt"]
+    if not found:
+        held = ", ".join(file.name for file in ignored[:5]) or "nothing"
+        raise ValueError(f"{path}: the folder holds no data file (expected {KNOWN}; found {held})")
+    if ignored:
+        names = ", ".join(str(file.relative_to(path)) for file in ignored[:5])
+        logger.warning_once(
+            f"{path}: ignored {names}{' ...' if len(ignored) > 5 else ''} (not {KNOWN})"
+        )
+    return _of_split(path, found, split)
+
+
+def _search(folder: Path, split: str | None, found: list[Path], ignored: list[Path]) -> None:
+    """Sort the files below ``folder`` into those with data and others."""
+    if (folder / "dataset_dict.json").is_file():
+        names = _saved_list(folder / "dataset_dict.json", "splits")
+        found += _saved_files(folder / choose_split(names, split, str(folder)))
+    elif (folder / "state.json").is_file():
+        found += _saved_files(folder)
+    else:
+        for child in sorted(one for one in folder.iterdir() if not one.name.startswith(".")):
+            if child.is_dir():
+                _search(child, split, found, ignored)
+            else:
+                (ignored if kind_of(child) in (None, ".arrow") else found).append(child)
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The arrow files of one ``Dataset.save_to_disk``, in its order."""
+    return [folder / file["filename"] for file in _saved_list(folder / "state.json", "_data_files")]
+
+
+def _saved_list(file: Path, name: str) -> list:
+    found = load_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get(name), list):
+        raise ValueError(
+            f"{file}: lacks the list {name} that save_to_disk writes; save the data set again"
+        )
+    return found[name]
+
+
+def choose_split(names: Sequence[str], split: str | None, where: str) -> str:
+    """One of the splits ``names`` of a data set; which one is said when there was a choice."""
+    chosen = split or ("train" if "train" in names else names[0])
+    if chosen not in names or (split is None and chosen != "train" and len(names) > 1):
+        raise ValueError(
+            f"{where}: has the splits {', '.join(names)}; name one of them with --split"
+        )
+    if len(names) > 1:
+        logger.warning_once(
+            f"{where}: the split {chosen} is read (of {', '.join(names)}); another with --split"
+        )
+    return chosen
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """Of files named after splits (train-00000.parquet, test/a.jsonl) those of ``split``."""
+    named = {
+        file: _split_of(file.relative_to(folder)) for file in files if kind_of(file) != ".arrow"
+    }
+    present = sorted({name for name in named.values() if name})
+    if split is None:
+        if len(present) > 1:
+            logger.warning_once(
+                f"{folder}: files of {' and '.join(present)} are all read; choose with --split "
+                f"{present[0]}"
+            )
+        return files
+    wanted = SPLITS.get(split, split)
+    chosen = [file for file in files if named.get(file, wanted) == wanted]
+    if not chosen:
+        raise ValueError(
+            f"{folder}: no file is named after the split {split}; found "
+            f"{', '.join(present) or 'none'}"
+        )
+    return chosen
+
+
+def _split_of(file: Path) -> str | None:
+    marks = (_SPLIT.match(part) for part in reversed(file.parts))
+    return next((SPLITS[mark[1].lower()] for mark in marks if mark), None)
+
+
+def _files_of_hub(path: Path, split: str | None) -> list[Path]:
+    name = path.as_posix()
+    absent = f"{name}: there is no such file or folder; expected data files ({KNOWN})"
+    # Of data/sft.jsn, where there is a folder data, a file was meant; offline, asking the hub takes
+    # half a minute.
+    if not _HUB_NAME.fullmatch(name) or kind_of(path) is not None or Path(path.parts[0]).exists():
+        raise ValueError(absent)
+    logger.warning_once(
+        f"{name}: no such file or folder; looking for a data set of this name on the hub"
+    )
+    import datasets
+
+    name, _, subset = name.partition(":")
+    try:
+        loaded = _load_from_hub(datasets, name, subset or None)
+    except (
+        Exception
+    ) as error:  # the library raises some twenty kinds, most of them from the network
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{absent}, or the name of a data set that can be loaded here ({said})"
+        ) from error
+    part = loaded[choose_split(list(loaded), split, name)]
+    return [Path(file["filename"]) for file in part.cache_files]
+
+
+def _load_from_hub(datasets, name: str, subset: str | None):
+    """All splits of a data set; ``subset`` is one of its configurations, or a folder in it
+    (harmless-base)."""
+    try:
+        return datasets.load_dataset(name, subset)
+    except ValueError:
+        if subset is None:
+            raise
+        return datasets.load_dataset(name, data_dir=subset)

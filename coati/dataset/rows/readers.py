@@ -1,0 +1,240 @@
+"""Rows of one file of any kind, each with the line it stands on; :data:`KINDS` has one reader per
+kind of file."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from coati.dataset.rows.json_array import array_elements
+from coati.dataset.rows.messages import is_message_list
+from coati.dataset.rows.row_errors import RowError
+
+BATCH = 1000
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # a character beyond 16 bits takes two such escapes
+Rows = Iterator[tuple[int, Any]]
+
+
+def read_rows(file: Path) -> Rows:
+    """``(line, row)`` of one file; a row is the undecoded line (bytes), a decoded object, a text or
+    a RowError.
+
+    In a parquet or arrow file the line is the number of the row, from 1. Raises ValueError when the
+    file is not what its name says.
+    """
+    try:
+        _check_encoding(file)
+        yield from KINDS[kind_of(file)](file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{file}: damaged or not a gzip file ({error}); fetch or compress it again"
+        ) from error
+
+
+def _check_encoding(file: Path) -> None:
+    if kind_of(file) not in COLUMNAR:
+        with _open(file) as stream:
+            start = stream.read(2)
+        if start in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(
+                f"{file}: is UTF-16 text, expected UTF-8; convert it with iconv -f UTF-16 -t UTF-8"
+            )
+
+
+def kind_of(file: Path) -> str | None:
+    """The key of :data:`KINDS` that the file's name ends with; text files may be gzipped."""
+    name = file.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in KINDS and not (name.endswith(".gz") and suffix in COLUMNAR) else None
+
+
+def decode(row: Any) -> Any:
+    """The object of what :func:`read_rows` yields. Raises RowError for a line that is not JSON."""
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, bytes):
+        return row
+    try:
+        found = _DECODER.decode(row.decode("utf-8-sig").rstrip())
+        if _HALF_PAIR.search(row):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
+    except RowError:
+        raise
+    except json.JSONDecodeError as error:
+        raise RowError("bad_json", _place(error, row)) from error
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "bad_json", f"half of a character ({error.object[error.start]!a}) without the other"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RowError("bad_json", f"not UTF-8 text (byte {error.start})") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of thousands of digits, brackets nested a thousand deep
+        raise RowError("bad_json", str(error).partition("; use sys.")[0]) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError("bad_json", f"the key {twice!r} occurs twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for every row
+
+
+def _place(error: json.JSONDecodeError, row: bytes) -> str:
+    if b"\0" in row:
+        return f"NUL bytes, the first at column {row.index(0) + 1}: UTF-16 text, or a file that was not written whole"
+    if row.strip() in (b"{", b"["):
+        return "the object goes on in the next line; write one object per line, or one array over the whole file"
+    within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}{within}"
+
+
+def _open(file: Path):
+    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")
+
+
+def _read_json(file: Path) -> Rows:
+    if _is_array(file):
+        yield from _read_array(file)
+    else:
+        yield from _lines(file)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    with _open(file) as lines:
+        yield from (
+            (number, line)
+            for number, line in enumerate(lines, 1)
+            if line.strip(b" \t\r\n\xef\xbb\xbf")
+        )
+
+
+def _is_array(file: Path) -> bool:
+    """One JSON array over the whole file, as against one object (or one list of messages) per
+    line."""
+    with _open(file) as stream:
+        if not stream.read(4096).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"["):
+            return False
+    with _open(file) as stream:
+        first = next((text for _, text in array_elements(stream)), None)
+    try:
+        return first is None or not is_message_list([json.loads(first)])
+    except ValueError:
+        return True
+
+
+def _read_array(file: Path) -> Rows:
+    with _open(file) as stream:
+        for line, text in array_elements(stream):
+            yield (
+                line,
+                text
+                or RowError(
+                    "bad_json", "the brackets opened here are not closed; nothing further is read"
+                ),
+            )
+
+
+def _read_text(file: Path) -> Rows:
+    """One prompt per line."""
+    for number, line in _lines(file):
+        try:
+            yield number, line.decode("utf-8-sig").strip("\r\n")
+        except UnicodeDecodeError as error:
+            yield number, RowError("bad_json", f"not UTF-8 text (byte {error.start})")
+
+
+def _read_table(file: Path, delimiter: str) -> Rows:
+    """Records under a header of column names; a record may go over several lines and stands on its
+    first."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with (
+        _open(file) as stream,
+        io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
+        records = csv.reader(text, delimiter=delimiter, strict=True)
+        header = _record(records)
+        line = records.line_num + 1
+        while (record := _record(records)) is not None:
+            if record:
+                yield line, _named(record, header)
+            line = records.line_num + 1
+
+
+def _record(records) -> list[str] | RowError | None:
+    try:
+        return next(records, None)
+    except csv.Error as error:
+        return RowError("bad_csv", str(error))
+
+
+def _named(
+    record: list[str] | RowError, header: list[str] | RowError | None
+) -> dict[str, str] | RowError:
+    if isinstance(record, RowError) or isinstance(header, RowError):
+        return record if isinstance(record, RowError) else header
+    if len(record) != len(header):
+        return RowError(
+            "bad_csv",
+            f"{len(record)} fields under {len(header)} columns ({', '.join(header)}); quote "
+            "fields with commas",
+        )
+    if any("\udc80" <= letter <= "\udcff" for field in record for letter in field):
+        return RowError("bad_csv", "not UTF-8 text")
+    return dict(zip(header, record, strict=True))
+
+
+def _read_parquet(file: Path) -> Rows:
+    from pyarrow import parquet
+
+    yield from _read_batches(file, lambda: parquet.ParquetFile(file).iter_batches(batch_size=BATCH))
+
+
+def _read_arrow(file: Path) -> Rows:
+    import pyarrow
+
+    def batches():
+        with pyarrow.memory_map(str(file)) as source:
+            for batch in pyarrow.ipc.open_stream(source):
+                yield from (batch.slice(start, BATCH) for start in range(0, batch.num_rows, BATCH))
+
+    yield from _read_batches(file, batches)
+
+
+def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
+    import pyarrow
+
+    try:
+        yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        kind = kind_of(file).removeprefix(".")
+        raise ValueError(
+            f"{file}: not a readable {kind} file ({str(error).splitlines()[0]})"
+        ) from error
+
+
+COLUMNAR = (".parquet", ".arrow")
+KINDS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": partial(_read_table, delimiter=","),
+    ".tsv": partial(_read_table, delimiter="\t"),
+    ".txt": _read_text,
+    ".arrow": _read_arrow,
+}

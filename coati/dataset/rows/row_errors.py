@@ -1,0 +1,85 @@
+"""Names of the data side that need no import: roles, template modes, and why a row is not used."""
+
+# Spelling in data files -> the library's own roles.
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
+# Roles that occur in data sets and have no place in a dialogue of user and assistant.
+OTHER_ROLES = (
+    "tool",
+    "function",
+    "developer",
+    "ipython",
+    "tool_call",
+    "tool_response",
+    "function_call",
+    "observation",
+)
+# What to do about a template that rewrites earlier assistant turns.
+TEMPLATE_MODES = ("per_turn", "refuse")
+# Share of malformed rows at which a preparation ends.
+DEFAULT_BAD_RATIO = 0.01
+# Words in a row that two texts must share to overlap: Brown et al. 2020 (GPT-3), appendix C.
+DEFAULT_OVERLAP_WORDS = 13
+
+# What the file's author has to mend ...
+MALFORMED_REASONS = {
+    "bad_json": "the line is not JSON",
+    "bad_csv": "the record does not match the header of its csv file",
+    "wrong_keys": "no known row shape has these keys",
+    "wrong_type": "the row has the shape of another --type",
+    "unknown_role": "a role other than user, human, assistant, gpt, system",
+    "unsupported_role": "a turn of a tool, function or developer, or an answer that calls a tool",
+    "roles_not_alternating": "user and assistant do not take turns",
+    "content_not_text": "the content of a message is not a string",
+    "empty_conversation": "there is no message",
+    "no_assistant_turn": "nothing to learn: no assistant turn",
+    "no_question": "no question to answer: the context does not end with a turn of the user",
+    "empty_answer": "an assistant turn without text",
+    "bad_label": "the label is neither true nor false",
+    "bad_margin": "the margin is not a number",
+    "bad_gt_answer": "the gt_answer is neither a text nor a number",
+}
+# ... what cleaning was asked to leave out ...
+CLEANING_REASONS = {
+    "duplicate": "the same text as an earlier row (--deduplicate)",
+    "near_duplicate": "nearly the text of an earlier row (--near_duplicates)",
+    "eval_overlap": "words in a row that an evaluation row has too (--drop_eval_overlap)",
+    "benchmark_overlap": "words in a row that a benchmark has too (--benchmark_files)",
+    "answer_too_short": "fewer characters than --min_answer_chars",
+    "answer_too_long": "more characters than --max_answer_chars",
+    "blank_answer": "an answer without a visible character (--drop_trivial_answers)",
+    "answer_repeats_prompt": "the answer is what was asked (--drop_trivial_answers)",
+}
+# ... and what max_length or the template decides.
+REASONS = (
+    MALFORMED_REASONS
+    | {
+        "same_answers": "chosen and rejected are the same",
+        "too_long": "the row, or its first answer, does not fit into max_length",
+        "template_refused": "the chat template refuses this conversation",
+        "template_rewrites": "the chat template changes an earlier turn of this conversation",
+        "no_end_marker": "end_of_assistant does not follow an answer",
+        "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
+    }
+    | CLEANING_REASONS
+)
+MALFORMED = frozenset(MALFORMED_REASONS)
+
+
+class RowError(ValueError):
+    """One row cannot be used. ``reason`` is a key of :data:`REASONS`; the text says what was found,
+    ``role`` whose turn is in the way."""
+
+    def __init__(self, reason: str, detail: str, role: str | None = None):
+        super().__init__(reason, detail, role)
+        self.reason = reason
+        self.detail = detail
+        self.role = role
+
+    def __str__(self) -> str:
+        return f"{REASONS[self.reason]}: {self.detail}"

@@ -1,0 +1,140 @@
+"""Experience as models take it, and their numbers back at the actions.
+
+A model gets rows padded on the right, where its numbers do not depend on the padding, or, from the
+engine, rows laid end to end. What it says is read off in the order of rows and their actions, which
+both forms keep.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coati.experience_maker.experience import Experience
+from coati.models.logprobs import IGNORE_INDEX
+from coati.models.padding import right_pad_order
+from coati.parallel.engine import Engine
+from coati.parallel.inference_model import InferenceModel
+from coati.parallel.objective import Batch
+
+
+def policy_batch(experience: Experience) -> Batch:
+    """``input_ids, attention_mask, labels`` (B, S): the labels are the actions' tokens, -100
+    elsewhere."""
+    order = _order(experience)
+    labels = experience.labels().gather(1, order)
+    return _rows(experience, order) | {"labels": labels}
+
+
+def critic_batch(experience: Experience) -> Batch:
+    """``input_ids, attention_mask`` and ``states`` (B, S) bool: the positions whose next token is
+    an action."""
+    order = _order(experience)
+    labels = experience.labels().gather(1, order)
+    return _rows(experience, order) | {"states": F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))}
+
+
+def reward_batch(experience: Experience) -> Batch:
+    """``input_ids, attention_mask`` (B, S)."""
+    return _rows(experience, _order(experience))
+
+
+def _order(experience: Experience) -> Tensor:
+    return right_pad_order(experience.attention_mask)[:, : max(int(experience.lengths().max()), 2)]
+
+
+def _rows(experience: Experience, order: Tensor) -> Batch:
+    mask = experience.attention_mask.gather(1, order)
+    return {"input_ids": experience.sequences.gather(1, order), "attention_mask": mask.long()}
+
+
+def to_actions(flat: Tensor, action_mask: Tensor) -> Tensor:
+    """(n,) numbers of the n actions, row by row -> (B, A) fp32, 0 where ``action_mask`` (B, A) is
+    not set."""
+    mask = action_mask.bool()
+    return torch.zeros(mask.shape, dtype=torch.float32, device=flat.device).masked_scatter(
+        mask, flat.float()
+    )
+
+
+def values_at(outputs: Tensor, batch: Batch) -> Tensor:
+    """(n,) values of the states before the actions, from a critic's (B, S), or (1, T) of rows laid
+    end to end."""
+    if outputs.shape == batch["states"].shape:
+        return outputs[batch["states"]]
+    return outputs[0][batch["states"][batch["attention_mask"].bool()]]
+
+
+class _Numbers:
+    """Hooks for :meth:`~coati.parallel.engine.Engine.collect`: what ``read`` makes of the
+    outputs."""
+
+    model_keys = ("input_ids", "attention_mask")
+
+    def __init__(self, read: Callable[[Any, Batch], Tensor]) -> None:
+        self.read = read
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def num_terms(self, batch: Batch) -> Tensor:
+        return torch.tensor(len(batch["input_ids"]))
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.read(outputs, batch)
+        return rows.sum(), {"rows": rows}
+
+
+LOGPS = _Numbers(lambda outputs, batch: outputs["logits"][0])
+VALUES = _Numbers(values_at)
+SCORES = _Numbers(lambda outputs, batch: outputs)
+
+
+def action_logprobs(
+    model: InferenceModel, experience: Experience, batch_size: int | None = None
+) -> Tensor:
+    """(B, A) log-probs of the actions under ``model``, ``batch_size`` rows at a time, 0 where
+    masked."""
+    with model.awake():
+        found = [model.rows(policy_batch(part), LOGPS) for part in _parts(experience, batch_size)]
+    return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
+
+
+def state_values(
+    critic: InferenceModel, experience: Experience, batch_size: int | None = None
+) -> Tensor:
+    """(B, A) values of the states before the actions, 0 where masked."""
+    found = [critic.rows(critic_batch(part), VALUES) for part in _parts(experience, batch_size)]
+    return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
+
+
+def scores(
+    reward_model: InferenceModel, experience: Experience, batch_size: int | None = None
+) -> Tensor:
+    """(B,) scores of the whole rows."""
+    with reward_model.awake():
+        return torch.cat(
+            [
+                reward_model.rows(reward_batch(part), SCORES)
+                for part in _parts(experience, batch_size)
+            ]
+        )
+
+
+def _parts(experience: Experience, size: int | None) -> list[Experience]:
+    size = size or len(experience)
+    starts = range(0, len(experience), size)
+    return [experience.select(range(start, min(start + size, len(experience)))) for start in starts]
+
+
+def sum_over(engine: Engine) -> Callable[[Tensor], Tensor]:
+    """A function that adds a tensor up over the data-parallel shares; those that share rows count
+    once."""
+
+    def reduce_sum(sums: Tensor) -> Tensor:
+        total = engine.sum_of_shares(list(sums.flatten()))
+        return torch.tensor(total, dtype=torch.float64, device=sums.device).view(sums.shape)
+
+    return reduce_sum

@@ -1,0 +1,1 @@
+"""Generated responses compared and scored."""

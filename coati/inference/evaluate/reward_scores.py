@@ -1,0 +1,165 @@
+"""Scores of a reward model for the rows of data files: of one answer, or of both sides of a
+pair."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coati.dataset.chat.conversation import Conversation
+from coati.dataset.rows.input_files import READERS, decode, find_files, read_rows
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.tokenization import TOKENIZERS
+from coati.inference.model_loading import conversation_of, weights_of
+from coati.models.generation.response_table import left_pad
+from coati.models.loading import check_vocabulary, load_tokenizer
+from coati.models.reward_model import RewardModel
+from coati.models.scalar_loading import load_scalar_model
+from coati.utils.statistics import wilson_interval
+
+
+@dataclass
+class Scored:
+    """One row: where it stands, what kind it is, and its scores (chosen, rejected; or one)."""
+
+    place: str
+    kind: str
+    label: bool | None = None
+    ids: list[list[int]] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.kind == "preference":
+            chosen, rejected = self.scores
+            return {
+                "row": self.place,
+                "chosen": chosen,
+                "rejected": rejected,
+                "right": chosen > rejected,
+            }
+        one = {"row": self.place, "score": self.scores[0]}
+        return one if self.label is None else one | {"label": self.label}
+
+
+def load_reward_model(
+    path: str | os.PathLike,
+    template: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[RewardModel, Any, Conversation]:
+    """Reward model, tokenizer and template of any directory that train_rm.py wrote, a checkpoint
+    among them.
+
+    Raises ValueError when there is no head.
+    """
+    directory = weights_of(path)
+    tokenizer = load_tokenizer(directory, trust_remote_code)
+    conversation = conversation_of(directory, tokenizer, template)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "fp32" if device == "cpu" else "auto"
+    model = load_scalar_model(
+        RewardModel, directory, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    check_vocabulary(model, tokenizer)
+    return model.to(device).eval(), tokenizer, conversation
+
+
+def rows_to_score(
+    inputs: Sequence[str], conversation: Conversation, max_length: int
+) -> Iterator[Scored | tuple[str, str]]:
+    """Each row of the files, tokenized as for training; for a row that cannot be used ``(place,
+    reason)``."""
+    for file in find_files(inputs):
+        for line, raw in read_rows(file):
+            place = f"{file}:{line}"
+            try:
+                row = decode(raw)
+                kind = _kind(row)
+                columns, _ = TOKENIZERS[kind](READERS[kind](row), conversation, max_length)[-1]
+            except RowError as error:
+                yield place, f"{error.reason}: {error.detail}"
+                continue
+            if kind == "preference":
+                yield Scored(
+                    place, kind, ids=[columns["chosen_input_ids"], columns["rejected_input_ids"]]
+                )
+            elif kind == "kto":
+                yield Scored(
+                    place, kind, bool(columns["label"]), [columns["prompt"] + columns["completion"]]
+                )
+            else:
+                yield Scored(place, kind, ids=[columns["input_ids"]])
+
+
+def _kind(row: Any) -> str:
+    """A pair, a judged answer, or a conversation whose last answer is to be scored."""
+    if isinstance(row, dict) and "rejected" in row:
+        return "preference"
+    return "kto" if isinstance(row, dict) and "completion" in row and "label" in row else "sft"
+
+
+@torch.no_grad()
+def score(model: nn.Module, rows: Sequence[Scored], pad_id: int, batch_size: int = 16) -> None:
+    """Fill in the scores of ``rows``, in batches of sequences of like length."""
+    sides = [(row, side) for row in rows for side in range(len(row.ids))]
+    sides.sort(key=lambda pair: len(pair[0].ids[pair[1]]))
+    for row in rows:
+        row.scores = [0.0] * len(row.ids)
+    device = next(model.parameters()).device
+    for start in range(0, len(sides), batch_size):
+        batch = sides[start : start + batch_size]
+        ids, mask = left_pad([row.ids[side] for row, side in batch], pad_id, device)
+        for (row, side), value in zip(batch, model(ids, mask).tolist(), strict=True):
+            row.scores[side] = value
+
+
+def summary(rows: Sequence[Scored]) -> list[str]:
+    """Lines about the scores: accuracy of pairs with its interval, of labels by the sign, means."""
+    lines = []
+    pairs = [row.scores for row in rows if row.kind == "preference"]
+    if pairs:
+        right = sum((a > b) + 0.5 * (a == b) for a, b in pairs)
+        low, high = wilson_interval(right, len(pairs))
+        lines.append(
+            f"accuracy {right / len(pairs):.4f} on {len(pairs)} pairs (95% {low:.3f} to {high:.3f})"
+        )
+    groups = groups_of(rows)
+    for name, values in groups.items():
+        spread = float(values.std()) if len(values) > 1 else 0.0
+        lines.append(
+            f"{name}: mean {float(values.mean()):.4f}, standard deviation {spread:.4f}, "
+            f"{len(values)} scores"
+        )
+    return lines
+
+
+def groups_of(rows: Sequence[Scored]) -> dict[str, Tensor]:
+    """Scores by what they are of: chosen, rejected, good, bad, or all."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        names = ("chosen", "rejected") if row.kind == "preference" else ("all",)
+        if row.kind == "kto":
+            names = ("good" if row.label else "bad",)
+        for name, value in zip(names, row.scores, strict=True):
+            groups.setdefault(name, []).append(value)
+    return {name: torch.tensor(values) for name, values in groups.items()}
+
+
+def write_histogram(groups: dict[str, Tensor], file: str | os.PathLike, bins: int = 40) -> Path:
+    """A PNG of the distribution of each group's scores over one axis."""
+    from coati.inference.evaluate.histogram import draw
+
+    low = min(float(values.min()) for values in groups.values())
+    high = max(float(values.max()) for values in groups.values())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts = {
+        name: torch.histc(values, bins, low, high).long().tolist()
+        for name, values in groups.items()
+    }
+    draw(counts, low, high).save(file, format="PNG")
+    return Path(file)

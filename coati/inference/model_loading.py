@@ -1,0 +1,139 @@
+"""One loader for every directory that training writes and every Hugging Face model."""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from coati.dataset.chat.conversation import Conversation, setup_conversation_template
+from coati.inference.export.quantization import bitsandbytes_on_cpus, quantization_kwargs
+from coati.models.loading import adapter_base, check_vocabulary, load_causal_lm, load_tokenizer
+from coati.parallel.compat.import_colossalai import hush
+from coati.utils.json_io import load_json
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+TEMPLATE = "conversation_template.json"
+_INSIDE = ("modeling", "actor/modeling")  # of a checkpoint or of the directory given to --save_dir
+
+
+class Loaded(NamedTuple):
+    """A model ready to answer, its tokenizer, and the conversation template it was trained with."""
+
+    model: nn.Module
+    tokenizer: Any
+    conversation: Conversation
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    tokenizer_path: str | os.PathLike | None = None,
+    template: dict | str | os.PathLike | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    quant: str | None = None,
+    skip_modules: Sequence[str] = (),
+) -> Loaded:
+    """The model of ``path``: a Hugging Face directory or hub name, a LoRA adapter, a checkpoint
+    ``epoch-E_step-S``.
+
+    Tokenizer and template come from the same directory unless they are given; without a template
+    file the tokenizer's own chat template serves. ``device`` None: a GPU if there is one. ``dtype``
+    "auto": fp32 on a CPU, bf16 or fp16 on a GPU. ``quant``: a key of QUANTS, the weights are
+    quantized as they are loaded, with 4 bits not those of the layers named in ``skip_modules``;
+    directories that hold quantized weights need neither. Raises ValueError saying what a directory
+    lacks, or has too much.
+    """
+    hush()
+    directory = weights_of(path)
+    if quant and adapter_base(directory):
+        raise ValueError(
+            f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
+            "merge_lora.py"
+        )
+    tokenizer = load_tokenizer(tokenizer_path or with_tokenizer(directory), trust_remote_code)
+    conversation = conversation_of(directory, tokenizer, template)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto":
+        dtype = (
+            "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        )
+    placing = quantization_kwargs(directory, quant, device, dtype, skip_modules)
+    options = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "strict": True,
+        "placing": placing,
+    }
+    with bitsandbytes_on_cpus() if placing else nullcontext():
+        model = load_causal_lm(directory, **options)
+    check_vocabulary(model, tokenizer)
+    return Loaded((model if placing else model.to(device)).eval(), tokenizer, conversation)
+
+
+def with_system(loaded: Loaded, text: str) -> Loaded:
+    """``loaded`` with another system message; none for an empty ``text``."""
+    config = loaded.conversation.to_config() | {"system_message": text or None}
+    return loaded._replace(conversation=Conversation.from_config(loaded.tokenizer, config))
+
+
+def weights_of(path: str | os.PathLike) -> str | Path:
+    """Where the weights of ``path`` are: itself, or ``modeling`` in a checkpoint or an output
+    directory.
+
+    Raises ValueError naming the checkpoints of an output directory whose training has not ended.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        return str(path)
+    for inside in (".", *_INSIDE):
+        if any(
+            (directory / inside / name).is_file() for name in ("config.json", "adapter_config.json")
+        ):
+            return directory / inside if inside != "." else directory
+    if found := sorted(entry.name for entry in directory.glob("epoch-*_step-*")):
+        raise ValueError(
+            f"{path}: no final model here, but checkpoints; name one of them: {', '.join(found)}"
+        )
+    return directory
+
+
+def conversation_of(
+    directory: str | os.PathLike, tokenizer, template: dict | str | os.PathLike | None = None
+) -> Conversation:
+    """The conversation of ``template``, else of the file beside the weights, else of the
+    tokenizer's own template."""
+    if template is not None:
+        if not isinstance(template, dict) and not Path(template).is_file():
+            raise ValueError(f"{template}: no such file; expected a conversation template (JSON)")
+        return setup_conversation_template(tokenizer, template)
+    for folder in (Path(directory), Path(directory).parent):
+        if (folder / TEMPLATE).is_file():
+            return setup_conversation_template(tokenizer, folder / TEMPLATE)
+    return setup_conversation_template(tokenizer, {})
+
+
+def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:
+    """What ends an answer: the template's stop ids and, whatever these are, the tokenizer's own
+    end."""
+    stops = [list(stop) for stop in conversation.stop_ids]
+    if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in stops:
+        stops.append([tokenizer.eos_token_id])
+    return stops
+
+
+def with_tokenizer(directory: str | Path) -> str | Path:
+    """``directory``, or the base model's place where an adapter was saved without its tokenizer."""
+    folder, adapter = Path(directory), Path(directory) / "adapter_config.json"
+    if not adapter.is_file() or (folder / "tokenizer_config.json").is_file():
+        return directory
+    base = load_json(adapter).get("base_model_name_or_path") or directory
+    logger.warning_once(f"{directory} holds no tokenizer; that of its base {base} is used")
+    return base

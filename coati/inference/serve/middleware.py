@@ -1,0 +1,133 @@
+"""The edges of the web server: errors in OpenAI's shape, a limit on bodies, who may call from
+where, and the page."""
+
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
+
+from coati.inference.serve.protocol import Refused
+
+MOST_BYTES = 4 * 2**20  # of a body: many times what any prompt that fits a model takes
+
+
+def add_edges(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[str]) -> None:
+    """Handlers and middleware of ``app``.
+
+    Without ``cors_origins`` no page of another origin may read answers; ``hosts`` are the names
+    that a request may have been sent to (any, when empty).
+    """
+    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(BodyLimit, most=MOST_BYTES)
+    if cors_origins:
+        allowed = {
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["Authorization", "Content-Type"],
+        }
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, **allowed)
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+
+
+async def _refused(request: Request, error: Refused) -> JSONResponse:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    # Not what was found there: it may be long, or no JSON.
+    first = error.errors()[0]
+    place = ".".join(str(step) for step in first["loc"] if step != "body")
+    message = f"{place}: {first['msg']}" if place else str(first["msg"])
+    return await _refused(request, Refused(422, message, param=place or None))
+
+
+async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    answer = await _refused(request, Refused(error.status_code, str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    return await _refused(
+        request, Refused(500, "an unexpected error; the server's log says more", "server_error")
+    )
+
+
+class BodyLimit:
+    """ASGI middleware: a body of more than ``most`` bytes is refused, whatever its header says."""
+
+    def __init__(self, app, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        taken = 0
+
+        async def counted():
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.most:
+                raise HTTPException(413, f"the body has more than {self.most} bytes")
+            return message
+
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.most:
+            refused = Refused(
+                413, f"the body has {int(announced)} bytes, at most {self.most} are read"
+            )
+            return await JSONResponse(refused.body, 413)(scope, receive, send)
+        with suppress(ClientDisconnect):  # no error: nobody is left to be told
+            return await self.app(scope, counted, send)
+
+
+async def page_response() -> Response:
+    """The chat page, which may load nothing but itself."""
+    html, policy = _page()
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+    }
+    return HTMLResponse(html, headers=headers | {"Cache-Control": "no-cache"})
+
+
+@functools.cache
+def _page() -> tuple[str, str]:
+    html = (Path(__file__).parent / "chat_page.html").read_text(encoding="utf-8")
+    script, style = (
+        re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1] for tag in ("script", "style")
+    )
+    allowed = {
+        "script-src": _hash(script),
+        "style-src": _hash(style),
+        "connect-src": "'self'",
+        "img-src": "data:",
+    }
+    rules = [
+        "default-src 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+    return html, "; ".join(rules + [f"{name} {value}" for name, value in allowed.items()])
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

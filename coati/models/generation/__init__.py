@@ -1,0 +1,12 @@
+"""The sampling loop, its caches and its random numbers."""
+
+from coati.utils.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Sampling": "loop",
+        "generate": "loop",
+        "generate_streaming": "loop",
+    },
+)

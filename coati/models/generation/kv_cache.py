@@ -1,0 +1,155 @@
+"""Key-value caches of the sampling loop: written in place, and cut down when rows end."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+_GROWTH = 256  # columns that are added at a time
+
+
+class RowCache(DynamicCache):
+    """Keys and values (rows, heads, columns, D) of each layer, in buffers that are longer than they
+    are full.
+
+    A model is shown the columns from ``start`` to ``end`` of the first ``rows`` rows. ``limit``:
+    columns that will ever be needed.
+    """
+
+    def __init__(self, rows: int, limit: int) -> None:
+        super().__init__()
+        self.rows, self.limit = rows, limit
+        self.start = self.end = 0
+        self._layers: list[list[Tensor]] = []
+        self._places: tuple[Tensor, Tensor] | None = None
+        self._width = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
+    ):
+        """Keep (rows, heads, n, D) new keys and values; all that the layer has, as views."""
+        # Gemini's tensors do not follow in-place operations.
+        states = [new.as_subclass(Tensor) for new in (key_states, value_states)]
+        if self._places is not None:
+            return self._place(states, layer_idx)
+        count = states[0].shape[2]
+        if layer_idx == 0:
+            self.end += count
+        for buffer, new in zip(self._buffers(layer_idx, states, self.end), states, strict=True):
+            buffer[: self.rows, :, self.end - count : self.end] = new
+        return self[layer_idx]
+
+    def fill_end_to_end(self, mask: Tensor) -> None:
+        """The next forward brings the real tokens of ``mask`` (rows, P) as one row; they go where
+        they stand there."""
+        self._places, self._width = tuple(mask.nonzero(as_tuple=True)), mask.shape[1]
+
+    def filled(self) -> None:
+        """The end of that forward."""
+        self._places, self.end = None, self._width
+
+    def _place(self, states: list[Tensor], layer: int):
+        rows, columns = self._places
+        for buffer, new in zip(self._buffers(layer, states, self._width), states, strict=True):
+            buffer[rows, :, columns] = new[0].transpose(0, 1)
+        return states
+
+    def _buffers(self, layer: int, states: list[Tensor], columns: int) -> list[Tensor]:
+        """The layer's buffers, with room for ``columns``."""
+        held = self._layers[layer] if layer < len(self._layers) else None
+        if held is not None and held[0].shape[2] >= columns:
+            return held
+        width = min(max(self.limit, columns), columns + _GROWTH)
+        # Zeros, not whatever was there: masked columns are still multiplied, and NaN x 0 is NaN.
+        made = [new.new_zeros(self.rows, new.shape[1], width, new.shape[3]) for new in states]
+        if held is None:
+            self._layers.append(made)
+        else:
+            for new, old in zip(made, held, strict=True):
+                new[:, :, self.start : old.shape[2]] = old[: self.rows, :, self.start :]
+            self._layers[layer] = made
+        return made
+
+    def keep(self, survivors: Tensor) -> None:
+        """Row i becomes row ``survivors[i]`` (at least i); only rows that change are moved."""
+        moved = (survivors != torch.arange(len(survivors), device=survivors.device)).nonzero()[:, 0]
+        columns = slice(self.start, self.end)
+        if len(moved):
+            for buffer in (buffer for layer in self._layers for buffer in layer):
+                buffer[moved, :, columns] = buffer[survivors[moved], :, columns]
+        self.rows = len(survivors)
+
+    def repeat(self, index: Tensor) -> None:
+        """Row i becomes a copy of row ``index[i]``: as many rows as ``index`` has."""
+        self._layers = [
+            [buffer.index_select(0, index) for buffer in layer] for layer in self._layers
+        ]
+        self.rows = len(index)
+
+    def trim(self, start: int) -> bool:
+        """Columns before ``start``, which hold padding alone, are no longer shown."""
+        self.start = start
+        return True
+
+    def join(self, other: "RowCache") -> None:
+        """The rows of ``other`` below these; rows of fewer columns get empty ones on their left."""
+        columns, rows = max(self.get_seq_length(), other.get_seq_length()), self.rows + other.rows
+        for layer, (mine, theirs) in enumerate(zip(self, other, strict=True)):
+            self._layers[layer] = [
+                _below(*pair, columns, columns + _GROWTH) for pair in zip(mine, theirs, strict=True)
+            ]
+        self.rows, self.start, self.end = rows, 0, columns
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, ...]:
+        return tuple(b[: self.rows, :, self.start : self.end] for b in self._layers[layer_idx])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return (self[layer] for layer in range(len(self._layers)))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+class TupleCache:
+    """For older classes (GPT-2), which know only tuples of (keys, values) (rows, heads, columns, D)
+    and return them."""
+
+    def __init__(self) -> None:
+        self.states: tuple[tuple[Tensor, ...], ...] | None = None
+
+    def _map(self, change) -> None:
+        if self.states is not None:
+            self.states = tuple(tuple(change(tensor) for tensor in layer) for layer in self.states)
+
+    def keep(self, survivors: Tensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, survivors))
+
+    repeat = keep
+
+    def join(self, other: "TupleCache") -> None:
+        columns = max(self.get_seq_length(), other.get_seq_length())
+        self.states = tuple(
+            tuple(_below(*pair, columns, columns) for pair in zip(mine, theirs, strict=True))
+            for mine, theirs in zip(self.states, other.states, strict=True)
+        )
+
+    def trim(self, start: int) -> bool:
+        return False
+
+    def get_seq_length(self) -> int:
+        return 0 if self.states is None else self.states[0][0].shape[-2]
+
+
+def _below(mine: Tensor, theirs: Tensor, columns: int, width: int) -> Tensor:
+    """Keys or values (rows, heads, at most columns, D) of two caches, one below the other and all
+    ending at column
+    ``columns`` of ``width``."""
+    made = mine.new_zeros(len(mine) + len(theirs), mine.shape[1], width, mine.shape[3])
+    made[: len(mine), :, columns - mine.shape[2] : columns] = mine
+    made[len(mine) :, :, columns - theirs.shape[2] : columns] = theirs
+    return made

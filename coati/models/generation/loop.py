@@ -1,0 +1,206 @@
+"""Sampling by a loop of its own, so that a model wrapped for training can sample too;
+``model.generate`` is not used.
+
+The loop makes the key-value cache and hands it to every call: under tensor parallelism ColossalAI
+returns none, and a loop that relies on a returned one silently loses the context. Positions are
+given explicitly, so left padding is exact.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from coati.models.generation.decoder import Decoder, Decoding, innermost
+from coati.models.generation.mkl_prepack import MklPrepacked
+from coati.models.generation.sampling import Sampling, choose, keep_likely
+from coati.models.padding_free import PaddingFree
+
+__all__ = [
+    "Generated",
+    "Sampling",
+    "choose",
+    "generate",
+    "generate_streaming",
+    "innermost",
+    "keep_likely",
+]
+
+
+def _same(value):
+    return value
+
+
+@dataclass
+class Generated:
+    """``sequences`` (B, P + N): prompts and answers, pad after an answer's end.
+
+    ``lengths`` (B,): tokens of each answer, its stop sequence included. ``stopped`` (B,): whether a
+    stop sequence, not the limit, ended it. ``logprobs`` (B, N) fp32, when asked for:
+    log_softmax(logits / temperature) at each token of an answer, whatever top_k, top_p and
+    penalties made of the logits; 0 after its end.
+    """
+
+    sequences: Tensor
+    lengths: Tensor
+    stopped: Tensor
+    prompt_length: int = field(default=0)
+    logprobs: Tensor | None = None
+
+    def answers(self) -> list[list[int]]:
+        """The new token ids of each row, stop sequence included."""
+        new = self.sequences[:, self.prompt_length :].tolist()
+        return [row[:length] for row, length in zip(new, self.lengths.tolist(), strict=True)]
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    stop_sequences: list[list[int]],
+    max_new_tokens: int,
+    pad_token_id: int = 0,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    return_logprobs: bool = False,
+    stop_flag: Callable[[bool], bool] = _same,
+    gather_logits: Callable[[Tensor], Tensor] = _same,
+    agree: Callable[[Tensor], Tensor] = _same,
+    packing: PaddingFree | None = None,
+) -> Generated:
+    """Continue every row of ``input_ids`` (B, P), left-padded with ``attention_mask`` (B, P) 0 on
+    the padding.
+
+    A row ends with any of ``stop_sequences`` (each a list of token ids, counted within the answer)
+    or after
+    ``max_new_tokens``. Each prompt goes through the model once (equal prompts together), then one
+    token of each row that has not ended. ``noise`` (B, at least max_new_tokens) of
+    :func:`~coati.models.generation.row_noise.row_noise` decides each token in place of
+    ``generator``; a row's sample then depends on nothing but the row.
+
+    What a plugin needs is supplied by the caller: ``stop_flag`` takes "all my rows have ended" and
+    returns whether to leave the loop, so that ranks whose forward passes contain collectives leave
+    together. ``gather_logits`` completes the last position's logits where each rank holds a part of
+    the vocabulary. ``agree`` takes a tensor that a group of ranks has alike up to rounding, and
+    returns the one that all of them go on with. ``packing``: how ``model`` can be given prompts
+    without padding. ``model`` is the plain or the wrapped model.
+
+    Raises ValueError for right padding, an empty prompt, more tokens than the model has positions,
+    or noise of another shape.
+    """
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    _check(model, input_ids, mask, stop_sequences, max_new_tokens)
+    _check_noise(noise, len(input_ids), max_new_tokens)
+    decoding = Decoding(
+        sampling,
+        stop_sequences,
+        max_new_tokens,
+        pad_token_id,
+        generator,
+        noise,
+        return_logprobs,
+        gather_logits,
+        agree,
+        packing,
+    )
+    with _at_rest(model), MklPrepacked(model) as prepacked:
+        decoder = Decoder(model, input_ids, mask, decoding, prepacked)
+        for _ in range(max_new_tokens):
+            decoder.step()
+            if stop_flag(decoder.all_ended):
+                break
+    width = decoder.steps
+    logprobs = agree(decoder.logprobs[:, :width]) if return_logprobs else None
+    sequences = torch.cat([input_ids, decoder.tokens[:, :width]], dim=1)
+    return Generated(sequences, decoder.lengths, decoder.stopped, input_ids.shape[1], logprobs)
+
+
+def generate_streaming(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    stop_sequences: list[list[int]],
+    max_new_tokens: int,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """The new token ids after one prompt ``input_ids`` (1, P), one by one, those of the stop
+    sequence included."""
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"streaming takes one prompt, input_ids of shape (1, P), not {tuple(input_ids.shape)}"
+        )
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    mask = torch.ones_like(input_ids)
+    _check(model, input_ids, mask, stop_sequences, max_new_tokens)
+    decoder = Decoder(
+        model,
+        input_ids,
+        mask,
+        Decoding(sampling, stop_sequences, max_new_tokens, generator=generator),
+    )
+    for step in range(max_new_tokens):
+        with _at_rest(model):  # not around the yield: the caller may train meanwhile
+            decoder.step()
+        yield int(decoder.tokens[0, step])
+        if decoder.all_ended:
+            return
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """No gradient, no dropout; afterward every module trains again that did."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_noise(noise: Tensor | None, rows: int, steps: int) -> None:
+    if noise is not None and (noise.dim() != 2 or noise.shape[0] != rows or noise.shape[1] < steps):
+        raise ValueError(
+            f"noise must have the shape ({rows}, {steps} or more), not {tuple(noise.shape)}"
+        )
+
+
+def _check(
+    model, input_ids: Tensor, mask: Tensor, stop_sequences: list[list[int]], max_new_tokens: int
+) -> None:
+    rows, length = input_ids.shape
+    if rows == 0 or length == 0:
+        raise ValueError(f"nothing to continue: input_ids has shape {tuple(input_ids.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+        raise ValueError(
+            "prompts must be padded on the left: attention_mask 0, then 1 up to the last position"
+        )
+    if any(not isinstance(stop, list | tuple) or len(stop) == 0 for stop in stop_sequences):
+        raise ValueError(
+            f"stop_sequences must be a list of non-empty lists of token ids, not {stop_sequences}"
+        )
+    limit = getattr(getattr(innermost(model), "config", None), "max_position_embeddings", None)
+    longest = int(mask.sum(dim=1).max())
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{limit} positions; shorten "
+            "the prompt or ask for fewer new tokens (--max_new_tokens)"
+        )

@@ -1,0 +1,36 @@
+"""Sample answers as a table: prompts of different length in one batch, answers without their end
+marker."""
+
+from collections.abc import Sequence
+
+import torch
+
+from coati.utils.text_table import table, terminal_width
+
+
+def left_pad(
+    rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, both (B, longest), of rows that end together; the mask is 1 on a row's own
+    tokens."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def without_stop(answer: list[int], stop_sequences: list[list[int]]) -> list[int]:
+    """``answer`` without the stop sequence at its end, if there is one."""
+    for stop in sorted(stop_sequences, key=len, reverse=True):
+        if answer[-len(stop) :] == stop:
+            return answer[: -len(stop)]
+    return answer
+
+
+def format_samples(samples: Sequence[tuple[str, str]], width: int | None = None) -> str:
+    """Two columns, prompt and answer, in ``width`` places (default: the terminal's), at most 6
+    lines each."""
+    width = terminal_width(width)
+    left = (width - 3) * 2 // 5
+    rows = [[prompt or " ", answer or " "] for prompt, answer in samples]
+    return table(["prompt", "answer"], rows, [left, width - 3 - left], [False, False])

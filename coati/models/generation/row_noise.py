@@ -1,0 +1,64 @@
+"""Sampling noise that belongs to a row, not to a batch, so that a sample does not depend on who is
+drawn beside it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROLLOUT = (
+    0x726F6C6C  # keeps these draws apart from those of the data order, which are seeded alike
+)
+_BLOCK = 256
+
+
+def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tensor:
+    """One number of [0, 1) for each token of each row, (len(rows), steps) fp64 on the CPU.
+
+    ``rows``: index of each row in the global batch. A number is a function of seed, episode, row
+    and step alone, so neither batch mates, the number of processes, padding nor ``steps`` changes
+    it.
+    """
+    draws = [
+        np.random.default_rng([_ROLLOUT, seed, episode, int(row)]).random(steps) for row in rows
+    ]
+    return (
+        torch.from_numpy(np.stack(draws)) if draws else torch.zeros(0, steps, dtype=torch.float64)
+    )
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens (B,) at the quantiles ``uniform`` (B,) of the distributions proportional to
+    ``weights`` (B, V) >= 0; never one of weight 0.
+
+    One number decides a token (inverse distribution function): rounding differences between two
+    batches change it only where they straddle that number. First the block of tokens is found, then
+    the token in it, so that only sums of blocks and one block of each row are added up in order.
+    """
+    size = weights.shape[1]
+    whole = size - size % _BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1)
+    cumulative = (
+        torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+        .double()
+        .cumsum(dim=-1)
+    )
+    wanted = _below(uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:], cumulative[:, -1:])
+    block = torch.searchsorted(cumulative, wanted, right=True)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    index = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = (
+        weights.gather(1, index.clamp(max=size - 1))
+        .masked_fill(index >= size, 0.0)
+        .double()
+        .cumsum(dim=-1)
+    )
+    wanted = _below(wanted - before, inside[:, -1:])
+    return (block * _BLOCK + torch.searchsorted(inside, wanted, right=True))[:, 0]
+
+
+def _below(numbers: Tensor, total: Tensor) -> Tensor:
+    # Rounded up to the total, a number would point behind the last token that has a weight.
+    return torch.minimum(numbers, torch.nextafter(total, torch.zeros_like(total)))

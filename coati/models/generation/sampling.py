@@ -1,0 +1,93 @@
+"""How the next token is chosen from its logits, and its log-probability."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coati.models.generation.row_noise import draw
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; ``do_sample`` False takes the likeliest.
+
+    0 or None turns ``top_k`` off, 1 ``top_p``. ``repetition_penalty`` above 1 divides the positive
+    and multiplies the negative logits of tokens that the row already holds.
+    """
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            (
+                "temperature",
+                self.temperature > 0,
+                "above 0 (for the likeliest token use do_sample=False)",
+            ),
+            ("top_k", self.top_k is None or self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+
+
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    uniform: Tensor | None = None,
+    seen: tuple[Tensor, Tensor] | None = None,
+    return_logprobs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The next token (B,) of each row from fp32 ``logits`` (B, V), and log_softmax(logits /
+    temperature) there.
+
+    ``uniform`` (B,) in [0, 1) decides a sampled token. ``seen``: ids and mask (B, T) of the row so
+    far, which the repetition penalty needs.
+    """
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+    as_they_are = sampling.repetition_penalty == 1 and not sampling.top_k and sampling.top_p == 1
+    weights = peak = None
+    if return_logprobs or (sampling.do_sample and as_they_are):
+        peak = scaled.amax(dim=-1, keepdim=True)
+        weights = (scaled - peak).exp_()
+    if sampling.repetition_penalty != 1:
+        logits = _penalized(logits, *seen, sampling.repetition_penalty)
+    if not sampling.do_sample:
+        token = logits.argmax(dim=-1)
+    elif as_they_are:
+        token = draw(weights, uniform)
+    else:
+        likely = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        token = draw(likely.softmax(dim=-1), uniform)
+    if not return_logprobs:
+        return token, None
+    return token, (
+        scaled.gather(1, token[:, None]) - peak - weights.sum(dim=-1, keepdim=True).log()
+    )[:, 0]
+
+
+def _penalized(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Tensor:
+    seen = torch.zeros_like(logits, dtype=torch.long).scatter_add_(1, ids, mask) > 0
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_likely(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """``logits`` (B, V), -inf outside the ``top_k`` likeliest tokens and the fewest with a share of
+    ``top_p``."""
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        shares = ordered.softmax(dim=-1)
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(
+            1, order, shares.cumsum(dim=-1) - shares >= top_p
+        )
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits

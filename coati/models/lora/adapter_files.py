@@ -1,0 +1,197 @@
+"""Adapters on disk: a directory that plain peft reads, and from which training goes on to the
+bit."""
+
+import copy
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coati.models.loading import explained
+from coati.models.lora.layers import adapter_layers
+from coati.models.lora.lora import LoraConfig
+from coati.utils.json_io import load_json, save_json
+
+WEIGHTS, CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "lora_config.json"
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default")
+
+
+def save_lora(
+    model: nn.Module, directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the adapter of ``model`` (a PeftModel of ``apply_lora``) into ``directory``.
+
+    ``state_dict``: what ``model.state_dict()`` would be, where a plugin had to gather it. A PiSSA
+    adapter is written as the ordinary adapter of rank 2r that it equals. Beside it
+    ``lora_config.json`` keeps the settings of the training.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_state(model, state_dict), directory / WEIGHTS, metadata={"format": "pt"})
+    settings = copy.deepcopy(model.peft_config["default"])
+    settings.inference_mode = True
+    if _is_pissa(model):
+        settings.r, settings.lora_alpha, settings.init_lora_weights = (
+            2 * settings.r,
+            2 * settings.lora_alpha,
+            True,
+        )
+    settings.modules_to_save = list(_trained_whole(model)) or None
+    base = settings.base_model_name_or_path
+    if base and Path(base).is_dir():
+        settings.base_model_name_or_path = str(Path(base).resolve())
+    settings.save_pretrained(str(directory))
+    save_json(asdict(model.coati_lora), directory / SETTINGS)
+
+
+def adapter_state(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Everything LoRA trains, under the names peft gives it in a file."""
+    tensors = model.state_dict() if state_dict is None else state_dict
+    biases = _trained_biases(model) | _whole_names(model)
+    state = {
+        _ADAPTER_NAME.sub(r"\1", key): t
+        for key, t in tensors.items()
+        if ".lora_" in key or key in biases
+    }
+    if _is_pissa(model):
+        state = {key: _with_start(key, tensor, tensors) for key, tensor in state.items()}
+    return {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+
+
+def _is_pissa(model: nn.Module) -> bool:
+    return model.coati_lora.lora_initialization_method == "PiSSA"
+
+
+def _trained_biases(model: nn.Module) -> set[str]:
+    # peft's own list for "lora_only" looks for a name its layers no longer have and saves no bias
+    # at all.
+    mode = model.coati_lora.lora_train_bias
+    if mode == "none":
+        return set()
+    if mode == "lora":
+        return {f"{name}.base_layer.bias" for name in adapter_layers(model)}
+    return {name for name, _ in model.named_parameters() if name.endswith("bias")}
+
+
+def _trained_whole(model: nn.Module) -> tuple[str, ...]:
+    """Modules beside the adapters that are trained as they are: the head of a reward model."""
+    return getattr(model.get_base_model(), "trained_whole", ())
+
+
+def _whole_names(model: nn.Module) -> set[str]:
+    heads = tuple(f"base_model.model.{name}." for name in _trained_whole(model))
+    return {name for name in model.state_dict() if name.startswith(heads)} if heads else set()
+
+
+def _with_start(key: str, tensor: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """A -> [A; A0] and B -> [B, -B0]; an embedding, which has no start, is filled up with zeros."""
+    layer, _, side = key.partition(".lora_")
+    if side == "A.weight":
+        return torch.cat([tensor, tensors[f"{layer}.pissa_A"]], dim=0)
+    if side == "B.weight":
+        return torch.cat([tensor, -tensors[f"{layer}.pissa_B"]], dim=1)
+    if side.startswith("embedding"):
+        return torch.cat([tensor, torch.zeros_like(tensor)], dim=0 if side.endswith("A") else 1)
+    return tensor  # a bias
+
+
+def load_lora(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Put the adapter of ``directory`` (of :func:`save_lora`) into ``model``, which has the same
+    LoRA settings."""
+    model.load_state_dict(read_lora(model, directory), strict=False)
+
+
+def adapted(base: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """``base`` with the adapter of ``directory`` around it, a PeftModel.
+
+    Raises ValueError when the adapter cannot be read or its tensors are not exactly those that its
+    settings ask for.
+    """
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    try:
+        model = PeftModel.from_pretrained(base, str(directory))
+        held = {
+            name for name in load_peft_weights(str(directory), device="cpu") if ".lora_" in name
+        }
+    except Exception as error:  # safetensors and pickle have error classes of their own
+        raise explained(directory, "adapter", error) from error
+    wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
+    for names, what in (
+        (wanted - held, "lacks"),
+        (held - wanted, "has tensors that its settings have no use for:"),
+    ):
+        if names:
+            raise ValueError(
+                f"{directory}: the adapter {what} {min(names)} ({len(names)} such names); it "
+                "belongs to another base "
+                "model, or was cut when it was copied"
+            )
+    return model
+
+
+def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tensor]:
+    """The adapter of ``directory`` under the names of ``model.state_dict()``, bit for bit as it was
+    saved.
+
+    Raises ValueError if the directory was trained with other LoRA settings or lacks a tensor of
+    this model.
+    """
+    directory, config = Path(directory), model.coati_lora
+    if not (directory / WEIGHTS).exists():
+        raise ValueError(
+            f"{directory}: no {WEIGHTS}; expected a directory that holds a LoRA adapter"
+        )
+    saved = (
+        LoraConfig.from_file(directory / SETTINGS) if (directory / SETTINGS).exists() else config
+    )
+    for field in ("r", "lora_alpha", "lora_train_bias", "lora_initialization_method"):
+        if getattr(saved, field) != getattr(config, field):
+            raise ValueError(
+                f"{directory / SETTINGS}: the adapter was trained with {field} "
+                f"{getattr(saved, field)!r}, this run has "
+                f"{getattr(config, field)!r}; give the same LoRA settings"
+            )
+    rank, expected = load_json(directory / CONFIG)["r"], (2 if _is_pissa(model) else 1) * config.r
+    if rank != expected:
+        raise ValueError(
+            f"{directory / CONFIG}: r is {rank}, expected {expected}; was this adapter trained "
+            "elsewhere?"
+        )
+    file, state = load_file(directory / WEIGHTS), {}
+    for name in model.state_dict():
+        state |= _saved(name, file, config.r) if ".lora_" in name or ".pissa_" in name else {}
+    state |= {name: file[name] for name in _trained_biases(model) if name in file}
+    expected = {
+        name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name
+    } | _whole_names(model)
+    state |= {name: file[name] for name in _whole_names(model) & set(file)}
+    if missing := sorted(expected - set(state)):
+        raise ValueError(
+            f"{directory / WEIGHTS}: no tensor for {missing[0]} ({len(missing)} missing); other "
+            "targets?"
+        )
+    return state
+
+
+def _saved(name: str, file: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The tensor of ``name`` cut out of ``file``; nothing if it is not there."""
+    key = (
+        _ADAPTER_NAME.sub(r"\1", name)
+        .replace(".pissa_A", ".lora_A.weight")
+        .replace(".pissa_B", ".lora_B.weight")
+    )
+    if key not in file:
+        return {}
+    columns = key.endswith(("B.weight", "embedding_B"))  # B is (out, r), A is (r, in)
+    whole = file[key].T if columns else file[key]
+    part = whole[rank:] if ".pissa_" in name else whole[:rank]
+    part = -part if ".pissa_B" in name else part
+    return {name: (part.T if columns else part).contiguous()}

@@ -1,0 +1,89 @@
+"""What peft's LoRA layers lack: PiSSA that leaves the base weights alone, and dropout on an
+embedding's adapter."""
+
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+
+
+class PissaLinear(lora.Linear):
+    """A LoRA layer that starts from the principal singular vectors (PiSSA, arXiv 2404.02948) and
+    keeps its base weight.
+
+    PiSSA trains A and B from their principal values A0, B0 over the residual ``W - s B0 A0``. Here
+    W stays as it is and the frozen ``s B0 A0`` is subtracted in the forward pass: the same function
+    and gradients, but the base model is still there with the adapter off (as a reference, say),
+    16-bit weights are not rounded anew, and [A; A0], [B, -B0] saved together are an ordinary
+    adapter of rank 2r for the ordinary base.
+    """
+
+    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        base = self.get_base_layer()
+        original = base.weight.data
+        super().pissa_init(adapter_name, init_lora_weights)
+        base.weight.data = original
+
+    def freeze_start(self) -> None:
+        """Keep what A and B are now as A0 and B0; to be called when their type and device are
+        settled."""
+        (adapter,) = self.lora_A
+        self.pissa_A = nn.Parameter(
+            self.lora_A[adapter].weight.detach().clone(), requires_grad=False
+        )
+        self.pissa_B = nn.Parameter(
+            self.lora_B[adapter].weight.detach().clone(), requires_grad=False
+        )
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        result = super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        start = F.linear(F.linear(x.to(self.pissa_A.dtype), self.pissa_A), self.pissa_B)
+        return result - (start * self.scaling[self.active_adapters[0]]).to(result.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        start = self.scaling[adapter] * (self.pissa_B.float() @ self.pissa_A.float())
+        return super().get_delta_weight(adapter) - start.to(self.pissa_A.dtype)
+
+
+class DroppedEmbedding(lora.Embedding):
+    """peft's LoRA embedding, whose dropout is stored but never applied, with the dropout
+    applied."""
+
+    def _embed(self, input: Tensor, weight: Tensor) -> Tensor:
+        # Called for the adapter's half only: (B, S, r). With one adapter, its dropout is the only
+        # one there.
+        (dropout,) = self.lora_dropout.values()
+        return dropout(super()._embed(input, weight))
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every LoRA layer of ``model`` by its module name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)
+    }
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether LoRA knows this kind of layer: Linear, Embedding and GPT-2's transposed Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def tied_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding if it shares the input embedding's weight and one of them carries an
+    adapter.
+
+    Merging would change both sides of such a model by an adapter of one; the head needs a weight of
+    its own first.
+    """
+    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")):
+        return None
+    sides = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in sides or not any(isinstance(side, lora.LoraLayer) for side in sides):
+        return None
+    entrance, head = (
+        side.get_base_layer() if isinstance(side, lora.LoraLayer) else side for side in sides
+    )
+    return head if entrance.weight is head.weight else None

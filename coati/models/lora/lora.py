@@ -1,0 +1,271 @@
+"""LoRA through peft: the reference's settings, adapters that lose nothing when saved, merging that
+is asked for.
+
+Heavy imports stand inside the functions, so that a wrong ``--lora_config`` is refused before torch
+is loaded.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from coati.utils.json_io import load_json
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+# lora_train_bias -> peft's name for it
+BIAS_MODES = {"none": "none", "all": "all", "lora": "lora_only"}
+# lora_initialization_method -> peft's init_lora_weights; four subspace iterations, as the reference
+# takes
+INITIALIZATIONS = {"kaiming_uniform": True, "PiSSA": "pissa_niter_4"}
+
+
+@dataclass
+class LoraConfig:
+    """What ``--lora_config`` holds. The update of a layer is scaled by ``lora_alpha / r``.
+
+    ``lora_train_bias``: "none" keeps existing biases frozen, "all" trains every existing bias,
+    "lora" those of adapted layers; no bias is ever added. ``target_modules``: names or endings of
+    names ("q_proj", "mlp.up_proj"); None means every linear layer but the head.
+    """
+
+    r: int = 0
+    lora_alpha: float = 32
+    linear_lora_dropout: float = 0.1
+    embedding_lora_dropout: float = 0.0
+    lora_train_bias: str = "none"
+    lora_initialization_method: str = "kaiming_uniform"
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("lora_train_bias", self.lora_train_bias, BIAS_MODES)
+        _one_of("lora_initialization_method", self.lora_initialization_method, INITIALIZATIONS)
+        if not isinstance(self.r, int) or self.r < 0:
+            raise ValueError(f"LoRA r must be a whole number, 0 (off) or more, not {self.r!r}")
+        if not isinstance(self.lora_alpha, int | float) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be a positive number, not {self.lora_alpha!r}")
+        for name in ("linear_lora_dropout", "embedding_lora_dropout"):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}"
+                )
+        if isinstance(self.target_modules, str) or self.target_modules == []:
+            raise ValueError(
+                f"target_modules must be a list of layer names or null, not {self.target_modules!r}"
+            )
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "LoraConfig":
+        """Read a JSON object with the fields' names as keys. Raises ValueError naming the file and
+        the wrong key."""
+        content = load_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{path}: expected a JSON object of LoRA settings, found a {type(content).__name__}"
+            )
+        known = [field.name for field in fields(cls)]
+        for key in content:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+                raise ValueError(
+                    f"{path}: unknown key {key!r}; did you mean {nearest!r}? Known: "
+                    f"{', '.join(known)}"
+                )
+        try:
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _one_of(name: str, value: Any, allowed: dict) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[str]:
+    """Full names of the layers meant by ``wanted``: names or endings of names; None is every linear
+    layer but the head.
+
+    Raises ValueError naming each entry of ``wanted`` without a layer, the nearest name, and those
+    there are.
+    """
+    from torch import nn
+
+    from coati.models.lora.layers import is_adaptable
+
+    layers = {name: module for name, module in model.named_modules() if is_adaptable(module)}
+    # A new head is trained whole: there is nothing in it to adapt.
+    layers = {
+        name: module
+        for name, module in layers.items()
+        if name not in getattr(model, "trained_whole", ())
+    }
+    if wanted is None:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return [n for n, m in layers.items() if m is not head and not isinstance(m, nn.Embedding)]
+    found = {
+        target: [n for n in layers if n == target or n.endswith(f".{target}")] for target in wanted
+    }
+    if missing := [target for target, names in found.items() if not names]:
+        there = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        hints = [difflib.get_close_matches(target, there, n=1, cutoff=0) for target in missing]
+        nearest = ", ".join(dict.fromkeys(name for hint in hints for name in hint))
+        raise ValueError(
+            f"LoRA target_modules {missing} match no linear or embedding layer of "
+            f"{type(model).__name__}; "
+            f"nearest: {nearest}; there are: {', '.join(there)}"
+        )
+    return list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftModel":
+    """``model`` with adapters, all else frozen; its output is unchanged until the adapters are
+    trained.
+
+    The adapters are drawn from ``seed`` without touching the run's random state, so every rank gets
+    the same. Raises ValueError for r 0, unmatched targets, and what PiSSA cannot take.
+    """
+    import torch
+    from peft import get_peft_model
+
+    from coati.models.lora.layers import DroppedEmbedding, PissaLinear
+
+    if config.r < 1:
+        raise ValueError(f"LoRA needs r (--lora_rank) of at least 1, not {config.r}")
+    settings = _peft_config(model, config)
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, settings)
+    for module in adapted.modules():
+        if isinstance(module, PissaLinear):
+            module.freeze_start()
+        elif isinstance(module, DroppedEmbedding):
+            module.lora_dropout["default"] = torch.nn.Dropout(config.embedding_lora_dropout)
+    for name in getattr(model, "trained_whole", ()):
+        model.get_submodule(name).requires_grad_(True)
+    adapted.coati_lora = config
+    return adapted
+
+
+def _peft_config(model: "nn.Module", config: LoraConfig):
+    import peft
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from coati.models.lora.layers import DroppedEmbedding, PissaLinear
+
+    names = target_names(model, config.target_modules)
+    modules = {name: model.get_submodule(name) for name in names}
+    custom: dict[type, type] = {nn.Embedding: DroppedEmbedding}
+    if config.lora_initialization_method == "PiSSA":
+        _check_pissa(modules, config.r)
+        custom[nn.Linear] = PissaLinear
+    settings = peft.LoraConfig(
+        # peft wants a task only to choose its wrapper; without one it takes any module.
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.linear_lora_dropout,
+        bias=BIAS_MODES[config.lora_train_bias],
+        init_lora_weights=INITIALIZATIONS[config.lora_initialization_method],
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+    )
+    settings._register_custom_module(custom)
+    return settings
+
+
+def _check_pissa(modules: dict[str, "nn.Module"], rank: int) -> None:
+    from torch import nn
+
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            logger.warning_once(
+                f"PiSSA is for linear layers; the adapter of {name} starts at zero instead"
+            )
+        elif not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"PiSSA cannot start from {name}, a {type(module).__name__}; use "
+                "lora_initialization_method kaiming_uniform for this model"
+            )
+        elif rank > min(module.in_features, module.out_features):
+            raise ValueError(
+                f"PiSSA needs r at most {min(module.in_features, module.out_features)} for {name} "
+                f"({module.in_features} x {module.out_features}), not {rank}"
+            )
+
+
+def convert_to_lora_module(
+    module: "nn.Module", lora_config: LoraConfig | int, lora_train_bias: str = "none"
+) -> "nn.Module":
+    """The reference's name for :func:`apply_lora`; its older form took a rank. Rank 0 returns
+    ``module`` as it is."""
+    config = lora_config
+    if isinstance(config, int):
+        config = LoraConfig(r=config, lora_train_bias=lora_train_bias)
+    return apply_lora(module, config) if config.r else module
+
+
+def merge_lora(model: "PeftModel") -> "nn.Module":
+    """The plain model with the adapters added into its weights; ``model`` is used up. See
+    :func:`merged` to undo it."""
+    _check_adapted(model)
+    _untie(model.get_base_model())
+    plain = model.merge_and_unload(safe_merge=True)
+    return plain.requires_grad_(True)
+
+
+@contextmanager
+def merged(model: "PeftModel") -> Iterator["PeftModel"]:
+    """Inside the block the adapters are part of the weights; afterward every bit is as before."""
+    from coati.models.lora.layers import adapter_layers
+
+    _check_adapted(model)
+    base = model.get_base_model()
+    layers = [layer.get_base_layer() for layer in adapter_layers(model).values()]
+    tie = _untie(base)
+    kept = [layer.weight.detach().clone() for layer in layers]
+    model.merge_adapter()
+    try:
+        yield model
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight.data.copy_(weight)
+        for layer in adapter_layers(model).values():
+            layer.merged_adapters.clear()
+        if tie is not None:
+            head, weight = tie
+            head.weight, base.config.tie_word_embeddings = weight, True
+
+
+def _untie(model: "nn.Module") -> "tuple[nn.Module, nn.Parameter] | None":
+    """Cut a tie that merging would spoil; returns the head and the weight it shared."""
+    from torch import nn
+
+    from coati.models.lora.layers import tied_head
+
+    head = tied_head(model)
+    if head is None:
+        return None
+    shared = head.weight
+    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    model.config.tie_word_embeddings = False
+    return head, shared
+
+
+def _check_adapted(model: "nn.Module") -> None:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"expected a model with LoRA adapters (from apply_lora), got {type(model).__name__}"
+        )

@@ -1,0 +1,15 @@
+"""Names of the policy trainers' choices and what each means. Imports nothing heavy: parsers read
+these tables."""
+
+# --kl_estimator -> what it is of x = log pi(token) - log reference(token)
+KL_ESTIMATORS = {
+    "k1": "x: unbiased, negative for half of the tokens",
+    "k2": "x^2 / 2: never negative, biased, its gradient is that of the KL divergence",
+    "k3": "exp(-x) - 1 + x: never negative and unbiased (Schulman 2020)",
+}
+# How the terms of a window become one number.
+NORMALIZATIONS = {
+    "token": "mean over all actions of the window (PPO, DAPO)",
+    "response": "mean over each response, then over responses (GRPO)",
+    "constant": "sum over each response divided by the longest one allowed, then mean over responses (Dr.GRPO)",
+}

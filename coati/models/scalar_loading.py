@@ -1,0 +1,210 @@
+"""Reward models and critics from disk: with their head, or with a new one when the caller says that
+is meant."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from coati.models.base import BaseModel
+from coati.models.loading import (
+    DTYPES,
+    adapter_base,
+    load_backbone,
+    load_configuration,
+    read_config,
+)
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+Scalar = TypeVar("Scalar", bound=BaseModel)
+# This library's name first; the second is what ColossalChat's own directories use.
+HEADS = ("score", "value_head")
+_SINGLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
+
+
+def load_scalar_model(
+    kind: type[Scalar],
+    path: str | os.PathLike,
+    *,
+    new_head: bool = False,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Scalar:
+    """The reward model (or critic) of ``path``: a directory of this library, a classifier of one
+    label, a PEFT adapter.
+
+    ``new_head``: a directory without a head is a base to train on; its head is drawn and that is
+    said. A saved head is taken in either case; a critic takes a reward model's.
+
+    Raises ValueError when a head is wanted and not there, or is of another width or number of
+    labels.
+    """
+    options = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    if base := adapter_base(path):
+        return _with_adapter(kind, Path(path), base, options)
+    held = read_config(path)
+    state = head_state(path)
+    if state is None and not new_head:
+        raise ValueError(
+            f"{path} has no scalar head (score.weight): it is a language model, not a reward "
+            "model. Train one from it "
+            "with train_rm.py, or name the directory that train_rm.py wrote"
+        )
+    if kind.kind == "reward" and held.get("coati_head") == "critic":
+        raise ValueError(
+            f"{path} is a critic: its head gives the values of states, not the scores of answers"
+        )
+    model = kind(backbone=load_backbone(path, **options))
+    if state is None:
+        logger.warning_once(
+            f"{path} has no scalar head: it is taken as the base, and a new head is drawn."
+        )
+    else:
+        set_head(model, state, path)
+    return model
+
+
+def load_scalar_weights(
+    kind: type[Scalar],
+    architecture: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Scalar:
+    """The reward model (or critic) whose weights and head lie in ``path`` without a configuration,
+    as ColossalChat's checkpoints have them; ``architecture``: a directory or hub name with the
+    configuration, its weights are not read.
+
+    Raises ValueError when the head or weights of the backbone are missing, or others are there.
+    """
+    from transformers import AutoModel
+
+    head = head_state(path)
+    if head is None:
+        raise ValueError(
+            f"{path}: no scalar head (score.weight, value_head.weight) among its weights"
+        )
+    config = load_configuration(architecture, trust_remote_code)
+    keywords = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = kind(
+        backbone=AutoModel.from_config(config, trust_remote_code=trust_remote_code, **keywords)
+    )
+    tensors = _backbone_tensors(path, f"{model.base_model_prefix}.")
+    try:
+        model.backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        text = str(error).split("\n\t", 2)[1]
+        raise ValueError(f"{path}: not the weights of {architecture} ({text[:300]})") from error
+    set_head(model, head, path)
+    kept = next(iter(tensors.values())).dtype if dtype == "auto" else getattr(torch, DTYPES[dtype])
+    return model.to(kept)
+
+
+def _backbone_tensors(path: str | os.PathLike, prefix: str) -> dict[str, Tensor]:
+    """Every tensor of the files of ``path`` but heads, without the name that the backbone had
+    there: a wrapper's
+    ``model.`` or its own ``prefix``."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")]):
+        tensors |= {name: _tensor(str(file), name) for name in _names_in(str(file))}
+    heads = (*(f"{head}." for head in HEADS), "lm_head.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
+    for before in (prefix, "model."):
+        if all(name.startswith(before) for name in tensors):
+            return {name.removeprefix(before): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def set_head(model: BaseModel, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Put ``weight`` and perhaps ``bias`` of :func:`head_state` into ``model``. Raises ValueError
+    for another shape."""
+    found, wanted = tuple(state["weight"].shape), tuple(model.score.weight.shape)
+    if found[0] != 1:
+        raise ValueError(
+            f"{path}: its head gives {found[0]} numbers, a classifier of {found[0]} labels; "
+            "expected 1"
+        )
+    if found != wanted:
+        raise ValueError(
+            f"{path}: its head is {found}, the backbone has states of width {wanted[1]}: another "
+            "model's?"
+        )
+    with torch.no_grad():
+        model.score.weight.copy_(state["weight"])
+        model.score.bias.copy_(state.get("bias", torch.zeros(1)))
+
+
+def head_state(path: str | os.PathLike) -> dict[str, Tensor] | None:
+    """``weight`` and perhaps ``bias`` of the scalar head among the weights of ``path``, or None."""
+    from transformers.utils import cached_file
+
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    for name in _SINGLE:
+        if file := cached_file(path, name, **quiet):
+            return _head_in(lambda _, file=file: file, _names_in(file))
+        if index := cached_file(path, f"{name}.index.json", **quiet):
+            with open(index, encoding="utf-8") as text:
+                places = json.load(text)["weight_map"]
+            return _head_in(lambda key, places=places: cached_file(path, places[key]), set(places))
+    return None
+
+
+def _names_in(file: str) -> set[str]:
+    if file.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as tensors:
+            return set(tensors.keys())
+    return set(torch.load(file, weights_only=True, mmap=True))
+
+
+def _head_in(place, names: set[str]) -> dict[str, Tensor] | None:
+    for head in HEADS:
+        for prefix in ("", "base_model.model."):
+            if f"{prefix}{head}.weight" in names:
+                keys = {part: f"{prefix}{head}.{part}" for part in ("weight", "bias")}
+                return {
+                    part: _tensor(place(key), key) for part, key in keys.items() if key in names
+                }
+    return None
+
+
+def _tensor(file: str, key: str) -> Tensor:
+    if file.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(key)
+    return torch.load(file, weights_only=True, mmap=True)[key].clone()
+
+
+def _with_adapter(
+    kind: type[Scalar], directory: Path, base: str, options: dict[str, Any]
+) -> Scalar:
+    from coati.models.lora.adapter_files import adapted
+    from coati.models.lora.lora import merge_lora
+
+    state = head_state(directory)
+    if state is None:
+        raise ValueError(
+            f"{directory}: this LoRA adapter has no scalar head; it was not trained by train_rm.py"
+        )
+    logger.warning_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
+    model = kind(backbone=load_backbone(base, **options))
+    set_head(model, state, directory)
+    return merge_lora(adapted(model, directory))

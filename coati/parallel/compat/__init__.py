@@ -1,0 +1,1 @@
+"""Fixes of ColossalAI, each with the upstream line that it answers."""

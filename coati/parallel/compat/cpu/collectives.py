@@ -1,0 +1,101 @@
+"""The collectives that older gloo backends lack, made from those they have."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, ProcessGroupGloo
+
+
+class Done:
+    """The handle of a collective that has already happened."""
+
+    def wait(self, timeout=None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _lone_group() -> ProcessGroupGloo:
+    """A gloo group of this process alone, outside torch's registry: what it cannot do, no gloo
+    group can."""
+    return ProcessGroupGloo(HashStore(), 0, 1)
+
+
+def _fails(call) -> bool:
+    try:
+        call().wait()
+    except RuntimeError:
+        return True
+    return False
+
+
+def lacks_reduce_scatter() -> bool:
+    """Whether gloo refuses a reduce-scatter of a list of tensors."""
+    return _fails(lambda: _lone_group().reduce_scatter(torch.zeros(1), [torch.ones(1)]))
+
+
+def lacks_all_to_all() -> bool:
+    """Whether gloo refuses an all-to-all of lists of tensors."""
+    return _fails(
+        lambda: _lone_group().alltoall([torch.zeros(1)], [torch.ones(1)], dist.AllToAllOptions())
+    )
+
+
+def lacks_average() -> bool:
+    """Whether gloo refuses to average."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.AVG
+    return _fails(lambda: _lone_group().allreduce([torch.ones(1)], options))
+
+
+def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    """``dist.reduce_scatter`` through the form that takes one tensor; done when it returns."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in input_list])
+    chunk = torch.empty_like(output).view(-1)
+    dist.reduce_scatter_tensor(chunk, flat, op=op, group=group)
+    output.copy_(chunk.view_as(output))
+    return Done() if async_op else None
+
+
+def all_to_all(output_tensor_list, input_tensor_list, group=None, async_op=False):
+    """``dist.all_to_all`` through the form that takes one tensor; done when it returns."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in input_tensor_list])
+    received = flat.new_empty(sum(tensor.numel() for tensor in output_tensor_list))
+    output_sizes = [tensor.numel() for tensor in output_tensor_list]
+    dist.all_to_all_single(
+        received, flat, output_sizes, [t.numel() for t in input_tensor_list], group=group
+    )
+    for output, part in zip(output_tensor_list, received.split(output_sizes), strict=True):
+        output.copy_(part.view_as(output))
+    return Done() if async_op else None
+
+
+def averaging(all_reduce):
+    """``all_reduce`` that knows ``ReduceOp.AVG``: a sum, divided."""
+
+    def averaging_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if op != dist.ReduceOp.AVG:
+            return all_reduce(tensor, op=op, group=group, async_op=async_op)
+        all_reduce(tensor, group=group)
+        tensor.div_(dist.get_world_size(group))
+        return Done() if async_op else None
+
+    return averaging_all_reduce
+
+
+def install_reduce_scatter() -> None:
+    """Give ``torch.distributed`` the emulated reduce-scatter, if gloo lacks its own."""
+    if lacks_reduce_scatter():
+        dist.reduce_scatter = reduce_scatter
+
+
+def install_all_to_all() -> None:
+    """Give ``torch.distributed`` the emulated all-to-all, if gloo lacks its own."""
+    if lacks_all_to_all():
+        dist.all_to_all = all_to_all
+
+
+def install_average() -> None:
+    """Teach ``torch.distributed.all_reduce`` to average, if gloo cannot."""
+    if lacks_average():
+        dist.all_reduce = averaging(dist.all_reduce)

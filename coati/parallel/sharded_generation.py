@@ -1,0 +1,89 @@
+"""Sampling from an engine's model as it stands, whatever plugin wrapped it."""
+
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch import Tensor
+
+from coati.models.generation.loop import Generated, Sampling, generate
+from coati.parallel.engine import Engine
+from coati.parallel.plugin_checks import cannot_generate
+
+
+def sample(
+    engine: Engine,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    sampling: Sampling,
+    stop_sequences: list[list[int]],
+    max_new_tokens: int,
+    pad_token_id: int,
+    noise: Tensor | None = None,
+    return_logprobs: bool = False,
+) -> Generated:
+    """Continue prompts (B, P), padded on the left: :func:`coati.models.generation.loop.generate`
+    with what the plugin needs.
+
+    Under gemini, whose every forward gathers parameters, all ranks must call it, each with rows of
+    its own; they leave together, when the last row of the last rank has ended. Processes of one
+    tensor-parallel group must be given the same rows and noise and get the same tokens, to the bit.
+    Otherwise ranks are independent: each leaves on its own.
+
+    Raises:
+        ValueError: for a model that :func:`cannot_sample` names, and what ``generate`` refuses.
+    """
+    reason = cannot_sample(engine)
+    if reason:
+        raise ValueError(reason)
+    return generate(
+        engine.model,
+        input_ids.to(engine.device),
+        attention_mask.to(engine.device),
+        stop_sequences=stop_sequences,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        noise=noise,
+        return_logprobs=return_logprobs,
+        **vars(sampling),
+        **_of_the_plugin(engine),
+    )
+
+
+def cannot_sample(engine: Engine) -> str | None:
+    """Why the model of ``engine`` cannot generate, naming the flag; None where it can."""
+    config = getattr(engine.plugin, "shard_config", None)  # of an engine that was boosted by hand
+    options = replace(
+        engine.options,
+        pp=max(engine.options.pp, engine.mesh.pp_size),
+        enable_sequence_parallelism=engine.options.enable_sequence_parallelism
+        or getattr(config, "enable_sequence_parallelism", False),
+    )
+    if reason := cannot_generate(options):
+        return reason
+    if (
+        not hasattr(engine.module, "get_output_embeddings")
+        or engine.module.get_output_embeddings() is None
+    ):
+        return f"{type(engine.module).__name__} has no vocabulary head, so it cannot generate"
+    return None
+
+
+def _of_the_plugin(engine: Engine) -> dict:
+    # On a GPU attention row by row would cost more than the padding does.
+    needs: dict = {"packing": engine.packing if engine.device.type == "cpu" else None}
+    if engine.mesh.sharded_forward:
+        needs["stop_flag"] = engine.all_ranks
+    if engine.mesh.tp_group is not None:
+        group = engine.mesh.tp_group
+        first = dist.get_global_rank(group, 0)
+
+        def same_in_group(tensor: Tensor) -> Tensor:
+            # The logits are alike up to rounding; the tokens must be so exactly, or the ranks would
+            # part ways.
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, first, group=group)
+            return tensor
+
+        needs["agree"] = same_in_group
+    return needs

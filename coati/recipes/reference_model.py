@@ -1,0 +1,202 @@
+"""The reference model of a run: adapters switched off, a frozen copy, or log-probs stored beside
+the data."""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coati.dataset.load.loader import EvaluationLoader
+from coati.models.loading import disable_dropout, load_causal_lm
+from coati.parallel.engine import Engine
+from coati.parallel.inference_model import InferenceModel, boost_for_inference
+from coati.parallel.optimizer_state import random_state, set_random_state
+from coati.parallel.plugins import ParallelOptions
+from coati.recipes import build, data
+from coati.recipes.resume import TOKEN_COLUMNS, Resume
+from coati.trainer.precompute_reference import reference_of_rows, with_columns
+from coati.utils.distributed import all_gather_object, barrier, is_rank_0
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+SAMPLED_BYTES, SAMPLES = 2**16, 16
+
+
+def reference(args: Namespace, options: ParallelOptions, engine: Engine) -> InferenceModel:
+    """The reference of ``--pretrain``: the policy's own base under LoRA, else a frozen copy under
+    the same plugin."""
+    if options.lora and build.lora_config(args).lora_train_bias == "none":
+        return InferenceModel(engine, adapters_off=True)
+    if options.lora:
+        logger.info(
+            "LoRA trains biases of the base model too, so the reference is a copy of it, not the "
+            "base itself."
+        )
+    state = random_state()  # a resumed run goes on with the numbers it had, whatever loading draws
+    split = replace(options, tp=args.ref_tp) if args.ref_tp else options
+    model = load_causal_lm(
+        args.pretrain,
+        dtype="auto",
+        attn_implementation=build.attention(args, options),
+        trust_remote_code=args.trust_remote_code,
+    )
+    wanted, found = engine.module.config.vocab_size, model.config.vocab_size
+    if wanted != found:
+        raise ValueError(
+            f"--pretrain {args.pretrain}: the reference has a vocabulary of {found}, the policy of "
+            f"{wanted}; "
+            "log-probs of two vocabularies cannot be compared. Name the model that the policy was "
+            "trained from"
+        )
+    disable_dropout(model)
+    frozen = boost_for_inference(model, split)
+    set_random_state(state)
+    return InferenceModel(frozen)
+
+
+def precomputed(
+    args: Namespace,
+    options: ParallelOptions,
+    trainer: Any,
+    resume: Resume,
+    collate: Any,
+    rows: Any,
+    mode: str = "train",
+):
+    """``rows`` of ``mode`` with the reference's log-probs as columns: read from beside the data, or
+    computed now and stored there.
+
+    Without a stored file the policy itself computes them where it still is the reference; else a
+    copy is loaded, once.
+    """
+    if rows is None:
+        return None
+    about = _about(args, options, trainer, rows)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    folder = _folder(args, mode)
+    file = folder / f"{key}.npy"
+    if all(all_gather_object(file.exists())):
+        values = _read(file, len(rows))
+        logger.info(
+            f"reference log-probs of {len(rows)} pairs read from {file}; no reference model is "
+            "loaded"
+        )
+        return with_columns(rows, values)
+    _say_what_differs(folder, about)
+    source = InferenceModel(trainer.engine, options.lora) if resume.weights is None else None
+    source = source or reference(args, options, trainer.engine)
+    mesh = {"dp_rank": trainer.engine.mesh.dp_rank, "dp_size": trainer.engine.mesh.dp_size}
+    batches = EvaluationLoader(
+        rows, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh
+    )
+    values = reference_of_rows(trainer, source, batches)
+    if is_rank_0():
+        _store(file, values, about)
+    barrier()
+    logger.info(f"reference log-probs of {len(rows)} pairs stored in {file}")
+    return with_columns(rows, values)
+
+
+def _about(args: Namespace, options: ParallelOptions, trainer: Any, rows: Any) -> dict[str, Any]:
+    """What the stored numbers depend on."""
+    return {
+        "rows": rows_fingerprint(rows),
+        "model": model_fingerprint(args.pretrain),
+        "precision": options.precision,
+        "averaged": trainer.row_logps.averaged,
+        "ld_alpha": trainer.row_logps.ld_alpha,
+        "disable_loss_mask": args.disable_loss_mask,
+    }
+
+
+def rows_fingerprint(rows: Any) -> str:
+    """Of every token and mask of ``rows``."""
+    names = [
+        name for name in rows.column_names if name in TOKEN_COLUMNS or name.endswith("_loss_mask")
+    ]
+    digest, tables = hashlib.sha256(), rows.select_columns(names).with_format("arrow")
+    for start in range(0, len(rows), 1000):
+        part = tables[start : start + 1000]
+        for name in names:
+            column = part.column(name).combine_chunks()
+            lengths = np.ascontiguousarray(column.value_lengths().to_numpy(zero_copy_only=False))
+            digest.update(lengths.tobytes())
+            digest.update(
+                np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False)).tobytes()
+            )
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(path: str) -> str:
+    """Of a model directory: its configuration, and size and samples of the bytes of its weights; of
+    a hub name: it."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(
+        f
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".bin") or f.name == "config.json"
+    ):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as stream:
+            for part in range(SAMPLES + 1):
+                stream.seek(max(0, (size - SAMPLED_BYTES) * part // SAMPLES))
+                digest.update(stream.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _folder(args: Namespace, mode: str) -> Path:
+    """``reference`` beside the prepared parts; a user's cache where that cannot be written."""
+    beside = data.beside(args, mode, "reference")
+    if os.access(beside if beside.exists() else beside.parent, os.W_OK):
+        return beside
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    logger.info(
+        f"{beside.parent} cannot be written: reference log-probs are kept in "
+        f"{root / 'coati' / 'reference'}"
+    )
+    return root / "coati" / "reference"
+
+
+def _read(file: Path, rows: int) -> np.ndarray:
+    try:
+        values = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{file}: not readable as stored log-probs ({error}); remove it, it is made anew"
+        ) from error
+    if values.shape != (rows, 2) or not np.isfinite(values).all():
+        raise ValueError(
+            f"{file}: holds log-probs of shape {values.shape}, the data have {rows} pairs; it no "
+            "longer fits them. "
+            "Remove it, it is made anew"
+        )
+    return values
+
+
+def _store(file: Path, values: np.ndarray, about: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    with open(partial, "wb") as stream:
+        np.save(stream, values, allow_pickle=False)
+    file.with_suffix(".json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _say_what_differs(folder: Path, about: dict[str, Any]) -> None:
+    for other in sorted(folder.glob("*.json")):
+        stored = json.loads(other.read_text(encoding="utf-8"))
+        if differing := [name for name, value in about.items() if stored.get(name) != value]:
+            logger.info(
+                f"{other.with_suffix('.npy')} does not fit: other {', '.join(differing)}. "
+                "Log-probs are computed anew"
+            )

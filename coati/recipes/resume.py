@@ -1,0 +1,189 @@
+"""Where a run starts: from --pretrain, from the weights of a model, or from a checkpoint,
+exactly."""
+
+import hashlib
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coati.dataset.load.loader import row_lengths
+from coati.parallel.checkpoint import (
+    RunningState,
+    checkpoints,
+    clean,
+    latest_checkpoint,
+    read_checkpoint,
+)
+from coati.utils.distributed import broadcast_object, is_rank_0
+from coati.utils.json_io import load_json, save_json
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+TOKEN_COLUMNS = ("input_ids", "chosen_input_ids", "rejected_input_ids", "prompt", "completion")
+
+
+@dataclass
+class Resume:
+    """Where a run starts from: ``weights`` is a model directory, ``folder`` the whole checkpoint or
+    None."""
+
+    weights: str | None = None
+    folder: Path | None = None
+    state: RunningState | None = None
+
+
+def find_resume(args: Namespace) -> Resume:
+    """What ``--checkpoint_path`` stands for; refuses to write a new run over an old one."""
+    path = args.checkpoint_path
+    if Path(args.save_dir).exists():
+        clean(args.save_dir)  # what an interrupted save left
+    if path == "auto":
+        # Rank 0 looks: a rank that found another one, or none, would train on something else.
+        path = broadcast_object(latest_checkpoint(args.save_dir) if is_rank_0() else None)
+        if path is None:
+            _refuse_finished(args)
+        found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
+        logger.info(f"--checkpoint_path auto: {found}")
+    if path is None:
+        held = [*checkpoints(args.save_dir), *_finished(args.save_dir)]
+        if held and args.checkpoint_path is None and not args.dry_run:
+            raise ValueError(
+                f"--save_dir {args.save_dir} already holds {held[-1].name}; go on with "
+                "--checkpoint_path auto, or "
+                "choose another directory"
+            )
+        return Resume()
+    folder = Path(path)
+    if not (folder / "running_states.json").exists() and any(folder.glob("*config.json")):
+        logger.info(
+            f"--checkpoint_path {folder} is a model directory: its weights are taken, everything "
+            "else starts anew."
+        )
+        return Resume(weights=str(folder))
+    state = read_checkpoint(folder)
+    if args.checkpoint_weights_only or not state.layout:
+        why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
+        logger.info(
+            f"{folder}: {why}; its weights are taken, optimizer, schedule and sample order start "
+            "anew."
+        )
+        return Resume(weights=weights_of(folder))
+    return Resume(weights=weights_of(folder), folder=folder, state=state)
+
+
+def weights_of(folder: Path, model: str = "actor") -> str:
+    """The model directory of a checkpoint; of several models that were trained together, the one of
+    that name."""
+    return str(folder / model / "modeling" if (folder / model).is_dir() else folder / "modeling")
+
+
+def _refuse_finished(args: Namespace) -> None:
+    """A finished model without a checkpoint is nothing to go on from, and a new run would end by
+    replacing it."""
+    finished = _finished(args.save_dir)
+    if finished and not args.dry_run:
+        name = finished[0].relative_to(args.save_dir)
+        raise ValueError(
+            f"--checkpoint_path auto: {args.save_dir} holds a finished model ({name}) and no "
+            "checkpoint to go on "
+            "from; starting anew would replace it. Choose another --save_dir, train further from "
+            "it with --pretrain "
+            f"{finished[0]}, or remove that directory"
+        )
+
+
+def _finished(save_dir: str) -> list[Path]:
+    """The final models in ``save_dir``, the policy's first."""
+    return [
+        folder
+        for name in ("modeling", "actor/modeling")
+        if (folder := Path(save_dir) / name).is_dir()
+    ]
+
+
+def record_arguments(args: Namespace) -> None:
+    """Write the resolved flags beside the output, and to ``--config_file``; once it is sure that
+    the run may write."""
+    if is_rank_0():
+        resolved = {key: value for key, value in vars(args).items() if not key.startswith("_")}
+        for path in (
+            args.config_file,
+            None if args.dry_run else Path(args.save_dir) / "arguments.json",
+        ):
+            if path:
+                save_json(resolved, path)
+
+
+def check_same_model(config: Any, args: Namespace) -> None:
+    """A checkpoint resumes the model that --pretrain names, not another."""
+    named = Path(args.pretrain) / "config.json"
+    if not named.is_file():
+        return
+    wanted = load_json(named)
+    for key in (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "num_attention_heads",
+    ):
+        mine = getattr(config, key, None)
+        if key in wanted and mine is not None and wanted[key] != mine:
+            raise ValueError(
+                f"--checkpoint_path {args.checkpoint_path} is of another model than --pretrain "
+                f"{args.pretrain}: "
+                f"{key} is {mine} there and {wanted[key]} here; name the checkpoint of this model"
+            )
+
+
+def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
+    """The state a trainer starts from. Raises ValueError when the data or the seed are not those of
+    the checkpoint."""
+    now = {
+        "rows": len(train),
+        "seed": args.seed,
+        "fingerprint": data_fingerprint(train),
+    } | _order_flags(args)
+    if resume.state is None:
+        return RunningState(data=now)
+    stored = _order_flags() | resume.state.data
+    changed = [key for key, value in now.items() if stored.get(key, value) != value]
+    if changed:
+        before = {key: stored[key] for key in changed}
+        raise ValueError(
+            f"--checkpoint_path {resume.folder}: its sample position belongs to other data "
+            f"({before}, now "
+            f"{ {key: now[key] for key in changed} }); give the same --dataset, --seed, "
+            "--dataset_weights, --packing "
+            "and --max_length, or --checkpoint_weights_only"
+        )
+    resume.state.data = now
+    return resume.state
+
+
+def pack_length(args: Namespace) -> int | None:
+    """Tokens of a pack, or None without ``--packing``, which not every script has."""
+    return args.max_length if "packing" in args and args.packing else None
+
+
+def _order_flags(args: Namespace | None = None) -> dict[str, Any]:
+    """What else decides the order of an epoch; without ``args`` what holds for a checkpoint that
+    does not say."""
+    if args is None:
+        return {"packed_to": None, "dataset_weights": []}
+    return {"packed_to": pack_length(args), "dataset_weights": args.dataset_weights}
+
+
+def data_fingerprint(rows: Any) -> str:
+    """Of every row's length and of the first and last rows' tokens."""
+    digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
+    tokens = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    for index in {0, len(rows) - 1}:
+        for name in tokens:
+            digest.update(json.dumps(rows[index][name]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""The rewards that a user can name, and what a name must be. Imports nothing heavy: parsers read
+this table."""
+
+import ast
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One row of the table. ``function``: its name in :mod:`coati.rewards.functions`.
+    ``gt_answer``: whether it needs each row's ground truth. ``tags``: whether it needs the
+    template's response_format_tags. ``scale``: its values."""
+
+    function: str
+    about: str
+    scale: str
+    gt_answer: bool = False
+    tags: bool = False
+
+
+REWARDS: dict[str, Reward] = {
+    "gsm8k": Reward(
+        "gsm8k_reward_fn",
+        "a whole number as the final answer",
+        "10 right, 1 well formed, 0 else",
+        True,
+    ),
+    "math_competition": Reward(
+        "math_competition_reward_fn",
+        "any mathematical final answer",
+        "10 right, 1 well formed, 0 else",
+        True,
+    ),
+    "format": Reward(
+        "format_reward_fn",
+        "thoughts and answer in the template's tags, in their order",
+        "1 or 0",
+        tags=True,
+    ),
+    "length": Reward(
+        "length_reward_fn",
+        "short responses; a negative weight asks for long ones",
+        "minus the share of the room that the response takes",
+    ),
+}
+# Names in older documents.
+ALIASES = {"gsm8k_reward_fn": "gsm8k", "math_competition_reward_fn": "math_competition"}
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` means a function of a file, ``path.py:function``."""
+    return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
+
+
+def check_rewards(names: list[str], weights: list[float] | None = None) -> list[str]:
+    """The names as the table has them; a file is looked into, not run.
+
+    Raises ValueError for an unknown name, a file or function that is not there, a name given twice,
+    and weights that are not as many as the names.
+    """
+    resolved = [name if is_file(name) else _registered(name) for name in names]
+    for name in resolved:
+        if resolved.count(name) > 1:
+            raise ValueError(
+                f"reward {name} is given twice; its weight (--reward_weights) says how much it "
+                "counts"
+            )
+        if is_file(name):
+            _check_file(name)
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"--reward_weights has {len(weights)} values, --reward_functions {len(names)} names "
+            f"({' '.join(names)}); "
+            "give one weight for each name"
+        )
+    return resolved
+
+
+def _registered(name: str) -> str:
+    name = ALIASES.get(name, name)
+    if name in REWARDS:
+        return name
+    near = difflib.get_close_matches(name, [*REWARDS, *ALIASES], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"unknown reward {name!r}{hint} There are {', '.join(REWARDS)}, and path.py:function of "
+        "your own"
+    )
+
+
+def file_and_function(name: str) -> tuple[Path, str]:
+    """The two sides of ``path.py:function``. Raises ValueError for a path alone."""
+    path, _, function = name.rpartition(":")
+    if not path or not function.isidentifier():
+        raise ValueError(
+            f"reward {name}: name the function too, as in {name.rstrip(':')}:my_reward"
+        )
+    return Path(path), function
+
+
+def _check_file(name: str) -> None:
+    path, function = file_and_function(name)
+    if not path.is_file():
+        raise ValueError(f"reward {name}: there is no file {path}")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except SyntaxError as error:
+        raise ValueError(f"reward {name}: {path}:{error.lineno}: {error.msg}") from error
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assigned = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    imported = [
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    if function not in [*defined, *assigned, *imported] and "*" not in imported:
+        found = f"it defines {', '.join(defined)}" if defined else "it defines no function"
+        raise ValueError(f"reward {name}: {path} has no {function}; {found}")

@@ -1,0 +1,49 @@
+"""The best model so far, by a metric of the evaluations: ``<save_dir>/best``, a model directory as
+``modeling`` is."""
+
+from pathlib import Path
+
+from coati.parallel.atomic_dirs import write_directory, write_file
+from coati.parallel.engine import Engine
+from coati.parallel.weights import ModelAssets, save_model
+from coati.utils.distributed import is_rank_0
+from coati.utils.json_io import save_json
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+def value_of(metric: str, evaluation: dict[str, float]) -> float:
+    """The value of ``metric`` ("accuracy" or "eval/accuracy"). Raises ValueError naming what the
+    evaluations give."""
+    name = metric if metric in evaluation else f"eval/{metric}"
+    if name not in evaluation:
+        there = ", ".join(key.removeprefix("eval/") for key in evaluation)
+        raise ValueError(
+            f"--metric_for_best {metric}: evaluations of this run give {there}; choose one of them"
+        )
+    return evaluation[name]
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether ``value`` beats ``best`` (None: there is none yet); never when it is NaN."""
+    if value != value:
+        return False
+    if best is None:
+        return True
+    return value < best if metric.rsplit("/", 1)[-1] in LOWER_IS_BETTER else value > best
+
+
+def save_best(
+    save_dir: str, engine: Engine, assets: ModelAssets, found: dict[str, float | int | str]
+) -> Path:
+    """Write ``<save_dir>/best`` in place of an older one; ``found`` goes into its best.json. Every
+    rank calls it."""
+    folder = Path(save_dir) / "best"
+
+    def write(path: Path) -> None:
+        save_model(engine, path, assets)
+        if is_rank_0():
+            write_file(path / "best.json", lambda file: save_json(found, file))
+
+    write_directory(folder, write)
+    return folder

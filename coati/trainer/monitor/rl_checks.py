@@ -1,0 +1,387 @@
+"""Signs of trouble in a PPO or GRPO run, in words: what is wrong, the likely cause, and the flag to
+change.
+
+Each sign is a function of the history; it is said once, and again when it has become three times as
+bad. Thresholds are
+far from what healthy runs do: a sign that cries too early is read once and never again.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from coati.trainer.monitor.episode_history import History
+
+AGAIN = 3.0  # a sign is repeated when its size has grown by this factor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of the run's flags the advice depends on, and how long is waited.
+
+    ``window``: episodes that are averaged; ``patience``: episodes in which the reward should have
+    risen. The others are the flags of their names (``max_new_tokens``: --max_seq_len).
+    """
+
+    window: int = 10
+    patience: int = 50
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    ptx_coef: float = 0.0
+    kl_target: float | None = None
+    reward_clip: float | None = 5.0
+    reward_normalization: str = "none"
+    max_new_tokens: int | None = None
+
+
+class Finding(NamedTuple):
+    """``size``: how bad it is, only ever compared with the same sign's earlier size."""
+
+    size: float
+    text: str
+
+
+Sign = Callable[[History, Settings], Finding | None]
+
+
+class RLChecks:
+    """Watches the episodes of a run. Keywords: those of :class:`Settings`. Raises TypeError for
+    another one."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        self._history = History(REMEMBERED, self.settings.window)
+        self._said: dict[str, float] = {}
+
+    def look(self, metrics: dict[str, float], episode: int) -> list[str]:
+        """What is to be said after ``episode``, whose ``metrics`` stand under their names without
+        "train/"."""
+        self._history.add(_usable(metrics, self._history), episode)
+        found = []
+        for name, sign in SIGNS.items():
+            finding = sign(self._history, self.settings)
+            if finding is None or finding.size < AGAIN * self._said.get(name, -math.inf):
+                continue
+            self._said[name] = finding.size
+            found.append(f"sign of trouble: {finding.text}")
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON has it."""
+        return {"history": self._history.state_dict(), "said": dict(self._said)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A run that goes on says what the uninterrupted one would have said."""
+        self._history.load_state_dict(state["history"])
+        self._said = dict(state["said"])
+
+
+def _usable(metrics: dict[str, float], history: History) -> dict[str, float]:
+    """Without explained variance where scores hardly differ any more: next to nothing is left to
+    explain there."""
+    spread, usual = metrics.get("reward_std"), history.early("reward_std")
+    if spread is not None and usual is not None and spread < 0.1 * usual:
+        return {name: value for name, value in metrics.items() if name != "explained_variance"}
+    return metrics
+
+
+def reward_not_rising(history: History, settings: Settings) -> Finding | None:
+    """Neither a trend nor the end is above the beginning beyond noise, and a rise of 0.3 spreads
+    would have shown."""
+    start, end = history.early("reward"), history.late("reward")
+    spread = history.late("reward_std")
+    if (
+        history.counts["reward"] < 2 * settings.window
+        or history.reward.span + 1 < settings.patience
+        or spread == 0
+    ):
+        return None
+    (rise, error), noise = history.reward.rise(), history.noise("reward")
+    opening, window = (
+        sum(history.first["reward"][:3]) / 3,
+        settings.window,
+    )  # some runs learn within a few episodes
+    shift = max(
+        (end - start) / math.sqrt(2 / window), (end - opening) / math.sqrt(1 / 3 + 1 / window)
+    )
+    if rise > 2 * error or shift > 2.5 * noise:
+        return None
+    if spread is not None and rise + 2 * error > 0.3 * spread:
+        return None
+    episodes, fallen = int(history.reward.span) + 1, max(start - end, 0.0)
+    text = f"the reward has not risen in {episodes} episodes ({start:.3g} to {end:.3g}). {_why_flat(history)}"
+    return Finding(1 + fallen / spread if spread else 1.0, text)
+
+
+def _why_flat(history: History) -> str:
+    spread, kl, coefficient = (
+        history.late(name) for name in ("reward_std", "approx_kl", "kl_coef")
+    )
+    facts, cause = (
+        [],
+        "first look at the spread of the reward's scores, then raise --lr or lower --kl_coef",
+    )
+    if spread is not None:
+        facts.append(f"the scores' spread is {spread:.3g}")
+    if kl is not None and coefficient:  # without a coefficient there is no reference, and KL is 0
+        facts.append(f"the KL penalty {coefficient * kl:.3g}")
+        if spread is not None and coefficient * kl > spread:
+            cause = "the penalty outweighs what the scores could give: lower --kl_coef"
+        elif kl < 0.01:
+            cause = f"the policy has hardly moved (KL {kl:.2g}): raise --lr; and look at the spread of the scores"
+    return f"{' and '.join(facts)}; {cause}".removeprefix("; ")
+
+
+def reward_falling(history: History, settings: Settings) -> Finding | None:
+    """More than half of what had been gained is lost again, beyond what noise does."""
+    start, end, best = history.early("reward"), history.late("reward"), history.best
+    if history.counts["reward"] < 3 * settings.window:
+        return None
+    lost, gained = best - end, best - start
+    chance = 5 * history.noise("reward") * math.sqrt(2 / settings.window)
+    if lost < 0.5 * gained or lost <= chance or gained <= chance:
+        return None
+    return Finding(
+        lost,
+        f"the reward had risen from {start:.3g} to {best:.3g} and has fallen to {end:.3g}: lower "
+        "--lr "
+        "or --num_update_steps, and go on from a checkpoint before the fall",
+    )
+
+
+def degenerate(history: History, settings: Settings) -> Finding | None:
+    """distinct_2 far below its beginning: responses repeat themselves or each other."""
+    fall = _fall(history, "distinct_2")
+    if fall is None or fall.now > 0.6 * fall.then or fall.then - fall.now < 0.1:
+        return None
+    ptx = (
+        "raise --ptx_coef (below 1)"
+        if settings.ptx_coef
+        else "mix in text with --ptx_coef between 0 and 1"
+    )
+    return Finding(
+        fall.then / max(fall.now, 1e-6),
+        f"responses repeat themselves or each other: distinct_2 fell from "
+        f"{fall.then:.2f} to {fall.now:.2f}. {ptx[0].upper()}{ptx[1:]} and --ptx_dataset, raise "
+        "--kl_coef, "
+        "or stop after fewer episodes; look at the samples",
+    )
+
+
+def entropy_collapse(history: History, settings: Settings) -> Finding | None:
+    """Hardly any choice is left in sampling, so that nothing new is tried."""
+    fall = _fall(history, "entropy")
+    if fall is None or fall.then <= 0 or fall.now > 0.2 * fall.then:
+        return None
+    return Finding(
+        fall.then / max(fall.now, 1e-6),
+        f"the entropy fell from {fall.then:.3g} to {fall.now:.3g} nats per "
+        "token: responses to a prompt are nearly always the same, and nothing new is tried. Lower "
+        "--lr or "
+        "--num_update_steps, raise --kl_coef or --clip_eps_high; sample with temperature 1",
+    )
+
+
+class Fall(NamedTuple):
+    then: float
+    now: float
+
+
+def _fall(history: History, name: str) -> Fall | None:
+    """The first and the last window, once they do not overlap."""
+    if history.counts[name] < 2 * history.window:
+        return None
+    return Fall(history.early(name), history.late(name))
+
+
+def kl_negative(history: History, settings: Settings) -> Finding | None:
+    """Below 0 on average beyond noise, which samples of the policy itself cannot give."""
+    kl, length = history.late("approx_kl"), history.late("response_length") or 0.0
+    if kl is None or kl > -max(0.1, 0.001 * length):
+        return None
+    if kl + 3 * history.noise("approx_kl") / math.sqrt(settings.window) > 0:
+        return None
+    off = {"top_k": (None, 0), "top_p": (1.0,), "repetition_penalty": (1.0,)}
+    changed = [
+        f"--{name} {getattr(settings, name)}"
+        for name, plain in off.items()
+        if getattr(settings, name) not in plain
+    ]
+    if changed:
+        cause = f"responses are not sampled from the policy itself but with {' and '.join(changed)}: switch that off"
+    else:
+        cause = (
+            "look for what changes the distribution that is sampled from (--top_k, --top_p, "
+            "--repetition_penalty), and at rollout_gap"
+        )
+    return Finding(
+        -kl, f"the KL toward the reference is negative ({kl:.3g} nats per response): {cause}"
+    )
+
+
+def kl_running_away(history: History, settings: Settings) -> Finding | None:
+    """Far beyond its bound: three times --kl_target, else 10 nats and 0.1 more per token; and still
+    rising."""
+    kl, earlier, length = (
+        history.late("approx_kl"),
+        history.before("approx_kl"),
+        history.late("response_length"),
+    )
+    if kl is None:
+        return None
+    bound = 3 * settings.kl_target if settings.kl_target else 10 + 0.1 * (length or 0.0)
+    rising = earlier is not None and kl > 1.1 * earlier
+    if kl < bound or not (rising or kl > 3 * bound):
+        return None
+    return Finding(
+        kl,
+        f"the policy runs away from the reference: KL {kl:.3g} nats per response, above "
+        f"{bound:.3g}. "
+        "Raise --kl_coef or give --kl_target, lower --lr or --num_update_steps; what the reward "
+        "rises on "
+        "may be its own mistakes, so look at the samples",
+    )
+
+
+def all_equal(history: History, settings: Settings) -> Finding | None:
+    """No response scores better than another, so nothing can be learned."""
+    share, spread, reward = (
+        history.late(name) for name in ("equal_groups", "reward_std", "reward")
+    )
+    if share is not None and share > 0.9:
+        what = f"in {share:.0%} of the groups all responses score alike"
+    elif spread is not None and reward is not None and spread <= 1e-6 * max(abs(reward), 1.0):
+        what = "all responses score alike"
+    else:
+        return None
+    return Finding(
+        1.0,
+        f"{what} (reward {reward or 0.0:.3g}), so nothing is learned from them. Unless the task is "
+        "solved: take prompts that are neither too easy nor too hard, a reward with more steps, a "
+        "higher "
+        "temperature, more --num_generations",
+    )
+
+
+def not_centered(history: History, settings: Settings) -> Finding | None:
+    """With a critic: scores far from 0 in spreads, or so far that clipping makes them all equal."""
+    if settings.reward_normalization != "none" or not history.counts["value_loss"]:
+        return None
+    now, spread = history.late("reward"), history.late("reward_std")
+    if (
+        now is not None
+        and spread is not None
+        and settings.reward_clip
+        and abs(now) - spread > settings.reward_clip
+    ):
+        return Finding(
+            2.0,
+            f"most scores (mean {now:.3g}) are beyond --reward_clip {settings.reward_clip:g} and "
+            "are "
+            "cut to the same number: raise it, take --reward_normalization running, or train the "
+            "reward "
+            "model with --center_coef 0.01",
+        )
+    start, first_spread = history.early("reward"), history.early("reward_std")
+    if start is None or first_spread is None or abs(start) <= 5 * first_spread or first_spread == 0:
+        return None
+    return Finding(
+        1.0,
+        f"the reward is not centered: mean {start:.3g} with a spread of {first_spread:.3g}. The "
+        "critic "
+        "must learn that distance first: train the reward model with --center_coef 0.01, or take "
+        "--reward_normalization running",
+    )
+
+
+def many_cut(history: History, settings: Settings) -> Finding | None:
+    rate = history.late("stop_rate")
+    if rate is None or rate > 0.8:
+        return None
+    room = f" {settings.max_new_tokens}" if settings.max_new_tokens else ""
+    return Finding(
+        1 - rate,
+        f"{1 - rate:.0%} of the responses are cut at the longest length allowed (--max_seq_len"
+        f"{room}): raise it and --max_length, or take --missing_eos_penalty 1; a model that never "
+        "ends its "
+        "answers needs SFT first",
+    )
+
+
+def critic_useless(history: History, settings: Settings) -> Finding | None:
+    """Its values say less than their mean would, for two windows after a third to begin with, and
+    beyond noise."""
+    middle = history.middle("explained_variance", 2 * settings.window)
+    if middle is None or history.counts["explained_variance"] < 3 * settings.window:
+        return None
+    if middle + 2.5 * history.noise("explained_variance") / math.sqrt(2 * settings.window) > 0:
+        return None
+    return Finding(
+        1.0,
+        f"the explained variance has been below 0 for long (median {middle:.2f}): the critic is "
+        "worse "
+        "than a constant. Start it from the reward model (--critic_pretrain), change --critic_lr, "
+        "or take "
+        "more --num_update_steps",
+    )
+
+
+def rollout_differs(history: History, settings: Settings) -> Finding | None:
+    gap = history.middle("rollout_gap", 3)
+    if gap is None or gap < 0.1:
+        return None
+    return Finding(
+        gap,
+        "rollout and update disagree about the same tokens (mean difference of log-probs "
+        f"{gap:.2g}): "
+        "the ratio is not 1 before any update. Take --mixed_precision bf16 or fp32 instead of "
+        "fp16, and "
+        "--rollout_engine model",
+    )
+
+
+def steps_skipped(history: History, settings: Settings) -> Finding | None:
+    last = history.recent["skip_ratio"][-1:] or [0.0]
+    if last[0] <= 0:
+        return None
+    return Finding(
+        last[0],
+        f"{last[0]:.0%} of an episode's policy steps were skipped, since the mean ratio had gone "
+        "beyond --skip_threshold: updates are far too large. Lower --lr or --num_update_steps",
+    )
+
+
+SIGNS: dict[str, Sign] = {
+    sign.__name__: sign
+    for sign in (
+        steps_skipped,
+        rollout_differs,
+        kl_negative,
+        kl_running_away,
+        not_centered,
+        all_equal,
+        reward_not_rising,
+        reward_falling,
+        degenerate,
+        entropy_collapse,
+        many_cut,
+        critic_useless,
+    )
+}
+REMEMBERED = (
+    "reward",
+    "reward_std",
+    "approx_kl",
+    "kl_coef",
+    "response_length",
+    "distinct_2",
+    "entropy",
+    "equal_groups",
+    "value_loss",
+    "stop_rate",
+    "explained_variance",
+    "rollout_gap",
+    "skip_ratio",
+)

@@ -1,0 +1,136 @@
+"""What PPO and GRPO tell the engine: the losses of policy, critic and pretraining rows, as
+hooks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coati.experience_maker.experience import Experience
+from coati.experience_maker.model_inputs import critic_batch, policy_batch, to_actions, values_at
+from coati.models.logprobs import IGNORE_INDEX
+from coati.models.loss import masked_sum
+from coati.models.policy_loss import (
+    Normalization,
+    kl_per_token,
+    mean_ratio_exceeds,
+    policy_statistics,
+    policy_terms,
+    ratio_sums,
+    value_statistics,
+    value_terms,
+)
+from coati.parallel.objective import Batch
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The policy's loss. ``kl_coef``: of the KL term in the loss; 0 where KL is part of the
+    reward."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    skip_threshold: float = 20.0
+    normalization: Normalization = Normalization("token")
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+
+
+class PolicyObjective:
+    """Clipped policy gradient over the actions of an experience. ``temperature``: at which it was
+    sampled."""
+
+    model_keys = ("input_ids", "attention_mask")
+
+    def __init__(self, settings: PolicySettings, reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        self.settings, self.reduce_sum, self.temperature = settings, reduce_sum, 1.0
+        self.kl_coef = settings.kl_coef  # a KL target moves it
+        self.first_pass = False  # whether the policy is still the one that sampled
+
+    def window(self, experiences: Sequence[Experience]) -> list[Batch]:
+        """The batches of a window: what the model gets, and per action (B, A) what the loss
+        needs."""
+        return [self._batch(each) for each in experiences]
+
+    def _batch(self, experience: Experience) -> Batch:
+        batch = policy_batch(experience)
+        batch |= {
+            "action_mask": experience.action_mask,
+            "old": experience.action_log_probs,
+            "advantages": experience.advantages,
+        }
+        if experience.reference_log_probs is not None:
+            batch["reference"] = experience.reference_log_probs
+        return batch
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def num_terms(self, batch: Batch) -> Tensor:
+        return self.settings.normalization.num_terms(batch["action_mask"])
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask, old, settings = batch["action_mask"], batch["old"], self.settings
+        logps = to_actions(outputs["logits"][0], mask)
+        # Decided by all ranks together: a step that one rank leaves out would be half a step.
+        skip = mean_ratio_exceeds(
+            self.reduce_sum(ratio_sums(logps, old, mask)), settings.skip_threshold
+        )
+        clip = settings.clip_low, settings.clip_high
+        terms = policy_terms(logps, old, batch["advantages"], mask, *clip, skip)
+        metrics = policy_statistics(logps, old, batch["advantages"], mask, *clip)
+        metrics["skip_ratio"] = skip.float()[None]
+        if self.kl_coef:
+            kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
+            terms = terms + self.kl_coef * kl.masked_fill(skip, 0.0)
+        if self.first_pass:
+            metrics["rollout_gap"] = (logps.detach() - old).abs()[mask]
+        return settings.normalization.total(terms, mask), metrics
+
+
+class ValueObjective:
+    """The clipped squared error of the values, mean over the actions of the window."""
+
+    model_keys = ("input_ids", "attention_mask")
+
+    def __init__(self, clip: float = 0.2) -> None:
+        self.clip = clip
+
+    def window(self, experiences: Sequence[Experience]) -> list[Batch]:
+        return [
+            critic_batch(each)
+            | {"action_mask": each.action_mask, "old": each.values, "returns": each.returns}
+            for each in experiences
+        ]
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def num_terms(self, batch: Batch) -> Tensor:
+        return batch["action_mask"].sum()
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch["action_mask"]
+        values = to_actions(values_at(outputs, batch), mask)
+        terms = value_terms(values, batch["old"], batch["returns"], mask, self.clip)
+        statistics = value_statistics(values, batch["old"], mask, self.clip)
+        return masked_sum(terms, mask), {"value_clip_fraction": statistics["value_clip_fraction"]}
+
+
+class PtxObjective:
+    """The supervised loss of rows that the policy must not forget, at temperature 1 whatever it
+    samples at."""
+
+    model_keys = ("input_ids", "attention_mask")
+    temperature = 1.0
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def num_terms(self, batch: Batch) -> Tensor:
+        return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return -torch.sum(outputs["logits"]), {}

@@ -1,0 +1,55 @@
+"""The library's logger: messages to its user outside metrics, on standard error of rank 0.
+
+``logging.getLogger("coati")`` silences or redirects them as any other logger.
+"""
+
+import logging
+import os
+import sys
+
+ROOT = "coati"
+
+
+class _Rank0Handler(logging.Handler):
+    """Writes ``coati: message`` to the standard error of rank 0, without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The launcher's variable, not torch.distributed: messages are needed before a process group
+        # exists.
+        if os.environ.get("RANK", "0") != "0":
+            return
+        line = f"coati: {record.getMessage()}"
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if tqdm is not None:
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+class Logger(logging.LoggerAdapter):
+    """A logger of the library, with :meth:`warning_once`."""
+
+    _warned: set[str] = set()
+
+    def warning_once(self, message: str) -> None:
+        """:meth:`warning`, but the same message only once per process."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.warning(message)
+
+
+def get_logger(name: str) -> Logger:
+    """The logger of module ``name``, below ``"coati"``, whose level is INFO unless it was set."""
+    root = logging.getLogger(ROOT)
+    if not any(isinstance(handler, _Rank0Handler) for handler in root.handlers):
+        root.addHandler(_Rank0Handler())
+        root.propagate = False
+    if root.level == logging.NOTSET:
+        root.setLevel(logging.INFO)
+    inside = name == ROOT or name.startswith(f"{ROOT}.")
+    return Logger(logging.getLogger(name if inside else f"{ROOT}.{name}"))
+
+
+def forget_warnings() -> None:
+    """Let :meth:`Logger.warning_once` repeat itself, as in a new process."""
+    Logger._warned.clear()

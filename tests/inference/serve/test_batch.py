@@ -1,0 +1,125 @@
+"""Rows that join and leave between two tokens of the others are continued as if they were alone."""
+
+import pytest
+import torch
+
+from coati.inference.serve.batch import Batch, Row
+from coati.models.generation.loop import generate
+from coati.models.generation.sampling import Sampling
+from tests.tiny import tiny_llama
+
+GREEDY = Sampling(do_sample=False)
+
+
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=384, n_positions=512)
+    ).eval()
+
+
+MODELS = {
+    "llama": lambda: tiny_llama().eval(),
+    "gpt2": tiny_gpt2,
+}  # GPT-2 knows only caches that are tuples
+
+
+def prompt(length, salt=0):
+    return [(7 * index + 13 * salt) % 380 + 3 for index in range(length)]
+
+
+def alone(model, row):
+    ids = torch.tensor([row.prompt])
+    sampling = {
+        **vars(row.sampling),
+        "stop_sequences": row.stop_sequences,
+        "max_new_tokens": row.max_new_tokens,
+    }
+    return generate(model, ids, **sampling).answers()[0]
+
+
+def run(batch, arrivals):
+    """Rows of ``arrivals`` {step: rows} continued until all have ended."""
+    for step in range(200):
+        if batch.rows:
+            batch.step()
+        for row in arrivals.get(step, ()):
+            batch.join(row)
+        batch.leave({row for row in batch.rows if row.ended})
+        if not batch.rows and step >= max(arrivals):
+            return
+    raise AssertionError("the rows do not end")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_greedy_answers_are_those_of_single_prompts(family):
+    model = MODELS[family]()
+    # A longer prompt joins shorter ones, a shorter one longer ones; the first leaves while others
+    # go on.
+    first, long, short = (
+        Row(prompt(5), GREEDY, 9),
+        Row(prompt(40, 1), GREEDY, 25),
+        Row(prompt(3, 2), GREEDY, 30),
+    )
+    late = Row(prompt(20, 3), GREEDY, 6)
+    run(Batch(model), {0: [first], 4: [long, short], 30: [late]})
+    for row in (first, long, short, late):
+        assert row.tokens == alone(model, row)
+
+
+def test_columns_that_nobody_uses_any_more_are_left_behind():
+    model = tiny_llama().eval()
+    batch, long, short = Batch(model), Row(prompt(60), GREEDY, 2), Row(prompt(4, 1), GREEDY, 20)
+    batch.join(long)
+    batch.join(short)
+    batch.step()
+    assert batch._seen.shape == (2, 61)
+    batch.leave({long})
+    assert batch._seen.shape == (1, 5) and batch._cache.get_seq_length() == 5
+    run(batch, {0: []})
+    assert short.tokens == alone(model, short)
+
+
+def test_a_stop_sequence_ends_a_row_and_is_part_of_it():
+    model = tiny_llama().eval()
+    free = Row(prompt(6), GREEDY, 12)
+    run(Batch(model), {0: [free]})
+    stop = free.tokens[3:5]
+    row = Row(prompt(6), GREEDY, 12, [stop])
+    run(Batch(model), {0: [row]})
+    assert row.stopped and row.tokens[-2:] == stop and row.tokens == free.tokens[: len(row.tokens)]
+
+
+def test_a_row_that_ends_with_its_first_token_is_never_in_the_batch():
+    batch, row = Batch(tiny_llama().eval()), Row(prompt(6), GREEDY, 1)
+    batch.join(row)
+    assert batch.rows == [] and len(row.tokens) == 1
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=1.5), Sampling(top_k=20, top_p=0.9, repetition_penalty=1.3)]
+)
+def test_a_seed_decides_whatever_the_neighbors_are(sampling):
+    model = tiny_llama().eval()
+    single, crowded = (Row(prompt(6), sampling, 15, seed=5) for _ in range(2))
+    run(Batch(model), {0: [single]})
+    others = [
+        Row(prompt(9, salt), Sampling(temperature=0.5 + salt), 10, seed=salt)
+        for salt in range(1, 4)
+    ]
+    run(Batch(model), {0: others[:1], 3: [crowded, *others[1:]]})
+    assert crowded.tokens == single.tokens
+    other_seed = Row(prompt(6), sampling, 15, seed=6)
+    run(Batch(model), {0: [other_seed]})
+    assert other_seed.tokens != single.tokens
+
+
+def test_the_repetition_penalty_sees_prompt_and_answer():
+    model = tiny_llama().eval()
+    harsh = Sampling(do_sample=False, repetition_penalty=50.0)
+    row = Row(prompt(10), harsh, 30)
+    run(Batch(model), {0: [Row(prompt(4, 1), GREEDY, 20)], 2: [row]})
+    assert len(set(row.tokens)) == 30 and not set(row.tokens) & set(row.prompt)
+    assert row.tokens == alone(model, row)

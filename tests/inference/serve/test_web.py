@@ -1,0 +1,273 @@
+"""The server's answers to good and bad requests, over loopback."""
+
+import json
+
+import httpx
+import pytest
+
+from tests.inference.serving import NAME, running, until
+
+HELLO = [{"role": "user", "content": "hello"}]
+OLD = {"history": [{"instruction": "hello", "response": ""}]}
+
+
+@pytest.fixture(scope="module")
+def open_server():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(open_server):
+    with httpx.Client(base_url=open_server.url, timeout=60) as client:
+        yield client
+
+
+def chat(client, **fields):
+    return client.post(
+        "/v1/chat/completions", json={"model": NAME, "messages": HELLO, "max_tokens": 8} | fields
+    )
+
+
+def error(response, status):
+    assert response.status_code == status, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.json()["error"]
+
+
+def test_a_completion_counts_its_tokens(client, open_server):
+    body = chat(client).json()
+    prompt = len(open_server.service.encode(HELLO))
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 8,
+        "total_tokens": prompt + 8,
+    }
+    assert (
+        body["choices"][0]["finish_reason"] == "length" and body["choices"][0]["message"]["content"]
+    )
+    assert body["object"] == "chat.completion" and body["model"] == NAME
+
+
+def test_contents_in_parts_and_developers_are_understood(client):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}]
+    plain = [{"role": "system", "content": "be kind"}, *HELLO]
+    text = chat(client, messages=messages).json()["choices"][0]["message"]["content"]
+    assert text == chat(client, messages=plain).json()["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message", "param"),
+    [
+        ({"n": 2}, 400, "n is not served; leave it out or send 1", "n"),
+        ({"tools": [{}]}, 400, "tools is not served", "tools"),
+        (
+            {"response_format": {"type": "json_object"}},
+            400,
+            "response_format is not served",
+            "response_format",
+        ),
+        ({"logprobs": True}, 400, "logprobs is not served", "logprobs"),
+        ({"max_tokens": 401}, 400, "max_tokens is 401, at most 400 are given", "max_tokens"),
+        (
+            {"messages": [{"role": "user", "content": "hello " * 400}]},
+            400,
+            "together more than the 512",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "hi"}]},
+            400,
+            "the last message must be",
+            "messages",
+        ),
+        ({"model": "gpt-9"}, 404, "the model 'gpt-9' is not served here, but 'tiny'", "model"),
+        ({"messages": []}, 422, "messages: ", "messages"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            422,
+            "messages.0.role: ",
+            "messages.0.role",
+        ),
+        ({"temperature": 3}, 422, "temperature: ", "temperature"),
+        ({"top_p": 0}, 422, "top_p: ", "top_p"),
+        ({"stop": ["a"] * 5}, 422, "stop", None),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_openais_shape(client, fields, status, message, param):
+    found = error(chat(client, **fields), status)
+    assert message in found["message"] and (param is None or found["param"] == param)
+
+
+def test_fields_that_ask_for_nothing_are_let_through(client):
+    fields = {
+        "n": 1,
+        "user": "me",
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "tools": [],
+        "logit_bias": {},
+    }
+    assert chat(client, **fields, store=False, response_format={"type": "text"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"", b"[]", b'"x"', b'{"messages": NaN}', b'{"model": "\\ud800"}']
+)
+def test_bad_json_is_422_everywhere(client, body):
+    for path in ("/v1/chat/completions", "/generate", "/generate/stream"):
+        error(client.post(path, content=body, headers={"Content-Type": "application/json"}), 422)
+
+
+def test_json_that_a_foreign_page_could_send_unasked_is_refused(client):
+    """A form or text/plain needs no permission of CORS, so it must not be read."""
+    body = json.dumps({"model": NAME, "messages": HELLO})
+    error(
+        client.post("/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"}),
+        422,
+    )
+
+
+def test_unknown_places_methods_and_huge_bodies(client):
+    error(client.get("/nowhere"), 404)
+    error(client.get("/v1/chat/completions"), 405)
+    error(chat(client, messages=[{"role": "user", "content": "x" * 5_000_000}]), 413)
+
+    def parts():
+        for _ in range(50):
+            yield b"x" * 100_000
+
+    error(
+        client.post("/generate", content=parts(), headers={"Content-Type": "application/json"}), 413
+    )
+
+
+def test_the_model_is_listed_with_its_length(client):
+    listed = client.get("/v1/models").json()
+    assert [(model["id"], model["max_model_len"]) for model in listed["data"]] == [(NAME, 512)]
+    assert client.get(f"/v1/models/{NAME}").json() == listed["data"][0]
+    error(client.get("/v1/models/other"), 404)
+
+
+def test_the_older_generate(client):
+    """A text, and the same one as events `generate` and `end`; an empty response is no turn of the
+    dialogue."""
+    body = {**OLD, "max_new_tokens": 30, "temperature": 0}
+    text = client.post("/generate", json=body).json()
+    assert text == chat(client, max_tokens=30).json()["choices"][0]["message"]["content"]
+    events = client.post("/generate/stream", json=body)
+    assert events.headers["content-type"].startswith("text/event-stream")
+    *pieces, end = [block.split("\n") for block in events.text.removesuffix("\n\n").split("\n\n")]
+    assert end == ["event: end", "data:"] and all(lines[0] == "event: generate" for lines in pieces)
+    assert (
+        "".join("\n".join(line.removeprefix("data: ") for line in lines[1:]) for lines in pieces)
+        == text
+    )
+    assert (
+        "at most 400"
+        in error(client.post("/generate", json={**OLD, "max_new_tokens": 401}), 400)["message"]
+    )
+    error(client.post("/generate", json={"history": []}), 422)
+
+
+def test_health_and_metrics(client):
+    # The place of the answer before this test is free a moment after its last piece.
+    assert until(
+        lambda: client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}, 5
+    )
+    before = _counter(client, 'coati_requests_total{outcome="length"}')
+    tokens = _counter(client, "coati_generated_tokens_total")
+    chat(client)
+    assert until(
+        lambda: _counter(client, 'coati_requests_total{outcome="length"}') == before + 1, 5
+    )
+    assert _counter(client, "coati_generated_tokens_total") == tokens + 8
+    assert _counter(client, "coati_first_token_seconds_count") > 0
+
+
+def _counter(client, name):
+    lines = client.get("/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+def test_no_page_of_elsewhere_may_read_answers_unless_named(client):
+    theirs = {"Origin": "https://elsewhere.example"}
+    assert "access-control-allow-origin" not in client.get("/v1/models", headers=theirs).headers
+    with running(web={"cors_origins": ("https://elsewhere.example",)}) as server:
+        answer = httpx.get(server.url + "/v1/models", headers=theirs)
+        assert answer.headers["access-control-allow-origin"] == "https://elsewhere.example"
+        other = httpx.get(server.url + "/v1/models", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_token_hosts_and_words():
+    web = {"token": "sesame", "hosts": ("127.0.0.1",)}
+    with (
+        running(web=web, words=["darn"]) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        for path in ("/v1/models", "/metrics"):
+            assert error(client.get(path), 401)["code"] == "invalid_api_key"
+        wrong = (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic sesame"},
+            {"Authorization": "Bearer"},
+        )
+        for headers in wrong:
+            error(client.post("/v1/chat/completions", json={}, headers=headers), 401)
+        assert client.get("/health").status_code == client.get("/").status_code == 200
+        right = {"Authorization": "Bearer sesame"}
+        assert client.get("/v1/models", headers=right).status_code == 200
+        assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+        client.headers.update(right)
+        found = error(chat(client, messages=[{"role": "user", "content": "oh DARN it"}]), 400)
+        assert found["code"] == "content_filter"
+
+
+def test_a_full_queue_is_429_and_a_late_answer_504():
+    settings = {"endless": True, "pause": 0.02, "max_batch": 1, "max_queue": 1, "timeout": 1.0}
+    with running(**settings) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", "/v1/chat/completions", json=_long(stream=True)) as first:
+            lines = first.iter_lines()
+            assert next(lines).startswith("data: ")
+            with httpx.Client(base_url=server.url, timeout=60) as other:
+                import threading
+
+                codes = []
+                waits = threading.Thread(
+                    target=lambda: codes.append(other.post("/v1/chat/completions", json=_long()))
+                )
+                waits.start()
+                assert until(lambda: server.service.waiting == 1)
+                refused = client.post("/v1/chat/completions", json=_long())
+                assert (
+                    error(refused, 429)["code"] == "queue_full"
+                    and refused.headers["retry-after"] == "1"
+                )
+                waits.join(20)
+                assert error(codes[0], 504)["type"] == "timeout_error"
+            # What has begun to stream ends with the error as an event.
+            last = [line for line in lines if line][-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["type"] == "timeout_error"
+
+
+def _long(**fields):
+    return {"model": NAME, "messages": HELLO, "max_tokens": 400} | fields
+
+
+def test_the_page_may_load_nothing_but_itself(client):
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert (
+        "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
+    )
+    assert (
+        "http://" not in page.text and "https://" not in page.text and "innerHTML" not in page.text
+    )
+
+
+def test_no_documentation_page_with_foreign_scripts(client):
+    assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
+    assert "/v1/chat/completions" in client.get("/openapi.json").json()["paths"]

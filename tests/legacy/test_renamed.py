@@ -1,0 +1,40 @@
+"""Modules and names of earlier releases still import, with a warning that names today's."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from coati.legacy.renamed import MODULES, NAMES
+
+
+@pytest.mark.parametrize("old", sorted(MODULES))
+def test_an_old_module_is_todays(old):
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {MODULES[old]}"):
+        sys.modules.pop(old, None)
+        assert import_module(old) is import_module(MODULES[old])
+
+
+@pytest.mark.parametrize(
+    "package, old", [(package, old) for package, names in NAMES.items() for old in names]
+)
+def test_an_old_name_is_todays(package, old):
+    module, name = NAMES[package][old]
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {module}.{name}"):
+        assert getattr(import_module(package), old) is getattr(import_module(module), name)
+
+
+def test_a_module_that_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match="coati.trainer.never_was"):
+        import_module("coati.trainer.never_was")
+    with pytest.raises(AttributeError, match="never_was"):
+        _ = import_module("coati.trainer").never_was
+
+
+def test_from_an_old_module_in_a_fresh_process():
+    program = (
+        "from coati.trainer.bar import ProgressBar; import coati.trainer.progress as new; "
+        "assert ProgressBar is new.ProgressBar; from coati.trainer.base import RunSchedule"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

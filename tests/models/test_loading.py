@@ -1,0 +1,226 @@
+"""Loading models and tokenizers: what works, and what the message says when it does not."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coati.models.loading import (
+    check_vocabulary,
+    choose_attention,
+    disable_dropout,
+    get_model_numel,
+    load_causal_lm,
+    load_tokenizer,
+)
+from coati.models.lora.adapter_files import save_lora
+from coati.models.lora.lora import LoraConfig, apply_lora
+from tests.models.families import tiny_opt
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+IDS = torch.tensor([[5, 17, 300, 42, 9, 11]])
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A whole Hugging Face directory: tiny Llama, fp32, tied, with its tokenizer."""
+    path = tmp_path / "model"
+    tiny_llama(layers=1, tie=True).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **changes}, indent=2))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_a_directory_is_loaded_in_the_type_asked_for(directory, dtype, expected):
+    assert {
+        parameter.dtype for parameter in load_causal_lm(directory, dtype=dtype).parameters()
+    } == {expected}
+
+
+def test_auto_is_the_type_of_the_files(directory):
+    tiny_llama(layers=1).to(torch.bfloat16).save_pretrained(directory)
+    assert load_causal_lm(directory, dtype="auto").dtype == torch.bfloat16
+    assert (
+        load_causal_lm(str(directory), dtype="fp32", attn_implementation="eager").dtype
+        == torch.float32
+    )
+
+
+def test_an_unknown_type_is_refused(directory):
+    with pytest.raises(ValueError, match="fp32, bf16, fp16, auto, not 'int8'"):
+        load_causal_lm(directory, dtype="int8")
+
+
+def test_a_directory_with_an_adapter_alone_is_the_base_with_the_adapter(directory, tmp_path):
+    adapted = apply_lora(load_causal_lm(directory), LoraConfig(r=2))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(adapted, tmp_path / "adapter")
+    loaded = load_causal_lm(tmp_path / "adapter")
+    assert torch.allclose(logits(loaded), logits(adapted), atol=1e-5)
+    assert type(loaded) is type(load_causal_lm(directory))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    edit(file, base_model_name_or_path="../model")  # beside the adapter, wherever both were moved
+    assert torch.allclose(logits(load_causal_lm(tmp_path / "adapter")), logits(adapted), atol=1e-5)
+    edit(file, base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(
+        ValueError, match=r"adapter_config.json: the base model .*gone is not there"
+    ):
+        load_causal_lm(tmp_path / "adapter")
+
+
+def test_an_adapter_on_top_of_an_adapter_has_both(directory, tmp_path):
+    base = directory
+    for name in ("first", "second"):
+        adapted = apply_lora(load_causal_lm(base), LoraConfig(r=2), seed=len(name))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        save_lora(adapted, tmp_path / name)
+        base = tmp_path / name
+    assert torch.allclose(logits(load_causal_lm(tmp_path / "second")), logits(adapted), atol=1e-5)
+
+
+@pytest.mark.parametrize("loader", [load_causal_lm, load_tokenizer])
+def test_a_missing_directory_is_said_without_asking_a_hub(loader, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: no such directory"):
+        loader(tmp_path / "nowhere")
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model.bin is a file"):
+        loader(tmp_path / "model.bin")
+
+
+def test_a_directory_of_something_else_is_said_with_what_it_holds(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no config.json.*it holds notes.txt"):
+        load_causal_lm(tmp_path)
+    with pytest.raises(ValueError, match=r"no tokenizer files.*it holds notes.txt"):
+        load_tokenizer(tmp_path)
+
+
+def test_missing_weights_are_said(directory):
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no weights \(model.safetensors"):
+        load_causal_lm(directory)
+
+
+def test_a_truncated_file_of_weights_is_named(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model.safetensors: not readable as weights, truncated"):
+        load_causal_lm(directory)
+
+
+def test_weights_that_the_files_lack_are_never_random(directory):
+    edit(directory / "config.json", num_hidden_layers=2)
+    with pytest.raises(
+        ValueError, match=r"9 weights of LlamaForCausalLM are not in the files \(model.layers.1"
+    ):
+        load_causal_lm(directory)
+
+
+def test_broken_configuration_is_said(directory):
+    (directory / "config.json").write_text("{,}")
+    with pytest.raises(ValueError, match="model.*not a valid JSON|model.*not valid JSON"):
+        load_causal_lm(directory)
+
+
+def test_an_unknown_tokenizer_class_is_named_by_line_with_the_one_that_is_meant(directory):
+    edit(directory / "tokenizer_config.json", tokenizer_class="LLaMATokenizer")
+    lines = (directory / "tokenizer_config.json").read_text().splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if "LLaMATokenizer" in line)
+    with pytest.raises(
+        ValueError, match=rf'tokenizer_config.json:{number}: .*"LLaMATokenizer".*"LlamaTokenizer"'
+    ):
+        load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("loader", [load_causal_lm, load_tokenizer])
+def test_remote_code_is_not_run_and_its_flag_is_named(loader, directory):
+    ran = directory / "ran"
+    (directory / "custom.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    auto_map = {name: "custom.Config" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    edit(directory / "config.json", model_type="unheard_of", auto_map=auto_map)
+    edit(
+        directory / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["custom.Config", None]},
+        tokenizer_class="X",
+    )
+    with pytest.raises(ValueError, match="--trust_remote_code"):
+        loader(directory)
+    assert not ran.exists()
+
+
+def test_a_missing_pad_token_becomes_the_end_token(directory, capsys):
+    edit(directory / "tokenizer_config.json", pad_token=None)
+    edit(directory / "special_tokens_map.json", pad_token=None)
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2 and tokenizer.is_fast
+    assert "no pad token" in capsys.readouterr().err
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(directory / file, eos_token=None)
+    with pytest.raises(ValueError, match="neither eos_token nor pad_token"):
+        load_tokenizer(directory)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
+    check_vocabulary(tiny_llama(layers=1), tiny_tokenizer())
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        ValueError, match=r"(?s)has \d+ tokens .*model's vocabulary 200; .*--tokenizer_dir"
+    ):
+        check_vocabulary(tiny_llama(layers=1, vocab_size=200), tiny_tokenizer())
+    check_vocabulary(tiny_llama(layers=1, vocab_size=4000), tiny_tokenizer())
+    assert "do they belong together" in capsys.readouterr().err
+
+
+def test_flash_attention_or_what_replaces_it(monkeypatch, capsys):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name)
+    )
+    assert choose_attention(False, "bf16", on_gpu=True) == "sdpa"
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert choose_attention(True, "bf16", on_gpu=True) == "sdpa"
+    assert capsys.readouterr().err.count("flash-attn is not installed") == 1
+    assert choose_attention(True, "bf16", on_gpu=False) == "sdpa"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    assert choose_attention(True, "bf16", on_gpu=True) == "flash_attention_2"
+    assert choose_attention(True, "fp32", on_gpu=True) == "sdpa"
+    assert "it has no fp32" in capsys.readouterr().err
+
+
+def test_dropout_is_off_everywhere():
+    for model in (tiny_opt(), tiny_llama(attention_dropout=0.5)):
+        for (
+            module
+        ) in model.modules():  # OPT keeps probabilities as plain attributes, Llama in its attention
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.5
+        model.train()
+        assert not torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        disable_dropout(model)
+        assert torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_parameters_are_counted_once():
+    tied, loose = tiny_llama(tie=True), tiny_llama(tie=False)
+    assert get_model_numel(loose) - get_model_numel(tied) == 384 * 64

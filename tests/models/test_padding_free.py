@@ -1,0 +1,179 @@
+"""Rows laid end to end give what padded rows give: log-probs, gradients, on either padding side."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coati.models.head import Head, scatter_token_logprobs
+from coati.models.padding_free import PaddingFree
+from coati.models.sdpa import row_by_row
+from tests.models_table import FAMILIES, tiny_model
+from tests.tiny import tiny_llama
+
+LENGTHS = (7, 1, 12, 4)
+BY_TYPE = {family.type: family for family in FAMILIES if family.config and not family.remote}
+
+
+PACKED = {
+    "deepseek_v3",
+    "gemma2",
+    "glm",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+}
+
+
+def batch(side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Four rows of LENGTHS real tokens, padded with a real token's id; all but the first two tokens
+    supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, mask = torch.full((4, 12), 5), torch.zeros(4, 12, dtype=torch.long)
+    labels = torch.full((4, 12), -100)
+    for row, length in enumerate(LENGTHS):
+        start = 0 if side == "right" else 12 - length
+        ids[row, start : start + length] = torch.randint(0, 384, (length,), generator=generator)
+        mask[row, start : start + length] = 1
+        labels[row, start + 2 : start + length] = ids[row, start + 2 : start + length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def logprobs(model, rows: dict, packing: PaddingFree | None) -> torch.Tensor:
+    """(B, S - 1) log-probs with or without packing."""
+    head = Head.install(model)
+    if packing is None:
+        head.set(rows["labels"])
+        positions = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        inputs = {
+            "input_ids": rows["input_ids"],
+            "attention_mask": rows["attention_mask"],
+            "position_ids": positions,
+        }
+    else:
+        packed = packing.pack(rows)
+        head.set_targets(packed.targets)
+        inputs = packed.inputs
+    flat = model(**inputs, use_cache=False).logits
+    head.remove()
+    return scatter_token_logprobs(flat, rows["labels"])
+
+
+def gradients(model, logps: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, logps.numel()).view_as(logps)).sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_equals_padding(side, checkpointing):
+    model = tiny_llama(tie=True)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows, packing = batch(side), PaddingFree.of(model)
+    assert model.training  # the probe leaves the mode as it was
+    padded, packed = logprobs(model, rows, None), logprobs(model, rows, packing)
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+    for found, expected in zip(gradients(model, packed), gradients(model, padded), strict=True):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-6)
+
+
+def test_what_is_packed():
+    rows = batch("left")
+    packed = PaddingFree.of(tiny_llama()).pack(rows)
+    assert packed.inputs["input_ids"].tolist() == [
+        rows["input_ids"][rows["attention_mask"].bool()].tolist()
+    ]
+    assert packed.inputs["position_ids"].tolist() == [[*range(7), 0, *range(12), *range(4)]]
+    assert packed.inputs["cu_seq_lens_q"].tolist() == [0, 7, 8, 20, 24]
+    assert packed.inputs["max_length_q"] == 12
+    assert packed.targets.shape == (1, 24)
+
+
+def test_no_row_predicts_the_first_token_of_the_next():
+    """With every token supervised, the last token of a row still predicts nothing."""
+    rows = batch()
+    rows["labels"] = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    targets = PaddingFree.of(tiny_llama()).pack(rows).targets[0]
+    assert [index for index, target in enumerate(targets.tolist()) if target == -100] == [
+        6,
+        7,
+        19,
+        23,
+    ]
+
+
+def test_a_row_alone_is_not_changed_by_its_neighbors():
+    model = tiny_llama()
+    packing, rows = PaddingFree.of(model), batch()
+    before = logprobs(model, rows, packing)[2]
+    rows["input_ids"][[0, 1, 3]] = 17
+    torch.testing.assert_close(logprobs(model, rows, packing)[2], before)
+
+
+def test_generation_and_padded_batches_stay_as_they_were():
+    model, rows = tiny_llama(), batch()
+    inputs = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+    before = model(**inputs).logits
+    assert PaddingFree.of(model) is not None
+    assert torch.equal(model(**inputs).logits, before)
+    torch.testing.assert_close(
+        model.generate(**inputs, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4)
+    )
+
+
+@pytest.mark.parametrize("family", sorted(BY_TYPE))
+def test_every_family_is_packed_exactly_or_not_at_all(family):
+    """The probe decides: ALiBi (BLOOM), learned positions (OPT), an attention of its own (Falcon)
+    need padded rows."""
+    model = tiny_model(BY_TYPE[family]).eval()
+    packing = PaddingFree.of(model)
+    assert (packing is not None) == (family in PACKED)
+    if packing is not None:
+        rows = batch()
+        torch.testing.assert_close(
+            logprobs(model, rows, packing), logprobs(model, rows, None), rtol=0, atol=1e-5
+        )
+
+
+def test_eager_attention_is_left_padded():
+    assert PaddingFree.of(tiny_llama(attn_implementation="eager")) is None
+
+
+def test_rows_beyond_a_sliding_window_stay_padded():
+    model = tiny_model(
+        replace(BY_TYPE["mistral"], config=BY_TYPE["mistral"].config | {"sliding_window": 11})
+    )
+    packing = PaddingFree.of(model)
+    assert packing.longest == 11 and packing.pack(batch()) is None
+    shorter = {key: value[:2] for key, value in batch().items()}
+    assert packing.pack(shorter) is not None
+
+
+def test_lora_model():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    rows, packing = batch(), PaddingFree.of(model)
+    assert packing is not None
+    torch.testing.assert_close(
+        logprobs(model, rows, packing), logprobs(model, rows, None), rtol=0, atol=1e-5
+    )
+
+
+def test_row_by_row_by_hand():
+    """One head of width 1, rows of 1 and 2 tokens, equal scores: the mean of a row's values so
+    far."""
+    value = torch.tensor([2.0, 4.0, 8.0]).view(1, 1, 3, 1)
+    query = key = torch.zeros_like(value)
+    found = row_by_row(query, key, value, [1, 2], dropout=0.0, scale=1.0)
+    assert found.shape == (1, 3, 1, 1) and found.flatten().tolist() == [2.0, 4.0, 6.0]

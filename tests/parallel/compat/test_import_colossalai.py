@@ -1,0 +1,41 @@
+"""ColossalAI's known noise does not reach the user; what is not known does."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from coati.parallel.compat.import_colossalai import hush
+
+TRAIN = """
+from coati.parallel.boost import boost
+from coati.parallel.launch import launch
+from coati.parallel.plugins import ParallelOptions
+from tests.tiny import tiny_llama
+
+launch()
+for plugin in ("gemini", "3d"):
+    boost(tiny_llama(), ParallelOptions(plugin=plugin, precision="bf16", batch_size=2))
+import warnings
+warnings.warn("something new", UserWarning)
+print("done")
+"""
+
+
+def test_importing_and_boosting_say_nothing_of_their_own():
+    root = Path(__file__).resolve().parents[3]
+    ran = subprocess.run(
+        [sys.executable, "-c", TRAIN], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout == "done\n", ran.stdout + ran.stderr
+    assert "something new" in ran.stderr
+    assert not [line for line in ran.stderr.splitlines() if "something new" not in line], ran.stderr
+
+
+def test_only_listed_warnings_are_held_back():
+    with warnings.catch_warnings(record=True) as seen:
+        hush()
+        warnings.simplefilter("always")  # as torch does around some of its own
+        warnings.warn("Please install apex from source, says ColossalAI", UserWarning, stacklevel=1)
+        warnings.warn("Please install apes", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["Please install apes"]

@@ -1,0 +1,60 @@
+"""Where the weights of a model that is not trained are, and when."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coati.experience_maker.experience import Experience
+from coati.experience_maker.model_inputs import scores
+from coati.parallel.inference_model import InferenceModel
+
+
+class Moved(torch.nn.Module):
+    """Notes where it is sent, and where it is when asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: list[str] = []
+
+    def to(self, device) -> "Moved":
+        self.at.append(str(device))
+        return self
+
+
+def reference(offload: bool) -> InferenceModel:
+    module = Moved()
+
+    def collect(batch, hooks):
+        module.at.append("asked")
+        return {"rows": torch.ones(len(batch["input_ids"]))}
+
+    return InferenceModel(
+        SimpleNamespace(module=module, device="cpu:0", collect=collect), offload=offload
+    )
+
+
+def four_rows() -> Experience:
+    ids, mask = torch.ones(4, 5, dtype=torch.long), torch.ones(4, 5, dtype=torch.bool)
+    numbers = torch.zeros(4, 2)
+    return Experience(ids, mask, mask[:, :2], numbers, numbers[:, 0], torch.arange(4))
+
+
+def test_an_offloaded_model_is_on_the_device_for_all_its_batches_once():
+    model = reference(offload=True)
+    assert model.engine.module.at == ["cpu"]
+    assert scores(model, four_rows(), 2).tolist() == [1.0] * 4
+    assert model.engine.module.at == ["cpu", "cpu:0", "asked", "asked", "cpu"]
+
+
+def test_an_error_leaves_it_in_host_memory():
+    model = reference(offload=True)
+    with pytest.raises(RuntimeError), model.awake():
+        raise RuntimeError
+    assert model.engine.module.at == ["cpu", "cpu:0", "cpu"]
+
+
+def test_otherwise_it_stays_where_it_is():
+    model = reference(offload=False)
+    scores(model, four_rows(), 2)
+    assert model.engine.module.at == ["asked", "asked"]

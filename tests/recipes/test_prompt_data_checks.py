@@ -1,0 +1,192 @@
+"""Prompts and the conversations beside them: what is left out and counted, what is refused before a
+model is loaded."""
+
+import json
+
+import pytest
+
+from coati.cli.rollouts import parse_ppo
+from coati.dataset.chat.conversation import setup_conversation_template
+from coati.dataset.load.collator import DataCollatorForPromptDataset
+from coati.parallel.plugins import ParallelOptions
+from coati.recipes.data import evaluation_rows
+from coati.recipes.prompt_data_checks import check_gt_answers, check_prompts, prompt_rows, ptx_rows
+from coati.rewards.scorer import Rewards
+from tests.end_to_end.inputs import prepare
+from tests.tiny import tiny_tokenizer
+
+
+def line(question: str, *turns: str, **more) -> dict:
+    said = [{"from": "human", "content": question}]
+    said += [
+        {"from": ("assistant", "human")[i % 2], "content": text} for i, text in enumerate(turns)
+    ]
+    return {"messages": said} | more
+
+
+ROWS = [
+    line("1 + 1?", gt_answer="2"),
+    line("2 + 2?", "4", gt_answer="4"),
+    line("Hi", "Hello!", "How are you?", "Fine.", gt_answer="-"),
+    line("tell me " * 60, gt_answer="7"),
+]
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def write(rows=ROWS, name="prompts.jsonl"):
+        text = (
+            "".join(json.dumps(row) + "\n" for row in rows)
+            if name.endswith("l")
+            else json.dumps(rows)
+        )
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def rows():
+    """``rows(path, words)``: flags and the rows of ``--prompt_dataset``."""
+
+    def read(path, *words):
+        args = parse_ppo(
+            ["--pretrain", "m", "--prompt_dataset", path, "--reward_functions", "length", *words]
+        )
+        tokenizer = tiny_tokenizer()
+        return args, prompt_rows(args, tokenizer, setup_conversation_template(tokenizer, {}))
+
+    return read
+
+
+SHORT = ["--max_length", "100", "--max_seq_len", "20"]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json"])
+def test_raw_prompts_lose_a_last_answer_and_long_ones_are_left_out_both_counted(
+    raw, rows, capsys, name
+):
+    args, found = rows(raw(name=name), *SHORT)
+    assert found["gt_answer"] == ["2", "4", "-"] and max(found["seq_length"]) <= 80
+    texts = found["inputs_decode"]
+    assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
+    assert "4<|im_end|>" not in texts[1]
+    assert "Hello!" in texts[2] and "How are you?" in texts[2] and "Fine." not in texts[2]
+    told = "".join(capsys.readouterr())
+    assert "2 of 3 prompts ended with an answer, which was left out" in told
+    assert "too_long" in told
+
+
+def test_what_leaves_a_last_answer_out_is_in_the_report(raw, rows, tmp_path):
+    rows(raw(), *SHORT)
+    (report,) = (tmp_path / "cache").rglob("report.json")
+    assert json.loads(report.read_text())["traits"]["answer left out"] == 2
+
+
+def test_prepared_prompts_that_leave_no_room_are_left_out_and_counted(rows, tmp_path, capsys):
+    path = prepare(
+        tmp_path / "p",
+        "".join(json.dumps(row) + "\n" for row in ROWS),
+        max_length=400,
+        type="prompt",
+    )
+    _, whole = rows(path)
+    assert len(whole) == 4 and "longer than" not in capsys.readouterr().err
+    args, found = rows(path, *SHORT)
+    assert len(found) == 3
+    said = capsys.readouterr().err
+    assert (
+        "--prompt_dataset: 1 of 4 rows are longer than 80 tokens (--max_length 100 less "
+        "--max_seq_len 20)" in said
+    )
+    batch = DataCollatorForPromptDataset(tiny_tokenizer(), args.max_length - args.max_seq_len)(
+        [*found]
+    )
+    assert batch["input_ids"].shape[1] <= 80 and batch["gt_answer"] == ["2", "4", "-"]
+    with pytest.raises(
+        ValueError, match="longer than 5 tokens .*nothing is left; raise --max_length"
+    ):
+        rows(path, "--max_length", "25", "--max_seq_len", "20")
+
+
+def test_rows_of_another_type_are_refused(rows, tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS[1:3])
+    answers, prompts = (
+        prepare(tmp_path / name, text, max_length=400, type=name) for name in ("sft", "prompt")
+    )
+    with pytest.raises(
+        ValueError,
+        match="--prompt_dataset .* is prepared for sft .*prepare_dataset.py --type prompt",
+    ):
+        rows(answers)
+    args, _ = rows(prompts, "--ptx_dataset", prompts, "--ptx_coef", "0.1")
+    with pytest.raises(
+        ValueError, match="--ptx_dataset .* has no labels: prepared for prompt.*--type sft"
+    ):
+        ptx_rows(args, tiny_tokenizer(), None)
+
+
+def test_conversations_beside_them_are_not_cut_to_the_prompts_number(rows, tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS[1:3])
+    answers, prompts = (
+        prepare(tmp_path / name, text, max_length=400, type=name) for name in ("sft", "prompt")
+    )
+    args, found = rows(prompts, "--ptx_dataset", answers, "--ptx_coef", "0.1", "--max_samples", "1")
+    assert len(found) == 1 and len(ptx_rows(args, tiny_tokenizer(), None)) == 2
+    assert args._prepared == {"train": [prompts]}
+    args, _ = rows(prompts, "--ptx_dataset", answers)
+    assert ptx_rows(args, tiny_tokenizer(), None) is None  # --ptx_coef is 0
+
+
+def test_evaluation_prompts_are_prompts(raw, rows, tmp_path):
+    path = prepare(
+        tmp_path / "p",
+        "".join(json.dumps(row) + "\n" for row in ROWS),
+        max_length=400,
+        type="prompt",
+    )
+    args, _ = rows(path, *SHORT, "--eval_prompt_dataset", path)
+    found = evaluation_rows(args, tiny_tokenizer(), None, "prompt")
+    assert len(found) == 3 and "gt_answer" in found.column_names
+
+
+def test_too_few_prompts_for_an_episode(rows, tmp_path, monkeypatch):
+    path = prepare(
+        tmp_path / "p",
+        "".join(json.dumps(row) + "\n" for row in ROWS),
+        max_length=400,
+        type="prompt",
+    )
+    small = ["--num_collect_steps", "2", "--train_batch_size", "1", "--accumulation_steps", "2"]
+    args, found = rows(path, *small, "--experience_batch_size", "2")
+    check_prompts(args, ParallelOptions(), found)
+    args, found = rows(path, *small, "--experience_batch_size", "3")
+    with pytest.raises(
+        ValueError,
+        match="holds 4 prompts, an episode takes 6 .*x --experience_batch_size 3 x 1 data",
+    ):
+        check_prompts(args, ParallelOptions(), found)
+    args, found = rows(path, *small, "--experience_batch_size", "2", "--ptx_batch_size", "3")
+    with pytest.raises(ValueError, match="--ptx_dataset holds 4 rows, one step takes 6"):
+        check_prompts(args, ParallelOptions(), found, ptx=found)
+
+
+def test_ground_truths_that_are_missing(raw, rows):
+    _, found = rows(raw([*ROWS[:2], line("And now?")]))
+    check_gt_answers(found, None)
+    check_gt_answers(None, Rewards(["gsm8k"]))
+    check_gt_answers(found, Rewards(["length"]))
+    check_gt_answers(found.select([0, 1]), Rewards(["gsm8k"]))
+    with pytest.raises(
+        ValueError, match="1 of 3 prompts have no gt_answer .*the first: row 2.*gsm8k, length"
+    ):
+        check_gt_answers(found, Rewards(["gsm8k", "length"]))
+    with pytest.raises(
+        ValueError, match="--eval_prompt_dataset has no gt_answer, which --reward_functions gsm8k"
+    ):
+        check_gt_answers(
+            found.remove_columns("gt_answer"), Rewards(["gsm8k"]), "eval_prompt_dataset"
+        )

@@ -1,0 +1,36 @@
+"""Where a run starts: what ``--checkpoint_path auto`` finds, and what it will not write over."""
+
+from argparse import Namespace
+
+import pytest
+
+from coati.recipes.resume import Resume, find_resume
+
+
+def arguments(save_dir, **values) -> Namespace:
+    named = {"checkpoint_path": "auto", "checkpoint_weights_only": False, "dry_run": False}
+    return Namespace(save_dir=str(save_dir), **named | values)
+
+
+def test_auto_with_nothing_there_starts_and_says_so(tmp_path, capsys):
+    assert find_resume(arguments(tmp_path / "new")) == Resume()
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_auto_does_not_replace_a_finished_model_without_checkpoints(tmp_path):
+    (tmp_path / "modeling").mkdir()
+    with pytest.raises(ValueError) as error:
+        find_resume(arguments(tmp_path))
+    for part in (
+        "--checkpoint_path auto",
+        "holds a finished model",
+        "--save_dir",
+        f"--pretrain {tmp_path}/modeling",
+    ):
+        assert part in str(error.value)
+    assert (tmp_path / "modeling").is_dir()
+
+
+def test_a_dry_run_beside_a_finished_model_is_fine(tmp_path):
+    (tmp_path / "modeling").mkdir()
+    assert find_resume(arguments(tmp_path, dry_run=True)) == Resume()

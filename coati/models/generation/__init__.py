@@ -5,7 +5,7 @@ from coati.utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "Sampling": "loop",
+        "Sampling": "sampling",
         "generate": "loop",
         "generate_streaming": "loop",
     },

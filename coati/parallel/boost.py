@@ -1,9 +1,9 @@
 """A model becomes an Engine: plugin, optimizer and schedule put together in one place."""
 
 import inspect
-import shutil
+from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from coati.parallel.compat.cpu.malloc import keep_freed_memory
 from coati.parallel.compat.import_colossalai import import_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
+from coati.parallel.optimizer import OptimizerSettings, build_optimizer
 from coati.parallel.plugins import (
     PLUGINS,
     ParallelOptions,
@@ -27,8 +28,6 @@ from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-BETAS = (0.9, 0.95)
 
 
 def prepare_colossalai() -> None:
@@ -47,18 +46,17 @@ def boost(
     model: nn.Module,
     options: ParallelOptions,
     *,
-    lr: float = 5e-6,
-    weight_decay: float = 0.1,
+    optimizer: OptimizerSettings | None = None,
     total_steps: int = 1,
-    warmup_steps: int | None = None,
     custom_policy: Any = None,
-    head_lr: float | None = None,
+    **changes: Any,
 ) -> Engine:
     """Wrap ``model`` for training under ``options`` and return its :class:`Engine`.
 
-    One plugin instance is made per call, because a custom policy belongs to the plugin. AdamW with
-    betas (0.9, 0.95); linear warm-up over ``warmup_steps`` optimizer steps, then cosine to 0.1
-    ``lr`` at ``total_steps``. ``head_lr``: the rate of a scalar head, in place of ``lr``.
+    One plugin instance is made per call, because a custom policy belongs to the plugin. The
+    schedule is linear warmup, then cosine decay to 0.1 ``lr`` at ``total_steps``. ``changes``:
+    fields of :class:`~coati.parallel.optimizer.OptimizerSettings` (``lr``, ...) that override those
+    of ``optimizer``.
 
     Raises:
         ValueError: naming the flag, when the model or the plugin cannot do what ``options`` ask.
@@ -79,11 +77,12 @@ def boost(
         check_packs(model, options)
     check_scalar(model, options)
     plugin = make_plugin(options, custom_policy)
-    optimizer = _optimizer(model, options, lr, weight_decay, head_lr)
-    schedule = cosine_with_warmup(optimizer, total_steps, warmup_steps)
+    settings = replace(optimizer or OptimizerSettings(), **changes)
+    adam = build_optimizer(model, options, settings)
+    schedule = cosine_with_warmup(adam, total_steps, settings.warmup_steps)
     booster = _booster(plugin, options)
-    model, optimizer, _, _, schedule = booster.boost(model, optimizer, lr_scheduler=schedule)
-    return Engine(booster, model, optimizer, schedule, options, packing)
+    model, adam, _, _, schedule = booster.boost(model, adam, lr_scheduler=schedule)
+    return Engine(booster, model, adam, schedule, options, packing)
 
 
 def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> PaddingFree | None:
@@ -198,50 +197,3 @@ def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
         logger.warning_once(note)
     if options.pp > 1:
         model.config.use_cache = False
-
-
-def _optimizer(
-    model: nn.Module,
-    options: ParallelOptions,
-    lr: float,
-    weight_decay: float,
-    head_lr: float | None,
-) -> torch.optim.Optimizer:
-    parameters = _groups(model, head_lr)
-    keywords = {"lr": lr, "betas": BETAS, "weight_decay": weight_decay}
-    if options.plugin in ("gemini", "gemini_auto") or (torch.cuda.is_available() and can_compile()):
-        from colossalai.nn.optimizer import HybridAdam
-
-        return HybridAdam(parameters, adamw_mode=True, **keywords)
-    if torch.cuda.is_available():
-        logger.warning_once(
-            "the optimizer is PyTorch's AdamW: ColossalAI's own needs nvcc, ninja and g++ to be "
-            "compiled here."
-        )
-    fused = (
-        {"fused": True}
-        if options.plugin not in ("zero2_cpu",) and not options.zero_cpu_offload
-        else {}
-    )
-    return partial(torch.optim.AdamW, **fused)(parameters, **keywords)
-
-
-def _groups(model: nn.Module, head_lr: float | None) -> list[Any]:
-    """What is trained; with ``head_lr`` the scalar head in a group of its own."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if head_lr is None:
-        return trained
-    head = {id(parameter) for parameter in model.score.parameters()}
-    mine = [parameter for parameter in trained if id(parameter) in head]
-    return [{"params": [p for p in trained if id(p) not in head]}, {"params": mine, "lr": head_lr}]
-
-
-def can_compile() -> bool:
-    """Whether ColossalAI's CUDA kernels could be compiled here: they are, at first use."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    return (
-        CUDA_HOME is not None
-        and shutil.which("ninja") is not None
-        and shutil.which("g++") is not None
-    )

@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 
 from coati.cli.checks import SHARED_OPTIONS
-from coati.parallel.boost import can_compile
+from coati.parallel.optimizer import can_compile
 from coati.parallel.plugins import PLUGINS, ParallelOptions, check_options, resolve_options
 from coati.utils.distributed import world_size
 from coati.utils.json_io import load_json

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from coati.models.loss_registry import LOSS_TYPES
+from coati.models.loss_registry import LOSS_TYPES, SFT, PairwiseLoss, needs_reference
 
 
 def check_pairs(args: Namespace) -> None:
@@ -34,40 +34,70 @@ def check_rm(args: Namespace) -> None:
 
 
 def check_dpo(args: Namespace) -> None:
-    """Check the loss's options, and settle ``beta`` and ``gamma``."""
-    row = LOSS_TYPES[args.loss_type]
-    for flag in ("gamma", "label_smoothing"):
-        if getattr(args, flag) and flag not in row.takes:
-            takers = " or ".join(name for name, other in LOSS_TYPES.items() if flag in other.takes)
-            raise ValueError(
-                f"--{flag} does nothing with --loss_type {args.loss_type}; it belongs to {takers}"
-            )
-    if args.loss_type == "robust" and not args.label_smoothing:
+    """Check the losses and their options; settles ``loss_type`` to a list, and ``beta`` and
+    ``gamma`` where the losses agree on them."""
+    if isinstance(args.loss_type, str):
+        args.loss_type = [args.loss_type]
+    _check_losses(args)
+    losses = {name: LOSS_TYPES[name] for name in args.loss_type if name != SFT}
+    _check_loss_options(args, losses)
+    _check_reference(args)
+    for flag in ("beta", "gamma"):
+        defaults = {getattr(row, flag) for row in losses.values()}
+        if getattr(args, flag) is None and len(defaults) == 1:
+            setattr(args, flag, defaults.pop())
+
+
+def _check_losses(args: Namespace) -> None:
+    names = args.loss_type
+    given = f"--loss_type {' '.join(names)}"
+    if names == [SFT]:
         raise ValueError(
-            "--loss_type robust needs --label_smoothing, the share of pairs that are the wrong way "
+            f"{given} has no loss over pairs; add one ({', '.join(LOSS_TYPES)}), or use "
+            "train_sft.py"
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{given} names {twice[0]} twice; name it once, with --loss_weights")
+    if args.loss_weights is not None and len(args.loss_weights) != len(names):
+        raise ValueError(
+            f"--loss_weights {' '.join(f'{w:g}' for w in args.loss_weights)}: found "
+            f"{len(args.loss_weights)} weights, expected {len(names)}, one for each loss of {given}"
+        )
+    if SFT in names and args.sft_coef:
+        raise ValueError(
+            f"{given} and --sft_coef {args.sft_coef:g} both weigh the chosen response's own loss; "
+            "leave one out"
+        )
+
+
+def _check_loss_options(args: Namespace, losses: dict[str, PairwiseLoss]) -> None:
+    given = f"--loss_type {' '.join(losses)}"
+    for flag in ("gamma", "label_smoothing"):
+        if getattr(args, flag) and not any(flag in row.takes for row in losses.values()):
+            takers = " or ".join(name for name, other in LOSS_TYPES.items() if flag in other.takes)
+            raise ValueError(f"--{flag} does nothing with {given}; it belongs to {takers}")
+    if "robust" in losses and not args.label_smoothing:
+        raise ValueError(
+            f"{given} needs --label_smoothing, the share of pairs that are labeled the wrong way "
             "round"
         )
     if args.label_smoothing and args.gamma:
         raise ValueError("--label_smoothing takes no --gamma: conservative DPO has none")
-    if args.ld_alpha is not None and (row.averaged or args.length_normalization):
+    averaged = [name for name, row in losses.items() if row.averaged]
+    if args.ld_alpha is not None and (averaged or args.length_normalization):
         raise ValueError(
-            "--ld_alpha weighs tokens of a sum; averages (--length_normalization, simpo, ipo) have "
-            "none"
+            "--ld_alpha weighs tokens of a sum; averages "
+            f"({', '.join(averaged) or '--length_normalization'}) have none"
         )
-    _check_reference(args, row.reference)
-    args.beta = row.beta if args.beta is None else args.beta
-    args.gamma = row.gamma if args.gamma is None else args.gamma
 
 
-def _check_reference(args: Namespace, wanted: bool) -> None:
-    none = (
-        "--disable_reference_model"
-        if args.disable_reference_model
-        else f"--loss_type {args.loss_type}"
-    )
-    if wanted and not args.disable_reference_model:
+def _check_reference(args: Namespace) -> None:
+    if needs_reference(args.loss_type) and not args.disable_reference_model:
         check_ref_tp(args)
         return
+    none = f"--loss_type {' '.join(args.loss_type)}"
+    if args.disable_reference_model:
+        none = "--disable_reference_model"
     for flag in ("ref_tp", "precompute_ref"):
         if getattr(args, flag):
             raise ValueError(f"--{flag} does nothing with {none}: there is no reference model")

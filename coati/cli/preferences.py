@@ -1,6 +1,6 @@
 """The flags of train_rm.py, train_dpo.py, train_orpo.py and train_kto.py."""
 
-from argparse import Namespace
+from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable, Sequence
 
 from coati.cli import arguments as shared
@@ -8,20 +8,20 @@ from coati.cli import legacy, legacy_preferences
 from coati.cli.checks import check_sft
 from coati.cli.parser import Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
-from coati.cli.values import add_count, add_number, add_switch
-from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
+from coati.cli.values import add_count, add_number, add_switch, number
+from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES, SFT, full_name
 
 
 def rm_parser() -> Parser:
     """The parser of ``train_rm.py``."""
     parser = _parser(
         "train_rm.py",
-        "Reward model: learns to score the chosen answer of a pair above the rejected one.",
+        "Reward model: Bradley-Terry ranking loss on pairs of responses.",
     )
     group = parser.add_argument_group("reward model")
     group.add_argument(
         "--loss_fn",
-        choices=tuple(REWARD_LOSSES),
+        choices=REWARD_LOSSES,
         default="log_sig",
         help="-log sigmoid(chosen - rejected - margin), or log(1 + exp(rejected - chosen + margin)): the same number",
     )
@@ -45,31 +45,18 @@ def rm_parser() -> Parser:
 def dpo_parser() -> Parser:
     """The parser of ``train_dpo.py``."""
     parser = _parser(
-        "train_dpo.py", "Direct preference optimization and its family, on pairs of answers."
+        "train_dpo.py", "Direct preference optimization and its family, on pairs of responses."
     )
     group = parser.add_argument_group("preference")
-    group.add_argument(
-        "--loss_type", choices=tuple(LOSS_TYPES), default="dpo_loss", help="the loss over pairs"
-    )
-    given = f"{LOSS_TYPES['dpo_loss'].beta}, and {LOSS_TYPES['simpo_loss'].beta} for simpo_loss"
-    add_number(
-        group,
-        "--beta",
-        unit="B",
-        exclusive=True,
-        help=f"weight of the margin of a pair; default: {given}",
-    )
-    given = f"0, and {LOSS_TYPES['simpo_loss'].gamma} for simpo_loss"
-    add_number(
-        group, "--gamma", unit="G", help=f"margin to reach (dpo_loss, simpo_loss); default: {given}"
-    )
+    _add_loss_flags(group)
     add_number(
         group,
         "--label_smoothing",
         default=0.0,
         unit="E",
         most=0.4999,
-        help="share of pairs taken to be the wrong way round: conservative DPO with dpo_loss, or robust",
+        help="share of pairs taken to be labeled the wrong way round: conservative DPO with dpo_loss, "
+        "robust, exo_pair",
     )
     add_switch(group, "--length_normalization", help="average log-probs per token instead of sums")
     add_number(
@@ -77,17 +64,53 @@ def dpo_parser() -> Parser:
         "--sft_coef",
         default=0.0,
         unit="A",
-        help="adds A x the chosen answer's mean negative log-prob",
+        help="adds A x the chosen response's mean negative log-prob",
     )
     add_number(
         group,
         "--ld_alpha",
         unit="A",
         most=1,
-        help="tokens of the longer answer beyond the shorter one's length count A (LD-DPO); default: 1",
+        help="weight of the longer response's tokens beyond the shorter one's length (LD-DPO); default: 1",
     )
     _add_reference_flags(parser, switch=True, precompute=True)
     return _finished(parser, rows_each=2, accumulation_steps=1, microbatch_size=2)
+
+
+def _add_loss_flags(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--loss_type",
+        nargs="+",
+        type=full_name,
+        choices=(*LOSS_TYPES, SFT),
+        default="dpo_loss",
+        help="the loss over pairs, or several to add up, among them sft (the chosen response's mean "
+        "negative log-prob); TRL's sigmoid, ipo and hinge are read too",
+    )
+    group.add_argument(
+        "--loss_weights",
+        nargs="+",
+        type=number(0, exclusive=True),
+        metavar="W",
+        help="one weight for each name of --loss_type (MPO: sigmoid bco_pair sft with 0.8 0.2 1); "
+        "default: 1 each",
+    )
+    simpo = LOSS_TYPES["simpo_loss"]
+    add_number(
+        group,
+        "--beta",
+        unit="B",
+        exclusive=True,
+        help=f"weight of the log-ratios of a pair; default: {LOSS_TYPES['dpo_loss'].beta}, and "
+        f"{simpo.beta} for simpo_loss",
+    )
+    add_number(
+        group,
+        "--gamma",
+        unit="G",
+        help="target margin (dpo_loss, sigmoid_norm, simpo_loss); default: 0, and "
+        f"{simpo.gamma} for simpo_loss",
+    )
 
 
 def orpo_parser() -> Parser:

@@ -30,7 +30,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "GPTLMLoss": "loss",
         "LogSigLoss": "loss",
         "LogExpLoss": "loss",
-        "DpoLoss": "loss",
+        "DpoLoss": "pairwise_loss",
         "PolicyLoss": "policy_loss",
         "ValueLoss": "policy_loss",
     },

@@ -5,14 +5,12 @@ tokens. Everything is computed in fp32, whatever comes in.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coati.models.logprobs import IGNORE_INDEX, logprobs_from_logits
-from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
 
 # Nearer to probability 1 the odds of an fp32 log-prob are rounding noise, and their gradient is not
 # finite.
@@ -70,8 +68,8 @@ def log_exp_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0)
 
 
 def reward_loss(name: str) -> Callable[..., Tensor]:
-    """The function behind a name of :data:`~coati.models.loss_registry.REWARD_LOSSES`."""
-    return globals()[REWARD_LOSSES[name]]
+    """The function of a name of :data:`~coati.models.loss_registry.REWARD_LOSSES`."""
+    return {"log_sig": log_sig_loss, "log_exp": log_exp_loss}[name]
 
 
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -79,100 +77,20 @@ def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen.float() + rejected.float()).square()
 
 
-# Pairs of log-probs
-
-
-@dataclass(frozen=True)
-class PairwiseSettings:
-    """What the pairwise losses share. ``label_smoothing``: the share of pairs taken to be the wrong
-    way round."""
-
-    beta: float = 0.1
-    gamma: float = 0.0
-    label_smoothing: float = 0.0
-
-
-def dpo_loss(difference: Tensor, settings: PairwiseSettings) -> Tensor:
-    """-log sigmoid(beta d - gamma) (arXiv 2305.18290, eq. 7), (B,) -> (B,).
-
-    ``difference``: d = (log pi(chosen) - log pi(rejected)) minus the same of the reference. With
-    ``label_smoothing`` e: -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d). Without a
-    reference and with average log-probs it is SimPO.
-    """
-    margin, share = settings.beta * difference.float() - settings.gamma, settings.label_smoothing
-    if not share:
-        return -F.logsigmoid(margin)
-    return -(1 - share) * F.logsigmoid(margin) - share * F.logsigmoid(-margin)
-
-
-def robust_loss(difference: Tensor, settings: PairwiseSettings) -> Tensor:
-    """(dpo(d) (1 - e) - dpo(-d) e) / (1 - 2 e) (arXiv 2403.00409, eq. 12)."""
-    margin, share = settings.beta * difference.float(), settings.label_smoothing
-    return (-(1 - share) * F.logsigmoid(margin) + share * F.logsigmoid(-margin)) / (1 - 2 * share)
-
-
-def ipo_loss(difference: Tensor, settings: PairwiseSettings) -> Tensor:
-    """(d - 1 / (2 beta))^2 for d of average log-probs (arXiv 2310.12036, eq. 17)."""
-    return (difference.float() - 1 / (2 * settings.beta)).square()
-
-
-def hinge_loss(difference: Tensor, settings: PairwiseSettings) -> Tensor:
-    """max(0, 1 - beta d) (arXiv 2305.10425)."""
-    return F.relu(1 - settings.beta * difference.float())
-
-
-def pairwise_loss(name: str) -> Callable[[Tensor, PairwiseSettings], Tensor]:
-    """The function behind a name of :data:`~coati.models.loss_registry.LOSS_TYPES`."""
-    return globals()[LOSS_TYPES[name].function]
+# Pairs
 
 
 def length_desensitized(logps: Tensor, mask: Tensor, alpha: float) -> Tensor:
-    """Log-probs of interleaved pairs in which the longer answer's surplus counts ``alpha`` (LD-DPO,
-    arXiv 2409.06411).
+    """Log-probs of interleaved pairs in which the longer response's surplus counts ``alpha``
+    (LD-DPO, arXiv 2409.06411).
 
     ``logps``, ``mask`` (2B, S), rows 2i and 2i + 1 a pair -> (2B,). Tokens up to the length of the
-    shorter answer count fully.
+    shorter response count fully.
     """
     mask = mask.bool()
     shorter = mask.sum(1).view(-1, 2).amin(1).repeat_interleave(2)
     public = mask & (mask.cumsum(1) <= shorter[:, None])
     return masked_sum(logps, public, 1) + alpha * masked_sum(logps, mask & ~public, 1)
-
-
-class DpoLoss(nn.Module):
-    """DPO (or, with averages and no reference, SimPO) of four (B,) log-probs."""
-
-    def __init__(self, beta: float = 0.1, gamma: float = 0.0) -> None:
-        super().__init__()
-        self.settings = PairwiseSettings(beta, gamma)
-
-    def forward(
-        self,
-        chosen: Tensor,
-        rejected: Tensor,
-        ref_chosen: Tensor | None = None,
-        ref_rejected: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (B,), and the detached rewards beta (log pi - log reference) of chosen and
-        rejected.
-
-        Raises ValueError when the four are not of one shape (B,).
-        """
-        ref_chosen = torch.zeros_like(chosen) if ref_chosen is None else ref_chosen
-        ref_rejected = torch.zeros_like(rejected) if ref_rejected is None else ref_rejected
-        shapes = {tuple(t.shape) for t in (chosen, rejected, ref_chosen, ref_rejected)}
-        if len(shapes) > 1 or chosen.dim() != 1:
-            raise ValueError(
-                "expected four tensors of one shape (B,), one log-prob per row; got "
-                f"{sorted(shapes)}"
-            )
-        losses = dpo_loss((chosen - rejected) - (ref_chosen - ref_rejected), self.settings)
-        beta = self.settings.beta
-        return (
-            losses,
-            beta * (chosen - ref_chosen).detach(),
-            beta * (rejected - ref_rejected).detach(),
-        )
 
 
 class LogSigLoss(nn.Module):

@@ -1,19 +1,27 @@
 """Direct preference optimization and its family: a pairwise loss of policy and reference
 log-probs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coati.models.head import scatter_token_logprobs
-from coati.models.loss import PairwiseSettings, masked_mean, masked_sum, pairwise_loss
-from coati.models.loss_registry import LOSS_TYPES
+from coati.models.loss import masked_mean, masked_sum
+from coati.models.pairwise_loss import Pair, PairwiseObjective
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch, Step
 from coati.trainer.monitor.preference_checks import moments
-from coati.trainer.preference import PreferenceTrainer, RowLogps, in_order, sides, supervised
+from coati.trainer.preference import (
+    PreferenceTrainer,
+    RowLogps,
+    in_order,
+    interleave,
+    sides,
+    supervised,
+)
 
 # How far the first loss may be from what a policy that is its reference has, relative to it, by
 # precision.
@@ -25,11 +33,13 @@ class DPOTrainer(PreferenceTrainer):
 
     Args: ref_model: a plain frozen model; or ``reference``, a
         :class:`~coati.parallel.inference_model.InferenceModel`. Without either, batches hold
-        ``chosen_reference`` and ``reject_reference`` (B,), or there is no reference. loss_type: a
-        name of :data:`~coati.models.loss_registry.LOSS_TYPES`; its beta and gamma hold where they
-        are None. length_normalization: log-probs are means over a row's supervised tokens.
-        sft_coef: a of + a x the mean negative log-prob of the chosen answer's tokens. ld_alpha: of
-        the longer answer of a pair, tokens beyond the shorter's length count this much.
+        ``chosen_reference`` and ``reject_reference`` (B,), sums over tokens, or there is no
+        reference. loss_type: a name of :data:`~coati.models.loss_registry.LOSS_TYPES`, or several
+        with their ``loss_weights`` (default 1 each), among them perhaps "sft"; each loss's own beta
+        and gamma hold where they are None. length_normalization: every loss reads means over a
+        row's supervised tokens. sft_coef: a of + a x the mean negative log-prob of the chosen
+        response's tokens. ld_alpha: of the longer response of a pair, tokens beyond the shorter's
+        length count this much.
         starts_at_reference: the policy is the reference at step 0, so the first loss is known and
         checked.
     """
@@ -52,7 +62,8 @@ class DPOTrainer(PreferenceTrainer):
         *,
         engine: Engine | None = None,
         reference: InferenceModel | None = None,
-        loss_type: str = "dpo_loss",
+        loss_type: str | Sequence[str] = "dpo_loss",
+        loss_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         sft_coef: float = 0.0,
         ld_alpha: float | None = None,
@@ -64,15 +75,17 @@ class DPOTrainer(PreferenceTrainer):
             max_epochs,
             **keywords,
         )
-        row = LOSS_TYPES[loss_type]
-        self.settings = PairwiseSettings(
-            row.beta if beta is None else beta,
-            row.gamma if gamma is None else gamma,
-            label_smoothing,
+        self.pairwise = PairwiseObjective.of(
+            loss_type,
+            loss_weights,
+            beta=beta,
+            gamma=gamma,
+            label_smoothing=label_smoothing,
+            length_normalization=length_normalization,
+            sft_coef=sft_coef,
         )
-        self.row_logps = RowLogps(row.averaged or length_normalization, ld_alpha)
+        self.row_logps = RowLogps(ld_alpha=ld_alpha)
         self.reference = reference if ref_model is None else InferenceModel.plain(ref_model)
-        self.pairwise, self.loss_type, self.sft_coef = pairwise_loss(loss_type), loss_type, sft_coef
         self.starts_at_reference = starts_at_reference
 
     def prepare(self, batch: Batch) -> Batch:
@@ -83,23 +96,24 @@ class DPOTrainer(PreferenceTrainer):
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, mask = scatter_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch)
-        scores, both = self.row_logps(tokens, mask), batch["counted"]
-        gained = scores - batch["reference"] if "reference" in batch else scores
-        chosen, rejected = sides(gained)
-        losses, counted = self.pairwise(chosen - rejected, self.settings), both[0::2]
-        if self.sft_coef:
-            losses = losses - self.sft_coef * masked_mean(tokens, mask, 1)[0::2]
-        sums = sides(masked_sum(tokens, mask, 1).detach())
-        rewards = self.settings.beta * gained.detach()
-        good, bad = sides(rewards)
+        scores = self.row_logps(tokens, mask)
+        ref = batch["reference"] if "reference" in batch else torch.zeros_like(scores)
+        counted = batch["counted"][0::2]
+        pair = Pair(*sides(scores), *sides(ref), *sides(mask.sum(1)))
+        losses = self.pairwise(pair, -masked_mean(tokens, mask, 1)[0::2])
+        term = self.pairwise.primary
+        seen = term.view(pair)
+        chosen, rejected = (term.settings.beta * ratio.detach() for ratio in (seen.c, seen.r))
+        lp_chosen, lp_rejected = sides(masked_sum(tokens, mask, 1).detach())
+        rewards = interleave(chosen, rejected)[batch["counted"]]
         metrics = {
-            "chosen_rewards": good[counted],
-            "rejected_rewards": bad[counted],
-            "margin": (good - bad)[counted],
-            "accuracy": in_order(good, bad)[counted],
-            "lp_chosen": sums[0][counted],
-            "lp_rejected": sums[1][counted],
-            **moments(rewards[both], mask.sum(1)[both]),
+            "chosen_rewards": chosen[counted],
+            "rejected_rewards": rejected[counted],
+            "margin": (chosen - rejected)[counted],
+            "accuracy": in_order(chosen, rejected)[counted],
+            "lp_chosen": lp_chosen[counted],
+            "lp_rejected": lp_rejected[counted],
+            **moments(rewards, mask.sum(1)[batch["counted"]]),
         }
         return masked_sum(losses, counted), metrics
 
@@ -109,13 +123,10 @@ class DPOTrainer(PreferenceTrainer):
     def _first_loss(self, step: Step) -> list[str]:
         """At the first step, how its loss differs from that of a policy that is its reference, and
         the likely cause."""
-        expected, gamma = LOSS_TYPES[self.loss_type].at_reference, self.settings.gamma
-        known = (
-            self.starts_at_reference and expected is not None and not gamma and not self.sft_coef
-        )
+        wanted = self.pairwise.at_reference()
+        known = self.starts_at_reference and wanted is not None
         if self.state.step != 1 or not known or not step.num_terms:
             return []
-        wanted = expected(self.settings.beta)
         if abs(step.loss - wanted) <= TOLERANCE[self.engine.options.precision or "fp32"] * wanted:
             return []
         if self.reference is None:

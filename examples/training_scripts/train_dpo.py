@@ -8,7 +8,7 @@ from coati.cli.preferences import parse_dpo
 
 def main(args: Namespace) -> None:
     from coati.dataset import DataCollatorForPreferenceDataset
-    from coati.models.loss_registry import LOSS_TYPES
+    from coati.models.loss_registry import needs_reference
     from coati.recipes import build, data, finish
     from coati.recipes import eval_samples as samples
     from coati.recipes import preference_data_checks as preference_data
@@ -36,13 +36,14 @@ def main(args: Namespace) -> None:
         apply_loss_mask=not args.disable_loss_mask,
         pad_to_multiple_of=options.sequence_multiple,
     )
-    wanted = LOSS_TYPES[args.loss_type].reference and not args.disable_reference_model
+    wanted = needs_reference(args.loss_type) and not args.disable_reference_model
     trainer = DPOTrainer(
         engine=engine,
         reference=references.reference(args, options, engine)
         if wanted and not args.precompute_ref
         else None,
         loss_type=args.loss_type,
+        loss_weights=args.loss_weights,
         beta=args.beta,
         gamma=args.gamma,
         label_smoothing=args.label_smoothing,

@@ -79,9 +79,51 @@ def test_beta_and_gamma_are_those_of_the_loss_unless_given(parse, words, beta, g
     assert (args.beta, args.gamma) == (beta, gamma)
 
 
+def test_losses_are_named_as_trl_names_them_and_added_up(parse):
+    assert parse("dpo").loss_type == ["dpo_loss"]
+    args = parse(
+        "dpo", ["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"]
+    )
+    assert args.loss_type == ["dpo_loss", "bco_pair", "sft"]
+    assert (args.loss_weights, args.beta, args.gamma) == ([0.8, 0.2, 1.0], 0.1, 0.0)
+    args = parse("dpo", ["--loss_type", "dpo_loss", "simpo_loss"])
+    assert (args.beta, args.gamma, args.loss_weights) == (None, None, None)  # each its own
+
+
 @pytest.mark.parametrize(
     "name, words, said",
     [
+        (
+            "dpo",
+            ["--loss_type", "sft"],
+            "--loss_type sft has no loss over pairs; add one (dpo_loss",
+        ),
+        (
+            "dpo",
+            ["--loss_type", "ipo", "ipo_loss"],
+            "--loss_type ipo_loss ipo_loss names ipo_loss twice",
+        ),
+        (
+            "dpo",
+            ["--loss_type", "dpo_loss", "sft", "--loss_weights", "0.5"],
+            "--loss_weights 0.5: found 1 weights, expected 2, one for each loss of --loss_type dpo_loss",
+        ),
+        ("dpo", ["--loss_weights", "0"], "argument --loss_weights: expected a number above 0"),
+        (
+            "dpo",
+            ["--loss_type", "dpo_loss", "sft", "--sft_coef", "1"],
+            "--loss_type dpo_loss sft and --sft_coef 1 both weigh the chosen response's own loss",
+        ),
+        (
+            "dpo",
+            ["--loss_type", "hinge", "apo_zero", "--gamma", "1"],
+            "--gamma does nothing with --loss_type hinge_loss apo_zero; it belongs to dpo_loss or",
+        ),
+        (
+            "dpo",
+            ["--loss_type", "dpo_loss", "ipo", "--ld_alpha", "0.5"],
+            "averages (ipo_loss) have none",
+        ),
         ("dpo", ["--loss_type", "dpo"], "invalid choice: 'dpo'"),
         (
             "dpo",

@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from coati.models.loss import (
-    DpoLoss,
     GPTLMLoss,
     LogExpLoss,
     LogSigLoss,
-    PairwiseSettings,
     balance,
     centering,
     kto_baseline,
@@ -24,10 +22,9 @@ from coati.models.loss import (
     masked_mean,
     masked_sum,
     odds_ratio_loss,
-    pairwise_loss,
     reward_loss,
 )
-from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
+from coati.models.loss_registry import REWARD_LOSSES
 
 LN2 = math.log(2)
 
@@ -68,85 +65,8 @@ def test_gpt_lm_loss_is_shifted_cross_entropy():
     assert GPTLMLoss()(logits, torch.full_like(labels, -100)).item() == 0
 
 
-def test_dpo_at_the_reference_is_log_two():
-    zero = torch.zeros(3)
-    assert_close(DpoLoss(beta=0.1)(zero, zero, zero, zero)[0], tensor(LN2, LN2, LN2))
-
-
-def test_dpo_by_hand():
-    """Differences 0, 10 and 20: beta d = 0, 1, 2."""
-    chosen, rejected = tensor(-0.5, -10.0, -1.0), tensor(-0.1, -30.0, -21.0)
-    ref_chosen, ref_rejected = tensor(-0.5, -10.1, -0.1), tensor(-0.1, -20.1, -0.1)
-    values, good, bad = DpoLoss(0.1)(chosen, rejected, ref_chosen, ref_rejected)
-    assert_close(values, tensor(0.693147, 0.313262, 0.126928), atol=1e-6, rtol=0)
-    assert_close(good, tensor(0.0, 0.01, -0.09), atol=1e-6, rtol=0)
-    assert_close(bad, tensor(0.0, -0.99, -2.09), atol=1e-6, rtol=0)
-
-
-FOUR = tensor(-3.0, -2.5, -4.0, -1.5) - tensor(-5.0, -3.5, -6.0, -2.5)
-FOUR_REFERENCE = tensor(-2.8, -2.3, -3.8, -1.4) - tensor(-3.2, -2.7, -4.2, -1.8)
-
-
-def test_four_pairs_with_and_without_smoothing():
-    """d = 2 - .4 = 1.6 and 1 - .4 = .6; smoothed by .1: dpo + .1 beta d."""
-    d = FOUR - FOUR_REFERENCE
-    plain = pairwise_loss("dpo_loss")(d, PairwiseSettings(0.1))
-    smoothed = pairwise_loss("dpo_loss")(d, PairwiseSettings(0.1, label_smoothing=0.1))
-    assert_close(plain, tensor(0.616344, 0.663597, 0.616344, 0.663597), atol=1e-6, rtol=0)
-    assert_close(smoothed, tensor(0.632344, 0.669597, 0.632344, 0.669597), atol=1e-6, rtol=0)
-
-
-# name, d, settings, expected: each worked with the formula's own arithmetic
-BY_HAND = [
-    ("dpo_loss", 4.0, PairwiseSettings(0.5, gamma=1.0), math.log(1 + math.exp(-1.0))),
-    ("simpo_loss", 0.5, PairwiseSettings(2.0, gamma=1.4), math.log(1 + math.exp(0.4))),
-    ("ipo_loss", 3.0, PairwiseSettings(0.1), 4.0),  # (3 - 5)^2
-    ("ipo_loss", 0.0, PairwiseSettings(0.1), 25.0),  # 1 / (4 beta^2)
-    ("hinge_loss", 4.0, PairwiseSettings(0.1), 0.6),
-    ("hinge_loss", 11.0, PairwiseSettings(0.1), 0.0),
-    ("hinge_loss", -10.0, PairwiseSettings(0.1), 2.0),
-    # beta d = 1: dpo(d) = .313262, dpo(-d) = 1.313262; (.313262 x .8 - 1.313262 x .2) / .6
-    (
-        "robust",
-        10.0,
-        PairwiseSettings(0.1, label_smoothing=0.2),
-        (0.3132617 * 0.8 - 1.3132617 * 0.2) / 0.6,
-    ),
-]
-
-
-@pytest.mark.parametrize("name, d, settings, expected", BY_HAND)
-def test_pairwise_losses_by_hand(name, d, settings, expected):
-    assert pairwise_loss(name)(tensor(d), settings).item() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", [name for name, row in LOSS_TYPES.items() if row.at_reference])
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_at_the_reference_each_loss_is_what_the_table_says(name, beta):
-    share = 0.2 if "label_smoothing" in LOSS_TYPES[name].takes else 0.0
-    found = pairwise_loss(name)(torch.zeros(2), PairwiseSettings(beta, label_smoothing=share))
-    assert_close(found, torch.full((2,), LOSS_TYPES[name].at_reference(beta)))
-
-
-@pytest.mark.parametrize("name", LOSS_TYPES)
-def test_a_larger_margin_never_costs_more_and_extremes_stay_finite(name):
-    settings = PairwiseSettings(0.1, label_smoothing=0.1 if name == "robust" else 0.0)
-    d = torch.tensor([-1e4, -1.0, 0.0, 1.0, 4.0], requires_grad=True)
-    values = pairwise_loss(name)(d, settings)
-    (gradient,) = torch.autograd.grad(values.sum(), d)
-    assert values.isfinite().all() and gradient.isfinite().all() and (gradient <= 0).all()
-
-
 def test_each_name_has_its_function():
-    assert all(callable(pairwise_loss(name)) for name in LOSS_TYPES)
     assert all(callable(reward_loss(name)) for name in REWARD_LOSSES)
-
-
-def test_log_probs_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"\(B,\)"):
-        DpoLoss()(torch.zeros(2, 3), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"\(B,\)"):
-        DpoLoss()(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2))
 
 
 def test_reward_losses_by_hand_are_one_number():
@@ -206,7 +126,7 @@ def test_balance_by_hand():
 
 
 def test_length_desensitized_by_hand():
-    """Answers of 3 and 1 tokens: of the longer, the first token counts fully, the two others
+    """Responses of 3 and 1 tokens: of the longer, the first token counts fully, the two others
     half."""
     logps = torch.tensor([[math.nan, -1.0, -2.0, -4.0], [math.nan, math.nan, -8.0, math.nan]])
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]])

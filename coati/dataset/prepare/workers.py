@@ -74,7 +74,7 @@ def _start_worker(worker: Worker, inherited: int | None) -> None:
     global _worker
     _worker = worker
     # What was there before the fork stays shared with the parent: collections do not touch it
-    gc.boost_for_inference()
+    gc.freeze()
     if inherited is not None:
         os.close(inherited)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers

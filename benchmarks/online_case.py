@@ -59,8 +59,8 @@ def prepare(folder: Path | None = None) -> Path:
         return folder
     from benchmarks.preference_case import write_models
     from coati.dataset import setup_conversation_template
-    from coati.dataset.rows.formats import READERS
-    from coati.dataset.rows.tokenization import TOKENIZERS
+    from coati.dataset.data_types import DATA_TYPES
+    from coati.dataset.rows.formats import read_row
     from coati.models import load_tokenizer
 
     tokenizer = load_tokenizer(str(sft_case.prepare() / "model"))
@@ -68,7 +68,7 @@ def prepare(folder: Path | None = None) -> Path:
     template = setup_conversation_template(tokenizer, str(path))
     lines = open(sft_case.ROOT / "examples" / "data" / "prompt.jsonl", encoding="utf-8")
     made = [
-        TOKENIZERS["prompt"](READERS["prompt"](json.loads(line)), template, 10_000)[0][0]
+        DATA_TYPES["prompt"].tokenize(read_row("prompt", json.loads(line)), template, 10_000)[0][0]
         for line in lines
     ]
     fitting = [row for row in made if row["seq_length"] <= LONGEST_PROMPT]

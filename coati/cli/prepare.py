@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.dataset.rows.formats import FORMATS, FORMATS_OF, READERS
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import FORMATS, FORMATS_OF
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO, DEFAULT_OVERLAP_WORDS, TEMPLATE_MODES
 
 # The flags that are attributes of coati.dataset.clean.cleaning.Cleaning.
@@ -28,7 +29,7 @@ def prepare_parser() -> Parser:
         usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL [flags]",
         description="Raw rows to the tokenized shards that training reads, and a report of every row's fate.",
     )
-    parser.add_argument("--type", choices=READERS, help="what the rows are for (required)")
+    parser.add_argument("--type", choices=DATA_TYPES, help="what the rows are for (required)")
     parser.add_argument(
         "--data_input_dirs",
         nargs="+",
@@ -215,7 +216,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
     if args.check_template:
         return args
     if args.type is None:
-        parser.error(f"--type is required, what the rows are for: {', '.join(READERS)}")
+        parser.error(f"--type is required, what the rows are for: {', '.join(DATA_TYPES)}")
     if not args.data_input_dirs:
         parser.error("--data_input_dirs is required: the files or folders to read")
     if args.format not in (None, *FORMATS_OF[args.type]):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100
+from coati.utils.constants import IGNORE_INDEX
+
 CHUNK_BYTES = (
     128 * 2**20
 )  # of fp32 logits: large enough for full matrix speed, small beside a model

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from coati.dataset.chat.conversation import Conversation
+from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
 from coati.dataset.load.loader import (
     check_window,
@@ -19,7 +20,6 @@ from coati.dataset.load.loader import (
     row_lengths,
 )
 from coati.dataset.prepare.prepare import prepare_dataset
-from coati.dataset.prepare.shards import SCHEMAS
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.readers import kind_of
 from coati.parallel.plugins import ParallelOptions
@@ -29,15 +29,6 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# The columns that hold token ids, by type of row.
-TOKENS = {
-    "sft": ("input_ids",),
-    "prompt": ("input_ids",),
-    "preference": ("chosen_input_ids", "rejected_input_ids"),
-    "kto": ("prompt", "completion"),
-}
-# What only rows of another type have: SFT rows hold the prompt and its answer.
-NOT_OF = {"prompt": ("labels", "sft")}
 HELD_OUT = (
     "validation",
     "test",
@@ -78,14 +69,17 @@ def rows_of(
     if mode == "train" and args.max_samples:
         rows = rows.select(range(min(args.max_samples, len(rows))))
     first = rows[: min(len(rows), 256)]
-    largest = max((max(row) for name in TOKENS[type] for row in first[name] if row), default=0)
+    largest = max(
+        (max(row) for name in DATA_TYPES[type].token_columns for row in first[name] if row),
+        default=0,
+    )
     if largest >= len(tokenizer):
         raise ValueError(
             f"--{flag} {paths[0]} holds token id {largest}, the tokenizer has {len(tokenizer)} "
             "tokens; prepare the "
             "data with this model's tokenizer"
         )
-    return rows if type == "sft" else _fitting(rows, args, flag, type)
+    return rows if DATA_TYPES[type].is_cut else _fitting(rows, args, flag, type)
 
 
 def evaluation_rows(args: Namespace, tokenizer: Any, template: Conversation | None, type: str):
@@ -144,36 +138,36 @@ def _train_split(path: str) -> str | None:
 
 
 def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
-    column, other = NOT_OF.get(type, (None, None))
-    if column in rows.column_names:
-        raise ValueError(
-            f"--{flag} {path} is prepared for {other} (column {column}), this script reads rows of "
-            f"type {type} there; "
-            f"prepare them with prepare_dataset.py --type {type}"
+    found, needed = types_of(rows.column_names), DATA_TYPES[type].needed_columns
+    remedy = f"prepare them with prepare_dataset.py --type {type}"
+    if missing := [name for name in needed if name not in rows.column_names]:
+        what = (
+            f"prepared for {found[0].name}" if found else f"columns {', '.join(rows.column_names)}"
         )
-    wanted = (*TOKENS[type], "labels") if type == "sft" else TOKENS[type]
-    if missing := [name for name in wanted if name not in rows.column_names]:
-        found = [
-            kind for kind, schema in SCHEMAS.items() if set(rows.column_names) <= set(schema.names)
-        ]
-        what = f"prepared for {found[0]}" if found else f"columns {', '.join(rows.column_names)}"
         raise ValueError(
             f"--{flag} {path} has no {missing[0]}: {what}. This script reads rows of type {type} "
-            "there; prepare them "
-            f"with prepare_dataset.py --type {type}"
+            f"there; {remedy}"
+        )
+    # Rows for sft hold a prompt's columns, too, and its answer with them.
+    fuller = found[0]
+    if set(needed) < set(fuller.needed_columns):
+        column = next(name for name in fuller.needed_columns if name not in needed)
+        raise ValueError(
+            f"--{flag} {path} is prepared for {fuller.name} (column {column}), this script reads "
+            f"rows of type {type} there; {remedy}"
         )
 
 
 def _longest(args: Namespace, type: str) -> int:
     """Tokens that a row may have; a prompt leaves room for its response."""
-    return args.max_length - args.max_seq_len if type == "prompt" else args.max_length
+    return args.max_length - (args.max_seq_len if DATA_TYPES[type].leaves_room else 0)
 
 
 def _fitting(rows: Any, args: Namespace, flag: str, type: str):
     """Pairs, judged answers and prompts are never cut: without those that are too long, which are
     counted."""
     most, limit = _longest(args, type), f"--max_length {args.max_length}"
-    if type == "prompt":
+    if DATA_TYPES[type].leaves_room:
         limit = f"{most} tokens ({limit} less --max_seq_len {args.max_seq_len})"
     fits = np.flatnonzero(row_lengths(rows) <= most)
     if left_out := len(rows) - len(fits):

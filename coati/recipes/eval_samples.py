@@ -5,6 +5,7 @@ from collections.abc import Callable
 from os.path import commonprefix
 from typing import Any
 
+from coati.dataset.data_types import type_of_row
 from coati.models.generation.loop import Sampling
 from coati.models.generation.response_table import format_samples, left_pad, without_stop
 from coati.parallel.engine import Engine
@@ -34,14 +35,8 @@ def table_of(
 
 def _prompt(row: dict[str, Any]) -> list[int]:
     """The tokens before the first supervised one, at most the last ``PROMPT_TOKENS``."""
-    if "prompt" in row:  # of a judged answer
-        return row["prompt"][-PROMPT_TOKENS:]
-    if "chosen_input_ids" in row:
-        ids, marked = row["chosen_input_ids"], row["chosen_loss_mask"]
-    else:
-        ids, marked = row["input_ids"], [label != -100 for label in row["labels"]]
-    first = next((i for i, is_marked in enumerate(marked) if is_marked), len(marked))
-    return ids[:first][-PROMPT_TOKENS:] or ids[:1]
+    side = type_of_row(row).sides(row)[0]
+    return side.prompt()[-PROMPT_TOKENS:] or side.ids[:1]
 
 
 def what_differs(prompts: list[list[int]]) -> list[list[int]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from coati.dataset.data_types import type_of_row
 from coati.models.loss import balance
 from coati.utils.logging import get_logger
 
@@ -20,15 +21,10 @@ def check_ends(rows: Any, tokenizer: Any, template: Any) -> None:
     ends = {tokenizer.eos_token_id}
     if template is not None:
         ends |= {stop[-1] for stop in template.stop_ids if stop}
-    first = rows[: min(len(rows), LOOKED_AT)]
-    if "completion" in rows.column_names:
-        last = [row[-1] for row in first["completion"] if row]
-    else:
-        pairs = zip(first["chosen_input_ids"], first["chosen_loss_mask"], strict=True)
-        last = [
-            next((ids[i] for i in reversed(range(len(ids))) if mask[i]), None)
-            for ids, mask in pairs
-        ]
+    first = [
+        type_of_row(row).sides(row)[0] for row in rows.select(range(min(len(rows), LOOKED_AT)))
+    ]
+    last = [side.ids[side.end() - 1] if side.end() else None for side in first]
     if not ends & set(last):
         logger.info(
             f"sign of trouble: none of the first {len(last)} answers of --dataset ends with a "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import EvaluationLoader
 from coati.models.loading import disable_dropout, load_causal_lm
 from coati.parallel.engine import Engine
@@ -18,7 +19,7 @@ from coati.parallel.inference_model import InferenceModel, boost_for_inference
 from coati.parallel.optimizer_state import random_state, set_random_state
 from coati.parallel.plugins import ParallelOptions
 from coati.recipes import build, data
-from coati.recipes.resume import TOKEN_COLUMNS, Resume
+from coati.recipes.resume import Resume
 from coati.trainer.precompute_reference import reference_of_rows, with_columns
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0
 from coati.utils.logging import get_logger

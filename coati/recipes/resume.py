@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import row_lengths
 from coati.parallel.checkpoint import (
     RunningState,
@@ -23,8 +24,6 @@ from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-TOKEN_COLUMNS = ("input_ids", "chosen_input_ids", "rejected_input_ids", "prompt", "completion")
 
 
 @dataclass

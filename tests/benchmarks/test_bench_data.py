@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from coati.dataset import setup_conversation_template
-from coati.dataset.rows.formats import READERS
-from coati.dataset.rows.tokenization import TOKENIZERS
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import read_row
 from tests.dataset.makers import chatml_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,10 @@ def both(bench, template, type: str, rows: int = 20):
         :rows
     ]:
         theirs = bench.CONVERT[type](json.loads(line), template.tokenizer, 10_000)
-        yield theirs, TOKENIZERS[type](READERS[type](json.loads(line)), template, 10_000)[0][0]
+        yield (
+            theirs,
+            DATA_TYPES[type].tokenize(read_row(type, json.loads(line)), template, 10_000)[0][0],
+        )
 
 
 def same_but_for_line_breaks(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from coati.dataset import load_tokenized_dataset
-from coati.dataset.rows.formats import READERS
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import REASONS
 from tests.dataset.makers import chatml_tokenizer
 
@@ -80,9 +81,9 @@ def test_what_training_is_given_was_prepared_before(followed):
 
 def test_the_rows_on_the_page_are_read():
     rows = re.findall(r"^\| (\w+) \|.*?\| `(\{.*\})` \|$", PAGE, re.MULTILINE)
-    assert [type for type, _ in rows] == list(READERS)
+    assert [type for type, _ in rows] == list(DATA_TYPES)
     for type, row in rows:
-        assert READERS[type](json.loads(row)).shape in ("messages", type)
+        assert read_row(type, json.loads(row)).format in ("messages", type)
 
 
 def test_every_reason_is_on_the_page():

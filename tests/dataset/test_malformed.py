@@ -533,7 +533,8 @@ def test_what_is_odd_but_good_is_read(content, tmp_path, tokenizers, monkeypatch
 def test_random_damage_is_always_named():
     """Bytes changed, lost and put in at random, in rows of every sample: each is read, or refused
     with a reason."""
-    from coati.dataset.rows.formats import READERS
+    from coati.dataset.data_types import DATA_TYPES
+    from coati.dataset.rows.formats import read_row
     from coati.dataset.rows.input_files import decode
     from coati.dataset.rows.row_errors import REASONS, RowError
 
@@ -551,7 +552,7 @@ def test_random_damage_is_always_named():
             place = chance.randrange(len(row))
             row[place : place + chance.choice([0, 0, 1, 9])] = chance.choice(pieces)
         try:
-            READERS[chance.choice(list(READERS))](decode(bytes(row)))
+            read_row(chance.choice(list(DATA_TYPES)), decode(bytes(row)))
         except RowError as error:
             assert error.reason in REASONS and error.detail
             str(error).encode("utf-8")

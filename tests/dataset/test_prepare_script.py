@@ -11,7 +11,7 @@ import pytest
 
 from coati.cli.prepare import parse_prepare
 from coati.dataset import load_tokenized_dataset
-from coati.dataset.rows.tokenization import COLUMNS
+from coati.dataset.data_types import DATA_TYPES
 from tests.cli.documented import documented_commands
 from tests.dataset.makers import byte_level, chatml_tokenizer
 
@@ -178,7 +178,7 @@ def test_the_other_types_as_a_user_prepares_them(
     report = json.loads((tmp_path / "jsonl" / "report.json").read_text())
     assert (report["type"], report["rows_kept"], report["rows_read"]) == (type, 30, 30)
     table = load_tokenized_dataset(str(tmp_path / "arrow"))
-    assert len(table) == 30 and table.column_names == list(COLUMNS[type])
+    assert len(table) == 30 and table.column_names == list(DATA_TYPES[type].columns)
 
 
 def test_a_format_of_another_type_is_refused(capsys):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from coati.dataset import load_tokenized_dataset, setup_conversation_template
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.prepare import prepare_dataset
-from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.readers import decode, read_rows
-from coati.dataset.rows.tokenization import TOKENIZERS
 from tests.dataset.makers import chatml_tokenizer
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
@@ -41,9 +41,11 @@ def conversation():
 def tokenized(type: str, rows: list, conversation) -> tuple[list, list[dict]]:
     """All rows as they are read, whatever their shape and what was left out at their end, and every
     column of the first 40 training rows."""
-    read = [replace(READERS[type](row), shape="", unanswered=False) for row in rows]
+    read = [replace(read_row(type, row), format="", unanswered=False) for row in rows]
     return read, [
-        columns for row in read[:40] for columns, _ in TOKENIZERS[type](row, conversation, 4000)
+        columns
+        for row in read[:40]
+        for columns, _ in DATA_TYPES[type].tokenize(row, conversation, 4000)
     ]
 
 
@@ -240,8 +242,8 @@ def test_the_samples_of_other_shapes_are_what_their_names_say():
     for path in sorted((DATA / "shapes").iterdir()):
         type, _, shape = path.stem.partition("_")
         shape = {"trl_implicit": "trl", "trl_text": "trl"}.get(shape, shape)
-        found = [READERS[type](decode(row)) for _, row in read_rows(path)]
-        assert len(found) >= 3 and {row.shape for row in found} == {shape}, path
+        found = [read_row(type, decode(row)) for _, row in read_rows(path)]
+        assert len(found) >= 3 and {row.format for row in found} == {shape}, path
         seen.setdefault(type, set()).add(shape)
     own = {
         "sft": {"messages", "alpaca", "source_target"},

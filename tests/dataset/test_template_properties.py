@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from coati.dataset import setup_conversation_template
 from coati.dataset.chat.conversation import Conversation
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.tokenization import IGNORE_INDEX, TOKENIZERS, SourceRow
+from coati.dataset.rows.source_row import SourceRow
 from coati.inference.chat import ChatSession
+from coati.utils.constants import IGNORE_INDEX
 from tests.dataset.makers import CHATML as MARKERS
 from tests.dataset.makers import (
     FAMILIES,
@@ -122,7 +124,7 @@ def test_the_supervised_text_is_the_answers_and_their_end_markers(name, merges, 
     assert template.encoder.decode(encoded.input_ids).endswith(encoded.text)
     for answer in encoded.answers():
         assert any(answer[-len(stop) :] == stop for stop in template.stop_ids)
-    ((row, truncated),) = TOKENIZERS["sft"](SourceRow(messages=turns), template, 10**6)
+    ((row, truncated),) = DATA_TYPES["sft"].tokenize(SourceRow(messages=turns), template, 10**6)
     assert not truncated and row["labels_decode"] == expected
     supervised = [token for token in row["labels"] if token != IGNORE_INDEX]
     assert supervised == [token for answer in encoded.answers() for token in answer]

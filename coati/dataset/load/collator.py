@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coati.utils.constants import IGNORE_INDEX
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-IGNORE_INDEX = -100
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, value: int, side: str = "right") -> Tensor:

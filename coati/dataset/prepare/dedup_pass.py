@@ -20,7 +20,7 @@ from coati.dataset.clean.minhash import PERMUTATIONS, NearIndex, signature
 from coati.dataset.clean.overlap import row_grams
 from coati.dataset.clean.text_normalization import whole
 from coati.dataset.prepare.shard_plan import Chunk, is_evaluation
-from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
@@ -61,7 +61,7 @@ class Survey:
 
     def _read(self, raw: Any) -> SourceRow | None:
         try:
-            return READERS[self.type](decode(raw), self.format)
+            return read_row(self.type, decode(raw), self.format)
         except RowError:
             return None
 

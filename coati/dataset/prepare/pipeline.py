@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from coati.dataset.clean.overlap import Overlap, benchmark_grams
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.dedup_pass import Refused, RowStats, Survey
 from coati.dataset.prepare.shard_plan import (
     Bin,
@@ -172,7 +173,9 @@ class Writing:
         for shard in bin.shards:
             if shard not in writers:
                 jsonl = self.place.jsonl and self.place.jsonl / f"{shard}.jsonl"
-                writers[shard] = ShardWriter(self.job.type, self.place.arrow / shard, jsonl)
+                writers[shard] = ShardWriter(
+                    DATA_TYPES[self.job.type], self.place.arrow / shard, jsonl
+                )
                 tallies[shard] = Tally()
 
     def _add(

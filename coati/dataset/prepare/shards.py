@@ -9,57 +9,19 @@ from typing import Any
 
 import pyarrow as pa
 
+from coati.dataset.types.data_type import DataType
 from coati.utils.json_io import save_json
 
-IDS = pa.list_(pa.int32())
-MASK = pa.list_(pa.bool_())
-TEXTS = pa.list_(pa.string())
-_COMMON = {"seq_length": pa.int32(), "seq_category": pa.string()}
 DATA_FILE = "data-00000-of-00001.arrow"
-SCHEMAS = {
-    "sft": pa.schema(
-        {
-            "input_ids": IDS,
-            "labels": IDS,
-            "inputs_decode": pa.string(),
-            "labels_decode": TEXTS,
-            **_COMMON,
-        }
-    ),
-    "prompt": pa.schema(
-        {"input_ids": IDS, "inputs_decode": pa.string(), **_COMMON, "gt_answer": pa.string()}
-    ),
-    "preference": pa.schema(
-        {
-            **{
-                f"{side}_{name}": kind
-                for side in ("chosen", "rejected")
-                for name, kind in (("input_ids", IDS), ("loss_mask", MASK), ("label_decode", TEXTS))
-            },
-            "margin": pa.float32(),
-            **_COMMON,
-        }
-    ),
-    "kto": pa.schema(
-        {
-            "prompt": IDS,
-            "completion": IDS,
-            "label": pa.bool_(),
-            "input_id_decode": pa.string(),
-            "completion_decode": pa.string(),
-            **_COMMON,
-        }
-    ),
-}
 
 
 def part_name(number: int) -> str:
     return f"part-{number:05d}"
 
 
-def to_arrow(type: str, rows: list[dict[str, Any]]) -> bytes:
+def to_arrow(type: DataType, rows: list[dict[str, Any]]) -> bytes:
     """``rows`` as an arrow IPC stream, which crosses a process border cheaply."""
-    schema = SCHEMAS[type]
+    schema = type.schema
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as stream:
         stream.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -70,8 +32,8 @@ class ShardWriter:
     """Writes one shard as chunks come: a ``datasets.load_from_disk`` folder and a file of JSON
     lines beside it."""
 
-    def __init__(self, type: str, folder: Path, jsonl: Path | None):
-        self.rows, self._schema, self._folder = 0, SCHEMAS[type], folder
+    def __init__(self, type: DataType, folder: Path, jsonl: Path | None):
+        self.rows, self._schema, self._folder = 0, type.schema, folder
         folder.mkdir(parents=True)
         self._hash = hashlib.blake2b(digest_size=8)
         self._file = open(folder / DATA_FILE, "wb")

@@ -4,12 +4,12 @@ without rows."""
 from dataclasses import dataclass
 from typing import Any
 
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.shard_plan import MAX_BINS
 from coati.dataset.report.report import dropped_lines
 from coati.dataset.report.row_stats import Tally
 from coati.dataset.rows.formats import FORMATS_OF
 from coati.dataset.rows.row_errors import MALFORMED, REASONS
-from coati.dataset.rows.tokenization import TOKENIZERS
 
 MOST_FREQUENT = 5
 SAME_ANSWERS = (
@@ -22,8 +22,8 @@ def check_settings(settings: dict[str, Any], eval_inputs: Any, max_bad_ratio: fl
     type, format, num_bins, eval_ratio = (
         settings[name] for name in ("type", "format", "num_bins", "eval_ratio")
     )
-    if type not in TOKENIZERS:
-        raise ValueError(f"type must be one of {', '.join(TOKENIZERS)}, found {type!r}")
+    if type not in DATA_TYPES:
+        raise ValueError(f"type must be one of {', '.join(DATA_TYPES)}, found {type!r}")
     if format not in (None, *FORMATS_OF[type]):
         raise ValueError(
             f"format {format!r} does not exist for type {type}; known: "

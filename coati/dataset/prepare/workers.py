@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import RowChecks
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.shard_plan import Chunk, Task, is_evaluation
 from coati.dataset.prepare.shards import to_arrow
 from coati.dataset.report.row_stats import Recorder, Tally
-from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.tokenization import TOKENIZERS
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every row
 
@@ -49,21 +49,22 @@ class Job:
 
     def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, Tally]:
         """``(arrow stream, JSON lines, counts)`` of one chunk."""
-        recorder, rows = Recorder(self.type, self.conversation), []
+        data_type = DATA_TYPES[self.type]
+        recorder, rows = Recorder(data_type, self.conversation), []
         for file, line, raw in chunk:
             recorder.tally.read[file] += 1
             where = f"{self.files[file]}:{line}"
             try:
-                source = READERS[self.type](decode(raw), self.format)
+                source = read_row(self.type, decode(raw), self.format)
                 self.checks.check(source, evaluation)
-                made = TOKENIZERS[self.type](source, self.conversation, self.max_length)
+                made = data_type.tokenize(source, self.conversation, self.max_length)
             except RowError as error:
                 recorder.tally.drop(error, where)
                 continue
             recorder.keep(file, line, where, source, made)
             rows += [row for row, _ in made]
         text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
-        return to_arrow(self.type, rows), text.encode("utf-8"), recorder.close()
+        return to_arrow(data_type, rows), text.encode("utf-8"), recorder.close()
 
 
 _worker: Worker | None = None

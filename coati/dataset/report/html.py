@@ -12,46 +12,10 @@ from typing import Any
 import jinja2
 
 from coati.dataset.chat.masked_text import visible
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.report.charts import bar, length_chart, share_bar
 
 LISTED = 100  # files named on the page
-CUT = "a longer conversation keeps the whole rounds that fit, and is left out when not one does."
-LEFT_OUT = "a longer row is left out, never cut."
-LONGER_SIDE = "of a pair the longer text counts, and a longer pair is left out, never cut."
-ANSWERS = (
-    "The model learns to write what is marked green and no other text; the rest it only reads."
-)
-# Per type: what stands on the page in place of the type's name.
-KINDS = {
-    "sft": {
-        "title": "conversations to learn from (sft)",
-        "what": "Each is a conversation whose answers the model learns to give.",
-        "longer": CUT,
-        "heading": "What the model will learn",
-        "learned": ANSWERS,
-    },
-    "preference": {
-        "title": "pairs of answers (preference)",
-        "what": "Each is a question with two answers, of which the chosen one is the better.",
-        "longer": LONGER_SIDE,
-        "heading": "What the model will compare",
-        "learned": "The model learns to prefer what is marked green to what is marked red; the rest it only reads.",
-    },
-    "prompt": {
-        "title": "prompts to answer (prompt)",
-        "what": "To each the model will write answers of its own, which are then scored.",
-        "longer": LEFT_OUT,
-        "heading": "What the model will be asked",
-        "learned": "This is the text after which the model begins to write.",
-    },
-    "kto": {
-        "title": "answers marked good or bad (kto)",
-        "what": "Each is a question with one answer and a label: true for a good answer, false for a bad one.",
-        "longer": LEFT_OUT,
-        "heading": "What the model will learn",
-        "learned": "The model learns to write what is green (label true) and to avoid what is red (label false).",
-    },
-}
 WHERE_USED = {
     "Latin": "English, French, German, Spanish, Turkish, ...",
     "Cyrillic": "Russian, Ukrainian, Bulgarian, ...",
@@ -66,10 +30,6 @@ WHERE_USED = {
     "none": "digits, signs or other letters only",
 }
 TRAITS = {
-    "chosen tokens": "tokens of chosen answers",
-    "rejected tokens": "tokens of rejected answers",
-    "label true": "good answers (label true)",
-    "label false": "bad answers (label false)",
     "gt_answer": "prompts with a right answer (gt_answer)",
     "answer left out": "prompts whose last turn, the assistant's, was left out",
 }
@@ -101,7 +61,7 @@ def page(report: dict[str, Any]) -> str:
     }
     return _template().render(
         report=report,
-        kind=KINDS[report["type"]],
+        kind=DATA_TYPES[report["type"]].texts,
         evaluation=report.get("part") == "evaluation",
         tiles=_tiles(report),
         fate=fate,
@@ -165,9 +125,10 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         (_number(report["rows_written"]), f"training rows in {len(report['shards'])} parts"),
         (_number(report["tokens"]), "tokens"),
     ]
-    if report["type"] != "prompt":
+    type = DATA_TYPES[report["type"]]
+    if type.supervised:
         tiles.append((_percent(report["supervised_share"]), "of the tokens are learned"))
-    if report["type"] == "sft":
+    if type.is_cut:
         tiles.append((_number(report["rows_truncated"]), "rows shortened to max_length"))
     return tiles
 
@@ -178,9 +139,10 @@ def _groups(report: dict[str, Any]) -> list[tuple[str, str, list]]:
         f"{name} ({WHERE_USED[name]})" if name in WHERE_USED else name: rows
         for name, rows in report["scripts"].items()
     }
-    traits = {TRAITS[name]: number for name, number in report["traits"].items()}
+    titles = TRAITS | DATA_TYPES[report["type"]].traits
+    traits = {titles[name]: number for name, number in report["traits"].items()}
     return [
-        ("Shape", "In which of the known layouts the rows were written.", _bars(report["shapes"])),
+        ("Format", "In which of the known formats the rows were written.", _bars(report["shapes"])),
         ("Who speaks", "Messages by role.", _bars(report["roles"])),
         (
             "Who may not speak",

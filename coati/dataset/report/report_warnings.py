@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from coati.dataset.data_types import DATA_TYPES
+
 Report = dict[str, Any]
 FEW_ROWS = 50
 MUCH_TRUNCATED = 0.10
 MUCH_DROPPED = 0.10
 LITTLE_SUPERVISED = 0.02
-LONGER = 1.5  # chosen to rejected answers, or the reverse
 
 
 def warnings_of(report: Report) -> list[str]:
@@ -53,7 +54,7 @@ def _empty_parts(report: Report) -> Iterator[str]:
 
 def _supervised(report: Report) -> Iterator[str]:
     if (
-        report["type"] != "prompt"
+        DATA_TYPES[report["type"]].supervised
         and 0 < report["tokens"]
         and report["supervised_share"] < LITTLE_SUPERVISED
     ):
@@ -66,7 +67,7 @@ def _supervised(report: Report) -> Iterator[str]:
 
 def _never_ends(report: Report) -> Iterator[str]:
     rows, ended = report["rows_written"], report["rows_ended"]
-    if report["type"] == "prompt" or ended == rows:
+    if not DATA_TYPES[report["type"]].supervised or ended == rows:
         return
     missing = (
         f"in none of the {rows} training rows"
@@ -82,43 +83,12 @@ def _never_ends(report: Report) -> Iterator[str]:
 
 def _identical(report: Report) -> Iterator[str]:
     if report["rows_written"] > 1 and not report["answers_differ"]:
-        what = {"prompt": "prompts", "preference": "chosen answers"}.get(report["type"], "answers")
+        what = DATA_TYPES[report["type"]].responses
         yield f"all {what} are identical: there is nothing to learn but one text; is the right column read?"
 
 
-def _sides(report: Report) -> Iterator[str]:
-    chosen, rejected = (
-        report["traits"].get(f"{side} tokens", 0) for side in ("chosen", "rejected")
-    )
-    if report["type"] == "preference" and min(chosen, rejected) > 0:
-        ratio = max(chosen, rejected) / min(chosen, rejected)
-        longer, shorter = ("chosen", "rejected") if chosen > rejected else ("rejected", "chosen")
-        if ratio > LONGER:
-            yield (
-                f"{longer} answers are on average {ratio:.1f} times as long as {shorter} ones: a "
-                "model may learn the "
-                "length instead of what makes an answer good"
-            )
-
-
-def _labels(report: Report) -> Iterator[str]:
-    if report["type"] == "kto":
-        for label, what in (("true", "good"), ("false", "bad")):
-            if not report["traits"].get(f"label {label}"):
-                yield f"no row has label {label}: KTO learns from {what} answers too, and needs both"
-
-
-def _ground_truths(report: Report) -> Iterator[str]:
-    having = report["traits"].get("gt_answer", 0)
-    if report["type"] == "prompt" and 0 < having < report["rows_kept"]:
-        rows = report["rows_kept"]
-        yield f"only {having} of {rows} prompts have a gt_answer: verifiable rewards cannot score the rest"
-
-
-def _answers_left_out(report: Report) -> Iterator[str]:
-    if without := report["traits"].get("answer left out", 0):
-        rows = report["rows_kept"]
-        yield f"{without} of {rows} prompts ended with an answer, which was left out: the model is to give its own"
+def _of_the_type(report: Report) -> Iterator[str]:
+    yield from DATA_TYPES[report["type"]].warnings(report)
 
 
 CHECKS: tuple[Callable[[Report], Iterator[str]], ...] = (
@@ -129,9 +99,6 @@ CHECKS: tuple[Callable[[Report], Iterator[str]], ...] = (
     _truncated,
     _supervised,
     _few_rows,
-    _labels,
-    _ground_truths,
-    _answers_left_out,
-    _sides,
+    _of_the_type,
     _empty_parts,
 )

@@ -6,16 +6,14 @@ A tally stays small whatever the number of rows: counts, a few examples and a fe
 
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import Segments, segments, shorten
 from coati.dataset.report.writing_systems import main_scripts
 from coati.dataset.rows.input_files import SourceRow
 from coati.dataset.rows.row_errors import MALFORMED, RowError
-from coati.dataset.rows.tokenization import IGNORE_INDEX
+from coati.dataset.types.data_type import Columns, DataType
 
 FIRST_FEW = 3
 SHOWN_ROWS = 3
@@ -23,32 +21,6 @@ MOST_ROLES, LONGEST_NAME = (
     20,
     40,
 )  # a column of something else taken for roles must not fill the memory
-Columns = dict[str, Any]
-
-
-@dataclass
-class Side:
-    """One token sequence of a training row: its name within the row, its ids, and one of ``marks``
-    per id, which is
-    ``off`` where nothing is learned."""
-
-    name: str
-    ids: list[int]
-    marks: list[int]
-    off: int = 0
-
-    def supervised(self) -> int:
-        return len(self.marks) - self.marks.count(self.off)
-
-    def mask(self) -> list[bool]:
-        return [mark != self.off for mark in self.marks]
-
-    def ends_with(self, stops: list[list[int]]) -> bool:
-        """Whether the last supervised run closes with one of ``stops``."""
-        last = len(self.marks)
-        while last and self.marks[last - 1] == self.off:
-            last -= 1
-        return any(self.ids[max(0, last - len(stop)) : last] == stop for stop in stops)
 
 
 @dataclass(order=True)
@@ -128,9 +100,9 @@ def choose_shown(rows: list[Shown]) -> list[Shown]:
 class Recorder:
     """Fills a Tally with the rows of one chunk; :meth:`close` completes it."""
 
-    def __init__(self, type: str, conversation: Conversation):
+    def __init__(self, type: DataType, conversation: Conversation):
         self.tally = Tally()
-        self._type, self._sides, self._decode = type, SIDES[type], conversation.encoder.decode
+        self._type, self._decode = type, conversation.encoder.decode
         eos = conversation.tokenizer.eos_token_id
         self._stops = [*conversation.stop_ids, *([] if eos is None else [[eos]])]
         self._texts: list[str] = []
@@ -143,12 +115,11 @@ class Recorder:
         tally = self.tally
         tally.kept[file] += 1
         tally.truncated += made[-1][1]
-        tally.shapes[row.shape] += 1
+        tally.shapes[row.format] += 1
         spoken = _spoken(row)
         tally.roles.update(role for role, _ in spoken)
         self._texts.append("\n".join(text for _, text in spoken))
-        if self._type == "kto":
-            tally.traits[f"label {str(row.label).lower()}"] += 1
+        tally.traits.update(self._type.traits_of(row))
         if row.gt_answer is not None:
             tally.traits["gt_answer"] += 1
         if row.unanswered:
@@ -163,7 +134,7 @@ class Recorder:
     def _count(self, columns: Columns) -> None:
         tally = self.tally
         tally.lengths[columns["seq_length"]] += 1
-        sides = self._sides(columns)
+        sides = self._type.sides(columns)
         learned = 0
         for side in sides:
             supervised = side.supervised()
@@ -191,7 +162,7 @@ class Recorder:
             self._thin_out()
         self.tally.scripts.update(main_scripts(self._texts))
         for order, where, row, columns in self._candidates:
-            sides = self._sides(columns)
+            sides = self._type.sides(columns)
             parts = [
                 (side.name, shorten(segments(side.ids, side.mask(), self._decode)))
                 for side in sides
@@ -212,12 +183,11 @@ def _spoken(row: SourceRow) -> list[tuple[str, str]]:
     return spoken
 
 
-def _notes(type: str, row: SourceRow) -> dict[str, str]:
+def _notes(type: DataType, row: SourceRow) -> dict[str, str]:
     """What a reader wants to know of a row beside its text."""
-    label = str(row.label).lower() if type == "kto" else None
     known = {
-        "shape": row.shape,
-        "label": label,
+        "format": row.format,
+        **type.notes_of(row),
         "right answer (gt_answer)": row.gt_answer,
         "margin": row.margin,
     }
@@ -226,32 +196,3 @@ def _notes(type: str, row: SourceRow) -> dict[str, str]:
         for name, value in (known | {"category": row.category}).items()
         if value is not None
     }
-
-
-def _sft_sides(columns: Columns) -> list[Side]:
-    return [Side("", columns["input_ids"], columns["labels"], IGNORE_INDEX)]
-
-
-def _prompt_sides(columns: Columns) -> list[Side]:
-    return [Side("", columns["input_ids"], [0] * len(columns["input_ids"]))]
-
-
-def _preference_sides(columns: Columns) -> list[Side]:
-    return [
-        Side(name, columns[f"{name}_input_ids"], columns[f"{name}_loss_mask"])
-        for name in ("chosen", "rejected")
-    ]
-
-
-def _kto_sides(columns: Columns) -> list[Side]:
-    prompt, completion = columns["prompt"], columns["completion"]
-    return [Side("", prompt + completion, [0] * len(prompt) + [1] * len(completion))]
-
-
-# Data type -> the token sequences of one of its training rows; the first one's end is checked.
-SIDES: dict[str, Callable[[Columns], list[Side]]] = {
-    "sft": _sft_sides,
-    "prompt": _prompt_sides,
-    "preference": _preference_sides,
-    "kto": _kto_sides,
-}

@@ -1,8 +1,8 @@
-"""Which shape a row has, and whether the row can be used for a type: :data:`DATASET_FORMATS` is the table of
-all of them.
+"""Which format a row has, and whether the row can be used for a type; :data:`DATASET_FORMATS` is
+the table of formats.
 
-A shape is one entry: its name, the types it can be prepared as, how it is recognized and read. The
-first entry that fits a row wins, so the ones with more keys come first.
+A format is one entry: its name, what its rows hold, how they are recognized and read. The first
+entry that fits a row wins, so the ones with more keys come first.
 """
 
 import json
@@ -10,32 +10,32 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any
 
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows import source_row as read
-from coati.dataset.rows.messages import (
-    complete_rounds,
-    continuation,
-    is_message_list,
-    question,
-    text,
-    without_answer,
-)
+from coati.dataset.rows.messages import is_message_list, text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
 
 
 @dataclass(frozen=True)
 class DatasetFormat:
-    """``keys`` are what a row must have, for people to read; ``read`` fills a SourceRow, unchecked
-    as to turns."""
+    """``holds`` is one of :data:`CONTENTS`; ``keys`` are what a row must have, for people to read;
+    ``read`` fills a SourceRow, unchecked as to turns."""
 
     name: str
-    types: tuple[str, ...]
+    holds: str
     keys: tuple[str, ...]
     matches: Callable[[Any], bool]
     read: Callable[[Any], SourceRow]
+
+    @cached_property
+    def types(self) -> tuple[str, ...]:
+        """The data types that can be made of it, the most particular one first."""
+        reading = [type for type in DATA_TYPES.values() if self.holds in type.reads]
+        return tuple(type.name for type in sorted(reading, key=lambda type: len(type.reads)))
 
 
 def _has(*keys: str, **kinds: type | tuple) -> Callable[[Any], bool]:
@@ -88,19 +88,13 @@ def _spoken(key: str, name: str) -> Callable[[Any], bool]:
     return matches
 
 
-_PAIR, _JUDGED, _ROUND = (
-    ("chosen", "rejected"),
-    ("prompt", "completion", "label"),
-    ("prompt", "completion"),
-)
-PAIR, JUDGED, CHAT, ASKED = (
-    ("preference", "prompt"),
-    ("kto", "prompt"),
-    ("sft", "prompt"),
-    ("prompt",),
-)
+_PAIR = ("chosen", "rejected")
+_JUDGED = ("prompt", "completion", "label")
+_ROUND = ("prompt", "completion")
 _TALK = "conversations"
 _RM_STATIC = _has("response", prompt=str, chosen=str, rejected=str)
+# What rows of a format hold; each data type says which of these it reads.
+PAIR, JUDGED, CHAT, ASKED, TEXT = CONTENTS = ("pair", "judged", "conversation", "prompt", "text")
 DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat(
         "preference",
@@ -133,65 +127,63 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     ),
     DatasetFormat("alpaca", ASKED, ("instruction",), _has("instruction"), read.alpaca),
     DatasetFormat(
-        "source_target", ("sft",), ("source", "Target"), _is_source_target, read.source_target
+        "source_target", TEXT, ("source", "Target"), _is_source_target, read.source_target
     ),
     DatasetFormat("trl", CHAT, _ROUND, _is_unjudged_round, read.prompt_and_completion),
     DatasetFormat("trl", ASKED, ("prompt",), _has(prompt=list), read.plain),
     DatasetFormat("plain", ASKED, ("prompt",), _is_plain, read.plain),
 )
 EXTRAS = ("category", "gt_answer", "test_cases", "margin")
-FORMATS = tuple(dict.fromkeys(shape.name for shape in DATASET_FORMATS))
+FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))
 FORMATS_OF = {
-    type: tuple(dict.fromkeys(shape.name for shape in DATASET_FORMATS if type in shape.types))
-    for type in ("sft", "preference", "prompt", "kto")
+    type: tuple(dict.fromkeys(format.name for format in DATASET_FORMATS if type in format.types))
+    for type in DATA_TYPES
 }
 
 
 def read_row(type: str, row: Any, format: str | None = None) -> SourceRow:
-    """``row`` (decoded JSON, or a line of text) as data of ``type``, recognized by its shape or
-    read as ``format``.
+    """``row`` (decoded JSON, or a line of text) as data of ``type``, its format recognized or
+    given by name.
 
-    Raises RowError: wrong_type when another type has this shape, wrong_keys with the nearest shape
-    when none has.
+    Raises RowError: wrong_type when it has a format of another type, wrong_keys with the nearest
+    format when it has none.
     """
-    shape = _recognize(type, row, format)
-    found = shape.read(row)
-    found.shape = shape.name
+    found_format = _recognize(type, row, format)
+    found = found_format.read(row)
+    found.format = found_format.name
     if isinstance(row, dict):
         _add_extras(found, row)
-    FINISH[type](found)
+    DATA_TYPES[type].finish(found)
     return found
 
 
 @lru_cache
-def _candidates(type: str, format: str | None) -> tuple[DatasetFormat, ...]:
+def _candidates(type: str, name: str | None) -> tuple[DatasetFormat, ...]:
     return tuple(
-        shape for shape in DATASET_FORMATS if type in shape.types and format in (None, shape.name)
+        format for format in DATASET_FORMATS if type in format.types and name in (None, format.name)
     )
 
 
 @lru_cache(maxsize=1024)
-def _within_reach(
-    type: str, format: str | None, keys: tuple[str, ...]
-) -> tuple[DatasetFormat, ...]:
+def _within_reach(type: str, name: str | None, keys: tuple[str, ...]) -> tuple[DatasetFormat, ...]:
     """The candidates that a row with these keys may have; most rows of a file have the same
     keys."""
     return tuple(
-        shape
-        for shape in _candidates(type, format)
-        if getattr(shape.matches, "needs", set()) <= set(keys)
+        format
+        for format in _candidates(type, name)
+        if getattr(format.matches, "needs", set()) <= set(keys)
     )
 
 
-def _recognize(type: str, row: Any, format: str | None) -> DatasetFormat:
-    for shape in _within_reach(type, format, tuple(row) if isinstance(row, dict) else ()):
-        if shape.matches(row):
-            return shape
-    shapes = _candidates(type, format)
-    other = next((shape for shape in DATASET_FORMATS if shape.matches(row)), None)
-    if other is None or format is not None:
-        raise RowError("wrong_keys", _expected(shapes, row, format))
-    same = next((shape for shape in shapes if shape.name == other.name), None)
+def _recognize(type: str, row: Any, name: str | None) -> DatasetFormat:
+    for format in _within_reach(type, name, tuple(row) if isinstance(row, dict) else ()):
+        if format.matches(row):
+            return format
+    candidates = _candidates(type, name)
+    other = next((format for format in DATASET_FORMATS if format.matches(row)), None)
+    if other is None or name is not None:
+        raise RowError("wrong_keys", _expected(candidates, row, name))
+    same = next((format for format in candidates if format.name == other.name), None)
     needed = f", for which they need {', '.join(same.keys)}" if same else ""
     raise RowError(
         "wrong_type",
@@ -200,17 +192,20 @@ def _recognize(type: str, row: Any, format: str | None) -> DatasetFormat:
     )
 
 
-def _expected(shapes: Sequence[DatasetFormat], row: Any, format: str | None) -> str:
-    forms = " / ".join(
-        dict.fromkeys(", ".join(shape.keys) or "a list of messages" for shape in shapes)
+def _expected(candidates: Sequence[DatasetFormat], row: Any, name: str | None) -> str:
+    keys = " / ".join(
+        dict.fromkeys(", ".join(format.keys) or "a list of messages" for format in candidates)
     )
-    said = f"expected {forms}{f' (--format {format})' if format else ''}, found {_found(row)}"
-    near = max(DATASET_FORMATS, key=lambda shape: _nearness(shape, row))
+    expected = f"expected {keys}{f' (--format {name})' if name else ''}, found {_found(row)}"
+    near = max(DATASET_FORMATS, key=lambda format: _nearness(format, row))
     if _nearness(near, row) == 0:
-        return said + _hidden_rows(row)
+        return expected + _hidden_rows(row)
     lacking = [key for key in near.keys if row.get(key) is None]
     need = f", which needs {' and '.join(lacking)}" if lacking else ""
-    return f"{said}; nearest is {near.name} ({', '.join(near.keys)}) of --type {' or '.join(near.types)}{need}"
+    return (
+        f"{expected}; nearest is {near.name} ({', '.join(near.keys)}) of --type "
+        f"{' or '.join(near.types)}{need}"
+    )
 
 
 def _hidden_rows(row: Any) -> str:
@@ -240,20 +235,20 @@ def _found(row: Any) -> str:
     )
 
 
-def _nearness(shape: DatasetFormat, row: Any) -> float:
-    """Share of the shape's keys that the row has, spelled alike at least."""
-    if not isinstance(row, dict) or not shape.keys:
+def _nearness(format: DatasetFormat, row: Any) -> float:
+    """Share of the format's keys that the row has, spelled alike at least."""
+    if not isinstance(row, dict) or not format.keys:
         return 0.0
     found = [str(key) for key in row]
     best = [
         max((SequenceMatcher(None, key, one).ratio() for one in found), default=0.0)
-        for key in shape.keys
+        for key in format.keys
     ]
     return sum(ratio for ratio in best if ratio > 0.75) / len(best)
 
 
 def _add_extras(found: SourceRow, row: dict) -> None:
-    """The columns that any shape may have."""
+    """The columns that any format may have."""
     if row.get("system") and found.messages and found.messages[0]["role"] != "system":
         found.messages = [
             {"role": "system", "content": text(row["system"], "system")},
@@ -277,42 +272,3 @@ def _add_extras(found: SourceRow, row: dict) -> None:
             found.margin = math.nan
         if not math.isfinite(found.margin):
             raise RowError("bad_margin", f"margin is {row['margin']!r:.60}, expected a number")
-
-
-def _finish_sft(row: SourceRow) -> None:
-    if row.text is None:
-        row.messages = complete_rounds(row.messages)
-    elif not row.text.strip():
-        raise RowError("empty_conversation", "source and Target hold no text")
-
-
-def _finish_prompt(row: SourceRow) -> None:
-    whole = len(row.messages)
-    row.messages = without_answer(row.messages)
-    row.unanswered = len(row.messages) < whole
-    row.chosen, row.rejected, row.completion, row.label, row.margin = [], [], None, None, None
-
-
-def _finish_preference(row: SourceRow) -> None:
-    row.messages = question(row.messages)
-    row.chosen, row.rejected = (
-        continuation(row.chosen, "chosen"),
-        continuation(row.rejected, "rejected"),
-    )
-    if row.chosen == row.rejected:
-        raise RowError("same_answers", f"both are {row.chosen[-1]['content'][:60]!r}")
-
-
-def _finish_kto(row: SourceRow) -> None:
-    row.messages = question(row.messages)
-    if not row.completion.strip():
-        raise RowError("empty_answer", "completion is empty")
-
-
-FINISH: dict[str, Callable[[SourceRow], None]] = {
-    "sft": _finish_sft,
-    "preference": _finish_preference,
-    "prompt": _finish_prompt,
-    "kto": _finish_kto,
-}
-READERS: dict[str, Callable[..., SourceRow]] = {type: partial(read_row, type) for type in FINISH}

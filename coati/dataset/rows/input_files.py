@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from coati.dataset.rows.formats import READERS as READERS
 from coati.dataset.rows.formats import SourceRow as SourceRow
 from coati.dataset.rows.readers import KINDS, kind_of
 from coati.dataset.rows.readers import decode as decode

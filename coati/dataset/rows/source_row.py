@@ -1,5 +1,5 @@
-"""A row of each shape to the library's own form, unchecked as to turns: that is the same for all
-shapes of a type."""
+"""A row of each format in the library's own form, unchecked as to turns: that is the same for all
+formats of a type."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class SourceRow:
         instead of messages: no template, every token and a final eos supervised. gt_answer: prompt:
         the right answer, for rewards that verify it. margin: preference: by how much the chosen
         answer should win. category: kept as ``seq_category``. unanswered: prompt: an answer at its
-        end was left out. shape: the name of the shape the row came in.
+        end was left out. format: the name of the format the row came in.
     """
 
     messages: Messages = field(default_factory=list)
@@ -44,7 +44,7 @@ class SourceRow:
     margin: float | None = None
     category: str | None = None
     unanswered: bool = False
-    shape: str = ""
+    format: str = ""
 
 
 def _prompt_messages(found: Any) -> Messages:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from coati.dataset.chat.conversation import Conversation
-from coati.dataset.rows.input_files import READERS, decode, find_files, read_rows
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import read_row
+from coati.dataset.rows.input_files import decode, find_files, read_rows
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.tokenization import TOKENIZERS
 from coati.inference.model_loading import conversation_of, weights_of
 from coati.models.generation.response_table import left_pad
 from coati.models.loading import check_vocabulary, load_tokenizer
@@ -79,27 +80,20 @@ def rows_to_score(
             try:
                 row = decode(raw)
                 kind = _kind(row)
-                columns, _ = TOKENIZERS[kind](READERS[kind](row), conversation, max_length)[-1]
+                source = read_row(kind, row)
+                columns, _ = DATA_TYPES[kind].tokenize(source, conversation, max_length)[-1]
             except RowError as error:
                 yield place, f"{error.reason}: {error.detail}"
                 continue
-            if kind == "preference":
-                yield Scored(
-                    place, kind, ids=[columns["chosen_input_ids"], columns["rejected_input_ids"]]
-                )
-            elif kind == "kto":
-                yield Scored(
-                    place, kind, bool(columns["label"]), [columns["prompt"] + columns["completion"]]
-                )
-            else:
-                yield Scored(place, kind, ids=[columns["input_ids"]])
+            sides = DATA_TYPES[kind].sides(columns)
+            yield Scored(place, kind, columns.get("label"), [side.ids for side in sides])
 
 
 def _kind(row: Any) -> str:
     """A pair, a judged answer, or a conversation whose last answer is to be scored."""
-    if isinstance(row, dict) and "rejected" in row:
-        return "preference"
-    return "kto" if isinstance(row, dict) and "completion" in row and "label" in row else "sft"
+    keys = set(row) if isinstance(row, dict) else set()
+    particular = (type for type in DATA_TYPES.values() if type.raw_keys)
+    return next((type.name for type in particular if keys.issuperset(type.raw_keys)), "sft")
 
 
 @torch.no_grad()

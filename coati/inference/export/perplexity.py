@@ -13,14 +13,14 @@ import torch
 from torch.nn import functional as F
 
 from coati.dataset.chat.conversation import Conversation
-from coati.dataset.load.collator import IGNORE_INDEX
-from coati.dataset.rows.formats import READERS
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.readers import decode, read_rows
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.tokenization import TOKENIZERS
 from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
+from coati.utils.constants import IGNORE_INDEX
 
 Row = tuple[
     list[int], list[int]
@@ -45,9 +45,8 @@ def rows_of(
     for file in find_files(inputs):
         for line, raw in read_rows(file):
             try:
-                columns, _ = TOKENIZERS["sft"](
-                    READERS["sft"](decode(raw)), conversation, max_length
-                )[-1]
+                row = read_row("sft", decode(raw))
+                columns, _ = DATA_TYPES["sft"].tokenize(row, conversation, max_length)[-1]
             except RowError as error:
                 reasons.append(f"{file}:{line}: {error.reason}: {error.detail}")
                 continue

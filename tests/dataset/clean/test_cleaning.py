@@ -9,7 +9,7 @@ import pytest
 from coati.dataset.clean.cleaning import Cleaning, RowChecks
 from coati.dataset.clean.text_normalization import grams, normalize, word_hashes, words
 from coati.dataset.prepare.shard_plan import EvaluationShare
-from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.prepare.test_prepare import lines, row, run, write
 
@@ -289,7 +289,7 @@ def test_a_benchmark_of_any_keys_is_kept_out(tmp_path):
 
 def dropped(type: str, given: dict, **settings) -> str | None:
     try:
-        RowChecks(Cleaning(**settings)).check(READERS[type](given), evaluation=False)
+        RowChecks(Cleaning(**settings)).check(read_row(type, given), evaluation=False)
     except RowError as error:
         return error.reason
     return None

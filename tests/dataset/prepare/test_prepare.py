@@ -228,7 +228,7 @@ def test_the_report_by_hand(tmp_path):
     parts = [{"name": "", "text": [[False, before], [True, "a<|im_end|>"]]}]
     assert report["samples"][0] == {
         "at": f"{first}:1",
-        "notes": {"shape": "messages"},
+        "notes": {"format": "messages"},
         "parts": parts,
     }
     assert json.loads((tmp_path / "jsonl" / "report.json").read_text()) == report

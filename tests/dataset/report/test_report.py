@@ -11,6 +11,7 @@ import pytest
 
 from coati.dataset import setup_conversation_template
 from coati.dataset.chat.masked_text import segments, shorten, show_mask, visible
+from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.prepare import prepare_dataset
 from coati.dataset.report.html import page
 from coati.dataset.report.report import histogram, percentiles
@@ -170,20 +171,19 @@ def test_control_characters_become_signs():
 
 def recorded(lines, conversation, chunk: int) -> Tally:
     """The tally of source rows, recorded ``chunk`` rows at a time."""
-    from coati.dataset.rows.input_files import READERS
-    from coati.dataset.rows.tokenization import TOKENIZERS
+    from coati.dataset.rows.formats import read_row
 
     whole = Tally()
     for start in range(0, len(lines), chunk):
-        recorder = Recorder("sft", conversation)
+        recorder = Recorder(DATA_TYPES["sft"], conversation)
         for line, row in enumerate(lines[start : start + chunk], start + 1):
             recorder.tally.read[0] += 1
             if row is None:
                 recorder.tally.drop(RowError("bad_json", "x"), f"f:{line}")
                 continue
-            source = READERS["sft"](row)
+            source = read_row("sft", row)
             recorder.keep(
-                0, line, f"f:{line}", source, TOKENIZERS["sft"](source, conversation, 100)
+                0, line, f"f:{line}", source, DATA_TYPES["sft"].tokenize(source, conversation, 100)
             )
         whole.merge(recorder.close())
     return whole
@@ -391,7 +391,7 @@ def test_answers_without_an_end():
     """Rows of a template whose end marker stays outside the mask; such a template is refused, so
     this is by hand."""
     conversation = setup_conversation_template(chatml_tokenizer(), {})
-    recorder = Recorder("sft", conversation)
+    recorder = Recorder(DATA_TYPES["sft"], conversation)
     assert conversation.stop_ids == [[2]]
     for ids, labels in (
         ([1, 9, 2], [-100, 9, -100]),

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coati.dataset.rows.formats import DATASET_FORMATS, FORMATS, FORMATS_OF, READERS
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import DATASET_FORMATS, FORMATS, FORMATS_OF, read_row
 from coati.dataset.rows.row_errors import RowError
 
 
@@ -189,8 +190,8 @@ KTO = [
 def test_conversations_and_prompts(type, case):
     shape, row, messages = case
     before = copy.deepcopy(row)
-    for found in (READERS[type](row), READERS[type](row, shape)):
-        assert (found.messages, found.shape, found.text) == (messages, shape, None)
+    for found in (read_row(type, row), read_row(type, row, shape)):
+        assert (found.messages, found.format, found.text) == (messages, shape, None)
         assert found.label is found.completion is None and found.chosen == found.rejected == []
     assert row == before
 
@@ -198,8 +199,8 @@ def test_conversations_and_prompts(type, case):
 @pytest.mark.parametrize(("shape", "row", "context", "chosen", "rejected"), PREFERENCE)
 def test_preferences(shape, row, context, chosen, rejected):
     before = copy.deepcopy(row)
-    for found in (READERS["preference"](row), READERS["preference"](row, shape)):
-        assert (found.messages, found.chosen, found.rejected, found.shape) == (
+    for found in (read_row("preference", row), read_row("preference", row, shape)):
+        assert (found.messages, found.chosen, found.rejected, found.format) == (
             context,
             chosen,
             rejected,
@@ -211,8 +212,8 @@ def test_preferences(shape, row, context, chosen, rejected):
 @pytest.mark.parametrize(("shape", "row", "prompt", "completion", "label"), KTO)
 def test_judged_answers(shape, row, prompt, completion, label):
     before = copy.deepcopy(row)
-    for found in (READERS["kto"](row), READERS["kto"](row, shape)):
-        assert (found.messages, found.completion, found.label, found.shape) == (
+    for found in (read_row("kto", row), read_row("kto", row, shape)):
+        assert (found.messages, found.completion, found.label, found.format) == (
             prompt,
             completion,
             label,
@@ -230,8 +231,8 @@ def test_judged_answers(shape, row, prompt, completion, label):
     ],
 )
 def test_plain_text(row, text):
-    found = READERS["sft"](row)
-    assert (found.text, found.messages, found.shape) == (text, [], "source_target")
+    found = read_row("sft", row)
+    assert (found.text, found.messages, found.format) == (text, [], "source_target")
 
 
 def test_every_shape_is_shown_above():
@@ -249,14 +250,16 @@ def test_every_shape_is_shown_above():
 
 
 def test_further_columns_are_kept():
-    row = READERS["prompt"]({"messages": spelled(CHAT, "from"), "gt_answer": 7, "category": "sums"})
+    row = read_row(
+        "prompt", {"messages": spelled(CHAT, "from"), "gt_answer": 7, "category": "sums"}
+    )
     assert (row.gt_answer, row.category) == ("7", "sums")
     cases = {"inputs": ["1"], "outputs": ["2"]}
-    row = READERS["prompt"]({"messages": {"role": "user", "content": "q"}, "test_cases": cases})
+    row = read_row("prompt", {"messages": {"role": "user", "content": "q"}, "test_cases": cases})
     assert json.loads(row.gt_answer) == cases
-    row = READERS["preference"]({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"})
+    row = read_row("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"})
     assert row.margin == 0.5 and row.category is None
-    assert READERS["prompt"]({"prompt": "q", "gt_answer": ""}).gt_answer is None
+    assert read_row("prompt", {"prompt": "q", "gt_answer": ""}).gt_answer is None
 
 
 PAIR = {"context": CHAT[:1], "chosen": WELL, "rejected": BADLY}
@@ -420,18 +423,18 @@ TOOL = {"role": "tool", "content": "4"}
 )
 def test_what_unusable_rows_say(type, row, reason, said):
     with pytest.raises(RowError) as error:
-        READERS[type](row)
+        read_row(type, row)
     assert error.value.reason == reason and said in error.value.detail
 
 
 def test_a_forced_format_reads_no_other():
     with pytest.raises(RowError) as error:
-        READERS["sft"]({"messages": CHAT}, "alpaca")
+        read_row("sft", {"messages": CHAT}, "alpaca")
     assert error.value.reason == "wrong_keys"
     assert "expected instruction, output (--format alpaca), found messages" in error.value.detail
     row = {"messages": CHAT, "instruction": "q", "output": "a"}
-    assert READERS["sft"](row).shape == "openai"
-    assert READERS["sft"](row, "alpaca").messages == turns("q", "a")
+    assert read_row("sft", row).format == "openai"
+    assert read_row("sft", row, "alpaca").messages == turns("q", "a")
 
 
 KEYS = (
@@ -458,9 +461,9 @@ ROWS = st.recursive(
 @given(row=ROWS | st.dictionaries(st.sampled_from(KEYS), ROWS, min_size=1, max_size=6))
 def test_whatever_a_row_is_it_is_read_or_named(row):
     before = copy.deepcopy(row)
-    for type in READERS:
+    for type in DATA_TYPES:
         try:
-            assert READERS[type](row).shape in FORMATS_OF[type]
+            assert read_row(type, row).format in FORMATS_OF[type]
         except RowError as error:
             assert error.detail
     assert row == before

@@ -2,14 +2,15 @@
 
 import gzip
 import json
+from functools import partial
 
 import pytest
 
-from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode, find_files, read_rows
 from coati.dataset.rows.row_errors import RowError
 
-read_sft = READERS["sft"]
+read_sft = partial(read_row, "sft")
 ROUND = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
@@ -204,7 +205,7 @@ def test_tab_separated_and_compressed_tables(tmp_path):
     with gzip.open(tmp_path / "b.csv.gz", "wt") as file:
         file.write("question,gt_answer\n1 + 1?,2\n")
     for name in ("a.tsv", "b.csv.gz"):
-        row = READERS["prompt"](list(read_rows(tmp_path / name))[0][1])
+        row = read_row("prompt", list(read_rows(tmp_path / name))[0][1])
         assert (row.messages, row.gt_answer) == ([{"role": "user", "content": "1 + 1?"}], "2")
 
 

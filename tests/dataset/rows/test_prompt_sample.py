@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coati.cli.prompts import parse_prompts
-from coati.dataset.rows.formats import READERS
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.prompt_sample import sample_prompts
 from tests.dataset.makers import messages
 
@@ -78,7 +78,7 @@ def run(monkeypatch, *words) -> None:
 def test_the_script_writes_what_can_be_prepared(rows, tmp_path, monkeypatch, capsys):
     out = tmp_path / "prompt.json"
     run(monkeypatch, "--dataset_path", rows, "--save_path", out, "--sample_size", 4)
-    prompts = [READERS["prompt"](row).messages for row in json.loads(out.read_text())]
+    prompts = [read_row("prompt", row).messages for row in json.loads(out.read_text())]
     assert len(prompts) == 4 and all(
         len(turns) == 1 and turns[0]["content"][0] == "q" for turns in prompts
     )

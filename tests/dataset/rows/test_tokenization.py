@@ -6,10 +6,9 @@ import copy
 import pytest
 
 from coati.dataset import Conversation, tokenize_kto, tokenize_prompt, tokenize_rlhf, tokenize_sft
-from coati.dataset.prepare.shards import SCHEMAS
-from coati.dataset.rows.formats import READERS
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.tokenization import COLUMNS, TOKENIZERS
 from tests.dataset.makers import (
     FAMILIES,
     LLAMA,
@@ -38,8 +37,8 @@ def plain() -> Conversation:
 
 
 def rows(type: str, row, conversation: Conversation, max_length: int = 4096) -> list[dict]:
-    made = TOKENIZERS[type](READERS[type](row), conversation, max_length)
-    assert all(list(columns) == list(COLUMNS[type]) for columns, _ in made)
+    made = DATA_TYPES[type].tokenize(read_row(type, row), conversation, max_length)
+    assert all(list(columns) == list(DATA_TYPES[type].columns) for columns, _ in made)
     return [columns for columns, _ in made]
 
 
@@ -51,10 +50,6 @@ def shown(conversation, ids, mask) -> str:
             text, inside = text + ("<<" if marked else ">>"), bool(marked)
         text += conversation.encoder.decode([token])
     return text + (">>" if inside else "")
-
-
-def test_columns_are_those_of_the_arrow_files():
-    assert {type: tuple(schema.names) for type, schema in SCHEMAS.items()} == COLUMNS
 
 
 def test_a_prompt_by_hand(plain):
@@ -209,7 +204,7 @@ def test_plain_text_by_hand(plain):
         and row["labels_decode"] == ["ab\nc</s>"]
         and row["seq_length"] == 6
     )
-    made = TOKENIZERS["sft"](READERS["sft"]({"source": "", "Target": "abc"}), plain, 3)
+    made = DATA_TYPES["sft"].tokenize(read_row("sft", {"source": "", "Target": "abc"}), plain, 3)
     assert made[0][0]["labels"] == [-100, *text[:2]] and made[0][1] is True
 
 
@@ -246,8 +241,14 @@ def test_the_public_functions_leave_the_row_alone_and_give_none_for_unusable_one
     tokenize, row = PUBLIC[type]
     before = copy.deepcopy(row)
     found = tokenize(row, plain.tokenizer, plain, max_length=200)
-    assert row == before and found == rows(type, row, plain)[-1] and tuple(found) == COLUMNS[type]
-    assert tokenize(row, plain.tokenizer, plain, max_length=5) == dict.fromkeys(COLUMNS[type])
-    assert tokenize({}, plain.tokenizer, plain) == dict.fromkeys(COLUMNS[type])
+    assert (
+        row == before
+        and found == rows(type, row, plain)[-1]
+        and list(found) == list(DATA_TYPES[type].columns)
+    )
+    assert tokenize(row, plain.tokenizer, plain, max_length=5) == dict.fromkeys(
+        DATA_TYPES[type].columns
+    )
+    assert tokenize({}, plain.tokenizer, plain) == dict.fromkeys(DATA_TYPES[type].columns)
     with pytest.raises(ValueError, match="another tokenizer"):
         tokenize(row, chatml_tokenizer(), plain)

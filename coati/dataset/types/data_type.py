@@ -1,0 +1,160 @@
+"""The base class of a data type: what its training rows hold and how they are made, batched,
+described and checked.
+
+Light: ``--type`` is parsed with it, so pyarrow and torch are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from coati.dataset.chat.conversation import Conversation
+    from coati.dataset.rows.source_row import SourceRow
+
+Columns = dict[str, Any]
+TrainingRows = list[tuple[Columns, bool]]  # (columns, whether the row was cut to max_length)
+# What a column may hold: token ids, labels or a mask by token, a flag, or what is there to read.
+IDS, LABELS, MASK, FLAG = "ids", "labels", "mask", "flag"
+TEXT, TEXTS, COUNT, NUMBER = "text", "texts", "count", "number"
+COMMON = {"seq_length": COUNT, "seq_category": TEXT}
+
+
+@dataclass
+class Side:
+    """One token sequence of a training row: its name within the row, its ids, and one of ``marks``
+    per id, which is ``off`` where nothing is supervised."""
+
+    name: str
+    ids: list[int]
+    marks: list[int]
+    off: int = 0
+
+    def supervised(self) -> int:
+        return len(self.marks) - self.marks.count(self.off)
+
+    def mask(self) -> list[bool]:
+        return [mark != self.off for mark in self.marks]
+
+    def prompt(self) -> list[int]:
+        """The ids before the first supervised one."""
+        mask = self.mask()
+        return self.ids[: mask.index(True)] if True in mask else self.ids
+
+    def end(self) -> int:
+        """The position after the last supervised id; 0 where none is."""
+        last = len(self.marks)
+        while last and self.marks[last - 1] == self.off:
+            last -= 1
+        return last
+
+    def ends_with(self, stops: list[list[int]]) -> bool:
+        """Whether the last supervised run closes with one of ``stops``."""
+        last = self.end()
+        return any(self.ids[max(0, last - len(stop)) : last] == stop for stop in stops)
+
+
+@dataclass(frozen=True)
+class ReportTexts:
+    """What the report says in place of the type's name."""
+
+    title: str
+    what: str
+    longer: str
+    heading: str
+    learned: str
+
+
+class DataType(ABC):
+    """A type of data. A new one is a module with a subclass and a line in
+    :mod:`coati.dataset.data_types`.
+
+    Attributes:
+        name: the value of ``--type``.
+        reads: which of :data:`coati.dataset.rows.formats.CONTENTS` it can be made of.
+        columns: of a training row, in order, each with what it holds.
+        texts: for the report.
+        traits: titles of what :meth:`traits_of` counts.
+        raw_keys: what only source rows of this type have, to tell rows of mixed files apart.
+        responses: what one calls the texts that :meth:`sides` begin with, in messages.
+        supervised: whether anything in a row is learned.
+        is_cut: rows that are too long are cut, else left out.
+        leaves_room: the response is still to be generated and must fit behind the row.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    columns: ClassVar[dict[str, str]]
+    texts: ClassVar[ReportTexts]
+    traits: ClassVar[dict[str, str]] = {}
+    raw_keys: ClassVar[tuple[str, ...]] = ()
+    responses: ClassVar[str] = "answers"
+    supervised: ClassVar[bool] = True
+    is_cut: ClassVar[bool] = False
+    leaves_room: ClassVar[bool] = False
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """The columns that hold token ids."""
+        return self._holding(IDS)
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """The columns without which rows cannot be trained on."""
+        return self._holding(IDS, LABELS, MASK, FLAG)
+
+    def _holding(self, *kinds: str) -> tuple[str, ...]:
+        return tuple(name for name, kind in self.columns.items() if kind in kinds)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The arrow schema of prepared rows."""
+        import pyarrow as pa
+
+        arrow = {
+            IDS: pa.list_(pa.int32()),
+            LABELS: pa.list_(pa.int32()),
+            MASK: pa.list_(pa.bool_()),
+            FLAG: pa.bool_(),
+            TEXT: pa.string(),
+            TEXTS: pa.list_(pa.string()),
+            COUNT: pa.int32(),
+            NUMBER: pa.float32(),
+        }
+        return pa.schema({name: arrow[kind] for name, kind in self.columns.items()})
+
+    @abstractmethod
+    def finish(self, row: SourceRow) -> None:
+        """Bring ``row`` into the form that :meth:`tokenize` takes. Raises RowError for a row that
+        cannot be used for this type."""
+
+    @abstractmethod
+    def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        """The training rows of a finished ``row``, mostly one. Raises RowError for a row that does
+        not fit into ``max_length`` tokens or that the template cannot write."""
+
+    @abstractmethod
+    def sides(self, columns: Columns) -> list[Side]:
+        """The token sequences of a training row; the first one's end is checked."""
+
+    @abstractmethod
+    def collator(self) -> Callable[..., Any]:
+        """The class that makes batches of training rows."""
+
+    def traits_of(self, row: SourceRow) -> Iterable[str]:
+        """What is counted of a source row beside its turns."""
+        return ()
+
+    def notes_of(self, row: SourceRow) -> dict[str, Any]:
+        """What the report shows beside the text of a row."""
+        return {}
+
+    def warnings(self, report: dict[str, Any]) -> Iterator[str]:
+        """What is odd about a preparation's report, for this type alone."""
+        yield from ()

@@ -1,0 +1,94 @@
+"""Single responses, each judged good or bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from coati.dataset.rows.messages import question
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.types.data_type import (
+    COMMON,
+    FLAG,
+    IDS,
+    TEXT,
+    Columns,
+    DataType,
+    ReportTexts,
+    Side,
+    TrainingRows,
+)
+
+if TYPE_CHECKING:
+    from coati.dataset.chat.conversation import Conversation
+    from coati.dataset.rows.source_row import SourceRow
+
+
+class Kto(DataType):
+    """The conversation split where its last response begins, and whether that one is wanted."""
+
+    name = "kto"
+    reads = ("judged",)
+    columns = {
+        "prompt": IDS,
+        "completion": IDS,
+        "label": FLAG,
+        "input_id_decode": TEXT,
+        "completion_decode": TEXT,
+        **COMMON,
+    }
+    texts = ReportTexts(
+        title="answers marked good or bad (kto)",
+        what="Each is a question with one answer and a label: true for a good answer, false for a "
+        "bad one.",
+        longer="a longer row is left out, never cut.",
+        heading="What the model will learn",
+        learned="The model learns to write what is green (label true) and to avoid what is red "
+        "(label false).",
+    )
+    traits = {
+        "label true": "good answers (label true)",
+        "label false": "bad answers (label false)",
+    }
+    raw_keys = ("completion", "label")
+
+    def finish(self, row: SourceRow) -> None:
+        row.messages = question(row.messages)
+        if not row.completion.strip():
+            raise RowError("empty_answer", "completion is empty")
+
+    def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        response = {"role": "assistant", "content": row.completion}
+        encoded = conversation.encode_answer([*row.messages, response], max_length)
+        start = encoded.spans[0][0]
+        completion = encoded.input_ids[start:]
+        columns = {
+            "prompt": encoded.input_ids[:start],
+            "completion": completion,
+            "label": row.label,
+            "input_id_decode": conversation.encoder.decode(encoded.input_ids),
+            "completion_decode": conversation.encoder.decode(completion),
+            "seq_length": len(encoded.input_ids),
+            "seq_category": row.category,
+        }
+        return [(columns, False)]
+
+    def sides(self, columns: Columns) -> list[Side]:
+        prompt, completion = columns["prompt"], columns["completion"]
+        return [Side("", prompt + completion, [0] * len(prompt) + [1] * len(completion))]
+
+    def collator(self) -> Callable[..., Any]:
+        from coati.dataset.load.collator import DataCollatorForKTODataset
+
+        return DataCollatorForKTODataset
+
+    def traits_of(self, row: SourceRow) -> Iterable[str]:
+        return (f"label {str(row.label).lower()}",)
+
+    def notes_of(self, row: SourceRow) -> dict[str, Any]:
+        return {"label": str(row.label).lower()}
+
+    def warnings(self, report: dict[str, Any]) -> Iterator[str]:
+        for label, what in (("true", "good"), ("false", "bad")):
+            if not report["traits"].get(f"label {label}"):
+                yield f"no row has label {label}: KTO learns from {what} answers too, and needs both"

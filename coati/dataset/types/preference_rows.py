@@ -1,0 +1,99 @@
+"""Pairs of responses to one prompt, of which one is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from coati.dataset.rows.messages import continuation, question
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.types.data_type import (
+    COMMON,
+    IDS,
+    MASK,
+    NUMBER,
+    TEXTS,
+    Columns,
+    DataType,
+    ReportTexts,
+    Side,
+    TrainingRows,
+)
+
+if TYPE_CHECKING:
+    from coati.dataset.chat.conversation import Conversation
+    from coati.dataset.rows.source_row import SourceRow
+
+SIDES = ("chosen", "rejected")
+LONGER = 1.5  # chosen to rejected responses, or the reverse, above which length may be learned
+
+
+class Preference(DataType):
+    """Both conversations of a pair, each whole, with its last response marked in ``loss_mask``."""
+
+    name = "preference"
+    reads = ("pair",)
+    columns = {
+        **{
+            f"{side}_{name}": kind
+            for side in SIDES
+            for name, kind in {"input_ids": IDS, "loss_mask": MASK, "label_decode": TEXTS}.items()
+        },
+        "margin": NUMBER,
+        **COMMON,
+    }
+    texts = ReportTexts(
+        title="pairs of answers (preference)",
+        what="Each is a question with two answers, of which the chosen one is the better.",
+        longer="of a pair the longer text counts, and a longer pair is left out, never cut.",
+        heading="What the model will compare",
+        learned="The model learns to prefer what is marked green to what is marked red; the rest "
+        "it only reads.",
+    )
+    traits = {f"{side} tokens": f"tokens of {side} answers" for side in SIDES}
+    raw_keys = ("rejected",)
+    responses = "chosen answers"
+
+    def finish(self, row: SourceRow) -> None:
+        row.messages = question(row.messages)
+        row.chosen = continuation(row.chosen, "chosen")
+        row.rejected = continuation(row.rejected, "rejected")
+        if row.chosen == row.rejected:
+            raise RowError("same_answers", f"both are {row.chosen[-1]['content'][:60]!r}")
+
+    def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        columns: Columns = {}
+        for side, turns in zip(SIDES, (row.chosen, row.rejected), strict=True):
+            try:
+                encoded = conversation.encode_answer([*row.messages, *turns], max_length)
+            except RowError as error:
+                raise RowError(error.reason, f"{side}: {error.detail}") from error
+            columns[f"{side}_input_ids"] = encoded.input_ids
+            columns[f"{side}_loss_mask"] = encoded.loss_mask
+            columns[f"{side}_label_decode"] = [
+                conversation.encoder.decode(answer) for answer in encoded.answers()
+            ]
+        longer = max(len(columns[f"{side}_input_ids"]) for side in SIDES)
+        columns |= {"margin": row.margin, "seq_length": longer, "seq_category": row.category}
+        return [(columns, False)]
+
+    def sides(self, columns: Columns) -> list[Side]:
+        return [
+            Side(side, columns[f"{side}_input_ids"], columns[f"{side}_loss_mask"]) for side in SIDES
+        ]
+
+    def collator(self) -> Callable[..., Any]:
+        from coati.dataset.load.collator import DataCollatorForPreferenceDataset
+
+        return DataCollatorForPreferenceDataset
+
+    def warnings(self, report: dict[str, Any]) -> Iterator[str]:
+        tokens = {side: report["traits"].get(f"{side} tokens", 0) for side in SIDES}
+        longer = max(tokens, key=tokens.get)
+        shorter = min(tokens, key=tokens.get)
+        if tokens[shorter] > 0 and tokens[longer] > LONGER * tokens[shorter]:
+            yield (
+                f"{longer} answers are on average {tokens[longer] / tokens[shorter]:.1f} times as "
+                f"long as {shorter} ones: a model may learn the length instead of what makes an "
+                "answer good"
+            )

@@ -1,0 +1,87 @@
+"""Prompts that responses are generated for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from coati.dataset.rows.messages import without_answer
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.types.data_type import (
+    COMMON,
+    IDS,
+    TEXT,
+    Columns,
+    DataType,
+    ReportTexts,
+    Side,
+    TrainingRows,
+)
+
+if TYPE_CHECKING:
+    from coati.dataset.chat.conversation import Conversation
+    from coati.dataset.rows.source_row import SourceRow
+
+
+class Prompt(DataType):
+    """The ids that generation starts from, and the right answer where there is one."""
+
+    name = "prompt"
+    reads = ("pair", "judged", "conversation", "prompt")
+    columns = {"input_ids": IDS, "inputs_decode": TEXT, **COMMON, "gt_answer": TEXT}
+    texts = ReportTexts(
+        title="prompts to answer (prompt)",
+        what="To each the model will write answers of its own, which are then scored.",
+        longer="a longer row is left out, never cut.",
+        heading="What the model will be asked",
+        learned="This is the text after which the model begins to write.",
+    )
+    responses = "prompts"
+    supervised = False
+    leaves_room = True
+
+    def finish(self, row: SourceRow) -> None:
+        whole = len(row.messages)
+        row.messages = without_answer(row.messages)
+        row.unanswered = len(row.messages) < whole
+        row.chosen, row.rejected = [], []
+        row.completion = row.label = row.margin = None
+
+    def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        encoded = conversation.encode_prompt(row.messages)
+        ids, bos = encoded.input_ids, conversation.tokenizer.bos_token
+        if len(ids) > max_length:
+            raise RowError("too_long", f"{len(ids)} tokens are needed, max_length is {max_length}")
+        # The ids are those of the rendered text, behind the begin token where the template writes
+        # none: no need to decode.
+        begins = bos is None or encoded.text.startswith(bos)
+        columns = {
+            "input_ids": ids,
+            "inputs_decode": encoded.text if begins else bos + encoded.text,
+            "seq_length": len(ids),
+            "seq_category": row.category,
+            "gt_answer": row.gt_answer,
+        }
+        return [(columns, False)]
+
+    def sides(self, columns: Columns) -> list[Side]:
+        return [Side("", columns["input_ids"], [0] * len(columns["input_ids"]))]
+
+    def collator(self) -> Callable[..., Any]:
+        from coati.dataset.load.collator import DataCollatorForPromptDataset
+
+        return DataCollatorForPromptDataset
+
+    def warnings(self, report: dict[str, Any]) -> Iterator[str]:
+        rows, traits = report["rows_kept"], report["traits"]
+        having = traits.get("gt_answer", 0)
+        if 0 < having < rows:
+            yield (
+                f"only {having} of {rows} prompts have a gt_answer: verifiable rewards cannot "
+                "score the rest"
+            )
+        if without := traits.get("answer left out", 0):
+            yield (
+                f"{without} of {rows} prompts ended with an answer, which was left out: the model "
+                "is to give its own"
+            )

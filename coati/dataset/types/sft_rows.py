@@ -1,0 +1,105 @@
+"""Conversations whose responses are learned, and plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from coati.dataset.rows.messages import complete_rounds
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.types.data_type import (
+    COMMON,
+    IDS,
+    LABELS,
+    TEXT,
+    TEXTS,
+    Columns,
+    DataType,
+    ReportTexts,
+    Side,
+    TrainingRows,
+)
+from coati.utils.constants import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from coati.dataset.chat.conversation import Conversation, Encoded
+    from coati.dataset.rows.source_row import SourceRow
+
+
+class Sft(DataType):
+    """Rows are cut to the complete rounds that fit into ``max_length``."""
+
+    name = "sft"
+    reads = ("conversation", "text")
+    columns = {
+        "input_ids": IDS,
+        "labels": LABELS,
+        "inputs_decode": TEXT,
+        "labels_decode": TEXTS,
+        **COMMON,
+    }
+    texts = ReportTexts(
+        title="conversations to learn from (sft)",
+        what="Each is a conversation whose answers the model learns to give.",
+        longer="a longer conversation keeps the whole rounds that fit, and is left out when not "
+        "one does.",
+        heading="What the model will learn",
+        learned="The model learns to write what is marked green and no other text; the rest it "
+        "only reads.",
+    )
+    is_cut = True
+
+    def finish(self, row: SourceRow) -> None:
+        if row.text is None:
+            row.messages = complete_rounds(row.messages)
+        elif not row.text.strip():
+            raise RowError("empty_conversation", "source and Target hold no text")
+
+    def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        """One row, or one per response (see Conversation.encode_turns)."""
+        if row.text is not None:
+            return [_text_row(row, conversation, max_length)]
+        encoded = conversation.encode_turns(row.messages, max_length)
+        return [(_columns(one, conversation, row.category), one.truncated) for one in encoded]
+
+    def sides(self, columns: Columns) -> list[Side]:
+        return [Side("", columns["input_ids"], columns["labels"], IGNORE_INDEX)]
+
+    def collator(self) -> Callable[..., Any]:
+        from coati.dataset.load.collator import DataCollatorForSupervisedDataset
+
+        return DataCollatorForSupervisedDataset
+
+
+def _columns(encoded: Encoded, conversation: Conversation, category: str | None) -> Columns:
+    # What follows the last answer (a line break, say) is never trained and would only cost time.
+    end = encoded.spans[-1][1]
+    ids = encoded.input_ids[:end]
+    return {
+        "input_ids": ids,
+        "labels": [
+            token if marked else IGNORE_INDEX
+            for token, marked in zip(ids, encoded.loss_mask, strict=False)
+        ],
+        "inputs_decode": conversation.encoder.decode(ids),
+        "labels_decode": [conversation.encoder.decode(answer) for answer in encoded.answers()],
+        "seq_length": len(ids),
+        "seq_category": category,
+    }
+
+
+def _text_row(row: SourceRow, conversation: Conversation, max_length: int) -> tuple[Columns, bool]:
+    """Plain text: no template; every token of it and the eos after it is learned. Too long a text
+    loses its end."""
+    ids, prefix = conversation.encode_text(row.text)
+    kept = ids[:max_length]
+    decode = conversation.encoder.decode
+    columns = {
+        "input_ids": kept,
+        "labels": [IGNORE_INDEX] * prefix + kept[prefix:],
+        "inputs_decode": decode(kept),
+        "labels_decode": [decode(kept[prefix:])],
+        "seq_length": len(kept),
+        "seq_category": row.category,
+    }
+    return columns, len(kept) < len(ids)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coati.experience_maker.experience import Experience
-from coati.models.logprobs import IGNORE_INDEX
-from coati.models.padding import right_pad_order
+from coati.models.logprobs import IGNORE_INDEX, right_pad_order
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch

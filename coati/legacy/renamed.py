@@ -93,6 +93,7 @@ MODULES = {
     "coati.models.lora_layers": "coati.models.lora.layers",
     "coati.models.loss_names": "coati.models.loss_registry",
     "coati.models.noise": "coati.models.generation.row_noise",
+    "coati.models.padding": "coati.models.logprobs",
     "coati.models.policy_names": "coati.models.policy_registry",
     "coati.models.prepack": "coati.models.generation.mkl_prepack",
     "coati.models.quant_names": "coati.models.quantization_registry",

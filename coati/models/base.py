@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coati.models.padding import right_pad_order
+from coati.models.logprobs import right_pad_order
 
 
 class ScalarHead(nn.Linear):

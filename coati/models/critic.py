@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coati.models.base import BaseModel
-from coati.models.padding import restore_order
+from coati.models.logprobs import restore_order
 
 
 class Critic(BaseModel):

@@ -5,17 +5,18 @@ The model's code is left alone. :meth:`Head.install` replaces the ``forward`` of
 embedding; between :meth:`Head.set` and :meth:`Head.clear` that forward keeps the hidden states
 whose next token is supervised and returns the log-probabilities of these tokens, shape (1, n),
 where logits would have been: the (B, S, V) logits never exist. Otherwise it is the original
-forward. They are of log_softmax(logits / :attr:`Head.temperature`).
+forward. They are of log_softmax(logits / :attr:`Head.temperature`). A :class:`HeadRequest` asks for
+more at the same tokens (entropy, top-k log-probs, ...), which :meth:`Head.take` then returns.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coati.models.head_outputs import HeadOutputs, HeadRequest, outputs_of_chunks
 from coati.models.logprobs import (
     IGNORE_INDEX,
     WHOLE,
@@ -26,18 +27,18 @@ from coati.models.logprobs import (
     next_token_targets,
     rows_per_chunk,
     scatter_token_logprobs,
-    unflatten,
 )
 
 __all__ = [
     "IGNORE_INDEX",
     "Head",
+    "HeadOutputs",
+    "HeadRequest",
     "VocabCollective",
-    "scatter_token_logprobs",
     "head_unsupported",
     "logprobs_from_logits",
     "next_token_targets",
-    "unflatten",
+    "scatter_token_logprobs",
 ]
 
 # Configuration fields of models that change the logits after the head; 1 and None change nothing.
@@ -51,7 +52,8 @@ def head_unsupported(config: Any) -> str | None:
     for field in _CHANGES_LOGITS:
         value = getattr(text, field, None)
         if value is not None and not (value == 1 and field != "final_logit_softcapping"):
-            return f"{getattr(text, 'model_type', 'this model')} changes its logits after the head ({field}={value})"
+            model = getattr(text, "model_type", "this model")
+            return f"{model} changes its logits after the head ({field}={value})"
     return None
 
 
@@ -74,6 +76,8 @@ class Head:
         self.agree_on_chunks: Callable[[int], int] | None = None
         self._targets: Tensor | None = None
         self._ignore_index = IGNORE_INDEX
+        self._request: HeadRequest | None = None
+        self._outputs: HeadOutputs | None = None
         self._original: Callable[..., Any] | None = None
 
     @classmethod
@@ -108,23 +112,49 @@ class Head:
         if self.module is not None:
             self.module.forward = self._original
 
-    def set(self, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
+    def set(
+        self,
+        labels: Tensor,
+        ignore_index: int = IGNORE_INDEX,
+        request: HeadRequest | None = None,
+    ) -> None:
         """Choose tokens for the next forward: ``labels`` (B, S), position t predicts ``labels[:, t
         + 1]``.
 
-        The log-probs come in the row order of ``labels[:, 1:] != ignore_index``.
+        The log-probs come in the row order of ``labels[:, 1:] != ignore_index``. ``request``: what
+        :meth:`take` is to give besides.
         """
-        self.set_targets(next_token_targets(labels, ignore_index), ignore_index)
+        self.set_targets(next_token_targets(labels, ignore_index), ignore_index, request)
 
-    def set_targets(self, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
+    def set_targets(
+        self,
+        targets: Tensor,
+        ignore_index: int = IGNORE_INDEX,
+        request: HeadRequest | None = None,
+    ) -> None:
         """:meth:`set` with labels already shifted: ``targets`` (B, S), what position t itself is to
         predict; for hidden states that are not whole rows (several rows in one, or a slice of the
         sequence)."""
-        self._targets, self._ignore_index = targets, ignore_index
+        self._targets = targets
+        self._ignore_index = ignore_index
+        self._request = request
+        self._outputs = None
 
     def clear(self) -> None:
-        """Back to the original forward, which generation needs."""
+        """Back to the original forward, which generation needs. Outputs not taken yet remain."""
         self._targets = None
+        self._request = None
+
+    def take(self) -> HeadOutputs:
+        """What the request of the last forward asked for, given away once: it holds the graph.
+
+        Raises RuntimeError where there was no request, or its outputs were taken.
+        """
+        if self._outputs is None:
+            raise RuntimeError("no outputs: Head.set was not given a request, or they were taken")
+        outputs = self._outputs
+        self._outputs = None
+        return outputs
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any):
         if self._targets is None:
@@ -140,10 +170,11 @@ class Head:
         targets = self._targets.to(hidden.device).flatten()
         index = (targets != self._ignore_index).nonzero()[:, 0]
         rows, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), targets[index]
-        chosen = (
-            self._plain(rows, targets) if self.is_plain() else self._general(hidden, rows, targets)
-        )
-        return chosen[None]
+        if self._request is not None:
+            self._outputs = self._requested(hidden, rows, targets, self._request.rows(index))
+            return self._outputs.logps
+        plain = self.is_plain()
+        return (self._plain(rows, targets) if plain else self._general(hidden, rows, targets))[None]
 
     def is_plain(self) -> bool:
         """Whether the module is a linear layer and nothing else: its parameters may then be used
@@ -172,18 +203,8 @@ class Head:
         """Any module, by its own forward: parameters that are split, gathered or adapted when it is
         called."""
         count = len(rows)
-        step = self.chunk_rows or rows_per_chunk(self._width())
-        chunks = max(1, -(-count // step))
-        if self.agree_on_chunks is not None:
-            chunks = self.agree_on_chunks(chunks)
-        if count < chunks:
-            # Every rank calls the module equally often, with at least one row, and every parameter
-            # gets a gradient.
-            blank = hidden.reshape(-1, hidden.shape[-1])[:1].expand(chunks - count, -1)
-            blank = blank.masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0.0)
-            rows, targets = torch.cat([rows, blank]), F.pad(targets, (0, chunks - count))
-        parts = zip(rows.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-        if chunks == 1 or not torch.is_grad_enabled():
+        parts = list(zip(*self._chunks(hidden, rows, targets), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
             logps = [self._chunk(part, wanted, self.temperature) for part, wanted in parts]
         else:
             # The temperature is an argument: a chunk formed again must have the one of its forward
@@ -194,10 +215,45 @@ class Head:
             ]
         return torch.cat(logps)[:count]
 
+    def _requested(
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, given: Tensor | None
+    ) -> HeadOutputs:
+        """All that the request asks for, by the module's own forward."""
+        tensors = (rows, targets) if given is None else (rows, targets, given)
+        parts = self._chunks(hidden, *tensors)
+        return outputs_of_chunks(
+            self._logits,
+            parts[0],
+            parts[1],
+            [None] * len(parts[0]) if given is None else parts[2],
+            self._request,
+            self.collective,
+            self.temperature,
+            len(rows),
+        )
+
+    def _chunks(self, hidden: Tensor, rows: Tensor, *beside: Tensor) -> list[tuple[Tensor, ...]]:
+        """``rows`` and the tensors ``beside`` them, each split into chunks; with blank rows where
+        there are fewer rows than chunks."""
+        count = len(rows)
+        chunks = max(1, -(-count // (self.chunk_rows or rows_per_chunk(self._width()))))
+        if self.agree_on_chunks is not None:
+            chunks = self.agree_on_chunks(chunks)
+        if (missing := chunks - count) > 0:
+            # Every rank calls the module equally often, with at least one row, and every parameter
+            # gets a gradient.
+            blank = hidden.reshape(-1, hidden.shape[-1])[:1].expand(missing, -1)
+            blank = blank.masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0.0)
+            rows = torch.cat([rows, blank])
+            beside = tuple(torch.cat([t, t.new_zeros(missing, *t.shape[1:])]) for t in beside)
+        return [tensor.tensor_split(chunks) for tensor in (rows, *beside)]
+
     def _chunk(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        return FromLogits.apply(self._logits(rows), targets, self.collective, temperature)
+
+    def _logits(self, rows: Tensor) -> Tensor:
         # Three dimensions, as every module that stands here has seen them.
-        logits = _plain_tensor(self._original(rows[None]))
-        return FromLogits.apply(logits.flatten(0, -2), targets, self.collective, temperature)
+        return _plain_tensor(self._original(rows[None])).flatten(0, -2)
 
     def _width(self) -> int:
         """Vocabulary entries one call returns, close enough to choose the size of a chunk."""

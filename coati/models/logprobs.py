@@ -1,4 +1,5 @@
-"""Log-softmax over the vocabulary at chosen tokens, and its gradient, a chunk of rows at a time.
+"""Log-softmax over the vocabulary at chosen tokens, and its gradient, a chunk of rows at a time;
+and how such tokens lie in a batch.
 
 The gradient of a row's log-probability with respect to its logits is ``onehot - softmax``. Where
 the rows of one call fit into a chunk it is kept from the forward pass, in place of the logits;
@@ -6,7 +7,7 @@ otherwise each chunk's logits are formed again in the backward pass. Either way 
 V) exists at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from coati.utils.constants import IGNORE_INDEX
 
-CHUNK_BYTES = (
-    128 * 2**20
-)  # of fp32 logits: large enough for full matrix speed, small beside a model
-_CACHED_ELEMENTS = (
-    2**19
-)  # rows are exponentiated in blocks of 2 MiB, which stay in a core's cache between the passes
+# Of fp32 logits: large enough for full matrix speed, small beside a model.
+CHUNK_BYTES = 128 * 2**20
+# Rows are exponentiated in blocks of 2 MiB, which stay in a core's cache between the passes.
+_CACHED_ELEMENTS = 2**19
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -32,11 +31,13 @@ def _same(tensor: Tensor) -> Tensor:
 class VocabCollective:
     """A vocabulary split over ranks. ``offset``: token id of this rank's first logit.
     ``reduce_max``, ``reduce_sum``: a float tensor -> its maximum or sum over the ranks that share
-    the vocabulary (by default the identity)."""
+    the vocabulary; ``gather``: (n, k) -> (n, ranks x k), alike on every rank (by default the
+    identity)."""
 
     offset: int = 0
     reduce_max: Callable[[Tensor], Tensor] = _same
     reduce_sum: Callable[[Tensor], Tensor] = _same
+    gather: Callable[[Tensor], Tensor] = _same
 
 
 WHOLE = VocabCollective()
@@ -57,7 +58,19 @@ def scatter_token_logprobs(
     return flat.new_zeros(chosen.shape).masked_scatter(chosen, flat)
 
 
-unflatten = scatter_token_logprobs
+def right_pad_order(attention_mask: Tensor) -> Tensor:
+    """(B, S) 0/1 -> (B, S) positions: the real tokens of each row in their order, then its padding.
+
+    ``tensor.gather(1, right_pad_order(mask))`` pads a (B, S) tensor on the right. A model counts
+    positions from the start of a row, so only there do its numbers not depend on the side and
+    amount of padding.
+    """
+    return torch.argsort(attention_mask.bool().logical_not().to(torch.uint8), dim=1, stable=True)
+
+
+def restore_order(moved: Tensor, order: Tensor) -> Tensor:
+    """The inverse: values (B, S) in the order of :func:`right_pad_order` back at their places."""
+    return torch.empty_like(moved).scatter(1, order, moved)
 
 
 def rows_per_chunk(vocab_size: int) -> int:
@@ -65,18 +78,23 @@ def rows_per_chunk(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows of ``logits`` (n, V) that fit into a core's cache."""
+    rows = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
+
+
 def _exp_(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
     """``logits`` (n, V) becomes exp((logits - peak) / temperature), in place; the sum of each row,
     (n,)."""
     total = torch.empty_like(peak)
-    rows = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
-    for start in range(0, len(logits), rows):
-        block = logits[start : start + rows]
-        block.sub_(peak[start : start + rows, None])
+    for part in row_blocks(logits):
+        block = logits[part]
+        block.sub_(peak[part, None])
         if temperature != 1:
             block.div_(temperature)
         block.exp_()
-        torch.sum(block, dim=1, out=total[start : start + rows])
+        torch.sum(block, dim=1, out=total[part])
     return total
 
 

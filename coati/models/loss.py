@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coati.models.logprobs import IGNORE_INDEX, logprobs_from_logits
+from coati.models.logprobs import logprobs_from_logits
+from coati.utils.constants import IGNORE_INDEX
 
 # Nearer to probability 1 the odds of an fp32 log-prob are rounding noise, and their gradient is not
 # finite.

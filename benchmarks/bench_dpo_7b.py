@@ -143,7 +143,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     steps = []
     for window in loader.windows(0):
         started = time.perf_counter()
-        step = engine.train_step(window, trainer)
+        step = engine.train_step(window, trainer.objective)
         steps.append(
             {"seconds": time.perf_counter() - started, "loss": step.loss, "tokens": step.tokens}
         )

@@ -82,9 +82,10 @@ def windows(loader):
 
 def measure(engine, by_rows, by_packs, rounds: int) -> dict[str, list[tuple[int, float]]]:
     """(tokens, seconds) of each step of each way."""
-    from coati.trainer import SFTTrainer
+    from coati.trainer.sft import SFTObjective
 
-    hooks, end_to_end = SFTTrainer(engine=engine), engine.packing
+    objective = SFTObjective()
+    end_to_end = engine.packing
     sources = {way: windows(by_packs if way.startswith("packed") else by_rows) for way in WAYS}
     found: dict[str, list[tuple[int, float]]] = {way: [] for way in WAYS}
     for _ in range(WARM_UP + rounds):
@@ -92,7 +93,7 @@ def measure(engine, by_rows, by_packs, rounds: int) -> dict[str, list[tuple[int,
             engine.packing = end_to_end if way in ("end to end", "packed") else None
             window = next(source)
             started = time.perf_counter()
-            step = engine.train_step(window, hooks)
+            step = engine.train_step(window, objective)
             found[way].append((step.tokens, time.perf_counter() - started))
     return {way: steps[WARM_UP:] for way, steps in found.items()}
 

@@ -73,7 +73,10 @@ def make_trainer(folder: Path, plugin: str, steps: int):
     loader = WindowLoader(rows, collate, batch_size=sft_case.BATCH_SIZE, shuffle=False)
     epochs = -(-steps // len(loader))
     return SFTTrainer(
-        engine=engine, max_epochs=epochs, accumulation_steps=1, plan=RunSchedule(max_steps=steps)
+        engine=engine,
+        max_epochs=epochs,
+        accumulation_steps=1,
+        schedule=RunSchedule(max_steps=steps),
     ), loader
 
 

@@ -131,9 +131,9 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
     from coati.models.policy_loss import Normalization
     from coati.rewards import Rewards
     from coati.trainer import OLTrainer
-    from coati.trainer.base import RunSchedule
     from coati.trainer.online import Episodes
     from coati.trainer.policy_objective import PolicySettings
+    from coati.trainer.schedule import RunSchedule
 
     ppo = models.critic is not None
     answers = {"stop_sequences": [[tokenizer.eos_token_id]], "max_new_tokens": size.new}
@@ -162,7 +162,7 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
         NaiveExperienceBuffer(size.answers),
         Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
         policy=PolicySettings(case.CLIP, case.CLIP, normalization=normalization),
-        plan=RunSchedule(log_interval=1),
+        schedule=RunSchedule(log_interval=1),
         signs=signs,
         **keywords,
     )

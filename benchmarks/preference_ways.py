@@ -70,7 +70,7 @@ def library(trainer, pairs: list[dict], batch: int, stored=None) -> Steps:
         window = window if stored is None else [stored(batch) for batch in window]
         yield
         started = time.perf_counter()
-        step = trainer.engine.train_step(window, trainer)
+        step = trainer.engine.train_step(window, trainer.objective)
         yield time.perf_counter() - started, step.loss
 
 

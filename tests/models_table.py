@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coati.parallel.families import NOT_CHAT, SPLITS, check_family
+from coati.parallel.objective import Objective
 from coati.parallel.plugins import ParallelOptions, check_options
 from tests.distributed.spawn import run
 
@@ -189,17 +190,9 @@ def _chatglm(config: dict) -> torch.nn.Module:
     return cls(configuration_chatglm.ChatGLMConfig(**config), empty_init=False)
 
 
-class _Hooks:
-    model_keys = ("input_ids", "attention_mask")
-
-    def prepare(self, batch):
-        return batch
-
-    def num_terms(self, batch):
-        return (batch["labels"][:, 1:] != -100).sum()
-
-    def loss(self, outputs, batch):
-        return -outputs["logits"].sum(), {}
+class _CrossEntropy(Objective):
+    def loss(self, logps, batch):
+        return -logps.sum(), {}
 
 
 def _batch(step: int, pad: int) -> dict[str, torch.Tensor]:
@@ -235,7 +228,7 @@ def train(family: Family, column: Column) -> list[tuple[float, float]]:
     for step in range(2):
         whole = _batch(step, pad=getattr(model.config, "pad_token_id", None) or 0)
         done = engine.train_step(
-            [{key: value.chunk(count)[share] for key, value in whole.items()}], _Hooks()
+            [{key: value.chunk(count)[share] for key, value in whole.items()}], _CrossEntropy()
         )
         steps.append((done.loss, done.grad_norm))
     return steps

@@ -6,7 +6,6 @@ both forms keep.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,29 +65,8 @@ def values_at(outputs: Tensor, batch: Batch) -> Tensor:
     return outputs[0][batch["states"][batch["attention_mask"].bool()]]
 
 
-class _Numbers:
-    """Hooks for :meth:`~coati.parallel.engine.Engine.collect`: what ``read`` makes of the
-    outputs."""
-
-    model_keys = ("input_ids", "attention_mask")
-
-    def __init__(self, read: Callable[[Any, Batch], Tensor]) -> None:
-        self.read = read
-
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
-    def num_terms(self, batch: Batch) -> Tensor:
-        return torch.tensor(len(batch["input_ids"]))
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.read(outputs, batch)
-        return rows.sum(), {"rows": rows}
-
-
-LOGPS = _Numbers(lambda outputs, batch: outputs["logits"][0])
-VALUES = _Numbers(values_at)
-SCORES = _Numbers(lambda outputs, batch: outputs)
+def _unchanged(outputs: Tensor, batch: Batch) -> Tensor:
+    return outputs
 
 
 def action_logprobs(
@@ -96,8 +74,11 @@ def action_logprobs(
 ) -> Tensor:
     """(B, A) log-probs of the actions under ``model``, ``batch_size`` rows at a time, 0 where
     masked."""
-    with model.awake():
-        found = [model.rows(policy_batch(part), LOGPS) for part in _parts(experience, batch_size)]
+    with model.on_device():
+        found = [
+            model.forward_only(policy_batch(part), _unchanged)
+            for part in _parts(experience, batch_size)
+        ]
     return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
 
 
@@ -105,7 +86,10 @@ def state_values(
     critic: InferenceModel, experience: Experience, batch_size: int | None = None
 ) -> Tensor:
     """(B, A) values of the states before the actions, 0 where masked."""
-    found = [critic.rows(critic_batch(part), VALUES) for part in _parts(experience, batch_size)]
+    found = [
+        critic.forward_only(critic_batch(part), values_at)
+        for part in _parts(experience, batch_size)
+    ]
     return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
 
 
@@ -113,10 +97,10 @@ def scores(
     reward_model: InferenceModel, experience: Experience, batch_size: int | None = None
 ) -> Tensor:
     """(B,) scores of the whole rows."""
-    with reward_model.awake():
+    with reward_model.on_device():
         return torch.cat(
             [
-                reward_model.rows(reward_batch(part), SCORES)
+                reward_model.forward_only(reward_batch(part), _unchanged)
                 for part in _parts(experience, batch_size)
             ]
         )

@@ -130,7 +130,7 @@ MODULES = {
 
 # package -> old public name -> (module, name) of today
 NAMES: dict[str, dict[str, tuple[str, str]]] = {
-    "coati.trainer": {"Plan": ("coati.trainer.base", "RunSchedule")},
+    "coati.trainer": {"Plan": ("coati.trainer.schedule", "RunSchedule")},
 }
 
 

@@ -1,8 +1,8 @@
-"""One model's step: forward, loss, backward and update, pipelined or not. Nobody above asks
-which."""
+"""Forward, backward and optimizer step for one model, with or without a pipeline schedule; callers
+never branch on it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -21,6 +21,7 @@ from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Objective, 
 from coati.parallel.plugins import ParallelOptions
 from coati.utils.distributed import all_gather_object
 from coati.utils.logging import get_logger
+from coati.utils.meter import MaskedSamples
 
 logger = get_logger(__name__)
 
@@ -45,25 +46,24 @@ class Engine:
         options: ParallelOptions | None = None,
         packing: PaddingFree | None = None,
     ):
-        self.booster, self.model, self.optimizer, self.lr_scheduler = (
-            booster,
-            model,
-            optimizer,
-            lr_scheduler,
-        )
+        self.booster = booster
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.plugin = booster.plugin
         self.options = options or ParallelOptions()
         self.mesh = Mesh.of(self.plugin)
         self.module = inner_module(model)
         parameter = next(self.module.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device = parameter.device
+        self.dtype = parameter.dtype
+        self.scalar = hasattr(self.module, "backbone")  # a reward model or critic
         self.pipelined = self.mesh.pp_size > 1
         # With one process DDP's reducer has nothing to add up, but would still copy every gradient.
         wrapped = getattr(model, "module", None)
         self._alone = isinstance(wrapped, DistributedDataParallel) and dist.get_world_size() == 1
-        self._batch_keys: set[str] = (
-            set()
-        )  # of the current pipelined batch, those the model does not take
+        # Of the current pipelined batch, those the model does not take.
+        self._batch_keys: set[str] = set()
         self.packing = packing
         self.temperature = 1.0  # log-probs at labels are those of log_softmax(logits / temperature)
         self._install_head()
@@ -71,8 +71,7 @@ class Engine:
             self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
 
     def _install_head(self) -> None:
-        scalar = hasattr(self.module, "backbone")
-        reason = None if scalar else head_unsupported(self.module.config)
+        reason = None if self.scalar else head_unsupported(self.module.config)
         if reason:
             logger.warning_once(
                 f"{reason}: its full logits are formed, which takes more memory than the library's "
@@ -91,98 +90,106 @@ class Engine:
 
     def train_step(
         self,
-        window: list[Batch],
-        hooks: Objective,
+        micro_batches: list[Batch],
+        objective: Objective,
         stop: bool = False,
         *,
         weight: float = 1.0,
-        also: Sequence[LossPart] = (),
+        aux_losses: Sequence[LossPart] = (),
     ) -> Step:
-        """Forward and backward over the micro-batches of ``window``, then one update.
+        """Forward and backward over ``micro_batches``, then one update.
 
         ``stop``: this rank wants the run to end after the step; all ranks learn of it in
-        :attr:`Step.stop`. ``also``: further parts of the same step's loss, each of its own window;
-        ``weight`` is that of ``window``.
+        :attr:`Step.stop`. ``aux_losses``: further parts of the same step's loss, each with
+        micro-batches and an objective of its own; ``weight`` is that of ``micro_batches``.
 
-        Each part is divided by its window's true count over all data-parallel ranks, so neither the
-        split into micro-batches nor the number of ranks changes it.
+        Each part is divided by the true number of its terms over all data-parallel ranks, so
+        neither the split into micro-batches nor the number of ranks changes it.
 
         Raises:
             NonFiniteLoss: on every rank, before the update.
         """
         parts = [
-            replace(p, window=self._prepared(p.window, p.hooks))
-            for p in (LossPart(window, hooks, weight), *also)
+            replace(part, micro_batches=self._prepared(part))
+            for part in (LossPart(micro_batches, objective, weight), *aux_losses)
         ]
-        num_terms = [sum(part.hooks.num_terms(batch) for batch in part.window) for part in parts]
-        tokens = sum(batch["attention_mask"].sum() for part in parts for batch in part.window)
-        *counts, tokens, stops = (
-            int(n)
-            for n in self._sum([*(n * self.mesh.is_loss_rank for n in (*num_terms, tokens)), stop])
-        )
+        sizes = [sum(map(part.objective.num_terms, part.micro_batches)) for part in parts]
+        tokens = sum(b["attention_mask"].sum() for part in parts for b in part.micro_batches)
+        counts = self._reduced([size * self.mesh.is_loss_rank for size in (*sizes, tokens)])
         self.model.train()
-        totals, metrics = [], {}
-        for part, count in zip(parts, counts, strict=True):
-            scale = part.weight * self.mesh.dp_size / max(count, 1)
-            total, samples = self._run(part.window, part.hooks, scale, sync=part is parts[-1])
+        totals = []
+        metrics: dict[str, list] = {}
+        for part, count in zip(parts, counts, strict=False):
+            scale = (part.weight * self.mesh.dp_size / count.clamp(min=1)).float()
+            total = self._loss_of(part, metrics, scale, sync=part is parts[-1])
             totals.append(total * self.mesh.is_loss_rank)
-            for name, values in samples.items():
-                metrics.setdefault(name, []).extend(values)
-        losses = [
-            total / max(count, 1) for total, count in zip(self._sum(totals), counts, strict=True)
-        ]
+        sums = self._reduced([*totals, float(stop)])
+        *totals, stops = sums.tolist()  # the step's first wait for the device
+        *terms, tokens = map(int, counts.tolist())
+        losses = [total / max(count, 1) for total, count in zip(totals, terms, strict=True)]
         if not all(map(math.isfinite, losses)):
             self.optimizer.zero_grad()
-            raise NonFiniteLoss(
-                "the loss of this step is "
-                f"{next(loss for loss in losses if not math.isfinite(loss))}"
-            )
-        return Step(losses[0], counts[0], tokens, stops > 0, self._update(), metrics, losses[1:])
+            wrong = next(loss for loss in losses if not math.isfinite(loss))
+            raise NonFiniteLoss(f"the loss of this step is {wrong}")
+        return Step(losses[0], terms[0], tokens, stops > 0, self._update(), metrics, losses[1:])
 
-    def _prepared(self, window: list[Batch], hooks: Objective) -> list[Batch]:
-        window = [self._to_device(hooks.prepare(batch)) for batch in window]
-        if not hasattr(hooks, "prepare_window"):
-            return window
-        self.model.eval()
-        with torch.no_grad():
-            return hooks.prepare_window(window)
+    def _prepared(self, part: LossPart) -> list[Batch]:
+        prepare = part.objective.prepare
+        batches = [self._to_device(prepare(batch)) for batch in part.micro_batches]
+        return part.objective.prepare_step(batches)
 
     @torch.no_grad()
-    def collect(self, batch: Batch, hooks: Objective) -> dict[str, Tensor]:
-        """The metrics that ``hooks.loss`` makes of ``batch``, (n,) each in the order of the rows,
-        and nothing else: no gradient, no exchange of losses. Under a pipeline they are on its last
-        stage; the other stages get none."""
+    def forward_only(
+        self,
+        batch: Batch,
+        read: Callable[[Tensor, Batch], Tensor],
+        *,
+        model_keys: tuple[str, ...] = Objective.model_keys,
+        temperature: float | None = None,
+    ) -> Tensor:
+        """What ``read(logps, batch)`` makes of a forward in evaluation mode, (n,) in the order of
+        the rows; ``logps`` as in :meth:`Objective.loss`. No gradient, no exchange between ranks.
+
+        ``temperature``: by default the engine's. Under a pipeline the stages that do not compute it
+        get zeros, one for each row.
+        """
         self.model.eval()
-        _, metrics = self._run([self._to_device(batch)], hooks, None)
-        return {name: torch.cat(values).to(self.device) for name, values in metrics.items()}
+        found: list[Tensor] = []
+
+        def consume(logps: Tensor, micro_batch: Batch) -> Tensor:
+            found.append(read(logps, micro_batch).detach().float())
+            return found[-1].sum()
+
+        self._run([self._to_device(batch)], model_keys, temperature, consume, None)
+        if not found:
+            return torch.zeros(len(batch["input_ids"]), device=self.device)
+        return torch.cat(found)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], hooks: Objective) -> Step:
-        """Loss per unit and metrics over ``batches``, the samples of all ranks; every rank must
-        pass equally many."""
+    def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Step:
+        """Loss per term and metrics over ``batches``, the samples of all ranks, in host memory;
+        every rank must pass equally many."""
         self.model.eval()
-        total, num_terms = 0.0, 0.0
-        metrics: dict[str, list[Tensor]] = {}
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        terms = torch.zeros_like(total)
+        metrics: dict[str, list] = {}
         for batch in batches:
-            batch = self._to_device(hooks.prepare(batch))
-            batch_total, samples = self._run([batch], hooks, None)
-            total += float(batch_total)
-            num_terms += float(hooks.num_terms(batch))
-            for name, values in samples.items():
-                metrics.setdefault(name, []).extend(values)
-        loss, count = self._sum(
-            [total * self.mesh.is_loss_rank, num_terms * self.mesh.is_loss_rank]
-        )
-        everyone = all_gather_object(metrics if self.mesh.is_loss_rank else {})
-        whole = {
-            name: [t for rank in everyone for t in rank.get(name, [])]
-            for name in dict.fromkeys(chain(*everyone))
+            part = LossPart([self._to_device(objective.prepare(batch))], objective)
+            total += self._loss_of(part, metrics, None)
+            terms += objective.num_terms(part.micro_batches[0])
+        loss, count = self.sum_of_shares([total, terms])
+        mine = {
+            name: [_selected(samples).cpu() for samples in values]
+            for name, values in (metrics.items() if self.mesh.is_loss_rank else ())
         }
+        everyone = all_gather_object(mine)
+        names = dict.fromkeys(chain(*everyone))
+        whole = {name: [t for share in everyone for t in share.get(name, [])] for name in names}
         return Step(loss / max(count, 1), int(count), metrics=whole)
 
-    def forward(self, batch: Batch, model_keys: tuple[str, ...]) -> Any:
-        """The model's outputs; ``outputs.logits`` are the (1, n) log-probs that ``batch["labels"]``
-        chose."""
+    def forward(self, batch: Batch, model_keys: tuple[str, ...] = Objective.model_keys) -> Tensor:
+        """(n,) log-probs of the tokens supervised by ``batch["labels"]``; of a model with a scalar
+        head what it returns."""
         keys = (*model_keys, *PACK_KEYS)
         inputs = self._choose(batch, {key: batch[key] for key in keys if key in batch})
         try:
@@ -191,33 +198,52 @@ class Engine:
             self._clear_head()
         return self._read(outputs, batch)
 
+    def _loss_of(
+        self, part: LossPart, metrics: dict[str, list], scale: Tensor | None, sync: bool = True
+    ) -> Tensor:
+        """The sum of the loss's terms, fp64; their samples are appended to ``metrics``. With
+        ``scale`` the gradients too, added up over ranks if ``sync``."""
+        objective = part.objective
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def consume(logps: Tensor, micro_batch: Batch) -> Tensor:
+            loss, samples = objective.loss(logps, micro_batch)
+            total.add_(loss.detach())
+            for name, values in samples.items():
+                metrics.setdefault(name, []).append(_detached(values))
+            return loss
+
+        keys, temperature = objective.model_keys, objective.temperature
+        self._run(part.micro_batches, keys, temperature, consume, scale, sync)
+        return total
+
     def _run(
-        self, window: list[Batch], hooks: Objective, scale: float | None, sync: bool = True
-    ) -> tuple[Tensor, dict]:
-        """Sum of the loss's terms, and samples; with ``scale`` the gradients too, added up over
-        ranks if ``sync``."""
+        self,
+        micro_batches: list[Batch],
+        model_keys: tuple[str, ...],
+        temperature: float | None,
+        consume: Callable[[Tensor, Batch], Tensor],
+        scale: Tensor | None,
+        sync: bool = True,
+    ) -> None:
+        """The one place that asks for a pipeline."""
         usual = self.temperature
-        self.temperature = getattr(hooks, "temperature", usual)
+        self.temperature = usual if temperature is None else temperature
         try:
             if self.pipelined:
-                return self._pipeline_window(window, hooks, scale)
-            return self._plain_window(window, hooks, scale, sync)
+                self._run_pipeline(micro_batches, model_keys, consume, scale)
+            else:
+                self._run_plain(micro_batches, model_keys, consume, scale, sync)
         finally:
             self.temperature = usual
 
-    def _plain_window(
-        self, window: list[Batch], hooks: Objective, scale: float | None, sync: bool
-    ) -> tuple[Tensor, dict]:
-        total, metrics = torch.zeros((), dtype=torch.float64, device=self.device), {}
-        for index, batch in enumerate(window):
-            last = sync and index == len(window) - 1
+    def _run_plain(self, micro_batches, model_keys, consume, scale, sync: bool) -> None:
+        for index, batch in enumerate(micro_batches):
+            last = sync and index == len(micro_batches) - 1
             with nullcontext() if scale is None or (last and not self._alone) else self._no_sync():
-                loss, samples = hooks.loss(self.forward(batch, hooks.model_keys), batch)
+                loss = consume(self.forward(batch, model_keys), batch)
                 if scale is not None:
                     self.booster.backward(loss * scale, self.optimizer)
-            total += loss.detach()
-            _collect(metrics, samples)
-        return total, metrics
 
     def _no_sync(self):
         # ZeRO-2 and Gemini add up reduced gradients themselves; the others wait for the last
@@ -227,35 +253,24 @@ class Engine:
             return nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
 
-    def _pipeline_window(
-        self, window: list[Batch], hooks: Objective, scale: float | None
-    ) -> tuple[Tensor, dict]:
-        batch = concatenate(window)
-        rows = len(batch["input_ids"])
-        schedule = self._reset_schedule(rows)
-        self._batch_keys = set(batch) - {*hooks.model_keys, *PACK_KEYS}
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        metrics: dict[str, list[Tensor]] = {}
+    def _run_pipeline(self, micro_batches, model_keys, consume, scale) -> None:
+        batch = concatenate(micro_batches)
+        schedule = self._reset_schedule(len(batch["input_ids"]))
+        self._batch_keys = set(batch) - {*model_keys, *PACK_KEYS}
 
         def criterion(outputs: Any, micro_batch: Batch) -> Tensor:
             self._clear_head()
-            loss, samples = hooks.loss(self._read(outputs, micro_batch), micro_batch)
-            total.add_(loss.detach())
-            _collect(metrics, samples)
-            # The schedule divides by the number of micro-batches (one_f_one_b.py:272); the window's
-            # count is ours.
+            loss = consume(self._read(outputs, micro_batch), micro_batch)
+            # The schedule divides by the number of micro-batches (one_f_one_b.py:272); the count of
+            # terms is ours.
             return loss * (1.0 if scale is None else scale) * schedule.num_microbatches
 
+        optimizer = self.optimizer if scale is not None else None
         with self.model.no_sync() if scale is None else nullcontext():
             self.booster.execute_pipeline(
-                iter([batch]),
-                self.model,
-                criterion,
-                self.optimizer if scale is not None else None,
-                return_loss=False,
+                iter([batch]), self.model, criterion, optimizer, return_loss=False
             )
         self._clear_head()
-        return total, metrics
 
     def _reset_schedule(self, rows: int):
         # Evaluation between training steps, and steps of another size, leave the schedule with the
@@ -298,15 +313,16 @@ class Engine:
         if self.head is not None:
             self.head.clear()
 
-    def _read(self, outputs: Any, batch: Batch) -> Any:
-        if self.head is None and "labels" in batch:
-            # Gemini returns ColoTensors, whose in-place operations change nothing
-            # (tensor/colo_tensor.py:6).
-            logits = outputs["logits"].as_subclass(Tensor)
-            outputs["logits"] = logprobs_from_logits(
-                logits, batch["labels"], temperature=self.temperature
-            )
-        return outputs
+    def _read(self, outputs: Any, batch: Batch) -> Tensor:
+        if self.scalar:
+            return outputs
+        logits = outputs["logits"]
+        if self.head is not None:  # it has put log-probs in the place of logits
+            return logits[0]
+        # Gemini returns ColoTensors, whose in-place operations change nothing
+        # (tensor/colo_tensor.py:6).
+        logits = logits.as_subclass(Tensor)
+        return logprobs_from_logits(logits, batch["labels"], temperature=self.temperature)[0]
 
     def _update(self) -> float | None:
         scale = self._loss_scale()
@@ -333,21 +349,24 @@ class Engine:
 
     def all_ranks(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on each."""
-        return self._sum([not flag])[0] == 0
+        return self._reduced([float(not flag)]).item() == 0
 
-    def sum_of_shares(self, values: list[Tensor | float]) -> list[float]:
+    def sum_of_shares(self, values: Sequence[Tensor | float]) -> list[float]:
         """Sums over the data-parallel shares, of numbers that all processes of a share have
         alike."""
-        return self._sum([value * self.mesh.is_loss_rank for value in values])
+        return self._reduced([value * self.mesh.is_loss_rank for value in values]).tolist()
 
-    def _sum(self, values: list[Tensor | float]) -> list[float]:
-        """Sums over all ranks; what only reporting ranks hold is multiplied by ``mesh.reports``
-        before."""
-        box = torch.tensor(
-            [float(value) for value in values], dtype=torch.float64, device=self.device
+    def _reduced(self, values: Sequence[Tensor | float]) -> Tensor:
+        """(n,) fp64 sums over all ranks, on the device; what only loss ranks hold is multiplied by
+        ``mesh.is_loss_rank`` before."""
+        box = torch.stack(
+            [
+                torch.as_tensor(value, dtype=torch.float64).to(self.device, non_blocking=True)
+                for value in values
+            ]
         )
         dist.all_reduce(box)
-        return box.tolist()
+        return box
 
 
 def grad_scaler(optimizer):
@@ -359,6 +378,11 @@ def grad_scaler(optimizer):
     return None
 
 
-def _collect(metrics: dict[str, list[Tensor]], samples: dict[str, Tensor]) -> None:
-    for name, values in samples.items():
-        metrics.setdefault(name, []).append(values.detach().float().reshape(-1).cpu())
+def _detached(samples: Tensor | MaskedSamples) -> Tensor | MaskedSamples:
+    if isinstance(samples, MaskedSamples):
+        return samples.detached()
+    return samples.detach().float().reshape(-1)
+
+
+def _selected(samples: Tensor | MaskedSamples) -> Tensor:
+    return samples.selected() if isinstance(samples, MaskedSamples) else samples

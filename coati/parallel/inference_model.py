@@ -1,9 +1,9 @@
-"""The reference model of preference and RL trainers: fixed weights, log-probs without gradient."""
+"""Models that are not trained: the reference, and in RL the reward model, whole or split over
+processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,16 @@ class _Unboosted:
 
 
 class InferenceModel:
-    """Numbers per row of a model that is not trained.
+    """A model that is only run forward.
 
-    ``adapters_off``: the model is the policy itself; its LoRA adapters are switched off meanwhile.
-    ``offload``: it is in host memory except while :meth:`awake`.
+    ``adapters_off``: the model is the policy itself, with its LoRA adapters switched off meanwhile.
+    ``offload``: its weights are in host memory except inside :meth:`on_device`.
     """
 
     def __init__(self, engine: Engine, adapters_off: bool = False, offload: bool = False) -> None:
-        self.engine, self.adapters_off, self.offload = engine, adapters_off, offload
+        self.engine = engine
+        self.adapters_off = adapters_off
+        self.offload = offload
         if offload:
             engine.module.to("cpu")
 
@@ -42,9 +44,9 @@ class InferenceModel:
         return cls(Engine(_Unboosted(), model.eval()))
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        """With ``offload``: on the engine's device meanwhile. Around all batches that it gets in a
-        row."""
+    def on_device(self) -> Iterator[None]:
+        """With ``offload``: the weights are on the engine's device meanwhile. Enter it once for all
+        batches in a row."""
         if self.offload:
             self.engine.module.to(self.engine.device)
         try:
@@ -53,14 +55,13 @@ class InferenceModel:
             if self.offload:
                 self.engine.module.to("cpu")
 
-    def rows(self, batch: Batch, hooks: Any) -> Tensor:
-        """(R,) on the engine's device: the metric ``rows`` of ``hooks`` for the R rows of
-        ``batch``. Zeros on the pipeline stages that do not compute it."""
+    def forward_only(self, batch: Batch, read: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+        """(n,) as :meth:`Engine.forward_only <coati.parallel.engine.Engine.forward_only>`, with the
+        adapters off where the model is the policy itself."""
         # disable_adapter is the adapted module's; the wrappers around it know nothing of it.
         off = self.engine.module.disable_adapter() if self.adapters_off else nullcontext()
         with off:
-            found = self.engine.collect(batch, hooks)
-        return found.get("rows", torch.zeros(len(batch["input_ids"]), device=self.engine.device))
+            return self.engine.forward_only(batch, read)
 
 
 def boost_for_inference(model: nn.Module, options: ParallelOptions) -> Engine:

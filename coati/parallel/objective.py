@@ -1,81 +1,93 @@
-"""What passes between a trainer and the engine: the hooks, and what came of a step."""
+"""What an algorithm tells the engine (:class:`Objective`), and the result of an optimizer step."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from coati.models.logprobs import IGNORE_INDEX
+from coati.utils.meter import MaskedSamples
 
 Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor | MaskedSamples]
 PADDING = {
     "labels": IGNORE_INDEX
 }  # every other key is padded with 0: attention masks say what counts
 
 
-class Objective(Protocol):
-    """What a trainer tells the engine about its algorithm.
+class Objective:
+    """A loss and what it needs. Subclass it and write :meth:`loss`; the engine does the rest.
 
-    Optional besides: ``prepare_window(window) -> window``, called with the prepared batches of a
-    training step on the device, in eval mode and without gradient, before the first forward; for
-    what needs the whole window. And
-    ``temperature``, where log-probs are wanted at another than the engine's.
+    ``model_keys``: the keys of a batch that the model is called with. ``temperature``: log-probs are
+    those of log_softmax(logits / temperature).
     """
 
-    model_keys: tuple[str, ...]
+    model_keys: tuple[str, ...] = ("input_ids", "attention_mask")
+    temperature: float = 1.0
 
     def prepare(self, batch: Batch) -> Batch:
-        """Work without gradient before the forward."""
+        """Work without gradient on one micro-batch before its forward, on the device of the data."""
+        return batch
+
+    def prepare_step(self, micro_batches: list[Batch]) -> list[Batch]:
+        """The same on all micro-batches of an optimizer step, prepared and on the model's device,
+        before the first forward: for what needs this rank's whole share of the global batch."""
+        return micro_batches
 
     def num_terms(self, batch: Batch) -> Tensor:
-        """How many terms (tokens, pairs, rows) ``loss`` adds up, a scalar tensor."""
+        """How many terms (tokens, pairs, rows) :meth:`loss` adds up, a scalar tensor: by default the
+        supervised tokens of ``labels``."""
+        return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The *sum* of the terms, and metrics as tensors of samples. ``outputs.logits`` (1, n)
-        holds the log-probs of the tokens chosen by ``batch["labels"]``; a model with a scalar head
-        gives its tensor instead."""
+    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The *sum* of the terms of a micro-batch, and metrics as samples, which are averaged over
+        all ranks when they are logged.
+
+        ``logps`` (n,): the log-probs of the n tokens supervised by ``labels`` (B, S), in the order
+        of ``labels[:, 1:] != -100``. Of a model with a scalar head: what it returns, (B,) scores or
+        (B, S) values.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define its loss")
 
 
 @dataclass(frozen=True)
 class LossPart:
-    """A share of a step's loss: the micro-batches and hooks it comes from, and how much it
-    weighs."""
+    """A share of a step's loss: its micro-batches, their objective, and its weight."""
 
-    window: list[Batch]
-    hooks: Objective
+    micro_batches: list[Batch]
+    objective: Objective
     weight: float = 1.0
 
 
 @dataclass
 class Step:
-    """What one optimizer step was, over all ranks: loss per unit, units, real tokens, whether a
-    rank asked to stop; the samples in ``metrics`` are this rank's; ``also`` the loss per unit of
-    each further part."""
+    """The result of an optimizer step over all ranks: loss per term, terms, real tokens, whether a
+    rank asked to stop. ``metrics`` are this rank's samples, on the model's device in training;
+    ``aux_losses`` the loss per term of each further part."""
 
     loss: float
     num_terms: int
     tokens: int = 0
     stop: bool = False
     grad_norm: float | None = None
-    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
-    also: list[float] = field(default_factory=list)
+    metrics: dict[str, list[Any]] = field(default_factory=dict)
+    aux_losses: list[float] = field(default_factory=list)
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss of a step is NaN or infinite; nothing was updated by it."""
 
 
-def concatenate(window: list[Batch]) -> Batch:
+def concatenate(micro_batches: list[Batch]) -> Batch:
     """Micro-batches joined along the rows, each right-padded to the longest."""
     joined = {}
-    for key in window[0]:
-        parts = [batch[key] for batch in window]
+    for key in micro_batches[0]:
+        parts = [batch[key] for batch in micro_batches]
         if parts[0].dim() == 2:
             width = max(part.shape[1] for part in parts)
-            parts = [
-                F.pad(part, (0, width - part.shape[1]), value=PADDING.get(key, 0)) for part in parts
-            ]
+            fill = PADDING.get(key, 0)
+            parts = [F.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
         joined[key] = torch.cat(parts)
     return joined

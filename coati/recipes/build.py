@@ -35,8 +35,8 @@ from coati.parallel.weights import ModelAssets
 from coati.recipes.data import epoch_plan, is_raw
 from coati.recipes.defaults import check_precision, parallel_options
 from coati.recipes.resume import Resume, check_same_model
-from coati.trainer.base import RunSchedule
 from coati.trainer.global_batches import total_steps
+from coati.trainer.schedule import RunSchedule
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 

@@ -106,7 +106,7 @@ def dry_run(
     from coati.models.loading import load_causal_lm
 
     logger.info(describe(args, trainer, loader))
-    step = trainer.engine.train_step(next(iter(loader.windows(0))), trainer)
+    step = trainer.engine.train_step(next(iter(loader.windows(0))), trainer.objective)
     with place_beside(args.save_dir) as place:
         folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
         size = sum(read_checkpoint(folder).files.values())

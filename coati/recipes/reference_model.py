@@ -96,7 +96,7 @@ def precomputed(
     batches = EvaluationLoader(
         rows, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh
     )
-    values = reference_of_rows(trainer, source, batches)
+    values = reference_of_rows(trainer.objective, source, batches)
     if is_rank_0():
         _store(file, values, about)
     barrier()
@@ -110,8 +110,8 @@ def _about(args: Namespace, options: ParallelOptions, trainer: Any, rows: Any) -
         "rows": rows_fingerprint(rows),
         "model": model_fingerprint(args.pretrain),
         "precision": options.precision,
-        "averaged": trainer.row_logps.averaged,
-        "ld_alpha": trainer.row_logps.ld_alpha,
+        "averaged": trainer.objective.row_logps.averaged,
+        "ld_alpha": trainer.objective.row_logps.ld_alpha,
         "disable_loss_mask": args.disable_loss_mask,
     }
 

@@ -29,11 +29,11 @@ from coati.recipes.data import evaluation_rows
 from coati.recipes.prompt_data_checks import check_gt_answers, check_prompts, prompt_rows, ptx_rows
 from coati.recipes.resume import Resume
 from coati.rewards.scorer import Rewards
-from coati.trainer.base import RunSchedule
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.online import Episodes
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl import annealing
+from coati.trainer.schedule import RunSchedule
 
 
 def rewards(args: Namespace, template: Conversation | None) -> Rewards | None:
@@ -174,7 +174,7 @@ def parts(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any
     return {
         "policy": policy(args),
         "ptx_coef": args.ptx_coef,
-        "plan": RunSchedule(args.save_dir, *intervals, metric_for_best=args.metric_for_best),
+        "schedule": RunSchedule(args.save_dir, *intervals, metric_for_best=args.metric_for_best),
         "state": state,
         "held": None
         if resume.folder is None

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "GRPOTrainer": "rl",
         "OLTrainer": "online",
         "SLTrainer": "base",
-        "RunSchedule": "base",
+        "RunSchedule": "schedule",
     },
 )

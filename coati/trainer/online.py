@@ -16,7 +16,6 @@ from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
-from coati.trainer.base import RunSchedule
 from coati.trainer.monitor.rl_reporter import RLReporter
 from coati.trainer.policy_objective import (
     PolicyObjective,
@@ -25,6 +24,7 @@ from coati.trainer.policy_objective import (
     ValueObjective,
 )
 from coati.trainer.progress import ProgressBar
+from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
 from coati.utils.distributed import any_rank
 from coati.utils.logging import get_logger
@@ -59,7 +59,7 @@ class OLTrainer:
     answers.
 
     Args: actor: the policy's engine, ``critic`` that of the values: with one it is PPO, without one
-        of GRPO's kin. plan: its intervals count episodes here. vf_coef: of the critic's loss.
+        of GRPO's kin. schedule: its intervals count episodes here. vf_coef: of the critic's loss.
         ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows. assets: what is
         saved beside the weights of each model, by name. held: what
         :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found, of a run stopped inside an episode.
@@ -77,7 +77,7 @@ class OLTrainer:
         value_clip: float = 0.2,
         vf_coef: float = 1.0,
         ptx_coef: float = 0.0,
-        plan: RunSchedule | None = None,
+        schedule: RunSchedule | None = None,
         state: RunningState | None = None,
         assets: dict[str, ModelAssets] | None = None,
         held: dict[str, Any] | None = None,
@@ -86,7 +86,7 @@ class OLTrainer:
         self.engine, self.critic, self.maker, self.buffer = actor, critic, maker, buffer
         self.episodes, self.ptx_coef, self.vf_coef = episodes, ptx_coef, vf_coef
         self.name = "grpo" if critic is None else "ppo"
-        self.plan, self.state = plan or RunSchedule(), state or RunningState()
+        self.schedule, self.state = schedule or RunSchedule(), state or RunningState()
         self.models = {"actor": actor} | ({"critic": critic} if critic is not None else {})
         self.model_assets = assets or {
             name: ModelAssets.of(each.module) for name, each in self.models.items()
@@ -199,10 +199,10 @@ class OLTrainer:
         self.state.sample_start_index += prompts.window_rows
         self.record.episode(bar)
         last = self.episode == self.episodes.num_episodes
-        if self._due(self.plan.eval_interval) or last:
+        if self._due(self.schedule.eval_interval) or last:
             self.record.evaluate(evaluation, bar)
         self.stopped_early = any_rank(stop.requested) and not last
-        if self._due(self.plan.save_interval) or self.stopped_early:
+        if self._due(self.schedule.save_interval) or self.stopped_early:
             self.record.save()
 
     def _due(self, interval: int | None) -> bool:
@@ -270,13 +270,14 @@ class OLTrainer:
 
     def _step(self, window: list, ptx: Any, stop: GracefulStop) -> bool:
         """One update of every model; whether a rank was asked to stop."""
-        started, also = time.perf_counter(), []
+        started = time.perf_counter()
+        aux = []
         if self.ptx_coef:
-            also = [LossPart(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
+            aux = [LossPart(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
         try:
             batches = self.policy.window(window)
             step = self.engine.train_step(
-                batches, self.policy, stop.requested, weight=1 - self.ptx_coef, also=also
+                batches, self.policy, stop.requested, weight=1 - self.ptx_coef, aux_losses=aux
             )
             values = self._critic_step(window)
         except NonFiniteLoss as error:
@@ -298,7 +299,7 @@ class OLTrainer:
         return next(islice(ptx.windows(epoch, start), 1))
 
     def _describe(self, error: NonFiniteLoss) -> str:
-        folder = self.plan.save_dir
+        folder = self.schedule.save_dir
         kept = f"the last checkpoint in {folder} is untouched" if folder else "nothing was saved"
         return (
             f"{error} (episode {self.episode + 1}, optimizer step {self.state.step + 1}); {kept}. "

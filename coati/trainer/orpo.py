@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimization (arXiv 2403.07691): supervised loss and odds ratio in one,
+"""Odds-ratio preference optimization (arXiv 2403.07691): supervised loss and odds ratio in one stage,
 without a reference."""
 
 from typing import Any
@@ -9,14 +9,41 @@ from torch import Tensor
 from coati.models.head import scatter_token_logprobs
 from coati.models.loss import masked_mean, masked_sum, odds_ratio_loss
 from coati.parallel.engine import Engine
-from coati.parallel.objective import Batch
-from coati.trainer.monitor.preference_checks import moments
-from coati.trainer.preference import PreferenceTrainer, in_order, sides, supervised
+from coati.parallel.objective import Batch, Metrics
+from coati.trainer.preference import (
+    PreferenceObjective,
+    PreferenceTrainer,
+    pair_metrics,
+    sides,
+    supervised,
+)
+from coati.utils.meter import MaskedSamples
+
+
+class ORPOObjective(PreferenceObjective):
+    """Mean negative log-prob of the chosen response - ``lam`` x log sigmoid of the log odds
+    ratio."""
+
+    def __init__(self, lam: float = 0.1, apply_loss_mask: bool = True) -> None:
+        super().__init__(apply_loss_mask)
+        self.lam = lam
+
+    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over pairs; rewards are mean log-probs."""
+        tokens = scatter_token_logprobs(logps, batch["labels"])  # (2B, S - 1)
+        mask = supervised(batch)
+        counted = batch["counted"]
+        means = masked_mean(tokens, mask, 1)
+        chosen, rejected = sides(means)
+        penalty, log_odds_ratio = odds_ratio_loss(chosen, rejected)
+        metrics = pair_metrics(means, tokens, mask, counted)
+        metrics["log_odds_ratio"] = MaskedSamples(log_odds_ratio, counted[0::2])
+        return masked_sum(-chosen + self.lam * penalty, counted[0::2]), metrics
 
 
 class ORPOTrainer(PreferenceTrainer):
     """Takes what ``booster.boost`` returned, or an :class:`~coati.parallel.engine.Engine`. ``lam``:
-    the weight of the odds ratio beside the mean negative log-prob of the chosen answer."""
+    the weight of the odds ratio beside the mean negative log-prob of the chosen response."""
 
     name = "orpo"
     ln2_is_chance = False
@@ -33,33 +60,8 @@ class ORPOTrainer(PreferenceTrainer):
         lam: float = 0.1,
         *,
         engine: Engine | None = None,
+        apply_loss_mask: bool = True,
         **keywords: Any,
     ) -> None:
-        super().__init__(
-            engine or Engine(booster, actor, actor_optim, actor_lr_scheduler),
-            max_epochs,
-            **keywords,
-        )
-        self.lam = lam
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens, mask = scatter_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch)
-        means, both, counted = (
-            masked_mean(tokens, mask, 1),
-            batch["counted"],
-            batch["counted"][0::2],
-        )
-        chosen, rejected = sides(means)
-        penalty, ratio = odds_ratio_loss(chosen, rejected)
-        sums = sides(masked_sum(tokens, mask, 1).detach())
-        metrics = {
-            "chosen_rewards": chosen[counted],
-            "rejected_rewards": rejected[counted],
-            "margin": (chosen - rejected)[counted],
-            "accuracy": in_order(chosen, rejected)[counted],
-            "log_odds_ratio": ratio[counted],
-            "lp_chosen": sums[0][counted],
-            "lp_rejected": sums[1][counted],
-            **moments(means[both], mask.sum(1)[both]),
-        }
-        return masked_sum(-chosen + self.lam * penalty, counted), metrics
+        engine = engine or Engine(booster, actor, actor_optim, actor_lr_scheduler)
+        super().__init__(engine, ORPOObjective(lam, apply_loss_mask), max_epochs, **keywords)

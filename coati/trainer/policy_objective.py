@@ -1,16 +1,13 @@
-"""What PPO and GRPO tell the engine: the losses of policy, critic and pretraining rows, as
-hooks."""
+"""The objectives of PPO and GRPO: clipped policy loss, clipped value loss, and the supervised loss
+on pretraining rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.model_inputs import critic_batch, policy_batch, to_actions, values_at
-from coati.models.logprobs import IGNORE_INDEX
 from coati.models.loss import masked_sum
 from coati.models.policy_loss import (
     Normalization,
@@ -22,7 +19,7 @@ from coati.models.policy_loss import (
     value_statistics,
     value_terms,
 )
-from coati.parallel.objective import Batch
+from coati.parallel.objective import Batch, Metrics, Objective
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,9 @@ class PolicySettings:
     kl_estimator: str = "k3"
 
 
-class PolicyObjective:
+class PolicyObjective(Objective):
     """Clipped policy gradient over the actions of an experience. ``temperature``: at which it was
     sampled."""
-
-    model_keys = ("input_ids", "attention_mask")
 
     def __init__(self, settings: PolicySettings, reduce_sum: Callable[[Tensor], Tensor]) -> None:
         self.settings, self.reduce_sum, self.temperature = settings, reduce_sum, 1.0
@@ -65,15 +60,12 @@ class PolicyObjective:
             batch["reference"] = experience.reference_log_probs
         return batch
 
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
     def num_terms(self, batch: Batch) -> Tensor:
         return self.settings.normalization.num_terms(batch["action_mask"])
 
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         mask, old, settings = batch["action_mask"], batch["old"], self.settings
-        logps = to_actions(outputs["logits"][0], mask)
+        logps = to_actions(logps, mask)
         # Decided by all ranks together: a step that one rank leaves out would be half a step.
         skip = mean_ratio_exceeds(
             self.reduce_sum(ratio_sums(logps, old, mask)), settings.skip_threshold
@@ -90,10 +82,8 @@ class PolicyObjective:
         return settings.normalization.total(terms, mask), metrics
 
 
-class ValueObjective:
+class ValueObjective(Objective):
     """The clipped squared error of the values, mean over the actions of the window."""
-
-    model_keys = ("input_ids", "attention_mask")
 
     def __init__(self, clip: float = 0.2) -> None:
         self.clip = clip
@@ -105,32 +95,20 @@ class ValueObjective:
             for each in experiences
         ]
 
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
     def num_terms(self, batch: Batch) -> Tensor:
         return batch["action_mask"].sum()
 
-    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, values: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         mask = batch["action_mask"]
-        values = to_actions(values_at(outputs, batch), mask)
+        values = to_actions(values_at(values, batch), mask)
         terms = value_terms(values, batch["old"], batch["returns"], mask, self.clip)
         statistics = value_statistics(values, batch["old"], mask, self.clip)
         return masked_sum(terms, mask), {"value_clip_fraction": statistics["value_clip_fraction"]}
 
 
-class PtxObjective:
+class PtxObjective(Objective):
     """The supervised loss of rows that the policy must not forget, at temperature 1 whatever it
     samples at."""
 
-    model_keys = ("input_ids", "attention_mask")
-    temperature = 1.0
-
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
-    def num_terms(self, batch: Batch) -> Tensor:
-        return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return -torch.sum(outputs["logits"]), {}
+    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        return -logps.sum(), {}

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from coati.parallel.inference_model import InferenceModel
-from coati.trainer.dpo import DPOTrainer
-from coati.trainer.preference import PreferenceTrainer
+from coati.trainer.dpo import DPOObjective
+from coati.trainer.preference import PreferenceObjective
 from coati.utils.distributed import all_gather_object
 
 
-def reference_of_rows(trainer: DPOTrainer, reference: InferenceModel, loader) -> np.ndarray:
+def reference_of_rows(objective: DPOObjective, reference: InferenceModel, loader) -> np.ndarray:
     """(N, 2) fp32, chosen and rejected, in the order of the data set, on every rank; every rank
     must call it.
 
@@ -17,8 +17,8 @@ def reference_of_rows(trainer: DPOTrainer, reference: InferenceModel, loader) ->
     """
     found: dict[int, list[float]] = {}
     for batch, rows in zip(loader, loader.rows(), strict=True):
-        pairs = PreferenceTrainer.prepare(trainer, batch)
-        values = reference.rows(pairs, trainer.row_logps).view(-1, 2).cpu()
+        pairs = PreferenceObjective.prepare(objective, batch)
+        values = reference.forward_only(pairs, objective.row_logps.read).view(-1, 2).cpu()
         if reference.engine.mesh.is_loss_rank:
             found |= {row: value.tolist() for row, value in zip(rows, values, strict=False)}
     whole = {row: value for rank in all_gather_object(found) for row, value in rank.items()}

@@ -1,5 +1,5 @@
-"""What trainers on pairs share: rows 2i chosen and 2i + 1 rejected in one forward, their log-probs
-and metrics."""
+"""Shared by the preference trainers: pairs as interleaved rows (2i chosen, 2i + 1 rejected) in one
+forward, their log-probs and metrics."""
 
 from typing import Any
 
@@ -11,9 +11,10 @@ from coati.models.head import IGNORE_INDEX, scatter_token_logprobs
 from coati.models.loss import length_desensitized, masked_mean, masked_sum
 from coati.models.logprobs import right_pad_order
 from coati.parallel.engine import Engine
-from coati.parallel.objective import Batch, Step
-from coati.trainer.base import RunSchedule, SLTrainer
-from coati.trainer.monitor.preference_checks import PreferenceChecks
+from coati.parallel.objective import Batch, Metrics, Objective, Step
+from coati.trainer.base import SLTrainer
+from coati.trainer.monitor.preference_checks import PreferenceChecks, moments
+from coati.utils.meter import MaskedSamples
 from coati.utils.statistics import wilson_interval
 
 
@@ -47,38 +48,16 @@ def marked(ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Batch:
     return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
 
 
-class PreferenceTrainer(SLTrainer):
-    """A trainer on pairs. Its batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``
+class PreferenceObjective(Objective):
+    """Objectives on pairs. Batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``
     (B, S).
 
-    A pair of which a side has nothing marked counts for nothing.
-
-    Args:
-        apply_loss_mask: False supervises every token the attention mask shows.
-        start_epoch, save_interval, save_dir: shorthands for fields of the state and the plan.
+    A pair of which a side has nothing marked counts for nothing. ``apply_loss_mask`` False
+    supervises every token the attention mask shows.
     """
 
-    unit_name = "pairs"
-    accuracy = "accuracy"
-    ln2_is_chance = True
-
-    def __init__(
-        self,
-        engine: Engine,
-        max_epochs: int = 1,
-        *,
-        apply_loss_mask: bool = True,
-        start_epoch: int = 0,
-        save_interval: int | None = None,
-        save_dir: str | None = None,
-        plan: RunSchedule | None = None,
-        **keywords: Any,
-    ) -> None:
-        plan = plan or RunSchedule(save_dir=save_dir, save_interval=save_interval or 0)
-        super().__init__(engine, max_epochs, plan=plan, **keywords)
-        self.state.epoch = max(self.state.epoch, start_epoch)
+    def __init__(self, apply_loss_mask: bool = True) -> None:
         self.apply_loss_mask = apply_loss_mask
-        self.signs = PreferenceChecks(self.ln2_is_chance, self.accuracy)
 
     def prepare(self, batch: Batch) -> Batch:
         """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) says which
@@ -97,11 +76,30 @@ class PreferenceTrainer(SLTrainer):
         return rows
 
     def num_terms(self, batch: Batch) -> Tensor:
+        """Pairs that count."""
         return batch["counted"].sum() // 2
 
-    def observe(self, step: Step) -> list[str]:
-        self.signs.add(step.metrics, step.loss, step.num_terms, self.engine.mesh.is_loss_rank)
-        return self.signs.look()
+
+class PreferenceTrainer(SLTrainer):
+    """The loop with the diagnostics of preference runs, and intervals of evaluated accuracies.
+
+    ``accuracy`` names the metric that is 1 for a pair in the right order; ``ln2_is_chance``: the
+    loss is ln 2 where nothing is told apart.
+    """
+
+    unit_name = "pairs"
+    accuracy = "accuracy"
+    ln2_is_chance = True
+
+    def __init__(
+        self, engine: Engine, objective: Objective, max_epochs: int = 1, **keywords: Any
+    ) -> None:
+        super().__init__(engine, objective, max_epochs, **keywords)
+        self.checks = PreferenceChecks(self.ln2_is_chance, self.accuracy)
+
+    def diagnose(self, step: Step) -> list[str]:
+        self.checks.add(step.metrics, step.loss, step.num_terms, self.engine.mesh.is_loss_rank)
+        return self.checks.look()
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
         return {"loss": step.loss, **interval_of(step, self.accuracy)}
@@ -131,10 +129,9 @@ class RowLogps:
     surplus counts that much.
     """
 
-    model_keys = ("input_ids", "attention_mask")
-
     def __init__(self, averaged: bool = False, ld_alpha: float | None = None) -> None:
-        self.averaged, self.ld_alpha = averaged, ld_alpha
+        self.averaged = averaged
+        self.ld_alpha = ld_alpha
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(R, S) log-probs and their mask -> (R,)."""
@@ -142,18 +139,27 @@ class RowLogps:
             return length_desensitized(tokens, mask, self.ld_alpha)
         return masked_mean(tokens, mask, 1) if self.averaged else masked_sum(tokens, mask, 1)
 
-    def of(self, outputs: Any, batch: Batch) -> Tensor:
-        """(R,) from what the engine's model returned."""
-        return self(scatter_token_logprobs(outputs["logits"], batch["labels"]), supervised(batch))
+    def read(self, logps: Tensor, batch: Batch) -> Tensor:
+        """(R,) from the log-probs (n,) of a forward of R rows, for ``forward_only``."""
+        return self(scatter_token_logprobs(logps, batch["labels"]), supervised(batch))
 
-    # As the engine's hooks, to collect the numbers of a batch without training on it:
 
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
+def pair_metrics(rewards: Tensor, tokens: Tensor, mask: Tensor, counted: Tensor) -> Metrics:
+    """What every trainer on pairs logs.
 
-    def num_terms(self, batch: Batch) -> Tensor:
-        return torch.tensor(len(batch["input_ids"]))
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.of(outputs, batch)
-        return rows.sum(), {"rows": rows}
+    ``rewards`` (2B,) of interleaved rows; ``tokens``, ``mask`` (2B, S) their log-probs; ``counted``
+    (2B,) bool.
+    """
+    pairs = counted[0::2]
+    chosen, rejected = sides(rewards.detach())
+    lp_chosen, lp_rejected = sides(masked_sum(tokens, mask, 1).detach())
+    values = {
+        "chosen_rewards": chosen,
+        "rejected_rewards": rejected,
+        "margin": chosen - rejected,
+        "accuracy": in_order(chosen, rejected),
+        "lp_chosen": lp_chosen,
+        "lp_rejected": lp_rejected,
+    }
+    metrics: Metrics = {name: MaskedSamples(value, pairs) for name, value in values.items()}
+    return metrics | moments(rewards, mask.sum(1), counted)

@@ -20,11 +20,11 @@ from coati.experience_maker.running_moments import KLController
 from coati.models.policy_loss import Normalization
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
-from coati.trainer.base import RunSchedule
 from coati.trainer.global_batches import as_windows
 from coati.trainer.online import Episodes, OLTrainer
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl_parts import generation_of, scorer_of
+from coati.trainer.schedule import RunSchedule
 
 
 def annealing(first: float, last: float, start: int, end: int) -> Callable[[int], float]:
@@ -99,8 +99,10 @@ class BoostedTrainer(OLTrainer):
             kl=KLController(kl_coef),
         )
         buffer = NaiveExperienceBuffer(train_batch_size, buffer_limit, buffer_cpu_offload)
-        plan = RunSchedule(save_dir, save_interval)
-        super().__init__(actor, maker, buffer, Episodes(), critic=critic, plan=plan, **trainer)
+        schedule = RunSchedule(save_dir, save_interval)
+        super().__init__(
+            actor, maker, buffer, Episodes(), critic=critic, schedule=schedule, **trainer
+        )
 
     def fit(
         self,

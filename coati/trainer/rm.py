@@ -1,4 +1,4 @@
-"""The reward model: the chosen answer of a pair is to have the higher score."""
+"""The reward model: trained with a Bradley-Terry ranking loss on pairs of responses."""
 
 from typing import Any
 
@@ -7,10 +7,51 @@ from torch import Tensor
 
 from coati.models.loss import centering, masked_sum, reward_loss
 from coati.parallel.engine import Engine
-from coati.parallel.objective import Batch, Step
+from coati.parallel.objective import Batch, Metrics, Step
 from coati.trainer.monitor.preference_checks import moments
 from coati.trainer.monitor.reward_model_report import verdict
-from coati.trainer.preference import PreferenceTrainer, in_order, sides
+from coati.trainer.preference import PreferenceObjective, PreferenceTrainer, in_order, sides
+from coati.utils.meter import MaskedSamples
+
+
+class RewardModelObjective(PreferenceObjective):
+    """A ranking loss of the scores of a pair (arXiv 2203.02155, eq. 1).
+
+    Args:
+        loss_fn: a name of :data:`~coati.models.loss_registry.REWARD_LOSSES`.
+        center_coef: c of + c (chosen + rejected)^2.
+    """
+
+    def __init__(
+        self, loss_fn: str = "log_sig", center_coef: float = 0.0, apply_loss_mask: bool = True
+    ) -> None:
+        super().__init__(apply_loss_mask)
+        self.loss_fn = reward_loss(loss_fn)
+        self.center_coef = center_coef
+
+    def prepare(self, batch: Batch) -> Batch:
+        rows = super().prepare(batch)
+        del rows["labels"]  # there is no vocabulary head to choose tokens from
+        return rows
+
+    def loss(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """``scores`` (2B,) of interleaved rows -> the sum over pairs."""
+        counted = batch["counted"]
+        pairs = counted[0::2]
+        chosen, rejected = sides(scores)
+        margin = batch["margin"][0::2] if "margin" in batch else 0.0
+        losses = self.loss_fn(chosen, rejected, margin)
+        if self.center_coef:
+            losses = losses + self.center_coef * centering(chosen, rejected)
+        values = {
+            "acc": in_order(chosen, rejected),
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "dist": chosen - rejected,
+        }
+        metrics: Metrics = {name: MaskedSamples(value, pairs) for name, value in values.items()}
+        metrics |= moments(scores, batch["attention_mask"].sum(1), counted)
+        return masked_sum(losses, pairs), metrics
 
 
 class RewardModelTrainer(PreferenceTrainer):
@@ -37,46 +78,24 @@ class RewardModelTrainer(PreferenceTrainer):
         *,
         engine: Engine | None = None,
         center_coef: float = 0.0,
+        apply_loss_mask: bool = True,
         **keywords: Any,
     ) -> None:
-        super().__init__(
-            engine or Engine(booster, model, optimizer, lr_scheduler), max_epochs, **keywords
-        )
-        self.loss_fn, self.center_coef = reward_loss(loss_fn), center_coef
-        self.last_scores: tuple[Tensor, Tensor] | None = (
-            None  # of the last evaluation's pairs: chosen, rejected
-        )
-
-    def prepare(self, batch: Batch) -> Batch:
-        rows = super().prepare(batch)
-        del rows["labels"]  # there is no vocabulary head to choose tokens from
-        return rows
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        counted = batch["counted"][0::2]
-        chosen, rejected = sides(outputs)
-        margin = batch["margin"][0::2] if "margin" in batch else 0.0
-        losses = self.loss_fn(chosen, rejected, margin)
-        if self.center_coef:
-            losses = losses + self.center_coef * centering(chosen, rejected)
-        lengths = batch["attention_mask"].sum(1)[batch["counted"]]
-        metrics = {
-            "acc": in_order(chosen, rejected)[counted],
-            "reward_chosen": chosen[counted],
-            "reward_rejected": rejected[counted],
-            "dist": (chosen - rejected)[counted],
-            **moments(outputs[batch["counted"]], lengths),
-        }
-        return masked_sum(losses, counted), metrics
+        objective = RewardModelObjective(loss_fn, center_coef, apply_loss_mask)
+        engine = engine or Engine(booster, model, optimizer, lr_scheduler)
+        super().__init__(engine, objective, max_epochs, **keywords)
+        # Of the pairs of the last evaluation: chosen, rejected.
+        self.last_scores: tuple[Tensor, Tensor] | None = None
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
         if step.metrics.get("reward_chosen"):
-            self.last_scores = tuple(
-                torch.cat(step.metrics[f"reward_{side}"]) for side in ("chosen", "rejected")
+            chosen, rejected = (
+                torch.cat(step.metrics[f"reward_{s}"]) for s in ("chosen", "rejected")
             )
+            self.last_scores = chosen, rejected
         return super().evaluation_metrics(step)
 
-    def verdict(self) -> list[str]:
+    def report(self) -> list[str]:
         """:func:`~coati.trainer.monitor.reward_model_report.verdict` of the last evaluation; empty
         without one."""
         return [] if self.last_scores is None else verdict(*self.last_scores)

@@ -1,55 +1,108 @@
-"""Averages of samples: hooks report tensors, the meter divides, once per report, over all ranks."""
+"""Averages of samples: objectives report tensors, the meter divides, once per report, over all
+ranks."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from coati.utils.distributed import all_gather_object, rank, world_size
 
 
+@dataclass(frozen=True)
+class MaskedSamples:
+    """Samples of a metric, those of ``values`` (any shape) where ``mask`` (same shape, bool) is set.
+
+    Selecting them would make the host wait for the device; their sum and count do not.
+    """
+
+    values: Tensor
+    mask: Tensor
+
+    def detached(self) -> "MaskedSamples":
+        return MaskedSamples(self.values.detach().float().reshape(-1), self.mask.reshape(-1))
+
+    def selected(self) -> Tensor:
+        """(n,) the samples themselves."""
+        return self.values[self.mask]
+
+    def tolist(self) -> list[float]:
+        return self.selected().tolist()
+
+
+def sum_and_count(samples: Tensor | MaskedSamples) -> tuple[Tensor, Tensor | int]:
+    """Of the samples, as fp64 tensors on their device; nothing waits for it."""
+    if isinstance(samples, MaskedSamples):
+        return samples.values.double().masked_fill(~samples.mask, 0.0).sum(), samples.mask.sum()
+    return samples.double().sum(), samples.numel()
+
+
+def to_floats(values: Iterable[Tensor | float]) -> list[float]:
+    """``values`` as Python numbers, in one transfer from each device."""
+    values = list(values)
+    tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    found = [0.0 if i in tensors else float(value) for i, value in enumerate(values)]
+    if tensors:
+        moved = torch.stack([values[i].double() for i in tensors]).tolist()
+        for i, value in zip(tensors, moved, strict=True):
+            found[i] = value
+    return found
+
+
 class AccumulativeMeanMeter:
     """Sums and counts by name. Nothing is averaged before :meth:`report`, so unequal batches weigh
-    rightly."""
+    rightly; sums stay on their device until then."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, float] = {}
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
     def add(
-        self, name: str, values: torch.Tensor | float, count_update: float | None = None
+        self,
+        name: str,
+        values: Tensor | MaskedSamples | float,
+        count_update: float | None = None,
     ) -> None:
         """Add samples: a tensor of any shape (each element is one), or a number that stands for
         ``count_update`` (1)."""
-        if isinstance(values, torch.Tensor):
-            total, count = float(values.double().sum()), float(values.numel())
+        if isinstance(values, Tensor | MaskedSamples):
+            total, count = sum_and_count(values)
         else:
             count = 1.0 if count_update is None else float(count_update)
             total = float(values) * count
+        self._add(name, total, count)
+
+    def _add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def add_all(self, metrics: dict[str, Iterable[torch.Tensor]]) -> None:
-        """Add every tensor of every name."""
-        for name, tensors in metrics.items():
-            for values in tensors:
+    def add_all(self, metrics: dict[str, Iterable[Tensor | MaskedSamples]]) -> None:
+        """Add every element of every name."""
+        for name, samples in metrics.items():
+            for values in samples:
                 self.add(name, values)
 
     def get(self, name: str) -> float:
         """This rank's mean; 0 for a name without samples."""
-        return (
-            self._sums.get(name, 0.0) / max(self._counts.get(name, 0.0), 1e-30)
-            if self._counts.get(name)
-            else 0.0
-        )
+        count = float(self._counts.get(name, 0.0))
+        return float(self._sums[name]) / count if count else 0.0
+
+    def _on_host(self) -> dict[str, list[float]]:
+        sums, counts = to_floats(self._sums.values()), to_floats(self._counts.values())
+        return {
+            name: [total, count]
+            for name, total, count in zip(self._sums, sums, counts, strict=True)
+        }
 
     def report(self) -> dict[str, float]:
         """Means over all ranks, of the names that have a sample on any. One exchange; then
         :meth:`reset`."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for rank_sums, rank_counts in all_gather_object((self._sums, self._counts)):
-            for name, count in rank_counts.items():
-                sums[name] = sums.get(name, 0.0) + rank_sums[name]
+        for state in all_gather_object(self._on_host()):
+            for name, (total, count) in state.items():
+                sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0.0) + count
         self.reset()
         return {name: sums[name] / count for name, count in counts.items() if count}
@@ -57,9 +110,7 @@ class AccumulativeMeanMeter:
     def state_of_ranks(self) -> list[dict[str, list[float]]]:
         """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON keeps it
         exactly. Every rank must call it."""
-        return all_gather_object(
-            {name: [total, self._counts[name]] for name, total in self._sums.items()}
-        )
+        return all_gather_object(self._on_host())
 
     def load(self, states: list[dict[str, list[float]]]) -> None:
         """Take up what :meth:`state_of_ranks` gave: each rank its own, or, when there were more
@@ -68,8 +119,7 @@ class AccumulativeMeanMeter:
         self.reset()
         for state in states[rank() :: world_size()]:
             for name, (total, count) in state.items():
-                self._sums[name] = self._sums.get(name, 0.0) + total
-                self._counts[name] = self._counts.get(name, 0.0) + count
+                self._add(name, total, count)
 
     def reset(self) -> None:
         self._sums.clear()

@@ -133,9 +133,9 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // WINDOWS))
     length = Episodes(episodes, PASSES, WINDOWS, seed=seed, sample_interval=0)
     if ppo:
-        return OLTrainer(*parts, length, critic=critic, plan=RunSchedule(save_dir))
+        return OLTrainer(*parts, length, critic=critic, schedule=RunSchedule(save_dir))
     policy = PolicySettings(normalization=Normalization("response"), kl_coef=0.04)
-    return OLTrainer(*parts, length, policy=policy, plan=RunSchedule(save_dir))
+    return OLTrainer(*parts, length, policy=policy, schedule=RunSchedule(save_dir))
 
 
 def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from coati.cli.quantize import FULL, parse_benchmark
 def measured(args: Namespace, quant: str, answer) -> None:
     """In a process of its own, so that the peak memory is that of one kind of weights."""
     from coati.inference import load
-    from coati.inference.export.model_dir import perplexity as measure
+    from coati.inference.export import perplexity as measure
     from coati.utils.memory import peak_memory_mb
 
     try:

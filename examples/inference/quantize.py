@@ -13,7 +13,7 @@ def measured(name: str, folder, args: Namespace, original=None) -> dict:
     """Size, perplexity and speed of the model of ``folder``; ``original``: the size that the ratio
     is against."""
     from coati.inference import load
-    from coati.inference.export.model_dir import perplexity as measure
+    from coati.inference.export import perplexity as measure
     from coati.inference.model_loading import weights_of
 
     loaded = load(folder, trust_remote_code=args.trust_remote_code)
@@ -45,7 +45,7 @@ def show(one: dict, first: dict) -> None:
 
 
 def main(args: Namespace) -> None:
-    from coati.inference.export.model_dir import perplexity as measure
+    from coati.inference.export import perplexity as measure
     from coati.inference.export.quantize import quantize
     from coati.inference.model_loading import conversation_of, weights_of, with_tokenizer
     from coati.models.loading import load_tokenizer

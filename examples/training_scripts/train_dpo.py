@@ -53,7 +53,7 @@ def main(args: Namespace) -> None:
         starts_at_reference=wanted and resume.weights is None,
         max_epochs=args.max_epochs,
         accumulation_steps=args.accumulation_steps,
-        plan=build.plan(args),
+        schedule=build.plan(args),
         state=state,
         assets=assets,
         samples=samples.table_of(evaluation, tokenizer, template, options),

@@ -40,7 +40,7 @@ def main(args: Namespace) -> None:
         center_coef=args.center_coef,
         max_epochs=args.max_epochs,
         accumulation_steps=args.accumulation_steps,
-        plan=build.plan(args),
+        schedule=build.plan(args),
         state=state,
         assets=assets,
     )
@@ -48,7 +48,7 @@ def main(args: Namespace) -> None:
         return finish.dry_run(args, trainer, windows, partial(load_scalar_model, RewardModel))
     trainer.fit(windows, evaluation_batches, args.log_dir, args.use_wandb)
     finish.save_final(args, trainer, finish.SCORE)
-    for line in trainer.verdict():
+    for line in trainer.report():
         logger.info(line)
 
 

@@ -36,7 +36,7 @@ def main(args: Namespace) -> None:
         engine=engine,
         max_epochs=args.max_epochs,
         accumulation_steps=args.accumulation_steps,
-        plan=build.plan(args),
+        schedule=build.plan(args),
         state=state,
         assets=assets,
         samples=samples.table_of(evaluation, tokenizer, template, options),

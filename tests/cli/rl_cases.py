@@ -6,19 +6,16 @@ from typing import Any
 
 import torch
 
+from coati.parallel.objective import Objective
+
 IDS = torch.tensor([[5, 9, 17, 30, 8, 12], [7, 40, 3, 11, 2, 2]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
 TOTAL_STEPS = 20
 
 
-class ToOne:
+class ToOne(Objective):
     """Draws the values of all real tokens to 1."""
-
-    model_keys = ("input_ids", "attention_mask")
-
-    def prepare(self, batch):
-        return batch
 
     def num_terms(self, batch):
         return batch["attention_mask"].sum()
@@ -29,25 +26,11 @@ class ToOne:
         return (values - 1).square().sum(), {}
 
 
-class Rows:
+def per_row(outputs: torch.Tensor, batch: dict) -> torch.Tensor:
     """The log-prob of each label, or the values or scores, in the order of the rows."""
-
-    model_keys = ("input_ids", "attention_mask")
-
-    def prepare(self, batch):
-        return batch
-
-    def num_terms(self, batch):
-        return torch.tensor(len(batch["input_ids"]))
-
-    def loss(self, outputs, batch):
-        if hasattr(outputs, "logits"):
-            found = outputs["logits"][0]
-        elif outputs.shape == batch["input_ids"].shape:
-            found = outputs[batch["attention_mask"].bool()]
-        else:
-            found = outputs.flatten()
-        return found.sum(), {"rows": found}
+    if outputs.shape == batch["input_ids"].shape:
+        return outputs[batch["attention_mask"].bool()]
+    return outputs.flatten()
 
 
 def numbers(models: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -63,8 +46,8 @@ def numbers(models: dict[str, Any]) -> dict[str, torch.Tensor]:
             if key != "labels" or name in ("actor", "reference")
         }
         source = model if isinstance(model, InferenceModel) else InferenceModel(model)
-        found[name] = source.rows(
-            {key: value.to(source.engine.device) for key, value in batch.items()}, Rows()
+        found[name] = source.forward_only(
+            {key: value.to(source.engine.device) for key, value in batch.items()}, per_row
         )
         found[name] = found[name].detach().float().cpu()
     return found

@@ -124,7 +124,7 @@ def struck_by(fault: Fault) -> contextlib.AbstractContextManager:
     from coati.experience_maker.maker import NaiveExperienceMaker
     from coati.parallel.engine import Engine
     from coati.trainer.base import SLTrainer
-    from coati.trainer.sft import SFTTrainer
+    from coati.trainer.sft import SFTObjective
 
     seen = 0
     calls = {
@@ -145,7 +145,9 @@ def struck_by(fault: Fault) -> contextlib.AbstractContextManager:
         return (result[0] * float("nan"), result[1]) if seen == fault.count else result
 
     if fault.what == "nan":
-        return replaced(SFTTrainer, "loss", lambda original: lambda *args: spoiled(original(*args)))
+        return replaced(
+            SFTObjective, "loss", lambda original: lambda *args: spoiled(original(*args))
+        )
     if fault.at in calls:
         return replaced(*calls[fault.at], lambda original: around(original, strike_if_due))
     if fault.at == "rename":

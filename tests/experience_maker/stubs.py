@@ -21,19 +21,17 @@ class StubEngine:
         self.say, self.others = say, others or {}
         self.device, self.temperature = torch.device("cpu"), 1.0
         self.engine = self.module = self
-        self.mesh = SimpleNamespace(dp_rank=0, dp_size=1, reports=True)
+        self.mesh = SimpleNamespace(dp_rank=0, dp_size=1, is_loss_rank=True)
         self.lr_scheduler = None
         self.batches: list[dict[str, Tensor]] = []
 
-    def collect(self, batch: dict[str, Tensor], hooks: Any) -> dict[str, Tensor]:
+    def forward_only(self, batch: dict[str, Tensor], read: Callable) -> Tensor:
+        """As :class:`~coati.parallel.engine.Engine` and
+        :class:`~coati.parallel.inference_model.InferenceModel` have it."""
         self.batches.append(batch)
-        return hooks.loss(self.say(batch), batch)[1]
+        return read(self.say(batch), batch)
 
-    def rows(self, batch: dict[str, Tensor], hooks: Any) -> Tensor:
-        """As :class:`~coati.parallel.inference_model.InferenceModel` has it."""
-        return self.collect(batch, hooks)["rows"]
-
-    def awake(self) -> AbstractContextManager:
+    def on_device(self) -> AbstractContextManager:
         return nullcontext()
 
     def sum_of_shares(self, values: list) -> list[float]:
@@ -41,14 +39,12 @@ class StubEngine:
         return [float(value) + other for value, other in zip(values, others, strict=True)]
 
 
-def log_probs(value: float | Callable[[Tensor], Tensor]) -> Callable[[dict], dict[str, Tensor]]:
+def log_probs(value: float | Callable[[Tensor], Tensor]) -> Callable[[dict], Tensor]:
     """A policy whose log-prob of each label is ``value``, or a function of the labels."""
 
-    def say(batch: dict) -> dict[str, Tensor]:
+    def say(batch: dict) -> Tensor:
         labels = batch["labels"][batch["labels"] != -100].float()
-        return {
-            "logits": (value(labels) if callable(value) else torch.full_like(labels, value))[None]
-        }
+        return value(labels) if callable(value) else torch.full_like(labels, value)
 
     return say
 

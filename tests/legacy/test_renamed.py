@@ -35,6 +35,6 @@ def test_a_module_that_never_was_is_not_found():
 def test_from_an_old_module_in_a_fresh_process():
     program = (
         "from coati.trainer.bar import ProgressBar; import coati.trainer.progress as new; "
-        "assert ProgressBar is new.ProgressBar; from coati.trainer.base import RunSchedule"
+        "assert ProgressBar is new.ProgressBar; from coati.trainer.schedule import RunSchedule"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from coati.parallel.objective import Objective
 from tests.tiny import tiny_llama
 
 STEPS, SAVED_AT, ROWS, LR, CLIP = 4, 2, 8, 5e-3, 0.5
@@ -134,17 +135,9 @@ def rate(step: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10))
 
 
-class Objective:
-    model_keys = ("input_ids", "attention_mask")
-
-    def prepare(self, batch):
-        return batch
-
-    def num_terms(self, batch):
-        return (batch["labels"][:, 1:] != -100).sum()
-
-    def loss(self, outputs, batch):
-        return -outputs["logits"].sum(), {}
+class CrossEntropy(Objective):
+    def loss(self, logps, batch):
+        return -logps.sum(), {}
 
 
 def _engine(case: Case, model):
@@ -177,7 +170,7 @@ def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float
     results = []
     for index in range(first, last):
         step = engine.train_step(
-            _mine(engine, window(index, case.vocab_size), case.accumulation), Objective()
+            _mine(engine, window(index, case.vocab_size), case.accumulation), CrossEntropy()
         )
         results.append((step.loss, step.grad_norm))
     return results
@@ -206,9 +199,9 @@ def train_and_save(cases: list[Case], folder: str) -> list[dict[str, Any]]:
         steps = _train(engine, case, 0, SAVED_AT)
         place = Path(folder) / case.name
         save_checkpoint(place, engine, assets, RunningState(step=SAVED_AT))
-        before = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), Objective()).loss
+        before = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), CrossEntropy()).loss
         steps += _train(engine, case, SAVED_AT, STEPS)
-        after = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), Objective()).loss
+        after = engine.evaluate(_mine(engine, window(7, case.vocab_size), 1), CrossEntropy()).loss
         save_model(engine, place / "final", assets)
         reports.append({"steps": steps, "before": before, "after": after})
     return reports

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from coati.parallel.objective import Objective
 from tests.models_table import FAMILIES, tiny_model
 
 STEPS, PACKS, LR, CLIP = 3, 4, 5e-3, 0.5
@@ -17,17 +18,9 @@ LENGTHS = (
 )
 
 
-class Objective:
-    model_keys = ("input_ids", "attention_mask")
-
-    def prepare(self, batch):
-        return batch
-
-    def num_terms(self, batch):
-        return (batch["labels"][:, 1:] != -100).sum()
-
-    def loss(self, outputs, batch):
-        return -outputs["logits"].sum(), {}
+class CrossEntropy(Objective):
+    def loss(self, logps, batch):
+        return -logps.sum(), {}
 
 
 def rows_of(step: int) -> list[list[torch.Tensor]]:
@@ -105,7 +98,7 @@ def _train(
     for step in range(STEPS):
         mine = _share(rows_of(step), engine)
         done = engine.train_step(
-            _windows(mine, min(values.accumulation_steps, len(mine)), collate), Objective()
+            _windows(mine, min(values.accumulation_steps, len(mine)), collate), CrossEntropy()
         )
         results.append((done.loss, done.grad_norm))
     return results

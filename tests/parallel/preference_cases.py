@@ -267,9 +267,9 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     for case in cases:
         trainer, train, evaluation = make_trainer(case)
         engine = trainer.engine
-        steps = [engine.train_step(window, trainer) for window in train.windows(0)]
+        steps = [engine.train_step(window, trainer.objective) for window in train.windows(0)]
         trainer.before_evaluation(evaluation)
-        after = engine.evaluate(evaluation, trainer)
+        after = engine.evaluate(evaluation, trainer.objective)
         reports.append(
             {
                 "steps": [(step.loss, step.grad_norm) for step in steps],

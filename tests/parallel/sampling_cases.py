@@ -116,14 +116,7 @@ def _whole(rows: list[int], answers: list[list[int]]) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class LogProbs:
-    model_keys = ("input_ids", "attention_mask")
-
-    def loss(self, outputs, batch):
-        return outputs["logits"].sum(), {"logprobs": outputs["logits"][0]}
-
-
 def _logprobs(engine, batch: dict[str, torch.Tensor]) -> list[float]:
     """As an update reads them: the vocabulary head's, row by row."""
     engine.temperature = TEMPERATURE
-    return engine.collect(batch, LogProbs())["logprobs"].tolist()
+    return engine.forward_only(batch, lambda logps, _: logps).tolist()

@@ -25,12 +25,12 @@ class Moved(torch.nn.Module):
 def reference(offload: bool) -> InferenceModel:
     module = Moved()
 
-    def collect(batch, hooks):
+    def forward_only(batch, read):
         module.at.append("asked")
-        return {"rows": torch.ones(len(batch["input_ids"]))}
+        return torch.ones(len(batch["input_ids"]))
 
     return InferenceModel(
-        SimpleNamespace(module=module, device="cpu:0", collect=collect), offload=offload
+        SimpleNamespace(module=module, device="cpu:0", forward_only=forward_only), offload=offload
     )
 
 
@@ -49,7 +49,7 @@ def test_an_offloaded_model_is_on_the_device_for_all_its_batches_once():
 
 def test_an_error_leaves_it_in_host_memory():
     model = reference(offload=True)
-    with pytest.raises(RuntimeError), model.awake():
+    with pytest.raises(RuntimeError), model.on_device():
         raise RuntimeError
     assert model.engine.module.at == ["cpu", "cpu:0", "cpu"]
 

@@ -129,8 +129,8 @@ def trained(method: str, seed: int, folder):
     if method in ("dpo", "kto"):
         options = options | {"ref_model": copy.deepcopy(model)}
     engine = Engine(PlainBooster(), model, Clipped(model.parameters(), lr=LR))
-    plan = RunSchedule(str(folder), max_steps=STEPS, eval_interval=0, log_interval=STEPS)
-    trainer = kind(engine=engine, max_epochs=1, plan=plan, **options)
+    schedule = RunSchedule(str(folder), max_steps=STEPS, eval_interval=0, log_interval=STEPS)
+    trainer = kind(engine=engine, max_epochs=1, schedule=schedule, **options)
     trainer.fit(*loaders(method, seed))
     return trainer
 
@@ -159,7 +159,7 @@ def test_pairs_are_laid_end_to_end(method, tmp_path):
         lambda module, inputs: seen.append(inputs[0].shape)
     )
     ((batch,),) = list(loaders(method, 0)[0].windows(0))[:1]
-    rows = trainer.prepare(batch)
-    engine.forward(rows, trainer.model_keys)
+    rows = trainer.objective.prepare(batch)
+    engine.forward(rows)
     real = int(rows["attention_mask"].sum())
     assert seen == [(1, real)] and real < rows["input_ids"].numel()

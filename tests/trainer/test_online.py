@@ -19,9 +19,9 @@ from coati.experience_maker.running_moments import KLController
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
-from coati.trainer.base import RunSchedule
 from coati.trainer.online import Episodes, OLTrainer
 from coati.trainer.policy_objective import PolicySettings
+from coati.trainer.schedule import RunSchedule
 from tests.experience_maker.stubs import StubEngine
 
 ASSETS = {"actor": None, "critic": None}
@@ -116,16 +116,18 @@ class Engine(StubEngine):
         super().__init__()
         self.steps, self.stop_at, self.nan_at = [], stop_at, nan_at
 
-    def train_step(self, window, hooks, stop=False, *, weight=1.0, also=()):
+    def train_step(self, window, hooks, stop=False, *, weight=1.0, aux_losses=()):
         rows = sorted(int(row[0]) for batch in window for row in batch["input_ids"])
         first = getattr(hooks, "first_pass", None)
-        beside = [(part.weight, int(part.window[0]["input_ids"][0, 0])) for part in also]
+        beside = [
+            (part.weight, int(part.micro_batches[0]["input_ids"][0, 0])) for part in aux_losses
+        ]
         self.steps.append((rows, getattr(hooks, "temperature", None), first, weight, beside))
         if len(self.steps) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         if len(self.steps) == self.nan_at:
             raise NonFiniteLoss("the loss of this step is nan")
-        return Step(len(self.steps) / 10, len(rows), stop=stop, also=[0.5] * len(also))
+        return Step(len(self.steps) / 10, len(rows), stop=stop, aux_losses=[0.5] * len(aux_losses))
 
 
 def loader(count: int = 10, batch: int = 2, steps: int = 2) -> WindowLoader:
@@ -202,7 +204,7 @@ def test_supervised_rows_beside_the_policy():
 
 
 def test_evaluations_are_due_and_count_for_nothing():
-    made = trainer(plan=RunSchedule(eval_interval=2))
+    made = trainer(schedule=RunSchedule(eval_interval=2))
     evaluation = EvaluationLoader(Rows(3), Collate(), batch_size=2)
     made.run(loader(), evaluation)
     seen = [episode for episode in made.maker.judged if episode > 5]
@@ -214,7 +216,7 @@ def test_evaluations_are_due_and_count_for_nothing():
 
 
 def test_what_is_logged(tmp_path):
-    made = trainer(critic=Engine(), plan=RunSchedule(str(tmp_path), log_interval=2))
+    made = trainer(critic=Engine(), schedule=RunSchedule(str(tmp_path), log_interval=2))
     made.run(loader())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5] and "memory/rank_0_peak_mb" in lines[-1]
@@ -233,7 +235,7 @@ def test_what_is_logged(tmp_path):
 
 
 def test_samples_are_shown_and_kept_every_few_episodes(tmp_path, capsys):
-    made = trainer(plan=RunSchedule(str(tmp_path)))
+    made = trainer(schedule=RunSchedule(str(tmp_path)))
     made.episodes = replace(made.episodes, sample_interval=2)
     made.run(loader())
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -259,11 +261,13 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
         return tmp_path
 
     monkeypatch.setattr("coati.trainer.monitor.rl_reporter.save_models", save)
-    first = trainer(place.get("actor"), place.get("maker"), plan=RunSchedule(str(tmp_path)))
+    first = trainer(place.get("actor"), place.get("maker"), schedule=RunSchedule(str(tmp_path)))
     first.run(loader())
     assert first.stopped_early
     second = trainer(
-        plan=RunSchedule(str(tmp_path)), state=RunningState(**saved["state"]), held=saved["held"]
+        schedule=RunSchedule(str(tmp_path)),
+        state=RunningState(**saved["state"]),
+        held=saved["held"],
     )
     second.run(loader())
     return first, saved, second
@@ -320,7 +324,7 @@ def test_a_loss_that_is_not_finite_names_the_episode():
 
 
 def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
-    made = trainer(plan=RunSchedule(str(tmp_path)))
+    made = trainer(schedule=RunSchedule(str(tmp_path)))
     metrics = made.rehearse(loader())
     assert len(made.maker.calls) == 2 and len(made.engine.steps) == 1 and made.engine.steps[0][2]
     assert metrics["policy_loss"] == 0.1 and not list(tmp_path.iterdir())

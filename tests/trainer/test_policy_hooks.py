@@ -210,13 +210,13 @@ def test_pretraining_rows_beside_the_policy(model, actor, c):
     one, batch = sampled(model), supervised()
     _, policy = taken(actor, hooks_of(), [one])
     also = [LossPart([batch], PtxObjective(), c)]
-    step, found = taken(actor, hooks_of(), [one], weight=1 - c, also=also)
+    step, found = taken(actor, hooks_of(), [one], weight=1 - c, aux_losses=also)
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     loss.backward()
     expected = gradients(model)
-    assert step.also == [pytest.approx(float(loss), rel=1e-5)]
+    assert step.aux_losses == [pytest.approx(float(loss), rel=1e-5)]
     assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()), rel=1e-5)
     assert_close(found, (1 - c) * policy + c * expected, rtol=1e-4, atol=1e-6)
     assert actor.temperature == 1.0

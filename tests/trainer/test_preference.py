@@ -63,7 +63,7 @@ def test_interleaved_rows_and_back():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_prepared_rows(side):
-    rows = trainer().prepare(batch(side))
+    rows = trainer().objective.prepare(batch(side))
     assert rows["input_ids"][:2, :3].tolist() == [[5, 6, 7], [5, 6, 9]]
     assert rows["attention_mask"].tolist() == [
         [1, 1, 1, 1],
@@ -79,23 +79,23 @@ def test_prepared_rows(side):
     ]
     assert rows["counted"].tolist() == [True, True, False, False]
     assert rows["margin"].tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert trainer().num_terms(rows) == 1
+    assert trainer().objective.num_terms(rows) == 1
 
 
 def test_without_the_loss_mask_every_real_token_counts_and_padding_never():
-    rows = trainer(apply_loss_mask=False).prepare(batch())
+    rows = trainer(apply_loss_mask=False).objective.prepare(batch())
     assert rows["labels"].tolist()[:2] == [[5, 6, 7, 8], [5, 6, 9, -100]]
 
 
-def logits(*values: float) -> dict[str, torch.Tensor]:
-    return {"logits": torch.tensor([values])}
+def logps(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
 
 
 def test_dpo_sums_masked_tokens_and_leaves_blank_pairs_out():
     """Chosen -1 - 2, rejected -4; reference -2 and -3: d = (-3 + 4) - (-2 + 3) = 0."""
-    made = trainer()
+    made = trainer().objective
     rows = made.prepare(batch()) | {"reference": torch.tensor([-2.0, -3.0, math.nan, math.nan])}
-    loss, metrics = made.loss(logits(-1.0, -2.0, -4.0), rows)
+    loss, metrics = made.loss(logps(-1.0, -2.0, -4.0), rows)
     assert float(loss) == pytest.approx(LN2)
     assert metrics["chosen_rewards"].tolist() == pytest.approx([-0.1])
     assert metrics["rejected_rewards"].tolist() == pytest.approx([-0.1])
@@ -105,16 +105,16 @@ def test_dpo_sums_masked_tokens_and_leaves_blank_pairs_out():
 
 def test_simpo_by_hand():
     """Means -1.5 and -4, beta 2, gamma 1.4: -log sigmoid(5 - 1.4)."""
-    made = trainer(loss_type="simpo_loss")
-    loss, _ = made.loss(logits(-1.0, -2.0, -4.0), made.prepare(batch()))
+    made = trainer(loss_type="simpo_loss").objective
+    loss, _ = made.loss(logps(-1.0, -2.0, -4.0), made.prepare(batch()))
     assert float(loss) == pytest.approx(math.log(1 + math.exp(-3.6)))
 
 
 def test_ipo_averages_and_the_sft_term_adds_the_chosen_mean():
     """d of means = 2.5, reference 0: (2.5 - 5)^2, and .2 x 1.5."""
-    made = trainer(loss_type="ipo_loss", sft_coef=0.2)
+    made = trainer(loss_type="ipo_loss", sft_coef=0.2).objective
     rows = made.prepare(batch()) | {"reference": torch.zeros(4)}
-    loss, _ = made.loss(logits(-1.0, -2.0, -4.0), rows)
+    loss, _ = made.loss(logps(-1.0, -2.0, -4.0), rows)
     assert float(loss) == pytest.approx(6.25 + 0.3)
 
 
@@ -130,8 +130,8 @@ def test_a_sum_of_losses_by_hand():
 
 
 def test_orpo_by_hand():
-    made = trainer(ORPOTrainer, lam=0.5)
-    loss, metrics = made.loss(logits(-1.0, -2.0, -4.0), made.prepare(batch()))
+    made = trainer(ORPOTrainer, lam=0.5).objective
+    loss, metrics = made.loss(logps(-1.0, -2.0, -4.0), made.prepare(batch()))
     odds = [p - math.log(1 - math.exp(p)) for p in (-1.5, -4.0)]
     expected = 1.5 + 0.5 * math.log(1 + math.exp(-(odds[0] - odds[1])))
     assert float(loss) == pytest.approx(expected, rel=1e-6)
@@ -140,7 +140,7 @@ def test_orpo_by_hand():
 
 def test_reward_model_by_hand():
     """Scores 1 and .2, margin .5: softplus(-.3) + .1 x 1.44; the blank pair's NaN never counts."""
-    made = trainer(RewardModelTrainer, loss_fn="log_exp", center_coef=0.1)
+    made = trainer(RewardModelTrainer, loss_fn="log_exp", center_coef=0.1).objective
     rows = made.prepare(batch())
     assert "labels" not in rows
     loss, metrics = made.loss(torch.tensor([1.0, 0.2, math.nan, math.nan]), rows)
@@ -189,7 +189,7 @@ def test_evaluations_say_how_sure_they_are():
 def test_the_first_loss_is_checked(loss, keywords, said):
     made = trainer(starts_at_reference=True, **keywords)
     made.state.step = 1
-    lines = made.observe(Step(loss, 4))
+    lines = made.diagnose(Step(loss, 4))
     assert (lines == []) if said is None else (said in lines[0])
 
 
@@ -210,7 +210,7 @@ def watch(
             "lp_rejected": [torch.full((pairs,), lp(step)[1])],
             **{name: [values] for name, values in moments(noise + slope * length, length).items()},
         }
-        signs.add(metrics, loss, pairs, reports=True)
+        signs.add(metrics, loss, pairs, is_loss_rank=True)
         said += signs.look()
     return said
 

@@ -13,7 +13,7 @@ import pytest
 from coati.dataset.load.kto_loader import KTOWindowLoader
 from coati.dataset.load.loader import WindowLoader
 from coati.parallel.checkpoint import RunningState
-from coati.parallel.objective import Step
+from coati.parallel.objective import Objective, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.base import SLTrainer
 
@@ -69,7 +69,7 @@ def trained(
     """The windows of a run from ``state`` on, and where it stood at its end, as a checkpoint would
     keep it."""
     engine = Noting(stop)
-    trainer = SLTrainer(engine, EPOCHS, state=state, assets=ModelAssets(config=None))
+    trainer = SLTrainer(engine, Objective(), EPOCHS, state=state, assets=ModelAssets(config=None))
     trainer.fit(loader)
     return engine.windows, RunningState(**json.loads(json.dumps(asdict(trainer.state))))
 

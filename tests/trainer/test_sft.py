@@ -57,7 +57,7 @@ def made(tmp_path, monkeypatch):
         trainer = SFTTrainer(
             engine=CountingEngine(at),
             max_epochs=2,
-            plan=RunSchedule(str(tmp_path), **plan),
+            schedule=RunSchedule(str(tmp_path), **plan),
             state=state,
             assets=ModelAssets(config=None),
         )
@@ -167,7 +167,7 @@ def test_samples_not_reported_yet_are_part_of_a_checkpoint(tmp_path, monkeypatch
         trainer = SFTTrainer(
             engine=SamplingEngine(state.step),
             max_epochs=2,
-            plan=plan,
+            schedule=plan,
             state=state,
             assets=ModelAssets(config=None),
         )
@@ -247,20 +247,22 @@ BATCH = {
 }
 
 
-def test_the_hooks(made):
+def test_the_objective(made):
     trainer, _ = made()
-    assert trainer.prepare(BATCH) is BATCH and int(trainer.num_terms(BATCH)) == 3
-    loss, metrics = trainer.loss({"logits": torch.tensor([[-1.0, -2.0, -0.5]])}, BATCH)
+    assert (
+        trainer.objective.prepare(BATCH) is BATCH and int(trainer.objective.num_terms(BATCH)) == 3
+    )
+    loss, metrics = trainer.objective.loss(torch.tensor([-1.0, -2.0, -0.5]), BATCH)
     assert float(loss) == 3.5 and metrics == {}
     assert trainer.evaluation_metrics(Step(1e9, 1))["perplexity"] < float("inf")
 
 
 def test_without_the_loss_mask_all_but_padding_is_supervised(made):
     trainer, _ = made()
-    trainer.apply_loss_mask = False
-    batch = trainer.prepare(BATCH)
+    trainer.objective.apply_loss_mask = False
+    batch = trainer.objective.prepare(BATCH)
     assert batch["labels"].tolist() == [[5, 6, 2, -100], [7, 2, 8, 2]]
-    assert int(trainer.num_terms(batch)) == 5  # nothing predicts the first token of a row
+    assert int(trainer.objective.num_terms(batch)) == 5  # nothing predicts the first token of a row
 
 
 def test_the_keywords_of_the_reference_are_taken():
@@ -275,7 +277,11 @@ def test_the_keywords_of_the_reference_are_taken():
         save_dir="d",
         assets=assets,
     )
-    assert (trainer.state.epoch, trainer.plan.save_interval, trainer.plan.save_dir) == (1, 5, "d")
+    assert (trainer.state.epoch, trainer.schedule.save_interval, trainer.schedule.save_dir) == (
+        1,
+        5,
+        "d",
+    )
 
 
 def test_the_second_interrupt_does_not_wait(capsys):
@@ -301,7 +307,7 @@ def test_in_packs_no_token_is_asked_for_the_first_of_the_next_row():
         "attention_mask": [[1, 1, 1, 0]],
         "position_ids": [[0, 1, 0, 0]],
     }
-    labels = trainer.prepare({name: torch.tensor(values) for name, values in batch.items()})[
-        "labels"
-    ]
+    labels = trainer.objective.prepare(
+        {name: torch.tensor(values) for name, values in batch.items()}
+    )["labels"]
     assert labels.tolist() == [[-100, 6, -100, -100]]

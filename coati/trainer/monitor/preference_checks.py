@@ -1,21 +1,36 @@
-"""Early signs of trouble in a preference run, in words: each is said once, with what to look at."""
+"""Training diagnostics of preference runs: each finding is reported once, with what to look at."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
+from coati.parallel.objective import Metrics
 from coati.utils.distributed import all_gather_object
+from coati.utils.meter import MaskedSamples, sum_and_count, to_floats
 from coati.utils.statistics import correlation, wilson_interval
 
 EVERY, PATIENCE = 10, 50  # optimizer steps between looks, and before anything is said
 LN2 = math.log(2)
 
 
-def moments(reward: Tensor, length: Tensor) -> dict[str, Tensor]:
-    """Private metrics (their names begin with "_", nobody logs them) from which a correlation can
-    be made."""
-    reward, length = reward.detach().float(), length.float()
-    return {"_x": reward, "_y": length, "_xx": reward**2, "_yy": length**2, "_xy": reward * length}
+def moments(reward: Tensor, length: Tensor, mask: Tensor | None = None) -> Metrics:
+    """Private metrics (their names begin with "_", nobody logs them) that give the correlation of
+    ``reward`` and ``length``, (R,) each, over the rows of ``mask`` (R,)."""
+    reward = reward.detach().float()
+    length = length.float()
+    if mask is not None:  # what is not counted may be NaN
+        reward = reward.masked_fill(~mask, 0.0)
+    found = {
+        "_x": reward,
+        "_y": length,
+        "_xx": reward**2,
+        "_yy": length**2,
+        "_xy": reward * length,
+    }
+    if mask is None:
+        return found
+    return {name: MaskedSamples(values, mask) for name, values in found.items()}
 
 
 class PreferenceChecks:
@@ -25,20 +40,22 @@ class PreferenceChecks:
     """
 
     def __init__(self, ln2_is_chance: bool, accuracy: str = "accuracy") -> None:
-        self.ln2_is_chance, self.accuracy = ln2_is_chance, accuracy
-        self._sums: dict[str, float] = {}
+        self.ln2_is_chance = ln2_is_chance
+        self.accuracy = accuracy
+        self._sums: dict[str, Any] = {}  # tensors stay on their device between looks
         self._looks: list[dict[str, float]] = []
         self._said: set[str] = set()
 
     def add(
-        self, metrics: dict[str, list[Tensor]], loss: float, num_terms: int, reports: bool
+        self, metrics: dict[str, list], loss: float, num_terms: int, is_loss_rank: bool
     ) -> None:
-        """One optimizer step: this rank's samples, the loss per unit and the units of all."""
-        step = {"_loss": loss * num_terms, "_units": num_terms, "_steps": 1.0}
-        if reports:
-            for name, tensors in metrics.items():
-                step[name] = float(sum(values.double().sum() for values in tensors))
-                step[f"{name}#"] = float(sum(values.numel() for values in tensors))
+        """One optimizer step: this rank's samples, the loss per term and the terms of all ranks."""
+        step: dict[str, Any] = {"_loss": loss * num_terms, "_units": num_terms, "_steps": 1.0}
+        if is_loss_rank:
+            for name, samples in metrics.items():
+                totals = [sum_and_count(values) for values in samples]
+                step[name] = sum(total for total, _ in totals)
+                step[f"{name}#"] = sum(count for _, count in totals)
         for name, value in step.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
@@ -52,13 +69,13 @@ class PreferenceChecks:
             )
         if self._sums.get("_steps", 0) < EVERY:
             return []
-        everyone, mine = all_gather_object(self._sums), self._sums
+        mine = dict(zip(self._sums, to_floats(self._sums.values()), strict=True))
+        everyone = all_gather_object(mine)
         total = {
             name: sum(sums.get(name, 0.0) for sums in everyone) for name in set().union(*everyone)
         }
-        total |= {
-            name: mine[name] for name in ("_loss", "_units", "_steps")
-        }  # these all ranks have alike
+        # All ranks have these alike.
+        total |= {name: mine[name] for name in ("_loss", "_units", "_steps")}
         self._looks.append(total)
         self._sums = {}
         if len(self._looks) * EVERY < PATIENCE:

@@ -49,7 +49,7 @@ class RLReporter:
             signs.load_state_dict(stored["signs"])
 
     def open(self, log_dir: str | None, use_wandb: bool) -> None:
-        trainer, plan = self.trainer, self.trainer.plan
+        trainer, plan = self.trainer, self.trainer.schedule
         if plan.save_dir is None and log_dir is None and not use_wandb:
             return
         file = Path(plan.save_dir) / "metrics.jsonl" if plan.save_dir else None
@@ -109,8 +109,8 @@ class RLReporter:
         self._counts["ratio"] = max([self._counts["ratio"], *ratios])
         self.meter.add_all(metrics)
         named = {"policy_loss": step.loss, "grad_norm": step.grad_norm}
-        if step.also:
-            named["ptx_loss"] = step.also[0]
+        if step.aux_losses:
+            named["ptx_loss"] = step.aux_losses[0]
         if values is not None:
             self.meter.add_all(values.metrics)
             named |= {"value_loss": values.loss, "critic_grad_norm": values.grad_norm}
@@ -123,7 +123,7 @@ class RLReporter:
     def episode(self, bar: ProgressBar) -> None:
         """An episode is done. Every rank must call it."""
         trainer = self.trainer
-        if not trainer.episode % max(trainer.plan.log_interval, 1) == 0:
+        if not trainer.episode % max(trainer.schedule.log_interval, 1) == 0:
             bar.step()
             return
         metrics = self.metrics()
@@ -185,16 +185,16 @@ class RLReporter:
         self._keep_best(bar)
 
     def _keep_best(self, bar: ProgressBar) -> None:
-        trainer, metric = self.trainer, self.trainer.plan.metric_for_best
+        trainer, metric = self.trainer, self.trainer.schedule.metric_for_best
         if metric is None:
             return
         value = value_of(metric, self.last_evaluation)
         better = is_better(metric, value, self.best.get("value"))
-        if trainer.episode == 0 or trainer.plan.save_dir is None or not better:
+        if trainer.episode == 0 or trainer.schedule.save_dir is None or not better:
             return
         self.best = {"value": value, "step": trainer.state.step}
         found = {"metric": metric, "episode": trainer.episode, **self.best}
-        folder = save_best(trainer.plan.save_dir, trainer.engine, trainer.assets, found)
+        folder = save_best(trainer.schedule.save_dir, trainer.engine, trainer.assets, found)
         bar.write(
             f"episode {trainer.episode}: the best {metric} so far, {value:.4g}; this model is in "
             f"{folder}"
@@ -204,7 +204,7 @@ class RLReporter:
         """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
         must call it."""
         trainer = self.trainer
-        if trainer.plan.save_dir is None:
+        if trainer.schedule.save_dir is None:
             return None
         trainer.state.trainer = trainer.state_dict() | {
             "meter": self.meter.state_of_ranks(),
@@ -217,8 +217,8 @@ class RLReporter:
         models = {
             name: (engine, trainer.model_assets[name]) for name, engine in trainer.models.items()
         }
-        path = save_models(trainer.plan.save_dir, models, trainer.state, held)
-        clean(trainer.plan.save_dir, trainer.plan.keep_last_k)
+        path = save_models(trainer.schedule.save_dir, models, trainer.state, held)
+        clean(trainer.schedule.save_dir, trainer.schedule.keep_last_k)
         return path
 
 

@@ -1,0 +1,118 @@
+"""What a run leaves behind besides checkpoints, the same for both loops: metrics, evaluations, the best
+model so far, peak memory."""
+
+from pathlib import Path
+from typing import Any
+
+from coati.parallel.engine import Engine
+from coati.parallel.weights import ModelAssets
+from coati.trainer.best_checkpoint import is_better, save_best, value_of
+from coati.trainer.schedule import RunSchedule
+from coati.utils.logging import get_logger
+from coati.utils.memory import describe_memory, peak_memory_of_ranks
+from coati.utils.meter import AccumulativeMeanMeter
+from coati.utils.tracking import NullTracker, Tracker, make_tracker
+
+logger = get_logger(__name__)
+
+
+class RunLog:
+    """Metrics and evaluations of one run.
+
+    Args:
+        name: of the trainer: its TensorBoard folder and wandb project.
+        schedule: where the run is saved, and by which metric its best model is kept.
+        stored: :meth:`state_dict` of a resumed run.
+        settings: the run's settings, for wandb and TensorBoard.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schedule: RunSchedule,
+        stored: dict[str, Any],
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.schedule = schedule
+        self.settings = settings or {}
+        self.tracker: Tracker = NullTracker()
+        self.meter = AccumulativeMeanMeter()
+        self.meter.load(stored.get("meter", []))
+        evaluated = stored.get("evaluated", {})
+        self.first_evaluation: dict[str, float] = evaluated.get("first", {})
+        self.last_evaluation: dict[str, float] = evaluated.get("last", {})
+        self.evaluated_at: int | None = evaluated.get("at")
+        self.best: dict[str, float] = stored.get("best", {})  # {"value", "step"}
+
+    def open(self, step: int, log_dir: str | None, use_wandb: bool) -> None:
+        """Start to log: to ``<save_dir>/metrics.jsonl``, cut back to ``step`` where it holds more,
+        and to TensorBoard (``log_dir``) and wandb when asked for."""
+        save_dir = self.schedule.save_dir
+        if save_dir is None and log_dir is None and not use_wandb:
+            return
+        self.tracker = make_tracker(
+            Path(save_dir) / "metrics.jsonl" if save_dir else None,
+            None if log_dir is None else str(Path(log_dir) / self.name),
+            use_wandb,
+            project=f"Coati-{self.name}",
+            config=self.settings,
+            keep_to=step,
+        )
+
+    def evaluated(self, metrics: dict[str, float], step: int) -> None:
+        """Log the metrics of an evaluation under ``eval/``."""
+        self.last_evaluation = {f"eval/{name}": value for name, value in metrics.items()}
+        self.first_evaluation = self.first_evaluation or self.last_evaluation
+        self.evaluated_at = step
+        self.tracker.log(self.last_evaluation, step)
+
+    def keep_best(
+        self, engine: Engine, assets: ModelAssets, step: int, **position: int
+    ) -> str | None:
+        """Write ``<save_dir>/best`` if the last evaluation beats all before it, and say so. Every
+        rank must call it.
+
+        Raises ValueError for a ``metric_for_best`` that evaluations do not give.
+        """
+        metric = self.schedule.metric_for_best
+        if metric is None:
+            return None
+        value = value_of(metric, self.last_evaluation)
+        # Before the first step there is only the model that the run started from.
+        started = step > 0 and all(position.values())
+        better = is_better(metric, value, self.best.get("value"))
+        if not started or self.schedule.save_dir is None or not better:
+            return None
+        self.best = {"value": value, "step": step}
+        found = {"metric": metric, **position, **self.best}
+        folder = save_best(self.schedule.save_dir, engine, assets, found)
+        return f"the best {metric} so far, {value:.4f}; this model is in {folder}"
+
+    def log_memory(self, step: int) -> None:
+        """The peak memory of every rank, each of which must call it."""
+        peaks = peak_memory_of_ranks()
+        self.tracker.log(
+            {f"memory/rank_{rank}_peak_mb": peak for rank, peak in enumerate(peaks)}, step
+        )
+        logger.info(describe_memory(peaks))
+
+    def what_is_kept(self) -> str:
+        """For the message of a run that fails."""
+        folder = self.schedule.save_dir
+        return f"the last checkpoint in {folder} is untouched" if folder else "nothing was saved"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs. Every rank must call it."""
+        return {
+            "meter": self.meter.state_of_ranks(),
+            "evaluated": {
+                "at": self.evaluated_at,
+                "first": self.first_evaluation,
+                "last": self.last_evaluation,
+            },
+            "best": self.best,
+        }
+
+    def close(self) -> None:
+        self.tracker.close()

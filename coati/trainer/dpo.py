@@ -1,14 +1,15 @@
 """Direct preference optimization and its family: a pairwise loss of policy and reference
 log-probs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coati.models.head import scatter_token_logprobs
-from coati.models.loss import PairwiseSettings, masked_mean, masked_sum, pairwise_loss
-from coati.models.loss_registry import LOSS_TYPES
+from coati.models.loss import masked_mean, masked_sum
+from coati.models.pairwise_loss import Pair, PairwiseObjective
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch, Metrics, Step
@@ -16,6 +17,7 @@ from coati.trainer.preference import (
     PreferenceObjective,
     PreferenceTrainer,
     RowLogps,
+    interleave,
     pair_metrics,
     sides,
     supervised,
@@ -26,15 +28,12 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 
 
 class DPOObjective(PreferenceObjective):
-    """A pairwise loss of policy and reference log-probs.
+    """A pairwise loss, or a weighted sum of them.
 
     Args:
+        pairwise: the loss.
         reference: the reference model; None where batches hold ``chosen_reference`` and
-            ``reject_reference`` (B,), or where there is no reference.
-        loss_type: a name of :data:`~coati.models.loss_registry.LOSS_TYPES`, whose beta and gamma
-            hold where these are None.
-        length_normalization: log-probs are means over a row's supervised tokens.
-        sft_coef: a of + a x the mean negative log-prob of the chosen response.
+            ``reject_reference`` (B,), sums over tokens, or where there is no reference.
         ld_alpha: of the longer response of a pair, tokens beyond the shorter's length count this
             much (LD-DPO).
         apply_loss_mask: False supervises every token the attention mask shows.
@@ -42,28 +41,15 @@ class DPOObjective(PreferenceObjective):
 
     def __init__(
         self,
+        pairwise: PairwiseObjective,
         reference: InferenceModel | None = None,
-        loss_type: str = "dpo_loss",
-        beta: float | None = None,
-        gamma: float | None = None,
-        label_smoothing: float = 0.0,
-        length_normalization: bool = False,
-        sft_coef: float = 0.0,
         ld_alpha: float | None = None,
         apply_loss_mask: bool = True,
     ) -> None:
         super().__init__(apply_loss_mask)
-        row = LOSS_TYPES[loss_type]
+        self.pairwise = pairwise
         self.reference = reference
-        self.loss_type = loss_type
-        self.settings = PairwiseSettings(
-            row.beta if beta is None else beta,
-            row.gamma if gamma is None else gamma,
-            label_smoothing,
-        )
-        self.row_logps = RowLogps(row.averaged or length_normalization, ld_alpha)
-        self.pairwise = pairwise_loss(loss_type)
-        self.sft_coef = sft_coef
+        self.row_logps = RowLogps(ld_alpha=ld_alpha)
 
     def prepare(self, batch: Batch) -> Batch:
         """Adds ``reference`` (2B,), the reference's log-probs of the rows."""
@@ -76,24 +62,15 @@ class DPOObjective(PreferenceObjective):
         """Sum over pairs; rewards are beta (log pi - log reference)."""
         tokens = scatter_token_logprobs(logps, batch["labels"])  # (2B, S - 1)
         mask = supervised(batch)
-        counted = batch["counted"]
-        log_ratios = self.row_logps(tokens, mask)
-        if "reference" in batch:
-            log_ratios = log_ratios - batch["reference"]
-        chosen, rejected = sides(log_ratios)
-        losses = self.pairwise(chosen - rejected, self.settings)
-        if self.sft_coef:
-            losses = losses - self.sft_coef * masked_mean(tokens, mask, 1)[0::2]
-        rewards = self.settings.beta * log_ratios.detach()
-        metrics = pair_metrics(rewards, tokens, mask, counted)
-        return masked_sum(losses, counted[0::2]), metrics
-
-    def loss_at_reference(self) -> float | None:
-        """What a pair costs a policy that is its reference; None where that is not known."""
-        expected = LOSS_TYPES[self.loss_type].at_reference
-        if expected is None or self.settings.gamma or self.sft_coef:
-            return None
-        return expected(self.settings.beta)
+        scores = self.row_logps(tokens, mask)
+        reference = batch["reference"] if "reference" in batch else torch.zeros_like(scores)
+        pair = Pair(*sides(scores), *sides(reference), *sides(mask.sum(1)))
+        losses = self.pairwise(pair, -masked_mean(tokens, mask, 1)[0::2])
+        term = self.pairwise.primary
+        seen = term.view(pair)
+        rewards = term.settings.beta * interleave(seen.c, seen.r)
+        metrics = pair_metrics(rewards, tokens, mask, batch["counted"])
+        return masked_sum(losses, batch["counted"][0::2]), metrics
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -102,10 +79,15 @@ class DPOTrainer(PreferenceTrainer):
     Args:
         ref_model: a plain frozen model; or ``reference``, an
             :class:`~coati.parallel.inference_model.InferenceModel`.
+        loss_type: a name of :data:`~coati.models.loss_registry.LOSS_TYPES`, or several with their
+            ``loss_weights`` (default 1 each), among them perhaps "sft"; each loss's own beta and
+            gamma hold where they are None.
+        length_normalization: every loss reads means over a row's supervised tokens.
+        sft_coef: a of + a x the mean negative log-prob of the chosen response's tokens.
+        ld_alpha, apply_loss_mask: of :class:`DPOObjective`.
         starts_at_reference: the policy is the reference at step 0, so the first loss is known and
             checked.
-
-    The others are those of :class:`DPOObjective` and of :class:`~coati.trainer.base.SLTrainer`.
+        keywords: of :class:`~coati.trainer.base.SLTrainer`.
     """
 
     name = "dpo"
@@ -127,7 +109,8 @@ class DPOTrainer(PreferenceTrainer):
         *,
         engine: Engine | None = None,
         reference: InferenceModel | None = None,
-        loss_type: str = "dpo_loss",
+        loss_type: str | Sequence[str] = "dpo_loss",
+        loss_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         sft_coef: float = 0.0,
         ld_alpha: float | None = None,
@@ -135,19 +118,23 @@ class DPOTrainer(PreferenceTrainer):
         starts_at_reference: bool = False,
         **keywords: Any,
     ) -> None:
-        objective = DPOObjective(
-            reference if ref_model is None else InferenceModel.plain(ref_model),
+        pairwise = PairwiseObjective.of(
             loss_type,
-            beta,
-            gamma,
-            label_smoothing,
-            length_normalization,
-            sft_coef,
-            ld_alpha,
-            apply_loss_mask,
+            loss_weights,
+            beta=beta,
+            gamma=gamma,
+            label_smoothing=label_smoothing,
+            length_normalization=length_normalization,
+            sft_coef=sft_coef,
         )
-        engine = engine or Engine(booster, actor, actor_optim, actor_lr_scheduler)
-        super().__init__(engine, objective, max_epochs, **keywords)
+        if ref_model is not None:
+            reference = InferenceModel.plain(ref_model)
+        super().__init__(
+            engine or Engine(booster, actor, actor_optim, actor_lr_scheduler),
+            DPOObjective(pairwise, reference, ld_alpha, apply_loss_mask),
+            max_epochs,
+            **keywords,
+        )
         self.starts_at_reference = starts_at_reference
 
     def diagnose(self, step: Step) -> list[str]:
@@ -156,7 +143,7 @@ class DPOTrainer(PreferenceTrainer):
     def _first_loss(self, step: Step) -> list[str]:
         """At the first step, how its loss differs from that of a policy that is its reference, and
         the likely cause."""
-        wanted = self.objective.loss_at_reference()
+        wanted = self.objective.pairwise.at_reference()
         if self.state.step != 1 or not self.starts_at_reference or wanted is None:
             return []
         tolerance = TOLERANCE[self.engine.options.precision or "fp32"] * wanted

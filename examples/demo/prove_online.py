@@ -96,7 +96,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     from coati.models.policy_loss import Normalization
     from coati.parallel import ParallelOptions
     from coati.parallel.boost import boost
-    from coati.parallel.inference_model import InferenceModel, freeze
+    from coati.parallel.inference_model import InferenceModel, boost_for_inference
     from coati.rewards.scorer import Rewards
     from coati.trainer import OLTrainer, RunSchedule
     from coati.trainer.online import Episodes
@@ -126,7 +126,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
         Scorer(functions=Rewards([f"{__file__}:right_half"])),
         Symbols(),
         settings,
-        reference=InferenceModel(freeze(network(seed), options)),
+        reference=InferenceModel(boost_for_inference(network(seed), options)),
         critic=critic,
         kl=KLController(0.1 if ppo else 0.04),
     )

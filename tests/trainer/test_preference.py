@@ -121,9 +121,9 @@ def test_ipo_averages_and_the_sft_term_adds_the_chosen_mean():
 def test_a_sum_of_losses_by_hand():
     """c = -3 + 2 = -1, r = -4 + 3 = -1: .8 ln 2 + .2 (softplus(.1) + softplus(-.1)) + 1.5; averages
     are not the first loss's, whose rewards are logged."""
-    made = trainer(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
+    made = trainer(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]).objective
     rows = made.prepare(batch()) | {"reference": torch.tensor([-2.0, -3.0, math.nan, math.nan])}
-    loss, metrics = made.loss(logits(-1.0, -2.0, -4.0), rows)
+    loss, metrics = made.loss(logps(-1.0, -2.0, -4.0), rows)
     bco = math.log1p(math.exp(0.1)) + math.log1p(math.exp(-0.1))
     assert float(loss) == pytest.approx(0.8 * LN2 + 0.2 * bco + 1.5)
     assert metrics["chosen_rewards"].tolist() == pytest.approx([-0.1])

@@ -314,14 +314,13 @@ class Engine:
             self.head.clear()
 
     def _read(self, outputs: Any, batch: Batch) -> Tensor:
-        if self.scalar:
-            return outputs
-        logits = outputs["logits"]
-        if self.head is not None:  # it has put log-probs in the place of logits
-            return logits[0]
         # Gemini returns ColoTensors, whose in-place operations change nothing
         # (tensor/colo_tensor.py:6).
-        logits = logits.as_subclass(Tensor)
+        if self.scalar:
+            return outputs.as_subclass(Tensor)
+        logits = outputs["logits"].as_subclass(Tensor)
+        if self.head is not None:  # it has put log-probs in the place of logits
+            return logits[0]
         return logprobs_from_logits(logits, batch["labels"], temperature=self.temperature)[0]
 
     def _update(self) -> float | None:

@@ -211,7 +211,7 @@ def main() -> None:
             title: ([[line[f"train/{name}"] / scale for line in one] for one in curves], mark)
             for title, (name, scale, mark) in panels.items()
         }
-        draw(lines, "episode").save(args.png)
+        draw(lines, "episode", args.png)
         print(f"the curves are in {args.png}")
     sys.exit(learned < args.seeds)
 

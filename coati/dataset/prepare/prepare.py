@@ -239,8 +239,7 @@ class Preparation:
         return report
 
     def _save(self, place: StagingDir, report: dict[str, Any], below: str) -> None:
-        for folder in place.folders:
-            save_report(report, folder / below)
+        save_report(report, [folder / below for folder in place.folders])
         folder = place.folders[-1] / below
         self.template.save(folder / "conversation_template.json")
         preparation = {

@@ -1,125 +1,108 @@
-"""The charts of the report page as inline SVG.
+"""The length histogram of the report page, drawn by matplotlib as SVG to stand inside HTML."""
 
-Widths are percentages and there is no viewBox, so that a chart fills its column while its letters
-keep their size.
-"""
-
+import io
+import re
 from collections.abc import Sequence
-from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-HEIGHT, TOP, BOTTOM = 240, 24, 40  # of the histogram, in px
-BAR = 18  # height of a horizontal bar, in px
-
-
-def share_bar(parts: Sequence[tuple[str, int, str]], what: str) -> Markup:
-    """One bar over the whole width, cut into ``(name, number, css class)``; ``what`` says what it
-    shows."""
-    total = sum(number for _, number, _ in parts) or 1
-    drawn, start = [], 0.0
-    for name, number, style in parts:
-        width = 100 * number / total
-        if number:
-            title = escape(f"{name}: {number:,} ({number / total:.1%})")
-            place = f'x="{start:.3f}%" width="{width:.3f}%" height="{BAR}"'
-            drawn.append(f'<rect class="{style}" {place}><title>{title}</title></rect>')
-        start += width
-    return _svg(BAR, what, drawn)
-
-
-def bar(number: int, most: int, style: str = "kept") -> Markup:
-    """One horizontal bar, ``most`` being the full width."""
-    width = 100 * number / max(most, 1)
-    return _svg(
-        BAR,
-        f"{number:,}",
-        [
-            f'<rect class="ground" width="100%" height="{BAR}"/>',
-            f'<rect class="{style}" width="{width:.3f}%" height="{BAR}"/>',
-        ],
-    )
+HEIGHT = 250  # units of the view box; at its intended width one unit is one CSS pixel
+# Width on a desktop and on a phone, where the letters of the wide chart would shrink.
+WIDTHS = {"wide": 860, "narrow": 420}
+# Colors to draw with; the page's CSS variables take their place, so that charts go dark with it.
+BARS = "#010101"
+LIMIT = "#020202"
+INK = "#030303"
+GRID = "#040404"
+VARIABLES = {BARS: "--kept", LIMIT: "--limit", INK: "--faint", GRID: "--line"}
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "coati",  # element ids do not differ between runs
+    "font.size": 12,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-def length_chart(bars: Sequence[dict[str, int]], max_length: int) -> Markup:
+def length_charts(bars: Sequence[dict[str, int]], max_length: int) -> list[tuple[str, Markup]]:
+    """``(CSS class, chart)`` for each width of screen; none without ``bars``, the report's
+    ``length_histogram``."""
+    if not bars:
+        return []
+    return [(name, length_chart(bars, max_length, width)) for name, width in WIDTHS.items()]
+
+
+def length_chart(bars: Sequence[dict[str, int]], max_length: int, width: int) -> Markup:
     """Rows by length in tokens, with a line at ``max_length``.
 
-    A limit far behind the longest row would press the bars together; then an arrow points at it.
+    A limit far beyond the longest row would squeeze the bars; an arrow points at it instead.
     """
-    if not bars:
-        return Markup("")
-    width = bars[0]["to"] - bars[0]["from"] + 1
-    near = max_length <= 1.5 * bars[-1]["from"] + width
-    end = max(len(bars) * width, max_length if near else 0)
-    most = max(one["rows"] for one in bars)
-    ground = HEIGHT - BOTTOM
-    lines, labels = zip(*(_grid_line(most, share, ground) for share in (0.5, 1.0)), strict=True)
-    columns = [_column(one, width, end, most, ground) for one in bars if one["rows"]]
-    drawn = [*lines, *columns, *labels]
-    drawn.append(f'<line class="axis" x1="0" x2="100%" y1="{ground}" y2="{ground}"/>')
-    drawn += _ticks(bars, width, end, ground)
-    drawn += _limit_line(max_length, end, ground) if near else _limit_arrow(max_length, ground)
-    return _svg(HEIGHT, f"Rows by length in tokens; max_length is {max_length}", drawn)
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    step = bars[0]["to"] - bars[0]["from"] + 1
+    last = bars[-1]
+    xlabel = "tokens per row"
+    if last["to"] - last["from"] + 1 > step:
+        xlabel += f" (the last bar: {last['from']:,} to {last['to']:,})"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width / 72, HEIGHT / 72), layout="constrained")
+        axes = figure.subplots()
+        edges = [bar["from"] - 1 for bar in bars] + [len(bars) * step]
+        axes.stairs([bar["rows"] for bar in bars], edges, fill=True, color=BARS, clip_on=False)
+        axes.set(xlabel=xlabel, ylabel="rows", xlim=(0, edges[-1]))
+        axes.tick_params(bottom=False, left=False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.set_major_formatter("{x:,.0f}")
+        _mark_limit(axes, max_length, last["from"] + step / 2)
+        for line in axes.get_ygridlines():
+            line.set_clip_on(False)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata=NO_METADATA)
+    return _inline(drawn.getvalue(), f"Rows by length in tokens; max_length is {max_length:,}")
 
 
-def _column(one: dict[str, int], width: int, end: int, most: int, ground: int) -> str:
-    height = max(1.0, (ground - TOP) * one["rows"] / most)
-    x, wide = 100 * (one["from"] - 1) / end, 100 * width / end
-    title = escape(f"{one['from']:,} to {one['to']:,} tokens: {one['rows']:,} rows")
-    return (
-        f'<rect class="kept" x="{x:.3f}%" width="{0.9 * wide:.3f}%" y="{ground - height:.1f}" height="{height:.1f}">'
-        f"<title>{title}</title></rect>"
+def _mark_limit(axes, max_length: int, longest: float) -> None:
+    text = f"max_length {max_length:,}"
+    if max_length > 1.5 * longest:
+        axes.set_title(f"{text} is far to the right \N{RIGHTWARDS ARROW}", color=LIMIT, loc="right")
+        axes.title.set_fontsize(12)
+        return
+    axes.set_xlim(right=max(axes.get_xlim()[1], max_length))
+    axes.axvline(max_length, color=LIMIT, linewidth=2, linestyle="--", clip_on=False)
+    on_the_right = max_length > axes.get_xlim()[1] / 2
+    axes.annotate(
+        text,
+        (max_length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-5 if on_the_right else 5, 4),
+        textcoords="offset points",
+        ha="right" if on_the_right else "left",
+        color=LIMIT,
     )
 
 
-def _grid_line(most: int, share: float, ground: int) -> tuple[str, str]:
-    """The line and its label, which is drawn above the columns."""
-    y = ground - (ground - TOP) * share
-    label = (
-        f'<text class="small" x="0" y="{y - 4:.1f}">{most * share:,.0f} rows</text>'
-        if most * share >= 1
-        else ""
-    )
-    return f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>', label
-
-
-def _ticks(bars: Sequence[dict[str, int]], width: int, end: int, ground: int) -> list[str]:
-    """At most five numbers below the axis, at the left edges of bars; the last says so when it
-    stands for more."""
-    step = width * max(1, -(-end // width // 4))
-    drawn = []
-    for value in range(0, end + 1, step):
-        share = 100 * value / end
-        anchor = "start" if share < 4 else "end" if share > 96 else "middle"
-        drawn.append(
-            f'<text class="small" x="{share:.3f}%" y="{ground + 16}" text-anchor="{anchor}">{value:,}</text>'
-        )
-    text = "tokens in a row"
-    if bars[-1]["to"] - bars[-1]["from"] + 1 > width:
-        text += f"; the last bar is {bars[-1]['from']:,} to {bars[-1]['to']:,}"
-    return [
-        *drawn,
-        f'<text class="small" x="50%" y="{ground + 34}" text-anchor="middle">{text}</text>',
-    ]
-
-
-def _limit_line(max_length: int, end: int, ground: int) -> list[str]:
-    share = 100 * max_length / end
-    anchor, shift = ("end", -5) if share > 50 else ("start", 5)
-    return [
-        f'<line class="limit" x1="{share:.3f}%" x2="{share:.3f}%" y1="4" y2="{ground}"/>',
-        f'<text class="limit-text" x="{share:.3f}%" dx="{shift}" y="14" text-anchor="{anchor}">'
-        f"max_length {max_length:,}</text>",
-    ]
-
-
-def _limit_arrow(max_length: int, ground: int) -> list[str]:
-    text = f"max_length {max_length:,} is far to the right →"
-    return [f'<text class="limit-text" x="100%" y="14" text-anchor="end">{text}</text>']
-
-
-def _svg(height: int, what: str, drawn: Sequence[Any]) -> Markup:
-    inside = "".join(map(str, drawn))
-    return Markup(
-        f'<svg role="img" aria-label="{escape(what)}" width="100%" height="{height}">{inside}</svg>'
+def _inline(svg: str, label: str) -> Markup:
+    """An SVG file as an element of a page: no document head, fonts or colors of its own."""
+    box, shapes = re.search(r'viewBox="([^"]+)".*?>(.*)</svg>', svg, re.DOTALL).groups()
+    for ours in (r"(?s)<defs>.*?</defs>", r' id="[^"]*"', r'font(-size|-family)?: [^;"]+;? ?'):
+        shapes = re.sub(ours, "", shapes)
+    shapes = re.sub(r"\n\s*", " ", shapes)
+    for color, variable in VARIABLES.items():
+        shapes = shapes.replace(color, f"var({variable})")
+    return Markup('<svg role="img" aria-label="{}" viewBox="{}">{}</svg>').format(
+        label, box, Markup(shapes)
     )

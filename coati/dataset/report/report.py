@@ -1,6 +1,7 @@
 """What a preparation did with its rows, as JSON, as lines for a terminal and as a page."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,13 @@ def _sample(row: Shown) -> dict[str, Any]:
     return {"at": row.at, "notes": row.notes, "parts": parts}
 
 
-def save_report(report: dict[str, Any], folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``, a page that needs nothing beside it, into
-    ``folder``."""
-    save_json(report, folder / "report.json")
-    save_text(page(report), folder / "report.html")
+def save_report(report: dict[str, Any], folders: Iterable[Path]) -> None:
+    """Write ``report.json`` and ``report.html``, a self-contained page, into each of
+    ``folders``."""
+    html = page(report)
+    for folder in folders:
+        save_json(report, folder / "report.json")
+        save_text(html, folder / "report.html")
 
 
 def format_report(report: dict[str, Any], color: bool) -> str:

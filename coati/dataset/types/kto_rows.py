@@ -38,17 +38,17 @@ class Kto(DataType):
         **COMMON,
     }
     texts = ReportTexts(
-        title="answers marked good or bad (kto)",
-        what="Each is a question with one answer and a label: true for a good answer, false for a "
-        "bad one.",
-        longer="a longer row is left out, never cut.",
-        heading="What the model will learn",
-        learned="The model learns to write what is green (label true) and to avoid what is red "
-        "(label false).",
+        title="responses labeled good or bad (kto)",
+        what="Each is a prompt with one response and a label: true for a good response, false for "
+        "a bad one.",
+        longer="a longer row is dropped, never cut.",
+        heading="What the model is trained on",
+        learned="The model is trained toward the text marked green (label true) and away from the "
+        "text marked red (label false).",
     )
     traits = {
-        "label true": "good answers (label true)",
-        "label false": "bad answers (label false)",
+        "label true": "good responses (label true)",
+        "label false": "bad responses (label false)",
     }
     raw_keys = ("completion", "label")
 

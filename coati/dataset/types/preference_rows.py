@@ -43,14 +43,14 @@ class Preference(DataType):
         **COMMON,
     }
     texts = ReportTexts(
-        title="pairs of answers (preference)",
-        what="Each is a question with two answers, of which the chosen one is the better.",
-        longer="of a pair the longer text counts, and a longer pair is left out, never cut.",
-        heading="What the model will compare",
-        learned="The model learns to prefer what is marked green to what is marked red; the rest "
-        "it only reads.",
+        title="preference pairs (preference)",
+        what="Each is a prompt with two responses, of which the chosen one is the better.",
+        longer="of a pair the longer side counts, and a longer pair is dropped, never cut.",
+        heading="What the model compares",
+        learned="The model is trained to prefer the text marked green to the text marked red; the "
+        "rest is context.",
     )
-    traits = {f"{side} tokens": f"tokens of {side} answers" for side in SIDES}
+    traits = {f"{side} tokens": f"tokens of {side} responses" for side in SIDES}
     raw_keys = ("rejected",)
     responses = "chosen answers"
 

@@ -30,11 +30,11 @@ class Prompt(DataType):
     reads = ("pair", "judged", "conversation", "prompt")
     columns = {"input_ids": IDS, "inputs_decode": TEXT, **COMMON, "gt_answer": TEXT}
     texts = ReportTexts(
-        title="prompts to answer (prompt)",
-        what="To each the model will write answers of its own, which are then scored.",
-        longer="a longer row is left out, never cut.",
-        heading="What the model will be asked",
-        learned="This is the text after which the model begins to write.",
+        title="prompts (prompt)",
+        what="The model writes responses of its own to each, which are then scored.",
+        longer="a longer row is dropped, never cut.",
+        heading="What the model is asked",
+        learned="This is the text that the model continues.",
     )
     responses = "prompts"
     supervised = False

@@ -39,13 +39,12 @@ class Sft(DataType):
         **COMMON,
     }
     texts = ReportTexts(
-        title="conversations to learn from (sft)",
-        what="Each is a conversation whose answers the model learns to give.",
-        longer="a longer conversation keeps the whole rounds that fit, and is left out when not "
-        "one does.",
-        heading="What the model will learn",
-        learned="The model learns to write what is marked green and no other text; the rest it "
-        "only reads.",
+        title="conversations for supervised fine-tuning (sft)",
+        what="In each, the model is trained on the responses of the assistant.",
+        longer="a longer conversation keeps the whole rounds that fit, and is dropped when not "
+        "even one does.",
+        heading="What the model is trained on",
+        learned="The loss covers the text marked green; the rest is context.",
     )
     is_cut = True
 

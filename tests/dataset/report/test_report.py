@@ -13,6 +13,7 @@ from coati.dataset import setup_conversation_template
 from coati.dataset.chat.masked_text import segments, shorten, show_mask, visible
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.prepare import prepare_dataset
+from coati.dataset.report.charts import length_charts
 from coati.dataset.report.html import page
 from coati.dataset.report.report import histogram, percentiles
 from coati.dataset.report.report_warnings import warnings_of
@@ -237,7 +238,10 @@ def test_the_page_of_every_type(type, tmp_path):
     assert f"{tmp_path}/rows.jsonl:251: " in text and "<|im_end|>" in text and "max_length" in text
     marks = sum(tag == "mark" for tag, _ in seen.tags)
     assert marks == {"sft": 3, "prompt": 0, "preference": 6, "kto": 3}[type]
-    assert [tag for tag, _ in seen.tags].count("svg") >= 4 and len(report["samples"]) == 3
+    assert (
+        sum(attributes.get("role") == "img" for _, attributes in seen.tags) >= 4
+        and len(report["samples"]) == 3
+    )
 
 
 def test_numbers_of_pairs_and_labels(tmp_path):
@@ -337,8 +341,8 @@ def test_cleaned_rows_are_not_called_broken(tmp_path):
     report = prepared(tmp_path, rows, cleaning=Cleaning(deduplicate=True))
     assert report["dropped"]["duplicate"]["kind"] == "cleaned" and report["warnings"] == []
     text = " ".join("".join(Tags(page(report)).text).split())
-    assert "left out by the cleaning that was asked for: 10" in text and "deduplicate True" in text
-    assert "is to be mended" not in text
+    assert "dropped by the cleaning that was asked for: 10" in text and "deduplicate True" in text
+    assert "needs fixing" not in text
 
 
 # --- warnings ---
@@ -455,3 +459,30 @@ def test_longer_chosen_answers(tmp_path):
 def test_every_warning_is_a_sentence_about_the_report(tmp_path):
     report = prepared(tmp_path, [ROWS["sft"](i) for i in range(3)], num_bins=5)
     assert warnings_of(report) == report["warnings"] and said(report, "2 of 5 parts hold no row")
+
+
+# --- the length histogram ---
+
+
+def bars(*rows: int, width: int = 10) -> list[dict[str, int]]:
+    edges = range(1, len(rows) * width, width)
+    return [
+        {"from": at, "to": at + width - 1, "rows": n} for at, n in zip(edges, rows, strict=True)
+    ]
+
+
+def test_charts_are_the_same_every_time_and_take_their_colors_from_the_page():
+    once, again = (length_charts(bars(3, 0, 5), 32) for _ in range(2))
+    assert once == again and [name for name, _ in once] == ["wide", "narrow"]
+    for _, chart in once:
+        assert not re.search("#[0-9a-f]{6}| id=|font|href|http", chart)
+        assert "var(--kept)" in chart and "max_length 32<" in chart and "tokens per row<" in chart
+    assert length_charts([], 32) == []
+
+
+def test_a_limit_far_beyond_the_rows_is_an_arrow():
+    _, chart = length_charts(bars(3, 0, 5), 4096)[0]
+    assert "max_length 4,096 is far to the right →" in chart and ">4,000<" not in chart
+    wide_last = bars(3, 0, 5)
+    wide_last[-1]["to"] = 90
+    assert "the last bar: 21 to 90" in length_charts(wide_last, 90)[0][1]

@@ -4,7 +4,7 @@ never branch on it."""
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from coati.models.block_mask import with_block_mask
 from coati.models.head import Head, head_unsupported, logprobs_from_logits
+from coati.models.head_outputs import HeadOutputs, HeadRequest, outputs_from_logits
 from coati.models.padding_free import PaddingFree
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Objective, Step, concatenate
@@ -27,6 +28,20 @@ logger = get_logger(__name__)
 
 PACK_KEYS = ("position_ids",)  # in batches of packs, beside a trainer's model_keys
 PACKABLE = {"input_ids", "attention_mask", "position_ids"}
+
+
+def _nothing_more(batch: Batch) -> HeadRequest | None:
+    return None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model is called: with which keys, at which temperature (None: the engine's), and what
+    the vocabulary head is asked for."""
+
+    model_keys: tuple[str, ...] = Objective.model_keys
+    temperature: float | None = None
+    head_request: Callable[[Batch], HeadRequest | None] = _nothing_more
 
 
 class Engine:
@@ -66,6 +81,7 @@ class Engine:
         self._batch_keys: set[str] = set()
         self.packing = packing
         self.temperature = 1.0  # log-probs at labels are those of log_softmax(logits / temperature)
+        self._call = _Call()
         self._install_head()
         if self.pipelined:
             self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
@@ -160,7 +176,7 @@ class Engine:
             found.append(read(logps, micro_batch).detach().float())
             return found[-1].sum()
 
-        self._run([self._to_device(batch)], model_keys, temperature, consume, None)
+        self._run([self._to_device(batch)], _Call(model_keys, temperature), consume, None)
         if not found:
             return torch.zeros(len(batch["input_ids"]), device=self.device)
         return torch.cat(found)
@@ -190,7 +206,11 @@ class Engine:
     def forward(self, batch: Batch, model_keys: tuple[str, ...] = Objective.model_keys) -> Tensor:
         """(n,) log-probs of the tokens supervised by ``batch["labels"]``; of a model with a scalar
         head what it returns."""
-        keys = (*model_keys, *PACK_KEYS)
+        self._call = _Call(model_keys)
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Any:
+        keys = (*self._call.model_keys, *PACK_KEYS)
         inputs = self._choose(batch, {key: batch[key] for key in keys if key in batch})
         try:
             outputs = self.model(**inputs, use_cache=False)
@@ -213,35 +233,33 @@ class Engine:
                 metrics.setdefault(name, []).append(_detached(values))
             return loss
 
-        keys, temperature = objective.model_keys, objective.temperature
-        self._run(part.micro_batches, keys, temperature, consume, scale, sync)
+        call = _Call(objective.model_keys, objective.temperature, objective.head_request)
+        self._run(part.micro_batches, call, consume, scale, sync)
         return total
 
     def _run(
         self,
         micro_batches: list[Batch],
-        model_keys: tuple[str, ...],
-        temperature: float | None,
-        consume: Callable[[Tensor, Batch], Tensor],
+        call: "_Call",
+        consume: Callable[[Any, Batch], Tensor],
         scale: Tensor | None,
         sync: bool = True,
     ) -> None:
         """The one place that asks for a pipeline."""
-        usual = self.temperature
-        self.temperature = usual if temperature is None else temperature
+        self._call = call
         try:
             if self.pipelined:
-                self._run_pipeline(micro_batches, model_keys, consume, scale)
+                self._run_pipeline(micro_batches, consume, scale)
             else:
-                self._run_plain(micro_batches, model_keys, consume, scale, sync)
+                self._run_plain(micro_batches, consume, scale, sync)
         finally:
-            self.temperature = usual
+            self._call = _Call()
 
-    def _run_plain(self, micro_batches, model_keys, consume, scale, sync: bool) -> None:
+    def _run_plain(self, micro_batches, consume, scale, sync: bool) -> None:
         for index, batch in enumerate(micro_batches):
             last = sync and index == len(micro_batches) - 1
             with nullcontext() if scale is None or (last and not self._alone) else self._no_sync():
-                loss = consume(self.forward(batch, model_keys), batch)
+                loss = consume(self._forward(batch), batch)
                 if scale is not None:
                     self.booster.backward(loss * scale, self.optimizer)
 
@@ -253,10 +271,10 @@ class Engine:
             return nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
 
-    def _run_pipeline(self, micro_batches, model_keys, consume, scale) -> None:
+    def _run_pipeline(self, micro_batches, consume, scale) -> None:
         batch = concatenate(micro_batches)
         schedule = self._reset_schedule(len(batch["input_ids"]))
-        self._batch_keys = set(batch) - {*model_keys, *PACK_KEYS}
+        self._batch_keys = set(batch) - {*self._call.model_keys, *PACK_KEYS}
 
         def criterion(outputs: Any, micro_batch: Batch) -> Tensor:
             self._clear_head()
@@ -300,14 +318,17 @@ class Engine:
             self._set_head(batch)
             return with_block_mask(inputs, self.dtype)
         if "labels" in batch:
-            self.head.set_targets(packed.targets)
-            self.head.temperature = self.temperature
+            self.head.set_targets(packed.targets, request=self._call.head_request(batch))
+            self.head.temperature = self._temperature()
         return packed.inputs
 
     def _set_head(self, batch: Batch) -> None:
         if self.head is not None and "labels" in batch:
-            self.head.set(batch["labels"])
-            self.head.temperature = self.temperature
+            self.head.set(batch["labels"], request=self._call.head_request(batch))
+            self.head.temperature = self._temperature()
+
+    def _temperature(self) -> float:
+        return self.temperature if self._call.temperature is None else self._call.temperature
 
     def _clear_head(self) -> None:
         if self.head is not None:
@@ -319,9 +340,17 @@ class Engine:
         if self.scalar:
             return outputs.as_subclass(Tensor)
         logits = outputs["logits"].as_subclass(Tensor)
+        request = self._call.head_request(batch)
+        temperature = self._temperature()
+        if request is not None:
+            return _flat(
+                self.head.take()
+                if self.head is not None
+                else outputs_from_logits(logits, batch["labels"], request, temperature=temperature)
+            )
         if self.head is not None:  # it has put log-probs in the place of logits
             return logits[0]
-        return logprobs_from_logits(logits, batch["labels"], temperature=self.temperature)[0]
+        return logprobs_from_logits(logits, batch["labels"], temperature=temperature)[0]
 
     def _update(self) -> float | None:
         scale = self._loss_scale()
@@ -385,3 +414,10 @@ def _detached(samples: Tensor | MaskedSamples) -> Tensor | MaskedSamples:
 
 def _selected(samples: Tensor | MaskedSamples) -> Tensor:
     return samples.selected() if isinstance(samples, MaskedSamples) else samples
+
+
+def _flat(outputs: HeadOutputs) -> HeadOutputs:
+    """(1, n) fields as (n,)."""
+    names = ("logps", "entropy", "logsumexp")
+    found = {name: getattr(outputs, name) for name in names}
+    return replace(outputs, **{name: t[0] for name, t in found.items() if t is not None})

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coati.models.head_outputs import HeadRequest
 from coati.models.logprobs import IGNORE_INDEX
 from coati.utils.meter import MaskedSamples
 
@@ -36,6 +37,11 @@ class Objective:
         before the first forward: for what needs this rank's whole share of the global batch."""
         return micro_batches
 
+    def head_request(self, batch: Batch) -> HeadRequest | None:
+        """What :meth:`loss` needs of the vocabulary besides log-probs (entropy, top-k, given ids
+        (n, K), ...): by default nothing."""
+        return None
+
     def num_terms(self, batch: Batch) -> Tensor:
         """How many terms (tokens, pairs, rows) :meth:`loss` adds up, a scalar tensor: by default the
         supervised tokens of ``labels``."""
@@ -46,8 +52,9 @@ class Objective:
         all ranks when they are logged.
 
         ``logps`` (n,): the log-probs of the n tokens supervised by ``labels`` (B, S), in the order
-        of ``labels[:, 1:] != -100``. Of a model with a scalar head: what it returns, (B,) scores or
-        (B, S) values.
+        of ``labels[:, 1:] != -100``; where :meth:`head_request` asks for more, a
+        :class:`~coati.models.head_outputs.HeadOutputs` of (n,) and (n, K) tensors. Of a model with a
+        scalar head: what it returns, (B,) scores or (B, S) values.
         """
         raise NotImplementedError(f"{type(self).__name__} must define its loss")
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coati.models.head import IGNORE_INDEX, scatter_token_logprobs
-from coati.models.loss import length_desensitized, masked_mean, masked_sum
 from coati.models.logprobs import right_pad_order
+from coati.models.loss import length_desensitized, masked_mean, masked_sum
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics, Objective, Step
 from coati.trainer.base import SLTrainer

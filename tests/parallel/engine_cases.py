@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from coati.models.head_outputs import HeadRequest
 from coati.parallel.objective import Objective
 from tests.tiny import tiny_llama
 
@@ -18,7 +19,7 @@ LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not rememb
 @dataclass(frozen=True)
 class Case:
     """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
-    adapters or not."""
+    adapters or not; ``bonus``: the coefficient of an entropy bonus."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -26,6 +27,7 @@ class Case:
     tied: bool = False
     lora: bool = False
     accumulation: int = 1
+    bonus: float = 0.0
     vocab_size: int = 384
 
 
@@ -120,6 +122,9 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
             group["lr"] = LR * rate(step)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        if case.bonus:
+            rows = logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
+            loss = loss + case.bonus * (rows.exp() * rows).sum(-1).mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
@@ -136,8 +141,16 @@ def rate(step: int) -> float:
 
 
 class CrossEntropy(Objective):
+    def __init__(self, bonus: float = 0.0) -> None:
+        self.bonus = bonus
+
+    def head_request(self, batch):
+        return HeadRequest(entropy=True) if self.bonus else None
+
     def loss(self, logps, batch):
-        return -logps.sum(), {}
+        if not self.bonus:
+            return -logps.sum(), {}
+        return -(logps.logps + self.bonus * logps.entropy).sum(), {}
 
 
 def _engine(case: Case, model):
@@ -170,7 +183,7 @@ def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float
     results = []
     for index in range(first, last):
         step = engine.train_step(
-            _mine(engine, window(index, case.vocab_size), case.accumulation), CrossEntropy()
+            _mine(engine, window(index, case.vocab_size), case.accumulation), CrossEntropy(case.bonus)
         )
         results.append((step.loss, step.grad_norm))
     return results

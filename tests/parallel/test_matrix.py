@@ -29,7 +29,7 @@ SHARDED = {
 
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     """``variants``: name -> fields of Case beside or inside ``options``."""
-    fields = {"family", "tied", "lora", "accumulation", "vocab_size"}
+    fields = {"family", "tied", "lora", "accumulation", "vocab_size", "bonus"}
     return [
         Case(
             name,
@@ -47,7 +47,8 @@ def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
 BF16, FP16 = {"precision": "bf16"}, {"precision": "fp16"}
 CHECKPOINTING, TIED = {"checkpointing": {"grad_checkpoint": True}}, {"tied": {"tied": True}}
 ACCUMULATION = {"accumulation": {"accumulation": 4}}
-PLAIN = {"plain": {}, **ACCUMULATION, **CHECKPOINTING, **TIED}
+BONUS = {"entropy_bonus": {"bonus": 0.5}}
+PLAIN = {"plain": {}, **BONUS, **ACCUMULATION, **CHECKPOINTING, **TIED}
 LORA = {"lora": {"lora": True}, "lora_bf16": {"lora": True, **BF16}}
 HALF = {"bf16": BF16, "fp16": FP16, "bf16_accumulation": {**BF16, "accumulation": 2}}
 SEQUENCE = {"enable_sequence_parallelism": True}

@@ -17,7 +17,8 @@ import torch
 
 from coati.parallel.families import NOT_CHAT, SPLITS, check_family
 from coati.parallel.objective import Objective
-from coati.parallel.plugins import ParallelOptions, check_options
+from coati.parallel.plugin_checks import check_options
+from coati.parallel.plugins import ParallelOptions
 from tests.distributed.spawn import run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"

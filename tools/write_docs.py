@@ -19,13 +19,8 @@ from coati.cli.legacy import DROPPED, DROPPED_OF_ROLLOUTS, RENAMED, STRATEGIES
 from coati.cli.legacy_ppo import TURNED
 from coati.cli.parser import Parser
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED_REASONS, REASONS
-from coati.parallel.plugins import (
-    PLUGINS,
-    PRECISIONS,
-    ParallelOptions,
-    check_options,
-    resolve_options,
-)
+from coati.parallel.plugin_checks import check_options, resolve_options
+from coati.parallel.plugins import PLUGINS, PRECISIONS, ParallelOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "flags.md"

@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from coati.parallel.plugins import check_options
+from coati.parallel.plugin_checks import check_options
+from coati.parallel.plugins import HYBRID
 from coati.utils.json_io import load_json
 
 SHARED_OPTIONS = (
@@ -142,7 +143,7 @@ def check_parallel(args: Namespace) -> None:
         or args.enable_sequence_parallelism
         or args.zero_stage > 0
     )
-    plugin = args.plugin or ("3d" if split else None)
+    plugin = args.plugin or (HYBRID if split else None)
     if plugin is None:
         return
     check_options(

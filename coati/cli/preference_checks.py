@@ -3,6 +3,8 @@
 from argparse import Namespace
 
 from coati.models.loss_registry import LOSS_TYPES, SFT, PairwiseLoss, needs_reference
+from coati.parallel.plugin_checks import scalar_head_problem
+from coati.parallel.plugins import PLUGINS
 
 
 def check_pairs(args: Namespace) -> None:
@@ -20,12 +22,9 @@ def check_rm(args: Namespace) -> None:
             f"--pp {args.pp}: a reward model cannot be cut into pipeline stages; use --tp, or "
             "--plugin zero2 or gemini"
         )
-    if args.tp > 1 and (str(args.plugin).startswith("gemini") or args.zero_stage == 3):
-        raise ValueError(
-            f"--tp {args.tp} under gemini: the gradients of a reward model's head come out wrong "
-            "there; use "
-            f"--plugin 3d --tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
-        )
+    wrong = "the gradients of a reward model's head"
+    if problem := scalar_head_problem(args.plugin, args.tp, args.zero_stage, wrong):
+        raise ValueError(problem)
     if args.disable_loss_mask:
         raise ValueError(
             "--disable_loss_mask does nothing for a reward model: a score is of a whole "
@@ -107,7 +106,7 @@ def check_ref_tp(args: Namespace) -> None:
     """Processes that split the reference must have the same rows: those that split the policy."""
     if args.ref_tp is None or args.ref_tp == args.tp:
         return
-    if args.plugin not in (None, "3d"):
+    if args.plugin is not None and not PLUGINS[args.plugin].hybrid:
         raise ValueError(f"--ref_tp {args.ref_tp} belongs to --plugin 3d, not {args.plugin}")
     if args.pp > 1 or args.enable_sequence_parallelism or args.tp % args.ref_tp:
         raise ValueError(

@@ -9,6 +9,8 @@ from pathlib import Path
 from coati.cli.checks import check_lora, check_mixture, check_parallel, check_paths, read_json
 from coati.experience_buffer.batch_sizes import windows_per_episode
 from coati.experience_maker.advantage_registry import GROUP_METHODS
+from coati.parallel.plugin_checks import scalar_head_problem
+from coati.parallel.plugins import PLUGINS
 from coati.rewards.registry import REWARDS, check_rewards
 from coati.utils.logging import get_logger
 
@@ -25,7 +27,7 @@ ESTIMATOR_OF = {"loss": "k3", "reward": "k1"}
 LONGEST_MARGIN = 1024
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Plugins whose weights one process holds whole, so that several models can share them.
-SHARING = ("zero2", "zero2_cpu", "ddp")
+SHARING = tuple(name for name, row in PLUGINS.items() if row.whole_weights)
 # A sampled token's log-prob is of the whole distribution, whatever these made of it.
 CHANGES_SAMPLES = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -94,9 +96,9 @@ def _check_sft(args: Namespace) -> None:
             "--ptx_dataset is not used, --ptx_coef being 0; --ptx_coef 0.1 would give SFT a tenth "
             "of the loss"
         )
-    if args.ptx_coef and args.plugin == "gemini_auto":
+    if args.ptx_coef and args.plugin and not PLUGINS[args.plugin].accumulation:
         raise ValueError(
-            "--plugin gemini_auto cannot add up gradients, and --ptx_coef makes two backward "
+            f"--plugin {args.plugin} cannot add up gradients, and --ptx_coef makes two backward "
             "passes of a step; use "
             "--plugin gemini"
         )
@@ -138,12 +140,10 @@ def _check_reward_sources(args: Namespace) -> None:
         )
     if args.rm_checkpoint_path is not None:
         _check_weights(args, "rm_checkpoint_path")
-    if neural and args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
-        raise ValueError(
-            f"--tp {args.tp} under gemini: models with a scalar head, as reward models are, come "
-            "out wrong there; use "
-            f"--plugin 3d --tp {args.tp} with --zero_stage 0 to 2, or gemini without --tp"
-        )
+    wrong = "models with a scalar head, as reward models are,"
+    problem = scalar_head_problem(args.plugin, args.tp, args.zero_stage, wrong)
+    if neural and problem:
+        raise ValueError(problem)
 
 
 def _check_weights(args: Namespace, flag: str, *names: str) -> None:
@@ -349,12 +349,9 @@ def check_ppo(args: Namespace) -> None:
         )
     if args.critic_checkpoint_path is not None:
         _check_weights(args, "critic_checkpoint_path", "critic")
-    if args.tp > 1 and (args.plugin == "gemini" or args.zero_stage == 3):
-        raise ValueError(
-            f"--tp {args.tp} under gemini: the gradients of a critic's head come out wrong there; "
-            "use --plugin 3d --tp "
-            f"{args.tp} with --zero_stage 0 to 2, or gemini without --tp"
-        )
+    wrong = "the gradients of a critic's head"
+    if problem := scalar_head_problem(args.plugin, args.tp, args.zero_stage, wrong):
+        raise ValueError(problem)
 
 
 def check_grpo(args: Namespace) -> None:

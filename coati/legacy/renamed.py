@@ -109,6 +109,7 @@ MODULES = {
     "coati.parallel.quiet": "coati.parallel.compat.import_colossalai",
     "coati.parallel.reference": "coati.parallel.inference_model",
     "coati.parallel.sampling": "coati.parallel.sharded_generation",
+    "coati.parallel.schedule": "coati.parallel.optimizer",
     "coati.parallel.step": "coati.parallel.objective",
     "coati.rewards.legacy": "coati.legacy.token_rewards",
     "coati.rewards.names": "coati.rewards.registry",

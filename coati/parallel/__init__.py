@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "PLUGINS": "plugins",
         "ParallelOptions": "plugins",
-        "check_options": "plugins",
+        "check_options": "plugin_checks",
         "prepare_colossalai": "boost",
         "Engine": "engine",
         "save_checkpoint": "checkpoint",

@@ -15,15 +15,14 @@ from coati.parallel.compat.cpu.malloc import keep_freed_memory
 from coati.parallel.compat.import_colossalai import import_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
-from coati.parallel.optimizer import OptimizerSettings, build_optimizer
-from coati.parallel.plugins import (
-    PLUGINS,
-    ParallelOptions,
+from coati.parallel.optimizer import OptimizerSettings, build_optimizer, cosine_with_warmup
+from coati.parallel.plugin_checks import (
     check_heads,
     check_options,
     resolve_options,
+    scalar_head_problem,
 )
-from coati.parallel.schedule import cosine_with_warmup
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 
@@ -31,13 +30,12 @@ logger = get_logger(__name__)
 
 
 def prepare_colossalai() -> None:
-    """Import ColossalAI quietly; mend it on every device and make it run without an accelerator
+    """Import ColossalAI quietly; fix it on every device and make it run without an accelerator
     where there is none."""
     import_colossalai()
-    from coati.parallel.compat import cpu
-    from coati.parallel.compat import fixes as mends
+    from coati.parallel.compat import cpu, fixes
 
-    mends.apply()
+    fixes.apply()
     if not torch.cuda.is_available():
         cpu.apply()
 
@@ -92,17 +90,16 @@ def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> PaddingFree 
     flash-attention: without it attention would go row by row, which costs more there than padding
     does.
     """
-    plain = options.plugin in ("ddp", "zero2", "zero2_cpu") or (
-        options.plugin == "gemini" and options.tp == 1
-    )
-    if torch.cuda.is_available():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.tp > 1 or device not in PLUGINS[options.plugin].padding_free:
+        return None
+    if device == "cuda":
         flash = model.config._attn_implementation == "flash_attention_2"
-        if not (plain and flash and options.packing and options.plugin != "gemini"):
+        if not (flash and options.packing):
             return None
-        model.to(
-            "cuda"
-        )  # where the plugin moves it next; flash-attention can be tried nowhere else
-    return PaddingFree.of(model) if plain else None
+        # where the plugin moves it next; flash-attention can be tried nowhere else
+        model.to("cuda")
+    return PaddingFree.of(model)
 
 
 def check_packs(model: nn.Module, options: ParallelOptions) -> None:
@@ -132,12 +129,8 @@ def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
             "into pipeline stages; "
             "use --tp, or --plugin zero2 or gemini"
         )
-    if options.plugin.startswith("gemini") and options.tp > 1:
-        raise ValueError(
-            f"--tp {options.tp} with --plugin {options.plugin}: the gradients of a scalar head "
-            "come out wrong there; "
-            f"use --plugin 3d --tp {options.tp}, or --plugin {options.plugin} without --tp"
-        )
+    if problem := scalar_head_problem(options.plugin, options.tp, options.zero_stage):
+        raise ValueError(problem)
     from colossalai.shardformer.policies import auto_policy
 
     original = auto_policy._fullname
@@ -187,7 +180,7 @@ def _booster(plugin, options: ParallelOptions):
 
 
 def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
-    if options.plugin == "ddp" or options.precision == "fp32":
+    if PLUGINS[options.plugin].fp32_weights or options.precision == "fp32":
         model.float()
     if options.grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,6 +1,7 @@
 """What training needs in memory before activations, per process."""
 
 from coati.parallel.engine import Engine
+from coati.parallel.plugins import PLUGINS
 from coati.utils.memory import in_units
 
 
@@ -12,22 +13,24 @@ def estimate_memory(engine: Engine) -> str:
     bytes, and 4 more for fp32 masters. ``zero2`` shards the last two over the data-parallel
     processes, gemini all three; activations come on top.
     """
-    options, shares = engine.options, engine.mesh.dp_size
+    options = engine.options
+    shares = engine.mesh.dp_size
+    row = PLUGINS[options.plugin]
     if engine.mesh.sharded_forward:
         # Gemini leaves this process its share only.
         total = trained = sum(p.numel() for p in engine.module.parameters()) / max(options.tp, 1)
     else:
         total = sum(p.numel() for p in engine.module.parameters())
         trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
-    half = options.precision != "fp32" and options.plugin != "ddp"
-    weights, gradients = total * (2 if half else 4), trained * (2 if half else 4)
+    half = options.precision != "fp32" and not row.fp32_weights
+    weights = total * (2 if half else 4)
+    gradients = trained * (2 if half else 4)
     states = trained * (12 if half else 8)
-    sharded_states = options.plugin.startswith(("zero2", "gemini")) or options.zero_stage > 0
-    states /= shares if sharded_states else 1
-    gradients /= shares if sharded_states and options.zero_stage != 1 else 1
+    states /= shares if row.shards_optimizer or options.zero_stage > 0 else 1
+    gradients /= shares if row.shards_gradients or options.zero_stage > 1 else 1
     weights /= shares if engine.mesh.sharded_forward else 1
     device = "GPU" if engine.device.type == "cuda" else "CPU"
-    where = "host" if options.plugin == "zero2_cpu" or options.zero_cpu_offload else device
+    where = "host" if row.host_optimizer or options.zero_cpu_offload else device
     held = f"{int(total):,} parameters held, {int(trained):,} trained"
     return (
         f"memory per process before activations: weights {in_units(weights)} + gradients "

@@ -6,7 +6,7 @@ which a test writes from what tiny models did.
 
 from typing import Any
 
-from coati.parallel.plugins import ParallelOptions
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 
 TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL = "--tp", "--pp", "split_gather", "ring", "all_to_all"
 _ALL = frozenset({TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL})
@@ -81,7 +81,7 @@ def check_family(config: Any, options: ParallelOptions) -> None:
             "use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
         )
     flags = _asked(options)
-    if family not in SPLITS and (options.plugin == "3d" or flags):
+    if family not in SPLITS and (PLUGINS[options.plugin].hybrid or flags):
         flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
         raise ValueError(
             f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for "
@@ -123,7 +123,7 @@ def _packed(options: ParallelOptions) -> frozenset[str]:
     if not options.packing:
         return frozenset()
     asked = {_PACKS_PP} if options.pp > 1 else set()
-    if options.plugin == "gemini" and options.tp > 1:
+    if PLUGINS[options.plugin].sharded_forward and options.tp > 1:
         asked.add(_PACKS_GEMINI_TP)
     return frozenset(asked)
 
@@ -138,18 +138,19 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
     should know."""
     family = model.config.model_type
     eager = None
-    if family == "opt" and (options.plugin == "3d" or options.tp > 1):
+    by_policy = PLUGINS[options.plugin].hybrid or options.tp > 1
+    if family == "opt" and by_policy:
         # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names
         # only.
         eager = "ColossalAI 0.5.0 cannot split its SDPA attention"
-    if family == "gpt2" and (options.plugin == "3d" or options.tp > 1):
+    if family == "gpt2" and by_policy:
         # shardformer/modeling/gpt2.py:95 masks the padding only: eager attention adds the causal
         # mask itself, SDPA not.
         eager = "ColossalAI 0.5.0 gives its SDPA attention a mask that is not causal"
     if eager and model.config._attn_implementation != "eager":
         model.config._attn_implementation = "eager"
         return [f"{family} runs eager attention here: {eager}."]
-    if family == "falcon" and options.plugin.startswith("gemini"):
+    if family == "falcon" and PLUGINS[options.plugin].sharded_forward:
         _use_plain_linears(model)
     return []
 

@@ -13,7 +13,8 @@ from coati.parallel.boost import check_scalar, make_plugin, prepare_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import prepare_family
 from coati.parallel.objective import Batch
-from coati.parallel.plugins import ParallelOptions, resolve_options
+from coati.parallel.plugin_checks import resolve_options
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,7 +81,7 @@ def boost_for_inference(model: nn.Module, options: ParallelOptions) -> Engine:
     model.eval()
     prepare_family(model, options)
     model.to(DTYPES[options.precision or "fp32"])
-    if not (options.plugin.startswith("gemini") or options.model_parallel_size > 1):
+    if not (PLUGINS[options.plugin].sharded_forward or options.model_parallel_size > 1):
         device = (
             torch.device("cuda", torch.cuda.current_device())
             if torch.cuda.is_available()

@@ -1,34 +1,42 @@
-"""Where this process stands: which share of the data it gets, and whether its numbers are the ones
-to report."""
+"""Position of a process in the data-parallel and model-parallel groups."""
 
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
 
+from coati.parallel.plugins import PLUGINS
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """``dp_rank`` of ``dp_size`` shares of the data; ``reports`` is true on one process per share
-    (for a pipeline: on its last stage)."""
+    """Position of this process: ``dp_rank`` of ``dp_size`` shares of the data.
+
+    Attributes:
+        is_loss_rank: one process per share (under a pipeline: of its last stage), whose loss,
+            counts and metrics are those of the share.
+        is_stage_writer: of the processes that hold the same layers of one copy of the model, the
+            one that writes them.
+        sharded_forward: a forward gathers parameters from the other shares (ZeRO-3).
+    """
 
     dp_rank: int
     dp_size: int
     is_loss_rank: bool
     last_stage: bool = True
-    # Of the processes that hold the same layers of the same copy, the one that writes them
     is_stage_writer: bool = True
     pp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
-    sharded_forward: bool = False  # a forward gathers parameters from the other shares (ZeRO-3)
+    sharded_forward: bool = False
 
     @classmethod
     def of(cls, plugin) -> "Mesh":
         """Read the position off a ColossalAI plugin."""
         kind = type(plugin).__name__
-        if kind == "HybridParallelPlugin":
+        row = next((row for row in PLUGINS.values() if row.upstream == kind), None)
+        if row is not None and row.hybrid:
             return cls._of_hybrid(plugin)
-        if kind == "GeminiPlugin":
+        if row is not None and row.sharded_forward:
             return cls._of_gemini(plugin)
         return cls(dist.get_rank(), dist.get_world_size(), is_loss_rank=True)
 

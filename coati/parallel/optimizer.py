@@ -1,20 +1,26 @@
-"""AdamW and its settings: which implementation a plugin gets. Imports neither torch nor ColossalAI
-before an optimizer is built."""
+"""AdamW, its settings and its learning-rate schedule, and which implementation a plugin gets.
 
+Imports neither torch nor ColossalAI before an optimizer is built.
+"""
+
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coati.parallel.options import ParallelOptions
+from coati.parallel.plugins import PLUGINS
 from coati.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
 
 logger = get_logger(__name__)
 
 ADAM_BETA1 = 0.9
+FLOOR = 0.1  # of the peak learning rate, reached at the last step
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,9 @@ def build_optimizer(
         "betas": (ADAM_BETA1, settings.adam_beta2),
         "weight_decay": settings.weight_decay,
     }
+    row = PLUGINS[options.plugin]
     on_gpu = torch.cuda.is_available()
-    if options.plugin in ("gemini", "gemini_auto") or (on_gpu and can_compile()):
+    if row.own_adam or (on_gpu and can_compile()):
         from colossalai.nn.optimizer import HybridAdam
 
         return HybridAdam(parameters, adamw_mode=True, **keywords)
@@ -55,7 +62,7 @@ def build_optimizer(
             "the optimizer is PyTorch's AdamW: ColossalAI's own needs nvcc, ninja and g++ to be "
             "compiled here."
         )
-    if options.plugin != "zero2_cpu" and not options.zero_cpu_offload:
+    if not (row.host_optimizer or options.zero_cpu_offload):
         keywords["fused"] = True
     return torch.optim.AdamW(parameters, **keywords)
 
@@ -68,6 +75,36 @@ def _groups(model: "nn.Module", head_lr: float | None) -> list[Any]:
     head = {id(parameter) for parameter in model.score.parameters()}
     mine = [parameter for parameter in trained if id(parameter) in head]
     return [{"params": [p for p in trained if id(p) not in head]}, {"params": mine, "lr": head_lr}]
+
+
+def cosine_with_warmup(
+    optimizer: "Optimizer", total_steps: int, warmup_steps: int | None = None
+) -> "LambdaLR":
+    """Linear warm-up (t + 1) / warmup, then cosine to 0.1 of the peak at ``total_steps`` optimizer
+    steps.
+
+    ``warmup_steps`` None means 2.5% of ``total_steps``. A warm-up that leaves no step for the
+    cosine is cut to half the run, and logged.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    if warmup_steps is None:
+        warmup_steps = int(0.025 * total_steps)
+    if warmup_steps >= total_steps > 1:
+        cut = total_steps // 2
+        logger.warning_once(
+            f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of this run: cut "
+            f"to {cut}."
+        )
+        warmup_steps = cut
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
 
 
 def can_compile() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coati.parallel.engine import Engine, grad_scaler
+from coati.parallel.plugins import PLUGINS
 from coati.utils.distributed import rank
 
 # ColossalAI's own state_dict leaves out the two counters.
@@ -68,7 +69,7 @@ def master_tensors(engine: Engine) -> list[Tensor]:
     ):  # Gemini: one payload for each chunk that this rank updates
         chunks = dict.fromkeys(optimizer.param_to_chunk16.values())
         return [(chunk.paired_chunk or chunk).payload for chunk in chunks]
-    if engine.options.plugin == "ddp":
+    if PLUGINS[engine.options.plugin].fp32_weights:
         return []
     return [
         parameter.data for group in optimizer.optim.param_groups for parameter in group["params"]

@@ -2,18 +2,76 @@
 ColossalAI."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from coati.parallel.options import SP_MODES, ParallelOptions
-
-if TYPE_CHECKING:
-    from coati.parallel.plugins import Plugin
+from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3, Plugin
 
 
-def problems(options: ParallelOptions, plugin: "Plugin") -> Iterator[str]:
-    """Each reason why ``plugin`` cannot do what ``options`` ask, one sentence with the flag and
-    what to use instead."""
+def resolve_options(options: ParallelOptions) -> tuple[ParallelOptions, list[str]]:
+    """What the named combination really runs as, and one sentence for each replacement."""
+    notes: list[str] = []
+    row = PLUGINS[options.plugin]
+    if options.zero_stage == 3 and row.hybrid:
+        notes.append(
+            f"--zero_stage 3 means Gemini: --plugin {options.plugin} became --plugin {ZERO_3} with "
+            f"--tp {options.tp}."
+        )
+        options = replace(options, plugin=ZERO_3, zero_stage=0)
+    elif options.tp > 1 and not row.tensor_parallel:
+        notes.append(
+            f"--tp {options.tp} needs tensor parallelism: --plugin {options.plugin} became "
+            f"--plugin {HYBRID}."
+        )
+        options = replace(options, plugin=HYBRID)
+    offload_plugin = PLUGINS[options.plugin].offload_plugin
+    if options.zero_cpu_offload and offload_plugin:
+        if options.plugin != offload_plugin:
+            notes.append(
+                f"--zero_cpu_offload with --plugin {options.plugin} is what --plugin "
+                f"{offload_plugin} does: that was taken."
+            )
+        options = replace(options, plugin=offload_plugin, zero_cpu_offload=False)
+    if (
+        options.enable_sequence_parallelism
+        and options.sp_mode in ("split_gather", "ring")
+        and options.sp > 1
+    ):
+        notes.append(
+            f"--sp_mode {options.sp_mode} splits the sequence over the tp processes: --sp "
+            f"{options.sp} became 1."
+        )
+        options = replace(options, sp=1)
+    return options, notes
+
+
+def check_options(plugin: str, *, world_size: int | None = None, **values: Any) -> None:
+    """Raise ValueError, naming the flags and what to use instead, for a combination that cannot
+    work.
+
+    ``values`` are fields of :class:`ParallelOptions`; ``world_size`` is the number of processes
+    when it is known.
+    """
+    if plugin not in PLUGINS:
+        raise ValueError(f"--plugin {plugin}: unknown; choose one of {', '.join(PLUGINS)}")
+    options, _ = resolve_options(ParallelOptions(plugin=plugin, **values))
+    for problem in problems(options):
+        raise ValueError(problem)
+    if world_size is not None and world_size % options.model_parallel_size:
+        raise ValueError(
+            f"{world_size} processes cannot be divided by --tp {options.tp} x --pp {options.pp} x "
+            f"--sp {options.sp} = "
+            f"{options.model_parallel_size}; start a multiple of {options.model_parallel_size} "
+            "with --nproc_per_node"
+        )
+
+
+def problems(options: ParallelOptions) -> Iterator[str]:
+    """Each reason why the plugin of ``options`` (resolved) cannot do what they ask, one sentence
+    with the flag and what to use instead."""
     name = options.plugin
+    plugin = PLUGINS[name]
     if options.precision is not None and options.precision not in plugin.precisions:
         yield (
             f"--plugin {name} has no {options.precision}: use --mixed_precision "
@@ -26,10 +84,10 @@ def problems(options: ParallelOptions, plugin: "Plugin") -> Iterator[str]:
         yield f"--plugin {name} cannot accumulate gradients; use --accumulation_steps 1 or --plugin gemini"
     if options.packing:
         yield from _packing_problems(options)
-    if not plugin.parallel:
-        yield from _not_hybrid_problems(options)
-    else:
+    if plugin.hybrid:
         yield from _hybrid_problems(options)
+    else:
+        yield from _not_hybrid_problems(options, plugin)
 
 
 def cannot_generate(options: ParallelOptions) -> str | None:
@@ -42,13 +100,28 @@ def cannot_generate(options: ParallelOptions) -> str | None:
             "generate; split it by --tp "
             "instead"
         )
-    if options.use_flash_attn and options.plugin in ("3d", "gemini", "gemini_auto"):
+    if options.use_flash_attn and PLUGINS[options.plugin].own_attention:
         return (
             f"--use_flash_attn with --plugin {options.plugin}: ColossalAI's attention reads no "
             "key-value cache, so the "
             "model cannot generate; drop --use_flash_attn, or use --plugin zero2"
         )
     return None
+
+
+def scalar_head_problem(
+    plugin: str | None, tp: int, zero_stage: int, whose: str = "the gradients of a scalar head"
+) -> str | None:
+    """Why a model with a scalar head (reward model, critic) cannot be split by ``tp``; None where it
+    can. ``plugin`` may not be chosen yet; ``whose``: what is wrong, as the user knows it."""
+    asked = ParallelOptions(plugin=plugin or HYBRID, tp=tp, zero_stage=zero_stage)
+    options, _ = resolve_options(asked)
+    if tp == 1 or PLUGINS[options.plugin].scalar_head_tp:
+        return None
+    return (
+        f"--tp {tp} under {options.plugin}: {whose} come out wrong there; use --plugin {HYBRID} "
+        f"--tp {tp} with --zero_stage 0 to 2, or {options.plugin} without --tp"
+    )
 
 
 def _packing_problems(options: ParallelOptions) -> Iterator[str]:
@@ -60,7 +133,7 @@ def _packing_problems(options: ParallelOptions) -> Iterator[str]:
             "use --tp or --pp, or "
             "drop --packing"
         )
-    if options.use_flash_attn and options.plugin in ("3d", "gemini", "gemini_auto"):
+    if options.use_flash_attn and PLUGINS[options.plugin].own_attention:
         yield (
             "--packing with --use_flash_attn needs a plugin that leaves the model's attention "
             "alone, --plugin "
@@ -69,22 +142,19 @@ def _packing_problems(options: ParallelOptions) -> Iterator[str]:
         )
 
 
-def _not_hybrid_problems(options: ParallelOptions) -> Iterator[str]:
+def _not_hybrid_problems(options: ParallelOptions, plugin: Plugin) -> Iterator[str]:
     for flag, size in (("--pp", options.pp), ("--sp", options.sp)):
         if size > 1:
             yield f"{flag} {size} needs --plugin 3d; --plugin {options.plugin} does not split layers or sequences"
     if options.enable_sequence_parallelism:
         yield f"--enable_sequence_parallelism needs --plugin 3d, not {options.plugin}"
     if options.zero_cpu_offload:
-        instead = {
-            "gemini": "gemini_auto, which moves what is idle to host memory by itself, or zero2_cpu"
-        }
         yield (
             f"--zero_cpu_offload belongs to --plugin 3d and zero2; --plugin {options.plugin} does "
             "not take it: drop it "
-            f"or use --plugin {instead.get(options.plugin, 'zero2_cpu')}"
+            f"or use --plugin {plugin.offload_instead}"
         )
-    if options.zero_stage not in (0, 2 if options.plugin.startswith("zero2") else 3):
+    if options.zero_stage not in (0, *plugin.zero_stages):
         yield f"--zero_stage {options.zero_stage} belongs to --plugin 3d; --plugin {options.plugin} fixes its own stage"
 
 

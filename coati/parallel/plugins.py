@@ -1,31 +1,53 @@
-"""The plugins a user can name: what each shards, what it takes, what it cannot do. Imports neither
-torch nor ColossalAI."""
+"""The plugins a user can name, one row each: what it shards, takes, needs and cannot do.
+
+What depends on a plugin reads a field of its row; nothing else tests a plugin's name, so that a
+plugin more is a row more. Imports neither torch nor ColossalAI.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from coati.parallel.options import PRECISIONS, SP_MODES, ParallelOptions
-from coati.parallel.plugin_checks import check_heads, problems
 
 __all__ = [
+    "HYBRID",
     "PLUGINS",
     "PRECISIONS",
     "SP_MODES",
+    "ZERO_3",
     "ParallelOptions",
     "Plugin",
-    "check_heads",
-    "check_options",
-    "resolve_options",
 ]
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One row of the plugin table.
+    """One row of the plugin table. A field that is left out says what plain data parallelism does.
 
-    ``keywords`` maps the options to the ColossalAI plugin's own keywords; ``upstream`` is the name
-    of that class.
+    Attributes:
+        upstream: name of ColossalAI's class.
+        keywords: the options as that class's keywords.
+        shards, best_for, cannot, generation, packing: texts of docs/plugins.md.
+        precisions: values of ``--mixed_precision``.
+        lora: it trains LoRA adapters.
+        accumulation: several backward passes may come before a step.
+        tensor_parallel: it takes ``--tp``; with ``scalar_head_tp`` for a scalar head too.
+        hybrid: it takes ``--pp``, ``--sp`` and ``--zero_cpu_offload``, and splits layers by
+            ColossalAI's policy for the model family, even with ``--tp 1``.
+        zero_stages: values of ``--zero_stage`` beside 0.
+        offload_plugin: the plugin that ``--zero_cpu_offload`` makes of it.
+        offload_instead: what the refusal of ``--zero_cpu_offload`` names.
+        fp32_weights: weights are held in fp32 and run under autocast; no master weights beside
+            them.
+        shards_optimizer, shards_gradients: over the data-parallel processes.
+        sharded_forward: parameters are gathered for each forward and every one needs a gradient
+            (ZeRO-3), so that all ranks must call it together.
+        places_weights: it decides itself whether weights are on the device or on the host.
+        host_optimizer: the optimizer's states are in host memory.
+        own_adam: it needs ColossalAI's HybridAdam.
+        own_attention: with ``--use_flash_attn`` it puts ColossalAI's attention in the model's place.
+        padding_free: device types on which the model can be given batches without padding.
     """
 
     upstream: str
@@ -33,18 +55,37 @@ class Plugin:
     keywords: Callable[[ParallelOptions], dict[str, Any]]
     precisions: tuple[str, ...]
     best_for: str
-    lora: bool = True
-    accumulation: bool = True
-    parallel: bool = False  # tp, pp, sp
-    zero_stages: tuple[int, ...] = ()
+    cannot: str
     generation: str = "yes"
     packing: str = "yes"
-    cannot: str = ""
+    lora: bool = True
+    accumulation: bool = True
+    tensor_parallel: bool = False
+    scalar_head_tp: bool = True
+    hybrid: bool = False
+    zero_stages: tuple[int, ...] = ()
+    offload_plugin: str | None = None
+    offload_instead: str = "zero2_cpu"
+    fp32_weights: bool = False
+    shards_optimizer: bool = False
+    shards_gradients: bool = False
+    sharded_forward: bool = False
+    places_weights: bool = False
+    host_optimizer: bool = False
+    own_adam: bool = False
+    own_attention: bool = False
+    padding_free: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def whole_weights(self) -> bool:
+        """Every process holds the weights whole, so that several models can share them."""
+        return not (self.hybrid or self.sharded_forward)
 
 
-def _zero2(options: ParallelOptions, offload: bool) -> dict[str, Any]:
+def low_level_zero(options: ParallelOptions, stage: int, offload: bool = False) -> dict[str, Any]:
+    """Keywords of ColossalAI's LowLevelZeroPlugin."""
     return {
-        "stage": 2,
+        "stage": stage,
         "precision": options.precision,
         "max_norm": options.max_norm,
         "initial_scale": 2**16,
@@ -94,119 +135,99 @@ def _hybrid(options: ParallelOptions) -> dict[str, Any]:
     return keywords
 
 
+# What both Gemini rows have in common (zero/gemini: chunks of parameters, gathered when they are used)
+_GEMINI: dict[str, Any] = {
+    "upstream": "GeminiPlugin",
+    "precisions": ("fp16", "bf16"),
+    "generation": "with the library's own sampling loop",
+    "lora": False,
+    "scalar_head_tp": False,
+    "zero_stages": (3,),
+    "shards_optimizer": True,
+    "shards_gradients": True,
+    "sharded_forward": True,
+    "places_weights": True,
+    "own_adam": True,
+    "own_attention": True,
+}
+
+HYBRID = "3d"  # what --tp, --pp, --sp and --zero_stage 1 or 2 ask for
+ZERO_3 = "gemini"  # what --zero_stage 3 asks for
+
 PLUGINS: dict[str, Plugin] = {
     "ddp": Plugin(
         upstream="TorchDDPPlugin",
         shards="nothing: every process holds the whole model",
-        keywords=lambda o: {},
+        keywords=lambda options: {},
         precisions=PRECISIONS,
-        best_for="one process on a CPU; small models; debugging; the reference the others are compared with",
-        cannot="shard anything: weights, gradients and optimizer states are held whole by every process",
+        best_for="one process on a CPU; small models; debugging; the reference the others are "
+        "compared with",
+        cannot="shard anything: weights, gradients and optimizer states are held whole by every "
+        "process",
+        fp32_weights=True,
     ),
     "zero2": Plugin(
         upstream="LowLevelZeroPlugin",
         shards="gradients and optimizer states over the data-parallel processes",
-        keywords=lambda o: _zero2(o, offload=False),
+        keywords=lambda options: low_level_zero(options, stage=2),
         precisions=PRECISIONS,
         best_for="most runs: one process or many, with or without LoRA",
         cannot="be combined with a pipeline (gradients would be exchanged once per micro-batch)",
+        zero_stages=(2,),
+        offload_plugin="zero2_cpu",
+        shards_optimizer=True,
+        shards_gradients=True,
     ),
     "zero2_cpu": Plugin(
         upstream="LowLevelZeroPlugin",
         shards="as zero2, and keeps the optimizer states in host memory",
-        keywords=lambda o: _zero2(o, offload=True),
+        keywords=lambda options: low_level_zero(options, stage=2, offload=True),
         precisions=PRECISIONS,
         best_for="models whose optimizer states do not fit the GPU",
         cannot="be combined with a pipeline",
+        zero_stages=(2,),
+        offload_plugin="zero2_cpu",
+        shards_optimizer=True,
+        shards_gradients=True,
+        host_optimizer=True,
     ),
-    "gemini": Plugin(
-        upstream="GeminiPlugin",
+    ZERO_3: Plugin(
         shards="weights, gradients and optimizer states in chunks (ZeRO-3)",
-        keywords=lambda o: _gemini(o, "static"),
-        precisions=("fp16", "bf16"),
-        lora=False,
-        zero_stages=(3,),
+        keywords=lambda options: _gemini(options, "static"),
         best_for="large models on several GPUs without LoRA",
-        generation="with the library's own sampling loop",
-        cannot="train LoRA adapters; train in fp32; use an optimizer other than ColossalAI's own Adam",
+        cannot="train LoRA adapters; train in fp32; use an optimizer other than ColossalAI's own "
+        "Adam",
+        tensor_parallel=True,
+        offload_instead="gemini_auto, which moves what is idle to host memory by itself, or "
+        "zero2_cpu",
+        padding_free=("cpu",),
+        **_GEMINI,
     ),
     "gemini_auto": Plugin(
-        upstream="GeminiPlugin",
         shards="as gemini, and moves what is idle to host memory by itself",
-        keywords=lambda o: _gemini(o, "auto"),
-        precisions=("fp16", "bf16"),
-        lora=False,
-        accumulation=False,
+        keywords=lambda options: _gemini(options, "auto"),
         best_for="models that do not fit with gemini",
-        generation="with the library's own sampling loop",
         cannot="train LoRA adapters; train in fp32; accumulate gradients",
+        accumulation=False,
+        padding_free=(),
+        **_GEMINI,
     ),
-    "3d": Plugin(
+    HYBRID: Plugin(
         upstream="HybridParallelPlugin",
-        shards="weights over tp processes, layers over pp, the sequence over sp; zero_stage 1-2 as zero2 does",
+        shards="weights over tp processes, layers over pp, the sequence over sp; zero_stage 1-2 as "
+        "zero2 does",
         keywords=_hybrid,
         precisions=PRECISIONS,
-        parallel=True,
-        zero_stages=(0, 1, 2),
-        best_for="models from 20B or PPO (tp), many layers on several hosts (pp), sequences from 50K tokens (sp)",
+        best_for="models from 20B or PPO (tp), many layers on several hosts (pp), sequences from "
+        "50K tokens (sp)",
+        cannot="train LoRA adapters with tp, pp or sp; combine zero_stage 1-2 with fp32; "
+        "zero_stage 2 with pp",
         generation="without pipeline and sequence parallelism",
         packing="without sequence parallelism",
-        cannot="train LoRA adapters with tp, pp or sp; combine zero_stage 1-2 with fp32; zero_stage 2 with pp",
+        tensor_parallel=True,
+        hybrid=True,
+        zero_stages=(1, 2),
+        own_attention=True,
+        padding_free=(),
     ),
 }
-
-
-def resolve_options(options: ParallelOptions) -> tuple[ParallelOptions, list[str]]:
-    """What the named combination really runs as, and one sentence for each replacement."""
-    notes: list[str] = []
-    if options.zero_stage == 3 and options.plugin == "3d":
-        notes.append(
-            "--zero_stage 3 means Gemini: --plugin 3d became --plugin gemini with --tp "
-            f"{options.tp}."
-        )
-        options = replace(options, plugin="gemini", zero_stage=0)
-    elif options.tp > 1 and options.plugin not in ("3d", "gemini"):
-        notes.append(
-            f"--tp {options.tp} needs tensor parallelism: --plugin {options.plugin} became "
-            "--plugin 3d."
-        )
-        options = replace(options, plugin="3d")
-    if options.zero_cpu_offload and options.plugin in ("zero2", "zero2_cpu"):
-        if options.plugin == "zero2":
-            notes.append(
-                "--zero_cpu_offload with --plugin zero2 is what --plugin zero2_cpu does: that was "
-                "taken."
-            )
-        options = replace(options, plugin="zero2_cpu", zero_cpu_offload=False)
-    if (
-        options.enable_sequence_parallelism
-        and options.sp_mode in ("split_gather", "ring")
-        and options.sp > 1
-    ):
-        notes.append(
-            f"--sp_mode {options.sp_mode} splits the sequence over the tp processes: --sp "
-            f"{options.sp} became 1."
-        )
-        options = replace(options, sp=1)
-    return options, notes
-
-
-def check_options(plugin: str, *, world_size: int | None = None, **values: Any) -> None:
-    """Raise ValueError, naming the flags and what to use instead, for a combination that cannot
-    work.
-
-    ``values`` are fields of :class:`ParallelOptions`; ``world_size`` is the number of processes
-    when it is known.
-    """
-    if plugin not in PLUGINS:
-        raise ValueError(f"--plugin {plugin}: unknown; choose one of {', '.join(PLUGINS)}")
-    options, _ = resolve_options(ParallelOptions(plugin=plugin, **values))
-    for problem in problems(options, PLUGINS[options.plugin]):
-        raise ValueError(problem)
-    if world_size is not None and world_size % options.model_parallel_size:
-        raise ValueError(
-            f"{world_size} processes cannot be divided by --tp {options.tp} x --pp {options.pp} x "
-            f"--sp {options.sp} = "
-            f"{options.model_parallel_size}; start a multiple of {options.model_parallel_size} "
-            "with --nproc_per_node"
-        )

@@ -55,7 +55,7 @@ def is_lora(engine: Engine) -> bool:
 def gather(engine: Engine) -> dict[str, Tensor]:
     """Whole, unpadded CPU tensors by name: all of them on rank 0, or under a pipeline each stage's
     on its first rank; empty elsewhere. Every rank must call it."""
-    if type(engine.plugin).__name__ == "GeminiPlugin":
+    if engine.mesh.sharded_forward:
         tensors: dict[str, Tensor] = {}
         for shard, _ in engine.model.state_dict_shard(max_shard_size=1024, only_rank_0=True):
             tensors.update({name: _plain(tensor) for name, tensor in shard.items()})

@@ -30,7 +30,8 @@ from coati.parallel.checkpoint import RunningState, restore
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family
 from coati.parallel.launch import launch, set_seed, warn_of_threads
-from coati.parallel.plugins import ParallelOptions, check_heads
+from coati.parallel.plugin_checks import check_heads
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.weights import ModelAssets
 from coati.recipes.data import epoch_plan, is_raw
 from coati.recipes.defaults import check_precision, parallel_options
@@ -111,7 +112,7 @@ def reward_model(args: Namespace, options: ParallelOptions, tokenizer: Any, resu
     )
     # It cancels in every pair, and Adam would make small steps of the rounding errors that are left
     # of its gradient. Gemini wants a gradient of every parameter.
-    model.score.bias.requires_grad_(args.center_coef > 0 or options.plugin.startswith("gemini"))
+    model.score.bias.requires_grad_(args.center_coef > 0 or PLUGINS[options.plugin].sharded_forward)
     return model
 
 
@@ -164,7 +165,9 @@ def _model(
 def loading(args: Namespace, options: ParallelOptions) -> dict[str, Any]:
     """Keywords of every loader, for a model that is to be trained."""
     return {
-        "dtype": "fp32" if options.precision == "fp32" or options.plugin == "ddp" else "auto",
+        "dtype": "fp32"
+        if options.precision == "fp32" or PLUGINS[options.plugin].fp32_weights
+        else "auto",
         "attn_implementation": attention(args, options),
         "trust_remote_code": args.trust_remote_code,
     }

@@ -6,7 +6,8 @@ import torch
 
 from coati.cli.checks import SHARED_OPTIONS
 from coati.parallel.optimizer import can_compile
-from coati.parallel.plugins import PLUGINS, ParallelOptions, check_options, resolve_options
+from coati.parallel.plugin_checks import check_options, resolve_options
+from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3, ParallelOptions
 from coati.utils.distributed import world_size
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
@@ -52,11 +53,11 @@ def _default_plugin(args: Namespace) -> str:
         or args.enable_sequence_parallelism
         or args.zero_stage
     ):
-        name = "3d"
+        name = HYBRID
     elif (
         torch.cuda.device_count() > 1 and world_size() > 1 and can_compile() and not args.lora_rank
     ):
-        name = "zero2" if args.mixed_precision == "fp32" or args.zero_cpu_offload else "gemini"
+        name = "zero2" if args.mixed_precision == "fp32" or args.zero_cpu_offload else ZERO_3
     elif world_size() == 1 and not torch.cuda.is_available():
         name = "ddp"  # nothing to shard; zero2 would still copy every gradient into its buckets
     else:
@@ -70,7 +71,9 @@ def _default_precision(options: ParallelOptions) -> str:
     if torch.cuda.is_available():
         name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     else:
-        needs_half = "fp32" not in allowed or (options.plugin == "3d" and options.zero_stage)
+        needs_half = "fp32" not in allowed or (
+            PLUGINS[options.plugin].hybrid and options.zero_stage
+        )
         name = "bf16" if needs_half else "fp32"
     logger.warning_once(f"--mixed_precision is {name} by default here.")
     return name

@@ -9,8 +9,8 @@ from coati.dataset.data_types import type_of_row
 from coati.models.generation.loop import Sampling
 from coati.models.generation.response_table import format_samples, left_pad, without_stop
 from coati.parallel.engine import Engine
-from coati.parallel.plugin_checks import cannot_generate
-from coati.parallel.plugins import ParallelOptions, resolve_options
+from coati.parallel.plugin_checks import cannot_generate, resolve_options
+from coati.parallel.plugins import ParallelOptions
 from coati.parallel.sharded_generation import sample
 from coati.utils.logging import get_logger
 

@@ -36,7 +36,8 @@ from coati.parallel.families import check_family
 from coati.parallel.inference_model import InferenceModel, boost_for_inference
 from coati.parallel.launch import set_seed
 from coati.parallel.optimizer_state import random_state, set_random_state
-from coati.parallel.plugins import ParallelOptions, check_heads
+from coati.parallel.plugin_checks import check_heads
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.weights import ModelAssets
 from coati.recipes import build
 from coati.recipes import reference_model as references
@@ -149,7 +150,7 @@ def reference(args: Namespace, options: ParallelOptions, actor: Engine) -> Infer
 
 
 def _check_offload(options: ParallelOptions) -> None:
-    if options.plugin.startswith("gemini"):
+    if PLUGINS[options.plugin].places_weights:
         raise ValueError(
             f"--offload_inference_models: --plugin {options.plugin} itself decides where weights "
             "are; leave it out, or "

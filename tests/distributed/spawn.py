@@ -77,10 +77,9 @@ def join_group(timeout_s: float = 60) -> None:
 
     import torch.distributed as dist
 
-    from coati.parallel.compat import cpu
-    from coati.parallel.compat import fixes as mends
+    from coati.parallel.compat import cpu, fixes
 
-    mends.apply()
+    fixes.apply()
     cpu.apply()
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
 

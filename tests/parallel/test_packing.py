@@ -7,7 +7,8 @@ import pytest
 from torch.testing import assert_close
 
 from coati.parallel.families import check_family
-from coati.parallel.plugins import ParallelOptions, check_options
+from coati.parallel.plugin_checks import check_options
+from coati.parallel.plugins import ParallelOptions
 from tests.distributed.spawn import run
 
 GEMINI = {"precision": "bf16"}

@@ -2,7 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from coati.parallel.plugins import ParallelOptions, check_heads
+from coati.parallel.plugin_checks import check_heads
+from coati.parallel.plugins import ParallelOptions
 
 
 def model(heads: int, key_value_heads: int) -> SimpleNamespace:

@@ -3,7 +3,8 @@ else to do."""
 
 import pytest
 
-from coati.parallel.plugins import PLUGINS, ParallelOptions, check_options, resolve_options
+from coati.parallel.plugin_checks import check_options, resolve_options
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 
 FLAGS = {"precision": "bf16"}
 
@@ -34,6 +35,7 @@ REFUSED = [
         "3d",
     ),
     ("gemini", {"pp": 2}, "--pp 2 needs --plugin 3d", "3d"),
+    ("ddp", {"zero_stage": 3}, "--zero_stage 3 belongs to --plugin 3d", "fixes its own stage"),
     ("zero2", {"zero_stage": 1}, "--zero_stage 1 belongs to --plugin 3d", "fixes its own stage"),
     (
         "3d",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coati.parallel.schedule import cosine_with_warmup
+from coati.parallel.optimizer import cosine_with_warmup
 
 
 def rates(total: int, warmup: int | None, steps: int | None = None) -> list[float]:

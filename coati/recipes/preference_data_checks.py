@@ -27,7 +27,7 @@ def check_ends(rows: Any, tokenizer: Any, template: Any) -> None:
     last = [side.ids[side.end() - 1] if side.end() else None for side in first]
     if not ends & set(last):
         logger.info(
-            f"sign of trouble: none of the first {len(last)} answers of --dataset ends with a "
+            f"warning: none of the first {len(last)} answers of --dataset ends with a "
             "supervised end token "
             f"(ids {', '.join(map(str, sorted(ends)))}): the model will not learn to stop. Look at "
             "end_of_assistant and stop_ids of the conversation template, and prepare the data again"

@@ -1,4 +1,5 @@
-"""Any loader as a sequence of windows: the library's own as it is, a plain DataLoader grouped."""
+"""Any loader as a sequence of global batches: the library's own as it is, a plain DataLoader grouped
+into ``accumulation_steps`` micro-batches."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,8 +12,10 @@ class DataLoaderWindows:
     rank's batches."""
 
     def __init__(self, loader, accumulation_steps: int) -> None:
-        self.loader, self.accumulation_steps = loader, accumulation_steps
-        self.window_rows, self.figures = accumulation_steps, {}
+        self.loader = loader
+        self.accumulation_steps = accumulation_steps
+        self.window_rows = accumulation_steps
+        self.figures: dict[str, float] = {}
         if len(self) == 0:
             raise ValueError(
                 f"the loader has {len(loader)} batches, one step needs accumulation_steps "

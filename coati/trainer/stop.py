@@ -1,5 +1,5 @@
-"""A polite end: SIGTERM and Ctrl-C let the step finish, the checkpoint be written and the process
-exit with 0."""
+"""Graceful shutdown: on SIGTERM or Ctrl-C the step finishes, a checkpoint is written, and the process
+exits with 0."""
 
 import signal
 
@@ -9,7 +9,7 @@ logger = get_logger(__name__)
 
 
 class GracefulStop:
-    """Inside ``with StopRequest() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``; a
+    """Inside ``with GracefulStop() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``; a
     second Ctrl-C raises KeyboardInterrupt as usual. Outside the main thread (a notebook server's)
     signals stay as they are."""
 

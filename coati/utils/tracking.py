@@ -1,6 +1,5 @@
-"""Where metrics go: always a JSON-lines file, and TensorBoard or wandb when asked: ``log(metrics,
-step)``, and
-``table(columns, rows, step)`` for samples to read."""
+"""Experiment trackers: a JSON-lines file, and TensorBoard or wandb when asked for. All have
+``log(metrics, step)``, and ``table(columns, rows, step)`` for samples."""
 
 import json
 import os
@@ -83,27 +82,32 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 class TensorBoardTracker:
-    def __init__(self, log_dir: str | os.PathLike, keep_to: int = 0) -> None:
+    """TensorBoard; ``config`` stands in its text tab."""
+
+    def __init__(
+        self, log_dir: str | os.PathLike, config: dict[str, Any], keep_to: int = 0
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(log_dir), purge_step=keep_to + 1 if keep_to else None)
+        if config:
+            rows = [[name, value] for name, value in config.items()]
+            self._writer.add_text("settings", _markdown(["setting", "value"], rows), keep_to)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def table(self, columns: list[str], rows: list[list], step: int) -> None:
-        cells = [
-            columns,
-            ["---"] * len(columns),
-            *([_cell(value) for value in row] for row in rows),
-        ]
-        self._writer.add_text(
-            "samples", "\n".join(f"| {' | '.join(line)} |" for line in cells), step
-        )
+        self._writer.add_text("samples", _markdown(columns, rows), step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _markdown(columns: list[str], rows: list[list]) -> str:
+    cells = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _cell(value: Any) -> str:
@@ -164,14 +168,15 @@ def make_tracker(
     config: dict[str, Any] | None = None,
     keep_to: int = 0,
 ) -> Tracker:
-    """The trackers asked for, on rank 0; :class:`NullTracker` elsewhere."""
+    """The trackers asked for, on rank 0; :class:`NullTracker` elsewhere. ``config``: the run's
+    settings, which wandb and TensorBoard show."""
     if not is_rank_0():
         return NullTracker()
     trackers: list[Tracker] = []
     if metrics_file is not None:
         trackers.append(JsonlTracker(metrics_file, keep_to))
     if log_dir is not None:
-        trackers.append(TensorBoardTracker(log_dir, keep_to))
+        trackers.append(TensorBoardTracker(log_dir, config or {}, keep_to))
     if use_wandb:
         trackers.append(WandbTracker(project, config or {}, log_dir))
     return Trackers(trackers)

@@ -183,7 +183,8 @@ def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float
     results = []
     for index in range(first, last):
         step = engine.train_step(
-            _mine(engine, window(index, case.vocab_size), case.accumulation), CrossEntropy(case.bonus)
+            _mine(engine, window(index, case.vocab_size), case.accumulation),
+            CrossEntropy(case.bonus),
         )
         results.append((step.loss, step.grad_norm))
     return results

@@ -239,9 +239,9 @@ def test_both_log_probs_falling_is_said():
 
 def test_length_bias_is_said_with_its_direction():
     (said,) = watch(2 * PATIENCE, slope=0.1)
-    assert "longer answers" in said
+    assert "longer responses" in said
     (said,) = watch(2 * PATIENCE, slope=-0.1)
-    assert "shorter answers" in said
+    assert "shorter responses" in said
 
 
 def test_nothing_supervised_is_said_at_once():
@@ -265,7 +265,7 @@ def test_a_good_reward_model():
         and "0.900 on 100 pairs" in lines[0]
         and "above 0.6 beyond doubt" in lines[0]
     )
-    assert "chosen answers score 1.000" in lines[1] and "+" in lines[1]
+    assert "chosen responses score 1.000" in lines[1] and "+" in lines[1]
     assert lines[2].startswith("100% of the chosen scores are positive, 90% of the rejected")
 
 

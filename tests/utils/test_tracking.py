@@ -51,6 +51,37 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     ]
 
 
+def test_tensorboard_shows_the_settings(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = {"lr": 2e-5, "dataset": ["a", "b"], "max_steps": None}
+    make_tracker(None, tmp_path / "events", config=config).close()
+    events = reader.EventAccumulator(str(tmp_path / "events")).Reload()
+    [event] = events.Tensors("settings/text_summary")
+    assert event.tensor_proto.string_val[0].decode().splitlines() == [
+        "| setting | value |",
+        "| --- | --- |",
+        "| lr | 2e-05 |",
+        "| dataset | ['a', 'b'] |",
+        "| max_steps |  |",
+    ]
+
+
+def test_wandb_gets_the_settings(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    asked = []
+
+    class Run:
+        def finish(self) -> None: ...
+
+    def init(**keywords):
+        asked.append(keywords)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    make_tracker(None, use_wandb=True, project="p", config={"lr": 1.0}).close()
+    assert asked == [{"project": "p", "config": {"lr": 1.0}, "dir": None}]
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "is_rank_0", lambda: False)
     tracker = make_tracker(tmp_path / "metrics.jsonl", tmp_path / "events", use_wandb=True)

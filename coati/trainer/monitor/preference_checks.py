@@ -10,7 +10,8 @@ from coati.utils.distributed import all_gather_object
 from coati.utils.meter import MaskedSamples, sum_and_count, to_floats
 from coati.utils.statistics import correlation, wilson_interval
 
-EVERY, PATIENCE = 10, 50  # optimizer steps between looks, and before anything is said
+EVERY = 10  # optimizer steps between looks
+PATIENCE = 50  # optimizer steps before anything is reported
 LN2 = math.log(2)
 
 
@@ -117,7 +118,7 @@ class PreferenceChecks:
             return self._once(
                 "falling",
                 f"chosen and rejected log-probs both fall ({before[0]:.1f} to {now[0]:.1f} and "
-                f"{before[1]:.1f} to {now[1]:.1f}): the model moves away from good answers too. "
+                f"{before[1]:.1f} to {now[1]:.1f}): the likelihood of good responses falls too. "
                 "Lower --lr, raise "
                 "--beta, or add --sft_coef 0.1",
             )
@@ -133,9 +134,8 @@ class PreferenceChecks:
         kind = "longer" if found > 0 else "shorter"
         return self._once(
             "length",
-            f"rewards go with length (correlation {found:.2f} over {count:.0f} answers): {kind} "
-            "answers are "
-            "learned to be better. Compare lengths of chosen and rejected; --length_normalization "
+            f"rewards correlate with length ({found:.2f} over {count:.0f} responses): {kind} responses "
+            "are learned to be better. Compare lengths of chosen and rejected; --length_normalization "
             "or --ld_alpha help "
             "with DPO",
         )
@@ -144,4 +144,4 @@ class PreferenceChecks:
         if sign in self._said:
             return []
         self._said.add(sign)
-        return [f"sign of trouble: {text}"]
+        return [f"warning: {text}"]

@@ -65,7 +65,7 @@ class RLChecks:
             if finding is None or finding.size < AGAIN * self._said.get(name, -math.inf):
                 continue
             self._said[name] = finding.size
-            found.append(f"sign of trouble: {finding.text}")
+            found.append(f"warning: {finding.text}")
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_each_failure_is_named_in_time_and_once(failure, seed):
     change, words, flag, within = FAILURES[failure]
     said = [(episode, text) for episode, text in run(change, seed) if words in text]
     assert said, f"nothing about {words!r}"
-    assert said[0][0] < within and flag in said[0][1] and said[0][1].startswith("sign of trouble: ")
+    assert said[0][0] < within and flag in said[0][1] and said[0][1].startswith("warning: ")
     # Repeated only where it became three times as bad, so a handful of times however long the run.
     assert len(said) <= 10
 

@@ -114,7 +114,7 @@ def model_of(shape: dict[str, Any]):
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """In a worker: steps of one batch size."""
     from coati.dataset import DataCollatorForPreferenceDataset
-    from coati.dataset.load.loader import WindowLoader
+    from coati.dataset.load.loader import GlobalBatchLoader
     from coati.models.loading import disable_dropout
     from coati.parallel.boost import boost
     from coati.parallel.inference_model import InferenceModel, boost_for_inference
@@ -134,14 +134,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     engine = boost(model_of(shape), options, total_steps=args.steps, warmup_steps=0)
     trainer = DPOTrainer(engine=engine, reference=reference, starts_at_reference=True)
     batch = args.batch_size[0]
-    loader = WindowLoader(
+    loader = GlobalBatchLoader(
         pairs(batch * args.steps, tokens, shape["vocab_size"]),
         DataCollatorForPreferenceDataset(Pad, tokens),
         batch_size=batch,
         shuffle=False,
     )
     steps = []
-    for window in loader.windows(0):
+    for window in loader.global_batches(0):
         started = time.perf_counter()
         step = engine.train_step(window, trainer.objective)
         steps.append(

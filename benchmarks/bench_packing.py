@@ -49,15 +49,15 @@ def loaders(rows, tokenizer, max_length: int) -> tuple[Any, Any]:
     """Windows of 8 rows, and of about as many tokens in packs."""
     from coati.dataset import DataCollatorForSupervisedDataset
     from coati.dataset.load.epoch_order import EpochOrder
-    from coati.dataset.load.loader import WindowLoader, row_lengths
+    from coati.dataset.load.loader import GlobalBatchLoader, row_lengths
     from coati.dataset.load.packing import PackCollator
 
     collate = DataCollatorForSupervisedDataset(tokenizer, max_length)
     plan = EpochOrder(row_lengths(rows), pack_length=max_length)
     tokens_of_a_batch = float(plan.lengths.mean()) * sft_case.BATCH_SIZE
     size = max(1, round(tokens_of_a_batch / max_length))
-    packed = WindowLoader(rows, PackCollator(collate), batch_size=size, plan=plan)
-    return WindowLoader(rows, collate, batch_size=sft_case.BATCH_SIZE), packed
+    packed = GlobalBatchLoader(rows, PackCollator(collate), batch_size=size, epoch_order=plan)
+    return GlobalBatchLoader(rows, collate, batch_size=sft_case.BATCH_SIZE), packed
 
 
 def make_engine(folder: Path):
@@ -77,7 +77,7 @@ def make_engine(folder: Path):
 def windows(loader):
     """Endlessly, epoch after epoch."""
     for epoch in cycle(range(1000)):
-        yield from loader.windows(epoch)
+        yield from loader.global_batches(epoch)
 
 
 def measure(engine, by_rows, by_packs, rounds: int) -> dict[str, list[tuple[int, float]]]:
@@ -129,7 +129,7 @@ def main() -> None:
     by_rows, by_packs = loaders(rows, load_tokenizer(str(folder / "model")), args.max_length)
     engine = make_engine(folder)
     figures = summary(measure(engine, by_rows, by_packs, args.rounds))
-    print(by_packs.plan.describe_packing(by_packs.batch_size))
+    print(by_packs.epoch_order.describe_packing(by_packs.batch_size))
     for way, values in figures.items():
         rate, ratio, tokens = (
             values[name] for name in ("tokens_per_second", "over_padded", "tokens_per_step")

@@ -50,7 +50,7 @@ def make_trainer(folder: Path, plugin: str, steps: int):
     """The library's public path: ``boost`` and ``SFTTrainer``, constant learning rate, rows in the
     file's order."""
     from coati.dataset import DataCollatorForSupervisedDataset, load_tokenized_dataset
-    from coati.dataset.load.loader import WindowLoader
+    from coati.dataset.load.loader import GlobalBatchLoader
     from coati.models import load_causal_lm, load_tokenizer
     from coati.parallel.boost import boost
     from coati.parallel.launch import launch
@@ -70,7 +70,7 @@ def make_trainer(folder: Path, plugin: str, steps: int):
     engine = boost(model, options, **keywords)
     rows = load_tokenized_dataset(str(folder / "arrow"))
     collate = DataCollatorForSupervisedDataset(load_tokenizer(str(folder / "model")), 512)
-    loader = WindowLoader(rows, collate, batch_size=sft_case.BATCH_SIZE, shuffle=False)
+    loader = GlobalBatchLoader(rows, collate, batch_size=sft_case.BATCH_SIZE, shuffle=False)
     epochs = -(-steps // len(loader))
     return SFTTrainer(
         engine=engine,

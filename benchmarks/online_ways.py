@@ -37,16 +37,16 @@ class Paced:
     def __init__(
         self, loader: Any, wait: Callable[[], Any] = at_once, tell: Callable[[dict], Any] = show
     ):
-        self.loader, self.window_rows, self.clock = loader, loader.window_rows, case.Clock()
+        self.loader, self.rows_per_step, self.clock = loader, loader.rows_per_step, case.Clock()
         self.wait, self.tell = wait, tell
 
     def count(self, epoch: int) -> int:
         return self.loader.count(epoch)
 
-    def windows(self, epoch: int, start: int) -> Iterator[Any]:
+    def global_batches(self, epoch: int, start: int) -> Iterator[Any]:
         self.wait()
         self.clock.start()
-        return self.loader.windows(epoch, start)
+        return self.loader.global_batches(epoch, start)
 
     def look(self, metrics: dict[str, float], episode: int) -> list[str]:
         found = self.clock.read()
@@ -68,11 +68,11 @@ class Paced:
 def loader(prompts: list[list[int]], tokenizer: Any) -> Any:
     """All of ``prompts`` in every episode."""
     from coati.dataset import DataCollatorForPromptDataset
-    from coati.dataset.load.loader import WindowLoader
+    from coati.dataset.load.loader import GlobalBatchLoader
 
     rows = Rows({"input_ids": ids, "seq_length": len(ids)} for ids in prompts)
     collate = DataCollatorForPromptDataset(tokenizer, max(map(len, prompts)))
-    return WindowLoader(rows, collate, batch_size=len(prompts), shuffle=False)
+    return GlobalBatchLoader(rows, collate, batch_size=len(prompts), shuffle=False)
 
 
 class Models(NamedTuple):

@@ -62,11 +62,11 @@ def library(trainer, pairs: list[dict], batch: int, stored=None) -> Steps:
     """Steps through the library's own loader and engine; ``stored`` gives a window its reference's
     log-probs."""
     from coati.dataset import DataCollatorForPreferenceDataset
-    from coati.dataset.load.loader import WindowLoader
+    from coati.dataset.load.loader import GlobalBatchLoader
 
     collate = DataCollatorForPreferenceDataset(Pad, 4096)
-    loader = WindowLoader(prepared(pairs), collate, batch_size=batch, shuffle=False)
-    for window in loader.windows(0):
+    loader = GlobalBatchLoader(prepared(pairs), collate, batch_size=batch, shuffle=False)
+    for window in loader.global_batches(0):
         window = window if stored is None else [stored(batch) for batch in window]
         yield
         started = time.perf_counter()

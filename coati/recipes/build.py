@@ -10,7 +10,7 @@ from typing import Any
 
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.epoch_order import EpochOrder
-from coati.dataset.load.loader import EvaluationLoader, WindowLoader, preparation_of
+from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader, preparation_of
 from coati.dataset.load.packing import PackCollator
 from coati.models.block_mask import sliding_window
 from coati.models.loading import (
@@ -242,24 +242,26 @@ def loaders(
     evaluation: Any,
     collate: Any,
     plan: EpochOrder | None = None,
-    kinds: tuple[type, type] = (WindowLoader, EvaluationLoader),
+    partners: bool = False,
 ):
     """The training windows and evaluation batches of this rank; evaluation rows are never packed.
-    ``kinds``: loaders to use instead of the ordinary ones."""
+    ``partners``: rows come with the response of another row, for KTO."""
     mesh = {"dp_rank": built.mesh.dp_rank, "dp_size": built.mesh.dp_size}
     plan = plan or epoch_plan(args, train)
-    windows = kinds[0](
+    windows = GlobalBatchLoader(
         train,
         PackCollator(collate) if plan.pack_length is not None else collate,
         batch_size=args.batch_size,
         accumulation_steps=args.accumulation_steps,
-        plan=plan,
+        epoch_order=plan,
+        partners=partners,
         **mesh,
     )
     if evaluation is None:
         return windows, None
-    return windows, kinds[1](
-        evaluation, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh
+    batch_size = args.eval_batch_size or args.batch_size
+    return windows, EvaluationLoader(
+        evaluation, collate, batch_size=batch_size, partners=partners, **mesh
     )
 
 

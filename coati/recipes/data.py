@@ -14,7 +14,7 @@ from coati.dataset.chat.conversation import Conversation
 from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
 from coati.dataset.load.loader import (
-    check_window,
+    check_global_batch,
     load_tokenized_dataset,
     part_directories,
     row_lengths,
@@ -250,7 +250,7 @@ def check_rows(args: Namespace, options: ParallelOptions, rows: Any) -> None:
     """Refuse fewer ``rows`` (or packs of an :class:`EpochOrder`) than one step needs before a model
     is loaded."""
     plan = rows if isinstance(rows, EpochOrder) else epoch_plan(args, rows)
-    check_window(
+    check_global_batch(
         plan, args.batch_size, args.accumulation_steps, world_size() // options.model_parallel_size
     )
     if plan.mixture is not None:

@@ -106,7 +106,7 @@ def dry_run(
     from coati.models.loading import load_causal_lm
 
     logger.info(describe(args, trainer, loader))
-    step = trainer.engine.train_step(next(iter(loader.windows(0))), trainer.objective)
+    step = trainer.engine.train_step(next(iter(loader.global_batches(0))), trainer.objective)
     with place_beside(args.save_dir) as place:
         folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
         size = sum(read_checkpoint(folder).files.values())
@@ -140,13 +140,13 @@ def describe(args: Namespace, trainer: Any, loader: Any) -> str:
     from coati.parallel.estimate import estimate_memory
 
     tokens = int(loader.lengths.sum())
-    steps = sum(loader.count(epoch) // loader.window_rows for epoch in range(args.max_epochs))
+    steps = sum(loader.count(epoch) // loader.rows_per_step for epoch in range(args.max_epochs))
     steps = min(steps, args.max_steps or 2**62)
-    entries = "rows" if loader.plan.pack_length is None else "packs"
+    entries = "rows" if loader.epoch_order.pack_length is None else "packs"
     lines = [
         "dry run: what the run would be",
         f"rows {len(loader.lengths)}, tokens {tokens} (longest row {int(loader.lengths.max())}), "
-        f"{loader.window_rows} {entries} a step",
+        f"{loader.rows_per_step} {entries} a step",
         f"steps {steps} ({len(loader)} an epoch, {args.max_epochs} epochs)",
         estimate_memory(trainer.engine),
         *given(args),

@@ -9,7 +9,7 @@ from coati.dataset.load.collator import (
     DataCollatorForSupervisedDataset,
 )
 from coati.dataset.load.epoch_order import EpochOrder
-from coati.dataset.load.loader import EvaluationLoader, WindowLoader
+from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.experience_buffer.batch_sizes import windows_per_episode
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.advantage_registry import GROUP_METHODS
@@ -211,7 +211,7 @@ def loaders(
     mesh = {"dp_rank": actor.mesh.dp_rank, "dp_size": actor.mesh.dp_size}
     collate = DataCollatorForPromptDataset(tokenizer, args.max_length - args.max_seq_len)
     batch = args.experience_batch_size
-    windows = WindowLoader(
+    windows = GlobalBatchLoader(
         prompts,
         collate,
         batch_size=batch,
@@ -226,7 +226,7 @@ def loaders(
     )
     if ptx is None:
         return windows, asked, None
-    supervised = WindowLoader(
+    supervised = GlobalBatchLoader(
         ptx,
         DataCollatorForSupervisedDataset(
             tokenizer, args.max_length, apply_loss_mask=not args.disable_loss_mask

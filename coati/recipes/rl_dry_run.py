@@ -58,23 +58,23 @@ def dry_run(args: Namespace, trainer: Any, windows: Any, supervised: Any = None)
 def describe(args: Namespace, trainer: Any, windows: Any, supervised: Any = None) -> str:
     """Prompts, episodes, steps, memory and arguments of the run to come."""
     episodes, settings = trainer.episodes, trainer.maker.settings
-    asked = windows.window_rows * args.num_episodes
+    asked = windows.rows_per_step * args.num_episodes
     lines = [
         "dry run: what the run would be",
         f"prompts {len(windows.lengths)}, tokens {int(windows.lengths.sum())} (longest "
         f"{int(windows.lengths.max())})",
-        f"episodes {args.num_episodes}, each of {windows.window_rows} prompts x "
+        f"episodes {args.num_episodes}, each of {windows.rows_per_step} prompts x "
         f"{settings.num_generations} responses "
         f"of up to {settings.max_new_tokens} tokens; every prompt "
         f"{asked / len(windows.lengths):.2g} times",
         f"optimizer steps {episodes.total_steps} ({episodes.num_update_steps} passes x "
         f"{episodes.windows} windows an "
-        f"episode), each of {windows.window_rows * settings.num_generations // episodes.windows} "
+        f"episode), each of {windows.rows_per_step * settings.num_generations // episodes.windows} "
         "responses",
         *(
             []
             if supervised is None
-            else [f"SFT rows {len(supervised.lengths)}, {supervised.window_rows} a step"]
+            else [f"SFT rows {len(supervised.lengths)}, {supervised.rows_per_step} a step"]
         ),
         *(f"{name}: {estimate_memory(engine)}" for name, engine in trainer.models.items()),
         *given(args),

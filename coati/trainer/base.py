@@ -110,7 +110,7 @@ class SLTrainer:
         """
         loader = as_windows(train_dataloader, self.accumulation_steps)
         total = total_steps(
-            self.state, loader.count, loader.window_rows, self.max_epochs, self.schedule.max_steps
+            self.state, loader.count, loader.rows_per_step, self.max_epochs, self.schedule.max_steps
         )
         self.log.open(self.state.step, log_dir, use_wandb)
         bar = ProgressBar(total, self.state.step, self.name)
@@ -133,9 +133,9 @@ class SLTrainer:
     ) -> None:
         state = self.state
         while state.epoch < self.max_epochs and state.step < total:
-            for micro_batches in loader.windows(state.epoch, state.sample_start_index):
+            for micro_batches in loader.global_batches(state.epoch, state.sample_start_index):
                 step = self._step(micro_batches, loader, stop, bar)
-                end = state.sample_start_index + loader.window_rows
+                end = state.sample_start_index + loader.rows_per_step
                 last_of_epoch = end > loader.count(state.epoch)
                 interval = self.schedule.eval_interval
                 due = last_of_epoch if interval is None else self._due(interval)
@@ -162,7 +162,7 @@ class SLTrainer:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._describe(error, loader)) from error
         self.state.step += 1
-        self.state.sample_start_index += loader.window_rows
+        self.state.sample_start_index += loader.rows_per_step
         self.log.meter.add_all(_public(step.metrics))
         seconds = time.perf_counter() - started
         self._interval["loss"] += step.loss * step.num_terms

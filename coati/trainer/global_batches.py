@@ -14,7 +14,7 @@ class DataLoaderWindows:
     def __init__(self, loader, accumulation_steps: int) -> None:
         self.loader = loader
         self.accumulation_steps = accumulation_steps
-        self.window_rows = accumulation_steps
+        self.rows_per_step = accumulation_steps
         self.figures: dict[str, float] = {}
         if len(self) == 0:
             raise ValueError(
@@ -29,7 +29,7 @@ class DataLoaderWindows:
         """Batches of ``epoch``: as many in each."""
         return len(self.loader)
 
-    def windows(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
+    def global_batches(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         batches = islice(iter(self.loader), start, None)
@@ -45,13 +45,17 @@ class DataLoaderWindows:
 
 def as_windows(loader, accumulation_steps: int):
     """``loader`` itself when it yields windows, else :class:`DataLoaderWindows`."""
-    return loader if hasattr(loader, "windows") else DataLoaderWindows(loader, accumulation_steps)
+    return (
+        loader
+        if hasattr(loader, "global_batches")
+        else DataLoaderWindows(loader, accumulation_steps)
+    )
 
 
 def total_steps(
     state: RunningState,
     count: Callable[[int], int],
-    window_rows: int,
+    rows_per_step: int,
     max_epochs: int,
     max_steps: int | None = None,
 ) -> int:
@@ -62,6 +66,6 @@ def total_steps(
     """
     if state.epoch >= max_epochs:
         return state.step
-    left = max(count(state.epoch) - state.sample_start_index, 0) // window_rows
-    left += sum(count(epoch) // window_rows for epoch in range(state.epoch + 1, max_epochs))
+    left = max(count(state.epoch) - state.sample_start_index, 0) // rows_per_step
+    left += sum(count(epoch) // rows_per_step for epoch in range(state.epoch + 1, max_epochs))
     return min(state.step + left, max_steps or 2**62)

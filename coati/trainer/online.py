@@ -145,7 +145,7 @@ class OLTrainer:
     ) -> None:
         """Train.
 
-        Args: prompts: a :class:`~coati.dataset.load.loader.WindowLoader` whose windows are the
+        Args: prompts: a :class:`~coati.dataset.load.loader.GlobalBatchLoader` whose windows are the
             prompts of one episode. evaluation: an
             :class:`~coati.dataset.load.loader.EvaluationLoader` of other prompts. ptx: a window
             loader of supervised rows, a window for each optimizer step.
@@ -196,7 +196,7 @@ class OLTrainer:
         self.buffer.clear()
         self._position = (0, 0)
         self.episode += 1
-        self.state.sample_start_index += prompts.window_rows
+        self.state.sample_start_index += prompts.rows_per_step
         self.record.episode(bar)
         last = self.episode == self.episodes.num_episodes
         if self._due(self.schedule.eval_interval) or last:
@@ -233,9 +233,9 @@ class OLTrainer:
 
     def _next_prompts(self, prompts: Any) -> list[dict[str, Any]]:
         state = self.state
-        while state.sample_start_index + prompts.window_rows > prompts.count(state.epoch):
+        while state.sample_start_index + prompts.rows_per_step > prompts.count(state.epoch):
             state.epoch, state.sample_start_index = state.epoch + 1, 0
-        return next(iter(prompts.windows(state.epoch, state.sample_start_index)))
+        return next(iter(prompts.global_batches(state.epoch, state.sample_start_index)))
 
     # Updating
 
@@ -293,10 +293,10 @@ class OLTrainer:
 
     def _next_ptx(self, ptx: Any) -> list[Batch]:
         epoch, start = self._ptx_at
-        while start + ptx.window_rows > ptx.count(epoch):
+        while start + ptx.rows_per_step > ptx.count(epoch):
             epoch, start = epoch + 1, 0
-        self._ptx_at = [epoch, start + ptx.window_rows]
-        return next(islice(ptx.windows(epoch, start), 1))
+        self._ptx_at = [epoch, start + ptx.rows_per_step]
+        return next(islice(ptx.global_batches(epoch, start), 1))
 
     def _describe(self, error: NonFiniteLoss) -> str:
         folder = self.schedule.save_dir

@@ -141,10 +141,10 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
 def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, float]]:
     """Train once; the metrics of each episode."""
     from coati.dataset import DataCollatorForPromptDataset
-    from coati.dataset.load.loader import WindowLoader
+    from coati.dataset.load.loader import GlobalBatchLoader
 
     with tempfile.TemporaryDirectory() as folder:
-        prompts = WindowLoader(
+        prompts = GlobalBatchLoader(
             Prompts(),
             DataCollatorForPromptDataset(Symbols(), 8),
             batch_size=RESPONSES[algo] // (1 if algo == "ppo" else GROUP),

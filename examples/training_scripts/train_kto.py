@@ -8,7 +8,6 @@ from coati.cli.preferences import parse_kto
 
 def main(args: Namespace) -> None:
     from coati.dataset import DataCollatorForKTODataset
-    from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader
     from coati.recipes import build, data, finish
     from coati.recipes import eval_samples as samples
     from coati.recipes import preference_data_checks as preference_data
@@ -36,9 +35,8 @@ def main(args: Namespace) -> None:
         apply_loss_mask=not args.disable_loss_mask,
         pad_to_multiple_of=options.sequence_multiple,
     )
-    kinds = (KTOWindowLoader, KTOEvaluationLoader)
     windows, evaluation_batches = build.loaders(
-        args, engine, train, evaluation, collate, plan, kinds
+        args, engine, train, evaluation, collate, plan, partners=True
     )
     trainer = KTOTrainer(
         engine=engine,

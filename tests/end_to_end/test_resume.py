@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coati.dataset.load.epoch_order import epoch_order
-from coati.dataset.load.loader import WindowLoader
+from coati.dataset.load.loader import GlobalBatchLoader
 from coati.parallel.checkpoint import checkpoints, read_checkpoint
 from tests.distributed.spawn import WorkerFailed, run
 from tests.end_to_end.inputs import metrics, weights
@@ -323,29 +323,33 @@ def test_sample_order(rows, batch, accumulation, size):
     data = Rows(rows)
     window = batch * accumulation * size
 
-    def loader(rank: int = 0, size: int = size, accumulation: int = accumulation) -> WindowLoader:
+    def loader(
+        rank: int = 0, size: int = size, accumulation: int = accumulation
+    ) -> GlobalBatchLoader:
         shares = {
             "batch_size": batch,
             "accumulation_steps": accumulation,
             "dp_rank": rank,
             "dp_size": size,
         }
-        return WindowLoader(data, collate=lambda found: [row["index"] for row in found], **shares)
+        return GlobalBatchLoader(
+            data, collate=lambda found: [row["index"] for row in found], **shares
+        )
 
     def flat(windows) -> list[int]:
         return [row for batches in windows for rows_of_batch in batches for row in rows_of_batch]
 
     for epoch in (0, 1, 5):
-        seen = flat(loader(size=1, accumulation=accumulation * size).windows(epoch))
+        seen = flat(loader(size=1, accumulation=accumulation * size).global_batches(epoch))
         assert len(seen) == len(set(seen)) == rows // window * window
-        ranks = [list(loader(rank).windows(epoch)) for rank in range(size)]
+        ranks = [list(loader(rank).global_batches(epoch)) for rank in range(size)]
         together = [
             [row for step in zip(*steps, strict=True) for share in step for row in share]
             for steps in zip(*ranks, strict=True)
         ]
         assert [row for rows_of_window in together for row in rows_of_window] == seen
         for stop in {0, 1, len(loader()) // 2, len(loader())}:
-            assert flat(loader().windows(epoch, stop * window)) == flat(ranks[0][stop:])
+            assert flat(loader().global_batches(epoch, stop * window)) == flat(ranks[0][stop:])
             expected = seen[stop * window : (stop + 1) * window]
             assert loader().rows_at(epoch, stop * window)[: len(expected)] == expected
 

@@ -166,7 +166,7 @@ def _engine(case: Case, model):
 
 
 def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
-    """This rank's micro-batches of the window, as WindowLoader deals them, padded for a split
+    """This rank's micro-batches of the window, as GlobalBatchLoader deals them, padded for a split
     sequence."""
     multiple = engine.options.sequence_multiple
     extra = -batch["input_ids"].shape[1] % multiple

@@ -210,8 +210,7 @@ def make_trainer(case: Case):
         DataCollatorForKTODataset,
         DataCollatorForPreferenceDataset,
     )
-    from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader
-    from coati.dataset.load.loader import EvaluationLoader, WindowLoader
+    from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
     from coati.parallel.boost import boost
     from coati.parallel.plugins import ParallelOptions
     from coati.trainer import DPOTrainer, KTOTrainer, ORPOTrainer, RewardModelTrainer
@@ -222,22 +221,22 @@ def make_trainer(case: Case):
     engine = boost(model, ParallelOptions(**options), lr=LR, total_steps=10, warmup_steps=0)
     mesh = {"dp_rank": engine.mesh.dp_rank, "dp_size": engine.mesh.dp_size}
     kto = case.algorithm == "kto"
-    kinds = (KTOWindowLoader, KTOEvaluationLoader) if kto else (WindowLoader, EvaluationLoader)
     rows = judged() if kto else pairs()
     collate = (DataCollatorForKTODataset if kto else DataCollatorForPreferenceDataset)(
         Pad(case.side), 64, pad_to_multiple_of=engine.options.sequence_multiple
     )
     batch = ROWS // (case.accumulation * engine.mesh.dp_size)
-    train = kinds[0](
+    train = GlobalBatchLoader(
         rows,
         collate,
         batch_size=batch,
         accumulation_steps=case.accumulation,
         shuffle=False,
         group_by_length=False,
+        partners=kto,
         **mesh,
     )
-    evaluation = kinds[1](Rows(list(rows)[:7]), collate, batch_size=4, **mesh)
+    evaluation = EvaluationLoader(Rows(list(rows)[:7]), collate, batch_size=4, partners=kto, **mesh)
     if case.algorithm == "rm":
         trainer = RewardModelTrainer(engine=engine, center_coef=CENTER)
     elif case.algorithm == "orpo":
@@ -267,7 +266,7 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     for case in cases:
         trainer, train, evaluation = make_trainer(case)
         engine = trainer.engine
-        steps = [engine.train_step(window, trainer.objective) for window in train.windows(0)]
+        steps = [engine.train_step(window, trainer.objective) for window in train.global_batches(0)]
         trainer.before_evaluation(evaluation)
         after = engine.evaluate(evaluation, trainer.objective)
         reports.append(

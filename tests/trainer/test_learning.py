@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from coati.dataset.load.collator import DataCollatorForKTODataset, DataCollatorForPreferenceDataset
-from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader
-from coati.dataset.load.loader import EvaluationLoader, WindowLoader
+from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.models.padding_free import PaddingFree
 from coati.models.reward_model import RewardModel
 from coati.parallel.engine import Engine
@@ -112,10 +111,10 @@ def loaders(method: str, seed: int):
     train, unseen = pairs(BATCH * STEPS, seed), pairs(UNSEEN, 1000 + seed)
     if method == "kto":
         collate = DataCollatorForKTODataset(TOKENIZER, 16)
-        windows = KTOWindowLoader(judged(train), collate, batch_size=BATCH)
-        return windows, KTOEvaluationLoader(judged(unseen), collate, batch_size=UNSEEN)
+        windows = GlobalBatchLoader(judged(train), collate, batch_size=BATCH, partners=True)
+        return windows, EvaluationLoader(judged(unseen), collate, batch_size=UNSEEN, partners=True)
     collate = DataCollatorForPreferenceDataset(TOKENIZER, 16)
-    return WindowLoader(train, collate, batch_size=BATCH), EvaluationLoader(
+    return GlobalBatchLoader(train, collate, batch_size=BATCH), EvaluationLoader(
         unseen, collate, batch_size=UNSEEN
     )
 
@@ -158,7 +157,7 @@ def test_pairs_are_laid_end_to_end(method, tmp_path):
     model.get_input_embeddings().register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].shape)
     )
-    ((batch,),) = list(loaders(method, 0)[0].windows(0))[:1]
+    ((batch,),) = list(loaders(method, 0)[0].global_batches(0))[:1]
     rows = trainer.objective.prepare(batch)
     engine.forward(rows)
     real = int(rows["attention_mask"].sum())

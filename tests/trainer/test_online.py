@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from coati.dataset.load.loader import EvaluationLoader, WindowLoader
+from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
 from coati.experience_maker.rollout_batch import RolloutBatch
@@ -130,8 +130,10 @@ class Engine(StubEngine):
         return Step(len(self.steps) / 10, len(rows), stop=stop, aux_losses=[0.5] * len(aux_losses))
 
 
-def loader(count: int = 10, batch: int = 2, steps: int = 2) -> WindowLoader:
-    return WindowLoader(Rows(count), Collate(), batch_size=batch, accumulation_steps=steps, seed=3)
+def loader(count: int = 10, batch: int = 2, steps: int = 2) -> GlobalBatchLoader:
+    return GlobalBatchLoader(
+        Rows(count), Collate(), batch_size=batch, accumulation_steps=steps, seed=3
+    )
 
 
 def trainer(actor=None, maker=None, critic=None, **changes) -> OLTrainer:

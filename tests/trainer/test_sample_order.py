@@ -10,8 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from coati.dataset.load.kto_loader import KTOWindowLoader
-from coati.dataset.load.loader import WindowLoader
+from coati.dataset.load.loader import GlobalBatchLoader
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import Objective, Step
 from coati.parallel.weights import ModelAssets
@@ -74,10 +73,11 @@ def trained(
     return engine.windows, RunningState(**json.loads(json.dumps(asdict(trainer.state))))
 
 
-@pytest.mark.parametrize("kind", [WindowLoader, KTOWindowLoader])
+@pytest.mark.parametrize("partners", [False, True])
 @pytest.mark.parametrize("rows, batch, accumulation, share", GRID)
-def test_stopped_and_gone_on_with(kind, rows, batch, accumulation, share, capsys):
-    loader = kind(Rows(rows), noted, batch_size=batch, accumulation_steps=accumulation)
+def test_stopped_and_gone_on_with(partners, rows, batch, accumulation, share, capsys):
+    shares = {"batch_size": batch, "accumulation_steps": accumulation, "partners": partners}
+    loader = GlobalBatchLoader(Rows(rows), noted, **shares)
     whole, end = trained(loader)
     steps = rows // (batch * accumulation)
     assert end.step == len(whole) == EPOCHS * steps
@@ -88,9 +88,7 @@ def test_stopped_and_gone_on_with(kind, rows, batch, accumulation, share, capsys
         assert len(seen) == len(set(seen)) == steps * batch * accumulation
     stop = min(max(1, round(share * len(whole))), len(whole) - 1)
     before, state = trained(loader, stop=stop)
-    after, _ = trained(
-        kind(Rows(rows), noted, batch_size=batch, accumulation_steps=accumulation), state
-    )
+    after, _ = trained(GlobalBatchLoader(Rows(rows), noted, **shares), state)
     assert len(before) == stop and before + after == whole
 
 
@@ -102,7 +100,7 @@ def test_other_processes_go_on_at_the_same_row_with_the_same_partners(
     batch, accumulation, size, stop
 ):
     """A checkpoint of one process, windows of 8; 12 an epoch."""
-    _, state = trained(KTOWindowLoader(Rows(97), noted, batch_size=8), stop=stop)
+    _, state = trained(GlobalBatchLoader(Rows(97), noted, batch_size=8, partners=True), stop=stop)
     ranks = []
     for rank in range(size):
         shares = {
@@ -110,22 +108,23 @@ def test_other_processes_go_on_at_the_same_row_with_the_same_partners(
             "accumulation_steps": accumulation,
             "dp_rank": rank,
             "dp_size": size,
+            "partners": True,
         }
         ranks.append(
-            trained(KTOWindowLoader(Rows(97), noted, **shares), RunningState(**asdict(state)))[0]
+            trained(GlobalBatchLoader(Rows(97), noted, **shares), RunningState(**asdict(state)))[0]
         )
     together = [
         [row for part in zip(*windows, strict=True) for batch in part for row in batch]
         for windows in zip(*ranks, strict=True)
     ]
-    whole, _ = trained(KTOWindowLoader(Rows(97), noted, batch_size=8))
+    whole, _ = trained(GlobalBatchLoader(Rows(97), noted, batch_size=8, partners=True))
     assert together == [[row for part in window for row in part] for window in whole[stop:]]
 
 
 def test_thousand_rows_in_batches_of_128_lose_none():
     """The position is the next row, 128 after a step, however many batches a step has: 7 steps are
     896 rows."""
-    loader = WindowLoader(Rows(1000), noted, batch_size=16, accumulation_steps=8)
+    loader = GlobalBatchLoader(Rows(1000), noted, batch_size=16, accumulation_steps=8)
     _, state = trained(loader, stop=1)
     assert (state.epoch, state.sample_start_index) == (0, 128)
     after, _ = trained(loader, RunningState(**asdict(state)))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coati.dataset.load.loader import WindowLoader
+from coati.dataset.load.loader import GlobalBatchLoader
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
@@ -74,7 +74,9 @@ def made(tmp_path, monkeypatch):
 
 
 def fit(trainer, evaluate: bool = False) -> None:
-    trainer.fit(WindowLoader(Rows(), lambda rows: rows, batch_size=3), [None] if evaluate else None)
+    trainer.fit(
+        GlobalBatchLoader(Rows(), lambda rows: rows, batch_size=3), [None] if evaluate else None
+    )
 
 
 def logged(tmp_path, name: str) -> list[tuple[int, float]]:

@@ -1,5 +1,5 @@
-"""Prepared data sets from disk, cut into the batches of each process; dataset/order.py says in
-which order."""
+"""Prepared data sets from disk, cut into the batches of each process; epoch_order.py says in which
+order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,19 +86,23 @@ def _token_columns(dataset):
     return dataset.remove_columns(readable) if readable else dataset
 
 
-class WindowLoader:
-    """Windows of one optimizer step each: ``accumulation_steps`` micro-batches for this
+class GlobalBatchLoader:
+    """The global batch of each optimizer step: ``accumulation_steps`` micro-batches for this
     data-parallel rank.
 
-    Every rank sees a slice of the same window of ``batch_size x accumulation_steps x dp_size``
-    entries of the plan: rows, or packs of rows. Those of the last, incomplete window of an epoch
-    are left out of it; another epoch's order leaves out others.
+    Every rank gets a slice of the same ``batch_size x accumulation_steps x dp_size`` entries of the
+    epoch order: rows, or packs of rows. Those of the last, incomplete global batch of an epoch are
+    left out of it; another epoch's order leaves out others.
 
-    Args: collate: rows to tensors; with packing, lists of rows (PackCollator). plan: the order of
-        the entries; by default rows in an order made of ``seed``, ``shuffle``, ``group_by_length``.
+    Args:
+        collate: rows to tensors; with packing, lists of rows (PackCollator).
+        epoch_order: the order of the entries; by default rows in an order made of ``seed``,
+            ``shuffle``, ``group_by_length``.
+        partners: each row comes with the response of the row after it in the global batch as
+            ``kl_completion`` (for KTO's baseline), however the global batch is cut.
 
     Raises:
-        ValueError: when the first epoch has fewer entries than one window.
+        ValueError: when the first epoch has fewer entries than one global batch.
     """
 
     def __init__(
@@ -113,82 +117,138 @@ class WindowLoader:
         seed: int = 42,
         shuffle: bool = True,
         group_by_length: bool = True,
-        plan: EpochOrder | None = None,
+        epoch_order: EpochOrder | None = None,
+        partners: bool = False,
     ) -> None:
-        self.dataset, self.collate = _token_columns(dataset), collate
-        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.plan = plan or EpochOrder(
+        self.dataset = _token_columns(dataset)
+        self.collate = collate
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.partners = partners
+        self.epoch_order = epoch_order or EpochOrder(
             row_lengths(dataset), seed=seed, shuffle=shuffle, group_by_length=group_by_length
         )
-        self.lengths = self.plan.lengths
-        self.window_rows = batch_size * accumulation_steps * dp_size
-        check_window(self.plan, batch_size, accumulation_steps, dp_size)
+        self.lengths = self.epoch_order.lengths
+        self.rows_per_step = batch_size * accumulation_steps * dp_size
+        check_global_batch(self.epoch_order, batch_size, accumulation_steps, dp_size)
 
     def __len__(self) -> int:
         """Optimizer steps of the first epoch."""
-        return self.count(0) // self.window_rows
+        return self.count(0) // self.rows_per_step
 
     def count(self, epoch: int) -> int:
         """Rows, or packs, of ``epoch``."""
-        return self.plan.count(epoch)
+        return self.epoch_order.count(epoch)
 
     @property
     def figures(self) -> dict[str, float]:
         """What is worth logging about the data once."""
-        return self.plan.packing_figures(self.batch_size)
+        return self.epoch_order.packing_figures(self.batch_size)
 
-    def windows(self, epoch: int, start_row: int = 0) -> Iterator[list[dict]]:
-        """This rank's windows of ``epoch`` from entry ``start_row`` of its order on."""
-        for start in range(start_row, self.count(epoch) - self.window_rows + 1, self.window_rows):
-            window = self.plan.entries(epoch)[start : start + self.window_rows]
-            yield [self._batch(entries) for entries in self._mine(window)]
+    def global_batches(self, epoch: int, start_row: int = 0) -> Iterator[list[dict]]:
+        """This rank's micro-batches of each step of ``epoch``, from entry ``start_row`` of its
+        order on."""
+        for start in range(
+            start_row, self.count(epoch) - self.rows_per_step + 1, self.rows_per_step
+        ):
+            entries = self._entries(epoch, start)
+            if self.partners:
+                pairs = list(zip(entries, following(entries), strict=True))
+                yield [self._partnered_batch(mine) for mine in self._mine(pairs)]
+            else:
+                yield [self._batch(mine) for mine in self._mine(entries)]
 
     def rows_at(self, epoch: int, start_row: int) -> list[int]:
-        """Rows of the data set in the window that starts at ``start_row`` of ``epoch``, on all
-        ranks together."""
-        window = self.plan.entries(epoch)[start_row : start_row + self.window_rows]
-        return [int(row) for entry in window for row in np.atleast_1d(entry)]
+        """Rows of the data set in the global batch that starts at ``start_row`` of ``epoch``, on
+        all ranks together."""
+        return [
+            int(row) for entry in self._entries(epoch, start_row) for row in np.atleast_1d(entry)
+        ]
 
-    def _mine(self, window: Sequence) -> list[Sequence]:
-        starts = range(self.dp_rank * self.batch_size, len(window), self.dp_size * self.batch_size)
-        return [window[start : start + self.batch_size] for start in starts]
+    def _entries(self, epoch: int, start: int) -> Sequence:
+        return self.epoch_order.entries(epoch)[start : start + self.rows_per_step]
+
+    def _mine(self, entries: Sequence) -> list[Sequence]:
+        starts = range(self.dp_rank * self.batch_size, len(entries), self.dp_size * self.batch_size)
+        return [entries[start : start + self.batch_size] for start in starts]
 
     def _batch(self, entries: Sequence) -> dict:
-        if self.plan.pack_length is None:
+        if self.epoch_order.pack_length is None:
             return self.collate([self.dataset[int(row)] for row in entries])
         return self.collate([[self.dataset[int(row)] for row in pack] for pack in entries])
 
+    def _partnered_batch(self, pairs: Sequence[tuple[int, int | None]]) -> dict:
+        return self.collate([_with_partner(self.dataset, *pair) for pair in pairs])
 
-def check_window(plan: EpochOrder, batch_size: int, accumulation_steps: int, dp_size: int) -> None:
+
+def check_global_batch(
+    epoch_order: EpochOrder, batch_size: int, accumulation_steps: int, dp_size: int
+) -> None:
     """Raise ValueError when the first epoch has fewer entries than one optimizer step needs."""
-    needed, held = batch_size * accumulation_steps * dp_size, plan.count(0)
+    needed = batch_size * accumulation_steps * dp_size
+    held = epoch_order.count(0)
     if held >= needed:
         return
     what = (
         f"{held} rows"
-        if plan.pack_length is None
-        else f"{held} packs of up to {plan.pack_length} tokens"
+        if epoch_order.pack_length is None
+        else f"{held} packs of up to {epoch_order.pack_length} tokens"
     )
     raise ValueError(
         f"--dataset holds {what}, one step needs {needed} (--batch_size {batch_size} x "
-        "--accumulation_steps "
-        f"{accumulation_steps} x {dp_size} data-parallel processes); lower one of them or add rows"
+        f"--accumulation_steps {accumulation_steps} x {dp_size} data-parallel processes); lower "
+        "one of them or add rows"
     )
+
+
+def following(entries: Sequence) -> list[int | None]:
+    """For each row of a global batch the next one, the first after the last; never itself, so None
+    in a global batch of one."""
+    rows = [int(row) for row in entries]
+    return [
+        next((r for r in (*rows[i + 1 :], *rows[:i]) if r != row), None)
+        for i, row in enumerate(rows)
+    ]
+
+
+def _with_partner(rows: Any, row: int, partner: int | None) -> dict[str, Any]:
+    """``rows[row]`` with the response of ``partner`` as ``kl_completion``; empty without one."""
+    found = rows[int(row)]
+    return found | {
+        "kl_completion": rows[int(partner)]["completion"] if partner is not None else []
+    }
 
 
 class EvaluationLoader:
     """Batches of the whole data set: no shuffle, nothing dropped, every rank equally many.
 
-    A rank that runs out of rows gets blank ones, in which nothing is supervised.
+    A rank that runs out of rows gets blank ones, in which nothing is supervised. ``partners``: as
+    of GlobalBatchLoader, the whole data set being one global batch.
     """
 
     def __init__(
-        self, dataset, collate, *, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+        self,
+        dataset,
+        collate,
+        *,
+        batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        partners: bool = False,
     ) -> None:
-        self.dataset, self.collate, self.batch_size = _token_columns(dataset), collate, batch_size
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dataset = _token_columns(dataset)
+        self.collate = collate
+        self.batch_size = batch_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
         self.order = np.argsort(row_lengths(dataset), kind="stable")
+        self._partner = (
+            dict(zip(map(int, self.order), following(self.order), strict=True))
+            if partners
+            else None
+        )
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // (self.batch_size * self.dp_size))
@@ -201,10 +261,15 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[dict]:
         for mine in self.rows():
-            rows = [self.dataset[row] for row in mine]
+            rows = [self._row(row) for row in mine]
             while len(rows) < self.batch_size:
-                rows.append(self.collate.blank(self.dataset[int(self.order[0])]))
+                rows.append(self.collate.blank(self._row(int(self.order[0]))))
             yield self.collate(rows)
+
+    def _row(self, row: int) -> dict[str, Any]:
+        if self._partner is None:
+            return self.dataset[row]
+        return _with_partner(self.dataset, row, self._partner[row])
 
 
 class StatefulDistributedSampler(DistributedSampler):

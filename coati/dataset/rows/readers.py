@@ -11,13 +11,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from coati.dataset.rows.json_array import array_elements
 from coati.dataset.rows.messages import is_message_list
 from coati.dataset.rows.row_errors import RowError
 
-BATCH = 1000
+BATCH = 1000  # rows of a parquet or arrow file at a time
+BLOCK = 1 << 20  # bytes of a JSON array at a time
+BLANK = b" \t\r\n"
+# A string (it ends with its line at the latest), a bracket, a comma, or a quote whose string has
+# not been read whole.
+_MARK = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*["\n]|[\[\]{}",]', re.DOTALL)
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # a character beyond 16 bits takes two such escapes
 Rows = Iterator[tuple[int, Any]]
 
@@ -148,6 +152,60 @@ def _read_array(file: Path) -> Rows:
                     "bad_json", "the brackets opened here are not closed; nothing further is read"
                 ),
             )
+
+
+def array_elements(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """``(line, text)`` of each element of the JSON array that begins at the first ``[``, found by
+    the brackets: memory holds one element, undecoded. Blank elements are left out.
+
+    The text of an element is not checked, and what follows the array is not read. Of an array
+    without end the last text is None.
+    """
+    buffer, line = _after_bracket(stream)
+    scanned, depth, wanted = 0, 0, BLOCK
+    while True:
+        start = 0
+        for mark in _MARK.finditer(buffer, scanned):
+            kind = mark.group()
+            if kind == b'"':  # no end yet; the next block may bring it
+                break
+            scanned = mark.end()
+            if kind in (b"{", b"["):
+                depth += 1
+            elif kind in (b"}", b"]"):
+                depth -= 1
+            if depth < 0 or (depth == 0 and kind == b","):
+                yield from _element(buffer[start : mark.start()], line)
+                line += buffer.count(b"\n", start, scanned)
+                start = scanned
+                if depth < 0:
+                    return
+        more = stream.read(wanted)
+        if not more:
+            rest = buffer[start:]
+            yield line + rest[: len(rest) - len(rest.lstrip(BLANK))].count(b"\n"), None
+            return
+        # A long element is looked through in growing steps, so that its beginning is not copied
+        # again and again.
+        wanted = BLOCK if start else 2 * wanted
+        buffer, scanned = buffer[start:] + more, scanned - start
+
+
+def _after_bracket(stream: BinaryIO) -> tuple[bytes, int]:
+    """What was read behind the first ``[``, and its line."""
+    line = 1
+    while block := stream.read(BLOCK):
+        before, bracket, rest = block.partition(b"[")
+        line += before.count(b"\n")
+        if bracket:
+            return rest, line
+    return b"", line
+
+
+def _element(text: bytes, line: int) -> Iterator[tuple[int, bytes]]:
+    stripped = text.lstrip(BLANK)
+    if stripped:
+        yield line + text.count(b"\n", 0, len(text) - len(stripped)), stripped.rstrip(BLANK)
 
 
 def _read_text(file: Path) -> Rows:

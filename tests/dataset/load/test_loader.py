@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict
 from coati.dataset.load.collator import DataCollatorForSupervisedDataset
 from coati.dataset.load.loader import (
     EvaluationLoader,
+    GlobalBatchLoader,
     StatefulDistributedSampler,
-    WindowLoader,
     load_tokenized_dataset,
     preparation_of,
     row_lengths,
@@ -77,7 +77,7 @@ def test_fewer_rows_than_a_window():
         ValueError,
         match="holds 3 rows, one step needs 4 .--batch_size 1 x --accumulation_steps 2 x 2",
     ):
-        WindowLoader(rows(1, 1, 1), list, batch_size=1, accumulation_steps=2, dp_size=2)
+        GlobalBatchLoader(rows(1, 1, 1), list, batch_size=1, accumulation_steps=2, dp_size=2)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_evaluation_sees_every_row_once_and_every_rank_has_equally_many_batches(
 
 def test_columns_for_people_are_not_read_while_training():
     data = rows(2, 2).add_column("inputs_decode", ["a", "b"])
-    loader = WindowLoader(data, lambda found: [sorted(row) for row in found], batch_size=2)
-    assert next(loader.windows(0)) == [[["input_ids", "labels", "seq_length"]] * 2]
+    loader = GlobalBatchLoader(data, lambda found: [sorted(row) for row in found], batch_size=2)
+    assert next(loader.global_batches(0)) == [[["input_ids", "labels", "seq_length"]] * 2]
 
 
 def test_the_sampler_skips_what_was_done_once():

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from coati.dataset.rows import json_array
-from coati.dataset.rows.json_array import array_elements
+from coati.dataset.rows import readers
+from coati.dataset.rows.readers import array_elements
 
 
 def elements(text: str | bytes) -> list:
@@ -26,7 +26,7 @@ def value(rng: random.Random, depth: int = 0):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 50, 1 << 20])
 def test_the_elements_are_those_that_json_finds(block, monkeypatch):
-    monkeypatch.setattr(json_array, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     rng = random.Random(block)
     for number in range(60):
         array = [value(rng) for _ in range(rng.randrange(6))]

@@ -1,8 +1,8 @@
-"""Partners of judged answers: the next row of the whole window, however it is cut."""
+"""Partners of judged responses: the next row of the whole global batch, however it is cut."""
 
 import pytest
 
-from coati.dataset.load.kto_loader import KTOEvaluationLoader, KTOWindowLoader, following
+from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader, following
 
 
 class Rows(list):
@@ -28,18 +28,19 @@ class Collate:
         return {"completion": [], "kl_completion": []}
 
 
-def window(batch_size: int, accumulation: int, dp_size: int) -> list:
-    """The pairs of the first window, of all ranks, in the order of the window."""
+def global_batch(batch_size: int, accumulation: int, dp_size: int) -> list:
+    """The pairs of the first global batch, of all ranks, in its order."""
     ranks = [
         next(
-            KTOWindowLoader(
+            GlobalBatchLoader(
                 rows(12),
                 Collate(),
                 batch_size=batch_size,
                 accumulation_steps=accumulation,
                 dp_rank=rank,
                 dp_size=dp_size,
-            ).windows(0)
+                partners=True,
+            ).global_batches(0)
         )
         for rank in range(dp_size)
     ]
@@ -58,19 +59,21 @@ def test_partners_rotate_by_one_and_are_never_the_row_itself():
 
 
 @pytest.mark.parametrize("cut", [(6, 1, 1), (3, 2, 1), (1, 6, 1), (3, 1, 2), (1, 3, 2), (1, 2, 3)])
-def test_the_cut_of_a_window_changes_no_partner(cut):
-    assert window(*cut) == window(6, 1, 1)
-    answers = [answer for answer, _ in window(*cut)]
-    assert [partner for _, partner in window(*cut)] == answers[1:] + answers[:1]
+def test_the_cut_of_a_global_batch_changes_no_partner(cut):
+    assert global_batch(*cut) == global_batch(6, 1, 1)
+    answers = [answer for answer, _ in global_batch(*cut)]
+    assert [partner for _, partner in global_batch(*cut)] == answers[1:] + answers[:1]
 
 
-def test_a_window_of_one_has_no_partner():
-    assert window(1, 1, 1)[0][1] == []
+def test_a_global_batch_of_one_has_no_partner():
+    assert global_batch(1, 1, 1)[0][1] == []
 
 
-def test_an_evaluation_is_one_window_over_all_batches_and_ranks():
+def test_an_evaluation_is_one_global_batch_over_all_batches_and_ranks():
     found = []
     for rank in range(2):
-        loader = KTOEvaluationLoader(rows(5), Collate(), batch_size=1, dp_rank=rank, dp_size=2)
+        loader = EvaluationLoader(
+            rows(5), Collate(), batch_size=1, dp_rank=rank, dp_size=2, partners=True
+        )
         found += [pair for batch in loader for pair in batch]
     assert sorted(found) == [([], []), ([0], [1]), ([1], [2]), ([2], [3]), ([3], [4]), ([4], [0])]

@@ -2,15 +2,45 @@
 things may be."""
 
 import ast
+import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import laws
+from tests.laws import ROOT, name_of
+
 LIBRARY = sorted((ROOT / "coati").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
+PROGRAMS = sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+DOCUMENTED = ("models", "trainer", "experience_maker", "parallel")
+
+# law of tests/laws.py -> the files that it holds for
+LAWS = {
+    "long_lines": [*LIBRARY, *SCRIPTS, *PROGRAMS, *TESTS],
+    "format_comments": [*LIBRARY, *SCRIPTS, *PROGRAMS, *TESTS],
+    "long_files": [*LIBRARY, *SCRIPTS],
+    "long_functions": [*LIBRARY, *SCRIPTS, *PROGRAMS],
+    "paired_assignments": [*LIBRARY, *SCRIPTS, *PROGRAMS],
+    "globals_by_name": [*LIBRARY, *SCRIPTS, *PROGRAMS],
+    # Parsers and the checks of parsed flags; everything else has settings.
+    "takes_namespace": [path for path in LIBRARY if path.parent.name != "cli"],
+    "no_docstring": [
+        path for path in LIBRARY if path.relative_to(ROOT / "coati").parts[0] in DOCUMENTED
+    ],
+}
+PENDING = ROOT / "tests" / "data" / "pending_laws.json"
+# Modules that import each other, one of them inside a function, and why they may
+CLOSED_INSIDE_FUNCTIONS = [
+    # a model directory may hold an adapter, whose base is a model directory
+    ["coati.models.loading", "coati.models.lora.adapter_files"],
+]
+# Stems that stand twice in the library, pending
+SAME_STEM = {"preference_checks", "prepare", "quantize", "base", "rl"}
 
 # Lowest first; a package may import those on earlier lines.
 LAYERS = [
@@ -49,11 +79,13 @@ LIGHT = [
     "coati.experience_maker.advantage_registry",
     "coati.experience_buffer.batch_sizes",
 ]
+OLD_REWARDS = "coati.utils.reward_score"
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+def load_pending() -> dict[str, list[str]]:
+    """Law -> the files that still break it."""
+    return json.loads(PENDING.read_text(encoding="utf-8")) if PENDING.exists() else {}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -100,7 +132,8 @@ def test_one_package_alone_passes_on_names_from_above():
     assert found == ["coati/utils/reward_score/__init__.py"]
     for path in LIBRARY:
         if "reward_score" not in path.parts:
-            assert not any("reward_score" in module for module, _ in imports(path)), name_of(path)
+            found = [line for module, line in imports(path) if belongs_to(module, OLD_REWARDS)]
+            assert not found, f"{name_of(path)}:{found}"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
@@ -120,18 +153,78 @@ def test_scripts_leave_colossalai_and_collectives_to_the_library(path):
         assert not belongs_to(module, "torch.distributed"), f"{name_of(path)}:{line}"
 
 
-@pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
-def test_files_and_functions_stay_short(path):
-    text = path.read_text(encoding="utf-8")
-    lines = text.count("\n")
-    limit = 110 if path.parent.name == "training_scripts" else 300
-    assert True or lines <= limit, f"{name_of(path)} has {lines} lines, at most {limit}"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= 70, (
-                f"{name_of(path)}:{node.lineno}: {node.name} has {length} lines, at most 60"
-            )
+def breaches(law: str) -> dict[str, list[str]]:
+    """What breaks ``law``, by file."""
+    found = {name_of(path): list(getattr(laws, law)(path)) for path in LAWS[law]}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_laws_of_the_code(law):
+    """A file that is pending is one that broke the law when it came in; it leaves the list with its
+    last breach (``python -m tests.test_architecture`` takes out what no longer belongs there)."""
+    found = breaches(law)
+    pending = set(load_pending().get(law, []))
+    new = [
+        f"{name}:{line}" for name, lines in found.items() for line in lines if name not in pending
+    ]
+    assert not new, "\n".join(new)
+    assert pending <= set(found), f"no longer pending: {sorted(pending - set(found))}"
+
+
+def test_the_formatter_has_nothing_to_do():
+    program = [sys.executable, "-m", "ruff", "format", "--check", "--quiet", "."]
+    run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, f"run: ruff format\n{run.stdout}{run.stderr}"
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["at the top", "inside functions too"])
+def test_imports_close_no_circle(everywhere):
+    graph = {}
+    for path in LIBRARY:
+        name = laws.module_of(path)
+        graph[name] = laws.imported_modules(path, everywhere) - {name}
+    assert laws.circles(graph) == (CLOSED_INSIDE_FUNCTIONS if everywhere else [])
+
+
+@pytest.mark.xfail(reason="the scripts are being rewritten", strict=True)
+def test_two_training_scripts_share_no_block():
+    scripts = [path for path in SCRIPTS if path.parent.name == "training_scripts"]
+    shared = laws.shared_blocks(scripts)
+    assert not shared, "\n".join(shared)
+
+
+def test_a_traceback_names_one_file():
+    """No stem stands for two modules of the library, which a traceback or an editor's tab would not
+    tell apart."""
+    stems = Counter(path.stem for path in LIBRARY if path.stem != "__init__")
+    assert {stem for stem, count in stems.items() if count > 1} == SAME_STEM
+
+
+def test_the_laws_see_what_breaks_them(tmp_path, monkeypatch):
+    """Each law on a file that breaks it once, and on what only looks so."""
+    monkeypatch.setattr(laws, "ROOT", tmp_path)
+
+    def lines(law: str, text: str) -> list[str]:
+        path = tmp_path / "file.py"
+        path.write_text(text, encoding="utf-8")
+        return [line.partition(":")[0] for line in getattr(laws, law)(path)]
+
+    pairs = "a, b = 1, 2\na, b = b, a\na, b = f()\na = (1, 2)\nx.y, z = z, 0\na, *b = 1, *c\n"
+    assert lines("paired_assignments", pairs) == ["1"]
+    assert lines("long_lines", "a\n" + "x" * 101 + "\n" + "x" * 100) == ["2"]
+    assert lines("format_comments", "a = 1  # fmt" + ": skip\n") == ["1"]
+    assert lines("globals_by_name", "globals()['f']()\nlocals()['f']\n") == ["1"]
+    assert lines("takes_namespace", "def f(args: Namespace): ...\ndef g(a: int): ...\n") == ["1"]
+    assert lines("no_docstring", "def f(): ...\ndef _g(): ...\ndef h():\n    'h'\n") == ["1"]
+    assert lines("long_functions", "def f():\n" + "    1\n" * 60) == ["1"]
+    assert lines("long_files", "1\n" * 501) == ["501"]
+    assert laws.circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    twice = "\n".join("abcdef")
+    paths = [tmp_path / "one.py", tmp_path / "two.py", tmp_path / "three.py"]
+    for path, text in zip(paths, (f"x\n{twice}\ny", f"z\n\n{twice}", twice[:-1]), strict=True):
+        path.write_text(text, encoding="utf-8")
+    assert laws.shared_blocks(paths) == ["one.py and two.py: a"]
 
 
 @pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
@@ -167,3 +260,15 @@ def test_packages_export_lazily():
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert run.stdout == "[]\n", run.stdout + run.stderr
+
+
+def save_pending() -> None:
+    """Take out of PENDING what no longer breaks its law."""
+    pending = load_pending()
+    left = {law: sorted(set(pending.get(law, [])) & set(breaches(law))) for law in LAWS}
+    left = {law: names for law, names in left.items() if names}
+    PENDING.write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    save_pending()

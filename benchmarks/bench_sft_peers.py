@@ -13,6 +13,7 @@ neither. TRL gets the settings that are fastest on a CPU (fp32, no gradient chec
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,12 +72,19 @@ def trl_python(folder: Path, requirements: str = "requirements-trl.txt") -> str:
 
 
 class Worker:
-    """A training process that takes one step per line it is sent."""
+    """A training process that takes one step per line it is sent. ``cwd``: the checkout it runs."""
 
-    def __init__(self, name: str, command: list[str]):
-        self.name, self.steps = name, []
+    def __init__(self, name: str, command: list[str], cwd: Path | None = None):
+        self.name = name
+        self.steps: list[dict] = []
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            cwd=cwd,
+            env=os.environ | ({} if cwd is None else {"PYTHONPATH": str(cwd)}),
         )
         self._read(lambda line: line == "ready")
 

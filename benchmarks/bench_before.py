@@ -1,0 +1,133 @@
+"""This checkout beside an earlier one, in the same environment: SFT, DPO, PPO, GRPO, data
+preparation and rollouts.
+
+Each checkout has a process of its own for each case; they take their steps in turn, so whatever
+else the machine does slows both. The figure is the median of the ratios of paired steps, seconds
+before / seconds now (1.1: ten percent faster), with its 95% interval from order statistics.
+
+    git worktree add ../before REVISION
+    python benchmarks/bench_before.py --before ../before [--pairs 10] [--cases sft dpo] [--output F]
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import online_case, preference_case, sft_case  # noqa: E402
+from benchmarks.bench_sft_peers import Worker  # noqa: E402
+
+WARM_UP = 2  # steps before counting begins
+PAIRS_OF_A_STEP = 8
+DATA_ROWS = 3000
+ROLLOUT = {"batch_size": 16, "prompt_tokens": [16, 200], "max_new_tokens": 64, "model": None}
+# A line on standard input: one preparation into a new folder. Works in every release.
+PREPARE = """
+import json, os, sys, tempfile, time
+sys.path[:0] = ["benchmarks", "."]
+from pathlib import Path
+from benchmarks.bench_data import write_rows
+from coati.dataset import prepare_dataset, setup_conversation_template
+from data_case import make_tokenizer
+data = Path(tempfile.mkdtemp()) / "rows.jsonl"
+write_rows("sft", int(sys.argv[1]), data)
+tokenizer = make_tokenizer(None)
+template = setup_conversation_template(tokenizer, None)
+print("ready", flush=True)
+for _ in sys.stdin:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        prepare_dataset(inputs=[data], type="sft", tokenizer=tokenizer, template=template,
+                        show=None, arrow_dir=Path(folder) / "arrow", cache_dir=Path(folder) / "c")
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+"""
+
+
+def commands(case: str, steps: int) -> list[str]:
+    """The worker of ``case``, started in a checkout."""
+    python = [sys.executable]
+    if case == "sft":
+        sft_case.prepare()
+        return [*python, "benchmarks/bench_sft.py", "--paced", "--steps", str(steps)]
+    if case == "dpo":
+        folder = preference_case.made(49_152)
+        words = [str(folder), str(steps), str(PAIRS_OF_A_STEP)]
+        return [*python, "benchmarks/preference_ways.py", "dpo", *words]
+    if case in ("ppo", "grpo"):
+        folder = online_case.prepare()
+        return [*python, "benchmarks/online_ways.py", case, str(folder), str(steps), "1"]
+    if case == "rollout":
+        return [*python, "benchmarks/rollout_ways.py", "coati", str(steps), repr(ROLLOUT)]
+    return [*python, "-c", PREPARE, str(DATA_ROWS)]
+
+
+CASES = ("sft", "dpo", "ppo", "grpo", "data", "rollout")
+
+
+def interval_of_median(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """A distribution-free interval: the k-th smallest and largest value, k the largest with which
+    the binomial(n, 1/2) probability of covering the median is at least ``confidence``."""
+    ordered = sorted(values)
+    n = len(ordered)
+    k, tail = 0, 0.0
+    while k + 1 <= n // 2 and 1 - 2 * (tail + math.comb(n, k) / 2**n) >= confidence:
+        tail += math.comb(n, k) / 2**n
+        k += 1
+    return ordered[max(k - 1, 0)], ordered[n - max(k, 1)]
+
+
+def compare(case: str, before: Path, pairs: int) -> dict:
+    steps = WARM_UP + pairs
+    command = commands(case, steps)
+    workers = {
+        name: Worker(name, command, cwd=root)
+        for name, root in (("now", sft_case.ROOT), ("before", before))
+    }
+    for index in range(steps):
+        for name in workers if index % 2 else reversed(workers):
+            workers[name].step()
+    seconds = {
+        name: [step["seconds"] for step in worker.steps[WARM_UP:]]
+        for name, worker in workers.items()
+    }
+    for worker in workers.values():
+        worker.process.kill()
+    ratios = [a / b for a, b in zip(seconds["before"], seconds["now"], strict=True)]
+    return {
+        "seconds": seconds,
+        "ratios": ratios,
+        "median": median(ratios),
+        "interval": interval_of_median(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", type=Path, required=True, help="another checkout")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", help="write the figures as JSON")
+    args = parser.parse_args()
+    results = {}
+    for case in args.cases:
+        results[case] = found = compare(case, args.before.resolve(), args.pairs)
+        low, high = found["interval"]
+        before, now = (median(found["seconds"][name]) for name in ("before", "now"))
+        print(
+            f"{case:8s} {found['median']:.3f} x (95% {low:.3f} to {high:.3f}; a step took "
+            f"{before:.2f} s before, {now:.2f} s now; load {os.getloadavg()[0]:.1f})",
+            flush=True,
+        )
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -152,7 +152,7 @@ def one_process_rates(rows: list[dict], ours, theirs) -> tuple[float, float]:
 
 def main(args: argparse.Namespace) -> None:
     from coati.dataset import tokenize_sft
-    from coati.models.loading import load_tokenizer
+    from coati.models.tokenizer import load_tokenizer
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import datasets  # noqa: F401  (half of either way's time otherwise, on so few rows)

@@ -21,7 +21,7 @@ def make_tokenizer(directory: str | None, vocab_size: int = 8000) -> Any:
     """The tokenizer of a model directory; without one a byte-level BPE trained on the sample rows,
     with ChatML."""
     if directory:
-        from coati.models.loading import load_tokenizer
+        from coati.models.tokenizer import load_tokenizer
 
         return load_tokenizer(directory)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -9,6 +9,7 @@ from pathlib import Path
 from coati.cli.checks import check_lora, check_mixture, check_parallel, check_paths, read_json
 from coati.experience_buffer.batch_sizes import windows_per_episode
 from coati.experience_maker.advantage_registry import GROUP_METHODS
+from coati.models.loading import find_model, is_bare
 from coati.parallel.plugin_checks import scalar_head_problem
 from coati.parallel.plugins import PLUGINS
 from coati.rewards.registry import REWARDS, check_rewards
@@ -25,7 +26,6 @@ PLACES_OF_KL = {
 }
 ESTIMATOR_OF = {"loss": "k3", "reward": "k1"}
 LONGEST_MARGIN = 1024
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Plugins whose weights one process holds whole, so that several models can share them.
 SHARING = tuple(name for name, row in PLUGINS.items() if row.whole_weights)
 # A sampled token's log-prob is of the whole distribution, whatever these made of it.
@@ -147,38 +147,22 @@ def _check_reward_sources(args: Namespace) -> None:
 
 
 def _check_weights(args: Namespace, flag: str, *names: str) -> None:
-    path = getattr(args, flag)
-    if is_bare(model_directory(flag, path, *names)) and args.rm_pretrain is None:
+    path = Path(getattr(args, flag))
+    if path.is_file():
+        raise ValueError(
+            f"--{flag} {path} is a file; expected the directory that a training script wrote"
+        )
+    if not path.is_dir():
+        raise ValueError(f"--{flag} {path}: there is no such directory")
+    try:
+        place = find_model(path, *names)
+    except ValueError as error:
+        raise ValueError(f"--{flag} {error}") from error
+    if is_bare(place) and args.rm_pretrain is None:
         raise ValueError(
             f"--{flag} {path} holds weights without a configuration: name their architecture with "
             "--rm_pretrain"
         )
-
-
-def model_directory(flag: str, path: str, *names: str) -> Path:
-    """The model directory that ``path`` means: itself, its ``modeling``, or that of one of its
-    parts ``names``."""
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(
-            f"--{flag} {path} is a file; expected the directory that a training script wrote"
-        )
-    if not folder.is_dir():
-        raise ValueError(f"--{flag} {path}: there is no such directory")
-    for place in (folder, folder / "modeling", *(folder / name / "modeling" for name in names)):
-        if not is_bare(place) or any(next(place.glob(pattern), None) for pattern in WEIGHTS):
-            return place
-    raise ValueError(
-        f"--{flag} {path} holds no model (config.json, adapter_config.json), nor does its "
-        "modeling/ directory; name "
-        "the directory that the training script wrote"
-    )
-
-
-def is_bare(folder: Path) -> bool:
-    """Whether a directory has no configuration, so that its weights, if any, need one from
-    elsewhere."""
-    return not any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def check_ids(written: int, read: int) -> None:

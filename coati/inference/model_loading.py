@@ -11,15 +11,14 @@ from torch import nn
 
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.inference.export.quantization import bitsandbytes_on_cpus, quantization_kwargs
-from coati.models.loading import adapter_base, check_vocabulary, load_causal_lm, load_tokenizer
+from coati.models.loading import adapter_base, find_model, load_causal_lm
+from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import hush
-from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 TEMPLATE = "conversation_template.json"
-_INSIDE = ("modeling", "actor/modeling")  # of a checkpoint or of the directory given to --save_dir
 
 
 class Loaded(NamedTuple):
@@ -52,13 +51,13 @@ def load(
     lacks, or has too much.
     """
     hush()
-    directory = weights_of(path)
+    directory = find_model(path, "actor")
     if quant and adapter_base(directory):
         raise ValueError(
             f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
             "merge_lora.py"
         )
-    tokenizer = load_tokenizer(tokenizer_path or with_tokenizer(directory), trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_path or find_tokenizer(directory), trust_remote_code)
     conversation = conversation_of(directory, tokenizer, template)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
@@ -84,27 +83,6 @@ def with_system(loaded: Loaded, text: str) -> Loaded:
     return loaded._replace(conversation=Conversation.from_config(loaded.tokenizer, config))
 
 
-def weights_of(path: str | os.PathLike) -> str | Path:
-    """Where the weights of ``path`` are: itself, or ``modeling`` in a checkpoint or an output
-    directory.
-
-    Raises ValueError naming the checkpoints of an output directory whose training has not ended.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        return str(path)
-    for inside in (".", *_INSIDE):
-        if any(
-            (directory / inside / name).is_file() for name in ("config.json", "adapter_config.json")
-        ):
-            return directory / inside if inside != "." else directory
-    if found := sorted(entry.name for entry in directory.glob("epoch-*_step-*")):
-        raise ValueError(
-            f"{path}: no final model here, but checkpoints; name one of them: {', '.join(found)}"
-        )
-    return directory
-
-
 def conversation_of(
     directory: str | os.PathLike, tokenizer, template: dict | str | os.PathLike | None = None
 ) -> Conversation:
@@ -127,13 +105,3 @@ def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:
     if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in stops:
         stops.append([tokenizer.eos_token_id])
     return stops
-
-
-def with_tokenizer(directory: str | Path) -> str | Path:
-    """``directory``, or the base model's place where an adapter was saved without its tokenizer."""
-    folder, adapter = Path(directory), Path(directory) / "adapter_config.json"
-    if not adapter.is_file() or (folder / "tokenizer_config.json").is_file():
-        return directory
-    base = load_json(adapter).get("base_model_name_or_path") or directory
-    logger.warning_once(f"{directory} holds no tokenizer; that of its base {base} is used")
-    return base

@@ -8,13 +8,18 @@ backbone's weights under the names they have in the language model, and ``score.
 
 import copy
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 
+from coati.models.loading import adapter_base, load_backbone, merge_adapter
 from coati.models.logprobs import right_pad_order
+from coati.models.scalar_loading import saved_head, set_head
+
+Scalar = TypeVar("Scalar", bound="BaseModel")
 
 
 class ScalarHead(nn.Linear):
@@ -33,10 +38,13 @@ class ScalarHead(nn.Linear):
 class BaseModel(nn.Module):
     """A backbone and a :class:`ScalarHead` named ``score``.
 
-    Args: pretrained: directory or hub name; its weights without the vocabulary head, and a new
-        head. To load a saved head too: :func:`coati.models.scalar_loading.load_scalar_model`.
-        config: instead, a transformers configuration: random weights. backbone: instead, a
-        transformers model, with or without vocabulary head; its weights are shared, not copied.
+    Args: backbone: a transformers model, with or without vocabulary head; its weights are shared,
+        not copied. keep_lm_head: keep the vocabulary head of ``backbone`` beside the scalar one,
+        where :meth:`get_output_embeddings` finds it. pretrained, config: instead, the reference's
+        form: a directory or hub name whose backbone is loaded below a new head, or a transformers
+        configuration for random weights. For a saved head see :meth:`from_pretrained`.
+
+    Raises ValueError unless exactly one of the three is given.
     """
 
     # The modules that LoRA trains whole: they are new, there is nothing to adapt.
@@ -50,31 +58,60 @@ class BaseModel(nn.Module):
         config: Any = None,
         *,
         backbone: nn.Module | None = None,
+        keep_lm_head: bool = False,
         **keywords: Any,
     ) -> None:
         super().__init__()
         if sum(given is not None for given in (pretrained, config, backbone)) != 1:
             raise ValueError(f"{type(self).__name__} takes one of pretrained, config and backbone")
-        if config is not None:
-            from transformers import AutoModel
-
-            backbone = AutoModel.from_config(config, **keywords)
-        elif pretrained is not None:
-            from coati.models.loading import load_backbone
-
-            backbone = load_backbone(pretrained, **keywords)
+        if pretrained is not None:
+            backbone = load_backbone(pretrained, keep_lm_head=keep_lm_head, **keywords)
+        elif config is not None:
+            auto_class = AutoModelForCausalLM if keep_lm_head else AutoModel
+            backbone = auto_class.from_config(config, **keywords)
+        name, head = named_head(backbone) if keep_lm_head else (None, None)
         backbone = without_head(backbone)
         # Where the language model has it, so that weights keep their names.
         self.base_model_prefix = backbone.base_model_prefix or "model"
         setattr(self, self.base_model_prefix, backbone)
-        self.name_or_path = getattr(
-            backbone, "name_or_path", ""
-        )  # peft looks for it among the plain attributes
+        self.lm_head_name = name
+        if name is not None:  # after the backbone, whose names tied weights have
+            setattr(self, name, head)
+        # peft looks for it among the plain attributes.
+        self.name_or_path = getattr(backbone, "name_or_path", "")
         self.config = classifier_config(backbone.config, self.task, self.kind)
         backbone.config = self.config
         self.score = ScalarHead(width_of(self.config))
         self.score.to(next(backbone.parameters()))
         self.init_head()
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Scalar],
+        path: str | os.PathLike,
+        *,
+        new_head: bool = False,
+        keep_lm_head: bool = False,
+        **options: Any,
+    ) -> Scalar:
+        """The model of ``path``: a directory of this library, a classifier of one label, or a PEFT
+        adapter, which is merged into its base.
+
+        ``new_head``: a directory without a head is a base to train on; its head is drawn and that
+        is said. A saved head is taken in either case; a critic takes a reward model's.
+        ``options``: dtype, attn_implementation, trust_remote_code of
+        :func:`~coati.models.loading.load_backbone`.
+
+        Raises ValueError when a head is wanted and not there, or is of another width or number of
+        labels, and as :func:`~coati.models.loading.load_causal_lm`.
+        """
+        base = adapter_base(path)
+        state = saved_head(cls.kind, path, new_head)
+        backbone = load_backbone(base or path, keep_lm_head=keep_lm_head, **options)
+        model = cls(backbone=backbone, keep_lm_head=keep_lm_head)
+        if state is not None:
+            set_head(model.score, state, path)
+        return merge_adapter(model, path) if base else model
 
     @torch.no_grad()
     def init_head(self) -> None:
@@ -90,8 +127,8 @@ class BaseModel(nn.Module):
     def states(
         self, input_ids: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, d) with each row's padding at its end, and where each came from: (B,
-        S) positions."""
+        """Hidden states (B, S, d) with each row's padding moved to its end, and the position (B, S)
+        each came from."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         order = right_pad_order(attention_mask)
@@ -104,8 +141,9 @@ class BaseModel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The vocabulary head, where it was kept."""
+        return getattr(self, self.lm_head_name) if self.lm_head_name else None
 
     def resize_token_embeddings(self, *args: Any, **keywords: Any) -> nn.Module:
         return self.backbone.resize_token_embeddings(*args, **keywords)
@@ -127,6 +165,15 @@ class BaseModel(nn.Module):
     @property
     def _supports_attention_backend(self) -> bool:
         return getattr(self.backbone, "_supports_attention_backend", False)
+
+
+def named_head(causal_lm: nn.Module) -> tuple[str, nn.Module]:
+    """The vocabulary head of a language model and its name there. Raises ValueError for a model
+    without one."""
+    head = causal_lm.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"keep_lm_head: {type(causal_lm).__name__} has no vocabulary head")
+    return next((name, module) for name, module in causal_lm.named_children() if module is head)
 
 
 def without_head(model: nn.Module) -> nn.Module:

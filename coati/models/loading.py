@@ -1,61 +1,142 @@
-"""Models and tokenizers from a directory or a hub name, with errors that say what is wrong with the
-directory."""
+"""Models from a directory or a hub name: what a directory holds (adapter, base, configuration,
+weights), and loaders whose errors say what is wrong with it. Imports nothing heavy."""
 
-import difflib
 import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 
+if TYPE_CHECKING:
+    from torch import nn
+
 logger = get_logger(__name__)
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "auto"}
+ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*.bin",
     "pytorch_model*.bin.index.json",
 )
+# Beginnings of names of heads, which a backbone leaves behind.
+_SCALAR_HEADS = ("score.", "value_head.")
+_HEADS = ("lm_head.", "embed_out.", *_SCALAR_HEADS)
 
 
-def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
-    """The tokenizer of ``path`` (a directory or a hub name), fast where there is one, always with a
-    pad token.
+# What a directory holds
 
-    A missing pad token becomes the end token, which is harmless here: masks come from lengths.
-    Raises ValueError for a class unknown to transformers, code that was not trusted, a missing
-    directory and missing end token.
+
+def find_model(path: str | os.PathLike, *parts: str) -> str:
+    """The model directory that ``path`` means: itself, its ``modeling``, or that of one of its
+    ``parts`` ("actor", "critic"); what is no directory (a hub name, say) is returned as it is.
+
+    Raises ValueError for a directory without a model, naming the checkpoints in it.
     """
-    from transformers import AutoTokenizer
-
-    _check_directory(path, "tokenizer")
-    if not trust_remote_code:
-        _check_tokenizer_class(Path(path) / "tokenizer_config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise explained(path, "tokenizer", error) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"{path}: the tokenizer has neither eos_token nor pad_token; set them in its config"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-        logger.warning_once(
-            f"the tokenizer has no pad token; {tokenizer.eos_token!r} serves (masks come from "
-            "lengths)"
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    for place in (folder, folder / "modeling", *(folder / part / "modeling" for part in parts)):
+        if not is_bare(place) or has_weights(place):
+            return str(place)
+    if found := sorted(entry.name for entry in folder.glob("epoch-*_step-*")):
+        raise ValueError(
+            f"{path}: no final model here, but checkpoints; name one of them: {', '.join(found)}"
         )
-    return tokenizer
+    raise ValueError(
+        f"{path} holds no model (config.json, adapter_config.json), nor does its modeling/ "
+        f"directory; name the directory that the training script wrote; {_holds(folder)}"
+    )
+
+
+def is_bare(path: str | os.PathLike) -> bool:
+    """Whether a directory has no configuration, so that its weights, if any, need one from
+    elsewhere."""
+    return not any((Path(path) / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def has_weights(path: str | os.PathLike) -> bool:
+    """Whether a directory holds weights, whole or in parts."""
+    return any(next(Path(path).glob(pattern), None) for pattern in _WEIGHTS)
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """``config.json`` of a directory as it stands there; empty where there is none (a hub name,
+    say)."""
+    file = Path(path) / "config.json"
+    return load_json(file) if file.is_file() else {}
+
+
+def adapter_base(path: str | os.PathLike) -> str | None:
+    """The base model of a directory that holds a PEFT adapter and no model, else None.
+
+    Raises ValueError when the adapter does not say which, or it is not there.
+    """
+    directory = Path(path)
+    if not (directory / ADAPTER_CONFIG).is_file() or (directory / "config.json").is_file():
+        return None
+    name = load_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"{directory / 'adapter_config.json'}: base_model_name_or_path is empty; write the "
+            "base there"
+        )
+    beside = directory / name
+    base = str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+    if os.path.isabs(base) and not Path(base).is_dir():
+        raise ValueError(
+            f"{directory / 'adapter_config.json'}: the base model {name} is not there; put it back "
+            "or write its new "
+            "place into base_model_name_or_path"
+        )
+    return base
+
+
+def _holds(directory: Path) -> str:
+    there = sorted(entry.name for entry in directory.iterdir())
+    return f"it holds {', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing'}"
+
+
+def check_directory(path: str | os.PathLike, kind: str) -> None:
+    """Raise ValueError for a path that looks local and holds no ``kind``, "model" or "tokenizer";
+    hub names pass."""
+    directory, wanted = Path(path), f"a Hugging Face {kind} directory or a name on the hub"
+    if directory.is_file():
+        raise ValueError(f"{path} is a file; expected {wanted}")
+    if not directory.is_dir():
+        if os.path.isabs(path) or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+            raise ValueError(f"{path}: no such directory; expected {wanted}")
+        return
+    holds = _holds(directory)
+    if kind == "tokenizer" and not any(
+        "token" in entry.name or "vocab" in entry.name or entry.name == "config.json"
+        for entry in directory.iterdir()
+    ):
+        raise ValueError(
+            f"{path}: no tokenizer files (tokenizer.json, tokenizer_config.json); {holds}"
+        )
+    if kind == "model" and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{path}: no config.json, so this is not a Hugging Face model directory; {holds}"
+        )
+    if kind == "model" and not has_weights(directory):
+        raise ValueError(
+            f"{path}: no weights (model.safetensors, pytorch_model.bin or parts with an index); "
+            f"{holds}"
+        )
+
+
+# Loaders
 
 
 def load_config(path: str | os.PathLike, trust_remote_code: bool = False):
     """The configuration of ``path``. Raises ValueError as :func:`load_causal_lm` does, before
     weights are read."""
-    _check_directory(path, "model")
+    check_directory(path, "model")
     return load_configuration(path, trust_remote_code)
 
 
@@ -90,9 +171,12 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     options = _load_options(dtype, attn_implementation, trust_remote_code) | (placing or {})
-    if adapter_base(path):
-        return _with_adapter(Path(path), dtype, options, strict)
-    return _load(AutoModelForCausalLM, path, dtype, options, strict=strict)
+    if (base := adapter_base(path)) is None:
+        return _load(AutoModelForCausalLM, path, dtype, options, strict=strict)
+    model = merge_adapter(load_causal_lm(base, dtype=dtype, strict=strict, **options), path)
+    # An adapter trained on top names this directory as its base, not the base of the base.
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
 
 
 def load_backbone(
@@ -101,17 +185,59 @@ def load_backbone(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    keep_lm_head: bool = False,
 ):
-    """The model of ``path`` without any head; arguments and errors as :func:`load_causal_lm`."""
-    from transformers import AutoModel
+    """The model of ``path`` without any head, or with the vocabulary head alone when
+    ``keep_lm_head``; arguments and errors as :func:`load_causal_lm`."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
     options = _load_options(dtype, attn_implementation, trust_remote_code)
     if adapter_base(path):
-        model = _with_adapter(Path(path), dtype, options, strict=False)
-        return getattr(model, model.base_model_prefix)
-    return _load(
-        AutoModel, path, dtype, options, heads=("lm_head.", "score.", "value_head.", "embed_out.")
+        model = load_causal_lm(path, dtype=dtype, **options)
+        return model if keep_lm_head else getattr(model, model.base_model_prefix)
+    auto_class = AutoModelForCausalLM if keep_lm_head else AutoModel
+    heads = _SCALAR_HEADS if keep_lm_head else _HEADS
+    return _load(auto_class, path, dtype, options, heads=heads)
+
+
+def adapted(base: "nn.Module", directory: str | os.PathLike) -> "nn.Module":
+    """``base`` with the adapter of ``directory`` around it, a PeftModel.
+
+    Raises ValueError when the adapter cannot be read or its tensors are not exactly those that its
+    settings ask for.
+    """
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    try:
+        model = PeftModel.from_pretrained(base, str(directory))
+        held = {
+            name for name in load_peft_weights(str(directory), device="cpu") if ".lora_" in name
+        }
+    except Exception as error:  # safetensors and pickle have error classes of their own
+        raise explained(directory, "adapter", error) from error
+    wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
+    for names, what in (
+        (wanted - held, "lacks"),
+        (held - wanted, "has tensors that its settings have no use for:"),
+    ):
+        if names:
+            raise ValueError(
+                f"{directory}: the adapter {what} {min(names)} ({len(names)} such names); it "
+                "belongs to another base model, or was cut when it was copied"
+            )
+    return model
+
+
+def merge_adapter(base: "nn.Module", directory: str | os.PathLike) -> "nn.Module":
+    """``base`` with the adapter of ``directory`` added into its weights; errors as
+    :func:`adapted`."""
+    from coati.models.lora.lora import merge_lora
+
+    logger.info(
+        f"{directory} holds a LoRA adapter; it is merged into its base {adapter_base(directory)}"
     )
+    return merge_lora(adapted(base, directory))
 
 
 def _load_options(
@@ -120,9 +246,8 @@ def _load_options(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if (
-        attn_implementation is not None
-    ):  # None, passed on, means eager in some versions and a choice in others
+    # None, passed on, means eager in some versions and a choice in others.
+    if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     return options
 
@@ -136,7 +261,7 @@ def _load(
     strict: bool = False,
 ):
     """``heads``: beginnings of names that are left behind on purpose."""
-    _check_directory(path, "model")
+    check_directory(path, "model")
     options = options | {"torch_dtype": DTYPES[dtype]}
     try:
         model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)
@@ -145,7 +270,10 @@ def _load(
     if unexpected := sorted(
         key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
     ):
-        told = f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights ({', '.join(unexpected[:3])})"
+        told = (
+            f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights "
+            f"({', '.join(unexpected[:3])})"
+        )
         if strict:
             raise ValueError(
                 f"{told}; is this a model of another kind, a reward model or critic perhaps?"
@@ -158,52 +286,6 @@ def _load(
             f"the files ({shown}); "
             "they would start at random. Is this a model of another kind, or an incomplete copy?"
         )
-    return model
-
-
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """``config.json`` of a directory as it stands there; empty where there is none (a hub name,
-    say)."""
-    file = Path(path) / "config.json"
-    return load_json(file) if file.is_file() else {}
-
-
-def adapter_base(path: str | os.PathLike) -> str | None:
-    """The base model of a directory that holds a PEFT adapter and no model, else None.
-
-    Raises ValueError when the adapter does not say which, or it is not there.
-    """
-    directory = Path(path)
-    if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
-        return None
-    name = load_json(directory / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
-        raise ValueError(
-            f"{directory / 'adapter_config.json'}: base_model_name_or_path is empty; write the "
-            "base there"
-        )
-    beside = directory / name
-    base = str(beside) if not Path(name).is_dir() and beside.is_dir() else name
-    if os.path.isabs(base) and not Path(base).is_dir():
-        raise ValueError(
-            f"{directory / 'adapter_config.json'}: the base model {name} is not there; put it back "
-            "or write its new "
-            "place into base_model_name_or_path"
-        )
-    return base
-
-
-def _with_adapter(directory: Path, dtype: str, options: dict[str, Any], strict: bool):
-    from coati.models.lora.adapter_files import adapted
-    from coati.models.lora.lora import merge_lora
-
-    logger.warning_once(
-        f"{directory} holds a LoRA adapter; it is merged into its base {adapter_base(directory)}"
-    )
-    base = load_causal_lm(adapter_base(directory), dtype=dtype, strict=strict, **options)
-    model = merge_lora(adapted(base, directory))
-    # An adapter trained on top names this directory as its base, not the base of the base.
-    model.name_or_path = model.config._name_or_path = str(directory)
     return model
 
 
@@ -229,25 +311,6 @@ def choose_attention(use_flash_attn: bool, dtype: str, on_gpu: bool) -> str:
     return "sdpa"
 
 
-def check_vocabulary(model, tokenizer) -> None:
-    """Raise ValueError if the tokenizer can make ids that the model has no embedding for."""
-    rows, known = model.get_input_embeddings().weight.shape[0], len(tokenizer)
-    vocabulary = tokenizer.get_vocab()
-    largest = max(vocabulary, key=vocabulary.get)
-    if vocabulary[largest] >= rows:
-        raise ValueError(
-            f"the tokenizer has {known} tokens (last: {largest!r}, id {vocabulary[largest]}), the "
-            "model's vocabulary "
-            f"{rows}; use the tokenizer that belongs to the model (--tokenizer_dir), or resize the "
-            "model's embeddings"
-        )
-    if known < 0.75 * rows:
-        logger.warning_once(
-            f"the tokenizer has {known} tokens, the model's vocabulary {rows}: do they belong "
-            "together?"
-        )
-
-
 def disable_dropout(model) -> None:
     """Set every dropout probability of ``model`` to 0, modules and plain attributes of attention
     layers alike."""
@@ -266,62 +329,6 @@ def disable_dropout(model) -> None:
 def get_model_numel(model) -> int:
     """How many parameters ``model`` has, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _check_directory(path: str | os.PathLike, kind: str) -> None:
-    """Refuse a path that looks local and holds no model (or tokenizer); hub names pass."""
-    directory, wanted = Path(path), f"a Hugging Face {kind} directory or a name on the hub"
-    if directory.is_file():
-        raise ValueError(f"{path} is a file; expected {wanted}")
-    if not directory.is_dir():
-        if os.path.isabs(path) or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-            raise ValueError(f"{path}: no such directory; expected {wanted}")
-        return
-    there = sorted(entry.name for entry in directory.iterdir())
-    holds = f"it holds {', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing'}"
-    if kind == "tokenizer" and not any(
-        "token" in name or "vocab" in name or name == "config.json" for name in there
-    ):
-        raise ValueError(
-            f"{path}: no tokenizer files (tokenizer.json, tokenizer_config.json); {holds}"
-        )
-    if kind == "model" and "config.json" not in there:
-        raise ValueError(
-            f"{path}: no config.json, so this is not a Hugging Face model directory; {holds}"
-        )
-    if kind == "model" and not any(list(directory.glob(pattern)) for pattern in _WEIGHTS):
-        raise ValueError(
-            f"{path}: no weights (model.safetensors, pytorch_model.bin or parts with an index); "
-            f"{holds}"
-        )
-
-
-def _check_tokenizer_class(file: Path) -> None:
-    """Name the line of tokenizer_config.json whose class transformers lacks (LLaMATokenizer of
-    early conversions)."""
-    from transformers.models.auto.tokenization_auto import (
-        TOKENIZER_MAPPING_NAMES,
-        tokenizer_class_from_name,
-    )
-
-    config = load_json(file) if file.is_file() else {}
-    name = config.get("tokenizer_class")
-    if (
-        not name
-        or "AutoTokenizer" in config.get("auto_map", {})
-        or tokenizer_class_from_name(name) is not None
-    ):
-        return
-    if tokenizer_class_from_name(f"{name}Fast") is not None:
-        return
-    known = {each for pair in TOKENIZER_MAPPING_NAMES.values() for each in pair if each}
-    exact = [each for each in known if each.lower() == name.lower()]
-    near = (exact or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0))[0]
-    lines = file.read_text(encoding="utf-8").splitlines()
-    number = next((n for n, line in enumerate(lines, 1) if '"tokenizer_class"' in line), 1)
-    raise ValueError(
-        f'{file}:{number}: tokenizer_class "{name}" is unknown to transformers; write "{near}" there'
-    )
 
 
 def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueError:

@@ -26,7 +26,7 @@ class RewardModel(BaseModel):
         the padding is on.
 
         ``cu_seq_lens_q`` (B + 1,): the ends of rows laid end to end in ``input_ids`` (1, T), see
-        models/varlen.py.
+        models/padding_free.py.
         """
         keywords.setdefault("use_cache", False)
         if cu_seq_lens_q is not None:

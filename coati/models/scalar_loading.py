@@ -7,71 +7,50 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coati.models.base import BaseModel
-from coati.models.loading import (
-    DTYPES,
-    adapter_base,
-    load_backbone,
-    load_configuration,
-    read_config,
-)
+from coati.models.loading import DTYPES, adapter_base, load_configuration, read_config
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-Scalar = TypeVar("Scalar", bound=BaseModel)
+Scalar = TypeVar("Scalar", bound=nn.Module)
 # This library's name first; the second is what ColossalChat's own directories use.
 HEADS = ("score", "value_head")
 _SINGLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 
 
-def load_scalar_model(
-    kind: type[Scalar],
-    path: str | os.PathLike,
-    *,
-    new_head: bool = False,
-    dtype: str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> Scalar:
-    """The reward model (or critic) of ``path``: a directory of this library, a classifier of one
-    label, a PEFT adapter.
+def load_scalar_model(kind: type[Scalar], path: str | os.PathLike, **options: Any) -> Scalar:
+    """:meth:`~coati.models.base.BaseModel.from_pretrained` of ``kind``, RewardModel or Critic."""
+    return kind.from_pretrained(path, **options)
 
-    ``new_head``: a directory without a head is a base to train on; its head is drawn and that is
-    said. A saved head is taken in either case; a critic takes a reward model's.
 
-    Raises ValueError when a head is wanted and not there, or is of another width or number of
-    labels.
+def saved_head(
+    kind: str, path: str | os.PathLike, new_head: bool = False
+) -> dict[str, Tensor] | None:
+    """:func:`head_state` of ``path`` for a model of ``kind`` ("reward", "critic"); None where a new
+    head is to be drawn.
+
+    Raises ValueError when a head is wanted and not there, or it is a critic's and not a score.
     """
-    options = {
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code,
-    }
-    if base := adapter_base(path):
-        return _with_adapter(kind, Path(path), base, options)
-    held = read_config(path)
     state = head_state(path)
-    if state is None and not new_head:
-        raise ValueError(
-            f"{path} has no scalar head (score.weight): it is a language model, not a reward "
-            "model. Train one from it "
-            "with train_rm.py, or name the directory that train_rm.py wrote"
-        )
-    if kind.kind == "reward" and held.get("coati_head") == "critic":
-        raise ValueError(
-            f"{path} is a critic: its head gives the values of states, not the scores of answers"
-        )
-    model = kind(backbone=load_backbone(path, **options))
     if state is None:
-        logger.warning_once(
-            f"{path} has no scalar head: it is taken as the base, and a new head is drawn."
+        if adapter_base(path):
+            raise ValueError(
+                f"{path}: this LoRA adapter has no scalar head; it was not trained by train_rm.py"
+            )
+        if not new_head:
+            raise ValueError(
+                f"{path} has no scalar head (score.weight): it is a language model, not a reward "
+                "model. Train one from it with train_rm.py, or name the directory that "
+                "train_rm.py wrote"
+            )
+        logger.info(f"{path} has no scalar head: it is taken as the base, and a new head is drawn.")
+    elif kind == "reward" and read_config(path).get("coati_head") == "critic":
+        raise ValueError(
+            f"{path} is a critic: its head gives the values of states, not the scores of responses"
         )
-    else:
-        set_head(model, state, path)
-    return model
+    return state
 
 
 def load_scalar_weights(
@@ -107,15 +86,14 @@ def load_scalar_weights(
     except RuntimeError as error:
         text = str(error).split("\n\t", 2)[1]
         raise ValueError(f"{path}: not the weights of {architecture} ({text[:300]})") from error
-    set_head(model, head, path)
+    set_head(model.score, head, path)
     kept = next(iter(tensors.values())).dtype if dtype == "auto" else getattr(torch, DTYPES[dtype])
     return model.to(kept)
 
 
 def _backbone_tensors(path: str | os.PathLike, prefix: str) -> dict[str, Tensor]:
     """Every tensor of the files of ``path`` but heads, without the name that the backbone had
-    there: a wrapper's
-    ``model.`` or its own ``prefix``."""
+    there: a wrapper's ``model.`` or its own ``prefix``."""
     tensors: dict[str, Tensor] = {}
     for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")]):
         tensors |= {name: _tensor(str(file), name) for name in _names_in(str(file))}
@@ -127,10 +105,11 @@ def _backbone_tensors(path: str | os.PathLike, prefix: str) -> dict[str, Tensor]
     return tensors
 
 
-def set_head(model: BaseModel, state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Put ``weight`` and perhaps ``bias`` of :func:`head_state` into ``model``. Raises ValueError
+def set_head(head: nn.Linear, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Put ``weight`` and perhaps ``bias`` of :func:`head_state` into ``head``. Raises ValueError
     for another shape."""
-    found, wanted = tuple(state["weight"].shape), tuple(model.score.weight.shape)
+    found = tuple(state["weight"].shape)
+    wanted = tuple(head.weight.shape)
     if found[0] != 1:
         raise ValueError(
             f"{path}: its head gives {found[0]} numbers, a classifier of {found[0]} labels; "
@@ -142,8 +121,8 @@ def set_head(model: BaseModel, state: dict[str, Tensor], path: str | os.PathLike
             "model's?"
         )
     with torch.no_grad():
-        model.score.weight.copy_(state["weight"])
-        model.score.bias.copy_(state.get("bias", torch.zeros(1)))
+        head.weight.copy_(state["weight"])
+        head.bias.copy_(state.get("bias", torch.zeros(1)))
 
 
 def head_state(path: str | os.PathLike) -> dict[str, Tensor] | None:
@@ -191,20 +170,3 @@ def _tensor(file: str, key: str) -> Tensor:
         with safe_open(file, "pt") as tensors:
             return tensors.get_tensor(key)
     return torch.load(file, weights_only=True, mmap=True)[key].clone()
-
-
-def _with_adapter(
-    kind: type[Scalar], directory: Path, base: str, options: dict[str, Any]
-) -> Scalar:
-    from coati.models.lora.adapter_files import adapted
-    from coati.models.lora.lora import merge_lora
-
-    state = head_state(directory)
-    if state is None:
-        raise ValueError(
-            f"{directory}: this LoRA adapter has no scalar head; it was not trained by train_rm.py"
-        )
-    logger.warning_once(f"{directory} holds a LoRA adapter; it is merged into its base {base}")
-    model = kind(backbone=load_backbone(base, **options))
-    set_head(model, state, directory)
-    return merge_lora(adapted(model, directory))

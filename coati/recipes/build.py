@@ -14,17 +14,15 @@ from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader, prepa
 from coati.dataset.load.packing import PackCollator
 from coati.models.block_mask import sliding_window
 from coati.models.loading import (
-    check_vocabulary,
     choose_attention,
     disable_dropout,
     load_causal_lm,
     load_config,
-    load_tokenizer,
 )
 from coati.models.lora.adapter_files import load_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.reward_model import RewardModel
-from coati.models.scalar_loading import load_scalar_model
+from coati.models.tokenizer import check_vocabulary, load_tokenizer
 from coati.parallel.boost import boost, prepare_colossalai
 from coati.parallel.checkpoint import RunningState, restore
 from coati.parallel.engine import Engine
@@ -107,7 +105,7 @@ def reward_model(args: Namespace, options: ParallelOptions, tokenizer: Any, resu
         options,
         tokenizer,
         resume,
-        partial(load_scalar_model, RewardModel, new_head=new_head),
+        partial(RewardModel.from_pretrained, new_head=new_head),
         dropout=False,
     )
     # It cancels in every pair, and Adam would make small steps of the rounding errors that are left

@@ -7,7 +7,6 @@ from typing import Any
 
 from coati.models.critic import Critic
 from coati.models.loading import load_causal_lm
-from coati.models.scalar_loading import load_scalar_model
 from coati.parallel.checkpoint import RunningState, read_checkpoint, save_models
 from coati.parallel.estimate import estimate_memory
 from coati.recipes.finish import given, place_beside
@@ -17,7 +16,7 @@ from coati.utils.memory import describe_memory, in_units, peak_memory_of_ranks
 
 logger = get_logger(__name__)
 
-LOADERS = {"actor": load_causal_lm, "critic": lambda folder: load_scalar_model(Critic, folder)}
+LOADERS = {"actor": load_causal_lm, "critic": Critic.from_pretrained}
 TOLD = (
     "reward",
     "reward_std",

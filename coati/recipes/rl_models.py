@@ -12,23 +12,24 @@ from typing import Any
 
 import torch
 
-from coati.cli.rollout_checks import check_ids, is_bare, model_directory
+from coati.cli.rollout_checks import check_ids
 from coati.dataset.chat.conversation import Conversation
 from coati.models.base import BaseModel, without_head
 from coati.models.critic import Critic
 from coati.models.loading import (
     adapter_base,
-    check_vocabulary,
     disable_dropout,
+    find_model,
+    is_bare,
     load_causal_lm,
     load_config,
     load_configuration,
-    load_tokenizer,
 )
 from coati.models.lora.adapter_files import SETTINGS, load_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.reward_model import RewardModel
-from coati.models.scalar_loading import load_scalar_model, load_scalar_weights
+from coati.models.scalar_loading import load_scalar_weights
+from coati.models.tokenizer import check_vocabulary, load_tokenizer
 from coati.parallel.boost import boost
 from coati.parallel.checkpoint import restore
 from coati.parallel.engine import Engine
@@ -167,8 +168,9 @@ def reward_start(args: Namespace) -> Start | None:
     """Where the reward model is. ``new_head``: there is none, the flag names the critic's start
     alone."""
     if args.rm_checkpoint_path is not None:
-        path = model_directory("rm_checkpoint_path", args.rm_checkpoint_path)
-        return Start("rm_checkpoint_path", str(path), architecture=args.rm_pretrain)
+        with _naming("rm_checkpoint_path"):
+            path = find_model(args.rm_checkpoint_path)
+        return Start("rm_checkpoint_path", path, architecture=args.rm_pretrain)
     if args.rm_pretrain is None:
         return None
     return Start(
@@ -181,8 +183,9 @@ def critic_start(args: Namespace, resume: Resume) -> Start:
     if (place := _beside(resume.weights)) is not None:
         return Start("checkpoint_path", str(place), trained=True)
     if args.critic_checkpoint_path is not None:
-        place = model_directory("critic_checkpoint_path", args.critic_checkpoint_path, "critic")
-        return Start("critic_checkpoint_path", str(place), architecture=args.rm_pretrain)
+        with _naming("critic_checkpoint_path"):
+            path = find_model(args.critic_checkpoint_path, "critic")
+        return Start("critic_checkpoint_path", path, architecture=args.rm_pretrain)
     if args.critic_pretrain is not None:
         return Start(
             "critic_pretrain", _place("critic_pretrain", args.critic_pretrain), new_head=True
@@ -191,8 +194,8 @@ def critic_start(args: Namespace, resume: Resume) -> Start:
 
 
 def _place(flag: str, path: str) -> str:
-    """A directory as training scripts write it, or a hub name."""
-    return str(model_directory(flag, path)) if Path(path).is_dir() else path
+    with _naming(flag):
+        return find_model(path)
 
 
 def _beside(weights: str | None) -> Path | None:
@@ -238,7 +241,7 @@ def _scalar(
 ):
     """The model of ``start``, all of it checked that can be."""
     loading = build.loading(args, options) | changes
-    bare = start.architecture is not None and is_bare(Path(start.path))
+    bare = start.architecture is not None and is_bare(start.path)
     with _naming(start.flag):
         if not adapter_base(start.path):
             source = start.architecture if bare else start.path
@@ -251,7 +254,7 @@ def _scalar(
         if bare:
             model = load_scalar_weights(kind, start.architecture, start.path, **loading)
         else:
-            model = load_scalar_model(kind, start.path, new_head=start.new_head, **loading)
+            model = kind.from_pretrained(start.path, new_head=start.new_head, **loading)
         check_vocabulary(model, tokenizer)
         check_ids(getattr(args, "_vocabulary", 0), model.get_input_embeddings().weight.shape[0])
         _check_same_tokens(args, tokenizer, start.path)

@@ -12,7 +12,7 @@ def main(args: Namespace) -> None:
     from coati.dataset.clean.cleaning import Cleaning
     from coati.dataset.prepare.prepare import check_outputs, prepare_dataset
     from coati.dataset.rows.input_files import find_files
-    from coati.models.loading import load_tokenizer
+    from coati.models.tokenizer import load_tokenizer
 
     # Before anything is loaded: what can be refused for its name alone.
     find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
@@ -60,7 +60,7 @@ def check(args: Namespace) -> None:
     """Print all that there is to say about the template; exit code 1 where training on it would be
     wrong."""
     from coati.dataset.chat.template_lint import check_template
-    from coati.models.loading import load_tokenizer
+    from coati.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     color = sys.stdout.isatty()

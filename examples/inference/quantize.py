@@ -14,11 +14,11 @@ def measured(name: str, folder, args: Namespace, original=None) -> dict:
     is against."""
     from coati.inference import load
     from coati.inference.export import perplexity as measure
-    from coati.inference.model_loading import weights_of
+    from coati.models.loading import find_model
 
     loaded = load(folder, trust_remote_code=args.trust_remote_code)
     rows = measure.rows_of(args.eval, loaded.conversation, args.max_length)
-    size = measure.size_of(weights_of(folder))
+    size = measure.size_of(find_model(folder, "actor"))
     return {
         "model": name,
         "bytes": size.embeddings + size.inside,
@@ -47,14 +47,15 @@ def show(one: dict, first: dict) -> None:
 def main(args: Namespace) -> None:
     from coati.inference.export import perplexity as measure
     from coati.inference.export.quantize import quantize
-    from coati.inference.model_loading import conversation_of, weights_of, with_tokenizer
-    from coati.models.loading import load_tokenizer
+    from coati.inference.model_loading import conversation_of
+    from coati.models.loading import find_model
+    from coati.models.tokenizer import find_tokenizer, load_tokenizer
 
-    original = weights_of(args.model_path)
+    original = find_model(args.model_path, "actor")
     calibration = []
     if args.calibration:
         conversation = conversation_of(
-            original, load_tokenizer(with_tokenizer(original), args.trust_remote_code)
+            original, load_tokenizer(find_tokenizer(original), args.trust_remote_code)
         )
         calibration = measure.rows_of(
             args.calibration, conversation, args.max_length, args.calibration_rows

@@ -56,7 +56,7 @@ def numbers(models: dict[str, Any]) -> dict[str, torch.Tensor]:
 def built(words: list[str], resume: Any = None) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """(models by name, what is saved beside their weights, the parsed flags)."""
     from coati.cli.rollouts import parse_ppo
-    from coati.models.loading import load_tokenizer
+    from coati.models.tokenizer import load_tokenizer
     from coati.recipes import build, rl_models
     from coati.recipes.resume import Resume
 

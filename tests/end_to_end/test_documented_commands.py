@@ -75,7 +75,8 @@ def ended(variables, tmp_path_factory) -> dict[str, tuple[Path, list[Ended]]]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_trains_a_step_and_leaves_a_model(ended, name):
-    from coati.models.loading import load_causal_lm, load_tokenizer
+    from coati.models.loading import load_causal_lm
+    from coati.models.tokenizer import load_tokenizer
 
     place, ranks = ended[name]
     assert [rank.code for rank in ranks] == [0] * len(ranks), ranks[0].err

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from coati.dataset.chat.conversation import Conversation
-from coati.inference.model_loading import conversation_of, load, weights_of
+from coati.inference.model_loading import conversation_of, load
+from coati.models.loading import find_model
 from coati.models.lora.adapter_files import save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
@@ -31,7 +33,7 @@ def write(directory, system=None):
 def test_a_model_is_found_in_its_directory_a_checkpoint_and_an_output_directory(tmp_path, place):
     write(tmp_path / "epoch-1_step-20" / place)
     assert (
-        weights_of(tmp_path / "epoch-1_step-20").resolve()
+        Path(find_model(tmp_path / "epoch-1_step-20", "actor")).resolve()
         == (tmp_path / "epoch-1_step-20" / place).resolve()
     )
 

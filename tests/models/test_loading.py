@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from coati.models.loading import (
-    check_vocabulary,
     choose_attention,
     disable_dropout,
+    find_model,
     get_model_numel,
+    has_weights,
+    is_bare,
     load_causal_lm,
-    load_tokenizer,
 )
 from coati.models.lora.adapter_files import save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
+from coati.models.tokenizer import load_tokenizer
 from tests.models.families import tiny_opt
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -140,16 +142,6 @@ def test_broken_configuration_is_said(directory):
         load_causal_lm(directory)
 
 
-def test_an_unknown_tokenizer_class_is_named_by_line_with_the_one_that_is_meant(directory):
-    edit(directory / "tokenizer_config.json", tokenizer_class="LLaMATokenizer")
-    lines = (directory / "tokenizer_config.json").read_text().splitlines()
-    number = next(n for n, line in enumerate(lines, 1) if "LLaMATokenizer" in line)
-    with pytest.raises(
-        ValueError, match=rf'tokenizer_config.json:{number}: .*"LLaMATokenizer".*"LlamaTokenizer"'
-    ):
-        load_tokenizer(directory)
-
-
 @pytest.mark.parametrize("loader", [load_causal_lm, load_tokenizer])
 def test_remote_code_is_not_run_and_its_flag_is_named(loader, directory):
     ran = directory / "ran"
@@ -164,29 +156,6 @@ def test_remote_code_is_not_run_and_its_flag_is_named(loader, directory):
     with pytest.raises(ValueError, match="--trust_remote_code"):
         loader(directory)
     assert not ran.exists()
-
-
-def test_a_missing_pad_token_becomes_the_end_token(directory, capsys):
-    edit(directory / "tokenizer_config.json", pad_token=None)
-    edit(directory / "special_tokens_map.json", pad_token=None)
-    tokenizer = load_tokenizer(directory)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2 and tokenizer.is_fast
-    assert "no pad token" in capsys.readouterr().err
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        edit(directory / file, eos_token=None)
-    with pytest.raises(ValueError, match="neither eos_token nor pad_token"):
-        load_tokenizer(directory)
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
-    check_vocabulary(tiny_llama(layers=1), tiny_tokenizer())
-    assert capsys.readouterr().err == ""
-    with pytest.raises(
-        ValueError, match=r"(?s)has \d+ tokens .*model's vocabulary 200; .*--tokenizer_dir"
-    ):
-        check_vocabulary(tiny_llama(layers=1, vocab_size=200), tiny_tokenizer())
-    check_vocabulary(tiny_llama(layers=1, vocab_size=4000), tiny_tokenizer())
-    assert "do they belong together" in capsys.readouterr().err
 
 
 def test_flash_attention_or_what_replaces_it(monkeypatch, capsys):
@@ -224,3 +193,19 @@ def test_dropout_is_off_everywhere():
 def test_parameters_are_counted_once():
     tied, loose = tiny_llama(tie=True), tiny_llama(tie=False)
     assert get_model_numel(loose) - get_model_numel(tied) == 384 * 64
+
+
+def test_a_model_is_found_where_training_writes_it(tmp_path):
+    """Itself, its modeling/, a part's modeling/; bare weights too; a hub name is left as it is."""
+    assert find_model("some/model") == "some/model"
+    tiny_llama(layers=1).save_pretrained(tmp_path / "run" / "critic" / "modeling")
+    with pytest.raises(ValueError, match=r"run holds no model .*it holds critic"):
+        find_model(tmp_path / "run")
+    place = tmp_path / "run" / "critic" / "modeling"
+    assert find_model(tmp_path / "run", "actor", "critic") == find_model(place) == str(place)
+    assert not is_bare(place) and has_weights(place)
+    (place / "config.json").unlink()
+    assert is_bare(place) and find_model(place.parent) == str(place)
+    (tmp_path / "run" / "epoch-0_step-20").mkdir()
+    with pytest.raises(ValueError, match="but checkpoints.*epoch-0_step-20"):
+        find_model(tmp_path / "run")

@@ -280,3 +280,87 @@ def test_an_adapter_on_disk_holds_the_head(tmp_path):
 def test_one_source_and_one_only():
     with pytest.raises(ValueError, match="one of pretrained, config and backbone"):
         RewardModel()
+
+
+def test_the_references_keyword_form(tmp_path):
+    """A directory's backbone, or a configuration's, below a new head."""
+    tiny_llama().save_pretrained(tmp_path)
+    model = RewardModel(pretrained=tmp_path, dtype="bf16")
+    assert torch.equal(model.backbone.norm.weight, tiny_llama().model.norm.weight.bfloat16())
+    assert model.score.weight.any() and model.dtype == torch.bfloat16
+    assert not Critic(config=tiny_llama().config).score.weight.any()
+
+
+# The vocabulary head beside the scalar one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [RewardModel, Critic])
+def test_the_vocabulary_head_may_be_kept(tmp_path, family, kind):
+    """Its logits are the language model's, scores are as without it, and both are saved."""
+    language_model = FAMILIES[family]().eval()
+    torch.manual_seed(0)
+    model = kind(backbone=language_model, keep_lm_head=True).eval()
+    model.score.weight.normal_()
+    batch = rows()
+    head = model.get_output_embeddings()
+    assert head is language_model.get_output_embeddings()
+    hidden, _ = model.states(**batch)
+    assert_close(head(hidden), language_model(**batch).logits, **EXACT)
+    plain = kind(backbone=language_model.base_model).eval()
+    plain.score.load_state_dict(model.score.state_dict())
+    assert plain.get_output_embeddings() is None
+    assert_close(model(**batch), plain(**batch), **EXACT)
+    names = {name for name, _ in model.named_parameters()} - {"score.weight", "score.bias"}
+    assert names == {name for name, _ in language_model.named_parameters()}
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    again = kind.from_pretrained(folder, keep_lm_head=True).eval()
+    assert_close(again(**batch), model(**batch), **EXACT)
+    assert torch.equal(again.get_output_embeddings().weight, head.weight)
+    without = kind.from_pretrained(folder).eval()
+    assert without.get_output_embeddings() is None
+    assert_close(without(**batch), model(**batch), **EXACT)
+
+
+def test_a_kept_head_gives_log_probs_and_scores_in_one_forward():
+    """What a model with value and vocabulary heads trains on: one forward of the backbone."""
+    from coati.models.head import Head, logprobs_from_logits
+
+    language_model = tiny_llama(tie=True)
+    model = Critic(backbone=language_model, keep_lm_head=True)
+    batch = rows()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = logprobs_from_logits(language_model(**batch).logits, labels)
+    head = Head.install(model)
+    head.set(labels)
+    hidden, _ = model.states(**batch)
+    logps = model.get_output_embeddings()(hidden)
+    assert_close(logps, expected)
+    (logps.sum() + model.score(hidden).sum()).backward()
+    assert model.backbone.embed_tokens.weight.grad.any()  # tied: it is the head's weight
+    assert model.get_output_embeddings().weight is model.backbone.embed_tokens.weight
+
+
+def test_a_kept_head_needs_one_to_keep(tmp_path):
+    with pytest.raises(ValueError, match="keep_lm_head: LlamaModel has no vocabulary head"):
+        RewardModel(backbone=tiny_llama().model, keep_lm_head=True)
+    saved(reward_model(), tmp_path / "rm")
+    with pytest.raises(ValueError, match=r"1 weights of LlamaForCausalLM .*\(lm_head.weight\)"):
+        RewardModel.from_pretrained(tmp_path / "rm", keep_lm_head=True)
+
+
+@torch.no_grad()
+def test_an_adapter_leaves_a_kept_head_alone(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = RewardModel.from_pretrained(tmp_path / "base", new_head=True, keep_lm_head=True)
+    adapted = trained_adapters(base)
+    assert not any("lm_head" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    save_lora(adapted, tmp_path / "adapter")
+    again = RewardModel.from_pretrained(tmp_path / "adapter", keep_lm_head=True).eval()
+    assert_close(again(**rows()), adapted(**rows()), **EXACT)
+    assert torch.equal(again.get_output_embeddings().weight, base.get_output_embeddings().weight)

@@ -15,11 +15,11 @@ from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode, find_files, read_rows
 from coati.dataset.rows.row_errors import RowError
-from coati.inference.model_loading import conversation_of, weights_of
+from coati.inference.model_loading import conversation_of
 from coati.models.generation.response_table import left_pad
-from coati.models.loading import check_vocabulary, load_tokenizer
+from coati.models.loading import find_model
 from coati.models.reward_model import RewardModel
-from coati.models.scalar_loading import load_scalar_model
+from coati.models.tokenizer import check_vocabulary, load_tokenizer
 from coati.utils.statistics import wilson_interval
 
 
@@ -57,14 +57,12 @@ def load_reward_model(
 
     Raises ValueError when there is no head.
     """
-    directory = weights_of(path)
+    directory = find_model(path, "actor")
     tokenizer = load_tokenizer(directory, trust_remote_code)
     conversation = conversation_of(directory, tokenizer, template)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "fp32" if device == "cpu" else "auto"
-    model = load_scalar_model(
-        RewardModel, directory, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    model = RewardModel.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer)
     return model.to(device).eval(), tokenizer, conversation
 

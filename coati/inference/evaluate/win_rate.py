@@ -11,8 +11,7 @@ from typing import Any
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.evaluate.generate_responses import Answer, LeftOut, Prompt
 from coati.inference.evaluate.reward_scores import Scored, score
-from coati.inference.model_loading import weights_of
-from coati.models.loading import adapter_base
+from coati.models.loading import adapter_base, find_model
 from coati.rewards import Responses, Rewards
 from coati.trainer.monitor.sample_table import distinct_2, stop_rate
 from coati.utils.statistics import wilson_interval
@@ -171,7 +170,7 @@ def compare(
 
 def start_of(path: str | os.PathLike) -> str:
     """The model that a LoRA adapter was trained from. Raises ValueError for any other directory."""
-    base = adapter_base(weights_of(path))
+    base = adapter_base(find_model(path, "actor"))
     if base is None:
         raise ValueError(f"--start_path is required: {path} does not say what it was trained from")
     return base

@@ -20,11 +20,11 @@ from coati.inference.model_loading import (
     conversation_of,
     load,
     stop_sequences,
-    weights_of,
-    with_tokenizer,
 )
 from coati.models.generation.loop import generate
-from coati.models.loading import adapter_base, load_causal_lm, load_tokenizer
+from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load_causal_lm
+from coati.models.lora.lora import merge_lora
+from coati.models.tokenizer import find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import hush
 
 PROBES = (
@@ -95,18 +95,15 @@ def merge(
     ``reading``: template, trust_remote_code. Raises ValueError where ``path`` holds no adapter, or
     where merging changed the logits.
     """
-    from coati.models.lora.adapter_files import adapted
-    from coati.models.lora.lora import merge_lora
-
     hush()
-    directory = weights_of(path)
+    directory = find_model(path, "actor")
     base = adapter_base(directory)
     if base is None:
         raise ValueError(
             f"{path}: no LoRA adapter (adapter_config.json); a whole model needs no merging"
         )
     code = reading.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(with_tokenizer(directory), code)
+    tokenizer = load_tokenizer(find_tokenizer(directory), code)
     conversation = conversation_of(directory, tokenizer, reading.get("template"))
     with fresh_folder(output) as folder:
         model = adapted(
@@ -122,9 +119,7 @@ def merge(
                 "written"
             )
         if dtype != "auto":
-            model = model.to(
-                {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-            )
+            model = model.to(getattr(torch, DTYPES[dtype]))
         write_model(model, tokenizer, conversation, folder)
         for file in run_files(path):
             shutil.copyfile(file, folder / file.name)
@@ -176,9 +171,9 @@ def export(
     if gguf:
         converter()
     hush()
-    directory = weights_of(path)
+    directory = find_model(path, "actor")
     code = reading.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(with_tokenizer(directory), code)
+    tokenizer = load_tokenizer(find_tokenizer(directory), code)
     conversation = conversation_of(directory, tokenizer, reading.get("template"))
     with fresh_folder(output) as folder:
         model = load_causal_lm(directory, dtype=dtype, strict=True, trust_remote_code=code)

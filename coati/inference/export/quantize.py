@@ -11,9 +11,10 @@ from torch import nn
 from coati.inference.export.model_dir import fresh_folder, write_model
 from coati.inference.export.perplexity import Row
 from coati.inference.export.quantization import layers_of, need, quantization_kwargs
-from coati.inference.model_loading import conversation_of, load, weights_of, with_tokenizer
-from coati.models.loading import adapter_base, load_causal_lm, load_tokenizer
+from coati.inference.model_loading import conversation_of, load
+from coati.models.loading import adapter_base, find_model, load_causal_lm
 from coati.models.quantization_registry import CALIBRATED, METHODS, OF_QUANT
+from coati.models.tokenizer import find_tokenizer, load_tokenizer
 
 
 def quantize(
@@ -40,7 +41,7 @@ def quantize(
             f"{method} needs calibration data: rows like those the model will see (--calibration "
             "FILE)"
         )
-    directory = weights_of(path)
+    directory = find_model(path, "actor")
     if adapter_base(directory):
         raise ValueError(
             f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
@@ -66,7 +67,7 @@ def quantize(
             write_model(model, *rest, folder)
             return
         need("llmcompressor", method)
-        tokenizer = load_tokenizer(with_tokenizer(directory), trust_remote_code)
+        tokenizer = load_tokenizer(find_tokenizer(directory), trust_remote_code)
         conversation = conversation_of(directory, tokenizer)
         model = load_causal_lm(
             directory, dtype="fp32", strict=True, trust_remote_code=trust_remote_code

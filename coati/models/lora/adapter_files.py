@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from coati.models.loading import explained
 from coati.models.lora.layers import adapter_layers
 from coati.models.lora.lora import LoraConfig
 from coati.utils.json_io import load_json, save_json
@@ -105,36 +104,6 @@ def load_lora(model: nn.Module, directory: str | os.PathLike) -> None:
     """Put the adapter of ``directory`` (of :func:`save_lora`) into ``model``, which has the same
     LoRA settings."""
     model.load_state_dict(read_lora(model, directory), strict=False)
-
-
-def adapted(base: nn.Module, directory: str | os.PathLike) -> nn.Module:
-    """``base`` with the adapter of ``directory`` around it, a PeftModel.
-
-    Raises ValueError when the adapter cannot be read or its tensors are not exactly those that its
-    settings ask for.
-    """
-    from peft import PeftModel
-    from peft.utils import load_peft_weights
-
-    try:
-        model = PeftModel.from_pretrained(base, str(directory))
-        held = {
-            name for name in load_peft_weights(str(directory), device="cpu") if ".lora_" in name
-        }
-    except Exception as error:  # safetensors and pickle have error classes of their own
-        raise explained(directory, "adapter", error) from error
-    wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
-    for names, what in (
-        (wanted - held, "lacks"),
-        (held - wanted, "has tensors that its settings have no use for:"),
-    ):
-        if names:
-            raise ValueError(
-                f"{directory}: the adapter {what} {min(names)} ({len(names)} such names); it "
-                "belongs to another base "
-                "model, or was cut when it was copied"
-            )
-    return model
 
 
 def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tensor]:

@@ -1,0 +1,102 @@
+"""Tokenizers from a directory or a hub name, and whether one fits a model. Imports nothing
+heavy."""
+
+import difflib
+import os
+from pathlib import Path
+
+from coati.models.loading import ADAPTER_CONFIG, check_directory, explained
+from coati.utils.json_io import load_json
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
+    """The tokenizer of ``path`` (a directory or a hub name), fast where there is one, always with a
+    pad token.
+
+    A missing pad token becomes the end token, which is harmless here: masks come from lengths.
+    Raises ValueError for a class unknown to transformers, code that was not trusted, a missing
+    directory and missing end token.
+    """
+    from transformers import AutoTokenizer
+
+    check_directory(path, "tokenizer")
+    if not trust_remote_code:
+        _check_class(Path(path) / "tokenizer_config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise explained(path, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{path}: the tokenizer has neither eos_token nor pad_token; set them in its config"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.warning_once(
+            f"the tokenizer has no pad token; {tokenizer.eos_token!r} serves (masks come from "
+            "lengths)"
+        )
+    return tokenizer
+
+
+def find_tokenizer(directory: str | os.PathLike) -> str:
+    """Where the tokenizer of a model directory is: there, or with its base where an adapter was
+    saved without one."""
+    adapter = Path(directory) / ADAPTER_CONFIG
+    if not adapter.is_file() or (Path(directory) / "tokenizer_config.json").is_file():
+        return str(directory)
+    base = load_json(adapter).get("base_model_name_or_path") or str(directory)
+    logger.info(f"{directory} holds no tokenizer; that of its base {base} is used")
+    return base
+
+
+def check_vocabulary(model, tokenizer) -> None:
+    """Raise ValueError if the tokenizer can make ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    known = len(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary, key=vocabulary.get)
+    if vocabulary[largest] >= rows:
+        raise ValueError(
+            f"the tokenizer has {known} tokens (last: {largest!r}, id {vocabulary[largest]}), the "
+            "model's vocabulary "
+            f"{rows}; use the tokenizer that belongs to the model (--tokenizer_dir), or resize the "
+            "model's embeddings"
+        )
+    if known < 0.75 * rows:
+        logger.warning_once(
+            f"the tokenizer has {known} tokens, the model's vocabulary {rows}: do they belong "
+            "together?"
+        )
+
+
+def _check_class(file: Path) -> None:
+    """Name the line of tokenizer_config.json whose class transformers lacks (LLaMATokenizer of
+    early conversions)."""
+    from transformers.models.auto.tokenization_auto import (
+        TOKENIZER_MAPPING_NAMES,
+        tokenizer_class_from_name,
+    )
+
+    config = load_json(file) if file.is_file() else {}
+    name = config.get("tokenizer_class")
+    if (
+        not name
+        or "AutoTokenizer" in config.get("auto_map", {})
+        or tokenizer_class_from_name(name) is not None
+    ):
+        return
+    if tokenizer_class_from_name(f"{name}Fast") is not None:
+        return
+    known = {each for pair in TOKENIZER_MAPPING_NAMES.values() for each in pair if each}
+    exact = [each for each in known if each.lower() == name.lower()]
+    near = (exact or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0))[0]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    number = next((n for n, line in enumerate(lines, 1) if '"tokenizer_class"' in line), 1)
+    raise ValueError(
+        f'{file}:{number}: tokenizer_class "{name}" is unknown to transformers; write "{near}" '
+        "there"
+    )

@@ -1,0 +1,63 @@
+"""Loading tokenizers: what works, and what the message says when it does not."""
+
+import json
+
+import pytest
+
+from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
+from tests.models.test_loading import edit
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def directory(tmp_path):
+    path = tmp_path / "model"
+    tiny_llama(layers=1).config.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_an_unknown_tokenizer_class_is_named_by_line_with_the_one_that_is_meant(directory):
+    edit(directory / "tokenizer_config.json", tokenizer_class="LLaMATokenizer")
+    lines = (directory / "tokenizer_config.json").read_text().splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if "LLaMATokenizer" in line)
+    with pytest.raises(
+        ValueError, match=rf'tokenizer_config.json:{number}: .*"LLaMATokenizer".*"LlamaTokenizer"'
+    ):
+        load_tokenizer(directory)
+
+
+def test_a_missing_pad_token_becomes_the_end_token(directory, capsys):
+    edit(directory / "tokenizer_config.json", pad_token=None)
+    edit(directory / "special_tokens_map.json", pad_token=None)
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2 and tokenizer.is_fast
+    assert "no pad token" in capsys.readouterr().err
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(directory / file, eos_token=None)
+    with pytest.raises(ValueError, match="neither eos_token nor pad_token"):
+        load_tokenizer(directory)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
+    check_vocabulary(tiny_llama(layers=1), tiny_tokenizer())
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        ValueError, match=r"(?s)has \d+ tokens .*model's vocabulary 200; .*--tokenizer_dir"
+    ):
+        check_vocabulary(tiny_llama(layers=1, vocab_size=200), tiny_tokenizer())
+    check_vocabulary(tiny_llama(layers=1, vocab_size=4000), tiny_tokenizer())
+    assert "do they belong together" in capsys.readouterr().err
+
+
+def test_an_adapter_without_a_tokenizer_names_its_bases(directory, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(directory)})
+    )
+    assert find_tokenizer(directory) == str(directory) and not capsys.readouterr().err
+    assert find_tokenizer(adapter) == str(directory)
+    assert f"that of its base {directory} is used" in capsys.readouterr().err
+    tiny_tokenizer().save_pretrained(adapter)
+    assert find_tokenizer(adapter) == str(adapter)

@@ -26,23 +26,23 @@ QUESTIONS = (
 
 
 class Asked:
-    """One request to ``service`` and its answer."""
+    """One request to ``engine`` and its response."""
 
-    def __init__(self, service, number: int, new: int):
-        from coati.inference.serve.service import SamplingParams
+    def __init__(self, engine, number: int, new: int):
+        from coati.inference.serve.inference_engine import SamplingParams
         from coati.models.generation.sampling import Sampling
 
         self._done, self.text = threading.Event(), ""
-        prompt = service.encode(
+        prompt = engine.encode(
             [{"role": "user", "content": f"{number}. {QUESTIONS[number % len(QUESTIONS)]}"}]
         )
-        self.ticket = service.submit(
+        self.request = engine.submit(
             prompt, SamplingParams(Sampling(do_sample=False), new), self._take
         )
 
-    def _take(self, piece) -> None:
-        self.text += piece.text
-        if piece.finish:
+    def _take(self, chunk) -> None:
+        self.text += chunk.text
+        if chunk.finish:
             self._done.set()
 
     def wait(self) -> "Asked":
@@ -50,12 +50,12 @@ class Asked:
         return self
 
 
-def timed(service, arguments, together: bool) -> tuple[float, list[str]]:
+def timed(engine, arguments, together: bool) -> tuple[float, list[str]]:
     """Tokens per second, and the texts."""
     start = time.perf_counter()
     asked = []
     for number in range(arguments.requests):
-        asked.append(Asked(service, number, arguments.max_new_tokens))
+        asked.append(Asked(engine, number, arguments.max_new_tokens))
         if not together:
             asked[-1].wait()
     tokens = sum(len(each.wait().ticket.row.tokens) for each in asked)
@@ -71,15 +71,15 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     arguments = parser.parse_args()
     from coati.inference.model_loading import load
-    from coati.inference.serve.service import InferenceEngine
+    from coati.inference.serve.inference_engine import InferenceEngine
 
-    service = InferenceEngine(
+    engine = InferenceEngine(
         load(arguments.model_path), max_batch=arguments.requests, max_queue=arguments.requests
     )
-    timed(service, argparse.Namespace(requests=1, max_new_tokens=4), together=False)
-    alone, texts = timed(service, arguments, together=False)
-    together, texts_together = timed(service, arguments, together=True)
-    service.close()
+    timed(engine, argparse.Namespace(requests=1, max_new_tokens=4), together=False)
+    alone, texts = timed(engine, arguments, together=False)
+    together, texts_together = timed(engine, arguments, together=True)
+    engine.close()
     print(
         f"one after the other {alone:.1f} tokens/s, {arguments.requests} together {together:.1f} "
         "tokens/s: ",

@@ -68,7 +68,7 @@ def coati(model, case: dict) -> Callable:
         )
         noise = row_noise(0, step, range(len(rows)), case["max_new_tokens"])
         ids, mask = left_pad(rows, PAD)
-        return rollout.generate(ids, mask, noise=noise, temperature=1.0).answers()
+        return rollout.generate(ids, mask, noise=noise, temperature=1.0).responses()
 
     return batch
 

@@ -187,7 +187,7 @@ class NaiveExperienceMaker:
     ) -> Responses:
         decode, stops = self.tokenizer.decode, list(self.settings.stop_sequences)
         prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
-        answers = [without_stop(answer, stops) for answer in made.answers()]
+        answers = [without_stop(answer, stops) for answer in made.responses()]
         return Responses(
             [decode(prompt, skip_special_tokens=False) for prompt in prompts],
             [decode(answer, skip_special_tokens=False) for answer in answers],

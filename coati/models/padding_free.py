@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coati.models.block_mask import sliding_window
 from coati.models.logprobs import IGNORE_INDEX, next_token_targets
-from coati.models.sdpa import teach_sdpa
+from coati.models.sdpa import patch_sdpa
 
 _PROBE_LENGTHS = (3, 5)
 
@@ -52,7 +52,7 @@ class PaddingFree:
         if not (known and getattr(model, "_supports_attention_backend", False)):
             return None
         if attention == "sdpa":
-            teach_sdpa()
+            patch_sdpa()
         # Rows longer than a sliding window are masked by it, which row_by_row does not do.
         packing = cls(longest=sliding_window(model.config) or 2**62)
         return (

@@ -1,24 +1,25 @@
-"""What transformers' "sdpa" is taught on CPUs: rows laid end to end, and one query at a time
-without copies."""
+"""CPU overrides of transformers' "sdpa" attention: padding-free (varlen) rows, and single-token
+decoding that does not copy the key-value cache."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def teach_sdpa() -> None:
-    """Register an "sdpa" that goes row by row where it is told the ends of rows, reads a key-value
-    cache where it lies when each row asks for one position, and is the original otherwise. The
-    numbers are the original's, to rounding."""
+def patch_sdpa() -> None:
+    """Register an "sdpa" that attends row by row when it gets cumulative lengths, reads the
+    key-value cache in place for one query per row, and is the original otherwise. Results are the
+    original's, up to rounding."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if getattr(original, "taught", False):
+    if getattr(original, "patched", False):
         return
 
     def attention(module, query, key, value, attention_mask, **keywords):
         ends = keywords.get("cu_seq_lens_q")
-        dropout, scale = keywords.get("dropout", 0.0), keywords.get("scaling")
+        dropout = keywords.get("dropout", 0.0)
+        scale = keywords.get("scaling")
         if ends is not None:
             lengths = [length for length in ends.diff().tolist() if length]
             return row_by_row(query, key, value, lengths, dropout, scale), None
@@ -26,14 +27,14 @@ def teach_sdpa() -> None:
             return one_query(query, key, value, attention_mask, scale), None
         return original(module, query, key, value, attention_mask, **keywords)
 
-    attention.taught = True
+    attention.patched = True
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
 
 
 def row_by_row(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float, scale: float
 ) -> Tensor:
-    """Causal attention of each row with itself: ``query`` (1, heads, T, D), ``key``, ``value`` (1,
+    """Causal attention within each row: ``query`` (1, heads, T, D), ``key``, ``value`` (1,
     KV heads, T, D) with T the sum of ``lengths`` -> (1, T, heads, D)."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -52,8 +53,8 @@ def one_query(
     """Attention of the last position: ``query`` (B, heads, 1, D), ``key``, ``value`` (B, KV heads,
     T, D), ``mask`` (B, 1, 1, at least T) to add, or None -> (B, 1, heads, D).
 
-    The queries that share a key head stand where positions would: keys are neither repeated nor
-    made contiguous, which for every token of an answer would copy the whole cache.
+    The queries that share a key head take the place of positions: keys are neither repeated nor
+    made contiguous, which would copy the whole cache for every token of a response.
     """
     batch, heads, _, width = query.shape
     shared = query.reshape(batch, key.shape[1], heads // key.shape[1], width)

@@ -62,7 +62,7 @@ def _table(
     )
     answers = [
         tokenizer.decode(without_stop(answer, stop_ids), skip_special_tokens=True)
-        for answer in result.answers()
+        for answer in result.responses()
     ]
     asked = [
         " ".join(tokenizer.decode(part, skip_special_tokens=True).split())

@@ -123,7 +123,7 @@ def test_vllm_gets_prompts_without_padding_and_its_answers_end_where_the_stop_se
     first = parameters[0]
     assert (first.temperature, first.top_k, first.top_p, first.max_tokens) == (0.8, 5, 0.9, 6)
     assert first.ignore_eos and first.stop_token_ids == [30]
-    assert found.answers() == [[4, 7, 8], [3, 30]] and found.stopped.tolist() == [True, True]
+    assert found.responses() == [[4, 7, 8], [3, 30]] and found.stopped.tolist() == [True, True]
     assert found.sequences.tolist() == [[2, 2, 5, 17, 4, 7, 8], [9, 11, 42, 7, 3, 30, 0]]
     assert found.prompt_length == 4 and found.logprobs is None  # to be recomputed by the policy
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from coati.dataset.chat.conversation import Conversation
 from coati.inference.model_loading import Loaded
-from coati.inference.serve.service import InferenceEngine
+from coati.inference.serve.inference_engine import InferenceEngine
 from coati.models.generation.sampling import Sampling
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -21,32 +21,32 @@ def tiny_loaded():
 
 
 @contextmanager
-def service_of(endless=False, pause=0.0, **settings):
-    """A service; ``endless``: no answer stops by itself, ``pause``: seconds that a token takes at
+def engine_of(endless=False, pause=0.0, **settings):
+    """An engine; ``endless``: no response stops by itself, ``pause``: seconds that a token takes at
     least."""
-    service = InferenceEngine(tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings)
+    engine = InferenceEngine(tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings)
     if endless:
-        service.stops = []
+        engine.stops = []
     if pause:
-        step = service._batch.step
-        service._batch.step = lambda: (time.sleep(pause), step())
+        step = engine._step
+        engine._step = lambda: (time.sleep(pause), step())
     try:
-        yield service
+        yield engine
     finally:
-        service.close()
+        engine.close()
 
 
 @contextmanager
 def running(web=None, **settings):
-    """The server: ``url``, ``service``. ``web``: fields of WebSettings."""
+    """The server: ``url``, ``engine``. ``web``: fields of WebSettings."""
     import uvicorn
 
     from coati.cli.serve import listening_socket
     from coati.inference.serve.web import WebSettings, make_app
 
-    with service_of(**settings) as service:
+    with engine_of(**settings) as engine:
         app = make_app(
-            service, WebSettings(NAME, **{"sampling": GREEDY, "max_new_tokens": 400} | (web or {}))
+            engine, WebSettings(NAME, **{"sampling": GREEDY, "max_new_tokens": 400} | (web or {}))
         )
         listening = listening_socket("127.0.0.1", 0)
         server = uvicorn.Server(
@@ -56,7 +56,7 @@ def running(web=None, **settings):
         thread.start()
         try:
             yield SimpleNamespace(
-                url=f"http://127.0.0.1:{listening.getsockname()[1]}", service=service, app=app
+                url=f"http://127.0.0.1:{listening.getsockname()[1]}", engine=engine, app=app
             )
         finally:
             server.should_exit = True

@@ -112,7 +112,7 @@ def test_stop_keeps_what_was_written_and_frees_the_place(page, server):
     holds(page, "document.querySelector('.writing .text')?.textContent.length > 2")
     page.click("#send")  # now Stop
     assert answered(page) and page.locator(".note").inner_text() == "stopped"
-    assert until(lambda: server.service.running == 0, 5)
+    assert until(lambda: server.engine.running == 0, 5)
     send(page, "go on")  # the dialogue goes on from there
     assert answered(page, 2)
     assert page.faults == []

@@ -134,11 +134,11 @@ def test_a_client_that_vanishes_frees_its_place():
     with running(endless=True, pause=0.02, max_batch=2) as server:
         sockets = [_raw(server, body | {"stream": True}), _raw(server, body), _raw(server, body)]
         assert sockets[0].recv(200).startswith(b"HTTP/1.1 200")
-        assert until(lambda: (server.service.running, server.service.waiting) == (2, 1))
+        assert until(lambda: (server.engine.running, server.engine.waiting) == (2, 1))
         for each in sockets:
             each.close()
-        assert until(lambda: server.service.running == server.service.waiting == 0, 5)
-        assert server.service.metrics.requests.labels("canceled")._value.get() == 3
+        assert until(lambda: server.engine.running == server.engine.waiting == 0, 5)
+        assert server.engine.metrics.requests.labels("canceled")._value.get() == 3
         assert single(server, "hello", 3)
 
 
@@ -192,7 +192,7 @@ def test_random_bodies_never_make_the_server_fail():
             call()
             tried.append(operation.path)
         assert {"/v1/chat/completions", "/generate", "/generate/stream", "/v1/models"} <= set(tried)
-        assert server.service.alive and single(server, "hello", 3)
+        assert server.engine.alive and single(server, "hello", 3)
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_sixty_four_clients_for_a_minute():
             thread.join(180)
         results = list(found.queue)
         assert set(results) == {"whole", "429"} and results.count("whole") > 64
-        assert until(lambda: server.service.running == server.service.waiting == 0)
+        assert until(lambda: server.engine.running == server.engine.waiting == 0)
 
 
 def test_a_port_in_use_is_one_line_before_the_model_is_loaded():

@@ -86,21 +86,21 @@ def test_drawn_frequencies_are_the_probabilities():
 def test_batch_mates_padding_and_how_rows_are_split_change_no_sample(make):
     model = make()
     together = sample(model, range(6))
-    answers = together.answers()
+    answers = together.responses()
     assert (
         len({tuple(answer) for answer in answers}) == 6
     )  # same prompts, other rows: other answers
     for rows, padding in [([2], 0), ([4, 0], 0), ([5, 3, 1], 7), ([0, 1, 2], 3), ([3, 4, 5], 0)]:
         part = sample(model, rows, extra_padding=padding)
-        assert part.answers() == [answers[row] for row in rows]
+        assert part.responses() == [answers[row] for row in rows]
         assert torch.allclose(part.logprobs, together.logprobs[list(rows)], atol=1e-5)
 
 
 def test_how_long_an_answer_may_be_does_not_change_how_it_begins():
     model = tiny_llama()
     short, long = (
-        sample(model, range(3), steps=4).answers(),
-        sample(model, range(3), steps=9).answers(),
+        sample(model, range(3), steps=4).responses(),
+        sample(model, range(3), steps=9).responses(),
     )
     assert short == [answer[:4] for answer in long]
 
@@ -110,7 +110,7 @@ def test_another_seed_or_episode_gives_other_answers():
     drawn = [
         generate(
             model, ids, stop_sequences=[], max_new_tokens=8, noise=row_noise(*key, [0], 8)
-        ).answers()
+        ).responses()
         for key in [(0, 0), (0, 0), (0, 1), (1, 0)]
     ]
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2] != drawn[3] != drawn[0]
@@ -128,7 +128,7 @@ def test_logprobs_are_those_of_a_full_forward_without_top_k_top_p_and_penalty(op
     model = tiny_llama()
     result = sample(model, range(3), **options)
     temperature = options.get("temperature", 1.3)
-    for row, answer in enumerate(result.answers()):
+    for row, answer in enumerate(result.responses()):
         prompt = PROMPTS[row]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[
@@ -198,7 +198,7 @@ def test_stop_alternatives(script, stops, answer):
         max_new_tokens=6,
         do_sample=False,
     )
-    assert result.answers() == [answer]
+    assert result.responses() == [answer]
     assert result.stopped.tolist() == [answer[-1] in {stop[-1] for stop in stops}]
 
 

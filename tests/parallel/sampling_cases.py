@@ -49,9 +49,10 @@ class Watch:
         self.decoders, self.original = decoders, decoders._choose
 
         def choose(decoder, logits):
-            for row, values in zip(decoder._rows.tolist(), logits, strict=True):
-                self.logits[row, decoder.steps - 1] = values.clone()
-            self.original(decoder, logits)
+            rows = zip(decoder.rows.tolist(), decoder.ages.tolist(), logits, strict=True)
+            for row, step, values in rows:
+                self.logits[row, step] = values.clone()
+            return self.original(decoder, logits)
 
         decoders._choose = choose
         self.hook = embedding.register_forward_pre_hook(
@@ -79,7 +80,7 @@ def _sample(case: Case) -> dict[str, Any]:
     watch = Watch(Decoder, engine.module.get_input_embeddings())
     found = sample(engine, **request(rows), sampling=Sampling(temperature=TEMPERATURE), **SETTINGS)
     watch.end()
-    answers = found.answers()
+    answers = found.responses()
     batch = _whole(rows, answers)
     with torch.no_grad():
         engine.model.eval()

@@ -45,7 +45,7 @@ def plain(family: str, tied: bool, vocab_size: int) -> list[list[int]]:
     model = build_model(Case("plain", family=family, tied=tied, vocab_size=vocab_size))
     return generate(
         model, **request(list(range(ROWS))), temperature=TEMPERATURE, **SETTINGS
-    ).answers()
+    ).responses()
 
 
 @pytest.mark.matrix

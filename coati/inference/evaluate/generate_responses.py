@@ -163,7 +163,7 @@ def _batch(loaded: Loaded, batch: list, asking: SamplingConfig) -> dict[int, Ans
         else None,
         **vars(asking.sampling),
     )
-    rows = zip(batch, generated.answers(), generated.stopped.tolist(), strict=True)
+    rows = zip(batch, generated.responses(), generated.stopped.tolist(), strict=True)
     return {
         prompt.number: Answer(
             # As in training: tags that a reward looks for may be special tokens.

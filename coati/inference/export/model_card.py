@@ -9,10 +9,14 @@ from typing import Any
 
 from coati.utils.json_io import load_json
 
-LIMITS = """- Answers can be wrong, biased or unsafe: nothing filters them. Try the model on your own questions.
-- It was trained on the data named above alone; what the base model lacks, a fine-tuning rarely adds.
-- Prompts must be rendered with the chat template of this directory, and fit the context together with the answer.
-"""
+LIMITS = (
+    "- Responses can be wrong, biased or unsafe: nothing filters them. Try the model on your own "
+    "questions.\n"
+    "- It was trained on the data named above alone; what the base model lacks, fine-tuning rarely "
+    "adds.\n"
+    "- Prompts must be rendered with the chat template of this directory, and fit the context "
+    "together with the response.\n"
+)
 
 
 def run_of(path: str | Path) -> Path | None:
@@ -87,9 +91,8 @@ def fingerprint(place: Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in files:
-        digest.update(
-            f"{file.relative_to(place) if file != place else file.name} {file.stat().st_size}\n".encode()
-        )
+        name = file.relative_to(place) if file != place else file.name
+        digest.update(f"{name} {file.stat().st_size}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

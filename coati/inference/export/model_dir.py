@@ -226,7 +226,7 @@ def check(
         ids = torch.tensor(_prompts(ours.conversation, [question]))
         mine = generate(
             ours.model, ids, stop_sequences=stops, max_new_tokens=max_new_tokens, do_sample=False
-        ).answers()[0]
+        ).responses()[0]
         same += told == mine
         if told != mine and first is None:
             first = f"to {question!r}: {tokenizer.decode(told)!r}, here {tokenizer.decode(mine)!r}"

@@ -1,5 +1,5 @@
-"""The edges of the web server: errors in OpenAI's shape, a limit on bodies, who may call from
-where, and the page."""
+"""The server's middleware: errors in OpenAI's format, a limit on bodies, CORS, allowed hosts; and
+the chat page."""
 
 import base64
 import functools
@@ -22,11 +22,11 @@ from coati.inference.serve.protocol import Refused
 MOST_BYTES = 4 * 2**20  # of a body: many times what any prompt that fits a model takes
 
 
-def add_edges(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[str]) -> None:
-    """Handlers and middleware of ``app``.
+def add_middleware(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[str]) -> None:
+    """Add exception handlers and middleware to ``app``.
 
-    Without ``cors_origins`` no page of another origin may read answers; ``hosts`` are the names
-    that a request may have been sent to (any, when empty).
+    Without ``cors_origins`` no page of another origin may read responses; ``hosts``: Host headers
+    that are accepted (any, when empty).
     """
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -34,11 +34,12 @@ def add_edges(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[str]) -
     app.add_exception_handler(Exception, _unexpected)
     app.add_middleware(BodyLimit, most=MOST_BYTES)
     if cors_origins:
-        allowed = {
-            "allow_methods": ["GET", "POST"],
-            "allow_headers": ["Authorization", "Content-Type"],
-        }
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, **allowed)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
@@ -57,9 +58,9 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 
 
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
-    answer = await _refused(request, Refused(error.status_code, str(error.detail)))
-    answer.headers.update(error.headers or {})
-    return answer
+    response = await _refused(request, Refused(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
@@ -69,7 +70,7 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 class BodyLimit:
-    """ASGI middleware: a body of more than ``most`` bytes is refused, whatever its header says."""
+    """ASGI middleware that refuses a body of more than ``most`` bytes, whatever its header says."""
 
     def __init__(self, app, most: int) -> None:
         self.app, self.most = app, most
@@ -93,7 +94,7 @@ class BodyLimit:
                 413, f"the body has {int(announced)} bytes, at most {self.most} are read"
             )
             return await JSONResponse(refused.body, 413)(scope, receive, send)
-        with suppress(ClientDisconnect):  # no error: nobody is left to be told
+        with suppress(ClientDisconnect):  # no error: nobody waits for the response
             return await self.app(scope, counted, send)
 
 

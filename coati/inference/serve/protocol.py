@@ -1,16 +1,16 @@
-"""What clients send and get: OpenAI's chat completions, and the older /generate of this library's
-documents."""
+"""Request and response bodies: OpenAI's chat completions, and this library's older /generate."""
 
 import time
 import uuid
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from coati.inference.serve.service import SamplingParams
+from coati.inference.serve.inference_engine import SamplingParams
 from coati.models.generation.sampling import Sampling
 
-# Fields of OpenAI's protocol that are not served, with the values that ask for nothing.
+# Fields of OpenAI's protocol that are not supported, with the values that ask for nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "tools": (None, []),
@@ -30,7 +30,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Refused(Exception):
-    """A request that is answered with an error in OpenAI's shape. ``kind``: its type, ``param``:
+    """A request that is refused with an error in OpenAI's format. ``kind``: its type, ``param``:
     the field at fault."""
 
     def __init__(
@@ -82,35 +82,38 @@ class StreamOptions(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """What decides the next token; a field left out is the server's default."""
+    """Sampling parameters; a field left out is the server's default."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31, description="0: draw from all tokens")
+    top_k: int | None = Field(None, ge=0, le=2**31, description="0: off")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
 
     def sampling(self, default: Sampling) -> Sampling:
-        """``default`` with what the request says."""
+        """``default`` with the request's own fields."""
         named = {name: getattr(self, name) for name in ("top_p", "top_k", "repetition_penalty")}
-        changed = {
-            **vars(default),
-            **{name: value for name, value in named.items() if value is not None},
-        }
+        given = {name: value for name, value in named.items() if value is not None}
         if self.temperature is not None:
-            # Smaller ones would divide by nearly nothing; they mean the likeliest token all the
-            # same.
-            changed |= {
-                "do_sample": self.temperature >= 1e-3,
-                "temperature": max(self.temperature, 1e-3),
-            }
-        return Sampling(**changed)
+            # Smaller ones are greedy all the same, and would overflow the logits.
+            given["do_sample"] = self.temperature >= 1e-3
+            given["temperature"] = max(self.temperature, 1e-3)
+        return replace(default, **given)
+
+    def sampling_params(
+        self, field: str, asked: int | None, default: Sampling, most: int, room: int, **others: Any
+    ) -> SamplingParams:
+        """``asked``: new tokens, the value of ``field``; by default what ``room`` the prompt
+        leaves, at most the server's limit ``most``."""
+        if asked is not None and asked > most:
+            raise Refused(400, f"{field} is {asked}, at most {most} are allowed here", param=field)
+        return SamplingParams(self.sampling(default), asked or max(1, min(most, room)), **others)
 
 
 class ChatRequest(SamplingFields):
-    """The body of POST /v1/chat/completions. Fields that are not served are refused when they ask
-    for something."""
+    """The body of POST /v1/chat/completions. Fields that are not supported are refused when they
+    ask for something."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -124,7 +127,7 @@ class ChatRequest(SamplingFields):
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
 
     def check_served(self) -> None:
-        """Raise Refused for a field that asks for what is not served."""
+        """Raise Refused for a field that asks for what is not supported."""
         for name, silent in NOT_SERVED.items():
             value = (self.model_extra or {}).get(name)
             if value not in silent:
@@ -133,23 +136,16 @@ class ChatRequest(SamplingFields):
                     400, f"{name} is not served; leave it out or send {wanted!r}", param=name
                 )
 
-    def wish(self, default: Sampling, most: int, room: int) -> SamplingParams:
-        """How the answer is wanted. ``most``: the server's limit in tokens, ``room``: what the
-        prompt leaves."""
+    def params(self, default: Sampling, most: int, room: int) -> SamplingParams:
+        """``most``: the server's limit in tokens, ``room``: what the prompt leaves."""
         asked = self.max_completion_tokens or self.max_tokens
-        if asked is not None and asked > most:
-            raise Refused(
-                400, f"max_tokens is {asked}, at most {most} are given here", param="max_tokens"
-            )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingParams(
-            self.sampling(default), asked or max(1, min(most, room)), stop, _seed(self.seed)
-        )
+        seed = None if self.seed is None else self.seed % 2**64
+        return self.sampling_params("max_tokens", asked, default, most, room, stop=stop, seed=seed)
 
 
 class Dialogue(BaseModel):
-    """One round of the older protocol; the last one's response is empty: it is what is asked
-    for."""
+    """One round of the older protocol; the last one's response is empty."""
 
     instruction: str = Field(min_length=1)
     response: str = ""
@@ -162,21 +158,13 @@ class GenerateRequest(SamplingFields):
     max_new_tokens: int | None = Field(None, ge=1)
 
     def messages(self) -> list[dict[str, str]]:
-        rounds = [
-            (("user", turn.instruction), ("assistant", turn.response)) for turn in self.history
-        ]
-        spoken = [turn for pair in rounds for turn in pair if turn[1]]
-        return [{"role": role, "content": content} for role, content in spoken]
+        turns = []
+        for turn in self.history:
+            turns += [("user", turn.instruction), ("assistant", turn.response)]
+        return [{"role": role, "content": content} for role, content in turns if content]
 
-    def wish(self, default: Sampling, most: int, room: int) -> SamplingParams:
-        asked = self.max_new_tokens
-        if asked is not None and asked > most:
-            raise Refused(
-                400,
-                f"max_new_tokens is {asked}, at most {most} are given here",
-                param="max_new_tokens",
-            )
-        return SamplingParams(self.sampling(default), asked or max(1, min(most, room)))
+    def params(self, default: Sampling, most: int, room: int) -> SamplingParams:
+        return self.sampling_params("max_new_tokens", self.max_new_tokens, default, most, room)
 
 
 class Usage(BaseModel):
@@ -185,14 +173,14 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class AnswerMessage(BaseModel):
+class ResponseMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class Choice(BaseModel):
     index: int = 0
-    message: AnswerMessage
+    message: ResponseMessage
     finish_reason: str
     logprobs: None = None
 
@@ -207,7 +195,7 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """``max_model_len``: tokens of prompt and answer together."""
+    """``max_model_len``: tokens of prompt and response together."""
 
     id: str
     object: Literal["model"] = "model"
@@ -227,12 +215,12 @@ class Health(BaseModel):
     waiting: int
 
 
-def usage(prompt: int, answer: int) -> Usage:
-    return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+def usage(prompt: int, response: int) -> Usage:
+    return Usage(prompt_tokens=prompt, completion_tokens=response, total_tokens=prompt + response)
 
 
 class Chunks:
-    """The chunks of one streamed answer, as dictionaries."""
+    """The chunks of one streamed response, as dictionaries."""
 
     def __init__(self, model: str) -> None:
         self.head = {
@@ -253,7 +241,3 @@ class Chunks:
 
 def new_id() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def _seed(seed: int | None) -> int | None:
-    return None if seed is None else seed % 2**64

@@ -1,13 +1,13 @@
-"""What a service measures of itself, in Prometheus' text format."""
+"""The server's Prometheus metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class ServiceMetrics:
-    """Counters of one service, in a registry of its own, so that several services of a process do
-    not mix."""
+class ServerMetrics:
+    """Metrics of one engine, in a registry of its own, so that several engines of a process do not
+    mix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -19,24 +19,24 @@ class ServiceMetrics:
             **own,
         )
         self.prompts = Counter("coati_prompt_tokens", "tokens of prompts", **own)
-        self.generated = Counter("coati_generated_tokens", "tokens of answers", **own)
+        self.generated = Counter("coati_generated_tokens", "tokens of responses", **own)
         self.seconds = Histogram(
             "coati_request_seconds", "from arrival to the end", buckets=_SECONDS, **own
         )
         self.first = Histogram(
             "coati_first_token_seconds", "from arrival to the first token", buckets=_SECONDS, **own
         )
-        self.running = Gauge("coati_running_requests", "requests that are being answered", **own)
+        self.running = Gauge("coati_running_requests", "requests in the batch", **own)
         self.waiting = Gauge("coati_waiting_requests", "requests in the queue", **own)
 
     def joined(self, prompt_tokens: int, seconds: float) -> None:
-        """A prompt of ``prompt_tokens`` has its first token, ``seconds`` after it came."""
+        """A prompt of ``prompt_tokens`` has its first token, ``seconds`` after it arrived."""
         self.prompts.inc(prompt_tokens)
         self.generated.inc()
         self.first.observe(seconds)
 
     def outcome(self, name: str, seconds: float | None = None) -> None:
-        """A request ended as ``name``, ``seconds`` after it came; None: it was not let in."""
+        """A request ended as ``name``, ``seconds`` after it arrived; None: it was refused."""
         self.requests.labels(name).inc()
         if seconds is not None:
             self.seconds.observe(seconds)
@@ -46,5 +46,5 @@ class ServiceMetrics:
         self.waiting.set(waiting)
 
     def text(self) -> bytes:
-        """All of it, as a scraper reads it."""
+        """What a Prometheus server scrapes."""
         return generate_latest(self.registry)

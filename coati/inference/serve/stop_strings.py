@@ -1,5 +1,4 @@
-"""Where an answer's text ends before the model ends it: at a stop string, or before a word that is
-not let through."""
+"""Stop strings and filtered words, found in streamed text."""
 
 import json
 import re
@@ -8,45 +7,45 @@ from pathlib import Path
 
 
 class StopStringFilter:
-    """Lets text through until a stop string or a listed word comes; what might be the beginning of
-    one waits.
+    """Passes text on until a stop string or a filtered word; what might begin one is held back.
 
-    ``reason`` is then "stop" or "content_filter"; neither the string nor the word, nor anything
-    behind, is given.
+    ``reason`` is then "stop" or "content_filter"; neither the string or word nor anything after it
+    is passed on.
     """
 
     def __init__(self, stop_strings: Sequence[str] = (), words: Sequence[str] = ()) -> None:
         self.stops = [stop for stop in stop_strings if stop]
         self.words = word_pattern(words)
-        # One more than a word has, since the letter behind it decides whether it is a word of its
-        # own.
+        # One more than a word has: the next letter decides whether the word ends there.
         self._longest = max(map(len, words), default=-1) + 1
         self.reason: str | None = None
-        self._text, self._given = "", 0
+        self._text = ""
+        self._passed = 0
 
     def push(self, piece: str, final: bool = False) -> str:
-        """The text that can be given now that ``piece`` came; ``final``: nothing comes after it."""
+        """The text that can be passed on after ``piece``; ``final``: nothing comes after it."""
         if self.reason is not None:
             return ""
         self._text += piece
         end, self.reason = self._end(final)
         if self.reason is None and not final:
-            end = max(self._given, end - self._waiting())
-        given, self._given = self._text[self._given : end], end
-        return given
+            end = max(self._passed, end - self._held_back())
+        passed = self._text[self._passed : end]
+        self._passed = end
+        return passed
 
     def _end(self, final: bool) -> tuple[int, str | None]:
         found = [
-            (at, "stop") for stop in self.stops if (at := self._text.find(stop, self._given)) >= 0
+            (at, "stop") for stop in self.stops if (at := self._text.find(stop, self._passed)) >= 0
         ]
-        match = self.words.search(self._text, self._given) if self.words else None
+        match = self.words.search(self._text, self._passed) if self.words else None
         if match and (final or match.end() < len(self._text)):
             found.append((match.start(), "content_filter"))
         return min(found, default=(len(self._text), None))
 
-    def _waiting(self) -> int:
+    def _held_back(self) -> int:
         """How many of the last characters may belong to a stop string or a word."""
-        count = min(self._longest, len(self._text) - self._given)
+        count = min(self._longest, len(self._text) - self._passed)
         for stop in self.stops:
             beginnings = (
                 n
@@ -58,15 +57,15 @@ class StopStringFilter:
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern | None:
-    """Finds any of ``words`` as a word of its own, whatever its case; None without words."""
+    """Matches any of ``words`` as a whole word, in any case; None without words."""
     if not words:
         return None
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
 
 
 def read_words(path: str | Path) -> list[str]:
-    """The words of a filter file: a JSON list of texts, or one to a line. Raises ValueError where
-    it is neither."""
+    """The words of a filter file: a JSON list, or one to a line. Raises ValueError where it is
+    neither."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,5 @@
-"""The web server around a Service: OpenAI's protocol, the older /generate, metrics, health, and the
-chat page."""
+"""The web server around an InferenceEngine: OpenAI's protocol, the older /generate, metrics,
+health, and the chat page."""
 
 import asyncio
 import hmac
@@ -15,22 +15,26 @@ from fastapi.responses import StreamingResponse
 
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.serve import protocol
-from coati.inference.serve.middleware import add_edges, page_response
-from coati.inference.serve.protocol import ChatRequest, Chunks, GenerateRequest, Refused, usage
-from coati.inference.serve.service import (
+from coati.inference.serve.inference_engine import (
     InferenceEngine,
     PromptTooLong,
     QueueFull,
     SamplingParams,
     StreamChunk,
 )
+from coati.inference.serve.middleware import add_middleware, page_response
+from coati.inference.serve.protocol import ChatRequest, Chunks, GenerateRequest, Refused, usage
 from coati.inference.serve.stop_strings import word_pattern
 from coati.models.generation.sampling import Sampling
 
-# Why there is no whole answer: status and words.
+# Why there is no whole response: status, message, error type.
 FAILED = {
-    "timeout": (504, "the answer took longer than this server allows (--timeout)", "timeout_error"),
-    "error": (500, "the model could not answer; the server's log says why", "server_error"),
+    "timeout": (
+        504,
+        "the response took longer than this server allows (--timeout)",
+        "timeout_error",
+    ),
+    "error": (500, "generation failed; the server's log says why", "server_error"),
     "closed": (503, "the server is shutting down", "server_error"),
     "canceled": (499, "the client left", "server_error"),
 }
@@ -43,8 +47,8 @@ _EVENTS = {200: {"content": {"text/event-stream": {}}}}
 
 @dataclass(frozen=True)
 class WebSettings:
-    """What the server is told besides its model. ``token`` None: everybody may ask; ``hosts``:
-    names that a request may have been sent to, empty for any."""
+    """Settings of the server besides its model. ``token`` None: no authentication; ``hosts``: Host
+    headers that are accepted, empty for any."""
 
     model_name: str
     sampling: Sampling = field(default_factory=Sampling)
@@ -54,18 +58,18 @@ class WebSettings:
     hosts: tuple[str, ...] = ()
 
 
-def make_app(service: InferenceEngine, settings: WebSettings) -> FastAPI:
-    """The application; at its end it closes ``service``."""
+def make_app(engine: InferenceEngine, settings: WebSettings) -> FastAPI:
+    """The application; its shutdown closes ``engine``."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
         yield
-        await run_in_threadpool(service.close)
+        await run_in_threadpool(engine.close)
 
     # The documentation pages of FastAPI load scripts from elsewhere.
     app = FastAPI(title="coati", lifespan=lifespan, docs_url=None, redoc_url=None)
-    add_edges(app, settings.cors_origins, settings.hosts)
-    api = Api(service, settings)
+    add_middleware(app, settings.cors_origins, settings.hosts)
+    api = Api(engine, settings)
     closed = APIRouter(dependencies=[Depends(api.check_token)], responses=_ERRORS)
     streamed = {"responses": _EVENTS}
     closed.post("/v1/chat/completions", response_model=protocol.ChatCompletion, **streamed)(
@@ -87,9 +91,11 @@ def make_app(service: InferenceEngine, settings: WebSettings) -> FastAPI:
 class Api:
     """The routes."""
 
-    def __init__(self, service: InferenceEngine, settings: WebSettings) -> None:
-        self.service, self.settings, self.started = service, settings, int(time.time())
-        self.words = word_pattern(service.words)
+    def __init__(self, engine: InferenceEngine, settings: WebSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.started = int(time.time())
+        self.words = word_pattern(engine.words)
 
     async def check_token(self, request: Request) -> None:
         if self.settings.token is None:
@@ -104,16 +110,16 @@ class Api:
         """A chat completion, whole or streamed."""
         body.check_served()
         self._check_model(body.model)
-        prompt, wish = await self._prepare([message.plain() for message in body.messages], body)
-        pieces = self._pieces(prompt, wish, request)
+        prompt, params = await self._prepare([message.plain() for message in body.messages], body)
+        stream = self._stream(prompt, params, request)
         if body.stream:
             include = body.stream_options is not None and body.stream_options.include_usage
             return await _streamed(
-                _chat_events(pieces, Chunks(self.settings.model_name), len(prompt), include)
+                _chat_events(stream, Chunks(self.settings.model_name), len(prompt), include)
             )
-        text, last = await _whole(pieces)
+        text, last = await _whole(stream)
         choice = protocol.Choice(
-            message=protocol.AnswerMessage(content=text), finish_reason=last.finish
+            message=protocol.ResponseMessage(content=text), finish_reason=last.finish
         )
         return protocol.ChatCompletion(
             id=protocol.new_id(),
@@ -124,35 +130,36 @@ class Api:
         )
 
     async def generate(self, body: GenerateRequest, request: Request) -> str:
-        """The answer's text."""
-        return (await _whole(self._pieces(*await self._prepare(body.messages(), body), request)))[0]
+        """The response's text."""
+        prompt, params = await self._prepare(body.messages(), body)
+        text, _ = await _whole(self._stream(prompt, params, request))
+        return text
 
     async def generate_stream(self, body: GenerateRequest, request: Request):
-        """Events `generate`, each with a piece of the answer, and `end`."""
-        return await _streamed(
-            _generate_events(self._pieces(*await self._prepare(body.messages(), body), request))
-        )
+        """Events `generate`, each with a part of the response, and `end`."""
+        prompt, params = await self._prepare(body.messages(), body)
+        return await _streamed(_generate_events(self._stream(prompt, params, request)))
 
     async def models(self) -> protocol.ModelList:
-        """The one model that is served."""
+        """The model that is served."""
         return protocol.ModelList(data=[await self.model(self.settings.model_name)])
 
     async def model(self, model_id: str) -> protocol.Model:
         self._check_model(model_id)
         return protocol.Model(
-            id=model_id, created=self.started, max_model_len=self.service.max_length
+            id=model_id, created=self.started, max_model_len=self.engine.max_length
         )
 
     async def health(self, response: Response) -> protocol.Health:
-        """Whether requests are being answered, and how many."""
-        service = self.service
-        response.status_code = 200 if service.alive else 503
-        status = "ok" if service.alive else "the engine has ended"
-        return protocol.Health(status=status, running=service.running, waiting=service.waiting)
+        """Whether the engine is alive, and how many requests it has."""
+        engine = self.engine
+        response.status_code = 200 if engine.alive else 503
+        status = "ok" if engine.alive else "the engine has ended"
+        return protocol.Health(status=status, running=engine.running, waiting=engine.waiting)
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.model_name:
@@ -167,30 +174,31 @@ class Api:
         if messages[-1]["role"] != "user":
             raise Refused(
                 400,
-                "the last message must be the user's; it is what gets answered",
+                "the last message must be the user's",
                 param="messages",
             )
         if self.words and any(self.words.search(message["content"]) for message in messages):
             message = "a message holds a word that this server does not take"
             raise Refused(400, message, param="messages", code="content_filter")
         try:
-            prompt = await run_in_threadpool(self.service.encode, messages)
+            prompt = await run_in_threadpool(self.engine.encode, messages)
         except RowError as error:
             raise Refused(
                 400, f"the chat template refuses these messages: {error.args[1]}", param="messages"
             ) from None
-        room = self.service.max_length - len(prompt)
-        return prompt, body.wish(self.settings.sampling, self.settings.max_new_tokens, room)
+        room = self.engine.max_length - len(prompt)
+        return prompt, body.params(self.settings.sampling, self.settings.max_new_tokens, room)
 
-    async def _pieces(
-        self, prompt: list[int], wish: SamplingParams, request: Request
+    async def _stream(
+        self, prompt: list[int], params: SamplingParams, request: Request
     ) -> AsyncIterator[StreamChunk]:
-        """The pieces of the answer. A client that leaves frees its place, even while it waits in
-        the queue."""
-        loop, came = asyncio.get_running_loop(), asyncio.Queue()
+        """The chunks of the response. A client that disconnects frees its place, also while it
+        waits in the queue."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[StreamChunk] = asyncio.Queue()
         try:
-            ticket = self.service.submit(
-                prompt, wish, lambda piece: loop.call_soon_threadsafe(came.put_nowait, piece)
+            submitted = self.engine.submit(
+                prompt, params, lambda chunk: loop.call_soon_threadsafe(arrived.put_nowait, chunk)
             )
         except PromptTooLong as error:
             raise Refused(
@@ -202,36 +210,36 @@ class Api:
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            ticket.cancel()
+            submitted.cancel()
 
         watching = asyncio.ensure_future(watch())
         try:
             while True:
-                piece = await came.get()
-                yield piece
-                if piece.finish:
+                chunk = await arrived.get()
+                yield chunk
+                if chunk.finish:
                     return
         finally:
             watching.cancel()
-            ticket.cancel()
+            submitted.cancel()
 
 
-async def _whole(pieces: AsyncIterator[StreamChunk]) -> tuple[str, StreamChunk]:
-    """The whole text, and the last piece."""
+async def _whole(stream: AsyncIterator[StreamChunk]) -> tuple[str, StreamChunk]:
+    """The whole text, and the last chunk."""
     texts = []
-    async for piece in pieces:
-        _check(piece)
-        texts.append(piece.text)
-    return "".join(texts), piece
+    async for chunk in stream:
+        _check(chunk)
+        texts.append(chunk.text)
+    return "".join(texts), chunk
 
 
-def _check(piece: StreamChunk) -> None:
-    if piece.finish in FAILED:
-        raise Refused(*FAILED[piece.finish])
+def _check(chunk: StreamChunk) -> None:
+    if chunk.finish in FAILED:
+        raise Refused(*FAILED[chunk.finish])
 
 
 async def _streamed(events: AsyncIterator[str]) -> StreamingResponse:
-    """The events, once there is a first one: until then an error is a status of its own."""
+    """Server-sent events, once there is a first one: an error before it has its own HTTP status."""
     first = await anext(events)
 
     async def all_events() -> AsyncIterator[str]:
@@ -248,31 +256,28 @@ async def _streamed(events: AsyncIterator[str]) -> StreamingResponse:
 
 
 async def _chat_events(
-    pieces: AsyncIterator[StreamChunk], chunks: Chunks, prompt: int, include_usage: bool
+    stream: AsyncIterator[StreamChunk], chunks: Chunks, prompt: int, include_usage: bool
 ):
     role = {"role": "assistant", "content": ""}
-    async for piece in pieces:
-        _check(piece)
+    async for chunk in stream:
+        _check(chunk)
         if role:
             yield _event(chunks.delta(role))
             role = None
-        if piece.text:
-            yield _event(chunks.delta({"content": piece.text}))
-    yield _event(chunks.delta({}, piece.finish))
+        if chunk.text:
+            yield _event(chunks.delta({"content": chunk.text}))
+    yield _event(chunks.delta({}, chunk.finish))
     if include_usage:
-        yield _event(chunks.usage(usage(prompt, piece.tokens)))
+        yield _event(chunks.usage(usage(prompt, chunk.tokens)))
     yield "data: [DONE]\n\n"
 
 
-async def _generate_events(pieces: AsyncIterator[StreamChunk]):
-    async for piece in pieces:
-        _check(piece)
-        if piece.text:
-            yield (
-                "event: generate\n"
-                + "".join(f"data: {line}\n" for line in piece.text.split("\n"))
-                + "\n"
-            )
+async def _generate_events(stream: AsyncIterator[StreamChunk]):
+    async for chunk in stream:
+        _check(chunk)
+        if chunk.text:
+            lines = "".join(f"data: {line}\n" for line in chunk.text.split("\n"))
+            yield f"event: generate\n{lines}\n"
     yield "event: end\ndata:\n\n"
 
 

@@ -1,6 +1,7 @@
-"""Key-value caches of the sampling loop: written in place, and cut down when rows end."""
+"""Key-value caches of the decoder: written in place, compacted when rows leave."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ _GROWTH = 256  # columns that are added at a time
 
 
 class RowCache(DynamicCache):
-    """Keys and values (rows, heads, columns, D) of each layer, in buffers that are longer than they
-    are full.
+    """Keys and values (rows, heads, columns, D) of each layer, in preallocated buffers.
 
     A model is shown the columns from ``start`` to ``end`` of the first ``rows`` rows. ``limit``:
     columns that will ever be needed.
@@ -29,7 +29,8 @@ class RowCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
     ):
-        """Keep (rows, heads, n, D) new keys and values; all that the layer has, as views."""
+        """Append (rows, heads, n, D) new keys and values; returns views of all that the layer
+        holds."""
         # Gemini's tensors do not follow in-place operations.
         states = [new.as_subclass(Tensor) for new in (key_states, value_states)]
         if self._places is not None:
@@ -41,14 +42,15 @@ class RowCache(DynamicCache):
             buffer[: self.rows, :, self.end - count : self.end] = new
         return self[layer_idx]
 
-    def fill_end_to_end(self, mask: Tensor) -> None:
-        """The next forward brings the real tokens of ``mask`` (rows, P) as one row; they go where
-        they stand there."""
-        self._places, self._width = tuple(mask.nonzero(as_tuple=True)), mask.shape[1]
-
-    def filled(self) -> None:
-        """The end of that forward."""
-        self._places, self.end = None, self._width
+    @contextmanager
+    def filled_without_padding(self, mask: Tensor) -> Iterator[None]:
+        """A forward inside the block brings the real tokens of ``mask`` (rows, P) as one row; they
+        go to their columns of ``mask``."""
+        self._places = tuple(mask.nonzero(as_tuple=True))
+        self._width = mask.shape[1]
+        yield
+        self._places = None
+        self.end = self._width
 
     def _place(self, states: list[Tensor], layer: int):
         rows, columns = self._places
@@ -116,8 +118,8 @@ class RowCache(DynamicCache):
 
 
 class TupleCache:
-    """For older classes (GPT-2), which know only tuples of (keys, values) (rows, heads, columns, D)
-    and return them."""
+    """For model classes that know only tuples of (keys, values), each (rows, heads, columns, D), as
+    GPT-2's."""
 
     def __init__(self) -> None:
         self.states: tuple[tuple[Tensor, ...], ...] | None = None
@@ -146,9 +148,8 @@ class TupleCache:
 
 
 def _below(mine: Tensor, theirs: Tensor, columns: int, width: int) -> Tensor:
-    """Keys or values (rows, heads, at most columns, D) of two caches, one below the other and all
-    ending at column
-    ``columns`` of ``width``."""
+    """Keys or values (rows, heads, at most ``columns``, D) of two caches, one below the other, all
+    ending at column ``columns`` of ``width``."""
     made = mine.new_zeros(len(mine) + len(theirs), mine.shape[1], width, mine.shape[3])
     made[: len(mine), :, columns - mine.shape[2] : columns] = mine
     made[len(mine) :, :, columns - theirs.shape[2] : columns] = theirs

@@ -1,55 +1,43 @@
-"""Sampling by a loop of its own, so that a model wrapped for training can sample too;
+"""``generate`` and ``generate_streaming``: sampling from a model that may be wrapped for training;
 ``model.generate`` is not used.
 
-The loop makes the key-value cache and hands it to every call: under tensor parallelism ColossalAI
+The key-value cache is made here and handed to every call: under tensor parallelism ColossalAI
 returns none, and a loop that relies on a returned one silently loses the context. Positions are
 given explicitly, so left padding is exact.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from coati.models.generation.decoder import Decoder, Decoding, innermost
-from coati.models.generation.mkl_prepack import MklPrepacked
-from coati.models.generation.sampling import Sampling, choose, keep_likely
+from coati.models.generation.decoder import Decoder, same
+from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
+from coati.models.generation.model_call import innermost
+from coati.models.generation.sampling import Sampling
 from coati.models.padding_free import PaddingFree
-
-__all__ = [
-    "Generated",
-    "Sampling",
-    "choose",
-    "generate",
-    "generate_streaming",
-    "innermost",
-    "keep_likely",
-]
-
-
-def _same(value):
-    return value
 
 
 @dataclass
 class Generated:
-    """``sequences`` (B, P + N): prompts and answers, pad after an answer's end.
+    """Prompts and their responses.
 
-    ``lengths`` (B,): tokens of each answer, its stop sequence included. ``stopped`` (B,): whether a
-    stop sequence, not the limit, ended it. ``logprobs`` (B, N) fp32, when asked for:
-    log_softmax(logits / temperature) at each token of an answer, whatever top_k, top_p and
+    ``sequences`` (B, P + N): prompts and responses, pad after a response's end. ``lengths`` (B,):
+    tokens of each response, its stop sequence included. ``stopped`` (B,): whether a stop sequence,
+    not the limit, ended it. ``prompt_length``: P. ``logprobs`` (B, N) fp32, when asked for:
+    log_softmax(logits / temperature) at each token of a response, whatever top_k, top_p and
     penalties made of the logits; 0 after its end.
     """
 
     sequences: Tensor
     lengths: Tensor
     stopped: Tensor
-    prompt_length: int = field(default=0)
+    prompt_length: int = 0
     logprobs: Tensor | None = None
 
-    def answers(self) -> list[list[int]]:
+    def responses(self) -> list[list[int]]:
         """The new token ids of each row, stop sequence included."""
         new = self.sequences[:, self.prompt_length :].tolist()
         return [row[:length] for row, length in zip(new, self.lengths.tolist(), strict=True)]
@@ -71,57 +59,92 @@ def generate(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     return_logprobs: bool = False,
-    stop_flag: Callable[[bool], bool] = _same,
-    gather_logits: Callable[[Tensor], Tensor] = _same,
-    agree: Callable[[Tensor], Tensor] = _same,
+    stop_flag: Callable[[bool], bool] = same,
+    gather_logits: Callable[[Tensor], Tensor] = same,
+    agree: Callable[[Tensor], Tensor] = same,
     packing: PaddingFree | None = None,
 ) -> Generated:
     """Continue every row of ``input_ids`` (B, P), left-padded with ``attention_mask`` (B, P) 0 on
     the padding.
 
-    A row ends with any of ``stop_sequences`` (each a list of token ids, counted within the answer)
-    or after
-    ``max_new_tokens``. Each prompt goes through the model once (equal prompts together), then one
-    token of each row that has not ended. ``noise`` (B, at least max_new_tokens) of
+    A row ends with any of ``stop_sequences`` (lists of token ids, matched within the response) or
+    after ``max_new_tokens``. Each prompt goes through the model once (equal prompts together), then
+    one token of each row that has not ended. ``noise`` (B, at least max_new_tokens) of
     :func:`~coati.models.generation.row_noise.row_noise` decides each token in place of
     ``generator``; a row's sample then depends on nothing but the row.
 
-    What a plugin needs is supplied by the caller: ``stop_flag`` takes "all my rows have ended" and
-    returns whether to leave the loop, so that ranks whose forward passes contain collectives leave
-    together. ``gather_logits`` completes the last position's logits where each rank holds a part of
-    the vocabulary. ``agree`` takes a tensor that a group of ranks has alike up to rounding, and
-    returns the one that all of them go on with. ``packing``: how ``model`` can be given prompts
-    without padding. ``model`` is the plain or the wrapped model.
+    ``model`` is plain or wrapped by a plugin; what the plugin needs is supplied by the caller.
+    ``stop_flag`` takes "all my rows have ended" and returns whether to leave the loop, so that
+    ranks whose forward passes contain collectives leave together. ``gather_logits`` completes the
+    last position's logits where each rank holds a part of the vocabulary. ``agree`` takes a tensor
+    that a group of ranks has alike up to rounding, and returns the one that all of them go on with.
+    ``packing``: how ``model`` can be given prompts without padding.
 
-    Raises ValueError for right padding, an empty prompt, more tokens than the model has positions,
-    or noise of another shape.
+    Raises:
+        ValueError: for right padding, an empty prompt, more tokens than the model has positions,
+            or noise of another shape.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(model, input_ids, mask, stop_sequences, max_new_tokens)
     _check_noise(noise, len(input_ids), max_new_tokens)
-    decoding = Decoding(
-        sampling,
-        stop_sequences,
-        max_new_tokens,
-        pad_token_id,
-        generator,
-        noise,
-        return_logprobs,
-        gather_logits,
-        agree,
-        packing,
-    )
-    with _at_rest(model), MklPrepacked(model) as prepacked:
-        decoder = Decoder(model, input_ids, mask, decoding, prepacked)
-        for _ in range(max_new_tokens):
-            decoder.step()
-            if stop_flag(decoder.all_ended):
-                break
-    width = decoder.steps
-    logprobs = agree(decoder.logprobs[:, :width]) if return_logprobs else None
-    sequences = torch.cat([input_ids, decoder.tokens[:, :width]], dim=1)
-    return Generated(sequences, decoder.lengths, decoder.stopped, input_ids.shape[1], logprobs)
+    with _evaluating(model), MklPrepacked(model) as prepacked:
+        decoder = Decoder(
+            model,
+            input_ids,
+            mask,
+            sampling,
+            stop_sequences,
+            noise=noise,
+            generator=generator,
+            columns=input_ids.shape[1] + max_new_tokens,
+            return_logprobs=return_logprobs,
+            gather_logits=gather_logits,
+            agree=agree,
+            padding_free=packing,
+        )
+        made = _decode(decoder, prepacked, max_new_tokens, pad_token_id, stop_flag)
+    made.sequences = torch.cat([input_ids, made.sequences], dim=1)
+    made.prompt_length = input_ids.shape[1]
+    if return_logprobs:
+        made.logprobs = agree(made.logprobs)
+    return made
+
+
+def _decode(
+    decoder: Decoder,
+    prepacked: MklPrepacked,
+    max_new_tokens: int,
+    pad: int,
+    stop_flag: Callable[[bool], bool],
+) -> Generated:
+    """Responses alone, (B, N) tokens and log-probs, until ``stop_flag`` says so."""
+    shape, device = (len(decoder.rows), max_new_tokens), decoder.ids.device
+    tokens = torch.full(shape, pad, dtype=decoder.ids.dtype, device=device)
+    logprobs = torch.zeros(shape, device=device) if decoder.return_logprobs else None
+    lengths = torch.zeros(shape[0], dtype=torch.long, device=device)
+    stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
+    all_ended = False
+    for count in range(1, max_new_tokens + 1):
+        if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
+            prepacked.use(len(decoder.rows))
+        if all_ended:
+            decoder.idle_step()
+        else:
+            rows, step = decoder.rows, decoder.step()
+            tokens[rows, count - 1] = step.tokens
+            if logprobs is not None:
+                logprobs[rows, count - 1] = step.logprobs
+            lengths[rows] = count
+            stopped[rows] = step.stopped
+            if bool(step.stopped.any()):
+                all_ended = bool(step.stopped.all())
+                decoder.leave(~step.stopped)
+        if stop_flag(all_ended):
+            break
+    if logprobs is not None:
+        logprobs = logprobs[:, :count]
+    return Generated(tokens[:, :count], lengths, stopped, logprobs=logprobs)
 
 
 def generate_streaming(
@@ -138,7 +161,11 @@ def generate_streaming(
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """The new token ids after one prompt ``input_ids`` (1, P), one by one, those of the stop
-    sequence included."""
+    sequence included.
+
+    Raises:
+        ValueError: for more than one prompt, and what :func:`generate` refuses.
+    """
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"streaming takes one prompt, input_ids of shape (1, P), not {tuple(input_ids.shape)}"
@@ -146,22 +173,20 @@ def generate_streaming(
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
     mask = torch.ones_like(input_ids)
     _check(model, input_ids, mask, stop_sequences, max_new_tokens)
+    columns = input_ids.shape[1] + max_new_tokens
     decoder = Decoder(
-        model,
-        input_ids,
-        mask,
-        Decoding(sampling, stop_sequences, max_new_tokens, generator=generator),
+        model, input_ids, mask, sampling, stop_sequences, generator=generator, columns=columns
     )
-    for step in range(max_new_tokens):
-        with _at_rest(model):  # not around the yield: the caller may train meanwhile
-            decoder.step()
-        yield int(decoder.tokens[0, step])
-        if decoder.all_ended:
+    for _ in range(max_new_tokens):
+        with _evaluating(model):  # not around the yield: the caller may train meanwhile
+            step = decoder.step()
+        yield int(step.tokens[0])
+        if bool(step.stopped[0]):
             return
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """No gradient, no dropout; afterward every module trains again that did."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -7,9 +7,9 @@ from argparse import Namespace
 from coati.cli.serve import LOOPBACK, listening_socket, parse_server
 
 
-def open_service(args: Namespace):
+def open_engine(args: Namespace):
     from coati.inference import load
-    from coati.inference.serve.service import InferenceEngine
+    from coati.inference.serve.inference_engine import InferenceEngine
     from coati.inference.serve.stop_strings import read_words
 
     words = read_words(args.profanity_file) if args.profanity_file else []
@@ -30,7 +30,7 @@ def open_service(args: Namespace):
     )
 
 
-def app_of(args: Namespace, service):
+def app_of(args: Namespace, engine):
     from coati.inference.serve.web import WebSettings, make_app
     from coati.models.generation.sampling import Sampling
 
@@ -47,7 +47,7 @@ def app_of(args: Namespace, service):
     settings = WebSettings(
         args.served_model_name, sampling, args.max_new_tokens, args.token, args.cors_origins, hosts
     )
-    return make_app(service, settings)
+    return make_app(engine, settings)
 
 
 def main(args: Namespace) -> None:
@@ -58,7 +58,7 @@ def main(args: Namespace) -> None:
     try:
         import uvicorn
 
-        service = open_service(args)
+        engine = open_engine(args)
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; the server needs: pip install 'coati[serve]'") from error
     host, port = listening.getsockname()[:2]
@@ -66,7 +66,7 @@ def main(args: Namespace) -> None:
         f"{args.served_model_name} at http://{f'[{host}]' if ':' in host else host}:{port}",
         flush=True,
     )
-    config = uvicorn.Config(app_of(args, service), timeout_graceful_shutdown=args.shutdown_timeout)
+    config = uvicorn.Config(app_of(args, engine), timeout_graceful_shutdown=args.shutdown_timeout)
     uvicorn.Server(config).run(sockets=[listening])
 
 

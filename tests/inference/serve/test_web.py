@@ -37,7 +37,7 @@ def error(response, status):
 
 def test_a_completion_counts_its_tokens(client, open_server):
     body = chat(client).json()
-    prompt = len(open_server.service.encode(HELLO))
+    prompt = len(open_server.engine.encode(HELLO))
     assert body["usage"] == {
         "prompt_tokens": prompt,
         "completion_tokens": 8,
@@ -240,7 +240,7 @@ def test_a_full_queue_is_429_and_a_late_answer_504():
                     target=lambda: codes.append(other.post("/v1/chat/completions", json=_long()))
                 )
                 waits.start()
-                assert until(lambda: server.service.waiting == 1)
+                assert until(lambda: server.engine.waiting == 1)
                 refused = client.post("/v1/chat/completions", json=_long())
                 assert (
                     error(refused, 429)["code"] == "queue_full"

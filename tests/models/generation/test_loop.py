@@ -1,12 +1,13 @@
-"""The sampling loop: equal to transformers token for token, fed once, stopped where it should."""
+"""generate: equal to transformers token for token, fed once, stopped where it should."""
 
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from coati.models.generation.loop import Sampling, choose, generate, generate_streaming, keep_likely
+from coati.models.generation.loop import generate, generate_streaming
 from coati.models.generation.row_noise import row_noise
+from coati.models.generation.sampling import Sampling, choose, keep_likely
 from coati.models.padding_free import PaddingFree
 from coati.models.sdpa import one_query
 from tests.models.families import tiny_bloom, tiny_gpt2, tiny_opt, tiny_qwen2
@@ -73,19 +74,19 @@ def test_rows_that_end_leave_and_the_others_do_not_notice(make):
     assert batch.lengths.tolist() != sorted(batch.lengths.tolist(), reverse=True), (
         "no row moved to another's place"
     )
-    for row, answer in enumerate(batch.answers()):
+    for row, answer in enumerate(batch.responses()):
         prompt = ids[row, mask[row].bool()][None]
         alone = generate(model, prompt, noise=noise[row : row + 1], **options)
-        assert alone.answers() == [answer]
+        assert alone.responses() == [answer]
         assert torch.allclose(alone.logprobs[0], batch.logprobs[row, : len(answer)], atol=1e-5)
         assert (batch.logprobs[row, len(answer) :] == 0).all()
 
 
 def test_one_row_alone_is_the_row_of_the_batch():
     model, (ids, mask) = tiny_llama(), left_padded(PROMPTS)
-    batch = generate(model, ids, mask, max_new_tokens=10, **NO_STOP).answers()
+    batch = generate(model, ids, mask, max_new_tokens=10, **NO_STOP).responses()
     for row, answer in zip(PROMPTS, batch, strict=True):
-        assert generate(model, torch.tensor([row]), max_new_tokens=10, **NO_STOP).answers() == [
+        assert generate(model, torch.tensor([row]), max_new_tokens=10, **NO_STOP).responses() == [
             answer
         ]
 
@@ -125,7 +126,7 @@ def test_the_prompt_is_fed_once_then_one_token_at_a_time_and_logits_are_those_of
     result = generate(model, ids, mask, max_new_tokens=5, **NO_STOP)
     assert model.fed == [6, 1, 1, 1, 1]
     for row, prompt in enumerate(PROMPTS):
-        whole = torch.tensor([prompt + result.answers()[row]])
+        whole = torch.tensor([prompt + result.responses()[row]])
         with torch.no_grad():
             full = model.module(input_ids=whole).logits[0, len(prompt) - 1 : -1]
         assert torch.allclose(torch.stack(model.logits, dim=1)[row], full, atol=1e-5)
@@ -134,11 +135,11 @@ def test_the_prompt_is_fed_once_then_one_token_at_a_time_and_logits_are_those_of
 def test_only_living_rows_are_fed_and_columns_of_padding_alone_left_behind():
     model = Watched(tiny_llama())
     ids, mask = left_padded(PROMPTS)  # of 6, 2 and 4 tokens
-    answers = generate(model, ids, mask, max_new_tokens=9, **NO_STOP).answers()
+    answers = generate(model, ids, mask, max_new_tokens=9, **NO_STOP).responses()
     model.rows, model.columns = [], []
     stops = [answers[0][:3], answers[2][:6]]
     found = generate(model, ids, mask, stop_sequences=stops, max_new_tokens=9, do_sample=False)
-    assert found.answers() == [answers[0][:3], answers[1], answers[2][:6]]
+    assert found.responses() == [answers[0][:3], answers[1], answers[2][:6]]
     assert model.rows == [3, 3, 3, 2, 2, 2, 1, 1, 1]
     assert model.columns == [
         6,
@@ -159,9 +160,9 @@ def test_equal_prompts_go_through_the_model_once():
     options = {"stop_sequences": [], "max_new_tokens": 4, "return_logprobs": True}
     noise = row_noise(0, 0, range(4), 4)
     group = generate(model, ids, mask, noise=noise, **options)
-    assert model.rows == [2, 4, 4, 4] and len({tuple(answer) for answer in group.answers()}) == 4
+    assert model.rows == [2, 4, 4, 4] and len({tuple(answer) for answer in group.responses()}) == 4
     alone = generate(model, torch.tensor([prompt]), noise=noise[2:3], **options)
-    assert alone.answers() == group.answers()[2:3] and torch.allclose(
+    assert alone.responses() == group.responses()[2:3] and torch.allclose(
         alone.logprobs[0], group.logprobs[2], atol=1e-5
     )
 
@@ -203,7 +204,7 @@ def test_ranks_agree_on_tokens_and_log_probs():
         return_logprobs=True,
         **NO_STOP,
     )
-    assert found.answers() == [[33, 33, 33]] and found.logprobs.tolist() == [[33.0] * 3]
+    assert found.responses() == [[33, 33, 33]] and found.logprobs.tolist() == [[33.0] * 3]
     assert [tuple(tensor.shape) for tensor in asked] == [(1,), (1,), (1,), (1, 3)] and asked[
         0
     ].item() != 33
@@ -269,7 +270,7 @@ def test_rows_stop_at_their_stop_sequence_and_the_batch_when_all_have_stopped():
         max_new_tokens=9,
         do_sample=False,
     )
-    assert result.answers() == [[9, 7, 8], [7, 9, 30], [7, 7, 7, 8]]
+    assert result.responses() == [[9, 7, 8], [7, 9, 30], [7, 7, 7, 8]]
     assert result.sequences[:, 2:].tolist() == [[9, 7, 8, 0], [7, 9, 30, 0], [7, 7, 7, 8]]
     assert result.stopped.all() and result.lengths.tolist() == [3, 3, 4]
 
@@ -282,7 +283,7 @@ def test_a_stop_sequence_does_not_begin_in_the_prompt():
         max_new_tokens=9,
         do_sample=False,
     )
-    assert result.answers() == [[8, 3, 7, 8]]
+    assert result.responses() == [[8, 3, 7, 8]]
 
 
 def test_a_row_at_the_limit_has_not_stopped():
@@ -313,12 +314,12 @@ def test_ranks_leave_the_loop_together():
         stop_flag=until_the_other_rank_has_stopped,
     )
     assert asked == [False, True, True, True]
-    assert result.answers() == [[5, 7]] and result.sequences.tolist() == [[1, 5, 7, 0, 0]]
+    assert result.responses() == [[5, 7]] and result.sequences.tolist() == [[1, 5, 7, 0, 0]]
 
 
 def test_streaming_yields_the_same_tokens_and_the_stop_sequence():
     model = tiny_llama()
-    whole = generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=8, **NO_STOP).answers()[0]
+    whole = generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=8, **NO_STOP).responses()[0]
     stream = generate_streaming(model, torch.tensor([PROMPTS[0]]), max_new_tokens=8, **NO_STOP)
     assert list(stream) == whole
     short = generate_streaming(
@@ -341,7 +342,7 @@ def test_sampling_is_repeated_by_its_generator():
         seeded = torch.Generator().manual_seed(seed)
         return generate(
             model, ids, stop_sequences=[], max_new_tokens=16, temperature=2.0, generator=seeded
-        ).answers()
+        ).responses()
 
     assert draw(1) == draw(1) != draw(2)
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from coati.inference.serve.batch import Batch, Row
+from coati.inference.serve.inference_engine import SamplingParams
 from coati.models.generation import mkl_prepack as prepack
 from coati.models.generation.decoder import Decoder
-from coati.models.generation.loop import Sampling, generate
-from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
+from coati.models.generation.loop import generate
+from coati.models.generation.mkl_prepack import MklPrepacked
 from coati.models.head import Head
+from tests.inference.serving import GREEDY, engine_of, until
 from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.skipif(not prepack.available(), reason="this PyTorch comes without MKL")
@@ -158,15 +159,15 @@ def test_the_vocabulary_head_is_given_back():
 
 
 def test_an_error_while_sampling_gives_the_layers_back(monkeypatch):
-    model, ended = tiny_llama(), Decoder._ended
+    model, stopped = tiny_llama(), Decoder._stopped
 
     def fails(decoder):
-        if decoder.steps == 3:
+        if decoder.ages[0] == 3:
             assert "forward" in model.lm_head.__dict__
             raise RuntimeError("the third token")
-        return ended(decoder)
+        return stopped(decoder)
 
-    monkeypatch.setattr(Decoder, "_ended", fails)
+    monkeypatch.setattr(Decoder, "_stopped", fails)
     with pytest.raises(RuntimeError, match="the third token"):
         sample(model)
     assert not any("forward" in layer.__dict__ for layer in model.modules())
@@ -186,14 +187,14 @@ def test_memory_that_runs_out_while_arranging_leaves_the_layers_as_they_were(mon
     assert not any("forward" in layer.__dict__ for layer in layers)
 
 
-def test_a_server_s_batch_uses_them_while_rows_are_there(products):
-    model = tiny_llama()
-    batch = Batch(model.eval())
-    rows = [Row([1, 2, 3, 4 + index], Sampling(do_sample=False), 40) for index in range(4)]
-    for row in rows:
-        batch.join(row)
-    for _ in range(PAYS_AFTER + 4):
-        batch.step()
+def test_the_server_uses_them_while_rows_are_there(products):
+    with engine_of(endless=True, pause=0.01) as engine:
+        asked = [
+            engine.submit([1, 2, 3, 4 + n], SamplingParams(GREEDY, 40), lambda chunk: None)
+            for n in range(4)
+        ]
+        assert until(lambda: all(len(request.tokens) == 40 for request in asked))
+        assert until(lambda: engine.running == 0)
+        model = engine.loaded.model
+        assert not any("forward" in layer.__dict__ for layer in model.modules())
     assert set(products) == {4}
-    batch.leave(set(rows))
-    assert not any("forward" in layer.__dict__ for layer in model.modules())

@@ -1,0 +1,87 @@
+"""How a causal language model is called with a key-value cache, whatever wraps it."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from coati.models.generation.kv_cache import RowCache, TupleCache
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The transformers model inside plugin wrappers and adapters."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def accepted_by(model: nn.Module) -> set[str]:
+    """The keywords that the model's forward names; wrappers pass everything on, so the innermost
+    decides."""
+    return set(inspect.signature(innermost(model).forward).parameters)
+
+
+def cache_for(model: nn.Module, rows: int, columns: int) -> RowCache | TupleCache:
+    """An empty cache of the kind that ``model`` fills, for ``rows`` rows and up to ``columns``
+    columns."""
+    if getattr(innermost(model), "_supports_cache_class", True):
+        return RowCache(rows, columns)
+    return TupleCache()
+
+
+def call_with_cache(
+    model: nn.Module,
+    accepted: set[str],
+    cache: RowCache | TupleCache,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """``ids`` and ``positions`` (rows, n) through the model, after what ``cache`` holds; logits
+    (rows, 1 or n, V).
+
+    ``mask`` (rows, shown): 1 on the columns of the cache and of ``ids`` that hold tokens.
+    ``accepted``: the keywords of the model's forward.
+
+    Raises:
+        ValueError: for a model that does not fill the cache.
+    """
+    shown = mask.shape[1]
+    tuples = isinstance(cache, TupleCache)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "past_key_values": cache.states if tuples else cache,
+        "use_cache": True,
+        "cache_position": torch.arange(shown - ids.shape[1], shown, device=ids.device),
+        "logits_to_keep": 1,  # of a long prompt only the last position goes through the head
+    }
+    outputs = model(**{name: value for name, value in inputs.items() if name in accepted})
+    if tuples:
+        cache.states = outputs.past_key_values
+    if cache.get_seq_length() != shown:
+        raise ValueError(
+            f"{type(innermost(model)).__name__} fills no key-value cache here; it cannot sample"
+        )
+    return _plain(outputs.logits)
+
+
+def call_without_padding(
+    model: nn.Module, accepted: set[str], cache: RowCache, inputs: dict, mask: Tensor
+) -> Tensor:
+    """Prompts as one row without padding through the model, into an empty ``cache``; logits (B, V)
+    after each prompt's last token.
+
+    ``inputs``: of :meth:`PaddingFree.pack`. ``mask`` (B, P): where their tokens stand with padding.
+    """
+    last = mask.sum(dim=1).cumsum(dim=0) - 1
+    keep = {"logits_to_keep": last} if "logits_to_keep" in accepted else {}
+    with cache.filled_without_padding(mask):
+        outputs = model(**inputs, past_key_values=cache, use_cache=True, **keep)
+    logits = _plain(outputs.logits)[0]
+    return logits if keep else logits[last]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tensor)  # Gemini's tensors do not follow in-place operations

@@ -3,12 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.utils.text_table import NARROWEST, WIDEST, pad, places, table, terminal_width, wrap
+from coati.utils.text_table import NARROWEST, WIDEST, places, table, terminal_width, wrap
 
 
 def test_wide_letters_take_two_places_and_combining_ones_none():
     assert places("ab") == 2 and places("数学") == 4 and places("e\u0301") == 1
-    assert pad("数", 4) == "数  " and pad("1.5", 5, right=True) == "  1.5"
+    assert table(["n", "t"], [["1.5", "数"]], [5, 4], [True, False]).splitlines()[2] == "  1.5 | 数"
+    assert table(["t", "n"], [["数", "1"]], [4, 2], [False, True]).splitlines()[2] == "数   |  1"
 
 
 def test_wrapping_by_hand():

@@ -50,7 +50,6 @@ setup(
             "nbclient>=0.8",
         ],
         "flash": ["flash-attn>=2.5"],
-        "inference": ["rich>=13"],
         # llmcompressor==0.6.0 itself is installed with --no-deps: it declares numpy<2, and runs
         # with 2
         "quantize": QUANTIZE,

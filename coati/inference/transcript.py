@@ -1,4 +1,4 @@
-"""Dialogues from files, and dialogues to a file, in the row shape that data preparation reads."""
+"""Conversations from and to files, in the format that data preparation reads."""
 
 import json
 import os
@@ -10,37 +10,36 @@ PIPE = "-"
 
 
 class Transcript:
-    """Appends each dialogue to ``file`` as ``{"messages": [{role, content}, ...]}``; ``file`` None:
-    nothing is kept."""
+    """Appends each conversation to ``file`` as ``{"messages": [{role, content}, ...]}``; does
+    nothing where ``file`` is None."""
 
     def __init__(self, file: str | os.PathLike | None):
         self.file, self._messages = file, []
 
     def add(self, history: Messages) -> None:
-        """The dialogue as it stands now. Rounds that it had to leave out since stay in the
+        """The conversation so far; rounds that were dropped from the context stay in the
         transcript."""
         if (
             not history
             or history[-1]["role"] != "assistant"
             or (self._messages and history[-1] is self._messages[-1])
         ):
-            return  # no answer came
+            return  # no response came
         self._messages = self._messages + history[-2:] if self._messages else list(history)
 
     def close(self) -> None:
-        """The dialogue has ended."""
+        """Write the conversation, which has ended."""
         if self.file is not None and self._messages:
             with open(self.file, "a", encoding="utf-8") as output:
                 output.write(json.dumps({"messages": self._messages}, ensure_ascii=False) + "\n")
         self._messages = []
 
 
-def dialogues(file: str) -> list[tuple[Messages, str]]:
-    """What ``file`` asks: the messages before each question, and the question. ``-``: lines of
-    standard input; a text
-    file: its lines; another kind: its rows, of any shape that a prompt may have.
+def conversations(file: str) -> list[tuple[Messages, str]]:
+    """The questions of ``file``, each with the messages before it. ``-``: lines of standard input;
+    a text file: its lines; another kind: its rows, in any format of a prompt.
 
-    Raises ValueError naming the file, or the row that holds no question.
+    Raises ValueError naming the file, or the row without a question.
     """
     if file != PIPE and Path(file).suffix not in (".txt", ""):
         return _of_rows(file)
@@ -63,10 +62,10 @@ def dialogues(file: str) -> list[tuple[Messages, str]]:
 def _of_rows(file: str) -> list[tuple[Messages, str]]:
     from coati.inference.evaluate.generate_responses import read_prompts
 
-    prompts, left_out = read_prompts([file])
-    if left_out:
-        place, reason = left_out[0]
+    prompts, skipped = read_prompts([file])
+    if skipped:
+        place, reason = skipped[0]
         raise ValueError(
-            f"--prompt_file {place}: no question here ({reason}); {len(left_out)} such rows"
+            f"--prompt_file {place}: no question here ({reason}); {len(skipped)} such rows"
         )
     return [(prompt.messages[:-1], prompt.question) for prompt in prompts]

@@ -73,7 +73,6 @@ MODULES = {
     "coati.inference.compare": "coati.inference.evaluate.win_rate",
     "coati.inference.cut": "coati.inference.serve.stop_strings",
     "coati.inference.gguf_file": "coati.inference.export.gguf",
-    "coati.inference.histogram": "coati.inference.evaluate.histogram",
     "coati.inference.loading": "coati.inference.model_loading",
     "coati.inference.measure": "coati.inference.export.perplexity",
     "coati.inference.metrics": "coati.inference.serve.server_metrics",

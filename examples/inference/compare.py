@@ -1,4 +1,4 @@
-"""Win rate of a trained model against its start. ``compare.py --help`` lists the flags."""
+"""Win rate of a trained model against its reference. ``compare.py --help`` lists the flags."""
 
 import json
 import sys
@@ -15,68 +15,68 @@ def named(flag: str, make, *words, **keywords):
         raise ValueError(f"{flag} {error}") from error
 
 
-def judges(args: Namespace, tags: dict | None):
+def judge_of(args: Namespace, tags: dict | None):
     from coati.inference.evaluate.reward_scores import load_reward_model
     from coati.inference.evaluate.win_rate import Judge
     from coati.rewards import Rewards
 
     model = rewards = None
     if args.rm_path:
-        model = named(
-            "--rm_path", load_reward_model, args.rm_path, trust_remote_code=args.trust_remote_code
-        )
+        code = args.trust_remote_code
+        model = named("--rm_path", load_reward_model, args.rm_path, trust_remote_code=code)
     if args.reward_functions:
         rewards = Rewards(args.reward_functions, args.reward_weights, tags, args.reward_timeout)
     return Judge(model, rewards, args.batch_size)
 
 
-def answered(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | None]:
-    """Both models' answers, one model in memory at a time; the prompts left out; the trained one's
+def generated(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | None]:
+    """Both models' responses, one model in memory at a time; the prompts left out; the policy's
     tags."""
-    from coati.inference.evaluate import generate_responses as answers
-    from coati.inference.evaluate import win_rate as compare
-    from coati.models.generation.loop import Sampling
+    from coati.inference.evaluate import generate_responses as generating
+    from coati.inference.evaluate.win_rate import reference_of
+    from coati.models.generation.sampling import Sampling
 
     drawn = {name: getattr(args, name) for name in ("top_k", "top_p", "repetition_penalty")}
     sampling = Sampling(args.temperature > 0, args.temperature or 1.0, **drawn)
-    asking = answers.SamplingConfig(
+    config = generating.SamplingConfig(
         sampling, args.max_new_tokens, args.max_length, args.batch_size, args.seed
     )
-    loading = {
-        "template": args.conversation_template_config,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    found, left_out, conversation = [], [], None
-    start = args.start_path or named("--model_path", compare.start_of, args.model_path)
-    for flag, path in (("--start_path", start), ("--model_path", args.model_path)):
-        side, out, conversation = named(flag, answers.answers_of, path, prompts, asking, **loading)
-        answers.release()
+    template, code = args.conversation_template_config, args.trust_remote_code
+    loading = {"template": template, "trust_remote_code": code}
+    reference = args.start_path or named("--model_path", reference_of, args.model_path)
+    found, skipped, conversation = [], [], None
+    for flag, path in (("--start_path", reference), ("--model_path", args.model_path)):
+        side, out, conversation = named(
+            flag, generating.responses_of, path, prompts, config, **loading
+        )
+        generating.release()
         found.append(side)
-        left_out += out
-    return found, left_out, conversation.response_format_tags
+        skipped += out
+    return found, skipped, conversation.response_format_tags
 
 
 def main(args: Namespace) -> None:
-    from coati.inference.evaluate import generate_responses as answers
-    from coati.inference.evaluate import win_rate as compare
+    from coati.inference.evaluate import generate_responses as generating
+    from coati.inference.evaluate.win_rate import compare, extremes, summary
 
-    prompts, left_out = named(
-        "--input", answers.read_prompts, args.input, args.max_prompts, args.seed
+    prompts, unreadable = named(
+        "--input", generating.read_prompts, args.input, args.max_prompts, args.seed
     )
-    (start, trained), out, tags = answered(args, prompts)
-    rows, unscored = compare.compare(
-        prompts, start, trained, judges(args, tags), args.max_new_tokens, args.tie_margin
+    (reference, policy), too_long, tags = generated(args, prompts)
+    judge = judge_of(args, tags)
+    rows, unscored = compare(
+        prompts, reference, policy, judge, args.max_new_tokens, args.tie_margin
     )
-    for line in answers.told([*left_out, *out, *unscored]):
+    for line in generating.skipped_summary([*unreadable, *too_long, *unscored]):
         print(f"compare.py: {line}", file=sys.stderr)
     if not rows:
         raise ValueError(f"--input {' '.join(args.input)}: no prompt could be compared")
     if args.output:
         with open(args.output, "w", encoding="utf-8") as output:
             output.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
-    if args.show and (shown := compare.extremes(rows, args.show)):
+    if args.show and (shown := extremes(rows, args.show)):
         print(shown)
-    print("\n".join(compare.summary(rows)))
+    print("\n".join(summary(rows)))
 
 
 if __name__ == "__main__":

@@ -78,11 +78,11 @@ def chat(session, screen, record, words) -> None:
 
 def main(args: Namespace) -> None:
     from coati.inference import console
-    from coati.inference.transcript import Transcript, dialogues
+    from coati.inference.transcript import Transcript, conversations
 
     screen = console.console(args.io)
     asked = (
-        dialogues(args.prompt_file)
+        conversations(args.prompt_file)
         if args.prompt_file
         else [([], question) for question in args.prompt]
     )

@@ -15,8 +15,8 @@ def main(args: Namespace) -> None:
         args.model_path, args.conversation_template_config, trust_remote_code=args.trust_remote_code
     )
     found = list(scoring.rows_to_score(args.input, conversation, args.max_length))
-    rows = [row for row in found if isinstance(row, scoring.Scored)]
-    for place, reason in (row for row in found if not isinstance(row, scoring.Scored)):
+    rows = [row for row in found if isinstance(row, scoring.ScoredRow)]
+    for place, reason in (row for row in found if not isinstance(row, scoring.ScoredRow)):
         print(f"score.py: {place} is left out ({reason})", file=sys.stderr)
     if not rows:
         raise ValueError(f"--input {' '.join(args.input)}: no row could be scored")

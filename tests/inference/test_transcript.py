@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from coati.inference.model_loading import load, with_system
-from coati.inference.transcript import Transcript, dialogues
+from coati.inference.transcript import Transcript, conversations
 from tests.inference.test_model_loading import write
 from tests.inference.test_script import model, run, script  # noqa: F401
 
@@ -72,18 +72,18 @@ def test_rows_bring_what_was_said_before(tmp_path):
     file = tmp_path / "q.jsonl"
     messages = [*round_of("a", "1"), {"role": "user", "content": "b"}]
     file.write_text(json.dumps({"messages": messages}) + "\n")
-    assert dialogues(str(file)) == [(round_of("a", "1"), "b")]
+    assert conversations(str(file)) == [(round_of("a", "1"), "b")]
 
 
 def test_files_without_questions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
     with pytest.raises(ValueError, match="--prompt_file -: holds no question"):
-        dialogues("-")
+        conversations("-")
     with pytest.raises(ValueError, match="--prompt_file .*gone.txt"):
-        dialogues(str(tmp_path / "gone.txt"))
+        conversations(str(tmp_path / "gone.txt"))
     (tmp_path / "q.jsonl").write_text('{"nothing": 1}\n')
     with pytest.raises(ValueError, match="no question here"):
-        dialogues(str(tmp_path / "q.jsonl"))
+        conversations(str(tmp_path / "q.jsonl"))
 
 
 def test_the_system_message_can_be_replaced_and_left_away(tmp_path):

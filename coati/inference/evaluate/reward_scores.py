@@ -1,4 +1,4 @@
-"""Scores of a reward model for the rows of data files: of one answer, or of both sides of a
+"""Scores of a reward model for the rows of data files: single responses, or both sides of a
 pair."""
 
 import os
@@ -22,10 +22,13 @@ from coati.models.reward_model import RewardModel
 from coati.models.tokenizer import check_vocabulary, load_tokenizer
 from coati.utils.statistics import wilson_interval
 
+# Of Okabe and Ito: told apart by people who cannot tell red from green.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#777777")
+
 
 @dataclass
-class Scored:
-    """One row: where it stands, what kind it is, and its scores (chosen, rejected; or one)."""
+class ScoredRow:
+    """One row: where it stands, its data type, and its scores (chosen, rejected; or one)."""
 
     place: str
     kind: str
@@ -52,10 +55,9 @@ def load_reward_model(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[RewardModel, Any, Conversation]:
-    """Reward model, tokenizer and template of any directory that train_rm.py wrote, a checkpoint
-    among them.
+    """Reward model, tokenizer and template of a directory or checkpoint that train_rm.py wrote.
 
-    Raises ValueError when there is no head.
+    Raises ValueError where there is no scalar head.
     """
     directory = find_model(path, "actor")
     tokenizer = load_tokenizer(directory, trust_remote_code)
@@ -69,7 +71,7 @@ def load_reward_model(
 
 def rows_to_score(
     inputs: Sequence[str], conversation: Conversation, max_length: int
-) -> Iterator[Scored | tuple[str, str]]:
+) -> Iterator[ScoredRow | tuple[str, str]]:
     """Each row of the files, tokenized as for training; for a row that cannot be used ``(place,
     reason)``."""
     for file in find_files(inputs):
@@ -84,18 +86,18 @@ def rows_to_score(
                 yield place, f"{error.reason}: {error.detail}"
                 continue
             sides = DATA_TYPES[kind].sides(columns)
-            yield Scored(place, kind, columns.get("label"), [side.ids for side in sides])
+            yield ScoredRow(place, kind, columns.get("label"), [side.ids for side in sides])
 
 
 def _kind(row: Any) -> str:
-    """A pair, a judged answer, or a conversation whose last answer is to be scored."""
+    """A pair, a labeled response, or a conversation whose last response is to be scored."""
     keys = set(row) if isinstance(row, dict) else set()
     particular = (type for type in DATA_TYPES.values() if type.raw_keys)
     return next((type.name for type in particular if keys.issuperset(type.raw_keys)), "sft")
 
 
 @torch.no_grad()
-def score(model: nn.Module, rows: Sequence[Scored], pad_id: int, batch_size: int = 16) -> None:
+def score(model: nn.Module, rows: Sequence[ScoredRow], pad_id: int, batch_size: int = 16) -> None:
     """Fill in the scores of ``rows``, in batches of sequences of like length."""
     sides = [(row, side) for row in rows for side in range(len(row.ids))]
     sides.sort(key=lambda pair: len(pair[0].ids[pair[1]]))
@@ -109,8 +111,8 @@ def score(model: nn.Module, rows: Sequence[Scored], pad_id: int, batch_size: int
             row.scores[side] = value
 
 
-def summary(rows: Sequence[Scored]) -> list[str]:
-    """Lines about the scores: accuracy of pairs with its interval, of labels by the sign, means."""
+def summary(rows: Sequence[ScoredRow]) -> list[str]:
+    """Lines about the scores: accuracy on pairs with its 95% interval, then mean and spread."""
     lines = []
     pairs = [row.scores for row in rows if row.kind == "preference"]
     if pairs:
@@ -129,7 +131,7 @@ def summary(rows: Sequence[Scored]) -> list[str]:
     return lines
 
 
-def groups_of(rows: Sequence[Scored]) -> dict[str, Tensor]:
+def groups_of(rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
     """Scores by what they are of: chosen, rejected, good, bad, or all."""
     groups: dict[str, list[float]] = {}
     for row in rows:
@@ -143,15 +145,20 @@ def groups_of(rows: Sequence[Scored]) -> dict[str, Tensor]:
 
 def write_histogram(groups: dict[str, Tensor], file: str | os.PathLike, bins: int = 40) -> Path:
     """A PNG of the distribution of each group's scores over one axis."""
-    from coati.inference.evaluate.histogram import draw
+    from matplotlib.figure import Figure
 
     low = min(float(values.min()) for values in groups.values())
     high = max(float(values.max()) for values in groups.values())
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts = {
-        name: torch.histc(values, bins, low, high).long().tolist()
-        for name, values in groups.items()
-    }
-    draw(counts, low, high).save(file, format="PNG")
+    figure = Figure(figsize=(9.6, 4.8), dpi=100)
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.07, right=0.97)
+    for color, (name, values) in zip(COLORS, groups.items(), strict=False):
+        label = f"{name} ({len(values)})"
+        axes.hist(values.numpy(), bins, (low, high), color=color, alpha=0.6, label=label)
+    axes.set_xlim(low, high)
+    axes.set_xlabel("score")
+    figure.legend(loc="upper center", ncols=len(groups))
+    figure.savefig(file, format="png")
     return Path(file)

@@ -107,7 +107,7 @@ class SamplingFields(BaseModel):
         """``asked``: new tokens, the value of ``field``; by default what ``room`` the prompt
         leaves, at most the server's limit ``most``."""
         if asked is not None and asked > most:
-            raise Refused(400, f"{field} is {asked}, at most {most} are allowed here", param=field)
+            raise Refused(400, f"{field} is {asked}, at most {most} are given here", param=field)
         return SamplingParams(self.sampling(default), asked or max(1, min(most, room)), **others)
 
 

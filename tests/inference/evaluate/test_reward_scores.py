@@ -61,7 +61,7 @@ def rows_file(tmp_path, rows) -> str:
     return str(file)
 
 
-def scored(model, tmp_path, rows, batch_size=16) -> list[scoring.Scored]:
+def scored(model, tmp_path, rows, batch_size=16) -> list[scoring.ScoredRow]:
     reward, tokenizer, conversation = scoring.load_reward_model(model)
     found = list(scoring.rows_to_score([rows_file(tmp_path, rows)], conversation, 200))
     scoring.score(reward, found, tokenizer.pad_token_id, batch_size)
@@ -84,22 +84,22 @@ def test_a_row_has_one_score_whatever_kind_it_is_and_whoever_its_batch_mates_are
 
 
 def test_what_is_written_of_a_row():
-    pair = scoring.Scored("f:1", "preference", scores=[1.0, 2.0])
+    pair = scoring.ScoredRow("f:1", "preference", scores=[1.0, 2.0])
     assert pair.as_dict() == {"row": "f:1", "chosen": 1.0, "rejected": 2.0, "right": False}
-    assert scoring.Scored("f:2", "kto", True, scores=[0.5]).as_dict() == {
+    assert scoring.ScoredRow("f:2", "kto", True, scores=[0.5]).as_dict() == {
         "row": "f:2",
         "score": 0.5,
         "label": True,
     }
-    assert scoring.Scored("f:3", "sft", scores=[0.5]).as_dict() == {"row": "f:3", "score": 0.5}
+    assert scoring.ScoredRow("f:3", "sft", scores=[0.5]).as_dict() == {"row": "f:3", "score": 0.5}
 
 
 def test_summary_by_hand():
     rows = [
-        scoring.Scored("", "preference", scores=s)
+        scoring.ScoredRow("", "preference", scores=s)
         for s in ([2.0, 1.0], [3.0, 0.0], [0.0, 0.0], [0.0, 1.0])
     ]
-    lines = scoring.summary([*rows, scoring.Scored("", "kto", False, scores=[-1.0])])
+    lines = scoring.summary([*rows, scoring.ScoredRow("", "kto", False, scores=[-1.0])])
     assert lines[0].startswith("accuracy 0.6250 on 4 pairs")
     assert (
         "chosen: mean 1.2500" in lines[1]

@@ -1,5 +1,5 @@
-"""compare.py: win rates by hand, answers that do not depend on their batch, judges, and errors that
-name the flag."""
+"""compare.py: win rates by hand, responses that do not depend on their batch, judges, and errors
+that name the flag."""
 
 import importlib.util
 import json
@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from coati.cli.compare import parse_compare
 from coati.inference.evaluate.generate_responses import (
-    Answer,
     Prompt,
+    Response,
     SamplingConfig,
-    answer,
+    generate_responses,
     read_prompts,
-    told,
+    skipped_summary,
 )
 from coati.inference.evaluate.reward_scores import load_reward_model, rows_to_score, score
 from coati.inference.evaluate.win_rate import (
@@ -32,7 +32,7 @@ from coati.inference.evaluate.win_rate import (
 )
 from coati.inference.model_loading import load
 from coati.models import RewardModel
-from coati.models.generation.loop import Sampling
+from coati.models.generation.sampling import Sampling
 from coati.models.lora.adapter_files import save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.rewards import Rewards
@@ -101,11 +101,13 @@ def rows(tmp_path) -> str:
 
 
 def made(
-    start: float, trained: float, texts=("a", "b"), question: str = "q", margin: float = 0.0
+    reference: float, policy: float, texts=("a", "b"), question: str = "q", margin: float = 0.0
 ) -> PairResult:
     prompt = Prompt("f:1", 0, [{"role": "user", "content": question}])
-    answers = tuple(Answer("q", text, [1, 2, 3], True) for text in texts)
-    return PairResult(prompt, answers, (start, trained), ({"a": start}, {"a": trained}), margin)
+    responses = tuple(Response("q", text, [1, 2, 3], True) for text in texts)
+    return PairResult(
+        prompt, responses, (reference, policy), ({"a": reference}, {"a": policy}), margin
+    )
 
 
 def test_a_win_a_loss_and_ties():
@@ -119,7 +121,7 @@ def test_a_win_a_loss_and_ties():
     assert made(1.0, 1.5, margin=0.5).result == "tie" and made(1.0, 1.6, margin=0.5).result == "win"
     assert (
         made(1.0, 2.0, texts=("a", "a")).result == "tie"
-    )  # whatever arithmetic made of the same answer
+    )  # whatever arithmetic made of the same response
 
 
 def test_the_rate_counts_ties_half_and_has_wilsons_interval():
@@ -134,13 +136,13 @@ def test_the_summary_by_hand():
     lines = summary(rows)
     assert lines[0] == (
         "win rate 0.700 on 100 prompts (95% 0.604 to 0.781; 60 wins, 20 losses, 20 ties): better "
-        "than its start"
+        "than the reference"
     )
     deviation = math.sqrt((60 * 0.6**2 + 20 * 1.4**2 + 20 * 0.4**2) / 99)
     assert lines[1] == f"score 0.4 -> 0.8, difference +0.4 (95% +-{1.96 * deviation / 10:.2g})"
     assert lines[2:] == ["tokens 3 -> 3", "stop_rate 1 -> 1", "distinct_2 0.01 -> 0.01"]
-    assert summary([made(1, 0)] * 100)[0].endswith("worse than its start")
-    assert "not told apart" in summary([made(0, 1)])[0]
+    assert summary([made(1, 0)] * 100)[0].endswith("worse than the reference")
+    assert "no significant difference" in summary([made(0, 1)])[0]
 
 
 @pytest.mark.parametrize("width", [24, 60, 100, 200])
@@ -157,7 +159,7 @@ def test_the_largest_wins_and_losses_are_shown(width):
 def test_prompts_of_every_shape_are_read_and_the_others_named(rows):
     with open(rows, "a") as file:
         file.write('{"nothing": 1}\n')
-    prompts, left_out = read_prompts([rows])
+    prompts, skipped = read_prompts([rows])
     assert [prompt.question for prompt in prompts] == [
         "hello there",
         "how are you today?",
@@ -169,7 +171,7 @@ def test_prompts_of_every_shape_are_read_and_the_others_named(rows):
         f"{rows}:1",
         f"{rows}:2",
     ]
-    assert left_out[0][0] == f"{rows}:6" and left_out[0][1].startswith("wrong_keys")
+    assert skipped[0][0] == f"{rows}:6" and skipped[0][1].startswith("wrong_keys")
     drawn = [
         [prompt.number for prompt in read_prompts([rows], 3, seed)[0]] for seed in (1, 1, 2, 3, 4)
     ]
@@ -183,30 +185,31 @@ def test_prompts_of_every_shape_are_read_and_the_others_named(rows):
 @pytest.mark.parametrize(
     "sampling", [Sampling(do_sample=False), Sampling(top_k=50, temperature=1.3)]
 )
-def test_an_answer_does_not_depend_on_its_batch(models, rows, sampling):
+def test_a_response_does_not_depend_on_its_batch(models, rows, sampling):
     loaded, (prompts, _) = load(models["start"]), read_prompts([rows])
     one, many = (
-        answer(loaded, prompts, SamplingConfig(sampling, 12, 200, size))[0] for size in (1, 5)
+        generate_responses(loaded, prompts, SamplingConfig(sampling, 12, 200, size))[0]
+        for size in (1, 5)
     )
     assert one == many and len(one) == 5
-    fewer = answer(loaded, prompts[3:], SamplingConfig(sampling, 12, 200))[0]
+    fewer = generate_responses(loaded, prompts[3:], SamplingConfig(sampling, 12, 200))[0]
     assert fewer == {number: one[number] for number in (3, 4)}
-    other = answer(loaded, prompts, SamplingConfig(sampling, 12, 200, seed=7))[0]
+    other = generate_responses(loaded, prompts, SamplingConfig(sampling, 12, 200, seed=7))[0]
     assert (other == one) is (not sampling.do_sample)
 
 
-def test_a_prompt_without_room_is_left_out_and_named(models, rows):
+def test_a_prompt_without_room_is_skipped_and_named(models, rows):
     prompts, _ = read_prompts([rows])
-    found, left_out = answer(
+    found, skipped = generate_responses(
         load(models["start"]), prompts, SamplingConfig(max_new_tokens=10, max_length=30)
     )
-    assert 0 < len(found) < 5 and len(found) + len(left_out) == 5
+    assert 0 < len(found) < 5 and len(found) + len(skipped) == 5
     assert all(
-        reason.startswith("too_long: ") and reason.endswith("room for 20") for _, reason in left_out
+        reason.startswith("too_long: ") and reason.endswith("room for 20") for _, reason in skipped
     )
 
 
-def test_what_is_left_out_is_told_in_a_line_for_each_reason():
+def test_what_is_skipped_is_reported_in_a_line_for_each_reason():
     rows = [
         ("f:1", "too_long: 9"),
         ("f:2", "wrong_keys: x"),
@@ -214,27 +217,27 @@ def test_what_is_left_out_is_told_in_a_line_for_each_reason():
         ("f:4", "too_long: 7"),
         ("f:1", "too_long: 9"),
     ]
-    assert told(rows) == [
+    assert skipped_summary(rows) == [
         "left out: 3 (f:1: too_long: 9; f:3: too_long: 8; ...)",
         "left out: 1 (f:2: wrong_keys: x)",
     ]
-    assert told([]) == []
+    assert skipped_summary([]) == []
 
 
 def test_judges_add_up(models, tmp_path):
     prompts = [Prompt("f:1", 0, [{"role": "user", "content": "hello"}], "4")]
-    answers = [Answer("hello", "the answer is 4", [5, 6], True)]
+    responses = [Response("hello", "the answer is 4", [5, 6], True)]
     own = tmp_path / "own.py"
     own.write_text(
         "def score(responses, lengths): return [len(r) + n / 10 for r, n in zip(responses, "
         "lengths)]\n"
     )
     functions = Rewards(["gsm8k", f"{own}:score"], [1.0, 2.0])
-    [(alone, parts)] = Judge(rewards=functions)(prompts, answers, 8)
+    [(alone, parts)] = Judge(rewards=functions)(prompts, responses, 8)
     assert alone == pytest.approx(10 + 2 * 15.2) and parts == {"gsm8k": 10.0, "score": 15.2}
     model = load_reward_model(models["judge"])
-    [(by_model, only)] = Judge(model)(prompts, answers, 8)
-    [(both, all_parts)] = Judge(model, functions)(prompts, answers, 8)
+    [(by_model, only)] = Judge(model)(prompts, responses, 8)
+    [(both, all_parts)] = Judge(model, functions)(prompts, responses, 8)
     assert only == {"reward_model": by_model} and both == pytest.approx(alone + by_model)
     assert all_parts == parts | only
     with pytest.raises(ValueError, match="nothing to judge by"):
@@ -244,13 +247,15 @@ def test_judges_add_up(models, tmp_path):
 def test_the_reward_model_reads_the_whole_conversation(models, tmp_path):
     """As score.py reads it: the same number for the same row."""
     messages = [{"role": "user", "content": "hello"}]
-    answers = [Answer("", text, [1], True) for text in ("hi there", "how are you?")]
-    found = Judge(load_reward_model(models["judge"]))([Prompt("f:1", 0, messages)] * 2, answers, 8)
+    responses = [Response("", text, [1], True) for text in ("hi there", "how are you?")]
+    found = Judge(load_reward_model(models["judge"]))(
+        [Prompt("f:1", 0, messages)] * 2, responses, 8
+    )
     file = tmp_path / "rows.jsonl"
     file.write_text(
         "".join(
             json.dumps({"messages": [*messages, {"role": "assistant", "content": one.text}]}) + "\n"
-            for one in answers
+            for one in responses
         )
     )
     model, tokenizer, conversation = load_reward_model(models["judge"])
@@ -260,17 +265,15 @@ def test_the_reward_model_reads_the_whole_conversation(models, tmp_path):
     assert abs(found[0][0] - found[1][0]) > 1e-3
 
 
-def test_what_only_one_model_has_answered_is_not_compared():
+def test_what_only_one_model_has_responded_to_is_not_compared():
     prompts = [Prompt(f"f:{n}", n, [{"role": "user", "content": "q"}]) for n in range(3)]
-    short, long = Answer("q", "a", [1], True), Answer("q", "b", [1, 2], True)
-    judges = Judge(rewards=Rewards(["length"]))
-    found, left_out = compare(
-        prompts, {0: short, 1: long, 2: long}, {0: long, 2: short}, judges, 10
-    )
+    short, long = Response("q", "a", [1], True), Response("q", "b", [1, 2], True)
+    judge = Judge(rewards=Rewards(["length"]))
+    found, skipped = compare(prompts, {0: short, 1: long, 2: long}, {0: long, 2: short}, judge, 10)
     assert [(row.prompt.number, row.result) for row in found] == [
         (0, "loss"),
         (2, "win"),
-    ] and not left_out
+    ] and not skipped
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ MODULES = {
     "coati.inference.protocol": "coati.inference.serve.protocol",
     "coati.inference.quantisation": "coati.inference.export.quantization",
     "coati.inference.quantise": "coati.inference.export.quantize",
-    "coati.inference.scoring": "coati.inference.evaluate.reward_scores",
+    "coati.inference.scoring": "coati.inference.evaluate.score_rows",
     "coati.inference.service": "coati.inference.serve.inference_engine",
     "coati.inference.web": "coati.inference.serve.web",
     "coati.inference.web_edges": "coati.inference.serve.middleware",

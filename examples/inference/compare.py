@@ -16,7 +16,7 @@ def named(flag: str, make, *words, **keywords):
 
 
 def judge_of(args: Namespace, tags: dict | None):
-    from coati.inference.evaluate.reward_scores import load_reward_model
+    from coati.inference.evaluate.score_rows import load_reward_model
     from coati.inference.evaluate.win_rate import Judge
     from coati.rewards import Rewards
 

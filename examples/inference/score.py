@@ -9,7 +9,7 @@ from coati.cli.score import parse_score
 
 
 def main(args: Namespace) -> None:
-    from coati.inference.evaluate import reward_scores as scoring
+    from coati.inference.evaluate import score_rows as scoring
 
     model, tokenizer, conversation = scoring.load_reward_model(
         args.model_path, args.conversation_template_config, trust_remote_code=args.trust_remote_code

@@ -10,7 +10,7 @@ from typing import Any
 
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.evaluate.generate_responses import Prompt, Response, Skipped
-from coati.inference.evaluate.reward_scores import ScoredRow, score
+from coati.inference.evaluate.score_rows import ScoredRow, score
 from coati.models.loading import adapter_base, find_model
 from coati.rewards import Responses, Rewards
 from coati.trainer.monitor.sample_table import distinct_2, stop_rate
@@ -69,7 +69,7 @@ class Judge:
     """Scores of responses: a reward model's, the weighted sum of reward functions, or their sum.
 
     Args: reward_model: model, tokenizer and template of
-        :func:`~coati.inference.evaluate.reward_scores.load_reward_model`. rewards:
+        :func:`~coati.inference.evaluate.score_rows.load_reward_model`. rewards:
         :class:`~coati.rewards.Rewards`.
 
     Raises:

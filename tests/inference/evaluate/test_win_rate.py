@@ -21,7 +21,7 @@ from coati.inference.evaluate.generate_responses import (
     read_prompts,
     skipped_summary,
 )
-from coati.inference.evaluate.reward_scores import load_reward_model, rows_to_score, score
+from coati.inference.evaluate.score_rows import load_reward_model, rows_to_score, score
 from coati.inference.evaluate.win_rate import (
     Judge,
     PairResult,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from coati.inference.evaluate import reward_scores as scoring
+from coati.inference.evaluate import score_rows as scoring
 from coati.models import RewardModel
 from tests.tiny import tiny_llama, tiny_tokenizer
 

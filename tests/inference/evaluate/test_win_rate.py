@@ -422,7 +422,7 @@ def test_nothing_is_left_of_the_scripts_errors_but_a_line(models, rows):
     import os
     import subprocess
 
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[3]), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     where = ["--start_path", models["start"], "--model_path", "/nowhere", "--input", rows]
     done = subprocess.run(
         [

@@ -24,7 +24,7 @@ help:
 	@echo "make prove-ppo    PPO and GRPO learn what can be checked, ten seeds of ten, with their curves"
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
-	@echo "make lint docs    style check; the generated pages of docs/"
+	@echo "make lint docs    style, format and types; the generated pages of docs/"
 	@echo "make venv         only the environment, .venv or VENV=DIR"
 	@echo "make venv-latest  the same with torch 2.11 to 2.13 in .venv-latest; then: make test-fast LATEST=1"
 
@@ -66,6 +66,8 @@ bench-peers: venv
 
 lint: venv
 	@$(RUN) "$(BIN)/ruff" check .
+	@$(RUN) "$(BIN)/ruff" format --check --quiet .
+	@$(RUN) "$(BIN)/python" -m mypy
 
 docs: venv
 	@$(RUN) "$(BIN)/python" -m tools.write_docs

@@ -34,6 +34,7 @@ setup(
         "dev": [
             "datasketch>=2.0",
             "hypothesis>=6.100",
+            "mypy>=1.13",
             "pytest>=8",
             "ruff>=0.6",
             # the server, and what its tests call it with; the browser itself (chromium) comes from

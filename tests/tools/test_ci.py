@@ -1,0 +1,71 @@
+"""What .ci/run does around the tests: lint first, a browser where one may be installed, one exit
+code."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def programs(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment whose PATH has the shell's own tools and ``scripts`` alone."""
+    folder.mkdir()
+    for name in ("bash", "cat", "cksum", "cut", "dirname", "mktemp", "tail", "rm", "env"):
+        (folder / name).symlink_to(shutil.which(name))
+    for name, text in scripts.items():
+        (folder / name.replace("_", "-")).write_text(f"#!{shutil.which('bash')}\n{text}\n")
+        (folder / name.replace("_", "-")).chmod(0o755)
+    return {"PATH": str(folder), "HOME": str(folder), "LOG": str(folder / "log")}
+
+
+@pytest.mark.parametrize("lint, test", [(0, 0), (1, 0), (0, 2), (1, 2)])
+def test_lint_and_tests_both_run_and_either_fails(lint, test, tmp_path):
+    make = f'echo "$1" >>"$LOG"; [ "$1" = lint ] && exit {lint}; echo "3 passed"; exit {test}'
+    environment = programs(tmp_path / "bin", make=make, chromium="")
+    run = subprocess.run(
+        [str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == (test or lint)
+    assert Path(environment["LOG"]).read_text().split() == ["lint", "test"]
+    assert run.stdout.splitlines()[-1] == "3 passed"
+
+
+def install(environment: dict[str, str]) -> tuple[int, str]:
+    script = str(ROOT / "tools" / "install_browser.sh")
+    run = subprocess.run(
+        [shutil.which("bash"), script], env=environment, capture_output=True, text=True
+    )
+    return run.returncode, run.stderr
+
+
+def test_a_browser_is_installed_where_that_may_be(tmp_path):
+    log = 'echo "$*" >>"$LOG"'
+    for user in ("0", "1000"):
+        environment = programs(
+            tmp_path / user, id=f"echo {user}", apt_get=log, sudo='shift; exec "$@"', true=""
+        )
+        assert install(environment) == (0, "")
+        calls = Path(environment["LOG"]).read_text().splitlines()
+        assert [call.split()[0] for call in calls] == ["update", "install"], user
+        assert calls[-1].endswith("chromium")
+
+
+def test_where_none_can_be_installed_one_line_says_so(tmp_path):
+    nothing = programs(tmp_path / "nothing", id="echo 0")
+    no_root = programs(tmp_path / "no_root", id="echo 1000", apt_get="", sudo="exit 1")
+    failing = programs(tmp_path / "failing", id="echo 0", true="", apt_get="echo E: none; exit 100")
+    for environment, reason in (
+        (nothing, "apt-get as root or by passwordless sudo is needed"),
+        (no_root, "apt-get as root or by passwordless sudo is needed"),
+        (failing, "apt-get could not install chromium (E: none)"),
+    ):
+        code, text = install(environment)
+        assert code == 0 and reason in text and len(text.splitlines()) == 1
+
+
+def test_a_browser_that_is_there_is_taken(tmp_path):
+    environment = programs(tmp_path / "bin", chromium="", id="echo 0", apt_get="exit 1")
+    assert install(environment) == (0, "")

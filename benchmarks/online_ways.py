@@ -122,13 +122,13 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
     """A PPO trainer, or without a critic one of GRPO, of ``episodes`` episodes whose end ``signs``
     is told."""
     from coati.experience_buffer import NaiveExperienceBuffer
+    from coati.experience_maker.kl_controller import KLController
     from coati.experience_maker.maker import NaiveExperienceMaker
     from coati.experience_maker.rollout import ModelRollout
     from coati.experience_maker.rollout_batch import ExperienceSettings
-    from coati.experience_maker.running_moments import KLController
     from coati.experience_maker.scoring import Scorer
     from coati.models.generation.loop import Sampling
-    from coati.models.policy_loss import Normalization
+    from coati.models.policy_loss import LossAggregation
     from coati.rewards import Rewards
     from coati.trainer import OLTrainer
     from coati.trainer.online import Episodes
@@ -154,16 +154,16 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
         critic=models.critic,
         kl=KLController(case.KL if ppo else 0.0),
     )
-    normalization = Normalization("token" if ppo else "response", size.new)
+    loss_agg = LossAggregation("token-mean" if ppo else "seq-mean-token-mean", size.new)
     keywords: dict[str, Any] = {"critic": models.critic} if ppo else {}
     return OLTrainer(
         models.policy,
         maker,
         NaiveExperienceBuffer(size.answers),
         Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
-        policy=PolicySettings(case.CLIP, case.CLIP, normalization=normalization),
+        policy=PolicySettings(case.CLIP, case.CLIP, loss_agg=loss_agg),
         schedule=RunSchedule(log_interval=1),
-        signs=signs,
+        checks=signs,
         **keywords,
     )
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from coati.cli.checks import check_lora, check_mixture, check_parallel, check_paths, read_json
-from coati.experience_buffer.batch_sizes import windows_per_episode
+from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
 from coati.parallel.plugin_checks import scalar_head_problem
@@ -200,7 +200,7 @@ def _check_buffer(args: Namespace) -> None:
     if "algo" in args:
         _check_group(args)
     generations = getattr(args, "num_generations", 1)
-    windows_per_episode(
+    optimizer_steps_per_pass(
         args.num_collect_steps,
         args.experience_batch_size,
         args.train_batch_size,
@@ -344,19 +344,20 @@ def check_grpo(args: Namespace) -> None:
     args.clip_eps_high = args.clip_eps_high or args.clip_eps or method.clip_high
     args.clip_eps = args.clip_eps or CLIP
     args.clip_eps_low = args.clip_eps_low or min(args.clip_eps, 1.0)
-    if args.overlong_margin and args.algo != "dapo":
-        raise ValueError(f"--overlong_margin belongs to --algo dapo, not {args.algo}")
-    if args.overlong_margin is None:
-        args.overlong_margin = (
+    if args.overlong_buffer_len and args.algo != "dapo":
+        raise ValueError(f"--overlong_buffer_len belongs to --algo dapo, not {args.algo}")
+    if args.overlong_buffer_len is None:
+        args.overlong_buffer_len = (
             min(LONGEST_MARGIN, args.max_seq_len // 4) if args.algo == "dapo" else 0
         )
-    if args.overlong_margin > args.max_seq_len:
+    if args.overlong_buffer_len > args.max_seq_len:
         raise ValueError(
-            f"--overlong_margin {args.overlong_margin} is more than a response may have "
+            f"--overlong_buffer_len {args.overlong_buffer_len} is more than a response may have "
             "(--max_seq_len "
             f"{args.max_seq_len}); a quarter of it is usual"
         )
-    if args.overlong_margin and args.filter_truncated:
+    if args.overlong_buffer_len and args.mask_truncated_completions:
         logger.warning_once(
-            "--filter_truncated leaves out the responses that --overlong_margin punishes most"
+            "--mask_truncated_completions leaves out the responses that --overlong_buffer_len "
+            "punishes most"
         )

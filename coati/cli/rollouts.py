@@ -109,14 +109,18 @@ def grpo_parser() -> Parser:
     )
     add_count(
         group,
+        "--overlong_buffer_len",
         "--overlong_margin",
         unit="TOKENS",
         least=0,
-        help="dapo: the last so many tokens before --max_seq_len cost up to 1 of the score, 0: none; default: a "
-        "quarter of --max_seq_len, at most 1024",
+        help="dapo: the last so many tokens before --max_seq_len cost up to 1 of the score, 0: "
+        "none; default: a quarter of --max_seq_len, at most 1024",
     )
     add_switch(
-        group, "--filter_truncated", help="responses that --max_seq_len has cut are not trained on"
+        group,
+        "--mask_truncated_completions",
+        "--filter_truncated",
+        help="responses that --max_seq_len has cut are not trained on",
     )
     flags.add_data_flags(parser)
     group = flags.add_rollout_flags(parser)
@@ -138,7 +142,8 @@ def grpo_parser() -> Parser:
         default=0.9,
         unit="T",
         exclusive=True,
-        help="it moves there in a straight line, from a sixth (at most 100) to half (at most 600) of the episodes",
+        help="it moves there in a straight line, from a sixth (at most 100) to half (at most 600) "
+        "of the episodes",
     )
     flags.add_sampling_flags(group)
     flags.add_reward_flags(parser, reward_clip=0.0)
@@ -151,7 +156,8 @@ def _parser(program: str, description: str) -> Parser:
     parser = Parser(
         prog=program,
         description=description,
-        usage="%(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] --rm_pretrain MODEL [flags]\n"
+        usage="%(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] "
+        "--rm_pretrain MODEL [flags]\n"
         "       %(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] --reward_functions "
         "NAME [NAME ...] [flags]",
     )
@@ -167,7 +173,8 @@ def _finished(parser: Parser, **defaults: Any) -> Parser:
     add_switch(
         shared.add_lora_flags(parser),
         "--shared_base",
-        help="LoRA: actor, critic, reward model and reference are adapters on one copy of --pretrain",
+        help="LoRA: actor, critic, reward model and reference are adapters on one copy of "
+        "--pretrain",
     )
     shared.add_output_flags(parser, steps="episodes", final="DIR/actor/modeling")
     shared.add_logging_flags(parser, steps="episodes")
@@ -189,8 +196,8 @@ def parse_ppo(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def parse_grpo(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags of ``train_grpo.py``; as :func:`parse_ppo`, ``overlong_margin`` 0 without
-    DAPO."""
+    """The checked flags of ``train_grpo.py``; as :func:`parse_ppo`, ``overlong_buffer_len`` 0
+    without DAPO."""
     return _parse(grpo_parser(), argv, check_grpo)
 
 

@@ -1,5 +1,4 @@
-"""The responses of one collect phase, kept until they have been trained on, and the order in which
-that happens."""
+"""The experience of one collect phase, and the order in which it is trained on."""
 
 from coati.utils.lazy import lazy_exports
 
@@ -10,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "NaiveExperienceBuffer": "buffer",
         "make_experience_batch": "buffer",
         "split_experience_batch": "buffer",
-        "windows_per_episode": "batch_sizes",
+        "optimizer_steps_per_pass": "batch_sizes",
     },
 )

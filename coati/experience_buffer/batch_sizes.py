@@ -2,7 +2,7 @@
 checked with it."""
 
 
-def windows_per_episode(
+def optimizer_steps_per_pass(
     num_collect_steps: int,
     experience_batch_size: int,
     train_batch_size: int,
@@ -50,7 +50,8 @@ def _remedy(given: dict[str, int], collected: int, window: int) -> str:
     )
     if collected % train:
         largest = next(n for n in range(min(train, collected), 0, -1) if collected % n == 0)
-        smaller = f"--train_batch_size {largest} --accumulation_steps {_most(collected // largest, given)}"
+        steps_of = _most(collected // largest, given)
+        smaller = f"--train_batch_size {largest} --accumulation_steps {steps_of}"
     else:
         smaller = f"--accumulation_steps {_most(collected // train, given)}"
     return f"{smaller}, or --num_collect_steps {steps},"

@@ -1,10 +1,10 @@
-"""The experience buffer: rows in, windows of micro-batches out, in an order that knows nothing of
-processes.
+"""The experience buffer: responses in, micro-batches of global batches out, in an order that does not
+depend on the number of processes.
 
 The responses of an episode have indices over all ranks. Of every k consecutive ones, where k is the
-number of windows, each goes to another window; which to which is drawn from (seed, episode, pass,
-block). A rank holds whole blocks, so every window takes equally many of its rows, and together the
-ranks' windows hold the same rows as one process's would.
+number of optimizer steps of a pass, each goes to another global batch; which to which is drawn from
+(seed, episode, pass, block). A rank holds whole blocks, so every global batch takes equally many of
+its rows, and together the ranks' shares hold the same rows as one process's would.
 """
 
 from collections.abc import Iterator
@@ -43,15 +43,17 @@ class NaiveExperienceBuffer:
                 f"sample_batch_size {sample_batch_size} must be at least 1, limit {limit} at least "
                 "0"
             )
-        self.sample_batch_size, self.limit, self.cpu_offload = sample_batch_size, limit, cpu_offload
+        self.sample_batch_size = sample_batch_size
+        self.limit = limit
+        self.cpu_offload = cpu_offload
         self.items: list[BufferItem] = []
 
     def __len__(self) -> int:
         return len(self.items)
 
     def append(self, experience: Experience) -> None:
-        """Take in the rows of ``experience``; beyond the limit the oldest go, which is said
-        once."""
+        """Add the rows of ``experience``; beyond the limit the oldest are dropped, with a
+        warning."""
         experience = experience.to_device("cpu") if self.cpu_offload else experience
         self.items += split_experience_batch(experience)
         if self.limit and len(self.items) > self.limit:
@@ -64,27 +66,27 @@ class NaiveExperienceBuffer:
     def clear(self) -> None:
         self.items.clear()
 
-    def windows(
+    def global_batches(
         self, count: int, *, seed: int, episode: int, update: int = 0, start: int = 0
     ) -> Iterator[list[Experience]]:
-        """The ``count`` windows of update pass ``update``, from number ``start`` on: each a list of
-        micro-batches, padded to their own longest rows.
+        """This rank's share of the ``count`` global batches of update pass ``update``, from number
+        ``start`` on: each a list of micro-batches, padded to their own longest rows.
 
-        Inside a window rows are sorted by length, so that micro-batches hold little padding. Raises
-        ValueError when the rows cannot be cut into ``count`` equal windows.
+        Inside a global batch rows are sorted by length, so that micro-batches hold little padding.
+        Raises ValueError when the rows cannot be divided into ``count`` equal global batches.
         """
-        order = self._order(count, seed, episode, update)
-        for rows in order[start:]:
-            rows = sorted(
-                rows, key=lambda row: (int(self.items[row].lengths()), int(self.items[row].rows))
-            )
-            size = self.sample_batch_size
+        size = self.sample_batch_size
+        for rows in self._order(count, seed, episode, update)[start:]:
+            rows = sorted(rows, key=self._length_and_index)
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
             yield [make_experience_batch([self.items[row] for row in batch]) for batch in batches]
 
+    def _length_and_index(self, row: int) -> tuple[int, int]:
+        return int(self.items[row].lengths()), int(self.items[row].sample_index)
+
     def _order(self, count: int, seed: int, episode: int, update: int) -> list[list[int]]:
-        """Positions in :attr:`items` of each window."""
-        indices = [int(item.rows) for item in self.items]
+        """Positions in :attr:`items` of each global batch."""
+        indices = [int(item.sample_index) for item in self.items]
         # What was dropped has left gaps; the rows that are left are numbered anew, in their order
         if self.limit:
             numbers = {index: number for number, index in enumerate(sorted(indices))}
@@ -92,25 +94,27 @@ class NaiveExperienceBuffer:
         position = {index: row for row, index in enumerate(indices)}
         if count < 1 or len(position) != len(indices) or not self._whole_blocks(indices, count):
             raise ValueError(
-                f"{len(indices)} responses in the buffer cannot be cut into {count} windows: "
-                "expected every response "
-                "once, in whole runs of as many consecutive indices as there are windows"
+                f"{len(indices)} responses in the buffer cannot be divided into {count} global "
+                "batches: expected every response once, in whole runs of as many consecutive indices "
+                "as there are global batches"
             )
-        windows: list[list[int]] = [[] for _ in range(count)]
+        batches: list[list[int]] = [[] for _ in range(count)]
         for block in sorted({index // count for index in indices}):
             goal = np.random.default_rng([_ORDER, seed, episode, update, block]).permutation(count)
             for offset in range(count):
-                windows[goal[offset]].append(position[block * count + offset])
-        return windows
+                batches[goal[offset]].append(position[block * count + offset])
+        return batches
 
     @staticmethod
     def _whole_blocks(indices: list[int], count: int) -> bool:
         return len({index // count for index in indices}) * count == len(indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, as tensors; which windows are done is the trainer's to know."""
+        """The rows, as tensors by field; the trainer knows which global batches are done."""
         return concatenate(self.items).to_device("cpu").tensors() if self.items else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave; the windows are then the same to the bit."""
+        """Restore what :meth:`state_dict` gave; the global batches are then bitwise the same."""
+        if "rows" in state:  # the name of sample_index in older checkpoints
+            state = {("sample_index" if name == "rows" else name): state[name] for name in state}
         self.items = split_experience_batch(Experience(**state)) if state else []

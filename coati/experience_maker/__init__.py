@@ -1,16 +1,15 @@
-"""From responses to experience: rewards of actions, advantages, and the one layout in which both
-are kept."""
+"""From rollouts to experience: per-token rewards, advantages, and the tensors that hold them."""
 
 from coati.utils.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "Collected": "rollout_batch",
         "Experience": "experience",
         "ExperienceSettings": "rollout_batch",
-        "KLController": "running_moments",
+        "KLController": "kl_controller",
         "NaiveExperienceMaker": "maker",
+        "RolloutBatch": "rollout_batch",
         "RunningNormalization": "running_moments",
         "Scorer": "scoring",
         "gae": "advantage",

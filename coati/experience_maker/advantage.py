@@ -1,68 +1,45 @@
-"""From scores to advantages: rewards of actions, generalized advantage estimation, whitening, group
-advantages.
+"""From scores to advantages: per-token rewards, generalized advantage estimation, whitening,
+group-relative advantages.
 
 Pure functions of tensors. Shapes: B responses, A actions; a response starts in column 0 and
 ``mask`` (B, A) is set on its actions. A masked cell never counts, not even NaN, and comes out as 0.
-What is taken over all ranks gets its collective as ``reduce_sum``: a tensor -> its sum over the
-ranks (the identity by default). Everything is fp32, sums over many actions fp64.
+What is taken over all ranks gets its collective as ``reduce_sum``
+(:data:`~coati.models.policy_loss.ReduceSum`; by default a single process's). Everything is fp32,
+sums over many actions fp64.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from coati.experience_maker.advantage_registry import GROUP_METHODS, REWARD_PLACES
 from coati.models.loss import masked_sum
-from coati.models.policy_loss import kl_per_token, zero_masked
+from coati.models.policy_loss import ReduceSum, local_sum, zero_masked
 
-__all__ = [
-    "drop_rows",
-    "equal_groups",
-    "gae",
-    "group_advantages",
-    "kl_of_responses",
-    "kl_per_token",
-    "broadcast_to_tokens",
-    "overlong_penalty",
-    "rewards_to_go",
-    "scores_less_kl",
-    "token_rewards",
-    "whiten",
-    "without_end_penalty",
-]
-
-ReduceSum = Callable[[Tensor], Tensor]
 GROUP_EPSILON = 1e-4  # added to a group's standard deviation (arXiv 2402.03300)
 WHITEN_EPSILON = 1e-8  # added to the variance of all actions
-
-
-def _same(sums: Tensor) -> Tensor:
-    return sums
 
 
 # Scores of responses, (B,)
 
 
-def without_end_penalty(scores: Tensor, stopped: Tensor, penalty: float) -> Tensor:
+def penalize_missing_eos(scores: Tensor, stopped: Tensor, penalty: float) -> Tensor:
     """``scores`` (B,) less ``penalty`` where a response did not end by itself (``stopped`` (B,) is
     False)."""
     return scores.float() - penalty * (~stopped.bool()).float()
 
 
-def overlong_penalty(lengths: Tensor, max_length: int, margin: int) -> Tensor:
-    """DAPO's soft punishment of long responses, (B,), to be added to their scores (arXiv
-    2503.14476, eq. 13).
+def overlong_penalty(lengths: Tensor, max_length: int, buffer_len: int) -> Tensor:
+    """DAPO's soft overlong punishment, (B,), to be added to the scores (arXiv 2503.14476, eq. 13).
 
-    0 up to ``max_length - margin`` tokens, then falling by 1 / margin a token, -1 above
-    ``max_length``. Raises ValueError for a margin that is not in 1 to ``max_length``.
+    ``lengths`` (B,) in tokens. 0 up to ``max_length - buffer_len`` tokens, then falling by
+    1 / buffer_len a token, -1 above ``max_length``. Raises ValueError for a ``buffer_len`` that is
+    not in 1 to ``max_length``.
     """
-    if not 0 < margin <= max_length:
+    if not 0 < buffer_len <= max_length:
         raise ValueError(
-            f"the margin of the over-long penalty must be between 1 and {max_length} tokens, not "
-            f"{margin}"
+            f"overlong_buffer_len must be between 1 and {max_length} tokens, not {buffer_len}"
         )
-    return ((max_length - margin - lengths.float()) / margin).clamp(-1.0, 0.0)
+    return ((max_length - buffer_len - lengths.float()) / buffer_len).clamp(-1.0, 0.0)
 
 
 def kl_of_responses(kl: Tensor, mask: Tensor) -> Tensor:
@@ -143,7 +120,7 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(advantages: Tensor, mask: Tensor, reduce_sum: ReduceSum = _same) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, reduce_sum: ReduceSum = local_sum) -> Tensor:
     """(A - mean) rsqrt(var + 1e-8) over the actions of all ranks, var unbiased, (B, A); 0 where
     masked.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from coati.models.logprobs import IGNORE_INDEX
 
 # How a field follows when rows are padded: on both sides, on the right, or not at all.
-_SEQUENCE, _ROW = ("sequences", "attention_mask"), ("reward", "rows")
+_SEQUENCE, _ROW = ("sequences", "attention_mask"), ("reward", "sample_index")
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Experience:
         the real tokens, from lengths. action_mask: (B, A) bool, the actions that count: a
         response's tokens, its stop sequence included. action_log_probs: (B, A) of the policy that
         sampled, log_softmax(logits / temperature). reward: (B,) the score, before KL and clipping.
-        rows: (B,) index of the response among all of its episode, over all ranks
-        (:func:`collect_rows`). kl: (B, A) toward the reference. advantages, returns, values: (B,
+        sample_index: (B,) index of the response among all of its episode, over all ranks
+        (:func:`sample_indices`). kl: (B, A) toward the reference. advantages, returns, values: (B,
         A); the last two None without a critic. reference_log_probs: (B, A), where the loss has a KL
         term.
 
@@ -41,7 +41,7 @@ class Experience:
     action_mask: Tensor
     action_log_probs: Tensor
     reward: Tensor
-    rows: Tensor
+    sample_index: Tensor
     kl: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
@@ -151,7 +151,7 @@ def logprobs_at_actions(logprobs: Tensor, actions: int) -> Tensor:
     return logprobs[:, logprobs.shape[1] - actions :]
 
 
-def collect_rows(step: int, steps: int, first: int, count: int) -> list[int]:
+def sample_indices(step: int, steps: int, first: int, count: int) -> list[int]:
     """The indices of ``count`` responses of collect step ``step`` of ``steps``, from the ``first``
     of all ranks on.
 

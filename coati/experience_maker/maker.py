@@ -1,4 +1,4 @@
-"""From prompts to experience: responses, their scores, KL and values, and the advantages of a whole
+"""From prompts to experience: rollouts, their scores, KL and values, and the advantages of a whole
 collect phase."""
 
 from collections.abc import Sequence
@@ -11,22 +11,23 @@ from torch import Tensor
 from coati.experience_maker import advantage as compute
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.experience import Experience, concatenate, masks
+from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.model_inputs import action_logprobs, state_values, sum_over
 from coati.experience_maker.rollout import RolloutEngine
 from coati.experience_maker.rollout_batch import (
     ExperienceSettings,
     RolloutBatch,
-    joined,
-    moments,
-    samples_of,
+    join_generated,
+    phase_metrics,
+    response_metrics,
     timed,
 )
-from coati.experience_maker.running_moments import KLController, RunningNormalization
+from coati.experience_maker.running_moments import RunningNormalization
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
 from coati.models.generation.row_noise import row_noise
-from coati.models.policy_loss import explained_variance
+from coati.models.policy_loss import explained_variance, kl_per_token
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
@@ -37,9 +38,12 @@ class NaiveExperienceMaker:
 
     Args:
         actor: the policy that is trained.
-        rollout: what samples for it.
-        reference: None: there is no KL.
+        rollout: samples responses of the policy.
+        scorer: (experience, responses) -> scores (B,) and the parts they are made of.
+        tokenizer: decodes prompts and responses for the scorer.
+        reference: the frozen policy KL is measured from; None: no KL.
         critic: with ``settings.method`` None.
+        kl: the coefficient of the KL penalty; by default 0.
 
     Raises:
         ValueError: for a critic where none is used, or none where one is.
@@ -61,171 +65,184 @@ class NaiveExperienceMaker:
             raise ValueError(
                 "PPO takes a critic and no group method; a group method takes no critic"
             )
-        self.actor, self.rollout, self.scorer, self.tokenizer = actor, rollout, scorer, tokenizer
-        self.settings, self.reference = settings, reference
+        self.actor = actor
+        self.rollout = rollout
+        self.scorer = scorer
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.reference = reference
         self.critic = None if critic is None else InferenceModel(critic)
         self.kl = kl or KLController(0.0)
         self.normalization = RunningNormalization()
         self.method = None if settings.method is None else GROUP_METHODS[settings.method]
-        self._sum = sum_over(actor)
+        self._reduce_sum = sum_over(actor)
 
     def make_experience(
-        self, prompts: dict[str, Any], rows: Sequence[int], episode: int, temperature: float = 1.0
-    ) -> RolloutBatch:
-        """``prompts``: ``input_ids``, ``attention_mask`` (B, P) padded on the left, ``gt_answer`` a
-        list of B.
-
-        ``rows``: indices of the B x num_generations responses among all of the episode
-        (:func:`~coati.experience_maker.experience.collect_rows`). Every rank must call it with
-        equally many.
-        """
-        collected = self.judge(prompts, rows, episode, temperature, self.settings.num_generations)
-        experience = collected.experience
-        with timed(collected.seconds, "scoring"):
-            if self.critic is not None:
-                values = state_values(self.critic, experience, self.settings.forward_batch_size)
-                experience = replace(experience, values=values)
-                collected.samples["value"] = values[experience.action_mask]
-            collected.experience = self._with_advantages(experience, collected)
-        return collected
-
-    def judge(
         self,
         prompts: dict[str, Any],
-        rows: Sequence[int],
+        sample_index: Sequence[int],
         episode: int,
         temperature: float = 1.0,
-        times: int = 1,
     ) -> RolloutBatch:
-        """``times`` responses to each prompt, their scores and their KL; nothing of it changes the
-        run."""
-        for model in filter(None, (self.actor, self.reference and self.reference.engine)):
-            model.temperature = temperature
-        collected = self._respond(prompts, rows, episode, temperature, times)
-        with timed(collected.seconds, "scoring"):
-            raw, collected.parts = self.scorer(collected.experience, collected.responses)
-            experience = replace(collected.experience, reward=raw.to(collected.experience.reward))
-            collected.experience = self._toward_reference(experience)
-        collected.samples = samples_of(collected)
-        return collected
+        """Rollouts with their advantages, not whitened yet: one collect step.
 
-    def _respond(
+        ``prompts``: ``input_ids``, ``attention_mask`` (B, P) padded on the left, ``gt_answer`` a
+        list of B. ``sample_index``: indices of the B x num_generations responses among all of the
+        episode (:func:`~coati.experience_maker.experience.sample_indices`). Every rank must call it
+        with equally many. Raises ValueError on every rank when the scorer fails on one.
+        """
+        batch = self.rollout_and_score(
+            prompts, sample_index, episode, temperature, self.settings.num_generations
+        )
+        with timed(batch.seconds, "scoring"):
+            if self.critic is not None:
+                experience = batch.experience
+                values = state_values(self.critic, experience, self.settings.forward_batch_size)
+                batch.experience = replace(experience, values=values)
+                batch.samples["value"] = values[experience.action_mask]
+            self._add_advantages(batch)
+        return batch
+
+    def rollout_and_score(
         self,
         prompts: dict[str, Any],
-        rows: Sequence[int],
+        sample_index: Sequence[int],
         episode: int,
-        temperature: float,
-        times: int,
+        temperature: float = 1.0,
+        num_generations: int = 1,
     ) -> RolloutBatch:
-        settings = self.settings
-        ids, mask = (
-            prompts[name].repeat_interleave(times, 0) for name in ("input_ids", "attention_mask")
-        )
-        seconds: dict[str, float] = {}
-        with timed(seconds, "rollout"):
-            noise = row_noise(settings.seed, episode, rows, settings.max_new_tokens)
-            made = self._generate(
-                ids.to(self.actor.device), mask.to(self.actor.device), noise, temperature
-            )
-        attention, actions = masks(
-            mask.to(made.lengths.device), made.lengths, made.sequences.shape[1] - ids.shape[1]
-        )
-        experience = Experience(
-            made.sequences,
-            attention,
-            actions,
-            torch.zeros(actions.shape, device=actions.device)
-            if made.logprobs is None
-            else made.logprobs,
-            torch.zeros(len(ids), device=actions.device),
-            torch.as_tensor(rows, device=actions.device),
-        )
-        if made.logprobs is None:
-            old = action_logprobs(
-                InferenceModel(self.actor), experience, settings.forward_batch_size
-            )
-            experience = replace(experience, action_log_probs=old)
-        truths = prompts.get("gt_answer") or [None] * (len(ids) // times)
-        responses = self._texts(made, ids, mask, [truth for truth in truths for _ in range(times)])
-        return RolloutBatch(experience.trimmed(), responses, {}, seconds=seconds)
+        """``num_generations`` responses to each prompt, their scores and their KL to the reference;
+        arguments and errors as in :meth:`make_experience`. Leaves the state of the run as it is."""
+        models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
+        for model in models:
+            model.temperature = temperature
+        batch = self._sample(prompts, sample_index, episode, temperature, num_generations)
+        with timed(batch.seconds, "scoring"):
+            scores, batch.reward_parts = self.scorer(batch.experience, batch.responses)
+            experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
+            batch.experience = self._add_reference_kl(experience)
+        batch.samples = response_metrics(batch)
+        return batch
 
-    def finish(
-        self, collected: Sequence[RolloutBatch]
+    def finalize_advantages(
+        self, batches: Sequence[RolloutBatch]
     ) -> tuple[list[Experience], dict[str, float]]:
-        """The experiences of a whole collect phase, whitened over all ranks where that is asked
-        for, and what can only be said of all of them. Moves the KL coefficient. Every rank must
-        call it."""
-        whole = concatenate([each.experience for each in collected])
-        kl = torch.cat([each.samples["approx_kl"] for each in collected]).double()
-        total, count = self._sum(torch.stack([kl.sum(), torch.ones_like(kl).sum()]))
+        """The experiences of a whole collect phase, advantages whitened over all ranks where the
+        method says so, and the metrics of the phase. Moves the KL coefficient. Every rank must call
+        it."""
+        phase = concatenate([batch.experience for batch in batches])
+        kl = torch.cat([batch.samples["approx_kl"] for batch in batches]).double()
+        total, count = self._reduce_sum(torch.stack([kl.sum(), torch.ones_like(kl).sum()]))
         self.kl.update(float(total / count), int(count))
-        figures = moments(whole, self._sum)
-        if whole.values is not None:
-            figures["explained_variance"] = float(
-                explained_variance(whole.values, whole.returns, whole.action_mask, self._sum)
+        metrics = phase_metrics(phase, self._reduce_sum)
+        if phase.values is not None:
+            metrics["explained_variance"] = float(
+                explained_variance(phase.values, phase.returns, phase.action_mask, self._reduce_sum)
             )
         if self.settings.whiten and (self.method is None or self.method.whiten):
-            whole = replace(
-                whole, advantages=compute.whiten(whole.advantages, whole.action_mask, self._sum)
-            )
-        sizes, start, parts = [len(each.experience) for each in collected], 0, []
-        for size in sizes:
-            parts.append(whole.select(range(start, start + size)).trimmed())
-            start += size
-        return parts, figures
+            whitened = compute.whiten(phase.advantages, phase.action_mask, self._reduce_sum)
+            phase = replace(phase, advantages=whitened)
+        experiences = []
+        start = 0
+        for batch in batches:
+            end = start + len(batch.experience)
+            experiences.append(phase.select(range(start, end)).trimmed())
+            start = end
+        return experiences, metrics
+
+    def _sample(
+        self,
+        prompts: dict[str, Any],
+        sample_index: Sequence[int],
+        episode: int,
+        temperature: float,
+        num_generations: int,
+    ) -> RolloutBatch:
+        settings = self.settings
+        ids = prompts["input_ids"].repeat_interleave(num_generations, 0)
+        mask = prompts["attention_mask"].repeat_interleave(num_generations, 0)
+        seconds: dict[str, float] = {}
+        with timed(seconds, "rollout"):
+            noise = row_noise(settings.seed, episode, sample_index, settings.max_new_tokens)
+            device = self.actor.device
+            generated = self._generate(ids.to(device), mask.to(device), noise, temperature)
+        experience = self._experience_of(generated, mask, sample_index)
+        truths = prompts.get("gt_answer") or [None] * len(prompts["input_ids"])
+        truths = [truth for truth in truths for _ in range(num_generations)]
+        responses = self._texts(generated, ids, mask, truths)
+        return RolloutBatch(experience.trimmed(), responses, {}, seconds=seconds)
 
     def _generate(self, ids: Tensor, mask: Tensor, noise: Tensor, temperature: float) -> Generated:
         size = self.settings.rollout_batch_size or len(ids)
-        made = [
-            self.rollout.generate(ids[part], mask[part], noise=noise[part], temperature=temperature)
-            for part in (slice(start, start + size) for start in range(0, len(ids), size))
-        ]
-        return made[0] if len(made) == 1 else joined(made, ids.shape[1])
+        parts = []
+        for start in range(0, len(ids), size):
+            rows = slice(start, start + size)
+            parts.append(
+                self.rollout.generate(
+                    ids[rows], mask[rows], noise=noise[rows], temperature=temperature
+                )
+            )
+        return parts[0] if len(parts) == 1 else join_generated(parts, ids.shape[1])
+
+    def _experience_of(
+        self, generated: Generated, prompt_mask: Tensor, sample_index: Sequence[int]
+    ) -> Experience:
+        """With the log-probs of the sampling policy, which the actor computes where the rollout
+        engine gives none."""
+        device = generated.lengths.device
+        width = generated.sequences.shape[1] - prompt_mask.shape[1]
+        attention_mask, action_mask = masks(prompt_mask.to(device), generated.lengths, width)
+        logps = generated.logprobs
+        experience = Experience(
+            sequences=generated.sequences,
+            attention_mask=attention_mask,
+            action_mask=action_mask,
+            action_log_probs=torch.zeros(action_mask.shape, device=device)
+            if logps is None
+            else logps,
+            reward=torch.zeros(len(action_mask), device=device),
+            sample_index=torch.as_tensor(sample_index, device=device),
+        )
+        if logps is not None:
+            return experience
+        actor = InferenceModel(self.actor)
+        logps = action_logprobs(actor, experience, self.settings.forward_batch_size)
+        return replace(experience, action_log_probs=logps)
 
     def _texts(
-        self, made: Generated, ids: Tensor, mask: Tensor, truths: list[str | None]
+        self, generated: Generated, ids: Tensor, mask: Tensor, truths: list[str | None]
     ) -> Responses:
-        decode, stops = self.tokenizer.decode, list(self.settings.stop_sequences)
+        decode = self.tokenizer.decode
+        stops = list(self.settings.stop_sequences)
         prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
-        answers = [without_stop(answer, stops) for answer in made.responses()]
+        responses = [without_stop(response, stops) for response in generated.responses()]
         return Responses(
             [decode(prompt, skip_special_tokens=False) for prompt in prompts],
-            [decode(answer, skip_special_tokens=False) for answer in answers],
+            [decode(response, skip_special_tokens=False) for response in responses],
             truths,
-            made.lengths.tolist(),
-            made.stopped.tolist(),
+            generated.lengths.tolist(),
+            generated.stopped.tolist(),
             self.settings.max_new_tokens,
         )
 
-    def _toward_reference(self, experience: Experience) -> Experience:
+    def _add_reference_kl(self, experience: Experience) -> Experience:
         """With ``kl`` (B, A), and the reference's log-probs where the loss needs them."""
         if self.reference is None:
             return replace(experience, kl=torch.zeros_like(experience.action_log_probs))
-        logps = action_logprobs(self.reference, experience, self.settings.forward_batch_size)
-        mask, estimator = experience.action_mask, self.settings.kl_estimator
-        kl = compute.kl_per_token(experience.action_log_probs, logps, mask, estimator)
+        settings = self.settings
+        logps = action_logprobs(self.reference, experience, settings.forward_batch_size)
+        mask = experience.action_mask
+        kl = kl_per_token(experience.action_log_probs, logps, mask, settings.kl_estimator)
         return replace(
-            experience, kl=kl, reference_log_probs=logps if self.settings.kl_in == "loss" else None
+            experience, kl=kl, reference_log_probs=logps if settings.kl_in == "loss" else None
         )
 
-    def _with_advantages(self, experience: Experience, collected: RolloutBatch) -> Experience:
-        """Penalties, then normalization, then clipping, then advantages; responses that teach
-        nothing lose their actions."""
-        settings, mask = self.settings, experience.action_mask
-        stopped = torch.tensor(collected.responses.stopped, device=mask.device)
-        scores = compute.without_end_penalty(
-            experience.reward, stopped, settings.missing_eos_penalty
-        )
-        if settings.overlong_margin is not None:
-            lengths = experience.response_lengths()
-            scores = scores + compute.overlong_penalty(
-                lengths, settings.max_new_tokens, settings.overlong_margin
-            )
-        if settings.reward_normalization == "running":
-            self.normalization.update(scores, self._sum)
-            scores = self.normalization(scores)
-        if settings.reward_clip is not None:
-            scores = scores.clamp(-settings.reward_clip, settings.reward_clip)
+    def _add_advantages(self, batch: RolloutBatch) -> None:
+        """Shaped scores to advantages; responses that teach nothing lose their actions."""
+        settings, experience = self.settings, batch.experience
+        mask = experience.action_mask
+        stopped = torch.tensor(batch.responses.stopped, device=mask.device)
+        scores = self._shape_scores(experience, stopped)
         kl_coef = self.kl.kl_coef if settings.kl_in == "reward" else 0.0
         if self.method is None:
             rewards = compute.token_rewards(
@@ -236,33 +253,53 @@ class NaiveExperienceMaker:
             )
             experience = replace(experience, advantages=advantages, returns=returns)
         else:
-            experience = replace(
-                experience, advantages=self._without_critic(experience, scores, kl_coef)
-            )
+            advantages = self._critic_free_advantages(experience, scores, kl_coef)
+            experience = replace(experience, advantages=advantages)
         dropped = torch.zeros_like(stopped)
         if self.method is not None and self.method.group:
             equal = compute.equal_groups(scores, settings.num_generations)
-            collected.samples["equal_groups"] = equal.float()
+            batch.samples["equal_groups"] = equal.float()
             dropped |= equal & self.method.drop_equal
-        if settings.filter_truncated:
+        if settings.mask_truncated_completions:
             dropped |= ~stopped
-        kept, _ = compute.drop_rows(mask, dropped)
-        collected.samples["dropped"] = dropped.float()
-        return replace(experience, action_mask=kept)
+        batch.samples["dropped"] = dropped.float()
+        trained, _ = compute.drop_rows(mask, dropped)
+        batch.experience = replace(experience, action_mask=trained)
 
-    def _without_critic(self, experience: Experience, scores: Tensor, kl_coef: float) -> Tensor:
+    def _shape_scores(self, experience: Experience, stopped: Tensor) -> Tensor:
+        """(B,): penalties, then running normalization, then clipping."""
+        settings = self.settings
+        scores = compute.penalize_missing_eos(
+            experience.reward, stopped, settings.missing_eos_penalty
+        )
+        if settings.overlong_buffer_len is not None:
+            scores = scores + compute.overlong_penalty(
+                experience.response_lengths(), settings.max_new_tokens, settings.overlong_buffer_len
+            )
+        if settings.reward_normalization == "running":
+            self.normalization.update(scores, self._reduce_sum)
+            scores = self.normalization(scores)
+        if settings.reward_clip is not None:
+            scores = scores.clamp(-settings.reward_clip, settings.reward_clip)
+        return scores
+
+    def _critic_free_advantages(
+        self, experience: Experience, scores: Tensor, kl_coef: float
+    ) -> Tensor:
         mask, settings = experience.action_mask, self.settings
         if not self.method.group:
             rewards = compute.token_rewards(experience.kl, scores, mask, kl_coef, None)
             return compute.rewards_to_go(rewards, mask, settings.gamma)
         scores = compute.scores_less_kl(scores, experience.kl, mask, kl_coef)
-        return compute.broadcast_to_tokens(
-            compute.group_advantages(scores, settings.num_generations, settings.method), mask
-        )
+        advantages = compute.group_advantages(scores, settings.num_generations, settings.method)
+        return compute.broadcast_to_tokens(advantages, mask)
 
     def state_dict(self) -> dict[str, Any]:
+        """The KL coefficient and the running normalization, as JSON keeps them."""
         return {"kl": self.kl.state_dict(), "normalization": self.normalization.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, in older checkpoints too."""
         self.kl.load_state_dict(state["kl"])
-        self.normalization.load_state_dict(state["normalization"])
+        normalization = state.get("normalization") or state["normalisation"]
+        self.normalization.load_state_dict(normalization)

@@ -1,5 +1,4 @@
-"""What a collect step is asked for and what it brings: settings, responses with their numbers,
-figures of a phase."""
+"""The settings of a collect phase, and the rollouts of one collect step with their metrics."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coati.experience_maker.advantage import ReduceSum, kl_of_responses
+from coati.experience_maker.advantage import kl_of_responses
 from coati.experience_maker.experience import Experience
+from coati.experience_maker.running_moments import count_mean_squares
 from coati.models.generation.loop import Generated
+from coati.models.policy_loss import ReduceSum
 from coati.rewards.responses import Responses
 
 
@@ -22,10 +23,11 @@ class ExperienceSettings:
 
     ``method``: a name of :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`; None: a
     critic and GAE.
-    ``kl_in``: "reward" or "loss". ``reward_at`` holds with a critic. ``overlong_margin``: tokens
-    before ``max_new_tokens`` from which on a response is punished. ``filter_truncated``: responses
-    that did not end by themselves are not trained on. ``rollout_batch_size``,
-    ``forward_batch_size``: rows at a time; None: all.
+    ``kl_in``: "reward" or "loss". ``reward_at`` holds with a critic. ``overlong_buffer_len``:
+    tokens before ``max_new_tokens`` in which the soft overlong punishment sets in; None: there is
+    none.
+    ``mask_truncated_completions``: responses that did not end by themselves are not trained on.
+    ``rollout_batch_size``, ``forward_batch_size``: rows at a time; None: all.
     """
 
     max_new_tokens: int
@@ -40,8 +42,8 @@ class ExperienceSettings:
     reward_at: str = "last"
     reward_normalization: str = "none"
     missing_eos_penalty: float = 0.0
-    overlong_margin: int | None = None
-    filter_truncated: bool = False
+    overlong_buffer_len: int | None = None
+    mask_truncated_completions: bool = False
     whiten: bool = True
     rollout_batch_size: int | None = None
     forward_batch_size: int | None = None
@@ -50,12 +52,12 @@ class ExperienceSettings:
 
 @dataclass
 class RolloutBatch:
-    """What one collect step brought: ``samples`` (n,) by metric, ``parts`` (B,) by source of
-    reward, and the texts."""
+    """The rollouts of one collect step: tensors, texts, ``reward_parts`` (B,) by source of reward,
+    ``samples`` (n,) by metric, and seconds by phase."""
 
     experience: Experience
     responses: Responses
-    parts: dict[str, Tensor]
+    reward_parts: dict[str, Tensor]
     samples: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -68,25 +70,28 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def joined(made: list[Generated], prompt_length: int) -> Generated:
-    """One result of several; the narrower are filled on the right."""
-    width = max(each.sequences.shape[1] for each in made)
-    wide = [F.pad(each.sequences, (0, width - each.sequences.shape[1])) for each in made]
-    logprobs = None
-    if all(each.logprobs is not None for each in made):
-        answers = width - prompt_length
-        logprobs = torch.cat(
-            [F.pad(each.logprobs, (0, answers - each.logprobs.shape[1])) for each in made]
-        )
-    lengths, stopped = (
-        torch.cat([getattr(each, name) for each in made]) for name in ("lengths", "stopped")
+def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
+    """One batch of several with prompts of ``prompt_length`` columns; narrower ones are padded on
+    the right."""
+    width = max(part.sequences.shape[1] for part in parts)
+
+    def padded(name: str, columns: int) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([F.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors])
+
+    with_logprobs = all(part.logprobs is not None for part in parts)
+    return Generated(
+        padded("sequences", width),
+        torch.cat([part.lengths for part in parts]),
+        torch.cat([part.stopped for part in parts]),
+        prompt_length,
+        padded("logprobs", width - prompt_length) if with_logprobs else None,
     )
-    return Generated(torch.cat(wide), lengths, stopped, prompt_length, logprobs)
 
 
-def samples_of(collected: RolloutBatch) -> dict[str, Tensor]:
+def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:
     """What is logged of each response, (B,) each."""
-    experience, responses = collected.experience, collected.responses
+    experience, responses = batch.experience, batch.responses
     samples = {
         "reward": experience.reward,
         "approx_kl": kl_of_responses(experience.kl, experience.action_mask),
@@ -94,23 +99,18 @@ def samples_of(collected: RolloutBatch) -> dict[str, Tensor]:
         "stop_rate": torch.tensor(responses.stopped).float(),
         "empty_responses": torch.tensor([not text.strip() for text in responses.responses]).float(),
     }
-    return samples | {f"reward/{name}": values for name, values in collected.parts.items()}
+    return samples | {f"reward/{name}": values for name, values in batch.reward_parts.items()}
 
 
-def moments(whole: Experience, reduce_sum: ReduceSum) -> dict[str, float]:
-    """Mean and spread of advantages before whitening, and the spread of the scores, over all
-    ranks."""
-    figures = {}
-    for name, values in (
-        ("advantages", whole.advantages[whole.action_mask]),
-        ("reward", whole.reward),
-    ):
-        values = values.double()
-        count, total = reduce_sum(
-            torch.stack([torch.ones_like(values).sum(), values.sum()])
-        ).tolist()
-        mean = total / max(count, 1)
-        squares = float(reduce_sum((values - mean).square().sum()))
-        figures |= {f"{name}_mean": mean, f"{name}_std": (squares / max(count - 1, 1)) ** 0.5}
-    del figures["reward_mean"]  # it is logged as reward
-    return figures
+def phase_metrics(phase: Experience, reduce_sum: ReduceSum) -> dict[str, float]:
+    """Mean and deviation of the advantages before whitening, and the deviation of the scores, over
+    all ranks. Every rank calls ``reduce_sum`` four times."""
+    advantages = phase.advantages[phase.action_mask]
+    count, mean, squares = count_mean_squares(advantages, reduce_sum)
+    metrics = {"advantages_mean": mean, "advantages_std": _deviation(count, squares)}
+    count, _, squares = count_mean_squares(phase.reward, reduce_sum)
+    return metrics | {"reward_std": _deviation(count, squares)}
+
+
+def _deviation(count: float, squares: float) -> float:
+    return (squares / max(count - 1, 1)) ** 0.5

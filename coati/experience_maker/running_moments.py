@@ -1,78 +1,28 @@
-"""What is carried from one collect phase to the next: the KL coefficient, and mean and spread of
-the scores so far."""
-
-from collections.abc import Callable
+"""Mean and spread over all ranks: of one batch of numbers, and of all scores so far."""
 
 import torch
 from torch import Tensor
 
-
-def _same(sums: Tensor) -> Tensor:
-    return sums
+from coati.models.policy_loss import ReduceSum, local_sum
 
 
-class KLController:
-    """The coefficient of the KL penalty: fixed, or drawn toward a target (arXiv 1909.08593,
-    section 2.2).
-
-    Args: kl_coef: where it starts. target: KL per response (summed over its actions) that is aimed
-        at; None: the coefficient stays. horizon: after about this many responses a KL of 1.2 times
-        the target or more has raised it by a factor of 1.2.
-
-    Raises:
-        ValueError: for a target, or a coefficient to start from, that leaves nothing to adapt.
-    """
-
-    def __init__(self, kl_coef: float, target: float | None = None, horizon: int = 10000) -> None:
-        if kl_coef < 0:
-            raise ValueError(f"kl_coef must be 0 or more, not {kl_coef}")
-        if target is not None and (target <= 0 or horizon <= 0 or kl_coef == 0):
-            raise ValueError(
-                f"a KL target multiplies kl_coef toward it: kl_target ({target}), kl_horizon "
-                f"({horizon}) and kl_coef "
-                f"({kl_coef}) must be above 0"
-            )
-        self.kl_coef, self.target, self.horizon = float(kl_coef), target, horizon
-
-    def update(self, kl: float, responses: int) -> None:
-        """coef *= 1 + clip(kl / target - 1, +-.2) responses / horizon; ``kl``: the mean of all
-        ranks' ``responses``.
-
-        Raises ValueError where the coefficient would be broken for the rest of the run: a KL that
-        is not finite, or so short a horizon that one phase could make it 0.
-        """
-        if self.target is None:
-            return
-        if not abs(kl) < float("inf"):
-            raise ValueError(
-                f"the KL of a collect phase is {kl}; the log-probs of policy or reference are not "
-                "finite"
-            )
-        if 0.2 * responses >= self.horizon:
-            raise ValueError(
-                f"kl_horizon {self.horizon} is too short for {responses} responses in a collect "
-                "phase: one phase could "
-                f"make kl_coef 0; take {responses} or more"
-            )
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * responses / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.kl_coef = float(state["kl_coef"])
+def count_mean_squares(values: Tensor, reduce_sum: ReduceSum) -> tuple[float, float, float]:
+    """Count, mean and sum of squared distances from the mean of ``values`` (n,) of all ranks, fp64.
+    Every rank calls ``reduce_sum`` twice."""
+    values = values.double()
+    sums = torch.stack([torch.ones_like(values).sum(), values.sum()])
+    count, total = reduce_sum(sums).tolist()
+    mean = total / max(count, 1)
+    return count, mean, float(reduce_sum((values - mean).square().sum()))
 
 
 class RunningNormalization:
-    """Scores brought to mean 0 and spread 1 by what all scores so far, on all ranks, were."""
+    """Scores standardized by the running mean and deviation of all scores so far, on all ranks."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = (
-            0.0,
-            0.0,
-            0.0,
-        )  # squares: sum of squared distances from the mean
+        self.count = 0.0
+        self.mean = 0.0
+        self.squares = 0.0  # sum of squared distances from the mean
 
     @property
     def std(self) -> float:
@@ -80,34 +30,29 @@ class RunningNormalization:
         variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return variance**0.5 if variance > 0 else 1.0
 
-    def update(self, scores: Tensor, reduce_sum: Callable[[Tensor], Tensor] = _same) -> None:
-        """Take in ``scores`` (B,); ``reduce_sum`` adds up over all ranks, each of which calls it
-        twice.
+    def update(self, scores: Tensor, reduce_sum: ReduceSum = local_sum) -> None:
+        """Take in ``scores`` (B,). Every rank calls ``reduce_sum`` twice.
 
-        The two parts are joined as in Chan, Golub and LeVeque (1983): sums of large numbers are
-        never subtracted.
+        The old and the new scores are joined as in Chan, Golub and LeVeque (1983): sums of large
+        numbers are never subtracted.
         """
-        scores = scores.detach().double()
-        total, count = reduce_sum(
-            torch.stack([scores.sum(), scores.new_tensor(float(scores.numel()))])
-        ).tolist()
+        count, mean, squares = count_mean_squares(scores.detach(), reduce_sum)
         if count == 0:
             return
-        mean = total / count
-        squares = float(reduce_sum((scores - mean).square().sum()))
-        joined, distance = self.count + count, mean - self.mean
+        joined = self.count + count
+        distance = mean - self.mean
         self.squares += squares + distance**2 * self.count * count / joined
         self.mean += distance * count / joined
         self.count = joined
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(scores - mean) / std, fp32."""
+        """(scores - mean) / std, (B,) fp32."""
         return ((scores.double() - self.mean) / self.std).float()
 
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count, self.mean, self.squares = (
-            float(state[name]) for name in ("count", "mean", "squares")
-        )
+        self.count = float(state["count"])
+        self.mean = float(state["mean"])
+        self.squares = float(state["squares"])

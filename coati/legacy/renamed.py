@@ -119,6 +119,8 @@ MODULES = {
     "coati.trainer.online_signs": "coati.trainer.monitor.rl_checks",
     "coati.trainer.policy": "coati.trainer.policy_objective",
     "coati.trainer.precompute": "coati.trainer.precompute_reference",
+    "coati.trainer.rl": "coati.trainer",
+    "coati.trainer.rl_parts": "coati.trainer.boosted_rl",
     "coati.trainer.signs": "coati.trainer.monitor.preference_checks",
     "coati.trainer.strategies": "coati.legacy.strategies",
     "coati.trainer.verdict": "coati.trainer.monitor.reward_model_report",
@@ -129,6 +131,13 @@ MODULES = {
 
 # package -> old public name -> (module, name) of today
 NAMES: dict[str, dict[str, tuple[str, str]]] = {
+    "coati.experience_buffer": {
+        "windows_per_episode": ("coati.experience_buffer.batch_sizes", "optimizer_steps_per_pass"),
+    },
+    "coati.experience_maker": {
+        "Collected": ("coati.experience_maker.rollout_batch", "RolloutBatch"),
+        "RunningNormalisation": ("coati.experience_maker.running_moments", "RunningNormalization"),
+    },
     "coati.trainer": {"Plan": ("coati.trainer.schedule", "RunSchedule")},
 }
 

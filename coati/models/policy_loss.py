@@ -1,5 +1,5 @@
-"""Losses of policy and value for PPO, GRPO and their kin: pure functions, one term per action, no
-collective inside.
+"""Policy and value losses of PPO, GRPO and their variants: pure functions, one term per action, no
+collectives.
 
 Shapes: B responses, A actions. Position j is the action that produced token j of a response;
 ``mask`` (B, A) is set on the actions. A masked cell never counts, neither in a value nor in a
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from coati.models.loss import masked_mean, masked_sum
-from coati.models.policy_registry import KL_ESTIMATORS, NORMALIZATIONS
+from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES
+
+ReduceSum = Callable[[Tensor], Tensor]  # a tensor -> its sum over the data-parallel ranks
 
 # e^20 is beyond every sensible ratio; without a bound one token makes the gradient infinite, and 0
 # times it NaN.
 LARGEST_LOG_RATIO = 20.0
 
 
-def _same(sums: Tensor) -> Tensor:
+def local_sum(sums: Tensor) -> Tensor:
+    """The :data:`ReduceSum` of a single process."""
     return sums
 
 
@@ -31,34 +34,47 @@ def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
     return values.float().masked_fill(~mask.bool(), 0.0)
 
 
-# KL
+# KL estimators: functions of x = log pi(token) - log ref(token)
+
+_KL: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
-def k1(difference: Tensor) -> Tensor:
-    return difference
+def _kl_estimator(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    _KL[function.__name__] = function
+    return function
 
 
-def k2(difference: Tensor) -> Tensor:
-    return difference.square() / 2
+@_kl_estimator
+def k1(x: Tensor) -> Tensor:
+    """x, same shape."""
+    return x
 
 
-def k3(difference: Tensor) -> Tensor:
-    bounded = difference.clamp(min=-LARGEST_LOG_RATIO)
+@_kl_estimator
+def k2(x: Tensor) -> Tensor:
+    """x^2 / 2, same shape."""
+    return x.square() / 2
+
+
+@_kl_estimator
+def k3(x: Tensor) -> Tensor:
+    """exp(-x) - 1 + x, same shape, for x bounded below by -:data:`LARGEST_LOG_RATIO`."""
+    bounded = x.clamp(min=-LARGEST_LOG_RATIO)
     return torch.expm1(-bounded) + bounded
 
 
 def kl_per_token(logps: Tensor, reference: Tensor, mask: Tensor, estimator: str = "k1") -> Tensor:
-    """Estimated KL(policy || reference) of each action, (B, A), 0 where masked; x = logps -
-    reference.
+    """Estimated KL(policy || reference) of each action, (B, A), 0 where masked (Schulman,
+    "Approximating KL divergence", 2020).
 
-    ``estimator``: a name of :data:`~coati.models.policy_registry.KL_ESTIMATORS`. Raises ValueError
-    for another.
+    ``logps``, ``reference``, ``mask``: (B, A). ``estimator``: a name of
+    :data:`~coati.models.policy_registry.KL_ESTIMATORS`. Raises ValueError for another.
     """
-    if estimator not in KL_ESTIMATORS:
+    if estimator not in _KL:
         raise ValueError(
             f"unknown KL estimator {estimator!r}; there are {', '.join(KL_ESTIMATORS)}"
         )
-    return globals()[estimator](zero_masked(logps, mask) - zero_masked(reference, mask))
+    return _KL[estimator](zero_masked(logps, mask) - zero_masked(reference, mask))
 
 
 # Policy
@@ -80,8 +96,8 @@ def ratio_sums(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_ratio_exceeds(sums: Tensor, threshold: float) -> Tensor:
-    """Whether the mean ratio is above ``threshold``, a bool scalar: the policy has moved so far
-    that a step on these actions would be noise. ``sums``: :func:`ratio_sums`, added up over all
+    """Whether the mean importance ratio exceeds ``threshold``, a bool scalar: the policy has moved
+    so far that a step on these actions would be noise. ``sums``: :func:`ratio_sums` summed over all
     ranks, so that all decide alike."""
     return sums[0] > threshold * sums[1]
 
@@ -99,8 +115,8 @@ def policy_terms(
     1707.06347, eq. 7).
 
     ``clip_high`` above ``clip_low`` is DAPO's clip-higher (arXiv 2503.14476, eq. 10). ``skip``,
-    from :func:`mean_ratio_exceeds`, makes every term 0 and leaves a gradient of zeros, so that a backward pass
-    with collectives still runs.
+    from :func:`mean_ratio_exceeds`, makes every term 0 and leaves a gradient of zeros, so that a
+    backward pass with collectives still runs.
     """
     mask = mask.bool() & ~torch.as_tensor(skip, device=mask.device)
     ratio, advantages = log_ratio(logps, old_logps, mask).exp(), zero_masked(advantages, mask)
@@ -116,13 +132,12 @@ def policy_statistics(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> dict[str, Tensor]:
-    """Samples for the meter, detached.
+    """Samples for the meter, detached; shapes and arguments as in :func:`policy_terms`.
 
     clip_fraction: 1 for each action whose clipped term was the larger loss, else 0. update_kl: k3
-    of old against new policy per action, how far this phase's updates have gone. entropy: -log
-    pi_old per action, whose mean is an unbiased estimate of the entropy of what was sampled.
-    ratio_max: one number, empty without actions. skip_ratio has
-    no sample here: :func:`mean_ratio_exceeds` is one.
+    of old against new policy per action, how far this phase's updates have gone. sampled_entropy:
+    -log pi_old per action, whose mean is an unbiased estimate of the sampling entropy. ratio_max:
+    one number, empty without actions.
     """
     mask = mask.bool()
     moved = log_ratio(logps.detach(), old_logps, mask)
@@ -131,7 +146,7 @@ def policy_statistics(
     return {
         "clip_fraction": clipped.float(),
         "update_kl": k3(-moved)[mask],
-        "entropy": -old_logps[mask].float(),
+        "sampled_entropy": -old_logps[mask].float(),
         "ratio_max": ratio.amax()[None] if len(ratio) else ratio,
     }
 
@@ -145,14 +160,12 @@ def value_terms(
     """.5 max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2) of each action (B, A), 0 where
     masked.
 
-    The clipped form of OpenAI's PPO: a value that has moved further than ``clip`` gains nothing by
-    moving on.
+    The clipped form of OpenAI's PPO (baselines/ppo2/model.py): a value that has moved further than
+    ``clip`` gains nothing by moving on. All tensors (B, A).
     """
-    values, old_values, returns = (
-        zero_masked(values, mask),
-        zero_masked(old_values, mask),
-        zero_masked(returns, mask),
-    )
+    values = zero_masked(values, mask)
+    old_values = zero_masked(old_values, mask)
+    returns = zero_masked(returns, mask)
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
@@ -168,7 +181,7 @@ def value_statistics(
 
 
 def explained_variance(
-    values: Tensor, returns: Tensor, mask: Tensor, reduce_sum: Callable[[Tensor], Tensor] = _same
+    values: Tensor, returns: Tensor, mask: Tensor, reduce_sum: ReduceSum = local_sum
 ) -> Tensor:
     """1 - Var(R - V) / Var(R) over the actions of all ranks, a scalar: 1 is a perfect critic, 0 one
     that says the mean, below 0 worse than that. 0 where all returns are equal. No mean over
@@ -195,42 +208,46 @@ def explained_variance(
 
 
 @dataclass(frozen=True)
-class Normalization:
-    """How (B, A) terms add up, a name of :data:`~coati.models.policy_registry.NORMALIZATIONS`.
+class LossAggregation:
+    """How (B, A) terms become one number; ``mode``: a name of
+    :data:`~coati.models.policy_registry.LOSS_AGG_MODES`.
 
-    A window's loss is the sum of :meth:`total` over its micro-batches and ranks divided by the sum
-    of :meth:`num_terms`; so how a window is split changes nothing. ``max_new_tokens`` serves "constant"
-    alone.
+    The loss of an optimizer step is the sum of :meth:`total` over its micro-batches and ranks
+    divided by the sum of :meth:`num_terms`, so how the global batch is split changes nothing.
+    ``max_new_tokens``: the divisor of "seq-mean-token-sum-norm".
+
+    Raises:
+        ValueError: for another ``mode``, or "seq-mean-token-sum-norm" without ``max_new_tokens``.
     """
 
-    name: str = "token"
+    mode: str = "token-mean"
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in NORMALIZATIONS:
+        if self.mode not in LOSS_AGG_MODES:
             raise ValueError(
-                f"unknown normalization {self.name!r}; there are {', '.join(NORMALIZATIONS)}"
+                f"unknown loss_agg_mode {self.mode!r}; there are {', '.join(LOSS_AGG_MODES)}"
             )
-        if self.name == "constant" and not self.max_new_tokens:
+        if self.mode == "seq-mean-token-sum-norm" and not self.max_new_tokens:
             raise ValueError(
-                "normalization 'constant' divides by max_new_tokens; give the longest response "
+                f"loss_agg_mode {self.mode!r} divides by max_new_tokens; give the longest response "
                 "allowed"
             )
 
     def total(self, terms: Tensor, mask: Tensor) -> Tensor:
-        """The sum of what is averaged, a scalar."""
-        if self.name == "token":
+        """The sum of what is averaged, a scalar; ``terms`` and ``mask`` (B, A)."""
+        if self.mode == "token-mean":
             return masked_sum(terms, mask)
-        if self.name == "response":
+        if self.mode == "seq-mean-token-mean":
             return masked_mean(terms, mask, dim=1).sum()
         return masked_sum(terms, mask) / self.max_new_tokens
 
     def num_terms(self, mask: Tensor) -> Tensor:
-        """How many are averaged, a scalar: actions, or responses that have any."""
-        return mask.bool().sum() if self.name == "token" else mask.bool().any(dim=1).sum()
+        """How many are averaged, a scalar: actions of ``mask`` (B, A), or responses with any."""
+        return mask.bool().sum() if self.mode == "token-mean" else mask.bool().any(dim=1).sum()
 
 
-# For a batch alone; the trainers normalize over their window and use the functions above
+# Mean over a single batch; the trainers average over the global batch with the functions above
 
 
 class PolicyLoss(nn.Module):
@@ -241,10 +258,12 @@ class PolicyLoss(nn.Module):
         self,
         clip_eps: float = 0.2,
         skip_threshold: float = 20.0,
-        reduce_sum: Callable[[Tensor], Tensor] = _same,
+        reduce_sum: ReduceSum = local_sum,
     ) -> None:
         super().__init__()
-        self.clip_eps, self.skip_threshold, self.reduce_sum = clip_eps, skip_threshold, reduce_sum
+        self.clip_eps = clip_eps
+        self.skip_threshold = skip_threshold
+        self.reduce_sum = reduce_sum
 
     def forward(
         self,

@@ -7,9 +7,10 @@ KL_ESTIMATORS = {
     "k2": "x^2 / 2: never negative, biased, its gradient is that of the KL divergence",
     "k3": "exp(-x) - 1 + x: never negative and unbiased (Schulman 2020)",
 }
-# How the terms of a window become one number.
-NORMALIZATIONS = {
-    "token": "mean over all actions of the window (PPO, DAPO)",
-    "response": "mean over each response, then over responses (GRPO)",
-    "constant": "sum over each response divided by the longest one allowed, then mean over responses (Dr.GRPO)",
+# How the terms of a global batch become one number: verl's names
+LOSS_AGG_MODES = {
+    "token-mean": "mean over all actions of the global batch (PPO, DAPO)",
+    "seq-mean-token-mean": "mean over each response, then over responses (GRPO)",
+    "seq-mean-token-sum-norm": "sum over each response divided by the longest one allowed, then "
+    "mean over responses (Dr. GRPO)",
 }

@@ -10,16 +10,13 @@ from coati.dataset.load.collator import (
 )
 from coati.dataset.load.epoch_order import EpochOrder
 from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
-from coati.experience_buffer.batch_sizes import windows_per_episode
-from coati.experience_buffer.buffer import NaiveExperienceBuffer
+from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
-from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout import make_rollout
 from coati.experience_maker.rollout_batch import ExperienceSettings
-from coati.experience_maker.running_moments import KLController
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.loop import Sampling
-from coati.models.policy_loss import Normalization
+from coati.models.policy_loss import LossAggregation
 from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
@@ -32,8 +29,14 @@ from coati.rewards.scorer import Rewards
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.online import Episodes
 from coati.trainer.policy_objective import PolicySettings
-from coati.trainer.rl import annealing
-from coati.trainer.schedule import RunSchedule
+from coati.trainer.rl_assembly import (
+    BufferSettings,
+    KLSettings,
+    RLSettings,
+    ValueSettings,
+    assemble_rl,
+    linear_annealing,
+)
 
 
 def rewards(args: Namespace, template: Conversation | None) -> Rewards | None:
@@ -70,8 +73,8 @@ def rows(
 
 def episodes(args: Namespace) -> Episodes:
     """How long the run is."""
-    window = args.train_batch_size * args.accumulation_steps
-    windows = args.buffer_limit // window or windows_per_episode(
+    step = args.train_batch_size * args.accumulation_steps
+    steps = args.buffer_limit // step or optimizer_steps_per_pass(
         args.num_collect_steps,
         args.experience_batch_size,
         args.train_batch_size,
@@ -81,7 +84,7 @@ def episodes(args: Namespace) -> Episodes:
     return Episodes(
         args.num_episodes,
         args.num_update_steps,
-        windows,
+        steps,
         _temperature(args),
         args.seed,
         args.sample_interval,
@@ -94,24 +97,16 @@ def _temperature(args: Namespace):
     if "initial_temperature" not in args:
         return lambda episode: args.temperature
     start, end = min(100, args.num_episodes // 6), min(600, args.num_episodes // 2)
-    return annealing(args.initial_temperature, args.final_temperature, start, end)
+    return linear_annealing(args.initial_temperature, args.final_temperature, start, end)
 
 
-def maker(
-    args: Namespace,
-    options: ParallelOptions,
-    tokenizer: Any,
-    template: Conversation,
-    actor: Engine,
-    functions: Rewards | None,
-    critic: Engine | None = None,
-) -> NaiveExperienceMaker:
-    """What collects experience, with reward model and reference loaded."""
-    scoring, method = rl_models.reward_engine(args, options, tokenizer), getattr(args, "algo", None)
-    settings = ExperienceSettings(
+def rl_settings(args: Namespace, template: Conversation, length: Episodes) -> RLSettings:
+    """The settings of the run; ``length``: :func:`episodes`."""
+    mode = GROUP_METHODS[args.algo].loss_agg_mode if "algo" in args else "token-mean"
+    experience = ExperienceSettings(
         max_new_tokens=args.max_seq_len,
         stop_sequences=template.stop_ids,
-        method=method,
+        method=getattr(args, "algo", None),
         num_generations=getattr(args, "num_generations", 1),
         kl_estimator=args.kl_estimator,
         kl_in=args.kl_in,
@@ -121,13 +116,48 @@ def maker(
         reward_at=getattr(args, "reward_at", "last"),
         reward_normalization=args.reward_normalization,
         missing_eos_penalty=args.missing_eos_penalty,
-        overlong_margin=getattr(args, "overlong_margin", 0) or None,
-        filter_truncated=getattr(args, "filter_truncated", False),
+        overlong_buffer_len=getattr(args, "overlong_buffer_len", 0) or None,
+        mask_truncated_completions=getattr(args, "mask_truncated_completions", False),
         whiten=not getattr(args, "no_whiten_advantages", False),
         rollout_batch_size=args.inference_batch_size,
         forward_batch_size=args.logits_forward_batch_size,
         seed=args.seed,
     )
+    policy = PolicySettings(
+        args.clip_eps_low,
+        args.clip_eps_high,
+        args.skip_threshold,
+        LossAggregation(mode, args.max_seq_len),
+        args.kl_coef if args.kl_in == "loss" else 0.0,
+        args.kl_estimator,
+    )
+    return RLSettings(
+        experience,
+        policy=policy,
+        value=ValueSettings(getattr(args, "value_clip", 0.2)),
+        kl=KLSettings(args.kl_coef, args.kl_target, args.kl_horizon),
+        buffer=BufferSettings(args.train_batch_size, args.buffer_limit),
+        episodes=length,
+        ptx_coef=args.ptx_coef,
+    )
+
+
+def parts(
+    args: Namespace,
+    options: ParallelOptions,
+    tokenizer: Any,
+    template: Conversation,
+    functions: Rewards | None,
+    length: Episodes,
+    actor: Engine,
+    critic: Engine | None = None,
+) -> dict[str, Any]:
+    """The trainer's arguments that follow from settings and models, with reward model and reference
+    loaded."""
+    settings = rl_settings(args, template, length)
+    reward_model = rl_models.reward_engine(args, options, tokenizer)
+    if reward_model is not None:
+        reward_model = InferenceModel(reward_model, offload=args.offload_inference_models)
     rollout = make_rollout(
         args.rollout_engine,
         actor,
@@ -137,49 +167,27 @@ def maker(
         max_new_tokens=args.max_seq_len,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return NaiveExperienceMaker(
-        actor,
-        rollout,
-        Scorer(
-            None
-            if scoring is None
-            else InferenceModel(scoring, offload=args.offload_inference_models),
-            functions,
-            args.logits_forward_batch_size,
-        ),
-        tokenizer,
+    return assemble_rl(
         settings,
-        reference=rl_models.reference(args, options, actor),
+        actor=actor,
         critic=critic,
-        kl=KLController(args.kl_coef, args.kl_target, args.kl_horizon),
+        reference=rl_models.reference(args, options, actor),
+        rollout=rollout,
+        scorer=Scorer(reward_model, functions, args.logits_forward_batch_size),
+        tokenizer=tokenizer,
     )
 
 
-def policy(args: Namespace) -> PolicySettings:
-    """The policy's loss."""
-    name = GROUP_METHODS[args.algo].normalization if "algo" in args else "token"
-    return PolicySettings(
-        args.clip_eps_low,
-        args.clip_eps_high,
-        args.skip_threshold,
-        Normalization(name, args.max_seq_len),
-        args.kl_coef if args.kl_in == "loss" else 0.0,
-        args.kl_estimator,
-    )
-
-
-def parts(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any]:
-    """Keywords of the trainers that need no model."""
+def progress(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any]:
+    """The trainer's arguments about the course of the run: intervals, where it stands, what watches
+    it."""
     intervals = args.save_interval, args.keep_last_k, args.eval_interval, args.log_interval
+    held = resume.folder and buffer_states_by_rank(resume.folder, resume.state, tp=args.tp)
     return {
-        "policy": policy(args),
-        "ptx_coef": args.ptx_coef,
         "schedule": RunSchedule(args.save_dir, *intervals, metric_for_best=args.metric_for_best),
         "state": state,
-        "held": None
-        if resume.folder is None
-        else buffer_states_by_rank(resume.folder, resume.state, tp=args.tp),
-        "signs": RLChecks(
+        "buffer_state": held,
+        "checks": RLChecks(
             top_k=args.top_k or None,
             top_p=args.top_p,
             repetition_penalty=args.repetition_penalty,
@@ -190,11 +198,6 @@ def parts(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any
             max_new_tokens=args.max_seq_len,
         ),
     }
-
-
-def buffer(args: Namespace) -> NaiveExperienceBuffer:
-    """What holds the responses of an episode."""
-    return NaiveExperienceBuffer(args.train_batch_size, args.buffer_limit)
 
 
 def loaders(

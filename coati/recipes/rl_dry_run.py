@@ -66,10 +66,9 @@ def describe(args: Namespace, trainer: Any, windows: Any, supervised: Any = None
         f"{settings.num_generations} responses "
         f"of up to {settings.max_new_tokens} tokens; every prompt "
         f"{asked / len(windows.lengths):.2g} times",
-        f"optimizer steps {episodes.total_steps} ({episodes.num_update_steps} passes x "
-        f"{episodes.windows} windows an "
-        f"episode), each of {windows.rows_per_step * settings.num_generations // episodes.windows} "
-        "responses",
+        f"optimizer steps {episodes.total_steps} ({episodes.num_update_steps} passes of "
+        f"{episodes.steps_per_pass} an episode), each of "
+        f"{windows.rows_per_step * settings.num_generations // episodes.steps_per_pass} responses",
         *(
             []
             if supervised is None

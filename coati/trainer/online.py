@@ -1,5 +1,4 @@
-"""The only loop for data that the policy makes itself: collect, update, report, episode after
-episode."""
+"""The online training loop: roll out, update, report, episode after episode."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
-from coati.experience_maker.experience import collect_rows
+from coati.experience_maker.experience import sample_indices
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.model_inputs import sum_over
 from coati.experience_maker.rollout_batch import RolloutBatch
@@ -16,6 +15,7 @@ from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
+from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.monitor.rl_reporter import RLReporter
 from coati.trainer.policy_objective import (
     PolicyObjective,
@@ -34,16 +34,16 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Episodes:
-    """How long a run is and how its episodes are cut.
+    """The length of a run.
 
-    ``windows``: optimizer steps of one pass over what an episode collects
-    (:func:`~coati.experience_buffer.batch_sizes.windows_per_episode`). ``temperature``: episode ->
-    what is sampled at.
+    ``num_update_steps``: passes over the responses of an episode. ``steps_per_pass``: optimizer
+    steps of a pass (:func:`~coati.experience_buffer.batch_sizes.optimizer_steps_per_pass`).
+    ``temperature``: episode -> sampling temperature.
     """
 
     num_episodes: int = 1
     num_update_steps: int = 1
-    windows: int = 1
+    steps_per_pass: int = 1
     temperature: Callable[[int], float] = field(default=lambda episode: 1.0)
     seed: int = 42
     sample_interval: int = 10
@@ -51,18 +51,19 @@ class Episodes:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.num_episodes * self.num_update_steps * self.windows
+        return self.num_episodes * self.num_update_steps * self.steps_per_pass
 
 
 class OLTrainer:
-    """Episodes: ``num_collect_steps`` batches of prompts answered and judged, then passes over the
-    answers.
+    """Trains a policy on its own responses. An episode rolls out ``num_collect_steps`` batches of
+    prompts and scores the responses, then makes passes over them.
 
-    Args: actor: the policy's engine, ``critic`` that of the values: with one it is PPO, without one
-        of GRPO's kin. schedule: its intervals count episodes here. vf_coef: of the critic's loss.
-        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows. assets: what is
-        saved beside the weights of each model, by name. held: what
-        :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found, of a run stopped inside an episode.
+    Args: actor: the policy's engine; critic: that of the values: with one it is PPO, without one
+        GRPO or a variant. schedule: its intervals count episodes here. value_clip, vf_coef: clip range
+        and coefficient of the critic's loss. ptx_coef: c of (1 - c) x policy loss + c x supervised
+        loss of ``ptx`` rows. assets: what is saved beside the weights of each model, by name.
+        buffer_state: what :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found of a run
+        stopped inside an episode. checks: what watches the metrics for signs of trouble.
     """
 
     def __init__(
@@ -80,44 +81,50 @@ class OLTrainer:
         schedule: RunSchedule | None = None,
         state: RunningState | None = None,
         assets: dict[str, ModelAssets] | None = None,
-        held: dict[str, Any] | None = None,
-        signs: Any = None,
+        buffer_state: dict[str, Any] | None = None,
+        checks: RLChecks | None = None,
     ) -> None:
-        self.engine, self.critic, self.maker, self.buffer = actor, critic, maker, buffer
-        self.episodes, self.ptx_coef, self.vf_coef = episodes, ptx_coef, vf_coef
+        self.engine = actor
+        self.critic = critic
+        self.maker = maker
+        self.buffer = buffer
+        self.episodes = episodes
+        self.ptx_coef = ptx_coef
+        self.vf_coef = vf_coef
         self.name = "grpo" if critic is None else "ppo"
-        self.schedule, self.state = schedule or RunSchedule(), state or RunningState()
-        self.models = {"actor": actor} | ({"critic": critic} if critic is not None else {})
+        self.schedule = schedule or RunSchedule()
+        self.state = state or RunningState()
+        self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.model_assets = assets or {
             name: ModelAssets.of(each.module) for name, each in self.models.items()
         }
         self.policy = PolicyObjective(policy or PolicySettings(), sum_over(actor))
-        self.values, self.pretraining = ValueObjective(value_clip), PtxObjective()
+        self.values = ValueObjective(value_clip)
+        self.pretraining = PtxObjective()
         self.stopped_early = False
         trained = self.state.trainer
         self.episode: int = trained.get("episode", 0)
-        self._position: tuple[int, int] = (0, 0)  # pass and window of the episode that come next
+        self._position: tuple[int, int] = (0, 0)  # the pass and the step of it that come next
         self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
-        self.record = RLReporter(self, signs)
+        self.record = RLReporter(self, checks)
         if "maker" in trained:
             maker.load_state_dict(trained["maker"])
-        if held is not None:
-            self._go_on_inside(held, trained)
+        if buffer_state is not None:
+            self._resume_episode(buffer_state, trained)
 
-    def _go_on_inside(self, held: dict[str, Any], trained: dict[str, Any]) -> None:
-        episodes = self.episodes
-        if trained["cut"] != [
-            episodes.windows,
-            episodes.num_update_steps,
-            self.buffer.sample_batch_size,
-        ]:
+    def _resume_episode(self, buffer_state: dict[str, Any], trained: dict[str, Any]) -> None:
+        if trained["cut"] != self._update_shape():
             logger.info(
-                "the run was stopped inside an episode whose updates were cut otherwise: that "
+                "the run was stopped inside an episode whose updates were divided otherwise: that "
                 "episode starts anew."
             )
             return
         self._position = tuple(trained["position"])
-        self.buffer.load_state_dict(held)
+        self.buffer.load_state_dict(buffer_state)
+
+    def _update_shape(self) -> list[int]:
+        episodes = self.episodes
+        return [episodes.steps_per_pass, episodes.num_update_steps, self.buffer.sample_batch_size]
 
     @property
     def assets(self) -> ModelAssets:
@@ -173,11 +180,11 @@ class OLTrainer:
         bar, never = ProgressBar(1, 0, self.name, unit="episode"), GracefulStop()
         try:
             self._collect(prompts, bar, never)
-            windows = self.buffer.windows(
-                self.episodes.windows, seed=self.episodes.seed, episode=self.episode
+            batches = self.buffer.global_batches(
+                self.episodes.steps_per_pass, seed=self.episodes.seed, episode=self.episode
             )
             self.policy.first_pass = True
-            self._step(next(windows), ptx, never)
+            self._step(next(batches), ptx, never)
         finally:
             bar.close()
         return self.record.metrics()
@@ -223,12 +230,13 @@ class OLTrainer:
                 return False
             bar.phase(f"rollout {number + 1}/{len(batches)}")
             count = len(batch["input_ids"]) * self.maker.settings.num_generations
-            rows = collect_rows(number, len(batches), self.engine.mesh.dp_rank * count, count)
-            collected.append(self.maker.make_experience(batch, rows, self.episode, temperature))
-        experiences, figures = self.maker.finish(collected)
+            indices = sample_indices(number, len(batches), self.engine.mesh.dp_rank * count, count)
+            made = self.maker.make_experience(batch, indices, self.episode, temperature)
+            collected.append(made)
+        experiences, metrics = self.maker.finalize_advantages(collected)
         for experience in experiences:
             self.buffer.append(experience)
-        self.record.collected(collected, figures, bar)
+        self.record.collected(collected, metrics, bar)
         return True
 
     def _next_prompts(self, prompts: Any) -> list[dict[str, Any]]:
@@ -243,26 +251,30 @@ class OLTrainer:
         """The passes over the buffer, from where an interrupted run stood; False when a rank was
         asked to stop."""
         episodes, (first, start) = self.episodes, self._position
-        total = episodes.num_update_steps * episodes.windows
+        total = episodes.num_update_steps * episodes.steps_per_pass
         self.policy.temperature = episodes.temperature(self.episode)
         if self.policy.settings.kl_coef:
             self.policy.kl_coef = self.maker.kl.kl_coef
         for number in range(first, episodes.num_update_steps):
-            windows = self.buffer.windows(
-                episodes.windows,
+            batches = self.buffer.global_batches(
+                episodes.steps_per_pass,
                 seed=episodes.seed,
                 episode=self.episode,
                 update=number,
                 start=start,
             )
-            for index, window in enumerate(windows, start):
-                bar.phase(f"update {number * episodes.windows + index + 1}/{total}")
+            for index, micro_batches in enumerate(batches, start):
+                bar.phase(f"update {number * episodes.steps_per_pass + index + 1}/{total}")
                 self.policy.first_pass = number == 0 and index == 0
-                stopping = self._step(window, ptx, stop)
-                done = number + 1 == episodes.num_update_steps and index + 1 == episodes.windows
+                stopping = self._step(micro_batches, ptx, stop)
+                done = (
+                    number + 1 == episodes.num_update_steps and index + 1 == episodes.steps_per_pass
+                )
                 if stopping and not done:
                     self._position = (
-                        (number, index + 1) if index + 1 < episodes.windows else (number + 1, 0)
+                        (number, index + 1)
+                        if index + 1 < episodes.steps_per_pass
+                        else (number + 1, 0)
                     )
                     return False
             start = 0
@@ -313,11 +325,7 @@ class OLTrainer:
         return {
             "episode": self.episode,
             "position": list(self._position),
-            "cut": [
-                self.episodes.windows,
-                self.episodes.num_update_steps,
-                self.buffer.sample_batch_size,
-            ],
+            "cut": self._update_shape(),
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }

@@ -10,7 +10,7 @@ from coati.experience_maker.experience import Experience
 from coati.experience_maker.model_inputs import critic_batch, policy_batch, to_actions, values_at
 from coati.models.loss import masked_sum
 from coati.models.policy_loss import (
-    Normalization,
+    LossAggregation,
     kl_per_token,
     mean_ratio_exceeds,
     policy_statistics,
@@ -30,7 +30,7 @@ class PolicySettings:
     clip_low: float = 0.2
     clip_high: float = 0.2
     skip_threshold: float = 20.0
-    normalization: Normalization = Normalization("token")
+    loss_agg: LossAggregation = LossAggregation("token-mean")
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
 
@@ -61,7 +61,7 @@ class PolicyObjective(Objective):
         return batch
 
     def num_terms(self, batch: Batch) -> Tensor:
-        return self.settings.normalization.num_terms(batch["action_mask"])
+        return self.settings.loss_agg.num_terms(batch["action_mask"])
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         mask, old, settings = batch["action_mask"], batch["old"], self.settings
@@ -79,7 +79,7 @@ class PolicyObjective(Objective):
             terms = terms + self.kl_coef * kl.masked_fill(skip, 0.0)
         if self.first_pass:
             metrics["rollout_gap"] = (logps.detach() - old).abs()[mask]
-        return settings.normalization.total(terms, mask), metrics
+        return settings.loss_agg.total(terms, mask), metrics
 
 
 class ValueObjective(Objective):

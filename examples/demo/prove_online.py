@@ -93,7 +93,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     from coati.experience_maker.rollout import ModelRollout
     from coati.models import Critic
     from coati.models.generation.loop import Sampling
-    from coati.models.policy_loss import Normalization
+    from coati.models.policy_loss import LossAggregation
     from coati.parallel import ParallelOptions
     from coati.parallel.boost import boost
     from coati.parallel.inference_model import InferenceModel, boost_for_inference
@@ -134,7 +134,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     length = Episodes(episodes, PASSES, WINDOWS, seed=seed, sample_interval=0)
     if ppo:
         return OLTrainer(*parts, length, critic=critic, schedule=RunSchedule(save_dir))
-    policy = PolicySettings(normalization=Normalization("response"), kl_coef=0.04)
+    policy = PolicySettings(loss_agg=LossAggregation("seq-mean-token-mean"), kl_coef=0.04)
     return OLTrainer(*parts, length, policy=policy, schedule=RunSchedule(save_dir))
 
 

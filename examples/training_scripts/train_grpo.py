@@ -25,12 +25,9 @@ def main(args: Namespace) -> None:
     models = args, options, tokenizer, resume, episodes.total_steps, template
     actor, actor_assets = rl_models.actor_engine(*models)
     trainer = OLTrainer(
-        actor,
-        online.maker(args, options, tokenizer, template, actor, functions),
-        online.buffer(args),
-        episodes,
+        **online.parts(args, options, tokenizer, template, functions, episodes, actor),
+        **online.progress(args, resume, state),
         assets={"actor": actor_assets},
-        **online.parts(args, resume, state),
     )
     windows, asked, supervised = online.loaders(
         args, actor, tokenizer, prompts, evaluation, ptx, plan

@@ -26,14 +26,9 @@ def main(args: Namespace) -> None:
     actor, actor_assets = rl_models.actor_engine(*models)
     critic, critic_assets = rl_models.critic_engine(*models)
     trainer = OLTrainer(
-        actor,
-        online.maker(args, options, tokenizer, template, actor, functions, critic),
-        online.buffer(args),
-        episodes,
-        critic=critic,
-        value_clip=args.value_clip,
+        **online.parts(args, options, tokenizer, template, functions, episodes, actor, critic),
+        **online.progress(args, resume, state),
         assets={"actor": actor_assets, "critic": critic_assets},
-        **online.parts(args, resume, state),
     )
     windows, asked, supervised = online.loaders(
         args, actor, tokenizer, prompts, evaluation, ptx, plan

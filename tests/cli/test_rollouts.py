@@ -9,7 +9,7 @@ import pytest
 from coati.cli import rollouts
 from coati.cli.legacy import DROPPED_OF_ROLLOUTS
 from coati.cli.rollouts import parse_grpo, parse_ppo, parse_prompts
-from coati.experience_buffer.batch_sizes import windows_per_episode
+from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from tests.cli.documented import documented_commands
 
@@ -96,7 +96,7 @@ def test_the_defaults_satisfy_the_buffer_equation(parse, name, steps):
         args.train_batch_size,
         args.accumulation_steps,
     )
-    assert windows_per_episode(*sizes, generations) == steps
+    assert optimizer_steps_per_pass(*sizes, generations) == steps
     assert args.inference_batch_size == 16 * generations and args.logits_forward_batch_size == 16
 
 
@@ -222,11 +222,11 @@ REFUSED = [
     ),
     ("grpo", ["--num_generations", "1"], "--algo grpo compares the responses to a prompt"),
     ("grpo", ["--algo", "ppo"], "invalid choice: 'ppo'"),
-    ("grpo", ["--overlong_margin", "64"], "--overlong_margin belongs to --algo dapo"),
+    ("grpo", ["--overlong_buffer_len", "64"], "--overlong_buffer_len belongs to --algo dapo"),
     (
         "grpo",
-        ["--algo", "dapo", "--overlong_margin", "300"],
-        "--overlong_margin 300 is more than a response may have",
+        ["--algo", "dapo", "--overlong_buffer_len", "300"],
+        "--overlong_buffer_len 300 is more than a response may have",
     ),
     # SFT beside it
     ("ppo", ["--ptx_coef", "0.1"], "--ptx_coef 0.1 needs --ptx_dataset"),
@@ -353,7 +353,7 @@ def test_what_cannot_work_is_refused_by_name(
         ([], ("grpo", 0.2, 0.2, 0.2, 0, "k3")),
         (["--algo", "DAPO"], ("dapo", 0.2, 0.2, 0.28, 64, "k3")),
         (["--algo", "dapo", "--clip_eps", "0.1"], ("dapo", 0.1, 0.1, 0.1, 64, "k3")),
-        (["--algo", "dapo", "--overlong_margin", "0"], ("dapo", 0.2, 0.2, 0.28, 0, "k3")),
+        (["--algo", "dapo", "--overlong_buffer_len", "0"], ("dapo", 0.2, 0.2, 0.28, 0, "k3")),
         (["--clip_eps_low", "0.1", "--clip_eps_high", "0.3"], ("grpo", 0.2, 0.1, 0.3, 0, "k3")),
         (
             ["--algo", "REINFORCE_PPB", "--kl_in", "reward"],
@@ -375,7 +375,7 @@ def test_what_follows_the_algorithm(parse, words, settled):
         args.clip_eps,
         args.clip_eps_low,
         args.clip_eps_high,
-        args.overlong_margin,
+        args.overlong_buffer_len,
         args.kl_estimator,
     )
     assert found == settled

@@ -3,7 +3,7 @@
 from coati.cli.compare import parse_compare
 from coati.cli.preferences import parse_rm
 from coati.cli.rollouts import parse_ppo
-from coati.experience_buffer.batch_sizes import windows_per_episode
+from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from tests.demo.test_demo_preferences import called_by, messages
 
 
@@ -18,7 +18,7 @@ def test_models_that_are_there_are_taken_and_the_same_ones_are_compared(tmp_path
     assert (
         args.ptx_coef > 0 and args.ptx_dataset and args.eval_prompt_dataset != args.prompt_dataset
     )
-    assert windows_per_episode(
+    assert optimizer_steps_per_pass(
         args.num_collect_steps,
         args.experience_batch_size,
         args.train_batch_size,

@@ -23,7 +23,7 @@ FIRST = (
     "approx_kl",
     "response_length",
     "stop_rate",
-    "entropy",
+    "sampled_entropy",
 )
 LORA = ("--lora_rank", "4")
 

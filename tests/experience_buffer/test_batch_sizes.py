@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from coati.experience_buffer.batch_sizes import windows_per_episode
+from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,12 @@ from coati.experience_buffer.batch_sizes import windows_per_episode
     ],
 )
 def test_whole_multiples_are_that_many_optimizer_steps(settings, windows):
-    assert windows_per_episode(*settings) == windows
+    assert optimizer_steps_per_pass(*settings) == windows
 
 
 def test_what_does_not_fit_is_said_with_what_would():
     with pytest.raises(ValueError) as caught:
-        windows_per_episode(2, 16, 16, 8)
+        optimizer_steps_per_pass(2, 16, 16, 8)
     assert str(caught.value) == (
         "an episode collects --num_collect_steps 2 x --experience_batch_size 16 = 32 responses per "
         "process, which is "
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_said_with_what_would():
 
 def test_generations_count_as_responses():
     with pytest.raises(ValueError, match=r"4 x --num_generations 3 = 12 responses"):
-        windows_per_episode(1, 4, 8, 1, num_generations=3)
+        optimizer_steps_per_pass(1, 4, 8, 1, num_generations=3)
 
 
 @pytest.mark.parametrize("train", range(1, 9))
@@ -53,7 +53,7 @@ def test_both_remedies_fit(train, accumulation):
         settings = dict(zip(flags, (collect, batch, train, accumulation, generations), strict=True))
         try:
             assert (
-                windows_per_episode(**settings) * train * accumulation
+                optimizer_steps_per_pass(**settings) * train * accumulation
                 == collect * batch * generations
             )
             continue
@@ -62,7 +62,7 @@ def test_both_remedies_fit(train, accumulation):
         assert len(remedies) == 2
         for remedy in remedies:
             change = {flag: int(value) for flag, value in re.findall(r"--(\w+) (\d+)", remedy)}
-            assert change and windows_per_episode(**(settings | change)) >= 1
+            assert change and optimizer_steps_per_pass(**(settings | change)) >= 1
 
 
 @pytest.mark.parametrize("position", range(5))
@@ -70,4 +70,4 @@ def test_nothing_is_refused(position):
     settings = [1, 1, 1, 1, 1]
     settings[position] = 0
     with pytest.raises(ValueError, match="must be at least 1, not 0"):
-        windows_per_episode(*settings)
+        optimizer_steps_per_pass(*settings)

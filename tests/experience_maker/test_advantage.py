@@ -16,14 +16,14 @@ from coati.experience_maker.advantage import (
     kl_of_responses,
     last_action,
     overlong_penalty,
+    penalize_missing_eos,
     rewards_to_go,
     scores_less_kl,
     token_rewards,
     whiten,
-    without_end_penalty,
 )
 from coati.experience_maker.advantage_registry import GROUP_METHODS
-from coati.models.policy_registry import NORMALIZATIONS
+from coati.models.policy_registry import LOSS_AGG_MODES
 from tests.ranks import on_ranks
 
 NAN = math.nan
@@ -125,7 +125,7 @@ def test_whitening_over_ranks_is_that_of_all_rows_together():
 
 def test_penalties_of_scores():
     scores, stopped = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
-    assert without_end_penalty(scores, stopped, 1.5).tolist() == [1.0, 0.5]
+    assert penalize_missing_eos(scores, stopped, 1.5).tolist() == [1.0, 0.5]
     lengths = torch.tensor([5, 6, 7, 8, 10, 11, 99])
     assert_close(
         overlong_penalty(lengths, 10, 4), torch.tensor([0, 0, -0.25, -0.5, -1.0, -1.0, -1.0])
@@ -163,14 +163,14 @@ def test_group_advantages(method, expected):
     )
 
 
-def test_every_method_has_its_values_here_and_a_normalization_that_exists():
+def test_every_method_has_its_values_here_and_a_loss_agg_mode_that_exists():
     tested = {
         mark.args[1][i][0]
         for mark in test_group_advantages.pytestmark
         for i in range(len(mark.args[1]))
     }
     assert tested == GROUP_METHODS.keys()
-    assert {method.normalization for method in GROUP_METHODS.values()} <= NORMALIZATIONS.keys()
+    assert {method.loss_agg_mode for method in GROUP_METHODS.values()} <= LOSS_AGG_MODES.keys()
 
 
 @pytest.mark.parametrize("method", GROUP_METHODS)

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from coati.experience_maker.experience import (
     Experience,
     at_actions,
-    collect_rows,
     concatenate,
     logprobs_at_actions,
     make_experience_batch,
     masks,
+    sample_indices,
     split_experience_batch,
 )
 from coati.models.critic import Critic
@@ -178,12 +178,12 @@ def test_shapes_that_do_not_fit_are_named(field, shape, message):
 
 def test_indices_of_an_episode_do_not_depend_on_who_collects():
     """2 steps of 4 responses: by one process, or by two of 2 each."""
-    one = [collect_rows(step, 2, 0, 4) for step in range(2)]
-    two = [[collect_rows(step, 2, 2 * rank, 2) for rank in range(2)] for step in range(2)]
+    one = [sample_indices(step, 2, 0, 4) for step in range(2)]
+    two = [[sample_indices(step, 2, 2 * rank, 2) for rank in range(2)] for step in range(2)]
     assert one == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [sum(step, []) for step in two] == one
 
 
 def test_devices_and_selection():
     made = experience().to_device("cpu").select(torch.tensor([2, 0]))
-    assert made.rows.tolist() == [2, 0] and len(made) == 2 and made.returns.shape == (2, 3)
+    assert made.sample_index.tolist() == [2, 0] and len(made) == 2 and made.returns.shape == (2, 3)

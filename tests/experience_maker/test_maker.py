@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import ExperienceSettings
-from coati.experience_maker.running_moments import KLController
 from coati.experience_maker.scoring import Scorer
 from tests.experience_maker.stubs import StubEngine, StubRollout, Words, log_probs, prompts
 
@@ -75,7 +75,10 @@ def test_ppo():
     maker = make(TWO, scored(2.0, 9.0), **PPO)
     found = collect(maker, 2)
     one = found.experience
-    assert one.sequences.tolist() == [[5, 6, 3, 2], [8, 7, 4, 9]] and one.rows.tolist() == [10, 11]
+    assert one.sequences.tolist() == [[5, 6, 3, 2], [8, 7, 4, 9]] and one.sample_index.tolist() == [
+        10,
+        11,
+    ]
     assert one.action_mask.tolist() == [[True, True], [True, False]]
     assert_close(one.kl, torch.tensor([[0.5, 0.5], [0.5, 0.0]]))
     assert_close(
@@ -155,7 +158,7 @@ def test_grpo():
         found.samples["equal_groups"].tolist() == [0, 0, 1, 1]
         and not found.samples["dropped"].any()
     )
-    assert found.responses.prompts == ["5 6", "5 6", "7", "7"] and one.rows.tolist() == [
+    assert found.responses.prompts == ["5 6", "5 6", "7", "7"] and one.sample_index.tolist() == [
         10,
         11,
         12,
@@ -199,7 +202,7 @@ def test_reinforce_pp_compares_nothing():
 
 
 def test_dapo_drops_equal_groups_and_punishes_length():
-    found = groups("dapo", 1.0, 3.0, 5.0, 5.0, overlong_margin=2)
+    found = groups("dapo", 1.0, 3.0, 5.0, 5.0, overlong_buffer_len=2)
     # Lengths 2, 3, 2, 1 of 3 with a margin of 2: -0.5, -1, -0.5, 0; so the second group is not
     # equal after all.
     half = 0.75 / (1.5 / math.sqrt(2) + 1e-4)
@@ -217,7 +220,7 @@ def test_dapo_drops_equal_groups_and_punishes_length():
 
 
 def test_truncated_responses_can_be_left_out():
-    found = groups("grpo", 1.0, 3.0, 5.0, 6.0, filter_truncated=True)
+    found = groups("grpo", 1.0, 3.0, 5.0, 6.0, mask_truncated_completions=True)
     assert found.samples["dropped"].tolist() == [0, 1, 0, 1]
     assert found.experience.action_mask.sum(1).tolist() == [2, 0, 2, 0]
     assert found.experience.advantages[0, 0] < 0  # compared with the ones that are left out
@@ -237,7 +240,7 @@ def test_a_phase_is_whitened_as_a_whole():
     maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), kl_coef=0.0, whiten=True, **PPO)
     collected = [collect(maker, 2), collect(maker, 2)]
     raw = torch.cat([each.experience.advantages[each.experience.action_mask] for each in collected])
-    parts, figures = maker.finish(collected)
+    parts, figures = maker.finalize_advantages(collected)
     found = torch.cat([part.advantages[part.action_mask] for part in parts])
     assert_close(found, (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
     assert figures["advantages_std"] == pytest.approx(float(raw.std()), rel=1e-5)
@@ -252,33 +255,34 @@ def test_a_phase_is_whitened_as_a_whole():
     maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), kl_coef=0.0, whiten=True, **PPO)
     together = maker.make_experience(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5)
     assert_close(
-        maker.finish([together])[0][0].advantages, torch.cat([part.advantages for part in parts])
+        maker.finalize_advantages([together])[0][0].advantages,
+        torch.cat([part.advantages for part in parts]),
     )
 
 
 def test_the_coefficient_moves_by_the_mean_kl_of_all_ranks():
     # Responses of KL 1 and 0.5 here, 4.5 of another rank: the mean is 2, twice the target.
     maker = make(TWO, scored(1.0, 1.0), target=1.0, others={2: [4.5, 1.0]}, **PPO)
-    maker.finish([collect(maker, 2)])
+    maker.finalize_advantages([collect(maker, 2)])
     assert maker.kl.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 3 / 100), rel=1e-12)
 
 
 def test_an_evaluation_changes_nothing():
     settings = {"target": 1.0, "reward_normalization": "running", **PPO}
     maker = make([*TWO, *TWO, *TWO], scored(1.0, 2.0, 7.0, 8.0, 3.0, 4.0), **settings)
-    maker.finish([collect(maker, 2)])
+    maker.finalize_advantages([collect(maker, 2)])
     before = maker.state_dict()
-    judged = maker.judge(prompts([5, 6], [7]), range(2), 9)
+    judged = maker.rollout_and_score(prompts([5, 6], [7]), range(2), 9)
     assert judged.samples["reward"].tolist() == [7, 8] and maker.state_dict() == before
     other = make([*TWO, *TWO], scored(1.0, 2.0, 3.0, 4.0), **settings)
-    other.finish([collect(other, 2)])
+    other.finalize_advantages([collect(other, 2)])
     assert torch.equal(collect(other, 2).experience.returns, collect(maker, 2).experience.returns)
 
 
 def test_state_goes_on_elsewhere():
     settings = {"target": 1.0, "reward_normalization": "running", **PPO}
     maker = make([*TWO, *TWO], scored(1.0, 2.0, 3.0, 4.0), **settings)
-    maker.finish([collect(maker, 2)])
+    maker.finalize_advantages([collect(maker, 2)])
     other = make(TWO, scored(3.0, 4.0), **settings)
     other.load_state_dict(maker.state_dict())
     assert torch.equal(collect(other, 2).experience.returns, collect(maker, 2).experience.returns)

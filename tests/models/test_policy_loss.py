@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from coati.models import PolicyLoss, ValueLoss
 from coati.models.policy_loss import (
-    Normalization,
+    LossAggregation,
     explained_variance,
     kl_per_token,
     mean_ratio_exceeds,
@@ -18,7 +18,7 @@ from coati.models.policy_loss import (
     value_statistics,
     value_terms,
 )
-from coati.models.policy_registry import KL_ESTIMATORS, NORMALIZATIONS
+from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES
 from tests.ranks import on_ranks
 
 NAN = math.nan
@@ -162,7 +162,7 @@ def test_policy_statistics():
         0,
         1,
     ]  # the second is the side that is never clipped
-    assert_close(statistics["entropy"], torch.tensor([0.25] * 3))
+    assert_close(statistics["sampled_entropy"], torch.tensor([0.25] * 3))
     assert_close(statistics["ratio_max"], torch.tensor([1.5]))
     x = torch.tensor([0.5, 1.5, 1.5])  # pi / pi_old = e^r; KL(old || new) by k3: e^r - 1 - r
     assert_close(statistics["update_kl"], x - 1 - x.log())
@@ -228,39 +228,40 @@ def test_a_batch_is_skipped_when_the_ratios_of_all_ranks_say_so():
     assert on_ranks(work, [near, near]) == [(-1.0, False)] * 2
 
 
-# Normalization
+# Aggregation
 
 TERMS = torch.tensor([[1.0, 2.0, 3.0, NAN], [6.0, NAN, NAN, NAN], [NAN] * 4])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(
-    ("normalization", "total", "num_terms"),
+    ("aggregation", "total", "num_terms"),
     [
-        (Normalization("token"), 12.0, 4),
-        (Normalization("response"), 2.0 + 6.0, 2),  # the empty response is not counted
-        (Normalization("constant", 8), 6 / 8 + 6 / 8, 2),
+        (LossAggregation("token-mean"), 12.0, 4),
+        # The empty response is not counted.
+        (LossAggregation("seq-mean-token-mean"), 2.0 + 6.0, 2),
+        (LossAggregation("seq-mean-token-sum-norm", 8), 6 / 8 + 6 / 8, 2),
     ],
 )
-def test_normalizations(normalization, total, num_terms):
+def test_loss_aggregation(aggregation, total, num_terms):
     assert (
-        normalization.total(TERMS, MASK).item() == total
-        and normalization.num_terms(MASK).item() == num_terms
+        aggregation.total(TERMS, MASK).item() == total
+        and aggregation.num_terms(MASK).item() == num_terms
     )
-    # How the window is split into micro-batches changes neither sum.
+    # How the global batch is split into micro-batches changes neither sum.
     parts = [slice(0, 1), slice(1, 3)]
-    assert sum(normalization.total(TERMS[part], MASK[part]).item() for part in parts) == total
-    assert sum(normalization.num_terms(MASK[part]).item() for part in parts) == num_terms
+    assert sum(aggregation.total(TERMS[part], MASK[part]).item() for part in parts) == total
+    assert sum(aggregation.num_terms(MASK[part]).item() for part in parts) == num_terms
     wider = torch.nn.functional.pad(TERMS, (0, 3), value=NAN), torch.nn.functional.pad(MASK, (0, 3))
     assert (
-        normalization.total(*wider).item() == total
-        and normalization.num_terms(wider[1]).item() == num_terms
+        aggregation.total(*wider).item() == total
+        and aggregation.num_terms(wider[1]).item() == num_terms
     )
 
 
-def test_normalizations_that_cannot_be():
-    assert {"token", "response", "constant"} == set(NORMALIZATIONS)
-    with pytest.raises(ValueError, match="'mean'; there are token, response, constant"):
-        Normalization("mean")
+def test_loss_aggregation_that_cannot_be():
+    assert {"token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"} == set(LOSS_AGG_MODES)
+    with pytest.raises(ValueError, match="'mean'; there are token-mean, seq-mean-token-mean"):
+        LossAggregation("mean")
     with pytest.raises(ValueError, match="max_new_tokens"):
-        Normalization("constant")
+        LossAggregation("seq-mean-token-sum-norm")

@@ -14,8 +14,8 @@ import torch
 from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
+from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.rollout_batch import RolloutBatch
-from coati.experience_maker.running_moments import KLController
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
@@ -71,9 +71,9 @@ class Maker:
         if len(self.calls) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         self.answered += len(batch["input_ids"])
-        return self.judge(batch, rows, episode, temperature)
+        return self.rollout_and_score(batch, rows, episode, temperature)
 
-    def judge(self, batch, rows, episode, temperature):
+    def rollout_and_score(self, batch, rows, episode, temperature):
         self.judged.append(episode)
         ids, count = batch["input_ids"], len(batch["input_ids"])
         attention, actions = masks(batch["attention_mask"], torch.full((count,), 2), 2)
@@ -99,7 +99,7 @@ class Maker:
         }
         return RolloutBatch(made, responses, {}, samples, {"rollout": 1.0, "scoring": 0.5})
 
-    def finish(self, collected):
+    def finalize_advantages(self, collected):
         return [each.experience for each in collected], {"reward_std": 1.0}
 
     def state_dict(self):
@@ -258,8 +258,10 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
     """A run that SIGTERM stops, what it saved, and the one that goes on."""
     saved = {}
 
-    def save(folder, models, state, held=None):
-        saved.update(state=json.loads(json.dumps(vars(state))), held=held, models=set(models))
+    def save(folder, models, state, buffer_state=None):
+        saved.update(
+            state=json.loads(json.dumps(vars(state))), buffer_state=buffer_state, models=set(models)
+        )
         return tmp_path
 
     monkeypatch.setattr("coati.trainer.monitor.rl_reporter.save_models", save)
@@ -269,7 +271,7 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
     second = trainer(
         schedule=RunSchedule(str(tmp_path)),
         state=RunningState(**saved["state"]),
-        held=saved["held"],
+        buffer_state=saved["buffer_state"],
     )
     second.run(loader())
     return first, saved, second
@@ -280,7 +282,9 @@ def test_stopped_while_collecting_the_episode_starts_again(tmp_path, monkeypatch
     whole.run(loader())
     # In the first of the two batches of the third episode; the second batch is not asked for.
     first, saved, second = stopped_at({"maker": Maker(stop_at=5)}, tmp_path, monkeypatch)
-    assert saved["held"] is None and first.maker.answered == 8 and len(first.engine.steps) == 8
+    assert (
+        saved["buffer_state"] is None and first.maker.answered == 8 and len(first.engine.steps) == 8
+    )
     assert (
         second.maker.calls == whole.maker.calls[4:]
         and second.maker.answered == whole.maker.answered
@@ -295,7 +299,7 @@ def test_stopped_between_updates_the_rest_of_the_episode_follows(tmp_path, monke
     first, saved, second = stopped_at({"actor": Engine(stop_at=at)}, tmp_path, monkeypatch)
     steps = len(first.engine.steps)
     assert steps == at + 1 and first.state.step == steps
-    assert (saved["held"] is None) == (steps == 12)  # the episode was over: nothing is held
+    assert (saved["buffer_state"] is None) == (steps == 12)  # the episode was over: nothing is kept
     assert first.engine.steps + second.engine.steps == whole.engine.steps
     assert first.maker.calls + second.maker.calls == whole.maker.calls
 
@@ -311,7 +315,7 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
         episodes,
         assets=ASSETS,
         state=state,
-        held=saved["held"],
+        buffer_state=saved["buffer_state"],
     )
     assert len(other.buffer) == 0 and other._position == (0, 0)
     assert "that episode starts anew" in capsys.readouterr().err
@@ -342,11 +346,11 @@ def test_a_kl_target_moves_the_coefficient_in_the_loss_too():
 
     maker.kl = KLController(0.5, target=1.0, horizon=100)
     trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).run(loader(4, 2, 2))
-    assert used == [0.5] * len(used)  # the stub's phases say nothing of KL
+    assert used == [0.5] * 20  # the stub's phases say nothing of KL
     maker.kl.kl_coef = 0.25
     used.clear()
     trainer(Watched(), maker, policy=PolicySettings(kl_coef=0.5)).run(loader(4, 2, 2))
-    assert used == [0.25] * len(used) and used
+    assert used == [0.25] * 20
     used.clear()
     trainer(Watched(), maker).run(loader(4, 2, 2))  # KL in the reward: nothing of it in the loss
-    assert used == [0.0] * len(used)
+    assert used == [0.0] * 20

@@ -15,7 +15,8 @@ from coati.experience_maker.experience import (
     split_experience_batch,
 )
 from coati.models.critic import Critic
-from coati.models.policy_loss import Normalization
+from coati.models.policy_loss import LossAggregation
+from coati.models.policy_registry import LOSS_AGG_MODES
 from coati.parallel.objective import LossPart
 from coati.trainer.policy_objective import (
     PolicyObjective,
@@ -104,7 +105,7 @@ def test_the_first_window_is_reinforce(model, actor):
         torch.cat(step.metrics["update_kl"]).abs().max() < 1e-5
         and max(step.metrics["ratio_max"]) < 1.001
     )
-    entropy = torch.cat(step.metrics["entropy"])
+    entropy = torch.cat(step.metrics["sampled_entropy"])
     assert entropy.mean() == pytest.approx(
         -float(one.action_log_probs[one.action_mask].mean()), rel=1e-6
     )
@@ -126,11 +127,11 @@ def sampled_wide(one):
     )
 
 
-@pytest.mark.parametrize("normalization", ["token", "response", "constant"])
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_how_a_window_is_cut_changes_nothing(model, actor, cut, normalization):
+def test_how_a_window_is_cut_changes_nothing(model, actor, cut, mode):
     settings = {
-        "normalization": Normalization(normalization, 6),
+        "loss_agg": LossAggregation(mode, 6),
         "kl_coef": 0.3,
         "clip_low": 0.1,
         "clip_high": 0.3,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from coati.models.rlvr_reward_model import RLVRRewardModel
-from coati.trainer.rl import GRPOTrainer, PPOTrainer, annealing
+from coati.trainer import GRPOTrainer, PPOTrainer
+from coati.trainer.rl_assembly import linear_annealing
 from tests.distributed.spawn import run
 
 EPISODES, ROWS, LR = 30, 64, 1e-3
@@ -187,7 +188,7 @@ def test_what_is_wrong_is_said(tmp_path):
 
 
 def test_annealing_is_a_straight_line():
-    temperature = annealing(1.0, 0.6, 2, 4)
+    temperature = linear_annealing(1.0, 0.6, 2, 4)
     assert [round(temperature(episode), 6) for episode in range(6)] == [
         1.0,
         1.0,
@@ -196,4 +197,4 @@ def test_annealing_is_a_straight_line():
         0.6,
         0.6,
     ]
-    assert pytest.approx(0.5) == annealing(0.5, 0.5, 0, 1)(7)
+    assert pytest.approx(0.5) == linear_annealing(0.5, 0.5, 0, 1)(7)

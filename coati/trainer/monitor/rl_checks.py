@@ -172,7 +172,7 @@ def degenerate(history: History, settings: Settings) -> Finding | None:
 
 def entropy_collapse(history: History, settings: Settings) -> Finding | None:
     """Hardly any choice is left in sampling, so that nothing new is tried."""
-    fall = _fall(history, "entropy")
+    fall = _fall(history, "sampled_entropy")
     if fall is None or fall.then <= 0 or fall.now > 0.2 * fall.then:
         return None
     return Finding(
@@ -377,7 +377,7 @@ REMEMBERED = (
     "kl_coef",
     "response_length",
     "distinct_2",
-    "entropy",
+    "sampled_entropy",
     "equal_groups",
     "value_loss",
     "stop_rate",

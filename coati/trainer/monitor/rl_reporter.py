@@ -28,8 +28,8 @@ EVALUATION = 2**32 - 1  # the "episode" whose noise evaluations are sampled with
 class RLReporter:
     """Belongs to one :class:`~coati.trainer.online.OLTrainer`."""
 
-    def __init__(self, trainer: "OLTrainer", signs: Any = None) -> None:
-        self.trainer, self.signs, self.tracker = trainer, signs, NullTracker()
+    def __init__(self, trainer: "OLTrainer", checks: Any = None) -> None:
+        self.trainer, self.checks, self.tracker = trainer, checks, NullTracker()
         self.meter = AccumulativeMeanMeter()
         stored = trainer.state.trainer
         self.meter.load(stored.get("meter", []))
@@ -45,8 +45,8 @@ class RLReporter:
             "ratio": 0.0,
         }
         self._counts |= stored.get("counts", {})
-        if signs is not None and "signs" in stored:
-            signs.load_state_dict(stored["signs"])
+        if checks is not None and "signs" in stored:
+            checks.load_state_dict(stored["signs"])
 
     def open(self, log_dir: str | None, use_wandb: bool) -> None:
         trainer, plan = self.trainer, self.trainer.schedule
@@ -137,7 +137,7 @@ class RLReporter:
             "tokens/s": "tokens_per_second",
         }
         bar.step(**{name: metrics[key] for name, key in shown.items()})
-        for line in self.signs.look(metrics, trainer.episode) if self.signs is not None else []:
+        for line in self.checks.look(metrics, trainer.episode) if self.checks is not None else []:
             bar.write(line)
 
     def metrics(self) -> dict[str, float]:
@@ -146,7 +146,7 @@ class RLReporter:
         episodes = trainer.episodes
         metrics = self.meter.report()
         metrics["seconds_update"] = (
-            metrics.pop("_seconds_update") * episodes.num_update_steps * episodes.windows
+            metrics.pop("_seconds_update") * episodes.num_update_steps * episodes.steps_per_pass
         )
         metrics["ratio_max"] = max(all_gather_object(counts["ratio"]))
         metrics["tokens_per_second"] = counts["tokens"] / max(counts["rollout"], 1e-9)
@@ -171,7 +171,7 @@ class RLReporter:
         for rows, batch in zip(evaluation.rows(), evaluation, strict=True):
             # A rank that has run out of rows repeats one whose numbers are left out.
             numbers = rows + [0] * (len(batch["input_ids"]) - len(rows))
-            judged = trainer.maker.judge(batch, numbers, EVALUATION, temperature)
+            judged = trainer.maker.rollout_and_score(batch, numbers, EVALUATION, temperature)
             meter.add_all({name: [values[: len(rows)]] for name, values in judged.samples.items()})
             shown += _rows(judged, len(rows))
         metrics = meter.report()
@@ -212,8 +212,8 @@ class RLReporter:
             "evaluated": {"first": self.first_evaluation, "last": self.last_evaluation},
             "best": self.best,
         }
-        if self.signs is not None:
-            trainer.state.trainer["signs"] = self.signs.state_dict()
+        if self.checks is not None:
+            trainer.state.trainer["signs"] = self.checks.state_dict()
         models = {
             name: (engine, trainer.model_assets[name]) for name, engine in trainer.models.items()
         }
@@ -239,7 +239,7 @@ def _rows(collected: RolloutBatch, count: int = SAMPLES) -> list[SampleRow]:
             responses.prompts[row],
             responses.responses[row],
             float(samples["reward"][row]),
-            {name: float(values[row]) for name, values in collected.parts.items()},
+            {name: float(values[row]) for name, values in collected.reward_parts.items()},
             float(samples["approx_kl"][row]),
         )
         for row in range(min(count, len(responses)))

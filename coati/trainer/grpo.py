@@ -1,0 +1,87 @@
+"""GRPO and the other methods without a critic around boosted models, for notebooks."""
+
+from typing import Any
+
+from torch import nn
+
+from coati.experience_maker.advantage_registry import GROUP_METHODS
+from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.models.policy_loss import LossAggregation
+from coati.parallel.engine import Engine
+from coati.trainer.boosted_rl import BoostedRLTrainer, Generation
+from coati.trainer.policy_objective import PolicySettings
+from coati.trainer.rl_assembly import BufferSettings, KLSettings, RLSettings, linear_annealing
+from coati.trainer.schedule import RunSchedule
+
+
+class GRPOTrainer(BoostedRLTrainer):
+    """Policy gradient with group-relative advantages instead of a critic (arXiv 2402.03300); see
+    :class:`~coati.trainer.boosted_rl.BoostedRLTrainer` for the arguments that are not named here.
+
+    Args: num_generation: responses to each prompt. temperature_annealing_config:
+        ``start_temperature`` up to episode ``annealing_warmup_steps``, ``end_temperature`` from
+        episode ``annealing_steps`` on. algo: a name of
+        :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`.
+    """
+
+    def __init__(
+        self,
+        actor_booster: Any,
+        actor: nn.Module,
+        reward_model: Any,
+        initial_model: nn.Module | None,
+        actor_optim: Any,
+        actor_lr_scheduler: Any = None,
+        tokenizer: Any = None,
+        kl_coef: float = 0.1,
+        ptx_coef: float = 0.9,
+        train_batch_size: int = 8,
+        buffer_limit: int = 0,
+        buffer_cpu_offload: bool = True,
+        eps_clip: float = 0.2,
+        accumulation_steps: int = 1,
+        save_interval: int = 0,
+        save_dir: str | None = None,
+        num_generation: int = 8,
+        inference_batch_size: int | None = None,
+        logits_forward_batch_size: int | None = None,
+        temperature_annealing_config: dict[str, float] | None = None,
+        *,
+        algo: str = "grpo",
+        seed: int = 42,
+        **generate_kwargs: Any,
+    ) -> None:
+        generation = Generation.of(tokenizer, generate_kwargs)
+        method = GROUP_METHODS[algo]
+        experience = ExperienceSettings(
+            generation.max_new_tokens,
+            generation.stop_sequences,
+            method=algo,
+            num_generations=num_generation,
+            kl_estimator="k3",
+            kl_in="loss",
+            rollout_batch_size=inference_batch_size,
+            forward_batch_size=logits_forward_batch_size,
+            seed=seed,
+        )
+        policy = PolicySettings(
+            eps_clip,
+            max(eps_clip, method.clip_high),  # dapo clips higher above than below
+            loss_agg=LossAggregation(method.loss_agg_mode, generation.max_new_tokens),
+            kl_coef=kl_coef,
+        )
+        settings = RLSettings(
+            experience,
+            policy=policy,
+            kl=KLSettings(kl_coef),
+            buffer=BufferSettings(train_batch_size, buffer_limit, buffer_cpu_offload),
+            ptx_coef=ptx_coef,
+        )
+        engine = Engine(actor_booster, actor, actor_optim, actor_lr_scheduler)
+        models = (engine, None, reward_model, initial_model, tokenizer)
+        schedule = RunSchedule(save_dir, save_interval)
+        self._assemble(settings, *models, generation.sampling, schedule, accumulation_steps)
+        if temperature_annealing_config is not None:
+            names = ("start_temperature", "end_temperature", "annealing_warmup_steps")
+            values = [temperature_annealing_config[name] for name in (*names, "annealing_steps")]
+            self._temperature = linear_annealing(*values)

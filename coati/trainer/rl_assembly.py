@@ -1,0 +1,111 @@
+"""The settings of a PPO or GRPO run, and the one place where its parts are put together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coati.experience_buffer.buffer import NaiveExperienceBuffer
+from coati.experience_maker.kl_controller import KLController
+from coati.experience_maker.maker import NaiveExperienceMaker
+from coati.experience_maker.rollout import RolloutEngine
+from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.experience_maker.scoring import Scorer
+from coati.parallel.engine import Engine
+from coati.parallel.inference_model import InferenceModel
+from coati.trainer.online import Episodes
+from coati.trainer.policy_objective import PolicySettings
+
+
+@dataclass(frozen=True)
+class KLSettings:
+    """The KL penalty: its coefficient, and the target that an adaptive one is drawn toward
+    (:class:`~coati.experience_maker.kl_controller.KLController`)."""
+
+    coef: float = 0.1
+    target: float | None = None
+    horizon: int = 10000
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """``micro_batch_size``: rows of a micro-batch. ``limit``: the newest rows that are kept; 0: all.
+    ``cpu_offload``: rows wait in system memory."""
+
+    micro_batch_size: int = 8
+    limit: int = 0
+    cpu_offload: bool = True
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """The critic's loss: the clip range of its values, and its coefficient."""
+
+    clip: float = 0.2
+    coef: float = 1.0
+
+
+@dataclass(frozen=True)
+class RLSettings:
+    """All settings of a run. ``ptx_coef``: c of (1 - c) x policy loss + c x supervised loss."""
+
+    experience: ExperienceSettings
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    value: ValueSettings = field(default_factory=ValueSettings)
+    kl: KLSettings = field(default_factory=KLSettings)
+    buffer: BufferSettings = field(default_factory=BufferSettings)
+    episodes: Episodes = field(default_factory=Episodes)
+    ptx_coef: float = 0.0
+
+
+def linear_annealing(first: float, last: float, start: int, end: int) -> Callable[[int], float]:
+    """Episode -> temperature: ``first`` up to episode ``start``, ``last`` from ``end`` on, a
+    straight line between."""
+
+    def temperature(episode: int) -> float:
+        done = min(max((episode - start) / max(end - start, 1), 0.0), 1.0)
+        return first + (last - first) * done
+
+    return temperature
+
+
+def assemble_rl(
+    settings: RLSettings,
+    *,
+    actor: Engine,
+    critic: Engine | None = None,
+    reference: InferenceModel | None = None,
+    rollout: RolloutEngine,
+    scorer: Scorer,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """The arguments of :class:`~coati.trainer.online.OLTrainer`, by name: of PPO with a ``critic``,
+    else of the group method that ``settings.experience.method`` names.
+
+    ``reference``: the policy that KL is measured from; None: there is no KL.
+
+    Raises:
+        ValueError: for a critic beside a group method, for neither, and a KL target without a
+            coefficient.
+    """
+    kl, buffer = settings.kl, settings.buffer
+    maker = NaiveExperienceMaker(
+        actor,
+        rollout,
+        scorer,
+        tokenizer,
+        settings.experience,
+        reference=reference,
+        critic=critic,
+        kl=KLController(kl.coef, kl.target, kl.horizon),
+    )
+    return {
+        "actor": actor,
+        "maker": maker,
+        "buffer": NaiveExperienceBuffer(buffer.micro_batch_size, buffer.limit, buffer.cpu_offload),
+        "episodes": settings.episodes,
+        "critic": critic,
+        "policy": settings.policy,
+        "value_clip": settings.value.clip,
+        "vf_coef": settings.value.coef,
+        "ptx_coef": settings.ptx_coef,
+    }

@@ -1,5 +1,5 @@
-"""The experience buffer: responses in, micro-batches of global batches out, in an order that does not
-depend on the number of processes.
+"""The experience buffer: responses in, micro-batches of global batches out, in an order that is
+independent of the number of processes.
 
 The responses of an episode have indices over all ranks. Of every k consecutive ones, where k is the
 number of optimizer steps of a pass, each goes to another global batch; which to which is drawn from
@@ -95,8 +95,8 @@ class NaiveExperienceBuffer:
         if count < 1 or len(position) != len(indices) or not self._whole_blocks(indices, count):
             raise ValueError(
                 f"{len(indices)} responses in the buffer cannot be divided into {count} global "
-                "batches: expected every response once, in whole runs of as many consecutive indices "
-                "as there are global batches"
+                "batches: expected every response once, in whole runs of as many consecutive "
+                "indices as there are global batches"
             )
         batches: list[list[int]] = [[] for _ in range(count)]
         for block in sorted({index // count for index in indices}):

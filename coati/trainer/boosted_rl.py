@@ -1,7 +1,8 @@
-"""PPO and GRPO around models that ``booster.boost`` returned, with the first system's keywords: what :class:`~coati.trainer.ppo.PPOTrainer` and :class:`~coati.trainer.grpo.GRPOTrainer` share.
+"""What :class:`~coati.trainer.ppo.PPOTrainer` and :class:`~coati.trainer.grpo.GRPOTrainer` share:
+training models that ``booster.boost`` returned, with the keywords of the first system.
 
-The training scripts have more settings and assemble an :class:`~coati.trainer.online.OLTrainer`
-themselves (:func:`~coati.trainer.rl_assembly.assemble_rl`).
+The training scripts have more settings and call :func:`~coati.trainer.rl_assembly.assemble_rl`
+themselves.
 """
 
 from collections.abc import Callable, Sequence

@@ -28,7 +28,7 @@ class KLSettings:
 
 @dataclass(frozen=True)
 class BufferSettings:
-    """``micro_batch_size``: rows of a micro-batch. ``limit``: the newest rows that are kept; 0: all.
+    """``micro_batch_size``: rows of a micro-batch. ``limit``: the newest rows are kept; 0: all.
     ``cpu_offload``: rows wait in system memory."""
 
     micro_batch_size: int = 8

@@ -354,6 +354,7 @@ def test_what_cannot_work_is_refused_by_name(
         (["--algo", "DAPO"], ("dapo", 0.2, 0.2, 0.28, 64, "k3")),
         (["--algo", "dapo", "--clip_eps", "0.1"], ("dapo", 0.1, 0.1, 0.1, 64, "k3")),
         (["--algo", "dapo", "--overlong_buffer_len", "0"], ("dapo", 0.2, 0.2, 0.28, 0, "k3")),
+        (["--algo", "dapo", "--overlong_margin", "9"], ("dapo", 0.2, 0.2, 0.28, 9, "k3")),
         (["--clip_eps_low", "0.1", "--clip_eps_high", "0.3"], ("grpo", 0.2, 0.1, 0.3, 0, "k3")),
         (
             ["--algo", "REINFORCE_PPB", "--kl_in", "reward"],
@@ -565,8 +566,10 @@ def test_help_offers_only_what_works():
 
 @pytest.mark.parametrize("name", PARSE)
 def test_help_loads_no_torch(name):
-    loaded = "import sys; print([m for m in ('torch', 'transformers', 'colossalai', 'numpy') if m in sys.modules])"
-    program = f"from coati.cli.rollouts import parse_{name}\ntry: parse_{name}(['--help'])\nfinally: {loaded}"
+    heavy = "('torch', 'transformers', 'colossalai', 'numpy')"
+    loaded = f"import sys; print([m for m in {heavy} if m in sys.modules])"
+    call = f"try: parse_{name}(['--help'])\nfinally: {loaded}"
+    program = f"from coati.cli.rollouts import parse_{name}\n{call}"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )

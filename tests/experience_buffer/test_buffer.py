@@ -1,5 +1,5 @@
-"""The buffer: every response once a pass, the same global batches for any number of processes, exact after
-a resume."""
+"""The buffer: every response once a pass, the same global batches for any number of processes,
+exact after a resume."""
 
 import io
 

@@ -37,6 +37,7 @@ from coati.trainer.rl_assembly import (
     assemble_rl,
     linear_annealing,
 )
+from coati.trainer.schedule import RunSchedule
 
 
 def rewards(args: Namespace, template: Conversation | None) -> Rewards | None:

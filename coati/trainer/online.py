@@ -59,11 +59,11 @@ class OLTrainer:
     prompts and scores the responses, then makes passes over them.
 
     Args: actor: the policy's engine; critic: that of the values: with one it is PPO, without one
-        GRPO or a variant. schedule: its intervals count episodes here. value_clip, vf_coef: clip range
-        and coefficient of the critic's loss. ptx_coef: c of (1 - c) x policy loss + c x supervised
-        loss of ``ptx`` rows. assets: what is saved beside the weights of each model, by name.
-        buffer_state: what :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found of a run
-        stopped inside an episode. checks: what watches the metrics for signs of trouble.
+        GRPO or a variant. value_clip, vf_coef: clip range and coefficient of the critic's loss.
+        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows. schedule: its
+        intervals count episodes here. assets: what is saved beside the weights of each model, by
+        name. buffer_state: what :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found of a
+        run stopped inside an episode. checks: what watches the metrics for signs of trouble.
     """
 
     def __init__(

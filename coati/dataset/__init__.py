@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "tokenize_prompt": "rows.tokenization",
         "tokenize_rlhf": "rows.tokenization",
         "tokenize_kto": "rows.tokenization",
-        "prepare_dataset": "prepare.prepare",
+        "prepare_dataset": "prepare.preparation",
         "DataCollatorForSupervisedDataset": "load.collator",
         "DataCollatorForPromptDataset": "load.collator",
         "DataCollatorForPreferenceDataset": "load.collator",

@@ -11,7 +11,6 @@ from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import Cleaning
-from coati.dataset.prepare.shards import tokenizer_fingerprint
 
 LAYOUT = 3  # raised whenever the same rows and settings come to give another result
 Stamp = list[Any]  # path, size in bytes, time of the last change in ns
@@ -68,7 +67,8 @@ def _difference(name: str, there: Any, here: Any) -> Iterator[str]:
     if name == "tokenizer":
         yield "the tokenizer differs"
     elif name == "template" and isinstance(there, dict):
-        yield f"the conversation template differs in {', '.join(key for key in here if there.get(key) != here[key])}"
+        keys = ", ".join(key for key in here if there.get(key) != here[key])
+        yield f"the conversation template differs in {keys}"
     elif isinstance(here, list) and isinstance(there, list):
         yield f"{name}: {_changed_files(there, here)}"
     else:
@@ -89,3 +89,14 @@ def _changed_files(there: list[Stamp], here: list[Stamp]) -> str:
         )
         or "reordered"
     )
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """16 hex digits that differ when vocabulary, special tokens or the splitting of words and
+    numbers differ."""
+    known = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "probe": tokenizer.encode("Probe 12 345,6\n\tcafé 你好 can't", add_special_tokens=False),
+    }
+    return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode("utf-8")).hexdigest()[:16]

@@ -41,7 +41,7 @@ MODULES = {
     "coati.dataset.outputs": "coati.dataset.prepare.staging",
     "coati.dataset.overlap": "coati.dataset.clean.overlap",
     "coati.dataset.packing": "coati.dataset.load.packing",
-    "coati.dataset.pipeline": "coati.dataset.prepare.pipeline",
+    "coati.dataset.pipeline": "coati.dataset.prepare.write_pass",
     "coati.dataset.plan": "coati.dataset.prepare.shard_plan",
     "coati.dataset.prompts": "coati.dataset.rows.prompt_sample",
     "coati.dataset.provenance": "coati.dataset.metadata",

@@ -19,7 +19,7 @@ from coati.dataset.load.loader import (
     part_directories,
     row_lengths,
 )
-from coati.dataset.prepare.prepare import prepare_dataset
+from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.readers import kind_of
 from coati.parallel.plugins import ParallelOptions

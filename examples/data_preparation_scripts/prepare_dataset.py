@@ -10,7 +10,8 @@ from coati.cli.prepare import CLEANING_FLAGS, parse_prepare
 def main(args: Namespace) -> None:
     from coati.dataset.chat.conversation import setup_conversation_template
     from coati.dataset.clean.cleaning import Cleaning
-    from coati.dataset.prepare.prepare import check_outputs, prepare_dataset
+    from coati.dataset.prepare.preparation import prepare_dataset
+    from coati.dataset.prepare.staging import check_outputs
     from coati.dataset.rows.input_files import find_files
     from coati.models.tokenizer import load_tokenizer
 

@@ -1,19 +1,24 @@
 """An interrupted preparation is completed, a finished one is recognized, and the result is the same
 to the byte."""
 
+import copyreg
 import json
 import os
+import pickle
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from coati.dataset import load_tokenized_dataset
-from coati.dataset.prepare import dedup_pass as survey
-from coati.dataset.prepare import staging as outputs
-from coati.dataset.prepare import workers
+from coati.dataset.prepare import staging
+from coati.dataset.prepare.dedup_pass import HashStore
 from coati.dataset.prepare.shards import ShardWriter
+from coati.dataset.prepare.write_pass import TokenizeWorker
+from coati.dataset.report.row_stats import RowStats, SampledRow
 from tests.dataset.prepare.test_prepare import row, run, write
 
 ROWS = [row(f"question {i}", f"answer {i} " * (1 + i % 5)) for i in range(200)] + ["{", row("q")]
@@ -68,20 +73,20 @@ def end_at(owner, name: str, call: int, folder: Path, data: Path) -> None:
 
 
 POINTS = [
-    (survey.RowStats, "close", 2),
+    (HashStore, "save", 2),
     (ShardWriter, "add", 1),
     (ShardWriter, "add", 7),
     (ShardWriter, "close", 1),
     (ShardWriter, "close", 4),
     (ShardWriter, "close", 12),
-    (outputs.StagingDir, "store", 2),
-    (outputs.os, "replace", 3),
-    (outputs.os, "rename", 3),
-    (outputs.os, "rename", 13),
-    (outputs.os, "rename", 14),
-    (workers.Job, "run", 9),
-    (outputs.StagingDir, "_rename", 1),
-    (outputs.StagingDir, "_remove", 1),
+    (staging.StagingDir, "store", 2),
+    (staging.os, "replace", 3),
+    (staging.os, "rename", 3),
+    (staging.os, "rename", 13),
+    (staging.os, "rename", 14),
+    (TokenizeWorker, "run", 9),
+    (staging.StagingDir, "_rename", 1),
+    (staging.StagingDir, "_remove", 1),
 ]
 
 
@@ -100,11 +105,11 @@ def test_whatever_moment_it_ends_at_the_same_call_completes_it(owner, name, call
 
 def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch, capsys):
     data, arrow, _ = whole
-    end_at(outputs.StagingDir, "store", 5, tmp_path, data)
+    end_at(staging.StagingDir, "store", 5, tmp_path, data)
     read = []
-    original = workers.Job.run
+    original = TokenizeWorker.run
     monkeypatch.setattr(
-        workers.Job,
+        TokenizeWorker,
         "run",
         lambda job, chunk, *rest: read.append(len(chunk)) or original(job, chunk, *rest),
     )
@@ -118,8 +123,8 @@ def test_a_finished_preparation_is_recognized(tmp_path, monkeypatch, capsys):
     data = write(tmp_path / "a.jsonl", row("q", "a"), row("q", "b"))
     said = []
     first = run(tmp_path, data, show=said.append)
-    monkeypatch.setattr(workers.Job, "run", None)
-    monkeypatch.setattr("coati.dataset.prepare.prepare.Files", None)
+    monkeypatch.setattr(TokenizeWorker, "run", None)
+    monkeypatch.setattr("coati.dataset.prepare.preparation.Files", None)
     before = contents(tmp_path)
     assert run(tmp_path, data, num_proc=2, show=said.append) == first and said[0] == said[1]
     assert "arrow is prepared already" in capsys.readouterr().err and contents(tmp_path) == before
@@ -169,7 +174,7 @@ def test_a_changed_input_a_new_one_and_a_changed_template_are_named(tmp_path):
 
 def test_an_interrupted_one_of_other_settings_is_named_and_left_alone(whole, tmp_path, capsys):
     data, arrow, _ = whole
-    end_at(outputs.StagingDir, "store", 3, tmp_path, data)
+    end_at(staging.StagingDir, "store", 3, tmp_path, data)
     prepare(tmp_path, data, max_length=512)
     assert (
         "holds an interrupted preparation (max_length was 4096, now 512)" in capsys.readouterr().err
@@ -189,7 +194,7 @@ def test_a_row_too_bad_removes_what_was_begun(tmp_path):
 
 def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch, capsys):
     data, arrow, _ = whole
-    original, calls = outputs.StagingDir.store, []
+    original, calls = staging.StagingDir.store, []
 
     def full(*args):
         calls.append(1)
@@ -198,7 +203,7 @@ def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch, capsys
         original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs.StagingDir, "store", full)
+        patch.setattr(staging.StagingDir, "store", full)
         with pytest.raises(OSError, match="No space left"):
             prepare(tmp_path, data)
     assert (
@@ -211,13 +216,13 @@ def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch, capsys
 
 def test_an_input_that_changes_while_it_is_read_ends_the_job(tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", row("q", "a"), row("q", "b"))
-    original = outputs.StagingDir.store
+    original = staging.StagingDir.store
 
     def meanwhile(*args):
         original(*args)
         write(data, row("q", "longer than before"))
 
-    monkeypatch.setattr(outputs.StagingDir, "store", meanwhile)
+    monkeypatch.setattr(staging.StagingDir, "store", meanwhile)
     with pytest.raises(ValueError, match=f"changed while it was read .inputs: changed {data}"):
         run(tmp_path, data)
     assert not (tmp_path / "arrow").exists()
@@ -225,12 +230,12 @@ def test_an_input_that_changes_while_it_is_read_ends_the_job(tmp_path, monkeypat
 
 def in_another_process(folder: Path, data: Path, pause: float) -> int:
     """The id of a process that prepares, with two workers, at leisure."""
-    original = workers.Job.run
+    original = TokenizeWorker.run
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            workers.Job.run = lambda *given: (time.sleep(pause), original(*given))[1]
+            TokenizeWorker.run = lambda *given: (time.sleep(pause), original(*given))[1]
             prepare(folder, data, num_proc=2)
             status = 0
         finally:
@@ -274,3 +279,46 @@ def test_two_at_once_do_the_work_once(whole, tmp_path, capfd):
     assert ("waiting for it" in said) != ("prepared already" in said) and contents(
         tmp_path / "arrow"
     ) == arrow
+
+
+class OldPickler(pickle.Pickler):
+    """Writes statistics as the first versions did: as Tally and Shown of coati.dataset.tally."""
+
+    def reducer_override(self, obj):
+        if type(obj) in (RowStats, SampledRow):
+            old = {RowStats: "Tally", SampledRow: "Shown"}[type(obj)]
+            old_class = getattr(sys.modules["coati.dataset.tally"], old)
+            return copyreg.__newobj__, (old_class,), vars(obj)
+        return NotImplemented
+
+
+@pytest.fixture
+def old_module(monkeypatch):
+    module = types.ModuleType("coati.dataset.tally")
+    for name in ("Tally", "Shown"):
+        setattr(module, name, type(name, (), {"__module__": module.__name__}))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_finished_parts_of_an_older_version_are_taken(whole, tmp_path, capsys, old_module):
+    data, arrow, _ = whole
+    end_at(staging.StagingDir, "store", 5, tmp_path, data)
+    counts = sorted(tmp_path.glob(".arrow.*.tmp/counts/part-*"))
+    for path in counts:
+        found = pickle.loads(path.read_bytes())
+        with open(path, "wb") as file:
+            OldPickler(file).dump(found)
+        assert b"coati.dataset.tally" in path.read_bytes() and b"row_stats" not in path.read_bytes()
+    prepare(tmp_path, data)
+    assert len(counts) == 4 and "4 of 6 parts are done already" in capsys.readouterr().err
+    assert contents(tmp_path / "arrow") == arrow
+
+
+def test_counts_that_name_anything_else_are_not_unpickled(whole, tmp_path, capsys):
+    data, arrow, _ = whole
+    end_at(staging.StagingDir, "store", 3, tmp_path, data)
+    for path in tmp_path.glob(".arrow.*.tmp/counts/part-*"):
+        path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "run").encode() + b"'\ntR.")
+    prepare(tmp_path, data)
+    assert "done already" not in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert contents(tmp_path / "arrow") == arrow

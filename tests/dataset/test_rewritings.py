@@ -12,7 +12,7 @@ import pytest
 
 from coati.dataset import load_tokenized_dataset, setup_conversation_template
 from coati.dataset.data_types import DATA_TYPES
-from coati.dataset.prepare.prepare import prepare_dataset
+from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.readers import decode, read_rows

@@ -40,7 +40,7 @@ def short_lines(first: int, rows: int, file: Path = SAMPLE) -> str:
 def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH, type: str = "sft") -> str:
     """The arrow directory of the JSON lines ``text``."""
     from coati.dataset import setup_conversation_template
-    from coati.dataset.prepare.prepare import prepare_dataset
+    from coati.dataset.prepare.preparation import prepare_dataset
 
     folder.mkdir(parents=True)
     raw = folder / "rows.jsonl"

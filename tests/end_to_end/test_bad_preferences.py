@@ -111,7 +111,7 @@ ONE = {
         "train_dpo.py",
         lambda p: ["--dataset", p.raw(same=9)],
         (
-            "of the first 12 pairs have the same answer as chosen and as rejected",
+            "of the first 12 pairs have the same response as chosen and as rejected",
             "a share of 0.5",
             "pairs.jsonl:1",
             "column",

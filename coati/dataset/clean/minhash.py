@@ -1,7 +1,6 @@
-"""Rows that are close to each other, found without comparing all with all: MinHash signatures in an
-LSH index.
+"""Near duplicates by MinHash signatures and locality-sensitive hashing, both of datasketch.
 
-Signatures and index are those of datasketch (Broder 1997; Indyk and Motwani 1998).
+Broder 1997 (MinHash); Indyk and Motwani 1998 (LSH).
 """
 
 from functools import cache
@@ -9,17 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from coati.dataset.clean.text_normalization import grams, said, word_hashes, words
+from coati.dataset.clean.text_normalization import ngram_hashes, spoken_texts, word_hashes, words
 from coati.dataset.rows.source_row import SourceRow
 
 PERMUTATIONS = 128
 SHINGLE_WORDS = 3
-# Of false candidates, which are looked at again, and of misses, which are lost: at the threshold 2
-# to 4% are missed.
+# Of false positives, which are checked again, and of false negatives, which are lost: at the
+# threshold 2 to 4% are missed.
 WEIGHTS = (0.02, 0.98)
-_SCHEME = (
-    "affine32"  # how datasketch makes the values; those of one data set must be made the same way
-)
+_SCHEME = "affine32"  # of datasketch's hash functions; one for all signatures of a data set
 
 
 def load_datasketch() -> Any:
@@ -28,8 +25,8 @@ def load_datasketch() -> Any:
         import datasketch
     except ImportError as error:
         raise ValueError(
-            "near duplicates are found with the package datasketch, which is not here: pip install "
-            "'datasketch>=2.0'"
+            "near duplicates are found with the package datasketch, which is not installed: pip "
+            "install 'datasketch>=2.0'"
         ) from error
     return datasketch
 
@@ -43,28 +40,29 @@ def signature(row: SourceRow | None) -> np.ndarray:
     """(PERMUTATIONS,) uint32 of the row's word trigrams; zeros for no row."""
     if row is None:
         return np.zeros(PERMUTATIONS, dtype=np.uint32)
-    texts = said(row)
+    texts = spoken_texts(row)
     found = word_hashes([word for text in texts for word in words(text)])
-    if not len(found):
+    if not len(found):  # punctuation alone
         found = word_hashes(texts)
-    shingles = grams(found, min(SHINGLE_WORDS, len(found))) >> np.uint64(32)
+    shingles = ngram_hashes(found, min(SHINGLE_WORDS, len(found))) >> np.uint64(32)
     hashed = _empty().copy()
     hashed.update_batch(np.unique(shingles).tolist())
     return np.asarray(hashed.hashvalues, dtype=np.uint32)
 
 
-class NearIndex:
+class LshIndex:
     """Rows by signature. It takes about 10 kB a row."""
 
     def __init__(self, threshold: float):
-        self.threshold, self._made = threshold, load_datasketch().LeanMinHash
+        self.threshold = threshold
+        self._minhash = load_datasketch().LeanMinHash
         self._index = load_datasketch().MinHashLSH(
             threshold=threshold, num_perm=PERMUTATIONS, weights=WEIGHTS
         )
         self._signatures: dict[int, np.ndarray] = {}
 
     def _wrap(self, found: np.ndarray) -> Any:
-        return self._made(seed=1, hashvalues=found, scheme=_SCHEME)
+        return self._minhash(seed=1, hashvalues=found, scheme=_SCHEME)
 
     def add(self, row: int, found: np.ndarray) -> None:
         self._signatures[row] = np.array(found)

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from coati.dataset.clean.text_normalization import asked, grams, said, word_hashes, words
+from coati.dataset.clean.text_normalization import (
+    ngram_hashes,
+    prompt_text,
+    spoken_texts,
+    word_hashes,
+    words,
+)
 from coati.dataset.rows.input_files import decode, find_files, read_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
@@ -17,7 +23,7 @@ def row_grams(row: SourceRow, size: int) -> np.ndarray:
     """The runs of ``size`` words in each text of ``row``, and its whole question if that is
     shorter."""
     return np.concatenate(
-        [grams(hashes, length) for _, hashes, length in _pieces(row, size)] or [_NOTHING]
+        [ngram_hashes(hashes, length) for _, hashes, length in _pieces(row, size)] or [_NOTHING]
     )
 
 
@@ -26,11 +32,11 @@ _NOTHING = np.empty(0, dtype=np.uint64)
 
 def _pieces(row: SourceRow, size: int) -> Iterator[tuple[list[str], np.ndarray, int]]:
     """``(words, their hashes, how many make one gram)``."""
-    for text in said(row):
+    for text in spoken_texts(row):
         found = words(text)
         if len(found) >= size:
             yield found, word_hashes(found), size
-    question = words(asked(row))
+    question = words(prompt_text(row))
     if 0 < len(question) < size:
         yield question, word_hashes(question), len(question)
 
@@ -38,7 +44,7 @@ def _pieces(row: SourceRow, size: int) -> Iterator[tuple[list[str], np.ndarray, 
 def text_grams(text: str, size: int) -> np.ndarray:
     """As :func:`row_grams`, of a text alone; a shorter one counts as a question."""
     hashes = word_hashes(words(text))
-    return grams(hashes, min(size, len(hashes))) if len(hashes) else _NOTHING
+    return ngram_hashes(hashes, min(size, len(hashes))) if len(hashes) else _NOTHING
 
 
 @dataclass
@@ -69,7 +75,7 @@ class Overlap:
     def check(self, row: SourceRow) -> None:
         """Raise RowError with the shared words and where they stand."""
         for found, hashes, length in _pieces(row, self.size) if len(self.grams) else ():
-            mine = grams(hashes, length)
+            mine = ngram_hashes(hashes, length)
             places = np.minimum(np.searchsorted(self.grams, mine), len(self.grams) - 1)
             hits = np.flatnonzero(self.grams[places] == mine)
             if len(hits):

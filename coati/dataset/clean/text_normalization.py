@@ -1,5 +1,4 @@
-"""Texts in a form in which those that differ in letters' case, width or white space alone are
-equal."""
+"""Text normalization for comparing rows: case, width and white space make no difference."""
 
 import re
 import unicodedata
@@ -9,7 +8,7 @@ import numpy as np
 
 from coati.dataset.rows.source_row import SourceRow
 
-# Scripts written without blanks count one character as one word.
+# Scripts written without spaces count one character as one word.
 _ONE_EACH = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
@@ -19,26 +18,25 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normalize(text: str) -> str:
-    """NFKC, case folded, every run of white space one blank."""
+    """NFKC, case-folded, every run of white space one space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def words(text: str) -> list[str]:
-    """The words of ``text`` in normal form, without punctuation; of Chinese and its like, the
-    characters."""
+    """The normalized words of ``text``, without punctuation; in scripts without spaces (Chinese,
+    Thai, ...) the characters."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def word_hashes(found: list[str]) -> np.ndarray:
-    """(words,) uint64."""
+    """(words,) uint64: the CRC-32 of each word."""
     return np.fromiter(
         (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in found), np.uint64, len(found)
     )
 
 
-def grams(hashes: np.ndarray, size: int) -> np.ndarray:
-    """(words - size + 1,) uint64: one number for each run of ``size`` words; none for fewer
-    words."""
+def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
+    """(words - size + 1,) uint64: a hash of each run of ``size`` words; empty for fewer words."""
     count = max(0, len(hashes) - size + 1)
     mixed = np.full(count, size, dtype=np.uint64)
     for offset in range(size if count else 0):
@@ -47,24 +45,23 @@ def grams(hashes: np.ndarray, size: int) -> np.ndarray:
     return mixed * _FACTOR
 
 
-def said(row: SourceRow) -> list[str]:
-    """All texts of a row but the system message, which many rows share."""
+def spoken_texts(row: SourceRow) -> list[str]:
+    """All texts of a row except the system message, which many rows share."""
     turns = (*row.messages, *row.chosen, *row.rejected)
     texts = [turn["content"] for turn in turns if turn["role"] != "system"]
     return texts + [text for text in (row.completion, row.text) if text is not None]
 
 
-def asked(row: SourceRow) -> str:
-    """The whole question of a row: what stands before its last answer, the system message left
-    out."""
+def prompt_text(row: SourceRow) -> str:
+    """The prompt of a row: everything before its last response, without the system message."""
     turns = row.messages
     if turns and turns[-1]["role"] == "assistant" and not row.chosen and row.completion is None:
         turns = turns[:-1]
     return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
 
 
-def whole(row: SourceRow) -> str:
-    """Everything that makes a row the row it is, in normal form."""
+def canonical_text(row: SourceRow) -> str:
+    """All of a row in normalized form: equal for rows that are duplicates."""
     turns = [f"{turn['role']}\x1f{normalize(turn['content'])}" for turn in row.messages]
     for name in ("chosen", "rejected"):
         turns += [

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,8 @@ EXACT_ROWS = 5_000_000  # up to here the evaluation split has exactly its share 
 EVALUATION = "eval"  # the folder of the evaluation split inside an output
 Row = tuple[int, int, Any]  # (file index, line, row as read)
 Chunk = list[Row]
-Refusals = Callable[
-    [str, int], RowError | None
-]  # (shard, number of the row in it) -> why the row is left out
+# (shard, number of the row in it) -> why the row is dropped
+Dropped = Callable[[str, int], RowError | None]
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,17 @@ class Files:
 
     def rows(self, start: int) -> Iterator[Row]:
         """The rows from ``start`` on; files before it are not opened."""
-        before = 0
         for number, (path, count) in enumerate(
             zip(self.paths, self.counts, strict=True), self.first
         ):
-            if before + count > start:
-                for line, row in islice(read_rows(path), max(0, start - before), None):
+            if count > start:
+                for line, row in islice(read_rows(path), max(0, start), None):
                     yield number, line, row
-            before += count
+            start -= count
 
 
 def count_rows(path: Path) -> int:
-    """How many rows :func:`read_rows` gives, found without decoding any."""
+    """How many rows :func:`read_rows` yields, counted without decoding them."""
     if path.name.endswith(".parquet"):
         import pyarrow
         from pyarrow import parquet
@@ -111,15 +109,15 @@ def draw_sample(bin: Bin, samples: int, seed: int) -> set[int] | None:
 
 
 class EvaluationShare:
-    """Which rows are kept for evaluation: decided by seed and position, so by nothing else about
-    the run.
+    """Which rows are kept for evaluation: decided by seed and position alone.
 
     Up to EXACT_ROWS rows exactly ``ratio`` of them, at least one; of more, each with that
     probability.
     """
 
     def __init__(self, ratio: float, total: int, seed: int):
-        self.seed, self.highest = seed, np.uint64(int(ratio * (1 << 64)))
+        self.seed = seed
+        self.highest = np.uint64(int(ratio * (1 << 64)))
         if total <= EXACT_ROWS:
             last = min(max(1, round(ratio * total)), total) - 1
             self.highest = np.partition(self._keys(0, total), last)[last]
@@ -131,9 +129,8 @@ class EvaluationShare:
     def _keys(self, start: int, end: int) -> np.ndarray:
         # splitmix64 (Steele, Lea and Flood 2014): for one seed no two positions share a key.
         offset = self.seed * 0xD1342543DE82EF95 % (1 << 64)
-        keys = np.arange(start + 1, end + 1, dtype=np.uint64) * np.uint64(
-            0x9E3779B97F4A7C15
-        ) + np.uint64(offset)
+        keys = np.arange(start + 1, end + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        keys += np.uint64(offset)
         keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return keys ^ (keys >> np.uint64(31))
@@ -146,16 +143,16 @@ class Selection:
     samples: int
     seed: int
     share: EvaluationShare | None = None
-    refused: Refusals | None = None
+    dropped: Dropped | None = None
 
     def shard_of_each(self, bin: Bin) -> Iterator[str | None]:
         """The shard of each row of ``bin``, None for a row that is not drawn."""
-        sample, shards = draw_sample(bin, self.samples, self.seed), bin.shards
-        chosen = (
-            self.share.chosen(bin.start, bin.end)
-            if bin.split
-            else np.zeros(bin.end - bin.start, dtype=bool)
-        )
+        # Every row of an evaluation file is taken.
+        sample = draw_sample(bin, -1 if bin.evaluation else self.samples, self.seed)
+        shards = bin.shards
+        chosen = np.zeros(bin.end - bin.start, dtype=bool)
+        if bin.split:
+            chosen = self.share.chosen(bin.start, bin.end)
         for position, evaluation in enumerate(chosen.tolist(), bin.start):
             yield shards[evaluation] if sample is None or position in sample else None
 
@@ -173,7 +170,7 @@ def tasks(files: Files, bins: list[Bin], selection: Selection) -> Iterator[Task]
         for shard, row in zip(selection.shard_of_each(bin), rows, strict=False):
             if shard is None:
                 continue
-            if selection.refused and (error := selection.refused(shard, seen[shard])):
+            if selection.dropped and (error := selection.dropped(shard, seen[shard])):
                 row = (*row[:2], error)
             seen[shard] += 1
             chunks[shard].append(row)
@@ -183,3 +180,45 @@ def tasks(files: Files, bins: list[Bin], selection: Selection) -> Iterator[Task]
         yield from (Task(bin, shard, chunk) for shard, chunk in chunks.items() if chunk)
         yield Task(bin, "", None)
         position = bin.end
+
+
+@dataclass
+class ShardPlan:
+    """All source rows and the shards they are meant for. ``evaluation``: the files that are for the
+    evaluation split alone."""
+
+    train: Files
+    evaluation: Files | None
+    selection: Selection
+    bins: list[Bin]
+
+    @classmethod
+    def of(
+        cls,
+        train: Files,
+        evaluation: Files | None,
+        num_bins: int,
+        num_samples_per_bin: int,
+        seed: int,
+        eval_ratio: float,
+    ) -> "ShardPlan":
+        """``num_bins`` shards of each split; evaluation files of fewer rows give a shard a row."""
+        bins = plan_bins(train.total, num_bins, split=eval_ratio > 0)
+        if evaluation is not None:
+            rows = evaluation.total
+            bins += plan_bins(rows, min(num_bins, max(1, rows)), evaluation=True)
+        share = EvaluationShare(eval_ratio, train.total, seed) if eval_ratio else None
+        return cls(train, evaluation, Selection(num_samples_per_bin, seed, share), bins)
+
+    @property
+    def expected(self) -> int:
+        """How many rows will be read."""
+        sizes = [bin.end - bin.start for bin in self.bins if not bin.evaluation]
+        samples = self.selection.samples
+        train = sum(sizes if samples < 0 else (min(samples, size) for size in sizes))
+        return train + (self.evaluation.total if self.evaluation else 0)
+
+    def tasks(self, bins: list[Bin], selection: Selection) -> Iterator[Task]:
+        """The chunks of ``bins``, training files first."""
+        for evaluation, part in groupby(bins, key=lambda bin: bin.evaluation):
+            yield from tasks(self.evaluation if evaluation else self.train, list(part), selection)

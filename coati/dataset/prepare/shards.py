@@ -2,7 +2,6 @@
 people."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,9 @@ class ShardWriter:
     lines beside it."""
 
     def __init__(self, type: DataType, folder: Path, jsonl: Path | None):
-        self.rows, self._schema, self._folder = 0, type.schema, folder
+        self.rows = 0
+        self._schema = type.schema
+        self._folder = folder
         folder.mkdir(parents=True)
         self._hash = hashlib.blake2b(digest_size=8)
         self._file = open(folder / DATA_FILE, "wb")
@@ -53,7 +54,7 @@ class ShardWriter:
             self._text.write(text)
 
     def close(self) -> None:
-        """Complete the shard, on disk whatever happens to the machine next."""
+        """Complete the shard; it is on disk even if the machine fails next."""
         self._stream.close()
         for file in filter(None, (self._file, self._text)):
             file.flush()
@@ -61,8 +62,11 @@ class ShardWriter:
             file.close()
         _describe_shard(self._folder, self._schema, self._hash.hexdigest())
 
-    def abandon(self) -> None:
-        """Close the files of a shard that will not be completed."""
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Close the files, of a shard that will not be completed, too."""
         for file in filter(None, (self._file, self._text)):
             file.close()
 
@@ -88,14 +92,3 @@ def _describe_shard(folder: Path, schema: pa.Schema, fingerprint: str) -> None:
         "_split": None,
     }
     save_json(state, folder / "state.json")
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """16 hex digits that differ when vocabulary, special tokens or the splitting of words and
-    numbers differ."""
-    known = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "probe": tokenizer.encode("Probe 12 345,6\n\tcafé 你好 can't", add_special_tokens=False),
-    }
-    return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode("utf-8")).hexdigest()[:16]

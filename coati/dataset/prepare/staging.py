@@ -1,10 +1,11 @@
-"""The folders that a preparation makes: built beside their final names, kept when interrupted,
-renamed when whole."""
+"""The output folders of a preparation: built beside their final names, kept when interrupted,
+renamed when complete."""
 
 import fcntl
 import os
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any, BinaryIO
 
 from coati.dataset.fingerprint import differences, digest
 from coati.dataset.prepare.shard_plan import Bin
-from coati.dataset.report.row_stats import Tally
+from coati.dataset.report.row_stats import RowStats, SampledRow
 from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-Counts = dict[str, tuple[Tally, int]]  # shard -> what became of its rows, rows written
-MADE_FROM, PREPARATION = "made_from.json", "preparation.json"
+Counts = dict[str, tuple[RowStats, int]]  # shard -> what became of its rows, rows written
+MADE_FROM = "made_from.json"
+PREPARATION = "preparation.json"
 
 
 def check_outputs(*outputs: str | os.PathLike) -> None:
@@ -53,21 +55,22 @@ class StagingDir:
     def __init__(
         self, arrow: Path, jsonl: Path | None, cache: Path | None, made_from: dict[str, Any]
     ):
-        self.outputs, self.made_from, self.fingerprint = (
-            (jsonl, arrow),
-            made_from,
-            digest(made_from),
-        )
-        self.root = arrow.with_name(f".{arrow.name}.{self.fingerprint}.tmp")
-        self.arrow, self._counts = self.root / "arrow", self.root / "counts"
-        self.jsonl = jsonl and jsonl.with_name(f".{jsonl.name}.{self.fingerprint}.tmp")
-        self.scratch = (cache or self.root) / f".notes.{self.fingerprint}.tmp"
+        self.arrow_output = arrow
+        self.jsonl_output = jsonl
+        self.made_from = made_from
+        fingerprint = digest(made_from)
+        self.root = arrow.with_name(f".{arrow.name}.{fingerprint}.tmp")
+        self.arrow = self.root / "arrow"
+        self._counts = self.root / "counts"
+        self.jsonl = jsonl and jsonl.with_name(f".{jsonl.name}.{fingerprint}.tmp")
+        self.scratch = (cache or self.root) / f".notes.{fingerprint}.tmp"
         self.lock: int | None = None
 
     def finished(self) -> dict[str, Any] | None:
         """The stored report when the outputs are there and made from the same; ValueError when from
         something else."""
-        there = [path for path in self.outputs if path is not None and path.exists()]
+        wanted = [path for path in (self.jsonl_output, self.arrow_output) if path is not None]
+        there = [path for path in wanted if path.exists()]
         for path in there:
             before = _made_from(path)
             if before is None:
@@ -78,15 +81,14 @@ class StagingDir:
                     f"{differences(before, self.made_from)}; name another folder, or remove it if "
                     "it is not needed"
                 )
-        if self.outputs[1] not in there:
+        if self.arrow_output not in there:
             return None
-        if missing := [path for path in self.outputs if path is not None and path not in there]:
+        if len(there) < len(wanted):
             raise ValueError(
-                f"the output {there[0]} exists already, but {missing[0]}, which belongs to it, "
-                "does not; remove "
-                f"{there[0]} to prepare both anew"
+                f"the output {self.arrow_output} exists already, but {self.jsonl_output}, which "
+                f"belongs to it, does not; remove {self.arrow_output} to prepare both anew"
             )
-        return load_json(self.outputs[1] / PREPARATION)["report"]
+        return load_json(self.arrow_output / PREPARATION)["report"]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -98,7 +100,7 @@ class StagingDir:
             yield
         finally:
             self.lock = None
-            if self.outputs[1].exists():
+            if self.arrow_output.exists():
                 self._remove()
             file.close()
 
@@ -109,7 +111,7 @@ class StagingDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info(f"another process is preparing {self.outputs[1]}; waiting for it")
+                logger.info(f"another process is preparing {self.arrow_output}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock may have removed the folder in the meantime.
             if _same_file(file, self.root / "lock"):
@@ -118,9 +120,9 @@ class StagingDir:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """The folders to work in, renamed at the end. A ValueError removes them; else the finished
-        bins stay."""
-        self._look_around()
+        """Make the folders to work in and rename them at the end. A ValueError removes them; after
+        any other end the finished bins stay."""
+        self._report_others()
         try:
             self._make_folders()
             yield
@@ -129,33 +131,32 @@ class StagingDir:
             self._remove()
             raise
         except BaseException:
-            if any(self._counts.glob("*[0-9]")):
-                logger.info(
-                    f"what is finished is kept in {self.root}; the same command completes it"
-                )
-            else:
+            if not any(self._counts.glob("*[0-9]")):
                 self._remove()
+            else:
+                logger.info(
+                    f"finished parts are kept in {self.root}; the same command completes it"
+                )
             raise
 
     def _make_folders(self) -> None:
-        renamed = self.jsonl is not None and self.outputs[0].exists()
-        if self.jsonl is not None and not renamed and not self.jsonl.exists():
-            shutil.rmtree(self._counts, ignore_errors=True)
-        for folder in filter(
-            None, (self.arrow, self._counts, self.scratch, None if renamed else self.jsonl)
-        ):
+        folders = [self.arrow, self._counts, self.scratch]
+        # Ended between the two renames: the jsonl output is in its place already.
+        if self.jsonl is not None and not self.jsonl_output.exists():
+            if not self.jsonl.exists():
+                shutil.rmtree(self._counts, ignore_errors=True)
+            folders.append(self.jsonl)
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         save_json(self.made_from, self.root / MADE_FROM)
 
     @property
     def folders(self) -> list[Path]:
-        """What will be renamed."""
-        return [
-            folder for folder in (self.jsonl, self.arrow) if folder is not None and folder.exists()
-        ]
+        """The folders that will be renamed."""
+        return [path for path in (self.jsonl, self.arrow) if path is not None and path.exists()]
 
-    def _look_around(self) -> None:
-        arrow = self.outputs[1]
+    def _report_others(self) -> None:
+        arrow = self.arrow_output
         for other in sorted(arrow.parent.glob(f".{arrow.name}.*.tmp")):
             if other != self.root and (other / MADE_FROM).is_file():
                 found = differences(load_json(other / MADE_FROM), self.made_from)
@@ -169,11 +170,14 @@ class StagingDir:
         path = self._counts / _bin_name(bin)
         if not path.exists():
             return None
-        with open(path, "rb") as file:
-            found = _Counts(file).load()
-        # Counts of an older version of the library are of no use.
-        known = vars(Tally()).keys()
-        return found if all(vars(tally).keys() == known for tally, _ in found.values()) else None
+        try:
+            with open(path, "rb") as file:
+                found = _CountsUnpickler(file).load()
+        except pickle.UnpicklingError:
+            return None
+        # Counts of another version of the library are of no use.
+        known = vars(RowStats()).keys()
+        return found if all(vars(stats).keys() == known for stats, _ in found.values()) else None
 
     def clear(self, bin: Bin) -> None:
         """Remove what an interrupted run may have left of the shards of ``bin``."""
@@ -196,8 +200,8 @@ class StagingDir:
             save_json(self.made_from, folder / MADE_FROM)
         # The arrow folder comes last: training reads it, so where it is everything is.
         if self.jsonl is not None and self.jsonl.exists():
-            os.rename(self.jsonl, self.outputs[0])
-        os.rename(self.arrow, self.outputs[1])
+            os.rename(self.jsonl, self.jsonl_output)
+        os.rename(self.arrow, self.arrow_output)
         self._remove()
 
     def _remove(self) -> None:
@@ -213,12 +217,18 @@ def _bin_name(bin: Bin) -> str:
     return bin.shards[0].replace("/", "-")
 
 
-class _Counts(pickle.Unpickler):
-    """Reads counts and nothing that could run."""
+class _CountsUnpickler(pickle.Unpickler):
+    """Reads counts, those of the first versions too, and nothing that could run."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "Counter") or (
-            module == Tally.__module__ and "." not in name
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong here")
+    known = {
+        ("collections", "Counter"): Counter,
+        (RowStats.__module__, "RowStats"): RowStats,
+        (SampledRow.__module__, "SampledRow"): SampledRow,
+        ("coati.dataset.tally", "Tally"): RowStats,
+        ("coati.dataset.tally", "Shown"): SampledRow,
+    }
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) in self.known:
+            return self.known[module, name]
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into counts")

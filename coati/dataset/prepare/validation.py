@@ -1,5 +1,4 @@
-"""What makes a preparation give up: settings that cannot work, too many malformed rows, a result
-without rows."""
+"""What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,67 +6,74 @@ from typing import Any
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.shard_plan import MAX_BINS
 from coati.dataset.report.report import dropped_lines
-from coati.dataset.report.row_stats import Tally
+from coati.dataset.report.row_stats import RowStats
 from coati.dataset.rows.formats import FORMATS_OF
 from coati.dataset.rows.row_errors import MALFORMED, REASONS
 
 MOST_FREQUENT = 5
-SAME_ANSWERS = (
-    0.5  # share of pairs with one answer twice above which a wrong column is taken to be the cause
-)
+# Share of pairs whose two responses are equal above which a wrong column is the likely cause.
+SAME_RESPONSES = 0.5
 
 
-def check_settings(settings: dict[str, Any], eval_inputs: Any, max_bad_ratio: float) -> None:
-    """Raise ValueError for a setting of ``prepare_dataset`` that cannot work."""
-    type, format, num_bins, eval_ratio = (
-        settings[name] for name in ("type", "format", "num_bins", "eval_ratio")
-    )
-    if type not in DATA_TYPES:
-        raise ValueError(f"type must be one of {', '.join(DATA_TYPES)}, found {type!r}")
-    if format not in (None, *FORMATS_OF[type]):
-        raise ValueError(
-            f"format {format!r} does not exist for type {type}; known: "
-            f"{', '.join(FORMATS_OF[type])}"
-        )
-    if settings["max_length"] < 2:
-        raise ValueError(f"max_length must be at least 2 tokens, found {settings['max_length']}")
-    if not 1 <= num_bins < MAX_BINS:
-        raise ValueError(
-            f"the number of bins must be between 1 and {MAX_BINS - 1}, found {num_bins}"
-        )
-    if settings["num_samples_per_bin"] == 0:
-        raise ValueError(
-            "0 samples per bin leave nothing; give a positive number, or -1 for all rows"
-        )
-    if not 0 <= eval_ratio < 1:
-        raise ValueError(f"eval_ratio must be at least 0 and below 1, found {eval_ratio}")
-    if eval_ratio and eval_inputs:
-        raise ValueError(
-            "eval_ratio takes evaluation rows from the training files, eval_inputs names others; "
-            "give one"
-        )
-    if not 0 <= max_bad_ratio <= 1:
-        raise ValueError(f"max_bad_ratio must be between 0 and 1, found {max_bad_ratio}")
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What of the arguments of ``prepare_dataset`` is written into the report. Raises ValueError
+    for a value that cannot work."""
+
+    type: str
+    format: str | None
+    split: str | None
+    max_length: int
+    seed: int
+    num_bins: int
+    num_samples_per_bin: int
+    eval_ratio: float
+
+    def __post_init__(self):
+        if self.type not in DATA_TYPES:
+            raise ValueError(f"type must be one of {', '.join(DATA_TYPES)}, found {self.type!r}")
+        formats = FORMATS_OF[self.type]
+        if self.format not in (None, *formats):
+            raise ValueError(
+                f"format {self.format!r} does not exist for type {self.type}; known: "
+                f"{', '.join(formats)}"
+            )
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 tokens, found {self.max_length}")
+        if not 1 <= self.num_bins < MAX_BINS:
+            raise ValueError(
+                f"the number of bins must be between 1 and {MAX_BINS - 1}, found {self.num_bins}"
+            )
+        if self.num_samples_per_bin == 0:
+            raise ValueError(
+                "0 samples per bin leave nothing; give a positive number, or -1 for all rows"
+            )
+        if not 0 <= self.eval_ratio < 1:
+            raise ValueError(f"eval_ratio must be at least 0 and below 1, found {self.eval_ratio}")
 
 
-@dataclass
-class BadRows:
-    """How many malformed rows are borne. ``expected``: the rows there are to read."""
+@dataclass(frozen=True)
+class BadRowBudget:
+    """How many malformed rows are tolerated: none when ``strict``, else a share of the rows."""
 
     strict: bool
     max_ratio: float
-    expected: int
 
-    def check(self, tally: Tally) -> None:
-        """Raise ValueError with what is most often wrong when the rows so far are too bad."""
-        if any(reason in MALFORMED or reason == "same_answers" for reason in tally.dropped):
+    def __post_init__(self):
+        if not 0 <= self.max_ratio <= 1:
+            raise ValueError(f"max_bad_ratio must be between 0 and 1, found {self.max_ratio}")
+
+    def check(self, stats: RowStats, expected: int) -> None:
+        """Raise ValueError with the most frequent faults when too many of the rows so far are bad.
+        ``expected``: the rows there are to read."""
+        if any(reason in MALFORMED or reason == "same_answers" for reason in stats.dropped):
             dropped = {
-                reason: {"rows": n, "first": tally.first[reason]}
-                for reason, n in tally.dropped.items()
+                reason: {"rows": n, "first": stats.first[reason]}
+                for reason, n in stats.dropped.items()
             }
-            self.check_counts(dropped, tally.read.total())
+            self.check_counts(dropped, stats.read.total(), expected)
 
-    def check_counts(self, dropped: dict[str, dict], read: int) -> None:
+    def check_counts(self, dropped: dict[str, dict], read: int, expected: int) -> None:
         """:meth:`check` by the counts of a report."""
         bad = {reason: entry for reason, entry in dropped.items() if reason in MALFORMED}
         found = sum(entry["rows"] for entry in bad.values())
@@ -78,43 +84,37 @@ class BadRows:
                 for one in entry["first"]
             ]
             raise ValueError("malformed row and --strict:\n  " + "\n  ".join(rows))
-        if found > self.max_ratio * self.expected:
-            few = sorted(bad.items(), key=lambda item: -item[1]["rows"])[:MOST_FREQUENT]
-            reasons = [
-                f"  {e['rows']} x {why} ({REASONS[why]}), for example\n    {e['first'][0]}"
-                for why, e in few
-            ]
-            raise ValueError(
-                f"{found} of the first {read} rows are malformed; of all {self.expected} rows at "
-                "most a share of "
-                f"{self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n"
-                + "\n".join(reasons)
-                + "\n"
-                "mend the rows, check the type and the input, or allow more with --max_bad_ratio"
+        if found > self.max_ratio * expected:
+            most = sorted(bad.items(), key=lambda item: -item[1]["rows"])[:MOST_FREQUENT]
+            reasons = "\n".join(
+                f"  {entry['rows']} x {reason} ({REASONS[reason]}), for example\n"
+                f"    {entry['first'][0]}"
+                for reason, entry in most
             )
-        self._check_answers(dropped.get("same_answers"), read)
+            raise ValueError(
+                f"{found} of the first {read} rows are malformed; of all {expected} rows at most a "
+                f"share of {self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n{reasons}\n"
+                "fix the rows, check the type and the input, or allow more with --max_bad_ratio"
+            )
+        if "same_answers" in dropped:
+            self._check_same(dropped["same_answers"], read, expected)
 
-    def _check_answers(self, same: dict[str, Any] | None, read: int) -> None:
-        share = max(SAME_ANSWERS, self.max_ratio)
-        if same is None or same["rows"] <= share * self.expected:
-            return
-        raise ValueError(
-            f"{same['rows']} of the first {read} pairs have the same answer as chosen and as "
-            "rejected; of all "
-            f"{self.expected} rows at most a share of {share:g} may, and these are dropped. For "
-            "example\n    "
-            f"{same['first'][0]}\nis the right column read as rejected? Mend the rows, or allow "
-            "more with "
-            "--max_bad_ratio"
-        )
+    def _check_same(self, same: dict[str, Any], read: int, expected: int) -> None:
+        share = max(SAME_RESPONSES, self.max_ratio)
+        if same["rows"] > share * expected:
+            raise ValueError(
+                f"{same['rows']} of the first {read} pairs have the same response as chosen and as "
+                f"rejected; of all {expected} rows at most a share of {share:g} may, and these are "
+                f"dropped. For example\n    {same['first'][0]}\nis the right column read as "
+                "rejected? Fix the rows, or allow more with --max_bad_ratio"
+            )
 
 
-def check_result(report: dict[str, Any], what: str) -> None:
-    """Raise ValueError for a report of no rows; ``what`` was read for it."""
+def check_not_empty(report: dict[str, Any], what: str) -> None:
+    """Raise ValueError for a report without rows; ``what`` was read for it."""
     if report["rows_written"] == 0:
         reasons = "\n".join(dropped_lines(report["dropped"]))
         raise ValueError(
             f"nothing left: none of the {report['rows_read']} rows of {what} can be trained on; "
-            "mend "
-            f"the rows, raise max_length or choose another template\n{reasons}"
+            f"fix the rows, raise max_length or choose another template\n{reasons}"
         )

@@ -1,8 +1,6 @@
-"""Source rows to training rows on all cores: what a worker does with a chunk of rows, and the pool
-of workers."""
+"""A pool of processes that work on chunks of rows, a few chunks ahead of what is consumed."""
 
 import gc
-import json
 import multiprocessing
 import os
 import signal
@@ -13,105 +11,54 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import groupby, takewhile
 from typing import Any, Protocol
 
-from coati.dataset.chat.conversation import Conversation
-from coati.dataset.clean.cleaning import RowChecks
-from coati.dataset.data_types import DATA_TYPES
-from coati.dataset.prepare.shard_plan import Chunk, Task, is_evaluation
-from coati.dataset.prepare.shards import to_arrow
-from coati.dataset.report.row_stats import Recorder, Tally
-from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.input_files import decode
-from coati.dataset.rows.row_errors import RowError
-
-_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every row
+from coati.dataset.prepare.shard_plan import Bin, Chunk, Task, is_evaluation
 
 
 class Worker(Protocol):
-    """What every process gets once; it is then given one chunk after the other."""
+    """Copied once into every process, which then runs it on one chunk after the other."""
 
     def run(self, chunk: Chunk, evaluation: bool) -> Any: ...
 
 
-@dataclass
-class Job:
-    """What a worker needs to turn source rows into training rows."""
-
-    type: str
-    format: str | None
-    files: list[str]
-    conversation: Conversation
-    max_length: int
-    jsonl: bool
-    checks: RowChecks
-
-    def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, Tally]:
-        """``(arrow stream, JSON lines, counts)`` of one chunk."""
-        data_type = DATA_TYPES[self.type]
-        recorder, rows = Recorder(data_type, self.conversation), []
-        for file, line, raw in chunk:
-            recorder.tally.read[file] += 1
-            where = f"{self.files[file]}:{line}"
-            try:
-                source = read_row(self.type, decode(raw), self.format)
-                self.checks.check(source, evaluation)
-                made = data_type.tokenize(source, self.conversation, self.max_length)
-            except RowError as error:
-                recorder.tally.drop(error, where)
-                continue
-            recorder.keep(file, line, where, source, made)
-            rows += [row for row, _ in made]
-        text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
-        return to_arrow(data_type, rows), text.encode("utf-8"), recorder.close()
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_worker: Worker | None = None
-
-
-def _start_worker(worker: Worker, inherited: int | None) -> None:
-    """``inherited``: the file descriptor of a lock, which must be the parent's alone."""
-    global _worker
-    _worker = worker
-    # What was there before the fork stays shared with the parent: collections do not touch it
-    gc.freeze()
-    if inherited is not None:
-        os.close(inherited)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A worker whose parent was killed would wait for its next chunk for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _run_in_worker(chunk: Chunk, evaluation: bool) -> Any:
-    return _worker.run(chunk, evaluation)
-
-
-def results(
+def run_by_bin(
     worker: Worker, tasks: Iterator[Task], num_proc: int, lock: int | None = None
+) -> Iterator[tuple[Bin, Iterator[tuple[str, Any]]]]:
+    """Each bin with ``(shard, result of worker.run)`` for each of its chunks, in order.
+
+    Only a few chunks are in memory at a time. The results of a bin must be consumed before the next
+    bin. ``lock``: a file descriptor that the workers must not inherit. Raises OSError when a worker
+    dies.
+    """
+    results = (_run_here if num_proc <= 1 else _run_in_pool)(worker, tasks, num_proc, lock)
+    for bin, of_bin in groupby(results, key=lambda done: done[0].bin):
+        chunks = takewhile(lambda done: done[0].rows is not None, of_bin)
+        yield bin, ((task.shard, result) for task, result in chunks)
+
+
+def _run_here(worker: Worker, tasks: Iterator[Task], *_: Any) -> Iterator[tuple[Task, Any]]:
+    for task in tasks:
+        yield task, None if task.rows is None else worker.run(task.rows, is_evaluation(task.shard))
+
+
+def _run_in_pool(
+    worker: Worker, tasks: Iterator[Task], num_proc: int, lock: int | None
 ) -> Iterator[tuple[Task, Any]]:
-    """Each task, in order, with ``worker.run`` of its rows; a few chunks are in flight, never the
-    whole data."""
-    if num_proc <= 1:
-        for task in tasks:
-            yield (
-                task,
-                None if task.rows is None else worker.run(task.rows, is_evaluation(task.shard)),
-            )
-        return
     fork = sys.platform == "linux"
     pool = ProcessPoolExecutor(
         num_proc,
         mp_context=multiprocessing.get_context("fork" if fork else "spawn"),
-        initializer=_start_worker,
+        initializer=_start_process,
         initargs=(worker, lock if fork else None),
     )
-    with _one_thread_each():
+    with _no_tokenizer_threads():
         try:
             yield from _in_order(pool, tasks, 3 * num_proc)
         except BrokenProcessPool as error:
@@ -127,21 +74,42 @@ def _in_order(
 ) -> Iterator[tuple[Task, Any]]:
     pending: deque = deque()
     for task in tasks:
-        pending.append(
-            (task, task.rows and pool.submit(_run_in_worker, task.rows, is_evaluation(task.shard)))
-        )
+        evaluation = is_evaluation(task.shard)
+        pending.append((task, task.rows and pool.submit(_run_in_process, task.rows, evaluation)))
         if len(pending) > ahead:
-            task, future = pending.popleft()
-            yield task, future and future.result()
-    while pending:
-        task, future = pending.popleft()
-        yield task, future and future.result()
+            done, future = pending.popleft()
+            yield done, future and future.result()
+    for done, future in pending:
+        yield done, future and future.result()
+
+
+_worker: Worker | None = None  # of this process
+
+
+def _start_process(worker: Worker, inherited: int | None) -> None:
+    global _worker
+    _worker = worker
+    # Objects from before the fork stay shared with the parent: collections do not touch them.
+    gc.freeze()
+    if inherited is not None:
+        os.close(inherited)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker whose parent was killed would wait forever for its next chunk.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_in_process(chunk: Chunk, evaluation: bool) -> Any:
+    return _worker.run(chunk, evaluation)
 
 
 @contextmanager
-def _one_thread_each():
-    """The processes are the parallelism; threads of the tokenizer beside them would only
-    compete."""
+def _no_tokenizer_threads() -> Iterator[None]:
+    """The processes use all cores already; the tokenizer's own threads would only compete."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -151,7 +119,3 @@ def _one_thread_each():
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ from typing import Any
 from coati.dataset.chat.masked_text import show_mask, visible
 from coati.dataset.report.html import page
 from coati.dataset.report.report_warnings import warnings_of
-from coati.dataset.report.row_stats import Shown, Tally
+from coati.dataset.report.row_stats import RowStats, SampledRow
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED, REASONS
 from coati.utils.json_io import save_json, save_text
 
@@ -62,41 +62,41 @@ def histogram(lengths: Counter) -> list[dict[str, int]]:
 
 
 def build_report(
-    tally: Tally, files: dict[int, str], shards: list[int], **settings: Any
+    stats: RowStats, files: dict[int, str], shards: list[int], **settings: Any
 ) -> dict[str, Any]:
     """The JSON form of the report; ``settings`` (type, max_length, seed, ...) come first."""
     report = {
         **settings,
-        "rows_read": tally.read.total(),
-        "rows_kept": tally.kept.total(),
-        "rows_dropped": tally.dropped.total(),
-        "rows_malformed": tally.malformed(),
-        "rows_written": tally.lengths.total(),
+        "rows_read": stats.read.total(),
+        "rows_kept": stats.kept.total(),
+        "rows_dropped": stats.dropped.total(),
+        "rows_malformed": stats.malformed(),
+        "rows_written": stats.lengths.total(),
         "dropped": {
             reason: {
-                "rows": tally.dropped[reason],
+                "rows": stats.dropped[reason],
                 "meaning": REASONS[reason],
                 "kind": _kind(reason),
-                "first": tally.first[reason],
+                "first": stats.first[reason],
             }
             for reason in REASONS
-            if tally.dropped[reason]
+            if stats.dropped[reason]
         },
-        "rows_truncated": tally.truncated,
-        "length": percentiles(tally.lengths),
-        "length_histogram": histogram(tally.lengths),
-        "tokens": tally.tokens,
-        "supervised_tokens": tally.supervised,
-        "supervised_share": round(tally.supervised / tally.tokens, 4) if tally.tokens else 0.0,
-        "rows_ended": tally.ended,
-        "answers_differ": len(tally.answers) > 1,
-        **{name: dict(getattr(tally, name).most_common()) for name in COUNTED},
+        "rows_truncated": stats.truncated,
+        "length": percentiles(stats.lengths),
+        "length_histogram": histogram(stats.lengths),
+        "tokens": stats.tokens,
+        "supervised_tokens": stats.supervised,
+        "supervised_share": round(stats.supervised / stats.tokens, 4) if stats.tokens else 0.0,
+        "rows_ended": stats.ended,
+        "answers_differ": len(stats.answers) > 1,
+        **{name: dict(getattr(stats, name).most_common()) for name in COUNTED},
         "files": [
-            {"file": name, "rows_read": tally.read[index], "rows_kept": tally.kept[index]}
+            {"file": name, "rows_read": stats.read[index], "rows_kept": stats.kept[index]}
             for index, name in files.items()
         ],
         "shards": shards,
-        "samples": [_sample(row) for row in tally.shown],
+        "samples": [_sample(row) for row in stats.shown],
     }
     return report | {"warnings": warnings_of(report)}
 
@@ -107,7 +107,7 @@ def _kind(reason: str) -> str:
     )
 
 
-def _sample(row: Shown) -> dict[str, Any]:
+def _sample(row: SampledRow) -> dict[str, Any]:
     parts = [{"name": name, "text": [list(run) for run in text]} for name, text in row.parts]
     return {"at": row.at, "notes": row.notes, "parts": parts}
 

@@ -1,4 +1,4 @@
-"""What in a preparation's report deserves a second look before training on the result."""
+"""What in a preparation's report deserves a second look before training."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ LITTLE_SUPERVISED = 0.02
 
 
 def warnings_of(report: Report) -> list[str]:
-    """One sentence for each thing that is odd: what was found and what to do about it."""
+    """One sentence per finding: what is odd and what to do about it."""
     return [text for check in CHECKS for text in check(report)]
 
 
@@ -30,7 +30,8 @@ def _many_dropped(report: Report) -> Iterator[str]:
     for reason, entry in report["dropped"].items():
         if entry["rows"] > MUCH_DROPPED * read and entry["kind"] == "unfit":
             remedy = "; raise max_length to keep them" if reason == "too_long" else ""
-            yield f"{entry['rows']} of {read} rows were dropped: {entry['meaning']} ({reason}){remedy}"
+            what = f"{entry['meaning']} ({reason}){remedy}"
+            yield f"{entry['rows']} of {read} rows were dropped: {what}"
 
 
 def _truncated(report: Report) -> Iterator[str]:
@@ -44,12 +45,14 @@ def _truncated(report: Report) -> Iterator[str]:
 
 def _few_rows(report: Report) -> Iterator[str]:
     if 0 < report["rows_written"] < FEW_ROWS and report.get("part") != "evaluation":
-        yield f"only {report['rows_written']} training rows: too few to learn from; are these all the files?"
+        rows = report["rows_written"]
+        yield f"only {rows} training rows: too few to learn from; are these all the files?"
 
 
 def _empty_parts(report: Report) -> Iterator[str]:
     if empty := report["shards"].count(0):
-        yield f"{empty} of {len(report['shards'])} parts hold no row; choose fewer bins for so little data"
+        parts = len(report["shards"])
+        yield f"{empty} of {parts} parts hold no row; choose fewer bins for so little data"
 
 
 def _supervised(report: Report) -> Iterator[str]:
@@ -59,9 +62,8 @@ def _supervised(report: Report) -> Iterator[str]:
         and report["supervised_share"] < LITTLE_SUPERVISED
     ):
         yield (
-            f"only {report['supervised_share']:.2%} of the tokens are learned from: the answers are "
-            "tiny beside what "
-            "they answer, so most of the computing is spent on reading"
+            f"only {report['supervised_share']:.2%} of the tokens are trained on: the responses "
+            "are tiny beside their prompts, so most of the compute is spent on context"
         )
 
 
@@ -75,16 +77,18 @@ def _never_ends(report: Report) -> Iterator[str]:
         else f"in only {ended} of {rows} training rows"
     )
     yield (
-        f"the end of an answer is learned {missing}: a model trained on such rows does not learn to "
-        "stop; "
-        "check end_of_assistant and stop_ids of the template"
+        f"the end of a response is learned {missing}: a model trained on such rows does not learn "
+        "to stop; check end_of_assistant and stop_ids of the template"
     )
 
 
 def _identical(report: Report) -> Iterator[str]:
     if report["rows_written"] > 1 and not report["answers_differ"]:
         what = DATA_TYPES[report["type"]].responses
-        yield f"all {what} are identical: there is nothing to learn but one text; is the right column read?"
+        yield (
+            f"all {what} are identical: there is nothing to learn but one text; is the right "
+            "column read?"
+        )
 
 
 def _of_the_type(report: Report) -> Iterator[str]:

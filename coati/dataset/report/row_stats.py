@@ -1,7 +1,7 @@
-"""What became of source rows, counted: a Recorder in each worker, its Tally merged in order by the
-parent.
+"""Statistics of what became of source rows: a Recorder in each worker fills a RowStats per chunk,
+and the parent merges them in order.
 
-A tally stays small whatever the number of rows: counts, a few examples and a few rows to show.
+They stay small whatever the number of rows: counts, a few examples and a few sampled rows.
 """
 
 import zlib
@@ -11,21 +11,20 @@ from dataclasses import dataclass, field
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import Segments, segments, shorten
 from coati.dataset.report.writing_systems import main_scripts
-from coati.dataset.rows.input_files import SourceRow
 from coati.dataset.rows.row_errors import MALFORMED, RowError
+from coati.dataset.rows.source_row import SourceRow
 from coati.dataset.types.data_type import Columns, DataType
 
 FIRST_FEW = 3
-SHOWN_ROWS = 3
-MOST_ROLES, LONGEST_NAME = (
-    20,
-    40,
-)  # a column of something else taken for roles must not fill the memory
+SAMPLES = 3
+# Bounds for the names of roles: a wrong column read as roles must not fill the memory.
+MOST_ROLES = 20
+LONGEST_NAME = 40
 
 
 @dataclass(order=True)
-class Shown:
-    """A row to look at: where it stands, its parts by name, and what else is known of it."""
+class SampledRow:
+    """A row for people to look at: its place, its parts by name, and what else is known of it."""
 
     order: tuple[int, int]
     at: str = field(compare=False)
@@ -34,10 +33,14 @@ class Shown:
 
 
 @dataclass
-class Tally:
-    """Counts over some source rows. ``lengths`` counts training rows by their length in tokens; the
-    Counters ``read`` and ``kept`` are by number of the file; ``traits`` hold what only some types
-    have (labels, ground truths)."""
+class RowStats:
+    """Statistics of some source rows.
+
+    ``read`` and ``kept`` count by number of the file, ``dropped`` by reason (``first``: the first
+    few), ``lengths`` counts training rows by length in tokens, ``shapes`` rows by format;
+    ``traits`` hold what only some types have (labels, ground truths). Pickled by StagingDir: a
+    field that changes makes an interrupted preparation start anew.
+    """
 
     read: Counter = field(default_factory=Counter)
     kept: Counter = field(default_factory=Counter)
@@ -48,17 +51,16 @@ class Tally:
     roles: Counter = field(default_factory=Counter)
     scripts: Counter = field(default_factory=Counter)
     traits: Counter = field(default_factory=Counter)
-    refused_roles: Counter = field(
-        default_factory=Counter
-    )  # rows dropped because of a turn of that role
+    refused_roles: Counter = field(default_factory=Counter)  # rows dropped for a turn of that role
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
-    ended: int = 0  # training rows whose supervised part closes with a stop sequence
-    answers: list[int] = field(default_factory=list)  # checksums of the first two different answers
-    shown: list[Shown] = field(default_factory=list)
+    ended: int = 0  # training rows whose supervised part ends with a stop sequence
+    answers: list[int] = field(default_factory=list)  # checksums of two different responses
+    shown: list[SampledRow] = field(default_factory=list)
 
     def drop(self, error: RowError, where: str) -> None:
+        """Count a dropped row."""
         self.dropped[error.reason] += 1
         examples = self.first.setdefault(error.reason, [])
         if len(examples) < FIRST_FEW:
@@ -73,7 +75,7 @@ class Tally:
     def malformed(self) -> int:
         return sum(count for reason, count in self.dropped.items() if reason in MALFORMED)
 
-    def merge(self, later: "Tally") -> None:
+    def merge(self, later: "RowStats") -> None:
         """Add the counts of rows that come after these."""
         for name in ("read", "kept", "dropped", "lengths", "shapes", "roles", "scripts", "traits"):
             getattr(self, name).update(getattr(later, name))
@@ -85,90 +87,91 @@ class Tally:
         for name in ("tokens", "supervised", "truncated", "ended"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.answers = list(dict.fromkeys(self.answers + later.answers))[:2]
-        self.shown = choose_shown(self.shown + later.shown)
+        self.shown = draw_samples(self.shown + later.shown)
 
 
-def choose_shown(rows: list[Shown]) -> list[Shown]:
-    """The first row and two that chance picks: the same ones however the rows were cut into
-    chunks."""
-    if not rows:
-        return []
-    first = rows[0]
-    return [first, *sorted(rows[1:])[: SHOWN_ROWS - 1]]
+def draw_samples(rows: list) -> list:
+    """The first row and those that come first in their random order: the same ones however the rows
+    were cut into chunks."""
+    return [*rows[:1], *sorted(rows[1:])[: SAMPLES - 1]]
 
 
 class Recorder:
-    """Fills a Tally with the rows of one chunk; :meth:`close` completes it."""
+    """Fills a RowStats with the rows of one chunk; :meth:`close` completes it."""
 
     def __init__(self, type: DataType, conversation: Conversation):
-        self.tally = Tally()
-        self._type, self._decode = type, conversation.encoder.decode
+        self.stats = RowStats()
+        self._type = type
+        self._decode = conversation.encoder.decode
         eos = conversation.tokenizer.eos_token_id
         self._stops = [*conversation.stop_ids, *([] if eos is None else [[eos]])]
         self._texts: list[str] = []
-        self._candidates: list[tuple[tuple[int, int], str, SourceRow, Columns]] = []
+        self._candidates: list[_Candidate] = []
 
     def keep(
         self, file: int, line: int, where: str, row: SourceRow, made: list[tuple[Columns, bool]]
     ) -> None:
-        """Count a source row and the training rows ``(columns, truncated)`` that it gave."""
-        tally = self.tally
-        tally.kept[file] += 1
-        tally.truncated += made[-1][1]
-        tally.shapes[row.format] += 1
+        """Count a source row and the training rows ``(columns, truncated)`` made of it."""
+        stats = self.stats
+        stats.kept[file] += 1
+        stats.truncated += made[-1][1]
+        stats.shapes[row.format] += 1
         spoken = _spoken(row)
-        tally.roles.update(role for role, _ in spoken)
+        stats.roles.update(role for role, _ in spoken)
         self._texts.append("\n".join(text for _, text in spoken))
-        tally.traits.update(self._type.traits_of(row))
+        stats.traits.update(self._type.traits_of(row))
         if row.gt_answer is not None:
-            tally.traits["gt_answer"] += 1
+            stats.traits["gt_answer"] += 1
         if row.unanswered:
-            tally.traits["answer left out"] += 1
+            stats.traits["answer left out"] += 1
         for columns, _ in made:
             self._count(columns)
         order = (zlib.crc32(f"{line}/{file}".encode()), line)
-        self._candidates.append((order, where, row, made[0][0]))
-        if len(self._candidates) > 2 * SHOWN_ROWS:
-            self._thin_out()
+        self._candidates.append(_Candidate(order, where, row, made[0][0]))
+        if len(self._candidates) > 2 * SAMPLES:
+            self._candidates = draw_samples(self._candidates)
 
     def _count(self, columns: Columns) -> None:
-        tally = self.tally
-        tally.lengths[columns["seq_length"]] += 1
+        stats = self.stats
+        stats.lengths[columns["seq_length"]] += 1
         sides = self._type.sides(columns)
         learned = 0
         for side in sides:
             supervised = side.supervised()
             learned += supervised
-            tally.tokens += len(side.ids)
-            tally.supervised += supervised
+            stats.tokens += len(side.ids)
+            stats.supervised += supervised
             if len(sides) > 1:
-                tally.traits[f"{side.name} tokens"] += supervised
-        tally.ended += learned > 0 and sides[0].ends_with(self._stops)
-        if len(tally.answers) < 2:
+                stats.traits[f"{side.name} tokens"] += supervised
+        stats.ended += learned > 0 and sides[0].ends_with(self._stops)
+        if len(stats.answers) < 2:
             ids = sides[0].ids
-            answer = [
-                token for token, kept in zip(ids, sides[0].mask(), strict=True) if kept
-            ] or ids
-            checksum = zlib.crc32(repr(answer).encode())
-            tally.answers += [] if checksum in tally.answers else [checksum]
+            mask = sides[0].mask()
+            response = [token for token, kept in zip(ids, mask, strict=True) if kept] or ids
+            checksum = zlib.crc32(repr(response).encode())
+            stats.answers += [] if checksum in stats.answers else [checksum]
 
-    def _thin_out(self) -> None:
-        first, *others = self._candidates
-        self._candidates = [first, *sorted(others, key=lambda one: one[0])[: SHOWN_ROWS - 1]]
-
-    def close(self) -> Tally:
-        """The tally, complete with scripts and the rows to show."""
-        if self._candidates:
-            self._thin_out()
-        self.tally.scripts.update(main_scripts(self._texts))
-        for order, where, row, columns in self._candidates:
-            sides = self._type.sides(columns)
+    def close(self) -> RowStats:
+        """The statistics, complete with scripts and sampled rows."""
+        self.stats.scripts.update(main_scripts(self._texts))
+        for one in draw_samples(self._candidates):
             parts = [
                 (side.name, shorten(segments(side.ids, side.mask(), self._decode)))
-                for side in sides
+                for side in self._type.sides(one.columns)
             ]
-            self.tally.shown.append(Shown(order, where, parts, _notes(self._type, row)))
-        return self.tally
+            notes = _notes(self._type, one.row)
+            self.stats.shown.append(SampledRow(one.order, one.at, parts, notes))
+        return self.stats
+
+
+@dataclass(order=True)
+class _Candidate:
+    """A row that may become a SampledRow."""
+
+    order: tuple[int, int]
+    at: str = field(compare=False)
+    row: SourceRow = field(compare=False)
+    columns: Columns = field(compare=False)
 
 
 def _spoken(row: SourceRow) -> list[tuple[str, str]]:
@@ -184,15 +187,12 @@ def _spoken(row: SourceRow) -> list[tuple[str, str]]:
 
 
 def _notes(type: DataType, row: SourceRow) -> dict[str, str]:
-    """What a reader wants to know of a row beside its text."""
+    """What the report shows of a row beside its text."""
     known = {
-        "format": row.format,
+        "shape": row.format,
         **type.notes_of(row),
         "right answer (gt_answer)": row.gt_answer,
         "margin": row.margin,
+        "category": row.category,
     }
-    return {
-        name: str(value)
-        for name, value in (known | {"category": row.category}).items()
-        if value is not None
-    }
+    return {name: str(value) for name, value in known.items() if value is not None}

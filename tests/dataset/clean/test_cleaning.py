@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coati.dataset.clean.cleaning import Cleaning, RowChecks
-from coati.dataset.clean.text_normalization import grams, normalize, word_hashes, words
+from coati.dataset.clean.text_normalization import ngram_hashes, normalize, word_hashes, words
 from coati.dataset.prepare.shard_plan import EvaluationShare
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
@@ -46,13 +46,13 @@ def test_texts_in_normal_form():
 
 def test_grams_are_equal_where_the_words_are():
     one, other = (word_hashes(words(text)) for text in ("a b c d e", "x b c d y"))
-    assert len(grams(one, 3)) == 3 and len(grams(one, 6)) == 0
-    assert [int(found) in grams(other, 3).tolist() for found in grams(one, 3)] == [
+    assert len(ngram_hashes(one, 3)) == 3 and len(ngram_hashes(one, 6)) == 0
+    assert [int(found) in ngram_hashes(other, 3).tolist() for found in ngram_hashes(one, 3)] == [
         False,
         True,
         False,
     ]
-    assert set(grams(one, 2).tolist()).isdisjoint(grams(one, 3).tolist())
+    assert set(ngram_hashes(one, 2).tolist()).isdisjoint(ngram_hashes(one, 3).tolist())
 
 
 def test_exact_duplicates_are_found_whatever_their_case_width_and_blanks(tmp_path):

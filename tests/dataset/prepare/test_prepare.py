@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from coati.dataset import load_tokenized_dataset, prepare_dataset, setup_conversation_template
-from coati.dataset.prepare import prepare, workers
 from coati.dataset.prepare.shard_plan import plan_bins
+from coati.dataset.prepare.staging import check_outputs
+from coati.dataset.prepare.write_pass import TokenizeWorker
 from tests.dataset.makers import chatml_tokenizer
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "data" / "sft.jsonl"
@@ -228,7 +229,7 @@ def test_the_report_by_hand(tmp_path):
     parts = [{"name": "", "text": [[False, before], [True, "a<|im_end|>"]]}]
     assert report["samples"][0] == {
         "at": f"{first}:1",
-        "notes": {"format": "messages"},
+        "notes": {"shape": "messages"},
         "parts": parts,
     }
     assert json.loads((tmp_path / "jsonl" / "report.json").read_text()) == report
@@ -252,7 +253,7 @@ def test_what_training_needs_to_know_stands_beside_the_shards(tmp_path):
     )
     assert conversation.to_config() == stored["conversation_template"]
     tokenizer.add_tokens(["new"])
-    from coati.dataset.prepare.shards import tokenizer_fingerprint
+    from coati.dataset.fingerprint import tokenizer_fingerprint
 
     assert (
         tokenizer_fingerprint(chatml_tokenizer())
@@ -314,7 +315,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         with pytest.raises(ValueError, match=str(*settings.values())):
             run(tmp_path, data, **settings)
     with pytest.raises(ValueError, match="two folders"):
-        prepare.check_outputs(tmp_path / "x", tmp_path / "y" / ".." / "x")
+        check_outputs(tmp_path / "x", tmp_path / "y" / ".." / "x")
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -332,7 +333,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_a_worker_that_dies_ends_the_job(tmp_path, monkeypatch):
     import os
 
-    monkeypatch.setattr(workers.Job, "run", lambda *_: os._exit(9))
+    monkeypatch.setattr(TokenizeWorker, "run", lambda *_: os._exit(9))
     data = write(tmp_path / "a.jsonl", *[row("q", "a")] * 300)
     with pytest.raises(OSError, match="worker process died.*--num_proc"):
         run(tmp_path, data, num_proc=2)

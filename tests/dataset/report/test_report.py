@@ -12,12 +12,12 @@ import pytest
 from coati.dataset import setup_conversation_template
 from coati.dataset.chat.masked_text import segments, shorten, show_mask, visible
 from coati.dataset.data_types import DATA_TYPES
-from coati.dataset.prepare.prepare import prepare_dataset
+from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.report.charts import length_charts
 from coati.dataset.report.html import page
 from coati.dataset.report.report import histogram, percentiles
 from coati.dataset.report.report_warnings import warnings_of
-from coati.dataset.report.row_stats import FIRST_FEW, Recorder, Shown, Tally, choose_shown
+from coati.dataset.report.row_stats import FIRST_FEW, Recorder, RowStats, SampledRow, draw_samples
 from coati.dataset.report.writing_systems import main_scripts
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.makers import chatml_tokenizer
@@ -170,17 +170,17 @@ def test_control_characters_become_signs():
     assert visible("a\x00\x1b[31m\n\tb\x7f\ud83d") == "a␀␛[31m\n\tb\ufffd\ufffd"
 
 
-def recorded(lines, conversation, chunk: int) -> Tally:
-    """The tally of source rows, recorded ``chunk`` rows at a time."""
+def recorded(lines, conversation, chunk: int) -> RowStats:
+    """The stats of source rows, recorded ``chunk`` rows at a time."""
     from coati.dataset.rows.formats import read_row
 
-    whole = Tally()
+    whole = RowStats()
     for start in range(0, len(lines), chunk):
         recorder = Recorder(DATA_TYPES["sft"], conversation)
         for line, row in enumerate(lines[start : start + chunk], start + 1):
-            recorder.tally.read[0] += 1
+            recorder.stats.read[0] += 1
             if row is None:
-                recorder.tally.drop(RowError("bad_json", "x"), f"f:{line}")
+                recorder.stats.drop(RowError("bad_json", "x"), f"f:{line}")
                 continue
             source = read_row("sft", row)
             recorder.keep(
@@ -190,7 +190,7 @@ def recorded(lines, conversation, chunk: int) -> Tally:
     return whole
 
 
-def test_a_tally_is_the_same_however_the_rows_were_cut():
+def test_a_stats_is_the_same_however_the_rows_were_cut():
     conversation = setup_conversation_template(chatml_tokenizer(), {})
     lines = [None if i % 7 == 3 else ROWS["sft"](i) for i in range(60)]
     one, many = recorded(lines, conversation, 60), recorded(lines, conversation, 4)
@@ -205,21 +205,21 @@ def test_a_tally_is_the_same_however_the_rows_were_cut():
     assert len(one.first["bad_json"]) == FIRST_FEW
 
 
-def test_a_tally_does_not_grow_with_the_rows():
+def test_a_stats_does_not_grow_with_the_rows():
     """A million rows more change numbers, not their number."""
-    tally = Tally(lengths=Counter({n: 1 for n in range(1, 101)}), answers=[1, 2])
-    tally.shown = [Shown((n, n), f"f:{n}", [], {}) for n in range(3)]
-    before = (len(tally.lengths), len(tally.shown), len(tally.answers))
+    stats = RowStats(lengths=Counter({n: 1 for n in range(1, 101)}), answers=[1, 2])
+    stats.shown = [SampledRow((n, n), f"f:{n}", [], {}) for n in range(3)]
+    before = (len(stats.lengths), len(stats.shown), len(stats.answers))
     for n in range(1000):
-        later = Tally(
+        later = RowStats(
             lengths=Counter({n % 100 + 1: 1000}),
             answers=[n, n + 1],
-            shown=[Shown((n, n), f"f:{n}", [], {})],
+            shown=[SampledRow((n, n), f"f:{n}", [], {})],
         )
-        tally.merge(later)
-    assert (len(tally.lengths), len(tally.shown), len(tally.answers)) == before
-    assert tally.lengths.total() == 1_000_100
-    assert choose_shown([]) == []
+        stats.merge(later)
+    assert (len(stats.lengths), len(stats.shown), len(stats.answers)) == before
+    assert stats.lengths.total() == 1_000_100
+    assert draw_samples([]) == []
 
 
 @pytest.mark.parametrize("type", ROWS)
@@ -381,7 +381,7 @@ def test_tiny_answers(tmp_path):
         {"messages": [message("human", "word " * 400), message("assistant", str(i))]}
         for i in range(60)
     ]
-    assert said(prepared(tmp_path, rows), "of the tokens are learned from")
+    assert said(prepared(tmp_path, rows), "of the tokens are trained on")
 
 
 def test_many_too_long(tmp_path):
@@ -403,12 +403,12 @@ def test_answers_without_an_end():
         ([1, 9], [-100, -100]),
     ):
         recorder._count({"input_ids": ids, "labels": labels, "seq_length": len(ids)})
-    assert recorder.tally.ended == 1
+    assert recorder.stats.ended == 1
     report = {"type": "sft", "rows_written": 3, "rows_ended": 1}
     from coati.dataset.report.report_warnings import _never_ends
 
     assert list(_never_ends(report))[0].startswith(
-        "the end of an answer is learned in only 1 of 3 training rows"
+        "the end of a response is learned in only 1 of 3 training rows"
     )
     assert "in none of the 3" in list(_never_ends(report | {"rows_ended": 0}))[0]
     assert not list(_never_ends(report | {"rows_ended": 3})) and not list(
@@ -427,16 +427,16 @@ def test_roles_that_left_rows_out_are_counted(tmp_path, capsys):
 
 
 def test_endless_roles_do_not_fill_the_memory():
-    tally = Tally()
+    stats = RowStats()
     for n in range(1000):
-        tally.drop(RowError("unknown_role", "x", f"{n}" * 1000), "f:1")
-    other = Tally()
-    other.merge(tally)
+        stats.drop(RowError("unknown_role", "x", f"{n}" * 1000), "f:1")
+    other = RowStats()
+    other.merge(stats)
     assert (
-        len(tally.refused_roles) < 30
-        and tally.refused_roles.total() == other.refused_roles.total() == 1000
+        len(stats.refused_roles) < 30
+        and stats.refused_roles.total() == other.refused_roles.total() == 1000
     )
-    assert max(map(len, tally.refused_roles)) <= 40 and other.refused_roles["others"] > 900
+    assert max(map(len, stats.refused_roles)) <= 40 and other.refused_roles["others"] > 900
 
 
 def test_one_label_only_and_missing_ground_truths(tmp_path):

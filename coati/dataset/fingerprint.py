@@ -1,5 +1,5 @@
-"""What a preparation's result depends on, as one dictionary; its hash names the folder that the
-work is done in."""
+"""Everything the result of a preparation depends on, as one dictionary; its hash names the staging
+folder."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from typing import Any
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import Cleaning
 
-LAYOUT = 3  # raised whenever the same rows and settings come to give another result
+LAYOUT = 3  # raised whenever the same rows and settings begin to give another result
 Stamp = list[Any]  # path, size in bytes, time of the last change in ns
 
 
 def describe(
     files: dict[str, Sequence[Path]], template: Conversation, cleaning: Cleaning, **settings: Any
 ) -> dict[str, Any]:
-    """``files`` are named by their use. What only says how to work (processes, limits of bad rows)
-    is left out."""
+    """``files`` are named by their use. What does not change the result (processes, the budget of
+    bad rows) is left out."""
     found = {
         "layout": LAYOUT,
         **settings,
@@ -37,12 +37,12 @@ def describe(
 
 
 def stamps(files: dict[str, Sequence[Path]]) -> dict[str, list[Stamp]]:
-    """The part of :func:`describe` that may change while the work goes on."""
+    """The part of :func:`describe` that may change during the work."""
     return {use: [stamp(path) for path in paths] for use, paths in files.items()}
 
 
 def stamp(path: Path) -> Stamp:
-    """What tells that a file or folder is unchanged."""
+    """Equal while a file or folder is unchanged."""
     inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     states = [p.stat() for p in inside if p.exists()]
     newest = max((state.st_mtime_ns for state in states), default=0)
@@ -56,7 +56,7 @@ def digest(made_from: dict[str, Any]) -> str:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """In words, what differs between two descriptions."""
+    """What differs between two descriptions, in words."""
     found = [text for name in here for text in _difference(name, there.get(name), here[name])]
     return "; ".join(found[:5]) + ("; ..." if len(found) > 5 else "")
 

@@ -1,5 +1,4 @@
-"""What prepared rows were made with: the command, the tokenizer and the template, as their report
-tells it."""
+"""What prepared rows were made with, for their report: command, tokenizer and template."""
 
 import shlex
 import sys
@@ -14,7 +13,7 @@ def command_line() -> str:
 
 
 def describe_tokenizer(tokenizer, name: str, fingerprint: str) -> dict[str, Any]:
-    """``name`` is what the user called it."""
+    """The tokenizer of a report; ``name``: what the user called it."""
     return {
         "path": name or getattr(tokenizer, "name_or_path", ""),
         "vocab_size": len(tokenizer),

@@ -1,1 +1,1 @@
-"""Filters and deduplication."""
+"""Cleaning of data sets: filters, deduplication, decontamination."""

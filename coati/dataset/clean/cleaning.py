@@ -1,4 +1,4 @@
-"""What cleaning is asked for, and the checks that look at one row alone."""
+"""The settings of cleaning, and the checks that look at one row alone."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -13,16 +13,19 @@ from coati.dataset.rows.source_row import SourceRow
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Which rows are left out although they could be trained on. Raises ValueError for values that
+    """Which rows are dropped although they could be trained on. Raises ValueError for values that
     cannot work.
 
-    Attributes: deduplicate: a row whose text is that of an earlier one, letters' case, width and
-        white space aside. near_duplicates: a row whose word trigrams agree with those of an earlier
-        one to this share (Jaccard). drop_eval_overlap: a training row that shares ``overlap_words``
-        words in a row with an evaluation row. benchmark_files: likewise with any text in these
-        files. min_answer_chars, max_answer_chars: bounds for the characters of an answer (sft: of
-        all answers together). drop_trivial_answers: an answer without a visible character, or that
-        only repeats what was asked.
+    Attributes:
+        deduplicate: rows whose text is that of an earlier one, up to case, width and white space.
+        near_duplicates: rows whose word trigrams have at least this Jaccard similarity with those
+            of an earlier one.
+        drop_eval_overlap: training rows that share ``overlap_words`` consecutive words with an
+            evaluation row.
+        benchmark_files: likewise with any text in these files.
+        min_answer_chars, max_answer_chars: bounds for the characters of a response (sft: of all
+            responses together).
+        drop_trivial_answers: responses without a visible character, or that only repeat the prompt.
     """
 
     deduplicate: bool = False
@@ -45,12 +48,11 @@ class Cleaning:
         if self.max_answer_chars is not None and self.max_answer_chars < self.min_answer_chars:
             raise ValueError(
                 f"max_answer_chars {self.max_answer_chars} is below min_answer_chars "
-                f"{self.min_answer_chars}: "
-                "no answer fits between them"
+                f"{self.min_answer_chars}: no response fits between them"
             )
 
     def named(self) -> dict[str, Any]:
-        """What is asked for, by name; empty when nothing is."""
+        """The settings that differ from the default, by name; empty when nothing is cleaned."""
         asked = {
             name: value for name, value in asdict(self).items() if value != getattr(Cleaning, name)
         }
@@ -60,25 +62,25 @@ class Cleaning:
 
     @property
     def compares_rows(self) -> bool:
-        """Whether rows must be seen before it can be told which of them stay."""
+        """Whether some rows must be hashed before any can be written."""
         return self.compares_all or self.drop_eval_overlap
 
     @property
     def compares_all(self) -> bool:
-        """Whether every row, not just those for evaluation, must be seen before."""
+        """Whether all rows, not only those for evaluation, must be hashed before."""
         return self.deduplicate or self.near_duplicates is not None
 
 
 @dataclass
 class RowChecks:
-    """The checks of one row, in a worker. ``overlap``: the texts that training rows must not share
-    words with."""
+    """The checks of one row, in a worker. ``overlap``: the n-grams that training rows must not
+    contain."""
 
     cleaning: Cleaning
     overlap: Overlap | None = None
 
     def check(self, row: SourceRow, evaluation: bool) -> None:
-        """Raise RowError when ``row`` is to be left out."""
+        """Raise RowError when ``row`` is to be dropped."""
         cleaning = self.cleaning
         if cleaning.min_answer_chars or cleaning.max_answer_chars is not None:
             self._check_length(row)
@@ -88,9 +90,10 @@ class RowChecks:
             self.overlap.check(row)
 
     def _check_length(self, row: SourceRow) -> None:
-        low, high = self.cleaning.min_answer_chars, self.cleaning.max_answer_chars
-        for answers in _answer_groups(row):
-            length = sum(len(answer.strip()) for answer in answers)
+        low = self.cleaning.min_answer_chars
+        high = self.cleaning.max_answer_chars
+        for responses in _response_groups(row):
+            length = sum(len(response.strip()) for response in responses)
             if length < low:
                 raise RowError(
                     "answer_too_short", f"{length} characters, at least {low} are wanted"
@@ -99,8 +102,8 @@ class RowChecks:
                 raise RowError("answer_too_long", f"{length} characters, at most {high} are wanted")
 
 
-def _answer_groups(row: SourceRow) -> list[list[str]]:
-    """What is measured as one answer: all of a conversation, or each of several alternatives."""
+def _response_groups(row: SourceRow) -> list[list[str]]:
+    """What is measured together: all responses of a conversation, or each side of a pair."""
     if row.completion is not None:
         return [[row.completion]]
     if row.text is not None:
@@ -111,12 +114,12 @@ def _answer_groups(row: SourceRow) -> list[list[str]]:
 
 
 def _check_trivial(row: SourceRow) -> None:
-    for asked, answer in _rounds(row):
-        said = normalize(answer)
-        if not any(_is_visible(character) for character in said):
-            raise RowError("blank_answer", f"found {answer[:40]!r}")
-        if said == normalize(asked):
-            raise RowError("answer_repeats_prompt", f"both are {answer[:60]!r}")
+    for prompt, response in _rounds(row):
+        normalized = normalize(response)
+        if not any(_is_visible(character) for character in normalized):
+            raise RowError("blank_answer", f"found {response[:40]!r}")
+        if normalized == normalize(prompt):
+            raise RowError("answer_repeats_prompt", f"both are {response[:60]!r}")
 
 
 def _is_visible(character: str) -> bool:
@@ -124,7 +127,7 @@ def _is_visible(character: str) -> bool:
 
 
 def _rounds(row: SourceRow) -> list[tuple[str, str]]:
-    """``(question, answer)`` of every answer that may be trained on."""
+    """``(prompt, response)`` of every response that may be trained on."""
     last = row.messages[-1]["content"] if row.messages else ""
     if row.completion is not None:
         return [(last, row.completion)]

@@ -1,4 +1,5 @@
-"""Training rows that share a run of words with an evaluation row or with a text of a benchmark."""
+"""Decontamination: training rows that share an n-gram of words with an evaluation row or a
+benchmark."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from coati.dataset.rows.source_row import SourceRow
 
 
 def row_grams(row: SourceRow, size: int) -> np.ndarray:
-    """The runs of ``size`` words in each text of ``row``, and its whole question if that is
+    """The n-grams of ``size`` words in each text of ``row``, and its whole prompt if that is
     shorter."""
     return np.concatenate(
         [ngram_hashes(hashes, length) for _, hashes, length in _pieces(row, size)] or [_NOTHING]
@@ -31,25 +32,26 @@ _NOTHING = np.empty(0, dtype=np.uint64)
 
 
 def _pieces(row: SourceRow, size: int) -> Iterator[tuple[list[str], np.ndarray, int]]:
-    """``(words, their hashes, how many make one gram)``."""
+    """``(words, their hashes, n)`` of each text to take n-grams of."""
     for text in spoken_texts(row):
         found = words(text)
         if len(found) >= size:
             yield found, word_hashes(found), size
-    question = words(prompt_text(row))
-    if 0 < len(question) < size:
-        yield question, word_hashes(question), len(question)
+    prompt = words(prompt_text(row))
+    if 0 < len(prompt) < size:
+        yield prompt, word_hashes(prompt), len(prompt)
 
 
 def text_grams(text: str, size: int) -> np.ndarray:
-    """As :func:`row_grams`, of a text alone; a shorter one counts as a question."""
+    """As :func:`row_grams`, of a text alone; a shorter one counts as a prompt."""
     hashes = word_hashes(words(text))
     return ngram_hashes(hashes, min(size, len(hashes))) if len(hashes) else _NOTHING
 
 
 @dataclass
 class Overlap:
-    """The grams not to be shared: sorted, each with the number of its place; 12 bytes for each."""
+    """Hashes of the n-grams not to be shared: sorted, each with the number of its place; 12 bytes
+    each."""
 
     size: int
     grams: np.ndarray
@@ -59,34 +61,31 @@ class Overlap:
 
     @classmethod
     def of(cls, size: int, found: list[tuple[str, str, np.ndarray]]) -> "Overlap":
-        """From ``(reason, place, grams)`` of each text."""
+        """From ``(reason, place, n-gram hashes)`` of each text."""
         sizes = [len(one) for _, _, one in found]
         together = np.concatenate([one for _, _, one in found] or [_NOTHING])
         owners = np.repeat(np.arange(len(found), dtype=np.uint32), sizes)
         unique, first = np.unique(together, return_index=True)
-        return cls(
-            size,
-            unique,
-            owners[first],
-            [place for _, place, _ in found],
-            [why for why, _, _ in found],
-        )
+        places = [place for _, place, _ in found]
+        reasons = [reason for reason, _, _ in found]
+        return cls(size, unique, owners[first], places, reasons)
 
     def check(self, row: SourceRow) -> None:
-        """Raise RowError with the shared words and where they stand."""
+        """Raise RowError with the shared words and where they are from."""
         for found, hashes, length in _pieces(row, self.size) if len(self.grams) else ():
             mine = ngram_hashes(hashes, length)
             places = np.minimum(np.searchsorted(self.grams, mine), len(self.grams) - 1)
             hits = np.flatnonzero(self.grams[places] == mine)
             if len(hits):
-                owner, start = self.owners[places[hits[0]]], int(hits[0])
+                start = int(hits[0])
+                owner = self.owners[places[start]]
                 shared = " ".join(found[start : start + length])
                 raise RowError(self.reasons[owner], f"{self.places[owner]} holds {shared!r} too")
 
 
 def benchmark_grams(files: tuple[str, ...], size: int) -> list[tuple[str, str, np.ndarray]]:
-    """``(reason, place, grams)`` of every row of benchmark files, whatever its keys. ValueError:
-    none."""
+    """``(reason, place, n-gram hashes)`` of every row of benchmark files, whatever its keys.
+    ValueError: no text found."""
     found = []
     for file in find_files(files) if files else ():
         for line, row in read_rows(file):
@@ -109,7 +108,7 @@ def _readable(file: Path, line: int, row: Any) -> Any:
         return decode(row)
     except RowError as error:
         raise ValueError(
-            f"{file}:{line}: {error}; mend the benchmark file: what it holds cannot be told"
+            f"{file}:{line}: {error}; fix the benchmark file, which cannot be compared with"
         ) from error
 
 

@@ -1,7 +1,9 @@
-"""What a preparation did with its rows, as JSON, as lines for a terminal and as a page."""
+"""The report of a preparation as JSON, as text for a terminal and as a page."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +25,27 @@ def percentiles(lengths: Counter) -> dict[str, float]:
     total = lengths.total()
     if not total:
         return {}
+    ordered = sorted(lengths)
+    cumulative = list(accumulate(lengths[length] for length in ordered))
     ranks = {f"p{p}": max(1, -(-total * p // 100)) for p in (10, 50, 90, 99)}
-    found, seen = {}, 0
-    for length in sorted(lengths):
-        seen += lengths[length]
-        found |= {
-            name: length for name, rank in ranks.items() if name not in found and seen >= rank
-        }
-    mean = round(sum(length * rows for length, rows in lengths.items()) / total, 1)
     return {
-        "min": min(lengths),
-        "mean": mean,
-        **{name: found[name] for name in ranks},
-        "max": max(lengths),
+        "min": ordered[0],
+        "mean": round(sum(length * rows for length, rows in lengths.items()) / total, 1),
+        **{name: ordered[bisect_left(cumulative, rank)] for name, rank in ranks.items()},
+        "max": ordered[-1],
     }
 
 
 def histogram(lengths: Counter) -> list[dict[str, int]]:
     """Rows by length in bars of equal, round width: ``{from, to, rows}``, both bounds included.
 
-    A few rows far longer than the rest share one last, wider bar, so that they do not press the
-    others together.
+    A few rows far longer than the rest share one last, wider bar, so that they do not squeeze the
+    others.
     """
     if not lengths:
         return []
-    longest, usual = max(lengths), percentiles(lengths)["p99"]
+    longest = max(lengths)
+    usual = percentiles(lengths)["p99"]
     end = longest if longest <= 2 * usual else round(1.2 * usual)
     width = next(
         nice * 10**power for power in range(9) for nice in NICE if nice * 10**power * BARS >= end

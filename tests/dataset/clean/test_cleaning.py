@@ -357,7 +357,7 @@ def test_trivial_answers(type, given, reason):
     [
         ({"near_duplicates": 1.0}, "near_duplicates must lie between 0 and 1"),
         ({"overlap_words": 1}, "overlap_words must be at least 2"),
-        ({"min_answer_chars": 5, "max_answer_chars": 4}, "no answer fits between them"),
+        ({"min_answer_chars": 5, "max_answer_chars": 4}, "no response fits between them"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, said):

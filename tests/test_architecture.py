@@ -40,7 +40,7 @@ CLOSED_INSIDE_FUNCTIONS = [
     ["coati.models.loading", "coati.models.lora.adapter_files"],
 ]
 # Stems that stand twice in the library, pending
-SAME_STEM = {"preference_checks", "prepare", "quantize", "base", "rl"}
+SAME_STEM = {"preference_checks", "quantize", "base", "rl"}
 
 # Lowest first; a package may import those on earlier lines.
 LAYERS = [

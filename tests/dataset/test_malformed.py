@@ -202,7 +202,7 @@ ARRAYS_AND_FILES = {
 }
 SFT = {
     "a misspelled column": row(
-        "misspelt_column.jsonl",
+        "misspelled_column.jsonl",
         SFT_KEYS,
         "found mesages; nearest is",
         "(messages)",

@@ -1,7 +1,6 @@
 """An interrupted preparation is completed, a finished one is recognized, and the result is the same
 to the byte."""
 
-import copyreg
 import json
 import os
 import pickle
@@ -281,34 +280,26 @@ def test_two_at_once_do_the_work_once(whole, tmp_path, capfd):
     ) == arrow
 
 
-class OldPickler(pickle.Pickler):
-    """Writes statistics as the first versions did: as Tally and Shown of coati.dataset.tally."""
-
-    def reducer_override(self, obj):
-        if type(obj) in (RowStats, SampledRow):
-            old = {RowStats: "Tally", SampledRow: "Shown"}[type(obj)]
-            old_class = getattr(sys.modules["coati.dataset.tally"], old)
-            return copyreg.__newobj__, (old_class,), vars(obj)
-        return NotImplemented
-
-
-@pytest.fixture
-def old_module(monkeypatch):
+def pickled_by_an_older_version(counts, monkeypatch) -> bytes:
+    """As when the classes of statistics were Tally and Shown of coati.dataset.tally."""
     module = types.ModuleType("coati.dataset.tally")
-    for name in ("Tally", "Shown"):
-        setattr(module, name, type(name, (), {"__module__": module.__name__}))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        for now, old in ((RowStats, "Tally"), (SampledRow, "Shown")):
+            setattr(module, old, now)
+            patch.setattr(now, "__module__", module.__name__)
+            patch.setattr(now, "__qualname__", old)
+        return pickle.dumps(counts)
 
 
-def test_finished_parts_of_an_older_version_are_taken(whole, tmp_path, capsys, old_module):
+def test_finished_parts_of_an_older_version_are_taken(whole, tmp_path, capsys, monkeypatch):
     data, arrow, _ = whole
     end_at(staging.StagingDir, "store", 5, tmp_path, data)
     counts = sorted(tmp_path.glob(".arrow.*.tmp/counts/part-*"))
     for path in counts:
-        found = pickle.loads(path.read_bytes())
-        with open(path, "wb") as file:
-            OldPickler(file).dump(found)
-        assert b"coati.dataset.tally" in path.read_bytes() and b"row_stats" not in path.read_bytes()
+        old = pickled_by_an_older_version(pickle.loads(path.read_bytes()), monkeypatch)
+        assert b"coati.dataset.tally" in old and b"row_stats" not in old
+        path.write_bytes(old)
     prepare(tmp_path, data)
     assert len(counts) == 4 and "4 of 6 parts are done already" in capsys.readouterr().err
     assert contents(tmp_path / "arrow") == arrow

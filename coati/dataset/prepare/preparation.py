@@ -68,11 +68,10 @@ def prepare_dataset(
 
     ``<arrow_dir>/part-XXXXX`` are ``datasets.load_from_disk`` folders beside ``preparation.json``;
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under
-    their names only when complete. An evaluation split, ``eval_ratio`` of the rows or those of
-    ``eval_inputs``, has the same files below ``eval``. ``format`` names the one row format (see
-    rows/formats.py), ``split`` the part of a data set with several. Calling again completes an
-    interrupted preparation, and returns the report of a finished one. ``strict``: the first
-    malformed row is an error. Raises ValueError for unusable input, settings or result.
+    their names only when complete; calling again completes an interrupted preparation. An
+    evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
+    below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
+    a data set with several. Raises ValueError for unusable input, settings or result.
     """
     settings = PrepareSettings(
         type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
@@ -83,8 +82,7 @@ def prepare_dataset(
             "give one"
         )
     budget = BadRowBudget(strict, max_bad_ratio)
-    outputs = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir)]
-    check_outputs(*filter(None, outputs))
+    check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
     files = _find_all(inputs, eval_inputs, cleaning, split)
     jsonl = jsonl_dir is not None
@@ -96,7 +94,8 @@ def prepare_dataset(
     preparation = Preparation(
         files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
-    staging = StagingDir(*outputs, cache_dir and Path(cache_dir), made_from)
+    folders = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir, cache_dir)]
+    staging = StagingDir(*folders, made_from)
     report = preparation.run(staging)
     if show is not None:
         _show(report, show)

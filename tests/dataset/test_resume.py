@@ -283,13 +283,18 @@ def test_two_at_once_do_the_work_once(whole, tmp_path, capfd):
 def pickled_by_an_older_version(counts, monkeypatch) -> bytes:
     """As when the classes of statistics were Tally and Shown of coati.dataset.tally."""
     module = types.ModuleType("coati.dataset.tally")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, module.__name__, module)
-        for now, old in ((RowStats, "Tally"), (SampledRow, "Shown")):
-            setattr(module, old, now)
-            patch.setattr(now, "__module__", module.__name__)
-            patch.setattr(now, "__qualname__", old)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    classes = {RowStats: "Tally", SampledRow: "Shown"}
+    names = {one: (one.__module__, one.__qualname__) for one in classes}
+    try:
+        for one, old in classes.items():
+            setattr(module, old, one)
+            one.__module__ = module.__name__
+            one.__qualname__ = old
         return pickle.dumps(counts)
+    finally:
+        for one, before in names.items():
+            one.__module__, one.__qualname__ = before
 
 
 def test_finished_parts_of_an_older_version_are_taken(whole, tmp_path, capsys, monkeypatch):

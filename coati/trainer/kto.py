@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coati.dataset.load.collator import supervise_all
 from coati.models.head import scatter_token_logprobs
 from coati.models.loss import kto_baseline, kto_loss, masked_sum
 from coati.parallel.engine import Engine
@@ -53,9 +54,10 @@ class KTOObjective(Objective):
     def prepare(self, batch: Batch) -> Batch:
         """Adds ``labels``, ``counted`` (B,) and the reference's log-probs of the rows,
         ``reference`` (B,)."""
+        if not self.apply_loss_mask:
+            batch = supervise_all(batch)
         mask = batch["loss_mask"].bool()
-        shown = mask if self.apply_loss_mask else batch["attention_mask"].bool()
-        rows = marked(batch["input_ids"], batch["attention_mask"], shown)
+        rows = marked(batch["input_ids"], batch["attention_mask"], mask)
         rows |= {"label": batch["label"].bool(), "counted": mask.any(1)}
         rows["reference"] = self.reference.forward_only(rows, self.row_logps.read)
         return rows | {key: value for key, value in batch.items() if key.startswith("kl_")}
@@ -79,6 +81,8 @@ class KTOObjective(Objective):
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         count = torch.zeros_like(total)
         for batch in batches:
+            if not self.apply_loss_mask:
+                batch = supervise_all(batch)
             ids, real, mask = (
                 batch[f"kl_{name}"] for name in ("input_ids", "attention_mask", "loss_mask")
             )

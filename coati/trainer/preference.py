@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coati.dataset.load.collator import supervise_all
 from coati.models.head import IGNORE_INDEX, scatter_token_logprobs
 from coati.models.logprobs import right_pad_order
 from coati.models.loss import length_desensitized, masked_mean, masked_sum
@@ -62,11 +63,13 @@ class PreferenceObjective(Objective):
     def prepare(self, batch: Batch) -> Batch:
         """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) says which
         pairs count."""
+        if not self.apply_loss_mask:
+            batch = supervise_all(batch)
         names = ("input_ids", "attention_mask", "loss_mask")
         ids, real, mask = (
             interleave(batch[f"chosen_{name}"], batch[f"reject_{name}"]) for name in names
         )
-        rows = marked(ids, real, mask if self.apply_loss_mask else real.bool())
+        rows = marked(ids, real, mask)
         whole = mask.bool().any(1).view(-1, 2).all(1)
         rows["counted"] = whole.repeat_interleave(2)
         if "margin" in batch:

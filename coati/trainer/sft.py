@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.models.logprobs import IGNORE_INDEX
+from coati.dataset.load.collator import supervise_all
 from coati.parallel.engine import Batch, Engine, Step
 from coati.parallel.objective import Metrics, Objective
 from coati.trainer.base import SLTrainer
@@ -23,12 +23,7 @@ class SFTObjective(Objective):
         self.apply_loss_mask = apply_loss_mask
 
     def prepare(self, batch: Batch) -> Batch:
-        if self.apply_loss_mask:
-            return batch
-        hidden = batch["attention_mask"] == 0
-        if "position_ids" in batch:  # of a pack: no token is predicted from another row's
-            hidden |= batch["position_ids"] == 0
-        return batch | {"labels": batch["input_ids"].masked_fill(hidden, IGNORE_INDEX)}
+        return batch if self.apply_loss_mask else supervise_all(batch)
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         return -logps.sum(), {}

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import jinja2
 
-from coati.dataset.chat import template_probe as template_check
 from coati.dataset.chat.chat_encoder import ChatEncoder, Span
 from coati.dataset.chat.template import compile_template, render_template, special_tokens
 from coati.dataset.chat.template_file import read_fields
+from coati.dataset.chat.template_probe import examine
 from coati.dataset.rows.row_errors import ROLES, TEMPLATE_MODES, RowError
 from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
@@ -95,7 +95,7 @@ class Conversation:
             self.tokenizer.bos_token_id,
         )
         self.encoder = ChatEncoder(self.tokenizer, self.end_of_assistant or "")
-        template_check.examine(self)
+        examine(self)
         if "end_of_assistant" in self.derived:
             self.encoder = ChatEncoder(self.tokenizer, self.end_of_assistant)
         if self.system_message and self.encoder.hide([{"content": self.system_message}])[1]:

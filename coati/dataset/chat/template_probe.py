@@ -1,20 +1,29 @@
-"""What a chat template does, learned from a probe dialogue: where answers begin and end, and whether
-it can be trained.
+"""What a chat template does, learned from a probe dialogue: where answers begin and end, and
+whether it can be trained.
 
-:func:`examine` completes a Conversation (end_of_assistant, stop_ids, the header before answers) and
-refuses, with the rendered text, a template on which masks would be wrong.
+:class:`TemplateProbe` finds what is wrong or remarkable. :func:`examine` completes a Conversation
+(end_of_assistant, stop_ids, the header before answers) and refuses, with the rendered text, a
+template on which masks would be wrong; template_lint.py reports all findings at once.
 """
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from os.path import commonprefix
+from typing import Any
 
-from coati.dataset.chat.masked_text import segments, show_mask
-from coati.dataset.rows.row_errors import RowError
+import jinja2
+
+from coati.dataset.chat.chat_encoder import ChatEncoder
+from coati.dataset.chat.template import render_template, special_tokens
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 QUESTIONS = ("Probe question number one", "Probe question number two")
 ANSWERS = ("Probe answer number one", "Probe answer number two")
+SYSTEM = "Probe system message"
+THOUGHT = "<think>\nProbe thought\n</think>\n\n"
 
 
 def dialogue(answers: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:
@@ -23,172 +32,336 @@ def dialogue(answers: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def refuse(conversation, problem: str, remedy: str, text: str | None = None) -> None:
+@dataclass(frozen=True)
+class Finding:
+    """What was found and what to do about it. With an error training would be wrong; one that is
+    ``refused`` is so in any case, and no row is made with the template."""
+
+    kind: str  # "error" or "warning"
+    problem: str
+    remedy: str = ""
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
+
+
+def _refused(problem: str, remedy: str) -> Finding:
+    return Finding("error", problem, remedy, refused=True)
+
+
+def _warning(problem: str, remedy: str = "") -> Finding:
+    return Finding("warning", problem, remedy)
+
+
+class TemplateProbe:
+    """The probe dialogue under one template; :meth:`findings` runs every check that still makes
+    sense.
+
+    ``system`` is the system message, None once the template has refused it; ``text`` the rendered
+    dialogue, empty where all is refused.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str,
+        system_message: str | None,
+        end_of_assistant: str | None,
+        template_mode: str,
+        encoder: ChatEncoder | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.system = system_message
+        self.given_end = end_of_assistant
+        self.template_mode = template_mode
+        self.encoder = encoder or ChatEncoder(tokenizer, end_of_assistant or "")
+        self._names = special_tokens(tokenizer)
+        self.text = ""
+
+    def render(self, messages: list[dict], generation: bool = False) -> str:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return render_template(self.chat_template, [*system, *messages], self._names, generation)
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything found, what makes the most of the rest meaningless first."""
+        yield from self._refusals()
+        if not self.text:
+            return
+        yield from self._lost()
+        checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+            self._system_messages,
+            self._doubled_bos,
+            self._endings,
+            self._rewriting,
+            self._generation_prompt,
+        )
+        for check in checks:
+            try:
+                yield from check()
+            except (jinja2.TemplateError, ValueError) as error:  # a content is elsewhere
+                name = check.__name__.strip("_").replace("_", " ")
+                yield _refused(f"{name} cannot be examined: {error}", "mend chat_template")
+
+    def _refusals(self) -> Iterator[Finding]:
+        errors = []
+        for system in dict.fromkeys((self.system, None)):
+            self.system = system
+            try:
+                self.text = self.render(dialogue())
+                break
+            except jinja2.TemplateError as error:
+                errors.append(error)
+        if errors and self.text:
+            yield _refused(
+                f"the template refuses a system message ({errors[0]})",
+                "set system_message to null",
+            )
+        elif errors:
+            yield _refused(
+                f"the template refuses an ordinary dialogue ({errors[-1]})", "mend chat_template"
+            )
+
+    def _lost(self) -> Iterator[Finding]:
+        for content in (*QUESTIONS, *ANSWERS):
+            if (count := self.text.count(content)) != 1:
+                yield Finding(
+                    "error",
+                    f"the message {content!r} is in the rendered text {count} times",
+                    "mend chat_template: each should occur once in the rendered text",
+                    refused=content != QUESTIONS[0],
+                )
+
+    def _system_messages(self) -> Iterator[Finding]:
+        kept = self.system
+        self.system = SYSTEM
+        try:
+            if SYSTEM not in self.render(dialogue()):
+                yield _warning(
+                    "a system message is dropped: rows that have one are trained without it"
+                    + (", and system_message does nothing" if kept else "")
+                )
+        except jinja2.TemplateError as error:
+            yield _warning(
+                f"a system message is refused ({error}): rows that have one are dropped and counted"
+            )
+        finally:
+            self.system = kept
+
+    def _doubled_bos(self) -> Iterator[Finding]:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self.encoder.encode(self.text, [])[1][:2] == [bos, bos]:
+            yield _refused(
+                "the text begins with two begin-of-sequence tokens "
+                f"({self.tokenizer.bos_token!r}, id {bos})",
+                "let chat_template write bos_token once, or not at all",
+            )
+
+    @cached_property
+    def finished(self) -> tuple[str, str]:
+        """The dialogue after its first and after its second answer."""
+        return self.render(dialogue()[:2]), self.text
+
+    def tails(self) -> list[str]:
+        """What follows an answer: at the end of a dialogue, in its middle, at the end again."""
+        first, both = self.finished
+        after = both.index(ANSWERS[0]) + len(ANSWERS[0])
+        return [
+            first[first.index(ANSWERS[0]) + len(ANSWERS[0]) :],
+            both[after : both.index(QUESTIONS[1])],
+            both[both.index(ANSWERS[1]) + len(ANSWERS[1]) :],
+        ]
+
+    @cached_property
+    def derived_end(self) -> str | None:
+        """What follows every answer: the first control token of it, or all of it."""
+        common = commonprefix(self.tails())
+        controls = [marker for marker in self.encoder.markers if marker in common]
+        if controls:
+            return min(controls, key=lambda marker: (common.index(marker), -len(marker)))
+        return common.strip() or None
+
+    @property
+    def end(self) -> str | None:
+        """end_of_assistant as given, or else derived."""
+        return self.derived_end if self.given_end is None else self.given_end
+
+    def _endings(self) -> Iterator[Finding]:
+        tails, derived, given = self.tails(), self.derived_end, self.given_end
+        if not given and not derived:
+            yield _refused(
+                "no text follows every answer, so its end cannot be told and a model cannot learn "
+                "to stop",
+                "set end_of_assistant, and let chat_template write it after every assistant turn, "
+                "the last one included",
+            )
+            return
+        if given and not all(given in tail for tail in tails):
+            hint = f"here {derived!r} would do: " if derived else ""
+            yield _refused(
+                f"end_of_assistant {given!r} does not follow every answer",
+                f"{hint}set end_of_assistant to what does, or leave it out to have it derived",
+            )
+            given = None
+        # What follows the end marker of a finished dialogue is never trained.
+        yield from self._after_the_end(given or derived or "", tails[2])
+
+    def _after_the_end(self, marker: str, tail: str) -> Iterator[Finding]:
+        after = tail.partition(marker)[2] if marker else tail
+        control = set(self.encoder.controls.values()) - {self.tokenizer.unk_token}
+        outside = [token for token in control if token and token in after]
+        if outside:
+            first = min(outside, key=after.index)
+            yield Finding(
+                "error",
+                f"the end token {first!r} stands after end_of_assistant {marker!r}, outside the "
+                "mask: a model is not trained to write it",
+                f"set end_of_assistant to {first!r}",
+            )
+        eos = self.tokenizer.eos_token
+        if eos is None:
+            yield _warning(
+                "the tokenizer has no end-of-sequence token: generation stops at stop_ids alone"
+            )
+        elif eos not in marker and eos not in outside:
+            yield _warning(
+                f"answers end with {marker!r}; the tokenizer's end-of-sequence token {eos!r} is "
+                "never written, so programs that stop at it alone do not stop: give them stop_ids"
+            )
+
+    def rewrites(self, thought: str) -> bool:
+        """Whether the text up to the end of the first answer, which begins with ``thought``,
+        changes once a second round follows."""
+        turns = dialogue(tuple(thought + answer for answer in ANSWERS))
+        first, both = self.render(turns[:2]), self.render(turns)
+        marker = self.end if self.end and self.end in first else ANSWERS[0]
+        end = first.rindex(marker) + len(marker)
+        return not both.startswith(first[:end])
+
+    @cached_property
+    def rewritten(self) -> str | None:
+        """The thought with which an earlier answer is rewritten, ``""`` where any is; None where
+        none is."""
+        return next((thought for thought in ("", THOUGHT) if self.rewrites(thought)), None)
+
+    def _rewriting(self) -> Iterator[Finding]:
+        if self.rewritten is None:
+            return
+        problem = (
+            "not prefix-preserving: an earlier assistant turn is rendered otherwise once the "
+            f"dialogue goes on{' (a thought is dropped)' if self.rewritten else ''}"
+        )
+        if self.template_mode == "refuse":
+            yield _refused(
+                f"{problem}, which --template_mode refuse refuses",
+                "use template_mode per_turn (one row per assistant turn) or another chat_template",
+            )
+        else:
+            yield _warning(
+                f"{problem}; one training row is made per assistant turn, and --template_mode "
+                "refuse refuses it"
+            )
+
+    @cached_property
+    def headers(self) -> list[str | None]:
+        """What has to be added to the generation prompt to reach the first and the second answer;
+        None where it does not lead to the answer."""
+        found: list[str | None] = []
+        for turn, whole in zip((1, 3), self.finished, strict=True):
+            plain = self.render(dialogue()[:turn])
+            prompt = self.render(dialogue()[:turn], generation=True)
+            answer = whole.index(ANSWERS[turn // 2])
+            if not whole.startswith(prompt) or len(prompt) > answer:
+                found.append(None)
+            else:
+                found.append(whole[len(plain) : answer].rstrip(" ") if prompt == plain else "")
+        return found
+
+    @property
+    def header(self) -> str | None:
+        """What precedes every answer and the template writes no generation prompt for; None where
+        there is no one such text."""
+        first, second = self.headers
+        if first is None or first != second:
+            return None
+        return first if first.strip() else ""
+
+    def _generation_prompt(self) -> Iterator[Finding]:
+        if None in self.headers:
+            turn = (1, 3)[self.headers.index(None)]
+            plain = self.render(dialogue()[:turn])
+            prompt = self.render(dialogue()[:turn], generation=True)
+            yield _warning(
+                f"the generation prompt {prompt[len(plain) :]!r} is not a prefix of the finished "
+                "turn: answers are trained from their first character on"
+            )
+        elif self.header is None:
+            yield _warning(
+                "there is no generation prompt, and what precedes answers differs "
+                f"({self.headers[0]!r}, {self.headers[1]!r}): answers are trained from their first "
+                "character on"
+            )
+        elif self.header:
+            yield _warning(
+                f"there is no generation prompt: {self.header.strip()!r}, which precedes answers, "
+                "is added"
+            )
+
+
+def refuse(problem: str, remedy: str, text: str = "") -> None:
     """Raise ValueError with the problem, what to do, and what the template renders for the probe
     dialogue."""
-    shown = "" if text is None else f"\nThe template renders a probe dialogue as:\n---\n{text}\n---"
+    shown = f"\nThe template renders a probe dialogue as:\n---\n{text}\n---" if text else ""
     raise ValueError(f"conversation template: {problem}; {remedy}{shown}")
 
 
 def examine(conversation) -> None:
     """Set ``header``, ``starts_at_content``, ``rewrites``, and missing ``end_of_assistant`` and
-    ``stop_ids``."""
-    messages = dialogue()
-    finished = _render_probe(conversation, messages)
-    _find_start(conversation, messages, finished)
-    _find_end(conversation, finished)
-    conversation.rewrites = _rewrites(conversation, messages) or _rewrites(
-        conversation,
-        dialogue(tuple(f"<think>\nProbe thought\n</think>\n\n{answer}" for answer in ANSWERS)),
+    ``stop_ids``. Raises ValueError with the first finding for which no row may be made."""
+    probe = TemplateProbe(
+        conversation.tokenizer,
+        conversation.chat_template,
+        conversation.system_message,
+        conversation.end_of_assistant,
+        conversation.template_mode,
+        conversation.encoder,
     )
-    if conversation.rewrites and conversation.template_mode == "refuse":
-        refuse(
-            conversation,
-            "it renders an earlier assistant turn otherwise once the dialogue goes on",
-            "use template_mode per_turn (one row per assistant turn) or another chat_template",
-            finished[1],
+    for finding in probe.findings():
+        if finding.refused:
+            refuse(finding.problem, finding.remedy, probe.text)
+    conversation.header = probe.header or ""
+    conversation.starts_at_content = probe.header is None
+    if conversation.starts_at_content:
+        logger.warning_once(
+            "the chat template's generation prompt is not what precedes a finished answer (some "
+            "templates open a thought in the one and drop it in the other): answers are trained "
+            "from their first character on"
         )
+    if conversation.end_of_assistant is None:
+        conversation.end_of_assistant = conversation.derived["end_of_assistant"] = probe.end
+        logger.info(f"conversation template: end_of_assistant was derived: {probe.end!r}")
+    conversation.rewrites = probe.rewritten is not None
     if conversation.rewrites:
         logger.warning_once(
             "the chat template rewrites earlier assistant turns: one training row is made per "
             "assistant turn"
         )
-    _check_masks(conversation, messages, finished)
+    last = _check_masks(conversation, probe.text)
+    _complete_stop_ids(conversation, probe.text, last)
 
 
-def _render_probe(conversation, messages: list[dict]) -> tuple[str, str]:
-    """The probe after its first and after its second answer."""
-    try:
-        finished = conversation.render(messages[:2]), conversation.render(messages)
-    except RowError as error:
-        if conversation.system_message:
-            _try_without_system(conversation, messages, error)
-        refuse(
-            conversation,
-            f"the template refuses an ordinary dialogue ({error.detail})",
-            "mend chat_template",
-        )
-    for content in (QUESTIONS[1], *ANSWERS):
-        if finished[1].count(content) != 1:
+def _check_masks(conversation, text: str) -> list[int]:
+    """The supervised ids of the last answer."""
+    answers = [answer for row in conversation.encode_turns(dialogue()) for answer in row.answers()]
+    for answer in map(conversation.encoder.decode, answers):
+        if not any(a in answer for a in ANSWERS) or any(q in answer for q in QUESTIONS):
             refuse(
-                conversation,
-                f"{content!r} should occur once in the rendered text",
-                "mend chat_template",
-                finished[1],
+                f"the loss mask does not cover exactly an answer: {answer!r}",
+                "mend chat_template or end_of_assistant",
+                text,
             )
-    return finished
-
-
-def _try_without_system(conversation, messages: list[dict], error: RowError) -> None:
-    system, conversation.system_message = conversation.system_message, None
-    try:
-        conversation.render(messages)
-    except RowError:
-        return
-    finally:
-        conversation.system_message = system
-    refuse(
-        conversation, f"it refuses a system message ({error.detail})", "set system_message to null"
-    )
-
-
-def _find_start(conversation, messages: list[dict], finished: tuple[str, str]) -> None:
-    """Does the generation prompt lead to each answer? Without one, the header is taken from before
-    the answers."""
-    headers = set()
-    for turn, whole in zip((1, 3), finished, strict=True):
-        plain = conversation.render(messages[:turn])
-        prompt = conversation.render(messages[:turn], add_generation_prompt=True)
-        answer = whole.index(ANSWERS[turn // 2])
-        if not whole.startswith(prompt) or len(prompt) > answer:
-            headers.add(None)
-        else:
-            headers.add(whole[len(plain) : answer].rstrip(" ") if prompt == plain else "")
-    if len(headers) == 1 and None not in headers:
-        conversation.header = headers.pop()
-        if not conversation.header.strip():
-            conversation.header = ""
-        return
-    conversation.starts_at_content = True
-    logger.warning_once(
-        "the chat template's generation prompt is not what precedes a finished answer (some "
-        "templates open a thought "
-        "in the one and drop it in the other): answers are trained from their first character on"
-    )
-
-
-def tails(finished: tuple[str, str]) -> list[str]:
-    """What follows an answer: at the end of a dialogue, in its middle, at the end again."""
-    first, both = finished
-    after = both.index(ANSWERS[0]) + len(ANSWERS[0])
-    return [
-        first[first.index(ANSWERS[0]) + len(ANSWERS[0]) :],
-        both[after : both.index(QUESTIONS[1])],
-        both[both.index(ANSWERS[1]) + len(ANSWERS[1]) :],
-    ]
-
-
-def _derived_end(conversation, finished: tuple[str, str]) -> str | None:
-    common = commonprefix(tails(finished))
-    controls = [marker for marker in conversation.encoder.markers if marker in common]
-    return (
-        min(controls, key=lambda marker: (common.index(marker), -len(marker)))
-        if controls
-        else common.strip() or None
-    )
-
-
-def _find_end(conversation, finished: tuple[str, str]) -> None:
-    found = _derived_end(conversation, finished)
-    given = conversation.end_of_assistant
-    if given is None and found is None:
-        refuse(
-            conversation,
-            "no text follows every answer, so its end cannot be told",
-            "set end_of_assistant, and let chat_template write it after every assistant turn, the "
-            "last one included",
-            finished[1],
-        )
-    if given is None:
-        conversation.end_of_assistant = conversation.derived["end_of_assistant"] = found
-        logger.info(f"conversation template: end_of_assistant was derived: {found!r}")
-    elif not all(given in tail for tail in tails(finished)):
-        hint = f", here {found!r} would do" if found else ""
-        refuse(
-            conversation,
-            f"end_of_assistant {given!r} does not follow every answer",
-            f"set end_of_assistant to what does{hint}, or leave it out to have it derived",
-            finished[1],
-        )
-
-
-def _rewrites(conversation, messages: list[dict]) -> bool:
-    """True when the text up to the end of the first answer changes once a second round follows."""
-    first, both = conversation.render(messages[:2]), conversation.render(messages)
-    end = first.rindex(conversation.end_of_assistant) + len(conversation.end_of_assistant)
-    return not both.startswith(first[:end])
-
-
-def _check_masks(conversation, messages: list[dict], finished: tuple[str, str]) -> None:
-    for row, answers in [(row, row.answers()) for row in conversation.encode_turns(messages)]:
-        ids, bos = row.input_ids, conversation.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            refuse(
-                conversation,
-                f"the text begins with two begin-of-sequence tokens (id {bos})",
-                "let chat_template write bos_token once, or not at all",
-                finished[1],
-            )
-        texts = [conversation.encoder.decode(answer) for answer in answers]
-        for text in texts:
-            if not any(a in text for a in ANSWERS) or any(q in text for q in QUESTIONS):
-                refuse(
-                    conversation,
-                    f"the loss mask does not cover exactly an answer: {text!r}",
-                    "mend chat_template or end_of_assistant",
-                    finished[1],
-                )
-    _complete_stop_ids(conversation, finished[1], answers[-1])
+    return answers[-1]
 
 
 def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
@@ -218,17 +391,3 @@ def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
         conversation.stop_ids = [marker] if eos is None or marker[-1:] == [eos] else [marker, [eos]]
         logger.info(f"conversation template: stop_ids was derived: {conversation.stop_ids}")
     conversation.derived["stop_ids"] = conversation.stop_ids
-
-
-def render_masked_probe(conversation, color: bool) -> str:
-    """The probe dialogue as the template writes it, its supervised text marked; end markers and
-    stop ids below."""
-    rows = []
-    for row in conversation.encode_turns(dialogue()):
-        rows.append(
-            show_mask(segments(row.input_ids, row.loss_mask, conversation.encoder.decode), color)
-        )
-    rows.append(
-        f"end_of_assistant {conversation.end_of_assistant!r}, stop_ids {conversation.stop_ids}"
-    )
-    return "\n---\n".join(rows)

@@ -30,6 +30,35 @@ def attention_mask(lengths: Sequence[int], width: int, side: str = "right") -> T
     return (position[None] < torch.as_tensor(lengths)[:, None]).long()
 
 
+def supervise_all(
+    batch: dict[str, Any], blank: Sequence[bool] | None = None, ignore_index: int = IGNORE_INDEX
+) -> dict[str, Any]:
+    """What ``apply_loss_mask=False`` means: ``batch`` with every real token supervised.
+
+    Every ``*loss_mask`` (B, S) becomes its attention mask; without one ``labels`` (B, S) become the
+    input ids. Never supervised: padding, the first token of a row (there is nothing to predict it
+    from), and blank rows, which keep a rank in step: those of ``blank``, else those in which
+    nothing is supervised.
+    """
+    batch = dict(batch)
+    masks = [name for name in batch if name.endswith("loss_mask")]
+    for name in masks:
+        real = batch[name.replace("loss_mask", "attention_mask")].bool()
+        batch[name] = real & batch[name].bool().any(1, keepdim=True)
+    if not masks:
+        hidden = ~batch["attention_mask"].bool()
+        first = (hidden.logical_not().cumsum(1) == 1) & ~hidden
+        hidden[:, 1:] |= first[:, 1:]
+        if "position_ids" in batch:  # of a pack: no token is predicted from another row's
+            hidden |= batch["position_ids"] == 0
+        if blank is not None:
+            hidden[torch.tensor(blank)] = True
+        elif "labels" in batch:
+            hidden |= (batch["labels"] == ignore_index).all(1, keepdim=True)
+        batch["labels"] = batch["input_ids"].masked_fill(hidden, ignore_index)
+    return batch
+
+
 class _Collator:
     """What all collators share.
 
@@ -99,19 +128,20 @@ class DataCollatorForSupervisedDataset(_Collator):
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [row["input_ids"][: self.max_length] for row in rows]
-        labels = [self._labels(row)[: self.max_length] for row in rows]
+        labels = [row["labels"][: self.max_length] for row in rows]
         if self.side == "left":  # a row's first token would be asked of the padding before it
             labels = [[self.ignore_index, *row[1:]] for row in labels]
         lengths = [len(row) for row in ids]
         width = self._width(lengths)
-        return {
+        batch = {
             "input_ids": pad(ids, width, self.pad_id, self.side),
             "attention_mask": attention_mask(lengths, width, self.side),
             "labels": pad(labels, width, self.ignore_index, self.side),
         }
-
-    def _labels(self, row: dict[str, Any]) -> list[int]:
-        return row["labels"] if self.apply_loss_mask or row.get("blank") else row["input_ids"]
+        if self.apply_loss_mask:
+            return batch
+        blank = [bool(row.get("blank")) for row in rows]
+        return supervise_all(batch, blank, self.ignore_index)
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
         """``row`` without anything supervised: keeps a rank in step that has no row left."""
@@ -174,12 +204,8 @@ class DataCollatorForPreferenceDataset(_Collator):
         }
         for side, name in self.SIDES.items():
             ids = [row[f"{side}input_ids"] for row in rows]
-            batch |= self._masked(ids, [self._mask(row, side) for row in rows], width, name)
-        return batch
-
-    def _mask(self, row: dict[str, Any], side: str) -> list[bool]:
-        found = row[f"{side}loss_mask"]
-        return found if self.apply_loss_mask or row.get("blank") else [True] * len(found)
+            batch |= self._masked(ids, [row[f"{side}loss_mask"] for row in rows], width, name)
+        return batch if self.apply_loss_mask else supervise_all(batch)
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
         """``row`` without anything supervised: keeps a rank in step that has no row left."""
@@ -195,7 +221,7 @@ class DataCollatorForKTODataset(_Collator):
     their KL rows.
 
     The KL row of a prompt is that prompt with the answer of another row: ``kl_input_ids,
-    kl_attention_mask, kl_loss_mask``, each (B, K). A loader that knows the whole window of an
+    kl_attention_mask, kl_loss_mask``, each (B, K). A loader that knows the global batch of an
     optimizer step puts that answer's ids (column ``completion`` of the partner) into
     ``row["kl_completion"]``; without it the partner is the next row of the batch, the first after
     the last. A row that has no partner (a batch of one), or a blank one, has a KL row in which
@@ -215,24 +241,21 @@ class DataCollatorForKTODataset(_Collator):
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for row in rows:
             self._check(len(row["prompt"]) + len(row["completion"]))
-        batch = self._answers([(row["prompt"], row["completion"]) for row in rows])
+        batch = self._responses([(row["prompt"], row["completion"]) for row in rows])
         kl = [
             (row["prompt"], partner)
             for row, partner in zip(rows, self._partners(rows), strict=True)
         ]
         kl = [(prompt[-(self.max_length - len(partner)) :], partner) for prompt, partner in kl]
         label = torch.tensor([bool(row["label"]) for row in rows])
-        return batch | {"label": label} | self._answers(kl, "kl_")
+        batch |= {"label": label, **self._responses(kl, "kl_")}
+        return batch if self.apply_loss_mask else supervise_all(batch)
 
-    def _answers(
+    def _responses(
         self, pairs: list[tuple[list[int], list[int]]], prefix: str = ""
     ) -> dict[str, Tensor]:
-        ids = [prompt + answer for prompt, answer in pairs]
-        masks = [
-            # Without an answer there is nothing to learn from, whatever else is trained on.
-            [bool(answer) and not self.apply_loss_mask] * len(prompt) + [True] * len(answer)
-            for prompt, answer in pairs
-        ]
+        ids = [prompt + response for prompt, response in pairs]
+        masks = [[False] * len(prompt) + [True] * len(response) for prompt, response in pairs]
         return self._masked(ids, masks, self._width([len(row) for row in ids]), prefix)
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coati.dataset.load.collator import attention_mask, pad
+from coati.dataset.load.collator import attention_mask, pad, supervise_all
 
 _EXCHANGES = (
     40  # rounds of :func:`exchange`: enough for other company, little beside the packing itself
@@ -126,18 +126,20 @@ class PackCollator:
         ids = [_joined(pack) for pack in pieces]
         lengths = [len(pack) for pack in ids]
         width = -(-max(lengths) // rows.multiple) * rows.multiple
-        labels = [_joined([self._labels(row) for row in pack]) for pack in packed]
+        labels = [
+            _joined([[rows.ignore_index, *row["labels"][1 : rows.max_length]] for row in pack])
+            for pack in packed
+        ]
         positions = [_joined([range(len(piece)) for piece in pack]) for pack in pieces]
-        return {
+        batch = {
             "input_ids": pad(ids, width, rows.pad_id),
             "attention_mask": attention_mask(lengths, width),
             "labels": pad(labels, width, rows.ignore_index),
             "position_ids": pad(positions, width, 0),
         }
-
-    def _labels(self, row: dict[str, Any]) -> list[int]:
-        labels = row["labels" if self.rows.apply_loss_mask else "input_ids"][: self.rows.max_length]
-        return [self.rows.ignore_index, *labels[1:]]
+        if rows.apply_loss_mask:
+            return batch
+        return supervise_all(batch, [False] * len(packed), rows.ignore_index)
 
 
 def _joined(pieces: Sequence[Sequence[int]]) -> list[int]:

@@ -181,7 +181,7 @@ def test_each_finding(case):
 
 
 def test_several_faults_are_all_named():
-    """template_check.py would stop at the first of them."""
+    """A Conversation would stop at the first of them."""
     template = "{{ bos_token + bos_token }}" + TURN + "{{ '\n' + eos_token }}{% endfor %}"
     report = report_of({"chat_template": template, "end_of_assistant": "<end>"}, names=LLAMA)
     assert [("two begin" in e, "does not follow" in e) for e in report.errors] == [

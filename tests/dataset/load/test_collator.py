@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from coati.dataset import (
     DataCollatorForKTODataset,
@@ -10,6 +11,7 @@ from coati.dataset import (
     DataCollatorForPromptDataset,
     DataCollatorForSupervisedDataset,
 )
+from coati.dataset.load.collator import supervise_all
 
 EOS = 2
 ROWS = [
@@ -201,3 +203,30 @@ def test_a_blank_judged_row_marks_nothing_and_is_nobodys_partner(apply):
 def test_a_blank_row_stays_blank_without_the_loss_mask():
     make = collator(apply_loss_mask=False)
     assert make([ROWS[0], make.blank(ROWS[1])])["labels"].tolist()[1] == [-100, -100, -100]
+
+
+def tensors(**columns) -> dict:
+    return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def test_supervising_all_is_one_rule_for_labels_packs_and_masks():
+    """Real tokens, but not the first of a row that padding or another row precedes, nor blank
+    rows."""
+    ids, real = [[9, 5, 6], [9, 9, 7], [5, 6, 9]], [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
+    labels = [[-100, -100, 6], [-100, -100, -100], [-100, 6, -100]]
+    batch = tensors(input_ids=ids, attention_mask=real, labels=labels)
+    found = supervise_all(batch)["labels"].tolist()
+    assert found == [[-100, -100, 6], [-100] * 3, [5, 6, -100]]
+    flagged = supervise_all(batch, blank=[False, False, True])["labels"].tolist()
+    assert flagged == [[-100, -100, 6], [-100] * 3, [-100] * 3]
+    pack = tensors(
+        input_ids=[[5, 6, 7, 8, 9]], attention_mask=[[1] * 4 + [0]], position_ids=[[0, 1, 0, 1, 0]]
+    )
+    assert supervise_all(pack)["labels"].tolist() == [[-100, 6, -100, 8, -100]]
+    masks = tensors(
+        loss_mask=[[False, True, False], [False] * 3], attention_mask=[[1, 1, 0], [1, 1, 1]]
+    ) | tensors(kl_loss_mask=[[True, False], [False] * 2], kl_attention_mask=[[1, 1], [1, 1]])
+    found = supervise_all(masks)
+    assert found["loss_mask"].tolist() == [[True, True, False], [False] * 3]
+    assert found["kl_loss_mask"].tolist() == [[True, True], [False] * 2]
+    assert batch["labels"].tolist() == labels  # the batch itself is left alone

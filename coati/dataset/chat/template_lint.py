@@ -101,7 +101,8 @@ def _stop_warnings(conversation: Conversation, given: list[list[int]]) -> Iterat
     if len(ids) > 1:
         yield (
             f"the end marker {marker!r} is no token of its own here but {len(ids)} ordinary ones: "
-            "a model has to spell it to stop; a tokenizer with this marker as a control token learns it faster"
+            "a model has to spell it to stop; a tokenizer with this marker as a control token "
+            "learns it faster"
         )
 
 

@@ -35,10 +35,7 @@ LAWS = {
 }
 PENDING = ROOT / "tests" / "data" / "pending_laws.json"
 # Modules that import each other, one of them inside a function, and why they may
-CLOSED_INSIDE_FUNCTIONS = [
-    # a model directory may hold an adapter, whose base is a model directory
-    ["coati.models.loading", "coati.models.lora.adapter_files"],
-]
+CLOSED_INSIDE_FUNCTIONS = []
 # Stems that stand twice in the library, pending
 SAME_STEM = {"preference_checks", "quantize", "base", "rl"}
 

@@ -139,6 +139,7 @@ class BaseModel(nn.Module):
         return self.backbone(**moved, **keywords)[0], order
 
     def get_input_embeddings(self) -> nn.Module:
+        """As transformers' method."""
         return self.backbone.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -146,20 +147,25 @@ class BaseModel(nn.Module):
         return getattr(self, self.lm_head_name) if self.lm_head_name else None
 
     def resize_token_embeddings(self, *args: Any, **keywords: Any) -> nn.Module:
+        """As transformers' method, of the backbone: a kept vocabulary head is not resized."""
         return self.backbone.resize_token_embeddings(*args, **keywords)
 
     def gradient_checkpointing_enable(self, **keywords: Any) -> None:
+        """As transformers' method."""
         self.backbone.gradient_checkpointing_enable(**keywords)
 
     def enable_input_require_grads(self) -> None:
+        """As transformers' method."""
         self.backbone.enable_input_require_grads()
 
     @property
     def device(self) -> torch.device:
+        """Where the head is."""
         return self.score.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the head's weights, which have the backbone's."""
         return self.score.weight.dtype
 
     @property

@@ -1,16 +1,16 @@
-"""Packs as they are: several rows in one sequence, kept apart by a block-diagonal mask.
+"""Packed sequences under a block-diagonal attention mask, without cross-contamination.
 
-For models and plugins to which rows cannot be given by their ends (models/varlen.py): a mask of one
-number for each pair of tokens of a pack goes through every attention of transformers that takes
-masks with four dimensions.
+For models and plugins whose attention cannot take row boundaries (padding_free.py): a 4-d mask, one
+number for each pair of tokens, goes through every attention of transformers that takes such masks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_PROBE_LENGTHS = (3, 5)
+PROBE_LENGTHS = (3, 5)
 
 
 def block_diagonal_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,34 +36,47 @@ def with_block_mask(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 
 def sliding_window(config: Any) -> int | None:
-    """Tokens that attention of the model of ``config`` looks back at most, or None: rows that long
-    are all one mask can keep apart."""
+    """Tokens that attention of the model of ``config`` looks back at most, or None. Longer rows
+    cannot be kept apart by one mask."""
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return getattr(config, "sliding_window", None)
 
 
-@torch.no_grad()
 def holds_for(model: nn.Module) -> bool:
     """Whether two rows in one sequence under the mask come out of ``model`` as each does alone."""
-    device, training = next(model.parameters()).device, model.training
     dtype = next(model.parameters()).dtype
+    try:
+        return rows_stay_apart(model, lambda batch: with_block_mask(batch, dtype))
+    except (ValueError, RuntimeError, IndexError):  # it makes masks of its own
+        return False
+
+
+@torch.no_grad()
+def rows_stay_apart(
+    model: nn.Module, inputs_of: Callable[[dict[str, Tensor]], dict[str, Any]]
+) -> bool:
+    """Whether two rows in one sequence come out of ``model`` as each does alone, by a probe in eval
+    mode: with dropout the outcome would be chance, and a resumed run could go the other way.
+
+    ``inputs_of``: the probe's (1, T) ``input_ids, position_ids`` -> what the model is called with.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    # A model with a scalar head names its backbone; through peft the prefix leads to the whole
+    # model.
     backbone = getattr(model, "backbone", None) or getattr(model, model.base_model_prefix, None)
-    ids = torch.arange(sum(_PROBE_LENGTHS), device=device)[None] % model.config.vocab_size
-    positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])[None]
-    inputs = with_block_mask({"input_ids": ids, "position_ids": positions}, dtype)
+    ids = torch.arange(sum(PROBE_LENGTHS), device=device)[None] % model.config.vocab_size
+    positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS])[None]
     model.eval()
     try:
-        together = backbone(**inputs, use_cache=False)[0]
+        together = backbone(
+            **inputs_of({"input_ids": ids, "position_ids": positions}), use_cache=False
+        )[0]
         alone = [
-            backbone(input_ids=row, use_cache=False)[0] for row in ids.split(_PROBE_LENGTHS, dim=1)
+            backbone(input_ids=row, use_cache=False)[0] for row in ids.split(PROBE_LENGTHS, dim=1)
         ]
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        IndexError,
-    ):  # a forward without these keywords, or masks of its own
+    except TypeError:  # a forward without these keywords
         return False
     finally:
         model.train(training)

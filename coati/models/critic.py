@@ -18,6 +18,7 @@ class Critic(BaseModel):
 
     @torch.no_grad()
     def init_head(self) -> None:
+        """Weight and bias 0: every state is worth 0 before training."""
         self.score.weight.zero_()
         self.score.bias.zero_()
 
@@ -31,7 +32,7 @@ class Critic(BaseModel):
         """Values (B, S) fp32, each at the place of its token in ``input_ids`` (B, S); meaningless
         at padding.
 
-        With ``cu_seq_lens_q`` (rows laid end to end in ``input_ids`` (1, T)): (1, T).
+        With ``cu_seq_lens_q`` (concatenated rows in ``input_ids`` (1, T)): (1, T).
         """
         keywords.setdefault("use_cache", False)
         if cu_seq_lens_q is not None:

@@ -104,7 +104,8 @@ class Head:
         if isinstance(previous := getattr(module.forward, "__self__", None), Head):
             previous.remove()
         head.agree_on_chunks = agree_on_chunks
-        head._original, module.forward = module.forward, head._forward
+        head._original = module.forward
+        module.forward = head._forward
         return head
 
     def remove(self) -> None:
@@ -169,7 +170,8 @@ class Head:
         hidden = _plain_tensor(hidden)
         targets = self._targets.to(hidden.device).flatten()
         index = (targets != self._ignore_index).nonzero()[:, 0]
-        rows, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), targets[index]
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+        targets = targets[index]
         if self._request is not None:
             self._outputs = self._requested(hidden, rows, targets, self._request.rows(index))
             return self._outputs.logps
@@ -188,14 +190,13 @@ class Head:
         )
 
     def _plain(self, rows: Tensor, targets: Tensor) -> Tensor:
-        weight, bias = self.module.weight, self.module.bias
+        weight = self.module.weight
+        bias = self.module.bias
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, weight, bias = (
-                rows.to(dtype),
-                weight.to(dtype),
-                None if bias is None else bias.to(dtype),
-            )
+            rows = rows.to(dtype)
+            weight = weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         step = self.chunk_rows or rows_per_chunk(len(weight))
         return FromHidden.apply(rows, weight, bias, targets, step, self.temperature)
 

@@ -91,8 +91,11 @@ class _RowOutputs(torch.autograd.Function):
         entropy = collective.reduce_sum(_entropy(logp)) if request.entropy else None
         ctx.save_for_backward(logp, torch.cat(ids, dim=1), entropy)
         ctx.widths = [part.shape[1] for part in ids]
-        ctx.collective, ctx.temperature, ctx.dtype = collective, temperature, logits.dtype
-        ctx.top_k, ctx.given = bool(request.top_k), given is not None
+        ctx.collective = collective
+        ctx.temperature = temperature
+        ctx.dtype = logits.dtype
+        ctx.top_k = bool(request.top_k)
+        ctx.given = given is not None
         ctx.set_materialize_grads(False)
         topk_ids = ids[1] if request.top_k else None
         if topk_ids is not None:

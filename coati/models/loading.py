@@ -104,7 +104,8 @@ def _holds(directory: Path) -> str:
 def check_directory(path: str | os.PathLike, kind: str) -> None:
     """Raise ValueError for a path that looks local and holds no ``kind``, "model" or "tokenizer";
     hub names pass."""
-    directory, wanted = Path(path), f"a Hugging Face {kind} directory or a name on the hub"
+    directory = Path(path)
+    wanted = f"a Hugging Face {kind} directory or a name on the hub"
     if directory.is_file():
         raise ValueError(f"{path} is a file; expected {wanted}")
     if not directory.is_dir():

@@ -131,6 +131,7 @@ class FromLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        """(n,) -> (n, V), onehot - softmax over the temperature."""
         work, factor = ctx.saved_tensors
         return (work * (-grad * factor)[:, None]).to(ctx.dtype), None, None, None
 
@@ -154,7 +155,8 @@ class FromHidden(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, targets: Tensor, chunk_rows: int, temperature: float
     ) -> Tensor:
-        ctx.chunk_rows, ctx.temperature = chunk_rows, temperature
+        ctx.chunk_rows = chunk_rows
+        ctx.temperature = temperature
         if len(hidden) <= chunk_rows:
             logps, gradient, factor = FromHidden._gradient(
                 hidden, weight, bias, targets, temperature
@@ -172,6 +174,7 @@ class FromHidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        """(n,) -> gradients of hidden states, weight and bias, a chunk at a time."""
         hidden, weight, bias, targets, gradient, factor = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = (
@@ -209,7 +212,8 @@ def logprobs_from_logits(
     :func:`head_unsupported` names. Besides the logits one chunk of fp32 copies exists at a time."""
     targets = next_token_targets(labels, ignore_index).flatten()
     index = (targets != ignore_index).nonzero()[:, 0]
-    rows, targets = logits.flatten(0, 1), targets[index]
+    rows = logits.flatten(0, 1)
+    targets = targets[index]
     step = rows_per_chunk(logits.shape[-1])
 
     def chunk(part: Tensor, wanted: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ class LogSigLoss(nn.Module):
     """Mean of :func:`log_sig_loss`."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor) -> Tensor:
+        """Scores (B,), (B,) -> a scalar."""
         return log_sig_loss(chosen_reward, reject_reward).mean()
 
 
@@ -105,6 +106,7 @@ class LogExpLoss(nn.Module):
     """Mean of :func:`log_exp_loss`."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor) -> Tensor:
+        """Scores (B,), (B,) -> a scalar."""
         return log_exp_loss(chosen_reward, reject_reward).mean()
 
 

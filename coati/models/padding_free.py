@@ -1,10 +1,9 @@
-"""Batches without padding: the rows of a batch laid end to end, each attending to itself alone.
+"""Padding-free batches: varlen attention over the rows of a batch, concatenated.
 
 Position ids start anew at every row and attention runs row by row, so each token sees exactly what
 it sees in a padded batch; linear layers, norms and the vocabulary head get real tokens only. The
 model's code is left alone: transformers hands ``cu_seq_lens_q`` (the ends of the rows) down to its
-attention function, which flash-attention already obeys and which "sdpa" is taught for CPUs
-(attention.py).
+attention function, which flash-attention already obeys and sdpa.py adds to "sdpa" on CPUs.
 """
 
 from collections.abc import Mapping
@@ -15,17 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coati.models.block_mask import sliding_window
+from coati.models.block_mask import PROBE_LENGTHS, rows_stay_apart, sliding_window
 from coati.models.logprobs import IGNORE_INDEX, next_token_targets
 from coati.models.sdpa import patch_sdpa
-
-_PROBE_LENGTHS = (3, 5)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One batch as one row of T real tokens: what the model is called with, and what the head is
-    set to."""
+    """One batch as one row of its T real tokens: the model's inputs, and targets for the head."""
 
     inputs: dict[str, Any]
     targets: Tensor  # (1, T), for Head.set_targets
@@ -33,8 +29,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class PaddingFree:
-    """Lays batches end to end for one model; made by :meth:`of`. ``longest``: a longer row stays
-    padded."""
+    """Concatenates the rows of batches for one model; made by :meth:`of`. ``longest``: a batch with
+    a longer row stays padded."""
 
     longest: int
 
@@ -55,9 +51,10 @@ class PaddingFree:
             patch_sdpa()
         # Rows longer than a sliding window are masked by it, which row_by_row does not do.
         packing = cls(longest=sliding_window(model.config) or 2**62)
-        return (
-            packing if packing.longest > max(_PROBE_LENGTHS) and packing._holds_for(model) else None
-        )
+        if packing.longest <= max(PROBE_LENGTHS):
+            return None
+        # A model may take the keywords and not act on them.
+        return packing if rows_stay_apart(model, packing._probe) else None
 
     def pack(self, batch: Mapping[str, Tensor]) -> Packed | None:
         """(B, S) ``input_ids, attention_mask`` and perhaps ``labels`` -> one row of the
@@ -67,7 +64,8 @@ class PaddingFree:
 
         Log-probs that a head returns for it are those it returns for the padded batch.
         """
-        ids, real = batch["input_ids"], batch["attention_mask"].bool()
+        ids = batch["input_ids"]
+        real = batch["attention_mask"].bool()
         positions = batch.get("position_ids")
         positions = (real.cumsum(1) - 1 if positions is None else positions)[real]
         longest = int(positions.max()) + 1
@@ -89,34 +87,5 @@ class PaddingFree:
         }
         return Packed(inputs, targets[real][None])
 
-    @torch.no_grad()
-    def _holds_for(self, model: nn.Module) -> bool:
-        # A model may take the keywords and not act on them.
-        device, training = next(model.parameters()).device, model.training
-        width = max(_PROBE_LENGTHS)
-        ids = (
-            torch.arange(len(_PROBE_LENGTHS) * width, device=device).view(-1, width)
-            % model.config.vocab_size
-        )
-        mask = (torch.arange(width) < torch.tensor(_PROBE_LENGTHS)[:, None]).long().to(device)
-        # A model with a scalar head names its backbone; through peft the prefix leads to the whole
-        # model.
-        backbone = getattr(model, "backbone", None) or getattr(model, model.base_model_prefix, None)
-        model.eval()
-        try:
-            packed = backbone(
-                **self.pack({"input_ids": ids, "attention_mask": mask}).inputs, use_cache=False
-            )[0]
-            # Without dropout too: with it the answer would be chance, and a resumed run could take
-            # the other way.
-            rows = zip(ids, _PROBE_LENGTHS, strict=True)
-            single = [
-                backbone(input_ids=row[None, :length], use_cache=False)[0] for row, length in rows
-            ]
-        except TypeError:  # a forward without these keywords
-            return False
-        finally:
-            model.train(training)
-        alone = torch.cat(single, dim=1)
-        tolerance = 1e-5 if packed.dtype == torch.float32 else 2e-2
-        return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
+    def _probe(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        return self.pack({**batch, "attention_mask": torch.ones_like(batch["input_ids"])}).inputs

@@ -143,7 +143,8 @@ def sppo_hard(pair: Pair, settings: PairwiseSettings) -> Tensor:
 @register("nca_pair")
 def nca_pair(pair: Pair, settings: PairwiseSettings) -> Tensor:
     """-ls(beta c) - ls(-beta c) / 2 - ls(-beta r) / 2 with ls = log sigmoid (arXiv 2402.05369)."""
-    c, r = settings.beta * pair.c, settings.beta * pair.r
+    c = settings.beta * pair.c
+    r = settings.beta * pair.r
     return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
 
 

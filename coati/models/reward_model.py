@@ -25,7 +25,7 @@ class RewardModel(BaseModel):
         """Scores (B,) fp32 of ``input_ids`` (B, S), whatever side ``attention_mask`` (B, S) says
         the padding is on.
 
-        ``cu_seq_lens_q`` (B + 1,): the ends of rows laid end to end in ``input_ids`` (1, T), see
+        ``cu_seq_lens_q`` (B + 1,): the ends of concatenated rows in ``input_ids`` (1, T), see
         models/padding_free.py.
         """
         keywords.setdefault("use_cache", False)

@@ -30,7 +30,8 @@ class RLVRRewardModel:
             raise ValueError(
                 f"reward_fn_list: expected functions {REWARD_CALL}, found {list(reward_fn_list)}"
             )
-        self.reward_fn_list, self.kwargs = list(reward_fn_list), kwargs
+        self.reward_fn_list = list(reward_fn_list)
+        self.kwargs = kwargs
 
     def __call__(
         self,

@@ -15,7 +15,9 @@ from coati.models.lora.layers import adapter_layers
 from coati.models.lora.lora import LoraConfig
 from coati.utils.json_io import load_json, save_json
 
-WEIGHTS, CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "lora_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+SETTINGS = "lora_config.json"
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default")
 
 
@@ -34,11 +36,9 @@ def save_lora(
     settings = copy.deepcopy(model.peft_config["default"])
     settings.inference_mode = True
     if _is_pissa(model):
-        settings.r, settings.lora_alpha, settings.init_lora_weights = (
-            2 * settings.r,
-            2 * settings.lora_alpha,
-            True,
-        )
+        settings.r *= 2
+        settings.lora_alpha *= 2
+        settings.init_lora_weights = True
     settings.modules_to_save = list(_trained_whole(model)) or None
     base = settings.base_model_name_or_path
     if base and Path(base).is_dir():
@@ -113,41 +113,44 @@ def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tenso
     Raises ValueError if the directory was trained with other LoRA settings or lacks a tensor of
     this model.
     """
-    directory, config = Path(directory), model.coati_lora
-    if not (directory / WEIGHTS).exists():
-        raise ValueError(
-            f"{directory}: no {WEIGHTS}; expected a directory that holds a LoRA adapter"
-        )
-    saved = (
-        LoraConfig.from_file(directory / SETTINGS) if (directory / SETTINGS).exists() else config
-    )
-    for field in ("r", "lora_alpha", "lora_train_bias", "lora_initialization_method"):
-        if getattr(saved, field) != getattr(config, field):
-            raise ValueError(
-                f"{directory / SETTINGS}: the adapter was trained with {field} "
-                f"{getattr(saved, field)!r}, this run has "
-                f"{getattr(config, field)!r}; give the same LoRA settings"
-            )
-    rank, expected = load_json(directory / CONFIG)["r"], (2 if _is_pissa(model) else 1) * config.r
-    if rank != expected:
-        raise ValueError(
-            f"{directory / CONFIG}: r is {rank}, expected {expected}; was this adapter trained "
-            "elsewhere?"
-        )
-    file, state = load_file(directory / WEIGHTS), {}
-    for name in model.state_dict():
-        state |= _saved(name, file, config.r) if ".lora_" in name or ".pissa_" in name else {}
-    state |= {name: file[name] for name in _trained_biases(model) if name in file}
-    expected = {
-        name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name
-    } | _whole_names(model)
-    state |= {name: file[name] for name in _whole_names(model) & set(file)}
-    if missing := sorted(expected - set(state)):
+    directory = Path(directory)
+    _check_settings(directory, model)
+    file = load_file(directory / WEIGHTS)
+    state = {}
+    wanted = {name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name}
+    for name in wanted:
+        state |= _saved(name, file, model.coati_lora.r)
+    whole = _whole_names(model)
+    state |= {name: file[name] for name in (_trained_biases(model) | whole) & set(file)}
+    if missing := sorted((wanted | whole) - set(state)):
         raise ValueError(
             f"{directory / WEIGHTS}: no tensor for {missing[0]} ({len(missing)} missing); other "
             "targets?"
         )
     return state
+
+
+def _check_settings(directory: Path, model: nn.Module) -> None:
+    config = model.coati_lora
+    if not (directory / WEIGHTS).exists():
+        raise ValueError(
+            f"{directory}: no {WEIGHTS}; expected a directory that holds a LoRA adapter"
+        )
+    file = directory / SETTINGS
+    saved = LoraConfig.from_file(file) if file.exists() else config
+    for field in ("r", "lora_alpha", "lora_train_bias", "lora_initialization_method"):
+        if getattr(saved, field) != getattr(config, field):
+            raise ValueError(
+                f"{file}: the adapter was trained with {field} {getattr(saved, field)!r}, this run "
+                f"has {getattr(config, field)!r}; give the same LoRA settings"
+            )
+    rank = load_json(directory / CONFIG)["r"]
+    expected = (2 if _is_pissa(model) else 1) * config.r
+    if rank != expected:
+        raise ValueError(
+            f"{directory / CONFIG}: r is {rank}, expected {expected}; was this adapter trained "
+            "elsewhere?"
+        )
 
 
 def _saved(name: str, file: dict[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What peft's LoRA layers lack: PiSSA that leaves the base weights alone, and dropout on an
+"""peft's LoRA layers with PiSSA that leaves the base weights alone, and dropout on an
 embedding's adapter."""
 
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ class PissaLinear(lora.Linear):
     """
 
     def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """peft's initialization, without its change of the base weight."""
         base = self.get_base_layer()
         original = base.weight.data
         super().pissa_init(adapter_name, init_lora_weights)
@@ -42,6 +43,7 @@ class PissaLinear(lora.Linear):
         return result - (start * self.scaling[self.active_adapters[0]]).to(result.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
+        """s (B A - B0 A0), (out, in): what merging adds to the base weight."""
         start = self.scaling[adapter] * (self.pissa_B.float() @ self.pissa_A.float())
         return super().get_delta_weight(adapter) - start.to(self.pissa_A.dtype)
 

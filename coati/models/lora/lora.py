@@ -244,7 +244,8 @@ def merged(model: "PeftModel") -> Iterator["PeftModel"]:
             layer.merged_adapters.clear()
         if tie is not None:
             head, weight = tie
-            head.weight, base.config.tie_word_embeddings = weight, True
+            head.weight = weight
+            base.config.tie_word_embeddings = True
 
 
 def _untie(model: "nn.Module") -> "tuple[nn.Module, nn.Parameter] | None":

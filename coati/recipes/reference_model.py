@@ -110,7 +110,7 @@ def _about(args: Namespace, options: ParallelOptions, trainer: Any, rows: Any) -
         "rows": rows_fingerprint(rows),
         "model": model_fingerprint(args.pretrain),
         "precision": options.precision,
-        "averaged": trainer.objective.row_logps.averaged,
+        "averaged": False,  # sums; older releases stored averages for losses of averages
         "ld_alpha": trainer.objective.row_logps.ld_alpha,
         "disable_loss_mask": args.disable_loss_mask,
     }

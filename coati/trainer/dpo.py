@@ -49,7 +49,7 @@ class DPOObjective(PreferenceObjective):
         super().__init__(apply_loss_mask)
         self.pairwise = pairwise
         self.reference = reference
-        self.row_logps = RowLogps(ld_alpha=ld_alpha)
+        self.row_logps = RowLogps(ld_alpha)
 
     def prepare(self, batch: Batch) -> Batch:
         """Adds ``reference`` (2B,), the reference's log-probs of the rows."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from coati.dataset.load.collator import supervise_all
 from coati.models.head import IGNORE_INDEX, scatter_token_logprobs
 from coati.models.logprobs import right_pad_order
-from coati.models.loss import length_desensitized, masked_mean, masked_sum
+from coati.models.loss import length_desensitized, masked_sum
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics, Objective, Step
 from coati.trainer.base import SLTrainer
@@ -126,21 +126,17 @@ def in_order(better: Tensor, worse: Tensor) -> Tensor:
 
 
 class RowLogps:
-    """How log-probs of tokens become one number per row, the same for policy and reference.
+    """Sums of token log-probs per row, the same for policy and reference; with ``ld_alpha`` the
+    surplus of the longer of a pair counts that much. Averages are the losses' own affair."""
 
-    ``averaged``: their mean instead of their sum; ``ld_alpha``: of the longer of a pair, the
-    surplus counts that much.
-    """
-
-    def __init__(self, averaged: bool = False, ld_alpha: float | None = None) -> None:
-        self.averaged = averaged
+    def __init__(self, ld_alpha: float | None = None) -> None:
         self.ld_alpha = ld_alpha
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(R, S) log-probs and their mask -> (R,)."""
         if self.ld_alpha is not None:
             return length_desensitized(tokens, mask, self.ld_alpha)
-        return masked_mean(tokens, mask, 1) if self.averaged else masked_sum(tokens, mask, 1)
+        return masked_sum(tokens, mask, 1)
 
     def read(self, logps: Tensor, batch: Batch) -> Tensor:
         """(R,) from the log-probs (n,) of a forward of R rows, for ``forward_only``."""

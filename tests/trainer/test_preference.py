@@ -151,7 +151,7 @@ def test_reward_model_by_hand():
 def test_row_logps_of_length_desensitized_pairs():
     tokens, mask = torch.tensor([[-1.0, -2.0], [-4.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
     assert RowLogps(ld_alpha=0.5)(tokens, mask).tolist() == [-2.0, -4.0]
-    assert RowLogps(averaged=True)(tokens, mask).tolist() == [-1.5, -4.0]
+    assert RowLogps()(tokens, mask).tolist() == [-3.0, -4.0]
 
 
 def test_a_tie_counts_half():

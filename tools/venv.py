@@ -86,7 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     steps, files = LATEST if args.latest else DEFAULT
     folder = args.folder.absolute()
-    stamp, wanted = folder / ".coati-stamp", digest(files)
+    stamp = folder / ".coati-stamp"
+    wanted = digest(files)
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"coati-venv-{name}.lock", "w") as lock:
         fcntl.flock(

@@ -49,7 +49,8 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
     Raises:
         SaveFailed: on every rank, naming the rank and its error; ``final`` is then as it was.
     """
-    temporary, old = temporary_name(final), final.with_name(f".{final.name}.old")
+    temporary = temporary_name(final)
+    old = final.with_name(f".{final.name}.old")
     failure = _attempt(lambda: _make_fresh(temporary) if is_rank_0() else None)
     _agree(failure, final, temporary)
     failure = _write_all(write, temporary)

@@ -130,17 +130,17 @@ class Engine:
             for part in (LossPart(micro_batches, objective, weight), *aux_losses)
         ]
         sizes = [sum(map(part.objective.num_terms, part.micro_batches)) for part in parts]
-        tokens = sum(b["attention_mask"].sum() for part in parts for b in part.micro_batches)
-        counts = self._reduced([size * self.mesh.is_loss_rank for size in (*sizes, tokens)])
+        seen = sum(b["attention_mask"].sum() for part in parts for b in part.micro_batches)
+        counts = self._reduced([size * self.mesh.is_loss_rank for size in (*sizes, seen)])
         self.model.train()
-        totals = []
+        sums = []
         metrics: dict[str, list] = {}
         for part, count in zip(parts, counts, strict=False):
             scale = (part.weight * self.mesh.dp_size / count.clamp(min=1)).float()
             total = self._loss_of(part, metrics, scale, sync=part is parts[-1])
-            totals.append(total * self.mesh.is_loss_rank)
-        sums = self._reduced([*totals, float(stop)])
-        *totals, stops = sums.tolist()  # the step's first wait for the device
+            sums.append(total * self.mesh.is_loss_rank)
+        reduced = self._reduced([*sums, float(stop)])
+        *totals, stops = reduced.tolist()  # the step's first wait for the device
         *terms, tokens = map(int, counts.tolist())
         losses = [total / max(count, 1) for total, count in zip(totals, terms, strict=True)]
         if not all(map(math.isfinite, losses)):
@@ -293,8 +293,10 @@ class Engine:
     def _reset_schedule(self, rows: int):
         # Evaluation between training steps, and steps of another size, leave the schedule with the
         # old sizes.
-        schedule, size = self.plugin.scheduler, min(self.options.microbatch_size, rows)
-        schedule.last_batch_size, schedule.microbatch_size = None, size
+        schedule = self.plugin.scheduler
+        size = min(self.options.microbatch_size, rows)
+        schedule.last_batch_size = None
+        schedule.microbatch_size = size
         schedule.num_microbatches = max(1, rows // size)
         return schedule
 
@@ -334,7 +336,7 @@ class Engine:
         if self.head is not None:
             self.head.clear()
 
-    def _read(self, outputs: Any, batch: Batch) -> Tensor:
+    def _read(self, outputs: Any, batch: Batch) -> Any:
         # Gemini returns ColoTensors, whose in-place operations change nothing
         # (tensor/colo_tensor.py:6).
         if self.scalar:

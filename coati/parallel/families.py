@@ -8,7 +8,11 @@ from typing import Any
 
 from coati.parallel.plugins import PLUGINS, ParallelOptions
 
-TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL = "--tp", "--pp", "split_gather", "ring", "all_to_all"
+TP = "--tp"
+PP = "--pp"
+SPLIT_GATHER = "split_gather"
+RING = "ring"
+ALL_TO_ALL = "all_to_all"
 _ALL = frozenset({TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL})
 _TP_PP = frozenset({TP, PP})
 
@@ -46,7 +50,8 @@ _REASONS = {
 
 # Packs need a mask and positions of their own; there ColossalAI 0.5.0 makes others from the
 # padding, or takes none.
-_PACKS_PP, _PACKS_GEMINI_TP = "--packing with --pp", "--packing with --plugin gemini --tp"
+_PACKS_PP = "--packing with --pp"
+_PACKS_GEMINI_TP = "--packing with --plugin gemini --tp"
 _NO_PACKS = {
     "mixtral": frozenset({_PACKS_PP}),
     "opt": frozenset({_PACKS_PP, _PACKS_GEMINI_TP}),
@@ -101,9 +106,9 @@ def check_family(config: Any, options: ParallelOptions) -> None:
             "(tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong logits; use "
             "--plugin zero2 or gemini"
         )
-    for flags in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
+    for asked in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
         raise ValueError(
-            f"{flags} is not possible with {family} models: ColossalAI 0.5.0 makes masks and "
+            f"{asked} is not possible with {family} models: ColossalAI 0.5.0 makes masks and "
             "positions of its own "
             "there, which let the rows of a pack see each other; use --plugin zero2, or drop "
             "--packing"

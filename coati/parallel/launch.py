@@ -36,7 +36,9 @@ def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0)
         if "RANK" in os.environ:
             store, rank, world_size = _meet(handshake_s, timeout)
         else:
-            store, rank, world_size = dist.HashStore(), 0, 1
+            store = dist.HashStore()
+            rank = 0
+            world_size = 1
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
@@ -77,7 +79,8 @@ def _meet(handshake_s: float, timeout: timedelta):
             "torchrun, or unset RANK "
             "to run one process without a launcher"
         )
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
     end = time.monotonic() + handshake_s
     try:
         store = _store(rank, world_size, timedelta(seconds=handshake_s))
@@ -108,7 +111,8 @@ def _store(rank: int, world_size: int, wait: timedelta):
     """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is
     missing."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(
         host,
         port,

@@ -21,15 +21,16 @@ PADDING = {
 class Objective:
     """A loss and what it needs. Subclass it and write :meth:`loss`; the engine does the rest.
 
-    ``model_keys``: the keys of a batch that the model is called with. ``temperature``: log-probs are
-    those of log_softmax(logits / temperature).
+    ``model_keys``: the keys of a batch that the model is called with. ``temperature``: log-probs
+    are those of log_softmax(logits / temperature).
     """
 
     model_keys: tuple[str, ...] = ("input_ids", "attention_mask")
     temperature: float = 1.0
 
     def prepare(self, batch: Batch) -> Batch:
-        """Work without gradient on one micro-batch before its forward, on the device of the data."""
+        """Work without gradient on one micro-batch before its forward, on the device of the
+        data."""
         return batch
 
     def prepare_step(self, micro_batches: list[Batch]) -> list[Batch]:
@@ -43,8 +44,8 @@ class Objective:
         return None
 
     def num_terms(self, batch: Batch) -> Tensor:
-        """How many terms (tokens, pairs, rows) :meth:`loss` adds up, a scalar tensor: by default the
-        supervised tokens of ``labels``."""
+        """How many terms (tokens, pairs, rows) :meth:`loss` adds up, a scalar tensor: by default
+        the supervised tokens of ``labels``."""
         return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -53,8 +54,8 @@ class Objective:
 
         ``logps`` (n,): the log-probs of the n tokens supervised by ``labels`` (B, S), in the order
         of ``labels[:, 1:] != -100``; where :meth:`head_request` asks for more, a
-        :class:`~coati.models.head_outputs.HeadOutputs` of (n,) and (n, K) tensors. Of a model with a
-        scalar head: what it returns, (B,) scores or (B, S) values.
+        :class:`~coati.models.head_outputs.HeadOutputs` of (n,) and (n, K) tensors. Of a model with
+        a scalar head: what it returns, (B,) scores or (B, S) values.
         """
         raise NotImplementedError(f"{type(self).__name__} must define its loss")
 

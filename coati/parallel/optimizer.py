@@ -46,7 +46,7 @@ def build_optimizer(
     import torch
 
     parameters = _groups(model, settings.head_lr)
-    keywords = {
+    keywords: dict[str, Any] = {
         "lr": settings.lr,
         "betas": (ADAM_BETA1, settings.adam_beta2),
         "weight_decay": settings.weight_decay,

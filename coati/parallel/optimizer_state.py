@@ -19,7 +19,8 @@ SCALER_FIELDS = ("_scale", "_growth_step", "_hysteresis_step")
 def rank_state(engine: Engine) -> dict[str, Any]:
     """Everything of this rank that decides its next step and is not in ``modeling``."""
     optimizer = engine.optimizer
-    scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
+    scaler = grad_scaler(optimizer)
+    amp = getattr(optimizer, "scaler", None)
     return {
         "masters": [tensor.detach().cpu().clone() for tensor in master_tensors(engine)],
         "optimizer": optimizer.optim.state_dict(),
@@ -35,7 +36,8 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
     """The inverse of :func:`rank_state`; the master weights come last, because loading weights
     rebuilt them."""
     optimizer = engine.optimizer
-    scaler, amp = grad_scaler(optimizer), getattr(optimizer, "scaler", None)
+    scaler = grad_scaler(optimizer)
+    amp = getattr(optimizer, "scaler", None)
     if scaler is not None:
         for name, value in state["scaler"].items():
             setattr(scaler, name, value.to(engine.device) if isinstance(value, Tensor) else value)
@@ -102,7 +104,8 @@ def refresh_working_weights(optimizer: Any) -> None:
 def random_state() -> dict[str, Any]:
     """States of Python's, NumPy's, PyTorch's and ColossalAI's tensor-parallel generators, readable
     with weights_only."""
-    _, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    _, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),

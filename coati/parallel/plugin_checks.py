@@ -79,9 +79,15 @@ def problems(options: ParallelOptions) -> Iterator[str]:
             "or --plugin zero2, which has all three"
         )
     if options.lora and not plugin.lora:
-        yield f"--plugin {name} cannot train LoRA adapters; drop --lora_rank/--lora_config or use --plugin zero2"
+        yield (
+            f"--plugin {name} cannot train LoRA adapters; drop --lora_rank/--lora_config or "
+            "use --plugin zero2"
+        )
     if options.accumulation_steps > 1 and not plugin.accumulation:
-        yield f"--plugin {name} cannot accumulate gradients; use --accumulation_steps 1 or --plugin gemini"
+        yield (
+            f"--plugin {name} cannot accumulate gradients; use --accumulation_steps 1 or "
+            "--plugin gemini"
+        )
     if options.packing:
         yield from _packing_problems(options)
     if plugin.hybrid:
@@ -93,7 +99,10 @@ def problems(options: ParallelOptions) -> Iterator[str]:
 def cannot_generate(options: ParallelOptions) -> str | None:
     """Why a model split as ``options`` say (resolved) cannot be sampled from; None where it can."""
     if options.pp > 1:
-        return f"--pp {options.pp}: a model split into pipeline stages cannot generate; split it by --tp instead"
+        return (
+            f"--pp {options.pp}: a model split into pipeline stages cannot generate; split "
+            "it by --tp instead"
+        )
     if options.enable_sequence_parallelism:
         return (
             "--enable_sequence_parallelism, --sp: a model split along the sequence cannot "
@@ -112,8 +121,8 @@ def cannot_generate(options: ParallelOptions) -> str | None:
 def scalar_head_problem(
     plugin: str | None, tp: int, zero_stage: int, whose: str = "the gradients of a scalar head"
 ) -> str | None:
-    """Why a model with a scalar head (reward model, critic) cannot be split by ``tp``; None where it
-    can. ``plugin`` may not be chosen yet; ``whose``: what is wrong, as the user knows it."""
+    """Why a model with a scalar head (reward model, critic) cannot be split by ``tp``; None where
+    it can. ``plugin`` may not be chosen yet; ``whose``: what is wrong, as the user knows it."""
     asked = ParallelOptions(plugin=plugin or HYBRID, tp=tp, zero_stage=zero_stage)
     options, _ = resolve_options(asked)
     if tp == 1 or PLUGINS[options.plugin].scalar_head_tp:
@@ -145,7 +154,10 @@ def _packing_problems(options: ParallelOptions) -> Iterator[str]:
 def _not_hybrid_problems(options: ParallelOptions, plugin: Plugin) -> Iterator[str]:
     for flag, size in (("--pp", options.pp), ("--sp", options.sp)):
         if size > 1:
-            yield f"{flag} {size} needs --plugin 3d; --plugin {options.plugin} does not split layers or sequences"
+            yield (
+                f"{flag} {size} needs --plugin 3d; --plugin {options.plugin} does not split "
+                "layers or sequences"
+            )
     if options.enable_sequence_parallelism:
         yield f"--enable_sequence_parallelism needs --plugin 3d, not {options.plugin}"
     if options.zero_cpu_offload:
@@ -155,7 +167,10 @@ def _not_hybrid_problems(options: ParallelOptions, plugin: Plugin) -> Iterator[s
             f"or use --plugin {plugin.offload_instead}"
         )
     if options.zero_stage not in (0, *plugin.zero_stages):
-        yield f"--zero_stage {options.zero_stage} belongs to --plugin 3d; --plugin {options.plugin} fixes its own stage"
+        yield (
+            f"--zero_stage {options.zero_stage} belongs to --plugin 3d; --plugin "
+            f"{options.plugin} fixes its own stage"
+        )
 
 
 def _hybrid_problems(options: ParallelOptions) -> Iterator[str]:
@@ -167,11 +182,20 @@ def _hybrid_problems(options: ParallelOptions) -> Iterator[str]:
         )
     if options.zero_stage and options.precision == "fp32":
         stage = options.zero_stage
-        yield f"--zero_stage {stage} of --plugin 3d has no fp32; use --mixed_precision bf16 or --zero_stage 0"
+        yield (
+            f"--zero_stage {stage} of --plugin 3d has no fp32; use --mixed_precision bf16 "
+            "or --zero_stage 0"
+        )
     if options.zero_stage == 2 and options.pp > 1:
-        yield "--zero_stage 2 cannot be combined with --pp: gradients are split per step; use --zero_stage 1"
+        yield (
+            "--zero_stage 2 cannot be combined with --pp: gradients are split per step; "
+            "use --zero_stage 1"
+        )
     if options.zero_cpu_offload and not options.zero_stage:
-        yield "--zero_cpu_offload moves ZeRO's optimizer states: set --zero_stage 1 or 2, or use --plugin zero2_cpu"
+        yield (
+            "--zero_cpu_offload moves ZeRO's optimizer states: set --zero_stage 1 or 2, or "
+            "use --plugin zero2_cpu"
+        )
     yield from _pipeline_problems(options)
     yield from _sequence_problems(options)
 
@@ -199,7 +223,10 @@ def _pipeline_problems(options: ParallelOptions) -> Iterator[str]:
 def _sequence_problems(options: ParallelOptions) -> Iterator[str]:
     if not options.enable_sequence_parallelism:
         if options.sp > 1:
-            yield f"--sp {options.sp} needs --enable_sequence_parallelism (and usually --sp_mode all_to_all)"
+            yield (
+                f"--sp {options.sp} needs --enable_sequence_parallelism (and usually "
+                "--sp_mode all_to_all)"
+            )
         return
     if options.sp_mode not in SP_MODES:
         yield f"--sp_mode {options.sp_mode}: unknown; choose one of {', '.join(SP_MODES)}"
@@ -210,17 +237,24 @@ def _sequence_problems(options: ParallelOptions) -> Iterator[str]:
             "needs flash-attn on a GPU; this library does not offer it. Use --sp_mode all_to_all"
         )
     if options.sp_mode in ("split_gather", "ring") and options.tp == 1:
-        yield f"--sp_mode {options.sp_mode} splits the sequence over the tensor-parallel processes: set --tp 2 or more"
+        yield (
+            f"--sp_mode {options.sp_mode} splits the sequence over the tensor-parallel "
+            "processes: set --tp 2 or more"
+        )
     if options.sp_mode == "all_to_all" and options.sp == 1:
         yield "--sp_mode all_to_all needs --sp 2 or more"
     if options.pp > 1:
-        yield "--enable_sequence_parallelism cannot be combined with --pp; use --tp and --sp, or --pp alone"
+        yield (
+            "--enable_sequence_parallelism cannot be combined with --pp; use --tp and "
+            "--sp, or --pp alone"
+        )
 
 
 def check_heads(config: Any, options: ParallelOptions) -> None:
     """Raise ValueError when attention heads cannot be divided over ``--tp``, or over ``--tp`` x
     ``--sp`` of all_to_all (ColossalAI 0.5.0, shardformer/policies/llama.py:102)."""
-    flag, ways = f"--tp {options.tp}", options.tp
+    flag = f"--tp {options.tp}"
+    ways = options.tp
     if options.sp_mode == "all_to_all" and options.sp > 1:
         flag, ways = (
             f"{flag} x --sp {options.sp}" if ways > 1 else f"--sp {options.sp}",

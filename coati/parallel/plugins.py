@@ -46,8 +46,8 @@ class Plugin:
         places_weights: it decides itself whether weights are on the device or on the host.
         host_optimizer: the optimizer's states are in host memory.
         own_adam: it needs ColossalAI's HybridAdam.
-        own_attention: with ``--use_flash_attn`` it puts ColossalAI's attention in the model's place.
-        padding_free: device types on which the model can be given batches without padding.
+        own_attention: with ``--use_flash_attn`` it puts ColossalAI's attention in the model's
+        place. padding_free: device types on which the model can be given batches without padding.
     """
 
     upstream: str
@@ -135,7 +135,8 @@ def _hybrid(options: ParallelOptions) -> dict[str, Any]:
     return keywords
 
 
-# What both Gemini rows have in common (zero/gemini: chunks of parameters, gathered when they are used)
+# What both Gemini rows have in common (zero/gemini: chunks of parameters, gathered when they are
+# used)
 _GEMINI: dict[str, Any] = {
     "upstream": "GeminiPlugin",
     "precisions": ("fp16", "bf16"),

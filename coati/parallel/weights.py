@@ -4,6 +4,7 @@ safetensors."""
 import copy
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,11 @@ def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module:
     everyone = all_gather_object(
         [[(name, t.numel() * t.element_size()) for name, t in s.items()] for s in shards]
     )
-    total, before = sum(map(len, everyone)), sum(map(len, everyone[: dist.get_rank()]))
+    total = sum(map(len, everyone))
+    before = sum(map(len, everyone[: dist.get_rank()]))
     for index, shard in enumerate(shards):
         path = folder / _shard_name(before + index, total)
-        write_file(
-            path, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"})
-        )
+        write_file(path, partial(save_file, shard, metadata={"format": "pt"}))
     if is_rank_0() and total > 1:
         listed = [
             (names, _shard_name(i, total))
@@ -176,8 +176,8 @@ def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module:
         ]
         weight_map = {name: file for names, file in listed for name, _ in names}
         size = sum(bytes_ for names, _ in listed for _, bytes_ in names)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_file(folder / "model.safetensors.index.json", lambda path: save_json(index, path))
+        listing = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_file(folder / "model.safetensors.index.json", lambda path: save_json(listing, path))
     if tensors:
         config.torch_dtype = next(
             (t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32

@@ -220,7 +220,7 @@ def loaders(
         collate,
         batch_size=batch,
         accumulation_steps=args.num_collect_steps,
-        plan=plan,
+        epoch_order=plan,
         **mesh,
     )
     asked = (

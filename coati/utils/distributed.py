@@ -82,7 +82,8 @@ def raise_together(work: Callable[[], Result]) -> Result:
     Raises ValueError on every rank when ``work`` raises one on any, naming the rank: one that went
     away alone would leave the others waiting for it.
     """
-    result, failure = None, None
+    result = None
+    failure = None
     try:
         result = work()
     except ValueError as error:

@@ -11,7 +11,8 @@ ROOT = "coati"
 
 
 class _Rank0Handler(logging.Handler):
-    """Writes ``coati: message`` to the standard error of rank 0, without breaking a progress bar."""
+    """Writes ``coati: message`` to the standard error of rank 0, without breaking a progress
+    bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         # The launcher's variable, not torch.distributed: messages are needed before a process group

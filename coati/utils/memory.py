@@ -24,10 +24,14 @@ def peak_memory_of_ranks() -> list[float]:
 
 def describe_memory(peaks: list[float]) -> str:
     """One line: lowest, highest, and which ranks."""
-    low, high = min(peaks), max(peaks)
+    low = min(peaks)
+    high = max(peaks)
     if len(peaks) == 1:
         return f"peak memory {high:.0f} MiB"
-    return f"peak memory {low:.0f} MiB (rank {peaks.index(low)}) to {high:.0f} MiB (rank {peaks.index(high)})"
+    return (
+        f"peak memory {low:.0f} MiB (rank {peaks.index(low)}) to {high:.0f} MiB (rank "
+        f"{peaks.index(high)})"
+    )
 
 
 def in_units(size: float) -> str:

@@ -1,7 +1,7 @@
 """Averages of samples: objectives report tensors, the meter divides, once per report, over all
 ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from coati.utils.distributed import all_gather_object, rank, world_size
 
 @dataclass(frozen=True)
 class MaskedSamples:
-    """Samples of a metric, those of ``values`` (any shape) where ``mask`` (same shape, bool) is set.
+    """Samples of a metric, those of ``values`` (any shape) where ``mask`` (same shape, bool) is
+    set.
 
     Selecting them would make the host wait for the device; their sum and count do not.
     """
@@ -77,7 +78,7 @@ class AccumulativeMeanMeter:
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def add_all(self, metrics: dict[str, Iterable[Tensor | MaskedSamples]]) -> None:
+    def add_all(self, metrics: Mapping[str, Iterable[Tensor | MaskedSamples]]) -> None:
         """Add every element of every name."""
         for name, samples in metrics.items():
             for values in samples:
@@ -89,7 +90,8 @@ class AccumulativeMeanMeter:
         return float(self._sums[name]) / count if count else 0.0
 
     def _on_host(self) -> dict[str, list[float]]:
-        sums, counts = to_floats(self._sums.values()), to_floats(self._counts.values())
+        sums = to_floats(self._sums.values())
+        counts = to_floats(self._counts.values())
         return {
             name: [total, count]
             for name, total, count in zip(self._sums, sums, counts, strict=True)

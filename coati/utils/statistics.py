@@ -21,7 +21,8 @@ def wilson_interval(successes: float, count: float, z: float = 1.96) -> tuple[fl
 def correlation(count: float, x: float, y: float, xx: float, yy: float, xy: float) -> float:
     """Pearson's correlation from sums over ``count`` pairs: of x, y, their squares and products; 0
     if one is constant."""
-    spread_x, spread_y = count * xx - x * x, count * yy - y * y
+    spread_x = count * xx - x * x
+    spread_y = count * yy - y * y
     if count < 2 or spread_x <= 1e-12 * count * xx or spread_y <= 1e-12 * count * yy:
         return 0.0
     return (count * xy - x * y) / math.sqrt(spread_x * spread_y)

@@ -14,7 +14,8 @@ from rich.text import Text
 
 __all__ = ["NARROWEST", "WIDEST", "places", "table", "terminal_width", "wrap"]
 
-NARROWEST, WIDEST = 24, 200
+NARROWEST = 24
+WIDEST = 200
 
 
 def terminal_width(width: int | None = None) -> int:

@@ -1,5 +1,5 @@
-"""A new plugin costs one row: zero1 is added to the table, is offered by the parsers, trains as plain
-PyTorch does, saves, and resumes to the bit."""
+"""A new plugin costs one row: zero1 is added to the table, is offered by the parsers, trains as
+plain PyTorch does, saves, and resumes to the bit."""
 
 import re
 from pathlib import Path

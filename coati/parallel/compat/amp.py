@@ -16,7 +16,8 @@ class AutocastPrecision(MixedPrecision):
 
     def __init__(self, precision: str, max_norm: float) -> None:
         super().__init__()
-        self.precision, self.max_norm = precision, max_norm
+        self.precision = precision
+        self.max_norm = max_norm
 
     def configure(self, model, optimizer=None, criterion=None):
         if self.precision in AUTOCAST:
@@ -30,7 +31,8 @@ class AutocastPrecision(MixedPrecision):
 
 def _run_under_autocast(model, dtype: torch.dtype) -> None:
     # Not a wrapper module: the plugin's no_sync insists on finding its own class outermost.
-    forward, device = model.forward, next(model.parameters()).device.type
+    forward = model.forward
+    device = next(model.parameters()).device.type
 
     @wraps(forward)
     def autocast_forward(*args, **kwargs):

@@ -205,10 +205,8 @@ def let_gpt2_run_without_labels() -> None:
     given."""
     from colossalai.shardformer.modeling import gpt2
 
-    forward, cross_entropy = (
-        gpt2.GPT2PipelineForwards.gpt2_lmhead_model_forward,
-        gpt2.dist_cross_entropy,
-    )
+    forward = gpt2.GPT2PipelineForwards.gpt2_lmhead_model_forward
+    cross_entropy = gpt2.dist_cross_entropy
 
     @wraps(forward)
     def gpt2_lmhead_model_forward(self, *args, labels=None, **kwargs):
@@ -279,7 +277,8 @@ def infer_before_the_first_step() -> None:
         manager = self.gemini_manager
         if torch.is_grad_enabled() or not (manager.need_warmup and manager.is_warmup()):
             return original(self, *args, **kwargs)
-        policy, known = manager.policy_name, len(manager._compute_list)
+        policy = manager.policy_name
+        known = len(manager._compute_list)
         manager.policy_name = "static"  # asked for in the assertion alone
         try:
             return original(self, *args, **kwargs)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 # (start of the message as a regular expression, why it tells the user nothing)
 KNOWN_WARNINGS = (
@@ -77,10 +78,8 @@ def hush() -> None:
             logging.getLogger(logger).addFilter(_DropKnown())
     if getattr(warnings.showwarning, "knows_coati", False):
         return
-    show, known = (
-        warnings.showwarning,
-        re.compile("|".join(message for message, _ in KNOWN_WARNINGS)),
-    )
+    show = warnings.showwarning
+    known = re.compile("|".join(message for message, _ in KNOWN_WARNINGS))
 
     def show_unknown(message, *args, **kwargs) -> None:
         # torch raises some of these under its own "always" filter, which the filters above cannot
@@ -88,7 +87,7 @@ def hush() -> None:
         if not known.match(str(message)):
             show(message, *args, **kwargs)
 
-    show_unknown.knows_coati = True
+    show_unknown.knows_coati = True  # type: ignore[attr-defined]
     warnings.showwarning = show_unknown
 
 
@@ -117,11 +116,13 @@ def import_colossalai() -> ModuleType:
     # Importing it makes torch start a pool of compiler processes on every rank; nothing here is
     # compiled.
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        import_module("torch._inductor.config").compile_threads = 1
+        config: Any = import_module("torch._inductor.config")
+        config.compile_threads = 1
     hush()
     _import_without("torch.utils.cpp_extension", "No CUDA runtime is found")
     colossalai = import_module("colossalai")
     import_module("colossalai.booster.plugin")
     for module, start in KNOWN_PRINTS:
-        import_module(module).print = _print_without(start)
+        printing: Any = import_module(module)
+        printing.print = _print_without(start)
     return colossalai

@@ -85,7 +85,8 @@ class TorchCpuAdam:
 class TorchCpuAdamExtension:
     """The kernel as ColossalAI's loader wants it: always there, chosen last."""
 
-    name, priority = "cpu_adam_torch", 0
+    name = "cpu_adam_torch"
+    priority = 0
 
     def is_available(self) -> bool:
         return True

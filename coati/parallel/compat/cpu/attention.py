@@ -33,7 +33,8 @@ def sdpa_attention(
 class SdpaExtension:
     """The attention as ColossalAI's loader wants it: always there, chosen last."""
 
-    name, priority = "flash_attention_sdpa_cpu", 0
+    name = "flash_attention_sdpa_cpu"
+    priority = 0
 
     def is_available(self) -> bool:
         return True

@@ -5,7 +5,8 @@ import os
 
 # malloc.h of glibc: the most that may lie free at the end of the heap, and how many blocks may be
 # mapped on their own.
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD = -1
+MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:

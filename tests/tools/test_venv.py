@@ -102,6 +102,8 @@ def test_ci_run_keeps_the_environment_outside_the_checkout(tmp_path, given, expe
     run = subprocess.run(
         [str(ROOT / ".ci" / "run")], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
-    folder, target, variable = run.stdout.split()
-    assert (folder, target) == (str(ROOT), "test") and expected in variable
-    assert not variable.removeprefix("VENV=").startswith(str(ROOT))
+    calls = [line.split() for line in run.stdout.splitlines()]
+    assert [target for _, target, _ in calls] == ["lint", "test"]
+    for folder, _, variable in calls:
+        assert folder == str(ROOT) and expected in variable
+        assert not variable.removeprefix("VENV=").startswith(str(ROOT))

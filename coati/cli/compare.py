@@ -32,7 +32,7 @@ def compare_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files or folders of prompts, of any row shape (required)",
+        help="files or folders of prompts, of any row format (required)",
     )
     add_count(parser, "--max_prompts", help="draw as many prompts, with --seed; default: all")
     add_text(

@@ -42,7 +42,7 @@ def prepare_parser() -> Parser:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="the shape of every row; default: each row's is recognized by its keys",
+        help="the format of every row; default: each row's is recognized by its keys",
     )
     add_text(
         parser, "--split", unit="NAME", help="part of a data set that has several; default: train"

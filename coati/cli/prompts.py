@@ -19,7 +19,7 @@ def prompts_parser() -> Parser:
         parser,
         "--dataset_path",
         unit="PATH",
-        help="file, folder or name of a data set, of any row shape; a last answer is left out (required)",
+        help="file, folder or name of a data set, of any row format; a last answer is left out (required)",
     )
     add_text(
         parser,

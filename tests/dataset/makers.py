@@ -41,7 +41,8 @@ FAMILIES = {
 
 # Tokens that reach over the border between a header, an answer and a marker wherever both sides
 # allow it.
-SPACE, NEWLINE = "Ġ", "Ċ"
+SPACE = "Ġ"
+NEWLINE = "Ċ"
 WIDE = [
     (NEWLINE, NEWLINE),
     (NEWLINE * 2, NEWLINE),

@@ -7,7 +7,9 @@ from coati.dataset.data_types import DATA_TYPES, TOKEN_COLUMNS, type_of_row, typ
 from coati.dataset.rows.formats import CONTENTS, DATASET_FORMATS, FORMATS_OF
 from coati.dataset.types.data_type import Side
 
-IDS, MASK, TEXTS = "list<item: int32>", "list<item: bool>", "list<item: string>"
+IDS = "list<item: int32>"
+MASK = "list<item: bool>"
+TEXTS = "list<item: string>"
 COMMON = {"seq_length": "int32", "seq_category": "string"}
 # As prepared data sets of earlier releases have them.
 FILES = {

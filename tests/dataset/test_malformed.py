@@ -22,7 +22,10 @@ from tests.dataset.makers import LLAMA, byte_level, chatml_tokenizer
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests" / "data" / "malformed"
 SCRIPT = ROOT / "examples" / "data_preparation_scripts" / "prepare_dataset.py"
-GOOD = '{"messages": [{"from": "human", "content": "Hello"}, {"from": "assistant", "content": "Hi there"}]}\n'
+GOOD = (
+    '{"messages": [{"from": "human", "content": "Hello"}, '
+    '{"from": "assistant", "content": "Hi there"}]}\n'
+)
 SFT_KEYS = (
     "expected messages / a list of messages / conversations / instruction, output / source, Target"
 )

@@ -53,7 +53,8 @@ def whole(tmp_path_factory):
 def end_at(owner, name: str, call: int, folder: Path, data: Path) -> None:
     """Prepare in another process, which is gone at once when it comes to the n-th call of a
     function."""
-    original, calls = getattr(owner, name), []
+    original = getattr(owner, name)
+    calls = []
 
     def counted(*args, **keywords):
         calls.append(1)
@@ -193,7 +194,8 @@ def test_a_row_too_bad_removes_what_was_begun(tmp_path):
 
 def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch, capsys):
     data, arrow, _ = whole
-    original, calls = staging.StagingDir.store, []
+    original = staging.StagingDir.store
+    calls = []
 
     def full(*args):
         calls.append(1)

@@ -1,4 +1,4 @@
-"""The samples of examples/data, and the same rows written in every other shape and kind of file:
+"""The samples of examples/data, and the same rows written in every other format and kind of file:
 identical token ids, labels and masks."""
 
 import csv
@@ -39,7 +39,7 @@ def conversation():
 
 
 def tokenized(type: str, rows: list, conversation) -> tuple[list, list[dict]]:
-    """All rows as they are read, whatever their shape and what was left out at their end, and every
+    """All rows as they are read, whatever their format and what was left out at their end, and every
     column of the first 40 training rows."""
     read = [replace(read_row(type, row), format="", unanswered=False) for row in rows]
     return read, [
@@ -125,7 +125,7 @@ REWRITINGS = [
 @pytest.mark.parametrize(
     ("type", "name", "write"), REWRITINGS, ids=[f"{type} {name}" for type, name, _ in REWRITINGS]
 )
-def test_other_shapes_give_the_same_rows(type, name, write, conversation):
+def test_other_formats_give_the_same_rows(type, name, write, conversation):
     for file in SAMPLES[type]:
         rows = [row for row in sample(file) if "Target" not in row]
         if not rows:
@@ -151,7 +151,7 @@ def test_single_rounds_as_alpaca_and_single_questions_as_plain_prompts(conversat
     answers = [{"gt_answer": row.get("gt_answer")} for row in rows]
     expected = tokenized("prompt", rows, conversation)
     assert len(rows) > 100 and sum(row.gt_answer is not None for row in expected[0]) >= 100
-    for shape in (
+    for format in (
         [{"question": q, **a} for q, a in zip(question, answers, strict=True)],
         [{"instruction": q, "id": 1, **a} for q, a in zip(question, answers, strict=True)],
         [
@@ -159,7 +159,7 @@ def test_single_rounds_as_alpaca_and_single_questions_as_plain_prompts(conversat
             for q, a in zip(question, answers, strict=True)
         ],
     ):
-        assert tokenized("prompt", shape, conversation) == expected
+        assert tokenized("prompt", format, conversation) == expected
 
 
 def write_files(folder: Path, rows: list[dict]) -> list[Path]:
@@ -168,7 +168,8 @@ def write_files(folder: Path, rows: list[dict]) -> list[Path]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    lines, array = "".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows, indent=1)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    array = json.dumps(rows, indent=1)
     for name, text in (("a.jsonl", lines), ("a.json", array)):
         (folder / name).write_text(text)
         with gzip.open(folder / f"{name}.gz", "wt") as file:
@@ -206,7 +207,7 @@ def test_tables_give_the_same_rows(tmp_path, conversation):
 
 
 @pytest.mark.parametrize("type", SAMPLES)
-def test_whole_preparations_of_two_shapes_agree(type, tmp_path, conversation):
+def test_whole_preparations_of_two_formats_agree(type, tmp_path, conversation):
     rows = [row for row in sample(SAMPLES[type][0])[:40] if "Target" not in row]
     write = {"sft": SFT, "preference": PREFERENCE, "kto": KTO, "prompt": PROMPT}[type]
     tables = []
@@ -237,14 +238,14 @@ def test_plain_texts_are_learned_whole_and_end(conversation):
         ]
 
 
-def test_the_samples_of_other_shapes_are_what_their_names_say():
+def test_the_samples_of_other_formats_are_what_their_names_say():
     seen = {}
     for path in sorted((DATA / "shapes").iterdir()):
-        type, _, shape = path.stem.partition("_")
-        shape = {"trl_implicit": "trl", "trl_text": "trl"}.get(shape, shape)
+        type, _, format = path.stem.partition("_")
+        format = {"trl_implicit": "trl", "trl_text": "trl"}.get(format, format)
         found = [read_row(type, decode(row)) for _, row in read_rows(path)]
-        assert len(found) >= 3 and {row.format for row in found} == {shape}, path
-        seen.setdefault(type, set()).add(shape)
+        assert len(found) >= 3 and {row.format for row in found} == {format}, path
+        seen.setdefault(type, set()).add(format)
     own = {
         "sft": {"messages", "alpaca", "source_target"},
         "preference": {"preference"},

@@ -39,7 +39,8 @@ class ChatEncoder:
     def __init__(self, tokenizer, end_of_assistant: str = ""):
         self.tokenizer = tokenizer
         self.controls = {i: tokenizer.convert_ids_to_tokens(i) for i in special_ids(tokenizer)}
-        self.end_of_assistant, self._to_check = end_of_assistant, CHECKED
+        self.end_of_assistant = end_of_assistant
+        self._to_check = CHECKED
         texts = {*self.controls.values(), end_of_assistant}
         self.markers = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)")
@@ -92,10 +93,12 @@ class ChatEncoder:
         if key is None and not borders:
             return text, self._ids(text), []
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
-        ids, offsets = encoded.ids, encoded.offsets
+        ids = encoded.ids
+        offsets = encoded.offsets
         if key is not None:
             tokens = self._reveal_sections(text, list(zip(ids, offsets, strict=True)), key)
-            ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
+            ids = [i for i, _ in tokens]
+            offsets = [offset for _, offset in tokens]
             spans, others = (
                 [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in some]
                 for some in (spans, others)
@@ -103,7 +106,8 @@ class ChatEncoder:
             text = self._reveal(text, key)
         if crossed := self._crossed(offsets, self._borders([*spans, *others])):
             tokens = self._cut(text, list(zip(ids, offsets, strict=True)), crossed)
-            ids, offsets = [i for i, _ in tokens], [offset for _, offset in tokens]
+            ids = [i for i, _ in tokens]
+            offsets = [offset for _, offset in tokens]
         return text, ids, self._token_ranges(offsets, spans)
 
     def _sure_of(self, text: str, ids: list[int]) -> bool:
@@ -151,7 +155,8 @@ class ChatEncoder:
     def _cut(self, text: str, tokens: list, borders: list[int]) -> list:
         """``tokens`` with each stretch between control tokens that a border crosses encoded in
         pieces."""
-        cut, end = [], 0
+        cut = []
+        end = 0
         for special, run in self._runs(text, tokens):
             start, end = run[0][1][0] if special else end, run[-1][1][1]
             inside = [border for border in borders if start < border < end]
@@ -215,7 +220,8 @@ class ChatEncoder:
     def _reveal_sections(self, text: str, tokens: list, key: str) -> list:
         """Encode again, as plain text, each stretch between control tokens that holds a
         placeholder."""
-        revealed, end = [], 0
+        revealed = []
+        end = 0
         for special, run in self._runs(text, tokens):
             start, end = run[0][1][0] if special else end, run[-1][1][1]
             moved = self._shift(text, start, key)

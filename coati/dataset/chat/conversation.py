@@ -89,11 +89,11 @@ class Conversation:
         compile_template(self.chat_template)
         self.messages: list[dict[str, str]] = []
         self.derived: dict[str, Any] = {}
-        self.header, self.starts_at_content, self.rewrites = "", False, False
-        self._special_tokens, self._bos = (
-            special_tokens(self.tokenizer),
-            self.tokenizer.bos_token_id,
-        )
+        self.header = ""
+        self.starts_at_content = False
+        self.rewrites = False
+        self._special_tokens = special_tokens(self.tokenizer)
+        self._bos = self.tokenizer.bos_token_id
         self.encoder = ChatEncoder(self.tokenizer, self.end_of_assistant or "")
         examine(self)
         if "end_of_assistant" in self.derived:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-GREEN, RESET = "\033[32m", "\033[0m"
+GREEN = "\033[32m"
+RESET = "\033[0m"
 LONGEST = 6000  # characters of one shown text
 # (supervised, text); supervised is None for a remark about what was left out.
 Segments = list[tuple[bool | None, str]]

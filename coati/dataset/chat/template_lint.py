@@ -50,10 +50,13 @@ def check_template(
     """Examine the template of ``config``, which setup_conversation_template would take, with
     ``tokenizer``. Writes nothing."""
     report = TemplateReport()
-    source, folder, values = "conversation template", Path("."), config or {}
+    source = "conversation template"
+    folder = Path(".")
+    values = config or {}
     try:
         if isinstance(config, str | os.PathLike):
-            source, folder = str(config), Path(config).parent
+            source = str(config)
+            folder = Path(config).parent
             values = load_json(config) if os.path.isfile(config) else {}
         fields = read_fields(values, tokenizer, source, folder)
         probe = TemplateProbe(

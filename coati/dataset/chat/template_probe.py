@@ -188,7 +188,9 @@ class TemplateProbe:
         return self.derived_end if self.given_end is None else self.given_end
 
     def _endings(self) -> Iterator[Finding]:
-        tails, derived, given = self.tails(), self.derived_end, self.given_end
+        tails = self.tails()
+        derived = self.derived_end
+        given = self.given_end
         if not given and not derived:
             yield _refused(
                 "no text follows every answer, so its end cannot be told and a model cannot learn "
@@ -234,7 +236,8 @@ class TemplateProbe:
         """Whether the text up to the end of the first answer, which begins with ``thought``,
         changes once a second round follows."""
         turns = dialogue(tuple(thought + answer for answer in ANSWERS))
-        first, both = self.render(turns[:2]), self.render(turns)
+        first = self.render(turns[:2])
+        both = self.render(turns)
         marker = self.end if self.end and self.end in first else ANSWERS[0]
         end = first.rindex(marker) + len(marker)
         return not both.startswith(first[:end])
@@ -380,7 +383,8 @@ def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
     _, ids, [(first, last)] = conversation.encoder.encode(
         text, [(start, start + len(conversation.end_of_assistant))]
     )
-    marker, eos = ids[first:last], conversation.tokenizer.eos_token_id
+    marker = ids[first:last]
+    eos = conversation.tokenizer.eos_token_id
     if conversation.stop_ids:
         logger.warning_once(
             f"no stop_ids {conversation.stop_ids} ends a trained answer: {marker} "

@@ -17,17 +17,20 @@ Span = tuple[int, int]
 # How GPT-2, Llama 3 and Qwen 2 part words; many others do it in one of these ways.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 KNOWN = (GPT2, LLAMA3, QWEN2)
 # Letters, digits, and all characters that are looked up. No normal form C changes a text of these,
 # none is a number but the ten digits, and none but ASCII letters is an ASCII letter in another
 # case.
-LETTERS, DIGITS = "A-Za-zªµºÀ-ÖØ-öø-žЀ-џ", "0-9"
+LETTERS = "A-Za-zªµºÀ-ÖØ-öø-žЀ-џ"
+DIGITS = "0-9"
 SURE = "\t\n\r -~¡-¬®-±´-¸º»¿-žЀ-џ–—‘’“”•…€"
-MOST_WORDS, LONGEST_WORD = 1 << 16, 40  # in memory: some 15 MB
+# in memory: some 15 MB
+MOST_WORDS = 1 << 16
+LONGEST_WORD = 40
 
 
 def _for_python(pattern: str) -> str:
@@ -111,7 +114,8 @@ class _Memory(dict):
 
         self._always = {text: [i] for text, i in tokens.items()}
         super().__init__(self._always)
-        self._model, self._as_bytes = model, ByteLevel(add_prefix_space=False, use_regex=False)
+        self._model = model
+        self._as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
 
     def __missing__(self, word: str) -> list[int]:
         spelled = "".join(part for part, _ in self._as_bytes.pre_tokenize_str(word))

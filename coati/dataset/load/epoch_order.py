@@ -14,10 +14,12 @@ from coati.dataset.load.packing import packs, padding_share
 
 # Rows are sorted by length inside blocks of this many shuffled rows, then handed out in groups of
 # similar length.
-BLOCK_ROWS, GROUP_ROWS = 1024, 16
+BLOCK_ROWS = 1024
+GROUP_ROWS = 16
 # Sorted exactly, few rows would have the same neighbors in every epoch: lengths are blurred, the
 # more the fewer.
-BLUR, LARGEST_BLUR = 2.0, 0.25
+BLUR = 2.0
+LARGEST_BLUR = 0.25
 _MIXTURE = 0x6D6978  # keeps the draws of a mixture apart from those of the order
 
 
@@ -37,7 +39,8 @@ def epoch_order(
         return order
     spread = min(LARGEST_BLUR, BLUR / np.sqrt(len(lengths)))
     blurred = lengths * np.exp(random.uniform(-spread, spread, len(lengths)))
-    groups, rest = [], []
+    groups = []
+    rest = []
     for start in range(0, len(order), BLOCK_ROWS):
         block = order[start : start + BLOCK_ROWS]
         block = block[np.argsort(blurred[block], kind="stable")]
@@ -85,7 +88,8 @@ class Mixture:
 
     def counts(self) -> list[int]:
         """Rows of each set in an epoch (largest remainders are rounded up)."""
-        total, weight = sum(self.sizes), sum(self.weights)
+        total = sum(self.sizes)
+        weight = sum(self.weights)
         exact = [total * one / weight for one in self.weights]
         counts = [int(share) for share in exact]
         by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
@@ -95,7 +99,8 @@ class Mixture:
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """(sum of sizes,) row indices of an epoch, set by set."""
-        drawn, first = [], 0
+        drawn = []
+        first = 0
         for number, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True)):
             start = epoch * count
             passes = range(start // size, -(-(start + count) // size))
@@ -138,8 +143,11 @@ class EpochOrder:
         pack_length: int | None = None,
     ) -> None:
         self.lengths = lengths if pack_length is None else np.minimum(lengths, pack_length)
-        self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
-        self.mixture, self.pack_length = mixture, pack_length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.group_by_length = group_by_length
+        self.mixture = mixture
+        self.pack_length = pack_length
         self.entries = lru_cache(maxsize=2)(self._entries)
 
     def count(self, epoch: int) -> int:
@@ -183,7 +191,8 @@ class EpochOrder:
 
     def describe_packing(self, batch_size: int) -> str:
         """One line with :meth:`packing_figures`."""
-        figures, found = self.packing_figures(batch_size), self.entries(0)
+        figures = self.packing_figures(batch_size)
+        found = self.entries(0)
         return (
             f"--packing: {sum(map(len, found))} rows in {len(found)} packs of up to "
             f"{self.pack_length} tokens, "

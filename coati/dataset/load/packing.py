@@ -37,7 +37,8 @@ def best_fit_decreasing(
     pack_of = np.empty(len(lengths), dtype=np.int64)
     by_room: dict[int, list[int]] = {}  # packs by the room they have left
     rooms: list[int] = []  # the keys, sorted
-    values, count = lengths.tolist(), 0
+    values = lengths.tolist()
+    count = 0
     for row in np.lexsort((ties, -lengths)).tolist():
         at = bisect_left(rooms, values[row])
         if at == len(rooms):
@@ -71,7 +72,8 @@ def exchange(
         shift = int(random.integers(1, 9))
         first = np.arange(int(random.integers(2 * shift)), max(len(lengths) - shift, 0))
         first = first[(first - first[:1]) // shift % 2 == 0]  # every row in one pair at most
-        short, long = by_length[first], by_length[first + shift]
+        short = by_length[first]
+        long = by_length[first + shift]
         more = lengths[long] - lengths[short]
         room = limit - np.bincount(pack_of, weights=lengths)
         taken = np.bincount(pack_of[short], weights=more, minlength=len(room))

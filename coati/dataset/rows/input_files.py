@@ -56,7 +56,8 @@ def _files_of(path: Path, split: str | None) -> list[Path]:
         return _files_of_hub(path, split)
     if (path / "preparation.json").is_file():
         raise ValueError(f"{path}: is prepared already; pass it to a trainer with --dataset")
-    found, ignored = [], []
+    found = []
+    ignored = []
     _search(path, split, found, ignored)
     if any(
         kind_of(file) != ".txt" for file in found

@@ -26,7 +26,9 @@ def sample_prompts(
     counts the usable rows from 0, ``gt_answer`` and ``category`` are kept. Rows that cannot be used
     are counted and said. Raises ValueError when none can.
     """
-    dice, drawn, examples = random.Random(seed), [], []
+    dice = random.Random(seed)
+    drawn = []
+    examples = []
     usable = unusable = 0
     for found in _prompts(paths):
         if isinstance(found, str):

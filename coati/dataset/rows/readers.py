@@ -101,9 +101,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make 
 
 def _place(error: json.JSONDecodeError, row: bytes) -> str:
     if b"\0" in row:
-        return f"NUL bytes, the first at column {row.index(0) + 1}: UTF-16 text, or a file that was not written whole"
+        return (
+            f"NUL bytes, the first at column {row.index(0) + 1}: UTF-16 text, or a file that was "
+            "not written whole"
+        )
     if row.strip() in (b"{", b"["):
-        return "the object goes on in the next line; write one object per line, or one array over the whole file"
+        return (
+            "the object goes on in the next line; write one object per line, or one array over the "
+            "whole file"
+        )
     within = f" of line {error.lineno} of the row" if error.lineno > 1 else ""
     return f"{error.msg.removesuffix(' at')} at column {error.colno}{within}"
 
@@ -162,7 +168,9 @@ def array_elements(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     without end the last text is None.
     """
     buffer, line = _after_bracket(stream)
-    scanned, depth, wanted = 0, 0, BLOCK
+    scanned = 0
+    depth = 0
+    wanted = BLOCK
     while True:
         start = 0
         for mark in _MARK.finditer(buffer, scanned):

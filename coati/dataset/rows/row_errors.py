@@ -30,8 +30,8 @@ DEFAULT_OVERLAP_WORDS = 13
 MALFORMED_REASONS = {
     "bad_json": "the line is not JSON",
     "bad_csv": "the record does not match the header of its csv file",
-    "wrong_keys": "no known row shape has these keys",
-    "wrong_type": "the row has the shape of another --type",
+    "wrong_keys": "no known row format has these keys",
+    "wrong_type": "the row has the format of another --type",
     "unknown_role": "a role other than user, human, assistant, gpt, system",
     "unsupported_role": "a turn of a tool, function or developer, or an answer that calls a tool",
     "roles_not_alternating": "user and assistant do not take turns",
@@ -64,7 +64,9 @@ REASONS = (
         "template_refused": "the chat template refuses this conversation",
         "template_rewrites": "the chat template changes an earlier turn of this conversation",
         "no_end_marker": "end_of_assistant does not follow an answer",
-        "marker_in_text": "a message holds a control marker that cannot be encoded as ordinary text",
+        "marker_in_text": (
+            "a message holds a control marker that cannot be encoded as ordinary text"
+        ),
     }
     | CLEANING_REASONS
 )

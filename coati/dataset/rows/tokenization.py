@@ -24,8 +24,8 @@ def tokenize_sft(
     ``max_length`` tokens.
 
     Keeps the first complete rounds that fit. All columns are None when the row cannot be used
-    (``read_row`` and ``DataType.tokenize`` say why). With a template that rewrites earlier turns: the row of the last
-    answer. ``tokenizer`` must be the template's.
+    (``read_row`` and ``DataType.tokenize`` say why). With a template that rewrites earlier turns:
+    the row of the last response. ``tokenizer`` must be the template's.
     """
     return _tokenize("sft", data_point, tokenizer, conversation_template, max_length)
 

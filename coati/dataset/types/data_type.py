@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 Columns = dict[str, Any]
 TrainingRows = list[tuple[Columns, bool]]  # (columns, whether the row was cut to max_length)
 # What a column may hold: token ids, labels or a mask by token, a flag, or what is there to read.
-IDS, LABELS, MASK, FLAG = "ids", "labels", "mask", "flag"
-TEXT, TEXTS, COUNT, NUMBER = "text", "texts", "count", "number"
+IDS = "ids"
+LABELS = "labels"
+MASK = "mask"
+FLAG = "flag"
+TEXT = "text"
+TEXTS = "texts"
+COUNT = "count"
+NUMBER = "number"
 COMMON = {"seq_length": COUNT, "seq_category": TEXT}
 
 

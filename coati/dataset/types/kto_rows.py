@@ -74,7 +74,8 @@ class Kto(DataType):
         return [(columns, False)]
 
     def sides(self, columns: Columns) -> list[Side]:
-        prompt, completion = columns["prompt"], columns["completion"]
+        prompt = columns["prompt"]
+        completion = columns["completion"]
         return [Side("", prompt + completion, [0] * len(prompt) + [1] * len(completion))]
 
     def collator(self) -> Callable[..., Any]:
@@ -91,4 +92,6 @@ class Kto(DataType):
     def warnings(self, report: dict[str, Any]) -> Iterator[str]:
         for label, what in (("true", "good"), ("false", "bad")):
             if not report["traits"].get(f"label {label}"):
-                yield f"no row has label {label}: KTO learns from {what} answers too, and needs both"
+                yield (
+                    f"no row has label {label}: KTO learns from {what} answers too, and needs both"
+                )

@@ -44,12 +44,14 @@ class Prompt(DataType):
         whole = len(row.messages)
         row.messages = without_answer(row.messages)
         row.unanswered = len(row.messages) < whole
-        row.chosen, row.rejected = [], []
+        row.chosen = []
+        row.rejected = []
         row.completion = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         encoded = conversation.encode_prompt(row.messages)
-        ids, bos = encoded.input_ids, conversation.tokenizer.bos_token
+        ids = encoded.input_ids
+        bos = conversation.tokenizer.bos_token
         if len(ids) > max_length:
             raise RowError("too_long", f"{len(ids)} tokens are needed, max_length is {max_length}")
         # The ids are those of the rendered text, behind the begin token where the template writes
@@ -73,7 +75,8 @@ class Prompt(DataType):
         return DataCollatorForPromptDataset
 
     def warnings(self, report: dict[str, Any]) -> Iterator[str]:
-        rows, traits = report["rows_kept"], report["traits"]
+        rows = report["rows_kept"]
+        traits = report["traits"]
         having = traits.get("gt_answer", 0)
         if 0 < having < rows:
             yield (

@@ -109,7 +109,8 @@ def test_nothing_given_is_derived_printed_and_stored(tmp_path, capsys):
 
 
 def test_an_existing_file_is_never_changed(tmp_path):
-    path, beside = tmp_path / "mine.json", tmp_path / "out" / "template.json"
+    path = tmp_path / "mine.json"
+    beside = tmp_path / "out" / "template.json"
     path.write_text('{"system_message": "Be brief."}')
     conversation = setup_conversation_template(chatml_tokenizer(), path, save_path=beside)
     assert path.read_text() == '{"system_message": "Be brief."}'

@@ -49,7 +49,8 @@ def by_pattern(pattern: str):
 
 def trained(parting, normalizer=None) -> Tokenizer:
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = parting, decoders.ByteLevel()
+    core.pre_tokenizer = parting
+    core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=450, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
@@ -98,7 +99,8 @@ def test_ids_are_the_tokenizers_own(name, text):
 
 @pytest.mark.parametrize("name", CORES)
 def test_every_character_that_is_looked_up_is_parted_as_the_tokenizer_does(name):
-    core, by_words = CORES[name], Words.of(CORES[name])
+    core = CORES[name]
+    by_words = Words.of(CORES[name])
     sure = [c for c in map(chr, range(0x2500)) if by_words.encode(c) is not None]
     assert len(sure) > 400 and "é" in sure and "Ж" in sure
     for one in sure:
@@ -182,7 +184,8 @@ def test_the_memory_stays_small(monkeypatch):
 def test_the_encoder_gives_the_same_with_and_without(text, monkeypatch):
     tokenizer = chatml_tokenizer()
     whole = f"<|im_start|>assistant\n{text}<|im_end|>\n"
-    start, end = len("<|im_start|>assistant\n"), len(whole) - 1
+    start = len("<|im_start|>assistant\n")
+    end = len(whole) - 1
     one = ChatEncoder(tokenizer, "<|im_end|>").encode(whole, [(start, end)], others=[(3, 5)])
     monkeypatch.setattr(ChatEncoder, "_words", None)
     assert one == ChatEncoder(tokenizer, "<|im_end|>").encode(
@@ -191,7 +194,8 @@ def test_the_encoder_gives_the_same_with_and_without(text, monkeypatch):
 
 
 def test_a_memory_that_differs_from_the_tokenizer_is_found_out_and_left(monkeypatch, capsys):
-    encoder, text = ChatEncoder(chatml_tokenizer(), "<|im_end|>"), "hi there"
+    encoder = ChatEncoder(chatml_tokenizer(), "<|im_end|>")
+    text = "hi there"
     right = encoder.encode(text, [])
     monkeypatch.setattr(type(encoder._words), "encode", lambda *_: ([0], []))
     encoder = ChatEncoder(chatml_tokenizer(), "<|im_end|>")

@@ -212,7 +212,8 @@ def tensors(**columns) -> dict:
 def test_supervising_all_is_one_rule_for_labels_packs_and_masks():
     """Real tokens, but not the first of a row that padding or another row precedes, nor blank
     rows."""
-    ids, real = [[9, 5, 6], [9, 9, 7], [5, 6, 9]], [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
+    ids = [[9, 5, 6], [9, 9, 7], [5, 6, 9]]
+    real = [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
     labels = [[-100, -100, 6], [-100, -100, -100], [-100, 6, -100]]
     batch = tensors(input_ids=ids, attention_mask=real, labels=labels)
     found = supervise_all(batch)["labels"].tolist()

@@ -86,7 +86,8 @@ def test_a_mixture_by_hand():
     times."""
     mixture = Mixture(("a", "b"), (4, 4), (3.0, 1.0))
     assert mixture.counts() == [6, 2]
-    first, second = mixture.rows(0, 0), mixture.rows(0, 1)
+    first = mixture.rows(0, 0)
+    second = mixture.rows(0, 1)
     assert sorted([*first[6:], *second[6:]]) == [4, 5, 6, 7]
     assert sorted([*first[:6], *second[:6]]) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert mixture.describe() == (

@@ -1,5 +1,5 @@
-"""Every row shape of every type and the exact messages it becomes; what rows of no or another shape
-say."""
+"""Every row format of every type and the exact messages it becomes; what rows of no format, or of
+another, say."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def spelled(
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = turns("q1", "a1", "q2", "a2")
 PARTS = [{"type": "text", "text": "q"}, {"type": "text", "text": "1"}]
-# shape, row, messages
+# format, row, messages
 SFT = [
     ("messages", {"messages": spelled(CHAT, "from", user="human")}, CHAT),
     ("messages", {"messages": spelled([SYSTEM, *CHAT], "from", user="User")}, [SYSTEM, *CHAT]),
@@ -89,8 +89,9 @@ PROMPT = [
 ]
 ASKED = spelled(CHAT[:3], "from", user="human")
 HH = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
-WELL, BADLY = turns("a2", first="assistant"), turns("no", first="assistant")
-# shape, row, context, chosen, rejected
+WELL = turns("a2", first="assistant")
+BADLY = turns("no", first="assistant")
+# format, row, context, chosen, rejected
 PREFERENCE = [
     (
         "preference",
@@ -168,7 +169,7 @@ PREFERENCE = [
         BADLY,
     ),
 ]
-# shape, row, prompt, completion, label
+# format, row, prompt, completion, label
 KTO = [
     (
         "kto",
@@ -188,36 +189,36 @@ KTO = [
     ("type", "case"), [("sft", case) for case in SFT] + [("prompt", case) for case in PROMPT]
 )
 def test_conversations_and_prompts(type, case):
-    shape, row, messages = case
+    format, row, messages = case
     before = copy.deepcopy(row)
-    for found in (read_row(type, row), read_row(type, row, shape)):
-        assert (found.messages, found.format, found.text) == (messages, shape, None)
+    for found in (read_row(type, row), read_row(type, row, format)):
+        assert (found.messages, found.format, found.text) == (messages, format, None)
         assert found.label is found.completion is None and found.chosen == found.rejected == []
     assert row == before
 
 
-@pytest.mark.parametrize(("shape", "row", "context", "chosen", "rejected"), PREFERENCE)
-def test_preferences(shape, row, context, chosen, rejected):
+@pytest.mark.parametrize(("format", "row", "context", "chosen", "rejected"), PREFERENCE)
+def test_preferences(format, row, context, chosen, rejected):
     before = copy.deepcopy(row)
-    for found in (read_row("preference", row), read_row("preference", row, shape)):
+    for found in (read_row("preference", row), read_row("preference", row, format)):
         assert (found.messages, found.chosen, found.rejected, found.format) == (
             context,
             chosen,
             rejected,
-            shape,
+            format,
         )
     assert row == before
 
 
-@pytest.mark.parametrize(("shape", "row", "prompt", "completion", "label"), KTO)
-def test_judged_answers(shape, row, prompt, completion, label):
+@pytest.mark.parametrize(("format", "row", "prompt", "completion", "label"), KTO)
+def test_judged_answers(format, row, prompt, completion, label):
     before = copy.deepcopy(row)
-    for found in (read_row("kto", row), read_row("kto", row, shape)):
+    for found in (read_row("kto", row), read_row("kto", row, format)):
         assert (found.messages, found.completion, found.label, found.format) == (
             prompt,
             completion,
             label,
-            shape,
+            format,
         )
     assert row == before
 
@@ -235,7 +236,7 @@ def test_plain_text(row, text):
     assert (found.text, found.messages, found.format) == (text, [], "source_target")
 
 
-def test_every_shape_is_shown_above():
+def test_every_format_is_shown_above():
     seen = {
         (t, c[0])
         for t, cases in (("sft", SFT), ("prompt", PROMPT), ("preference", PREFERENCE), ("kto", KTO))
@@ -244,7 +245,7 @@ def test_every_shape_is_shown_above():
     seen.add(("sft", "source_target"))
     also_as_prompts = {("prompt", name) for name in ("rm_static",)}
     assert seen | also_as_prompts == {
-        (type, shape.name) for shape in DATASET_FORMATS for type in shape.types
+        (type, format.name) for format in DATASET_FORMATS for type in format.types
     }
     assert set(FORMATS) == {name for names in FORMATS_OF.values() for name in names}
 

@@ -1,4 +1,4 @@
-"""Every file and row shape that is read, and what a bad row says."""
+"""Every file and row format that is read, and what a bad row says."""
 
 import gzip
 import json
@@ -152,7 +152,7 @@ def test_gz_and_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet")
     (_, first), (line, second) = list(read_rows(tmp_path / "a.parquet"))
     assert read_sft(first).messages == ROUND and line == 2
-    with pytest.raises(RowError, match="no known row shape"):
+    with pytest.raises(RowError, match="no known row format"):
         read_sft(second)
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(json.dumps({"messages": ROUND}) + "\n")
@@ -190,7 +190,8 @@ def test_paths_without_data_are_named(tmp_path):
 def test_csv_records_stand_on_their_first_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(
-        b'\xef\xbb\xbfinstruction,input,output\n"Say ""hi"",\nplease",,a\nq,,a,extra\n\nq,\xff,a\nq,,"b, c"\n'
+        b'\xef\xbb\xbfinstruction,input,output\n"Say ""hi"",\nplease",,a\n'
+        b'q,,a,extra\n\nq,\xff,a\nq,,"b, c"\n'
     )
     found = list(read_rows(path))
     assert [line for line, _ in found] == [2, 4, 6, 7]

@@ -61,12 +61,14 @@ def test_longer_dialogues_and_ground_truths_are_kept(tmp_path, capsys):
     said = capsys.readouterr().err
     assert (
         "rows that hold no prompt and are left out: 1" in said
-        and "a.json:1: no known row shape" in said
+        and "a.json:1: no known row format" in said
     )
 
 
 def test_nothing_usable_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="a.json: no prompt found\n.*a.json:1: no known row shape"):
+    with pytest.raises(
+        ValueError, match="a.json: no prompt found\n.*a.json:1: no known row format"
+    ):
         sample_prompts([write(tmp_path / "a.json", [{"x": 1}])], 5)
 
 

@@ -26,8 +26,11 @@ PAIR = {
     "rejected": messages("", "go away", "why?", "ask")[1:],
 }
 JUDGED = {"prompt": CONTEXT, "completion": {"role": "assistant", "content": "fine"}, "label": True}
-PLAIN = "{{ bos_token }}{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content + (eos_token if m.role != 'user' "
-PLAIN += "else '') }}{% endfor %}{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content + "
+    "(eos_token if m.role != 'user' else '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,8 @@ def rows(type: str, row, conversation: Conversation, max_length: int = 4096) -> 
 
 def shown(conversation, ids, mask) -> str:
     """The text, with what the mask marks in brackets."""
-    text, inside = "", False
+    text = ""
+    inside = False
     for token, marked in zip(ids, mask, strict=True):
         if bool(marked) != inside:
             text, inside = text + ("<<" if marked else ">>"), bool(marked)
@@ -105,7 +109,8 @@ def test_a_judged_answer_by_hand(plain):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_template_marks_the_last_answer_and_its_end(name):
     conversation = family(name)
-    decode, written = conversation.encoder.decode, WRITTEN.get(name, lambda text: text)
+    decode = conversation.encoder.decode
+    written = WRITTEN.get(name, lambda text: text)
     (prompt,) = rows("prompt", {"messages": CONTEXT}, conversation)
     (pair,) = rows("preference", PAIR, conversation)
     (judged,) = rows("kto", JUDGED, conversation)
@@ -195,7 +200,8 @@ def test_word_start_marks(kind):
 
 
 def test_plain_text_by_hand(plain):
-    bos, eos = plain.tokenizer.bos_token_id, plain.tokenizer.eos_token_id
+    bos = plain.tokenizer.bos_token_id
+    eos = plain.tokenizer.eos_token_id
     (row,) = rows("sft", {"source": "ab", "Target": "c"}, plain)
     text = plain.tokenizer.encode("ab\nc", add_special_tokens=False)
     assert row["input_ids"] == [bos, *text, eos] and row["labels"] == [-100, *text, eos]

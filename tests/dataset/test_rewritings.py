@@ -39,8 +39,8 @@ def conversation():
 
 
 def tokenized(type: str, rows: list, conversation) -> tuple[list, list[dict]]:
-    """All rows as they are read, whatever their format and what was left out at their end, and every
-    column of the first 40 training rows."""
+    """All rows as they are read, whatever their format and what was left out at their end, and
+    every column of the first 40 training rows."""
     read = [replace(read_row(type, row), format="", unanswered=False) for row in rows]
     return read, [
         columns

@@ -208,10 +208,9 @@ def loaders(
     prompts: Any,
     evaluation: Any,
     ptx: Any,
-    plan: EpochOrder,
+    epoch_order: EpochOrder,
 ) -> tuple:
-    """A window of prompts for each episode, batches to evaluate on, and a window of supervised rows
-    for each step."""
+    """The prompts of each episode, batches to evaluate on, and the supervised rows of each step."""
     mesh = {"dp_rank": actor.mesh.dp_rank, "dp_size": actor.mesh.dp_size}
     collate = DataCollatorForPromptDataset(tokenizer, args.max_length - args.max_seq_len)
     batch = args.experience_batch_size
@@ -220,7 +219,7 @@ def loaders(
         collate,
         batch_size=batch,
         accumulation_steps=args.num_collect_steps,
-        epoch_order=plan,
+        epoch_order=epoch_order,
         **mesh,
     )
     asked = (

@@ -4,19 +4,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
-from coati.experience_maker.experience import sample_indices
+from coati.experience_maker.experience import Experience, sample_indices
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.model_inputs import sum_over
 from coati.experience_maker.rollout_batch import RolloutBatch
-from coati.parallel.checkpoint import RunningState
+from coati.parallel.checkpoint import RunningState, clean, save_models
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.monitor.rl_checks import RLChecks
-from coati.trainer.monitor.rl_reporter import RLReporter
+from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
+from coati.trainer.monitor.sample_table import SampleRow, sample_table
 from coati.trainer.policy_objective import (
     PolicyObjective,
     PolicySettings,
@@ -24,12 +26,16 @@ from coati.trainer.policy_objective import (
     ValueObjective,
 )
 from coati.trainer.progress import ProgressBar
+from coati.trainer.run_log import RunLog
 from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
 from coati.utils.distributed import any_rank
 from coati.utils.logging import get_logger
+from coati.utils.meter import AccumulativeMeanMeter
 
 logger = get_logger(__name__)
+
+EVALUATION = 2**32 - 1  # the "episode" whose noise evaluations are sampled with: the same at each
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class OLTrainer:
         intervals count episodes here. assets: what is saved beside the weights of each model, by
         name. buffer_state: what :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found of a
         run stopped inside an episode. checks: what watches the metrics for signs of trouble.
+        settings: of the run, for wandb and TensorBoard.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class OLTrainer:
         assets: dict[str, ModelAssets] | None = None,
         buffer_state: dict[str, Any] | None = None,
         checks: RLChecks | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.engine = actor
         self.critic = critic
@@ -102,11 +110,12 @@ class OLTrainer:
         self.values = ValueObjective(value_clip)
         self.pretraining = PtxObjective()
         self.stopped_early = False
-        trained = self.state.trainer
+        trained = current_names(self.state.trainer)
         self.episode: int = trained.get("episode", 0)
         self._position: tuple[int, int] = (0, 0)  # the pass and the step of it that come next
         self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
-        self.record = RLReporter(self, checks)
+        self.log = RunLog(self.name, self.schedule, trained, settings)
+        self.reporter = RLReporter(self.log, checks, trained)
         if "maker" in trained:
             maker.load_state_dict(trained["maker"])
         if buffer_state is not None:
@@ -132,15 +141,15 @@ class OLTrainer:
 
     @property
     def first_evaluation(self) -> dict[str, float]:
-        return self.record.first_evaluation
+        return self.log.first_evaluation
 
     @property
     def last_evaluation(self) -> dict[str, float]:
-        return self.record.last_evaluation
+        return self.log.last_evaluation
 
     @property
     def best(self) -> dict[str, float]:
-        return self.record.best
+        return self.log.best
 
     def run(
         self,
@@ -161,18 +170,21 @@ class OLTrainer:
             NonFiniteLoss: naming the episode; the last checkpoint stays as it was.
             ValueError: on every rank, for a reward function that fails on one.
         """
-        self.record.open(log_dir, use_wandb)
+        self.log.open(self.episode, log_dir, use_wandb)
+        if self.episode == 0 and self.first_evaluation:
+            # Of a run stopped in its first episode, whose metrics file is new.
+            self.log.tracker.log(self.first_evaluation, 0)
         bar = ProgressBar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
         try:
             with GracefulStop() as stop:
-                if self.episode == 0 and not self.record.first_evaluation:
-                    self.record.evaluate(evaluation, bar)
+                if self.episode == 0 and not self.first_evaluation:
+                    self._evaluate(evaluation, bar)
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
                     self._run_episode(prompts, evaluation, ptx, bar, stop)
-            self.record.memory()
+            self.log.log_memory(self.episode)
         finally:
             bar.close()
-            self.record.close()
+            self.log.close()
 
     def rehearse(self, prompts: Any, ptx: Any = None) -> dict[str, float]:
         """The first collect phase and one optimizer step, of which nothing is logged or saved; what
@@ -187,30 +199,33 @@ class OLTrainer:
             self._step(next(batches), ptx, never)
         finally:
             bar.close()
-        return self.record.metrics()
+        return self._metrics()
 
     def _run_episode(
         self, prompts: Any, evaluation: Any, ptx: Any, bar: ProgressBar, stop: GracefulStop
     ) -> None:
         if not len(self.buffer) and not self._collect(prompts, bar, stop):
             self.stopped_early = True
-            self.record.save()
+            self.save()
             return
         if not self._update(ptx, bar, stop):
             self.stopped_early = True
-            self.record.save(self.buffer.state_dict())
+            self.save(self.buffer.state_dict())
             return
         self.buffer.clear()
         self._position = (0, 0)
         self.episode += 1
         self.state.sample_start_index += prompts.rows_per_step
-        self.record.episode(bar)
+        if self.episode % max(self.schedule.log_interval, 1):
+            bar.step()
+        else:
+            self.reporter.log_episode(self._metrics(), self.episode, bar)
         last = self.episode == self.episodes.num_episodes
         if self._due(self.schedule.eval_interval) or last:
-            self.record.evaluate(evaluation, bar)
+            self._evaluate(evaluation, bar)
         self.stopped_early = any_rank(stop.requested) and not last
         if self._due(self.schedule.save_interval) or self.stopped_early:
-            self.record.save()
+            self.save()
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.episode % interval == 0
@@ -236,7 +251,11 @@ class OLTrainer:
         experiences, metrics = self.maker.finalize_advantages(collected)
         for experience in experiences:
             self.buffer.append(experience)
-        self.record.collected(collected, metrics, bar)
+        metrics["kl_coef"] = self.maker.kl.kl_coef
+        self.reporter.add_rollouts(collected, metrics, self.engine.mesh.is_loss_rank)
+        interval = self.episodes.sample_interval
+        if interval and self.episode % interval == 0:
+            self.reporter.show_samples(collected[-1], self.episode + 1, bar)
         return True
 
     def _next_prompts(self, prompts: Any) -> list[dict[str, Any]]:
@@ -250,58 +269,50 @@ class OLTrainer:
     def _update(self, ptx: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
         """The passes over the buffer, from where an interrupted run stood; False when a rank was
         asked to stop."""
-        episodes, (first, start) = self.episodes, self._position
-        total = episodes.num_update_steps * episodes.steps_per_pass
+        episodes = self.episodes
+        steps = episodes.steps_per_pass
+        total = episodes.num_update_steps * steps
         self.policy.temperature = episodes.temperature(self.episode)
         if self.policy.settings.kl_coef:
             self.policy.kl_coef = self.maker.kl.kl_coef
+        first, start = self._position
         for number in range(first, episodes.num_update_steps):
             batches = self.buffer.global_batches(
-                episodes.steps_per_pass,
-                seed=episodes.seed,
-                episode=self.episode,
-                update=number,
-                start=start,
+                steps, seed=episodes.seed, episode=self.episode, update=number, start=start
             )
             for index, micro_batches in enumerate(batches, start):
-                bar.phase(f"update {number * episodes.steps_per_pass + index + 1}/{total}")
-                self.policy.first_pass = number == 0 and index == 0
-                stopping = self._step(micro_batches, ptx, stop)
-                done = (
-                    number + 1 == episodes.num_update_steps and index + 1 == episodes.steps_per_pass
-                )
-                if stopping and not done:
-                    self._position = (
-                        (number, index + 1)
-                        if index + 1 < episodes.steps_per_pass
-                        else (number + 1, 0)
-                    )
+                done = number * steps + index + 1
+                bar.phase(f"update {done}/{total}")
+                self.policy.first_pass = done == 1
+                if self._step(micro_batches, ptx, stop) and done < total:
+                    self._position = divmod(done, steps)
                     return False
             start = 0
         return True
 
-    def _step(self, window: list, ptx: Any, stop: GracefulStop) -> bool:
+    def _step(self, micro_batches: list[Experience], ptx: Any, stop: GracefulStop) -> bool:
         """One update of every model; whether a rank was asked to stop."""
         started = time.perf_counter()
         aux = []
         if self.ptx_coef:
             aux = [LossPart(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
         try:
-            batches = self.policy.window(window)
+            batches = self.policy.batches(micro_batches)
             step = self.engine.train_step(
                 batches, self.policy, stop.requested, weight=1 - self.ptx_coef, aux_losses=aux
             )
-            values = self._critic_step(window)
+            value_step = self._critic_step(micro_batches)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._describe(error)) from error
         self.state.step += 1
-        self.record.step(step, values, time.perf_counter() - started)
+        self.reporter.add_step(step, value_step, time.perf_counter() - started)
         return step.stop
 
-    def _critic_step(self, window: list) -> Step | None:
+    def _critic_step(self, micro_batches: list[Experience]) -> Step | None:
         if self.critic is None:
             return None
-        return self.critic.train_step(self.values.window(window), self.values, weight=self.vf_coef)
+        batches = self.values.batches(micro_batches)
+        return self.critic.train_step(batches, self.values, weight=self.vf_coef)
 
     def _next_ptx(self, ptx: Any) -> list[Batch]:
         epoch, start = self._ptx_at
@@ -311,17 +322,64 @@ class OLTrainer:
         return next(islice(ptx.global_batches(epoch, start), 1))
 
     def _describe(self, error: NonFiniteLoss) -> str:
-        folder = self.schedule.save_dir
-        kept = f"the last checkpoint in {folder} is untouched" if folder else "nothing was saved"
         return (
-            f"{error} (episode {self.episode + 1}, optimizer step {self.state.step + 1}); {kept}. "
-            "Lower --lr, "
-            "--critic_lr or --grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
+            f"{error} (episode {self.episode + 1}, optimizer step {self.state.step + 1}); "
+            f"{self.log.what_is_kept()}. Lower --lr, --critic_lr or --grad_clip, or use "
+            "--mixed_precision bf16 or fp32 instead of fp16"
         )
 
+    # Reporting and saving
+
+    def _metrics(self) -> dict[str, float]:
+        """Of the episodes since the last call; every rank must call it."""
+        episodes = self.episodes
+        metrics = self.reporter.take_metrics(episodes.num_update_steps * episodes.steps_per_pass)
+        metrics["optimizer_steps"] = self.state.step
+        for name, engine in self.models.items():
+            if engine.lr_scheduler is not None:
+                metrics[f"lr_{name}"] = engine.lr_scheduler.get_last_lr()[0]
+        return metrics
+
+    def _evaluate(self, evaluation: Any, bar: ProgressBar) -> None:
+        """Reward, length and KL of one response to each prompt of ``evaluation``, sampled with the
+        same noise at every evaluation."""
+        if evaluation is None:
+            return
+        bar.phase("evaluation")
+        meter = AccumulativeMeanMeter()
+        temperature = self.episodes.temperature(self.episode)
+        shown: list[SampleRow] = []
+        for rows, prompts in zip(evaluation.rows(), evaluation, strict=True):
+            # A rank that has run out of rows repeats one whose numbers are left out.
+            indices = rows + [0] * (len(prompts["input_ids"]) - len(rows))
+            batch = self.maker.rollout_and_score(prompts, indices, EVALUATION, temperature)
+            meter.add_all({name: [values[: len(rows)]] for name, values in batch.samples.items()})
+            shown += rows_of(batch, len(rows))
+        metrics = meter.report()
+        self.log.evaluated(metrics, self.episode)
+        named = ("reward", "approx_kl", "response_length", "stop_rate")
+        summary = ", ".join(f"{name} {metrics[name]:.4g}" for name in named)
+        bar.write(f"episode {self.episode}: on prompts of --eval_prompt_dataset {summary}")
+        bar.write(sample_table(shown[:SAMPLES]))
+        best = self.log.keep_best(self.engine, self.assets, self.state.step, episode=self.episode)
+        if best:
+            bar.write(f"episode {self.episode}: {best}")
+
+    def save(self, buffer_state: dict[str, Any] | None = None) -> Path | None:
+        """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
+        must call it."""
+        save_dir = self.schedule.save_dir
+        if save_dir is None:
+            return None
+        self.state.trainer = self.state_dict() | self.log.state_dict() | self.reporter.state_dict()
+        models = {name: (engine, self.model_assets[name]) for name, engine in self.models.items()}
+        path = save_models(save_dir, models, self.state, buffer_state)
+        clean(save_dir, self.schedule.keep_last_k)
+        return path
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights, optimizers and the buffer; JSON keeps it
-        exactly."""
+        """What a resumed run needs beside weights, optimizers, the buffer and what is not logged
+        yet; JSON keeps it exactly."""
         return {
             "episode": self.episode,
             "position": list(self._position),
@@ -329,3 +387,22 @@ class OLTrainer:
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }
+
+
+RENAMED_METRICS = {"entropy": "sampled_entropy"}
+
+
+def current_names(trained: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's state of a checkpoint, metrics under today's names."""
+
+    def renamed(by_name: dict[str, Any]) -> dict[str, Any]:
+        return {RENAMED_METRICS.get(name, name): value for name, value in by_name.items()}
+
+    current = dict(trained)
+    if "meter" in trained:
+        current["meter"] = [renamed(of_rank) for of_rank in trained["meter"]]
+    if "signs" in trained:
+        history = dict(trained["signs"]["history"])
+        history |= {key: renamed(history[key]) for key in ("first", "recent", "counts")}
+        current["signs"] = trained["signs"] | {"history": history}
+    return current

@@ -40,14 +40,14 @@ class PolicyObjective(Objective):
     sampled."""
 
     def __init__(self, settings: PolicySettings, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        self.settings, self.reduce_sum, self.temperature = settings, reduce_sum, 1.0
+        self.settings = settings
+        self.reduce_sum = reduce_sum
         self.kl_coef = settings.kl_coef  # a KL target moves it
         self.first_pass = False  # whether the policy is still the one that sampled
 
-    def window(self, experiences: Sequence[Experience]) -> list[Batch]:
-        """The batches of a window: what the model gets, and per action (B, A) what the loss
-        needs."""
-        return [self._batch(each) for each in experiences]
+    def batches(self, micro_batches: Sequence[Experience]) -> list[Batch]:
+        """For each micro-batch what the model gets, and per action (B, A) what the loss needs."""
+        return [self._batch(experience) for experience in micro_batches]
 
     def _batch(self, experience: Experience) -> Batch:
         batch = policy_batch(experience)
@@ -83,16 +83,17 @@ class PolicyObjective(Objective):
 
 
 class ValueObjective(Objective):
-    """The clipped squared error of the values, mean over the actions of the window."""
+    """The clipped squared error of the values, mean over the actions of the global batch."""
 
     def __init__(self, clip: float = 0.2) -> None:
         self.clip = clip
 
-    def window(self, experiences: Sequence[Experience]) -> list[Batch]:
+    def batches(self, micro_batches: Sequence[Experience]) -> list[Batch]:
+        """For each micro-batch what the critic gets, and per action (B, A) what the loss needs."""
         return [
             critic_batch(each)
             | {"action_mask": each.action_mask, "old": each.values, "returns": each.returns}
-            for each in experiences
+            for each in micro_batches
         ]
 
     def num_terms(self, batch: Batch) -> Tensor:

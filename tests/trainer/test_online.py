@@ -264,7 +264,7 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
         )
         return tmp_path
 
-    monkeypatch.setattr("coati.trainer.monitor.rl_reporter.save_models", save)
+    monkeypatch.setattr("coati.trainer.online.save_models", save)
     first = trainer(place.get("actor"), place.get("maker"), schedule=RunSchedule(str(tmp_path)))
     first.run(loader())
     assert first.stopped_early

@@ -82,7 +82,7 @@ def hooks_of(reduce_sum=lambda sums: sums, **settings) -> PolicyObjective:
 def taken(engine, hooks, window, **more):
     """The step and its gradient."""
     engine.optimizer.zero_grad()  # what the test itself has left
-    step = engine.train_step(hooks.window(window), hooks, **more)
+    step = engine.train_step(hooks.batches(window), hooks, **more)
     return step, engine.optimizer.found
 
 

@@ -138,6 +138,7 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
         "Collected": ("coati.experience_maker.rollout_batch", "RolloutBatch"),
         "RunningNormalisation": ("coati.experience_maker.running_moments", "RunningNormalization"),
     },
+    "coati.rewards": {"Scored": ("coati.rewards.scorer", "RewardResult")},
     "coati.trainer": {"Plan": ("coati.trainer.schedule", "RunSchedule")},
 }
 

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Rewards": "scorer",
-        "Scored": "scorer",
+        "RewardResult": "scorer",
         "Responses": "responses",
         "REWARDS": "registry",
         "check_rewards": "registry",

@@ -1,5 +1,5 @@
-"""The rewards that a user can name, and what a name must be. Imports nothing heavy: parsers read
-this table."""
+"""The reward functions that can be named, and what a name must be. Imports nothing heavy: parsers
+read this table."""
 
 import ast
 import difflib
@@ -9,11 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Reward:
-    """One row of the table. ``function``: its name in :mod:`coati.rewards.functions`.
-    ``gt_answer``: whether it needs each row's ground truth. ``tags``: whether it needs the
-    template's response_format_tags. ``scale``: its values."""
+    """One row of the table; the function is registered in :mod:`coati.rewards.functions`.
 
-    function: str
+    ``scale``: its values. ``gt_answer``: whether it needs each row's ground truth. ``tags``:
+    whether it needs the template's response_format_tags.
+    """
+
     about: str
     scale: str
     gt_answer: bool = False
@@ -22,25 +23,21 @@ class Reward:
 
 REWARDS: dict[str, Reward] = {
     "gsm8k": Reward(
-        "gsm8k_reward_fn",
         "a whole number as the final answer",
         "10 right, 1 well formed, 0 else",
-        True,
+        gt_answer=True,
     ),
     "math_competition": Reward(
-        "math_competition_reward_fn",
         "any mathematical final answer",
         "10 right, 1 well formed, 0 else",
-        True,
+        gt_answer=True,
     ),
     "format": Reward(
-        "format_reward_fn",
         "thoughts and answer in the template's tags, in their order",
         "1 or 0",
         tags=True,
     ),
     "length": Reward(
-        "length_reward_fn",
         "short responses; a negative weight asks for long ones",
         "minus the share of the room that the response takes",
     ),

@@ -1,9 +1,9 @@
-"""All rewards of a run on a batch of responses: each by its name, and their weighted sum."""
+"""The reward functions of a run on a batch of responses: each by its name, and the weighted sum."""
 
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coati.rewards.functions import per_row
@@ -19,9 +19,9 @@ _SHORT.maxstring = _SHORT.maxother = 160
 
 
 @dataclass(frozen=True)
-class Scored:
-    """``total``: the weighted sum of each response, which is what is trained on. ``parts``: name ->
-    the numbers of that function, unweighted, for the log."""
+class RewardResult:
+    """``total``: the weighted sum of each response, which is trained on. ``parts``: name -> the
+    rewards of that function, unweighted, for the log."""
 
     total: list[float]
     parts: dict[str, list[float]]
@@ -66,13 +66,11 @@ class Rewards:
         self.weights = dict(zip(_labels(resolved), weights or [1.0] * len(resolved), strict=True))
         self._functions = dict(zip(self.weights, map(_function, resolved), strict=True))
 
-    def __call__(self, batch: Responses) -> Scored:
+    def __call__(self, batch: Responses) -> RewardResult:
         """Score ``batch``. Raises ValueError, naming the function and the response, for a function
         that raises, takes too long, or returns anything but one finite number per response."""
         if batch.tags is None and self.tags is not None:
-            batch = Responses(
-                **batch.columns(), max_new_tokens=batch.max_new_tokens, tags=self.tags
-            )
+            batch = replace(batch, tags=self.tags)
         parts = {
             label: self._numbers(label, function, batch)
             for label, function in self._functions.items()
@@ -80,7 +78,7 @@ class Rewards:
         weighted = [
             [self.weights[label] * value for value in values] for label, values in parts.items()
         ]
-        return Scored([sum(values) for values in zip(*weighted, strict=True)], parts)
+        return RewardResult([sum(values) for values in zip(*weighted, strict=True)], parts)
 
     def _numbers(
         self, label: str, function: Callable[[Responses], Any], batch: Responses
@@ -111,23 +109,9 @@ def _labels(names: list[str]) -> list[str]:
 
 
 def _function(name: str) -> Callable[[Responses], Any]:
-    return load_function(name) if is_file(name) else _registered(name)
-
-
-def _registered(name: str) -> Callable[[Responses], list[float]]:
-    entry = REWARDS[name]
-
-    def call(batch: Responses) -> list[float]:
-        if entry.gt_answer and None in batch.gt_answers:
-            raise ValueError(
-                "the row has no gt_answer to compare with; prepare the prompts with one in every "
-                "row"
-            )
-        if name == "length" and not batch.max_new_tokens:
-            raise ValueError("the batch does not say how long a response may be (max_new_tokens)")
-        return [per_row(entry.function, batch, row) for row in range(len(batch))]
-
-    return call
+    if is_file(name):
+        return load_function(name)
+    return lambda batch: [per_row(name, batch, row) for row in range(len(batch))]
 
 
 def _first(
@@ -154,16 +138,17 @@ def _at(batch: Responses, row: int | None) -> str:
 
 def _sample(batch: Responses, row: int) -> str:
     prompt, response = _SHORT.repr(batch.prompts[row]), _SHORT.repr(batch.responses[row])
-    return f"response {row} of the batch: prompt {prompt}, response {response}, gt_answer {batch.gt_answers[row]!r}"
+    return (
+        f"response {row} of the batch: prompt {prompt}, response {response}, gt_answer "
+        f"{batch.gt_answers[row]!r}"
+    )
 
 
 def _checked(label: str, result: Any, batch: Responses) -> list[float]:
     """``result`` as a list of finite floats, one per response; tensors and arrays are taken too."""
     values = result.tolist() if hasattr(result, "tolist") else result
-    kind, wanted = (
-        type(result).__name__,
-        f"expected a list of {len(batch)} numbers, one per response",
-    )
+    kind = type(result).__name__
+    wanted = f"expected a list of {len(batch)} numbers, one per response"
     if not isinstance(values, list | tuple):
         raise ValueError(f"reward {label} returned {_SHORT.repr(result)} ({kind}); {wanted}")
     if len(values) != len(batch):

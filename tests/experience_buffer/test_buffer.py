@@ -122,6 +122,17 @@ def test_a_saved_buffer_gives_bitwise_the_same_global_batches():
             )
 
 
+def test_a_buffer_saved_by_an_older_release():
+    """It called the sample index "rows"."""
+    state = filled(3, 4).state_dict()
+    other = NaiveExperienceBuffer(2)
+    other.load_state_dict(
+        {("rows" if name == "sample_index" else name): state[name] for name in state}
+    )
+    expected = rows_of(filled(3, 4).global_batches(3, seed=0, episode=1))
+    assert rows_of(other.global_batches(3, seed=0, episode=1)) == expected
+
+
 def test_an_empty_buffer_is_saved_and_restored():
     buffer = filled(1, 2)
     buffer.load_state_dict(NaiveExperienceBuffer(2).state_dict())

@@ -1,6 +1,8 @@
 """Experience of models that say what the test tells them: every number worked by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +288,15 @@ def test_state_goes_on_elsewhere():
     other = make(TWO, scored(3.0, 4.0), **settings)
     other.load_state_dict(maker.state_dict())
     assert torch.equal(collect(other, 2).experience.returns, collect(maker, 2).experience.returns)
+
+
+def test_the_state_of_an_older_release():
+    path = Path(__file__).parents[1] / "data" / "ppo_state_0.1.0.json"
+    stored = json.loads(path.read_text())["maker"]
+    maker = make(TWO, scored(3.0, 4.0), target=1.0, reward_normalization="running", **PPO)
+    maker.load_state_dict(stored)
+    state = maker.state_dict()
+    assert state == {"kl": stored["kl"], "normalization": stored["normalisation"]}
 
 
 def test_a_critic_and_a_group_method_exclude_each_other():

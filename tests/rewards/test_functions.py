@@ -6,16 +6,32 @@ from pathlib import Path
 import pytest
 
 from coati.rewards.functions import (
+    FUNCTIONS,
     format_reward_fn,
     gsm8k_reward_fn,
     length_reward_fn,
     math_competition_reward_fn,
+    per_row,
 )
+from coati.rewards.registry import REWARDS
+from coati.rewards.responses import Responses
 from coati.rewards.tags import extract_solution, validate_response_structure
 
 TEMPLATE = Path(__file__).parents[2] / "config" / "conversation_template" / "Qwen_Qwen2.5-3B.json"
 TAGS = json.loads(TEMPLATE.read_text(encoding="utf-8"))["response_format_tags"]
 GOOD = "<think>2 and 2</think>\n<answer> 4 </answer>"
+
+
+def test_every_row_of_the_table_has_its_function():
+    assert FUNCTIONS.keys() == REWARDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("gsm8k", "has no gt_answer"), ("length", "max_new_tokens")]
+)
+def test_what_a_batch_lacks_is_named(name, lacks):
+    with pytest.raises(ValueError, match=lacks):
+        per_row(name, Responses(["p"], ["4"]), 0)
 
 
 @pytest.mark.parametrize(

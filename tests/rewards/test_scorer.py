@@ -151,7 +151,8 @@ def test_a_function_that_misbehaves_is_named_with_what_it_returned(tmp_path, exp
     ["while text == '5': pass", "__import__('re').match('(a+)+b', 'a' * (40 * (text == '5')))"],
 )
 def test_a_function_that_takes_too_long_is_named_with_its_response(tmp_path, slow):
-    body = f"def reward(responses):\n    for text in responses:\n        {slow}\n    return [0.0] * len(responses)\n"
+    loop = f"    for text in responses:\n        {slow}\n"
+    body = f"def reward(responses):\n{loop}    return [0.0] * len(responses)\n"
     rewards = Rewards([f"{write(tmp_path, body)}:reward"], timeout=0.3)
     with pytest.raises(
         ValueError, match=r"reward reward took longer than 0.3 s for 3 responses; response 1 .*'5'"

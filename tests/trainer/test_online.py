@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,12 +20,15 @@ from coati.experience_maker.rollout_batch import RolloutBatch
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
-from coati.trainer.online import Episodes, OLTrainer
+from coati.trainer.monitor.rl_checks import RLChecks
+from coati.trainer.online import Episodes, OLTrainer, current_names
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.schedule import RunSchedule
 from tests.experience_maker.stubs import StubEngine
 
 ASSETS = {"actor": None, "critic": None}
+OLDER = Path(__file__).parents[1] / "data" / "ppo_state_0.1.0.json"
+NO_MAKER = {"maker": {"answered": 0}}  # the stub's state instead of the stored one
 
 
 class Rows:
@@ -319,6 +323,31 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
     )
     assert len(other.buffer) == 0 and other._position == (0, 0)
     assert "that episode starts anew" in capsys.readouterr().err
+
+
+def test_the_state_of_an_older_release_under_todays_names():
+    """tests/data/ppo_state_0.1.0.json: of a PPO run that was stopped inside its second episode, by
+    the release that called the metric entropy and the maker's state normalisation."""
+    stored = json.loads(OLDER.read_text())
+    made = trainer(
+        critic=Engine(), checks=RLChecks(), state=RunningState(trainer=stored | NO_MAKER)
+    )
+    assert made.episode == 1 and made._ptx_at == [1, 4]
+    report = made.log.meter.report()
+    total, count = stored["meter"][0]["entropy"]
+    assert report["sampled_entropy"] == total / count and "entropy" not in report
+    assert made.first_evaluation == stored["evaluated"]["first"]
+    history = made.reporter.checks.state_dict()["history"]
+    assert "sampled_entropy" in history["first"] and "entropy" not in history["first"]
+
+
+def test_metrics_that_the_checks_remember_come_back_under_todays_names():
+    history = {"first": {"entropy": [2.0]}, "recent": {"entropy": [1.0]}, "counts": {"entropy": 9}}
+    state = {"signs": {"history": history | {"best": None}, "said": {}}}
+    found = current_names(state)["signs"]["history"]
+    assert found["first"] == {"sampled_entropy": [2.0]}
+    assert found["recent"] == {"sampled_entropy": [1.0]}
+    assert found["counts"] == {"sampled_entropy": 9} and found["best"] is None
 
 
 def test_a_loss_that_is_not_finite_names_the_episode():

@@ -1,4 +1,4 @@
-"""The metrics of PPO and GRPO episodes: gathered, logged, shown, and checked for signs of trouble."""
+"""Metrics of PPO and GRPO episodes: gathered, logged, shown, and checked for signs of trouble."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,8 +38,8 @@ class RLReporter:
     def add_rollouts(
         self, batches: Sequence[RolloutBatch], metrics: dict[str, float], is_loss_rank: bool
     ) -> None:
-        """A collect phase. ``is_loss_rank``: the rank counts for its data-parallel group. Every rank
-        must call it."""
+        """A collect phase. ``is_loss_rank``: the rank counts for its data-parallel share. Every
+        rank must call it."""
         meter, counts = self.log.meter, self._counts
         for batch in batches:
             meter.add_all({name: [values] for name, values in batch.samples.items()})

@@ -73,13 +73,13 @@ def rows_stay_apart(
         together = backbone(
             **inputs_of({"input_ids": ids, "position_ids": positions}), use_cache=False
         )[0]
-        alone = [
+        single = [
             backbone(input_ids=row, use_cache=False)[0] for row in ids.split(PROBE_LENGTHS, dim=1)
         ]
     except TypeError:  # a forward without these keywords
         return False
     finally:
         model.train(training)
-    alone = torch.cat(alone, dim=1)
+    alone = torch.cat(single, dim=1)
     tolerance = 1e-5 if together.dtype == torch.float32 else 2e-2
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())

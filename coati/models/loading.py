@@ -11,6 +11,7 @@ from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
 logger = get_logger(__name__)
@@ -201,7 +202,7 @@ def load_backbone(
     return _load(auto_class, path, dtype, options, heads=heads)
 
 
-def adapted(base: "nn.Module", directory: str | os.PathLike) -> "nn.Module":
+def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
     """``base`` with the adapter of ``directory`` around it, a PeftModel.
 
     Raises ValueError when the adapter cannot be read or its tensors are not exactly those that its
@@ -230,7 +231,7 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "nn.Module":
     return model
 
 
-def merge_adapter(base: "nn.Module", directory: str | os.PathLike) -> "nn.Module":
+def merge_adapter(base: "nn.Module", directory: str | os.PathLike) -> Any:
     """``base`` with the adapter of ``directory`` added into its weights; errors as
     :func:`adapted`."""
     from coati.models.lora.lora import merge_lora

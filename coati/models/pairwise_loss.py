@@ -255,7 +255,7 @@ class PairwiseObjective:
     def __call__(self, pair: Pair, chosen_nll: Tensor | None = None) -> Tensor:
         """Losses (B,) of ``pair``; ``chosen_nll`` (B,): mean negative log-prob of the chosen
         response's tokens, read where :attr:`sft_coef` is not 0."""
-        losses = sum(term.weight * term(pair) for term in self.terms)
+        losses = torch.stack([term.weight * term(pair) for term in self.terms]).sum(0)
         return losses + self.sft_coef * chosen_nll if self.sft_coef else losses
 
     def at_reference(self) -> float | None:

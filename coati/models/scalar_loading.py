@@ -20,7 +20,7 @@ HEADS = ("score", "value_head")
 _SINGLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 
 
-def load_scalar_model(kind: type[Scalar], path: str | os.PathLike, **options: Any) -> Scalar:
+def load_scalar_model(kind: Any, path: str | os.PathLike, **options: Any) -> Any:
     """:meth:`~coati.models.base.BaseModel.from_pretrained` of ``kind``, RewardModel or Critic."""
     return kind.from_pretrained(path, **options)
 

@@ -29,6 +29,10 @@ METHODS = {
     "rm": (RewardModelTrainer, {}),
     "dpo": (DPOTrainer, {}),
     "simpo": (DPOTrainer, {"loss_type": "simpo_loss"}),
+    "mpo": (
+        DPOTrainer,
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    ),
     "orpo": (ORPOTrainer, {"lam": 1.0}),
     "kto": (KTOTrainer, {}),
 }

@@ -116,7 +116,7 @@ def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tenso
     directory = Path(directory)
     _check_settings(directory, model)
     file = load_file(directory / WEIGHTS)
-    state = {}
+    state: dict[str, Tensor] = {}
     wanted = {name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name}
     for name in wanted:
         state |= _saved(name, file, model.coati_lora.r)

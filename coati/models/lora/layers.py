@@ -59,7 +59,7 @@ class DroppedEmbedding(lora.Embedding):
         return dropout(super()._embed(input, weight))
 
 
-def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapter_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
     """Every LoRA layer of ``model`` by its module name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
@@ -144,7 +144,7 @@ def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftMo
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, settings)
+        adapted: Any = get_peft_model(cast(Any, model), settings)
     for module in adapted.modules():
         if isinstance(module, PissaLinear):
             module.freeze_start()
@@ -169,7 +169,7 @@ def _peft_config(model: "nn.Module", config: LoraConfig):
     if config.lora_initialization_method == "PiSSA":
         _check_pissa(modules, config.r)
         custom[nn.Linear] = PissaLinear
-    settings = peft.LoraConfig(
+    options: dict[str, Any] = dict(
         # peft wants a task only to choose its wrapper; without one it takes any module.
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         r=config.r,
@@ -180,6 +180,7 @@ def _peft_config(model: "nn.Module", config: LoraConfig):
         target_modules=names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
+    settings = peft.LoraConfig(**options)
     settings._register_custom_module(custom)
     return settings
 
@@ -240,8 +241,8 @@ def merged(model: "PeftModel") -> Iterator["PeftModel"]:
     finally:
         for layer, weight in zip(layers, kept, strict=True):
             layer.weight.data.copy_(weight)
-        for layer in adapter_layers(model).values():
-            layer.merged_adapters.clear()
+        for adapter in adapter_layers(model).values():
+            adapter.merged_adapters.clear()
         if tie is not None:
             head, weight = tie
             head.weight = weight

@@ -42,7 +42,8 @@ def optimizer_steps_per_pass(
 
 def _remedy(given: dict[str, int], collected: int, window: int) -> str:
     """The nearest change of one flag on either side: smaller steps, or more collected."""
-    per_collect, train = collected // given["--num_collect_steps"], given["--train_batch_size"]
+    per_collect = collected // given["--num_collect_steps"]
+    train = given["--train_batch_size"]
     steps = next(
         n
         for n in range(given["--num_collect_steps"], window + collected)

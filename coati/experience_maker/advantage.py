@@ -108,7 +108,8 @@ def gae(
     ``values`` (B, A): V_t of the state before action t. After the last action there is nothing: its
     V and A are 0. Returns are advantages + values, before any whitening.
     """
-    rewards, values = zero_masked(rewards, mask), zero_masked(values, mask)
+    rewards = zero_masked(rewards, mask)
+    values = zero_masked(values, mask)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else None
     for t in reversed(range(rewards.shape[1])):

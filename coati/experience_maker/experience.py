@@ -16,7 +16,8 @@ from torch import Tensor
 from coati.models.logprobs import IGNORE_INDEX
 
 # How a field follows when rows are padded: on both sides, on the right, or not at all.
-_SEQUENCE, _ROW = ("sequences", "attention_mask"), ("reward", "sample_index")
+_SEQUENCE = ("sequences", "attention_mask")
+_ROW = ("reward", "sample_index")
 
 
 @dataclass
@@ -69,10 +70,12 @@ class Experience:
 
     @property
     def num_actions(self) -> int:
+        """A, columns of the responses."""
         return self.action_mask.shape[1]
 
     @property
     def prompt_width(self) -> int:
+        """P, columns of the prompts."""
         return self.sequences.shape[1] - self.num_actions
 
     def tensors(self) -> dict[str, Tensor]:
@@ -84,9 +87,11 @@ class Experience:
         return Experience(**{name: change(tensor) for name, tensor in self.tensors().items()})
 
     def to_device(self, device: torch.device | str) -> "Experience":
+        """With all tensors on ``device``."""
         return self._map(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> "Experience":
+        """With all tensors in pinned memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def select(self, index: Tensor | Sequence[int]) -> "Experience":
@@ -118,7 +123,8 @@ class Experience:
         real = self.attention_mask.bool()
         prompts = int(real[:, : self.prompt_width].sum(1).max())
         actions = int(real[:, self.prompt_width :].sum(1).max())
-        left, right = self.prompt_width - max(prompts, 1), self.num_actions - max(actions, 1)
+        left = self.prompt_width - max(prompts, 1)
+        right = self.num_actions - max(actions, 1)
         return self._resized(-left, -right)
 
     def _resized(self, left: int, right: int) -> "Experience":
@@ -170,10 +176,8 @@ def concatenate(parts: Sequence[Experience]) -> Experience:
     if len(kinds := {frozenset(part.tensors()) for part in parts}) > 1:
         different = frozenset.union(*kinds) - frozenset.intersection(*kinds)
         raise ValueError(f"only some of the experiences hold {', '.join(sorted(different))}")
-    prompts, actions = (
-        max(part.prompt_width for part in parts),
-        max(part.num_actions for part in parts),
-    )
+    prompts = max(part.prompt_width for part in parts)
+    actions = max(part.num_actions for part in parts)
     wide = [
         part._resized(prompts - part.prompt_width, actions - part.num_actions) for part in parts
     ]

@@ -22,7 +22,9 @@ class KLController:
                 f"({horizon}) and kl_coef "
                 f"({kl_coef}) must be above 0"
             )
-        self.kl_coef, self.target, self.horizon = float(kl_coef), target, horizon
+        self.kl_coef = float(kl_coef)
+        self.target = target
+        self.horizon = horizon
 
     def update(self, kl: float, responses: int) -> None:
         """coef *= 1 + clip(kl / target - 1, +-.2) responses / horizon; ``kl``: the mean of all
@@ -48,7 +50,9 @@ class KLController:
         self.kl_coef *= 1 + error * responses / self.horizon
 
     def state_dict(self) -> dict[str, float]:
+        """As JSON keeps it exactly."""
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         self.kl_coef = float(state["kl_coef"])

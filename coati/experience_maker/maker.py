@@ -239,7 +239,8 @@ class NaiveExperienceMaker:
 
     def _add_advantages(self, batch: RolloutBatch) -> None:
         """Shaped scores to advantages; responses that teach nothing lose their actions."""
-        settings, experience = self.settings, batch.experience
+        settings = self.settings
+        experience = batch.experience
         mask = experience.action_mask
         stopped = torch.tensor(batch.responses.stopped, device=mask.device)
         scores = self._shape_scores(experience, stopped)
@@ -286,7 +287,8 @@ class NaiveExperienceMaker:
     def _critic_free_advantages(
         self, experience: Experience, scores: Tensor, kl_coef: float
     ) -> Tensor:
-        mask, settings = experience.action_mask, self.settings
+        mask = experience.action_mask
+        settings = self.settings
         if not self.method.group:
             rewards = compute.token_rewards(experience.kl, scores, mask, kl_coef, None)
             return compute.rewards_to_go(rewards, mask, settings.gamma)

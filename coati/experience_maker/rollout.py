@@ -43,7 +43,8 @@ class ModelRollout:
         Raises ValueError where the plugin cannot sample."""
         if reason := cannot_sample(engine):
             raise ValueError(reason)
-        self.engine, self.sampling = engine, sampling
+        self.engine = engine
+        self.sampling = sampling
         self.settings = {
             "stop_sequences": stop_sequences,
             "max_new_tokens": max_new_tokens,
@@ -53,6 +54,7 @@ class ModelRollout:
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
     ) -> Generated:
+        """As :meth:`~coati.experience_maker.rollout.RolloutEngine.generate`."""
         return sample(
             self.engine,
             input_ids,

@@ -91,7 +91,8 @@ def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
 
 def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:
     """What is logged of each response, (B,) each."""
-    experience, responses = batch.experience, batch.responses
+    experience = batch.experience
+    responses = batch.responses
     samples = {
         "reward": experience.reward,
         "approx_kl": kl_of_responses(experience.kl, experience.action_mask),

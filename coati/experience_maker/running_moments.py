@@ -50,9 +50,11 @@ class RunningNormalization:
         return ((scores.double() - self.mean) / self.std).float()
 
     def state_dict(self) -> dict[str, float]:
+        """As JSON keeps it exactly."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         self.count = float(state["count"])
         self.mean = float(state["mean"])
         self.squares = float(state["squares"])

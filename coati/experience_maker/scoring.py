@@ -36,7 +36,9 @@ class Scorer:
                 "nothing gives a reward: name a reward model (--rm_pretrain) or functions "
                 "(--reward_functions)"
             )
-        self.model, self.functions, self.batch_size = model, functions, batch_size
+        self.model = model
+        self.functions = functions
+        self.batch_size = batch_size
 
     def __call__(
         self, experience: Experience, responses: Responses
@@ -46,7 +48,8 @@ class Scorer:
         Raises ValueError on every rank when a function fails on one, and for a reward model whose
         score is not finite.
         """
-        total, parts = torch.zeros(len(experience)), {}
+        total = torch.zeros(len(experience))
+        parts = {}
         if self.functions is not None:
             scored = raise_together(lambda: self.functions(responses))
             total += torch.tensor(scored.total)

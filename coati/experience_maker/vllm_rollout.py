@@ -62,12 +62,11 @@ class VllmRollout:
                 "with a GPU) or use --rollout_engine model"
             ) from error
         _check_head(engine)
-        self.engine, self.sampling, self.stops = (
-            engine,
-            sampling,
-            [tuple(stop) for stop in stop_sequences],
-        )
-        self.max_new_tokens, self.pad = max_new_tokens, pad_token_id
+        self.engine = engine
+        self.sampling = sampling
+        self.stops = [tuple(stop) for stop in stop_sequences]
+        self.max_new_tokens = max_new_tokens
+        self.pad = pad_token_id
         self.llm = self.vllm.LLM(
             model=model_path,
             skip_tokenizer_init=True,
@@ -79,6 +78,8 @@ class VllmRollout:
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
     ) -> Generated:
+        """As :meth:`~coati.experience_maker.rollout.RolloutEngine.generate`. Log-probs are left to
+        the policy."""
         self._hand_over()
         rows = [
             row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)

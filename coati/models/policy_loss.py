@@ -119,7 +119,8 @@ def policy_terms(
     backward pass with collectives still runs.
     """
     mask = mask.bool() & ~torch.as_tensor(skip, device=mask.device)
-    ratio, advantages = log_ratio(logps, old_logps, mask).exp(), zero_masked(advantages, mask)
+    ratio = log_ratio(logps, old_logps, mask).exp()
+    advantages = zero_masked(advantages, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return zero_masked(-torch.minimum(ratio * advantages, clipped * advantages), mask)
 
@@ -141,7 +142,8 @@ def policy_statistics(
     """
     mask = mask.bool()
     moved = log_ratio(logps.detach(), old_logps, mask)
-    ratio, signed = moved.exp()[mask], advantages[mask]
+    ratio = moved.exp()[mask]
+    signed = advantages[mask]
     clipped = ((signed > 0) & (ratio > 1 + clip_high)) | ((signed < 0) & (ratio < 1 - clip_low))
     return {
         "clip_fraction": clipped.float(),
@@ -176,7 +178,8 @@ def value_statistics(
     """Samples for the meter: value of each action, and value_clip_fraction, 1 where it moved
     further than ``clip``."""
     mask = mask.bool()
-    values, old_values = values.detach()[mask].float(), old_values[mask].float()
+    values = values.detach()[mask].float()
+    old_values = old_values[mask].float()
     return {"value": values, "value_clip_fraction": ((values - old_values).abs() > clip).float()}
 
 

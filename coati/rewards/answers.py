@@ -15,7 +15,8 @@ _LAYOUT = re.compile(
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNITS = re.compile(
     r"(?<=[\d}])\s*(?:\\%|%|\^?\{?\\circ\}?|°|degrees?|dollars?|cents?|units?|(?:square|cubic)?\s*"
-    r"(?:inches|inch|feet|foot|miles?|meters?|metres?|centimeters?|hours?|minutes?|seconds?|cm|km|mm|kg)\b(?:\^\d)?)\s*$",
+    r"(?:inches|inch|feet|foot|miles?|meters?|metres?|centimeters?|hours?|minutes?|seconds?|"
+    r"cm|km|mm|kg)\b(?:\^\d)?)\s*$",
     re.IGNORECASE,
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)")
@@ -26,7 +27,8 @@ _MIXED = re.compile(r"^(-?)(\d+)\\frac\{(\d+)\}\{(\d+)\}$")
 def boxed(text: str) -> str | None:
     r"""The content of the last whole ``\boxed{...}``, braces matched; None without one."""
     for start in reversed(list(_BOXED.finditer(text))):
-        depth, begin = 0, start.end()
+        depth = 0
+        begin = start.end()
         for end in range(begin, len(text)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
@@ -91,10 +93,12 @@ def _value(normal: str) -> Fraction | None:
 def same_answer(one: str, other: str) -> bool:
     r"""Whether two answers are equal: as exact numbers (1/2, 0.5, \frac12), element by element in
     tuples, lists and sets, or in their normal spelling. 1/3 and 0.333 are not."""
-    one, other = normalize(one), normalize(other)
+    one = normalize(one)
+    other = normalize(other)
     if one == other:
         return one != ""
-    first, second = _elements(one), _elements(other)
+    first = _elements(one)
+    second = _elements(other)
     if first is not None and second is not None:
         return first[0] == second[0] and _same_elements(
             first[1], second[1], ordered=first[0] != "{}"
@@ -122,7 +126,9 @@ def _elements(text: str) -> tuple[str, list[str]] | None:
     text = text.replace("\\{", "{").replace("\\}", "}")
     if len(text) < 2 or text[0] not in "([{" or text[-1] not in ")]}":
         return None
-    parts, depth, start = [], 0, 1
+    parts = []
+    depth = 0
+    start = 1
     for place, letter in enumerate(text[1:-1], start=1):
         depth += (letter in "([{") - (letter in ")]}")
         if depth < 0:

@@ -61,7 +61,8 @@ class Rewards:
                     "template has no "
                     "response_format_tags; add them to the template file, or leave the reward out"
                 )
-        self.tags, self.timeout = tags, timeout
+        self.tags = tags
+        self.timeout = timeout
         self.needs_gt_answer = any(name in REWARDS and REWARDS[name].gt_answer for name in resolved)
         self.weights = dict(zip(_labels(resolved), weights or [1.0] * len(resolved), strict=True))
         self._functions = dict(zip(self.weights, map(_function, resolved), strict=True))
@@ -137,7 +138,8 @@ def _at(batch: Responses, row: int | None) -> str:
 
 
 def _sample(batch: Responses, row: int) -> str:
-    prompt, response = _SHORT.repr(batch.prompts[row]), _SHORT.repr(batch.responses[row])
+    prompt = _SHORT.repr(batch.prompts[row])
+    response = _SHORT.repr(batch.responses[row])
     return (
         f"response {row} of the batch: prompt {prompt}, response {response}, gt_answer "
         f"{batch.gt_answers[row]!r}"

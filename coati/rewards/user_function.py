@@ -84,7 +84,8 @@ def _wanted(name: str, function: Callable) -> list[str]:
 
 def described(error: BaseException) -> str:
     """Kind and text of an error, and the innermost line of the user's code that it comes from."""
-    traceback, place = error.__traceback__, ""
+    traceback = error.__traceback__
+    place = ""
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
         if "importlib" not in file and file != __file__:

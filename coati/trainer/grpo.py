@@ -1,5 +1,6 @@
 """GRPO and the other methods without a critic around boosted models, for notebooks."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -77,11 +78,18 @@ class GRPOTrainer(BoostedRLTrainer):
             buffer=BufferSettings(train_batch_size, buffer_limit, buffer_cpu_offload),
             ptx_coef=ptx_coef,
         )
-        engine = Engine(actor_booster, actor, actor_optim, actor_lr_scheduler)
-        models = (engine, None, reward_model, initial_model, tokenizer)
+        actor_engine = Engine(actor_booster, actor, actor_optim, actor_lr_scheduler)
+        models = (actor_engine, None, reward_model, initial_model, tokenizer)
         schedule = RunSchedule(save_dir, save_interval)
         self._assemble(settings, *models, generation.sampling, schedule, accumulation_steps)
         if temperature_annealing_config is not None:
-            names = ("start_temperature", "end_temperature", "annealing_warmup_steps")
-            values = [temperature_annealing_config[name] for name in (*names, "annealing_steps")]
-            self._temperature = linear_annealing(*values)
+            self._temperature = _annealing(temperature_annealing_config)
+
+
+def _annealing(config: dict[str, float]) -> Callable[[int], float]:
+    return linear_annealing(
+        config["start_temperature"],
+        config["end_temperature"],
+        config["annealing_warmup_steps"],
+        config["annealing_steps"],
+    )

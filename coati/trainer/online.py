@@ -137,18 +137,22 @@ class OLTrainer:
 
     @property
     def assets(self) -> ModelAssets:
+        """What is saved beside the policy's weights."""
         return self.model_assets["actor"]
 
     @property
     def first_evaluation(self) -> dict[str, float]:
+        """The metrics of the first evaluation."""
         return self.log.first_evaluation
 
     @property
     def last_evaluation(self) -> dict[str, float]:
+        """The metrics of the last evaluation."""
         return self.log.last_evaluation
 
     @property
     def best(self) -> dict[str, float]:
+        """The best ``metric_for_best`` so far and its step."""
         return self.log.best
 
     def run(
@@ -189,7 +193,8 @@ class OLTrainer:
     def rehearse(self, prompts: Any, ptx: Any = None) -> dict[str, float]:
         """The first collect phase and one optimizer step, of which nothing is logged or saved; what
         an episode would log. Every rank must call it."""
-        bar, never = ProgressBar(1, 0, self.name, unit="episode"), GracefulStop()
+        bar = ProgressBar(1, 0, self.name, unit="episode")
+        never = GracefulStop()
         try:
             self._collect(prompts, bar, never)
             batches = self.buffer.global_batches(
@@ -235,7 +240,8 @@ class OLTrainer:
     def _collect(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
         """Fill the buffer; False, with everything as it was before, when a rank was asked to
         stop."""
-        before, batches = self.maker.state_dict(), self._next_prompts(prompts)
+        before = self.maker.state_dict()
+        batches = self._next_prompts(prompts)
         temperature = self.episodes.temperature(self.episode)
         self.policy.temperature = temperature
         collected: list[RolloutBatch] = []
@@ -261,7 +267,8 @@ class OLTrainer:
     def _next_prompts(self, prompts: Any) -> list[dict[str, Any]]:
         state = self.state
         while state.sample_start_index + prompts.rows_per_step > prompts.count(state.epoch):
-            state.epoch, state.sample_start_index = state.epoch + 1, 0
+            state.epoch = state.epoch + 1
+            state.sample_start_index = 0
         return next(iter(prompts.global_batches(state.epoch, state.sample_start_index)))
 
     # Updating
@@ -317,7 +324,8 @@ class OLTrainer:
     def _next_ptx(self, ptx: Any) -> list[Batch]:
         epoch, start = self._ptx_at
         while start + ptx.rows_per_step > ptx.count(epoch):
-            epoch, start = epoch + 1, 0
+            epoch = epoch + 1
+            start = 0
         self._ptx_at = [epoch, start + ptx.rows_per_step]
         return next(islice(ptx.global_batches(epoch, start), 1))
 

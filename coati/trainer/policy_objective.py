@@ -64,7 +64,9 @@ class PolicyObjective(Objective):
         return self.settings.loss_agg.num_terms(batch["action_mask"])
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        mask, old, settings = batch["action_mask"], batch["old"], self.settings
+        mask = batch["action_mask"]
+        old = batch["old"]
+        settings = self.settings
         logps = to_actions(logps, mask)
         # Decided by all ranks together: a step that one rank leaves out would be half a step.
         skip = mean_ratio_exceeds(

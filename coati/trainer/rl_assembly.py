@@ -87,7 +87,8 @@ def assemble_rl(
         ValueError: for a critic beside a group method, for neither, and a KL target without a
             coefficient.
     """
-    kl, buffer = settings.kl, settings.buffer
+    kl = settings.kl
+    buffer = settings.buffer
     maker = NaiveExperienceMaker(
         actor,
         rollout,

@@ -23,10 +23,13 @@ class Trend:
     end: float = 0.0
 
     def add(self, x: float, y: float) -> None:
+        """Take in a point; ``x`` is above those before it."""
         if not self.count:
             self.start = x
-        self.count, self.end = self.count + 1, x
-        step_x, step_y = x - self.x, y - self.y
+        self.count = self.count + 1
+        self.end = x
+        step_x = x - self.x
+        step_y = y - self.y
         self.x += step_x / self.count
         self.y += step_y / self.count
         self.xx += step_x * (x - self.x)
@@ -56,11 +59,13 @@ class History:
     """
 
     def __init__(self, names: Iterable[str], window: int = 10) -> None:
-        self.names, self.window = tuple(names), window
+        self.names = tuple(names)
+        self.window = window
         self.first: dict[str, list[float]] = {name: [] for name in self.names}
         self.recent: dict[str, list[float]] = {name: [] for name in self.names}
         self.counts: dict[str, int] = dict.fromkeys(self.names, 0)
-        self.reward, self.best = Trend(), -math.inf
+        self.reward = Trend()
+        self.best = -math.inf
 
     def add(self, metrics: dict[str, float], episode: int) -> None:
         """The metrics of one episode; those that are not there keep their history."""
@@ -117,6 +122,7 @@ class History:
         return copies | {"counts": dict(self.counts), "reward": asdict(self.reward), "best": best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         for name in self.names:  # one that an older version did not remember starts empty
             self.first[name] = list(state["first"].get(name, []))
             self.recent[name] = list(state["recent"].get(name, []))

@@ -1,9 +1,8 @@
-"""Signs of trouble in a PPO or GRPO run, in words: what is wrong, the likely cause, and the flag to
-change.
+"""Diagnostics of a PPO or GRPO run: what is wrong, the likely cause, and the flag to change.
 
-Each sign is a function of the history; it is said once, and again when it has become three times as
-bad. Thresholds are
-far from what healthy runs do: a sign that cries too early is read once and never again.
+Each check is a function of the history; its finding is reported once, and again when it has become
+three times as bad. Thresholds are far from what healthy runs do: a check that cries wolf is read
+once and never again.
 """
 
 import math
@@ -81,7 +80,8 @@ class RLChecks:
 def _usable(metrics: dict[str, float], history: History) -> dict[str, float]:
     """Without explained variance where scores hardly differ any more: next to nothing is left to
     explain there."""
-    spread, usual = metrics.get("reward_std"), history.early("reward_std")
+    spread = metrics.get("reward_std")
+    usual = history.early("reward_std")
     if spread is not None and usual is not None and spread < 0.1 * usual:
         return {name: value for name, value in metrics.items() if name != "explained_variance"}
     return metrics
@@ -90,7 +90,8 @@ def _usable(metrics: dict[str, float], history: History) -> dict[str, float]:
 def reward_not_rising(history: History, settings: Settings) -> Finding | None:
     """Neither a trend nor the end is above the beginning beyond noise, and a rise of 0.3 spreads
     would have shown."""
-    start, end = history.early("reward"), history.late("reward")
+    start = history.early("reward")
+    end = history.late("reward")
     spread = history.late("reward_std")
     if (
         history.counts["reward"] < 2 * settings.window
@@ -98,11 +99,11 @@ def reward_not_rising(history: History, settings: Settings) -> Finding | None:
         or spread == 0
     ):
         return None
-    (rise, error), noise = history.reward.rise(), history.noise("reward")
-    opening, window = (
-        sum(history.first["reward"][:3]) / 3,
-        settings.window,
-    )  # some runs learn within a few episodes
+    rise, error = history.reward.rise()
+    noise = history.noise("reward")
+    # Some runs learn within a few episodes.
+    opening = sum(history.first["reward"][:3]) / 3
+    window = settings.window
     shift = max(
         (end - start) / math.sqrt(2 / window), (end - opening) / math.sqrt(1 / 3 + 1 / window)
     )
@@ -110,19 +111,18 @@ def reward_not_rising(history: History, settings: Settings) -> Finding | None:
         return None
     if spread is not None and rise + 2 * error > 0.3 * spread:
         return None
-    episodes, fallen = int(history.reward.span) + 1, max(start - end, 0.0)
-    text = f"the reward has not risen in {episodes} episodes ({start:.3g} to {end:.3g}). {_why_flat(history)}"
-    return Finding(1 + fallen / spread if spread else 1.0, text)
+    episodes = int(history.reward.span) + 1
+    fallen = max(start - end, 0.0)
+    text = f"the reward has not risen in {episodes} episodes ({start:.3g} to {end:.3g})"
+    return Finding(1 + fallen / spread if spread else 1.0, f"{text}. {_why_flat(history)}")
 
 
 def _why_flat(history: History) -> str:
     spread, kl, coefficient = (
         history.late(name) for name in ("reward_std", "approx_kl", "kl_coef")
     )
-    facts, cause = (
-        [],
-        "first look at the spread of the reward's scores, then raise --lr or lower --kl_coef",
-    )
+    facts = []
+    cause = "first look at the spread of the reward's scores, then raise --lr or lower --kl_coef"
     if spread is not None:
         facts.append(f"the scores' spread is {spread:.3g}")
     if kl is not None and coefficient:  # without a coefficient there is no reference, and KL is 0
@@ -130,16 +130,22 @@ def _why_flat(history: History) -> str:
         if spread is not None and coefficient * kl > spread:
             cause = "the penalty outweighs what the scores could give: lower --kl_coef"
         elif kl < 0.01:
-            cause = f"the policy has hardly moved (KL {kl:.2g}): raise --lr; and look at the spread of the scores"
+            cause = (
+                f"the policy has hardly moved (KL {kl:.2g}): raise --lr; and look at the spread of "
+                "the scores"
+            )
     return f"{' and '.join(facts)}; {cause}".removeprefix("; ")
 
 
 def reward_falling(history: History, settings: Settings) -> Finding | None:
     """More than half of what had been gained is lost again, beyond what noise does."""
-    start, end, best = history.early("reward"), history.late("reward"), history.best
+    start = history.early("reward")
+    end = history.late("reward")
+    best = history.best
     if history.counts["reward"] < 3 * settings.window:
         return None
-    lost, gained = best - end, best - start
+    lost = best - end
+    gained = best - start
     chance = 5 * history.noise("reward") * math.sqrt(2 / settings.window)
     if lost < 0.5 * gained or lost <= chance or gained <= chance:
         return None
@@ -185,6 +191,8 @@ def entropy_collapse(history: History, settings: Settings) -> Finding | None:
 
 
 class Fall(NamedTuple):
+    """Means of a metric's first and last window."""
+
     then: float
     now: float
 
@@ -198,7 +206,8 @@ def _fall(history: History, name: str) -> Fall | None:
 
 def kl_negative(history: History, settings: Settings) -> Finding | None:
     """Below 0 on average beyond noise, which samples of the policy itself cannot give."""
-    kl, length = history.late("approx_kl"), history.late("response_length") or 0.0
+    kl = history.late("approx_kl")
+    length = history.late("response_length") or 0.0
     if kl is None or kl > -max(0.1, 0.001 * length):
         return None
     if kl + 3 * history.noise("approx_kl") / math.sqrt(settings.window) > 0:
@@ -210,7 +219,10 @@ def kl_negative(history: History, settings: Settings) -> Finding | None:
         if getattr(settings, name) not in plain
     ]
     if changed:
-        cause = f"responses are not sampled from the policy itself but with {' and '.join(changed)}: switch that off"
+        cause = (
+            "responses are not sampled from the policy itself but with "
+            f"{' and '.join(changed)}: switch that off"
+        )
     else:
         cause = (
             "look for what changes the distribution that is sampled from (--top_k, --top_p, "
@@ -224,11 +236,9 @@ def kl_negative(history: History, settings: Settings) -> Finding | None:
 def kl_running_away(history: History, settings: Settings) -> Finding | None:
     """Far beyond its bound: three times --kl_target, else 10 nats and 0.1 more per token; and still
     rising."""
-    kl, earlier, length = (
-        history.late("approx_kl"),
-        history.before("approx_kl"),
-        history.late("response_length"),
-    )
+    kl = history.late("approx_kl")
+    earlier = history.before("approx_kl")
+    length = history.late("response_length")
     if kl is None:
         return None
     bound = 3 * settings.kl_target if settings.kl_target else 10 + 0.1 * (length or 0.0)
@@ -269,7 +279,8 @@ def not_centered(history: History, settings: Settings) -> Finding | None:
     """With a critic: scores far from 0 in spreads, or so far that clipping makes them all equal."""
     if settings.reward_normalization != "none" or not history.counts["value_loss"]:
         return None
-    now, spread = history.late("reward"), history.late("reward_std")
+    now = history.late("reward")
+    spread = history.late("reward_std")
     if (
         now is not None
         and spread is not None
@@ -284,7 +295,8 @@ def not_centered(history: History, settings: Settings) -> Finding | None:
             "reward "
             "model with --center_coef 0.01",
         )
-    start, first_spread = history.early("reward"), history.early("reward_std")
+    start = history.early("reward")
+    first_spread = history.early("reward_std")
     if start is None or first_spread is None or abs(start) <= 5 * first_spread or first_spread == 0:
         return None
     return Finding(
@@ -297,6 +309,7 @@ def not_centered(history: History, settings: Settings) -> Finding | None:
 
 
 def many_cut(history: History, settings: Settings) -> Finding | None:
+    """More than a fifth of the responses reach the longest length allowed."""
     rate = history.late("stop_rate")
     if rate is None or rate > 0.8:
         return None
@@ -329,6 +342,7 @@ def critic_useless(history: History, settings: Settings) -> Finding | None:
 
 
 def rollout_differs(history: History, settings: Settings) -> Finding | None:
+    """Log-probs of rollout and first update are apart by 0.1 or more a token."""
     gap = history.middle("rollout_gap", 3)
     if gap is None or gap < 0.1:
         return None
@@ -343,6 +357,7 @@ def rollout_differs(history: History, settings: Settings) -> Finding | None:
 
 
 def steps_skipped(history: History, settings: Settings) -> Finding | None:
+    """Any policy step of the last episode was skipped."""
     last = history.recent["skip_ratio"][-1:] or [0.0]
     if last[0] <= 0:
         return None

@@ -40,7 +40,8 @@ class RLReporter:
     ) -> None:
         """A collect phase. ``is_loss_rank``: the rank counts for its data-parallel share. Every
         rank must call it."""
-        meter, counts = self.log.meter, self._counts
+        meter = self.log.meter
+        counts = self._counts
         for batch in batches:
             meter.add_all({name: [values] for name, values in batch.samples.items()})
         mine = [ids for batch in batches for ids in _response_ids(batch)] if is_loss_rank else []
@@ -57,7 +58,8 @@ class RLReporter:
 
     def add_step(self, step: Step, value_step: Step | None, seconds: float) -> None:
         """An optimizer step of the policy, and of the critic where there is one."""
-        meter, counts = self.log.meter, self._counts
+        meter = self.log.meter
+        counts = self._counts
         metrics = dict(step.metrics)
         ratios = [float(values.max()) for values in metrics.pop("ratio_max", []) if len(values)]
         counts["ratio"] = max([counts["ratio"], *ratios])
@@ -118,7 +120,8 @@ def _response_ids(batch: RolloutBatch) -> list[list[int]]:
 
 def rows_of(batch: RolloutBatch, count: int = SAMPLES) -> list[SampleRow]:
     """The first ``count`` responses of ``batch``, for a sample table."""
-    responses, samples = batch.responses, batch.samples
+    responses = batch.responses
+    samples = batch.samples
     return [
         SampleRow(
             responses.prompts[row],

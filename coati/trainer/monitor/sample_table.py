@@ -8,11 +8,10 @@ from os.path import commonprefix
 
 from coati.utils.text_table import table, terminal_width, wrap
 
-NUMBER, LONGEST_NAME = (
-    8,
-    12,
-)  # places of a column of numbers, "-1.2e+06" among them, and of a name above it
-_ENDS, _BEGINNINGS = "\n>]:", "\n<["  # of a template's markers
+NUMBER = 8  # places of a column of numbers, "-1.2e+06" among them
+LONGEST_NAME = 12  # places of a name above it
+_ENDS = "\n>]:"  # of a template's markers
+_BEGINNINGS = "\n<["
 LEAST_TEXT = 18  # narrower columns of text are not read but guessed
 
 

@@ -1,4 +1,4 @@
-"""A dialogue with a model: history, room for the answer, streaming."""
+"""A conversation with a model: history, context length, streaming."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +8,18 @@ from torch import nn
 
 from coati.inference.model_loading import stop_sequences
 from coati.inference.stream import TextStream
-from coati.models.generation.loop import Sampling, generate_streaming
+from coati.models.generation.loop import generate_streaming
+from coati.models.generation.sampling import Sampling
 
 
 class ChatSession:
-    """Keeps the messages of one dialogue and answers the next question in its light.
+    """One conversation: ``messages``, {role, content} each, and the response to the next one.
 
-    ``max_length``: tokens of prompt and answer together (never more than the model has positions).
-    ``sampling`` decides how tokens are drawn, ``seed`` makes that repeatable. ``messages`` is the
-    history, {role, content} each.
+    Args:
+        max_length: tokens of prompt and response together (never more than the model has
+            positions); the oldest rounds are left out to stay below it.
+        sampling: how tokens are drawn, by default at temperature 0.7.
+        seed: makes the drawing repeatable.
     """
 
     def __init__(
@@ -31,8 +34,11 @@ class ChatSession:
         seed: int | None = None,
     ):
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
-        self.model, self.tokenizer, self.conversation = model, tokenizer, conversation
-        self.max_length, self.max_new_tokens = min(max_length, positions), max_new_tokens
+        self.model = model
+        self.tokenizer = tokenizer
+        self.conversation = conversation
+        self.max_length = min(max_length, positions)
+        self.max_new_tokens = max_new_tokens
         self.sampling = sampling or Sampling(temperature=0.7)
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device)
@@ -41,16 +47,15 @@ class ChatSession:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the dialogue; the system message stays."""
+        """Begin a new conversation; the system message stays."""
         self.messages: list[dict[str, str]] = []
-        self.forgotten = 0  # rounds left out since to make room
-        self.cut = False  # whether the last answer ended at max_new_tokens instead of by itself
+        self.forgotten = 0  # rounds left out to make room
+        self.cut = False  # whether the last response ended at max_new_tokens
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece. An answer broken off half-way stays in the history as far as
-        it came.
+        """The response as it comes. One that is broken off stays in the history as far as it came.
 
-        Raises ValueError when the question alone leaves no room for an answer.
+        Raises ValueError when the question alone leaves no room for a response.
         """
         input_ids = self._make_room({"role": "user", "content": question})
         stream = TextStream(self.tokenizer, self.stops)
@@ -76,23 +81,24 @@ class ChatSession:
                 self.messages.pop()
 
     def _make_room(self, question: dict[str, str]) -> list[int]:
-        """Add ``question`` and leave out the oldest rounds until prompt and answer fit; the
+        """Add ``question`` and leave out the oldest rounds until prompt and response fit; the
         prompt's token ids."""
-        messages, left_out = [*self.messages, question], 0
-        kept = int(
-            messages[0]["role"] == "system"
-        )  # rounds begin after a system message of the dialogue's own
+        messages = [*self.messages, question]
+        forgotten = self.forgotten
+        kept = int(messages[0]["role"] == "system")  # the rounds begin after it
         while True:
             prompt = self.conversation.encode_prompt(messages).input_ids
             if len(prompt) + self.max_new_tokens <= self.max_length:
                 break
             if len(messages) == kept + 1:
                 raise ValueError(
-                    f"the question takes {len(prompt)} tokens and the answer up to "
-                    f"{self.max_new_tokens} "
-                    f"(--max_new_tokens), more than the {self.max_length} of --model_max_length or "
-                    "of the model"
+                    f"the question takes {len(prompt)} tokens and the response up to "
+                    f"{self.max_new_tokens} (--max_new_tokens), more than the {self.max_length} of "
+                    "--model_max_length or of the model; shorten the question or lower "
+                    "--max_new_tokens"
                 )
-            messages, left_out = messages[:kept] + messages[kept + 2 :], left_out + 1
-        self.messages, self.forgotten = messages, self.forgotten + left_out
+            messages = messages[:kept] + messages[kept + 2 :]
+            forgotten += 1
+        self.messages = messages
+        self.forgotten = forgotten
         return prompt

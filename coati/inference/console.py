@@ -1,23 +1,18 @@
-"""Where a chat is held: a plain terminal, one with colors, or a pipe. Loads neither torch nor
+"""Consoles of the chat: a plain terminal, one with colors, or a pipe. Loads neither torch nor
 transformers."""
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
-
-from coati.utils.logging import get_logger
-
-logger = get_logger(__name__)
 
 EXIT, CLEAR = "exit", "clear"
 
 
 class SimpleConsole:
-    """Plain text; each answer appears as it comes. From a pipe, questions are read line by line and
-    repeated."""
+    """Plain text; responses are streamed. From a pipe, questions are read line by line and
+    echoed."""
 
     def questions(self) -> Iterator[str]:
-        """What the user types, until the input ends or says ``exit``; empty lines are left out."""
+        """What the user types, until end of input or ``exit``; empty lines are skipped."""
         while True:
             try:
                 line = self.read().strip()
@@ -35,25 +30,25 @@ class SimpleConsole:
         return input("user: " if sys.stdin.isatty() else "")
 
     def repeat(self, question: str) -> None:
-        """Show a question that was not typed here."""
+        """Echo a question that was not typed here."""
         print(f"user: {question}", flush=True)
 
-    def answer(self, pieces: Iterable[str]) -> None:
+    def respond(self, pieces: Iterable[str]) -> None:
         print("assistant: ", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
 
     def note(self, text: str) -> None:
-        """Something about the dialogue that is not part of it."""
+        """A remark that is not part of the conversation."""
         print(f"({text})", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        self.note("new dialogue")
+        self.note("new conversation")
 
 
 class DummyConsole(SimpleConsole):
-    """For programs: nothing but the answers, each whole, on standard output."""
+    """For programs: whole responses on standard output, nothing else."""
 
     def read(self) -> str:
         return input()
@@ -61,12 +56,12 @@ class DummyConsole(SimpleConsole):
     def repeat(self, question: str) -> None:
         pass
 
-    def answer(self, pieces: Iterable[str]) -> None:
+    def respond(self, pieces: Iterable[str]) -> None:
         print("".join(pieces), flush=True)
 
 
 class RichConsole(SimpleConsole):
-    """Colors, and answers shown as Markdown, through the package rich."""
+    """Colors, and responses rendered as Markdown, by rich."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -80,7 +75,7 @@ class RichConsole(SimpleConsole):
         self.screen.print("[bold cyan]user:[/]", end=" ")
         self.screen.print(question, markup=False, highlight=False)
 
-    def answer(self, pieces: Iterable[str]) -> None:
+    def respond(self, pieces: Iterable[str]) -> None:
         from rich.live import Live
         from rich.markdown import Markdown
 
@@ -102,11 +97,5 @@ CONSOLES = {"rich": RichConsole, "simple": SimpleConsole, "dummy": DummyConsole}
 
 
 def console(name: str) -> SimpleConsole:
-    """The console called ``name`` (a key of CONSOLES); the simple one, said once, where rich is not
-    installed."""
-    if name == "rich" and importlib.util.find_spec("rich") is None:
-        logger.warning_once(
-            "--io rich: the package rich is not installed; --io simple is used instead"
-        )
-        name = "simple"
+    """The console called ``name``, a key of CONSOLES."""
     return CONSOLES[name]()

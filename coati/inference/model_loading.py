@@ -1,4 +1,4 @@
-"""One loader for every directory that training writes and every Hugging Face model."""
+"""Loads a model for inference: any directory that training writes, or any Hugging Face model."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ TEMPLATE = "conversation_template.json"
 
 
 class Loaded(NamedTuple):
-    """A model ready to answer, its tokenizer, and the conversation template it was trained with."""
+    """A model in evaluation mode, its tokenizer, and the conversation template it was trained with."""
 
     model: nn.Module
     tokenizer: Any
@@ -45,10 +45,12 @@ def load(
 
     Tokenizer and template come from the same directory unless they are given; without a template
     file the tokenizer's own chat template serves. ``device`` None: a GPU if there is one. ``dtype``
-    "auto": fp32 on a CPU, bf16 or fp16 on a GPU. ``quant``: a key of QUANTS, the weights are
-    quantized as they are loaded, with 4 bits not those of the layers named in ``skip_modules``;
-    directories that hold quantized weights need neither. Raises ValueError saying what a directory
-    lacks, or has too much.
+    "auto": fp32 on a CPU, bf16 or fp16 on a GPU. ``quant``: a key of QUANTS; the weights are
+    quantized as they are loaded, with 4 bits except for ``skip_modules``. Directories that hold
+    quantized weights need neither.
+
+    Raises:
+        ValueError: saying what a directory lacks, or has too much.
     """
     hush()
     directory = find_model(path, "actor")
@@ -64,17 +66,17 @@ def load(
         dtype = (
             "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         )
-    placing = quantization_kwargs(directory, quant, device, dtype, skip_modules)
+    quantization = quantization_kwargs(directory, quant, device, dtype, skip_modules)
     options = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "strict": True,
-        "placing": placing,
+        "placing": quantization,
     }
-    with bitsandbytes_on_cpus() if placing else nullcontext():
+    with bitsandbytes_on_cpus() if quantization else nullcontext():
         model = load_causal_lm(directory, **options)
     check_vocabulary(model, tokenizer)
-    return Loaded((model if placing else model.to(device)).eval(), tokenizer, conversation)
+    return Loaded((model if quantization else model.to(device)).eval(), tokenizer, conversation)
 
 
 def with_system(loaded: Loaded, text: str) -> Loaded:
@@ -99,8 +101,7 @@ def conversation_of(
 
 
 def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:
-    """What ends an answer: the template's stop ids and, whatever these are, the tokenizer's own
-    end."""
+    """What ends a response: the template's stop ids, and always the tokenizer's EOS token."""
     stops = [list(stop) for stop in conversation.stop_ids]
     if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in stops:
         stops.append([tokenizer.eos_token_id])

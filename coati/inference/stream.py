@@ -1,40 +1,40 @@
-"""Tokens to text while they come: never half a character, never the stop marker."""
+"""Incremental detokenization: never half a character, never a stop sequence."""
 
 
 class TextStream:
-    """Takes token ids one by one and gives the text that is certain.
+    """Takes token ids one by one and returns the text that is certain.
 
-    Ids that may be the beginning of a stop sequence and bytes that do not make a whole character
-    yet are held back.
-    ``text`` is what has been given so far, ``ids`` everything that was taken.
+    Ids that may begin a stop sequence, and bytes that do not make a whole character yet, are held
+    back. ``text`` is what has been returned so far, ``ids`` everything that was taken.
     """
 
     def __init__(self, tokenizer, stop_sequences: list[list[int]] = ()):
-        self.tokenizer, self.stops = tokenizer, [list(stop) for stop in stop_sequences]
+        self.tokenizer = tokenizer
+        self.stops = [list(stop) for stop in stop_sequences]
         self.ids: list[int] = []
         self.text = ""
 
     def push(self, token: int) -> str:
         """The text that became certain with ``token``, often empty."""
         self.ids.append(token)
-        return self._give(self.ids[: len(self.ids) - self._held()], final=False)
+        return self._advance(self.ids[: len(self.ids) - self._held()], final=False)
 
     def finish(self) -> str:
         """The rest: what was held back, but for a complete stop sequence at the end."""
-        return self._give(self.ids[: len(self.ids) - self._stop_length()], final=True)
+        return self._advance(self.ids[: len(self.ids) - self._stop_length()], final=True)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop sequence has been completed."""
         return self._stop_length() > 0
 
-    def _give(self, ids: list[int], final: bool) -> str:
-        # Decoded from the answer's start each time: a token's text may depend on the one before it.
+    def _advance(self, ids: list[int], final: bool) -> str:
+        # Decoded from the start each time: a token's text may depend on the one before it.
         whole = self.tokenizer.decode(ids, skip_special_tokens=True)
         if not final:
             whole = whole.rstrip("\ufffd")
         if not whole.startswith(self.text):
-            # A tokenizer that changes earlier text with later tokens; wait until it agrees again
+            # a tokenizer that changes earlier text with later tokens; wait until it agrees again
             return ""
         new = whole[len(self.text) :]
         self.text = whole

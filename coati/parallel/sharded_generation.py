@@ -1,11 +1,12 @@
-"""Sampling from an engine's model as it stands, whatever plugin wrapped it."""
+"""Sampling from an engine's model on whatever plugin wraps it."""
 
 from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 
-from coati.models.generation.loop import Generated, Sampling, generate
+from coati.models.generation.loop import Generated, generate
+from coati.models.generation.sampling import Sampling
 from coati.parallel.engine import Engine
 from coati.parallel.plugin_checks import cannot_generate
 

@@ -10,7 +10,7 @@ from coati.cli.inference import parse_inference
 def open_session(args: Namespace):
     from coati.inference import ChatSession, load
     from coati.inference.model_loading import with_system
-    from coati.models.generation.loop import Sampling
+    from coati.models.generation.sampling import Sampling
 
     try:
         loaded = load(
@@ -42,11 +42,11 @@ def open_session(args: Namespace):
     return ChatSession(*loaded, sampling=sampling, seed=args.seed, **lengths)
 
 
-def reply(session, screen, record, question: str) -> None:
+def respond(session, screen, record, question: str) -> None:
     forgotten = session.forgotten
     try:
         with closing(session.ask(question)) as pieces:
-            screen.answer(pieces)
+            screen.respond(pieces)
     finally:
         record.add(session.messages)
     if session.forgotten > forgotten:
@@ -59,7 +59,8 @@ def reply(session, screen, record, question: str) -> None:
 
 
 def chat(session, screen, record, words) -> None:
-    """The dialogue, until the questions end. Ctrl-C breaks off an answer, not the dialogue."""
+    """The conversation, until the questions end. Ctrl-C breaks off a response, not the
+    conversation."""
     for question in screen.questions():
         if question == words.CLEAR:
             session.clear()
@@ -67,7 +68,7 @@ def chat(session, screen, record, words) -> None:
             screen.clear()
             continue
         try:
-            reply(session, screen, record, question)
+            respond(session, screen, record, question)
         except KeyboardInterrupt:
             screen.note("broken off")
         except ValueError as error:
@@ -92,7 +93,7 @@ def main(args: Namespace) -> None:
             session.clear()
             session.messages = list(before)
             screen.repeat(question)
-            reply(session, screen, record, question)
+            respond(session, screen, record, question)
             record.close()
         if not asked:
             chat(session, screen, record, console)

@@ -13,7 +13,7 @@ from coati.inference.export.perplexity import Row
 from coati.inference.export.quantization import layers_of, need, quantization_kwargs
 from coati.inference.model_loading import conversation_of, load
 from coati.models.loading import adapter_base, find_model, load_causal_lm
-from coati.models.quantization_registry import CALIBRATED, METHODS, OF_QUANT
+from coati.models.quantization_registry import CALIBRATED, METHOD_OF_QUANT, METHODS
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
 
 
@@ -48,8 +48,8 @@ def quantize(
             "merge_lora.py"
         )
     with fresh_folder(output) as folder:
-        if method in OF_QUANT.values():
-            quant = next(name for name, own in OF_QUANT.items() if own == method)
+        if method in METHOD_OF_QUANT.values():
+            quant = next(name for name, own in METHOD_OF_QUANT.items() if own == method)
             quantization_kwargs(
                 directory, quant, torch.device("cpu"), "auto"
             )  # refuses before anything is loaded

@@ -1,5 +1,5 @@
-"""Sample answers as a table: prompts of different length in one batch, answers without their end
-marker."""
+"""Batches of prompts and readable responses: left padding, removing the stop sequence, and a table
+of samples."""
 
 from collections.abc import Sequence
 
@@ -19,18 +19,18 @@ def left_pad(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def without_stop(answer: list[int], stop_sequences: list[list[int]]) -> list[int]:
-    """``answer`` without the stop sequence at its end, if there is one."""
+def without_stop(response: list[int], stop_sequences: list[list[int]]) -> list[int]:
+    """``response`` without the stop sequence at its end, if there is one."""
     for stop in sorted(stop_sequences, key=len, reverse=True):
-        if answer[-len(stop) :] == stop:
-            return answer[: -len(stop)]
-    return answer
+        if response[-len(stop) :] == stop:
+            return response[: -len(stop)]
+    return response
 
 
 def format_samples(samples: Sequence[tuple[str, str]], width: int | None = None) -> str:
-    """Two columns, prompt and answer, in ``width`` places (default: the terminal's), at most 6
+    """Two columns, prompt and response, in ``width`` places (default: the terminal's), at most 6
     lines each."""
     width = terminal_width(width)
     left = (width - 3) * 2 // 5
-    rows = [[prompt or " ", answer or " "] for prompt, answer in samples]
-    return table(["prompt", "answer"], rows, [left, width - 3 - left], [False, False])
+    rows = [[prompt or " ", response or " "] for prompt, response in samples]
+    return table(["prompt", "response"], rows, [left, width - 3 - left], [False, False])

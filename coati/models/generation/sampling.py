@@ -1,4 +1,5 @@
-"""How the next token is chosen from its logits, and its log-probability."""
+"""Sampling: temperature, top-k, nucleus (top-p) and repetition penalty; the token and its
+log-probability."""
 
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from coati.models.generation.row_noise import draw
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; ``do_sample`` False takes the likeliest.
+    """How the next token is chosen; ``do_sample`` False is greedy.
 
     0 or None turns ``top_k`` off, 1 ``top_p``. ``repetition_penalty`` above 1 divides the positive
     and multiplies the negative logits of tokens that the row already holds.
@@ -27,7 +28,7 @@ class Sampling:
             (
                 "temperature",
                 self.temperature > 0,
-                "above 0 (for the likeliest token use do_sample=False)",
+                "above 0 (for greedy decoding use do_sample=False)",
             ),
             ("top_k", self.top_k is None or self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),

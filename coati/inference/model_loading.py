@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
-from coati.inference.export.quantization import bitsandbytes_on_cpus, quantization_kwargs
+from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
 from coati.models.loading import adapter_base, find_model, load_causal_lm
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import hush
@@ -22,7 +22,7 @@ TEMPLATE = "conversation_template.json"
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, its tokenizer, and the conversation template it was trained with."""
+    """A model in evaluation mode, its tokenizer, and the template it was trained with."""
 
     model: nn.Module
     tokenizer: Any

@@ -77,7 +77,7 @@ MODULES = {
     "coati.inference.measure": "coati.inference.export.perplexity",
     "coati.inference.metrics": "coati.inference.serve.server_metrics",
     "coati.inference.protocol": "coati.inference.serve.protocol",
-    "coati.inference.quantisation": "coati.inference.export.quantization",
+    "coati.inference.quantisation": "coati.inference.quantized_loading",
     "coati.inference.quantise": "coati.inference.export.quantize",
     "coati.inference.scoring": "coati.inference.evaluate.score_rows",
     "coati.inference.service": "coati.inference.serve.inference_engine",

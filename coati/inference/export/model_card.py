@@ -1,5 +1,4 @@
-"""The model card of an exported directory: what the run's own files say, and nothing that they do
-not."""
+"""The model card of an exported directory, from the run's own files alone."""
 
 import hashlib
 import json
@@ -71,8 +70,10 @@ def _data(arguments: dict[str, Any], run: Path | None) -> list[str]:
     if not named:
         return ["Not known."]
     lines = ["| data set | fingerprint (SHA-256 of its files) |", "| --- | --- |"]
-    held = {place: fingerprint(Path(place)) or "its files are no longer there" for place in named}
-    return lines + [f"| `{_short(place)}` | {found} |" for place, found in held.items()]
+    fingerprints = {
+        place: fingerprint(Path(place)) or "its files are no longer there" for place in named
+    }
+    return lines + [f"| `{_short(place)}` | {found} |" for place, found in fingerprints.items()]
 
 
 def _short(place: str) -> str:

@@ -1,5 +1,5 @@
-"""A model directory for others: adapters merged, its answers compared with those of plain
-transformers, with a card."""
+"""Model directories for other programs: adapters merged, generation compared with plain
+transformers, a model card."""
 
 import os
 import shutil
@@ -37,27 +37,28 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Merged:
-    """``difference``: the largest between a logit with adapters beside and inside the weights;
-    ``largest``: logit."""
+    """``difference``: the largest between logits before and after merging; ``largest``: the largest
+    logit."""
 
     difference: float
     largest: float
 
     @property
-    def alike(self) -> bool:
+    def close(self) -> bool:
         """Whether the two are equal up to the rounding of fp32."""
         return self.difference <= 1e-4 * max(1.0, self.largest)
 
 
 @contextmanager
 def fresh_folder(final: str | os.PathLike) -> Iterator[Path]:
-    """A folder that becomes ``final`` when the block ends without an error, and is gone otherwise.
+    """A folder that is renamed to ``final`` when the block ends without an error, and removed
+    otherwise.
 
-    Raises ValueError when ``final`` is there already and is not an empty folder.
+    Raises ValueError when ``final`` exists already and is not an empty folder.
     """
     final = Path(final)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"{final}: is there already; name a new directory, or remove it")
+        raise ValueError(f"{final}: exists already; name a new directory, or remove it")
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -71,9 +72,9 @@ def fresh_folder(final: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:
-    """``model`` as a Hugging Face directory: the template is the tokenizer's own chat template too,
-    and what ends an answer is in generation_config.json, so that other programs stop where this
-    library does."""
+    """Save ``model`` as a Hugging Face directory: the template becomes the tokenizer's chat
+    template, and the stop tokens go to generation_config.json, so that other programs stop where
+    this library does."""
     model.config.use_cache = True
     stops = [stop[0] for stop in stop_sequences(tokenizer, conversation) if len(stop) == 1]
     model.generation_config.eos_token_id = stops if len(stops) > 1 else (stops or [None])[0]
@@ -113,7 +114,7 @@ def merge(
         model = merge_lora(model).eval()
         after = _logits(model, tokenizer, conversation)
         found = Merged(float((before - after).abs().max()), float(before.abs().max()))
-        if not found.alike:
+        if not found.close:
             raise ValueError(
                 f"{path}: merging changed logits by up to {found.difference:.3g}; nothing was "
                 "written"
@@ -141,12 +142,12 @@ def _prompts(conversation: Any, questions: Sequence[str]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Checked:
-    """Greedy answers of two loaders to the same questions: ``same`` of ``asked`` token for
-    token."""
+    """Greedy responses of transformers and of this library to the same questions: ``same`` of
+    ``asked`` are equal token for token."""
 
     asked: int
     same: int
-    first: str | None = None  # what differs first, for people
+    first: str | None = None  # the first difference
     gguf: Written | None = None
 
 
@@ -161,12 +162,12 @@ def export(
     gguf: str | None = None,
     **reading: Any,
 ) -> Checked:
-    """Write the model of ``path`` to ``output``, adapters merged, and compare plain transformers'
-    answers with ours.
+    """Write the model of ``path`` to ``output``, adapters merged, and compare the responses of
+    plain transformers with ours.
 
     ``card`` gives the text of README.md. ``gguf``: weight type of a GGUF file to be written beside
     (:mod:`coati.inference.export.gguf`). Raises ValueError when transformers cannot load the
-    directory, or answers otherwise than this library; nothing is left then.
+    directory, or generates otherwise than this library; nothing is written then.
     """
     if gguf:
         converter()
@@ -183,7 +184,7 @@ def export(
         found = check(folder, ours, questions, max_new_tokens, code)
         if found.same != found.asked:
             raise ValueError(
-                f"{path}: plain transformers answers otherwise than this library ({found.first})"
+                f"{path}: plain transformers generates otherwise than this library ({found.first})"
             )
         if gguf:
             written = write_gguf(folder, gguf, ours.model, _prompts(ours.conversation, questions))
@@ -199,8 +200,7 @@ def check(
     max_new_tokens: int,
     trust_remote_code: bool = False,
 ) -> Checked:
-    """Greedy answers of ``ours``, this library's loader and loop, beside those of plain
-    transformers on ``folder``."""
+    """Compare greedy responses of ``ours`` with those of plain transformers on ``folder``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -217,7 +217,7 @@ def check(
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt"
         )
-        told = theirs.generate(
+        generated = theirs.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
@@ -227,7 +227,8 @@ def check(
         mine = generate(
             ours.model, ids, stop_sequences=stops, max_new_tokens=max_new_tokens, do_sample=False
         ).responses()[0]
-        same += told == mine
-        if told != mine and first is None:
-            first = f"to {question!r}: {tokenizer.decode(told)!r}, here {tokenizer.decode(mine)!r}"
+        same += generated == mine
+        if generated != mine and first is None:
+            texts = tokenizer.decode(generated), tokenizer.decode(mine)
+            first = "to {!r}: {!r}, here {!r}".format(question, *texts)
     return Checked(len(questions), same, first)

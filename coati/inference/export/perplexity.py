@@ -1,5 +1,4 @@
-"""What a model costs and what it is worth: bytes of its weights, perplexity on rows, time of its
-answers."""
+"""Measures of a model: perplexity on rows, bytes of its weights, generation speed."""
 
 import math
 import os

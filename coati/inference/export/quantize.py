@@ -1,5 +1,4 @@
-"""Quantized directories: bitsandbytes and LLM Compressor do the work, this writes what they need
-beside the weights."""
+"""Quantized model directories, by bitsandbytes and LLM Compressor."""
 
 import os
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from torch import nn
 
 from coati.inference.export.model_dir import fresh_folder, write_model
 from coati.inference.export.perplexity import Row
-from coati.inference.export.quantization import layers_of, need, quantization_kwargs
 from coati.inference.model_loading import conversation_of, load
+from coati.inference.quantized_loading import num_layers, quantization_kwargs, require_package
 from coati.models.loading import adapter_base, find_model, load_causal_lm
 from coati.models.quantization_registry import CALIBRATED, METHOD_OF_QUANT, METHODS
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
@@ -26,13 +25,15 @@ def quantize(
     group_size: int = 128,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write the model of ``path`` to ``output`` with fewer bits a weight. ``method``: a key of
-    METHODS.
+    """Write the model of ``path`` to ``output``, quantized by ``method``, a key of METHODS.
 
-    ``calibration``: rows that GPTQ measures its errors on. ``group_size``: neighboring weights
-    that share a scale, for gptq and rtn. Raises ValueError for an adapter, for gptq without
-    calibration rows, for a group size that does not divide the width of a layer, and for a package
-    that is not installed.
+    Args:
+        calibration: rows that GPTQ measures its errors on.
+        group_size: neighboring weights that share a scale, for gptq and rtn.
+
+    Raises:
+        ValueError: for an adapter, for gptq without calibration rows, for a group size that does
+            not divide the width of a layer, and for a package that is not installed.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -66,7 +67,7 @@ def quantize(
                     layer.to(torch.bfloat16)
             write_model(model, *rest, folder)
             return
-        need("llmcompressor", method)
+        require_package("llmcompressor", method)
         tokenizer = load_tokenizer(find_tokenizer(directory), trust_remote_code)
         conversation = conversation_of(directory, tokenizer)
         model = load_causal_lm(
@@ -82,10 +83,10 @@ def quantize(
 
 @torch.no_grad()
 def outlier_layers(directory: str | os.PathLike, trust_remote_code: bool = False) -> list[str]:
-    """Names of the linear layers with the largest outputs, as many as a tenth of the layers: they
-    hold the few weights that a model cannot do without, whatever it is given to read ("The Super
+    """Names of the linear layers with the largest outputs, a tenth as many as the model has layers:
+    they hold the few weights that quantization must not touch, whatever the input ("The Super
     Weight in Large Language Models", Yu et al. 2024, arXiv 2411.07191)."""
-    count = layers_of(directory) // 10
+    count = num_layers(directory) // 10
     if not count:
         return []
     model = load_causal_lm(
@@ -104,8 +105,8 @@ def outlier_layers(directory: str | os.PathLike, trust_remote_code: bool = False
 
 
 def check_groups(model: nn.Module, group_size: int) -> None:
-    """Raise ValueError naming the first linear layer whose inputs cannot be cut into groups, and
-    sizes that can."""
+    """Raise ValueError naming the first linear layer whose inputs ``group_size`` does not divide,
+    and the sizes that divide all layers."""
     head = model.get_output_embeddings()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     for name, layer in layers.items():
@@ -114,10 +115,10 @@ def check_groups(model: nn.Module, group_size: int) -> None:
             fits = [
                 size for size in range(16, 513, 16) if not any(width % size for width in widths)
             ]
+            sizes = ", ".join(map(str, fits)) or "none of 16 to 512"
             raise ValueError(
                 f"--group_size {group_size} does not divide the {layer.in_features} inputs of "
-                f"{name}; "
-                f"these divide all layers: {', '.join(map(str, fits)) or 'none of 16 to 512'}"
+                f"{name}; these divide all layers: {sizes}"
             )
 
 

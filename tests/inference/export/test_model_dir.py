@@ -62,7 +62,7 @@ def test_only_adapters_are_merged_and_nothing_is_written_over(tmp_path):
     write(tmp_path / "base")
     with pytest.raises(ValueError, match="no LoRA adapter"):
         merge(tmp_path / "base", tmp_path / "merged")
-    with pytest.raises(ValueError, match="base: is there already"):
+    with pytest.raises(ValueError, match="base: exists already"):
         export(tmp_path / "base", tmp_path / "base", lambda *_: "")
     assert not (tmp_path / "merged").exists()
 
@@ -99,7 +99,7 @@ def test_an_export_that_transformers_answers_otherwise_is_not_left(tmp_path, mon
         )
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", other)
-    with pytest.raises(ValueError, match="answers otherwise than this library"):
+    with pytest.raises(ValueError, match="generates otherwise than this library"):
         export(tmp_path / "model", tmp_path / "out", lambda *_: "", max_new_tokens=4)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model"]
 

@@ -13,9 +13,9 @@ from coati.cli.inference import parse_inference
 from coati.cli.quantize import parse_benchmark, parse_quantize
 from coati.cli.serve import parse_server
 from coati.inference.export.perplexity import Size, perplexity, rows_of, size_of, speed_of
-from coati.inference.export.quantization import need, quantization_kwargs
 from coati.inference.export.quantize import check_groups, outlier_layers, quantize
 from coati.inference.model_loading import load
+from coati.inference.quantized_loading import quantization_kwargs, require_package
 from tests.inference.export.test_model_dir import adapter, script
 from tests.inference.test_model_loading import write
 from tests.tiny import tiny_llama
@@ -89,7 +89,7 @@ def test_with_4_bits_values_shared_keys_and_the_last_mlps_keep_their_precision(t
 
 
 @pytest.mark.skipif(not HAS["bitsandbytes"], reason="bitsandbytes is not installed")
-def test_a_directory_of_4_bits_keeps_the_layers_with_massive_outputs(tmp_path):
+def test_a_directory_of_4_bits_keeps_the_layers_with_outlier_outputs(tmp_path):
     write(tmp_path / "model")  # the tokenizer
     model = tiny_llama(layers=12)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_directory_of_4_bits_keeps_the_layers_with_massive_outputs(tmp_path):
         quantize(tmp_path / "out", tmp_path / "again", "nf4")
 
 
-def test_models_of_few_layers_have_no_massive_outputs_to_look_for(tmp_path):
+def test_models_of_few_layers_have_no_outlier_layers_to_look_for(tmp_path):
     write(tmp_path)
     assert outlier_layers(tmp_path) == []
 
@@ -133,7 +133,7 @@ def test_sizes_count_embeddings_apart(tmp_path):
         size_of(tmp_path / "nothing")
 
 
-def test_speed_counts_every_answer_of_the_batch(tmp_path):
+def test_speed_counts_every_response_of_the_batch(tmp_path):
     write(tmp_path)
     speed = speed_of(load(tmp_path, device="cpu"), 3, prompt_tokens=4, new_tokens=5)
     assert speed.batch == 3 and speed.first > 0 and speed.rate > 0
@@ -161,7 +161,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a LoRA adapter.*merge_lora.py"):
         load(tmp_path / "adapter", quant="8bit")
     with pytest.raises(ValueError, match="wanted needs the package no-such-package"):
-        need("no_such_package", "wanted")
+        require_package("no_such_package", "wanted")
     assert quantization_kwargs(tmp_path / "base", None, torch.device("cpu"), "fp32") is None
     assert not (tmp_path / "out").exists()
 

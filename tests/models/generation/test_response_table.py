@@ -19,7 +19,7 @@ def test_the_table():
         [("hello there", "hi"), ("a" * 30, "word " * 40), ("again", "")], width=45
     )
     assert table.splitlines()[:3] == [
-        "prompt           | answer",
+        "prompt           | response",
         "-----------------+---------------------------",
         "hello there      | hi",
     ]

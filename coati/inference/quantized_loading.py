@@ -1,5 +1,5 @@
-"""Models with fewer bits a weight, made and read by bitsandbytes and LLM Compressor; nothing is
-quantized here."""
+"""Loading quantized models, or quantizing while loading: what transformers and bitsandbytes need to
+know."""
 
 import importlib.util
 import os
@@ -12,8 +12,8 @@ import torch
 from coati.models.loading import DTYPES, read_config
 from coati.models.quantization_registry import QUANTS
 
-# What transformers needs beside itself to read a directory of each quant_method.
-READERS = {
+# The package that transformers needs to load a directory of each quant_method.
+PACKAGES = {
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptqmodel",
@@ -27,32 +27,36 @@ def quantization_kwargs(
     dtype: str,
     skip_modules: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Keywords of ``from_pretrained`` for a model that is quantized, or to be; None for any other.
+    """Keywords of ``from_pretrained`` for a model that is quantized, or is to be by ``quant``, a
+    key of QUANTS; None for any other.
 
-    ``skip_modules``: layers that keep their precision with 4 bits, beside those that always do.
+    ``skip_modules``: layers that 4-bit quantization leaves alone, besides
+    :func:`default_skip_modules`.
 
-    Raises ValueError for a directory that is quantized already and for a package that is not
-    installed.
+    Raises:
+        ValueError: for a directory that is quantized already, or a package that is not installed.
     """
-    held = read_config(directory).get("quantization_config")
-    if quant is None and held is None:
+    existing = read_config(directory).get("quantization_config")
+    if quant is None and existing is None:
         return None
-    method = (held or {}).get("quant_method")
-    if quant and held:
+    method = (existing or {}).get("quant_method")
+    if quant and existing:
         raise ValueError(f"{directory} is quantized already ({method}); leave --quant away")
-    need(READERS.get(method or "bitsandbytes", "transformers"), f"{directory}: {quant or method}")
-    placing: dict[str, Any] = {"device_map": {"": str(device)}}
+    require_package(
+        PACKAGES.get(method or "bitsandbytes", "transformers"), f"{directory}: {quant or method}"
+    )
+    keywords: dict[str, Any] = {"device_map": {"": str(device)}}
     if quant:
-        placing["quantization_config"] = bitsandbytes_config(
-            quant, dtype, [*spared_of(directory), *skip_modules]
+        keywords["quantization_config"] = bitsandbytes_config(
+            quant, dtype, [*default_skip_modules(directory), *skip_modules]
         )
-    return placing
+    return keywords
 
 
 @contextmanager
 def bitsandbytes_on_cpus() -> Iterator[None]:
-    """transformers 4.51 lets bitsandbytes onto a CPU with Intel's extension for PyTorch alone,
-    which bitsandbytes has done without since 0.46: inside the block it is not asked for."""
+    """Inside the block transformers allows bitsandbytes on a CPU. Version 4.51 does so only with
+    Intel's extension for PyTorch, which bitsandbytes no longer needs since 0.46."""
     from transformers.integrations import bitsandbytes as gate
 
     asked = gate.is_ipex_available
@@ -63,8 +67,8 @@ def bitsandbytes_on_cpus() -> Iterator[None]:
         gate.is_ipex_available = asked
 
 
-def layers_of(directory: str | os.PathLike) -> int:
-    """How many the model has; 0 where its configuration does not say."""
+def num_layers(directory: str | os.PathLike) -> int:
+    """The number of layers of the model; 0 where its configuration does not say."""
     config = read_config(directory)
     return next(
         (config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config),
@@ -72,11 +76,12 @@ def layers_of(directory: str | os.PathLike) -> int:
     )
 
 
-def spared_of(directory: str | os.PathLike) -> list[str]:
-    """The layers of a model that keep their precision with 4 bits, by name or a part of it: head,
-    value projections, key projections where heads share them (they are small there), and the MLPs
-    of the last fifteenth of the layers."""
-    config, layers = read_config(directory), layers_of(directory)
+def default_skip_modules(directory: str | os.PathLike) -> list[str]:
+    """Layers that 4-bit quantization leaves alone, by name or a part of it: head, value
+    projections, key projections where heads share them (they are small there), and the MLPs of the
+    last fifteenth of the layers."""
+    config = read_config(directory)
+    layers = num_layers(directory)
     heads = config.get("num_attention_heads") or 0
     keys = ["k_proj"] if (config.get("num_key_value_heads") or heads) < heads else []
     last = range(layers - layers // 15, layers)
@@ -90,8 +95,8 @@ def spared_of(directory: str | os.PathLike) -> list[str]:
 
 
 def bitsandbytes_config(quant: str, dtype: str, skip_modules: Sequence[str] = ()) -> Any:
-    """``quant``: a key of QUANTS; the products are computed in ``dtype``, a key of DTYPES.
-    ``skip_modules``: layers that keep their precision with 4 bits."""
+    """``quant``: a key of QUANTS; matrix products are computed in ``dtype``, a key of DTYPES.
+    ``skip_modules``: layers that 4-bit quantization leaves alone."""
     from transformers import BitsAndBytesConfig
 
     if quant not in QUANTS:
@@ -103,13 +108,13 @@ def bitsandbytes_config(quant: str, dtype: str, skip_modules: Sequence[str] = ()
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
-        bnb_4bit_use_double_quant=True,  # the scales too are rounded, to 8 bits
+        bnb_4bit_use_double_quant=True,  # the scales are quantized to 8 bits
         llm_int8_skip_modules=list(skip_modules),
     )
 
 
-def need(package: str, wanted: str) -> None:
-    """Raise ValueError when ``package`` is not installed; ``wanted``: what for."""
+def require_package(package: str, wanted: str) -> None:
+    """Raise ValueError where ``package``, needed for ``wanted``, is not installed."""
     if importlib.util.find_spec(package) is None:
         name = package.replace("_", "-")
         raise ValueError(

@@ -4,7 +4,8 @@ transformers."""
 import sys
 from collections.abc import Iterable, Iterator
 
-EXIT, CLEAR = "exit", "clear"
+EXIT = "exit"
+CLEAR = "clear"
 
 
 class SimpleConsole:

@@ -14,7 +14,8 @@ class Transcript:
     nothing where ``file`` is None."""
 
     def __init__(self, file: str | os.PathLike | None):
-        self.file, self._messages = file, []
+        self.file = file
+        self._messages = []
 
     def add(self, history: Messages) -> None:
         """The conversation so far; rounds that were dropped from the context stay in the

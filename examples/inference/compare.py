@@ -41,10 +41,13 @@ def generated(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | 
     config = generating.SamplingConfig(
         sampling, args.max_new_tokens, args.max_length, args.batch_size, args.seed
     )
-    template, code = args.conversation_template_config, args.trust_remote_code
+    template = args.conversation_template_config
+    code = args.trust_remote_code
     loading = {"template": template, "trust_remote_code": code}
     reference = args.start_path or named("--model_path", reference_of, args.model_path)
-    found, skipped, conversation = [], [], None
+    found = []
+    skipped = []
+    conversation = None
     for flag, path in (("--start_path", reference), ("--model_path", args.model_path)):
         side, out, conversation = named(
             flag, generating.responses_of, path, prompts, config, **loading

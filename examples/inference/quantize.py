@@ -73,7 +73,8 @@ def main(args: Namespace) -> None:
             group_size=args.group_size,
             trust_remote_code=args.trust_remote_code,
         )
-    size, figures = measure.size_of(original), []
+    size = measure.size_of(original)
+    figures = []
     for name, folder in {"original": args.model_path, **folders}.items():
         figures.append(measured(name, folder, args, size if name in folders else None))
         show(figures[-1], figures[0])

@@ -120,7 +120,8 @@ def generate_responses(
     """
     positions = getattr(loaded.model.config, "max_position_embeddings", None) or config.max_length
     room = min(config.max_length, positions) - config.max_new_tokens
-    ready, skipped = [], []
+    ready = []
+    skipped = []
     for prompt in prompts:
         try:
             encoded = loaded.conversation.encode_prompt(prompt.messages)

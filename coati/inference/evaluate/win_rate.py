@@ -84,7 +84,9 @@ class Judge:
     ) -> None:
         if reward_model is None and rewards is None:
             raise ValueError("nothing to judge by: give a reward model, reward functions, or both")
-        self.reward_model, self.rewards, self.batch_size = reward_model, rewards, batch_size
+        self.reward_model = reward_model
+        self.rewards = rewards
+        self.batch_size = batch_size
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], max_new_tokens: int
@@ -152,7 +154,8 @@ def compare(
     both = [prompt for prompt in prompts if prompt.number in reference.keys() & policy.keys()]
     responses = [[side[prompt.number] for prompt in both] for side in (reference, policy)]
     judged = [judge(both, side, max_new_tokens) for side in responses]
-    rows, skipped = [], []
+    rows = []
+    skipped = []
     for prompt, *pair, first, second in zip(both, *responses, *judged, strict=True):
         if first is None or second is None:
             reason = "the reward model's template or length does not take a response to it"

@@ -49,7 +49,8 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
 
     Raises ValueError where the converter fails, or the file's logits differ from the model's.
     """
-    command, file = converter(), folder / f"{kind}.gguf"
+    command = converter()
+    file = folder / f"{kind}.gguf"
     done = subprocess.run(
         [command, "--outtype", kind, "--outfile", str(file), str(folder)],
         capture_output=True,

@@ -131,6 +131,7 @@ def _figures(run: Path | None) -> list[str]:
                 found.setdefault(key, []).append((row.get("step", 0), value))
     lines = ["| figure | at first | at last |", "| --- | --- | --- |"]
     for key, seen in sorted(found.items()):
-        (start, first), (end, last) = seen[0], seen[-1]
+        start, first = seen[0]
+        end, last = seen[-1]
         lines.append(f"| {key} | {first:.4g} (step {start}) | {last:.4g} (step {end}) |")
     return lines if found else ["None were logged."]

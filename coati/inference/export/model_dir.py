@@ -209,7 +209,8 @@ def check(
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # transformers knows end tokens alone, no sequences
     stops = [stop for stop in stop_sequences(ours.tokenizer, ours.conversation) if len(stop) == 1]
-    same, first = 0, None
+    same = 0
+    first = None
     system = ours.conversation.system_message
     for question in questions:
         asked = [{"role": "user", "content": question}]

@@ -66,7 +66,8 @@ def perplexity(model: Any, rows: Sequence[Row]) -> float:
 
     Raises ValueError when nothing is supervised.
     """
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     device = next(model.parameters()).device
     for ids, labels in rows:
         logits = model(torch.tensor([ids], device=device)).logits[0, :-1].float()
@@ -129,7 +130,8 @@ def speed_of(loaded: Loaded, batch: int, prompt_tokens: int = 64, new_tokens: in
     """``batch`` greedy answers of ``new_tokens`` tokens, none of them ending earlier, after a short
     warm-up."""
     model = loaded.model
-    device, known = next(model.parameters()).device, len(loaded.tokenizer)
+    device = next(model.parameters()).device
+    known = len(loaded.tokenizer)
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(0, known, (batch, prompt_tokens), generator=drawn).to(device)
     endless = {"stop_sequences": [], "do_sample": False}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,23 +50,9 @@ def quantize(
             "merge_lora.py"
         )
     with fresh_folder(output) as folder:
-        if method in METHOD_OF_QUANT.values():
-            quant = next(name for name, own in METHOD_OF_QUANT.items() if own == method)
-            quantization_kwargs(
-                directory, quant, torch.device("cpu"), "auto"
-            )  # refuses before anything is loaded
-            skip_modules = outlier_layers(directory, trust_remote_code) if quant == "4bit" else []
-            model, *rest = load(
-                directory,
-                quant=quant,
-                skip_modules=skip_modules,
-                trust_remote_code=trust_remote_code,
-            )
-            head = model.get_output_embeddings()
-            for layer in model.modules():
-                if type(layer) is nn.Linear and layer is not head:  # kept its precision
-                    layer.to(torch.bfloat16)
-            write_model(model, *rest, folder)
+        quants = [quant for quant, own in METHOD_OF_QUANT.items() if own == method]
+        if quants:
+            _write_bitsandbytes(directory, folder, quants[0], trust_remote_code)
             return
         require_package("llmcompressor", method)
         tokenizer = load_tokenizer(find_tokenizer(directory), trust_remote_code)
@@ -74,11 +61,25 @@ def quantize(
             directory, dtype="fp32", strict=True, trust_remote_code=trust_remote_code
         )
         check_groups(model, group_size)
-        model.name_or_path = str(
-            folder
-        )  # where a recipe of earlier compressions is looked for, hub and all
+        # LLM Compressor looks for the recipe of an earlier compression there, also on the hub.
+        model.name_or_path = str(folder)
         _compress(model, tokenizer, method, calibration, group_size)
         write_model(model, tokenizer, conversation, folder)
+
+
+def _write_bitsandbytes(
+    directory: str | os.PathLike, folder: Path, quant: str, trust_remote_code: bool
+) -> None:
+    """Load the model quantized, and save it so."""
+    quantization_kwargs(directory, quant, torch.device("cpu"), "auto")  # refuses before loading
+    skip_modules = outlier_layers(directory, trust_remote_code) if quant == "4bit" else []
+    loading = {"skip_modules": skip_modules, "trust_remote_code": trust_remote_code}
+    model, tokenizer, conversation = load(directory, quant=quant, **loading)
+    head = model.get_output_embeddings()
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not head:  # was not quantized
+            layer.to(torch.bfloat16)
+    write_model(model, tokenizer, conversation, folder)
 
 
 @torch.no_grad()
@@ -92,7 +93,8 @@ def outlier_layers(directory: str | os.PathLike, trust_remote_code: bool = False
     model = load_causal_lm(
         directory, dtype="bf16", strict=True, trust_remote_code=trust_remote_code
     ).eval()
-    head, largest = model.get_output_embeddings(), {}
+    head = model.get_output_embeddings()
+    largest = {}
 
     def note(name: str):
         return lambda module, inputs, output: largest.__setitem__(name, float(output.abs().max()))

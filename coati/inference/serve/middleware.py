@@ -73,7 +73,8 @@ class BodyLimit:
     """ASGI middleware that refuses a body of more than ``most`` bytes, whatever its header says."""
 
     def __init__(self, app, most: int) -> None:
-        self.app, self.most = app, most
+        self.app = app
+        self.most = most
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":

@@ -80,7 +80,8 @@ class Decoder:
         agree: Callable[[Tensor], Tensor] = same,
         padding_free: PaddingFree | None = None,
     ) -> None:
-        count, device = len(input_ids), input_ids.device
+        count = len(input_ids)
+        device = input_ids.device
         self.model = model
         self.accepted = accepted_by(model)
         self.generator = generator

@@ -20,7 +20,8 @@ class RowCache(DynamicCache):
 
     def __init__(self, rows: int, limit: int) -> None:
         super().__init__()
-        self.rows, self.limit = rows, limit
+        self.rows = rows
+        self.limit = limit
         self.start = self.end = 0
         self._layers: list[list[Tensor]] = []
         self._places: tuple[Tensor, Tensor] | None = None
@@ -97,14 +98,18 @@ class RowCache(DynamicCache):
 
     def join(self, other: "RowCache") -> None:
         """The rows of ``other`` below these; rows of fewer columns get empty ones on their left."""
-        columns, rows = max(self.get_seq_length(), other.get_seq_length()), self.rows + other.rows
+        columns = max(self.get_seq_length(), other.get_seq_length())
+        rows = self.rows + other.rows
         for layer, (mine, theirs) in enumerate(zip(self, other, strict=True)):
             self._layers[layer] = [
                 _below(*pair, columns, columns + _GROWTH) for pair in zip(mine, theirs, strict=True)
             ]
-        self.rows, self.start, self.end = rows, 0, columns
+        self.rows = rows
+        self.start = 0
+        self.end = columns
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """The number of columns that the model is shown."""
         return self.end - self.start
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, ...]:
@@ -129,11 +134,13 @@ class TupleCache:
             self.states = tuple(tuple(change(tensor) for tensor in layer) for layer in self.states)
 
     def keep(self, survivors: Tensor) -> None:
+        """Row i becomes row ``survivors[i]``."""
         self._map(lambda tensor: tensor.index_select(0, survivors))
 
     repeat = keep
 
     def join(self, other: "TupleCache") -> None:
+        """The rows of ``other`` below these, padded on the left."""
         columns = max(self.get_seq_length(), other.get_seq_length())
         self.states = tuple(
             tuple(_below(*pair, columns, columns) for pair in zip(mine, theirs, strict=True))
@@ -141,9 +148,11 @@ class TupleCache:
         )
 
     def trim(self, start: int) -> bool:
+        """Nothing is dropped; the tuples are the model's own."""
         return False
 
     def get_seq_length(self) -> int:
+        """The number of columns that the model is shown."""
         return 0 if self.states is None else self.states[0][0].shape[-2]
 
 

@@ -75,40 +75,34 @@ def generate(
 
     ``model`` is plain or wrapped by a plugin; what the plugin needs is supplied by the caller.
     ``stop_flag`` takes "all my rows have ended" and returns whether to leave the loop, so that
-    ranks whose forward passes contain collectives leave together. ``gather_logits`` completes the
-    last position's logits where each rank holds a part of the vocabulary. ``agree`` takes a tensor
-    that a group of ranks has alike up to rounding, and returns the one that all of them go on with.
-    ``packing``: how ``model`` can be given prompts without padding.
+    ranks whose forward passes contain collectives leave together. ``gather_logits`` completes
+    logits of which each rank holds a part of the vocabulary. ``agree`` takes a tensor that a group
+    of ranks has alike up to rounding, and returns the one that all of them go on with. ``packing``:
+    how ``model`` can be given prompts without padding.
 
     Raises:
-        ValueError: for right padding, an empty prompt, more tokens than the model has positions,
-            or noise of another shape.
+        ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(model, input_ids, mask, stop_sequences, max_new_tokens)
     _check_noise(noise, len(input_ids), max_new_tokens)
+    decoder = Decoder(
+        model,
+        input_ids,
+        mask,
+        sampling,
+        stop_sequences,
+        noise=noise,
+        generator=generator,
+        columns=input_ids.shape[1] + max_new_tokens,
+        return_logprobs=return_logprobs,
+        gather_logits=gather_logits,
+        agree=agree,
+        padding_free=packing,
+    )
     with _evaluating(model), MklPrepacked(model) as prepacked:
-        decoder = Decoder(
-            model,
-            input_ids,
-            mask,
-            sampling,
-            stop_sequences,
-            noise=noise,
-            generator=generator,
-            columns=input_ids.shape[1] + max_new_tokens,
-            return_logprobs=return_logprobs,
-            gather_logits=gather_logits,
-            agree=agree,
-            padding_free=packing,
-        )
-        made = _decode(decoder, prepacked, max_new_tokens, pad_token_id, stop_flag)
-    made.sequences = torch.cat([input_ids, made.sequences], dim=1)
-    made.prompt_length = input_ids.shape[1]
-    if return_logprobs:
-        made.logprobs = agree(made.logprobs)
-    return made
+        return _decode(decoder, prepacked, max_new_tokens, pad_token_id, stop_flag)
 
 
 def _decode(
@@ -118,9 +112,11 @@ def _decode(
     pad: int,
     stop_flag: Callable[[bool], bool],
 ) -> Generated:
-    """Responses alone, (B, N) tokens and log-probs, until ``stop_flag`` says so."""
-    shape, device = (len(decoder.rows), max_new_tokens), decoder.ids.device
-    tokens = torch.full(shape, pad, dtype=decoder.ids.dtype, device=device)
+    """Take steps until ``stop_flag`` says so."""
+    prompts = decoder.ids
+    shape = (len(decoder.rows), max_new_tokens)
+    device = prompts.device
+    tokens = torch.full(shape, pad, dtype=prompts.dtype, device=device)
     logprobs = torch.zeros(shape, device=device) if decoder.return_logprobs else None
     lengths = torch.zeros(shape[0], dtype=torch.long, device=device)
     stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
@@ -131,7 +127,8 @@ def _decode(
         if all_ended:
             decoder.idle_step()
         else:
-            rows, step = decoder.rows, decoder.step()
+            rows = decoder.rows
+            step = decoder.step()
             tokens[rows, count - 1] = step.tokens
             if logprobs is not None:
                 logprobs[rows, count - 1] = step.logprobs
@@ -143,8 +140,9 @@ def _decode(
         if stop_flag(all_ended):
             break
     if logprobs is not None:
-        logprobs = logprobs[:, :count]
-    return Generated(tokens[:, :count], lengths, stopped, logprobs=logprobs)
+        logprobs = decoder.agree(logprobs[:, :count])
+    sequences = torch.cat([prompts, tokens[:, :count]], dim=1)
+    return Generated(sequences, lengths, stopped, prompts.shape[1], logprobs)
 
 
 def generate_streaming(

@@ -1,4 +1,4 @@
-"""Talking to a model: load any directory that training writes, keep a dialogue, stream its text."""
+"""Inference: load any directory that training writes, chat, stream, evaluate, export and serve."""
 
 from coati.utils.lazy import lazy_exports
 

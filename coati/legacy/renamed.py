@@ -74,7 +74,7 @@ MODULES = {
     "coati.inference.cut": "coati.inference.serve.stop_strings",
     "coati.inference.gguf_file": "coati.inference.export.gguf",
     "coati.inference.loading": "coati.inference.model_loading",
-    "coati.inference.measure": "coati.inference.export.perplexity",
+    "coati.inference.measure": "coati.inference.export.measures",
     "coati.inference.metrics": "coati.inference.serve.server_metrics",
     "coati.inference.protocol": "coati.inference.serve.protocol",
     "coati.inference.quantisation": "coati.inference.quantized_loading",

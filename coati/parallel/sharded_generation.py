@@ -23,13 +23,13 @@ def sample(
     noise: Tensor | None = None,
     return_logprobs: bool = False,
 ) -> Generated:
-    """Continue prompts (B, P), padded on the left: :func:`coati.models.generation.loop.generate`
-    with what the plugin needs.
+    """:func:`coati.models.generation.loop.generate` for prompts (B, P), padded on the left, on the
+    engine's plugin.
 
-    Under gemini, whose every forward gathers parameters, all ranks must call it, each with rows of
-    its own; they leave together, when the last row of the last rank has ended. Processes of one
-    tensor-parallel group must be given the same rows and noise and get the same tokens, to the bit.
-    Otherwise ranks are independent: each leaves on its own.
+    Under gemini, whose every forward gathers parameters, all ranks must call it, each with its own
+    rows; they return together, when the last row of the last rank has ended. The ranks of a
+    tensor-parallel group must get the same rows and noise, and return the same tokens, bitwise.
+    Otherwise ranks are independent.
 
     Raises:
         ValueError: for a model that :func:`cannot_sample` names, and what ``generate`` refuses.
@@ -47,7 +47,7 @@ def sample(
         noise=noise,
         return_logprobs=return_logprobs,
         **vars(sampling),
-        **_of_the_plugin(engine),
+        **_plugin_keywords(engine),
     )
 
 
@@ -62,29 +62,26 @@ def cannot_sample(engine: Engine) -> str | None:
     )
     if reason := cannot_generate(options):
         return reason
-    if (
-        not hasattr(engine.module, "get_output_embeddings")
-        or engine.module.get_output_embeddings() is None
-    ):
+    embeddings = getattr(engine.module, "get_output_embeddings", lambda: None)
+    if embeddings() is None:
         return f"{type(engine.module).__name__} has no vocabulary head, so it cannot generate"
     return None
 
 
-def _of_the_plugin(engine: Engine) -> dict:
-    # On a GPU attention row by row would cost more than the padding does.
-    needs: dict = {"packing": engine.packing if engine.device.type == "cpu" else None}
+def _plugin_keywords(engine: Engine) -> dict:
+    # On a GPU, row-by-row attention would cost more than the padding.
+    keywords: dict = {"packing": engine.packing if engine.device.type == "cpu" else None}
     if engine.mesh.sharded_forward:
-        needs["stop_flag"] = engine.all_ranks
+        keywords["stop_flag"] = engine.all_ranks
     if engine.mesh.tp_group is not None:
         group = engine.mesh.tp_group
         first = dist.get_global_rank(group, 0)
 
         def same_in_group(tensor: Tensor) -> Tensor:
-            # The logits are alike up to rounding; the tokens must be so exactly, or the ranks would
-            # part ways.
+            # The logits are equal up to rounding only; with other tokens the ranks would diverge.
             tensor = tensor.contiguous()
             dist.broadcast(tensor, first, group=group)
             return tensor
 
-        needs["agree"] = same_in_group
-    return needs
+        keywords["agree"] = same_in_group
+    return keywords

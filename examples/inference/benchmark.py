@@ -13,7 +13,7 @@ from coati.cli.quantize import FULL, parse_benchmark
 def measured(args: Namespace, quant: str, answer) -> None:
     """In a process of its own, so that the peak memory is that of one kind of weights."""
     from coati.inference import load
-    from coati.inference.export import perplexity as measure
+    from coati.inference.export import measures
     from coati.utils.memory import peak_memory_mb
 
     try:
@@ -29,7 +29,7 @@ def measured(args: Namespace, quant: str, answer) -> None:
             "tokens_per_second": {},
         }
         for batch in args.batch_size:
-            speed = measure.speed_of(loaded, batch, args.prompt_tokens, args.new_tokens)
+            speed = measures.speed_of(loaded, batch, args.prompt_tokens, args.new_tokens)
             figures["tokens_per_second"][batch] = speed.rate
             figures.setdefault("first_token_seconds", speed.first)
         answer.send(figures | {"peak_memory_mb": peak_memory_mb()})

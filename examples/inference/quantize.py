@@ -1,5 +1,4 @@
-"""A model with fewer bits a weight, measured beside the original. ``quantize.py --help`` lists the
-flags."""
+"""Quantize a model and measure it beside the original. ``quantize.py --help`` lists the flags."""
 
 import json
 import sys
@@ -13,18 +12,18 @@ def measured(name: str, folder, args: Namespace, original=None) -> dict:
     """Size, perplexity and speed of the model of ``folder``; ``original``: the size that the ratio
     is against."""
     from coati.inference import load
-    from coati.inference.export import perplexity as measure
+    from coati.inference.export import measures
     from coati.models.loading import find_model
 
     loaded = load(folder, trust_remote_code=args.trust_remote_code)
-    rows = measure.rows_of(args.eval, loaded.conversation, args.max_length)
-    size = measure.size_of(find_model(folder, "actor"))
+    rows = measures.rows_of(args.eval, loaded.conversation, args.max_length)
+    size = measures.size_of(find_model(folder, "actor"))
     return {
         "model": name,
         "bytes": size.embeddings + size.inside,
         "ratio": size.ratio(original or size),
-        "perplexity": measure.perplexity(loaded.model, rows),
-        "tokens_per_second": measure.speed_of(loaded, 1, new_tokens=args.new_tokens).rate,
+        "perplexity": measures.perplexity(loaded.model, rows),
+        "tokens_per_second": measures.speed_of(loaded, 1, new_tokens=args.new_tokens).rate,
     }
 
 
@@ -45,7 +44,7 @@ def show(one: dict, first: dict) -> None:
 
 
 def main(args: Namespace) -> None:
-    from coati.inference.export import perplexity as measure
+    from coati.inference.export import measures
     from coati.inference.export.quantize import quantize
     from coati.inference.model_loading import conversation_of
     from coati.models.loading import find_model
@@ -57,7 +56,7 @@ def main(args: Namespace) -> None:
         conversation = conversation_of(
             original, load_tokenizer(find_tokenizer(original), args.trust_remote_code)
         )
-        calibration = measure.rows_of(
+        calibration = measures.rows_of(
             args.calibration, conversation, args.max_length, args.calibration_rows
         )
     several = len(args.method) > 1
@@ -73,7 +72,7 @@ def main(args: Namespace) -> None:
             group_size=args.group_size,
             trust_remote_code=args.trust_remote_code,
         )
-    size = measure.size_of(original)
+    size = measures.size_of(original)
     figures = []
     for name, folder in {"original": args.model_path, **folders}.items():
         figures.append(measured(name, folder, args, size if name in folders else None))

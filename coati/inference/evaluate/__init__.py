@@ -1,1 +1,1 @@
-"""Generated responses compared and scored."""
+"""Evaluation: responses to prompts, reward model scores, win rates."""

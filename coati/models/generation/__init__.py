@@ -1,4 +1,4 @@
-"""The sampling loop, its caches and its random numbers."""
+"""Generation: one decoder with continuous batching, its KV cache, sampling and random numbers."""
 
 from coati.utils.lazy import lazy_exports
 

@@ -1,5 +1,4 @@
-"""Sampling noise that belongs to a row, not to a batch, so that a sample does not depend on who is
-drawn beside it."""
+"""Sampling noise by row: a sample does not depend on the batch that it is drawn in."""
 
 from collections.abc import Sequence
 
@@ -8,18 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROLLOUT = (
-    0x726F6C6C  # keeps these draws apart from those of the data order, which are seeded alike
-)
+_ROLLOUT = 0x726F6C6C  # separates these draws from those of the data order, seeded alike
 _BLOCK = 256
 
 
 def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tensor:
-    """One number of [0, 1) for each token of each row, (len(rows), steps) fp64 on the CPU.
+    """Uniform numbers of [0, 1), (len(rows), steps) fp64 on the CPU, one a token.
 
     ``rows``: index of each row in the global batch. A number is a function of seed, episode, row
-    and step alone, so neither batch mates, the number of processes, padding nor ``steps`` changes
-    it.
+    and step alone: batch, number of processes, padding and ``steps`` do not change it.
     """
     draws = [
         np.random.default_rng([_ROLLOUT, seed, episode, int(row)]).random(steps) for row in rows
@@ -30,12 +26,12 @@ def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tenso
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (B,) at the quantiles ``uniform`` (B,) of the distributions proportional to
-    ``weights`` (B, V) >= 0; never one of weight 0.
+    """Inverse transform sampling: tokens (B,) at the quantiles ``uniform`` (B,) of the
+    distributions proportional to ``weights`` (B, V) >= 0; never one of weight 0.
 
-    One number decides a token (inverse distribution function): rounding differences between two
-    batches change it only where they straddle that number. First the block of tokens is found, then
-    the token in it, so that only sums of blocks and one block of each row are added up in order.
+    Rounding differences between two batches change a token only where they straddle its number.
+    First the block of tokens is found, then the token in it, so that only sums of blocks and one
+    block of each row are accumulated.
     """
     size = weights.shape[1]
     whole = size - size % _BLOCK
@@ -60,5 +56,5 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _below(numbers: Tensor, total: Tensor) -> Tensor:
-    # Rounded up to the total, a number would point behind the last token that has a weight.
+    # Rounded up to the total, a number would point past the last token with a weight.
     return torch.minimum(numbers, torch.nextafter(total, torch.zeros_like(total)))

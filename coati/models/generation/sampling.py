@@ -52,16 +52,16 @@ def choose(
     far, which the repetition penalty needs.
     """
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    as_they_are = sampling.repetition_penalty == 1 and not sampling.top_k and sampling.top_p == 1
+    unfiltered = sampling.repetition_penalty == 1 and not sampling.top_k and sampling.top_p == 1
     weights = peak = None
-    if return_logprobs or (sampling.do_sample and as_they_are):
+    if return_logprobs or (sampling.do_sample and unfiltered):
         peak = scaled.amax(dim=-1, keepdim=True)
         weights = (scaled - peak).exp_()
     if sampling.repetition_penalty != 1:
         logits = _penalized(logits, *seen, sampling.repetition_penalty)
     if not sampling.do_sample:
         token = logits.argmax(dim=-1)
-    elif as_they_are:
+    elif unfiltered:
         token = draw(weights, uniform)
     else:
         likely = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
@@ -79,8 +79,8 @@ def _penalized(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Ten
 
 
 def keep_likely(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """``logits`` (B, V), -inf outside the ``top_k`` likeliest tokens and the fewest with a share of
-    ``top_p``."""
+    """``logits`` (B, V), -inf outside the ``top_k`` likeliest tokens and the nucleus: the fewest
+    tokens with cumulative probability ``top_p`` (Holtzman et al., arXiv 1904.09751)."""
     if top_k:
         smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from coati.cli.inference import parse_inference
 from coati.cli.quantize import parse_benchmark, parse_quantize
 from coati.cli.serve import parse_server
-from coati.inference.export.perplexity import Size, perplexity, rows_of, size_of, speed_of
+from coati.inference.export.measures import Size, perplexity, rows_of, size_of, speed_of
 from coati.inference.export.quantize import check_groups, outlier_layers, quantize
 from coati.inference.model_loading import load
 from coati.inference.quantized_loading import quantization_kwargs, require_package

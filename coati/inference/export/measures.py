@@ -21,9 +21,8 @@ from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
 from coati.utils.constants import IGNORE_INDEX
 
-Row = tuple[
-    list[int], list[int]
-]  # token ids, and labels with IGNORE_INDEX where nothing is supervised
+# Token ids, and labels with IGNORE_INDEX where nothing is supervised.
+Row = tuple[list[int], list[int]]
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
 BF16 = 2  # bytes
 
@@ -75,14 +74,14 @@ def perplexity(model: Any, rows: Sequence[Row]) -> float:
         total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum"))
         count += int((wanted != IGNORE_INDEX).sum())
     if count == 0:
-        raise ValueError("no token of these rows is supervised: they hold no answer")
+        raise ValueError("no token of these rows is supervised: they hold no response")
     return math.exp(total / count)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of weights on disk: those of embeddings and head, and ``inside``, all others;
-    ``parameters`` inside."""
+    """Bytes of weights on disk: of ``embeddings`` (and head), and ``inside``, of all others;
+    ``parameters``: their number inside."""
 
     embeddings: int
     inside: int
@@ -118,7 +117,7 @@ def size_of(folder: str | os.PathLike) -> Size:
 
 @dataclass(frozen=True)
 class Speed:
-    """``first``: seconds to the first token of one answer; ``rate``: new tokens per second of a
+    """``first``: seconds to the first token of one response; ``rate``: new tokens per second of a
     whole batch."""
 
     batch: int
@@ -127,8 +126,8 @@ class Speed:
 
 
 def speed_of(loaded: Loaded, batch: int, prompt_tokens: int = 64, new_tokens: int = 32) -> Speed:
-    """``batch`` greedy answers of ``new_tokens`` tokens, none of them ending earlier, after a short
-    warm-up."""
+    """Time of ``batch`` greedy responses of ``new_tokens`` tokens, none of them ending earlier, after
+    a short warm-up."""
     model = loaded.model
     device = next(model.parameters()).device
     known = len(loaded.tokenizer)

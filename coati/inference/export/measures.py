@@ -126,7 +126,7 @@ class Speed:
 
 
 def speed_of(loaded: Loaded, batch: int, prompt_tokens: int = 64, new_tokens: int = 32) -> Speed:
-    """Time of ``batch`` greedy responses of ``new_tokens`` tokens, none of them ending earlier, after
+    """Time of ``batch`` greedy responses of ``new_tokens`` tokens each, none ending earlier, after
     a short warm-up."""
     model = loaded.model
     device = next(model.parameters()).device

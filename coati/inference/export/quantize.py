@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coati.inference.export.model_dir import fresh_folder, write_model
 from coati.inference.export.measures import Row
+from coati.inference.export.model_dir import fresh_folder, write_model
 from coati.inference.model_loading import conversation_of, load
 from coati.inference.quantized_loading import num_layers, quantization_kwargs, require_package
 from coati.models.loading import adapter_base, find_model, load_causal_lm

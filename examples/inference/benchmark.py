@@ -1,4 +1,5 @@
-"""What a model costs to talk to, by kind of weights. ``benchmark.py --help`` lists the flags."""
+"""Load time, speed and memory of a model, by kind of weights. ``benchmark.py --help`` lists the
+flags."""
 
 import json
 import multiprocessing
@@ -10,8 +11,8 @@ from pathlib import Path
 from coati.cli.quantize import FULL, parse_benchmark
 
 
-def measured(args: Namespace, quant: str, answer) -> None:
-    """In a process of its own, so that the peak memory is that of one kind of weights."""
+def measure(args: Namespace, quant: str, results) -> None:
+    """Runs in its own process, so that the peak memory is that of one kind of weights."""
     from coati.inference import load
     from coati.inference.export import measures
     from coati.utils.memory import peak_memory_mb
@@ -32,15 +33,15 @@ def measured(args: Namespace, quant: str, answer) -> None:
             speed = measures.speed_of(loaded, batch, args.prompt_tokens, args.new_tokens)
             figures["tokens_per_second"][batch] = speed.rate
             figures.setdefault("first_token_seconds", speed.first)
-        answer.send(figures | {"peak_memory_mb": peak_memory_mb()})
+        results.send(figures | {"peak_memory_mb": peak_memory_mb()})
     except (ValueError, OSError) as error:
-        answer.send(str(error))
+        results.send(str(error))
 
 
 def in_a_process(args: Namespace, quant: str) -> dict:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=measured, args=(args, quant, theirs))
+    process = context.Process(target=measure, args=(args, quant, theirs))
     process.start()
     theirs.close()
     try:

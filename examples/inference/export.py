@@ -13,7 +13,7 @@ def main(args: Namespace) -> None:
     def card(loaded, found) -> str:
         return model_card(
             args.model_path,
-            f"Plain transformers loads this directory, and its greedy answers to {found.asked} "
+            f"Plain transformers loads this directory, and its greedy responses to {found.asked} "
             "questions are those of "
             "coati's own loader, token for token.",
         )
@@ -31,7 +31,7 @@ def main(args: Namespace) -> None:
         gguf=args.gguf,
         **reading,
     )
-    print(f"greedy answers equal to plain transformers': {found.same} of {found.asked}")
+    print(f"greedy responses equal to plain transformers': {found.same} of {found.asked}")
     if found.gguf:
         print(
             f"{found.gguf.file}: read back, its logits differ by at most "

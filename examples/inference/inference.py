@@ -58,11 +58,11 @@ def respond(session, screen, record, question: str) -> None:
         screen.note(f"cut off at --max_new_tokens {session.max_new_tokens}")
 
 
-def chat(session, screen, record, words) -> None:
+def chat(session, screen, record, clear: str) -> None:
     """The conversation, until the questions end. Ctrl-C breaks off a response, not the
     conversation."""
     for question in screen.questions():
-        if question == words.CLEAR:
+        if question == clear:
             session.clear()
             record.close()
             screen.clear()
@@ -96,7 +96,7 @@ def main(args: Namespace) -> None:
             respond(session, screen, record, question)
             record.close()
         if not asked:
-            chat(session, screen, record, console)
+            chat(session, screen, record, console.CLEAR)
 
 
 if __name__ == "__main__":

@@ -113,11 +113,6 @@ def _parts(experience: Experience, size: int | None) -> list[Experience]:
 
 
 def sum_over(engine: Engine) -> Callable[[Tensor], Tensor]:
-    """A function that adds a tensor up over the data-parallel shares; those that share rows count
-    once."""
-
-    def reduce_sum(sums: Tensor) -> Tensor:
-        total = engine.sum_of_shares(list(sums.flatten()))
-        return torch.tensor(total, dtype=torch.float64, device=sums.device).view(sums.shape)
-
-    return reduce_sum
+    """A :data:`~coati.models.policy_loss.ReduceSum` over the data-parallel shares of ``engine``;
+    processes that share rows count once."""
+    return engine.sum_over_shares

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coati.models.loss import masked_mean, masked_sum
 from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES
+from coati.utils.meter import MaskedSamples
 
 ReduceSum = Callable[[Tensor], Tensor]  # a tensor -> its sum over the data-parallel ranks
 
@@ -132,24 +133,24 @@ def policy_statistics(
     mask: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-) -> dict[str, Tensor]:
+) -> dict[str, MaskedSamples]:
     """Samples for the meter, detached; shapes and arguments as in :func:`policy_terms`.
 
     clip_fraction: 1 for each action whose clipped term was the larger loss, else 0. update_kl: k3
     of old against new policy per action, how far this phase's updates have gone. sampled_entropy:
     -log pi_old per action, whose mean is an unbiased estimate of the sampling entropy. ratio_max:
-    one number, empty without actions.
+    one number, none without actions.
     """
     mask = mask.bool()
     moved = log_ratio(logps.detach(), old_logps, mask)
-    ratio = moved.exp()[mask]
-    signed = advantages[mask]
-    clipped = ((signed > 0) & (ratio > 1 + clip_high)) | ((signed < 0) & (ratio < 1 - clip_low))
+    ratio = moved.exp()
+    too_high = (advantages > 0) & (ratio > 1 + clip_high)
+    too_low = (advantages < 0) & (ratio < 1 - clip_low)
     return {
-        "clip_fraction": clipped.float(),
-        "update_kl": k3(-moved)[mask],
-        "sampled_entropy": -old_logps[mask].float(),
-        "ratio_max": ratio.amax()[None] if len(ratio) else ratio,
+        "clip_fraction": MaskedSamples((too_high | too_low).float(), mask),
+        "update_kl": MaskedSamples(k3(-moved), mask),
+        "sampled_entropy": MaskedSamples(-old_logps.float(), mask),
+        "ratio_max": MaskedSamples(ratio.masked_fill(~mask, 0.0).amax()[None], mask.any()[None]),
     }
 
 
@@ -174,13 +175,16 @@ def value_terms(
 
 def value_statistics(
     values: Tensor, old_values: Tensor, mask: Tensor, clip: float = 0.2
-) -> dict[str, Tensor]:
-    """Samples for the meter: value of each action, and value_clip_fraction, 1 where it moved
-    further than ``clip``."""
+) -> dict[str, MaskedSamples]:
+    """Samples for the meter, detached: value of each action, and value_clip_fraction, 1 where it
+    moved further than ``clip``. All tensors (B, A)."""
     mask = mask.bool()
-    values = values.detach()[mask].float()
-    old_values = old_values[mask].float()
-    return {"value": values, "value_clip_fraction": ((values - old_values).abs() > clip).float()}
+    values = values.detach().float()
+    moved = (values - old_values.float()).abs()
+    return {
+        "value": MaskedSamples(values, mask),
+        "value_clip_fraction": MaskedSamples((moved > clip).float(), mask),
+    }
 
 
 def explained_variance(

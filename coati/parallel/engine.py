@@ -386,6 +386,11 @@ class Engine:
         alike."""
         return self._reduced([value * self.mesh.is_loss_rank for value in values]).tolist()
 
+    def sum_over_shares(self, sums: Tensor) -> Tensor:
+        """The same for a tensor of any shape, fp64 on its device; the host does not wait for it."""
+        values = list(sums.flatten() * self.mesh.is_loss_rank)
+        return self._reduced(values).to(sums.device).view(sums.shape)
+
     def _reduced(self, values: Sequence[Tensor | float]) -> Tensor:
         """(n,) fp64 sums over all ranks, on the device; what only loss ranks hold is multiplied by
         ``mesh.is_loss_rank`` before."""

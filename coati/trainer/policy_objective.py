@@ -20,6 +20,7 @@ from coati.models.policy_loss import (
     value_terms,
 )
 from coati.parallel.objective import Batch, Metrics, Objective
+from coati.utils.meter import MaskedSamples
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class PolicyObjective(Objective):
             kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
             terms = terms + self.kl_coef * kl.masked_fill(skip, 0.0)
         if self.first_pass:
-            metrics["rollout_gap"] = (logps.detach() - old).abs()[mask]
+            metrics["rollout_gap"] = MaskedSamples((logps.detach() - old).abs(), mask.bool())
         return settings.loss_agg.total(terms, mask), metrics
 
 

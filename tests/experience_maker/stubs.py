@@ -34,9 +34,9 @@ class StubEngine:
     def on_device(self) -> AbstractContextManager:
         return nullcontext()
 
-    def sum_of_shares(self, values: list) -> list[float]:
-        others = self.others.get(len(values), [0.0] * len(values))
-        return [float(value) + other for value, other in zip(values, others, strict=True)]
+    def sum_over_shares(self, sums: Tensor) -> Tensor:
+        others = self.others.get(sums.numel(), [0.0] * sums.numel())
+        return sums.double() + torch.tensor(others, dtype=torch.float64).view(sums.shape)
 
 
 def log_probs(value: float | Callable[[Tensor], Tensor]) -> Callable[[dict], Tensor]:

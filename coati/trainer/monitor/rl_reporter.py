@@ -10,6 +10,7 @@ from coati.trainer.monitor.sample_table import SampleRow, distinct_2, sample_row
 from coati.trainer.progress import ProgressBar
 from coati.trainer.run_log import RunLog
 from coati.utils.distributed import all_gather_object
+from coati.utils.meter import to_floats
 
 SAMPLES = 3  # rows of a sample table
 SHOWN = {  # on the progress bar
@@ -61,7 +62,7 @@ class RLReporter:
         meter = self.log.meter
         counts = self._counts
         metrics = dict(step.metrics)
-        ratios = [float(values.max()) for values in metrics.pop("ratio_max", []) if len(values)]
+        ratios = to_floats(samples.values.max() for samples in metrics.pop("ratio_max", []))
         counts["ratio"] = max([counts["ratio"], *ratios])
         meter.add_all(metrics)
         named = {"policy_loss": step.loss, "grad_norm": step.grad_norm}

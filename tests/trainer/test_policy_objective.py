@@ -73,24 +73,28 @@ def sampled(model, *, moved: float = 0.0, junk: float = 0.0, left: int = 0, righ
     return replace(made, action_log_probs=old, advantages=advantages, reference_log_probs=reference)
 
 
-def hooks_of(reduce_sum=lambda sums: sums, **settings) -> PolicyObjective:
-    hooks = PolicyObjective(PolicySettings(**settings), reduce_sum)
-    hooks.temperature = TEMPERATURE
-    return hooks
+def objective_of(reduce_sum=lambda sums: sums, **settings) -> PolicyObjective:
+    objective = PolicyObjective(PolicySettings(**settings), reduce_sum)
+    objective.temperature = TEMPERATURE
+    return objective
 
 
-def taken(engine, hooks, window, **more):
+def taken(engine, objective, window, **more):
     """The step and its gradient."""
     engine.optimizer.zero_grad()  # what the test itself has left
-    step = engine.train_step(hooks.batches(window), hooks, **more)
+    step = engine.train_step(objective.batches(window), objective, **more)
     return step, engine.optimizer.found
+
+
+def samples_of(step, name: str) -> torch.Tensor:
+    return torch.cat([samples.selected() for samples in step.metrics[name]])
 
 
 def test_the_first_window_is_reinforce(model, actor):
     """Ratio 1: the loss is minus the mean advantage, its gradient minus the mean of A grad log
     p."""
     one = sampled(model)
-    step, gradient = taken(actor, hooks_of(), [one])
+    step, gradient = taken(actor, objective_of(), [one])
     assert step.loss == pytest.approx(-float(one.advantages[one.action_mask].mean()), rel=1e-6)
     assert step.num_terms == 10
     model.zero_grad()
@@ -102,10 +106,10 @@ def test_the_first_window_is_reinforce(model, actor):
     expected = gradients(model)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     assert (
-        torch.cat(step.metrics["update_kl"]).abs().max() < 1e-5
-        and max(step.metrics["ratio_max"]) < 1.001
+        samples_of(step, "update_kl").abs().max() < 1e-5
+        and samples_of(step, "ratio_max").max() < 1.001
     )
-    entropy = torch.cat(step.metrics["sampled_entropy"])
+    entropy = samples_of(step, "sampled_entropy")
     assert entropy.mean() == pytest.approx(
         -float(one.action_log_probs[one.action_mask].mean()), rel=1e-6
     )
@@ -137,8 +141,8 @@ def test_how_a_window_is_cut_changes_nothing(model, actor, cut, mode):
         "clip_high": 0.3,
     }
     one = sampled(model, moved=0.1)
-    whole, gradient = taken(actor, hooks_of(**settings), [one])
-    step, found = taken(actor, hooks_of(**settings), CUTS[cut](one))
+    whole, gradient = taken(actor, objective_of(**settings), [one])
+    step, found = taken(actor, objective_of(**settings), CUTS[cut](one))
     assert step.loss == pytest.approx(whole.loss, rel=1e-5) and step.num_terms == whole.num_terms
     assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     assert gradient.abs().max() > 1e-3
@@ -147,21 +151,21 @@ def test_how_a_window_is_cut_changes_nothing(model, actor, cut, mode):
 @pytest.mark.parametrize("packed", [False, True])
 def test_masked_cells_are_nothing(model, actor, packed):
     settings = {"kl_coef": 0.3}
-    step, gradient = taken(actor, hooks_of(**settings), [sampled(model, moved=0.1)])
+    step, gradient = taken(actor, objective_of(**settings), [sampled(model, moved=0.1)])
     spoiled = sampled(model, moved=0.1, junk=float("nan"), left=2, right=3)
-    other, found = taken(engine_of(model, packed), hooks_of(**settings), [spoiled])
+    other, found = taken(engine_of(model, packed), objective_of(**settings), [spoiled])
     assert other.loss == pytest.approx(step.loss, rel=1e-5)
     assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_kl_in_the_loss(model, actor):
     one = sampled(model)
-    step, _ = taken(actor, hooks_of(kl_coef=0.5), [one])
+    step, _ = taken(actor, objective_of(kl_coef=0.5), [one])
     k3 = math.exp(-0.2) - 1 + 0.2  # the policy is 0.2 above its reference everywhere
     assert step.loss == pytest.approx(
         -float(one.advantages[one.action_mask].mean()) + 0.5 * k3, rel=1e-5
     )
-    step, _ = taken(actor, hooks_of(kl_coef=0.5, kl_estimator="k1"), [one])
+    step, _ = taken(actor, objective_of(kl_coef=0.5, kl_estimator="k1"), [one])
     assert step.loss == pytest.approx(
         -float(one.advantages[one.action_mask].mean()) + 0.5 * 0.2, rel=1e-5
     )
@@ -169,13 +173,13 @@ def test_kl_in_the_loss(model, actor):
 
 def test_dropped_rows_count_for_nothing(model, actor):
     one = sampled(model, moved=0.1)
-    kept, gradient = taken(actor, hooks_of(), [one.select([0, 2, 3])])
+    kept, gradient = taken(actor, objective_of(), [one.select([0, 2, 3])])
     one.action_mask[1] = False
-    step, found = taken(actor, hooks_of(), [one])
+    step, found = taken(actor, objective_of(), [one])
     assert step.num_terms == kept.num_terms == 7 and step.loss == pytest.approx(kept.loss, rel=1e-5)
     assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     one.action_mask[:] = False
-    step, found = taken(actor, hooks_of(), [one])
+    step, found = taken(actor, objective_of(), [one])
     assert step.loss == 0 and not found.any()
 
 
@@ -184,18 +188,20 @@ def test_the_skip_is_decided_by_all_ranks(model, actor):
     too."""
     one = sampled(model)
     for others, skipped in (((0.0, 0.0), False), ((1000.0, 10.0), True)):
-        hooks = hooks_of(lambda sums, others=others: sums + torch.tensor(others), kl_coef=0.5)
-        step, gradient = taken(actor, hooks, [one])
+        objective = objective_of(
+            lambda sums, others=others: sums + torch.tensor(others), kl_coef=0.5
+        )
+        step, gradient = taken(actor, objective, [one])
         assert [float(value) for value in step.metrics["skip_ratio"]] == [float(skipped)]
         assert bool(gradient.any()) != skipped and (step.loss == 0) == skipped
 
 
 def test_rollout_and_update_are_compared_in_the_first_pass_alone(model, actor):
-    hooks = hooks_of()
-    assert "rollout_gap" not in taken(actor, hooks, [sampled(model)])[0].metrics
-    hooks.first_pass = True
-    step, _ = taken(actor, hooks, [sampled(model, moved=0.1)])
-    gaps = torch.cat(step.metrics["rollout_gap"])
+    objective = objective_of()
+    assert "rollout_gap" not in taken(actor, objective, [sampled(model)])[0].metrics
+    objective.first_pass = True
+    step, _ = taken(actor, objective, [sampled(model, moved=0.1)])
+    gaps = samples_of(step, "rollout_gap")
     assert len(gaps) == 10 and float(gaps.max()) == pytest.approx(0.4, abs=1e-4)
 
 
@@ -209,9 +215,9 @@ def supervised():
 def test_pretraining_rows_beside_the_policy(model, actor, c):
     """(1 - c) x policy + c x supervised, the latter at temperature 1."""
     one, batch = sampled(model), supervised()
-    _, policy = taken(actor, hooks_of(), [one])
+    _, policy = taken(actor, objective_of(), [one])
     also = [LossPart([batch], PtxObjective(), c)]
-    step, found = taken(actor, hooks_of(), [one], weight=1 - c, aux_losses=also)
+    step, found = taken(actor, objective_of(), [one], weight=1 - c, aux_losses=also)
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
@@ -256,9 +262,9 @@ def judged(critic, junk: float = 0.0, **padding: int):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_critics_loss(critic, packed):
-    one, hooks = judged(critic), ValueObjective(0.15)
+    one, objective = judged(critic), ValueObjective(0.15)
     engine = engine_of(critic, packed)
-    step, gradient = taken(engine, hooks, [one])
+    step, gradient = taken(engine, objective, [one])
     critic.zero_grad()
     terms = []
     for row, answer in enumerate(ANSWERS):
@@ -270,9 +276,9 @@ def test_the_critics_loss(critic, packed):
     loss.backward()
     assert step.loss == pytest.approx(float(loss), rel=1e-4) and step.num_terms == 10
     assert_close(gradient, gradients(critic), rtol=1e-3, atol=1e-5)
-    clipped = torch.cat(step.metrics["value_clip_fraction"])
+    clipped = samples_of(step, "value_clip_fraction")
     assert float(clipped.sum()) == 5  # the last two rows have moved by 0.2 and 0.3
     for cut in (split_experience_batch(one), [judged(critic, float("nan"), left=1, right=2)]):
-        again, found = taken(engine, hooks, cut)
+        again, found = taken(engine, objective, cut)
         assert again.loss == pytest.approx(step.loss, rel=1e-4)
         assert_close(found, gradient, rtol=1e-3, atol=1e-5)

@@ -4,6 +4,7 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +94,8 @@ def takes_namespace(path: Path) -> Iterator[str]:
 
 
 def no_docstring(path: Path) -> Iterator[str]:
-    """Public functions and classes of the module, and public methods that no base class of the
-    library documents."""
+    """Public functions and classes of the module, and public methods, unless a base class documents
+    them or is another library's."""
     for node in tree_of(path).body:
         if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
             continue
@@ -104,25 +105,40 @@ def no_docstring(path: Path) -> Iterator[str]:
             for method in node.body:
                 if not isinstance(method, Function) or method.name.startswith("_"):
                     continue
-                inherited = node.bases and method.name in documented_methods()
+                inherited = _of_another_library(node) or (
+                    node.bases and method.name in documented_methods()
+                )
                 if ast.get_docstring(method) is None and not inherited:
                     yield f"{method.lineno}: {node.name}.{method.name} has no docstring"
 
 
-_documented: set[str] = {"forward"}  # torch's own, whose contract is the class's
+def _of_another_library(node: ast.ClassDef) -> bool:
+    ours = {"ABC", "Exception", "Generic", "NamedTuple", "Protocol", "object", *own_classes()}
+    return any(ast.unparse(base).split("[")[0] not in ours for base in node.bases)
 
 
-def documented_methods() -> set[str]:
-    if len(_documented) == 1:
-        for path in sorted((ROOT / "coati").rglob("*.py")):
-            for node in ast.walk(tree_of(path)):
-                if isinstance(node, ast.ClassDef):
-                    _documented.update(
-                        method.name
-                        for method in node.body
-                        if isinstance(method, Function) and ast.get_docstring(method)
-                    )
-    return _documented
+@cache
+def own_classes() -> frozenset[str]:
+    """Names of the library's own classes."""
+    return frozenset(
+        node.name
+        for path in sorted((ROOT / "coati").rglob("*.py"))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef)
+    )
+
+
+@cache
+def documented_methods() -> frozenset[str]:
+    """Names of methods that some class of the library documents."""
+    return frozenset(
+        method.name
+        for path in sorted((ROOT / "coati").rglob("*.py"))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef)
+        for method in node.body
+        if isinstance(method, Function) and ast.get_docstring(method)
+    )
 
 
 def imported_modules(path: Path, everywhere: bool) -> set[str]:

@@ -179,7 +179,7 @@ def reason_tables() -> str:
     others = MALFORMED_REASONS | CLEANING_REASONS
     unfit = {reason: meaning for reason, meaning in REASONS.items() if reason not in others}
     groups = {
-        "Malformed: the file is to be mended": MALFORMED_REASONS,
+        "Malformed: the file has to be corrected": MALFORMED_REASONS,
         "Unfit: `--max_length`, the template or the row itself is in the way": unfit,
         "Cleaned: left out because a flag asked for it": CLEANING_REASONS,
     }

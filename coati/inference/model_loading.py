@@ -13,7 +13,7 @@ from coati.dataset.chat.conversation import Conversation, setup_conversation_tem
 from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
 from coati.models.loading import adapter_base, find_model, load_causal_lm
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
-from coati.parallel.compat.import_colossalai import hush
+from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -52,7 +52,7 @@ def load(
     Raises:
         ValueError: saying what a directory lacks, or has too much.
     """
-    hush()
+    silence_known_noise()
     directory = find_model(path, "actor")
     if quant and adapter_base(directory):
         raise ValueError(

@@ -36,6 +36,7 @@ def _or_later(work: Callable[[], object]) -> None:
 
 
 def temporary_name(final: Path) -> Path:
+    """Where ``final`` is written before it is renamed: hidden, beside it, ending in ``.tmp``."""
     return final.with_name(f".{final.name}.tmp")
 
 

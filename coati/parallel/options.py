@@ -35,6 +35,7 @@ class ParallelOptions:
 
     @property
     def max_norm(self) -> float:
+        """``grad_clip`` as ColossalAI takes it: positive, so that the gradient norm is known."""
         return self.grad_clip if self.grad_clip and self.grad_clip > 0 else NO_CLIPPING
 
     @property

@@ -40,6 +40,8 @@ class ModelAssets:
     def of(
         cls, model: nn.Module, tokenizer: Any = None, template: dict | None = None
     ) -> "ModelAssets":
+        """Those of ``model``; ``tokenizer`` and ``template`` (a chat template's JSON) are saved
+        where they are given."""
         config = copy.deepcopy(model.config)
         config.use_cache = True
         # Written out, it would make transformers take eager attention for a choice when it loads

@@ -8,11 +8,11 @@ import torch.distributed as dist
 def still_needed() -> dict[str, bool]:
     """For each patch and mend, whether the upstream code still misbehaves without it."""
     from coati.parallel.compat.cpu import CPU_PATCHES
-    from coati.parallel.compat.fixes import MENDS
+    from coati.parallel.compat.fixes import FIXES
     from coati.parallel.compat.import_colossalai import import_colossalai
 
     import_colossalai()
-    return {patch.name: patch.still_needed() for patch in (*CPU_PATCHES, *MENDS)}
+    return {patch.name: patch.still_needed() for patch in (*CPU_PATCHES, *FIXES)}
 
 
 def applied_twice() -> tuple[list[str], list[str]]:

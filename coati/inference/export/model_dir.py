@@ -25,7 +25,7 @@ from coati.models.generation.loop import generate
 from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load_causal_lm
 from coati.models.lora.lora import merge_lora
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
-from coati.parallel.compat.import_colossalai import hush
+from coati.parallel.compat.import_colossalai import silence_known_noise
 
 PROBES = (
     "Hello, who are you?",
@@ -96,7 +96,7 @@ def merge(
     ``reading``: template, trust_remote_code. Raises ValueError where ``path`` holds no adapter, or
     where merging changed the logits.
     """
-    hush()
+    silence_known_noise()
     directory = find_model(path, "actor")
     base = adapter_base(directory)
     if base is None:
@@ -171,7 +171,7 @@ def export(
     """
     if gguf:
         converter()
-    hush()
+    silence_known_noise()
     directory = find_model(path, "actor")
     code = reading.get("trust_remote_code", False)
     tokenizer = load_tokenizer(find_tokenizer(directory), code)

@@ -1,4 +1,4 @@
-"""Faults of ColossalAI 0.5.0 on every device, mended. Paths are relative to the ``colossalai``
+"""Fixes of ColossalAI 0.5.0 that every device needs. Paths are relative to the ``colossalai``
 package."""
 
 import inspect
@@ -298,7 +298,7 @@ def _inference_waits_for_training() -> bool:
     )
 
 
-MENDS = (
+FIXES = (
     Patch(
         "ring gather",
         "shardformer/layer/_operation.py:470",
@@ -352,7 +352,7 @@ MENDS = (
 
 
 def apply() -> list[str]:
-    """Mend ColossalAI in this process, on any device. Idempotent; returns the names of the mends
-    made now."""
+    """Fix ColossalAI in this process, on any device. Idempotent; returns the names of the fixes
+    applied now."""
     import_colossalai()
-    return apply_all(MENDS)
+    return apply_all(FIXES)

@@ -68,7 +68,7 @@ class _DropKnown(logging.Filter):
         )
 
 
-def hush() -> None:
+def silence_known_noise() -> None:
     """Hold back the known warnings and log lines of ColossalAI and of what it imports, for the life
     of the process."""
     for message, _ in KNOWN_WARNINGS:
@@ -118,7 +118,7 @@ def import_colossalai() -> ModuleType:
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         config: Any = import_module("torch._inductor.config")
         config.compile_threads = 1
-    hush()
+    silence_known_noise()
     _import_without("torch.utils.cpp_extension", "No CUDA runtime is found")
     colossalai = import_module("colossalai")
     import_module("colossalai.booster.plugin")

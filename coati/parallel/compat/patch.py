@@ -1,4 +1,4 @@
-"""A named change to ColossalAI: which upstream line it answers, how to tell that it is still
+"""A named patch of ColossalAI: the upstream line that it corrects, and how to tell that it is still
 needed."""
 
 from collections.abc import Callable, Iterable
@@ -11,13 +11,13 @@ _applied: set[str] = set()
 class Patch:
     """One change to ColossalAI.
 
-    ``answers`` is the upstream place (``file.py:line`` of ColossalAI 0.5.0). ``still_needed`` is
+    ``upstream`` is the place (``file.py:line`` of ColossalAI 0.5.0). ``still_needed`` is
     true as long as the unpatched code misbehaves; it is asked in a process in which nothing has
     been patched.
     """
 
     name: str
-    answers: str
+    upstream: str
     apply: Callable[[], None]
     still_needed: Callable[[], bool]
 
@@ -32,7 +32,7 @@ def apply_all(patches: Iterable[Patch]) -> list[str]:
 
 
 def raises(*errors: type[Exception], call: Callable[[], object]) -> bool:
-    """Whether ``call`` fails with one of ``errors``: the usual answer of a probe."""
+    """Whether ``call`` fails with one of ``errors``: what most probes ask."""
     try:
         call()
     except errors:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coati.parallel.compat.cpu import CPU_PATCHES
-from coati.parallel.compat.fixes import MENDS
+from coati.parallel.compat.fixes import FIXES
 from tests.distributed.spawn import run
 
 GLOO = {
@@ -19,7 +19,7 @@ def needed() -> dict[str, bool]:
     return run(1, "tests.parallel.probes:still_needed")[0]
 
 
-@pytest.mark.parametrize("name", [mend.name for mend in MENDS])
+@pytest.mark.parametrize("name", [fix.name for fix in FIXES])
 def test_upstream_still_needs_the_mend(name, needed):
     assert needed[name], f"ColossalAI no longer has the fault behind the mend '{name}': delete it"
 
@@ -33,7 +33,7 @@ def test_upstream_still_needs_the_cpu_patch(name, needed):
 def test_applying_twice_changes_nothing_the_second_time():
     first, second = run(1, "tests.parallel.probes:applied_twice")[0]
     on_cpu = [] if torch.cuda.is_available() else [patch.name for patch in CPU_PATCHES]
-    assert first == [mend.name for mend in MENDS] + on_cpu
+    assert first == [fix.name for fix in FIXES] + on_cpu
     assert second == []
 
 

@@ -5,7 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from coati.parallel.compat.import_colossalai import hush
+from coati.parallel.compat.import_colossalai import silence_known_noise
 
 TRAIN = """
 from coati.parallel.boost import boost
@@ -34,7 +34,7 @@ def test_importing_and_boosting_say_nothing_of_their_own():
 
 def test_only_listed_warnings_are_held_back():
     with warnings.catch_warnings(record=True) as seen:
-        hush()
+        silence_known_noise()
         warnings.simplefilter("always")  # as torch does around some of its own
         warnings.warn("Please install apex from source, says ColossalAI", UserWarning, stacklevel=1)
         warnings.warn("Please install apes", UserWarning, stacklevel=1)

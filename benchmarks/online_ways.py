@@ -118,8 +118,8 @@ def stored(algorithm: str, folder: Path, options: Any) -> Models:
     return boosted(options, policy, critic, reward, reference)
 
 
-def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tokenizer: Any):
-    """A PPO trainer, or without a critic one of GRPO, of ``episodes`` episodes whose end ``signs``
+def make_trainer(models: Models, size: case.Size, episodes: int, checks: Any, tokenizer: Any):
+    """A PPO trainer, or without a critic one of GRPO, of ``episodes`` episodes whose end ``checks``
     is told."""
     from coati.experience_buffer import NaiveExperienceBuffer
     from coati.experience_maker.kl_controller import KLController
@@ -163,7 +163,7 @@ def make_trainer(models: Models, size: case.Size, episodes: int, signs: Any, tok
         Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
         policy=PolicySettings(case.CLIP, case.CLIP, loss_agg=loss_agg),
         schedule=RunSchedule(log_interval=1),
-        checks=signs,
+        checks=checks,
         **keywords,
     )
 

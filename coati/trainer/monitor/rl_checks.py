@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from coati.trainer.monitor.episode_history import History
 
-AGAIN = 3.0  # a sign is repeated when its size has grown by this factor
+AGAIN = 3.0  # a finding is repeated when its size has grown by this factor
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Settings:
 
 
 class Finding(NamedTuple):
-    """``size``: how bad it is, only ever compared with the same sign's earlier size."""
+    """``size``: how bad it is, only ever compared with the earlier size of the same check."""
 
     size: float
     text: str
 
 
-Sign = Callable[[History, Settings], Finding | None]
+Check = Callable[[History, Settings], Finding | None]
 
 
 class RLChecks:
@@ -59,8 +59,8 @@ class RLChecks:
         "train/"."""
         self._history.add(_usable(metrics, self._history), episode)
         found = []
-        for name, sign in SIGNS.items():
-            finding = sign(self._history, self.settings)
+        for name, check in CHECKS.items():
+            finding = check(self._history, self.settings)
             if finding is None or finding.size < AGAIN * self._said.get(name, -math.inf):
                 continue
             self._said[name] = finding.size
@@ -368,9 +368,9 @@ def steps_skipped(history: History, settings: Settings) -> Finding | None:
     )
 
 
-SIGNS: dict[str, Sign] = {
-    sign.__name__: sign
-    for sign in (
+CHECKS: dict[str, Check] = {
+    check.__name__: check
+    for check in (
         steps_skipped,
         rollout_differs,
         kl_negative,

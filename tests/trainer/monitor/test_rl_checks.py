@@ -1,5 +1,5 @@
-"""Signs of an online run: silent on healthy noisy runs, loud and exact on each simulated failure,
-exact on resume."""
+"""Diagnostics of an online run: silent on healthy noisy runs, loud and exact on
+each simulated failure, exact on resume."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import random
 import pytest
 
 from coati.trainer.monitor.episode_history import History, Trend
-from coati.trainer.monitor.rl_checks import REMEMBERED, SIGNS, RLChecks
+from coati.trainer.monitor.rl_checks import CHECKS, REMEMBERED, RLChecks
 
 EPISODES = 200
 
@@ -43,29 +43,29 @@ def run(
     change=lambda metrics, episode, dice: None, seed: int = 0, episodes: int = EPISODES, **settings
 ):
     """(episode, text) of everything said about a healthy run that ``change`` spoils."""
-    signs, dice, said = RLChecks(**settings), random.Random(seed), []
+    checks, dice, said = RLChecks(**settings), random.Random(seed), []
     for episode in range(episodes):
         metrics = healthy(episode, dice)
         change(metrics, episode, dice)
-        said += [(episode, text) for text in signs.look(metrics, episode)]
+        said += [(episode, text) for text in checks.look(metrics, episode)]
     return said
 
 
 @pytest.mark.parametrize("critic", [True, False], ids=["ppo", "grpo"])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_noisy_run_is_left_in_peace(seed, critic):
-    signs, dice = RLChecks(), random.Random(seed)
+    checks, dice = RLChecks(), random.Random(seed)
     said = [
         text
         for episode in range(EPISODES)
-        for text in signs.look(healthy(episode, dice, critic), episode)
+        for text in checks.look(healthy(episode, dice, critic), episode)
     ]
     assert said == []
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_of_a_task_that_gets_solved_nothing_is_said_but_that(seed):
-    signs, dice, said = RLChecks(reward_clip=None), random.Random(seed), []
+    checks, dice, said = RLChecks(reward_clip=None), random.Random(seed), []
     for episode in range(EPISODES):
         right = 1 / (
             1 + math.exp((60 - episode) / 8)
@@ -78,7 +78,7 @@ def test_of_a_task_that_gets_solved_nothing_is_said_but_that(seed):
             "reward_std": 0.0 if episode > 140 else spread,
             "equal_groups": max(right, 1 - right) ** 8 if episode <= 140 else 1.0,
         }
-        said += signs.look(metrics, episode)
+        said += checks.look(metrics, episode)
     assert 1 <= len(said) <= 2 and all("score alike" in text for text in said)
 
 
@@ -236,34 +236,34 @@ def test_a_setting_that_does_not_exist_is_refused():
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_resumed_run_says_what_the_uninterrupted_one_would(failure):
     change, expected = FAILURES[failure][0], run(FAILURES[failure][0], seed=3)
-    signs, dice, said = RLChecks(), random.Random(3), []
+    checks, dice, said = RLChecks(), random.Random(3), []
     for episode in range(EPISODES):
         if episode % 7 == 5:  # stopped, and gone on with what a checkpoint holds
-            state = json.loads(json.dumps(signs.state_dict(), allow_nan=False))
-            signs = RLChecks()
-            signs.load_state_dict(state)
+            state = json.loads(json.dumps(checks.state_dict(), allow_nan=False))
+            checks = RLChecks()
+            checks.load_state_dict(state)
         metrics = healthy(episode, dice)
         change(metrics, episode, dice)
-        said += [(episode, text) for text in signs.look(metrics, episode)]
+        said += [(episode, text) for text in checks.look(metrics, episode)]
     assert said == expected
 
 
 def test_numbers_that_are_not_finite_and_metrics_that_are_missing_do_no_harm():
-    signs = RLChecks()
+    checks = RLChecks()
     for episode in range(60):
         values = {name: (math.nan, math.inf, -math.inf)[episode % 3] for name in REMEMBERED}
-        assert signs.look(values if episode % 2 else {}, episode) == []
+        assert checks.look(values if episode % 2 else {}, episode) == []
 
 
-def test_every_sign_reads_only_what_is_remembered():
-    """A typing error in a name would otherwise be a sign that never speaks."""
+def test_every_check_reads_only_what_is_remembered():
+    """A typing error in a name would otherwise be a check that never fires."""
     import inspect
     import re
 
-    for sign in SIGNS.values():
+    for check in CHECKS.values():
         names = re.findall(
             r'(?:late|early|before|middle|noise|_fall)\((?:history, )?"(\w+)"',
-            inspect.getsource(sign),
+            inspect.getsource(check),
         )
         assert set(names) <= set(REMEMBERED)
 

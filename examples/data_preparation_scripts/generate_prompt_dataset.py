@@ -1,4 +1,4 @@
-"""A random sample of the questions of a data set, as a JSON array for prepare_dataset.py --type
+"""A random sample of the prompts of a data set, as a JSON array for prepare_dataset.py --type
 prompt."""
 
 import sys

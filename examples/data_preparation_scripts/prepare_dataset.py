@@ -1,5 +1,5 @@
-"""Raw conversations to the tokenized shards that training reads; ends with a report of what became
-of the rows."""
+"""Raw conversations to the tokenized shards that training reads, with a report of what became of
+the rows."""
 
 import sys
 from argparse import Namespace
@@ -15,7 +15,7 @@ def main(args: Namespace) -> None:
     from coati.dataset.rows.input_files import find_files
     from coati.models.tokenizer import load_tokenizer
 
-    # Before anything is loaded: what can be refused for its name alone.
+    # Fail before anything is loaded where a path alone is wrong.
     find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
     check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
@@ -45,21 +45,14 @@ def main(args: Namespace) -> None:
         cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
     )
     print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
-    evaluation = (
-        f" --eval_dataset {args.data_arrow_output_dir}/eval"
-        if args.eval_ratio or args.eval_input_dirs
-        else ""
-    )
-    print(
-        f"the rows are in {args.data_arrow_output_dir}; train on them with --dataset "
-        f"{args.data_arrow_output_dir}"
-        f"{evaluation}"
-    )
+    rows = args.data_arrow_output_dir
+    has_evaluation = args.eval_ratio or args.eval_input_dirs
+    evaluation = f" --eval_dataset {rows}/eval" if has_evaluation else ""
+    print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
 
 
 def check(args: Namespace) -> None:
-    """Print all that there is to say about the template; exit code 1 where training on it would be
-    wrong."""
+    """Print all findings about the template; exit code 1 if it cannot be trained on."""
     from coati.dataset.chat.template_lint import check_template
     from coati.models.tokenizer import load_tokenizer
 

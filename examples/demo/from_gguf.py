@@ -1,5 +1,4 @@
-"""A Llama with a GPT-2 style vocabulary out of a GGUF file, with the tokenizer that the file asks
-for."""
+"""Conversion of a GGUF file, a Llama with a GPT-2 style vocabulary, to transformers."""
 
 from pathlib import Path
 
@@ -7,10 +6,10 @@ CONTROL = 3  # the token_type of control tokens in a GGUF file
 
 
 def build_tokenizer(metadata: dict, *, begin: str, end: str, chat_template: str, max_length: int):
-    """A fast tokenizer from what the GGUF file says, without transformers' own conversion.
+    """A fast tokenizer from the metadata of the GGUF file, without transformers' own conversion.
 
-    That conversion takes ``<|im_start|>`` for the end and leaves out the pre-tokenizer "smollm",
-    which cuts digits off one by one before byte-level BPE. ``metadata`` holds ``tokens``,
+    That conversion takes ``<|im_start|>`` for eos and omits the pre-tokenizer "smollm", which
+    splits digits one by one before byte-level BPE. ``metadata`` holds ``tokens``,
     ``merges`` and ``token_type`` (parallel to tokens).
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -51,7 +50,7 @@ def build_tokenizer(metadata: dict, *, begin: str, end: str, chat_template: str,
 
 
 def build_model(gguf: Path, config: dict, tokenizer):
-    """The Llama of the file ``gguf`` in fp32, its special tokens those of ``tokenizer``."""
+    """The Llama of the file ``gguf`` in fp32, with the special tokens of ``tokenizer``."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -64,7 +63,7 @@ def build_model(gguf: Path, config: dict, tokenizer):
         for key, value in config.items()
         if key not in ("_model_name_or_path", "unk_token_id")
     }
-    with torch.device("meta"):  # the loader wants a model for its parameter names alone
+    with torch.device("meta"):  # the loader needs only its parameter names
         names = LlamaForCausalLM(LlamaConfig(**{**config, **ids, "torch_dtype": "float32"}))
     tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=names)["tensors"]
     model = LlamaForCausalLM(names.config)

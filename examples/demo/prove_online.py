@@ -1,11 +1,11 @@
-"""Proof that PPO and GRPO learn: a tiny random model, a reward that can be checked, ten seeds.
+"""Proof that PPO and GRPO learn: a tiny random model, a verifiable reward, ten seeds.
 
-``python examples/demo/prove_online.py ppo --seeds 10 --png ppo.png``. The prompt's last symbol says
-which half of the alphabet the answer is to be of; the reward is 5 x the share of such symbols. A
-model that knows nothing gets 2.5, and a policy that always chooses from the right half is log 2 per
-symbol away from it. Each seed must reach 0.95 of the reward, averaged over the last five episodes,
-with a KL below 1.5 times that distance; the exit code says whether all did. Everything but sizes
-and learning rates is what train_ppo.py and train_grpo.py take by default.
+``python examples/demo/prove_online.py ppo --seeds 10 --png ppo.png``. The prompt's last symbol
+decides which half of the alphabet the response must come from; the reward is 5 x the share of such
+symbols. A random policy gets 2.5; one that always picks from the right half has a KL of log 2 nats
+per symbol to it. Each seed must reach 0.95 of the maximum reward, averaged over the last five
+episodes, with at most 1.5 times that KL; the exit code says whether all did. Except for sizes and
+learning rates, all settings are the defaults of train_ppo.py and train_grpo.py.
 """
 
 import argparse
@@ -18,32 +18,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SYMBOLS, ANSWER, REWARD = 32, 8, 5.0
-WINDOWS, PASSES, GROUP = (
-    4,
-    2,
-    8,
-)  # optimizer steps of a pass, passes over an episode's responses, responses to a prompt
+SYMBOLS = 32  # of the alphabet
+RESPONSE = 8  # symbols
+REWARD = 5.0  # at most
+STEPS = 4  # optimizer steps of a pass
+PASSES = 2  # over an episode's responses
+GROUP = 8  # GRPO's responses to a prompt
 EPISODES = {"ppo": 100, "grpo": 80}
-RESPONSES = {"ppo": 128, "grpo": 256}  # in an episode
+RESPONSES = {"ppo": 128, "grpo": 256}  # of an episode
 LR = {"ppo": 1e-3, "grpo": 1e-3}
-LAST = 5  # episodes that the result is averaged over
-GOAL, KL_BOUND = 0.95, 1.5 * ANSWER * math.log(2)
+LAST = 5  # episodes to average the result over
+GOAL = 0.95  # of the reward
+KL_BOUND = 1.5 * RESPONSE * math.log(2)
 
 
 def right_half(prompts: list[str], responses: list[str], **_: Any) -> list[float]:
-    """The reward: 5 x the share of symbols in the half that the prompt's last symbol asks for."""
-    wanted = [int(prompt.split()[-1]) % 2 for prompt in prompts]
-    answers = [[int(symbol) for symbol in response.split()] for response in responses]
+    """The reward: 5 x the share of symbols from the half that the prompt's last symbol names."""
+    halves = [int(prompt.split()[-1]) % 2 for prompt in prompts]
+    symbols = [[int(symbol) for symbol in response.split()] for response in responses]
     right = [
-        sum(s // (SYMBOLS // 2) == half for s in answer)
-        for half, answer in zip(wanted, answers, strict=True)
+        sum(s // (SYMBOLS // 2) == half for s in response)
+        for half, response in zip(halves, symbols, strict=True)
     ]
-    return [REWARD * count / ANSWER for count in right]
+    return [REWARD * count / RESPONSE for count in right]
 
 
 class Symbols:
-    """In a tokenizer's place: numbers as text."""
+    """Stands in for a tokenizer: numbers as text."""
 
     pad_token_id = eos_token_id = 0
     padding_side = "left"
@@ -53,7 +54,7 @@ class Symbols:
 
 
 class Prompts(list):
-    """In a data set's place: one to three symbols, then the one that asks."""
+    """Stands in for a data set: one to three symbols, then the one that decides."""
 
     column_names = ("input_ids",)
 
@@ -81,8 +82,7 @@ def network(seed: int) -> Any:
 
 
 def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
-    """A run of ``algo`` put together by hand, as train_ppo.py and train_grpo.py do it from
-    flags."""
+    """A run of ``algo``, assembled by hand."""
     from coati.experience_buffer import NaiveExperienceBuffer
     from coati.experience_maker import (
         ExperienceSettings,
@@ -103,14 +103,14 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     from coati.trainer.policy_objective import PolicySettings
 
     options = ParallelOptions(plugin="ddp", precision="fp32")
-    training = {"weight_decay": 0.0, "total_steps": episodes * PASSES * WINDOWS}
+    training = {"weight_decay": 0.0, "total_steps": episodes * PASSES * STEPS}
     actor = boost(network(seed), options, lr=LR[algo], **training)
     ppo = algo == "ppo"
     critic = (
         boost(Critic(backbone=network(seed)), options, lr=LR[algo], **training) if ppo else None
     )
     settings = ExperienceSettings(
-        ANSWER,
+        RESPONSE,
         [],
         method=None if ppo else algo,
         num_generations=1 if ppo else GROUP,
@@ -121,7 +121,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     maker = NaiveExperienceMaker(
         actor,
         ModelRollout(
-            actor, sampling=Sampling(), stop_sequences=[], max_new_tokens=ANSWER, pad_token_id=0
+            actor, sampling=Sampling(), stop_sequences=[], max_new_tokens=RESPONSE, pad_token_id=0
         ),
         Scorer(functions=Rewards([f"{__file__}:right_half"])),
         Symbols(),
@@ -130,8 +130,8 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
         critic=critic,
         kl=KLController(0.1 if ppo else 0.04),
     )
-    parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // WINDOWS))
-    length = Episodes(episodes, PASSES, WINDOWS, seed=seed, sample_interval=0)
+    parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // STEPS))
+    length = Episodes(episodes, PASSES, STEPS, seed=seed, sample_interval=0)
     if ppo:
         return OLTrainer(*parts, length, critic=critic, schedule=RunSchedule(save_dir))
     policy = PolicySettings(loss_agg=LossAggregation("seq-mean-token-mean"), kl_coef=0.04)
@@ -139,7 +139,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
 
 
 def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, float]]:
-    """Train once; the metrics of each episode."""
+    """The metrics of each episode of one run."""
     from coati.dataset import DataCollatorForPromptDataset
     from coati.dataset.load.loader import GlobalBatchLoader
 
@@ -158,7 +158,7 @@ def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, f
 
 
 def result(lines: list[dict[str, float]]) -> tuple[float, float]:
-    """The share of the largest reward, and the KL, averaged over the last episodes."""
+    """``(share of the maximum reward, KL in nats)``, averaged over the last episodes."""
     last = lines[-LAST:]
     reward, kl = (
         sum(line[f"train/{name}"] for line in last) / len(last) for name in ("reward", "approx_kl")
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("algo", choices=tuple(LR))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, help=f"default: {EPISODES}")
-    parser.add_argument("--png", type=Path, help="draw the curves of all seeds")
+    parser.add_argument("--png", type=Path, help="plot the curves of all seeds")
     args = parser.parse_args()
     from coati.parallel.boost import prepare_colossalai
     from coati.parallel.launch import launch

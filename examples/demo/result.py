@@ -1,11 +1,9 @@
-"""What a run's metrics.jsonl says: its evaluation before and after, speed, peak memory of every
-process.
+"""Summary of a run's metrics.jsonl: evaluation before and after, throughput, peak memory.
 
 ``python examples/demo/result.py METRICS [sft | rm | dpo | ppo]``. Exit code 1 when the run has not
-learned what it
-should: SFT that the evaluation loss falls; a reward model to rank enough unseen pairs; DPO to rank
-them better than it did, without the chosen answers becoming less likely; PPO the mean reward to
-rise. ``result.py SCORES pairs`` reads what score.py wrote instead.
+learned: the evaluation loss must fall (sft), the accuracy on held-out pairs reach a bound (rm), the
+implicit accuracy rise while the chosen responses stay likely (dpo), the mean reward rise (ppo).
+``result.py SCORES pairs`` reads the output of score.py instead.
 """
 
 import argparse
@@ -14,74 +12,75 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-REWARD_ACCURACY = 0.67  # of unseen pairs, at least, unless --reward_accuracy says otherwise
-CHOSEN_MAY_FALL = 0.05  # DPO: the log-prob of chosen answers, by at most this share of itself
+REWARD_ACCURACY = 0.67  # on held-out pairs, unless --reward_accuracy says otherwise
+CHOSEN_MAY_FALL = 0.05  # DPO: the largest relative drop of the log-prob of chosen responses
 
 Evaluation = dict[str, float]
-Judged = tuple[list[str], str | None]  # lines to print, and what went wrong
+Verdict = tuple[list[str], str | None]  # lines to print, and what went wrong
 
 
-def sft(before: Evaluation, after: Evaluation, steps: int) -> Judged:
-    first, last = before["eval/loss"], after["eval/loss"]
-    line = f"Evaluation loss on rows not trained on: {first:.3f} before, {last:.3f} after {steps} steps"
+def sft(before: Evaluation, after: Evaluation, steps: int) -> Verdict:
+    first = before["eval/loss"]
+    last = after["eval/loss"]
+    line = f"Loss on held-out rows: {first:.3f} before, {last:.3f} after {steps} steps"
     return [line], None if last < first else "the evaluation loss has not fallen"
 
 
-def rm(before: Evaluation, after: Evaluation, steps: int, least: float = REWARD_ACCURACY) -> Judged:
+def rm(
+    before: Evaluation, after: Evaluation, steps: int, least: float = REWARD_ACCURACY
+) -> Verdict:
     found = after["eval/acc"]
     line = (
-        f"Accuracy on {after['eval/count']:.0f} pairs not trained on: {_share(before, 'acc')} "
-        "before, "
+        f"Accuracy on {after['eval/count']:.0f} held-out pairs: {_share(before, 'acc')} before, "
         f"{_share(after, 'acc')} after {steps} steps"
     )
     return [line], None if found >= least else f"the accuracy is below {least}"
 
 
-def dpo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
+def dpo(before: Evaluation, after: Evaluation, steps: int) -> Verdict:
     lines = [
-        f"Implicit accuracy on {after['eval/count']:.0f} pairs not trained on: "
-        f"{before['eval/accuracy']:.3f} before, "
-        f"{_share(after, 'accuracy')} after {steps} steps",
+        f"Implicit accuracy on {after['eval/count']:.0f} held-out pairs: "
+        f"{before['eval/accuracy']:.3f} before, {_share(after, 'accuracy')} after {steps} steps",
         *(
-            f"Log-probability of {what} answers: {before[f'eval/{name}']:.2f} before, "
+            f"Log-probability of {what} responses: {before[f'eval/{name}']:.2f} before, "
             f"{after[f'eval/{name}']:.2f} after"
             for what, name in (("chosen", "lp_chosen"), ("rejected", "lp_rejected"))
         ),
         f"Margin of the implicit rewards: {before['eval/margin']:.3f} before, "
         f"{after['eval/margin']:.3f} after",
     ]
-    start, chosen = before["eval/lp_chosen"], after["eval/lp_chosen"]
+    start = before["eval/lp_chosen"]
     if after["eval/accuracy_low"] <= before["eval/accuracy"]:
-        return lines, "the implicit accuracy has not risen beyond what chance may do"
-    if start - chosen > CHOSEN_MAY_FALL * abs(start):
-        return lines, "the chosen answers have become less likely"
+        return lines, "the implicit accuracy has not risen beyond chance"
+    if start - after["eval/lp_chosen"] > CHOSEN_MAY_FALL * abs(start):
+        return lines, "the chosen responses have become less likely"
     return lines, None
 
 
-def ppo(before: Evaluation, after: Evaluation, steps: int) -> Judged:
-    first, last = before["eval/reward"], after["eval/reward"]
+def ppo(before: Evaluation, after: Evaluation, steps: int) -> Verdict:
+    first = before["eval/reward"]
+    last = after["eval/reward"]
     lines = [
-        f"Mean reward on prompts not trained on: {first:.3f} before, {last:.3f} after {steps} "
-        "episodes",
-        f"KL toward the start: {after['eval/approx_kl']:.2f} nats per answer of "
-        f"{after['eval/response_length']:.1f} "
-        f"tokens ({before['eval/response_length']:.1f} before)",
+        f"Mean reward on held-out prompts: {first:.3f} before, {last:.3f} after {steps} episodes",
+        f"KL to the initial policy: {after['eval/approx_kl']:.2f} nats per response of "
+        f"{after['eval/response_length']:.1f} tokens "
+        f"({before['eval/response_length']:.1f} before)",
     ]
     return lines, None if last > first else "the mean reward has not risen"
 
 
-def pairs(entries: list[dict], least: float = REWARD_ACCURACY) -> Judged:
-    """Of the rows that score.py wrote: the share of pairs whose chosen answer has the higher score
-    must be above
-    ``least``."""
+def pairs(entries: list[dict], least: float = REWARD_ACCURACY) -> Verdict:
+    """The accuracy in the output of score.py, which must be above ``least``."""
     from coati.utils.statistics import wilson_interval
 
     right = sum(
         (row["chosen"] > row["rejected"]) + 0.5 * (row["chosen"] == row["rejected"])
         for row in entries
     )
-    (low, high), share = wilson_interval(right, len(entries)), right / len(entries)
-    line = f"Accuracy on {len(entries)} pairs never looked at before: {share:.3f} (95% {low:.3f} to {high:.3f})"
+    low, high = wilson_interval(right, len(entries))
+    share = right / len(entries)
+    interval = f"(95% {low:.3f} to {high:.3f})"
+    line = f"Accuracy on {len(entries)} test pairs: {share:.3f} {interval}"
     return [line], None if share > least else f"the accuracy is not above {least}"
 
 
@@ -90,7 +89,7 @@ def _share(evaluation: Evaluation, name: str) -> str:
     return f"{value:.3f} (95% {low:.3f} to {high:.3f})"
 
 
-KINDS: dict[str, Callable[..., Judged]] = {"sft": sft, "rm": rm, "dpo": dpo, "ppo": ppo}
+KINDS: dict[str, Callable[..., Verdict]] = {"sft": sft, "rm": rm, "dpo": dpo, "ppo": ppo}
 
 
 def summary(entries: list[dict], kind: str = "sft", **limits: float) -> tuple[str, str | None]:
@@ -132,7 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("metrics", type=Path)
     parser.add_argument("kind", nargs="?", choices=(*KINDS, "pairs"), default="sft")
     parser.add_argument(
-        "--reward_accuracy", type=float, help="what a reward model must reach; default: 0.67"
+        "--reward_accuracy", type=float, help="accuracy a reward model must reach; default: 0.67"
     )
     args = parser.parse_args()
     limits = {} if args.reward_accuracy is None else {"least": args.reward_accuracy}

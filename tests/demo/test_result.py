@@ -32,7 +32,7 @@ def test_loss_speed_and_memory(result):
     text, wrong = result.summary(ENTRIES)
     assert wrong is None
     assert text.splitlines() == [
-        "Evaluation loss on rows not trained on: 3.500 before, 2.750 after 3 steps",
+        "Loss on held-out rows: 3.500 before, 2.750 after 3 steps",
         "Speed: 100 tokens/s",
         # MiB in the file, GB on the screen
         "Peak memory: 1.05 GB (process 0), 2.10 GB (process 1)",
@@ -76,7 +76,7 @@ def test_a_reward_model_must_rank_unseen_pairs(result, accuracy, wrong):
     text, found = result.summary(evaluations({"acc": 0.5}, {"acc": accuracy}), "rm")
     assert found == wrong
     assert text.startswith(
-        "Accuracy on 140 pairs not trained on: 0.500 (95% 0.420 to 0.570) before, "
+        "Accuracy on 140 held-out pairs: 0.500 (95% 0.420 to 0.570) before, "
         f"{accuracy:.3f} (95% {accuracy - 0.08:.3f} to {accuracy + 0.07:.3f}) after 9 steps"
     )
 
@@ -85,17 +85,17 @@ def test_a_reward_model_must_rank_unseen_pairs(result, accuracy, wrong):
     "accuracy, chosen, wrong",
     [
         (0.65, -51.0, None),
-        (0.57, -51.0, "beyond what chance"),
+        (0.57, -51.0, "beyond chance"),
         (0.65, -53.0, "less likely"),
         (0.65, -40.0, None),
     ],
 )
-def test_dpo_must_rank_better_and_keep_the_chosen_answers(result, accuracy, chosen, wrong):
+def test_dpo_must_rank_better_and_keep_the_chosen_responses(result, accuracy, chosen, wrong):
     before = {"accuracy": 0.5, "lp_chosen": -50.0, "lp_rejected": -52.0, "margin": 0.0}
     after = {"accuracy": accuracy, "lp_chosen": chosen, "lp_rejected": -55.0, "margin": 0.3}
     text, found = result.summary(evaluations(before, after), "dpo")
     assert found is None if wrong is None else wrong in found
-    assert f"Log-probability of chosen answers: -50.00 before, {chosen:.2f} after" in text
+    assert f"Log-probability of chosen responses: -50.00 before, {chosen:.2f} after" in text
     assert "Margin of the implicit rewards: 0.000 before, 0.300 after" in text
 
 
@@ -103,7 +103,7 @@ def test_dpo_must_rank_better_and_keep_the_chosen_answers(result, accuracy, chos
 def test_scored_pairs_must_be_right_more_often_than_the_bound(result, right, wrong):
     rows = [{"chosen": float(i < right), "rejected": 0.5} for i in range(4)]
     lines, said = result.pairs(rows, 0.75)
-    assert lines[0].startswith(f"Accuracy on 4 pairs never looked at before: {right / 4:.3f} (95%")
+    assert lines[0].startswith(f"Accuracy on 4 test pairs: {right / 4:.3f} (95%")
     assert (said is not None) == wrong
 
 

@@ -46,7 +46,7 @@ def test_the_goal_is_no_easy_one():
     assert not proof.has_learned(0.99, proof.KL_BOUND + 0.1)
     # What the best policy needs, and what a wasteful one has: a reward of 1 at a KL of a symbol
     # each.
-    assert proof.KL_BOUND > proof.ANSWER * 0.6931 and proof.KL_BOUND < proof.ANSWER * 3.4657
+    assert proof.KL_BOUND > proof.RESPONSE * 0.6931 and proof.KL_BOUND < proof.RESPONSE * 3.4657
 
 
 def test_the_reward_is_worked_by_hand():

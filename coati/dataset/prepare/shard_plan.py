@@ -3,13 +3,12 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from coati.dataset.prepare.shards import part_name
 from coati.dataset.rows.input_files import read_rows
 from coati.dataset.rows.row_errors import RowError
 
@@ -40,10 +39,10 @@ class Bin:
     @property
     def shards(self) -> list[str]:
         """Paths below an output."""
-        train, evaluation = part_name(self.number), f"{EVALUATION}/{part_name(self.number)}"
+        train = f"part-{self.number:05d}"
         if self.evaluation:
-            return [evaluation]
-        return [train, evaluation] if self.split else [train]
+            return [f"{EVALUATION}/{train}"]
+        return [train, f"{EVALUATION}/{train}"] if self.split else [train]
 
 
 def is_evaluation(shard: str) -> bool:
@@ -100,14 +99,6 @@ def plan_bins(total: int, bins: int, evaluation: bool = False, split: bool = Fal
     ]
 
 
-def draw_sample(bin: Bin, samples: int, seed: int) -> set[int] | None:
-    """Positions of ``samples`` rows of ``bin``; None (``samples`` negative): all."""
-    if samples < 0:
-        return None
-    size = min(samples, bin.end - bin.start)
-    return set(random.Random(f"{seed}/{bin.number}").sample(range(bin.start, bin.end), size))
-
-
 class EvaluationShare:
     """Which rows are kept for evaluation: decided by seed and position alone.
 
@@ -147,14 +138,15 @@ class Selection:
 
     def shard_of_each(self, bin: Bin) -> Iterator[str | None]:
         """The shard of each row of ``bin``, None for a row that is not drawn."""
-        # Every row of an evaluation file is taken.
-        sample = draw_sample(bin, -1 if bin.evaluation else self.samples, self.seed)
+        positions = range(bin.start, bin.end)
+        sample = positions
+        if self.samples >= 0 and not bin.evaluation:  # every row of an evaluation file is taken
+            draw = random.Random(f"{self.seed}/{bin.number}")
+            sample = set(draw.sample(positions, min(self.samples, len(positions))))
         shards = bin.shards
-        chosen = np.zeros(bin.end - bin.start, dtype=bool)
-        if bin.split:
-            chosen = self.share.chosen(bin.start, bin.end)
-        for position, evaluation in enumerate(chosen.tolist(), bin.start):
-            yield shards[evaluation] if sample is None or position in sample else None
+        chosen = self.share.chosen(bin.start, bin.end).tolist() if bin.split else repeat(False)
+        for position, evaluation in zip(positions, chosen, strict=False):
+            yield shards[evaluation] if position in sample else None
 
 
 def tasks(files: Files, bins: list[Bin], selection: Selection) -> Iterator[Task]:

@@ -14,10 +14,6 @@ from coati.utils.json_io import save_json
 DATA_FILE = "data-00000-of-00001.arrow"
 
 
-def part_name(number: int) -> str:
-    return f"part-{number:05d}"
-
-
 def to_arrow(type: DataType, rows: list[dict[str, Any]]) -> bytes:
     """``rows`` as an arrow IPC stream, which crosses a process border cheaply."""
     schema = type.schema

@@ -139,7 +139,7 @@ def format_report(report: dict[str, Any], color: bool) -> str:
     )
     if report["shapes"]:
         lines.append(
-            "shapes: " + ", ".join(f"{name} {rows}" for name, rows in report["shapes"].items())
+            "formats: " + ", ".join(f"{name} {rows}" for name, rows in report["shapes"].items())
         )
     if report["refused_roles"]:
         refused = ", ".join(

@@ -1,7 +1,7 @@
 """From prompts to experience: rollouts, their scores, KL and values, and the advantages of a whole
 collect phase."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from coati.experience_maker.rollout_batch import (
     timed,
 )
 from coati.experience_maker.running_moments import RunningNormalization
-from coati.experience_maker.scoring import Scorer
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
 from coati.models.generation.row_noise import row_noise
@@ -53,7 +52,7 @@ class NaiveExperienceMaker:
         self,
         actor: Engine,
         rollout: RolloutEngine,
-        scorer: Scorer,
+        scorer: Callable[..., Any],
         tokenizer: Any,
         settings: ExperienceSettings,
         *,

@@ -1,6 +1,7 @@
 """The boundary between training and what samples for it: one method, behind which another engine
 can stand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ class ModelRollout:
         engine: Engine,
         *,
         sampling: Sampling,
-        stop_sequences: list[list[int]],
+        stop_sequences: Sequence[list[int]],
         max_new_tokens: int,
         pad_token_id: int,
     ) -> None:

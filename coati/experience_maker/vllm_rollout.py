@@ -11,6 +11,7 @@ on the GPU beside the training state.
 """
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -39,7 +40,7 @@ class VllmRollout:
         *,
         model_path: str,
         sampling: Sampling,
-        stop_sequences: list[list[int]],
+        stop_sequences: Sequence[list[int]],
         max_new_tokens: int,
         pad_token_id: int,
         gpu_share: float = GPU_SHARE,

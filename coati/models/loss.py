@@ -18,7 +18,7 @@ from coati.utils.constants import IGNORE_INDEX
 LARGEST_LOGP = -1e-7
 
 
-def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Sum of ``values`` where ``mask`` (same shape, bool or 0/1) is set; a masked value never
     counts, not even NaN."""
     kept = values.masked_fill(~mask.bool(), 0)

@@ -27,7 +27,7 @@ def patch_sdpa() -> None:
             return one_query(query, key, value, attention_mask, scale), None
         return original(module, query, key, value, attention_mask, **keywords)
 
-    attention.patched = True
+    attention.patched = True  # type: ignore[attr-defined]
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
 
 
@@ -41,8 +41,8 @@ def row_by_row(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     outs = [
-        F.scaled_dot_product_attention(*row, dropout_p=dropout, is_causal=True, scale=scale)
-        for row in rows
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+        for q, k, v in rows
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
 

@@ -81,7 +81,8 @@ def merged_weights(engine: Engine) -> dict[str, Tensor]:
         return gather(engine)
     from coati.models.lora.lora import merged
 
-    with merged(engine.module):
+    adapted: Any = engine.module
+    with merged(adapted):
         return _without_adapters(gather(engine))
 
 
@@ -117,7 +118,8 @@ def save_model(
     if is_lora(engine) and merge_lora:
         from coati.models.lora.lora import merged
 
-        with merged(engine.module):
+        adapted: Any = engine.module
+        with merged(adapted):
             config = ModelAssets.of(engine.module.get_base_model()).config
             tensors = _without_adapters(gather(engine))
     else:

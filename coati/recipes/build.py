@@ -199,7 +199,7 @@ def engine(
     where a checkpoint was. ``rows``: of an epoch, or its plan."""
     window = args.batch_size * args.accumulation_steps * world_size() // options.model_parallel_size
     count = rows.count if isinstance(rows, EpochOrder) else lambda epoch: rows
-    if options.packing:
+    if options.packing and isinstance(rows, EpochOrder):
         check_window_of_attention(model.config, int(rows.lengths.max()))
     total = total_steps(
         resume.state or RunningState(), count, window, args.max_epochs, args.max_steps
@@ -244,7 +244,7 @@ def loaders(
 ):
     """The training windows and evaluation batches of this rank; evaluation rows are never packed.
     ``partners``: rows come with the response of another row, for KTO."""
-    mesh = {"dp_rank": built.mesh.dp_rank, "dp_size": built.mesh.dp_size}
+    mesh: dict[str, Any] = {"dp_rank": built.mesh.dp_rank, "dp_size": built.mesh.dp_size}
     plan = plan or epoch_plan(args, train)
     windows = GlobalBatchLoader(
         train,

@@ -157,8 +157,9 @@ def parts(
     loaded."""
     settings = rl_settings(args, template, length)
     reward_model = rl_models.reward_engine(args, options, tokenizer)
+    judge = None
     if reward_model is not None:
-        reward_model = InferenceModel(reward_model, offload=args.offload_inference_models)
+        judge = InferenceModel(reward_model, offload=args.offload_inference_models)
     rollout = make_rollout(
         args.rollout_engine,
         actor,
@@ -174,7 +175,7 @@ def parts(
         critic=critic,
         reference=rl_models.reference(args, options, actor),
         rollout=rollout,
-        scorer=Scorer(reward_model, functions, args.logits_forward_batch_size),
+        scorer=Scorer(judge, functions, args.logits_forward_batch_size),
         tokenizer=tokenizer,
     )
 
@@ -211,7 +212,7 @@ def loaders(
     epoch_order: EpochOrder,
 ) -> tuple:
     """The prompts of each episode, batches to evaluate on, and the supervised rows of each step."""
-    mesh = {"dp_rank": actor.mesh.dp_rank, "dp_size": actor.mesh.dp_size}
+    mesh: dict[str, Any] = {"dp_rank": actor.mesh.dp_rank, "dp_size": actor.mesh.dp_size}
     collate = DataCollatorForPromptDataset(tokenizer, args.max_length - args.max_seq_len)
     batch = args.experience_batch_size
     windows = GlobalBatchLoader(

@@ -2,6 +2,7 @@
 ``modeling`` is."""
 
 from pathlib import Path
+from typing import Any
 
 from coati.parallel.atomic_dirs import write_directory, write_file
 from coati.parallel.engine import Engine
@@ -33,9 +34,7 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     return value < best if metric.rsplit("/", 1)[-1] in LOWER_IS_BETTER else value > best
 
 
-def save_best(
-    save_dir: str, engine: Engine, assets: ModelAssets, found: dict[str, float | int | str]
-) -> Path:
+def save_best(save_dir: str, engine: Engine, assets: ModelAssets, found: dict[str, Any]) -> Path:
     """Write ``<save_dir>/best`` in place of an older one; ``found`` goes into its best.json. Every
     rank calls it."""
     folder = Path(save_dir) / "best"

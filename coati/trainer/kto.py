@@ -92,8 +92,8 @@ class KTOObjective(Objective):
             counted = mask.bool().any(1).to(policy.device)
             total += masked_sum(policy - reference.to(policy.device), counted)
             count += counted.sum()
-        total, count = self.engine.sum_of_shares([total, count])
-        return kto_baseline(total, count), int(count)
+        reduced, rows_of_all = self.engine.sum_of_shares([total, count])
+        return kto_baseline(reduced, rows_of_all), int(rows_of_all)
 
     def num_terms(self, batch: Batch) -> Tensor:
         """Rows that count."""

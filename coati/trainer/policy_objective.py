@@ -75,7 +75,8 @@ class PolicyObjective(Objective):
         )
         clip = settings.clip_low, settings.clip_high
         terms = policy_terms(logps, old, batch["advantages"], mask, *clip, skip)
-        metrics = policy_statistics(logps, old, batch["advantages"], mask, *clip)
+        metrics: Metrics = {}
+        metrics |= policy_statistics(logps, old, batch["advantages"], mask, *clip)
         metrics["skip_ratio"] = skip.float()[None]
         if self.kl_coef:
             kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)

@@ -9,7 +9,6 @@ from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout import RolloutEngine
 from coati.experience_maker.rollout_batch import ExperienceSettings
-from coati.experience_maker.scoring import Scorer
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.trainer.online import Episodes
@@ -57,7 +56,7 @@ class RLSettings:
     ptx_coef: float = 0.0
 
 
-def linear_annealing(first: float, last: float, start: int, end: int) -> Callable[[int], float]:
+def linear_annealing(first: float, last: float, start: float, end: float) -> Callable[[int], float]:
     """Episode -> temperature: ``first`` up to episode ``start``, ``last`` from ``end`` on, a
     straight line between."""
 
@@ -75,7 +74,7 @@ def assemble_rl(
     critic: Engine | None = None,
     reference: InferenceModel | None = None,
     rollout: RolloutEngine,
-    scorer: Scorer,
+    scorer: Callable[..., Any],
     tokenizer: Any,
 ) -> dict[str, Any]:
     """The arguments of :class:`~coati.trainer.online.OLTrainer`, by name: of PPO with a ``critic``,

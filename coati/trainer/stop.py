@@ -2,6 +2,7 @@
 exits with 0."""
 
 import signal
+from typing import Any
 
 from coati.utils.logging import get_logger
 
@@ -15,7 +16,7 @@ class GracefulStop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,7 +7,7 @@ those that leave, and columns that hold nothing but padding by then are dropped.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ class Decoder:
         self.rows = torch.arange(count, device=device) if rows is None else rows.to(device)
         self.ages = torch.zeros(count, dtype=torch.long, device=device)  # new tokens of each row
         self.noise = None if noise is None else noise.to(device)
-        self.cache = cache_for(model, count, columns)
+        self.cache: Any = cache_for(model, count, columns)
         self._joined = count
         self._start = 0  # the first column that the model is shown
         settings = RowSettings(sampling, tuple(map(tuple, stop_sequences)))

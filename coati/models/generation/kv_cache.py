@@ -47,7 +47,8 @@ class RowCache(DynamicCache):
     def filled_without_padding(self, mask: Tensor) -> Iterator[None]:
         """A forward inside the block brings the real tokens of ``mask`` (rows, P) as one row; they
         go to their columns of ``mask``."""
-        self._places = tuple(mask.nonzero(as_tuple=True))
+        rows, columns = mask.nonzero(as_tuple=True)
+        self._places = (rows, columns)
         self._width = mask.shape[1]
         yield
         self._places = None

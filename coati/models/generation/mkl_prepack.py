@@ -39,7 +39,9 @@ class MklPrepacked:
         self.patience = patience
         self.rows = 0
         self._waited = 0
-        self._layers = [each for each in model.modules() if _suits(each)] if available() else []
+        self._layers: list[Any] = (
+            [each for each in model.modules() if _suits(each)] if available() else []
+        )
         if sum(4 * layer.weight.numel() for layer in self._layers) > LIMIT_BYTES:
             self._layers = []
         self._original: list[Callable[..., Any] | None] = []

@@ -47,18 +47,17 @@ def call_with_cache(
         ValueError: for a model that does not fill the cache.
     """
     shown = mask.shape[1]
-    tuples = isinstance(cache, TupleCache)
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": positions,
-        "past_key_values": cache.states if tuples else cache,
+        "past_key_values": cache.states if isinstance(cache, TupleCache) else cache,
         "use_cache": True,
         "cache_position": torch.arange(shown - ids.shape[1], shown, device=ids.device),
         "logits_to_keep": 1,  # of a long prompt only the last position goes through the head
     }
     outputs = model(**{name: value for name, value in inputs.items() if name in accepted})
-    if tuples:
+    if isinstance(cache, TupleCache):
         cache.states = outputs.past_key_values
     if cache.get_seq_length() != shown:
         raise ValueError(

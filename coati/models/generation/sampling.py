@@ -58,7 +58,8 @@ def choose(
         peak = scaled.amax(dim=-1, keepdim=True)
         weights = (scaled - peak).exp_()
     if sampling.repetition_penalty != 1:
-        logits = _penalized(logits, *seen, sampling.repetition_penalty)
+        ids, mask = seen
+        logits = _penalized(logits, ids, mask, sampling.repetition_penalty)
     if not sampling.do_sample:
         token = logits.argmax(dim=-1)
     elif unfiltered:

@@ -74,7 +74,8 @@ def interval_of_median(values: list[float], confidence: float = 0.95) -> tuple[f
     the binomial(n, 1/2) probability of covering the median is at least ``confidence``."""
     ordered = sorted(values)
     n = len(ordered)
-    k, tail = 0, 0.0
+    k = 0
+    tail = 0.0
     while k + 1 <= n // 2 and 1 - 2 * (tail + math.comb(n, k) / 2**n) >= confidence:
         tail += math.comb(n, k) / 2**n
         k += 1

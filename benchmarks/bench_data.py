@@ -164,7 +164,8 @@ def measure(type: str, args: argparse.Namespace, tokenizer, template) -> dict:
         for turn in range(args.turns):
             for way in list(ways)[:: 1 if turn % 2 else -1]:
                 folder = Path(name) / f"{way}{turn}"
-                start, used = time.perf_counter(), cpu_seconds()
+                start = time.perf_counter()
+                used = cpu_seconds()
                 written[way] = ways[way](type, data, folder, max_length=args.max_length)
                 seconds[way].append(time.perf_counter() - start)
                 cpu[way].append(cpu_seconds() - used)

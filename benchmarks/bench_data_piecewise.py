@@ -57,7 +57,8 @@ def slow_twin(tokenizer, folder: Path):
 
 def pieces_of(messages: list[dict], text: str, end_of_assistant: str) -> list[tuple[str, bool]]:
     """The rendered text cut at the contents, which are searched for: ``(piece, supervised)``."""
-    pieces, position = [], 0
+    pieces = []
+    position = 0
     for message in messages:
         start = text.find(message["content"], position)
         end = start + len(message["content"])
@@ -80,7 +81,8 @@ def piecewise(
     ]
     turns = ([{"role": "system", "content": system}] if system else []) + turns
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    ids, labels = [], []
+    ids = []
+    labels = []
     for piece, supervised in pieces_of(turns, text, end_of_assistant):
         new = tokenizer(piece, add_special_tokens=False)["input_ids"]
         if len(ids) + len(new) > max_length:

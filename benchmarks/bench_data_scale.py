@@ -77,7 +77,8 @@ def prepare(data: Path, folder: Path, deduplicate: bool) -> dict:
 
     tokenizer = make_tokenizer(None)
     template = setup_conversation_template(tokenizer, {})
-    before, sampler = resident_mib(), Sampler()
+    before = resident_mib()
+    sampler = Sampler()
     sampler.start()
     start = time.perf_counter()
     report = prepare_dataset(

@@ -77,7 +77,9 @@ def largest_difference(results: dict[str, dict], one: str, other: str) -> float:
 
 def compare(vocabulary: int, ways: tuple[str, ...], steps: int, pairs: int) -> dict:
     """Figures of each way, and of the first beside the last, which is plain PyTorch."""
-    folder, one, plain = case.made(vocabulary), ways[0], ways[-1]
+    folder = case.made(vocabulary)
+    one = ways[0]
+    plain = ways[-1]
     results: dict = in_turn({way: command(way, folder, steps, pairs) for way in ways}, steps)
     results["ratios"] = {
         "to_plain": speed(results, one, plain),

@@ -40,7 +40,8 @@ TINY = SHAPE | {
     "intermediate_size": 128,
     "vocab_size": 384,
 }
-TOKENS, TINY_TOKENS = 2048, 64
+TOKENS = 2048
+TINY_TOKENS = 64
 
 
 class Rows(list):
@@ -55,7 +56,9 @@ class Rows(list):
 
 
 class Pad:
-    pad_token_id, eos_token_id, padding_side = 2, 2, "right"
+    pad_token_id = 2
+    eos_token_id = 2
+    padding_side = "right"
 
 
 def parse() -> argparse.Namespace:
@@ -81,7 +84,8 @@ def parse() -> argparse.Namespace:
 def pairs(count: int, tokens: int, vocabulary: int) -> Rows:
     import torch
 
-    generator, half = torch.Generator().manual_seed(0), tokens // 2
+    generator = torch.Generator().manual_seed(0)
+    half = tokens // 2
     mask = [False] * half + [True] * (tokens - half)
     prompts, *answers = (
         torch.randint(3, vocabulary, (count, half), generator=generator).tolist() for _ in range(3)

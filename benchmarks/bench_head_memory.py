@@ -32,7 +32,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from coati.models.head import Head  # noqa: E402
 
-POSITIONS, VOCABULARY = 512, 151_936
+POSITIONS = 512
+VOCABULARY = 151_936
 
 
 class Bare(nn.Module):

@@ -136,7 +136,8 @@ def main() -> None:
         )
         print(f"{way:13} {rate:7.0f} tokens/s  {ratio:.2f} x padded  {tokens:6.0f} tokens a step")
     if args.output:
-        load, threads = os.getloadavg()[0], torch.get_num_threads()
+        load = os.getloadavg()[0]
+        threads = torch.get_num_threads()
         about = {
             "rounds": args.rounds,
             "max_length": args.max_length,

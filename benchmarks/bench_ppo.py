@@ -43,7 +43,8 @@ SHAPES = {
 LORA = ["--lora_rank", "8"]
 WAYS = {"copies": [], "lora": LORA, "one base": [*LORA, "--shared_base"]}
 PHASES = ("rollout", "scoring", "update")
-PROMPTS, NEW_TOKENS = 8, 48
+PROMPTS = 8
+NEW_TOKENS = 48
 ROOT = sft_case.ROOT
 
 

@@ -92,7 +92,9 @@ TINY = Case(12, 4, 1.0, 1, "")
 class Ids:
     """In the place of a tokenizer: the text of a token is its number."""
 
-    pad_token_id, eos_token_id, padding_side = 1, 2, "left"
+    pad_token_id = 1
+    eos_token_id = 2
+    padding_side = "left"
 
     @staticmethod
     def decode(ids: list[int], skip_special_tokens: bool = False) -> str:
@@ -185,10 +187,12 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def show(args: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
-    case, counted = CASES[name], found["episodes"][1:]
+    case = CASES[name]
+    counted = found["episodes"][1:]
     whole = sum(one["seconds"] for one in counted)
     shares = ", ".join(f"{part} {sum(one[part] for one in counted) / whole:.0%}" for part in PHASES)
-    speed, peak = found["samples_per_second"], found["peak_memory_mb"]
+    speed = found["samples_per_second"]
+    peak = found["peak_memory_mb"]
     line = f"{name}: {speed:.2f} samples/s ({shares}), peak {peak:.0f} MB"
     if args.tiny:
         line += " (tiny models: these figures mean nothing)"

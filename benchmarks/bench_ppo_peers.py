@@ -81,7 +81,8 @@ def compare(algorithm: str, folder: Path, python: str, args: argparse.Namespace)
             ],
         ),
     ]
-    products, rates = sft_case.MatmulRate(), []
+    products = sft_case.MatmulRate()
+    rates = []
     for index in range(args.episodes):
         for worker in workers if index % 2 else reversed(workers):
             worker.step()
@@ -135,7 +136,8 @@ def figures(steps: list[dict], size: case.Size, peak: float) -> dict:
 
 
 def show(algorithm: str, result: dict) -> None:
-    size, version = result["size"], result["trl_version"]
+    size = result["size"]
+    version = result["trl_version"]
     settings = (
         "with its own defaults" if result["trl_defaults"] else "in fp32 without checkpointing"
     )
@@ -168,7 +170,8 @@ def show(algorithm: str, result: dict) -> None:
 
 def main() -> None:
     args = parse()
-    folder, results = case.prepare(), {}
+    folder = case.prepare()
+    results = {}
     for algorithm in args.algorithm:
         results[algorithm] = compare(algorithm, folder, python_of(algorithm, args), args)
         show(algorithm, results[algorithm])

@@ -62,7 +62,8 @@ def compare(algorithm: str, folder: Path, python: str, args: argparse.Namespace)
         "trl": [*theirs, *["--defaults"] * args.trl_defaults],
     }
     results: dict = in_turn(commands, args.steps)
-    one, other = results["coati"], results["trl"]
+    one = results["coati"]
+    other = results["trl"]
     return results | {
         "tokens_per_second_ratio": one["tokens_per_second"] / other["tokens_per_second"],
         "median_ratio_of_steps": speed(results, "coati", "trl"),
@@ -97,11 +98,9 @@ def show(algorithm: str, result: dict, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    python, folder, results = (
-        args.trl_python or trl_python(args.trl_env),
-        case.real(args.tokenizer_dir),
-        {},
-    )
+    python = args.trl_python or trl_python(args.trl_env)
+    folder = case.real(args.tokenizer_dir)
+    results = {}
     for algorithm in args.algorithm:
         results[algorithm] = compare(algorithm, folder, python, args)
         show(algorithm, results[algorithm], args)

@@ -45,7 +45,8 @@ def main() -> None:
             "compare"
         )
     keep_freed_memory()
-    arrange, product = torch.ops.mkl._mkl_reorder_linear_weight, torch.ops.mkl._mkl_linear
+    arrange = torch.ops.mkl._mkl_reorder_linear_weight
+    product = torch.ops.mkl._mkl_linear
 
     def seconds(way) -> float:
         started = time.perf_counter()
@@ -59,7 +60,8 @@ def main() -> None:
     for shape in args.shape:
         weight = torch.randn(*map(int, shape.split("x")))
         for rows in args.rows:
-            x, packed = torch.randn(rows, weight.shape[1]), arrange(weight, rows)
+            x = torch.randn(rows, weight.shape[1])
+            packed = arrange(weight, rows)
             ways = (
                 partial(F.linear, x, weight),
                 partial(product, x, packed, weight, None, rows),

@@ -99,7 +99,8 @@ def main() -> None:
     results = in_turn(args)
     found = {mode: figures(results, mode) for mode in MODES}
     for mode, row in found.items():
-        spread, ratios = row["answer_tokens"], row["ratios_of_batches"]
+        spread = row["answer_tokens"]
+        ratios = row["ratios_of_batches"]
         print(
             f"{mode}, batch {args.batch_size}, answers of {spread['shortest']} to "
             f"{spread['longest']} tokens"

@@ -32,7 +32,8 @@ class Asked:
         from coati.inference.serve.inference_engine import SamplingParams
         from coati.models.generation.sampling import Sampling
 
-        self._done, self.text = threading.Event(), ""
+        self._done = threading.Event()
+        self.text = ""
         prompt = engine.encode(
             [{"role": "user", "content": f"{number}. {QUESTIONS[number % len(QUESTIONS)]}"}]
         )

@@ -83,7 +83,9 @@ def make_trainer(folder: Path, plugin: str, steps: int):
 def record_steps(engine, before_step) -> list[dict]:
     """Times of every step of ``engine`` to come: the whole step, and the optimizer's part of it
     (clipping included)."""
-    steps, train_step, update = [], engine.train_step, engine.optimizer.step
+    steps = []
+    train_step = engine.train_step
+    update = engine.optimizer.step
 
     def timed_update(*args, **keywords):
         started = time.perf_counter()
@@ -107,7 +109,8 @@ def record_steps(engine, before_step) -> list[dict]:
         }
         return step
 
-    engine.train_step, engine.optimizer.step = timed_step, timed_update
+    engine.train_step = timed_step
+    engine.optimizer.step = timed_update
     return steps
 
 

@@ -140,7 +140,8 @@ def run(folder: Path, steps: int, plugin: str, python: str, trl_defaults: bool) 
         for worker in workers if index % 2 else reversed(workers):
             worker.step()
     results = {worker.name: figures(worker, worker.finish()) for worker in workers}
-    one, other = results["coati"], results["trl"]
+    one = results["coati"]
+    other = results["trl"]
     differences = [abs(a - b) / b for a, b in zip(one["losses"], other["losses"], strict=True)]
     return results | {
         "tokens_per_second_ratio": one["tokens_per_second"] / other["tokens_per_second"],

@@ -13,8 +13,13 @@ from typing import Any
 
 from benchmarks import sft_case
 
-LONGEST_PROMPT, TEMPERATURE, CLIP, KL = 200, 0.7, 0.2, 0.05
-LEARNING_RATE, MAX_NORM, BETAS = 1e-6, 1.0, (0.9, 0.95)
+LONGEST_PROMPT = 200
+TEMPERATURE = 0.7
+CLIP = 0.2
+KL = 0.05
+LEARNING_RATE = 1e-6
+MAX_NORM = 1.0
+BETAS = (0.9, 0.95)
 ROLES = (
     "model",
     "reward",
@@ -43,10 +48,12 @@ class Clock:
     """Time of one episode, on the wall and of this process's processors."""
 
     def start(self) -> None:
-        self.wall, self.processor = time.perf_counter(), time.process_time()
+        self.wall = time.perf_counter()
+        self.processor = time.process_time()
 
     def read(self) -> dict[str, float]:
-        wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
+        wall = time.perf_counter() - self.wall
+        processor = time.process_time() - self.processor
         return {"seconds": wall, "processor_seconds": processor}
 
 
@@ -107,11 +114,9 @@ def flops(
     tokens alone. The prompt of a group is read once for sampling.
     """
     model = model or sft_case.MODEL
-    hidden, layers, inner = (
-        model["hidden_size"],
-        model["num_hidden_layers"],
-        model["intermediate_size"],
-    )
+    hidden = model["hidden_size"]
+    layers = model["num_hidden_layers"]
+    inner = model["intermediate_size"]
     kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
     weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
 

@@ -37,8 +37,11 @@ class Paced:
     def __init__(
         self, loader: Any, wait: Callable[[], Any] = at_once, tell: Callable[[dict], Any] = show
     ):
-        self.loader, self.rows_per_step, self.clock = loader, loader.rows_per_step, case.Clock()
-        self.wait, self.tell = wait, tell
+        self.loader = loader
+        self.rows_per_step = loader.rows_per_step
+        self.clock = case.Clock()
+        self.wait = wait
+        self.tell = tell
 
     def count(self, epoch: int) -> int:
         return self.loader.count(epoch)
@@ -169,7 +172,9 @@ def make_trainer(models: Models, size: case.Size, episodes: int, checks: Any, to
 
 
 def main() -> None:
-    algorithm, folder, episodes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    algorithm = sys.argv[1]
+    folder = Path(sys.argv[2])
+    episodes = int(sys.argv[3])
     size = replace(case.SIZES[algorithm], passes=int(sys.argv[4]))
     from coati.models import load_tokenizer
     from coati.parallel.launch import launch

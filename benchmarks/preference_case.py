@@ -11,8 +11,13 @@ from pathlib import Path
 
 from benchmarks import sft_case
 
-LEARNING_RATE, MAX_NORM, BETAS, BETA = 1e-5, 1.0, (0.9, 0.95), 0.1
-PROMPT, ANSWER = 256, 128  # mean tokens of the made pairs: prompts twice as long as answers
+LEARNING_RATE = 1e-5
+MAX_NORM = 1.0
+BETAS = (0.9, 0.95)
+BETA = 0.1
+# mean tokens of the made pairs: prompts twice as long as answers
+PROMPT = 256
+ANSWER = 128
 SPREAD = 0.25  # their lengths differ by up to this share of the mean
 
 

@@ -55,7 +55,9 @@ def prepared(pairs: list[dict]) -> Rows:
 
 
 class Pad:
-    pad_token_id, eos_token_id, padding_side = 2, 2, "right"
+    pad_token_id = 2
+    eos_token_id = 2
+    padding_side = "right"
 
 
 def library(trainer, pairs: list[dict], batch: int, stored=None) -> Steps:
@@ -226,7 +228,10 @@ WAYS: dict[str, Callable[[Path, list[dict], int], Steps]] = {
 
 
 def main() -> None:
-    way, folder, steps, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    way = sys.argv[1]
+    folder = Path(sys.argv[2])
+    steps = int(sys.argv[3])
+    batch = int(sys.argv[4])
     pairs = case.read(folder, steps * batch)
     taken = WAYS[way](folder, pairs, batch)
     for index in range(steps):

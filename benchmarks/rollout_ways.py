@@ -93,7 +93,8 @@ def transformers(model, case: dict) -> Callable:
             pad_token_id=PAD,
             **settings,
         )
-        ends, answers = set(stops), [row[ids.shape[1] :] for row in out.tolist()]
+        ends = set(stops)
+        answers = [row[ids.shape[1] :] for row in out.tolist()]
         return [
             row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
             for row in answers
@@ -103,7 +104,9 @@ def transformers(model, case: dict) -> Callable:
 
 
 def main() -> None:
-    way, steps, case = sys.argv[1], int(sys.argv[2]), ast.literal_eval(sys.argv[3])
+    way = sys.argv[1]
+    steps = int(sys.argv[2])
+    case = ast.literal_eval(sys.argv[3])
     model = make_model(case["model"])
     vocabulary = model.config.vocab_size
     batch = {"coati": coati, "transformers": transformers}[way](model, case)
@@ -111,9 +114,11 @@ def main() -> None:
     for step in range(steps):
         rows, stops = prompts(step, case, vocabulary)
         sys.stdin.readline()
-        started, worked = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
+        worked = time.process_time()
         answers = batch(step, rows, stops, MODES[step % len(MODES)] == "sampled")
-        seconds, processor = time.perf_counter() - started, time.process_time() - worked
+        seconds = time.perf_counter() - started
+        processor = time.process_time() - worked
         lengths = [len(answer) for answer in answers]
         figures = {
             "seconds": seconds,

@@ -10,7 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "bench"
 TEMPLATE = "HuggingFaceTB_SmolLM2-135M-Instruct.json"
-BATCH_SIZE, LEARNING_RATE, MAX_NORM, BETAS = 8, 3e-4, 1.0, (0.9, 0.95)
+BATCH_SIZE = 8
+LEARNING_RATE = 3e-4
+MAX_NORM = 1.0
+BETAS = (0.9, 0.95)
 MODEL = {  # 28.3 million parameters, of which the tied vocabulary 18.9 million
     "hidden_size": 384,
     "num_hidden_layers": 6,
@@ -76,11 +79,9 @@ def flops(lengths: list[int], supervised: int) -> float:
     x hidden x n^2 / 2 (the causal half) forward, and twice that backward, per layer. Norms,
     activations and the softmax are left out, as is the optimizer.
     """
-    hidden, layers, inner = (
-        MODEL["hidden_size"],
-        MODEL["num_hidden_layers"],
-        MODEL["intermediate_size"],
-    )
+    hidden = MODEL["hidden_size"]
+    layers = MODEL["num_hidden_layers"]
+    inner = MODEL["intermediate_size"]
     kv = hidden * MODEL["num_key_value_heads"] // MODEL["num_attention_heads"]
     weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     vocabulary = hidden * MODEL["vocab_size"]
@@ -95,8 +96,10 @@ class MatmulRate:
     def __init__(self, size: int = 2048):
         import torch
 
-        self.size, self.product = size, torch.empty(size, size)
-        self.left, self.right = torch.randn(size, size), torch.randn(size, size)
+        self.size = size
+        self.product = torch.empty(size, size)
+        self.left = torch.randn(size, size)
+        self.right = torch.randn(size, size)
         self.measure()  # touches the memory
 
     def measure(self) -> float:

@@ -29,7 +29,9 @@ class Paced(TrainerCallback):
     """Waits for a line before each step that samples, and prints what it took as a line of JSON."""
 
     def __init__(self, passes: int):
-        self.passes, self.clock, self.found = passes, case.Clock(), {}
+        self.passes = passes
+        self.clock = case.Clock()
+        self.found = {}
 
     def on_step_begin(self, args, state, control, **keywords):
         if state.global_step % self.passes == 0:
@@ -46,7 +48,8 @@ class Paced(TrainerCallback):
 
 
 def main() -> None:
-    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
+    steps = int(sys.argv[2])
     size = replace(case.SIZES["grpo"], passes=int(sys.argv[3]))
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}
     config = GRPOConfig(

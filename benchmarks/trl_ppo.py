@@ -34,7 +34,9 @@ class Paced(TrainerCallback):
     """Prints what each episode took as a line of JSON, and waits for a line before the next."""
 
     def __init__(self, size: case.Size, episodes: int):
-        self.size, self.left, self.clock = size, episodes, case.Clock()
+        self.size = size
+        self.left = episodes
+        self.clock = case.Clock()
 
     def on_train_begin(self, args, state, control, **keywords):
         self._wait()
@@ -60,7 +62,8 @@ def scorer(folder: Path):
 
 
 def main() -> None:
-    folder, episodes = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
+    episodes = int(sys.argv[2])
     size = replace(case.SIZES["ppo"], passes=int(sys.argv[3]))
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}
     # It finds the end of an answer by the pad id, which must then be one that no answer holds.

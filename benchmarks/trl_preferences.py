@@ -54,7 +54,10 @@ class Paced(TrainerCallback):
     JSON after it."""
 
     def __init__(self, pairs: list[dict], batch: int):
-        self.pairs, self.batch, self.started, self.seconds = pairs, batch, 0.0, 0.0
+        self.pairs = pairs
+        self.batch = batch
+        self.started = 0.0
+        self.seconds = 0.0
 
     def on_step_begin(self, args, state, control, **keywords):
         sys.stdin.readline()
@@ -74,12 +77,10 @@ class Paced(TrainerCallback):
 
 
 def main() -> None:
-    algorithm, folder, steps, batch = (
-        sys.argv[1],
-        Path(sys.argv[2]),
-        int(sys.argv[3]),
-        int(sys.argv[4]),
-    )
+    algorithm = sys.argv[1]
+    folder = Path(sys.argv[2])
+    steps = int(sys.argv[3])
+    batch = int(sys.argv[4])
     pairs = case.read(folder, steps * batch)
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}
     settings |= {

@@ -36,7 +36,9 @@ class Paced(TrainerCallback):
     JSON after it."""
 
     def __init__(self, rows: list[dict]):
-        self.rows, self.started, self.seconds = rows, 0.0, 0.0
+        self.rows = rows
+        self.started = 0.0
+        self.seconds = 0.0
 
     def on_step_begin(self, args, state, control, **keywords):
         sys.stdin.readline()
@@ -62,7 +64,8 @@ class Paced(TrainerCallback):
 
 
 def main() -> None:
-    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
+    steps = int(sys.argv[2])
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     rows = rows[: len(rows) // sft_case.BATCH_SIZE * sft_case.BATCH_SIZE]
     settings = {} if "--defaults" in sys.argv else {"bf16": False, "gradient_checkpointing": False}

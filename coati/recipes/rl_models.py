@@ -347,6 +347,7 @@ def _adapter_on_base(args: Namespace, kind: type[BaseModel], start: Start):
         )
     with _naming(start.flag):
         # With the rank that it has, whatever that of the policy is.
-        model = apply_lora(model, LoraConfig.from_file(Path(start.path) / SETTINGS), seed=args.seed)
+        settings = LoraConfig.from_file(Path(start.path) / SETTINGS)
+        model = apply_lora(model, settings, seed=args.seed)  # type: ignore[assignment]
         load_lora(model, start.path)
     return model

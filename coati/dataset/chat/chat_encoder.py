@@ -75,9 +75,9 @@ class ChatEncoder:
         """``(final text, input_ids, token range of each span)``.
 
         No token reaches over the beginning or the end of a span, nor over the beginning of the end
-        marker in it: so a prompt has the ids that a row with its answer begins with, and an answer
-        ends with the ids that generation stops at. ``spans`` count characters of ``text``, in which
-        :meth:`hide`'s placeholders may stand; ``others`` are answers too, whose tokens are not
+        marker in it: so a prompt has the ids that a row with its response begins with, and a
+        response ends with the ids that generation stops at. ``spans`` count characters of ``text``, in which
+        :meth:`hide`'s placeholders may stand; ``others`` are responses too, whose tokens are not
         asked for.
         """
         if not self.tokenizer.is_fast:

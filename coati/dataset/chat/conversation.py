@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 @dataclass
 class Encoded:
     """One encoded text: ``input_ids`` and ``loss_mask`` of equal length, ``spans`` the token range
-    of each answer."""
+    of each response."""
 
     input_ids: list[int]
     text: str
@@ -42,8 +42,8 @@ class Encoded:
             mask[start:end] = [True] * (end - start)
         return mask
 
-    def answers(self) -> list[list[int]]:
-        """The supervised ids, one list per answer."""
+    def responses(self) -> list[list[int]]:
+        """The supervised ids, one list per response."""
         return [self.input_ids[start:end] for start, end in self.spans]
 
     def cut(self, max_length: int) -> "Encoded":
@@ -213,10 +213,10 @@ class Conversation:
         text = self.render(shown, add_generation_prompt=True)
         return self._encode(text, [], key, None, self._answers_in(text, shown))
 
-    def encode_answer(
+    def encode_response(
         self, messages: list[dict[str, str]], max_length: int | None = None
     ) -> Encoded:
-        """``messages`` with the last answer alone supervised, and nothing after it; never cut.
+        """``messages`` with the last response alone supervised, and nothing after it; never cut.
 
         Works with templates that rewrite earlier turns. Raises RowError when it cannot be encoded
         or is too long.
@@ -264,7 +264,7 @@ class Conversation:
         return rows
 
     def _answers_in(self, text: str, messages: list[dict[str, str]]) -> list[Span]:
-        """Answers that are not trained in ``text``, yet tokenized as where they are; none of a
+        """Responses that are not trained in ``text``, yet tokenized as where they are; none of a
         template that rewrites them."""
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         return [] if self.rewrites else [self._span(text, messages, k) for k in turns]

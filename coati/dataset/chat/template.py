@@ -15,7 +15,7 @@ from coati.utils.json_io import load_json
 
 
 class GenerationBlock(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks answers in some templates; spans are found
+    """``{% generation %}...{% endgeneration %}`` marks responses in some templates; spans are found
     otherwise here."""
 
     tags = {"generation"}

@@ -1,8 +1,8 @@
-"""What a chat template does, learned from a probe dialogue: where answers begin and end, and
+"""What a chat template does, learned from a probe dialogue: where responses begin and end, and
 whether it can be trained.
 
 :class:`TemplateProbe` finds what is wrong or remarkable. :func:`examine` completes a Conversation
-(end_of_assistant, stop_ids, the header before answers) and refuses, with the rendered text, a
+(end_of_assistant, stop_ids, the header before responses) and refuses, with the rendered text, a
 template on which masks would be wrong; template_lint.py reports all findings at once.
 """
 
@@ -160,11 +160,11 @@ class TemplateProbe:
 
     @cached_property
     def finished(self) -> tuple[str, str]:
-        """The dialogue after its first and after its second answer."""
+        """The dialogue after its first and after its second response."""
         return self.render(dialogue()[:2]), self.text
 
     def tails(self) -> list[str]:
-        """What follows an answer: at the end of a dialogue, in its middle, at the end again."""
+        """What follows a response: at the end of a dialogue, in its middle, at the end again."""
         first, both = self.finished
         after = both.index(ANSWERS[0]) + len(ANSWERS[0])
         return [
@@ -175,7 +175,7 @@ class TemplateProbe:
 
     @cached_property
     def derived_end(self) -> str | None:
-        """What follows every answer: the first control token of it, or all of it."""
+        """What follows every response: the first control token of it, or all of it."""
         common = commonprefix(self.tails())
         controls = [marker for marker in self.encoder.markers if marker in common]
         if controls:
@@ -233,7 +233,7 @@ class TemplateProbe:
             )
 
     def rewrites(self, thought: str) -> bool:
-        """Whether the text up to the end of the first answer, which begins with ``thought``,
+        """Whether the text up to the end of the first response, which begins with ``thought``,
         changes once a second round follows."""
         turns = dialogue(tuple(thought + answer for answer in ANSWERS))
         first = self.render(turns[:2])
@@ -244,7 +244,7 @@ class TemplateProbe:
 
     @cached_property
     def rewritten(self) -> str | None:
-        """The thought with which an earlier answer is rewritten, ``""`` where any is; None where
+        """The thought with which an earlier response is rewritten, ``""`` where any is; None where
         none is."""
         return next((thought for thought in ("", THOUGHT) if self.rewrites(thought)), None)
 
@@ -268,8 +268,8 @@ class TemplateProbe:
 
     @cached_property
     def headers(self) -> list[str | None]:
-        """What has to be added to the generation prompt to reach the first and the second answer;
-        None where it does not lead to the answer."""
+        """What has to be added to the generation prompt to reach the first and the second response;
+        None where it does not lead to the response."""
         found: list[str | None] = []
         for turn, whole in zip((1, 3), self.finished, strict=True):
             plain = self.render(dialogue()[:turn])
@@ -283,7 +283,7 @@ class TemplateProbe:
 
     @property
     def header(self) -> str | None:
-        """What precedes every answer and the template writes no generation prompt for; None where
+        """What precedes every response and the template writes no generation prompt for; None where
         there is no one such text."""
         first, second = self.headers
         if first is None or first != second:
@@ -355,20 +355,21 @@ def examine(conversation) -> None:
 
 
 def _check_masks(conversation, text: str) -> list[int]:
-    """The supervised ids of the last answer."""
-    answers = [answer for row in conversation.encode_turns(dialogue()) for answer in row.answers()]
-    for answer in map(conversation.encoder.decode, answers):
+    """The supervised ids of the last response."""
+    rows = conversation.encode_turns(dialogue())
+    responses = [response for row in rows for response in row.responses()]
+    for answer in map(conversation.encoder.decode, responses):
         if not any(a in answer for a in ANSWERS) or any(q in answer for q in QUESTIONS):
             refuse(
                 f"the loss mask does not cover exactly an answer: {answer!r}",
                 "mend chat_template or end_of_assistant",
                 text,
             )
-    return answers[-1]
+    return responses[-1]
 
 
 def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
-    """Generation must stop on what answers are trained to end with."""
+    """Generation must stop on what responses are trained to end with."""
     vocabulary = len(conversation.tokenizer)
     outside = [ids for ids in conversation.stop_ids if any(not 0 <= i < vocabulary for i in ids)]
     if outside:

@@ -186,8 +186,8 @@ class DataCollatorForPreferenceDataset(_Collator):
     ``margin`` (B,).
 
     S is the longest of all chosen and rejected rows, so the two can be laid into one batch.
-    ``loss_mask`` (bool) marks the last answer; a row in which it marks nothing is blank and counts
-    for nothing. A missing margin is 0. Raises ValueError for a row longer than ``max_length``: a
+    ``loss_mask`` (bool) marks the last response; a row in which it marks nothing is blank and
+    counts for nothing. A missing margin is 0. Raises ValueError for a row longer than ``max_length``: a
     pair without its end is not the pair that was judged.
     """
 
@@ -217,18 +217,18 @@ class DataCollatorForPreferenceDataset(_Collator):
 
 
 class DataCollatorForKTODataset(_Collator):
-    """Judged answers to ``input_ids, attention_mask, loss_mask`` (B, S), ``label`` (B,) bool, and
+    """Judged responses to ``input_ids, attention_mask, loss_mask`` (B, S), ``label`` (B,) bool, and
     their KL rows.
 
-    The KL row of a prompt is that prompt with the answer of another row: ``kl_input_ids,
+    The KL row of a prompt is that prompt with the response of another row: ``kl_input_ids,
     kl_attention_mask, kl_loss_mask``, each (B, K). A loader that knows the global batch of an
-    optimizer step puts that answer's ids (column ``completion`` of the partner) into
+    optimizer step puts that response's ids (column ``completion`` of the partner) into
     ``row["kl_completion"]``; without it the partner is the next row of the batch, the first after
     the last. A row that has no partner (a batch of one), or a blank one, has a KL row in which
     nothing is marked. Rows are padded on the right.
 
     A row longer than ``max_length`` raises ValueError; a KL row that would be longer loses the
-    beginning of its prompt, never a token of the answer.
+    beginning of its prompt, never a token of the response.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class DataCollatorForKTODataset(_Collator):
         return partners
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
-        """``row`` without an answer: keeps a rank in step that has no row left."""
+        """``row`` without a response: keeps a rank in step that has no row left."""
         return {
             "prompt": row["prompt"][:2],
             "completion": [],

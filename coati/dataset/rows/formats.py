@@ -67,12 +67,12 @@ def _is_asked_pair(row: Any) -> bool:
 
 
 def _is_talk(row: Any) -> bool:
-    # With two answers after it, it is the context of a preference.
+    # With two responses after it, it is the context of a preference.
     return _has(_TALK)(row) and not _has(*_PAIR)(row)
 
 
 def _is_unjudged_round(row: Any) -> bool:
-    # With a label the answer may be a bad one, which supervised training must not learn.
+    # With a label the response may be a bad one, which supervised training must not learn.
     return _has("prompt", "completion")(row) and row.get("label") is None
 
 

@@ -105,8 +105,8 @@ def dialogue(found: str, key: str) -> Messages:
 
 
 def open_dialogue(found: str) -> Messages:
-    """A prompt text: the turns of "Human: ... Assistant:" without the open answer, else one turn of
-    the user."""
+    """A prompt text: the turns of "Human: ... Assistant:" without the open response, else one turn
+    of the user."""
     if found.lstrip().startswith("Human:") and "\n\nAssistant:" in found:
         turns = dialogue(found.lstrip(), "prompt")
         return (
@@ -137,7 +137,7 @@ def alternating(messages: Messages, first_role: str = "user") -> Messages:
 
 
 def complete_rounds(messages: Messages) -> Messages:
-    """Alternating messages that end with an answer; a last question is left out."""
+    """Alternating messages that end with a response; a last question is left out."""
     messages = alternating(messages)
     turns = messages[:-1] if messages[-1]["role"] == "user" else messages
     if not turns or turns[-1]["role"] != "assistant":
@@ -157,8 +157,8 @@ def question(messages: Messages) -> Messages:
     return messages
 
 
-def without_answer(messages: Messages) -> Messages:
-    """:func:`question` of the messages, the last answer left out if they end with one."""
+def without_response(messages: Messages) -> Messages:
+    """:func:`question` of the messages, the last response left out if they end with one."""
     ends_with_answer = bool(messages) and messages[-1]["role"] == "assistant"
     return question(messages[:-1] if len(messages) > 1 and ends_with_answer else messages)
 

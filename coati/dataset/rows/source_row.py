@@ -25,13 +25,17 @@ class SourceRow:
     """One row in the library's own form: messages of {role, content}, roles system, user,
     assistant.
 
-    Attributes: messages: sft: the whole conversation; prompt: the prompt; preference: the context;
-        kto: the prompt. chosen, rejected: preference: what follows the context, the assistant
-        first. completion, label: kto: the answer, and whether it is wanted. text: sft: a plain text
-        instead of messages: no template, every token and a final eos supervised. gt_answer: prompt:
-        the right answer, for rewards that verify it. margin: preference: by how much the chosen
-        answer should win. category: kept as ``seq_category``. unanswered: prompt: an answer at its
-        end was left out. format: the name of the format the row came in.
+    Attributes:
+        messages: sft: the whole conversation; preference: the context; prompt, kto: the prompt.
+        chosen, rejected: preference: what follows the context, the assistant first.
+        completion, label: kto: the response, and whether it is wanted.
+        text: sft: a plain text instead of messages: no template, every token and a final eos
+            supervised.
+        gt_answer: prompt: the reference answer, for rewards that verify it.
+        margin: preference: by how much the chosen response should win.
+        category: kept as ``seq_category``.
+        unanswered: prompt: a response at its end was left out.
+        format: the name of the format the row came in.
     """
 
     messages: Messages = field(default_factory=list)
@@ -51,33 +55,33 @@ def _prompt_messages(found: Any) -> Messages:
     return open_dialogue(found) if isinstance(found, str) else message_list(found, "prompt")
 
 
-def _answer_messages(found: Any, key: str) -> Messages:
-    """An answer as a text, a message, or a list of messages."""
+def _response_messages(found: Any, key: str) -> Messages:
+    """A response as a text, a message, or a list of messages."""
     if isinstance(found, str):
         return [{"role": "assistant", "content": found.removeprefix(" ")}]
     return [message(found, key)] if isinstance(found, dict) else message_list(found, key)
 
 
 def context_pair(key: str) -> Callable[[dict], SourceRow]:
-    """The list of messages under ``key`` and its two answers."""
-    return lambda row: SourceRow(messages=message_list(row[key], key), **_two_answers(row))
+    """The list of messages under ``key`` and its two responses."""
+    return lambda row: SourceRow(messages=message_list(row[key], key), **_two_responses(row))
 
 
-def _two_answers(row: dict) -> dict[str, Messages]:
-    return {key: _answer_messages(row[key], key) for key in ("chosen", "rejected")}
+def _two_responses(row: dict) -> dict[str, Messages]:
+    return {key: _response_messages(row[key], key) for key in ("chosen", "rejected")}
 
 
 def prompt_pair(row: dict) -> SourceRow:
     if isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
         return whole_pair(row)
-    pair = _two_answers(row)
+    pair = _two_responses(row)
     if pair["chosen"] and pair["chosen"][0]["role"] != "assistant":
         return _split_pair(**pair)  # whole conversations beside the prompt they begin with
     return SourceRow(messages=_prompt_messages(row[first_question(row)]), **pair)
 
 
 def instruction_pair(row: dict) -> SourceRow:
-    return SourceRow(messages=alpaca({**row, "output": None}).messages, **_two_answers(row))
+    return SourceRow(messages=alpaca({**row, "output": None}).messages, **_two_responses(row))
 
 
 def whole_pair(row: dict) -> SourceRow:
@@ -102,7 +106,7 @@ def _split_pair(chosen: Messages, rejected: Messages) -> SourceRow:
 
 
 def judged(row: dict) -> SourceRow:
-    answer = _answer_messages(row["completion"], "completion")
+    answer = _response_messages(row["completion"], "completion")
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         found = ", ".join(m["role"] for m in answer) or "nothing"
         raise RowError(
@@ -127,9 +131,8 @@ def _label(row: dict) -> bool:
 
 
 def prompt_and_completion(row: dict) -> SourceRow:
-    return SourceRow(
-        messages=_prompt_messages(row["prompt"]) + _answer_messages(row["completion"], "completion")
-    )
+    response = _response_messages(row["completion"], "completion")
+    return SourceRow(messages=_prompt_messages(row["prompt"]) + response)
 
 
 def listed(key: str) -> Callable[[dict], SourceRow]:
@@ -142,7 +145,7 @@ def message_rows(row: list) -> SourceRow:
 
 def alpaca(row: dict) -> SourceRow:
     """Earlier rounds, then instruction and optional input as the question, and the output, if any,
-    as the answer."""
+    as the response."""
     parts = {name: text(row.get(name) or "", name) for name in ("instruction", "input", "output")}
     asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
     messages = [*_history(row.get("history") or []), {"role": "user", "content": asked}]
@@ -152,7 +155,7 @@ def alpaca(row: dict) -> SourceRow:
 
 
 def _history(rounds: Any) -> Messages:
-    """Earlier rounds as ``[question, answer]`` pairs."""
+    """Earlier rounds as ``[question, response]`` pairs."""
     if not isinstance(rounds, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in rounds
     ):

@@ -36,7 +36,7 @@ def tokenize_prompt(
     conversation_template: Conversation,
     max_length: int = 4096,
 ) -> Columns:
-    """One prompt as ``input_ids``, generation prompt included; a last answer is left out. None as
+    """One prompt as ``input_ids``, generation prompt included; a last response is left out. None as
     in tokenize_sft."""
     return _tokenize("prompt", data_point, tokenizer, conversation_template, max_length)
 
@@ -48,7 +48,7 @@ def tokenize_rlhf(
     max_length: int = 4096,
 ) -> Columns:
     """One preference row as ``chosen_`` and ``rejected_`` ``input_ids`` and ``loss_mask`` (the last
-    answer of each).
+    response of each).
 
     None as in tokenize_sft.
     """
@@ -61,7 +61,7 @@ def tokenize_kto(
     conversation_template: Conversation,
     max_length: int = 4096,
 ) -> Columns:
-    """One judged answer as the ids of ``prompt`` and ``completion`` and its ``label``. None as in
+    """One judged response as the ids of ``prompt`` and ``completion`` and its ``label``. None as in
     tokenize_sft."""
     return _tokenize("kto", data_point, tokenizer, conversation_template, max_length)
 

@@ -59,7 +59,7 @@ class Kto(DataType):
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         response = {"role": "assistant", "content": row.completion}
-        encoded = conversation.encode_answer([*row.messages, response], max_length)
+        encoded = conversation.encode_response([*row.messages, response], max_length)
         start = encoded.spans[0][0]
         completion = encoded.input_ids[start:]
         columns = {

@@ -65,13 +65,13 @@ class Preference(DataType):
         columns: Columns = {}
         for side, turns in zip(SIDES, (row.chosen, row.rejected), strict=True):
             try:
-                encoded = conversation.encode_answer([*row.messages, *turns], max_length)
+                encoded = conversation.encode_response([*row.messages, *turns], max_length)
             except RowError as error:
                 raise RowError(error.reason, f"{side}: {error.detail}") from error
             columns[f"{side}_input_ids"] = encoded.input_ids
             columns[f"{side}_loss_mask"] = encoded.loss_mask
             columns[f"{side}_label_decode"] = [
-                conversation.encoder.decode(answer) for answer in encoded.answers()
+                conversation.encoder.decode(response) for response in encoded.responses()
             ]
         longer = max(len(columns[f"{side}_input_ids"]) for side in SIDES)
         columns |= {"margin": row.margin, "seq_length": longer, "seq_category": row.category}

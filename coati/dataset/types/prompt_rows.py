@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.rows.messages import without_answer
+from coati.dataset.rows.messages import without_response
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
@@ -42,7 +42,7 @@ class Prompt(DataType):
 
     def finish(self, row: SourceRow) -> None:
         whole = len(row.messages)
-        row.messages = without_answer(row.messages)
+        row.messages = without_response(row.messages)
         row.unanswered = len(row.messages) < whole
         row.chosen = []
         row.rejected = []

@@ -71,7 +71,7 @@ class Sft(DataType):
 
 
 def _columns(encoded: Encoded, conversation: Conversation, category: str | None) -> Columns:
-    # What follows the last answer (a line break, say) is never trained and would only cost time.
+    # What follows the last response (a line break, say) is never trained and would only cost time.
     end = encoded.spans[-1][1]
     ids = encoded.input_ids[:end]
     return {
@@ -81,7 +81,9 @@ def _columns(encoded: Encoded, conversation: Conversation, category: str | None)
             for token, marked in zip(ids, encoded.loss_mask, strict=False)
         ],
         "inputs_decode": conversation.encoder.decode(ids),
-        "labels_decode": [conversation.encoder.decode(answer) for answer in encoded.answers()],
+        "labels_decode": [
+            conversation.encoder.decode(response) for response in encoded.responses()
+        ],
         "seq_length": len(ids),
         "seq_category": category,
     }

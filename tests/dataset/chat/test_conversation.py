@@ -180,7 +180,7 @@ def test_the_layout_with_line_markers_is_read_and_explained(capsys):
         == "Human: <s>hi</s>Assistant: <s>"
     )
     encoded = conversation.encode(messages("hi", "ho"))
-    assert [conversation.encoder.decode(answer) for answer in encoded.answers()] == ["ho</s>"]
+    assert [conversation.encoder.decode(answer) for answer in encoded.responses()] == ["ho</s>"]
 
 
 def test_the_layout_with_stop_strings_is_read_and_explained(capsys):

@@ -17,7 +17,7 @@ from tests.dataset.makers import (
     messages,
     sentencepiece_like,
 )
-from tests.dataset.test_masks import WRITTEN, family
+from tests.dataset.chat.test_masks import WRITTEN, family
 
 CONTEXT = messages("hi", "hello", "how are you?")
 PAIR = {

@@ -15,7 +15,7 @@ from coati.dataset.data_types import DATA_TYPES
 from tests.cli.documented import documented_commands
 from tests.dataset.makers import byte_level, chatml_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "examples" / "data_preparation_scripts"
 ALPACA = ROOT / "examples" / "data" / "sft_alpaca.json"
 

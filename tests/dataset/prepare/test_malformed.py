@@ -19,7 +19,7 @@ import pytest
 
 from tests.dataset.makers import LLAMA, byte_level, chatml_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HERE = ROOT / "tests" / "data" / "malformed"
 SCRIPT = ROOT / "examples" / "data_preparation_scripts" / "prepare_dataset.py"
 GOOD = (

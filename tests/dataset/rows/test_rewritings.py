@@ -18,7 +18,7 @@ from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.readers import decode, read_rows
 from tests.dataset.makers import chatml_tokenizer
 
-DATA = Path(__file__).parents[2] / "examples" / "data"
+DATA = Path(__file__).parents[3] / "examples" / "data"
 SAMPLES = {
     "sft": ("sft", "sft_eval", "ptx"),
     "preference": ("preference", "preference_eval"),

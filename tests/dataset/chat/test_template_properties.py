@@ -27,7 +27,7 @@ from tests.dataset.makers import (
     messages,
     sentencepiece_like,
 )
-from tests.dataset.test_masks import QWEN3_LIKE, WRITTEN
+from tests.dataset.chat.test_masks import QWEN3_LIKE, WRITTEN
 from tests.tiny import CHATML
 
 FAST = settings(
@@ -120,14 +120,14 @@ def test_the_supervised_text_is_the_answers_and_their_end_markers(name, merges, 
     encoded = template.encode(turns)
     written = WRITTEN.get(name, lambda text: text)
     expected = [written(answer) + template.end_of_assistant for answer in answers_of(turns)]
-    assert [template.encoder.decode(answer) for answer in encoded.answers()] == expected
+    assert [template.encoder.decode(answer) for answer in encoded.responses()] == expected
     assert template.encoder.decode(encoded.input_ids).endswith(encoded.text)
-    for answer in encoded.answers():
+    for answer in encoded.responses():
         assert any(answer[-len(stop) :] == stop for stop in template.stop_ids)
     ((row, truncated),) = DATA_TYPES["sft"].tokenize(SourceRow(messages=turns), template, 10**6)
     assert not truncated and row["labels_decode"] == expected
     supervised = [token for token in row["labels"] if token != IGNORE_INDEX]
-    assert supervised == [token for answer in encoded.answers() for token in answer]
+    assert supervised == [token for answer in encoded.responses() for token in answer]
     assert all(
         label in (IGNORE_INDEX, token)
         for label, token in zip(row["labels"], row["input_ids"], strict=True)
@@ -174,7 +174,7 @@ def marking(kind: str, name: str) -> Conversation:
 def test_a_preferred_answer_follows_its_prompt(name, turns):
     """The rows of preferences, where only the last answer is trained."""
     template = conversation(name, merges=True)
-    one = template.encode_answer(turns)
+    one = template.encode_response(turns)
     ((start, end),) = one.spans
     assert one.input_ids[:start] == sent(template, turns[:-1]) and end == len(one.input_ids)
     last = template.encode(turns).spans[-1]

@@ -44,7 +44,9 @@ def family(name: str) -> Conversation:
 
 
 def supervised(conversation, turns) -> list[str]:
-    return [conversation.encoder.decode(answer) for answer in conversation.encode(turns).answers()]
+    return [
+        conversation.encoder.decode(answer) for answer in conversation.encode(turns).responses()
+    ]
 
 
 def test_every_family_has_a_file_and_every_file_is_tested():
@@ -88,7 +90,7 @@ def test_training_text_continues_the_generation_prompt(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_stops_where_answers_are_trained_to_end(name):
     conversation = family(name)
-    answer = conversation.encode(DIALOGUES["multi-turn"]).answers()[0]
+    answer = conversation.encode(DIALOGUES["multi-turn"]).responses()[0]
     assert any(answer[-len(stop) :] == stop for stop in conversation.stop_ids)
 
 
@@ -143,10 +145,10 @@ def test_word_start_marks_belong_to_the_answer(kind, name):
         encoded = conversation.encode(turns)
         prompt = conversation.encode(turns[:1], add_generation_prompt=True)
         assert encoded.input_ids[: encoded.spans[0][0]] == prompt.input_ids
-        texts = [conversation.encoder.decode(answer).strip() for answer in encoded.answers()]
+        texts = [conversation.encoder.decode(answer).strip() for answer in encoded.responses()]
         contents = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
         assert [text.removesuffix("</s>").strip() for text in texts] == contents
-        assert all(answer[-1] == tokenizer.eos_token_id for answer in encoded.answers())
+        assert all(answer[-1] == tokenizer.eos_token_id for answer in encoded.responses())
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
@@ -206,7 +208,7 @@ def test_a_template_that_drops_old_thoughts_gives_one_row_per_answer():
     rows = conversation.encode_turns(
         messages("1+1?", "<think>\nadd\n</think>\n\n2", "2+2?", "<think>\nagain\n</think>\n\n4")
     )
-    texts = [[conversation.encoder.decode(answer) for answer in row.answers()] for row in rows]
+    texts = [[conversation.encoder.decode(answer) for answer in row.responses()] for row in rows]
     assert texts == [
         ["<think>\nadd\n</think>\n\n2<|im_end|>"],
         ["<think>\nagain\n</think>\n\n4<|im_end|>"],
@@ -330,7 +332,7 @@ def test_a_slow_tokenizer_is_masked_right_and_said_to_be_slow(capsys):
     conversation = setup_conversation_template(slow_tokenizer(), TEMPLATES / "tiny-llama.json")
     encoded = conversation.encode(messages("one", "two", "three", "four"))
     # The token that reaches over the border holds the answer's first letter, so it is trained.
-    assert [conversation.encoder.decode(answer) for answer in encoded.answers()] == [
+    assert [conversation.encoder.decode(answer) for answer in encoded.responses()] == [
         "\ntwo</s>",
         "\nfour</s>",
     ]

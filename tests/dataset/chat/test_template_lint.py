@@ -10,9 +10,9 @@ import pytest
 
 from coati.dataset.chat.template_lint import check_template
 from coati.utils.logging import forget_warnings
+from tests.dataset.chat.test_masks import QWEN3_LIKE, R1_LIKE
 from tests.dataset.makers import CHATML as MARKERS
 from tests.dataset.makers import FAMILIES, TEMPLATES, byte_level, chatml_tokenizer, family_tokenizer
-from tests.dataset.chat.test_masks import QWEN3_LIKE, R1_LIKE
 from tests.tiny import CHATML
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "data_preparation_scripts" / "prepare_dataset.py"

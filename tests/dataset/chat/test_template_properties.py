@@ -16,6 +16,7 @@ from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
 from coati.inference.chat import ChatSession
 from coati.utils.constants import IGNORE_INDEX
+from tests.dataset.chat.test_masks import QWEN3_LIKE, WRITTEN
 from tests.dataset.makers import CHATML as MARKERS
 from tests.dataset.makers import (
     FAMILIES,
@@ -27,7 +28,6 @@ from tests.dataset.makers import (
     messages,
     sentencepiece_like,
 )
-from tests.dataset.chat.test_masks import QWEN3_LIKE, WRITTEN
 from tests.tiny import CHATML
 
 FAST = settings(

@@ -9,6 +9,7 @@ from coati.dataset import Conversation, tokenize_kto, tokenize_prompt, tokenize_
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
+from tests.dataset.chat.test_masks import WRITTEN, family
 from tests.dataset.makers import (
     FAMILIES,
     LLAMA,
@@ -17,7 +18,6 @@ from tests.dataset.makers import (
     messages,
     sentencepiece_like,
 )
-from tests.dataset.chat.test_masks import WRITTEN, family
 
 CONTEXT = messages("hi", "hello", "how are you?")
 PAIR = {

@@ -76,9 +76,9 @@ class ChatEncoder:
 
         No token reaches over the beginning or the end of a span, nor over the beginning of the end
         marker in it: so a prompt has the ids that a row with its response begins with, and a
-        response ends with the ids that generation stops at. ``spans`` count characters of ``text``, in which
-        :meth:`hide`'s placeholders may stand; ``others`` are responses too, whose tokens are not
-        asked for.
+        response ends with the ids that generation stops at. ``spans`` count characters of ``text``,
+        in which :meth:`hide`'s placeholders may stand; ``others`` are responses too, whose tokens
+        are not asked for.
         """
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)

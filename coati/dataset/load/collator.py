@@ -187,8 +187,8 @@ class DataCollatorForPreferenceDataset(_Collator):
 
     S is the longest of all chosen and rejected rows, so the two can be laid into one batch.
     ``loss_mask`` (bool) marks the last response; a row in which it marks nothing is blank and
-    counts for nothing. A missing margin is 0. Raises ValueError for a row longer than ``max_length``: a
-    pair without its end is not the pair that was judged.
+    counts for nothing. A missing margin is 0. Raises ValueError for a row longer than
+    ``max_length``: a pair without its end is not the pair that was judged.
     """
 
     SIDES = {

@@ -1,8 +1,8 @@
 """Prepared data and checkpoints of release 0.1.0 load, and a run goes on from them exactly.
 
-tests/data/sft_runs_0.1.0.tar.gz was written by that release's train_sft.py, 8 steps with plugins ddp
-and zero2 (the flags below): the model and the prepared rows that it started from, its checkpoint
-after step 3, in the middle of an interval of metrics, and the metrics of the whole run.
+tests/data/sft_runs_0.1.0.tar.gz was written by that release's train_sft.py, 8 steps with plugins
+ddp and zero2 (the flags below): the model and the prepared rows that it started from, its
+checkpoint after step 3, in the middle of an interval of metrics, and the metrics of the whole run.
 """
 
 import tarfile

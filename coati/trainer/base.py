@@ -21,17 +21,13 @@ from coati.trainer.stop import GracefulStop
 class SLTrainer:
     """Epochs of optimizer steps, with evaluation, logging, checkpoints and graceful shutdown.
 
-    Args:
-        engine: the boosted model.
-        objective: the loss and what it needs.
-        max_epochs: epochs in all; ``state`` says how many of them a resumed run has behind it.
-        accumulation_steps: micro-batches of an optimizer step, for a plain DataLoader.
-        schedule: when to log, evaluate and save; ``save_dir`` and ``save_interval`` are shorthands
-            for its fields.
-        state: where a resumed run stands; ``start_epoch`` is a shorthand for its field.
-        assets: what is saved beside the weights.
-        samples: called at each evaluation on every rank; returns a table of sample responses, or "".
-        settings: of the run, for wandb and TensorBoard.
+    Args: engine: the boosted model. objective: the loss and what it needs. max_epochs: epochs in
+        all; ``state`` says how many of them a resumed run has behind it. accumulation_steps:
+        micro-batches of an optimizer step, for a plain DataLoader. schedule: when to log, evaluate
+        and save; ``save_dir`` and ``save_interval`` are shorthands for its fields. state: where a
+        resumed run stands; ``start_epoch`` is a shorthand for its field. assets: what is saved
+        beside the weights. samples: called at each evaluation on every rank; returns a table of
+        sample responses, or "". settings: of the run, for wandb and TensorBoard.
     """
 
     name = "sl"
@@ -69,14 +65,17 @@ class SLTrainer:
 
     @property
     def first_evaluation(self) -> dict[str, float]:
+        """Metrics of the first evaluation, by name under ``eval/``; empty without one."""
         return self.log.first_evaluation
 
     @property
     def last_evaluation(self) -> dict[str, float]:
+        """Likewise of the last evaluation."""
         return self.log.last_evaluation
 
     @property
     def best(self) -> dict[str, float]:
+        """``{"value", "step"}`` of the best model so far; empty before there is one."""
         return self.log.best
 
     def diagnose(self, step: Step) -> list[str]:
@@ -91,7 +90,8 @@ class SLTrainer:
         return metrics
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
-        """What is logged under eval/ besides the means of the objective's own metrics, whose samples
+        """What is logged under eval/ besides the means of the objective's own metrics, whose
+        samples
         ``step`` holds."""
         return {"loss": step.loss}
 
@@ -102,8 +102,8 @@ class SLTrainer:
         log_dir: str | None = None,
         use_wandb: bool = False,
     ) -> None:
-        """Train. Metrics go to ``<save_dir>/metrics.jsonl``, and to TensorBoard and wandb when asked
-        for.
+        """Train. Metrics go to ``<save_dir>/metrics.jsonl``, and to TensorBoard and wandb when
+        asked for.
 
         Raises:
             NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
@@ -139,8 +139,8 @@ class SLTrainer:
                 last_of_epoch = end > loader.count(state.epoch)
                 interval = self.schedule.eval_interval
                 due = last_of_epoch if interval is None else self._due(interval)
-                # At the end too, and before its checkpoint: what is logged after one is logged again
-                # by a resumed run.
+                # At the end too, and before its checkpoint: what is logged after one is logged
+                # again by a resumed run.
                 if due or state.step >= total:
                     self._evaluate(eval_dataloader, bar)
                 if self._due(self.schedule.save_interval) or step.stop:
@@ -211,8 +211,8 @@ class SLTrainer:
             bar.write(table)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank must
-        call it."""
+        """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
+        must call it."""
         save_dir = self.schedule.save_dir
         if save_dir is None:
             return None
@@ -230,7 +230,8 @@ class SLTrainer:
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         return (
             f"{error} (step {self.state.step + 1}, epoch {self.state.epoch}, rows {shown} of "
-            f"--dataset); {self.log.what_is_kept()}. Look at these rows; lower --lr or --grad_clip, "
+            f"--dataset); {self.log.what_is_kept()}. Look at these rows; lower --lr or "
+            "--grad_clip, "
             "or use --mixed_precision bf16 or fp32 instead of fp16"
         )
 

@@ -151,7 +151,8 @@ class DPOTrainer(PreferenceTrainer):
             return []
         if self.objective.reference is None:
             cause = (
-                "the stored reference log-probs are of another model, template or precision; remove "
+                "the stored reference log-probs are of another model, template or precision; "
+                "remove "
                 "their file"
             )
         elif self.engine.options.lora:

@@ -1,5 +1,5 @@
-"""Any loader as a sequence of global batches: the library's own as it is, a plain DataLoader grouped
-into ``accumulation_steps`` micro-batches."""
+"""Any loader as a sequence of global batches: the library's own as it is, a plain DataLoader
+grouped into ``accumulation_steps`` micro-batches."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -30,6 +30,7 @@ class DataLoaderWindows:
         return len(self.loader)
 
     def global_batches(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
+        """This rank's micro-batches of each optimizer step of ``epoch``, from position ``start``."""
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         batches = islice(iter(self.loader), start, None)

@@ -67,7 +67,8 @@ class KTOObjective(Objective):
         baseline, rows = self.baseline_of(micro_batches)
         if rows == 0 and any(bool(batch["counted"].any()) for batch in micro_batches):
             logger.warning_once(
-                "a global batch of one row has no mismatched response: KTO's baseline z is 0 there; "
+                "a global batch of one row has no mismatched response: KTO's baseline z is 0 "
+                "there; "
                 "use --batch_size 2"
             )
         return [

@@ -1,5 +1,5 @@
-"""Odds-ratio preference optimization (arXiv 2403.07691): supervised loss and odds ratio in one stage,
-without a reference."""
+"""Odds-ratio preference optimization (arXiv 2403.07691): supervised loss and odds ratio in one
+stage, without a reference."""
 
 from typing import Any
 

@@ -30,7 +30,8 @@ class WithReference:
     ``reject_reference``."""
 
     def __init__(self, collate) -> None:
-        self.collate, self.blank = collate, collate.blank
+        self.collate = collate
+        self.blank = collate.blank
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         stored = torch.tensor([[row.get(name, 0.0) for name in REFERENCE_COLUMNS] for row in rows])

@@ -25,6 +25,7 @@ class ProgressBar:
         self._bar.set_description(f"{self.name} ({text})")
 
     def step(self, **shown: float) -> None:
+        """One step is done; ``shown`` stands at the end of the bar."""
         self._bar.set_postfix(
             {name: f"{value:.4g}" for name, value in shown.items()}, refresh=False
         )
@@ -36,4 +37,5 @@ class ProgressBar:
             self._bar.write(text)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         self._bar.close()

@@ -1,5 +1,5 @@
-"""What a run leaves behind besides checkpoints, the same for both loops: metrics, evaluations, the best
-model so far, peak memory."""
+"""What a run leaves behind besides checkpoints, the same for both loops: metrics, evaluations, the
+best model so far, peak memory."""
 
 from pathlib import Path
 from typing import Any
@@ -115,4 +115,5 @@ class RunLog:
         }
 
     def close(self) -> None:
+        """Finish the trackers' files."""
         self.tracker.close()

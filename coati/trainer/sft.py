@@ -13,8 +13,8 @@ from coati.trainer.base import SLTrainer
 
 
 class SFTObjective(Objective):
-    """L = sum of -log p over the supervised tokens; the engine divides by their number in the global
-    batch.
+    """L = sum of -log p over the supervised tokens; the engine divides by their number in the
+    global batch.
 
     ``apply_loss_mask`` False supervises every token the attention mask shows; padding never.
     """

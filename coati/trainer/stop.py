@@ -1,5 +1,5 @@
-"""Graceful shutdown: on SIGTERM or Ctrl-C the step finishes, a checkpoint is written, and the process
-exits with 0."""
+"""Graceful shutdown: on SIGTERM or Ctrl-C the step finishes, a checkpoint is written, and the
+process exits with 0."""
 
 import signal
 from typing import Any
@@ -10,8 +10,8 @@ logger = get_logger(__name__)
 
 
 class GracefulStop:
-    """Inside ``with GracefulStop() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``; a
-    second Ctrl-C raises KeyboardInterrupt as usual. Outside the main thread (a notebook server's)
+    """Inside ``with GracefulStop() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``;
+    a second Ctrl-C raises KeyboardInterrupt as usual. Outside the main thread (a notebook server's)
     signals stay as they are."""
 
     def __init__(self) -> None:

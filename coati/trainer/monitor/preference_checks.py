@@ -97,7 +97,8 @@ class PreferenceChecks:
         )
 
     def _chance(self, over: dict[str, float]) -> list[str]:
-        right, count = over.get(self.accuracy, 0.0), over.get(f"{self.accuracy}#", 0.0)
+        right = over.get(self.accuracy, 0.0)
+        count = over.get(f"{self.accuracy}#", 0.0)
         low, high = wilson_interval(right, count)
         if count < 200 or not low <= 0.5 <= high:
             return []
@@ -105,12 +106,13 @@ class PreferenceChecks:
             "chance",
             f"accuracy on the training pairs of the last {PATIENCE} steps is {right / count:.3f} "
             f"({count:.0f} pairs, 95% {low:.3f} to {high:.3f}): chance. Raise --lr, or look for "
-            "mislabelled pairs",
+            "mislabeled pairs",
         )
 
     def _falling(self) -> list[str]:
         names = ("lp_chosen", "lp_rejected")
-        first, last = self._looks[0], self._looks[-1]
+        first = self._looks[0]
+        last = self._looks[-1]
         if any(not first.get(f"{name}#") or not last.get(f"{name}#") for name in names):
             return []
         before, now = ([look[name] / look[f"{name}#"] for name in names] for look in (first, last))
@@ -134,8 +136,10 @@ class PreferenceChecks:
         kind = "longer" if found > 0 else "shorter"
         return self._once(
             "length",
-            f"rewards correlate with length ({found:.2f} over {count:.0f} responses): {kind} responses "
-            "are learned to be better. Compare lengths of chosen and rejected; --length_normalization "
+            f"rewards correlate with length ({found:.2f} over {count:.0f} responses): {kind} "
+            "responses "
+            "are learned to be better. Compare lengths of chosen and rejected; "
+            "--length_normalization "
             "or --ld_alpha help "
             "with DPO",
         )

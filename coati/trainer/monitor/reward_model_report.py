@@ -49,5 +49,7 @@ def _against(accuracy: float, low: float) -> str:
         return f"above {USEFUL} beyond doubt"
     if low > CHANCE:
         where = "above" if accuracy > USEFUL else "below"
-        return f"better than chance ({CHANCE}), and {where} {USEFUL}, from which a reward model is of use"
-    return f"not shown to be better than chance ({CHANCE}); more pairs to train on, or to evaluate on, would tell"
+        return f"better than chance ({CHANCE}), and {where} {USEFUL}, the least that PPO gains from"
+    return (
+        f"not shown to be better than chance ({CHANCE}); train on more pairs, or evaluate on more"
+    )

@@ -152,6 +152,23 @@ def one_process_rates(rows: list[dict], ours, theirs) -> tuple[float, float]:
     return len(rows) / seconds[0], len(rows) / seconds[1]
 
 
+def figures(args: argparse.Namespace, rows: int, report: dict, seconds: dict, rates: tuple) -> dict:
+    """``seconds`` of the whole preparation and ``rates`` of the conversion, of both ways."""
+    return {
+        "rows": rows,
+        "rows_written": report["rows_written"],
+        "processes": args.num_proc,
+        "bins": args.bins,
+        "tokens_per_row": report["length"]["mean"],
+        "whole_rows_per_second": round(rows / seconds["new"], 1),
+        "whole_rows_per_second_piecewise": round(rows / seconds["old"], 1),
+        "whole_ratio": round(seconds["old"] / seconds["new"], 2),
+        "convert_rows_per_cpu_second": round(rates[0], 1),
+        "convert_rows_per_cpu_second_piecewise": round(rates[1], 1),
+        "convert_ratio": round(rates[0] / rates[1], 2),
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     from coati.dataset import tokenize_sft
     from coati.models.tokenizer import load_tokenizer
@@ -199,20 +216,8 @@ def main(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         prepare_piecewise(data, folder / "older", theirs, args.bins, args.num_proc)
         old = time.perf_counter() - start
-    rows = len(lines) * args.repeat
-    results = {
-        "rows": rows,
-        "rows_written": report["rows_written"],
-        "processes": args.num_proc,
-        "bins": args.bins,
-        "tokens_per_row": report["length"]["mean"],
-        "whole_rows_per_second": round(rows / new, 1),
-        "whole_rows_per_second_piecewise": round(rows / old, 1),
-        "whole_ratio": round(old / new, 2),
-        "convert_rows_per_cpu_second": round(alone[0], 1),
-        "convert_rows_per_cpu_second_piecewise": round(alone[1], 1),
-        "convert_ratio": round(alone[0] / alone[1], 2),
-    }
+    seconds = {"new": new, "old": old}
+    results = figures(args, len(lines) * args.repeat, report, seconds, alone)
     print(json.dumps(results, indent=2))
     if args.output:
         save_json(results, args.output)

@@ -23,7 +23,10 @@ from pathlib import Path
 
 from data_case import CORES, machine, make_tokenizer
 
-WORDS = "time year people way day thing world life hand part child eye place work week case point company number".split()
+WORDS = (
+    "time year people way day thing world life hand part child eye place work week case point "
+    "company number"
+).split()
 VERBS = "take make know see find give tell call try ask need feel leave keep".split()
 
 

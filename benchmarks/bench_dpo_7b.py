@@ -181,7 +181,9 @@ def show(args: argparse.Namespace, batch: int, found: dict[str, Any]) -> None:
     if args.tiny:
         line += " (a tiny model: these figures mean nothing)"
     elif batch in PUBLISHED_MB:
-        line += f"; published {PUBLISHED_MB[batch]:.2f} MB: {found['peak_memory_mb'] / PUBLISHED_MB[batch]:.0%} of it"
+        published = PUBLISHED_MB[batch]
+        share = found["peak_memory_mb"] / published
+        line += f"; published {published:.2f} MB: {share:.0%} of it"
     print(line, flush=True)
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-LINE, FUNCTION, FILE, SCRIPT = 100, 60, 500, 40
+LINE = 100
+FUNCTION = 60
+FILE = 500
+SCRIPT = 40
 
 
 def name_of(path: Path) -> str:

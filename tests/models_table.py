@@ -22,8 +22,10 @@ from coati.parallel.plugins import ParallelOptions
 from tests.distributed.spawn import run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
-TRAINS, REFUSED = "yes", "no"
-ROWS, VOCABULARY = 8, 384
+TRAINS = "yes"
+REFUSED = "no"
+ROWS = 8
+VOCABULARY = 384
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -197,7 +199,8 @@ class _CrossEntropy(Objective):
 
 
 def _batch(step: int, pad: int) -> dict[str, torch.Tensor]:
-    generator, length = torch.Generator().manual_seed(step), (16, 24)[step]
+    generator = torch.Generator().manual_seed(step)
+    length = (16, 24)[step]
     tokens = torch.randint(3, VOCABULARY, (ROWS, length), generator=generator)
     lengths = torch.randint(5, length + 1, (ROWS,), generator=generator)
     lengths[0] = length
@@ -224,7 +227,8 @@ def train(family: Family, column: Column) -> list[tuple[float, float]]:
         model = apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0))
     options = ParallelOptions(grad_clip=0.5, batch_size=ROWS, lora=column.lora, **column.options)
     engine = boost(model, options, lr=5e-3, total_steps=4, warmup_steps=0)
-    share, count = engine.mesh.dp_rank, engine.mesh.dp_size
+    share = engine.mesh.dp_rank
+    count = engine.mesh.dp_size
     steps = []
     for step in range(2):
         whole = _batch(step, pad=getattr(model.config, "pad_token_id", None) or 0)
@@ -299,13 +303,17 @@ def _line(entries: list[str]) -> str:
 
 INTRODUCTION = """# Supported models
 
-Written by `python -m tests.models_table`, which tries every cell with a tiny random model on two processes. "yes": two
-training steps, with padding and clipping, had the losses and gradient norms of a single process (to 1e-5 in fp32, to
-2e-2 in bf16, which Gemini needs). "no": the library refuses the combination by name; the messages are below. "not
-tried": the model's code is not part of transformers, so nothing could be tried here; these plugins treat every model
-alike. The last three columns are the modes of sequence parallelism.
+Written by `python -m tests.models_table`, which tries every cell with a tiny random model on two
+processes. "yes": two training steps, with padding and clipping, had the losses and gradient norms
+of a single process (to 1e-5 in fp32, to 2e-2 in bf16, which Gemini needs). "no": the library
+refuses the combination by name; the messages are below. "not tried": the model's code is not part
+of transformers, so nothing could be tried here; these plugins treat every model alike. The last
+three columns are the modes of sequence parallelism.
 """
-NOT_CHAT_TEXT = "ColossalAI can split some models that do not continue a text. They are refused by every plugin:"
+NOT_CHAT_TEXT = (
+    "ColossalAI can split some models that do not continue a text. They are refused by every "
+    "plugin:"
+)
 
 
 def main(wanted: list[str]) -> None:

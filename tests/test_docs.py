@@ -42,7 +42,8 @@ OTHERS = {
 }
 # What a benchmark prints on one machine is not true of another; pages name the command instead.
 FIGURES = re.compile(
-    r"\d[\d.,]*\s?(?:tokens/s|rows/s|%|percent|seconds?\b|s\b|ms\b|minutes?\b|hours?\b|x (?:faster|less)|times faster)"
+    r"\d[\d.,]*\s?(?:tokens/s|rows/s|%|percent|seconds?\b|s\b|ms\b|minutes?\b|hours?\b|"
+    r"x (?:faster|less)|times faster)"
 )
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:tmp|home|root|Users|mnt)/\w+")
 

@@ -30,7 +30,8 @@ class DataLoaderWindows:
         return len(self.loader)
 
     def global_batches(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
-        """This rank's micro-batches of each optimizer step of ``epoch``, from position ``start``."""
+        """This rank's micro-batches of each optimizer step of ``epoch``, from position ``start``
+        on."""
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         batches = islice(iter(self.loader), start, None)

@@ -23,7 +23,10 @@ import os
 
 def vowels(responses, lengths):
     """Scores that differ from response to response."""
-    return [sum(letter in "aeiou" for letter in text) + length / 7 for text, length in zip(responses, lengths)]
+    return [
+        sum(letter in "aeiou" for letter in text) + length / 7
+        for text, length in zip(responses, lengths)
+    ]
 
 def raises(responses):
     if os.environ.get("RANK") == "1":
@@ -31,7 +34,8 @@ def raises(responses):
     return [0.0] * len(responses)
 
 def is_nan(responses):
-    return [float("nan") if i == 2 and os.environ.get("RANK") == "1" else 0.0 for i in range(len(responses))]
+    second = os.environ.get("RANK") == "1"
+    return [float("nan") if i == 2 and second else 0.0 for i in range(len(responses))]
 
 def too_few(responses):
     return [0.0] * (len(responses) - (os.environ.get("RANK") == "1"))

@@ -38,7 +38,8 @@ def machine(tmp_path):
         for name in launcher:
             install(
                 name,
-                f'#!/bin/sh\nprintf \'%s\\n\' "CUDA=$CUDA_VISIBLE_DEVICES" "$@" > {tmp_path}/called\n',
+                '#!/bin/sh\nprintf \'%s\\n\' "CUDA=$CUDA_VISIBLE_DEVICES" "$@" '
+                f"> {tmp_path}/called\n",
             )
         if gpus:
             install("nvidia-smi", NVIDIA_SMI)

@@ -108,5 +108,10 @@ def test_the_old_place_loads_nothing_before_a_name_is_used():
         cwd=Path(__file__).parents[2],
         timeout=300,
     )
-    names = "['extract_solution', 'gsm8k_reward_fn', 'math_competition_reward_fn', 'validate_response_structure']"
+    names = [
+        "extract_solution",
+        "gsm8k_reward_fn",
+        "math_competition_reward_fn",
+        "validate_response_structure",
+    ]
     assert run.stdout == f"[] True {names}\n", run.stderr

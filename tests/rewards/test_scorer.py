@@ -237,7 +237,8 @@ def test_a_file_that_cannot_serve_says_why(tmp_path, body, function, message):
         (
             ["gsm8"],
             None,
-            r"unknown reward 'gsm8'; did you mean gsm8k\? There are gsm8k, math_competition, format, ",
+            r"unknown reward 'gsm8'; did you mean gsm8k\? There are gsm8k, math_competition, "
+            "format, ",
         ),
         (["nowhere.py:reward"], None, "there is no file nowhere.py"),
         (["gsm8k", "gsm8k_reward_fn"], None, "gsm8k is given twice"),

@@ -13,7 +13,10 @@ from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.prepare.test_prepare import lines, row, run, write
 
-LONG = "the quick brown fox jumps over the lazy dog while seven calm owls watch from an old oak tree at night"
+LONG = (
+    "the quick brown fox jumps over the lazy dog while seven calm owls watch from an old oak tree "
+    "at night"
+)
 
 
 def questions(folder: Path, below: str = ".") -> list[str]:

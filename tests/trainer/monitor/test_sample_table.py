@@ -106,7 +106,10 @@ def test_rows_for_wandb():
 
 
 def test_what_a_template_puts_around_prompts_is_left_out():
-    around = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    around = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     questions = ["What is 12 + 3?", "What is 15 + 3?"]
     lines = sample_table(
         [SampleRow(around.format(question), "4", 1.0) for question in questions], 100

@@ -184,7 +184,8 @@ def main() -> None:
 
     launch(0)
     prepare_colossalai()
-    curves, learned = [], 0
+    curves = []
+    learned = 0
     for seed in range(args.seeds):
         started = time.perf_counter()
         curves.append(curve(args.algo, seed, args.episodes))

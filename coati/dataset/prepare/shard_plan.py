@@ -61,7 +61,8 @@ class Files:
     """The files of one split and the number of rows in each; their numbers begin at ``first``."""
 
     def __init__(self, paths: list[Path], first: int = 0):
-        self.paths, self.first = paths, first
+        self.paths = paths
+        self.first = first
         self.counts = [count_rows(path) for path in paths]
         self.total = sum(self.counts)
 

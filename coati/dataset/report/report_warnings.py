@@ -35,7 +35,8 @@ def _many_dropped(report: Report) -> Iterator[str]:
 
 
 def _truncated(report: Report) -> Iterator[str]:
-    cut, kept = report["rows_truncated"], report["rows_kept"]
+    cut = report["rows_truncated"]
+    kept = report["rows_kept"]
     if cut > MUCH_TRUNCATED * kept:
         yield (
             f"{cut} of {kept} rows lost their last rounds because they are longer than max_length "
@@ -68,7 +69,8 @@ def _supervised(report: Report) -> Iterator[str]:
 
 
 def _never_ends(report: Report) -> Iterator[str]:
-    rows, ended = report["rows_written"], report["rows_ended"]
+    rows = report["rows_written"]
+    ended = report["rows_ended"]
     if not DATA_TYPES[report["type"]].supervised or ended == rows:
         return
     missing = (

@@ -62,7 +62,8 @@ BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
     ),
 }
 NAMES = ("none", *BLOCKS)  # "none": no letter of any of these
-_KANA, _HAN = NAMES.index("Kana"), NAMES.index("Han")
+_KANA = NAMES.index("Kana")
+_HAN = NAMES.index("Han")
 
 
 @lru_cache

@@ -27,8 +27,13 @@ LAWS = {
     "long_functions": [*LIBRARY, *SCRIPTS, *PROGRAMS],
     "paired_assignments": [*LIBRARY, *SCRIPTS, *PROGRAMS],
     "globals_by_name": [*LIBRARY, *SCRIPTS, *PROGRAMS],
-    # Parsers and the checks of parsed flags; everything else has settings.
-    "takes_namespace": [path for path in LIBRARY if path.parent.name != "cli"],
+    # Parsers, the checks of parsed flags and what flags of earlier releases become; everything else
+    # has settings.
+    "takes_namespace": [
+        path
+        for path in LIBRARY
+        if path.parent.name != "cli" and not name_of(path).startswith("coati/legacy/flags")
+    ],
     "no_docstring": [
         path for path in LIBRARY if path.relative_to(ROOT / "coati").parts[0] in DOCUMENTED
     ],
@@ -36,8 +41,10 @@ LAWS = {
 PENDING = ROOT / "tests" / "data" / "pending_laws.json"
 # Modules that import each other, one of them inside a function, and why they may
 CLOSED_INSIDE_FUNCTIONS = []
-# Stems that stand twice in the library, pending
-SAME_STEM = {"preference_checks", "quantize", "base"}
+# Stems that stand twice in the library: recipes bear the names of their trainers; the others are
+# pending
+RECIPES = {"sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"}
+SAME_STEM = RECIPES | {"preference_checks", "quantize", "base"}
 
 # Lowest first; a package may import those on earlier lines.
 LAYERS = [
@@ -60,13 +67,16 @@ MAY_IMPORT = {
 CONFINED = {
     "colossalai": ("coati/parallel/",),
     "torch.distributed": ("coati/parallel/", "coati/utils/distributed.py"),
-    "argparse": ("coati/cli/", "coati/recipes/"),
+    "argparse": ("coati/cli/", "coati/legacy/flags"),
 }
 # Names that a parser offers live in modules that load in milliseconds.
 LIGHT = [
     "coati",
     "coati.cli.arguments",
+    "coati.cli.preferences",
     "coati.cli.rollouts",
+    "coati.legacy.flags_preferences",
+    "coati.legacy.flags_rl",
     "coati.parallel.plugins",
     "coati.legacy.strategies",
     "coati.models.policy_registry",
@@ -184,7 +194,6 @@ def test_imports_close_no_circle(everywhere):
     assert laws.circles(graph) == (CLOSED_INSIDE_FUNCTIONS if everywhere else [])
 
 
-@pytest.mark.xfail(reason="the scripts are being rewritten", strict=True)
 def test_two_training_scripts_share_no_block():
     scripts = [path for path in SCRIPTS if path.parent.name == "training_scripts"]
     shared = laws.shared_blocks(scripts)

@@ -15,10 +15,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from coati.cli.legacy import DROPPED, DROPPED_OF_ROLLOUTS, RENAMED, STRATEGIES
-from coati.cli.legacy_ppo import TURNED
 from coati.cli.parser import Parser
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED_REASONS, REASONS
+from coati.legacy.flags import DROPPED, DROPPED_OF_ROLLOUTS, RENAMED, STRATEGIES
+from coati.legacy.flags_rl import TURNED
 from coati.parallel.plugin_checks import check_options, resolve_options
 from coati.parallel.plugins import PLUGINS, PRECISIONS, ParallelOptions
 

@@ -1,13 +1,13 @@
-"""Every flag of the training scripts, defined once in groups that the scripts' parsers share."""
+"""The flags of train_sft.py, in groups that the parsers of all training scripts share."""
 
 import argparse
-from argparse import Namespace
 from collections.abc import Sequence
 
-from coati.cli import legacy
-from coati.cli.checks import check_sft
-from coati.cli.parser import Parser
+from coati.cli.checks import check_sft, checked, requested_options
+from coati.cli.parser import OlderFlags, Parser
+from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
+from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.plugins import PLUGINS, PRECISIONS, SP_MODES
 
 
@@ -16,7 +16,8 @@ def sft_parser() -> Parser:
     parser = Parser(
         prog="train_sft.py",
         usage="%(prog)s --pretrain MODEL --dataset PATH [PATH ...] [flags]",
-        description="Supervised fine-tuning: trains a causal language model on the assistant's turns of conversations.",
+        description="Supervised fine-tuning: trains a causal language model on the assistant's "
+        "turns of conversations.",
     )
     add_model_flags(parser)
     add_data_flags(parser)
@@ -27,24 +28,18 @@ def sft_parser() -> Parser:
     add_lora_flags(parser)
     add_output_flags(parser)
     add_logging_flags(parser)
-    legacy.add_flags(parser)
     return parser
 
 
-def parse_sft(argv: Sequence[str] | None = None) -> Namespace:
+def parse_sft(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> SLSettings:
     """The checked flags of ``train_sft.py``; exits with code 2 and one line naming the flag when
     something is wrong.
 
-    What follows the machine stays None (``plugin``, ``mixed_precision``); ``lora_rank`` is an int,
-    0 without LoRA. Neither torch nor transformers is imported.
+    What follows the machine stays None (``plugin``, ``parallel.precision``). ``older``: flags of
+    earlier releases that are taken too. Neither torch nor transformers is imported.
     """
-    parser = sft_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_sft(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    args = checked(sft_parser(), argv, check_sft, older=older)
+    return settings_of(SLSettings, args, parallel=requested_options(args))
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -53,30 +48,33 @@ def add_model_flags(parser: Parser) -> None:
         group,
         "--pretrain",
         unit="MODEL",
-        help="Hugging Face directory or hub name to start from (required)",
+        help="model to start from: Hugging Face directory or hub name (required)",
     )
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
     add_text(
         group,
         "--checkpoint_path",
         unit="DIR or auto",
-        help="go on from this epoch-E_step-S directory (weights only if it is a `modeling` directory); "
-        "auto: from the newest whole checkpoint in --save_dir, or from the start if there is none",
+        help="checkpoint to resume from (an epoch-E_step-S directory; a `modeling` directory gives "
+        "its weights alone); auto: the newest complete checkpoint in --save_dir, if there is one",
     )
     add_switch(
         group,
         "--checkpoint_weights_only",
-        help="take only the weights of --checkpoint_path and start optimizer, schedule and sample order anew",
+        help="load only the weights of --checkpoint_path: optimizer, schedule and sample order "
+        "start anew",
     )
     group.add_argument(
         "--mixed_precision",
         choices=PRECISIONS,
-        help="precision of the forward and backward pass; default: bf16 on a GPU that has it, fp32 on a CPU",
+        help="precision of the forward and backward pass; default: bf16 on a GPU that has it, fp32 "
+        "on a CPU",
     )
     add_switch(
         group,
         "--grad_checkpoint",
-        help="recompute activations in the backward pass: less memory, more time",
+        help="gradient checkpointing: recompute activations in the backward pass, for less memory "
+        "and more time",
     )
     add_switch(
         group,
@@ -95,8 +93,8 @@ def add_data_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="prepared arrow part directories (prepare_dataset.py), or raw json, jsonl or parquet files, which are "
-        "prepared into a cache first (required)",
+        help="training data: directories written by prepare_dataset.py, or raw json, jsonl or "
+        "parquet files, which are prepared into a cache first (required)",
     )
     group.add_argument(
         "--dataset_weights",
@@ -104,11 +102,15 @@ def add_data_flags(parser: Parser) -> None:
         type=number(0, exclusive=True),
         default=[],
         metavar="W",
-        help="one number for each path of --dataset: how often its rows are drawn, relative to the others; an epoch "
-        "has as many rows as all paths together; default: every row once an epoch",
+        help="sampling weights of the mixture, one for each path of --dataset; an epoch has as "
+        "many rows as all paths together; default: every row once an epoch",
     )
     group.add_argument(
-        "--eval_dataset", nargs="+", default=[], metavar="PATH", help="the same, to evaluate on"
+        "--eval_dataset",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="evaluation data, in the same forms",
     )
     add_template_flag(group)
     add_count(
@@ -118,11 +120,13 @@ def add_data_flags(parser: Parser) -> None:
         default=512,
         unit="TOKENS",
         least=2,
-        help="longer rows are cut here",
+        help="longest row; longer ones are truncated",
     )
-    add_count(group, "--max_samples", help="train on the first N rows of --dataset; default: all")
+    add_count(group, "--max_samples", help="use the first N rows of --dataset; default: all")
     add_switch(
-        group, "--disable_loss_mask", help="train on all tokens, not on the assistant's alone"
+        group,
+        "--disable_loss_mask",
+        help="train on every token, not only on the assistant's turns",
     )
 
 
@@ -131,8 +135,8 @@ def add_template_flag(group: argparse._ArgumentGroup) -> None:
         group,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON for raw files and for the final model; default: what the data was prepared with, "
-        "else the tokenizer's own",
+        help="conversation template (JSON) for raw files and for the final model; default: the one "
+        "the data was prepared with, else the tokenizer's own",
     )
 
 
@@ -140,8 +144,8 @@ def add_packing_flag(parser: Parser) -> None:
     add_switch(
         parser.add_argument_group("packing"),
         "--packing",
-        help="fill sequences up to --max_length with whole rows that do not see each other; --batch_size then counts "
-        "such packs",
+        help="pack several samples per sequence of --max_length tokens, without "
+        "cross-contamination; --batch_size then counts packs",
     )
 
 
@@ -150,34 +154,36 @@ def add_parallel_flags(parser: Parser) -> None:
     group.add_argument(
         "--plugin",
         choices=tuple(PLUGINS),
-        help="ColossalAI plugin; default: gemini with several GPUs, a compiler and no LoRA, ddp with one "
-        "process on a CPU, else zero2; 3d when --tp, --pp or --sp is given (docs/plugins.md)",
+        help="ColossalAI plugin (docs/plugins.md); default: 3d with --tp, --pp or --sp, gemini "
+        "with several GPUs, a compiler and no LoRA, ddp with one process on a CPU, else zero2",
     )
-    add_count(group, "--tp", default=1, help="processes that share each weight (tensor parallel)")
-    add_count(group, "--pp", default=1, help="pipeline stages that the layers are cut into")
-    add_count(group, "--sp", default=1, help="processes that share one sequence (all_to_all)")
+    add_count(group, "--tp", default=1, help="tensor parallel size")
+    add_count(group, "--pp", default=1, help="pipeline parallel size")
+    add_count(group, "--sp", default=1, help="sequence parallel size (all_to_all)")
     add_switch(
         group,
         "--enable_sequence_parallelism",
-        help="split each sequence over processes (plugin 3d)",
+        help="split each sequence over processes (--plugin 3d)",
     )
     group.add_argument(
         "--sp_mode",
         choices=SP_MODES,
         default="split_gather",
-        help="how: split_gather and ring over the --tp processes, all_to_all over --sp",
+        help="sequence parallelism: split_gather and ring over the --tp processes, all_to_all over "
+        "--sp",
     )
     group.add_argument(
         "--zero_stage",
         type=int,
         choices=(0, 1, 2, 3),
         default=0,
-        help="plugin 3d: shard optimizer states (1), gradients too (2); 3 means plugin gemini with --tp",
+        help="--plugin 3d: shard optimizer states (1), gradients too (2); 3 means --plugin gemini "
+        "with --tp",
     )
     add_switch(
         group,
         "--zero_cpu_offload",
-        help="plugin 3d: keep the sharded optimizer states in host memory",
+        help="--plugin 3d: keep the sharded optimizer states in host memory",
     )
     add_count(
         group,
@@ -196,40 +202,50 @@ def add_parallel_flags(parser: Parser) -> None:
 
 def add_optimization_flags(parser: Parser) -> None:
     group = parser.add_argument_group("optimization")
-    add_number(
-        group, "--lr", default=5e-6, unit="RATE", exclusive=True, help="highest learning rate"
-    )
+    add_number(group, "--lr", default=5e-6, unit="RATE", exclusive=True, help="peak learning rate")
     add_count(
         group,
         "--warmup_steps",
         unit="STEPS",
         least=0,
-        help="optimizer steps of linear warm-up, before a cosine down to a tenth of --lr; default: 2.5%% of all",
+        help="optimizer steps of linear warmup, before cosine decay to a tenth of --lr; default: "
+        "2.5%% of all",
     )
     add_number(
         group, "--weight_decay", default=0.1, unit="RATE", help="decoupled weight decay (AdamW)"
     )
     add_number(
         group,
+        "--adam_beta2",
+        default=OptimizerSettings.adam_beta2,
+        unit="B",
+        exclusive=True,
+        most=0.99999,
+        help="Adam's decay rate of the second moment",
+    )
+    add_number(
+        group,
         "--grad_clip",
         default=1.0,
         unit="NORM",
-        help="gradients are scaled down to this norm; 0: not at all",
+        help="clip gradients to this norm; 0: no clipping",
     )
-    add_count(group, "--accumulation_steps", default=8, help="batches per optimizer step")
-    add_count(group, "--seed", default=42, least=0, help="seed of everything random")
+    add_count(group, "--accumulation_steps", default=8, help="micro-batches per optimizer step")
+    add_count(group, "--seed", default=42, least=0, help="random seed")
 
 
 def add_epoch_flags(parser: Parser) -> None:
     group = parser.add_argument_group("batches and epochs")
-    add_count(group, "--max_epochs", default=3, help="passes over --dataset")
+    add_count(group, "--max_epochs", default=3, help="training epochs")
     add_count(
         group,
         "--max_steps",
         unit="STEPS",
         help="stop after this many optimizer steps; default: all epochs",
     )
-    add_count(group, "--batch_size", default=4, unit="ROWS", help="rows per batch and process")
+    add_count(
+        group, "--batch_size", default=4, unit="ROWS", help="rows per micro-batch and process"
+    )
     add_count(
         group,
         "--eval_batch_size",
@@ -241,7 +257,8 @@ def add_epoch_flags(parser: Parser) -> None:
         "--eval_interval",
         unit="STEPS",
         least=0,
-        help="optimizer steps between evaluations, 0: only before and after training; default: once per epoch",
+        help="optimizer steps between evaluations, 0: only before and after training; default: "
+        "once per epoch",
     )
 
 
@@ -252,29 +269,28 @@ def add_lora_flags(parser: Parser) -> argparse._ArgumentGroup:
         "--lora_rank",
         unit="R",
         least=0,
-        help="rank of the adapters, 20 to 64 is usual, 0: no LoRA; default: r of --lora_config",
+        help="rank R of the adapters (20 to 64 is usual), 0: no LoRA; default: r of --lora_config",
     )
     add_number(
         group,
         "--lora_alpha",
         unit="A",
         exclusive=True,
-        help="the adapters are scaled by A / R; default: 32",
+        help="scale of the adapters: A / R; default: 32",
     )
     group.add_argument(
         "--lora_train_bias",
         choices=("none", "all", "lora"),
-        help="biases that are trained along; default: none",
+        help="biases to train as well; default: none",
     )
     add_text(
         group,
         "--lora_config",
         unit="FILE",
-        help="JSON with r, lora_alpha, dropouts, initialization and target_modules; the flags above override it",
+        help="JSON with r, lora_alpha, dropouts, initialization and target_modules; the flags "
+        "above override it",
     )
-    add_switch(
-        group, "--merge_lora_weights", help="save the final model with the adapters merged in"
-    )
+    add_switch(group, "--merge_lora_weights", help="merge the adapters into the final model")
     return group
 
 
@@ -288,8 +304,8 @@ def add_output_flags(
         "--save_dir",
         "--save_path",
         default="output",
-        help=f"checkpoints in DIR/epoch-E_step-S, the final model in {final}, metrics.jsonl and arguments.json "
-        "beside them",
+        help=f"output: checkpoints in DIR/epoch-E_step-S, the final model in {final}, "
+        "metrics.jsonl and arguments.json beside them",
     )
     add_count(
         group,
@@ -297,34 +313,36 @@ def add_output_flags(
         default=1000,
         unit=steps.split()[-1].upper(),
         least=0,
-        help=f"{steps} between checkpoints; 0: only when the run is stopped early",
+        help=f"{steps} between checkpoints; 0: only on graceful shutdown",
     )
     add_text(
         group,
         "--metric_for_best",
         unit="NAME",
-        help="keep the best model so far by this metric of the evaluations (loss, accuracy, reward, ...) in DIR/best",
+        help="keep the best model by this evaluation metric (loss, accuracy, reward, ...) in "
+        "DIR/best",
     )
     add_count(
         group,
         "--keep_last_k",
         unit="K",
-        help="remove all but the newest K checkpoints; default: keep all of them",
+        help="keep the newest K checkpoints only; default: all",
     )
     add_text(
-        group, "--config_file", unit="FILE", help="write the resolved flags to this JSON file too"
+        group, "--config_file", unit="FILE", help="also write the resolved flags to this JSON file"
     )
     add_switch(
         group,
         "--dry_run",
-        help="check everything, print rows, steps, tokens, memory and flags, take one step, save and load it, exit",
+        help="check everything, print rows, steps, tokens, memory and flags, take one step, save "
+        "and reload a checkpoint, and exit",
     )
 
 
 def add_logging_flags(parser: Parser, steps: str = "optimizer steps") -> None:
     """``steps``: what the run counts."""
     group = parser.add_argument_group("logging")
-    add_text(group, "--log_dir", help="write TensorBoard events below this directory")
+    add_text(group, "--log_dir", help="log to TensorBoard, in this directory")
     add_switch(group, "--use_wandb", help="log to Weights & Biases (WANDB_MODE=offline works)")
     add_count(
         group,

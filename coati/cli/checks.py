@@ -1,32 +1,44 @@
-"""What can be found wrong with flags before torch is imported. All raise ValueError with flag,
-finding and remedy."""
+"""Checks of flags before torch is imported. All raise ValueError with flag, finding and remedy."""
 
 import os
 from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from coati.cli.parser import OlderFlags, Parser
+from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
 from coati.parallel.plugins import HYBRID
 from coati.utils.json_io import load_json
 
-SHARED_OPTIONS = (
-    "tp",
-    "pp",
-    "sp",
-    "sp_mode",
-    "enable_sequence_parallelism",
-    "zero_stage",
-    "zero_cpu_offload",
-    "accumulation_steps",
-    "microbatch_size",
-    "grad_checkpoint",
-    "use_flash_attn",
-)
+
+def checked(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    *checks: Callable[[Namespace], None],
+    older: OlderFlags | None = None,
+) -> Namespace:
+    """The parsed flags, after ``checks``. Exits with code 2 and one line naming a wrong flag."""
+    if older is not None:
+        older.add(parser)
+    args = parser.parse_args(argv)
+    try:
+        if older is not None:
+            older.apply(args)
+        for check in checks:
+            check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
-def check_sft(args: Namespace) -> None:
-    """Check the flags of ``train_sft.py`` and settle ``lora_rank``."""
+def check_sft(args: Namespace, rows_each: int = 1) -> None:
+    """Check the flags that all trainers on fixed data share, and settle ``lora_rank``.
+
+    ``rows_each``: as in :func:`requested_options`.
+    """
     if not args.pretrain:
         raise ValueError(
             "--pretrain is missing: the Hugging Face model directory or hub name to start from"
@@ -37,10 +49,10 @@ def check_sft(args: Namespace) -> None:
             "file"
         )
     check_paths(args)
-    check_mixture(args)
+    check_mixture(args, args.dataset)
     check_lora(args)
     check_pointless(args)
-    check_parallel(args)
+    check_parallel(args.plugin, requested_options(args, rows_each=rows_each))
 
 
 def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_dataset")) -> None:
@@ -76,9 +88,9 @@ def _may_be_hub_name(path: str) -> bool:
     )
 
 
-def check_mixture(args: Namespace) -> None:
+def check_mixture(args: Namespace, paths: list[str]) -> None:
     """One weight for each data set, and no flag that cuts the sets otherwise."""
-    weights, paths = args.dataset_weights, args.dataset
+    weights = args.dataset_weights
     if not weights:
         return
     if len(weights) != len(paths):
@@ -133,26 +145,33 @@ def check_pointless(args: Namespace) -> None:
         raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
 
 
-def check_parallel(args: Namespace) -> None:
-    """Refuse what the plugin cannot do, as far as it is known before the machine has been looked
+def requested_options(
+    args: Namespace, batch_size: int | None = None, rows_each: int = 1
+) -> ParallelOptions:
+    """The parallel flags as one value, before the machine has been looked at.
+
+    ``batch_size``: samples of a micro-batch, by default ``--batch_size``; ``rows_each``: rows of
+    the model's batch that a sample makes (a pair: 2).
+    """
+    known = {field.name for field in fields(ParallelOptions)} & set(vars(args))
+    values = {name: getattr(args, name) for name in known}
+    values |= {
+        "plugin": args.plugin or HYBRID,
+        "precision": args.mixed_precision,
+        "plugin_args": load_json(args.plugin_args) if args.plugin_args else {},
+        "lora": args.lora_rank > 0,
+        "batch_size": (batch_size or args.batch_size) * rows_each,
+    }
+    return ParallelOptions(**values)
+
+
+def check_parallel(plugin: str | None, options: ParallelOptions) -> None:
+    """Refuse what ``plugin`` cannot do, as far as it is known before the machine has been looked
     at."""
-    split = (
-        args.tp > 1
-        or args.pp > 1
-        or args.sp > 1
-        or args.enable_sequence_parallelism
-        or args.zero_stage > 0
-    )
-    plugin = args.plugin or (HYBRID if split else None)
-    if plugin is None:
+    if plugin is None and not options.needs_hybrid:
         return
-    check_options(
-        plugin,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        # Every plugin has bf16; the default is chosen to fit the plugin once the machine is known.
-        precision=args.mixed_precision or "bf16",
-        lora=args.lora_rank > 0,
-        batch_size=args.batch_size * getattr(args, "_rows_each", 1),
-        packing=getattr(args, "packing", False),
-        **{name: getattr(args, name) for name in SHARED_OPTIONS},
-    )
+    values = {name: value for name, value in vars(options).items() if name != "plugin"}
+    # Every plugin has bf16; the default is chosen to fit the plugin once the machine is known.
+    values["precision"] = options.precision or "bf16"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_options(options.plugin, world_size=world_size, **values)

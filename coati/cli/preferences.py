@@ -2,50 +2,63 @@
 
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from coati.cli import arguments as shared
-from coati.cli import legacy, legacy_preferences
-from coati.cli.checks import check_sft
-from coati.cli.parser import Parser
+from coati.cli.checks import check_sft, checked, requested_options
+from coati.cli.parser import OlderFlags, Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
+from coati.cli.settings import (
+    DPOSettings,
+    KTOSettings,
+    ORPOSettings,
+    RMSettings,
+    SLSettings,
+    settings_of,
+)
 from coati.cli.values import add_count, add_number, add_switch, number
 from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES, SFT, full_name
+
+Settings = TypeVar("Settings", bound=SLSettings)
+PAIR = 2  # rows of the model's batch that a pair makes
 
 
 def rm_parser() -> Parser:
     """The parser of ``train_rm.py``."""
     parser = _parser(
         "train_rm.py",
-        "Reward model: Bradley-Terry ranking loss on pairs of responses.",
+        "Reward model: Bradley-Terry ranking loss on preference pairs.",
     )
     group = parser.add_argument_group("reward model")
     group.add_argument(
         "--loss_fn",
         choices=REWARD_LOSSES,
         default="log_sig",
-        help="-log sigmoid(chosen - rejected - margin), or log(1 + exp(rejected - chosen + margin)): the same number",
+        help="-log sigmoid(chosen - rejected - margin), or log(1 + exp(rejected - chosen + "
+        "margin)): the same number",
     )
     add_number(
         group,
         "--center_coef",
         default=0.0,
         unit="C",
-        help="adds C x (chosen + rejected)^2: scores around 0",
+        help="center scores around 0: adds C x (chosen + rejected)^2 to the loss",
     )
     add_number(
         group,
         "--head_lr",
         unit="RATE",
         exclusive=True,
-        help="learning rate of the new head; default: --lr (1e-3 lets it learn as fast as it should)",
+        help="peak learning rate of the new head (1e-3 suits most models); default: --lr",
     )
-    return _finished(parser, rows_each=2)
+    return _finished(parser)
 
 
 def dpo_parser() -> Parser:
     """The parser of ``train_dpo.py``."""
     parser = _parser(
-        "train_dpo.py", "Direct preference optimization and its family, on pairs of responses."
+        "train_dpo.py", "Direct preference optimization (DPO) and its family, on preference pairs."
     )
     group = parser.add_argument_group("preference")
     _add_loss_flags(group)
@@ -55,26 +68,25 @@ def dpo_parser() -> Parser:
         default=0.0,
         unit="E",
         most=0.4999,
-        help="share of pairs taken to be labeled the wrong way round: conservative DPO with dpo_loss, "
-        "robust, exo_pair",
+        help="assumed share of flipped labels: conservative DPO with dpo_loss, robust, exo_pair",
     )
-    add_switch(group, "--length_normalization", help="average log-probs per token instead of sums")
+    add_switch(group, "--length_normalization", help="average log-probs over tokens")
     add_number(
         group,
         "--sft_coef",
         default=0.0,
         unit="A",
-        help="adds A x the chosen response's mean negative log-prob",
+        help="adds A x the SFT loss of the chosen response (RPO)",
     )
     add_number(
         group,
         "--ld_alpha",
         unit="A",
         most=1,
-        help="weight of the longer response's tokens beyond the shorter one's length (LD-DPO); default: 1",
+        help="LD-DPO: weight of the tokens beyond the shorter response's length; default: 1",
     )
     _add_reference_flags(parser, switch=True, precompute=True)
-    return _finished(parser, rows_each=2, accumulation_steps=1, microbatch_size=2)
+    return _finished(parser, accumulation_steps=1, microbatch_size=2)
 
 
 def _add_loss_flags(group: _ArgumentGroup) -> None:
@@ -84,15 +96,15 @@ def _add_loss_flags(group: _ArgumentGroup) -> None:
         type=full_name,
         choices=(*LOSS_TYPES, SFT),
         default="dpo_loss",
-        help="the loss over pairs, or several to add up, among them sft (the chosen response's mean "
-        "negative log-prob); TRL's sigmoid, ipo and hinge are read too",
+        help="pairwise loss, or several that are added up, among them sft (the SFT loss of the "
+        "chosen response); TRL's sigmoid, ipo and hinge are read too",
     )
     group.add_argument(
         "--loss_weights",
         nargs="+",
         type=number(0, exclusive=True),
         metavar="W",
-        help="one weight for each name of --loss_type (MPO: sigmoid bco_pair sft with 0.8 0.2 1); "
+        help="weights of the losses of --loss_type (MPO: sigmoid bco_pair sft with 0.8 0.2 1); "
         "default: 1 each",
     )
     simpo = LOSS_TYPES["simpo_loss"]
@@ -101,7 +113,7 @@ def _add_loss_flags(group: _ArgumentGroup) -> None:
         "--beta",
         unit="B",
         exclusive=True,
-        help=f"weight of the log-ratios of a pair; default: {LOSS_TYPES['dpo_loss'].beta}, and "
+        help=f"temperature beta of the loss; default: {LOSS_TYPES['dpo_loss'].beta}, and "
         f"{simpo.beta} for simpo_loss",
     )
     add_number(
@@ -117,7 +129,8 @@ def orpo_parser() -> Parser:
     """The parser of ``train_orpo.py``."""
     parser = _parser(
         "train_orpo.py",
-        "Odds-ratio preference optimization: SFT and preference in one, no reference.",
+        "Odds-ratio preference optimization (ORPO): SFT and preferences in one stage, without a "
+        "reference model.",
     )
     group = parser.add_argument_group("preference")
     add_number(
@@ -125,15 +138,16 @@ def orpo_parser() -> Parser:
         "--lam",
         default=0.1,
         unit="L",
-        help="weight of the odds ratio beside the chosen answer's loss",
+        help="weight of the odds-ratio loss beside the SFT loss of the chosen response",
     )
-    return _finished(parser, rows_each=2, microbatch_size=2)
+    return _finished(parser, microbatch_size=2)
 
 
 def kto_parser() -> Parser:
     """The parser of ``train_kto.py``."""
     parser = _parser(
-        "train_kto.py", "Kahneman-Tversky optimization, on single answers judged good or bad."
+        "train_kto.py",
+        "Kahneman-Tversky optimization (KTO), on single responses labeled desirable or not.",
     )
     group = parser.add_argument_group("preference")
     add_number(
@@ -142,24 +156,25 @@ def kto_parser() -> Parser:
         default=0.1,
         unit="B",
         exclusive=True,
-        help="weight of a row's gain over the reference",
+        help="temperature beta of the loss",
     )
-    for side, what in (("desirable", "good"), ("undesirable", "bad")):
+    for side in ("desirable", "undesirable"):
         add_number(
             group,
             f"--{side}_weight",
             default=1.0,
             unit="W",
             exclusive=True,
-            help=f"weight of {what} answers",
+            help=f"weight of {side} responses",
         )
     add_switch(
         group,
         "--auto_weight",
-        help="set --desirable_weight so that good and bad answers weigh alike in all; their ratio should be 1 to 4/3",
+        help="set --desirable_weight so that desirable and undesirable responses have equal total "
+        "weight (their ratio should be 1 to 4/3)",
     )
     _add_reference_flags(parser, switch=False, precompute=False)
-    return _finished(parser, rows_each=1)
+    return _finished(parser)
 
 
 def _parser(program: str, description: str) -> Parser:
@@ -175,65 +190,68 @@ def _parser(program: str, description: str) -> Parser:
 
 def _add_reference_flags(parser: Parser, switch: bool, precompute: bool) -> None:
     group = parser.add_argument_group(
-        "reference model", "With LoRA it is the same model with its adapters off."
+        "reference model", "With LoRA it is the policy with its adapters off."
     )
     if switch:
         add_switch(
-            group, "--disable_reference_model", help="train without one: its log-probs count as 0"
+            group,
+            "--disable_reference_model",
+            help="train without a reference model: its log-probs are 0",
         )
     add_count(
-        group, "--ref_tp", help="plugin 3d: processes that share each of its weights; default: --tp"
+        group,
+        "--ref_tp",
+        help="--plugin 3d: tensor parallel size of the reference model; default: --tp",
     )
     if precompute:
         add_switch(
             group,
             "--precompute_ref",
-            help="compute its log-probs once, keep them beside the data, and never load it again",
+            help="compute reference log-probs once, cached beside the data; the reference model is "
+            "then not loaded",
         )
 
 
-def _finished(parser: Parser, rows_each: int, **defaults: object) -> Parser:
+def _finished(parser: Parser, **defaults: object) -> Parser:
     shared.add_parallel_flags(parser)
     shared.add_optimization_flags(parser)
     shared.add_epoch_flags(parser)
     shared.add_lora_flags(parser)
     shared.add_output_flags(parser)
     shared.add_logging_flags(parser)
-    legacy.add_flags(parser)
-    legacy_preferences.add_flags(parser)
-    parser.set_defaults(**{"max_length": 2048, "_rows_each": rows_each} | defaults)
+    parser.set_defaults(**{"max_length": 2048} | defaults)
     return parser
 
 
-def parse_rm(argv: Sequence[str] | None = None) -> Namespace:
+def parse_rm(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> RMSettings:
     """The checked flags of ``train_rm.py``; as :func:`coati.cli.arguments.parse_sft`."""
-    return _parse(rm_parser(), argv, check_rm)
+    return _parse(RMSettings, rm_parser(), argv, older, PAIR, check_rm)
 
 
-def parse_dpo(argv: Sequence[str] | None = None) -> Namespace:
+def parse_dpo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> DPOSettings:
     """The checked flags of ``train_dpo.py``; ``beta`` and ``gamma`` are those of the loss where not
     given."""
-    return _parse(dpo_parser(), argv, check_pairs, check_dpo)
+    return _parse(DPOSettings, dpo_parser(), argv, older, PAIR, check_pairs, check_dpo)
 
 
-def parse_orpo(argv: Sequence[str] | None = None) -> Namespace:
+def parse_orpo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> ORPOSettings:
     """The checked flags of ``train_orpo.py``."""
-    return _parse(orpo_parser(), argv, check_pairs)
+    return _parse(ORPOSettings, orpo_parser(), argv, older, PAIR, check_pairs)
 
 
-def parse_kto(argv: Sequence[str] | None = None) -> Namespace:
+def parse_kto(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> KTOSettings:
     """The checked flags of ``train_kto.py``."""
-    return _parse(kto_parser(), argv, check_kto)
+    return _parse(KTOSettings, kto_parser(), argv, older, 1, check_kto)
 
 
 def _parse(
-    parser: Parser, argv: Sequence[str] | None, *checks: Callable[[Namespace], None]
-) -> Namespace:
-    args = parser.parse_args(argv)
-    try:
-        legacy_preferences.apply_legacy_flags(args)
-        for check in (check_sft, *checks):
-            check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    kind: type[Settings],
+    parser: Parser,
+    argv: Sequence[str] | None,
+    older: OlderFlags | None,
+    rows_each: int,
+    *checks: Callable[[Namespace], None],
+) -> Settings:
+    shared_check = partial(check_sft, rows_each=rows_each)
+    args = checked(parser, argv, shared_check, *checks, older=older)
+    return settings_of(kind, args, parallel=requested_options(args, rows_each=rows_each))

@@ -4,6 +4,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from coati.cli.parser import Parser
+from coati.cli.program_settings import PrepareSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import FORMATS, FORMATS_OF
@@ -26,8 +28,10 @@ def prepare_parser() -> Parser:
     """The parser of ``prepare_dataset.py``."""
     parser = Parser(
         prog="prepare_dataset.py",
-        usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL [flags]",
-        description="Raw rows to the tokenized shards that training reads, and a report of every row's fate.",
+        usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL "
+        "[flags]",
+        description="Raw rows to the tokenized shards that training reads, and a report of every "
+        "row's fate.",
     )
     parser.add_argument("--type", choices=DATA_TYPES, help="what the rows are for (required)")
     parser.add_argument(
@@ -35,9 +39,9 @@ def prepare_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="parted by commas or blanks: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), folders of them, "
-        "directories of save_to_disk, or names of data sets on the hub (owner/name or "
-        "owner/name:subset) (required)",
+        help="parted by commas or blanks: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), "
+        "folders of them, directories of save_to_disk, or names of data sets on the hub "
+        "(owner/name or owner/name:subset) (required)",
     )
     parser.add_argument(
         "--format",
@@ -66,20 +70,22 @@ def _add_template_flags(parser: Parser) -> None:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON (config/conversation_template/ has examples); where nothing is, the tokenizer's own "
-        "template is written; default: the tokenizer's own",
+        help="template JSON (config/conversation_template/ has examples); where nothing is, the "
+        "tokenizer's own template is written; default: the tokenizer's own",
     )
     parser.add_argument(
         "--template_mode",
         choices=TEMPLATE_MODES,
         default=TEMPLATE_MODES[0],
-        help="a template that rewrites earlier assistant turns: make one row per turn, or refuse it",
+        help="a template that rewrites earlier assistant turns: make one row per turn, or refuse "
+        "it",
     )
     add_switch(
         parser,
         "--check_template",
-        help="print a probe dialogue as the template renders it, its supervised part marked, and all that is wrong "
-        "with it; exit code 1 where training would be wrong; needs --tokenizer_dir alone",
+        help="print a probe dialogue as the template renders it, its supervised part marked, and "
+        "all that is wrong with it; exit code 1 where training would be wrong; needs "
+        "--tokenizer_dir alone",
     )
 
 
@@ -144,7 +150,8 @@ def _add_evaluation_flags(parser: Parser) -> None:
         unit="SHARE",
         default=0.0,
         most=0.99,
-        help="keep this share of the rows, drawn by --seed, for evaluation: they go to eval/ inside the outputs",
+        help="keep this share of the rows, drawn by --seed, for evaluation: they go to eval/ "
+        "inside the outputs",
     )
     parser.add_argument(
         "--eval_input_dirs",
@@ -159,8 +166,8 @@ def _add_cleaning_flags(parser: Parser) -> None:
     add_switch(
         parser,
         "--deduplicate",
-        help="drop rows whose text an earlier row has, case, width and white space aside; a training row like an "
-        "evaluation row goes",
+        help="drop rows whose text an earlier row has, case, width and white space aside; a "
+        "training row like an evaluation row goes",
     )
     add_number(
         parser,
@@ -168,7 +175,8 @@ def _add_cleaning_flags(parser: Parser) -> None:
         unit="SIMILARITY",
         exclusive=True,
         most=0.99,
-        help="likewise rows whose word trigrams agree with an earlier row's to this share (0.8, say; MinHash LSH)",
+        help="likewise rows whose word trigrams agree with an earlier row's to this share (0.8, "
+        "say; MinHash LSH)",
     )
     add_switch(
         parser,
@@ -180,7 +188,8 @@ def _add_cleaning_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="drop training rows that share --overlap_words words in a row with any text of these files",
+        help="drop training rows that share --overlap_words words in a row with any text of these "
+        "files",
     )
     add_count(
         parser,
@@ -204,7 +213,7 @@ def _add_cleaning_flags(parser: Parser) -> None:
     )
 
 
-def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
+def parse_prepare(argv: Sequence[str] | None = None) -> PrepareSettings:
     """The checked flags; ``data_input_dirs`` is a list of paths. Exits with code 2 and one line
     naming a wrong flag."""
     parser = prepare_parser()
@@ -214,7 +223,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
             args, name, [path for word in getattr(args, name) for path in word.split(",") if path]
         )
     if args.check_template:
-        return args
+        return filled(PrepareSettings, vars(args))
     if args.type is None:
         parser.error(f"--type is required, what the rows are for: {', '.join(DATA_TYPES)}")
     if not args.data_input_dirs:
@@ -231,7 +240,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> Namespace:
             "rows"
         )
     _check_together(parser, args)
-    return args
+    return filled(PrepareSettings, vars(args))
 
 
 def _check_together(parser: Parser, args: Namespace) -> None:

@@ -1,10 +1,11 @@
 """The flags of ``generate_prompt_dataset.py``."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from coati.cli.parser import Parser
+from coati.cli.program_settings import PromptSampleSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_text
 
 
@@ -13,13 +14,15 @@ def prompts_parser() -> Parser:
     parser = Parser(
         prog="generate_prompt_dataset.py",
         usage="%(prog)s --dataset_path PATH [--save_path FILE] [--sample_size N]",
-        description="A random sample of the questions of any data set, as rows for prepare_dataset.py --type prompt.",
+        description="A random sample of the questions of any data set, as rows for "
+        "prepare_dataset.py --type prompt.",
     )
     add_text(
         parser,
         "--dataset_path",
         unit="PATH",
-        help="file, folder or name of a data set, of any row format; a last answer is left out (required)",
+        help="file, folder or name of a data set, of any row format; a last answer is left out "
+        "(required)",
     )
     add_text(
         parser,
@@ -38,7 +41,7 @@ def prompts_parser() -> Parser:
     return parser
 
 
-def parse_prompts(argv: Sequence[str] | None = None) -> Namespace:
+def parse_prompts(argv: Sequence[str] | None = None) -> PromptSampleSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
     parser = prompts_parser()
     args = parser.parse_args(argv)
@@ -48,4 +51,4 @@ def parse_prompts(argv: Sequence[str] | None = None) -> Namespace:
         parser.error(
             f"--save_path {args.save_path} exists already; name another file, or remove that one"
         )
-    return args
+    return filled(PromptSampleSettings, vars(args))

@@ -1,10 +1,11 @@
 """The flags of ``quantize.py`` and of ``benchmark.py``."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 
-from coati.cli.legacy import add_gptq
-from coati.cli.parser import Parser
+from coati.cli.checks import checked
+from coati.cli.parser import OlderFlags, Parser
+from coati.cli.program_settings import BenchmarkSettings, QuantizeSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_switch, add_text
 from coati.models.quantization_registry import CALIBRATED, METHODS, QUANTS
 
@@ -16,7 +17,8 @@ def quantize_parser() -> Parser:
     parser = Parser(
         prog="quantize.py",
         usage="%(prog)s --model_path MODEL --output_dir DIR --method METHOD [METHOD ...] [flags]",
-        description="Writes a model with fewer bits a weight; prints size, perplexity and speed beside the original.",
+        description="Writes a model with fewer bits a weight; prints size, perplexity and speed "
+        "beside the original.",
     )
     add_text(
         parser,
@@ -36,6 +38,15 @@ def quantize_parser() -> Parser:
         default=[],
         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (required)",
     )
+    _add_measuring_flags(parser)
+    add_text(parser, "--output", unit="FILE", help="write the figures as JSON too")
+    add_switch(
+        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
+    return parser
+
+
+def _add_measuring_flags(parser: Parser) -> None:
     parser.add_argument(
         "--calibration",
         nargs="+",
@@ -68,14 +79,9 @@ def quantize_parser() -> Parser:
         parser, "--max_length", default=1024, unit="TOKENS", least=2, help="longer rows are cut"
     )
     add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="of the answer that is timed")
-    add_text(parser, "--output", unit="FILE", help="write the figures as JSON too")
-    add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
-    )
-    return parser
 
 
-def parse_quantize(argv: Sequence[str] | None = None) -> Namespace:
+def parse_quantize(argv: Sequence[str] | None = None) -> QuantizeSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
     parser = quantize_parser()
     args = parser.parse_args(argv)
@@ -94,7 +100,7 @@ def parse_quantize(argv: Sequence[str] | None = None) -> Namespace:
                 "will see; "
                 "not those of --eval, on which the result is judged"
             )
-    return args
+    return filled(QuantizeSettings, vars(args))
 
 
 def benchmark_parser() -> Parser:
@@ -102,8 +108,8 @@ def benchmark_parser() -> Parser:
     parser = Parser(
         prog="benchmark.py",
         usage="%(prog)s --model_path MODEL [flags]",
-        description="Time to load, time to the first token, tokens per second and peak memory of a model, each kind of "
-        "weights in a process of its own.",
+        description="Time to load, time to the first token, tokens per second and peak memory of a "
+        "model, each kind of weights in a process of its own.",
     )
     add_text(
         parser, "--model_path", unit="MODEL", help="anything that inference.py talks to (required)"
@@ -115,7 +121,6 @@ def benchmark_parser() -> Parser:
         default=[FULL, *QUANTS],
         help="kinds of weights to measure",
     )
-    add_gptq(parser)
     parser.add_argument(
         "--batch_size",
         nargs="+",
@@ -133,14 +138,16 @@ def benchmark_parser() -> Parser:
     return parser
 
 
-def parse_benchmark(argv: Sequence[str] | None = None) -> Namespace:
+def parse_benchmark(
+    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+) -> BenchmarkSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
     parser = benchmark_parser()
-    args = parser.parse_args(argv)
+    args = checked(parser, argv, older=older)
     if args.model_path is None:
         parser.error(
             "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
         )
     if min(args.batch_size) < 1:
         parser.error(f"--batch_size must be at least 1, not {min(args.batch_size)}")
-    return args
+    return filled(BenchmarkSettings, vars(args))

@@ -1,12 +1,19 @@
-"""What can be found wrong with the flags of PPO and GRPO before torch is imported. All raise
-ValueError with flag, finding and remedy."""
+"""Checks of the flags of PPO and GRPO before torch is imported. All raise ValueError with flag,
+finding and remedy."""
 
 import importlib.util
 import os
 from argparse import Namespace
 from pathlib import Path
 
-from coati.cli.checks import check_lora, check_mixture, check_parallel, check_paths, read_json
+from coati.cli.checks import (
+    check_lora,
+    check_mixture,
+    check_parallel,
+    check_paths,
+    read_json,
+    requested_options,
+)
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
@@ -25,7 +32,7 @@ PLACES_OF_KL = {
     "reward": "taken off the reward",
 }
 ESTIMATOR_OF = {"loss": "k3", "reward": "k1"}
-LONGEST_MARGIN = 1024
+LONGEST_BUFFER = 1024
 # Plugins whose weights one process holds whole, so that several models can share them.
 SHARING = tuple(name for name, row in PLUGINS.items() if row.whole_weights)
 # A sampled token's log-prob is of the whole distribution, whatever these made of it.
@@ -33,7 +40,7 @@ CHANGES_SAMPLES = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def check_rollouts(args: Namespace) -> None:
-    """What PPO and GRPO share; settles ``lora_rank``, the batch sizes of inference, and the names
+    """What PPO and GRPO share; resolves ``lora_rank``, the batch sizes of inference, and the names
     of rewards."""
     if not args.pretrain:
         raise ValueError(
@@ -45,10 +52,10 @@ def check_rollouts(args: Namespace) -> None:
             "prompt) or a raw file"
         )
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
-    check_mixture(args)
+    check_mixture(args, args.prompt_dataset)
     check_lora(args)
     _check_cut(args)
-    check_parallel(args)
+    check_parallel(args.plugin, requested_options(args, args.train_batch_size))
     _check_lengths(args)
     _check_sft(args)
     _check_reward_sources(args)
@@ -321,7 +328,7 @@ def _trained_biases(args: Namespace) -> str:
 
 
 def check_ppo(args: Namespace) -> None:
-    """PPO's own flags; settles the clips."""
+    """PPO's own flags; resolves the clip ranges."""
     args.clip_eps = args.clip_eps or CLIP
     args.clip_eps_low = args.clip_eps_low or min(args.clip_eps, 1.0)
     args.clip_eps_high = args.clip_eps_high or args.clip_eps
@@ -339,7 +346,7 @@ def check_ppo(args: Namespace) -> None:
 
 
 def check_grpo(args: Namespace) -> None:
-    """GRPO's own flags; settles the clips and DAPO's margin."""
+    """GRPO's own flags; resolves the clip ranges and DAPO's overlong buffer."""
     method = GROUP_METHODS[args.algo]
     args.clip_eps_high = args.clip_eps_high or args.clip_eps or method.clip_high
     args.clip_eps = args.clip_eps or CLIP
@@ -347,14 +354,12 @@ def check_grpo(args: Namespace) -> None:
     if args.overlong_buffer_len and args.algo != "dapo":
         raise ValueError(f"--overlong_buffer_len belongs to --algo dapo, not {args.algo}")
     if args.overlong_buffer_len is None:
-        args.overlong_buffer_len = (
-            min(LONGEST_MARGIN, args.max_seq_len // 4) if args.algo == "dapo" else 0
-        )
+        usual = min(LONGEST_BUFFER, args.max_seq_len // 4)
+        args.overlong_buffer_len = usual if args.algo == "dapo" else 0
     if args.overlong_buffer_len > args.max_seq_len:
         raise ValueError(
             f"--overlong_buffer_len {args.overlong_buffer_len} is more than a response may have "
-            "(--max_seq_len "
-            f"{args.max_seq_len}); a quarter of it is usual"
+            f"(--max_seq_len {args.max_seq_len}); a quarter of it is usual"
         )
     if args.overlong_buffer_len and args.mask_truncated_completions:
         logger.warning_once(

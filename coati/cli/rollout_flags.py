@@ -39,9 +39,9 @@ def add_data_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="prompts: arrow part directories (prepare_dataset.py --type prompt), or raw json, jsonl or parquet files, "
-        "which are prepared into a cache first; an answer at the end of a row is left out "
-        "(required)",
+        help="prompts: directories written by prepare_dataset.py --type prompt, or raw json, jsonl "
+        "or parquet files, which are prepared into a cache first; a final response in a row is "
+        "dropped (required)",
     )
     group.add_argument(
         "--dataset_weights",
@@ -49,8 +49,8 @@ def add_data_flags(parser: Parser) -> None:
         type=number(0, exclusive=True),
         default=[],
         metavar="W",
-        help="one number for each path: how often its prompts are drawn, relative to the others; default: every "
-        "prompt once before any comes again",
+        help="sampling weights of the mixture, one for each path; default: every prompt once "
+        "before any comes again",
     )
     group.add_argument(
         "--eval_prompt_dataset",
@@ -58,14 +58,15 @@ def add_data_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="prompts to evaluate on: reward, length and KL of answers to what is not trained on",
+        help="held-out prompts: reward, length and KL of the responses are evaluated on them",
     )
     add_count(
         group,
         "--eval_interval",
         unit="EPISODES",
         least=0,
-        help="episodes between evaluations, 0: only before and after training; default: a tenth of --num_episodes",
+        help="episodes between evaluations, 0: only before and after training; default: a tenth of "
+        "--num_episodes",
     )
     shared.add_template_flag(group)
     add_count(
@@ -74,11 +75,16 @@ def add_data_flags(parser: Parser) -> None:
         default=2048,
         unit="TOKENS",
         least=2,
-        help="prompt and response together; prompts longer than --max_length less --max_seq_len are left out, counted",
+        help="prompt and response together; prompts longer than --max_length less --max_seq_len "
+        "are left out and counted",
     )
     add_count(group, "--max_samples", help="the first N rows of --prompt_dataset; default: all")
+    _add_ptx_flags(parser)
+
+
+def _add_ptx_flags(parser: Parser) -> None:
     group = parser.add_argument_group(
-        "SFT beside it (ptx)", "Keeps the model from forgetting how to write."
+        "pretraining mix (ptx)", "An SFT loss beside the policy loss, against forgetting."
     )
     group.add_argument(
         "--ptx_dataset",
@@ -94,16 +100,18 @@ def add_data_flags(parser: Parser) -> None:
         default=0.0,
         unit="C",
         most=1,
-        help="the loss is (1 - C) x policy + C x SFT; 0: no SFT",
+        help="weight of the SFT loss: (1 - C) x policy loss + C x SFT loss; 0: none",
     )
     add_count(
         group,
         "--ptx_batch_size",
         default=4,
         unit="ROWS",
-        help="conversations beside each --train_batch_size",
+        help="conversations per micro-batch of --train_batch_size responses",
     )
-    add_switch(group, "--disable_loss_mask", help="SFT on all tokens, not on the assistant's alone")
+    add_switch(
+        group, "--disable_loss_mask", help="SFT on every token, not only the assistant's turns"
+    )
 
 
 def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
@@ -114,38 +122,35 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         group,
         "--num_episodes",
         default=1,
-        help="episodes of the run; --save_interval and others count them",
+        help="episodes of the run, which --save_interval and others count",
     )
-    add_count(
-        group, "--num_collect_steps", default=2, help="batches of prompts answered in an episode"
-    )
+    add_count(group, "--num_collect_steps", default=2, help="prompt batches per episode")
     add_count(
         group,
         "--experience_batch_size",
         default=16,
         unit="PROMPTS",
-        help="prompts in such a batch, per process (with --tp: per group of processes that share weights)",
+        help="prompts per batch and process (with --tp: per tensor parallel group)",
     )
-    add_count(
-        group, "--max_seq_len", default=256, unit="TOKENS", help="longest response, in new tokens"
-    )
+    add_count(group, "--max_seq_len", default=256, unit="TOKENS", help="longest response in tokens")
     add_count(
         group,
         "--inference_batch_size",
         unit="ROWS",
-        help="responses sampled at once; default: a whole batch",
+        help="responses sampled at once; default: the whole batch",
     )
     add_count(
         group,
         "--logits_forward_batch_size",
         unit="ROWS",
-        help="responses in one forward pass for log-probs, values and scores; default: --train_batch_size",
+        help="responses per forward pass for log-probs, values and scores; default: "
+        "--train_batch_size",
     )
     group.add_argument(
         "--rollout_engine",
         choices=ENGINES,
         default="model",
-        help="what samples: the trained model itself, or vLLM (to be installed; needs GPUs)",
+        help="what generates responses: the trained model itself, or vLLM (needs a GPU)",
     )
     add_count(
         group,
@@ -153,12 +158,12 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         default=10,
         unit="EPISODES",
         least=0,
-        help="between sample tables; 0: none",
+        help="episodes between tables of sample responses; 0: none",
     )
     add_switch(
         group,
         "--offload_inference_models",
-        help="keep reward model and reference in host memory while idle",
+        help="keep the reward model and the reference model in host memory while idle",
     )
     return group
 
@@ -171,8 +176,8 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         default=0,
         least=0,
         unit="K",
-        help="sample among the K likeliest tokens, 0: all. Log-probs are of the whole distribution: with this, or "
-        "--top_p or --repetition_penalty, KL estimates come out wrong",
+        help="top-k sampling, 0: off. Log-probs are of the full distribution: with this, --top_p "
+        "or --repetition_penalty, KL estimates are biased",
     )
     add_number(
         group,
@@ -181,7 +186,7 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         unit="P",
         exclusive=True,
         most=1,
-        help="sample among the likeliest tokens that have this probability together; 1: all",
+        help="nucleus sampling: the smallest set of tokens with cumulative probability P; 1: off",
     )
     add_number(
         group,
@@ -189,32 +194,37 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         default=1.0,
         unit="R",
         exclusive=True,
-        help="above 1: makes tokens that are there already less likely",
+        help="penalty of tokens that already occurred (CTRL); 1: none",
     )
 
 
 def add_reward_flags(parser: Parser, reward_clip: float) -> None:
-    group = parser.add_argument_group("reward", "A reward model, functions, or both: their sum.")
+    group = parser.add_argument_group(
+        "reward", "A reward model, reward functions, or the sum of both."
+    )
     add_text(
         group,
         "--rm_pretrain",
         unit="MODEL",
-        help="reward model of train_rm.py; with --rm_checkpoint_path its architecture alone",
+        help="reward model of train_rm.py; with --rm_checkpoint_path: its architecture only",
     )
     add_text(
-        group, "--rm_checkpoint_path", help="directory with weights and head of the reward model"
+        group,
+        "--rm_checkpoint_path",
+        help="directory with the weights and head of the reward model",
     )
     add_switch(
         group,
         "--no_neural_reward_model",
-        help="functions alone; --rm_pretrain is then the critic's start",
+        help="reward functions only; --rm_pretrain then initializes the critic",
     )
     group.add_argument(
         "--reward_functions",
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(REWARDS)}, or path.py:function of your own, which gets all responses of a batch",
+        help=f"{', '.join(REWARDS)}, or path.py:function of your own, called with all responses of "
+        "a batch",
     )
     group.add_argument(
         "--reward_weights",
@@ -222,34 +232,39 @@ def add_reward_flags(parser: Parser, reward_clip: float) -> None:
         type=_weight,
         default=[],
         metavar="W",
-        help="one number for each function, negative ones too; default: 1 each",
+        help="weight of each reward function, possibly negative; default: 1 each",
     )
+    _add_score_flags(group, reward_clip)
+
+
+def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float) -> None:
+    """What is made of scores."""
     add_number(
         group,
         "--reward_timeout",
         default=DEFAULT_TIMEOUT,
         unit="SECONDS",
-        help="that a function may take for a batch; 0: no limit",
+        help="time limit of a reward function for a batch; 0: none",
     )
     add_number(
         group,
         "--reward_clip",
         default=reward_clip,
         unit="R",
-        help="scores are cut to -R .. R; 0: not at all",
+        help="clip scores to -R .. R; 0: no clipping",
     )
     group.add_argument(
         "--reward_normalization",
         choices=REWARD_NORMALIZATIONS,
         default="none",
-        help="running: scores are brought to mean 0 and spread 1 of all scores so far",
+        help="running: normalize scores by the running mean and deviation",
     )
     add_number(
         group,
         "--missing_eos_penalty",
         default=0.0,
         unit="P",
-        help="taken off the score of a response that did not end",
+        help="subtracted from the score of a response without end token",
     )
 
 
@@ -263,14 +278,16 @@ def _weight(text: str) -> float:
 def add_kl_flags(
     parser: Parser, kl_coef: float, places: tuple[str, ...]
 ) -> argparse._ArgumentGroup:
-    about = "Holds the model near --pretrain, the reference; with LoRA that is the same model with its adapters off."
+    about = (
+        "KL penalty to the reference model, --pretrain; with LoRA the policy without its adapters."
+    )
     group = parser.add_argument_group("KL", about)
     add_number(
         group,
         "--kl_coef",
         default=kl_coef,
         unit="C",
-        help="weight of the KL; 0: none, and no reference is loaded",
+        help="weight of the KL penalty; 0: none, and no reference model is loaded",
     )
     default = "k1" if len(places) == 1 else None
     spoken = "" if default else "; default: k3 in the loss, k1 in the reward"
@@ -284,21 +301,22 @@ def add_kl_flags(
         "--kl_in",
         choices=places,
         default=places[0],
-        help=table("where it counts", {name: PLACES_OF_KL[name] for name in places}),
+        help=table("where the penalty applies", {name: PLACES_OF_KL[name] for name in places}),
     )
     add_number(
         group,
         "--kl_target",
         unit="KL",
         exclusive=True,
-        help="--kl_coef is moved so that the KL of a response (sum over its tokens) comes near this; default: fixed",
+        help="adapt --kl_coef toward this KL per response (summed over tokens); default: fixed",
     )
     add_count(
         group,
         "--kl_horizon",
         default=KL_HORIZON,
         unit="RESPONSES",
-        help="after so many, a KL of 1.2 times --kl_target or more has raised --kl_coef by a fifth",
+        help="horizon of the adaptive controller: responses after which a KL of 1.2 x --kl_target "
+        "or more has raised --kl_coef by a fifth",
     )
     return group
 
@@ -313,7 +331,11 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         group, "--num_update_steps", default=5, help="passes over the responses of an episode"
     )
     add_count(
-        group, "--train_batch_size", default=16, unit="ROWS", help="responses per batch and process"
+        group,
+        "--train_batch_size",
+        default=16,
+        unit="ROWS",
+        help="responses per micro-batch and process",
     )
     add_count(
         group,
@@ -321,14 +343,14 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         default=0,
         unit="ROWS",
         least=0,
-        help="newest responses kept, per process; 0: all",
+        help="newest responses kept in the buffer, per process; 0: all",
     )
     add_number(
         group,
         "--clip_eps",
         unit="E",
         exclusive=True,
-        help="a probability may move by a factor of 1 - E to 1 + E before its gradient stops; default: 0.2",
+        help="PPO clip range epsilon; default: 0.2",
     )
     add_number(
         group,
@@ -336,7 +358,7 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         unit="E",
         exclusive=True,
         most=1,
-        help="the lower E; default: --clip_eps",
+        help="lower clip range (1 - E); default: --clip_eps",
     )
     upper = "" if parser.action_of("--algo") is None else ", and 0.28 for dapo"
     add_number(
@@ -344,7 +366,7 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         "--clip_eps_high",
         unit="E",
         exclusive=True,
-        help=f"the upper E; default: --clip_eps{upper}",
+        help=f"upper clip range (1 + E); default: --clip_eps{upper}",
     )
     add_number(
         group,
@@ -352,15 +374,15 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         default=20.0,
         unit="R",
         exclusive=True,
-        help="a batch whose mean probability ratio to the rollout is above R is not learned from",
+        help="skip the update when the mean importance ratio exceeds R",
     )
     return group
 
 
 def add_critic_flags(parser: Parser) -> None:
-    about = "Starts from the reward model, or else from --pretrain with a head of 0."
+    about = "Initialized from the reward model, else from --pretrain with a zero head."
     group = parser.add_argument_group("critic", about)
-    add_text(group, "--critic_pretrain", unit="MODEL", help="start from this model instead")
+    add_text(group, "--critic_pretrain", unit="MODEL", help="initialize from this model instead")
     add_text(
         group,
         "--critic_checkpoint_path",
@@ -372,7 +394,7 @@ def add_critic_flags(parser: Parser) -> None:
         default=9e-6,
         unit="RATE",
         exclusive=True,
-        help="its highest learning rate",
+        help="peak learning rate of the critic",
     )
     add_number(
         group,
@@ -380,5 +402,5 @@ def add_critic_flags(parser: Parser) -> None:
         default=0.2,
         unit="E",
         exclusive=True,
-        help="a value may move so far from the rollout's",
+        help="PPO value-function clip range",
     )

@@ -1,57 +1,36 @@
-"""The flags of train_ppo.py, train_grpo.py and train_prompts.py."""
+"""The flags of train_ppo.py and train_grpo.py."""
 
 import argparse
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from coati.cli import arguments as shared
-from coati.cli import legacy, legacy_ppo
 from coati.cli import rollout_flags as flags
-from coati.cli.parser import Parser
+from coati.cli.checks import checked, requested_options
+from coati.cli.parser import OlderFlags, Parser
 from coati.cli.rollout_checks import PLACES_OF_KL, check_grpo, check_ppo, check_rollouts
+from coati.cli.settings import (
+    DataSettings,
+    OnlineSettings,
+    PPOSettings,
+    SamplingSettings,
+    filled,
+    settings_of,
+)
 from coati.cli.values import add_count, add_number, add_switch
 from coati.experience_maker.advantage_registry import GROUP_METHODS, REWARD_PLACES
 
-# Taken so that they can be refused by name: a model that is cut like this cannot sample.
+Settings = TypeVar("Settings", bound=OnlineSettings)
+# Taken so that they can be refused by name: a model that is split like this cannot sample.
 NOT_HERE = ("--pp", "--sp", "--sp_mode", "--enable_sequence_parallelism", "--microbatch_size")
-
-
-class RolloutFlags(Namespace):
-    """Flags that the code shared with the other trainers knows by other names; they are not written
-    to files."""
-
-    @property
-    def dataset(self) -> list[str]:
-        return self.prompt_dataset
-
-    @property
-    def eval_dataset(self) -> list[str]:
-        return self.eval_prompt_dataset
-
-    @property
-    def batch_size(self) -> int:
-        return self.train_batch_size
-
-    @property
-    def eval_batch_size(self) -> int:
-        return self.experience_batch_size
-
-    @property
-    def max_steps(self) -> None:
-        """A run ends after ``num_episodes``."""
-
-    @property
-    def ref_tp(self) -> None:
-        """The reference is split as the policy is."""
 
 
 def ppo_parser() -> Parser:
     """The parser of ``train_ppo.py``."""
     parser = _parser(
         "train_ppo.py",
-        "PPO: the model answers prompts, answers are scored, a critic says what was "
-        "expected, and the model learns to do better than that.",
+        "PPO: rollouts, rewards, GAE advantages from a critic, clipped policy update.",
     )
     flags.add_data_flags(parser)
     flags.add_rollout_flags(parser)
@@ -62,29 +41,29 @@ def ppo_parser() -> Parser:
         default=1.0,
         unit="T",
         exclusive=True,
-        help="logits are divided by it",
+        help="sampling temperature",
     )
     flags.add_sampling_flags(group)
     flags.add_reward_flags(parser, reward_clip=5.0)
     flags.add_kl_flags(parser, kl_coef=0.1, places=("reward",))
     group = flags.add_update_flags(parser)
-    add_number(group, "--gamma", default=1.0, unit="G", most=1, help="discount of later rewards")
+    add_number(group, "--gamma", default=1.0, unit="G", most=1, help="discount factor gamma")
     add_number(
         group,
         "--lam",
         default=0.95,
         unit="L",
         most=1,
-        help="lambda of generalized advantage estimation",
+        help="lambda of generalized advantage estimation (GAE)",
     )
     add_switch(
-        group, "--no_whiten_advantages", help="do not bring advantages to mean 0 and spread 1"
+        group, "--no_whiten_advantages", help="do not whiten advantages to mean 0, deviation 1"
     )
     group.add_argument(
         "--reward_at",
         choices=tuple(REWARD_PLACES),
         default="last",
-        help=flags.table("where the score is given", REWARD_PLACES),
+        help=flags.table("tokens that receive the score", REWARD_PLACES),
     )
     flags.add_critic_flags(parser)
     return _finished(parser, lr=9e-6, accumulation_steps=2)
@@ -94,8 +73,8 @@ def grpo_parser() -> Parser:
     """The parser of ``train_grpo.py``."""
     parser = _parser(
         "train_grpo.py",
-        "GRPO and its kin: several answers to each prompt are scored and compared with "
-        "each other, so no critic is needed.",
+        "GRPO and its variants: advantages from a group of responses to each prompt, without a "
+        "critic.",
     )
     group = parser.add_argument_group("algorithm")
     group.add_argument(
@@ -104,7 +83,7 @@ def grpo_parser() -> Parser:
         choices=tuple(GROUP_METHODS),
         default="grpo",
         help=flags.table(
-            "how scores become advantages", {name: row.about for name, row in GROUP_METHODS.items()}
+            "advantage estimator", {name: row.about for name, row in GROUP_METHODS.items()}
         ),
     )
     add_count(
@@ -113,20 +92,19 @@ def grpo_parser() -> Parser:
         "--overlong_margin",
         unit="TOKENS",
         least=0,
-        help="dapo: the last so many tokens before --max_seq_len cost up to 1 of the score, 0: "
-        "none; default: a quarter of --max_seq_len, at most 1024",
+        help="DAPO's soft overlong punishment: the last so many tokens before --max_seq_len cost "
+        "up to 1 of the score, 0: none; default: a quarter of --max_seq_len, at most 1024, with "
+        "--algo dapo",
     )
     add_switch(
         group,
         "--mask_truncated_completions",
         "--filter_truncated",
-        help="responses that --max_seq_len has cut are not trained on",
+        help="do not train on responses truncated at --max_seq_len",
     )
     flags.add_data_flags(parser)
     group = flags.add_rollout_flags(parser)
-    add_count(
-        group, "--num_generations", default=8, help="responses to each prompt, which make a group"
-    )
+    add_count(group, "--num_generations", default=8, help="responses per prompt (the group size)")
     group = parser.add_argument_group("sampling")
     add_number(
         group,
@@ -134,7 +112,7 @@ def grpo_parser() -> Parser:
         default=1.0,
         unit="T",
         exclusive=True,
-        help="logits are divided by it",
+        help="sampling temperature at the start",
     )
     add_number(
         group,
@@ -142,8 +120,8 @@ def grpo_parser() -> Parser:
         default=0.9,
         unit="T",
         exclusive=True,
-        help="it moves there in a straight line, from a sixth (at most 100) to half (at most 600) "
-        "of the episodes",
+        help="sampling temperature at the end: annealed linearly from a sixth (at most 100) to "
+        "half (at most 600) of the episodes",
     )
     flags.add_sampling_flags(group)
     flags.add_reward_flags(parser, reward_clip=0.0)
@@ -156,10 +134,9 @@ def _parser(program: str, description: str) -> Parser:
     parser = Parser(
         prog=program,
         description=description,
-        usage="%(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] "
-        "--rm_pretrain MODEL [flags]\n"
-        "       %(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] --reward_functions "
-        "NAME [NAME ...] [flags]",
+        usage="%(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] --rm_pretrain MODEL "
+        "[flags]\n       %(prog)s --pretrain MODEL --prompt_dataset PATH [PATH ...] "
+        "--reward_functions NAME [NAME ...] [flags]",
     )
     shared.add_model_flags(parser)
     return parser
@@ -173,51 +150,49 @@ def _finished(parser: Parser, **defaults: Any) -> Parser:
     add_switch(
         shared.add_lora_flags(parser),
         "--shared_base",
-        help="LoRA: actor, critic, reward model and reference are adapters on one copy of "
+        help="LoRA: actor, critic, reward model and reference are adapters on one shared copy of "
         "--pretrain",
     )
     shared.add_output_flags(parser, steps="episodes", final="DIR/actor/modeling")
     shared.add_logging_flags(parser, steps="episodes")
-    legacy.add_flags(parser)
-    legacy_ppo.add_flags(parser)
     parser.set_defaults(**defaults)
     return parser
 
 
-def parse_ppo(argv: Sequence[str] | None = None) -> Namespace:
+def parse_ppo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> PPOSettings:
     """The checked flags of ``train_ppo.py``; as :func:`coati.cli.arguments.parse_sft`.
 
-    ``kl_estimator``, ``clip_eps_low`` and ``clip_eps_high``, ``inference_batch_size`` and
-    ``logits_forward_batch_size`` are settled; 0 means no limit for ``reward_clip``,
-    ``reward_timeout`` and
-    ``buffer_limit``.
+    ``kl_estimator``, the clip ranges and the batch sizes of inference are resolved.
     """
-    return _parse(ppo_parser(), argv, check_ppo)
+    return _parse(PPOSettings, ppo_parser(), argv, older, check_ppo)
 
 
-def parse_grpo(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags of ``train_grpo.py``; as :func:`parse_ppo`, ``overlong_buffer_len`` 0
-    without DAPO."""
-    return _parse(grpo_parser(), argv, check_grpo)
-
-
-def parse_prompts(argv: Sequence[str] | None = None) -> Namespace:
-    """The checked flags of ``train_prompts.py``: those of ``train_ppo.py`` and of the first
-    generation."""
-    parser = ppo_parser()
-    parser.prog = "train_prompts.py"
-    legacy_ppo.add_prompts(parser)
-    return _parse(parser, argv, check_ppo)
+def parse_grpo(
+    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+) -> OnlineSettings:
+    """The checked flags of ``train_grpo.py``; as :func:`parse_ppo`."""
+    return _parse(OnlineSettings, grpo_parser(), argv, older, check_grpo)
 
 
 def _parse(
-    parser: Parser, argv: Sequence[str] | None, check: Callable[[Namespace], None]
-) -> Namespace:
-    args = parser.parse_args(argv, RolloutFlags())
-    try:
-        legacy_ppo.apply_legacy_flags(args)
-        check_rollouts(args)
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    kind: type[Settings],
+    parser: Parser,
+    argv: Sequence[str] | None,
+    older: OlderFlags | None,
+    check: Callable[[Namespace], None],
+) -> Settings:
+    args = checked(parser, argv, check_rollouts, check, older=older)
+    flags = vars(args)
+    data = filled(
+        DataSettings, flags, dataset=args.prompt_dataset, eval_dataset=args.eval_prompt_dataset
+    )
+    groups: dict[str, Any] = {"data": data}
+    if "temperature" in flags:  # PPO's stays the same
+        groups["sampling"] = filled(
+            SamplingSettings,
+            flags,
+            initial_temperature=args.temperature,
+            final_temperature=args.temperature,
+        )
+    options = requested_options(args, args.train_batch_size)
+    return settings_of(kind, args, parallel=options, **groups)

@@ -1,9 +1,10 @@
 """The flags of ``score.py``."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 from coati.cli.parser import Parser
+from coati.cli.program_settings import ScoreSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_switch, add_text
 
 
@@ -12,7 +13,8 @@ def score_parser() -> Parser:
     parser = Parser(
         prog="score.py",
         usage="%(prog)s --model_path MODEL --input FILE [FILE ...] [flags]",
-        description="Scores of a reward model for rows of data files: pairs, judged answers, or conversations.",
+        description="Scores of a reward model for rows of data files: pairs, judged answers, or "
+        "conversations.",
     )
     add_text(
         parser,
@@ -45,7 +47,8 @@ def score_parser() -> Parser:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+        help="template JSON; default: conversation_template.json beside the weights, else the "
+        "tokenizer's own template",
     )
     add_switch(
         parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
@@ -53,7 +56,7 @@ def score_parser() -> Parser:
     return parser
 
 
-def parse_score(argv: Sequence[str] | None = None) -> Namespace:
+def parse_score(argv: Sequence[str] | None = None) -> ScoreSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
     parser = score_parser()
     args = parser.parse_args(argv)
@@ -61,4 +64,4 @@ def parse_score(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--model_path is required: a directory that train_rm.py wrote")
     if not args.input:
         parser.error("--input is required: files or folders of rows to score")
-    return args
+    return filled(ScoreSettings, vars(args))

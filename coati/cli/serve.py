@@ -2,20 +2,23 @@
 
 import os
 import socket
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 
+from coati.cli.checks import checked
 from coati.cli.inference import add_sampling_flags
-from coati.cli.legacy import add_gptq
-from coati.cli.parser import Parser
+from coati.cli.parser import OlderFlags, Parser
+from coati.cli.program_settings import ServerSettings
+from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
 from coati.models.quantization_registry import QUANTS
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-TOKEN_VARIABLE, ORIGIN_VARIABLE = "COATI_SERVER_TOKEN", "CORS_ORIGIN"
+TOKEN_VARIABLE = "COATI_SERVER_TOKEN"
+ORIGIN_VARIABLE = "CORS_ORIGIN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -24,8 +27,8 @@ def server_parser() -> Parser:
     parser = Parser(
         prog="server.py",
         usage="%(prog)s MODEL [flags]",
-        description="Serves a model: OpenAI's chat completions, /generate, and a page to chat on. `MODEL` may also be "
-        "given without `--model_path`.",
+        description="Serves a model: OpenAI's chat completions, /generate, and a page to chat on. "
+        "`MODEL` may also be given without `--model_path`.",
     )
     parser.add_argument("pretrained", nargs="?", help=SUPPRESS)
     add_text(
@@ -41,7 +44,8 @@ def server_parser() -> Parser:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON; default: conversation_template.json beside the weights, else the tokenizer's own template",
+        help="template JSON; default: conversation_template.json beside the weights, else the "
+        "tokenizer's own template",
     )
     add_text(
         parser,
@@ -55,7 +59,6 @@ def server_parser() -> Parser:
     parser.add_argument(
         "--quant", choices=tuple(QUANTS), help="quantize the weights while loading, by bitsandbytes"
     )
-    add_gptq(parser)
     _add_network_flags(parser)
     _add_limits(parser)
     add_sampling_flags(parser, seed=False)
@@ -82,13 +85,15 @@ def _add_network_flags(parser: Parser) -> None:
         group,
         "--token_file",
         unit="FILE",
-        help=f"its first line is the token that clients must send; default: the variable {TOKEN_VARIABLE}, else none",
+        help="its first line is the token that clients must send; default: the variable "
+        f"{TOKEN_VARIABLE}, else none",
     )
     add_text(
         group,
         "--cors_origins",
         unit="ORIGIN,...",
-        help=f"other web pages that may call the server; default: the variable {ORIGIN_VARIABLE}, else none",
+        help=f"other web pages that may call the server; default: the variable {ORIGIN_VARIABLE}, "
+        "else none",
     )
     add_text(
         group,
@@ -130,13 +135,15 @@ def _add_limits(parser: Parser) -> None:
     )
 
 
-def parse_server(argv: Sequence[str] | None = None) -> Namespace:
+def parse_server(
+    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+) -> ServerSettings:
     """The checked flags, with ``token`` (None: everybody may ask) and ``cors_origins`` as a tuple.
 
     Exits with code 2 and one line naming a wrong flag.
     """
     parser = server_parser()
-    args = parser.parse_args(argv)
+    args = checked(parser, argv, older=older)
     if args.pretrained and args.model_path:
         parser.error(f"{args.pretrained} and --model_path {args.model_path}: name one model")
     args.model_path = args.model_path or args.pretrained
@@ -163,7 +170,7 @@ def parse_server(argv: Sequence[str] | None = None) -> Namespace:
             f"--http_host {args.http_host} without --token_file: whoever reaches this address can "
             "use the model"
         )
-    return args
+    return filled(ServerSettings, vars(args))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

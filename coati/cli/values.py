@@ -5,7 +5,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
 
 
 def whole_number(least: int) -> Callable[[str], int]:

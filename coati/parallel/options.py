@@ -44,6 +44,12 @@ class ParallelOptions:
         return self.tp * self.pp * self.sp
 
     @property
+    def needs_hybrid(self) -> bool:
+        """Whether a flag is given that asks for a model split in several ways (plugin 3d)."""
+        split = self.tp > 1 or self.pp > 1 or self.sp > 1
+        return split or self.enable_sequence_parallelism or self.zero_stage > 0
+
+    @property
     def sequence_multiple(self) -> int:
         """What every padded length must be a multiple of."""
         if not self.enable_sequence_parallelism:

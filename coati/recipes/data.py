@@ -4,141 +4,94 @@ prepared first."""
 import hashlib
 import json
 import os
-from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coati.dataset.chat.conversation import Conversation
+from coati.cli.settings import DataSettings, OnlineSettings, SLSettings
 from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
-from coati.dataset.load.loader import (
-    check_global_batch,
-    load_tokenized_dataset,
-    part_directories,
-    row_lengths,
-)
+from coati.dataset.load.loader import check_global_batch, load_tokenized_dataset, row_lengths
 from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.rows.input_files import find_files
-from coati.dataset.rows.readers import kind_of
-from coati.parallel.plugins import ParallelOptions
-from coati.recipes.resume import pack_length
-from coati.utils.distributed import all_gather_object, is_rank_0, world_size
+from coati.recipes.prepared import held_out_split, is_raw, train_split
+from coati.recipes.run import PreparedRows, Run
+from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-HELD_OUT = (
-    "validation",
-    "test",
-)  # in the order in which a split of that name is taken to evaluate on
 
+def training_rows(run: Run, type: str, flag: str = "dataset") -> PreparedRows:
+    """The rows to train on. ``flag``: what named their paths, for messages.
 
-def rows_of(
-    paths: list[str],
-    args: Namespace,
-    tokenizer: Any,
-    template: Conversation | None,
-    mode: str = "train",
-    type: str = "sft",
-    flag: str | None = None,
-):
-    """The rows of ``paths``, None without paths. Raises ValueError for rows of another type or
-    another tokenizer.
-
-    ``flag``: what named the paths, for messages. Rows that are too long are cut by the collator
-    (sft) or left out here (the other types).
+    Rows that are too long are truncated by the collator (sft) or left out here (the other types).
+    Raises ValueError for rows of another type or another tokenizer.
     """
-    flag = flag or ("dataset" if mode == "train" else "eval_dataset")
-    ready = [
-        _prepare_raw(
-            path, args, tokenizer, template, type, _train_split(path) if mode == "train" else None
-        )
-        if is_raw(path)
-        else path
-        for path in paths
-    ]
-    rows = load_tokenized_dataset(ready, mode)
-    if rows is None:
+    return _training_rows(run, run.settings.data, type, flag)
+
+
+def ptx_rows(run: Run[OnlineSettings]) -> PreparedRows | None:
+    """The rows of ``--ptx_dataset``, or None where they count for nothing."""
+    ptx = run.settings.ptx
+    if not ptx.ptx_coef:
         return None
-    _remember(args, mode, ready)
-    _check_type(rows, paths[0], type, flag)
-    if mode == "train" and args.dataset_weights:
-        args._dataset_sizes = [len(load_tokenized_dataset(path, mode)) for path in ready]
-    if mode == "train" and args.max_samples:
-        rows = rows.select(range(min(args.max_samples, len(rows))))
-    first = rows[: min(len(rows), 256)]
-    largest = max(
-        (max(row) for name in DATA_TYPES[type].token_columns for row in first[name] if row),
-        default=0,
-    )
-    if largest >= len(tokenizer):
-        raise ValueError(
-            f"--{flag} {paths[0]} holds token id {largest}, the tokenizer has {len(tokenizer)} "
-            "tokens; prepare the "
-            "data with this model's tokenizer"
-        )
-    return rows if DATA_TYPES[type].is_cut else _fitting(rows, args, flag, type)
+    # Weights and --max_samples are the prompts'.
+    data = replace(run.settings.data, dataset=ptx.ptx_dataset, dataset_weights=[], max_samples=None)
+    return _training_rows(run, data, "sft", "ptx_dataset")
 
 
-def evaluation_rows(args: Namespace, tokenizer: Any, template: Conversation | None, type: str):
+def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
     """The rows of ``--eval_dataset``; without it those of the test or validation split of a raw
-    ``--dataset``."""
-    if args.eval_dataset:
-        return rows_of(args.eval_dataset, args, tokenizer, template, mode="valid", type=type)
-    for path in filter(is_raw, args.dataset):
-        for split in HELD_OUT:
-            if _has_split(path, split):
-                logger.info(f"{path}: its {split} split becomes the evaluation set")
-                folder = _prepare_raw(path, args, tokenizer, template, type, split)
-                _remember(args, "valid", [folder])
-                return _fitting(load_tokenized_dataset([folder]), args, "dataset", type)
+    ``--dataset``; None where there are none."""
+    data = run.settings.data
+    if data.eval_dataset:
+        folders = [_prepared(run, path, type, None) for path in data.eval_dataset]
+        rows = load_tokenized_dataset(folders, "valid")
+        _check_rows(run, rows, data.eval_dataset[0], type, "eval_dataset")
+        return _fitting(PreparedRows(rows, folders, [len(rows)]), data, "eval_dataset", type)
+    for path in filter(is_raw, data.dataset):
+        if split := held_out_split(path):
+            logger.info(f"{path}: its {split} split becomes the evaluation set")
+            folder = _prepared(run, path, type, split)
+            rows = load_tokenized_dataset([folder])
+            return _fitting(PreparedRows(rows, [folder], [len(rows)]), data, "dataset", type)
     return None
 
 
-def _remember(args: Namespace, mode: str, ready: list[str]) -> None:
-    args._prepared = {**getattr(args, "_prepared", {}), mode: ready}
+def _training_rows(run: Run, data: DataSettings, type: str, flag: str) -> PreparedRows:
+    folders = [
+        _prepared(run, path, type, train_split(path) if is_raw(path) else None)
+        for path in data.dataset
+    ]
+    rows = load_tokenized_dataset(folders)
+    _check_rows(run, rows, data.dataset[0], type, flag)
+    sizes = [len(rows)]
+    if data.dataset_weights:
+        sizes = [len(load_tokenized_dataset(folder)) for folder in folders]
+    if data.max_samples:
+        rows = rows.select(range(min(data.max_samples, len(rows))))
+        sizes = [len(rows)]
+    return _fitting(PreparedRows(rows, folders, sizes), data, flag, type)
 
 
-def is_raw(path: str) -> bool:
-    """Whether ``path`` is a file or folder of rows that still have to be prepared, or the name of a
-    data set."""
-    folder = Path(path)
-    if folder.is_file() or not folder.exists():
-        return True
-    if (folder / "preparation.json").exists() or any(folder.glob("part-*")):
-        return False
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        return not _holds_tokens(folder)
-    return any(kind_of(file) for file in folder.rglob("*"))
-
-
-def _holds_tokens(folder: Path) -> bool:
-    text = "".join(info.read_text(encoding="utf-8") for info in folder.rglob("dataset_info.json"))
-    return any(
-        f'"{name}"' in text for name in ("input_ids", "chosen_input_ids", "completion_decode")
-    )
-
-
-def _has_split(path: str, split: str) -> bool:
-    if Path(path).is_file():
-        return False
-    try:
-        return bool(find_files([path], split))
-    except ValueError:
-        return False
-
-
-def _train_split(path: str) -> str | None:
-    """ "train" where ``path`` has a split of that name and one to evaluate on; else all is for
-    training."""
-    held_out = any(_has_split(path, split) for split in HELD_OUT)
-    return "train" if held_out and _has_split(path, "train") else None
+def _check_rows(run: Run, rows: Any, path: str, type: str, flag: str) -> None:
+    _check_type(rows, path, type, flag)
+    first = rows[: min(len(rows), 256)]
+    columns = DATA_TYPES[type].token_columns
+    largest = max((max(row) for name in columns for row in first[name] if row), default=0)
+    if largest >= len(run.tokenizer):
+        raise ValueError(
+            f"--{flag} {path} holds token id {largest}, the tokenizer has {len(run.tokenizer)} "
+            "tokens; prepare the data with this model's tokenizer"
+        )
 
 
 def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
-    found, needed = types_of(rows.column_names), DATA_TYPES[type].needed_columns
+    found = types_of(rows.column_names)
+    needed = DATA_TYPES[type].needed_columns
     remedy = f"prepare them with prepare_dataset.py --type {type}"
     if missing := [name for name in needed if name not in rows.column_names]:
         what = (
@@ -148,7 +101,7 @@ def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
             f"--{flag} {path} has no {missing[0]}: {what}. This script reads rows of type {type} "
             f"there; {remedy}"
         )
-    # Rows for sft hold a prompt's columns, too, and its answer with them.
+    # Rows for sft hold a prompt's columns, too, and its response with them.
     fuller = found[0]
     if set(needed) < set(fuller.needed_columns):
         column = next(name for name in fuller.needed_columns if name not in needed)
@@ -158,34 +111,43 @@ def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
         )
 
 
-def _longest(args: Namespace, type: str) -> int:
+def _longest(data: DataSettings, type: str) -> int:
     """Tokens that a row may have; a prompt leaves room for its response."""
-    return args.max_length - (args.max_seq_len if DATA_TYPES[type].leaves_room else 0)
+    return data.max_length - (data.max_seq_len if DATA_TYPES[type].leaves_room else 0)
 
 
-def _fitting(rows: Any, args: Namespace, flag: str, type: str):
-    """Pairs, judged answers and prompts are never cut: without those that are too long, which are
-    counted."""
-    most, limit = _longest(args, type), f"--max_length {args.max_length}"
+def _fitting(found: PreparedRows, data: DataSettings, flag: str, type: str) -> PreparedRows:
+    """Pairs, labeled responses and prompts are never truncated: without those that are too long,
+    which are counted."""
+    if DATA_TYPES[type].is_cut:
+        return found
+    most = _longest(data, type)
+    limit = f"--max_length {data.max_length}"
     if DATA_TYPES[type].leaves_room:
-        limit = f"{most} tokens ({limit} less --max_seq_len {args.max_seq_len})"
-    fits = np.flatnonzero(row_lengths(rows) <= most)
-    if left_out := len(rows) - len(fits):
-        longest = int(row_lengths(rows).max())
-        what = f"--{flag}: {left_out} of {len(rows)} rows are longer than {limit}"
-        if not len(fits):
-            raise ValueError(
-                f"{what} (the longest has {longest} tokens): nothing is left; raise --max_length"
-            )
-        logger.info(f"{what} (the longest has {longest} tokens) and are left out")
-        return rows.select(fits)
-    return rows
+        limit = f"{most} tokens ({limit} less --max_seq_len {data.max_seq_len})"
+    lengths = row_lengths(found.rows)
+    fits = lengths <= most
+    left_out = len(fits) - int(fits.sum())
+    if not left_out:
+        return found
+    what = f"--{flag}: {left_out} of {len(fits)} rows are longer than {limit}"
+    longest = int(lengths.max())
+    if left_out == len(fits):
+        raise ValueError(
+            f"{what} (the longest has {longest} tokens): nothing is left; raise --max_length"
+        )
+    logger.info(f"{what} (the longest has {longest} tokens) and are left out")
+    sets = np.split(fits, np.cumsum(found.sizes)[:-1])
+    sizes = [int(kept.sum()) for kept in sets]
+    return PreparedRows(found.rows.select(np.flatnonzero(fits)), found.folders, sizes)
 
 
-def _prepare_raw(
-    path: str, args: Namespace, tokenizer: Any, template: Conversation, type: str, split: str | None
-) -> str:
-    folder = _cache_folder(path, args, tokenizer, template, type, split)
+def _prepared(run: Run, path: str, type: str, split: str | None) -> str:
+    """The prepared directory of ``path``: itself, or one in the cache."""
+    if not is_raw(path):
+        return path
+    settings = run.settings
+    folder = _cache_folder(run, path, type, split)
     failure = None
     if not (folder / "preparation.json").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         logger.info(
@@ -195,15 +157,15 @@ def _prepare_raw(
         try:
             prepare_dataset(
                 inputs=[path],
-                tokenizer=tokenizer,
-                template=template,
+                tokenizer=run.tokenizer,
+                template=run.template,
                 arrow_dir=folder,
                 type=type,
                 split=split,
-                max_length=_longest(args, type),
+                max_length=_longest(settings.data, type),
                 num_bins=1,
-                tokenizer_name=args.tokenizer_dir or args.pretrain,
-                seed=args.seed,
+                tokenizer_name=settings.model.tokenizer,
+                seed=settings.seed,
                 show=print if is_rank_0() else None,
             )
         except (ValueError, OSError) as error:
@@ -214,46 +176,39 @@ def _prepare_raw(
     return str(folder)
 
 
-def _cache_folder(
-    path: str, args: Namespace, tokenizer: Any, template: Conversation, type: str, split: str | None
-) -> Path:
+def _cache_folder(run: Run, path: str, type: str, split: str | None) -> Path:
     files = find_files([path], split)
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     vocabulary = hashlib.sha256(
-        json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        json.dumps(sorted(run.tokenizer.get_vocab().items())).encode()
     ).hexdigest()
-    key = json.dumps([stamps, vocabulary, template.to_config(), _longest(args, type), type])
+    template = run.template.to_config()
+    key = json.dumps([stamps, vocabulary, template, _longest(run.settings.data, type), type])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def beside(args: Namespace, mode: str, name: str) -> Path:
-    """Where something that belongs to the rows of ``mode`` is kept: a folder ``name`` next to their
-    prepared parts."""
-    return part_directories(args._prepared[mode][0])[0].parent / name
-
-
-def epoch_plan(args: Namespace, rows: Any) -> EpochOrder:
-    """The order of the training rows of :func:`rows_of`: mixed by ``--dataset_weights``, packed by
-    ``--packing``."""
+def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:
+    """The order of the training rows: mixed by ``--dataset_weights``, packed by ``--packing``."""
+    data = run.settings.data
     mixture = None
-    if args.dataset_weights:
-        mixture = Mixture(
-            tuple(args.dataset), tuple(args._dataset_sizes), tuple(args.dataset_weights)
-        )
+    if data.dataset_weights:
+        mixture = Mixture(tuple(data.dataset), tuple(train.sizes), tuple(data.dataset_weights))
     return EpochOrder(
-        row_lengths(rows), seed=args.seed, mixture=mixture, pack_length=pack_length(args)
+        row_lengths(train.rows),
+        seed=run.settings.seed,
+        mixture=mixture,
+        pack_length=data.pack_length,
     )
 
 
-def check_rows(args: Namespace, options: ParallelOptions, rows: Any) -> None:
-    """Refuse fewer ``rows`` (or packs of an :class:`EpochOrder`) than one step needs before a model
-    is loaded."""
-    plan = rows if isinstance(rows, EpochOrder) else epoch_plan(args, rows)
+def check_order(run: Run[SLSettings], order: EpochOrder) -> None:
+    """Refuse fewer rows (or packs) than one optimizer step needs, before a model is loaded."""
+    batches = run.settings.batches
     check_global_batch(
-        plan, args.batch_size, args.accumulation_steps, world_size() // options.model_parallel_size
+        order, batches.batch_size, batches.accumulation_steps, run.data_parallel_size
     )
-    if plan.mixture is not None:
-        logger.info(plan.mixture.describe())
-    if plan.pack_length is not None:
-        logger.info(plan.describe_packing(args.batch_size))
+    if order.mixture is not None:
+        logger.info(order.mixture.describe())
+    if order.pack_length is not None:
+        logger.info(order.describe_packing(batches.batch_size))

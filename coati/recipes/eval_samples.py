@@ -1,5 +1,4 @@
-"""Sample answers shown at each evaluation: what the model says to the first questions of the
-evaluation rows."""
+"""Sample responses shown at each evaluation, to the first prompts of the evaluation rows."""
 
 from collections.abc import Callable
 from os.path import commonprefix
@@ -10,27 +9,29 @@ from coati.models.generation.loop import Sampling
 from coati.models.generation.response_table import format_samples, left_pad, without_stop
 from coati.parallel.engine import Engine
 from coati.parallel.plugin_checks import cannot_generate, resolve_options
-from coati.parallel.plugins import ParallelOptions
 from coati.parallel.sharded_generation import sample
+from coati.recipes.run import PreparedRows, Run
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-ROWS, NEW_TOKENS, PROMPT_TOKENS = 3, 40, 96
+ROWS = 3
+NEW_TOKENS = 40
+PROMPT_TOKENS = 96
 
 
-def table_of(
-    evaluation: Any, tokenizer: Any, template: Any, options: ParallelOptions
-) -> Callable[[Engine], str] | None:
+def table_of(run: Run, evaluation: PreparedRows | None) -> Callable[[Engine], str] | None:
     """A function that makes the table, or None where there is nothing to ask or the plugin cannot
     sample."""
-    if evaluation is None or template is None:
+    if evaluation is None or run.template is None:
         return None
-    if reason := cannot_generate(resolve_options(options)[0]):
-        logger.warning_once(f"no sample answers at evaluations. {reason}.")
+    if reason := cannot_generate(resolve_options(run.options)[0]):
+        logger.warning_once(f"no sample responses at evaluations. {reason}.")
         return None
-    prompts = [_prompt(evaluation[index]) for index in range(min(ROWS, len(evaluation)))]
-    return lambda engine: _table(engine, prompts, tokenizer, template.stop_ids)
+    rows = evaluation.rows
+    stop_ids = run.template.stop_ids
+    prompts = [_prompt(rows[index]) for index in range(min(ROWS, len(rows)))]
+    return lambda engine: _table(engine, prompts, run.tokenizer, stop_ids)
 
 
 def _prompt(row: dict[str, Any]) -> list[int]:

@@ -1,59 +1,61 @@
-"""The reference model of a run: adapters switched off, a frozen copy, or log-probs stored beside
-the data."""
+"""The reference model of a run: the policy without its adapters, a frozen copy, or log-probs stored
+beside the data."""
 
 import hashlib
 import json
 import os
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coati.cli.settings import DPOSettings
 from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import EvaluationLoader
 from coati.models.loading import disable_dropout, load_causal_lm
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel, boost_for_inference
 from coati.parallel.optimizer_state import random_state, set_random_state
-from coati.parallel.plugins import ParallelOptions
-from coati.recipes import build, data
-from coati.recipes.resume import Resume
+from coati.recipes import build
+from coati.recipes.run import PreparedRows, Run
+from coati.trainer.dpo import DPOTrainer
 from coati.trainer.precompute_reference import reference_of_rows, with_columns
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-SAMPLED_BYTES, SAMPLES = 2**16, 16
+SAMPLED_BYTES = 2**16
+SAMPLES = 16
 
 
-def reference(args: Namespace, options: ParallelOptions, engine: Engine) -> InferenceModel:
+def reference(run: Run, policy: Engine, ref_tp: int | None = None) -> InferenceModel:
     """The reference of ``--pretrain``: the policy's own base under LoRA, else a frozen copy under
-    the same plugin."""
-    if options.lora and build.lora_config(args).lora_train_bias == "none":
-        return InferenceModel(engine, adapters_off=True)
-    if options.lora:
+    the same plugin, split over ``ref_tp`` processes instead of ``--tp``."""
+    model_settings = run.settings.model
+    if run.options.lora:
+        if build.lora_config(run.settings.lora).lora_train_bias == "none":
+            return InferenceModel(policy, adapters_off=True)
         logger.info(
             "LoRA trains biases of the base model too, so the reference is a copy of it, not the "
             "base itself."
         )
     state = random_state()  # a resumed run goes on with the numbers it had, whatever loading draws
-    split = replace(options, tp=args.ref_tp) if args.ref_tp else options
+    split = replace(run.options, tp=ref_tp) if ref_tp else run.options
     model = load_causal_lm(
-        args.pretrain,
+        model_settings.pretrain,
         dtype="auto",
-        attn_implementation=build.attention(args, options),
-        trust_remote_code=args.trust_remote_code,
+        attn_implementation=build.attention(run),
+        trust_remote_code=model_settings.trust_remote_code,
     )
-    wanted, found = engine.module.config.vocab_size, model.config.vocab_size
+    wanted = policy.module.config.vocab_size
+    found = model.config.vocab_size
     if wanted != found:
         raise ValueError(
-            f"--pretrain {args.pretrain}: the reference has a vocabulary of {found}, the policy of "
-            f"{wanted}; "
-            "log-probs of two vocabularies cannot be compared. Name the model that the policy was "
-            "trained from"
+            f"--pretrain {model_settings.pretrain}: the reference has a vocabulary of {found}, the "
+            f"policy of {wanted}; log-probs of two vocabularies cannot be compared. Name the model "
+            "that the policy was trained from"
         )
     disable_dropout(model)
     frozen = boost_for_inference(model, split)
@@ -62,25 +64,17 @@ def reference(args: Namespace, options: ParallelOptions, engine: Engine) -> Infe
 
 
 def precomputed(
-    args: Namespace,
-    options: ParallelOptions,
-    trainer: Any,
-    resume: Resume,
-    collate: Any,
-    rows: Any,
-    mode: str = "train",
-):
-    """``rows`` of ``mode`` with the reference's log-probs as columns: read from beside the data, or
-    computed now and stored there.
+    run: Run[DPOSettings], trainer: DPOTrainer, collate: Any, rows: PreparedRows
+) -> PreparedRows:
+    """``rows`` with the reference's log-probs as columns: read from beside the data, or computed
+    now and stored there.
 
     Without a stored file the policy itself computes them where it still is the reference; else a
     copy is loaded, once.
     """
-    if rows is None:
-        return None
-    about = _about(args, options, trainer, rows)
+    about = _about(run, trainer, rows.rows)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    folder = _folder(args, mode)
+    folder = _folder(rows)
     file = folder / f"{key}.npy"
     if all(all_gather_object(file.exists())):
         values = _read(file, len(rows))
@@ -88,31 +82,37 @@ def precomputed(
             f"reference log-probs of {len(rows)} pairs read from {file}; no reference model is "
             "loaded"
         )
-        return with_columns(rows, values)
+        return replace(rows, rows=with_columns(rows.rows, values))
     _say_what_differs(folder, about)
-    source = InferenceModel(trainer.engine, options.lora) if resume.weights is None else None
-    source = source or reference(args, options, trainer.engine)
-    mesh = {"dp_rank": trainer.engine.mesh.dp_rank, "dp_size": trainer.engine.mesh.dp_size}
+    if run.resume.weights is None:
+        source = InferenceModel(trainer.engine, run.options.lora)
+    else:
+        source = reference(run, trainer.engine, run.settings.reference.ref_tp)
+    mesh = trainer.engine.mesh
     batches = EvaluationLoader(
-        rows, collate, batch_size=args.eval_batch_size or args.batch_size, **mesh
+        rows.rows,
+        collate,
+        batch_size=run.settings.batches.evaluation,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
     )
     values = reference_of_rows(trainer.objective, source, batches)
     if is_rank_0():
         _store(file, values, about)
     barrier()
     logger.info(f"reference log-probs of {len(rows)} pairs stored in {file}")
-    return with_columns(rows, values)
+    return replace(rows, rows=with_columns(rows.rows, values))
 
 
-def _about(args: Namespace, options: ParallelOptions, trainer: Any, rows: Any) -> dict[str, Any]:
+def _about(run: Run[DPOSettings], trainer: DPOTrainer, rows: Any) -> dict[str, Any]:
     """What the stored numbers depend on."""
     return {
         "rows": rows_fingerprint(rows),
-        "model": model_fingerprint(args.pretrain),
-        "precision": options.precision,
+        "model": model_fingerprint(run.settings.model.pretrain),
+        "precision": run.options.precision,
         "averaged": False,  # sums; older releases stored averages for losses of averages
         "ld_alpha": trainer.objective.row_logps.ld_alpha,
-        "disable_loss_mask": args.disable_loss_mask,
+        "disable_loss_mask": run.settings.data.disable_loss_mask,
     }
 
 
@@ -121,7 +121,8 @@ def rows_fingerprint(rows: Any) -> str:
     names = [
         name for name in rows.column_names if name in TOKEN_COLUMNS or name.endswith("_loss_mask")
     ]
-    digest, tables = hashlib.sha256(), rows.select_columns(names).with_format("arrow")
+    digest = hashlib.sha256()
+    tables = rows.select_columns(names).with_format("arrow")
     for start in range(0, len(rows), 1000):
         part = tables[start : start + 1000]
         for name in names:
@@ -155,9 +156,9 @@ def model_fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder(args: Namespace, mode: str) -> Path:
+def _folder(rows: PreparedRows) -> Path:
     """``reference`` beside the prepared parts; a user's cache where that cannot be written."""
-    beside = data.beside(args, mode, "reference")
+    beside = rows.beside("reference")
     if os.access(beside if beside.exists() else beside.parent, os.W_OK):
         return beside
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -178,8 +179,7 @@ def _read(file: Path, rows: int) -> np.ndarray:
     if values.shape != (rows, 2) or not np.isfinite(values).all():
         raise ValueError(
             f"{file}: holds log-probs of shape {values.shape}, the data have {rows} pairs; it no "
-            "longer fits them. "
-            "Remove it, it is made anew"
+            "longer fits them. Remove it, it is made anew"
         )
     return values
 

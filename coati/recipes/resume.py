@@ -1,15 +1,16 @@
-"""Where a run starts: from --pretrain, from the weights of a model, or from a checkpoint,
-exactly."""
+"""Where a run starts: from --pretrain, from the weights of a model, or bitwise exactly from a
+checkpoint."""
 
 import hashlib
 import json
-from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coati.cli.settings import DataSettings, OutputSettings, TrainingSettings
 from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import row_lengths
 from coati.parallel.checkpoint import (
@@ -36,25 +37,24 @@ class Resume:
     state: RunningState | None = None
 
 
-def find_resume(args: Namespace) -> Resume:
+def find_resume(output: OutputSettings) -> Resume:
     """What ``--checkpoint_path`` stands for; refuses to write a new run over an old one."""
-    path = args.checkpoint_path
-    if Path(args.save_dir).exists():
-        clean(args.save_dir)  # what an interrupted save left
+    path = output.checkpoint_path
+    if Path(output.save_dir).exists():
+        clean(output.save_dir)  # what an interrupted save left
     if path == "auto":
         # Rank 0 looks: a rank that found another one, or none, would train on something else.
-        path = broadcast_object(latest_checkpoint(args.save_dir) if is_rank_0() else None)
+        path = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
         if path is None:
-            _refuse_finished(args)
-        found = f"going on from {path}" if path else f"no checkpoint in {args.save_dir}, starting"
+            _refuse_finished(output)
+        found = f"going on from {path}" if path else f"no checkpoint in {output.save_dir}, starting"
         logger.info(f"--checkpoint_path auto: {found}")
     if path is None:
-        held = [*checkpoints(args.save_dir), *_finished(args.save_dir)]
-        if held and args.checkpoint_path is None and not args.dry_run:
+        held = [*checkpoints(output.save_dir), *_finished(output.save_dir)]
+        if held and output.checkpoint_path is None and not output.dry_run:
             raise ValueError(
-                f"--save_dir {args.save_dir} already holds {held[-1].name}; go on with "
-                "--checkpoint_path auto, or "
-                "choose another directory"
+                f"--save_dir {output.save_dir} already holds {held[-1].name}; go on with "
+                "--checkpoint_path auto, or choose another directory"
             )
         return Resume()
     folder = Path(path)
@@ -65,7 +65,7 @@ def find_resume(args: Namespace) -> Resume:
         )
         return Resume(weights=str(folder))
     state = read_checkpoint(folder)
-    if args.checkpoint_weights_only or not state.layout:
+    if output.checkpoint_weights_only or not state.layout:
         why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
         logger.info(
             f"{folder}: {why}; its weights are taken, optimizer, schedule and sample order start "
@@ -81,18 +81,16 @@ def weights_of(folder: Path, model: str = "actor") -> str:
     return str(folder / model / "modeling" if (folder / model).is_dir() else folder / "modeling")
 
 
-def _refuse_finished(args: Namespace) -> None:
+def _refuse_finished(output: OutputSettings) -> None:
     """A finished model without a checkpoint is nothing to go on from, and a new run would end by
     replacing it."""
-    finished = _finished(args.save_dir)
-    if finished and not args.dry_run:
-        name = finished[0].relative_to(args.save_dir)
+    finished = _finished(output.save_dir)
+    if finished and not output.dry_run:
+        name = finished[0].relative_to(output.save_dir)
         raise ValueError(
-            f"--checkpoint_path auto: {args.save_dir} holds a finished model ({name}) and no "
-            "checkpoint to go on "
-            "from; starting anew would replace it. Choose another --save_dir, train further from "
-            "it with --pretrain "
-            f"{finished[0]}, or remove that directory"
+            f"--checkpoint_path auto: {output.save_dir} holds a finished model ({name}) and no "
+            "checkpoint to go on from; starting anew would replace it. Choose another --save_dir, "
+            f"train further from it with --pretrain {finished[0]}, or remove that directory"
         )
 
 
@@ -105,22 +103,19 @@ def _finished(save_dir: str) -> list[Path]:
     ]
 
 
-def record_arguments(args: Namespace) -> None:
+def record_arguments(output: OutputSettings, flags: Mapping[str, Any]) -> None:
     """Write the resolved flags beside the output, and to ``--config_file``; once it is sure that
     the run may write."""
     if is_rank_0():
-        resolved = {key: value for key, value in vars(args).items() if not key.startswith("_")}
-        for path in (
-            args.config_file,
-            None if args.dry_run else Path(args.save_dir) / "arguments.json",
-        ):
-            if path:
-                save_json(resolved, path)
+        beside = None if output.dry_run else Path(output.save_dir) / "arguments.json"
+        for path in filter(None, (output.config_file, beside)):
+            save_json(dict(flags), path)
 
 
-def check_same_model(config: Any, args: Namespace) -> None:
+def check_same_model(config: Any, settings: TrainingSettings) -> None:
     """A checkpoint resumes the model that --pretrain names, not another."""
-    named = Path(args.pretrain) / "config.json"
+    pretrain = settings.model.pretrain
+    named = Path(pretrain) / "config.json"
     if not named.is_file():
         return
     wanted = load_json(named)
@@ -134,20 +129,17 @@ def check_same_model(config: Any, args: Namespace) -> None:
         mine = getattr(config, key, None)
         if key in wanted and mine is not None and wanted[key] != mine:
             raise ValueError(
-                f"--checkpoint_path {args.checkpoint_path} is of another model than --pretrain "
-                f"{args.pretrain}: "
-                f"{key} is {mine} there and {wanted[key]} here; name the checkpoint of this model"
+                f"--checkpoint_path {settings.output.checkpoint_path} is of another model than "
+                f"--pretrain {pretrain}: {key} is {mine} there and {wanted[key]} here; name the "
+                "checkpoint of this model"
             )
 
 
-def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
+def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> RunningState:
     """The state a trainer starts from. Raises ValueError when the data or the seed are not those of
     the checkpoint."""
-    now = {
-        "rows": len(train),
-        "seed": args.seed,
-        "fingerprint": data_fingerprint(train),
-    } | _order_flags(args)
+    now = {"rows": len(rows), "seed": settings.seed, "fingerprint": data_fingerprint(rows)}
+    now |= _order_flags(settings.data)
     if resume.state is None:
         return RunningState(data=now)
     stored = _order_flags() | resume.state.data
@@ -156,26 +148,19 @@ def running_state(args: Namespace, resume: Resume, train: Any) -> RunningState:
         before = {key: stored[key] for key in changed}
         raise ValueError(
             f"--checkpoint_path {resume.folder}: its sample position belongs to other data "
-            f"({before}, now "
-            f"{ {key: now[key] for key in changed} }); give the same --dataset, --seed, "
-            "--dataset_weights, --packing "
-            "and --max_length, or --checkpoint_weights_only"
+            f"({before}, now { {key: now[key] for key in changed} }); give the same --dataset, "
+            "--seed, --dataset_weights, --packing and --max_length, or --checkpoint_weights_only"
         )
     resume.state.data = now
     return resume.state
 
 
-def pack_length(args: Namespace) -> int | None:
-    """Tokens of a pack, or None without ``--packing``, which not every script has."""
-    return args.max_length if "packing" in args and args.packing else None
-
-
-def _order_flags(args: Namespace | None = None) -> dict[str, Any]:
-    """What else decides the order of an epoch; without ``args`` what holds for a checkpoint that
+def _order_flags(data: DataSettings | None = None) -> dict[str, Any]:
+    """What else decides the order of an epoch; without ``data`` what holds for a checkpoint that
     does not say."""
-    if args is None:
+    if data is None:
         return {"packed_to": None, "dataset_weights": []}
-    return {"packed_to": pack_length(args), "dataset_weights": args.dataset_weights}
+    return {"packed_to": data.pack_length, "dataset_weights": data.dataset_weights}
 
 
 def data_fingerprint(rows: Any) -> str:

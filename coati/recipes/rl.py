@@ -1,9 +1,9 @@
-"""From the flags of PPO and GRPO to their parts: rewards, experience maker, episodes, loaders."""
+"""What the recipes with rollouts share: PPO and GRPO."""
 
-from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
-from coati.dataset.chat.conversation import Conversation
+from coati.cli.settings import OnlineSettings, PPOSettings
 from coati.dataset.load.collator import (
     DataCollatorForPromptDataset,
     DataCollatorForSupervisedDataset,
@@ -15,17 +15,23 @@ from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.rollout import make_rollout
 from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.experience_maker.scoring import Scorer
-from coati.models.generation.loop import Sampling
+from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
 from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
 from coati.parallel.engine import Engine
-from coati.parallel.inference_model import InferenceModel
-from coati.parallel.plugins import ParallelOptions
-from coati.recipes import rl_models
-from coati.recipes.data import evaluation_rows
-from coati.recipes.prompt_data_checks import check_gt_answers, check_prompts, prompt_rows, ptx_rows
-from coati.recipes.resume import Resume
+from coati.recipes import data, finish
+from coati.recipes.data_checks import check_gt_answers, check_prompts
+from coati.recipes.dry_run import rl_dry_run
+from coati.recipes.resume import running_state
+from coati.recipes.rl_models import (
+    load_actor,
+    load_critic,
+    load_reference,
+    load_reward_model,
+)
+from coati.recipes.run import PreparedRows, Run, start
 from coati.rewards.scorer import Rewards
+from coati.trainer import OLTrainer
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.online import Episodes
 from coati.trainer.policy_objective import PolicySettings
@@ -37,207 +43,261 @@ from coati.trainer.rl_assembly import (
     assemble_rl,
     linear_annealing,
 )
-from coati.trainer.schedule import RunSchedule
 
 
-def rewards(args: Namespace, template: Conversation | None) -> Rewards | None:
-    """The reward functions of ``--reward_functions``."""
-    if not args.reward_functions:
+def train(settings: OnlineSettings) -> None:
+    """PPO with the settings of a critic, else the group method that is asked for."""
+    run = start(settings)
+    functions = reward_functions(run)
+    prompts, evaluation, ptx = load_rows(run, functions)
+    state = running_state(run.resume, settings, prompts.rows)
+    order = data.epoch_order(run, prompts)
+    episodes = episodes_of(settings)
+    actor = load_actor(run, episodes.total_steps)
+    models = {"actor": actor}
+    if isinstance(settings, PPOSettings):
+        models["critic"] = load_critic(run, actor, episodes.total_steps)
+    critic = models["critic"].engine if "critic" in models else None
+    reward_model = load_reward_model(run, actor)
+    parts = assemble_rl(
+        rl_settings(run, episodes),
+        actor=actor.engine,
+        critic=critic,
+        reference=load_reference(run, actor),
+        rollout=_rollout(run, actor.engine),
+        scorer=Scorer(reward_model, functions, settings.rollout.logits_forward_batch_size),
+        tokenizer=run.tokenizer,
+    )
+    assets = {name: model.assets for name, model in models.items()}
+    trainer = OLTrainer(**parts, assets=assets, **_progress(run, state))
+    windows = _prompt_windows(run, actor.engine, prompts, order)
+    supervised = _ptx_windows(run, actor.engine, ptx)
+    if settings.output.dry_run:
+        return rl_dry_run(run, trainer, windows, supervised)
+    held_out = _evaluation_batches(run, actor.engine, evaluation)
+    trainer.run(windows, held_out, supervised, settings.output.log_dir, settings.output.use_wandb)
+    finish.save_models_of(run, trainer)
+
+
+def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
+    """The functions of ``--reward_functions``."""
+    reward = run.settings.reward
+    if not reward.reward_functions:
         return None
-    tags = None if template is None else template.response_format_tags
+    tags = None if run.template is None else run.template.response_format_tags
     return Rewards(
-        args.reward_functions, args.reward_weights or None, tags, args.reward_timeout or None
+        reward.reward_functions,
+        reward.reward_weights or None,
+        tags,
+        reward.reward_timeout or None,
     )
 
 
-def rows(
-    args: Namespace,
-    options: ParallelOptions,
-    tokenizer: Any,
-    template: Any,
-    functions: Rewards | None,
-) -> tuple:
+def load_rows(
+    run: Run[OnlineSettings], functions: Rewards | None
+) -> tuple[PreparedRows, PreparedRows | None, PreparedRows | None]:
     """Prompts to train on, prompts to evaluate on, and supervised rows; the last two None where
     there are none. Raises ValueError for what is wrong with them, before a model is loaded."""
-    if template is None:
+    if run.template is None:
         raise ValueError(
             "no conversation template says how a response ends; name one with "
             "--conversation_template_config"
         )
-    prompts, ptx = prompt_rows(args, tokenizer, template), ptx_rows(args, tokenizer, template)
-    evaluation = evaluation_rows(args, tokenizer, template, "prompt")
-    check_prompts(args, options, prompts, ptx)
+    prompts = data.training_rows(run, "prompt", "prompt_dataset")
+    ptx = data.ptx_rows(run)
+    evaluation = data.evaluation_rows(run, "prompt")
+    check_prompts(run, prompts, ptx)
     check_gt_answers(prompts, functions)
     check_gt_answers(evaluation, functions, "eval_prompt_dataset")
     return prompts, evaluation, ptx
 
 
-def episodes(args: Namespace) -> Episodes:
-    """How long the run is."""
-    step = args.train_batch_size * args.accumulation_steps
-    steps = args.buffer_limit // step or optimizer_steps_per_pass(
-        args.num_collect_steps,
-        args.experience_batch_size,
-        args.train_batch_size,
-        args.accumulation_steps,
-        getattr(args, "num_generations", 1),
-    )
+def episodes_of(settings: OnlineSettings) -> Episodes:
+    """How long the run is, and how its episodes are cut."""
+    rollout = settings.rollout
+    update = settings.update
+    windows = update.buffer_limit // (update.train_batch_size * update.accumulation_steps)
     return Episodes(
-        args.num_episodes,
-        args.num_update_steps,
-        steps,
-        _temperature(args),
-        args.seed,
-        args.sample_interval,
+        rollout.num_episodes,
+        update.num_update_steps,
+        windows
+        or optimizer_steps_per_pass(
+            rollout.num_collect_steps,
+            rollout.experience_batch_size,
+            update.train_batch_size,
+            update.accumulation_steps,
+            rollout.num_generations,
+        ),
+        _temperature(settings),
+        settings.seed,
+        rollout.sample_interval,
     )
 
 
-def _temperature(args: Namespace):
-    """Episode -> temperature: fixed, or from --initial_temperature to --final_temperature in a
-    straight line between a sixth (at most 100) and half (at most 600) of the episodes."""
-    if "initial_temperature" not in args:
-        return lambda episode: args.temperature
-    start, end = min(100, args.num_episodes // 6), min(600, args.num_episodes // 2)
-    return linear_annealing(args.initial_temperature, args.final_temperature, start, end)
-
-
-def rl_settings(args: Namespace, template: Conversation, length: Episodes) -> RLSettings:
-    """The settings of the run; ``length``: :func:`episodes`."""
-    mode = GROUP_METHODS[args.algo].loss_agg_mode if "algo" in args else "token-mean"
-    experience = ExperienceSettings(
-        max_new_tokens=args.max_seq_len,
-        stop_sequences=template.stop_ids,
-        method=getattr(args, "algo", None),
-        num_generations=getattr(args, "num_generations", 1),
-        kl_estimator=args.kl_estimator,
-        kl_in=args.kl_in,
-        gamma=getattr(args, "gamma", 1.0),
-        lam=getattr(args, "lam", 0.95),
-        reward_clip=args.reward_clip or None,
-        reward_at=getattr(args, "reward_at", "last"),
-        reward_normalization=args.reward_normalization,
-        missing_eos_penalty=args.missing_eos_penalty,
-        overlong_buffer_len=getattr(args, "overlong_buffer_len", 0) or None,
-        mask_truncated_completions=getattr(args, "mask_truncated_completions", False),
-        whiten=not getattr(args, "no_whiten_advantages", False),
-        rollout_batch_size=args.inference_batch_size,
-        forward_batch_size=args.logits_forward_batch_size,
-        seed=args.seed,
+def _temperature(settings: OnlineSettings) -> Callable[[int], float]:
+    """Episode -> temperature, annealed linearly between a sixth (at most 100) and half (at most
+    600) of the episodes."""
+    sampling = settings.sampling
+    episodes = settings.rollout.num_episodes
+    return linear_annealing(
+        sampling.initial_temperature,
+        sampling.final_temperature,
+        min(100, episodes // 6),
+        min(600, episodes // 2),
     )
+
+
+def rl_settings(run: Run[OnlineSettings], episodes: Episodes) -> RLSettings:
+    """What :func:`~coati.trainer.rl_assembly.assemble_rl` is told."""
+    settings = run.settings
+    kl = settings.kl
+    update = settings.update
+    advantage = settings.advantage
+    mode = GROUP_METHODS[advantage.algo].loss_agg_mode if advantage.algo else "token-mean"
     policy = PolicySettings(
-        args.clip_eps_low,
-        args.clip_eps_high,
-        args.skip_threshold,
-        LossAggregation(mode, args.max_seq_len),
-        args.kl_coef if args.kl_in == "loss" else 0.0,
-        args.kl_estimator,
+        update.clip_eps_low,
+        update.clip_eps_high,
+        update.skip_threshold,
+        LossAggregation(mode, settings.rollout.max_seq_len),
+        kl.kl_coef if kl.kl_in == "loss" else 0.0,
+        kl.kl_estimator,
     )
+    critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(
-        experience,
+        _experience(run),
         policy=policy,
-        value=ValueSettings(getattr(args, "value_clip", 0.2)),
-        kl=KLSettings(args.kl_coef, args.kl_target, args.kl_horizon),
-        buffer=BufferSettings(args.train_batch_size, args.buffer_limit),
-        episodes=length,
-        ptx_coef=args.ptx_coef,
+        value=ValueSettings() if critic is None else ValueSettings(critic.value_clip),
+        kl=KLSettings(kl.kl_coef, kl.kl_target, kl.kl_horizon),
+        buffer=BufferSettings(update.train_batch_size, update.buffer_limit),
+        episodes=episodes,
+        ptx_coef=settings.ptx.ptx_coef,
     )
 
 
-def parts(
-    args: Namespace,
-    options: ParallelOptions,
-    tokenizer: Any,
-    template: Conversation,
-    functions: Rewards | None,
-    length: Episodes,
-    actor: Engine,
-    critic: Engine | None = None,
-) -> dict[str, Any]:
-    """The trainer's arguments that follow from settings and models, with reward model and reference
-    loaded."""
-    settings = rl_settings(args, template, length)
-    reward_model = rl_models.reward_engine(args, options, tokenizer)
-    judge = None
-    if reward_model is not None:
-        judge = InferenceModel(reward_model, offload=args.offload_inference_models)
-    rollout = make_rollout(
-        args.rollout_engine,
+def _experience(run: Run[OnlineSettings]) -> ExperienceSettings:
+    settings = run.settings
+    rollout = settings.rollout
+    advantage = settings.advantage
+    reward = settings.reward
+    return ExperienceSettings(
+        max_new_tokens=rollout.max_seq_len,
+        stop_sequences=run.template.stop_ids,
+        method=advantage.algo,
+        num_generations=rollout.num_generations,
+        kl_estimator=settings.kl.kl_estimator,
+        kl_in=settings.kl.kl_in,
+        gamma=advantage.gamma,
+        lam=advantage.lam,
+        reward_clip=reward.reward_clip or None,
+        reward_at=advantage.reward_at,
+        reward_normalization=reward.reward_normalization,
+        missing_eos_penalty=reward.missing_eos_penalty,
+        overlong_buffer_len=advantage.overlong_buffer_len or None,
+        mask_truncated_completions=advantage.mask_truncated_completions,
+        whiten=not advantage.no_whiten_advantages,
+        rollout_batch_size=rollout.inference_batch_size,
+        forward_batch_size=rollout.logits_forward_batch_size,
+        seed=settings.seed,
+    )
+
+
+def _rollout(run: Run[OnlineSettings], actor: Engine) -> Any:
+    rollout = run.settings.rollout
+    sampling = run.settings.sampling
+    return make_rollout(
+        rollout.rollout_engine,
         actor,
-        model_path=args.pretrain,
-        sampling=Sampling(True, 1.0, args.top_k or None, args.top_p, args.repetition_penalty),
-        stop_sequences=template.stop_ids,
-        max_new_tokens=args.max_seq_len,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return assemble_rl(
-        settings,
-        actor=actor,
-        critic=critic,
-        reference=rl_models.reference(args, options, actor),
-        rollout=rollout,
-        scorer=Scorer(judge, functions, args.logits_forward_batch_size),
-        tokenizer=tokenizer,
+        model_path=run.settings.model.pretrain,
+        sampling=Sampling(
+            True, 1.0, sampling.top_k or None, sampling.top_p, sampling.repetition_penalty
+        ),
+        stop_sequences=run.template.stop_ids,
+        max_new_tokens=rollout.max_seq_len,
+        pad_token_id=run.tokenizer.pad_token_id,
     )
 
 
-def progress(args: Namespace, resume: Resume, state: RunningState) -> dict[str, Any]:
+def _progress(run: Run[OnlineSettings], state: RunningState) -> dict[str, Any]:
     """The trainer's arguments about the course of the run: intervals, where it stands, what watches
     it."""
-    intervals = args.save_interval, args.keep_last_k, args.eval_interval, args.log_interval
-    held = resume.folder and buffer_states_by_rank(resume.folder, resume.state, tp=args.tp)
+    settings = run.settings
+    resume = run.resume
+    sampling = settings.sampling
+    reward = settings.reward
+    buffer_state = None
+    if resume.folder is not None:
+        buffer_state = buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
     return {
-        "schedule": RunSchedule(args.save_dir, *intervals, metric_for_best=args.metric_for_best),
+        "schedule": settings.schedule,
         "state": state,
-        "buffer_state": held,
+        "settings": run.flags,
+        "buffer_state": buffer_state,
         "checks": RLChecks(
-            top_k=args.top_k or None,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-            ptx_coef=args.ptx_coef,
-            kl_target=args.kl_target,
-            reward_clip=args.reward_clip or None,
-            reward_normalization=args.reward_normalization,
-            max_new_tokens=args.max_seq_len,
+            top_k=sampling.top_k or None,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            ptx_coef=settings.ptx.ptx_coef,
+            kl_target=settings.kl.kl_target,
+            reward_clip=reward.reward_clip or None,
+            reward_normalization=reward.reward_normalization,
+            max_new_tokens=settings.rollout.max_seq_len,
         ),
     }
 
 
-def loaders(
-    args: Namespace,
-    actor: Engine,
-    tokenizer: Any,
-    prompts: Any,
-    evaluation: Any,
-    ptx: Any,
-    epoch_order: EpochOrder,
-) -> tuple:
-    """The prompts of each episode, batches to evaluate on, and the supervised rows of each step."""
-    mesh: dict[str, Any] = {"dp_rank": actor.mesh.dp_rank, "dp_size": actor.mesh.dp_size}
-    collate = DataCollatorForPromptDataset(tokenizer, args.max_length - args.max_seq_len)
-    batch = args.experience_batch_size
-    windows = GlobalBatchLoader(
-        prompts,
-        collate,
-        batch_size=batch,
-        accumulation_steps=args.num_collect_steps,
-        epoch_order=epoch_order,
-        **mesh,
+def _prompt_collator(run: Run[OnlineSettings]) -> DataCollatorForPromptDataset:
+    room = run.settings.data.max_length - run.settings.data.max_seq_len
+    return DataCollatorForPromptDataset(run.tokenizer, room)
+
+
+def _prompt_windows(
+    run: Run[OnlineSettings], actor: Engine, prompts: PreparedRows, order: EpochOrder
+) -> GlobalBatchLoader:
+    """The prompts of an episode at a time."""
+    rollout = run.settings.rollout
+    return GlobalBatchLoader(
+        prompts.rows,
+        _prompt_collator(run),
+        batch_size=rollout.experience_batch_size,
+        accumulation_steps=rollout.num_collect_steps,
+        epoch_order=order,
+        dp_rank=actor.mesh.dp_rank,
+        dp_size=actor.mesh.dp_size,
     )
-    asked = (
-        None
-        if evaluation is None
-        else EvaluationLoader(evaluation, collate, batch_size=batch, **mesh)
+
+
+def _evaluation_batches(
+    run: Run[OnlineSettings], actor: Engine, evaluation: PreparedRows | None
+) -> EvaluationLoader | None:
+    if evaluation is None:
+        return None
+    return EvaluationLoader(
+        evaluation.rows,
+        _prompt_collator(run),
+        batch_size=run.settings.rollout.experience_batch_size,
+        dp_rank=actor.mesh.dp_rank,
+        dp_size=actor.mesh.dp_size,
     )
+
+
+def _ptx_windows(
+    run: Run[OnlineSettings], actor: Engine, ptx: PreparedRows | None
+) -> GlobalBatchLoader | None:
+    """The supervised rows of an optimizer step at a time."""
     if ptx is None:
-        return windows, asked, None
-    supervised = GlobalBatchLoader(
-        ptx,
-        DataCollatorForSupervisedDataset(
-            tokenizer, args.max_length, apply_loss_mask=not args.disable_loss_mask
-        ),
-        batch_size=args.ptx_batch_size,
-        accumulation_steps=args.accumulation_steps,
-        seed=args.seed,
-        **mesh,
+        return None
+    settings = run.settings
+    collate = DataCollatorForSupervisedDataset(
+        run.tokenizer,
+        settings.data.max_length,
+        apply_loss_mask=not settings.data.disable_loss_mask,
     )
-    return windows, asked, supervised
+    return GlobalBatchLoader(
+        ptx.rows,
+        collate,
+        batch_size=settings.ptx.ptx_batch_size,
+        accumulation_steps=settings.update.accumulation_steps,
+        seed=settings.seed,
+        dp_rank=actor.mesh.dp_rank,
+        dp_size=actor.mesh.dp_size,
+    )

@@ -2,12 +2,12 @@
 prompt."""
 
 import sys
-from argparse import Namespace
 
+from coati.cli.program_settings import PromptSampleSettings
 from coati.cli.prompts import parse_prompts
 
 
-def main(args: Namespace) -> None:
+def main(args: PromptSampleSettings) -> None:
     from coati.dataset.rows.prompt_sample import sample_prompts
     from coati.utils.json_io import save_json
 

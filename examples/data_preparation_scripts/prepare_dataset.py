@@ -2,12 +2,12 @@
 the rows."""
 
 import sys
-from argparse import Namespace
 
 from coati.cli.prepare import CLEANING_FLAGS, parse_prepare
+from coati.cli.program_settings import PrepareSettings
 
 
-def main(args: Namespace) -> None:
+def main(args: PrepareSettings) -> None:
     from coati.dataset.chat.conversation import setup_conversation_template
     from coati.dataset.clean.cleaning import Cleaning
     from coati.dataset.prepare.preparation import prepare_dataset
@@ -51,7 +51,7 @@ def main(args: Namespace) -> None:
     print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
 
 
-def check(args: Namespace) -> None:
+def check(args: PrepareSettings) -> None:
     """Print all findings about the template; exit code 1 if it cannot be trained on."""
     from coati.dataset.chat.template_lint import check_template
     from coati.models.tokenizer import load_tokenizer

@@ -5,13 +5,14 @@ import json
 import multiprocessing
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
+from coati.cli.program_settings import BenchmarkSettings
 from coati.cli.quantize import FULL, parse_benchmark
+from coati.legacy.flags import QUANTIZED
 
 
-def measure(args: Namespace, quant: str, results) -> None:
+def measure(args: BenchmarkSettings, quant: str, results) -> None:
     """Runs in its own process, so that the peak memory is that of one kind of weights."""
     from coati.inference import load
     from coati.inference.export import measures
@@ -38,7 +39,7 @@ def measure(args: Namespace, quant: str, results) -> None:
         results.send(str(error))
 
 
-def in_a_process(args: Namespace, quant: str) -> dict:
+def in_a_process(args: BenchmarkSettings, quant: str) -> dict:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(args, quant, theirs))
@@ -64,7 +65,7 @@ def show(found: list[dict], batches: list[int]) -> None:
         print(f"{row}{rates}{one['peak_memory_mb']:11.0f}")
 
 
-def main(args: Namespace) -> None:
+def main(args: BenchmarkSettings) -> None:
     found = [in_a_process(args, quant) for quant in args.quant]
     show(found, args.batch_size)
     if args.output:
@@ -72,7 +73,7 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_benchmark()
+    arguments = parse_benchmark(older=QUANTIZED)
     try:
         main(arguments)
     except (ValueError, OSError) as error:

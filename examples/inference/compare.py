@@ -2,9 +2,9 @@
 
 import json
 import sys
-from argparse import Namespace
 
 from coati.cli.compare import parse_compare
+from coati.cli.program_settings import CompareSettings
 
 
 def named(flag: str, make, *words, **keywords):
@@ -15,7 +15,7 @@ def named(flag: str, make, *words, **keywords):
         raise ValueError(f"{flag} {error}") from error
 
 
-def judge_of(args: Namespace, tags: dict | None):
+def judge_of(args: CompareSettings, tags: dict | None):
     from coati.inference.evaluate.score_rows import load_reward_model
     from coati.inference.evaluate.win_rate import Judge
     from coati.rewards import Rewards
@@ -29,7 +29,7 @@ def judge_of(args: Namespace, tags: dict | None):
     return Judge(model, rewards, args.batch_size)
 
 
-def generated(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | None]:
+def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, dict | None]:
     """Both models' responses, one model in memory at a time; the prompts left out; the policy's
     tags."""
     from coati.inference.evaluate import generate_responses as generating
@@ -58,7 +58,7 @@ def generated(args: Namespace, prompts: list) -> tuple[list[dict], list, dict | 
     return found, skipped, conversation.response_format_tags
 
 
-def main(args: Namespace) -> None:
+def main(args: CompareSettings) -> None:
     from coati.inference.evaluate import generate_responses as generating
     from coati.inference.evaluate.win_rate import compare, extremes, summary
 

@@ -1,12 +1,12 @@
 """A model directory for others, checked and described. ``export.py --help`` lists the flags."""
 
 import sys
-from argparse import Namespace
 
 from coati.cli.export import parse_export
+from coati.cli.program_settings import ExportSettings
 
 
-def main(args: Namespace) -> None:
+def main(args: ExportSettings) -> None:
     from coati.inference.export.model_card import model_card
     from coati.inference.export.model_dir import export
 

@@ -1,13 +1,14 @@
 """Chat with a model in the terminal; ``--prompt``, ``--prompt_file`` or a pipe asks without one."""
 
 import sys
-from argparse import Namespace
 from contextlib import closing
 
 from coati.cli.inference import parse_inference
+from coati.cli.program_settings import ChatSettings
+from coati.legacy.flags import QUANTIZED
 
 
-def open_session(args: Namespace):
+def open_session(args: ChatSettings):
     from coati.inference import ChatSession, load
     from coati.inference.model_loading import with_system
     from coati.models.generation.sampling import Sampling
@@ -77,7 +78,7 @@ def chat(session, screen, record, clear: str) -> None:
             screen.note(str(error))
 
 
-def main(args: Namespace) -> None:
+def main(args: ChatSettings) -> None:
     from coati.inference import console
     from coati.inference.transcript import Transcript, conversations
 
@@ -100,7 +101,7 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_inference()
+    arguments = parse_inference(older=QUANTIZED)
     try:
         main(arguments)
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
 """A LoRA adapter and its base as one plain model. ``merge_lora.py --help`` lists the flags."""
 
 import sys
-from argparse import Namespace
 
 from coati.cli.export import parse_merging
+from coati.cli.program_settings import MergeSettings
 
 
-def main(args: Namespace) -> None:
+def main(args: MergeSettings) -> None:
     from coati.inference.export.model_dir import merge
 
     reading = {

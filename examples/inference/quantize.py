@@ -2,13 +2,13 @@
 
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
 
+from coati.cli.program_settings import QuantizeSettings
 from coati.cli.quantize import parse_quantize
 
 
-def measured(name: str, folder, args: Namespace, original=None) -> dict:
+def measured(name: str, folder, args: QuantizeSettings, original=None) -> dict:
     """Size, perplexity and speed of the model of ``folder``; ``original``: the size that the ratio
     is against."""
     from coati.inference import load
@@ -43,7 +43,7 @@ def show(one: dict, first: dict) -> None:
     )
 
 
-def main(args: Namespace) -> None:
+def main(args: QuantizeSettings) -> None:
     from coati.inference.export import measures
     from coati.inference.export.quantize import quantize
     from coati.inference.model_loading import conversation_of

@@ -2,13 +2,13 @@
 
 import json
 import sys
-from argparse import Namespace
 from contextlib import nullcontext
 
+from coati.cli.program_settings import ScoreSettings
 from coati.cli.score import parse_score
 
 
-def main(args: Namespace) -> None:
+def main(args: ScoreSettings) -> None:
     from coati.inference.evaluate import score_rows as scoring
 
     model, tokenizer, conversation = scoring.load_reward_model(

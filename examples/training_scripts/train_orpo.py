@@ -1,57 +1,13 @@
-"""SFT and preferences in one stage, without a reference model. ``train_orpo.py --help`` lists the
-flags, docs/preferences.md explains them."""
+"""ORPO: SFT and preferences in one stage.
 
-from argparse import Namespace
+``--help`` lists the flags, docs/preferences.md explains them.
+"""
 
 from coati.cli.preferences import parse_orpo
-
-
-def main(args: Namespace) -> None:
-    from coati.dataset import DataCollatorForPreferenceDataset
-    from coati.recipes import build, data, finish
-    from coati.recipes import eval_samples as samples
-    from coati.recipes import preference_data_checks as preference_data
-    from coati.recipes import resume as restart
-    from coati.trainer import ORPOTrainer
-
-    options = build.start(args)
-    resume = restart.find_resume(args)
-    restart.record_arguments(args)
-    tokenizer, template = build.tokenizer_and_template(args)
-    train = data.rows_of(args.dataset, args, tokenizer, template, type="preference")
-    evaluation = data.evaluation_rows(args, tokenizer, template, "preference")
-    state = restart.running_state(args, resume, train)
-    plan = data.epoch_plan(args, train)
-    data.check_rows(args, options, plan)
-    preference_data.check_ends(train, tokenizer, template)
-    model = build.policy(args, options, tokenizer, resume)
-    assets = build.assets(model, tokenizer, template)
-    engine = build.engine(args, options, model, plan, resume)
-    collate = DataCollatorForPreferenceDataset(
-        tokenizer,
-        args.max_length,
-        apply_loss_mask=not args.disable_loss_mask,
-        pad_to_multiple_of=options.sequence_multiple,
-    )
-    windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate, plan)
-    trainer = ORPOTrainer(
-        engine=engine,
-        lam=args.lam,
-        max_epochs=args.max_epochs,
-        accumulation_steps=args.accumulation_steps,
-        schedule=build.plan(args),
-        state=state,
-        assets=assets,
-        samples=samples.table_of(evaluation, tokenizer, template, options),
-    )
-    if args.dry_run:
-        return finish.dry_run(args, trainer, windows)
-    trainer.fit(windows, evaluation_batches, args.log_dir, args.use_wandb)
-    finish.save_final(args, trainer)
-
+from coati.legacy.flags_preferences import PREFERENCES
 
 if __name__ == "__main__":
-    arguments = parse_orpo()
-    from coati.recipes.finish import guarded
+    settings = parse_orpo(older=PREFERENCES)
+    from coati.recipes import finish, orpo
 
-    guarded("train_orpo.py", main, arguments)
+    finish.guarded("train_orpo.py", orpo.main, settings)

@@ -1,46 +1,13 @@
-"""PPO: the model answers prompts, a reward judges the answers, a critic says what was expected.
-``train_ppo.py --help`` lists the flags, docs/rlhf.md explains them."""
+"""PPO with a critic.
 
-from argparse import Namespace
+``--help`` lists the flags, docs/rlhf.md explains them.
+"""
 
 from coati.cli.rollouts import parse_ppo
-
-
-def main(args: Namespace) -> None:
-    from coati.recipes import build, data, finish, rl_models
-    from coati.recipes import resume as restart
-    from coati.recipes import rl as online
-    from coati.recipes import rl_dry_run as online_dry_run
-    from coati.trainer import OLTrainer
-
-    options = build.start(args)
-    resume = restart.find_resume(args)
-    restart.record_arguments(args)
-    tokenizer, template = build.tokenizer_and_template(args)
-    functions = online.rewards(args, template)
-    prompts, evaluation, ptx = online.rows(args, options, tokenizer, template, functions)
-    state = restart.running_state(args, resume, prompts)
-    plan = data.epoch_plan(args, prompts)
-    episodes = online.episodes(args)
-    models = args, options, tokenizer, resume, episodes.total_steps, template
-    actor, actor_assets = rl_models.actor_engine(*models)
-    critic, critic_assets = rl_models.critic_engine(*models)
-    trainer = OLTrainer(
-        **online.parts(args, options, tokenizer, template, functions, episodes, actor, critic),
-        **online.progress(args, resume, state),
-        assets={"actor": actor_assets, "critic": critic_assets},
-    )
-    windows, asked, supervised = online.loaders(
-        args, actor, tokenizer, prompts, evaluation, ptx, plan
-    )
-    if args.dry_run:
-        return online_dry_run.dry_run(args, trainer, windows, supervised)
-    trainer.run(windows, asked, supervised, args.log_dir, args.use_wandb)
-    finish.save_models_of(args, trainer)
-
+from coati.legacy.flags_rl import ROLLOUTS
 
 if __name__ == "__main__":
-    arguments = parse_ppo()
-    from coati.recipes.finish import guarded
+    settings = parse_ppo(older=ROLLOUTS)
+    from coati.recipes import finish, ppo
 
-    guarded("train_ppo.py", main, arguments)
+    finish.guarded("train_ppo.py", ppo.main, settings)

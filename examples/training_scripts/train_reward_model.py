@@ -1,23 +1,12 @@
-"""The name that train_rm.py had in the first generation; takes the flags of that time too."""
-
-from argparse import Namespace
+"""The name of train_rm.py in the first generation; takes the flags of that time too."""
 
 from coati.cli.preferences import parse_rm
-
-
-def main(args: Namespace) -> None:
-    from train_rm import main as train
-
-    from coati.utils.logging import get_logger
-
-    logger = get_logger(__name__)
-
-    logger.info("train_reward_model.py is now train_rm.py")
-    train(args)
-
+from coati.legacy.flags_preferences import PREFERENCES
+from coati.utils.logging import get_logger
 
 if __name__ == "__main__":
-    arguments = parse_rm()
-    from coati.recipes.finish import guarded
+    settings = parse_rm(older=PREFERENCES)
+    from coati.recipes import finish, rm
 
-    guarded("train_reward_model.py", main, arguments)
+    get_logger(__name__).info("train_reward_model.py is now train_rm.py")
+    finish.guarded("train_reward_model.py", rm.main, settings)

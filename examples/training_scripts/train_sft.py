@@ -1,54 +1,13 @@
-"""Stage 1: supervised fine-tuning on conversations. ``train_sft.py --help`` lists the flags,
-docs/flags.md explains them."""
+"""Supervised fine-tuning.
 
-from argparse import Namespace
+``--help`` lists the flags, docs/flags.md explains them.
+"""
 
 from coati.cli.arguments import parse_sft
-
-
-def main(args: Namespace) -> None:
-    from coati.dataset import DataCollatorForSupervisedDataset
-    from coati.recipes import build, data, finish
-    from coati.recipes import eval_samples as samples
-    from coati.recipes import resume as restart
-    from coati.trainer import SFTTrainer
-
-    options = build.start(args)
-    resume = restart.find_resume(args)
-    restart.record_arguments(args)
-    tokenizer, template = build.tokenizer_and_template(args)
-    train = data.rows_of(args.dataset, args, tokenizer, template)
-    evaluation = data.evaluation_rows(args, tokenizer, template, "sft")
-    state = restart.running_state(args, resume, train)
-    plan = data.epoch_plan(args, train)
-    data.check_rows(args, options, plan)
-    model = build.causal_lm(args, options, tokenizer, resume)
-    assets = build.assets(model, tokenizer, template)
-    engine = build.engine(args, options, model, plan, resume)
-    collate = DataCollatorForSupervisedDataset(
-        tokenizer,
-        args.max_length,
-        apply_loss_mask=not args.disable_loss_mask,
-        pad_to_multiple_of=options.sequence_multiple,
-    )
-    windows, evaluation_batches = build.loaders(args, engine, train, evaluation, collate, plan)
-    trainer = SFTTrainer(
-        engine=engine,
-        max_epochs=args.max_epochs,
-        accumulation_steps=args.accumulation_steps,
-        schedule=build.plan(args),
-        state=state,
-        assets=assets,
-        samples=samples.table_of(evaluation, tokenizer, template, options),
-    )
-    if args.dry_run:
-        return finish.dry_run(args, trainer, windows)
-    trainer.fit(windows, evaluation_batches, args.log_dir, args.use_wandb)
-    finish.save_final(args, trainer)
-
+from coati.legacy.flags import SHARED
 
 if __name__ == "__main__":
-    arguments = parse_sft()
-    from coati.recipes.finish import guarded
+    settings = parse_sft(older=SHARED)
+    from coati.recipes import finish, sft
 
-    guarded("train_sft.py", main, arguments)
+    finish.guarded("train_sft.py", sft.main, settings)

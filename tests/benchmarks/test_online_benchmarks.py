@@ -169,7 +169,7 @@ def test_shares_of_an_episode_from_the_lines_of_a_run():
 
 @pytest.mark.parametrize("way", bench_ppo.WAYS)
 def test_the_command_of_every_way_is_one_that_the_script_takes(way, tmp_path):
-    from coati.cli.rollouts import parse_ppo
+    from tests.cli.flat import parse_ppo
 
     command = bench_ppo.command(
         way, tmp_path, str(tmp_path / "out"), Namespace(episodes=3, new_tokens=16)

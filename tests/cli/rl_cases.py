@@ -53,29 +53,28 @@ def numbers(models: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def built(words: list[str], resume: Any = None) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """(models by name, what is saved beside their weights, the parsed flags)."""
+def built(words: list[str], resume: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(models by name, what is saved beside their weights)."""
     from coati.cli.rollouts import parse_ppo
     from coati.models.tokenizer import load_tokenizer
-    from coati.recipes import build, rl_models
+    from coati.recipes import rl_models
     from coati.recipes.resume import Resume
+    from coati.recipes.run import Run, join_processes
 
-    args = parse_ppo(words)
-    options, resume = build.start(args), resume or Resume()
-    tokenizer = load_tokenizer(args.tokenizer_dir or args.pretrain)
-    actor, mine = rl_models.actor_engine(args, options, tokenizer, resume, TOTAL_STEPS)
-    critic, its = rl_models.critic_engine(args, options, tokenizer, resume, TOTAL_STEPS)
+    settings = parse_ppo(words)
+    options = join_processes(settings)
+    tokenizer = load_tokenizer(settings.model.tokenizer)
+    run = Run(settings, options, resume or Resume(), tokenizer, None)
+    actor = rl_models.load_actor(run, TOTAL_STEPS)
+    critic = rl_models.load_critic(run, actor, TOTAL_STEPS)
     models = {
-        "actor": actor,
-        "critic": critic,
-        "reward": rl_models.reward_engine(args, options, tokenizer),
+        "actor": actor.engine,
+        "critic": critic.engine,
+        "reward": rl_models.load_reward_model(run, actor),
+        "reference": rl_models.load_reference(run, actor),
     }
-    models["reference"] = rl_models.reference(args, options, actor)
-    return (
-        {name: model for name, model in models.items() if model},
-        {"actor": mine, "critic": its},
-        args,
-    )
+    assets = {"actor": actor.assets, "critic": critic.assets}
+    return {name: model for name, model in models.items() if model}, assets
 
 
 def train(models: dict[str, Any], steps: int = 2) -> None:
@@ -92,7 +91,7 @@ def start_and_train(words: list[str], save_dir: str | None = None) -> dict[str, 
     from coati.parallel.checkpoint import RunningState, read_checkpoint, save_models
     from coati.recipes.resume import Resume
 
-    models, assets, _ = built(words)
+    models, assets = built(words)
     report = {
         "start": numbers(models),
         "rates": [g["lr"] for g in models["actor"].optimizer.param_groups],
@@ -108,7 +107,7 @@ def start_and_train(words: list[str], save_dir: str | None = None) -> dict[str, 
     train(models, 1)
     report["on"] = numbers(models)
     state = read_checkpoint(folder)
-    models, _, _ = built(
+    models, _ = built(
         words, Resume(weights=str(Path(folder) / "actor" / "modeling"), folder=folder, state=state)
     )
     report["resumed"] = numbers(models)
@@ -123,6 +122,8 @@ def shared_tensors(models: dict[str, Any]) -> dict[str, float]:
     shares = {}
     for name in ("critic", "reward"):
         if name in models:
-            sizes = {p.data_ptr(): p.numel() for p in models[name].module.parameters()}
+            model = models[name]
+            module = getattr(model, "engine", model).module
+            sizes = {p.data_ptr(): p.numel() for p in module.parameters()}
             shares[name] = sum(n for at, n in sizes.items() if at in mine) / sum(sizes.values())
     return shares

@@ -2,14 +2,17 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from coati.cli.arguments import parse_sft, sft_parser
-from coati.cli.checks import SHARED_OPTIONS
+from coati.cli.arguments import sft_parser
+from coati.cli.settings import SLSettings
 from coati.utils.json_io import save_json
 from tests.cli.documented import documented_commands
+from tests.cli.flat import parse_sft
 
 ROOT = Path(__file__).parent.parent.parent
 LOADED = (
@@ -224,18 +227,27 @@ def test_the_flags_that_a_run_recorded_can_be_read_back(sft, tmp_path):
     assert vars(parse_sft(["--config", str(file)])) == vars(args) | {"config": str(file)}
 
 
-def test_every_flag_is_read_somewhere():
+def fields_of(kind) -> set[str]:
+    """The names of the fields of a settings class and of its groups."""
+    names = set()
+    for name, hint in get_type_hints(kind).items():
+        names |= fields_of(hint) if is_dataclass(hint) else {name}
+    return names
+
+
+def test_every_flag_is_in_the_settings_and_read_somewhere():
     """A flag that nothing reads is a promise that nobody keeps."""
-    readers = [
-        path
-        for package in ("cli", "recipes")
-        for path in (ROOT / "coati" / package).glob("*.py")
-        if path.stem not in ("checks", "legacy")
-    ]
-    readers.append(ROOT / "examples" / "training_scripts" / "train_sft.py")
-    text = "".join(path.read_text() for path in readers)
     flags = {action.dest for action in sft_parser().documented()} - {"help", "config"}
-    assert {flag for flag in flags if f"args.{flag}" not in text} - set(SHARED_OPTIONS) == set()
+    renamed = {"mixed_precision": "precision"}  # in ParallelOptions
+    fields = {renamed.get(flag, flag) for flag in flags}
+    assert fields - fields_of(SLSettings) == set()
+    text = "".join(
+        path.read_text()
+        for package in ("recipes", "parallel", "trainer", "cli")
+        for path in (ROOT / "coati" / package).rglob("*.py")
+        if path.name != "checks.py"
+    )
+    assert {name for name in fields if f".{name}" not in text} == set()
 
 
 @pytest.mark.parametrize("words, code", [(["--help"], 0), (["--pretran", "x"], 2)])

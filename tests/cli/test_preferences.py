@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from coati.cli import preferences
-from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
 from tests.cli.documented import documented_commands
+from tests.cli.flat import parse_dpo, parse_kto, parse_orpo, parse_rm
 
 PARSE = {"rm": parse_rm, "dpo": parse_dpo, "orpo": parse_orpo, "kto": parse_kto}
 
@@ -106,7 +106,8 @@ def test_losses_are_named_as_trl_names_them_and_added_up(parse):
         (
             "dpo",
             ["--loss_type", "dpo_loss", "sft", "--loss_weights", "0.5"],
-            "--loss_weights 0.5: found 1 weights, expected 2, one for each loss of --loss_type dpo_loss",
+            "--loss_weights 0.5: found 1 weights, expected 2, one for each loss of --loss_type "
+            "dpo_loss",
         ),
         ("dpo", ["--loss_weights", "0"], "argument --loss_weights: expected a number above 0"),
         (
@@ -285,8 +286,10 @@ def test_a_missing_path_is_not_taken_for_a_hub_name(refused, path):
 
 @pytest.mark.parametrize("name", PARSE)
 def test_help_loads_no_torch(name):
-    loaded = "import sys; print([m for m in ('torch', 'transformers', 'colossalai', 'numpy') if m in sys.modules])"
-    program = f"from coati.cli.preferences import parse_{name}\ntry: parse_{name}(['--help'])\nfinally: {loaded}"
+    modules = "('torch', 'transformers', 'colossalai', 'numpy')"
+    loaded = f"import sys; print([m for m in {modules} if m in sys.modules])"
+    parse = f"from tests.cli.flat import parse_{name}\ntry: parse_{name}(['--help'])"
+    program = f"{parse}\nfinally: {loaded}"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from coati.cli import rollouts
-from coati.cli.legacy import DROPPED_OF_ROLLOUTS
-from coati.cli.rollouts import parse_grpo, parse_ppo, parse_prompts
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
+from coati.legacy.flags import DROPPED_OF_ROLLOUTS
 from tests.cli.documented import documented_commands
+from tests.cli.flat import parse_grpo, parse_ppo, parse_prompts
 
 PARSE = {"ppo": parse_ppo, "grpo": parse_grpo, "prompts": parse_prompts}
 
@@ -100,17 +100,17 @@ def test_the_defaults_satisfy_the_buffer_equation(parse, name, steps):
     assert args.inference_batch_size == 16 * generations and args.logits_forward_batch_size == 16
 
 
-def test_shared_code_finds_the_prompts(parse):
-    args = parse("ppo", ["--eval_prompt_dataset", __file__])
-    assert (
-        args.dataset == args.prompt_dataset
-        and args.eval_dataset == [__file__]
-        and args.max_steps is None
-    )
-    assert not {"dataset", "eval_dataset", "batch_size"} & set(
-        vars(args)
-    )  # they are no flags: not written to files
-    assert parse("ppo", ["--dataset", __file__]).prompt_dataset == [__file__]
+def test_shared_code_finds_the_prompts(data):
+    words = ["--pretrain", "m", "--reward_functions", "length", "--eval_prompt_dataset", __file__]
+    given = ["--prompt_dataset", data["prompt_dataset"]]
+    settings = rollouts.parse_ppo([*words, *given])
+    assert settings.data.dataset == settings.flags["prompt_dataset"] == given[1:]
+    assert settings.data.eval_dataset == [__file__]
+    assert settings.schedule.max_steps is None and settings.parallel.batch_size == 16
+    # they are no flags: not written to files
+    assert not {"dataset", "eval_dataset", "batch_size"} & set(settings.flags)
+    other = rollouts.parse_ppo([*words, "--dataset", __file__])
+    assert other.flags["prompt_dataset"] == other.data.dataset == [__file__]
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
@@ -551,7 +551,7 @@ def test_a_file_of_weights_is_refused_with_what_to_do(parse, refused, tmp_path):
 
 
 def test_flags_of_rollouts_are_not_taken_elsewhere(refused):
-    from coati.cli.arguments import parse_sft
+    from tests.cli.flat import parse_sft
 
     for flag in (*DROPPED_OF_ROLLOUTS, "--rm_path", "--max_timesteps"):
         assert f"unknown flag {flag}" in refused(parse_sft, [flag, "1"])
@@ -566,10 +566,10 @@ def test_help_offers_only_what_works():
 
 @pytest.mark.parametrize("name", PARSE)
 def test_help_loads_no_torch(name):
-    heavy = "('torch', 'transformers', 'colossalai', 'numpy')"
-    loaded = f"import sys; print([m for m in {heavy} if m in sys.modules])"
-    call = f"try: parse_{name}(['--help'])\nfinally: {loaded}"
-    program = f"from coati.cli.rollouts import parse_{name}\n{call}"
+    modules = "('torch', 'transformers', 'colossalai', 'numpy')"
+    loaded = f"import sys; print([m for m in {modules} if m in sys.modules])"
+    parse = f"from tests.cli.flat import parse_{name}\ntry: parse_{name}(['--help'])"
+    program = f"{parse}\nfinally: {loaded}"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from coati.cli.preferences import parse_dpo, parse_rm
 from coati.cli.score import parse_score
+from tests.cli.flat import parse_dpo, parse_rm
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 PYTHON = """#!{python}

@@ -1,9 +1,8 @@
 """The commands of demo_rlhf.sh, with a stand-in for Python that writes them down."""
 
 from coati.cli.compare import parse_compare
-from coati.cli.preferences import parse_rm
-from coati.cli.rollouts import parse_ppo
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
+from tests.cli.flat import parse_ppo, parse_rm
 from tests.demo.test_demo_preferences import called_by, messages
 
 

@@ -179,10 +179,10 @@ def test_a_dry_run_says_what_the_run_would_be_and_keeps_nothing(rehearsed):
         f"episodes 30, each of 8 prompts x 1 responses of up to {NEW} tokens; every prompt 10 times"
         in ppo
     )
-    assert "optimizer steps 120 (2 passes x 2 windows an episode), each of 4 responses" in ppo
+    assert "optimizer steps 120 (2 passes x 2 global batches an episode), each of 4" in ppo
     assert (
         "episodes 30, each of 2 prompts x 4 responses" in grpo
-        and "optimizer steps 60 (2 passes x 1 windows" in grpo
+        and "optimizer steps 60 (2 passes x 1 global batches" in grpo
     )
     for name in ("actor", "critic"):
         assert f"{name}: memory per process before activations" in ppo

@@ -284,7 +284,7 @@ def _with_two_labels(folder: Path, model: str) -> str:
 
 SAID = {
     "rows of another type": ["has no chosen_input_ids: prepared for kto", "--type preference"],
-    "one label": ["desirable answers only", "label false", "train_sft.py"],
+    "one label": ["desirable responses only", "label false", "train_sft.py"],
     "everything too long": ["rows are longer than --max_length 8", "nothing is left"],
     "unknown metric": ["--metric_for_best bleu", "accuracy"],
     "other data": ["no longer fits", "Remove it"],

@@ -2,9 +2,9 @@
 
 import contextlib
 import errno
-import importlib.util
 import io
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -75,7 +75,7 @@ def train(run: Run) -> Ended:
                 copied(run.words[run.words.index("--save_dir") + 1], Path(run.copies), rank)
             )
         try:
-            run_script(run.script, run.words)
+            run_script(run.script)
         except SystemExit as stop:
             code = stop.code or 0
     print(text.getvalue(), file=sys.stderr)
@@ -88,21 +88,9 @@ def train_each(runs: dict[str, Run]) -> dict[str, Ended]:
         return {name: train(run) for name, run in runs.items()}
 
 
-def run_script(name: str, words: list[str]) -> None:
-    from coati.recipes.finish import guarded
-
-    module = script(name)
-    parse = next(value for key, value in vars(module).items() if key.startswith("parse_"))
-    guarded(name, module.main, parse(words))
-
-
-def script(name: str) -> Any:
-    if str(SCRIPTS) not in sys.path:  # as it is where a script is run by its name
-        sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), SCRIPTS / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_script(name: str) -> None:
+    """As ``python name`` does it; the words are in ``sys.argv``."""
+    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
 
 
 @contextlib.contextmanager

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from coati.cli.arguments import parse_sft
-from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
-from coati.cli.rollouts import parse_grpo, parse_ppo
+from tests.cli.flat import (
+    parse_dpo,
+    parse_grpo,
+    parse_kto,
+    parse_orpo,
+    parse_ppo,
+    parse_rm,
+    parse_sft,
+)
 
 SCRIPTS = Path(__file__).parent.parent.parent / "examples" / "training_scripts"
 # Four GPUs; numbers 3 and 1 have the least memory in use.

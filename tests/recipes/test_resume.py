@@ -1,15 +1,13 @@
 """Where a run starts: what ``--checkpoint_path auto`` finds, and what it will not write over."""
 
-from argparse import Namespace
-
 import pytest
 
+from coati.cli.settings import OutputSettings
 from coati.recipes.resume import Resume, find_resume
 
 
-def arguments(save_dir, **values) -> Namespace:
-    named = {"checkpoint_path": "auto", "checkpoint_weights_only": False, "dry_run": False}
-    return Namespace(save_dir=str(save_dir), **named | values)
+def arguments(save_dir, **values) -> OutputSettings:
+    return OutputSettings(str(save_dir), checkpoint_path="auto", **values)
 
 
 def test_auto_with_nothing_there_starts_and_says_so(tmp_path, capsys):

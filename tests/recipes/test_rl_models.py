@@ -3,7 +3,7 @@ change nothing."""
 
 import copy
 import json
-from argparse import Namespace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from coati.cli.rollouts import parse_ppo
+from coati.cli.settings import CriticSettings, PPOSettings
+from coati.parallel.plugins import ParallelOptions
 from coati.recipes.resume import Resume
 from coati.recipes.rl_models import critic_start, reward_start
+from coati.recipes.run import Run
 from tests.cli.rl_cases import IDS, MASK
 from tests.distributed.spawn import run
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -225,40 +229,41 @@ def test_one_base_in_half_precision_with_recomputation(words):
 # Where models start, without loading any
 
 
-def flags(**values) -> Namespace:
-    names = ("rm_pretrain", "rm_checkpoint_path", "critic_pretrain", "critic_checkpoint_path")
-    return Namespace(
-        **({"pretrain": "lm", "no_neural_reward_model": False} | dict.fromkeys(names) | values)
-    )
+@pytest.fixture
+def settings(places):
+    """``settings(rm_pretrain=..., ...)``: those of a run whose start they name."""
+    words = ["--pretrain", "lm", "--prompt_dataset", places["prompts"]]
+    given = parse_ppo([*words, "--reward_functions", "length"])
+
+    def call(critic_pretrain=None, critic_checkpoint_path=None, **reward) -> PPOSettings:
+        critic = CriticSettings(critic_pretrain, critic_checkpoint_path)
+        return replace(given, critic=critic, reward=replace(given.reward, **reward))
+
+    return call
 
 
-def test_the_order_in_which_the_critics_start_is_looked_for(places, tmp_path):
+def test_the_order_in_which_the_critics_start_is_looked_for(places, settings, tmp_path):
     (tmp_path / "epoch-0_step-5" / "actor" / "modeling").mkdir(parents=True)
     actor = str(tmp_path / "epoch-0_step-5" / "actor" / "modeling")
-    assert critic_start(flags(), Resume()).path == "lm"
-    assert critic_start(flags(), Resume(weights=actor)).path == "lm"  # of GRPO, or another trainer
-    assert critic_start(flags(rm_pretrain="some/rm"), Resume()).path == "some/rm"
-    assert not critic_start(flags(rm_pretrain="some/rm"), Resume()).new_head
-    assert critic_start(
-        flags(rm_pretrain="some/rm", no_neural_reward_model=True), Resume()
-    ).new_head
-    assert critic_start(flags(rm_pretrain="some/rm", critic_pretrain="c"), Resume()).path == "c"
-    given = flags(rm_pretrain="some/rm", critic_checkpoint_path=places["rm"])
-    assert critic_start(given, Resume()).path == places["rm"]
+    assert critic_start(settings()).path == "lm"
+    assert critic_start(settings(), actor).path == "lm"  # of GRPO, or another trainer
+    assert critic_start(settings(rm_pretrain="some/rm")).path == "some/rm"
+    assert not critic_start(settings(rm_pretrain="some/rm")).new_head
+    assert critic_start(settings(rm_pretrain="some/rm", no_neural_reward_model=True)).new_head
+    assert critic_start(settings(rm_pretrain="some/rm", critic_pretrain="c")).path == "c"
+    given = settings(rm_pretrain="some/rm", critic_checkpoint_path=places["rm"])
+    assert critic_start(given).path == places["rm"]
     (tmp_path / "epoch-0_step-5" / "critic" / "modeling").mkdir(parents=True)
-    start = critic_start(given, Resume(weights=actor))
+    start = critic_start(given, actor)
     assert start.trained and start.path == str(tmp_path / "epoch-0_step-5" / "critic" / "modeling")
 
 
-def test_a_training_directory_stands_for_its_model(places, tmp_path):
+def test_a_training_directory_stands_for_its_model(places, settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "modeling").symlink_to(places["rm"])
-    assert reward_start(flags(rm_pretrain=str(tmp_path / "run"))).path == str(
-        tmp_path / "run" / "modeling"
-    )
-    assert reward_start(flags(rm_checkpoint_path=str(tmp_path / "run"))).path == str(
-        tmp_path / "run" / "modeling"
-    )
+    for flag in ("rm_pretrain", "rm_checkpoint_path"):
+        start = reward_start(settings(**{flag: str(tmp_path / "run")}).reward)
+        assert start.path == str(tmp_path / "run" / "modeling")
 
 
 # What cannot be a critic or a reward model
@@ -283,16 +288,14 @@ def load(words):
     """Loads the reward model of a command line, in this process."""
 
     def call(*more: str, tokenizer=None):
-        from coati.cli.rollouts import parse_ppo
         from coati.models import RewardModel
-        from coati.parallel.plugins import ParallelOptions
-        from coati.recipes.rl_models import _scalar
+        from coati.recipes.rl_models import load_scalar
 
-        args = parse_ppo(words(*more))
-        options = ParallelOptions(tp=args.tp, plugin="3d" if args.tp > 1 else "zero2")
-        return _scalar(
-            args, options, tokenizer or tiny_tokenizer(), RewardModel, reward_start(args)
-        )
+        settings = parse_ppo(words(*more))
+        tp = settings.parallel.tp
+        options = ParallelOptions(tp=tp, plugin="3d" if tp > 1 else "zero2")
+        run = Run(settings, options, Resume(), tokenizer or tiny_tokenizer(), None)
+        return load_scalar(run, RewardModel, reward_start(settings.reward), vocabulary=0)
 
     return call
 
@@ -354,26 +357,25 @@ def test_a_tokenizer_that_only_lacks_the_padding_is_the_same(load, places, tmp_p
 
 
 def test_gemini_offloads_by_itself(words):
-    from coati.cli.rollouts import parse_ppo
-    from coati.parallel.plugins import ParallelOptions
-    from coati.recipes.rl_models import actor_engine
+    from coati.recipes.rl_models import load_actor
 
-    args = parse_ppo(words("--rm_pretrain", "$rm", "--offload_inference_models"))
+    settings = parse_ppo(words("--rm_pretrain", "$rm", "--offload_inference_models"))
+    run = Run(settings, ParallelOptions(plugin="gemini"), Resume(), tiny_tokenizer(), None)
     with pytest.raises(
         ValueError, match="--offload_inference_models: --plugin gemini itself decides"
     ):
-        actor_engine(args, ParallelOptions(plugin="gemini"), tiny_tokenizer(), Resume(), 1)
+        load_actor(run, total_steps=1)
 
 
 def test_a_base_can_be_shared_only_with_adapters_on_it(words, places):
-    from coati.cli.rollouts import parse_ppo
     from coati.models import RewardModel
     from coati.models.base import without_head
-    from coati.recipes.rl_models import _adapter_on_base
+    from coati.recipes.rl_models import adapter_on_base
 
-    args = parse_ppo(words("--rm_pretrain", "$rm", "--lora_rank", "4", "--shared_base"))
-    args._base = without_head(tiny_llama())
+    settings = parse_ppo(words("--rm_pretrain", "$rm", "--lora_rank", "4", "--shared_base"))
+    run = Run(settings, ParallelOptions(lora=True), Resume(), tiny_tokenizer(), None)
+    base = without_head(tiny_llama())
     with pytest.raises(
         ValueError, match="--shared_base: --rm_pretrain .*is no LoRA adapter on --pretrain"
     ):
-        _adapter_on_base(args, RewardModel, reward_start(args))
+        adapter_on_base(run, base, RewardModel, reward_start(settings.reward))

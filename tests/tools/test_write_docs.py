@@ -13,9 +13,7 @@ def test_the_page_of_flags_names_every_flag():
             assert f"`{name}`" in text, name
     assert "`--max_length`, `--max_len`" in text
     rows = [line for line in text.splitlines() if line.startswith("| `--tp`")]
-    assert set(rows) == {
-        "| `--tp` | N | `1` | processes that share each weight (tensor parallel) |"
-    }
+    assert set(rows) == {"| `--tp` | N | `1` | tensor parallel size |"}
 
 
 def test_the_plugin_table_says_what_the_checks_say():

@@ -2,12 +2,13 @@
 
 import signal
 import sys
-from argparse import Namespace
 
+from coati.cli.program_settings import ServerSettings
 from coati.cli.serve import LOOPBACK, listening_socket, parse_server
+from coati.legacy.flags import QUANTIZED
 
 
-def open_engine(args: Namespace):
+def open_engine(args: ServerSettings):
     from coati.inference import load
     from coati.inference.serve.inference_engine import InferenceEngine
     from coati.inference.serve.stop_strings import read_words
@@ -30,7 +31,7 @@ def open_engine(args: Namespace):
     )
 
 
-def app_of(args: Namespace, engine):
+def app_of(args: ServerSettings, engine):
     from coati.inference.serve.web import WebSettings, make_app
     from coati.models.generation.sampling import Sampling
 
@@ -50,7 +51,7 @@ def app_of(args: Namespace, engine):
     return make_app(engine, settings)
 
 
-def main(args: Namespace) -> None:
+def main(args: ServerSettings) -> None:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # uvicorn raises it again once all is in order
@@ -71,7 +72,7 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_server()
+    arguments = parse_server(older=QUANTIZED)
     try:
         main(arguments)
     except KeyboardInterrupt:

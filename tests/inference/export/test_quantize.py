@@ -16,6 +16,7 @@ from coati.inference.export.measures import Size, perplexity, rows_of, size_of, 
 from coati.inference.export.quantize import check_groups, outlier_layers, quantize
 from coati.inference.model_loading import load
 from coati.inference.quantized_loading import quantization_kwargs, require_package
+from coati.legacy.flags import QUANTIZED
 from tests.inference.export.test_model_dir import adapter, script
 from tests.inference.test_model_loading import write
 from tests.tiny import tiny_llama
@@ -242,6 +243,6 @@ def test_bad_flags_are_refused(words, message, capsys):
 )
 def test_flags_of_gptq_files_are_answered(parse, flag, answer, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(["--model_path", "x", flag, "128"])
+        parse(["--model_path", "x", flag, "128"], older=QUANTIZED)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and flag in said and answer in said

@@ -1,6 +1,7 @@
-"""Flags of older documents: accepted, and one line says what each became."""
+"""Flags of earlier releases that every training script takes: one line says what each became."""
 
 import argparse
+from argparse import Namespace
 from typing import Any
 
 from coati.cli.parser import Parser
@@ -46,8 +47,8 @@ DROPPED_OF_ROLLOUTS = {
 }
 # What programs that answer were given to read a GPTQ file -> what takes its place.
 GPTQ = {
-    "--gptq_checkpoint": "a directory that quantize.py --method gptq wrote is a model by itself: give it in place of "
-    "the model, without --quant",
+    "--gptq_checkpoint": "a directory that quantize.py --method gptq wrote is a model by itself: "
+    "give it in place of the model, without --quant",
     "--gptq_group_size": "the directory says it itself; quantize.py --group_size decides it",
 }
 
@@ -85,33 +86,42 @@ class _Strategy(argparse.Action):
         logger.warning_once(f"--strategy {values} is now --plugin {namespace.plugin}")
 
 
-def add_flags(parser: Parser) -> None:
-    """Accept the older flags beside ``parser``'s own, without offering them in its help."""
-    hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument(
-        "--strategy", action=_Strategy, choices=tuple(STRATEGIES), dest="plugin", **hidden
-    )
-    for old in (
-        DROPPED if parser.action_of("--rm_pretrain") is None else DROPPED | DROPPED_OF_ROLLOUTS
-    ):
-        parser.add_argument(old, action=_Dropped, dest=f"dropped{old}", **hidden)
-    for old, new in RENAMED.items():
-        now = parser.action_of(new)
-        if now is None:
-            continue
-        extra = {"nargs": now.nargs, "const": now.const} if now.nargs else {}
+class OlderFlags:
+    """As :class:`coati.cli.parser.OlderFlags`: what all training scripts take."""
+
+    def add(self, parser: Parser) -> None:
+        """Accept them beside ``parser``'s own, without offering them in its help."""
+        hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
         parser.add_argument(
-            old,
-            action=_Renamed,
-            dest=now.dest,
-            type=now.type,
-            choices=now.choices,
-            **extra,
-            **hidden,
+            "--strategy", action=_Strategy, choices=tuple(STRATEGIES), dest="plugin", **hidden
         )
+        has_rollouts = parser.action_of("--rm_pretrain") is not None
+        for old in DROPPED | DROPPED_OF_ROLLOUTS if has_rollouts else DROPPED:
+            parser.add_argument(old, action=_Dropped, dest=f"dropped{old}", **hidden)
+        for old, new in RENAMED.items():
+            now = parser.action_of(new)
+            if now is None:
+                continue
+            extra = {"nargs": now.nargs, "const": now.const} if now.nargs else {}
+            extra |= {"dest": now.dest, "type": now.type, "choices": now.choices}
+            parser.add_argument(old, action=_Renamed, **extra, **hidden)
+
+    def apply(self, args: Namespace) -> None:
+        """Nothing is left to do: each flag has acted when it was read."""
 
 
-def add_gptq(parser: Parser) -> None:
-    """Answer the flags of GPTQ files with what takes their place."""
-    for old in GPTQ:
-        parser.add_argument(old, action=_Refused, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+class GPTQFlags:
+    """Answers the flags of GPTQ files with what takes their place."""
+
+    def add(self, parser: Parser) -> None:
+        for old in GPTQ:
+            parser.add_argument(
+                old, action=_Refused, help=argparse.SUPPRESS, default=argparse.SUPPRESS
+            )
+
+    def apply(self, args: Namespace) -> None:
+        """Nothing is left to do: a flag that is given ends the program."""
+
+
+SHARED = OlderFlags()
+QUANTIZED = GPTQFlags()

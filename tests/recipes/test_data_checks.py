@@ -2,6 +2,7 @@
 model is loaded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +10,10 @@ from coati.cli.rollouts import parse_ppo
 from coati.dataset.chat.conversation import setup_conversation_template
 from coati.dataset.load.collator import DataCollatorForPromptDataset
 from coati.parallel.plugins import ParallelOptions
-from coati.recipes.data import evaluation_rows
-from coati.recipes.prompt_data_checks import check_gt_answers, check_prompts, prompt_rows, ptx_rows
+from coati.recipes.data import epoch_order, evaluation_rows, ptx_rows, training_rows
+from coati.recipes.data_checks import check_gt_answers, check_prompts
+from coati.recipes.resume import Resume
+from coati.recipes.run import Run
 from coati.rewards.scorer import Rewards
 from tests.end_to_end.inputs import prepare
 from tests.tiny import tiny_tokenizer
@@ -50,14 +53,16 @@ def raw(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rows():
-    """``rows(path, words)``: flags and the rows of ``--prompt_dataset``."""
+    """``rows(path, words)``: the run and the rows of ``--prompt_dataset``."""
 
     def read(path, *words):
-        args = parse_ppo(
+        settings = parse_ppo(
             ["--pretrain", "m", "--prompt_dataset", path, "--reward_functions", "length", *words]
         )
         tokenizer = tiny_tokenizer()
-        return args, prompt_rows(args, tokenizer, setup_conversation_template(tokenizer, {}))
+        template = setup_conversation_template(tokenizer, {})
+        run = Run(settings, ParallelOptions(), Resume(), tokenizer, template)
+        return run, training_rows(run, "prompt", "prompt_dataset")
 
     return read
 
@@ -69,7 +74,8 @@ SHORT = ["--max_length", "100", "--max_seq_len", "20"]
 def test_raw_prompts_lose_a_last_answer_and_long_ones_are_left_out_both_counted(
     raw, rows, capsys, name
 ):
-    args, found = rows(raw(name=name), *SHORT)
+    _, prompts = rows(raw(name=name), *SHORT)
+    found = prompts.rows
     assert found["gt_answer"] == ["2", "4", "-"] and max(found["seq_length"]) <= 80
     texts = found["inputs_decode"]
     assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
@@ -95,16 +101,14 @@ def test_prepared_prompts_that_leave_no_room_are_left_out_and_counted(rows, tmp_
     )
     _, whole = rows(path)
     assert len(whole) == 4 and "longer than" not in capsys.readouterr().err
-    args, found = rows(path, *SHORT)
-    assert len(found) == 3
+    _, found = rows(path, *SHORT)
+    assert len(found) == 3 and found.sizes == [3]
     said = capsys.readouterr().err
     assert (
         "--prompt_dataset: 1 of 4 rows are longer than 80 tokens (--max_length 100 less "
         "--max_seq_len 20)" in said
     )
-    batch = DataCollatorForPromptDataset(tiny_tokenizer(), args.max_length - args.max_seq_len)(
-        [*found]
-    )
+    batch = DataCollatorForPromptDataset(tiny_tokenizer(), 80)([*found.rows])
     assert batch["input_ids"].shape[1] <= 80 and batch["gt_answer"] == ["2", "4", "-"]
     with pytest.raises(
         ValueError, match="longer than 5 tokens .*nothing is left; raise --max_length"
@@ -122,11 +126,11 @@ def test_rows_of_another_type_are_refused(rows, tmp_path):
         match="--prompt_dataset .* is prepared for sft .*prepare_dataset.py --type prompt",
     ):
         rows(answers)
-    args, _ = rows(prompts, "--ptx_dataset", prompts, "--ptx_coef", "0.1")
+    run, _ = rows(prompts, "--ptx_dataset", prompts, "--ptx_coef", "0.1")
     with pytest.raises(
         ValueError, match="--ptx_dataset .* has no labels: prepared for prompt.*--type sft"
     ):
-        ptx_rows(args, tiny_tokenizer(), None)
+        ptx_rows(run)
 
 
 def test_conversations_beside_them_are_not_cut_to_the_prompts_number(rows, tmp_path):
@@ -134,11 +138,22 @@ def test_conversations_beside_them_are_not_cut_to_the_prompts_number(rows, tmp_p
     answers, prompts = (
         prepare(tmp_path / name, text, max_length=400, type=name) for name in ("sft", "prompt")
     )
-    args, found = rows(prompts, "--ptx_dataset", answers, "--ptx_coef", "0.1", "--max_samples", "1")
-    assert len(found) == 1 and len(ptx_rows(args, tiny_tokenizer(), None)) == 2
-    assert args._prepared == {"train": [prompts]}
-    args, _ = rows(prompts, "--ptx_dataset", answers)
-    assert ptx_rows(args, tiny_tokenizer(), None) is None  # --ptx_coef is 0
+    run, found = rows(prompts, "--ptx_dataset", answers, "--ptx_coef", "0.1", "--max_samples", "1")
+    assert len(found) == 1 and len(ptx_rows(run)) == 2
+    assert found.folders == [prompts] and ptx_rows(run).folders == [answers]
+    run, _ = rows(prompts, "--ptx_dataset", answers)
+    assert ptx_rows(run) is None  # --ptx_coef is 0
+
+
+def test_a_mixture_counts_only_the_rows_that_are_not_too_long(rows, tmp_path):
+    """Of the four rows in each directory the last is too long: sets of three and three."""
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    paths = [prepare(tmp_path / name, text, max_length=400, type="prompt") for name in ("a", "b")]
+    run, found = rows("", "--prompt_dataset", *paths, "--dataset_weights", "1", "2", *SHORT)
+    assert found.sizes == [3, 3] and len(found) == 6
+    mixture = epoch_order(run, found).mixture
+    assert mixture.counts() == [2, 4]
+    assert sorted(number >= 3 for number in mixture.rows(42, 0)) == [False] * 2 + [True] * 4
 
 
 def test_evaluation_prompts_are_prompts(raw, rows, tmp_path):
@@ -148,9 +163,9 @@ def test_evaluation_prompts_are_prompts(raw, rows, tmp_path):
         max_length=400,
         type="prompt",
     )
-    args, _ = rows(path, *SHORT, "--eval_prompt_dataset", path)
-    found = evaluation_rows(args, tiny_tokenizer(), None, "prompt")
-    assert len(found) == 3 and "gt_answer" in found.column_names
+    run, _ = rows(path, *SHORT, "--eval_prompt_dataset", path)
+    found = evaluation_rows(run, "prompt")
+    assert len(found) == 3 and "gt_answer" in found.rows.column_names
 
 
 def test_too_few_prompts_for_an_episode(rows, tmp_path, monkeypatch):
@@ -161,17 +176,16 @@ def test_too_few_prompts_for_an_episode(rows, tmp_path, monkeypatch):
         type="prompt",
     )
     small = ["--num_collect_steps", "2", "--train_batch_size", "1", "--accumulation_steps", "2"]
-    args, found = rows(path, *small, "--experience_batch_size", "2")
-    check_prompts(args, ParallelOptions(), found)
-    args, found = rows(path, *small, "--experience_batch_size", "3")
+    check_prompts(*rows(path, *small, "--experience_batch_size", "2"))
+    run, found = rows(path, *small, "--experience_batch_size", "3")
     with pytest.raises(
         ValueError,
         match="holds 4 prompts, an episode takes 6 .*x --experience_batch_size 3 x 1 data",
     ):
-        check_prompts(args, ParallelOptions(), found)
-    args, found = rows(path, *small, "--experience_batch_size", "2", "--ptx_batch_size", "3")
+        check_prompts(run, found)
+    run, found = rows(path, *small, "--experience_batch_size", "2", "--ptx_batch_size", "3")
     with pytest.raises(ValueError, match="--ptx_dataset holds 4 rows, one step takes 6"):
-        check_prompts(args, ParallelOptions(), found, ptx=found)
+        check_prompts(run, found, ptx=found)
 
 
 def test_ground_truths_that_are_missing(raw, rows):
@@ -179,7 +193,7 @@ def test_ground_truths_that_are_missing(raw, rows):
     check_gt_answers(found, None)
     check_gt_answers(None, Rewards(["gsm8k"]))
     check_gt_answers(found, Rewards(["length"]))
-    check_gt_answers(found.select([0, 1]), Rewards(["gsm8k"]))
+    check_gt_answers(replace(found, rows=found.rows.select([0, 1])), Rewards(["gsm8k"]))
     with pytest.raises(
         ValueError, match="1 of 3 prompts have no gt_answer .*the first: row 2.*gsm8k, length"
     ):
@@ -187,6 +201,5 @@ def test_ground_truths_that_are_missing(raw, rows):
     with pytest.raises(
         ValueError, match="--eval_prompt_dataset has no gt_answer, which --reward_functions gsm8k"
     ):
-        check_gt_answers(
-            found.remove_columns("gt_answer"), Rewards(["gsm8k"]), "eval_prompt_dataset"
-        )
+        without = replace(found, rows=found.rows.remove_columns("gt_answer"))
+        check_gt_answers(without, Rewards(["gsm8k"]), "eval_prompt_dataset")

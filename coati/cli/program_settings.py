@@ -1,0 +1,194 @@
+"""What the parsers of the programs beside training return: their flags, checked and typed."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """``compare.py``."""
+
+    model_path: str
+    start_path: str | None
+    input: list[str]
+    max_prompts: int | None
+    output: str | None
+    show: int
+    conversation_template_config: str | None
+    trust_remote_code: bool
+    rm_path: str | None
+    reward_functions: list[str]
+    reward_weights: list[float] | None
+    reward_timeout: float
+    tie_margin: float
+    max_length: int
+    max_new_tokens: int
+    batch_size: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """``merge_lora.py``."""
+
+    model_path: str
+    output_dir: str
+    dtype: str
+    conversation_template_config: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """``export.py``."""
+
+    model_path: str
+    output_dir: str
+    dtype: str
+    conversation_template_config: str | None
+    trust_remote_code: bool
+    max_new_tokens: int
+    gguf: str | None
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """``inference.py``."""
+
+    model_path: str
+    tokenizer_path: str | None
+    conversation_template_config: str | None
+    model_max_length: int
+    max_new_tokens: int
+    io: str
+    prompt: list[str]
+    trust_remote_code: bool
+    quant: str | None
+    system_message: str | None
+    prompt_file: str | None
+    transcript: str | None
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """``prepare_dataset.py``. ``type`` None: only the template is checked."""
+
+    type: str | None
+    data_input_dirs: list[str]
+    format: str | None
+    split: str | None
+    tokenizer_dir: str
+    trust_remote_code: bool
+    conversation_template_config: str | None
+    template_mode: str
+    check_template: bool
+    data_cache_dir: str
+    data_jsonl_output_dir: str
+    data_arrow_output_dir: str
+    max_length: int
+    num_spliced_dataset_bins: int
+    num_samples_per_datafile: int
+    seed: int
+    num_proc: int | None
+    strict: bool
+    max_bad_ratio: float
+    eval_ratio: float
+    eval_input_dirs: list[str]
+    deduplicate: bool
+    near_duplicates: float | None
+    drop_eval_overlap: bool
+    benchmark_files: list[str]
+    overlap_words: int
+    min_answer_chars: int
+    max_answer_chars: int | None
+    drop_trivial_answers: bool
+
+
+@dataclass(frozen=True)
+class PromptSampleSettings:
+    """``generate_prompt_dataset.py``."""
+
+    dataset_path: str
+    save_path: str
+    sample_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """``quantize.py``."""
+
+    model_path: str
+    output_dir: str
+    method: list[str]
+    calibration: list[str]
+    calibration_rows: int
+    group_size: int
+    eval: list[str]
+    max_length: int
+    new_tokens: int
+    output: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """``benchmark.py``."""
+
+    model_path: str
+    quant: list[str]
+    batch_size: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    output: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """``score.py``."""
+
+    model_path: str
+    input: list[str]
+    output: str | None
+    histogram: str | None
+    batch_size: int
+    max_length: int
+    conversation_template_config: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """``server.py``. ``token`` None: everybody may ask."""
+
+    model_path: str
+    tokenizer_path: str | None
+    conversation_template_config: str | None
+    served_model_name: str
+    trust_remote_code: bool
+    quant: str | None
+    http_host: str
+    http_port: int
+    token_file: str | None
+    cors_origins: tuple[str, ...]
+    profanity_file: str | None
+    model_max_length: int
+    max_new_tokens: int
+    max_batch: int
+    max_queue: int
+    timeout: float
+    shutdown_timeout: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    token: str | None

@@ -1,0 +1,335 @@
+"""What the parsers of the training scripts return: frozen dataclasses, one a flag group.
+
+A field has the name of its flag. Groups that a lower package consumes live there
+(:class:`~coati.parallel.optimizer.OptimizerSettings`, ...); those of the recipes are here.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from coati.parallel.optimizer import OptimizerSettings
+from coati.parallel.options import ParallelOptions
+from coati.trainer.schedule import RunSchedule
+
+T = TypeVar("T")
+
+
+def filled(kind: type[T], flags: Mapping[str, Any], /, **given: Any) -> T:
+    """A ``kind`` whose fields are ``given``, groups filled likewise, or the flags of their names.
+
+    A field without a flag keeps its default. Raises TypeError for one that has none.
+    """
+    hints = get_type_hints(kind)
+    values = dict(given)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name in given:
+            continue
+        if is_dataclass(hints[field.name]):
+            values[field.name] = filled(hints[field.name], flags)
+        elif field.name in flags:
+            values[field.name] = flags[field.name]
+    return kind(**values)
+
+
+def settings_of(kind: type[T], args: Namespace, **given: Any) -> T:
+    """The settings of a script from its checked flags; ``given`` as in :func:`filled`."""
+    flags = {name: value for name, value in vars(args).items() if not name.startswith("_")}
+    return filled(kind, flags, flags=flags, **given)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model that is trained, as it is loaded."""
+
+    pretrain: str
+    tokenizer_dir: str | None = None
+    trust_remote_code: bool = False
+    use_flash_attn: bool = False
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is."""
+        return self.tokenizer_dir or self.pretrain
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """``lora_rank`` 0: no adapters. ``lora_config``: a JSON file, which the others override."""
+
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_train_bias: str | None = None
+    lora_config: str | None = None
+    merge_lora_weights: bool = False
+    shared_base: bool = False
+
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether the final model is an adapter, not a whole model."""
+        return bool(self.lora_rank) and not self.merge_lora_weights
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The rows of a run. ``max_seq_len``: room that a prompt leaves for its response."""
+
+    dataset: list[str]
+    eval_dataset: list[str]
+    dataset_weights: list[float]
+    max_length: int
+    conversation_template_config: str | None = None
+    max_samples: int | None = None
+    disable_loss_mask: bool = False
+    packing: bool = False
+    max_seq_len: int = 0
+
+    @property
+    def pack_length(self) -> int | None:
+        """Tokens of a pack; None without ``--packing``."""
+        return self.max_length if self.packing else None
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Rows of a batch and a process, batches of an optimizer step, epochs of a run."""
+
+    batch_size: int
+    accumulation_steps: int
+    max_epochs: int
+    eval_batch_size: int | None = None
+
+    @property
+    def evaluation(self) -> int:
+        """Rows of an evaluation batch."""
+        return self.eval_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where a run writes, and what it goes on from."""
+
+    save_dir: str
+    checkpoint_path: str | None = None
+    checkpoint_weights_only: bool = False
+    config_file: str | None = None
+    dry_run: bool = False
+    log_dir: str | None = None
+    use_wandb: bool = False
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """The reference model of a preference run."""
+
+    disable_reference_model: bool = False
+    ref_tp: int | None = None
+    precompute_ref: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What every training script is told.
+
+    ``plugin``: as asked for; None follows the machine, and ``parallel.plugin`` then says nothing.
+    ``flags``: every resolved flag by name, for arguments.json, ``--dry_run`` and trackers.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    lora: LoraSettings
+    plugin: str | None
+    parallel: ParallelOptions
+    optimizer: OptimizerSettings
+    schedule: RunSchedule
+    output: OutputSettings
+    seed: int
+    flags: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLSettings(TrainingSettings):
+    """What the trainers on fixed data share; all that ``train_sft.py`` is told."""
+
+    batches: BatchSettings
+
+
+@dataclass(frozen=True)
+class RewardLoss:
+    """Options of the reward model's loss."""
+
+    loss_fn: str
+    center_coef: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSettings(SLSettings):
+    """``train_rm.py``."""
+
+    loss: RewardLoss
+
+
+@dataclass(frozen=True)
+class DPOLoss:
+    """The pairwise losses of a run; ``beta`` and ``gamma`` None: each loss has its own."""
+
+    loss_type: list[str]
+    loss_weights: list[float] | None
+    beta: float | None
+    gamma: float | None
+    label_smoothing: float
+    length_normalization: bool
+    sft_coef: float
+    ld_alpha: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOSettings(SLSettings):
+    """``train_dpo.py``."""
+
+    loss: DPOLoss
+    reference: ReferenceSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ORPOSettings(SLSettings):
+    """``train_orpo.py``. ``lam``: weight of the odds ratio."""
+
+    lam: float
+
+
+@dataclass(frozen=True)
+class KTOLoss:
+    """Options of KTO's loss."""
+
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOSettings(SLSettings):
+    """``train_kto.py``. ``auto_weight``: balance the two kinds of responses."""
+
+    loss: KTOLoss
+    auto_weight: bool
+    reference: ReferenceSettings
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What an episode collects. Batch sizes count rows of one process."""
+
+    num_episodes: int
+    num_collect_steps: int
+    experience_batch_size: int
+    max_seq_len: int
+    inference_batch_size: int
+    logits_forward_batch_size: int
+    rollout_engine: str
+    sample_interval: int
+    offload_inference_models: bool
+    num_generations: int = 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled; the temperature moves from the initial to the final one."""
+
+    initial_temperature: float
+    final_temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Where scores come from and what is made of them; a clip or timeout of 0 is none."""
+
+    rm_pretrain: str | None
+    rm_checkpoint_path: str | None
+    no_neural_reward_model: bool
+    reward_functions: list[str]
+    reward_weights: list[float]
+    reward_timeout: float
+    reward_clip: float
+    reward_normalization: str
+    missing_eos_penalty: float
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """The KL to the reference. ``kl_in``: "reward" or "loss"."""
+
+    kl_coef: float
+    kl_estimator: str
+    kl_in: str
+    kl_target: float | None
+    kl_horizon: int
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """The optimizer steps of an episode and the policy's clipped loss."""
+
+    num_update_steps: int
+    train_batch_size: int
+    accumulation_steps: int
+    buffer_limit: int
+    clip_eps_low: float
+    clip_eps_high: float
+    skip_threshold: float
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """How scores become advantages. ``algo`` None: a critic and GAE."""
+
+    algo: str | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    reward_at: str = "last"
+    no_whiten_advantages: bool = False
+    overlong_buffer_len: int = 0
+    mask_truncated_completions: bool = False
+
+
+@dataclass(frozen=True)
+class PtxSettings:
+    """Supervised rows beside the rollouts: the loss is (1 - C) x policy + C x SFT."""
+
+    ptx_dataset: list[str]
+    ptx_coef: float
+    ptx_batch_size: int
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """Where the critic starts and how it is trained."""
+
+    critic_pretrain: str | None = None
+    critic_checkpoint_path: str | None = None
+    critic_lr: float = 9e-6
+    value_clip: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineSettings(TrainingSettings):
+    """What the trainers with rollouts share; all that ``train_grpo.py`` is told."""
+
+    rollout: RolloutSettings
+    sampling: SamplingSettings
+    reward: RewardSettings
+    kl: KLPenalty
+    update: UpdateSettings
+    advantage: AdvantageSettings
+    ptx: PtxSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOSettings(OnlineSettings):
+    """``train_ppo.py``."""
+
+    critic: CriticSettings

@@ -1,0 +1,122 @@
+"""Checks of rows before a model is loaded: supervised end tokens, both kinds of labels, enough
+prompts, ground truths."""
+
+from typing import Any
+
+import numpy as np
+
+from coati.cli.settings import KTOSettings, OnlineSettings
+from coati.dataset.data_types import type_of_row
+from coati.models.loss import balance
+from coati.recipes.run import PreparedRows, Run
+from coati.rewards.scorer import Rewards
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+LOOKED_AT = 256
+# Of the weights of desirable to undesirable responses in all (arXiv 2402.01306, section 4.2).
+BALANCED = (1.0, 4 / 3)
+
+
+def check_ends(run: Run, train: PreparedRows) -> None:
+    """Warn when no response among the first rows ends with a supervised end token."""
+    ends = {run.tokenizer.eos_token_id}
+    if run.template is not None:
+        ends |= {stop[-1] for stop in run.template.stop_ids if stop}
+    first = train.rows.select(range(min(len(train), LOOKED_AT)))
+    sides = [type_of_row(row).sides(row)[0] for row in first]
+    last = [side.ids[side.end() - 1] if side.end() else None for side in sides]
+    if not ends & set(last):
+        logger.info(
+            f"warning: none of the first {len(last)} responses of --dataset ends with a "
+            f"supervised end token (ids {', '.join(map(str, sorted(ends)))}): the model will not "
+            "learn to stop. Look at "
+            "end_of_assistant and stop_ids of the conversation template, and prepare the data again"
+        )
+
+
+def kto_weights(settings: KTOSettings, rows: Any) -> tuple[float, float]:
+    """The weights of desirable and undesirable responses: set by ``--auto_weight``, else checked
+    for balance.
+
+    Raises ValueError when all rows have one label.
+    """
+    good = int(np.asarray(rows["label"], dtype=bool).sum())
+    bad = len(rows) - good
+    if not good or not bad:
+        kind, flag = ("desirable", "false") if good else ("undesirable", "true")
+        raise ValueError(
+            f"--dataset holds {kind} responses only ({len(rows)} rows): KTO learns from the "
+            "difference. Add rows with "
+            f"label {flag}" + (", or train on these with train_sft.py" if good else "")
+        )
+    weights = (settings.loss.desirable_weight, settings.loss.undesirable_weight)
+    ratio = balance(good, bad, *weights)
+    if BALANCED[0] <= ratio <= BALANCED[1]:
+        return weights
+    counts = f"{good} desirable and {bad} undesirable responses"
+    what = f"{counts} with weights {weights[0]:g} and {weights[1]:g}"
+    if not settings.auto_weight:
+        logger.info(
+            f"{what}: their ratio {ratio:.2f} is outside 1 to 4/3, one kind drowns the other; "
+            "--auto_weight sets it"
+        )
+        return weights
+    settled = (weights[0] / ratio, weights[1])
+    logger.info(
+        f"{what}: --auto_weight sets --desirable_weight {settled[0]:.4f}, so that both weigh alike"
+    )
+    return settled
+
+
+def check_prompts(
+    run: Run[OnlineSettings], prompts: PreparedRows, ptx: PreparedRows | None = None
+) -> None:
+    """Raise ValueError when there are fewer prompts than an episode takes, or fewer conversations
+    than a step."""
+    settings = run.settings
+    shares = run.data_parallel_size
+    rollout = settings.rollout
+    needed = rollout.num_collect_steps * rollout.experience_batch_size * shares
+    if len(prompts) < needed:
+        raise ValueError(
+            f"--prompt_dataset holds {len(prompts)} prompts, an episode takes {needed} "
+            f"(--num_collect_steps {rollout.num_collect_steps} x --experience_batch_size "
+            f"{rollout.experience_batch_size} x {shares} data-parallel processes); lower one of "
+            "them or add prompts"
+        )
+    batch_size = settings.ptx.ptx_batch_size
+    steps = settings.update.accumulation_steps
+    needed = batch_size * steps * shares
+    if ptx is not None and len(ptx) < needed:
+        raise ValueError(
+            f"--ptx_dataset holds {len(ptx)} rows, one step takes {needed} (--ptx_batch_size "
+            f"{batch_size} x --accumulation_steps {steps} x {shares} data-parallel processes); "
+            "lower one of them or add rows"
+        )
+
+
+def check_gt_answers(
+    prompts: PreparedRows | None, rewards: Rewards | None, flag: str = "prompt_dataset"
+) -> None:
+    """Raise ValueError for ``prompts`` without the ground truths that a function of ``rewards``
+    compares with."""
+    if prompts is None or rewards is None or not rewards.needs_gt_answer:
+        return
+    rows = prompts.rows
+    wanting = ", ".join(rewards.weights)
+    if "gt_answer" not in rows.column_names:
+        raise ValueError(
+            f"--{flag} has no gt_answer, which --reward_functions {wanting} compares responses "
+            "with; prepare the "
+            "prompts from rows that have one, or choose other functions"
+        )
+    without = [index for index, answer in enumerate(rows["gt_answer"]) if answer is None]
+    if without:
+        raise ValueError(
+            f"--{flag}: {len(without)} of {len(rows)} prompts have no gt_answer (the first: row "
+            f"{without[0]}), which "
+            f"--reward_functions {wanting} compares responses with; give every row one, or leave "
+            "those rows out"
+        )

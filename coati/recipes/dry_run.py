@@ -1,0 +1,155 @@
+"""``--dry_run``: one real step, a checkpoint saved and loaded again, nothing kept."""
+
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coati.cli.settings import OnlineSettings, SLSettings
+from coati.models.critic import Critic
+from coati.models.loading import load_causal_lm
+from coati.parallel.atomic_dirs import existing_folder
+from coati.parallel.checkpoint import (
+    RunningState,
+    read_checkpoint,
+    save_checkpoint,
+    save_models,
+)
+from coati.parallel.estimate import estimate_memory
+from coati.recipes.run import Run
+from coati.utils.distributed import barrier, broadcast_object, is_rank_0
+from coati.utils.logging import get_logger
+from coati.utils.memory import describe_memory, in_units, peak_memory_of_ranks
+
+logger = get_logger(__name__)
+
+LOADERS = {"actor": load_causal_lm, "critic": Critic.from_pretrained}
+SHOWN = (
+    "reward",
+    "reward_std",
+    "approx_kl",
+    "response_length",
+    "stop_rate",
+    "policy_loss",
+    "value_loss",
+    "ptx_loss",
+)
+
+
+def dry_run(
+    run: Run[SLSettings], trainer: Any, loader: Any, load: Callable[..., Any] | None = None
+) -> None:
+    """One optimizer step, saved beside ``--save_dir`` under a temporary name and loaded again by
+    ``load`` (by default as a language model); prints what the run would be."""
+    logger.info(_describe(run, trainer, loader))
+    step = trainer.engine.train_step(next(iter(loader.global_batches(0))), trainer.objective)
+    with place_beside(run.settings.output.save_dir) as place:
+        folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
+        size = sum(read_checkpoint(folder).files.values())
+        if is_rank_0():
+            (load or load_causal_lm)(folder / "modeling")
+    logger.info(
+        f"dry run: one step taken (loss {step.loss:.4f}, "
+        f"{describe_memory(peak_memory_of_ranks())}), a checkpoint of "
+        f"{in_units(size)} saved and loaded again. Nothing was kept."
+    )
+
+
+def rl_dry_run(
+    run: Run[OnlineSettings], trainer: Any, windows: Any, supervised: Any = None
+) -> None:
+    """One collect phase and one optimizer step, saved beside ``--save_dir`` under a temporary name
+    and loaded again; prints what the run would be. Every rank must call it."""
+    logger.info(_describe_rl(run, trainer, windows, supervised))
+    metrics = trainer.rehearse(windows, supervised)
+    with place_beside(run.settings.output.save_dir) as place:
+        models = {
+            name: (engine, trainer.model_assets[name]) for name, engine in trainer.models.items()
+        }
+        folder = save_models(place, models, RunningState(step=1), trainer.buffer.state_dict())
+        size = sum(read_checkpoint(folder).files.values())
+        if is_rank_0():
+            for name in models:
+                LOADERS[name](str(Path(folder) / name / "modeling"))
+    shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+    seconds = sum(metrics[f"seconds_{phase}"] for phase in ("rollout", "scoring", "update"))
+    hours = seconds * run.settings.rollout.num_episodes / 3600
+    logger.info(
+        f"dry run: one episode's responses and one update ({shown}; "
+        f"{describe_memory(peak_memory_of_ranks())}), a checkpoint of {in_units(size)} saved and "
+        "loaded again. Nothing was kept.\n"
+        f"an episode would take about {seconds:.3g} s, the run {hours:.2g} h"
+    )
+
+
+@contextmanager
+def place_beside(save_dir: str) -> Iterator[str]:
+    """A directory that every rank sees, on the disk that must have room, removed afterward: not in
+    /tmp."""
+    near = existing_folder(Path(save_dir))
+    place = broadcast_object(
+        tempfile.mkdtemp(prefix=".coati-dry-run-", dir=near) if is_rank_0() else None
+    )
+    try:
+        yield place
+        barrier()
+    finally:
+        if is_rank_0():
+            shutil.rmtree(place)
+
+
+def _describe(run: Run[SLSettings], trainer: Any, loader: Any) -> str:
+    """Rows, steps, tokens, memory and flags of the run to come."""
+    epochs = run.settings.batches.max_epochs
+    max_steps = run.settings.schedule.max_steps
+    steps = sum(loader.count(epoch) // loader.rows_per_step for epoch in range(epochs))
+    steps = min(steps, max_steps or steps)
+    entries = "rows" if loader.epoch_order.pack_length is None else "packs"
+    return _lines(
+        f"rows {len(loader.lengths)}, tokens {int(loader.lengths.sum())} (longest row "
+        f"{int(loader.lengths.max())}), {loader.rows_per_step} {entries} a step",
+        f"steps {steps} ({len(loader)} an epoch, {epochs} epochs)",
+        estimate_memory(trainer.engine),
+        *given(run.flags),
+    )
+
+
+def _describe_rl(run: Run[OnlineSettings], trainer: Any, windows: Any, supervised: Any) -> str:
+    """Prompts, episodes, steps, memory and flags of the run to come."""
+    episodes = trainer.episodes
+    settings = trainer.maker.settings
+    number = run.settings.rollout.num_episodes
+    times = windows.rows_per_step * number / len(windows.lengths)
+    responses = windows.rows_per_step * settings.num_generations // episodes.steps_per_pass
+    sft = supervised and f"SFT rows {len(supervised.lengths)}, {supervised.rows_per_step} a step"
+    return _lines(
+        f"prompts {len(windows.lengths)}, tokens {int(windows.lengths.sum())} (longest "
+        f"{int(windows.lengths.max())})",
+        f"episodes {number}, each of {windows.rows_per_step} prompts x {settings.num_generations} "
+        f"responses of up to {settings.max_new_tokens} tokens; every prompt {times:.2g} times",
+        f"optimizer steps {episodes.total_steps} ({episodes.num_update_steps} passes x "
+        f"{episodes.steps_per_pass} global batches an episode), each of {responses} responses",
+        *([sft] if sft else []),
+        *(f"{name}: {estimate_memory(engine)}" for name, engine in trainer.models.items()),
+        *given(run.flags),
+    )
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(["dry run: what the run would be", *lines])
+
+
+def given(flags: Mapping[str, Any]) -> list[str]:
+    """The resolved flags, a line each."""
+    return [
+        f"  --{name} {_word(value)}"
+        for name, value in sorted(flags.items())
+        if value not in (None, False, [])
+    ]
+
+
+def _word(value: Any) -> str:
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)

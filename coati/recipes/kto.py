@@ -1,0 +1,26 @@
+"""KTO: preferences from single responses, each labeled desirable or not."""
+
+from coati.cli.settings import KTOSettings
+from coati.dataset import DataCollatorForKTODataset
+from coati.recipes import build, offline
+from coati.recipes.data_checks import check_ends, kto_weights
+from coati.recipes.reference_model import reference
+from coati.recipes.run import start
+from coati.trainer import KTOTrainer
+
+
+def main(settings: KTOSettings) -> None:
+    run = start(settings)
+    rows = offline.load_data(run, "kto")
+    check_ends(run, rows.train)
+    desirable, undesirable = kto_weights(settings, rows.train.rows)
+    model = offline.trainable(run, rows, build.policy(run))
+    trainer = KTOTrainer(
+        reference=reference(run, model.engine, settings.reference.ref_tp),
+        beta=settings.loss.beta,
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+        **offline.trainer_keywords(run, rows, model),
+    )
+    collate = offline.collator(run, DataCollatorForKTODataset)
+    offline.fit(run, trainer, rows, collate, partners=True)

@@ -1,0 +1,127 @@
+"""What the recipes on fixed data share: SFT, reward model, DPO, ORPO and KTO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coati.cli.settings import SLSettings
+from coati.dataset.load.epoch_order import EpochOrder
+from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
+from coati.dataset.load.packing import PackCollator
+from coati.parallel.checkpoint import RunningState
+from coati.parallel.engine import Engine
+from coati.parallel.weights import ModelAssets
+from coati.recipes import build, data, dry_run, eval_samples, finish
+from coati.recipes.resume import running_state
+from coati.recipes.run import PreparedRows, Run
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a run, and where in them it starts."""
+
+    train: PreparedRows
+    evaluation: PreparedRows | None
+    order: EpochOrder
+    state: RunningState
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The model that is trained."""
+
+    engine: Engine
+    assets: ModelAssets
+
+
+def load_data(run: Run[SLSettings], type: str) -> TrainingData:
+    """The rows of ``type``. Raises ValueError for what is wrong with them, before a model is
+    loaded."""
+    train = data.training_rows(run, type)
+    evaluation = data.evaluation_rows(run, type)
+    state = running_state(run.resume, run.settings, train.rows)
+    order = data.epoch_order(run, train)
+    data.check_order(run, order)
+    return TrainingData(train, evaluation, order, state)
+
+
+def trainable(run: Run[SLSettings], rows: TrainingData, model: Any) -> Trainable:
+    """``model`` boosted, restored from the checkpoint where there is one."""
+    assets = build.assets(run, model)  # before boosting
+    return Trainable(build.sl_engine(run, model, rows.order), assets)
+
+
+def collator(run: Run[SLSettings], kind: Callable[..., Any]) -> Any:
+    """A collator of class ``kind``."""
+    settings = run.settings.data
+    return kind(
+        run.tokenizer,
+        settings.max_length,
+        apply_loss_mask=not settings.disable_loss_mask,
+        pad_to_multiple_of=run.options.sequence_multiple,
+    )
+
+
+def trainer_keywords(
+    run: Run[SLSettings], rows: TrainingData, model: Trainable, samples: bool = True
+) -> dict[str, Any]:
+    """What every trainer takes. ``samples``: whether the model can write sample responses."""
+    batches = run.settings.batches
+    keywords = {
+        "engine": model.engine,
+        "max_epochs": batches.max_epochs,
+        "accumulation_steps": batches.accumulation_steps,
+        "schedule": run.settings.schedule,
+        "state": rows.state,
+        "assets": model.assets,
+        "settings": run.flags,
+    }
+    return keywords | ({"samples": eval_samples.table_of(run, rows.evaluation)} if samples else {})
+
+
+def fit(
+    run: Run[SLSettings],
+    trainer: Any,
+    rows: TrainingData,
+    collate: Any,
+    *,
+    partners: bool = False,
+    load: Callable[..., Any] | None = None,
+    use: str = finish.CHAT,
+) -> bool:
+    """Train and save the final model, or only try to (``--dry_run``); True after training.
+
+    ``partners``: rows come with the response of another row, for KTO. ``load`` reads the trained
+    model, by default a language model; ``use``: what it can be used for.
+    """
+    windows, evaluation = _loaders(run, trainer.engine, rows, collate, partners)
+    if run.settings.output.dry_run:
+        dry_run.dry_run(run, trainer, windows, load)
+        return False
+    output = run.settings.output
+    trainer.fit(windows, evaluation, output.log_dir, output.use_wandb)
+    finish.save_final(run, trainer, use)
+    return True
+
+
+def _loaders(
+    run: Run[SLSettings], engine: Engine, rows: TrainingData, collate: Any, partners: bool
+) -> tuple[Any, Any]:
+    """The global batches and evaluation batches of this rank; evaluation rows are never packed."""
+    batches = run.settings.batches
+    mesh = engine.mesh
+    shared = {"partners": partners, "dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+    windows = GlobalBatchLoader(
+        rows.train.rows,
+        PackCollator(collate) if rows.order.pack_length is not None else collate,
+        batch_size=batches.batch_size,
+        accumulation_steps=batches.accumulation_steps,
+        epoch_order=rows.order,
+        **shared,
+    )
+    if rows.evaluation is None:
+        return windows, None
+    evaluation = EvaluationLoader(
+        rows.evaluation.rows, collate, batch_size=batches.evaluation, **shared
+    )
+    return windows, evaluation

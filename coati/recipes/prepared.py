@@ -1,0 +1,48 @@
+"""What a path of rows is: a prepared directory, raw rows, or a data set with splits."""
+
+from pathlib import Path
+
+from coati.dataset.rows.input_files import find_files
+from coati.dataset.rows.readers import kind_of
+
+# In the order in which a split of that name becomes the evaluation set.
+HELD_OUT = ("validation", "test")
+
+
+def is_raw(path: str) -> bool:
+    """Whether ``path`` is a file or folder of rows that still have to be prepared, or the name of a
+    data set."""
+    folder = Path(path)
+    if folder.is_file() or not folder.exists():
+        return True
+    if (folder / "preparation.json").exists() or any(folder.glob("part-*")):
+        return False
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return not _holds_tokens(folder)
+    return any(kind_of(file) for file in folder.rglob("*"))
+
+
+def _holds_tokens(folder: Path) -> bool:
+    text = "".join(info.read_text(encoding="utf-8") for info in folder.rglob("dataset_info.json"))
+    return any(
+        f'"{name}"' in text for name in ("input_ids", "chosen_input_ids", "completion_decode")
+    )
+
+
+def held_out_split(path: str) -> str | None:
+    """The split of ``path`` to evaluate on, None where it has none."""
+    return next((split for split in HELD_OUT if _has_split(path, split)), None)
+
+
+def train_split(path: str) -> str | None:
+    """ "train" where ``path`` has that split beside one to evaluate on; else None: all rows."""
+    return "train" if held_out_split(path) and _has_split(path, "train") else None
+
+
+def _has_split(path: str, split: str) -> bool:
+    if Path(path).is_file():
+        return False
+    try:
+        return bool(find_files([path], split))
+    except ValueError:
+        return False

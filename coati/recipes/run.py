@@ -1,0 +1,128 @@
+"""A run: what was asked for, and what is found out before a model is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from coati.cli.settings import TrainingSettings
+from coati.dataset.chat.conversation import Conversation, setup_conversation_template
+from coati.dataset.load.loader import part_directories, preparation_of
+from coati.models.tokenizer import load_tokenizer
+from coati.parallel.boost import prepare_colossalai
+from coati.parallel.launch import launch, warn_of_threads
+from coati.parallel.plugins import ParallelOptions
+from coati.recipes.defaults import check_precision, resolved_options
+from coati.recipes.prepared import is_raw
+from coati.recipes.resume import Resume, find_resume, record_arguments
+from coati.utils.distributed import world_size
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+S_co = TypeVar("S_co", bound=TrainingSettings, covariant=True)
+
+
+@dataclass(frozen=True)
+class Run(Generic[S_co]):
+    """What the recipes' parts are given instead of flags.
+
+    ``options``: the parallel settings with every default resolved. ``template``: None where the
+    tokenizer has none and the data do not say theirs.
+    """
+
+    settings: S_co
+    options: ParallelOptions
+    resume: Resume
+    tokenizer: Any
+    template: Conversation | None
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags, those resolved on this machine too."""
+        return resolved_flags(self.settings, self.options)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Processes that read different rows."""
+        return world_size() // self.options.model_parallel_size
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Tokenized rows. ``folders``: the prepared directories they come from, ``sizes``: how many
+    come from each."""
+
+    rows: Any
+    folders: list[str]
+    sizes: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def beside(self, name: str) -> Path:
+        """A folder ``name`` next to the prepared parts, for what belongs to these rows."""
+        return part_directories(self.folders[0])[0].parent / name
+
+
+def start(settings: S_co) -> Run[S_co]:
+    """Join the other processes, resolve the defaults, find the checkpoint to resume from, record
+    the flags and load the tokenizer.
+
+    Raises ValueError naming the flag.
+    """
+    options = join_processes(settings)
+    resume = find_resume(settings.output)
+    record_arguments(settings.output, resolved_flags(settings, options))
+    tokenizer, template = _tokenizer_and_template(settings)
+    return Run(settings, options, resume, tokenizer, template)
+
+
+def join_processes(settings: TrainingSettings) -> ParallelOptions:
+    """Join the process group; the parallel settings with every default resolved."""
+    # The group comes first: ColossalAI's import takes seconds that would count against the other
+    # ranks' patience.
+    launch(settings.seed)
+    warn_of_threads()
+    options = resolved_options(settings)
+    check_precision(options.precision)
+    prepare_colossalai()
+    return options
+
+
+def resolved_flags(settings: TrainingSettings, options: ParallelOptions) -> dict[str, Any]:
+    return {**settings.flags, "plugin": options.plugin, "mixed_precision": options.precision}
+
+
+def _tokenizer_and_template(settings: TrainingSettings) -> tuple[Any, Conversation | None]:
+    """The tokenizer, right-padding, and the conversation template: the flag's, the data's, or the
+    tokenizer's own."""
+    model = settings.model
+    data = settings.data
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    tokenizer.padding_side = "right"
+    prepared = [found for path in data.dataset if (found := preparation_of(path))]
+    config = data.conversation_template_config
+    if config is None and prepared:
+        config = prepared[0]["conversation_template"]
+    if config is None and tokenizer.chat_template is None and not any(map(is_raw, data.dataset)):
+        logger.info(
+            "the tokenizer has no chat template and the data do not say theirs: none is saved with "
+            "the model"
+        )
+        return tokenizer, None
+    template = setup_conversation_template(tokenizer, config, save_path=None)
+    tokenizer.chat_template = template.chat_template
+    for found in prepared:
+        _check_same_vocabulary(tokenizer, found)
+    return tokenizer, template
+
+
+def _check_same_vocabulary(tokenizer: Any, prepared: Mapping[str, Any]) -> None:
+    made_with = prepared["tokenizer"]
+    if made_with["vocab_size"] != len(tokenizer):
+        raise ValueError(
+            f"--dataset was prepared with the tokenizer {made_with['path']} of "
+            f"{made_with['vocab_size']} tokens, --tokenizer_dir has {len(tokenizer)}; prepare the "
+            "data with this model's tokenizer"
+        )

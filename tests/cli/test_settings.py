@@ -1,0 +1,80 @@
+"""Settings from flags: groups are filled by the names of their fields."""
+
+from dataclasses import FrozenInstanceError, dataclass
+
+import pytest
+
+from coati.cli.arguments import parse_sft
+from coati.cli.preferences import parse_dpo
+from coati.cli.rollouts import parse_grpo, parse_ppo
+from coati.cli.settings import filled
+from coati.parallel.optimizer import OptimizerSettings, build_optimizer
+from coati.parallel.options import ParallelOptions
+
+
+@dataclass(frozen=True)
+class Inner:
+    lr: float
+    beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    name: str
+
+
+def test_groups_are_filled_by_the_names_of_their_fields():
+    flags = {"lr": 0.1, "name": "n", "another": 3}
+    assert filled(Outer, flags) == Outer(Inner(0.1, 0.5), "n")
+    assert filled(Outer, flags, name="given").name == "given"
+    assert filled(Outer, flags, inner=Inner(2.0)).inner.lr == 2.0
+
+
+def test_a_field_with_neither_flag_nor_default_is_an_error():
+    with pytest.raises(TypeError, match="name"):
+        filled(Outer, {"lr": 0.1})
+
+
+def test_settings_do_not_change(data):
+    settings = parse_sft(["--pretrain", "m", "--dataset", data["dataset"]])
+    with pytest.raises(FrozenInstanceError):
+        settings.model.pretrain = "other"
+
+
+def test_the_flags_of_the_optimizer_reach_it(data):
+    from tests.tiny import tiny_llama
+
+    words = ["--pretrain", "m", "--dataset", data["dataset"]]
+    assert parse_sft(words).optimizer == OptimizerSettings()
+    settings = parse_sft([*words, "--adam_beta2", "0.98", "--lr", "3e-4", "--weight_decay", "0"])
+    assert settings.optimizer == OptimizerSettings(lr=3e-4, weight_decay=0.0, adam_beta2=0.98)
+    (group,) = build_optimizer(
+        tiny_llama(), ParallelOptions(plugin="ddp"), settings.optimizer
+    ).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.9, 0.98), 0.0)
+
+
+def test_a_pair_is_two_rows_of_the_model(data):
+    words = ["--pretrain", "m", "--dataset", data["dataset"], "--batch_size", "4"]
+    assert parse_sft(words).parallel.batch_size == 4
+    assert parse_dpo(words).parallel.batch_size == 8
+
+
+def test_what_follows_the_machine_is_left_open(data):
+    words = ["--pretrain", "m", "--dataset", data["dataset"]]
+    settings = parse_sft(words)
+    assert settings.plugin is None and settings.parallel.precision is None
+    settings = parse_sft([*words, "--plugin", "zero2", "--mixed_precision", "bf16"])
+    assert settings.plugin == settings.parallel.plugin == "zero2"
+    assert settings.parallel.precision == "bf16"
+
+
+def test_the_trainers_with_rollouts_share_their_groups(data):
+    words = ["--pretrain", "m", "--prompt_dataset", data["dataset"], "--reward_functions", "length"]
+    ppo, grpo = parse_ppo([*words, "--temperature", "0.7"]), parse_grpo(words)
+    assert (ppo.sampling.initial_temperature, ppo.sampling.final_temperature) == (0.7, 0.7)
+    assert (grpo.sampling.initial_temperature, grpo.sampling.final_temperature) == (1.0, 0.9)
+    assert (ppo.advantage.algo, grpo.advantage.algo) == (None, "grpo")
+    assert (ppo.rollout.num_generations, grpo.rollout.num_generations) == (1, 8)
+    assert ppo.critic.critic_lr == 9e-6 and not hasattr(grpo, "critic")

@@ -201,9 +201,8 @@ def main(args: argparse.Namespace) -> None:
         results["types"][type] = found = measure(type, args, tokenizer, template)
         print(
             f"{type}: {found['rows_per_second']:.0f} rows/s, datasets.map "
-            f"{found['rows_per_second_of_map']:.0f}: "
-            f"{found['ratio']:.2f} times as fast (turns {found['ratio_of_each_turn']}; "
-            f"processor time: {found['ratio_of_cpu_seconds']:.2f})",
+            f"{found['rows_per_second_of_map']:.0f}: {found['ratio']:.2f} times as fast (turns "
+            f"{found['ratio_of_each_turn']}; processor time: {found['ratio_of_cpu_seconds']:.2f})",
             flush=True,
         )
         if args.output:

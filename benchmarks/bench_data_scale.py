@@ -141,8 +141,7 @@ def main(args: argparse.Namespace) -> None:
         results["sizes"].append(found)
         print(
             f"{rows} rows: {found['seconds']} s, {found['rows_per_second']} rows/s, peak "
-            f"{found['peak_resident_mib']} "
-            f"MiB resident (before: {found['resident_mib_before']})",
+            f"{found['peak_resident_mib']} MiB resident (before: {found['resident_mib_before']})",
             flush=True,
         )
         if args.output:

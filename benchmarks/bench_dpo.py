@@ -106,8 +106,7 @@ def show(what: str, results: dict) -> None:
     )
     print(
         f"  {found['to_plain']:.2f} x the tokens/s of plain PyTorch with {found['memory']:.0%} of "
-        "its peak memory "
-        f"(losses differ by {found['loss_difference']:.0e} of their value){again}",
+        f"its peak memory (losses differ by {found['loss_difference']:.0e} of their value){again}",
         flush=True,
     )
 

@@ -175,8 +175,8 @@ def show(args: argparse.Namespace, batch: int, found: dict[str, Any]) -> None:
     last = found["steps"][-1]
     line = (
         f"batch size {batch}: peak {found['peak_memory_mb']:.2f} MB, "
-        f"{last['tokens'] / last['seconds']:.0f} tokens/s, "
-        f"first loss {found['steps'][0]['loss']:.4f}"
+        f"{last['tokens'] / last['seconds']:.0f} tokens/s, first loss "
+        f"{found['steps'][0]['loss']:.4f}"
     )
     if args.tiny:
         line += " (a tiny model: these figures mean nothing)"

@@ -152,18 +152,16 @@ def show(algorithm: str, result: dict) -> None:
         parts = ", ".join(f"{phase} {share:.0%}" for phase, share in row.get("shares", {}).items())
         print(
             f"{name:6s} {seconds:5.1f} s an episode, {row['samples_per_second']:.2f} samples/s, "
-            "peak "
-            f"{row['peak_memory_mb']:.0f} MiB{f' ({parts})' if parts else ''}"
+            f"peak {row['peak_memory_mb']:.0f} MiB{f' ({parts})' if parts else ''}"
         )
     ratios = result["ratio_of_each_episode"]
     print(
         f"{result['ratio']:.1f} x as fast (episodes: {min(ratios):.1f} to {max(ratios):.1f}; "
-        "processor time: "
-        f"{result['ratio_of_processor_seconds']:.1f}) with {result['memory_ratio']:.0%} of its "
-        "memory\n"
+        f"processor time: {result['ratio_of_processor_seconds']:.1f}) with "
+        f"{result['memory_ratio']:.0%} of its memory\n"
         f"the floor of the arithmetic is {result['floor_seconds']:.1f} s: "
-        f"{result['gflop_of_an_episode']:.0f} Gflop at "
-        f"the {result['matmul_gflops']:.0f} Gflop/s of a matrix product",
+        f"{result['gflop_of_an_episode']:.0f} Gflop at the {result['matmul_gflops']:.0f} Gflop/s "
+        "of a matrix product",
         flush=True,
     )
 

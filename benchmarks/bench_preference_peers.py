@@ -84,14 +84,13 @@ def show(algorithm: str, result: dict, args: argparse.Namespace) -> None:
         row = result[name]
         print(
             f"{name:6s} {row['tokens_per_second']:6.0f} tokens/s   peak "
-            f"{row['peak_memory_mb']:5.0f} MiB   "
-            f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
+            f"{row['peak_memory_mb']:5.0f} MiB   loss {row['losses'][0]:.4f} -> "
+            f"{row['losses'][-1]:.4f}"
         )
     print(
         f"{result['tokens_per_second_ratio']:.1f} x TRL's tokens/s (median of the steps "
         f"{result['median_ratio_of_steps']:.1f}) with {result['memory_ratio']:.0%} of its memory; "
-        "losses differ by at "
-        f"most {result['largest_relative_loss_difference']:.1e} of their value",
+        f"losses differ by at most {result['largest_relative_loss_difference']:.1e} of their value",
         flush=True,
     )
 

@@ -110,8 +110,7 @@ def main() -> None:
         same = f"; {row['same_answers']:.0%} of the answers the same" if mode == "greedy" else ""
         print(
             f"  {row['ratio']:.2f} x (batches: {min(ratios):.2f} to {max(ratios):.2f}), by "
-            "processor time "
-            f"{row['ratio_of_processor_time']:.2f} x{same}",
+            f"processor time {row['ratio_of_processor_time']:.2f} x{same}",
             flush=True,
         )
     if args.output:

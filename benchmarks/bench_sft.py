@@ -179,16 +179,13 @@ def show(figures: dict) -> None:
     low, middle, high = figures["share_of_matmul_rate_quartiles"]
     print(
         f"SFT of a 28M Llama in fp32, batch {sft_case.BATCH_SIZE}, {figures['threads']} threads, "
-        "plugin "
-        f"{figures['plugin']}: {figures['tokens_per_second']:.0f} tokens/s, peak "
-        f"{figures['peak_memory_mb']:.0f} MiB "
-        f"(padding is not counted; {figures['supervised_share_of_tokens']:.0%} of the tokens are "
-        "supervised)\n"
+        f"plugin {figures['plugin']}: {figures['tokens_per_second']:.0f} tokens/s, peak "
+        f"{figures['peak_memory_mb']:.0f} MiB (padding is not counted; "
+        f"{figures['supervised_share_of_tokens']:.0%} of the tokens are supervised)\n"
         f"forward + backward: {figures['passes_gflops']:.0f} of this machine's own "
-        f"{figures['matmul_gflops']:.0f} "
-        f"Gflop/s = {figures['share_of_matmul_rate']:.0%} (steps, quartiles: {low:.0%}, "
-        f"{middle:.0%}, {high:.0%}); "
-        f"optimizer and clipping: {figures['optimizer_share_of_step']:.0%} of the step"
+        f"{figures['matmul_gflops']:.0f} Gflop/s = {figures['share_of_matmul_rate']:.0%} (steps, "
+        f"quartiles: {low:.0%}, {middle:.0%}, {high:.0%}); optimizer and clipping: "
+        f"{figures['optimizer_share_of_step']:.0%} of the step"
     )
 
 

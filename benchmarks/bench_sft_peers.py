@@ -166,14 +166,13 @@ def main() -> None:
         row = result[name]
         print(
             f"{name:6s} {row['tokens_per_second']:6.0f} tokens/s   peak "
-            f"{row['peak_memory_mb']:5.0f} MiB   "
-            f"{row['supervised_share_of_tokens']:.0%} of the tokens supervised   "
-            f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
+            f"{row['peak_memory_mb']:5.0f} MiB   {row['supervised_share_of_tokens']:.0%} of the "
+            f"tokens supervised   loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
         )
     print(
         f"{result['tokens_per_second_ratio']:.1f} x TRL's tokens/s with "
-        f"{result['memory_ratio']:.0%} of its memory; "
-        f"losses differ by at most {result['largest_relative_loss_difference']:.1e} of their value"
+        f"{result['memory_ratio']:.0%} of its memory; losses differ by at most "
+        f"{result['largest_relative_loss_difference']:.1e} of their value"
     )
     if args.output:
         from coati.utils.json_io import save_json

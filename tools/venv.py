@@ -49,8 +49,8 @@ def find_python() -> str:
             return path
     sys.exit(
         f"coati: no Python 3.10, 3.11 or 3.12 with the venv module among {', '.join(CANDIDATES)}; "
-        "install one "
-        "(Debian, Ubuntu: apt-get install python3-venv) or name it: make PYTHON=/path/to/python3.11"
+        "install one (Debian, Ubuntu: apt-get install python3-venv) or name it: make "
+        "PYTHON=/path/to/python3.11"
     )
 
 

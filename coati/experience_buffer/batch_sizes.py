@@ -33,10 +33,9 @@ def optimizer_steps_per_pass(
     raise ValueError(
         f"an episode collects --num_collect_steps {num_collect_steps} x --experience_batch_size "
         f"{experience_batch_size}{generations} = {collected} responses per process, which is no "
-        "whole multiple of the "
-        f"{window} that one optimizer step takes (--train_batch_size {train_batch_size} x "
-        "--accumulation_steps "
-        f"{accumulation_steps}); {_remedy(given, collected, window)} would fit"
+        f"whole multiple of the {window} that one optimizer step takes (--train_batch_size "
+        f"{train_batch_size} x --accumulation_steps {accumulation_steps}); "
+        f"{_remedy(given, collected, window)} would fit"
     )
 
 

@@ -163,8 +163,7 @@ def group_advantages(scores: Tensor, group_size: int, method: str = "grpo") -> T
     if group_size == 1:
         raise ValueError(
             f"{method} compares the responses to one prompt and got one of each (--num_generations "
-            "1): every advantage "
-            "would be 0; use 2 or more, or reinforce_pp"
+            "1): every advantage would be 0; use 2 or more, or reinforce_pp"
         )
     groups = _groups(scores, group_size)
     return _SCALES[method](groups - groups.mean(1, keepdim=True), group_size).flatten().float()

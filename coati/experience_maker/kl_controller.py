@@ -19,8 +19,7 @@ class KLController:
         if target is not None and (target <= 0 or horizon <= 0 or kl_coef == 0):
             raise ValueError(
                 f"a KL target multiplies kl_coef toward it: kl_target ({target}), kl_horizon "
-                f"({horizon}) and kl_coef "
-                f"({kl_coef}) must be above 0"
+                f"({horizon}) and kl_coef ({kl_coef}) must be above 0"
             )
         self.kl_coef = float(kl_coef)
         self.target = target
@@ -43,8 +42,7 @@ class KLController:
         if 0.2 * responses >= self.horizon:
             raise ValueError(
                 f"kl_horizon {self.horizon} is too short for {responses} responses in a collect "
-                "phase: one phase could "
-                f"make kl_coef 0; take {responses} or more"
+                f"phase: one phase could make kl_coef 0; take {responses} or more"
             )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * responses / self.horizon

@@ -66,7 +66,7 @@ def _finite(found: Tensor, responses: Responses) -> Tensor:
         raise ValueError(
             f"the reward model's score of response {bad[0]} is {found[bad[0]]:.3g}: prompt "
             f"{responses.prompts[bad[0]][-160:]!r}, response "
-            f"{responses.responses[bad[0]][:160]!r}; score "
-            "some rows with examples/inference/score.py to see whether the model itself is broken"
+            f"{responses.responses[bad[0]][:160]!r}; score some rows with "
+            "examples/inference/score.py to see whether the model itself is broken"
         )
     return found

@@ -59,8 +59,7 @@ class VllmRollout:
         except ImportError as error:
             raise ValueError(
                 f"--rollout_engine vllm: vllm cannot be imported ({error}); install it (pip "
-                "install vllm, on a machine "
-                "with a GPU) or use --rollout_engine model"
+                "install vllm, on a machine with a GPU) or use --rollout_engine model"
             ) from error
         _check_head(engine)
         self.engine = engine
@@ -143,8 +142,8 @@ class VllmRollout:
         version = getattr(self.vllm, "__version__", "of unknown version")
         raise ValueError(
             f"--rollout_engine vllm: the weights of vllm {version} cannot be reached in this "
-            "process (looked for "
-            f"llm.{_WAYS_TO_THE_MODEL[0]}); use another version or --rollout_engine model"
+            f"process (looked for llm.{_WAYS_TO_THE_MODEL[0]}); use another version or "
+            "--rollout_engine model"
         )
 
 
@@ -158,8 +157,8 @@ def _check_head(engine: Engine) -> None:
     if tied_head(engine.module.get_base_model()) is not None:
         raise ValueError(
             "--rollout_engine vllm: the adapters change one side of tied embeddings, which vllm "
-            "cannot be given; leave "
-            "embed_tokens and lm_head out of the adapters or use --rollout_engine model"
+            "cannot be given; leave embed_tokens and lm_head out of the adapters or use "
+            "--rollout_engine model"
         )
 
 

@@ -163,9 +163,8 @@ class Head:
         if hidden.shape[:-1].numel() != self._targets.numel():
             raise ValueError(
                 f"the vocabulary head was set for {tuple(self._targets.shape)} positions and got "
-                "hidden states "
-                f"{tuple(hidden.shape)}: call Head.set with the labels of this forward, Head.clear "
-                "before generating"
+                f"hidden states {tuple(hidden.shape)}: call Head.set with the labels of this "
+                "forward, Head.clear before generating"
             )
         hidden = _plain_tensor(hidden)
         targets = self._targets.to(hidden.device).flatten()

@@ -91,8 +91,7 @@ def adapter_base(path: str | os.PathLike) -> str | None:
     if os.path.isabs(base) and not Path(base).is_dir():
         raise ValueError(
             f"{directory / 'adapter_config.json'}: the base model {name} is not there; put it back "
-            "or write its new "
-            "place into base_model_name_or_path"
+            "or write its new place into base_model_name_or_path"
         )
     return base
 
@@ -285,8 +284,8 @@ def _load(
         shown = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(
             f"{path}: {len(report['missing_keys'])} weights of {type(model).__name__} are not in "
-            f"the files ({shown}); "
-            "they would start at random. Is this a model of another kind, or an incomplete copy?"
+            f"the files ({shown}); they would start at random. Is this a model of another kind, or "
+            "an incomplete copy?"
         )
     return model
 
@@ -340,8 +339,7 @@ def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueErro
     if "trust_remote_code" in str(error):
         return ValueError(
             f"{path} brings Python code of its own (auto_map in its configuration), which is not "
-            "run unasked; read it, "
-            "then pass --trust_remote_code"
+            "run unasked; read it, then pass --trust_remote_code"
         )
     if isinstance(error, json.JSONDecodeError):
         return ValueError(f"{path}: a configuration file is not valid JSON ({error})")

@@ -62,9 +62,8 @@ def check_vocabulary(model, tokenizer) -> None:
     if vocabulary[largest] >= rows:
         raise ValueError(
             f"the tokenizer has {known} tokens (last: {largest!r}, id {vocabulary[largest]}), the "
-            "model's vocabulary "
-            f"{rows}; use the tokenizer that belongs to the model (--tokenizer_dir), or resize the "
-            "model's embeddings"
+            f"model's vocabulary {rows}; use the tokenizer that belongs to the model "
+            "(--tokenizer_dir), or resize the model's embeddings"
         )
     if known < 0.75 * rows:
         logger.warning_once(

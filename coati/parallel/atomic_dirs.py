@@ -105,8 +105,8 @@ def _agree(failure: str | None, final: Path, temporary: Path) -> None:
         free = shutil.disk_usage(existing_folder(final.parent)).free / 2**30
         raise SaveFailed(
             f"could not save {final} ({named}); rank {rank()} sees {free:.2f} GiB free there. "
-            "Nothing half-written was "
-            "left; free space or choose another --save_dir, then resume with --checkpoint_path auto"
+            "Nothing half-written was left; free space or choose another --save_dir, then resume "
+            "with --checkpoint_path auto"
         )
 
 

@@ -108,10 +108,9 @@ def check_packs(model: nn.Module, options: ParallelOptions) -> None:
     if not holds_for(model):
         raise ValueError(
             f"--packing: this {model.config.model_type} model ({model.config._attn_implementation} "
-            "attention) does not "
-            "keep the rows of a pack apart (a probe of two rows in one sequence came out otherwise "
-            "than each row "
-            "alone); drop --packing: rows of like length are batched together anyway"
+            "attention) does not keep the rows of a pack apart (a probe of two rows in one "
+            "sequence came out otherwise than each row alone); drop --packing: rows of like length "
+            "are batched together anyway"
         )
 
 
@@ -126,8 +125,7 @@ def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
     if options.pp > 1:
         raise ValueError(
             f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be cut "
-            "into pipeline stages; "
-            "use --tp, or --plugin zero2 or gemini"
+            "into pipeline stages; use --tp, or --plugin zero2 or gemini"
         )
     if problem := scalar_head_problem(options.plugin, options.tp, options.zero_stage):
         raise ValueError(problem)

@@ -157,9 +157,7 @@ def read_checkpoint(folder: str | Path) -> RunningState:
     if not (folder / "running_states.json").exists():
         raise ValueError(
             f"--checkpoint_path {folder}: no running_states.json; expected an epoch-E_step-S "
-            "directory of this "
-            "library, "
-            "or its modeling/ directory to take the weights alone"
+            "directory of this library, or its modeling/ directory to take the weights alone"
         )
     stored = load_json(folder / "running_states.json")
     known = {name: stored[name] for name in RunningState.__dataclass_fields__ if name in stored}
@@ -169,8 +167,7 @@ def read_checkpoint(folder: str | Path) -> RunningState:
         if found.get(name) != size:
             raise ValueError(
                 f"--checkpoint_path {folder}: {name} has {found.get(name, 0)} of {size} bytes; the "
-                "checkpoint was "
-                "truncated or changed after it was saved. Resume from an earlier one"
+                "checkpoint was truncated or changed after it was saved. Resume from an earlier one"
             )
     return state
 
@@ -195,8 +192,7 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
         what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         logger.info(
             f"{folder} was written with another layout ({what}): its weights and position are "
-            "taken, the optimizer "
-            "starts anew. With the same layout the run would go on exactly."
+            "taken, the optimizer starts anew. With the same layout the run would go on exactly."
         )
         return False
     mine = folder / "optimizer" / f"rank-{rank():05d}.pt"
@@ -204,9 +200,7 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
     if absent:
         raise ValueError(
             f"--checkpoint_path {folder}: rank {absent[0]} does not see its file {mine.name}; the "
-            "directory must "
-            "be on a "
-            "disk that every host shares"
+            "directory must be on a disk that every host shares"
         )
     load_rank_state(engine, torch.load(mine, weights_only=True, map_location="cpu"))
     return True

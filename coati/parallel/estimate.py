@@ -34,6 +34,6 @@ def estimate_memory(engine: Engine) -> str:
     held = f"{int(total):,} parameters held, {int(trained):,} trained"
     return (
         f"memory per process before activations: weights {in_units(weights)} + gradients "
-        f"{in_units(gradients)} on the "
-        f"{device}, optimizer {in_units(states)} on the {where} ({held})"
+        f"{in_units(gradients)} on the {device}, optimizer {in_units(states)} on the {where} "
+        f"({held})"
     )

@@ -82,16 +82,15 @@ def check_family(config: Any, options: ParallelOptions) -> None:
     if family in NOT_CHAT:
         raise ValueError(
             f"{family} is {NOT_CHAT[family]}, not a causal language model: it cannot learn to "
-            "chat; "
-            "use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
+            "chat; use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
         )
     flags = _asked(options)
     if family not in SPLITS and (PLUGINS[options.plugin].hybrid or flags):
         flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
         raise ValueError(
             f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for "
-            "them (it has for "
-            f"{', '.join(SPLITS)}); use --plugin zero2 or --plugin gemini without --tp"
+            f"them (it has for {', '.join(SPLITS)}); use --plugin zero2 or --plugin gemini without "
+            "--tp"
         )
     for flag in sorted(flags - SPLITS.get(family, _ALL)):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
@@ -102,16 +101,14 @@ def check_family(config: Any, options: ParallelOptions) -> None:
     if family == "opt" and TP in flags and not getattr(config, "tie_word_embeddings", True):
         raise ValueError(
             "--tp is not possible with OPT models whose output embedding is not the input "
-            "embedding "
-            "(tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong logits; use "
-            "--plugin zero2 or gemini"
+            "embedding (tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong "
+            "logits; use --plugin zero2 or gemini"
         )
     for asked in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
         raise ValueError(
             f"{asked} is not possible with {family} models: ColossalAI 0.5.0 makes masks and "
-            "positions of its own "
-            "there, which let the rows of a pack see each other; use --plugin zero2, or drop "
-            "--packing"
+            "positions of its own there, which let the rows of a pack see each other; use --plugin "
+            "zero2, or drop --packing"
         )
 
 

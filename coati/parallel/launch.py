@@ -61,8 +61,8 @@ def _device() -> torch.device:
     if local_rank >= found:
         raise LaunchFailed(
             f"LOCAL_RANK {local_rank} needs {local_rank + 1} GPUs, this host shows {found}; lower "
-            "--nproc_per_node or "
-            f"check CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}"
+            "--nproc_per_node or check "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -76,8 +76,7 @@ def _meet(handshake_s: float, timeout: timedelta):
     if missing_variables:
         raise LaunchFailed(
             f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or "
-            "torchrun, or unset RANK "
-            "to run one process without a launcher"
+            "torchrun, or unset RANK to run one process without a launcher"
         )
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -88,8 +87,7 @@ def _meet(handshake_s: float, timeout: timedelta):
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchFailed(
             f"rank {rank} on {socket.gethostname()}: no sign of rank 0 of {world_size} at {where} "
-            "within "
-            f"{handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
+            f"within {handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
         ) from error
     store.set(f"here/{rank}", socket.gethostname())
     if rank == 0:
@@ -100,8 +98,7 @@ def _meet(handshake_s: float, timeout: timedelta):
     if text:
         raise LaunchFailed(
             f"rank {rank}: no sign of rank {text} of {world_size} within {handshake_s:.0f} s; look "
-            "at its host's log, "
-            "at --nproc_per_node (the same on every host) and at the firewall"
+            "at its host's log, at --nproc_per_node (the same on every host) and at the firewall"
         )
     store.set_timeout(timeout)
     return dist.PrefixStore("group", store), rank, world_size
@@ -152,6 +149,5 @@ def warn_of_threads() -> None:
     ):
         logger.info(
             f"{local} processes x {torch.get_num_threads()} threads on {os.cpu_count()} cores slow "
-            "each other down; "
-            f"set OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // local)}"
+            f"each other down; set OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // local)}"
         )

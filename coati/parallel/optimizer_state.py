@@ -52,8 +52,7 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"the optimizer state of rank {rank()} is of another model: shapes {shapes[1][:3]}..., "
-            "here "
-            f"{shapes[0][:3]}..."
+            f"here {shapes[0][:3]}..."
         )
     for mine, saved in zip(masters, state["masters"], strict=True):
         mine.copy_(saved)

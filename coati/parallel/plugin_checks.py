@@ -61,9 +61,8 @@ def check_options(plugin: str, *, world_size: int | None = None, **values: Any) 
     if world_size is not None and world_size % options.model_parallel_size:
         raise ValueError(
             f"{world_size} processes cannot be divided by --tp {options.tp} x --pp {options.pp} x "
-            f"--sp {options.sp} = "
-            f"{options.model_parallel_size}; start a multiple of {options.model_parallel_size} "
-            "with --nproc_per_node"
+            f"--sp {options.sp} = {options.model_parallel_size}; start a multiple of "
+            f"{options.model_parallel_size} with --nproc_per_node"
         )
 
 
@@ -75,8 +74,7 @@ def problems(options: ParallelOptions) -> Iterator[str]:
     if options.precision is not None and options.precision not in plugin.precisions:
         yield (
             f"--plugin {name} has no {options.precision}: use --mixed_precision "
-            f"{' or '.join(plugin.precisions)}, "
-            "or --plugin zero2, which has all three"
+            f"{' or '.join(plugin.precisions)}, or --plugin zero2, which has all three"
         )
     if options.lora and not plugin.lora:
         yield (
@@ -106,14 +104,13 @@ def cannot_generate(options: ParallelOptions) -> str | None:
     if options.enable_sequence_parallelism:
         return (
             "--enable_sequence_parallelism, --sp: a model split along the sequence cannot "
-            "generate; split it by --tp "
-            "instead"
+            "generate; split it by --tp instead"
         )
     if options.use_flash_attn and PLUGINS[options.plugin].own_attention:
         return (
             f"--use_flash_attn with --plugin {options.plugin}: ColossalAI's attention reads no "
-            "key-value cache, so the "
-            "model cannot generate; drop --use_flash_attn, or use --plugin zero2"
+            "key-value cache, so the model cannot generate; drop --use_flash_attn, or use --plugin "
+            "zero2"
         )
     return None
 
@@ -137,17 +134,14 @@ def _packing_problems(options: ParallelOptions) -> Iterator[str]:
     if options.enable_sequence_parallelism:
         yield (
             "--packing cannot be combined with --enable_sequence_parallelism: ColossalAI's "
-            "attention over a split "
-            "sequence takes padding masks only, and would let the rows of a pack see each other; "
-            "use --tp or --pp, or "
-            "drop --packing"
+            "attention over a split sequence takes padding masks only, and would let the rows of a "
+            "pack see each other; use --tp or --pp, or drop --packing"
         )
     if options.use_flash_attn and PLUGINS[options.plugin].own_attention:
         yield (
             "--packing with --use_flash_attn needs a plugin that leaves the model's attention "
-            "alone, --plugin "
-            f"{options.plugin} puts ColossalAI's in its place; use --plugin zero2, or drop "
-            "--use_flash_attn"
+            f"alone, --plugin {options.plugin} puts ColossalAI's in its place; use --plugin zero2, "
+            "or drop --use_flash_attn"
         )
 
 
@@ -163,8 +157,7 @@ def _not_hybrid_problems(options: ParallelOptions, plugin: Plugin) -> Iterator[s
     if options.zero_cpu_offload:
         yield (
             f"--zero_cpu_offload belongs to --plugin 3d and zero2; --plugin {options.plugin} does "
-            "not take it: drop it "
-            f"or use --plugin {plugin.offload_instead}"
+            f"not take it: drop it or use --plugin {plugin.offload_instead}"
         )
     if options.zero_stage not in (0, *plugin.zero_stages):
         yield (
@@ -207,16 +200,15 @@ def _pipeline_problems(options: ParallelOptions) -> Iterator[str]:
     if rows % options.microbatch_size:
         yield (
             f"--microbatch_size {options.microbatch_size} does not divide the rows of one step, "
-            "--batch_size "
-            f"{options.batch_size} x --accumulation_steps {options.accumulation_steps} = {rows}"
+            f"--batch_size {options.batch_size} x --accumulation_steps "
+            f"{options.accumulation_steps} = {rows}"
         )
     elif rows // options.microbatch_size < options.pp:
         yield (
             f"--pp {options.pp} needs at least {options.pp} micro-batches per step, found {rows} "
-            "rows / "
-            f"--microbatch_size {options.microbatch_size} = {rows // options.microbatch_size}; "
-            "raise --batch_size or "
-            "--accumulation_steps, or lower --microbatch_size"
+            f"rows / --microbatch_size {options.microbatch_size} = "
+            f"{rows // options.microbatch_size}; raise --batch_size or --accumulation_steps, or "
+            "lower --microbatch_size"
         )
 
 
@@ -233,8 +225,8 @@ def _sequence_problems(options: ParallelOptions) -> Iterator[str]:
     if options.sp_mode == "ring_attn":
         yield (
             "--sp_mode ring_attn: ColossalAI 0.5.0's ring attention keeps sequence and loss split "
-            "in zigzag order and "
-            "needs flash-attn on a GPU; this library does not offer it. Use --sp_mode all_to_all"
+            "in zigzag order and needs flash-attn on a GPU; this library does not offer it. Use "
+            "--sp_mode all_to_all"
         )
     if options.sp_mode in ("split_gather", "ring") and options.tp == 1:
         yield (
@@ -271,6 +263,5 @@ def check_heads(config: Any, options: ParallelOptions) -> None:
             ]
             raise ValueError(
                 f"{flag}: this model's {count} {what} cannot be divided by {ways}; possible "
-                "values: "
-                f"{', '.join(map(str, divisors))}, or --plugin zero2 without it"
+                f"values: {', '.join(map(str, divisors))}, or --plugin zero2 without it"
             )

@@ -69,8 +69,7 @@ def check_rewards(names: list[str], weights: list[float] | None = None) -> list[
     if weights is not None and len(weights) != len(names):
         raise ValueError(
             f"--reward_weights has {len(weights)} values, --reward_functions {len(names)} names "
-            f"({' '.join(names)}); "
-            "give one weight for each name"
+            f"({' '.join(names)}); give one weight for each name"
         )
     return resolved
 

@@ -58,8 +58,8 @@ class Rewards:
             if name in REWARDS and REWARDS[name].tags and tags is None:
                 raise ValueError(
                     f"reward {name} looks for the tags of a response, and the conversation "
-                    "template has no "
-                    "response_format_tags; add them to the template file, or leave the reward out"
+                    "template has no response_format_tags; add them to the template file, or leave "
+                    "the reward out"
                 )
         self.tags = tags
         self.timeout = timeout
@@ -163,8 +163,7 @@ def _checked(label: str, result: Any, batch: Responses) -> list[float]:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(
                 f"reward {label} returned {_SHORT.repr(value)} ({type(value).__name__}) for "
-                f"{_sample(batch, row)}; "
-                "expected a finite number"
+                f"{_sample(batch, row)}; expected a finite number"
             )
         numbers.append(float(value))
     return numbers

@@ -16,9 +16,9 @@ def check_tags(tags: dict) -> None:
         good = isinstance(tag, dict) and isinstance(tag.get("text"), str) and tag["text"]
         if not good or not isinstance(tag.get("num_occur"), int) or tag["num_occur"] < 0:
             raise ValueError(
-                f"response_format_tags: {name} is {tag!r}; expected "
-                f"{{'text': the tag, 'num_occur': how often it "
-                f"occurs in a response}} for each of {', '.join(TAG_NAMES)}"
+                f"response_format_tags: {name} is {tag!r}; expected {{'text': the tag, "
+                "'num_occur': how often it occurs in a response} for each of "
+                f"{', '.join(TAG_NAMES)}"
             )
 
 

@@ -63,8 +63,7 @@ def ppo(before: Evaluation, after: Evaluation, steps: int) -> Verdict:
     lines = [
         f"Mean reward on held-out prompts: {first:.3f} before, {last:.3f} after {steps} episodes",
         f"KL to the initial policy: {after['eval/approx_kl']:.2f} nats per response of "
-        f"{after['eval/response_length']:.1f} tokens "
-        f"({before['eval/response_length']:.1f} before)",
+        f"{after['eval/response_length']:.1f} tokens ({before['eval/response_length']:.1f} before)",
     ]
     return lines, None if last > first else "the mean reward has not risen"
 

@@ -14,8 +14,7 @@ def main(args: ExportSettings) -> None:
         return model_card(
             args.model_path,
             f"Plain transformers loads this directory, and its greedy responses to {found.asked} "
-            "questions are those of "
-            "coati's own loader, token for token.",
+            "questions are those of coati's own loader, token for token.",
         )
 
     reading = {

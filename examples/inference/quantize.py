@@ -37,8 +37,7 @@ def show(one: dict, first: dict) -> None:
     change = one["perplexity"] / first["perplexity"] - 1
     print(
         f"{one['model']:10} {one['bytes'] / 2**20:8.1f} {one['ratio']:22.3f} "
-        f"{one['perplexity']:11.3f} "
-        f"{change:+8.2%} {one['tokens_per_second']:9.1f}",
+        f"{one['perplexity']:11.3f} {change:+8.2%} {one['tokens_per_second']:9.1f}",
         flush=True,
     )
 

@@ -62,18 +62,23 @@ def test_answers_and_history(tokenizer):
     ]
     assert not chat.cut
     assert chat.model.prompts[1] == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhow are you?<|im_end|>\n"
-        "<|im_start|>assistant\nfine "
-        "😀<|im_end|>\n<|im_start|>user\nreally?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\n"
+        "Be kind.<|im_end|>\n"
+        "<|im_start|>user\n"
+        "how are you?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        "fine 😀<|im_end|>\n"
+        "<|im_start|>user\n"
+        "really?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
 def test_a_template_that_drops_old_thoughts(tokenizer):
     rewriting = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{{ m.content if loop.last "
-        "else "
-        "m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "else m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}{% endfor %}{% if "
+        "add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = rewriting

@@ -96,10 +96,9 @@ def test_the_tag_functions_of_old():
 
 def test_the_old_place_loads_nothing_before_a_name_is_used():
     program = (
-        "import sys, coati.utils.reward_score as old;"
-        "before = [name for name in ('coati.rewards', 'torch') if name in sys.modules];"
-        "old.gsm8k_reward_fn; print(before, 'coati.legacy.token_rewards' in sys.modules, "
-        "old.__all__)"
+        "import sys, coati.utils.reward_score as old;before = [name for name in ('coati.rewards', "
+        "'torch') if name in sys.modules];old.gsm8k_reward_fn; print(before, "
+        "'coati.legacy.token_rewards' in sys.modules, old.__all__)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program],

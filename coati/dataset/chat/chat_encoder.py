@@ -1,8 +1,8 @@
 """Text to token ids, once, with the token range of each character span.
 
 Control markers that stand inside a message are hidden behind private-use characters while the
-template is rendered, and
-encoded as ordinary text afterward: nobody can end a turn by typing its marker.
+template is rendered, and encoded as ordinary text afterward: nobody can end a turn by typing its
+marker.
 """
 
 import json
@@ -287,8 +287,8 @@ class ChatEncoder:
         """Without offsets: the ids of each prefix are compared with those of the whole text."""
         logger.warning_once(
             f"{type(self.tokenizer).__name__} is a slow tokenizer without character offsets: masks "
-            "come from encoding "
-            "prefixes of each row, right but many times slower; a tokenizer.json gives the fast way"
+            "come from encoding prefixes of each row, right but many times slower; a "
+            "tokenizer.json gives the fast way"
         )
         if key is not None:
             raise RowError(

@@ -56,8 +56,7 @@ def compile_template(text: str) -> jinja2.Template:
         shown = found if len(found) <= 160 else found[:157] + "..."
         raise ValueError(
             f"chat_template: Jinja syntax error in line {error.lineno} ({error.message}), found "
-            f"{shown!r}; "
-            "mend the template, or leave chat_template out to use the tokenizer's own"
+            f"{shown!r}; mend the template, or leave chat_template out to use the tokenizer's own"
         ) from error
     # Each rendering copies the globals; from Jinja's chain of mappings that takes longer than the
     # rendering itself.
@@ -116,8 +115,8 @@ def _from_model_directory(path: Path) -> str:
             return template
     raise ValueError(
         f"chat_template: the directory {path} holds no chat template (looked in "
-        "chat_template.jinja, "
-        "tokenizer_config.json, chat_template.json); write the Jinja text or name another model"
+        "chat_template.jinja, tokenizer_config.json, chat_template.json); write the Jinja text or "
+        "name another model"
     )
 
 
@@ -129,8 +128,7 @@ def _from_hub(name: str) -> str:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"chat_template: {name!r} is neither Jinja text, nor a file, nor a model directory, "
-            "nor a model that can "
-            f"be loaded here ({str(error).splitlines()[0]})"
+            f"nor a model that can be loaded here ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(template, str):
         raise ValueError(

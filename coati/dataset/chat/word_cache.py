@@ -2,9 +2,9 @@
 
 To a byte-level BPE tokenizer a word has the same ids wherever it stands, and most words of a text
 have occurred before: parting the text and looking them up takes a fraction of the tokenizer's own
-time, and gives its very ids. What it is
-not sure of is left to the tokenizer: other ways to part a text, and characters on which two engines
-for regular expressions, or two versions of Unicode, might disagree.
+time, and gives its very ids. What it is not sure of is left to the tokenizer: other ways to part a
+text, and characters on which two engines for regular expressions, or two versions of Unicode, might
+disagree.
 """
 
 import json
@@ -73,8 +73,7 @@ class Words:
         characters of ``text``.
 
         None when the tokenizer itself must be asked, which is so where one of ``borders``, the ends
-        of ``spans`` among
-        them, lies inside a word: a token may reach over it.
+        of ``spans`` among them, lies inside a word: a token may reach over it.
         """
         if not self._sure.fullmatch(text):
             return None

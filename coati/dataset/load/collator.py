@@ -103,8 +103,8 @@ class _Collator:
         if length > self.max_length:
             raise ValueError(
                 f"a row of {length} tokens, max_length {self.max_length}: cutting it would take "
-                "the end of an answer; "
-                f"raise --max_length, or prepare the data again with --max_length {self.max_length}"
+                "the end of an answer; raise --max_length, or prepare the data again with "
+                f"--max_length {self.max_length}"
             )
 
 

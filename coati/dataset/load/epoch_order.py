@@ -74,16 +74,15 @@ class Mixture:
         if len(self.weights) != len(self.sizes):
             raise ValueError(
                 f"--dataset_weights has {len(self.weights)} values "
-                f"({' '.join(f'{w:g}' for w in self.weights)}), "
-                f"--dataset has {len(self.sizes)} paths ({' '.join(self.names)}); give one weight "
-                "for each path"
+                f"({' '.join(f'{w:g}' for w in self.weights)}), --dataset has {len(self.sizes)} "
+                f"paths ({' '.join(self.names)}); give one weight for each path"
             )
         for name, weight, count in zip(self.names, self.weights, self.counts(), strict=True):
             if not count:
                 raise ValueError(
                     f"--dataset_weights {weight:g}: {name} would not give a single one of the "
-                    f"{sum(self.sizes)} rows "
-                    "of an epoch; raise this weight, or leave the path and its weight out"
+                    f"{sum(self.sizes)} rows of an epoch; raise this weight, or leave the path and "
+                    "its weight out"
                 )
 
     def counts(self) -> list[int]:
@@ -195,8 +194,7 @@ class EpochOrder:
         found = self.entries(0)
         return (
             f"--packing: {sum(map(len, found))} rows in {len(found)} packs of up to "
-            f"{self.pack_length} tokens, "
-            f"{figures['packing/rows_per_pack']:.1f} rows a pack; of the positions of a batch "
-            f"{figures['packing/padding']:.1%} hold padding, "
+            f"{self.pack_length} tokens, {figures['packing/rows_per_pack']:.1f} rows a pack; of "
+            f"the positions of a batch {figures['packing/padding']:.1%} hold padding, "
             f"{figures['packing/padding_unpacked']:.1%} without packing"
         )

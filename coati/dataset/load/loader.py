@@ -57,8 +57,7 @@ def part_directories(path: str) -> list[Path]:
     if not parts:
         raise ValueError(
             f"--dataset {path}: no prepared rows found (expected part-* directories with "
-            "dataset_info.json); run "
-            "prepare_dataset.py first and pass its --data_arrow_output_dir"
+            "dataset_info.json); run prepare_dataset.py first and pass its --data_arrow_output_dir"
         )
     return parts
 

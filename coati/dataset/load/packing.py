@@ -23,8 +23,8 @@ def best_fit_decreasing(
 
     Best-fit decreasing (Johnson, 1973: at most 11/9 of the least possible number, plus 4): the
     longest rows first, each into the pack that it leaves the least room in. Which of several rows
-    of equal length comes first is drawn from
-    ``random``; the number of packs does not depend on that.
+    of equal length comes first is drawn from ``random``; the number of packs does not depend on
+    that.
 
     Raises:
         ValueError: for a row above ``limit``.
@@ -112,8 +112,8 @@ class PackCollator:
     one pack a row.
 
     ``position_ids`` are 0 where a row begins and on padding, so they say which tokens belong
-    together. The first token
-    of a row has no label: what stands before it in the pack must not be asked to predict it.
+    together. The first token of a row has no label: what stands before it in the pack must not be
+    asked to predict it.
 
     Args: collate: the collator for single rows (DataCollatorForSupervisedDataset), whose settings
         are taken over.

@@ -123,9 +123,8 @@ def format_report(report: dict[str, Any], color: bool) -> str:
     """The report for a terminal, with its first sample and that one's mask."""
     lines = [
         f"rows read {report['rows_read']}, kept {report['rows_kept']}, dropped "
-        f"{report['rows_dropped']}, "
-        f"truncated {report['rows_truncated']}; training rows written {report['rows_written']} "
-        f"in {len(report['shards'])} parts",
+        f"{report['rows_dropped']}, truncated {report['rows_truncated']}; training rows written "
+        f"{report['rows_written']} in {len(report['shards'])} parts",
         *dropped_lines(report["dropped"]),
     ]
     if report["length"]:

@@ -35,9 +35,8 @@ def find_files(paths: Sequence[str | os.PathLike], split: str | None = None) -> 
     order.
 
     A directory written by ``save_to_disk``, and the name of a data set on the hub (``owner/name``
-    or
-    ``owner/name:subset``), give the files of one split: ``split``, else the one called train, else
-    the only one.
+    or ``owner/name:subset``), give the files of one split: ``split``, else the one called train,
+    else the only one.
 
     Raises ValueError for an input that is not there, holds no data, or is of another kind.
     """

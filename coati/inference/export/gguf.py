@@ -36,9 +36,8 @@ def converter() -> str:
             return found
     raise ValueError(
         f"--gguf: found neither {COMMANDS[0]} nor {COMMANDS[1]} on PATH; install the first in an "
-        "environment of its "
-        f"own (pipx install {COMMANDS[0]}), or put llama.cpp's repository on PATH, which holds the "
-        "second"
+        f"environment of its own (pipx install {COMMANDS[0]}), or put llama.cpp's repository on "
+        "PATH, which holds the second"
     )
 
 
@@ -65,8 +64,8 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
     if not written.difference <= TOLERANCES[kind] * max(1.0, written.largest):
         raise ValueError(
             f"--gguf {kind}: logits of the file differ from the model's by up to "
-            f"{written.difference:.3g} (the largest "
-            f"is {written.largest:.3g}); {Path(command).name} may not know this model well"
+            f"{written.difference:.3g} (the largest is {written.largest:.3g}); "
+            f"{Path(command).name} may not know this model well"
         )
     return written
 

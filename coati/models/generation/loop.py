@@ -224,6 +224,5 @@ def _check(
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{limit} positions; shorten "
-            "the prompt or ask for fewer new tokens (--max_new_tokens)"
+            f"{limit} positions; shorten the prompt or ask for fewer new tokens (--max_new_tokens)"
         )

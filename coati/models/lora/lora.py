@@ -120,8 +120,7 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
         nearest = ", ".join(dict.fromkeys(name for hint in hints for name in hint))
         raise ValueError(
             f"LoRA target_modules {missing} match no linear or embedding layer of "
-            f"{type(model).__name__}; "
-            f"nearest: {nearest}; there are: {', '.join(there)}"
+            f"{type(model).__name__}; nearest: {nearest}; there are: {', '.join(there)}"
         )
     return list(dict.fromkeys(name for names in found.values() for name in names))
 

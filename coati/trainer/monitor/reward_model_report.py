@@ -34,11 +34,10 @@ def verdict(chosen: Tensor, rejected: Tensor) -> list[str]:
     )
     return [
         f"verdict: PPO {'can start' if fit else 'should not start'} from this reward model. "
-        f"Accuracy {accuracy:.3f} on "
-        f"{count} pairs, 95% {low:.3f} to {high:.3f}: {_against(accuracy, low)}",
+        f"Accuracy {accuracy:.3f} on {count} pairs, 95% {low:.3f} to {high:.3f}: "
+        f"{_against(accuracy, low)}",
         f"chosen responses score {float(chosen.mean()):.3f} on average, rejected ones "
-        f"{float(rejected.mean()):.3f}: "
-        f"{deviations:+.2f} standard deviations apart",
+        f"{float(rejected.mean()):.3f}: {deviations:+.2f} standard deviations apart",
         f"{positive:.0%} of the chosen scores are positive, {negative:.0%} of the rejected ones "
         f"negative{centered}",
     ]

@@ -152,8 +152,7 @@ def reward_falling(history: History, settings: Settings) -> Finding | None:
     return Finding(
         lost,
         f"the reward had risen from {start:.3g} to {best:.3g} and has fallen to {end:.3g}: lower "
-        "--lr "
-        "or --num_update_steps, and go on from a checkpoint before the fall",
+        "--lr or --num_update_steps, and go on from a checkpoint before the fall",
     )
 
 
@@ -169,10 +168,9 @@ def degenerate(history: History, settings: Settings) -> Finding | None:
     )
     return Finding(
         fall.then / max(fall.now, 1e-6),
-        f"responses repeat themselves or each other: distinct_2 fell from "
-        f"{fall.then:.2f} to {fall.now:.2f}. {ptx[0].upper()}{ptx[1:]} and --ptx_dataset, raise "
-        "--kl_coef, "
-        "or stop after fewer episodes; look at the samples",
+        f"responses repeat themselves or each other: distinct_2 fell from {fall.then:.2f} to "
+        f"{fall.now:.2f}. {ptx[0].upper()}{ptx[1:]} and --ptx_dataset, raise --kl_coef, or stop "
+        "after fewer episodes; look at the samples",
     )
 
 
@@ -183,9 +181,8 @@ def entropy_collapse(history: History, settings: Settings) -> Finding | None:
         return None
     return Finding(
         fall.then / max(fall.now, 1e-6),
-        f"the entropy fell from {fall.then:.3g} to {fall.now:.3g} nats per "
-        "token: responses to a prompt are nearly always the same, and nothing new is tried. Lower "
-        "--lr or "
+        f"the entropy fell from {fall.then:.3g} to {fall.now:.3g} nats per token: responses to a "
+        "prompt are nearly always the same, and nothing new is tried. Lower --lr or "
         "--num_update_steps, raise --kl_coef or --clip_eps_high; sample with temperature 1",
     )
 
@@ -248,10 +245,8 @@ def kl_running_away(history: History, settings: Settings) -> Finding | None:
     return Finding(
         kl,
         f"the policy runs away from the reference: KL {kl:.3g} nats per response, above "
-        f"{bound:.3g}. "
-        "Raise --kl_coef or give --kl_target, lower --lr or --num_update_steps; what the reward "
-        "rises on "
-        "may be its own mistakes, so look at the samples",
+        f"{bound:.3g}. Raise --kl_coef or give --kl_target, lower --lr or --num_update_steps; what "
+        "the reward rises on may be its own mistakes, so look at the samples",
     )
 
 
@@ -270,8 +265,7 @@ def all_equal(history: History, settings: Settings) -> Finding | None:
         1.0,
         f"{what} (reward {reward or 0.0:.3g}), so nothing is learned from them. Unless the task is "
         "solved: take prompts that are neither too easy nor too hard, a reward with more steps, a "
-        "higher "
-        "temperature, more --num_generations",
+        "higher temperature, more --num_generations",
     )
 
 
@@ -290,10 +284,8 @@ def not_centered(history: History, settings: Settings) -> Finding | None:
         return Finding(
             2.0,
             f"most scores (mean {now:.3g}) are beyond --reward_clip {settings.reward_clip:g} and "
-            "are "
-            "cut to the same number: raise it, take --reward_normalization running, or train the "
-            "reward "
-            "model with --center_coef 0.01",
+            "are cut to the same number: raise it, take --reward_normalization running, or train "
+            "the reward model with --center_coef 0.01",
         )
     start = history.early("reward")
     first_spread = history.early("reward_std")
@@ -302,9 +294,8 @@ def not_centered(history: History, settings: Settings) -> Finding | None:
     return Finding(
         1.0,
         f"the reward is not centered: mean {start:.3g} with a spread of {first_spread:.3g}. The "
-        "critic "
-        "must learn that distance first: train the reward model with --center_coef 0.01, or take "
-        "--reward_normalization running",
+        "critic must learn that distance first: train the reward model with --center_coef 0.01, or "
+        "take --reward_normalization running",
     )
 
 
@@ -316,10 +307,9 @@ def many_cut(history: History, settings: Settings) -> Finding | None:
     room = f" {settings.max_new_tokens}" if settings.max_new_tokens else ""
     return Finding(
         1 - rate,
-        f"{1 - rate:.0%} of the responses are cut at the longest length allowed (--max_seq_len"
-        f"{room}): raise it and --max_length, or take --missing_eos_penalty 1; a model that never "
-        "ends its "
-        "answers needs SFT first",
+        f"{1 - rate:.0%} of the responses are cut at the longest length allowed "
+        f"(--max_seq_len{room}): raise it and --max_length, or take --missing_eos_penalty 1; a "
+        "model that never ends its answers needs SFT first",
     )
 
 
@@ -334,10 +324,8 @@ def critic_useless(history: History, settings: Settings) -> Finding | None:
     return Finding(
         1.0,
         f"the explained variance has been below 0 for long (median {middle:.2f}): the critic is "
-        "worse "
-        "than a constant. Start it from the reward model (--critic_pretrain), change --critic_lr, "
-        "or take "
-        "more --num_update_steps",
+        "worse than a constant. Start it from the reward model (--critic_pretrain), change "
+        "--critic_lr, or take more --num_update_steps",
     )
 
 
@@ -349,10 +337,8 @@ def rollout_differs(history: History, settings: Settings) -> Finding | None:
     return Finding(
         gap,
         "rollout and update disagree about the same tokens (mean difference of log-probs "
-        f"{gap:.2g}): "
-        "the ratio is not 1 before any update. Take --mixed_precision bf16 or fp32 instead of "
-        "fp16, and "
-        "--rollout_engine model",
+        f"{gap:.2g}): the ratio is not 1 before any update. Take --mixed_precision bf16 or fp32 "
+        "instead of fp16, and --rollout_engine model",
     )
 
 

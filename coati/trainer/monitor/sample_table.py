@@ -96,8 +96,7 @@ def sample_rows(rows: Sequence[SampleRow]) -> tuple[list[str], list[list]]:
 
 def _own(prompts: list[str]) -> list[str]:
     """``prompts`` without what all begin and end with, up to the last and from the first sign that
-    a template's marker
-    could end or begin with: words that questions share are theirs."""
+    a template's marker could end or begin with: words that questions share are theirs."""
     before = commonprefix(prompts)
     start = max(before.rfind(sign) for sign in _ENDS) + 1
     after = commonprefix([prompt[start:][::-1] for prompt in prompts])

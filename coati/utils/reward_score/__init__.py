@@ -1,8 +1,7 @@
 """The old place of the reward functions; they live in :mod:`coati.legacy.token_rewards`.
 
 The one package below ``rewards`` that names it: nothing is imported before a name is used, and
-nothing else in
-``utils`` may use it.
+nothing else in ``utils`` may use it.
 """
 
 from coati.utils.lazy import lazy_exports

@@ -171,9 +171,12 @@ def test_offsets_that_a_tokenizer_trims_do_not_shift_the_mask():
     from tokenizers import processors
 
     template = (
-        "{% for m in messages %}{{ '<|h|>' + m.role + '<|e|>\n\n' + m.content + '<|eot|>' }}{% "
-        "endfor %}"
-        "{% if add_generation_prompt %}{{ '<|h|>assistant<|e|>\n\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|h|>' + m.role + '<|e|>\n"
+        "\n"
+        "' + m.content + '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}{{ "
+        "'<|h|>assistant<|e|>\n"
+        "\n"
+        "' }}{% endif %}"
     )
     tokenizer = byte_level(("<|h|>", "<|e|>", "<|eot|>"), {"eos_token": "<|eot|>"}, template)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -185,21 +188,25 @@ def test_offsets_that_a_tokenizer_trims_do_not_shift_the_mask():
 
 
 QWEN3_LIKE = (
-    "{% set last = namespace(user=0) %}{% for m in messages %}"
-    "{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
-    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if "
-    "'</think>' in m.content %}"
-    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.index0 > last.user %}"
-    "{{ '<think>\n' + (thought or '') + '\n</think>\n\n' }}{% endif %}{{ text + '<|im_end|>\n' "
-    "}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set "
+    "last.user = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% set text = "
+    "m.content.split('</think>')[-1].lstrip('\n"
+    "') %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n"
+    "') if '</think>' in m.content %}{{ '<|im_start|>' + m.role + '\n"
+    "' }}{% if m.role == 'assistant' and loop.index0 > last.user %}{{ '<think>\n"
+    "' + (thought or '') + '\n"
+    "</think>\n"
+    "\n"
+    "' }}{% endif %}{{ text + '<|im_end|>\n"
+    "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+    "' }}{% endif %}"
 )
 R1_LIKE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}{{ '<|im_end|>' "
-    "}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n"
+    "' }}{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}{{ "
+    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+    "<think>\n"
+    "' }}{% endif %}"
 )
 
 

@@ -81,8 +81,7 @@ CASES = {
     "no end at all": (TURN + "{% endfor %}", {}, LLAMA, "errors", "no text follows every answer"),
     "a message lost": (
         "{% for m in messages %}{{ m.role }}{% if loop.index0 != 1 %}{{ m.content }}{% endif %}{{ "
-        "eos_token }}"
-        "{% endfor %}",
+        "eos_token }}{% endfor %}",
         {},
         LLAMA,
         "errors",
@@ -97,8 +96,7 @@ CASES = {
     ),
     "system refused, but given": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% "
-        "endif %}"
-        "{{ m.role + m.content + eos_token }}{% endfor %}",
+        "endif %}{{ m.role + m.content + eos_token }}{% endfor %}",
         {"system_message": "S"},
         LLAMA,
         "errors",
@@ -114,8 +112,7 @@ CASES = {
     "not Jinja": ("{% for %}", {}, LLAMA, "errors", "Jinja syntax error in line 1"),
     "system refused": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% "
-        "endif %}"
-        "{{ m.role + m.content + eos_token }}{% endfor %}",
+        "endif %}{{ m.role + m.content + eos_token }}{% endfor %}",
         {},
         LLAMA,
         "warnings",

@@ -198,9 +198,9 @@ def test_control_tokens_that_take_in_white_space_leave_the_answer_its_own(turns)
 
 
 SWALLOWING = (
-    "{% for m in messages %}{{ ('<|answer|>' if m.role == 'assistant' else m.role) + '\n' + "
-    "m.content + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|answer|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ ('<|answer|>' if m.role == 'assistant' else m.role) + '\n"
+    "' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|answer|>\n"
+    "' }}{% endif %}"
 )
 
 

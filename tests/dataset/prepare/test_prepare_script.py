@@ -196,9 +196,8 @@ def test_a_format_of_another_type_is_refused(capsys):
 def test_flags_need_neither_torch_nor_transformers():
     code = (
         "import sys; from coati.cli.prepare import parse_prepare; parse_prepare(['--type', 'sft', "
-        "'--data_input_dirs', "
-        "'a,b', '--tokenizer_dir', 'x']); assert not {'torch', 'transformers', 'datasets'} & "
-        "set(sys.modules)"
+        "'--data_input_dirs', 'a,b', '--tokenizer_dir', 'x']); assert not {'torch', "
+        "'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
 

@@ -440,8 +440,8 @@ def test_a_forced_format_reads_no_other():
 
 KEYS = (
     "messages conversations context chosen rejected prompt completion label instruction output "
-    "history source Target "
-    "response question system margin gt_answer role from content value type text"
+    "history source Target response question system margin gt_answer role from content value type "
+    "text"
 ).split()
 LEAVES = (
     st.none()

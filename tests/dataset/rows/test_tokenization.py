@@ -27,9 +27,8 @@ PAIR = {
 }
 JUDGED = {"prompt": CONTEXT, "completion": {"role": "assistant", "content": "fine"}, "label": True}
 PLAIN = (
-    "{{ bos_token }}{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content + "
-    "(eos_token if m.role != 'user' else '') }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content + (eos_token if "
+    "m.role != 'user' else '') }}{% endfor %}{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
 )
 
 
@@ -154,10 +153,11 @@ def test_no_token_joins_prompt_and_answer():
 
 
 REWRITING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content if loop.last or "
-    "m.role == 'user' "
-    "else m.content.split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n"
+    "' }}{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ "
+    "'<|im_end|>\n"
+    "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+    "' }}{% endif %}"
 )
 
 

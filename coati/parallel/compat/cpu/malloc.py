@@ -14,10 +14,9 @@ def keep_freed_memory() -> bool:
     is not glibc.
 
     A step allocates and frees the same large tensors as the one before. By default glibc maps each
-    anew, and the kernel
-    fills page after page with zeros at first touch: a tenth of a step of a small model
-    (benchmarks/bench_sft.py). The environment's own MALLOC_* settings, where there are any, are
-    left alone.
+    anew, and the kernel fills page after page with zeros at first touch: a tenth of a step of a
+    small model (benchmarks/bench_sft.py). The environment's own MALLOC_* settings, where there are
+    any, are left alone.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

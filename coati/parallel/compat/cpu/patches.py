@@ -147,8 +147,7 @@ def measure_memory_without_cuda() -> None:
     asks CUDA.
 
     Activations are counted as nothing and the capacity as this process's share of the machine, so
-    that nothing is
-    ever moved: there is nowhere to move it to.
+    that nothing is ever moved: there is nowhere to move it to.
     """
     import time
 

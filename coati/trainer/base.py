@@ -91,8 +91,7 @@ class SLTrainer:
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
         """What is logged under eval/ besides the means of the objective's own metrics, whose
-        samples
-        ``step`` holds."""
+        samples ``step`` holds."""
         return {"loss": step.loss}
 
     def fit(
@@ -231,8 +230,7 @@ class SLTrainer:
         return (
             f"{error} (step {self.state.step + 1}, epoch {self.state.epoch}, rows {shown} of "
             f"--dataset); {self.log.what_is_kept()}. Look at these rows; lower --lr or "
-            "--grad_clip, "
-            "or use --mixed_precision bf16 or fp32 instead of fp16"
+            "--grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
         )
 
 

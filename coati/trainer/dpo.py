@@ -152,8 +152,7 @@ class DPOTrainer(PreferenceTrainer):
         if self.objective.reference is None:
             cause = (
                 "the stored reference log-probs are of another model, template or precision; "
-                "remove "
-                "their file"
+                "remove their file"
             )
         elif self.engine.options.lora:
             cause = "adapters that do not start at zero, or dropout in the model's own code"

@@ -68,8 +68,7 @@ class KTOObjective(Objective):
         if rows == 0 and any(bool(batch["counted"].any()) for batch in micro_batches):
             logger.warning_once(
                 "a global batch of one row has no mismatched response: KTO's baseline z is 0 "
-                "there; "
-                "use --batch_size 2"
+                "there; use --batch_size 2"
             )
         return [
             batch | {"baseline": torch.full_like(batch["reference"], baseline)}

@@ -92,8 +92,8 @@ class PreferenceChecks:
         return self._once(
             "ln2",
             f"the loss is still ln 2 ({loss:.4f}) after {PATIENCE} steps: nothing is being "
-            "learned. Raise --lr, "
-            "and look at pairs of --dataset: is the better answer really in `chosen`?",
+            "learned. Raise --lr, and look at pairs of --dataset: is the better answer really in "
+            "`chosen`?",
         )
 
     def _chance(self, over: dict[str, float]) -> list[str]:
@@ -121,8 +121,7 @@ class PreferenceChecks:
                 "falling",
                 f"chosen and rejected log-probs both fall ({before[0]:.1f} to {now[0]:.1f} and "
                 f"{before[1]:.1f} to {now[1]:.1f}): the likelihood of good responses falls too. "
-                "Lower --lr, raise "
-                "--beta, or add --sft_coef 0.1",
+                "Lower --lr, raise --beta, or add --sft_coef 0.1",
             )
         return []
 
@@ -137,11 +136,8 @@ class PreferenceChecks:
         return self._once(
             "length",
             f"rewards correlate with length ({found:.2f} over {count:.0f} responses): {kind} "
-            "responses "
-            "are learned to be better. Compare lengths of chosen and rejected; "
-            "--length_normalization "
-            "or --ld_alpha help "
-            "with DPO",
+            "responses are learned to be better. Compare lengths of chosen and rejected; "
+            "--length_normalization or --ld_alpha help with DPO",
         )
 
     def _once(self, sign: str, text: str) -> list[str]:

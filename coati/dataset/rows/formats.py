@@ -94,7 +94,8 @@ _ROUND = ("prompt", "completion")
 _TALK = "conversations"
 _RM_STATIC = _has("response", prompt=str, chosen=str, rejected=str)
 # What rows of a format hold; each data type says which of these it reads.
-PAIR, JUDGED, CHAT, ASKED, TEXT = CONTENTS = ("pair", "judged", "conversation", "prompt", "text")
+CONTENTS = ("pair", "judged", "conversation", "prompt", "text")
+PAIR, JUDGED, CHAT, ASKED, TEXT = CONTENTS
 DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat(
         "preference",

@@ -73,7 +73,8 @@ def resident_mib() -> float:
 
 def prepare(data: Path, folder: Path, deduplicate: bool) -> dict:
     """One preparation in this process: both outputs, all cores."""
-    import datasets  # noqa: F401  (imported before the memory is looked at, as its share does not depend on the rows)
+    # Imported before memory is measured: its share does not depend on the rows.
+    import datasets  # noqa: F401
 
     from coati.dataset import prepare_dataset, setup_conversation_template
     from coati.dataset.clean.cleaning import Cleaning

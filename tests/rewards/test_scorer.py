@@ -85,7 +85,10 @@ def test_a_users_function_may_return_any_list_of_numbers(tmp_path, values):
 
 def test_a_function_gets_what_it_names(tmp_path):
     arguments = "prompts, completions, gt_answers, lengths, stopped, max_new_tokens, factor=2"
-    expression = "[factor * (p + c == '2 + 2 =4') + n + s + max_new_tokens for p, c, n, s in zip(prompts, completions, lengths, stopped)]"  # noqa: E501
+    expression = (
+        "[factor * (p + c == '2 + 2 =4') + n + s + max_new_tokens "
+        "for p, c, n, s in zip(prompts, completions, lengths, stopped)]"
+    )
     rewards = Rewards([user(tmp_path, expression, arguments)])
     assert rewards(
         batch(lengths=[1, 2, 3], stopped=[True, False, True], max_new_tokens=10)

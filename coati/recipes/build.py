@@ -116,7 +116,7 @@ def attention(run: Run) -> str:
 def lora_config(lora: LoraSettings) -> LoraConfig:
     """``--lora_config`` with the flags that override it."""
     config = LoraConfig.from_file(lora.lora_config) if lora.lora_config else LoraConfig()
-    flags = {
+    flags: dict[str, Any] = {
         "r": lora.lora_rank,
         "lora_alpha": lora.lora_alpha,
         "lora_train_bias": lora.lora_train_bias,

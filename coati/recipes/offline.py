@@ -110,7 +110,11 @@ def _loaders(
     """The global batches and evaluation batches of this rank; evaluation rows are never packed."""
     batches = run.settings.batches
     mesh = engine.mesh
-    shared = {"partners": partners, "dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+    shared: dict[str, Any] = {
+        "partners": partners,
+        "dp_rank": mesh.dp_rank,
+        "dp_size": mesh.dp_size,
+    }
     windows = GlobalBatchLoader(
         rows.train.rows,
         PackCollator(collate) if rows.order.pack_length is not None else collate,

@@ -108,8 +108,9 @@ def record_arguments(output: OutputSettings, flags: Mapping[str, Any]) -> None:
     the run may write."""
     if is_rank_0():
         beside = None if output.dry_run else Path(output.save_dir) / "arguments.json"
-        for path in filter(None, (output.config_file, beside)):
-            save_json(dict(flags), path)
+        for path in (output.config_file, beside):
+            if path is not None:
+                save_json(dict(flags), path)
 
 
 def check_same_model(config: Any, settings: TrainingSettings) -> None:

@@ -1,7 +1,7 @@
 """What the recipes with rollouts share: PPO and GRPO."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from coati.cli.settings import OnlineSettings, PPOSettings
 from coati.dataset.load.collator import (
@@ -24,6 +24,7 @@ from coati.recipes.data_checks import check_gt_answers, check_prompts
 from coati.recipes.dry_run import rl_dry_run
 from coati.recipes.resume import running_state
 from coati.recipes.rl_models import (
+    Trained,
     load_actor,
     load_critic,
     load_reference,
@@ -54,9 +55,10 @@ def train(settings: OnlineSettings) -> None:
     order = data.epoch_order(run, prompts)
     episodes = episodes_of(settings)
     actor = load_actor(run, episodes.total_steps)
-    models = {"actor": actor}
+    models: dict[str, Trained] = {"actor": actor}
     if isinstance(settings, PPOSettings):
-        models["critic"] = load_critic(run, actor, episodes.total_steps)
+        critic_run = cast(Run[PPOSettings], run)
+        models["critic"] = load_critic(critic_run, actor, episodes.total_steps)
     critic = models["critic"].engine if "critic" in models else None
     reward_model = load_reward_model(run, actor)
     parts = assemble_rl(

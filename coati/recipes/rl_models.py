@@ -324,6 +324,6 @@ def adapter_on_base(
     with _naming(start.flag):
         # With the rank that it has, whatever that of the policy is.
         config = LoraConfig.from_file(Path(start.path) / SETTINGS)
-        model = apply_lora(model, config, seed=settings.seed)
+        model = apply_lora(model, config, seed=settings.seed)  # type: ignore[assignment]
         load_lora(model, start.path)
     return model

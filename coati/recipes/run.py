@@ -20,6 +20,7 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+S = TypeVar("S", bound=TrainingSettings)
 S_co = TypeVar("S_co", bound=TrainingSettings, covariant=True)
 
 
@@ -65,7 +66,7 @@ class PreparedRows:
         return part_directories(self.folders[0])[0].parent / name
 
 
-def start(settings: S_co) -> Run[S_co]:
+def start(settings: S) -> Run[S]:
     """Join the other processes, resolve the defaults, find the checkpoint to resume from, record
     the flags and load the tokenizer.
 

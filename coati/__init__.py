@@ -4,7 +4,34 @@ heavy."""
 import sys
 from importlib.abc import MetaPathFinder
 
+from coati.utils.lazy import lazy_exports
+
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "Conversation": "dataset.chat.conversation",
+    "Critic": "models.critic",
+    "DPOTrainer": "trainer.dpo",
+    "Engine": "parallel.engine",
+    "GRPOTrainer": "trainer.grpo",
+    "KTOTrainer": "trainer.kto",
+    "LoraConfig": "models.lora.lora",
+    "ORPOTrainer": "trainer.orpo",
+    "Objective": "parallel.objective",
+    "PPOTrainer": "trainer.ppo",
+    "ParallelOptions": "parallel.options",
+    "RewardModel": "models.reward_model",
+    "RewardModelTrainer": "trainer.rm",
+    "SFTTrainer": "trainer.sft",
+    "apply_lora": "models.lora.lora",
+    "boost": "parallel.boost",
+    "generate": "models.generation.loop",
+    "load_causal_lm": "models.loading",
+    "load_tokenizer": "models.tokenizer",
+    "prepare_dataset": "dataset.prepare.preparation",
+    "setup_conversation_template": "dataset.chat.conversation",
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)
 
 
 class _RenamedModules(MetaPathFinder):

@@ -133,7 +133,7 @@ MODULES = {
     "coati.utils.notice": "coati.utils.logging",
 }
 
-# package -> old public name -> (module, name) of today
+# package, or module of MODULES -> old public name -> (module, name) of today
 NAMES: dict[str, dict[str, tuple[str, str]]] = {
     "coati.experience_buffer": {
         "windows_per_episode": ("coati.experience_buffer.batch_sizes", "optimizer_steps_per_pass"),
@@ -142,20 +142,49 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
         "Collected": ("coati.experience_maker.rollout_batch", "RolloutBatch"),
         "RunningNormalisation": ("coati.experience_maker.running_moments", "RunningNormalization"),
     },
+    "coati.experience_maker.running": {
+        "KLController": ("coati.experience_maker.kl_controller", "KLController"),
+        "RunningNormalisation": ("coati.experience_maker.running_moments", "RunningNormalization"),
+    },
+    "coati.models.utils": {
+        "check_vocabulary": ("coati.models.tokenizer", "check_vocabulary"),
+        "load_tokenizer": ("coati.models.tokenizer", "load_tokenizer"),
+    },
+    "coati.parallel.reference": {
+        "Reference": ("coati.parallel.inference_model", "InferenceModel"),
+        "freeze": ("coati.parallel.inference_model", "boost_for_inference"),
+    },
+    "coati.parallel.step": {"Part": ("coati.parallel.objective", "LossPart")},
     "coati.rewards": {"Scored": ("coati.rewards.scorer", "RewardResult")},
     "coati.trainer": {"Plan": ("coati.trainer.schedule", "RunSchedule")},
 }
 
 
 class _TodaysModule(Loader):
+    """Gives the module of today itself; where some of the names have gone elsewhere, one that finds
+    them there."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return import_module(self.name)
+        today = import_module(self.name)
+        self.spec = today.__spec__
+        if spec.name not in NAMES:
+            return today
+        module = ModuleType(spec.name, today.__doc__)
+
+        def find(name: str) -> Any:
+            elsewhere = name in NAMES[spec.name]
+            return renamed_export(spec.name, name) if elsewhere else getattr(today, name)
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         """It has been executed under its own name."""
+        if module.__name__ == self.name:
+            module.__spec__ = self.spec  # which importing it under the old name has replaced
 
 
 def spec_of_renamed(old: str) -> ModuleSpec | None:

@@ -207,7 +207,7 @@ def test_the_benchmark_measures_in_a_process_of_its_own(tmp_path, capsys, monkey
         def send(self, found):
             received.append(found)
 
-    module.measured(args, "full", Pipe())
+    module.measure(args, "full", Pipe())
     monkeypatch.setattr(module, "in_a_process", lambda args, quant: received[0])
     module.main(args)
     assert "tokens/s x2" in capsys.readouterr().out

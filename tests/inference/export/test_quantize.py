@@ -212,7 +212,7 @@ def test_the_benchmark_measures_in_a_process_of_its_own(tmp_path, capsys, monkey
     module.main(args)
     assert "tokens/s x2" in capsys.readouterr().out
     assert received[0]["peak_memory_mb"] > 0 and set(received[0]["tokens_per_second"]) == {1, 2}
-    module.measured(parse_benchmark(["--model_path", str(tmp_path / "gone")]), "full", Pipe())
+    module.measure(parse_benchmark(["--model_path", str(tmp_path / "gone")]), "full", Pipe())
     assert "no such directory" in received[1]
 
 

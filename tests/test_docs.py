@@ -1,6 +1,7 @@
 """What README and docs/ say must be there: links, files, make targets and flags; and they claim no
 measured figures."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -63,6 +64,12 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def text_of(page: Path) -> str:
+    """What a page says of today's code: without the diffs of docs/extending.md."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^```diff.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def slug(heading: str) -> str:
     """The anchor that a heading gets on GitHub."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
@@ -92,7 +99,7 @@ def test_flags_exist(page):
     known = set().union(*OTHERS.values())
     for parser in parsers_of_scripts().values():
         known |= set(parser._option_string_actions)  # those of older documents too
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     unknown = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)) - known
     assert not unknown, f"{name_of(page)} names {sorted(unknown)}"
 
@@ -124,7 +131,7 @@ def test_commands_are_accepted(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_and_make_targets_exist(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     folders = "coati|examples|config|benchmarks|tests|tools|docs"
     for path in re.findall(
         rf"(?<![\w/.])((?:{folders})/[\w./-]+\.(?:py|sh|json|jsonl|md|example))\b", text
@@ -135,6 +142,31 @@ def test_files_and_make_targets_exist(page):
     )
     named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert named <= targets, f"{name_of(page)} names make {sorted(named - targets)}"
+
+
+def names_in(file: Path) -> set[str]:
+    """Functions, classes, methods and variables of a module, methods as ``Class.method``."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{each.name}" for each in node.body if hasattr(each, "name")}
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign):
+            found.add(node.target.id)
+        else:
+            found.add(getattr(node, "name", ""))
+    return found
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_places_in_the_code_exist(page):
+    """`folder/file.py`, below the root or coati/, and `folder/file.py:name` in it."""
+    text = text_of(page)
+    for path, name in re.findall(r"`((?:\w+/)+\w+\.py)(?::([\w.]+))?`", text):
+        file = next((f for f in (ROOT / "coati" / path, ROOT / path) if f.exists()), None)
+        assert file, f"{name_of(page)} names {path}"
+        assert not name or name in names_in(file), f"{name_of(page)} names {path}:{name}"
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)

@@ -154,7 +154,7 @@ ONE = {
     "a critic as a reward model": Case(
         "train_rm.py",
         lambda p: ["--pretrain", p.reward_model("Critic")],
-        ("is a critic", "not the scores of answers"),
+        ("is a critic", "not the scores of responses"),
     ),
     "a reference of another vocabulary": Case(
         "train_dpo.py",

@@ -85,12 +85,12 @@ def measure(engine, by_rows, by_packs, rounds: int) -> dict[str, list[tuple[int,
     from coati.trainer.sft import SFTObjective
 
     objective = SFTObjective()
-    end_to_end = engine.packing
+    end_to_end = engine.padding_free
     sources = {way: windows(by_packs if way.startswith("packed") else by_rows) for way in WAYS}
     found: dict[str, list[tuple[int, float]]] = {way: [] for way in WAYS}
     for _ in range(WARM_UP + rounds):
         for way, source in sources.items():
-            engine.packing = end_to_end if way in ("end to end", "packed") else None
+            engine.padding_free = end_to_end if way in ("end to end", "packed") else None
             window = next(source)
             started = time.perf_counter()
             step = engine.train_step(window, objective)

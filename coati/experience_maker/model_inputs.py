@@ -115,4 +115,4 @@ def _parts(experience: Experience, size: int | None) -> list[Experience]:
 def sum_over(engine: Engine) -> Callable[[Tensor], Tensor]:
     """A :data:`~coati.models.policy_loss.ReduceSum` over the data-parallel shares of ``engine``;
     processes that share rows count once."""
-    return engine.sum_over_shares
+    return engine.sum_tensor_over_dp

@@ -20,8 +20,8 @@ from coati.models.sdpa import patch_sdpa
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One batch as one row of its T real tokens: the model's inputs, and targets for the head."""
+class Unpadded:
+    """The T real tokens of a batch as one row: the model's inputs, and targets for the head."""
 
     inputs: dict[str, Any]
     targets: Tensor  # (1, T), for Head.set_targets
@@ -29,18 +29,18 @@ class Packed:
 
 @dataclass(frozen=True)
 class PaddingFree:
-    """Concatenates the rows of batches for one model; made by :meth:`of`. ``longest``: a batch with
+    """Concatenates the rows of a batch for one model; made by :meth:`of`. ``longest``: a batch with
     a longer row stays padded."""
 
     longest: int
 
     @classmethod
     def of(cls, model: nn.Module) -> "PaddingFree | None":
-        """None where ``model`` must be given padded batches.
+        """None if ``model`` needs padded batches.
 
-        It can be given packed ones when its attention runs through transformers' attention
-        interface, with "sdpa" on a CPU or "flash_attention_2" on a GPU, and two packed probe rows
-        come out as each does alone.
+        It does not if its attention runs through transformers' attention interface, with "sdpa" on
+        a CPU or "flash_attention_2" on a GPU, and two concatenated probe rows give the outputs that
+        each gives alone.
         """
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         device = next(model.parameters()).device.type
@@ -50,13 +50,13 @@ class PaddingFree:
         if attention == "sdpa":
             patch_sdpa()
         # Rows longer than a sliding window are masked by it, which row_by_row does not do.
-        packing = cls(longest=sliding_window(model.config) or 2**62)
-        if packing.longest <= max(PROBE_LENGTHS):
+        padding_free = cls(longest=sliding_window(model.config) or 2**62)
+        if padding_free.longest <= max(PROBE_LENGTHS):
             return None
-        # A model may take the keywords and not act on them.
-        return packing if rows_stay_apart(model, packing._probe) else None
+        # A model may accept the keywords and ignore them.
+        return padding_free if rows_stay_apart(model, padding_free._probe) else None
 
-    def pack(self, batch: Mapping[str, Tensor]) -> Packed | None:
+    def unpad(self, batch: Mapping[str, Tensor]) -> Unpadded | None:
         """(B, S) ``input_ids, attention_mask`` and perhaps ``labels`` -> one row of the
         ``attention_mask.sum()`` real tokens, in the same order, whatever side the padding is on;
         None where a row is too long. With ``position_ids`` (B, S) each row of the batch holds
@@ -85,7 +85,7 @@ class PaddingFree:
             "max_length_q": longest,
             "max_length_k": longest,
         }
-        return Packed(inputs, targets[real][None])
+        return Unpadded(inputs, targets[real][None])
 
     def _probe(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        return self.pack({**batch, "attention_mask": torch.ones_like(batch["input_ids"])}).inputs
+        return self.unpad({**batch, "attention_mask": torch.ones_like(batch["input_ids"])}).inputs

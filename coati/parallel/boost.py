@@ -70,8 +70,8 @@ def boost(
     _prepare_model(model, options)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    packing = _lays_end_to_end(model, options)
-    if options.packing and packing is None:
+    padding_free = _padding_free_of(model, options)
+    if options.packing and padding_free is None:
         check_packs(model, options)
     check_scalar(model, options)
     plugin = make_plugin(options, custom_policy)
@@ -80,15 +80,15 @@ def boost(
     schedule = cosine_with_warmup(adam, total_steps, settings.warmup_steps)
     booster = _booster(plugin, options)
     model, adam, _, _, schedule = booster.boost(model, adam, lr_scheduler=schedule)
-    return Engine(booster, model, adam, schedule, options, packing)
+    return Engine(booster, model, adam, schedule, options, padding_free)
 
 
-def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> PaddingFree | None:
-    """How batches are given to ``model`` without padding, or None where it must have padded ones.
+def _padding_free_of(model: nn.Module, options: ParallelOptions) -> PaddingFree | None:
+    """How batches are given to ``model`` without padding; None if it needs padded ones.
 
-    The plugin must leave the model's own forward in place. On a GPU only packs and only with
-    flash-attention: without it attention would go row by row, which costs more there than padding
-    does.
+    The plugin must leave the model's own forward in place. On a GPU only with ``--packing`` and
+    flash-attention: without the latter attention runs row by row, which costs more there than
+    padding does.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.tp > 1 or device not in PLUGINS[options.plugin].padding_free:
@@ -97,14 +97,13 @@ def _lays_end_to_end(model: nn.Module, options: ParallelOptions) -> PaddingFree 
         flash = model.config._attn_implementation == "flash_attention_2"
         if not (flash and options.packing):
             return None
-        # where the plugin moves it next; flash-attention can be tried nowhere else
+        # Where the plugin moves it next; flash-attention can only be probed there.
         model.to("cuda")
     return PaddingFree.of(model)
 
 
 def check_packs(model: nn.Module, options: ParallelOptions) -> None:
-    """Raise ValueError where rows of one pack would not come out of ``model`` as each does
-    alone."""
+    """Raise ValueError if ``model`` lets the rows of a pack attend to each other."""
     if not holds_for(model):
         raise ValueError(
             f"--packing: this {model.config.model_type} model ({model.config._attn_implementation} "

@@ -1,5 +1,5 @@
-"""Forward, backward and optimizer step for one model, with or without a pipeline schedule; callers
-never branch on it."""
+"""Forward, backward and optimizer step for one model. Callers are the same with and without
+pipeline parallelism."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -26,30 +26,32 @@ from coati.utils.meter import MaskedSamples
 
 logger = get_logger(__name__)
 
-PACK_KEYS = ("position_ids",)  # in batches of packs, beside a trainer's model_keys
-PACKABLE = {"input_ids", "attention_mask", "position_ids"}
+# With --packing, batches hold these beside the objective's model_keys.
+PACKING_KEYS = ("position_ids",)
+# The model inputs that PaddingFree.unpad can replace.
+UNPADDED_KEYS = {"input_ids", "attention_mask", "position_ids"}
 
 
-def _nothing_more(batch: Batch) -> HeadRequest | None:
+def _no_request(batch: Batch) -> HeadRequest | None:
     return None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How the model is called: with which keys, at which temperature (None: the engine's), and what
-    the vocabulary head is asked for."""
+    """How the model is called: the batch keys it gets, the temperature (None: the engine's), and
+    what the vocabulary head is asked for."""
 
     model_keys: tuple[str, ...] = Objective.model_keys
     temperature: float | None = None
-    head_request: Callable[[Batch], HeadRequest | None] = _nothing_more
+    head_request: Callable[[Batch], HeadRequest | None] = _no_request
 
 
 class Engine:
-    """A boosted model with its optimizer and schedule.
+    """A boosted model with its optimizer and learning-rate schedule.
 
-    ``options`` may be left out when the caller boosted the model by hand; then only what the plugin
-    itself knows is used. ``packing`` lays batches end to end instead of padding them, for models
-    that can be given such rows.
+    ``options``: those of :func:`~coati.parallel.boost.boost`; without them (a model that the caller
+    boosted) settings are read from the plugin where it has them. ``padding_free`` removes the
+    padding of batches, for models that support it.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Engine:
         optimizer=None,
         lr_scheduler=None,
         options: ParallelOptions | None = None,
-        packing: PaddingFree | None = None,
+        padding_free: PaddingFree | None = None,
     ):
         self.booster = booster
         self.model = model
@@ -74,32 +76,33 @@ class Engine:
         self.dtype = parameter.dtype
         self.scalar = hasattr(self.module, "backbone")  # a reward model or critic
         self.pipelined = self.mesh.pp_size > 1
-        # With one process DDP's reducer has nothing to add up, but would still copy every gradient.
+        # With one process DDP's reducer has nothing to reduce, but would copy every gradient.
         wrapped = getattr(model, "module", None)
-        self._alone = isinstance(wrapped, DistributedDataParallel) and dist.get_world_size() == 1
-        # Of the current pipelined batch, those the model does not take.
-        self._batch_keys: set[str] = set()
-        self.packing = packing
-        self.temperature = 1.0  # log-probs at labels are those of log_softmax(logits / temperature)
+        is_ddp = isinstance(wrapped, DistributedDataParallel)
+        self._skip_reducer = is_ddp and dist.get_world_size() == 1
+        # Keys of the current pipelined batch that the model does not take.
+        self._extra_keys: set[str] = set()
+        self.padding_free = padding_free
+        self.temperature = 1.0  # of log-probs: log_softmax(logits / temperature)
         self._call = _Call()
         self._install_head()
         if self.pipelined:
-            self.module.register_forward_pre_hook(self._take_out_batch_keys, with_kwargs=True)
+            self.module.register_forward_pre_hook(self._before_stage_forward, with_kwargs=True)
 
     def _install_head(self) -> None:
         reason = None if self.scalar else head_unsupported(self.module.config)
         if reason:
             logger.warning_once(
-                f"{reason}: its full logits are formed, which takes more memory than the library's "
-                "own head."
+                f"{reason}: its full logits are materialized, which takes more memory than the "
+                "library's chunked head."
             )
         embedding = self.module.get_output_embeddings()
         if hasattr(embedding, "gather_output"):
             embedding.gather_output = True  # shardformer/policies/qwen2.py:427 leaves it split
-        agree = self._largest if self.mesh.sharded_forward else None
+        agree = self._max_over_ranks if self.mesh.sharded_forward else None
         self.head = None if reason else Head.install(self.module, agree_on_chunks=agree)
 
-    def _largest(self, count: int) -> int:
+    def _max_over_ranks(self, count: int) -> int:
         value = torch.tensor(count, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
@@ -115,12 +118,12 @@ class Engine:
     ) -> Step:
         """Forward and backward over ``micro_batches``, then one update.
 
-        ``stop``: this rank wants the run to end after the step; all ranks learn of it in
-        :attr:`Step.stop`. ``aux_losses``: further parts of the same step's loss, each with
-        micro-batches and an objective of its own; ``weight`` is that of ``micro_batches``.
+        ``stop``: this rank asks to stop after the step; :attr:`Step.stop` is then True on all
+        ranks. ``aux_losses``: further parts of the step's loss, each with its own micro-batches,
+        objective and weight; ``weight`` is that of ``micro_batches``.
 
-        Each part is divided by the true number of its terms over all data-parallel ranks, so
-        neither the split into micro-batches nor the number of ranks changes it.
+        The sum of each part is divided by the number of its terms over all data-parallel ranks, so
+        neither the split into micro-batches nor the number of ranks changes the loss.
 
         Raises:
             NonFiniteLoss: on every rank, before the update.
@@ -140,13 +143,13 @@ class Engine:
             total = self._loss_of(part, metrics, scale, sync=part is parts[-1])
             sums.append(total * self.mesh.is_loss_rank)
         reduced = self._reduced([*sums, float(stop)])
-        *totals, stops = reduced.tolist()  # the step's first wait for the device
+        *totals, stops = reduced.tolist()  # the first host synchronization of the step
         *terms, tokens = map(int, counts.tolist())
         losses = [total / max(count, 1) for total, count in zip(totals, terms, strict=True)]
         if not all(map(math.isfinite, losses)):
             self.optimizer.zero_grad()
-            wrong = next(loss for loss in losses if not math.isfinite(loss))
-            raise NonFiniteLoss(f"the loss of this step is {wrong}")
+            bad = next(loss for loss in losses if not math.isfinite(loss))
+            raise NonFiniteLoss(f"the loss of this step is {bad}")
         return Step(losses[0], terms[0], tokens, stops > 0, self._update(), metrics, losses[1:])
 
     def _prepared(self, part: LossPart) -> list[Batch]:
@@ -163,11 +166,12 @@ class Engine:
         model_keys: tuple[str, ...] = Objective.model_keys,
         temperature: float | None = None,
     ) -> Tensor:
-        """What ``read(logps, batch)`` makes of a forward in evaluation mode, (n,) in the order of
-        the rows; ``logps`` as in :meth:`Objective.loss`. No gradient, no exchange between ranks.
+        """(n,) fp32: ``read(logps, batch)`` of a forward in evaluation mode without gradient, in
+        the order of the rows; ``logps`` as in :meth:`Objective.loss`. Nothing is reduced over
+        data-parallel ranks.
 
-        ``temperature``: by default the engine's. Under a pipeline the stages that do not compute it
-        get zeros, one for each row.
+        ``temperature``: by default the engine's. Under pipeline parallelism only the last stage has
+        the result; the others return one zero per row.
         """
         self.model.eval()
         found: list[Tensor] = []
@@ -183,8 +187,8 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Step:
-        """Loss per term and metrics over ``batches``, the samples of all ranks, in host memory;
-        every rank must pass equally many."""
+        """Loss per term over ``batches``, and the metric samples of all ranks, in host memory.
+        Every rank must pass the same number of batches."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         terms = torch.zeros_like(total)
@@ -193,25 +197,25 @@ class Engine:
             part = LossPart([self._to_device(objective.prepare(batch))], objective)
             total += self._loss_of(part, metrics, None)
             terms += objective.num_terms(part.micro_batches[0])
-        loss, count = self.sum_of_shares([total, terms])
-        mine = {
+        loss, count = self.sum_over_dp([total, terms])
+        local = {
             name: [_selected(samples).cpu() for samples in values]
             for name, values in (metrics.items() if self.mesh.is_loss_rank else ())
         }
-        everyone = all_gather_object(mine)
-        names = dict.fromkeys(chain(*everyone))
-        whole = {name: [t for share in everyone for t in share.get(name, [])] for name in names}
-        return Step(loss / max(count, 1), int(count), metrics=whole)
+        by_rank = all_gather_object(local)
+        names = dict.fromkeys(chain(*by_rank))
+        merged = {name: [t for rank in by_rank for t in rank.get(name, [])] for name in names}
+        return Step(loss / max(count, 1), int(count), metrics=merged)
 
     def forward(self, batch: Batch, model_keys: tuple[str, ...] = Objective.model_keys) -> Tensor:
-        """(n,) log-probs of the tokens supervised by ``batch["labels"]``; of a model with a scalar
-        head what it returns."""
+        """(n,) log-probs of the tokens supervised by ``batch["labels"]``; (B,) scores or (B, S)
+        values from a model with a scalar head."""
         self._call = _Call(model_keys)
         return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Any:
-        keys = (*self._call.model_keys, *PACK_KEYS)
-        inputs = self._choose(batch, {key: batch[key] for key in keys if key in batch})
+        keys = (*self._call.model_keys, *PACKING_KEYS)
+        inputs = self._prepare_inputs(batch, {key: batch[key] for key in keys if key in batch})
         try:
             outputs = self.model(**inputs, use_cache=False)
         finally:
@@ -221,8 +225,8 @@ class Engine:
     def _loss_of(
         self, part: LossPart, metrics: dict[str, list], scale: Tensor | None, sync: bool = True
     ) -> Tensor:
-        """The sum of the loss's terms, fp64; their samples are appended to ``metrics``. With
-        ``scale`` the gradients too, added up over ranks if ``sync``."""
+        """The sum of the loss's terms, an fp64 scalar; metric samples are appended to ``metrics``.
+        With ``scale`` also the backward of loss x scale, reduced over ranks if ``sync``."""
         objective = part.objective
         total = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -245,7 +249,8 @@ class Engine:
         scale: Tensor | None,
         sync: bool = True,
     ) -> None:
-        """The one place that asks for a pipeline."""
+        """``consume(outputs, batch)`` after each forward, and the backward of its result x
+        ``scale`` unless that is None. The one branch on pipeline parallelism."""
         self._call = call
         try:
             if self.pipelined:
@@ -258,13 +263,14 @@ class Engine:
     def _run_plain(self, micro_batches, consume, scale, sync: bool) -> None:
         for index, batch in enumerate(micro_batches):
             last = sync and index == len(micro_batches) - 1
-            with nullcontext() if scale is None or (last and not self._alone) else self._no_sync():
+            reduces = scale is None or (last and not self._skip_reducer)
+            with nullcontext() if reduces else self._no_sync():
                 loss = consume(self._forward(batch), batch)
                 if scale is not None:
                     self.booster.backward(loss * scale, self.optimizer)
 
     def _no_sync(self):
-        # ZeRO-2 and Gemini add up reduced gradients themselves; the others wait for the last
+        # ZeRO-2 and Gemini accumulate reduced gradients; the others reduce after the last
         # micro-batch.
         partitioned = getattr(self.optimizer, "_partition_grads", False)
         if partitioned or self.mesh.sharded_forward or not self.plugin.support_no_sync():
@@ -274,13 +280,13 @@ class Engine:
     def _run_pipeline(self, micro_batches, consume, scale) -> None:
         batch = concatenate(micro_batches)
         schedule = self._reset_schedule(len(batch["input_ids"]))
-        self._batch_keys = set(batch) - {*self._call.model_keys, *PACK_KEYS}
+        self._extra_keys = set(batch) - {*self._call.model_keys, *PACKING_KEYS}
 
         def criterion(outputs: Any, micro_batch: Batch) -> Tensor:
             self._clear_head()
             loss = consume(self._read(outputs, micro_batch), micro_batch)
-            # The schedule divides by the number of micro-batches (one_f_one_b.py:272); the count of
-            # terms is ours.
+            # Undo the schedule's division by the number of micro-batches (one_f_one_b.py:272):
+            # ``scale`` already divides by the number of terms.
             return loss * (1.0 if scale is None else scale) * schedule.num_microbatches
 
         optimizer = self.optimizer if scale is not None else None
@@ -291,8 +297,8 @@ class Engine:
         self._clear_head()
 
     def _reset_schedule(self, rows: int):
-        # Evaluation between training steps, and steps of another size, leave the schedule with the
-        # old sizes.
+        # The schedule keeps the sizes of its last batch, which an evaluation or a step of another
+        # size changes.
         schedule = self.plugin.scheduler
         size = min(self.options.microbatch_size, rows)
         schedule.last_batch_size = None
@@ -300,29 +306,26 @@ class Engine:
         schedule.num_microbatches = max(1, rows // size)
         return schedule
 
-    def _take_out_batch_keys(self, module: nn.Module, args: tuple, kwargs: dict):
-        """Before each micro-batch's forward: labels go to the head, what the model does not take
-        goes nowhere."""
+    def _before_stage_forward(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of a pipeline stage: give the labels of the micro-batch to the head, and
+        drop the keys that the model does not take."""
         if self.mesh.last_stage:
             self._set_head(kwargs)
-        inputs = {key: value for key, value in kwargs.items() if key not in self._batch_keys}
+        inputs = {key: value for key, value in kwargs.items() if key not in self._extra_keys}
         return args, with_block_mask(inputs, self.dtype)
 
-    def _choose(self, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """Set the head to the batch's labels; returns what the model is called with: ``inputs``, or
-        these packed."""
-        packed = (
-            self.packing.pack(batch)
-            if self.packing and self.head and set(inputs) <= PACKABLE
-            else None
-        )
-        if packed is None:
+    def _prepare_inputs(self, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Give the head the batch's labels; returns ``inputs``, without padding where possible."""
+        unpadded = None
+        if self.padding_free and self.head and set(inputs) <= UNPADDED_KEYS:
+            unpadded = self.padding_free.unpad(batch)
+        if unpadded is None:
             self._set_head(batch)
             return with_block_mask(inputs, self.dtype)
         if "labels" in batch:
-            self.head.set_targets(packed.targets, request=self._call.head_request(batch))
+            self.head.set_targets(unpadded.targets, request=self._call.head_request(batch))
             self.head.temperature = self._temperature()
-        return packed.inputs
+        return unpadded.inputs
 
     def _set_head(self, batch: Batch) -> None:
         if self.head is not None and "labels" in batch:
@@ -337,7 +340,7 @@ class Engine:
             self.head.clear()
 
     def _read(self, outputs: Any, batch: Batch) -> Any:
-        # Gemini returns ColoTensors, whose in-place operations change nothing
+        # Gemini returns ColoTensors, whose in-place operations have no effect
         # (tensor/colo_tensor.py:6).
         if self.scalar:
             return outputs.as_subclass(Tensor)
@@ -345,12 +348,12 @@ class Engine:
         request = self._call.head_request(batch)
         temperature = self._temperature()
         if request is not None:
-            return _flat(
-                self.head.take()
-                if self.head is not None
-                else outputs_from_logits(logits, batch["labels"], request, temperature=temperature)
+            if self.head is not None:
+                return _without_batch_dim(self.head.take())
+            return _without_batch_dim(
+                outputs_from_logits(logits, batch["labels"], request, temperature=temperature)
             )
-        if self.head is not None:  # it has put log-probs in the place of logits
+        if self.head is not None:  # which returned log-probs in place of logits
             return logits[0]
         return logprobs_from_logits(logits, batch["labels"], temperature=temperature)[0]
 
@@ -361,9 +364,7 @@ class Engine:
         self.optimizer.step()
         try:
             norm = self.optimizer.get_grad_norm()
-        except (
-            NotImplementedError
-        ):  # an optimizer that the caller boosted with plain DDP keeps no norm
+        except NotImplementedError:  # plain DDP's, in a model that the caller boosted
             norm = None
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
@@ -378,34 +379,35 @@ class Engine:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def all_ranks(self, flag: bool) -> bool:
-        """True on every rank when ``flag`` is true on each."""
+        """Logical and of ``flag`` over all ranks."""
         return self._reduced([float(not flag)]).item() == 0
 
-    def sum_of_shares(self, values: Sequence[Tensor | float]) -> list[float]:
-        """Sums over the data-parallel shares, of numbers that all processes of a share have
-        alike."""
+    def sum_over_dp(self, values: Sequence[Tensor | float]) -> list[float]:
+        """Sums over data-parallel ranks of numbers that are equal within a model-parallel
+        group."""
         return self._reduced([value * self.mesh.is_loss_rank for value in values]).tolist()
 
-    def sum_over_shares(self, sums: Tensor) -> Tensor:
-        """The same for a tensor of any shape, fp64 on its device; the host does not wait for it."""
+    def sum_tensor_over_dp(self, sums: Tensor) -> Tensor:
+        """:meth:`sum_over_dp` of a tensor of any shape, in fp64 on its device; the host is not
+        synchronized."""
         values = list(sums.flatten() * self.mesh.is_loss_rank)
         return self._reduced(values).to(sums.device).view(sums.shape)
 
     def _reduced(self, values: Sequence[Tensor | float]) -> Tensor:
-        """(n,) fp64 sums over all ranks, on the device; what only loss ranks hold is multiplied by
-        ``mesh.is_loss_rank`` before."""
-        box = torch.stack(
+        """(n,) fp64 sums over all ranks, on the device. The caller multiplies by
+        ``mesh.is_loss_rank`` what must count once per data-parallel rank."""
+        stacked = torch.stack(
             [
                 torch.as_tensor(value, dtype=torch.float64).to(self.device, non_blocking=True)
                 for value in values
             ]
         )
-        dist.all_reduce(box)
-        return box
+        dist.all_reduce(stacked)
+        return stacked
 
 
 def grad_scaler(optimizer):
-    """ColossalAI's dynamic gradient scaler of an fp16 optimizer, or None."""
+    """The dynamic loss scaler of ColossalAI's fp16 optimizers, or None."""
     for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):
         scaler = getattr(getattr(optimizer, name, None), "grad_scaler", None)
         if scaler is not None:
@@ -423,7 +425,7 @@ def _selected(samples: Tensor | MaskedSamples) -> Tensor:
     return samples.selected() if isinstance(samples, MaskedSamples) else samples
 
 
-def _flat(outputs: HeadOutputs) -> HeadOutputs:
+def _without_batch_dim(outputs: HeadOutputs) -> HeadOutputs:
     """(1, n) fields as (n,)."""
     names = ("logps", "entropy", "logsumexp")
     found = {name: getattr(outputs, name) for name in names}

@@ -88,8 +88,8 @@ def boost_for_inference(model: nn.Module, options: ParallelOptions) -> Engine:
             else "cpu"
         )
         model.requires_grad_(False).to(device)
-        packing = None if torch.cuda.is_available() else PaddingFree.of(model)
-        return Engine(_Unboosted(), model, options=options, packing=packing)
+        padding_free = None if torch.cuda.is_available() else PaddingFree.of(model)
+        return Engine(_Unboosted(), model, options=options, padding_free=padding_free)
     from colossalai.booster import Booster
 
     check_scalar(model, options)

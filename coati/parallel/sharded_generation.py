@@ -53,7 +53,7 @@ def sample(
 
 def cannot_sample(engine: Engine) -> str | None:
     """Why the model of ``engine`` cannot generate, naming the flag; None where it can."""
-    config = getattr(engine.plugin, "shard_config", None)  # of an engine that was boosted by hand
+    config = getattr(engine.plugin, "shard_config", None)  # of an engine made without boost()
     options = replace(
         engine.options,
         pp=max(engine.options.pp, engine.mesh.pp_size),
@@ -70,7 +70,7 @@ def cannot_sample(engine: Engine) -> str | None:
 
 def _plugin_keywords(engine: Engine) -> dict:
     # On a GPU, row-by-row attention would cost more than the padding.
-    keywords: dict = {"packing": engine.packing if engine.device.type == "cpu" else None}
+    keywords: dict = {"padding_free": engine.padding_free if engine.device.type == "cpu" else None}
     if engine.mesh.sharded_forward:
         keywords["stop_flag"] = engine.all_ranks
     if engine.mesh.tp_group is not None:
@@ -83,5 +83,5 @@ def _plugin_keywords(engine: Engine) -> dict:
             dist.broadcast(tensor, first, group=group)
             return tensor
 
-        keywords["agree"] = same_in_group
+        keywords["synchronize"] = same_in_group
     return keywords

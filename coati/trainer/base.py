@@ -1,4 +1,4 @@
-"""The training loop for fixed data, shared by all supervised and preference trainers."""
+"""The training loop over a fixed data set, shared by the supervised and preference trainers."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from coati.parallel.checkpoint import RunningState, clean, save_checkpoint
 from coati.parallel.engine import Batch, Engine, NonFiniteLoss, Step
 from coati.parallel.objective import Objective
 from coati.parallel.weights import ModelAssets
-from coati.trainer.global_batches import as_windows, total_steps
+from coati.trainer.global_batches import as_global_batches, total_steps
 from coati.trainer.progress import ProgressBar
 from coati.trainer.run_log import RunLog
 from coati.trainer.schedule import RunSchedule
@@ -107,7 +107,7 @@ class SLTrainer:
         Raises:
             NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
         """
-        loader = as_windows(train_dataloader, self.accumulation_steps)
+        loader = as_global_batches(train_dataloader, self.accumulation_steps)
         total = total_steps(
             self.state, loader.count, loader.rows_per_step, self.max_epochs, self.schedule.max_steps
         )

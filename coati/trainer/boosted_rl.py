@@ -22,7 +22,7 @@ from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
 from coati.rewards.scorer import Rewards
-from coati.trainer.global_batches import as_windows
+from coati.trainer.global_batches import as_global_batches
 from coati.trainer.online import Episodes, OLTrainer
 from coati.trainer.rl_assembly import RLSettings, assemble_rl, linear_annealing
 from coati.trainer.schedule import RunSchedule
@@ -114,7 +114,7 @@ class BoostedRLTrainer(OLTrainer):
                 f"ptx_coef is {self.ptx_coef:g}, but there is no pretrain_dataloader; give one, or "
                 "set ptx_coef to 0"
             )
-        prompts = as_windows(prompt_dataloader, num_collect_steps)
+        prompts = as_global_batches(prompt_dataloader, num_collect_steps)
         settings = self.maker.settings
         steps = optimizer_steps_per_pass(
             num_collect_steps,
@@ -128,7 +128,7 @@ class BoostedRLTrainer(OLTrainer):
         )
         supervised = None
         if pretrain_dataloader is not None:
-            supervised = as_windows(pretrain_dataloader, self._accumulation_steps)
+            supervised = as_global_batches(pretrain_dataloader, self._accumulation_steps)
         self.run(prompts, eval_prompt_dataloader, supervised, log_dir, use_wandb)
 
 

@@ -17,9 +17,9 @@ from coati.trainer.preference import (
     PreferenceObjective,
     PreferenceTrainer,
     RowLogps,
+    deinterleave,
     interleave,
     pair_metrics,
-    sides,
     supervised,
 )
 
@@ -64,7 +64,7 @@ class DPOObjective(PreferenceObjective):
         mask = supervised(batch)
         scores = self.row_logps(tokens, mask)
         reference = batch["reference"] if "reference" in batch else torch.zeros_like(scores)
-        pair = Pair(*sides(scores), *sides(reference), *sides(mask.sum(1)))
+        pair = Pair(*deinterleave(scores), *deinterleave(reference), *deinterleave(mask.sum(1)))
         losses = self.pairwise(pair, -masked_mean(tokens, mask, 1)[0::2])
         term = self.pairwise.primary
         seen = term.view(pair)

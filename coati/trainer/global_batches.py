@@ -1,5 +1,5 @@
-"""Any loader as a sequence of global batches: the library's own as it is, a plain DataLoader
-grouped into ``accumulation_steps`` micro-batches."""
+"""Loaders as sequences of global batches: the library's own unchanged, a plain DataLoader's
+batches grouped by ``accumulation_steps``."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -7,9 +7,13 @@ from itertools import islice
 from coati.parallel.checkpoint import RunningState
 
 
-class DataLoaderWindows:
-    """Windows of ``accumulation_steps`` batches of an ordinary DataLoader; positions count this
-    rank's batches."""
+class GroupedDataLoader:
+    """Global batches of ``accumulation_steps`` consecutive batches of a plain DataLoader. Positions
+    count this rank's batches.
+
+    Raises:
+        ValueError: for a loader with fewer batches than one optimizer step takes.
+    """
 
     def __init__(self, loader, accumulation_steps: int) -> None:
         self.loader = loader
@@ -18,15 +22,15 @@ class DataLoaderWindows:
         self.figures: dict[str, float] = {}
         if len(self) == 0:
             raise ValueError(
-                f"the loader has {len(loader)} batches, one step needs accumulation_steps "
-                f"{accumulation_steps}"
+                f"the loader has {len(loader)} batches, fewer than the {accumulation_steps} of one "
+                "optimizer step; pass more data or lower accumulation_steps"
             )
 
     def __len__(self) -> int:
         return len(self.loader) // self.accumulation_steps
 
     def count(self, epoch: int) -> int:
-        """Batches of ``epoch``: as many in each."""
+        """Batches of ``epoch``, the same number in each."""
         return len(self.loader)
 
     def global_batches(self, epoch: int, start: int = 0) -> Iterator[list[dict]]:
@@ -35,22 +39,21 @@ class DataLoaderWindows:
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         batches = islice(iter(self.loader), start, None)
-        while (
-            len(window := list(islice(batches, self.accumulation_steps))) == self.accumulation_steps
-        ):
-            yield window
+        size = self.accumulation_steps
+        while len(micro_batches := list(islice(batches, size))) == size:
+            yield micro_batches
 
     def rows_at(self, epoch: int, start: int) -> list[int]:
-        """The positions of the batches, as rows are not known."""
+        """Positions of the batches; a plain DataLoader does not reveal its row indices."""
         return list(range(start, start + self.accumulation_steps))
 
 
-def as_windows(loader, accumulation_steps: int):
-    """``loader`` itself when it yields windows, else :class:`DataLoaderWindows`."""
+def as_global_batches(loader, accumulation_steps: int):
+    """``loader`` itself if it has global batches, else a :class:`GroupedDataLoader` of it."""
     return (
         loader
         if hasattr(loader, "global_batches")
-        else DataLoaderWindows(loader, accumulation_steps)
+        else GroupedDataLoader(loader, accumulation_steps)
     )
 
 
@@ -61,10 +64,10 @@ def total_steps(
     max_epochs: int,
     max_steps: int | None = None,
 ) -> int:
-    """Optimizer steps that a run has done when it ends, counted from where ``state`` stands.
+    """Optimizer steps of the whole run, those already done by ``state`` included.
 
-    ``count``: epoch -> rows (or packs) of that epoch. Not epochs times steps of an epoch: a run
-    resumed with larger or smaller windows has done its first steps with others.
+    ``count``: epoch -> rows (or packs) of that epoch. This is not max_epochs x steps per epoch
+    where a run is resumed with another global batch size.
     """
     if state.epoch >= max_epochs:
         return state.step

@@ -14,7 +14,7 @@ from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch, Metrics, Objective
 from coati.trainer.monitor.preference_checks import moments
-from coati.trainer.preference import PreferenceTrainer, RowLogps, marked, supervised
+from coati.trainer.preference import PreferenceTrainer, RowLogps, supervised, with_labels
 from coati.utils.logging import get_logger
 from coati.utils.meter import MaskedSamples
 
@@ -57,7 +57,7 @@ class KTOObjective(Objective):
         if not self.apply_loss_mask:
             batch = supervise_all(batch)
         mask = batch["loss_mask"].bool()
-        rows = marked(batch["input_ids"], batch["attention_mask"], mask)
+        rows = with_labels(batch["input_ids"], batch["attention_mask"], mask)
         rows |= {"label": batch["label"].bool(), "counted": mask.any(1)}
         rows["reference"] = self.reference.forward_only(rows, self.row_logps.read)
         return rows | {key: value for key, value in batch.items() if key.startswith("kl_")}
@@ -86,13 +86,13 @@ class KTOObjective(Objective):
             ids, real, mask = (
                 batch[f"kl_{name}"] for name in ("input_ids", "attention_mask", "loss_mask")
             )
-            rows = marked(ids, real, mask)
+            rows = with_labels(ids, real, mask)
             policy = self.engine.forward_only(rows, self.row_logps.read)
             reference = self.reference.forward_only(rows, self.row_logps.read)
             counted = mask.bool().any(1).to(policy.device)
             total += masked_sum(policy - reference.to(policy.device), counted)
             count += counted.sum()
-        reduced, rows_of_all = self.engine.sum_of_shares([total, count])
+        reduced, rows_of_all = self.engine.sum_over_dp([total, count])
         return kto_baseline(reduced, rows_of_all), int(rows_of_all)
 
     def num_terms(self, batch: Batch) -> Tensor:

@@ -13,8 +13,8 @@ from coati.parallel.objective import Batch, Metrics
 from coati.trainer.preference import (
     PreferenceObjective,
     PreferenceTrainer,
+    deinterleave,
     pair_metrics,
-    sides,
     supervised,
 )
 from coati.utils.meter import MaskedSamples
@@ -34,7 +34,7 @@ class ORPOObjective(PreferenceObjective):
         mask = supervised(batch)
         counted = batch["counted"]
         means = masked_mean(tokens, mask, 1)
-        chosen, rejected = sides(means)
+        chosen, rejected = deinterleave(means)
         penalty, log_odds_ratio = odds_ratio_loss(chosen, rejected)
         metrics = pair_metrics(means, tokens, mask, counted)
         metrics["log_odds_ratio"] = MaskedSamples(log_odds_ratio, counted[0::2])

@@ -1,4 +1,4 @@
-"""Shared by the preference trainers: pairs as interleaved rows (2i chosen, 2i + 1 rejected) in one
+"""What the preference trainers share: pairs as interleaved rows (2i chosen, 2i + 1 rejected) of one
 forward, their log-probs and metrics."""
 
 from typing import Any
@@ -20,16 +20,16 @@ from coati.utils.statistics import wilson_interval
 
 
 def interleave(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(B, ...) and (B, ...) -> (2B, ...): row 2i is chosen, row 2i + 1 rejected; the narrower is
-    padded with 0."""
+    """(B, ...) and (B, ...) -> (2B, ...): row 2i is chosen, row 2i + 1 rejected. The shorter is
+    right-padded with 0."""
     if chosen.dim() == 2 and chosen.shape[1] != rejected.shape[1]:
         width = max(chosen.shape[1], rejected.shape[1])
         chosen, rejected = (F.pad(side, (0, width - side.shape[1])) for side in (chosen, rejected))
     return torch.stack([chosen, rejected], dim=1).flatten(0, 1)
 
 
-def sides(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`interleave`."""
+def deinterleave(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(2B, ...) -> chosen (B, ...), rejected (B, ...): the inverse of :func:`interleave`."""
     return rows[0::2], rows[1::2]
 
 
@@ -38,9 +38,9 @@ def supervised(batch: Batch) -> Tensor:
     return batch["labels"][:, 1:] != IGNORE_INDEX
 
 
-def marked(ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Batch:
-    """A batch whose ``labels`` are the marked tokens, each row's padding moved to its end, so that
-    its side does not matter."""
+def with_labels(ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Batch:
+    """A batch of right-padded rows (B, S), whatever side their padding was on, with ``labels`` of
+    the tokens in ``loss_mask``, else IGNORE_INDEX."""
     order = right_pad_order(attention_mask)
     ids, attention_mask, loss_mask = (
         x.gather(1, order) for x in (ids, attention_mask, loss_mask.bool())
@@ -53,23 +53,23 @@ class PreferenceObjective(Objective):
     """Objectives on pairs. Batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``
     (B, S).
 
-    A pair of which a side has nothing marked counts for nothing. ``apply_loss_mask`` False
-    supervises every token the attention mask shows.
+    A pair with an empty loss mask on either side is ignored. ``apply_loss_mask`` False supervises
+    every token of the attention mask.
     """
 
     def __init__(self, apply_loss_mask: bool = True) -> None:
         self.apply_loss_mask = apply_loss_mask
 
     def prepare(self, batch: Batch) -> Batch:
-        """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) says which
-        pairs count."""
+        """Pairs (B, S) to interleaved rows (2B, S) with ``labels``; ``counted`` (2B,) bool is False
+        for rows of ignored pairs."""
         if not self.apply_loss_mask:
             batch = supervise_all(batch)
         names = ("input_ids", "attention_mask", "loss_mask")
         ids, real, mask = (
             interleave(batch[f"chosen_{name}"], batch[f"reject_{name}"]) for name in names
         )
-        rows = marked(ids, real, mask)
+        rows = with_labels(ids, real, mask)
         whole = mask.bool().any(1).view(-1, 2).all(1)
         rows["counted"] = whole.repeat_interleave(2)
         if "margin" in batch:
@@ -84,10 +84,11 @@ class PreferenceObjective(Objective):
 
 
 class PreferenceTrainer(SLTrainer):
-    """The loop with the diagnostics of preference runs, and intervals of evaluated accuracies.
+    """:class:`SLTrainer` with the diagnostics of preference runs and confidence intervals of
+    evaluated accuracies.
 
-    ``accuracy`` names the metric that is 1 for a pair in the right order; ``ln2_is_chance``: the
-    loss is ln 2 where nothing is told apart.
+    ``accuracy``: the metric that is 1 for a pair ranked correctly. ``ln2_is_chance``: the loss is
+    ln 2 while chosen and rejected are not distinguished.
     """
 
     unit_name = "pairs"
@@ -105,12 +106,12 @@ class PreferenceTrainer(SLTrainer):
         return self.checks.look()
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
-        return {"loss": step.loss, **interval_of(step, self.accuracy)}
+        return {"loss": step.loss, **confidence_interval(step, self.accuracy)}
 
 
-def interval_of(step: Step, name: str) -> dict[str, float]:
-    """Bounds of the 95% confidence interval of a share among the evaluation's metrics, and its
-    count."""
+def confidence_interval(step: Step, name: str) -> dict[str, float]:
+    """The 95% Wilson interval of the 0/1 metric ``name`` of an evaluation, and its sample count; {}
+    without samples."""
     samples = step.metrics.get(name)
     if not samples:
         return {}
@@ -119,15 +120,16 @@ def interval_of(step: Step, name: str) -> dict[str, float]:
     return {f"{name}_low": low, f"{name}_high": high, "count": float(len(values))}
 
 
-def in_order(better: Tensor, worse: Tensor) -> Tensor:
-    """1 where ``better`` is larger, 0 where it is smaller; a tie, as at the start of DPO, counts
-    half."""
+def pair_accuracy(better: Tensor, worse: Tensor) -> Tensor:
+    """(B,) 1 where ``better`` is larger, 0 where it is smaller, 0.5 for a tie (every pair at the
+    start of DPO)."""
     return (torch.sign(better - worse).float() + 1) / 2
 
 
 class RowLogps:
-    """Sums of token log-probs per row, the same for policy and reference; with ``ld_alpha`` the
-    surplus of the longer of a pair counts that much. Averages are the losses' own affair."""
+    """Sums of token log-probs per row, computed alike for policy and reference. ``ld_alpha``:
+    weight of the tokens of the longer response beyond the length of the shorter one (LD-DPO,
+    arXiv 2409.06411)."""
 
     def __init__(self, ld_alpha: float | None = None) -> None:
         self.ld_alpha = ld_alpha
@@ -144,19 +146,19 @@ class RowLogps:
 
 
 def pair_metrics(rewards: Tensor, tokens: Tensor, mask: Tensor, counted: Tensor) -> Metrics:
-    """What every trainer on pairs logs.
+    """The metrics that every trainer on pairs logs.
 
     ``rewards`` (2B,) of interleaved rows; ``tokens``, ``mask`` (2B, S) their log-probs; ``counted``
     (2B,) bool.
     """
     pairs = counted[0::2]
-    chosen, rejected = sides(rewards.detach())
-    lp_chosen, lp_rejected = sides(masked_sum(tokens, mask, 1).detach())
+    chosen, rejected = deinterleave(rewards.detach())
+    lp_chosen, lp_rejected = deinterleave(masked_sum(tokens, mask, 1).detach())
     values = {
         "chosen_rewards": chosen,
         "rejected_rewards": rejected,
         "margin": chosen - rejected,
-        "accuracy": in_order(chosen, rejected),
+        "accuracy": pair_accuracy(chosen, rejected),
         "lp_chosen": lp_chosen,
         "lp_rejected": lp_rejected,
     }

@@ -10,7 +10,12 @@ from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics, Step
 from coati.trainer.monitor.preference_checks import moments
 from coati.trainer.monitor.reward_model_report import verdict
-from coati.trainer.preference import PreferenceObjective, PreferenceTrainer, in_order, sides
+from coati.trainer.preference import (
+    PreferenceObjective,
+    PreferenceTrainer,
+    deinterleave,
+    pair_accuracy,
+)
 from coati.utils.meter import MaskedSamples
 
 
@@ -38,13 +43,13 @@ class RewardModelObjective(PreferenceObjective):
         """``scores`` (2B,) of interleaved rows -> the sum over pairs."""
         counted = batch["counted"]
         pairs = counted[0::2]
-        chosen, rejected = sides(scores)
+        chosen, rejected = deinterleave(scores)
         margin = batch["margin"][0::2] if "margin" in batch else 0.0
         losses = self.loss_fn(chosen, rejected, margin)
         if self.center_coef:
             losses = losses + self.center_coef * centering(chosen, rejected)
         values = {
-            "acc": in_order(chosen, rejected),
+            "acc": pair_accuracy(chosen, rejected),
             "reward_chosen": chosen,
             "reward_rejected": rejected,
             "dist": chosen - rejected,

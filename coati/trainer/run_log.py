@@ -1,5 +1,5 @@
-"""What a run leaves behind besides checkpoints, the same for both loops: metrics, evaluations, the
-best model so far, peak memory."""
+"""Logging of a run, shared by both training loops: metrics, evaluations, the best model so far,
+peak memory."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ class RunLog:
     """Metrics and evaluations of one run.
 
     Args:
-        name: of the trainer: its TensorBoard folder and wandb project.
-        schedule: where the run is saved, and by which metric its best model is kept.
-        stored: :meth:`state_dict` of a resumed run.
+        name: the trainer's, which names the TensorBoard folder and the wandb project.
+        schedule: its ``save_dir`` and ``metric_for_best`` are used.
+        stored: the :meth:`state_dict` of the run that is resumed; {} for a new one.
         settings: the run's settings, for wandb and TensorBoard.
     """
 
@@ -46,8 +46,8 @@ class RunLog:
         self.best: dict[str, float] = stored.get("best", {})  # {"value", "step"}
 
     def open(self, step: int, log_dir: str | None, use_wandb: bool) -> None:
-        """Start to log: to ``<save_dir>/metrics.jsonl``, cut back to ``step`` where it holds more,
-        and to TensorBoard (``log_dir``) and wandb when asked for."""
+        """Start logging to ``<save_dir>/metrics.jsonl``, and to TensorBoard (``log_dir``) and wandb
+        if asked for. Lines of an existing file that are later than ``step`` are removed."""
         save_dir = self.schedule.save_dir
         if save_dir is None and log_dir is None and not use_wandb:
             return
@@ -70,16 +70,17 @@ class RunLog:
     def keep_best(
         self, engine: Engine, assets: ModelAssets, step: int, **position: int
     ) -> str | None:
-        """Write ``<save_dir>/best`` if the last evaluation beats all before it, and say so. Every
-        rank must call it.
+        """Write ``<save_dir>/best`` if the last evaluation is the best so far; returns a message
+        about it, or None. Every rank must call it. ``position``: what is stored beside the step.
 
-        Raises ValueError for a ``metric_for_best`` that evaluations do not give.
+        Raises:
+            ValueError: for a ``metric_for_best`` that is not among the evaluation's metrics.
         """
         metric = self.schedule.metric_for_best
         if metric is None:
             return None
         value = value_of(metric, self.last_evaluation)
-        # Before the first step there is only the model that the run started from.
+        # The initial model is never written as the best.
         started = step > 0 and all(position.values())
         better = is_better(metric, value, self.best.get("value"))
         if not started or self.schedule.save_dir is None or not better:
@@ -90,7 +91,7 @@ class RunLog:
         return f"the best {metric} so far, {value:.4f}; this model is in {folder}"
 
     def log_memory(self, step: int) -> None:
-        """The peak memory of every rank, each of which must call it."""
+        """Log the peak memory of every rank. Every rank must call it."""
         peaks = peak_memory_of_ranks()
         self.tracker.log(
             {f"memory/rank_{rank}_peak_mb": peak for rank, peak in enumerate(peaks)}, step
@@ -98,7 +99,7 @@ class RunLog:
         logger.info(describe_memory(peaks))
 
     def what_is_kept(self) -> str:
-        """For the message of a run that fails."""
+        """What is left on disk, for the error message of a run that fails."""
         folder = self.schedule.save_dir
         return f"the last checkpoint in {folder} is untouched" if folder else "nothing was saved"
 

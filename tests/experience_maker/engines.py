@@ -49,9 +49,9 @@ def engine_of(model, packed: bool = False) -> Engine:
     """``packed``: rows are laid end to end."""
     with patch("coati.parallel.engine.inner_module", lambda model: model):  # nothing is wrapped
         engine = Engine(
-            Plain(), model, Gradients(model), packing=PaddingFree.of(model) if packed else None
+            Plain(), model, Gradients(model), padding_free=PaddingFree.of(model) if packed else None
         )
-    assert (engine.packing is not None) == packed
+    assert (engine.padding_free is not None) == packed
     engine._no_sync = nullcontext
     return engine
 

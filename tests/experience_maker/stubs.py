@@ -34,7 +34,7 @@ class StubEngine:
     def on_device(self) -> AbstractContextManager:
         return nullcontext()
 
-    def sum_over_shares(self, sums: Tensor) -> Tensor:
+    def sum_tensor_over_dp(self, sums: Tensor) -> Tensor:
         others = self.others.get(sums.numel(), [0.0] * sums.numel())
         return sums.double() + torch.tensor(others, dtype=torch.float64).view(sums.shape)
 

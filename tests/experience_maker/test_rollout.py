@@ -30,7 +30,7 @@ class FakeEngine(SimpleNamespace):
             mesh=mesh,
             options=ParallelOptions(),
             plugin=None,
-            packing=None,
+            padding_free=None,
             device=torch.device("cpu"),
             lr_scheduler=SimpleNamespace(last_epoch=0),
         )

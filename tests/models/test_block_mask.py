@@ -40,14 +40,14 @@ def test_batches_of_rows_keep_their_mask():
     assert with_block_mask(inputs, torch.float32) is inputs
 
 
-def flat(model, batch: dict, packing: PaddingFree | None) -> torch.Tensor:
+def flat(model, batch: dict, padding_free: PaddingFree | None) -> torch.Tensor:
     """Log-probs of the labeled tokens, row after row."""
     head = Head.install(model)
     inputs = {
         key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch
     }
-    if packing is not None:
-        rows = packing.pack(batch)
+    if padding_free is not None:
+        rows = padding_free.unpad(batch)
         head.set_targets(rows.targets)
         inputs = rows.inputs
     else:
@@ -66,12 +66,12 @@ def test_log_probs_and_gradients_are_those_of_the_rows_one_by_one(route):
     model = tiny_llama(tie=True).eval()
     weights = torch.linspace(-1, 2, 200)
     results = {}
-    for name, batch, packing in (
+    for name, batch, padding_free in (
         ("packed", packed(rows_of(0)), ROUTES[route](model)),
         ("rows", one_by_one(rows_of(0)), None),
     ):
         model.zero_grad()
-        logps = flat(model, batch, packing)
+        logps = flat(model, batch, padding_free)
         (logps * weights[: len(logps)]).sum().backward()
         results[name] = logps.detach(), [parameter.grad.clone() for parameter in model.parameters()]
     torch.testing.assert_close(results["packed"][0], results["rows"][0], rtol=0, atol=1e-5)

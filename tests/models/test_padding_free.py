@@ -44,10 +44,10 @@ def batch(side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def logprobs(model, rows: dict, packing: PaddingFree | None) -> torch.Tensor:
-    """(B, S - 1) log-probs with or without packing."""
+def logprobs(model, rows: dict, padding_free: PaddingFree | None) -> torch.Tensor:
+    """(B, S - 1) log-probs with or without padding."""
     head = Head.install(model)
-    if packing is None:
+    if padding_free is None:
         head.set(rows["labels"])
         positions = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
         inputs = {
@@ -56,7 +56,7 @@ def logprobs(model, rows: dict, packing: PaddingFree | None) -> torch.Tensor:
             "position_ids": positions,
         }
     else:
-        packed = packing.pack(rows)
+        packed = padding_free.unpad(rows)
         head.set_targets(packed.targets)
         inputs = packed.inputs
     flat = model(**inputs, use_cache=False).logits
@@ -77,9 +77,9 @@ def test_equals_padding(side, checkpointing):
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rows, packing = batch(side), PaddingFree.of(model)
+    rows, padding_free = batch(side), PaddingFree.of(model)
     assert model.training  # the probe leaves the mode as it was
-    padded, packed = logprobs(model, rows, None), logprobs(model, rows, packing)
+    padded, packed = logprobs(model, rows, None), logprobs(model, rows, padding_free)
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
     for found, expected in zip(gradients(model, packed), gradients(model, padded), strict=True):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-6)
@@ -87,7 +87,7 @@ def test_equals_padding(side, checkpointing):
 
 def test_what_is_packed():
     rows = batch("left")
-    packed = PaddingFree.of(tiny_llama()).pack(rows)
+    packed = PaddingFree.of(tiny_llama()).unpad(rows)
     assert packed.inputs["input_ids"].tolist() == [
         rows["input_ids"][rows["attention_mask"].bool()].tolist()
     ]
@@ -101,7 +101,7 @@ def test_no_row_predicts_the_first_token_of_the_next():
     """With every token supervised, the last token of a row still predicts nothing."""
     rows = batch()
     rows["labels"] = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
-    targets = PaddingFree.of(tiny_llama()).pack(rows).targets[0]
+    targets = PaddingFree.of(tiny_llama()).unpad(rows).targets[0]
     assert [index for index, target in enumerate(targets.tolist()) if target == -100] == [
         6,
         7,
@@ -112,10 +112,10 @@ def test_no_row_predicts_the_first_token_of_the_next():
 
 def test_a_row_alone_is_not_changed_by_its_neighbors():
     model = tiny_llama()
-    packing, rows = PaddingFree.of(model), batch()
-    before = logprobs(model, rows, packing)[2]
+    padding_free, rows = PaddingFree.of(model), batch()
+    before = logprobs(model, rows, padding_free)[2]
     rows["input_ids"][[0, 1, 3]] = 17
-    torch.testing.assert_close(logprobs(model, rows, packing)[2], before)
+    torch.testing.assert_close(logprobs(model, rows, padding_free)[2], before)
 
 
 def test_generation_and_padded_batches_stay_as_they_were():
@@ -134,12 +134,12 @@ def test_every_family_is_packed_exactly_or_not_at_all(family):
     """The probe decides: ALiBi (BLOOM), learned positions (OPT), an attention of its own (Falcon)
     need padded rows."""
     model = tiny_model(BY_TYPE[family]).eval()
-    packing = PaddingFree.of(model)
-    assert (packing is not None) == (family in PACKED)
-    if packing is not None:
+    padding_free = PaddingFree.of(model)
+    assert (padding_free is not None) == (family in PACKED)
+    if padding_free is not None:
         rows = batch()
         torch.testing.assert_close(
-            logprobs(model, rows, packing), logprobs(model, rows, None), rtol=0, atol=1e-5
+            logprobs(model, rows, padding_free), logprobs(model, rows, None), rtol=0, atol=1e-5
         )
 
 
@@ -151,10 +151,10 @@ def test_rows_beyond_a_sliding_window_stay_padded():
     model = tiny_model(
         replace(BY_TYPE["mistral"], config=BY_TYPE["mistral"].config | {"sliding_window": 11})
     )
-    packing = PaddingFree.of(model)
-    assert packing.longest == 11 and packing.pack(batch()) is None
+    padding_free = PaddingFree.of(model)
+    assert padding_free.longest == 11 and padding_free.unpad(batch()) is None
     shorter = {key: value[:2] for key, value in batch().items()}
-    assert packing.pack(shorter) is not None
+    assert padding_free.unpad(shorter) is not None
 
 
 def test_lora_model():
@@ -163,10 +163,10 @@ def test_lora_model():
     model = get_peft_model(
         tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
-    rows, packing = batch(), PaddingFree.of(model)
-    assert packing is not None
+    rows, padding_free = batch(), PaddingFree.of(model)
+    assert padding_free is not None
     torch.testing.assert_close(
-        logprobs(model, rows, packing), logprobs(model, rows, None), rtol=0, atol=1e-5
+        logprobs(model, rows, padding_free), logprobs(model, rows, None), rtol=0, atol=1e-5
     )
 
 

@@ -93,7 +93,7 @@ def _train(
     values = ParallelOptions(grad_clip=CLIP, **options, **more)
     engine = boost(model, values, lr=LR, total_steps=10, warmup_steps=0)
     if masked:
-        engine.packing = None
+        engine.padding_free = None
     results = []
     for step in range(STEPS):
         mine = _share(rows_of(step), engine)

@@ -155,7 +155,7 @@ def test_pairs_are_laid_end_to_end(method, tmp_path):
     """On a CPU no padding goes through the model: it sees one row of all real tokens."""
     model = tiny_llama(0, layers=1, hidden=32, vocab_size=VOCAB)
     model = RewardModel(backbone=model) if method == "rm" else model
-    engine = Engine(PlainBooster(), model, packing=PaddingFree.of(model))
+    engine = Engine(PlainBooster(), model, padding_free=PaddingFree.of(model))
     trainer = METHODS[method][0](engine=engine, save_dir=str(tmp_path))
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(

@@ -15,7 +15,7 @@ from coati.trainer import DPOTrainer, ORPOTrainer, RewardModelTrainer
 from coati.trainer.best_checkpoint import is_better, value_of
 from coati.trainer.monitor.preference_checks import EVERY, PATIENCE, PreferenceChecks, moments
 from coati.trainer.monitor.reward_model_report import verdict
-from coati.trainer.preference import RowLogps, in_order, interleave, sides
+from coati.trainer.preference import RowLogps, deinterleave, interleave, pair_accuracy
 
 LN2 = math.log(2)
 
@@ -55,10 +55,9 @@ def test_interleaved_rows_and_back():
     chosen, rejected = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5], [6]])
     rows = interleave(chosen, rejected)
     assert rows.tolist() == [[1, 2], [5, 0], [3, 4], [6, 0]]
-    assert sides(torch.arange(4))[0].tolist() == [0, 2] and sides(torch.arange(4))[1].tolist() == [
-        1,
-        3,
-    ]
+    evens, odds = deinterleave(torch.arange(4))
+    assert evens.tolist() == [0, 2]
+    assert odds.tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -155,7 +154,7 @@ def test_row_logps_of_length_desensitized_pairs():
 
 
 def test_a_tie_counts_half():
-    assert in_order(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [
+    assert pair_accuracy(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [
         0.5,
         1.0,
         0.0,

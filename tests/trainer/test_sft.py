@@ -14,7 +14,7 @@ from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer import RunSchedule, SFTTrainer
-from coati.trainer.global_batches import DataLoaderWindows, total_steps
+from coati.trainer.global_batches import GroupedDataLoader, total_steps
 from coati.trainer.stop import GracefulStop
 
 
@@ -209,9 +209,9 @@ def test_a_plain_loader_works_too(made):
     trainer.fit([{"index": i} for i in range(5)], None)
     assert trainer.engine.steps == 4 and saves == [(2, 0, 4), (4, 1, 4)]
     with pytest.raises(
-        ValueError, match="the loader has 1 batches, one step needs accumulation_steps 2"
+        ValueError, match="the loader has 1 batches, fewer than the 2 of one optimizer step"
     ):
-        DataLoaderWindows([{}], 2)
+        GroupedDataLoader([{}], 2)
 
 
 @pytest.mark.parametrize(

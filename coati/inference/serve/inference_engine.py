@@ -255,7 +255,7 @@ class InferenceEngine:
 
     def _step(self) -> None:
         """One token more for each row of the batch."""
-        numbers = self._decoder.rows.tolist()
+        numbers = self._decoder.row_ids.tolist()
         self._prepacked.use(len(numbers))
         tokens = self._decoder.step().tokens.tolist()
         self.metrics.generated.inc(len(numbers))
@@ -274,7 +274,7 @@ class InferenceEngine:
             torch.ones_like(ids),
             params.sampling,
             noise=torch.from_numpy(drawn),
-            rows=torch.tensor([request.number]),
+            row_ids=torch.tensor([request.number]),
         )
         [token] = decoder.step().tokens.tolist()
         self.metrics.joined(len(request.prompt), request.elapsed)
@@ -289,7 +289,7 @@ class InferenceEngine:
         """Take requests out of the batch, {number: why}; those without a whole response get a last
         chunk that says so."""
         if ended and self._decoder is not None:
-            staying = [number not in ended for number in self._decoder.rows.tolist()]
+            staying = [number not in ended for number in self._decoder.row_ids.tolist()]
             if any(staying):
                 self._decoder.leave(torch.tensor(staying, device=self._device))
             else:

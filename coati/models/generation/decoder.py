@@ -2,7 +2,7 @@
 
 Rows may join and leave between any two tokens (continuous batching). All rows end at the same
 column of the key-value cache, so they are padded on the left; the last rows move into the slots of
-those that leave, and columns that hold nothing but padding by then are dropped.
+those that leave, and columns that then hold only padding are dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ from coati.models.sdpa import patch_sdpa
 _NO_LIMIT = 2**31
 
 
-def same(value):
-    """``value``: what ranks that share nothing have to agree on."""
+def identity(value):
+    """``value`` itself: the default of hooks that only several ranks need."""
     return value
 
 
 class Step(NamedTuple):
-    """One token of each active row, by slot: ``tokens`` (slots,), ``logprobs`` (slots,) fp32 or
-    None, and ``stopped`` (slots,): whether the token completes a stop sequence."""
+    """The next token of each active row: ``tokens`` (slots,), ``logprobs`` (slots,) fp32 or None,
+    and ``stopped`` (slots,) bool, whether the token completes a stop sequence."""
 
     tokens: Tensor
     logprobs: Tensor | None
@@ -50,17 +50,19 @@ class RowSettings:
 
 
 class Decoder:
-    """Prompts (B, P), padded on the left, being continued; all state is by slot.
+    """The state of a batch of sequences being generated. A row occupies a slot, an index into every
+    state tensor, which changes as rows leave; ``row_ids`` (slots,) say which row is in which.
 
     Args:
         model: plain or wrapped by a plugin, in evaluation mode.
         input_ids, mask: (B, P); ``mask`` is 0 on the padding.
-        sampling, stop_sequences: of all these rows; rows that :meth:`join` have their own.
-        noise: (B, at least as many as there will be tokens) fp64 of [0, 1), which decides each
-            token in place of ``generator``; a row's tokens then depend on the row alone.
-        rows: numbers that rows are known by, (B,); by default their places in the batch.
-        columns: of the cache, at most; buffers never grow beyond it.
-        gather_logits, agree, padding_free: see :func:`coati.models.generation.loop.generate`.
+        sampling, stop_sequences: for all these rows; rows that :meth:`join` bring their own.
+        noise: (B, max_new_tokens or more) fp64 uniform on [0, 1), used in place of ``generator``;
+            a row's tokens then do not depend on the rest of the batch.
+        row_ids: (B,) identifiers of the rows; by default 0 to B - 1.
+        max_columns: columns that the key-value cache is never grown beyond.
+        gather_logits, synchronize, padding_free: see
+            :func:`coati.models.generation.loop.generate`.
     """
 
     def __init__(
@@ -73,11 +75,11 @@ class Decoder:
         *,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-        rows: Tensor | None = None,
-        columns: int = _NO_LIMIT,
+        row_ids: Tensor | None = None,
+        max_columns: int = _NO_LIMIT,
         return_logprobs: bool = False,
-        gather_logits: Callable[[Tensor], Tensor] = same,
-        agree: Callable[[Tensor], Tensor] = same,
+        gather_logits: Callable[[Tensor], Tensor] = identity,
+        synchronize: Callable[[Tensor], Tensor] = identity,
         padding_free: PaddingFree | None = None,
     ) -> None:
         count = len(input_ids)
@@ -87,16 +89,16 @@ class Decoder:
         self.generator = generator
         self.return_logprobs = return_logprobs
         self.gather_logits = gather_logits
-        self.agree = agree
+        self.synchronize = synchronize
         self.padding_free = padding_free
         self.ids = input_ids
         self.mask = mask.long()
-        self.rows = torch.arange(count, device=device) if rows is None else rows.to(device)
-        self.ages = torch.zeros(count, dtype=torch.long, device=device)  # new tokens of each row
+        self.row_ids = torch.arange(count, device=device) if row_ids is None else row_ids.to(device)
+        self.num_generated = torch.zeros(count, dtype=torch.long, device=device)
         self.noise = None if noise is None else noise.to(device)
-        self.cache: Any = cache_for(model, count, columns)
-        self._joined = count
-        self._start = 0  # the first column that the model is shown
+        self.cache: Any = cache_for(model, count, max_columns)
+        self._initial_rows = count
+        self._start = 0  # the first column of the cache that is still in use
         settings = RowSettings(sampling, tuple(map(tuple, stop_sequences)))
         self._settings = [settings] * count
         self._group_rows()
@@ -105,12 +107,12 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Step:
-        """One token more of each row."""
-        return self._choose(self._forward())
+        """Generate one token for each row."""
+        return self._sample(self._forward())
 
     @torch.no_grad()
     def idle_step(self) -> None:
-        """A forward that other ranks wait for; no row needs its token."""
+        """A forward for its collectives alone, once every row of this rank has ended."""
         self._forward()
         self._append(self.ids[:, -1])
 
@@ -121,41 +123,41 @@ class Decoder:
         positions = self.mask.sum(dim=1, keepdim=True) - 1
         return self._call(self.ids[:, -1:], self.mask, positions)[:, -1].float()
 
-    def _choose(self, logits: Tensor) -> Step:
-        """The next token of each row by ``logits`` (slots, V), appended to it."""
+    def _sample(self, logits: Tensor) -> Step:
+        """Sample the next token of each row from ``logits`` (slots, V) and append it."""
         logits = self.gather_logits(logits)
         uniform = self._uniform()
-        tokens = self.ids.new_empty(len(self.rows))
-        logprobs = logits.new_empty(len(self.rows)) if self.return_logprobs else None
+        tokens = self.ids.new_empty(len(self.row_ids))
+        logprobs = logits.new_empty(len(self.row_ids)) if self.return_logprobs else None
         for sampling, _, slots in self._groups:
-            seen = None
+            history = None
             if sampling.repetition_penalty != 1:
-                seen = self.ids[slots], self.mask[slots]
-            numbers = uniform[slots] if sampling.do_sample else None
-            tokens[slots], chosen = choose(
-                logits[slots], sampling, numbers, seen, self.return_logprobs
+                history = self.ids[slots], self.mask[slots]
+            draws = uniform[slots] if sampling.do_sample else None
+            tokens[slots], chosen_logprobs = choose(
+                logits[slots], sampling, draws, history, self.return_logprobs
             )
             if logprobs is not None:
-                logprobs[slots] = chosen
-        tokens = self.agree(tokens)
+                logprobs[slots] = chosen_logprobs
+        tokens = self.synchronize(tokens)
         self._append(tokens)
         return Step(tokens, logprobs, self._stopped())
 
     def _append(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.ages = self.ages + 1
+        self.num_generated = self.num_generated + 1
 
-    def leave(self, alive: Tensor) -> None:
-        """Only rows that are ``alive`` (slots,) go on; one stays where none is, for forwards that
-        other ranks need."""
-        count = int(alive.sum())
-        survivors = torch.arange(max(count, 1), device=alive.device)
-        holes = (~alive[:count]).nonzero()[:, 0]
-        survivors[holes] = count + alive[count:].nonzero()[:, 0]
+    def leave(self, active: Tensor) -> None:
+        """Remove the rows that are not ``active`` (slots,) bool. If none is, one row stays for
+        :meth:`idle_step`."""
+        count = int(active.sum())
+        survivors = torch.arange(max(count, 1), device=active.device)
+        holes = (~active[:count]).nonzero()[:, 0]
+        survivors[holes] = count + active[count:].nonzero()[:, 0]
         self.cache.keep(survivors)
-        self.rows = self.rows[survivors]
-        self.ages = self.ages[survivors]
+        self.row_ids = self.row_ids[survivors]
+        self.num_generated = self.num_generated[survivors]
         self.ids = self.ids[survivors]
         self.mask = self.mask[survivors]
         if self.noise is not None:
@@ -168,15 +170,15 @@ class Decoder:
         self._drop_padding()
 
     def join(self, other: "Decoder") -> None:
-        """The rows of ``other``, which has taken a step, go on in this batch. Either all rows of
-        both have noise or none has."""
+        """Add the rows of ``other``, which has taken at least one step. Either both have noise or
+        neither has."""
         self.cache.join(other.cache)
         self._start = 0
         columns = max(self.mask.shape[1], other.mask.shape[1])
-        self.ids = _stacked(self.ids, other.ids, columns)
-        self.mask = _stacked(self.mask, other.mask, columns)
-        self.rows = torch.cat([self.rows, other.rows])
-        self.ages = torch.cat([self.ages, other.ages])
+        self.ids = _stack_left_padded(self.ids, other.ids, columns)
+        self.mask = _stack_left_padded(self.mask, other.mask, columns)
+        self.row_ids = torch.cat([self.row_ids, other.row_ids])
+        self.num_generated = torch.cat([self.num_generated, other.num_generated])
         if self.noise is not None:
             steps = max(self.noise.shape[1], other.noise.shape[1])
             filled = [F.pad(part, (0, steps - part.shape[1])) for part in (self.noise, other.noise)]
@@ -185,7 +187,8 @@ class Decoder:
         self._group_rows()
 
     def _group_rows(self) -> None:
-        """Rows of like settings are sampled together: (sampling, stops by length, slots) each."""
+        """Group rows of equal settings, which are sampled together: (sampling, stop sequences by
+        length, slots) of each group."""
         members: dict[RowSettings, list[int]] = {}
         for slot, settings in enumerate(self._settings):
             members.setdefault(settings, []).append(slot)
@@ -193,8 +196,8 @@ class Decoder:
         self._groups = []
         for settings, slots in members.items():
             stops = _by_length(settings.stop_sequences, device)
-            everyone = len(members) == 1
-            index = slice(None) if everyone else torch.tensor(slots, device=device)
+            single = len(members) == 1
+            index = slice(None) if single else torch.tensor(slots, device=device)
             self._groups.append((settings.sampling, stops, index))
 
     def _drop_padding(self) -> None:
@@ -208,28 +211,32 @@ class Decoder:
         if not any(sampling.do_sample for sampling, _, _ in self._groups):
             return None
         if self.noise is not None:
-            return self.noise.gather(1, self.ages[:, None])[:, 0]
-        # One for every row, ended or not, so that the ends of others do not shift a row's numbers.
+            return self.noise.gather(1, self.num_generated[:, None])[:, 0]
+        # Drawn for ended rows too, so that a row's draws do not depend on when others end.
         drawn = torch.rand(
-            self._joined, dtype=torch.float64, generator=self.generator, device=self.ids.device
+            self._initial_rows,
+            dtype=torch.float64,
+            generator=self.generator,
+            device=self.ids.device,
         )
-        return drawn[self.rows]
+        return drawn[self.row_ids]
 
     def _stopped(self) -> Tensor:
-        """Whether a stop sequence is complete, (slots,); it does not begin in the prompt."""
-        stopped = torch.zeros(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        """(slots,) bool: whether the response ends with a stop sequence; tokens of the prompt do
+        not count toward one."""
+        stopped = torch.zeros(len(self.row_ids), dtype=torch.bool, device=self.row_ids.device)
         for _, stops_by_length, slots in self._groups:
             for length, stops in stops_by_length.items():
                 if length > self.ids.shape[1]:
                     continue
                 recent = self.ids[slots, -length:]
                 complete = (recent[:, None] == stops).all(dim=2).any(dim=1)
-                stopped[slots] |= complete & (self.ages[slots] >= length)
+                stopped[slots] |= complete & (self.num_generated[slots] >= length)
         return stopped
 
     def _prefill(self) -> Tensor:
-        """Every different prompt through the model once; the logits after each row's, (slots, V)
-        fp32."""
+        """Run each distinct prompt through the model once; (slots, V) fp32 logits after each row's
+        prompt."""
         ids, mask, index = distinct_prompts(self.ids, self.mask)
         self.cache.rows = len(ids)
         inputs = self._without_padding(ids, mask)
@@ -244,36 +251,40 @@ class Decoder:
         return logits.float()[index]
 
     def _without_padding(self, ids: Tensor, mask: Tensor) -> dict | None:
-        """The model's inputs without padding; None where there is none or the model needs it."""
+        """The model's inputs without padding; None if there is no padding or the model cannot do
+        without it."""
         padding_free = self.padding_free
         if padding_free is None or isinstance(self.cache, TupleCache) or bool(mask.all()):
             return None
-        packed = padding_free.pack({"input_ids": ids, "attention_mask": mask})
-        return None if packed is None else packed.inputs
+        unpadded = padding_free.unpad({"input_ids": ids, "attention_mask": mask})
+        return None if unpadded is None else unpadded.inputs
 
     def _call(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return call_with_cache(self.model, self.accepted, self.cache, ids, mask, positions)
 
 
 def distinct_prompts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The distinct prompts among (B, P) ``ids`` with ``mask``, and which of them each row is,
-    (B,); None where all are distinct, and then in their own order."""
-    whole = torch.cat([ids * mask, mask], dim=1)
-    found, index = whole.unique(dim=0, return_inverse=True)
-    if len(found) == len(ids):
+    """Distinct prompts among ``ids`` (B, P) with ``mask`` (B, P).
+
+    Returns (D, P) ids and mask of the D distinct ones and the (B,) index of each row's prompt among
+    them; where all are distinct, the arguments unchanged and None.
+    """
+    keys = torch.cat([ids * mask, mask], dim=1)
+    distinct, index = keys.unique(dim=0, return_inverse=True)
+    if len(distinct) == len(ids):
         return ids, mask, None
     width = ids.shape[1]
-    return found[:, :width], found[:, width:], index
+    return distinct[:, :width], distinct[:, width:], index
 
 
 def _by_length(stop_sequences: Sequence[Sequence[int]], device: torch.device) -> dict[int, Tensor]:
-    """Stop sequences as (how many, length) tensors, by length."""
+    """Stop sequences of each length as one (number, length) tensor."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for stop in stop_sequences:
         by_length.setdefault(len(stop), []).append(stop)
     return {length: torch.tensor(stops, device=device) for length, stops in by_length.items()}
 
 
-def _stacked(upper: Tensor, lower: Tensor, columns: int) -> Tensor:
-    """Rows of two batches, 0 on the left of the shorter ones."""
-    return torch.cat([F.pad(part, (columns - part.shape[1], 0)) for part in (upper, lower)])
+def _stack_left_padded(first: Tensor, second: Tensor, columns: int) -> Tensor:
+    """Concatenate the rows of two batches, padded on the left with 0 to ``columns``."""
+    return torch.cat([F.pad(part, (columns - part.shape[1], 0)) for part in (first, second)])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coati.models.generation.decoder import Decoder, same
+from coati.models.generation.decoder import Decoder, identity
 from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
 from coati.models.generation.model_call import innermost
 from coati.models.generation.sampling import Sampling
@@ -59,26 +59,26 @@ def generate(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     return_logprobs: bool = False,
-    stop_flag: Callable[[bool], bool] = same,
-    gather_logits: Callable[[Tensor], Tensor] = same,
-    agree: Callable[[Tensor], Tensor] = same,
-    packing: PaddingFree | None = None,
+    stop_flag: Callable[[bool], bool] = identity,
+    gather_logits: Callable[[Tensor], Tensor] = identity,
+    synchronize: Callable[[Tensor], Tensor] = identity,
+    padding_free: PaddingFree | None = None,
 ) -> Generated:
     """Continue every row of ``input_ids`` (B, P), left-padded with ``attention_mask`` (B, P) 0 on
     the padding.
 
     A row ends with any of ``stop_sequences`` (lists of token ids, matched within the response) or
     after ``max_new_tokens``. Each prompt goes through the model once (equal prompts together), then
-    one token of each row that has not ended. ``noise`` (B, at least max_new_tokens) of
-    :func:`~coati.models.generation.row_noise.row_noise` decides each token in place of
-    ``generator``; a row's sample then depends on nothing but the row.
+    one token of each row that has not ended. ``noise`` (B, max_new_tokens or more) from
+    :func:`~coati.models.generation.row_noise.row_noise` is used in place of ``generator``; a row's
+    sample then does not depend on the rest of the batch.
 
     ``model`` is plain or wrapped by a plugin; what the plugin needs is supplied by the caller.
-    ``stop_flag`` takes "all my rows have ended" and returns whether to leave the loop, so that
-    ranks whose forward passes contain collectives leave together. ``gather_logits`` completes
-    logits of which each rank holds a part of the vocabulary. ``agree`` takes a tensor that a group
-    of ranks has alike up to rounding, and returns the one that all of them go on with. ``packing``:
-    how ``model`` can be given prompts without padding.
+    ``stop_flag`` takes "all rows of this rank have ended" and returns whether to leave the loop, so
+    that ranks whose forward passes contain collectives leave together. ``gather_logits`` completes
+    logits of which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor that is
+    equal on a group of ranks up to rounding, and returns one rank's to all of them.
+    ``padding_free``: how ``model`` is given prompts without padding.
 
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
@@ -95,11 +95,11 @@ def generate(
         stop_sequences,
         noise=noise,
         generator=generator,
-        columns=input_ids.shape[1] + max_new_tokens,
+        max_columns=input_ids.shape[1] + max_new_tokens,
         return_logprobs=return_logprobs,
         gather_logits=gather_logits,
-        agree=agree,
-        padding_free=packing,
+        synchronize=synchronize,
+        padding_free=padding_free,
     )
     with _evaluating(model), MklPrepacked(model) as prepacked:
         return _decode(decoder, prepacked, max_new_tokens, pad_token_id, stop_flag)
@@ -112,9 +112,9 @@ def _decode(
     pad: int,
     stop_flag: Callable[[bool], bool],
 ) -> Generated:
-    """Take steps until ``stop_flag`` says so."""
+    """Decode until ``stop_flag`` returns True."""
     prompts = decoder.ids
-    shape = (len(decoder.rows), max_new_tokens)
+    shape = (len(decoder.row_ids), max_new_tokens)
     device = prompts.device
     tokens = torch.full(shape, pad, dtype=prompts.dtype, device=device)
     logprobs = torch.zeros(shape, device=device) if decoder.return_logprobs else None
@@ -123,11 +123,11 @@ def _decode(
     all_ended = False
     for count in range(1, max_new_tokens + 1):
         if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
-            prepacked.use(len(decoder.rows))
+            prepacked.use(len(decoder.row_ids))
         if all_ended:
             decoder.idle_step()
         else:
-            rows = decoder.rows
+            rows = decoder.row_ids
             step = decoder.step()
             tokens[rows, count - 1] = step.tokens
             if logprobs is not None:
@@ -140,7 +140,7 @@ def _decode(
         if stop_flag(all_ended):
             break
     if logprobs is not None:
-        logprobs = decoder.agree(logprobs[:, :count])
+        logprobs = decoder.synchronize(logprobs[:, :count])
     sequences = torch.cat([prompts, tokens[:, :count]], dim=1)
     return Generated(sequences, lengths, stopped, prompts.shape[1], logprobs)
 
@@ -173,7 +173,7 @@ def generate_streaming(
     _check(model, input_ids, mask, stop_sequences, max_new_tokens)
     columns = input_ids.shape[1] + max_new_tokens
     decoder = Decoder(
-        model, input_ids, mask, sampling, stop_sequences, generator=generator, columns=columns
+        model, input_ids, mask, sampling, stop_sequences, generator=generator, max_columns=columns
     )
     for _ in range(max_new_tokens):
         with _evaluating(model):  # not around the yield: the caller may train meanwhile
@@ -185,7 +185,7 @@ def generate_streaming(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradient, no dropout; afterward every module trains again that did."""
+    """No gradient and evaluation mode; afterward each module's mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

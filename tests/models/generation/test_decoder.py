@@ -59,10 +59,12 @@ class Batch:
 
     @property
     def rows(self):
-        return [] if self.decoder is None else [self.known[n] for n in self.decoder.rows.tolist()]
+        return (
+            [] if self.decoder is None else [self.known[n] for n in self.decoder.row_ids.tolist()]
+        )
 
     def _take(self, decoder):
-        numbers, step = decoder.rows.tolist(), decoder.step()
+        numbers, step = decoder.row_ids.tolist(), decoder.step()
         for number, token, stopped in zip(
             numbers, step.tokens.tolist(), step.stopped.tolist(), strict=True
         ):
@@ -82,7 +84,7 @@ class Batch:
             row.sampling,
             row.stop_sequences,
             noise=torch.from_numpy(noise),
-            rows=torch.tensor([len(self.known)]),
+            row_ids=torch.tensor([len(self.known)]),
         )
         self.known.append(row)
         self._take(decoder)
@@ -195,14 +197,16 @@ def test_a_joined_batch_of_several_prompts_goes_on():
     for _ in range(3):
         for row, token in zip(made, decoder.step().tokens.tolist(), strict=True):
             row.append(token)
-    other = Decoder(model, second, torch.ones_like(second), GREEDY, rows=torch.tensor([2, 3, 4]))
+    other = Decoder(model, second, torch.ones_like(second), GREEDY, row_ids=torch.tensor([2, 3, 4]))
     made += [[token] for token in other.step().tokens.tolist()]
     decoder.join(other)
-    assert decoder.rows.tolist() == [0, 1, 2, 3, 4]
+    assert decoder.row_ids.tolist() == [0, 1, 2, 3, 4]
     decoder.leave(torch.tensor([False, True, True, True, True]))
-    assert decoder.rows.tolist() == [4, 1, 2, 3]
+    assert decoder.row_ids.tolist() == [4, 1, 2, 3]
     for _ in range(4):
-        for row, token in zip(decoder.rows.tolist(), decoder.step().tokens.tolist(), strict=True):
+        for row, token in zip(
+            decoder.row_ids.tolist(), decoder.step().tokens.tolist(), strict=True
+        ):
             made[row].append(token)
     for row, ids in enumerate([*first, *second]):
         single = generate(

@@ -172,9 +172,15 @@ def test_prompts_go_in_without_padding_where_the_model_can_be_given_them_so(make
     model, (ids, mask) = Watched(make()), left_padded(PROMPTS)
     padded = generate(model, ids, mask, max_new_tokens=5, return_logprobs=True, **NO_STOP)
     model.fed = []
-    packing = PaddingFree.of(model.module)
+    padding_free = PaddingFree.of(model.module)
     found = generate(
-        model, ids, mask, max_new_tokens=5, return_logprobs=True, packing=packing, **NO_STOP
+        model,
+        ids,
+        mask,
+        max_new_tokens=5,
+        return_logprobs=True,
+        padding_free=padding_free,
+        **NO_STOP,
     )
     assert model.fed == [6 + 2 + 4, 1, 1, 1, 1]
     assert torch.equal(found.sequences, padded.sequences)
@@ -200,7 +206,7 @@ def test_ranks_agree_on_tokens_and_log_probs():
         model,
         torch.tensor([[5, 6]]),
         max_new_tokens=3,
-        agree=of_the_first_rank,
+        synchronize=of_the_first_rank,
         return_logprobs=True,
         **NO_STOP,
     )

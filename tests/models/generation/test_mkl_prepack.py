@@ -162,7 +162,7 @@ def test_an_error_while_sampling_gives_the_layers_back(monkeypatch):
     model, stopped = tiny_llama(), Decoder._stopped
 
     def fails(decoder):
-        if decoder.ages[0] == 3:
+        if decoder.num_generated[0] == 3:
             assert "forward" in model.lm_head.__dict__
             raise RuntimeError("the third token")
         return stopped(decoder)

@@ -24,14 +24,18 @@ _ROW = ("reward", "sample_index")
 class Experience:
     """B responses of up to A actions, after prompts of up to P tokens.
 
-    Args: sequences: (B, P + A) token ids; any id at the padding. attention_mask: (B, P + A) bool,
-        the real tokens, from lengths. action_mask: (B, A) bool, the actions that count: a
-        response's tokens, its stop sequence included. action_log_probs: (B, A) of the policy that
-        sampled, log_softmax(logits / temperature). reward: (B,) the score, before KL and clipping.
+    Args:
+        sequences: (B, P + A) token ids; any id at padding.
+        attention_mask: (B, P + A) bool, True at real tokens; derived from lengths, not from ids.
+        action_mask: (B, A) bool, the actions that count: a response's tokens, its stop sequence
+            included.
+        action_log_probs: (B, A) of the policy that sampled, log_softmax(logits / temperature).
+        reward: (B,) the score, before KL and clipping.
         sample_index: (B,) index of the response among all of its episode, over all ranks
-        (:func:`sample_indices`). kl: (B, A) toward the reference. advantages, returns, values: (B,
-        A); the last two None without a critic. reference_log_probs: (B, A), where the loss has a KL
-        term.
+            (:func:`sample_indices`).
+        kl: (B, A) estimated KL from the reference.
+        advantages, returns, values: (B, A); the last two are None without a critic.
+        reference_log_probs: (B, A), if the loss has a KL term.
 
     Raises:
         ValueError: for tensors whose shapes do not fit together.

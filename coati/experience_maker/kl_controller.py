@@ -1,16 +1,19 @@
-"""The coefficient of the KL penalty, carried from one collect phase to the next."""
+"""Fixed and adaptive coefficients of the KL penalty."""
 
 
 class KLController:
-    """The coefficient of the KL penalty: fixed, or drawn toward a target (arXiv 1909.08593,
-    section 2.2).
+    """The coefficient of the KL penalty: fixed, or adapted to keep the KL near a target (arXiv
+    1909.08593, section 2.2).
 
-    Args: kl_coef: where it starts. target: KL per response (summed over its actions) that is aimed
-        at; None: the coefficient stays. horizon: after about this many responses a KL of 1.2 times
-        the target or more has raised it by a factor of 1.2.
+    Args:
+        kl_coef: the initial coefficient.
+        target: the KL per response (summed over its actions) to aim for; None: a fixed coefficient.
+        horizon: responses after which a KL of 1.2 x target or more has raised the coefficient by a
+            factor of about 1.2.
 
     Raises:
-        ValueError: for a target, or a coefficient to start from, that leaves nothing to adapt.
+        ValueError: for a negative coefficient, and for a target with a coefficient, target or
+            horizon that is not positive.
     """
 
     def __init__(self, kl_coef: float, target: float | None = None, horizon: int = 10000) -> None:
@@ -18,19 +21,20 @@ class KLController:
             raise ValueError(f"kl_coef must be 0 or more, not {kl_coef}")
         if target is not None and (target <= 0 or horizon <= 0 or kl_coef == 0):
             raise ValueError(
-                f"a KL target multiplies kl_coef toward it: kl_target ({target}), kl_horizon "
-                f"({horizon}) and kl_coef ({kl_coef}) must be above 0"
+                f"with a KL target, kl_target ({target}), kl_horizon ({horizon}) and kl_coef "
+                f"({kl_coef}) must be above 0: the coefficient is adapted by multiplication"
             )
         self.kl_coef = float(kl_coef)
         self.target = target
         self.horizon = horizon
 
     def update(self, kl: float, responses: int) -> None:
-        """coef *= 1 + clip(kl / target - 1, +-.2) responses / horizon; ``kl``: the mean of all
-        ranks' ``responses``.
+        """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) x responses / horizon. ``kl``: the mean over
+        the ``responses`` of all ranks.
 
-        Raises ValueError where the coefficient would be broken for the rest of the run: a KL that
-        is not finite, or so short a horizon that one phase could make it 0.
+        Raises:
+            ValueError: for a KL that is not finite, and for a horizon so short that one collect
+                phase could make the coefficient 0.
         """
         if self.target is None:
             return

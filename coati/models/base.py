@@ -38,11 +38,14 @@ class ScalarHead(nn.Linear):
 class BaseModel(nn.Module):
     """A backbone and a :class:`ScalarHead` named ``score``.
 
-    Args: backbone: a transformers model, with or without vocabulary head; its weights are shared,
-        not copied. keep_lm_head: keep the vocabulary head of ``backbone`` beside the scalar one,
-        where :meth:`get_output_embeddings` finds it. pretrained, config: instead, the reference's
-        form: a directory or hub name whose backbone is loaded below a new head, or a transformers
-        configuration for random weights. For a saved head see :meth:`from_pretrained`.
+    Args:
+        backbone: a transformers model, with or without vocabulary head; its weights are shared, not
+            copied.
+        keep_lm_head: keep the vocabulary head of ``backbone`` beside the scalar one, where
+            :meth:`get_output_embeddings` finds it.
+        pretrained, config: instead of ``backbone`` a directory or hub name whose backbone is loaded
+            below a new head, or a transformers configuration for random weights (ColossalChat's
+            signature). For a saved head see :meth:`from_pretrained`.
 
     Raises ValueError unless exactly one of the three is given.
     """

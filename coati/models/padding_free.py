@@ -49,7 +49,7 @@ class PaddingFree:
             return None
         if attention == "sdpa":
             patch_sdpa()
-        # Rows longer than a sliding window are masked by it, which row_by_row does not do.
+        # varlen_attention does not apply a sliding window, so no row may be longer than it.
         padding_free = cls(longest=sliding_window(model.config) or 2**62)
         if padding_free.longest <= max(PROBE_LENGTHS):
             return None

@@ -15,10 +15,10 @@ class RLVRRewardModel:
     The trainers of this library take :class:`coati.rewards.Rewards` instead, whose functions are
     given texts.
 
-    Args: reward_fn_list: functions of one row, ``function(input_ids, attention_mask,
-        response_start=..., response_end=..., gt_answer=..., **kwargs)``, that give a number or a
-        scalar tensor;
-            ``coati.utils.reward_score`` has two.
+    Args:
+        reward_fn_list: functions of one row, ``function(input_ids, attention_mask,
+            response_start=..., response_end=..., gt_answer=..., **kwargs)``, that give a number or
+            a scalar tensor; ``coati.utils.reward_score`` has two.
         kwargs: given to every function, such as ``tokenizer`` and ``tags``.
 
     Raises:

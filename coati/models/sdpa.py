@@ -1,5 +1,5 @@
-"""CPU overrides of transformers' "sdpa" attention: padding-free (varlen) rows, and single-token
-decoding that does not copy the key-value cache."""
+"""An override of transformers' "sdpa" attention for CPUs: padding-free (varlen) batches, and
+single-token decoding without copies of the key-value cache."""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def patch_sdpa() -> None:
-    """Register an "sdpa" that attends row by row when it gets cumulative lengths, reads the
-    key-value cache in place for one query per row, and is the original otherwise. Results are the
-    original's, up to rounding."""
+    """Replace "sdpa" by a function that runs row by row if it gets cumulative lengths, reads the
+    key-value cache in place for one query per row, and calls the original otherwise. Results equal
+    the original's up to rounding."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -17,48 +17,49 @@ def patch_sdpa() -> None:
         return
 
     def attention(module, query, key, value, attention_mask, **keywords):
-        ends = keywords.get("cu_seq_lens_q")
+        cu_seq_lens = keywords.get("cu_seq_lens_q")
         dropout = keywords.get("dropout", 0.0)
         scale = keywords.get("scaling")
-        if ends is not None:
-            lengths = [length for length in ends.diff().tolist() if length]
-            return row_by_row(query, key, value, lengths, dropout, scale), None
+        if cu_seq_lens is not None:
+            lengths = [length for length in cu_seq_lens.diff().tolist() if length]
+            return varlen_attention(query, key, value, lengths, dropout, scale), None
         if query.shape[2] == 1 and not dropout and query.device.type == "cpu":
-            return one_query(query, key, value, attention_mask, scale), None
+            return decode_attention(query, key, value, attention_mask, scale), None
         return original(module, query, key, value, attention_mask, **keywords)
 
     attention.patched = True  # type: ignore[attr-defined]
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
 
 
-def row_by_row(
+def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float, scale: float
 ) -> Tensor:
-    """Causal attention within each row: ``query`` (1, heads, T, D), ``key``, ``value`` (1,
-    KV heads, T, D) with T the sum of ``lengths`` -> (1, T, heads, D)."""
+    """Causal attention within each of the concatenated rows of ``lengths``, whose sum is T:
+    ``query`` (1, heads, T, D), ``key``, ``value`` (1, KV heads, T, D) -> (1, T, heads, D)."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outs = [
+    outputs = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         for q, k, v in rows
     ]
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
-def one_query(
+def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attention of the last position: ``query`` (B, heads, 1, D), ``key``, ``value`` (B, KV heads,
-    T, D), ``mask`` (B, 1, 1, at least T) to add, or None -> (B, 1, heads, D).
+    """Attention of one query per row: ``query`` (B, heads, 1, D), ``key``, ``value`` (B, KV heads,
+    T, D), additive ``mask`` (B, 1, 1, T or more) or None -> (B, 1, heads, D).
 
-    The queries that share a key head take the place of positions: keys are neither repeated nor
-    made contiguous, which would copy the whole cache for every token of a response.
+    With grouped-query attention the heads that share a KV head are laid along the query's sequence
+    dimension. Keys are then neither repeated nor made contiguous, which would copy the whole cache
+    at every token.
     """
     batch, heads, _, width = query.shape
-    shared = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
-    out = F.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, 1, heads, value.shape[-1])

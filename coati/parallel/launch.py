@@ -26,8 +26,9 @@ def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0)
     Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no
     host name.
 
-    Raises: LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
-        seconds.
+    Raises:
+        LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
+            seconds.
     """
     device = _device()
     if not dist.is_initialized():

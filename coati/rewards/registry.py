@@ -1,5 +1,4 @@
-"""The reward functions that can be named, and what a name must be. Imports nothing heavy: parsers
-read this table."""
+"""The table of built-in reward functions, and checks of their names. Light: parsers import it."""
 
 import ast
 import difflib
@@ -11,8 +10,8 @@ from pathlib import Path
 class Reward:
     """One row of the table; the function is registered in :mod:`coati.rewards.functions`.
 
-    ``scale``: its values. ``gt_answer``: whether it needs each row's ground truth. ``tags``:
-    whether it needs the template's response_format_tags.
+    ``about``: what it rewards. ``scale``: its possible values. ``gt_answer``: whether it needs each
+    row's ground truth. ``tags``: whether it needs the template's response_format_tags.
     """
 
     about: str
@@ -42,27 +41,27 @@ REWARDS: dict[str, Reward] = {
         "minus the share of the room that the response takes",
     ),
 }
-# Names in older documents.
+# Names of earlier releases.
 ALIASES = {"gsm8k_reward_fn": "gsm8k", "math_competition_reward_fn": "math_competition"}
 
 
 def is_file(name: str) -> bool:
-    """Whether ``name`` means a function of a file, ``path.py:function``."""
+    """Whether ``name`` is a function in a file, ``path.py:function``."""
     return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
 
 
 def check_rewards(names: list[str], weights: list[float] | None = None) -> list[str]:
-    """The names as the table has them; a file is looked into, not run.
+    """``names`` with aliases resolved. A file is parsed, not executed.
 
-    Raises ValueError for an unknown name, a file or function that is not there, a name given twice,
-    and weights that are not as many as the names.
+    Raises:
+        ValueError: for an unknown name, a file or function that does not exist, a repeated name,
+            and a number of weights other than that of names.
     """
     resolved = [name if is_file(name) else _registered(name) for name in names]
     for name in resolved:
         if resolved.count(name) > 1:
             raise ValueError(
-                f"reward {name} is given twice; its weight (--reward_weights) says how much it "
-                "counts"
+                f"reward {name} is given twice; give it once, with a larger --reward_weights"
             )
         if is_file(name):
             _check_file(name)
@@ -78,8 +77,8 @@ def _registered(name: str) -> str:
     name = ALIASES.get(name, name)
     if name in REWARDS:
         return name
-    near = difflib.get_close_matches(name, [*REWARDS, *ALIASES], n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    nearest = difflib.get_close_matches(name, [*REWARDS, *ALIASES], n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
     raise ValueError(
         f"unknown reward {name!r}{hint} There are {', '.join(REWARDS)}, and path.py:function of "
         "your own"
@@ -87,7 +86,7 @@ def _registered(name: str) -> str:
 
 
 def file_and_function(name: str) -> tuple[Path, str]:
-    """The two sides of ``path.py:function``. Raises ValueError for a path alone."""
+    """Split ``path.py:function``. Raises ValueError if the function is missing."""
     path, _, function = name.rpartition(":")
     if not path or not function.isidentifier():
         raise ValueError(

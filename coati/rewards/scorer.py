@@ -1,4 +1,4 @@
-"""The reward functions of a run on a batch of responses: each by its name, and the weighted sum."""
+"""The reward functions of a run: their rewards for a batch of responses, and the weighted sum."""
 
 import math
 import reprlib
@@ -20,8 +20,8 @@ _SHORT.maxstring = _SHORT.maxother = 160
 
 @dataclass(frozen=True)
 class RewardResult:
-    """``total``: the weighted sum of each response, which is trained on. ``parts``: name -> the
-    rewards of that function, unweighted, for the log."""
+    """``total`` (B): the weighted sum for each response, which is trained on. ``parts``: name ->
+    (B) unweighted rewards of that function, for logging."""
 
     total: list[float]
     parts: dict[str, list[float]]
@@ -30,14 +30,16 @@ class RewardResult:
 class Rewards:
     """The reward functions of a run.
 
-    Args: names: of :data:`~coati.rewards.registry.REWARDS`, or ``path.py:function``. weights: one
-        for each name; by default 1. tags: response_format_tags of the conversation template; with
-        them answers count in due form only. timeout: seconds that one function may take for a
-        batch; None: no limit.
+    Args:
+        names: names in :data:`~coati.rewards.registry.REWARDS`, or ``path.py:function``.
+        weights: one per name; by default 1.
+        tags: response_format_tags of the conversation template; with them only a response in that
+            format can be right.
+        timeout: seconds that a function may take for a batch; None: no limit.
 
-    Raises: ValueError: for what :func:`~coati.rewards.registry.check_rewards` and
-        :func:`~coati.rewards.user_function.load_function` refuse, and tags that are wrong or
-        missing.
+    Raises:
+        ValueError: from :func:`~coati.rewards.registry.check_rewards` and
+            :func:`~coati.rewards.user_function.load_function`, and for invalid or missing tags.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Rewards:
         resolved = check_rewards(names, weights)
         if not resolved:
             raise ValueError(
-                f"no reward function is named; there are {', '.join(REWARDS)}, and path.py:function"
+                f"no reward function is given; there are {', '.join(REWARDS)}, and path.py:function"
             )
         if tags is not None:
             check_tags(tags)
@@ -68,12 +70,16 @@ class Rewards:
         self._functions = dict(zip(self.weights, map(_function, resolved), strict=True))
 
     def __call__(self, batch: Responses) -> RewardResult:
-        """Score ``batch``. Raises ValueError, naming the function and the response, for a function
-        that raises, takes too long, or returns anything but one finite number per response."""
+        """Score ``batch``.
+
+        Raises:
+            ValueError: naming the function and the response, if a function raises, exceeds the
+                timeout, or returns anything but one finite number per response.
+        """
         if batch.tags is None and self.tags is not None:
             batch = replace(batch, tags=self.tags)
         parts = {
-            label: self._numbers(label, function, batch)
+            label: self._rewards_of(label, function, batch)
             for label, function in self._functions.items()
         }
         weighted = [
@@ -81,20 +87,20 @@ class Rewards:
         ]
         return RewardResult([sum(values) for values in zip(*weighted, strict=True)], parts)
 
-    def _numbers(
+    def _rewards_of(
         self, label: str, function: Callable[[Responses], Any], batch: Responses
     ) -> list[float]:
         try:
             with time_limit(self.timeout):
                 result = function(batch)
         except Overrun as error:
-            row = _first(function, batch, self.timeout / max(len(batch), 1))
+            row = _first_failing_alone(function, batch, self.timeout / max(len(batch), 1))
             raise ValueError(
                 f"reward {label} took longer than {self.timeout:g} s for {len(batch)} "
                 f"responses{_at(batch, row)}"
             ) from error
         except Exception as error:
-            row = _first(function, batch, self.timeout)
+            row = _first_failing_alone(function, batch, self.timeout)
             raise ValueError(
                 f"reward {label} raised {described(error)}{_at(batch, row)}"
             ) from error
@@ -102,7 +108,7 @@ class Rewards:
 
 
 def _labels(names: list[str]) -> list[str]:
-    """What each is logged as: a file's function by its own name unless two are called alike."""
+    """The names to log: of ``path.py:function`` only the function, unless two share that name."""
     short = [file_and_function(name)[1] if is_file(name) else name for name in names]
     return [
         name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)
@@ -115,10 +121,10 @@ def _function(name: str) -> Callable[[Responses], Any]:
     return lambda batch: [per_row(name, batch, row) for row in range(len(batch))]
 
 
-def _first(
+def _first_failing_alone(
     function: Callable[[Responses], Any], batch: Responses, limit: float | None
 ) -> int | None:
-    """The first response that fails alone too, or None."""
+    """Index of the first response that also fails in a batch of one, or None."""
     return next((row for row in range(len(batch)) if _fails(function, batch.row(row), limit)), None)
 
 
@@ -133,7 +139,7 @@ def _fails(function: Callable[[Responses], Any], batch: Responses, limit: float 
 
 def _at(batch: Responses, row: int | None) -> str:
     if row is None:
-        return f"; none of the {len(batch)} responses does so alone"
+        return f"; none of the {len(batch)} responses causes it alone"
     return f"; {_sample(batch, row)}"
 
 
@@ -147,7 +153,7 @@ def _sample(batch: Responses, row: int) -> str:
 
 
 def _checked(label: str, result: Any, batch: Responses) -> list[float]:
-    """``result`` as a list of finite floats, one per response; tensors and arrays are taken too."""
+    """``result`` (a sequence, tensor or array) as a list of finite floats, one per response."""
     values = result.tolist() if hasattr(result, "tolist") else result
     kind = type(result).__name__
     wanted = f"expected a list of {len(batch)} numbers, one per response"

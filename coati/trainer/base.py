@@ -21,13 +21,18 @@ from coati.trainer.stop import GracefulStop
 class SLTrainer:
     """Epochs of optimizer steps, with evaluation, logging, checkpoints and graceful shutdown.
 
-    Args: engine: the boosted model. objective: the loss and what it needs. max_epochs: epochs in
-        all; ``state`` says how many of them a resumed run has behind it. accumulation_steps:
-        micro-batches of an optimizer step, for a plain DataLoader. schedule: when to log, evaluate
-        and save; ``save_dir`` and ``save_interval`` are shorthands for its fields. state: where a
-        resumed run stands; ``start_epoch`` is a shorthand for its field. assets: what is saved
-        beside the weights. samples: called at each evaluation on every rank; returns a table of
-        sample responses, or "". settings: of the run, for wandb and TensorBoard.
+    Args:
+        engine: the boosted model.
+        objective: the loss and what it needs.
+        max_epochs: total epochs, those of a resumed run included.
+        accumulation_steps: micro-batches per optimizer step, for a plain DataLoader.
+        schedule: when to log, evaluate and save; ``save_dir`` and ``save_interval`` are shorthands
+            for its fields.
+        state: the position of a resumed run; ``start_epoch`` is a shorthand for its ``epoch``.
+        assets: what is saved beside the weights.
+        samples: called at each evaluation on every rank; returns a table of sample responses, or
+            "".
+        settings: the run's settings, for wandb and TensorBoard.
     """
 
     name = "sl"

@@ -1,5 +1,5 @@
 """What :class:`~coati.trainer.ppo.PPOTrainer` and :class:`~coati.trainer.grpo.GRPOTrainer` share:
-training models that ``booster.boost`` returned, with the keywords of the first system.
+training models that ``booster.boost`` returned, with ColossalChat's keywords.
 
 The training scripts have more settings and call :func:`~coati.trainer.rl_assembly.assemble_rl`
 themselves.
@@ -31,25 +31,32 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 class BoostedRLTrainer(OLTrainer):
-    """What the two have in common.
+    """Base of the two trainers.
 
-    Args: booster, model, optimizer and schedule (of actor and critic): as ``booster.boost`` took
-        and returned them. reward_model: a :class:`~coati.models.reward_model.RewardModel`,
-        :class:`~coati.rewards.scorer.Rewards`, or
-        :class:`~coati.models.rlvr_reward_model.RLVRRewardModel`. initial_model: the plain frozen
-        policy that KL is measured from; None: no KL. tokenizer: its ``eos_token_id`` ends responses
-        unless ``stop_token_ids`` says what does. train_batch_size: rows of a micro-batch;
-        ``buffer_limit``: the newest rows that are kept, 0: all. inference_batch_size,
-        logits_forward_batch_size: rows that are sampled, and scored, at a time; None: all.
+    Args:
+        booster, model, optimizer and schedule (of actor and critic): as ``booster.boost`` took and
+            returned them.
+        reward_model: a :class:`~coati.models.reward_model.RewardModel`,
+            :class:`~coati.rewards.scorer.Rewards`, or
+            :class:`~coati.models.rlvr_reward_model.RLVRRewardModel`.
+        initial_model: the frozen reference policy, not boosted; None: no KL.
+        tokenizer: its ``eos_token_id`` ends responses unless ``stop_token_ids`` is given.
+        train_batch_size: rows of a micro-batch.
+        buffer_limit: only so many of the newest rows are kept; 0: all.
+        inference_batch_size: rows generated at a time; None: all.
+        logits_forward_batch_size: rows per forward of policy, reference, critic and reward model;
+            None: all.
         ptx_coef: c of (1 - c) x policy loss + c x supervised loss; 0 where there are no supervised
-        rows. eps_clip: the clip range of the probability ratio. generate_kwargs:
-        ``max_new_tokens``, which is needed, ``stop_token_ids`` (one sequence of ids or a list of
-        them), ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``.
+            rows.
+        eps_clip: the clip range of the probability ratio.
+        generate_kwargs: ``max_new_tokens`` (required), ``stop_token_ids`` (one sequence of
+            ids or a list of them), ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
+            ``repetition_penalty``.
 
     Raises:
-        TypeError: for a keyword that is not known, without ``max_new_tokens``, and for a
-            ``reward_model`` that is none.
-        ValueError: where the plugin cannot sample.
+        TypeError: for an unknown keyword, for a missing ``max_new_tokens``, and for a
+            ``reward_model`` of another type.
+        ValueError: if the plugin cannot generate.
     """
 
     def _assemble(
@@ -99,15 +106,19 @@ class BoostedRLTrainer(OLTrainer):
     ) -> None:
         """Train.
 
-        Args: num_collect_steps: batches of ``prompt_dataloader`` that are rolled out in an episode.
-            num_update_steps: passes over the responses. prompt_dataloader: a DataLoader of equal
-            batches, each ``input_ids`` and ``attention_mask`` (B, P) padded on the left, with
-            ``gt_answer``, a list of B, where a reward function asks for it. pretrain_dataloader: of
-            supervised rows, for ``ptx_coef``. eval_prompt_dataloader: an
-            :class:`~coati.dataset.load.loader.EvaluationLoader` of other prompts.
+        Args:
+            num_collect_steps: batches of ``prompt_dataloader`` that are rolled out in an episode.
+            num_update_steps: passes over the responses.
+            prompt_dataloader: a DataLoader of equal batches, each ``input_ids`` and
+                ``attention_mask`` (B, P) padded on the left, with ``gt_answer``, a list of B, where
+                a reward function asks for it.
+            pretrain_dataloader: of supervised rows, for ``ptx_coef``.
+            eval_prompt_dataloader: an :class:`~coati.dataset.load.loader.EvaluationLoader` of other
+                prompts.
 
-        Raises: ValueError: for batches that are no whole number of optimizer steps, and a
-            ``ptx_coef`` without rows.
+        Raises:
+            ValueError: if the responses of an episode are not a whole number of global batches, and
+                for a ``ptx_coef`` without ``pretrain_dataloader``.
         """
         if self.ptx_coef and pretrain_dataloader is None:
             raise ValueError(
@@ -133,7 +144,8 @@ class BoostedRLTrainer(OLTrainer):
 
 
 class _RowFunctions:
-    """A :class:`~coati.models.rlvr_reward_model.RLVRRewardModel` in a scorer's place."""
+    """:class:`~coati.models.rlvr_reward_model.RLVRRewardModel` with the interface of a
+    :class:`~coati.experience_maker.scoring.Scorer`."""
 
     def __init__(self, model: RLVRRewardModel) -> None:
         self.model = model
@@ -155,7 +167,7 @@ class _RowFunctions:
 
 
 def scorer_of(reward_model: Any, batch_size: int | None) -> Callable:
-    """What gives the rewards. Raises TypeError for what is no reward model."""
+    """The scorer of ``reward_model``. Raises TypeError if it is not a reward model."""
     if isinstance(reward_model, RLVRRewardModel):
         return _RowFunctions(reward_model)
     if isinstance(reward_model, Rewards):
@@ -170,7 +182,7 @@ def scorer_of(reward_model: Any, batch_size: int | None) -> Callable:
 
 @dataclass(frozen=True)
 class Generation:
-    """How a response is sampled, and what ends it."""
+    """Sampling parameters and stop sequences of responses."""
 
     stop_sequences: list[list[int]]
     max_new_tokens: int
@@ -178,7 +190,8 @@ class Generation:
 
     @classmethod
     def of(cls, tokenizer: Any, given: dict[str, Any]) -> "Generation":
-        """From keywords. Raises TypeError for unknown ones, and without ``max_new_tokens``."""
+        """From keywords. Raises TypeError for unknown ones and if ``max_new_tokens`` is
+        missing."""
         known = ("max_new_tokens", "stop_token_ids", *SAMPLING)
         if unknown := sorted(set(given) - set(known)):
             raise TypeError(

@@ -19,10 +19,11 @@ class GRPOTrainer(BoostedRLTrainer):
     """Policy gradient with group-relative advantages instead of a critic (arXiv 2402.03300); see
     :class:`~coati.trainer.boosted_rl.BoostedRLTrainer` for the arguments that are not named here.
 
-    Args: num_generation: responses to each prompt. temperature_annealing_config:
-        ``start_temperature`` up to episode ``annealing_warmup_steps``, ``end_temperature`` from
-        episode ``annealing_steps`` on. algo: a name of
-        :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`.
+    Args:
+        num_generation: responses to each prompt.
+        temperature_annealing_config: ``start_temperature`` up to episode
+            ``annealing_warmup_steps``, ``end_temperature`` from episode ``annealing_steps`` on.
+        algo: a name of :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`.
     """
 
     def __init__(

@@ -64,13 +64,17 @@ class OLTrainer:
     """Trains a policy on its own responses. An episode rolls out ``num_collect_steps`` batches of
     prompts and scores the responses, then makes passes over them.
 
-    Args: actor: the policy's engine; critic: that of the values: with one it is PPO, without one
-        GRPO or a variant. value_clip, vf_coef: clip range and coefficient of the critic's loss.
-        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows. schedule: its
-        intervals count episodes here. assets: what is saved beside the weights of each model, by
-        name. buffer_state: what :func:`~coati.parallel.checkpoint.buffer_states_by_rank` found of a
-        run stopped inside an episode. checks: what watches the metrics for signs of trouble.
-        settings: of the run, for wandb and TensorBoard.
+    Args:
+        actor: the engine of the policy.
+        critic: the engine of the value model (PPO); None for GRPO and its variants.
+        value_clip, vf_coef: clip range and coefficient of the critic's loss.
+        ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows.
+        schedule: its intervals count episodes here.
+        assets: what is saved beside the weights of each model, by name.
+        buffer_state: from :func:`~coati.parallel.checkpoint.buffer_states_by_rank`, of a run that
+            was stopped inside an episode.
+        checks: the training diagnostics; None: none.
+        settings: the run's settings, for wandb and TensorBoard.
     """
 
     def __init__(
@@ -165,10 +169,12 @@ class OLTrainer:
     ) -> None:
         """Train.
 
-        Args: prompts: a :class:`~coati.dataset.load.loader.GlobalBatchLoader` whose windows are the
-            prompts of one episode. evaluation: an
-            :class:`~coati.dataset.load.loader.EvaluationLoader` of other prompts. ptx: a window
-            loader of supervised rows, a window for each optimizer step.
+        Args:
+            prompts: a :class:`~coati.dataset.load.loader.GlobalBatchLoader`; a global batch holds
+                the prompts of one episode.
+            evaluation: an :class:`~coati.dataset.load.loader.EvaluationLoader` of other prompts.
+            ptx: a :class:`~coati.dataset.load.loader.GlobalBatchLoader` of supervised rows; each
+                optimizer step takes one global batch.
 
         Raises:
             NonFiniteLoss: naming the episode; the last checkpoint stays as it was.

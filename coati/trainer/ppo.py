@@ -16,9 +16,11 @@ class PPOTrainer(BoostedRLTrainer):
     """Proximal policy optimization with a critic (arXiv 1707.06347, 2203.02155); see
     :class:`~coati.trainer.boosted_rl.BoostedRLTrainer` for the arguments that are not named here.
 
-    Args: value_clip: the clip range of a value's change; ``vf_coef``: the coefficient of the
-        critic's loss. gamma, lam: of generalized advantage estimation (arXiv 1506.02438);
-        advantages are whitened over an episode.
+    Args:
+        value_clip: clip range of values around those of the rollout.
+        vf_coef: coefficient of the critic's loss.
+        gamma, lam: discount and lambda of generalized advantage estimation (arXiv 1506.02438);
+            advantages are whitened over an episode.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The settings of a PPO or GRPO run, and the one place where its parts are put together."""
+"""The settings of a PPO or GRPO run, and the assembly of its parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from coati.trainer.policy_objective import PolicySettings
 
 @dataclass(frozen=True)
 class KLSettings:
-    """The KL penalty: its coefficient, and the target that an adaptive one is drawn toward
+    """The KL penalty: its initial coefficient, and target and horizon of an adaptive one
     (:class:`~coati.experience_maker.kl_controller.KLController`)."""
 
     coef: float = 0.1
@@ -27,8 +27,8 @@ class KLSettings:
 
 @dataclass(frozen=True)
 class BufferSettings:
-    """``micro_batch_size``: rows of a micro-batch. ``limit``: the newest rows are kept; 0: all.
-    ``cpu_offload``: rows wait in system memory."""
+    """``micro_batch_size``: rows of a micro-batch. ``limit``: only so many of the newest rows are
+    kept; 0: all. ``cpu_offload``: rows are kept in host memory."""
 
     micro_batch_size: int = 8
     limit: int = 0
@@ -57,12 +57,12 @@ class RLSettings:
 
 
 def linear_annealing(first: float, last: float, start: float, end: float) -> Callable[[int], float]:
-    """Episode -> temperature: ``first`` up to episode ``start``, ``last`` from ``end`` on, a
-    straight line between."""
+    """Episode -> temperature: ``first`` up to episode ``start``, ``last`` from ``end`` on, linear
+    in between."""
 
     def temperature(episode: int) -> float:
-        done = min(max((episode - start) / max(end - start, 1), 0.0), 1.0)
-        return first + (last - first) * done
+        progress = min(max((episode - start) / max(end - start, 1), 0.0), 1.0)
+        return first + (last - first) * progress
 
     return temperature
 
@@ -77,14 +77,14 @@ def assemble_rl(
     scorer: Callable[..., Any],
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """The arguments of :class:`~coati.trainer.online.OLTrainer`, by name: of PPO with a ``critic``,
-    else of the group method that ``settings.experience.method`` names.
+    """Keyword arguments of :class:`~coati.trainer.online.OLTrainer`: PPO with a ``critic``,
+    otherwise the group method ``settings.experience.method``.
 
-    ``reference``: the policy that KL is measured from; None: there is no KL.
+    ``reference``: the reference policy; None: no KL.
 
     Raises:
-        ValueError: for a critic beside a group method, for neither, and a KL target without a
-            coefficient.
+        ValueError: for a critic with a group method, for neither, and for a KL target with a
+            coefficient of 0.
     """
     kl = settings.kl
     buffer = settings.buffer

@@ -7,7 +7,7 @@ import torch
 
 from coati.models.head import Head, scatter_token_logprobs
 from coati.models.padding_free import PaddingFree
-from coati.models.sdpa import row_by_row
+from coati.models.sdpa import varlen_attention
 from tests.models_table import FAMILIES, tiny_model
 from tests.tiny import tiny_llama
 
@@ -170,10 +170,10 @@ def test_lora_model():
     )
 
 
-def test_row_by_row_by_hand():
+def test_varlen_attention_by_hand():
     """One head of width 1, rows of 1 and 2 tokens, equal scores: the mean of a row's values so
     far."""
     value = torch.tensor([2.0, 4.0, 8.0]).view(1, 1, 3, 1)
     query = key = torch.zeros_like(value)
-    found = row_by_row(query, key, value, [1, 2], dropout=0.0, scale=1.0)
+    found = varlen_attention(query, key, value, [1, 2], dropout=0.0, scale=1.0)
     assert found.shape == (1, 3, 1, 1) and found.flatten().tolist() == [2.0, 4.0, 6.0]

@@ -1,5 +1,5 @@
-"""Jinja chat templates: found, compiled and rendered as transformers does it, with errors that name
-the place."""
+"""Jinja chat templates, loaded, compiled and rendered as transformers does, with errors that name
+the line."""
 
 import json
 from datetime import datetime
@@ -15,8 +15,8 @@ from coati.utils.json_io import load_json
 
 
 class GenerationBlock(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks responses in some templates; spans are found
-    otherwise here."""
+    """``{% generation %}...{% endgeneration %}``, which marks responses in some templates, as plain
+    text: response spans are found by probing the template instead."""
 
     tags = {"generation"}
 
@@ -32,7 +32,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which a prompt must not.
+    # Jinja's own filter escapes HTML characters, which is wrong in a prompt.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -40,8 +40,8 @@ def _tojson(
 
 @lru_cache(maxsize=16)
 def compile_template(text: str) -> jinja2.Template:
-    """Compile once per process. Raises ValueError with line and cause when ``text`` is not a Jinja
-    template."""
+    """Compile ``text``, once per process. Raises ValueError with line and cause for a Jinja syntax
+    error."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
@@ -56,16 +56,15 @@ def compile_template(text: str) -> jinja2.Template:
         shown = found if len(found) <= 160 else found[:157] + "..."
         raise ValueError(
             f"chat_template: Jinja syntax error in line {error.lineno} ({error.message}), found "
-            f"{shown!r}; mend the template, or leave chat_template out to use the tokenizer's own"
+            f"{shown!r}; fix the template, or leave chat_template out to use the tokenizer's own"
         ) from error
-    # Each rendering copies the globals; from Jinja's chain of mappings that takes longer than the
-    # rendering itself.
+    # Every rendering copies the globals. Copying Jinja's ChainMap would take longer than rendering.
     template.globals = dict(template.globals)
     return template
 
 
 def special_tokens(tokenizer) -> dict[str, str]:
-    """The names a template may use (``bos_token``, ``eos_token``, ...) and their text."""
+    """The tokens that a template may refer to: ``bos_token``, ``eos_token``, ... -> their text."""
     return {
         name: str(token)
         for name, token in tokenizer.special_tokens_map.items()
@@ -76,18 +75,21 @@ def special_tokens(tokenizer) -> dict[str, str]:
 def render_template(
     text: str, messages: list[dict[str, str]], tokens: dict[str, str], generation: bool
 ) -> str:
-    """The conversation as text. Raises ``jinja2.TemplateError`` when the template refuses it."""
+    """The conversation as text; ``tokens`` are from :func:`special_tokens`, ``generation`` adds the
+    generation prompt. Raises ``jinja2.TemplateError`` if the template rejects ``messages``."""
     return compile_template(text).render(
         messages=messages, tools=None, documents=None, add_generation_prompt=generation, **tokens
     )
 
 
 def read_chat_template(value: str, folder: Path) -> str:
-    """Template text from what the ``chat_template`` field may hold.
+    """The template text that the value of a ``chat_template`` field refers to.
 
     ``value`` is Jinja text, the path of a ``.jinja`` file (relative to ``folder`` or the working
-    directory), a model directory or a model's name. Raises ValueError when none of them gives a
-    template.
+    directory), a model directory, or a model name on the hub.
+
+    Raises:
+        ValueError: if ``value`` is none of them, or has no template.
     """
     if "{{" in value or "{%" in value or "\n" in value:
         return value
@@ -98,8 +100,8 @@ def read_chat_template(value: str, folder: Path) -> str:
             return _from_model_directory(path)
     if Path(value).suffix in (".jinja", ".j2", ".json", ".txt"):
         raise ValueError(
-            f"chat_template: there is no file {value} in {folder} or here; expected Jinja text or "
-            "a file"
+            f"chat_template: there is no file {value} in {folder} or the working directory; "
+            "expected Jinja text or the path of a file"
         )
     return _from_hub(value)
 

@@ -62,8 +62,9 @@ class Mixture:
     before it gives any again, over the epochs too: a row is never used twice more often than
     another of its set.
 
-    Raises: ValueError: when there are not as many weights as sets, or a weight leaves its set
-        without a row.
+    Raises:
+        ValueError: when there are not as many weights as sets, or a weight leaves its set without a
+            row.
     """
 
     names: tuple[str, ...]
@@ -126,9 +127,11 @@ def _pass(seed: int, number: int, each: int, size: int) -> np.ndarray:
 class EpochOrder:
     """The entries of each epoch, in order: rows, or packs of rows.
 
-    Args: lengths: (N,) tokens of each row of the data set. mixture: draws an epoch's rows from
-        several sets; None: every row once. pack_length: rows are packed up to this many tokens
-        (longer ones count as cut there); None: no packing.
+    Args:
+        lengths: (N,) tokens of each row of the data set.
+        mixture: draws an epoch's rows from several sets; None: every row once.
+        pack_length: tokens that a pack may hold, to which longer rows are truncated; None: no
+            packing.
     """
 
     def __init__(

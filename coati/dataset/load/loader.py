@@ -22,8 +22,9 @@ def load_tokenized_dataset(
 
     A path is a part directory or a directory of ``part-*`` directories. Returns None for no paths.
 
-    Raises: ValueError: naming the path that is missing, empty or not a prepared data set, and what
-        to do.
+    Raises:
+        ValueError: naming the path that is missing, empty or not a prepared data set, and what to
+            do.
     """
     from datasets import DatasetDict, concatenate_datasets, load_from_disk
 

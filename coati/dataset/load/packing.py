@@ -1,5 +1,5 @@
-"""Packs: several rows in one sequence, with positions that start anew at each, so that short rows
-leave no padding."""
+"""Packing: several rows in one sequence, whose position ids restart at each row, so that short rows
+leave little padding."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -10,19 +10,18 @@ from torch import Tensor
 
 from coati.dataset.load.collator import attention_mask, pad, supervise_all
 
-_EXCHANGES = (
-    40  # rounds of :func:`exchange`: enough for other company, little beside the packing itself
-)
+# Rounds of :func:`swap_rows`: enough that packs differ between epochs, and cheap beside the packing.
+_SWAP_ROUNDS = 40
 
 
 def best_fit_decreasing(
     lengths: np.ndarray, limit: int, random: np.random.Generator | None = None
 ) -> np.ndarray:
-    """(N,) lengths of at least 1 -> (N,) number of the pack that each row goes into, no pack above
-    ``limit`` in all.
+    """(N,) lengths of at least 1 -> (N,) index of the pack of each row, where the lengths of a pack
+    add up to at most ``limit``.
 
-    Best-fit decreasing (Johnson, 1973: at most 11/9 of the least possible number, plus 4): the
-    longest rows first, each into the pack that it leaves the least room in. Which of several rows
+    Best-fit decreasing (Johnson, 1973: at most 11/9 OPT + 4 packs): the longest rows first, each
+    into the pack that it leaves the least room in. Which of several rows
     of equal length comes first is drawn from ``random``; the number of packs does not depend on
     that.
 
@@ -31,7 +30,7 @@ def best_fit_decreasing(
     """
     if len(lengths) and int(lengths.max()) > limit:
         raise ValueError(
-            f"a row of {int(lengths.max())} tokens does not fit into a pack of {limit}"
+            f"a row of {int(lengths.max())} tokens does not fit into a pack of {limit} tokens"
         )
     ties = np.arange(len(lengths)) if random is None else random.permutation(len(lengths))
     pack_of = np.empty(len(lengths), dtype=np.int64)
@@ -40,14 +39,16 @@ def best_fit_decreasing(
     values = lengths.tolist()
     count = 0
     for row in np.lexsort((ties, -lengths)).tolist():
-        at = bisect_left(rooms, values[row])
-        if at == len(rooms):
-            pack, room, count = count, limit, count + 1
+        tightest = bisect_left(rooms, values[row])
+        if tightest == len(rooms):
+            pack = count
+            room = limit
+            count += 1
         else:
-            room = rooms[at]
+            room = rooms[tightest]
             pack = by_room[room].pop()
             if not by_room[room]:
-                del rooms[at]
+                del rooms[tightest]
         left = room - values[row]
         if left and not by_room.setdefault(left, []):
             insort(rooms, left)
@@ -57,27 +58,27 @@ def best_fit_decreasing(
     return pack_of
 
 
-def exchange(
+def swap_rows(
     pack_of: np.ndarray, lengths: np.ndarray, limit: int, random: np.random.Generator
 ) -> np.ndarray:
-    """The same packs with rows of like length exchanged where there is room, so that other rows
-    meet in each epoch.
+    """``pack_of`` (N,) with rows of similar length swapped between packs that have room, so that
+    the rows of a pack differ between epochs.
 
-    All of a round's exchanges are made at once; the tokens that come into a pack are counted, those
-    that leave it not.
+    The swaps of a round are made at once. Against the room of a pack only the tokens that it gains
+    are counted, not those that it loses, so no pack ever exceeds ``limit``.
     """
     pack_of = pack_of.copy()
     by_length = np.lexsort((random.permutation(len(lengths)), lengths))
-    for _ in range(_EXCHANGES):
+    for _ in range(_SWAP_ROUNDS):
         shift = int(random.integers(1, 9))
         first = np.arange(int(random.integers(2 * shift)), max(len(lengths) - shift, 0))
-        first = first[(first - first[:1]) // shift % 2 == 0]  # every row in one pair at most
+        first = first[(first - first[:1]) // shift % 2 == 0]  # a row is in one pair at most
         short = by_length[first]
         long = by_length[first + shift]
-        more = lengths[long] - lengths[short]
+        gain = lengths[long] - lengths[short]
         room = limit - np.bincount(pack_of, weights=lengths)
-        taken = np.bincount(pack_of[short], weights=more, minlength=len(room))
-        fits = (taken <= room)[pack_of[short]]
+        gained = np.bincount(pack_of[short], weights=gain, minlength=len(room))
+        fits = (gained <= room)[pack_of[short]]
         short, long = short[fits], long[fits]
         pack_of[short], pack_of[long] = pack_of[long], pack_of[short]
     return pack_of
@@ -86,14 +87,14 @@ def exchange(
 def packs(
     lengths: np.ndarray, limit: int, random: np.random.Generator | None = None
 ) -> list[np.ndarray]:
-    """Row indices of each pack: every row once, at most ``limit`` tokens a pack, as few packs as
-    best fit needs.
+    """Row indices of each pack: every row once, at most ``limit`` tokens per pack, packed best-fit
+    decreasing.
 
-    With ``random`` the company of each row is drawn; the number of packs stays the same.
+    With ``random`` it is random which rows share a pack; the number of packs does not change.
     """
     pack_of = best_fit_decreasing(lengths, limit, random)
     if random is not None:
-        pack_of = exchange(pack_of, lengths, limit, random)
+        pack_of = swap_rows(pack_of, lengths, limit, random)
     ends = np.cumsum(np.bincount(pack_of))[:-1]
     return np.split(np.argsort(pack_of, kind="stable"), ends) if len(lengths) else []
 
@@ -108,41 +109,43 @@ def padding_share(widths: Sequence[int] | np.ndarray, batch_size: int) -> float:
 
 
 class PackCollator:
-    """Packs, lists of rows, to ``input_ids, attention_mask, labels, position_ids``, each (B, S),
-    one pack a row.
+    """Packs (lists of rows) -> ``input_ids, attention_mask, labels, position_ids``, each (B, S), one
+    pack per row.
 
     ``position_ids`` are 0 where a row begins and on padding, so they say which tokens belong
     together. The first token of a row has no label: what stands before it in the pack must not be
     asked to predict it.
 
-    Args: collate: the collator for single rows (DataCollatorForSupervisedDataset), whose settings
-        are taken over.
+    Args:
+        collate: the :class:`~coati.dataset.load.collator.DataCollatorForSupervisedDataset` whose
+            settings are used.
     """
 
     def __init__(self, collate: Any) -> None:
-        self.rows = collate
+        self.collate = collate
 
     def __call__(self, packed: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Tensor]:
-        rows = self.rows
-        pieces = [[row["input_ids"][: rows.max_length] for row in pack] for pack in packed]
-        ids = [_joined(pack) for pack in pieces]
+        settings = self.collate
+        ignored = settings.ignore_index
+        limit = settings.max_length
+        row_ids = [[row["input_ids"][:limit] for row in pack] for pack in packed]
+        ids = [_concatenated(pack) for pack in row_ids]
         lengths = [len(pack) for pack in ids]
-        width = -(-max(lengths) // rows.multiple) * rows.multiple
+        width = -(-max(lengths) // settings.multiple) * settings.multiple
         labels = [
-            _joined([[rows.ignore_index, *row["labels"][1 : rows.max_length]] for row in pack])
-            for pack in packed
+            _concatenated([[ignored, *row["labels"][1:limit]] for row in pack]) for pack in packed
         ]
-        positions = [_joined([range(len(piece)) for piece in pack]) for pack in pieces]
+        positions = [_concatenated([range(len(row)) for row in pack]) for pack in row_ids]
         batch = {
-            "input_ids": pad(ids, width, rows.pad_id),
+            "input_ids": pad(ids, width, settings.pad_id),
             "attention_mask": attention_mask(lengths, width),
-            "labels": pad(labels, width, rows.ignore_index),
+            "labels": pad(labels, width, ignored),
             "position_ids": pad(positions, width, 0),
         }
-        if rows.apply_loss_mask:
+        if settings.apply_loss_mask:
             return batch
-        return supervise_all(batch, [False] * len(packed), rows.ignore_index)
+        return supervise_all(batch, [False] * len(packed), ignored)
 
 
-def _joined(pieces: Sequence[Sequence[int]]) -> list[int]:
-    return [token for piece in pieces for token in piece]
+def _concatenated(parts: Sequence[Sequence[int]]) -> list[int]:
+    return [token for part in parts for token in part]

@@ -1,4 +1,4 @@
-"""A random sample of the prompts of a data set, in bounded memory."""
+"""A uniform random sample of the prompts of a data set, in bounded memory."""
 
 import os
 import random
@@ -13,31 +13,35 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-FIRST_FEW = 3
+MAX_EXAMPLES = 3  # of unusable rows
 
 
 def sample_prompts(
     paths: Sequence[str | os.PathLike], size: int, seed: int = 42
 ) -> list[dict[str, Any]]:
-    """``size`` prompts (all, of fewer) drawn evenly from the rows of ``paths``, in their order
-    there.
+    """``size`` prompts (or all, if there are fewer) drawn uniformly from the rows of ``paths``, in
+    the order of the files.
 
     A prompt of one turn is ``{"instruction", "id"}``, a longer one ``{"messages", "id"}``; ``id``
-    counts the usable rows from 0, ``gt_answer`` and ``category`` are kept. Rows that cannot be used
-    are counted and said. Raises ValueError when none can.
+    counts the usable rows from 0, and ``gt_answer`` and ``category`` are kept. How many rows cannot
+    be used is logged.
+
+    Raises:
+        ValueError: if no row can be used.
     """
-    dice = random.Random(seed)
-    drawn = []
-    examples = []
+    rng = random.Random(seed)
+    drawn: list[tuple[int, SourceRow]] = []
+    examples: list[str] = []
     usable = unusable = 0
     for found in _prompts(paths):
         if isinstance(found, str):
             unusable += 1
-            examples += [found] if len(examples) < FIRST_FEW else []
+            if len(examples) < MAX_EXAMPLES:
+                examples.append(found)
             continue
-        # Algorithm R (Vitter 1985): after n rows each of them is in the sample with probability
-        # size / n.
-        place = usable if usable < size else dice.randrange(usable + 1)
+        # Reservoir sampling (algorithm R, Vitter 1985): after n rows each of them is in the sample
+        # with probability size / n.
+        place = usable if usable < size else rng.randrange(usable + 1)
         if place < size:
             drawn[place : place + 1] = [(usable, found)]
         usable += 1
@@ -45,12 +49,12 @@ def sample_prompts(
     if not drawn:
         raise ValueError(f"{', '.join(map(str, paths))}: no prompt found{shown}")
     if unusable:
-        logger.info(f"rows that hold no prompt and are left out: {unusable}; the first:{shown}")
-    return [_columns(number, row) for number, row in sorted(drawn, key=lambda one: one[0])]
+        logger.warning(f"rows without a prompt, left out: {unusable}; the first:{shown}")
+    return [_columns(index, row) for index, row in sorted(drawn, key=lambda pair: pair[0])]
 
 
 def _prompts(paths: Sequence[str | os.PathLike]) -> Iterator[SourceRow | str]:
-    """Each row as a prompt, or what is wrong with it and where."""
+    """Each row as a prompt, or a message on what is wrong with it."""
     for file in find_files(paths):
         for line, row in read_rows(file):
             try:
@@ -59,14 +63,13 @@ def _prompts(paths: Sequence[str | os.PathLike]) -> Iterator[SourceRow | str]:
                 yield f"{file}:{line}: {error}"
 
 
-def _columns(number: int, row: SourceRow) -> dict[str, Any]:
-    single = len(row.messages) == 1
-    columns: dict[str, Any] = (
-        {"instruction": row.messages[0]["content"]} if single else {"messages": row.messages}
-    )
-    extra = {"gt_answer": row.gt_answer, "category": row.category}
-    return (
-        columns
-        | {"id": number}
-        | {name: value for name, value in extra.items() if value is not None}
-    )
+def _columns(index: int, row: SourceRow) -> dict[str, Any]:
+    columns: dict[str, Any] = {"messages": row.messages}
+    if len(row.messages) == 1:
+        columns = {"instruction": row.messages[0]["content"]}
+    columns["id"] = index
+    if row.gt_answer is not None:
+        columns["gt_answer"] = row.gt_answer
+    if row.category is not None:
+        columns["category"] = row.category
+    return columns

@@ -68,9 +68,10 @@ class PairResult:
 class Judge:
     """Scores of responses: a reward model's, the weighted sum of reward functions, or their sum.
 
-    Args: reward_model: model, tokenizer and template of
-        :func:`~coati.inference.evaluate.score_rows.load_reward_model`. rewards:
-        :class:`~coati.rewards.Rewards`.
+    Args:
+        reward_model: model, tokenizer and template, from
+            :func:`~coati.inference.evaluate.score_rows.load_reward_model`.
+        rewards: reward functions.
 
     Raises:
         ValueError: without either.
@@ -83,7 +84,7 @@ class Judge:
         batch_size: int = 16,
     ) -> None:
         if reward_model is None and rewards is None:
-            raise ValueError("nothing to judge by: give a reward model, reward functions, or both")
+            raise ValueError("nothing to judge by: pass a reward model, reward functions, or both")
         self.reward_model = reward_model
         self.rewards = rewards
         self.batch_size = batch_size

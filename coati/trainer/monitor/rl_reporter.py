@@ -1,4 +1,4 @@
-"""Metrics of PPO and GRPO episodes: gathered, logged, shown, and checked for signs of trouble."""
+"""Metrics of PPO and GRPO episodes: accumulated, logged, shown, and passed to the diagnostics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +22,12 @@ SHOWN = {  # on the progress bar
 
 
 class RLReporter:
-    """Gathers metrics until they are logged.
+    """Accumulates metrics until they are logged.
 
-    Args: log: of the run. checks: None: nothing is checked. stored: the trainer's state in the
-        checkpoint of a resumed run.
+    Args:
+        log: the run's.
+        checks: the diagnostics; None: none.
+        stored: the trainer's state in the checkpoint that is resumed; {} for a new run.
     """
 
     def __init__(self, log: RunLog, checks: RLChecks | None, stored: dict[str, Any]) -> None:

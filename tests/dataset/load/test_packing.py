@@ -11,9 +11,9 @@ from coati.dataset.load.epoch_order import EpochOrder
 from coati.dataset.load.packing import (
     PackCollator,
     best_fit_decreasing,
-    exchange,
     packs,
     padding_share,
+    swap_rows,
 )
 from tests.tiny import tiny_tokenizer
 
@@ -122,7 +122,7 @@ def test_exchange_keeps_the_packs_themselves():
     lengths = np.array([5, 5, 4, 4, 1])
     pack_of = np.array([0, 1, 0, 1, 0])
     for seed in range(20):
-        moved = exchange(pack_of, lengths, 10, np.random.default_rng(seed))
+        moved = swap_rows(pack_of, lengths, 10, np.random.default_rng(seed))
         assert (
             sorted(np.bincount(moved).tolist()) == [2, 3]
             and np.bincount(moved, weights=lengths).max() <= 10

@@ -59,10 +59,7 @@ def test_longer_dialogues_and_ground_truths_are_kept(tmp_path, capsys):
         {"instruction": "q", "id": 1, "gt_answer": "3"},
     ]
     said = capsys.readouterr().err
-    assert (
-        "rows that hold no prompt and are left out: 1" in said
-        and "a.json:1: no known row format" in said
-    )
+    assert "rows without a prompt, left out: 1" in said and "a.json:1: no known row format" in said
 
 
 def test_nothing_usable_is_an_error(tmp_path):

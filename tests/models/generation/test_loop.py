@@ -9,7 +9,7 @@ from coati.models.generation.loop import generate, generate_streaming
 from coati.models.generation.row_noise import row_noise
 from coati.models.generation.sampling import Sampling, choose, keep_likely
 from coati.models.padding_free import PaddingFree
-from coati.models.sdpa import one_query
+from coati.models.sdpa import decode_attention
 from tests.models.families import tiny_bloom, tiny_gpt2, tiny_opt, tiny_qwen2
 from tests.tiny import tiny_llama
 
@@ -218,13 +218,13 @@ def test_ranks_agree_on_tokens_and_log_probs():
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_query_reads_the_cache_where_it_lies(groups, masked):
+def test_decode_attention_reads_the_cache_where_it_lies(groups, masked):
     torch.manual_seed(0)
     query, cache = torch.randn(2, 2 * groups, 1, 8), torch.randn(2, 4, 2, 20, 8)
     key, value = cache[0, :2, :, 3:9], cache[1, :2, :, 3:9]
     mask = torch.zeros(2, 1, 1, 7)
     mask[0, ..., :2] = torch.finfo(torch.float32).min
-    found = one_query(query, key, value, mask if masked else None, scale=0.5)
+    found = decode_attention(query, key, value, mask if masked else None, scale=0.5)
     repeated = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, *repeated, attn_mask=mask[..., :6] if masked else None, scale=0.5

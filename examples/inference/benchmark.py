@@ -32,8 +32,8 @@ def measure(args: BenchmarkSettings, quant: str, results) -> None:
         }
         for batch in args.batch_size:
             speed = measures.speed_of(loaded, batch, args.prompt_tokens, args.new_tokens)
-            figures["tokens_per_second"][batch] = speed.rate
-            figures.setdefault("first_token_seconds", speed.first)
+            figures["tokens_per_second"][batch] = speed.tokens_per_second
+            figures.setdefault("first_token_seconds", speed.first_token_seconds)
         results.send(figures | {"peak_memory_mb": peak_memory_mb()})
     except (ValueError, OSError) as error:
         results.send(str(error))

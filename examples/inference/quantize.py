@@ -16,14 +16,16 @@ def measured(name: str, folder, args: QuantizeSettings, original=None) -> dict:
     from coati.models.loading import find_model
 
     loaded = load(folder, trust_remote_code=args.trust_remote_code)
-    rows = measures.rows_of(args.eval, loaded.conversation, args.max_length)
+    rows = measures.read_conversations(args.eval, loaded.conversation, args.max_length)
     size = measures.size_of(find_model(folder, "actor"))
     return {
         "model": name,
-        "bytes": size.embeddings + size.inside,
+        "bytes": size.embeddings + size.layers,
         "ratio": size.ratio(original or size),
         "perplexity": measures.perplexity(loaded.model, rows),
-        "tokens_per_second": measures.speed_of(loaded, 1, new_tokens=args.new_tokens).rate,
+        "tokens_per_second": measures.speed_of(
+            loaded, 1, new_tokens=args.new_tokens
+        ).tokens_per_second,
     }
 
 
@@ -55,7 +57,7 @@ def main(args: QuantizeSettings) -> None:
         conversation = conversation_of(
             original, load_tokenizer(find_tokenizer(original), args.trust_remote_code)
         )
-        calibration = measures.rows_of(
+        calibration = measures.read_conversations(
             args.calibration, conversation, args.max_length, args.calibration_rows
         )
     several = len(args.method) > 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coati.dataset.load.collator import attention_mask, pad, supervise_all
 
-# Rounds of :func:`swap_rows`: enough that packs differ between epochs, and cheap beside the packing.
+# Rounds of :func:`swap_rows`: enough that packs differ between epochs, and still cheap.
 _SWAP_ROUNDS = 40
 
 
@@ -109,12 +109,11 @@ def padding_share(widths: Sequence[int] | np.ndarray, batch_size: int) -> float:
 
 
 class PackCollator:
-    """Packs (lists of rows) -> ``input_ids, attention_mask, labels, position_ids``, each (B, S), one
-    pack per row.
+    """B packs (lists of rows) -> ``input_ids, attention_mask, labels, position_ids``, each (B, S).
 
-    ``position_ids`` are 0 where a row begins and on padding, so they say which tokens belong
-    together. The first token of a row has no label: what stands before it in the pack must not be
-    asked to predict it.
+    ``position_ids`` restart at 0 with each row of a pack and are 0 on padding, which tells the rows
+    apart. The first token of a row has no label: the row before it must not be trained to predict
+    it.
 
     Args:
         collate: the :class:`~coati.dataset.load.collator.DataCollatorForSupervisedDataset` whose

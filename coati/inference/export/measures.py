@@ -1,4 +1,4 @@
-"""Measures of a model: perplexity on rows, bytes of its weights, generation speed."""
+"""Measurements of a model: perplexity, size of its weights, generation speed."""
 
 import math
 import os
@@ -21,22 +21,22 @@ from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
 from coati.utils.constants import IGNORE_INDEX
 
-# Token ids, and labels with IGNORE_INDEX where nothing is supervised.
+# Token ids and labels (IGNORE_INDEX where not supervised) of one conversation.
 Row = tuple[list[int], list[int]]
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
-BF16 = 2  # bytes
+BF16_BYTES = 2
 
 
-def rows_of(
+def read_conversations(
     inputs: Sequence[str | os.PathLike],
     conversation: Conversation,
     max_length: int,
-    most: int | None = None,
+    limit: int | None = None,
 ) -> list[Row]:
-    """Conversations of files as token ids and labels, as for supervised fine-tuning; at most the
-    first ``most``.
+    """The first ``limit`` conversations of files, tokenized as for supervised fine-tuning.
 
-    Raises ValueError when no row can be used, with the reason of the first.
+    Raises:
+        ValueError: if no row can be used, with the reason of the first.
     """
     rows: list[Row] = []
     reasons: list[str] = []
@@ -49,30 +49,31 @@ def rows_of(
                 reasons.append(f"{file}:{line}: {error.reason}: {error.detail}")
                 continue
             rows.append((list(columns["input_ids"]), list(columns["labels"])))
-            if most is not None and len(rows) == most:
+            if len(rows) == limit:
                 return rows
     if not rows:
         raise ValueError(
-            f"{' '.join(map(str, inputs))}: no conversation to use ({(reasons or ['empty'])[0]})"
+            f"{' '.join(map(str, inputs))}: no usable conversation ({(reasons or ['empty'])[0]})"
         )
     return rows
 
 
 @torch.no_grad()
 def perplexity(model: Any, rows: Sequence[Row]) -> float:
-    """exp of the mean negative log-probability of all supervised tokens of ``rows``, one row at a
-    time.
+    """exp of the mean cross-entropy (nats) over all supervised tokens of ``rows``; one row per
+    forward.
 
-    Raises ValueError when nothing is supervised.
+    Raises:
+        ValueError: if no token is supervised.
     """
     total = 0.0
     count = 0
     device = next(model.parameters()).device
     for ids, labels in rows:
         logits = model(torch.tensor([ids], device=device)).logits[0, :-1].float()
-        wanted = torch.tensor(labels[1:], device=device)
-        total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum"))
-        count += int((wanted != IGNORE_INDEX).sum())
+        targets = torch.tensor(labels[1:], device=device)
+        total += float(F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum"))
+        count += int((targets != IGNORE_INDEX).sum())
     if count == 0:
         raise ValueError("no token of these rows is supervised: they hold no response")
     return math.exp(total / count)
@@ -80,29 +81,30 @@ def perplexity(model: Any, rows: Sequence[Row]) -> float:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of weights on disk: of ``embeddings`` (and head), and ``inside``, of all others;
-    ``parameters``: their number inside."""
+    """Bytes of weights on disk: ``embeddings`` (input and output), ``layers`` (all others), and the
+    number of ``parameters`` of the latter."""
 
     embeddings: int
-    inside: int
+    layers: int
     parameters: int = 0
 
     def ratio(self, original: "Size") -> float:
-        """``inside`` against the same layers of ``original`` in bf16."""
-        return self.inside / (BF16 * original.parameters)
+        """``layers`` as a fraction of the bytes of ``original``'s layers in bf16."""
+        return self.layers / (BF16_BYTES * original.parameters)
 
 
 def size_of(folder: str | os.PathLike) -> Size:
-    """The weights of a directory, from the headers of its safetensors files.
+    """Size of the safetensors files of a directory.
 
-    Raises ValueError where there are none.
+    Raises:
+        ValueError: if there are none.
     """
     from safetensors import safe_open
 
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no *.safetensors files to measure")
-    embeddings = inside = parameters = 0
+    embeddings = layers = parameters = 0
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
@@ -111,33 +113,34 @@ def size_of(folder: str | os.PathLike) -> Size:
                 if any(part in name for part in EMBEDDINGS):
                     embeddings += bytes_
                 else:
-                    inside, parameters = inside + bytes_, parameters + tensor.numel()
-    return Size(embeddings, inside, parameters)
+                    layers += bytes_
+                    parameters += tensor.numel()
+    return Size(embeddings, layers, parameters)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """``first``: seconds to the first token of one response; ``rate``: new tokens per second of a
-    whole batch."""
+    """Generation speed: time to the first token for a batch of one, and new tokens per second of a
+    whole ``batch``."""
 
     batch: int
-    first: float
-    rate: float
+    first_token_seconds: float
+    tokens_per_second: float
 
 
 def speed_of(loaded: Loaded, batch: int, prompt_tokens: int = 64, new_tokens: int = 32) -> Speed:
-    """Time of ``batch`` greedy responses of ``new_tokens`` tokens each, none ending earlier, after
-    a short warm-up."""
+    """Time ``batch`` greedy responses of exactly ``new_tokens`` tokens each, after a short
+    warm-up."""
     model = loaded.model
     device = next(model.parameters()).device
-    known = len(loaded.tokenizer)
-    drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, known, (batch, prompt_tokens), generator=drawn).to(device)
-    endless = {"stop_sequences": [], "do_sample": False}
-    generate(model, ids[:1], max_new_tokens=2, **endless)
+    vocabulary = len(loaded.tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).to(device)
+    settings = {"stop_sequences": [], "do_sample": False}
+    generate(model, ids[:1], max_new_tokens=2, **settings)
     start = time.perf_counter()
-    next(iter(generate_streaming(model, ids[:1], max_new_tokens=1, **endless)))
-    first = time.perf_counter() - start
+    next(iter(generate_streaming(model, ids[:1], max_new_tokens=1, **settings)))
+    first_token = time.perf_counter() - start
     start = time.perf_counter()
-    generate(model, ids, max_new_tokens=new_tokens, **endless)
-    return Speed(batch, first, batch * new_tokens / (time.perf_counter() - start))
+    generate(model, ids, max_new_tokens=new_tokens, **settings)
+    return Speed(batch, first_token, batch * new_tokens / (time.perf_counter() - start))

@@ -1,5 +1,5 @@
-"""The inference engine of the server: continuous batching in a thread of its own. Requests queue,
-join the batch between two tokens, and leave it as they end."""
+"""The server's inference engine: continuous batching in a background thread. Requests are queued,
+join the running batch between two tokens, and leave it when they finish."""
 
 import copy
 import itertools
@@ -28,16 +28,17 @@ INCOMPLETE = ("timeout", "error", "closed", "canceled")
 
 
 class QueueFull(RuntimeError):
-    """The queue takes no more requests."""
+    """The queue is full, or the engine is closed."""
 
 
 class PromptTooLong(ValueError):
-    """Prompt and response together exceed the context that the server gives the model."""
+    """Prompt and ``max_new_tokens`` together exceed the engine's ``max_length``."""
 
 
 class StreamChunk(NamedTuple):
-    """A part of a response. ``finish``, of the last one: stop, length, content_filter; or one of
-    INCOMPLETE where there is no whole response. ``tokens``: of the response so far."""
+    """A part of a response. ``finish`` is None except in the last one: "stop", "length",
+    "content_filter", or one of INCOMPLETE if the response is not whole. ``tokens``: number of
+    tokens of the response so far."""
 
     text: str
     finish: str | None
@@ -46,9 +47,8 @@ class StreamChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a response is generated. ``stop``: texts that end it and are not part of it. ``seed``
-    None draws differently each time; otherwise the response depends on the request alone, not on
-    what is batched with it."""
+    """How a response is generated. ``stop``: strings that end it and are not part of it. ``seed``:
+    makes the response reproducible, whatever it is batched with; None: a random one."""
 
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 512
@@ -57,8 +57,8 @@ class SamplingParams:
 
 
 class Request:
-    """One request on its way through the engine. ``tokens``: its response so far, the stop sequence
-    included; ``number``: of its row in the decoder."""
+    """A queued or running request. ``number``: its row id in the decoder; ``tokens``: token ids of
+    the response so far, stop sequence included."""
 
     def __init__(
         self,
@@ -83,26 +83,28 @@ class Request:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it arrived."""
+        """Seconds since the request arrived."""
         return time.monotonic() - self.arrived
 
     @property
     def complete(self) -> bool:
-        """Whether the model has nothing to add."""
+        """Whether the response has ended by a stop sequence or at ``max_new_tokens``."""
         return self.stream.stopped or len(self.tokens) >= self.params.max_new_tokens
 
     def cancel(self) -> None:
-        """Nobody waits for the response any more: its place is free before the next token."""
+        """Abandon the request; it leaves the batch before the next token."""
         self.canceled = True
 
     def interrupted(self) -> str | None:
-        """Why the request ends whatever the model says."""
+        """Why the request must end before its response is complete ("canceled", "timeout"), or
+        None."""
         if self.canceled:
             return "canceled"
         return "timeout" if time.monotonic() > self.deadline else None
 
     def take(self, token: int) -> str | None:
-        """Deliver the text that ``token`` makes certain; why the response ends with it, or None."""
+        """Append ``token`` and deliver the text that is final by now; returns the finish reason if
+        it ends the response, else None."""
         self.tokens.append(token)
         text = self.stream.push(token)
         complete = self.complete
@@ -118,14 +120,14 @@ class Request:
 
 
 class InferenceEngine:
-    """Generates responses in a thread of its own, up to ``max_batch`` at a time; ``max_queue`` more
-    may wait.
+    """Generates responses in a background thread.
 
     Args:
-        max_length: tokens of prompt and response together (never more than the model has
-            positions).
+        max_length: limit on prompt plus response tokens, capped at the model's positions.
+        max_batch: requests that run at a time.
+        max_queue: requests that may wait besides.
         timeout: seconds that a request may take, waiting included.
-        words: a response ends before any of them.
+        words: filtered words; a response is cut before the first of them.
     """
 
     def __init__(
@@ -147,12 +149,12 @@ class InferenceEngine:
         self.timeout = timeout
         self.metrics = ServerMetrics()
         self.stops = stop_sequences(loaded.tokenizer, loaded.conversation)
-        # A fast tokenizer may not be used by two threads at once: the engine has one of its own.
+        # A fast tokenizer is not thread-safe, so the engine's thread has its own copy.
         self._tokenizer = copy.deepcopy(loaded.tokenizer)
         self._encoding = threading.Lock()
         self._device = next(loaded.model.parameters()).device
         self._decoder: Decoder | None = None
-        # Only a number of rows that stays for a while is worth prepacking for.
+        # Prepacking pays only if the number of rows stays the same for some steps.
         self._prepacked = MklPrepacked(loaded.model, patience=PAYS_AFTER)
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
@@ -163,24 +165,25 @@ class InferenceEngine:
         self._thread.start()
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt's token ids. Raises RowError when the template refuses ``messages``."""
+        """The prompt's token ids. Raises RowError if the template rejects ``messages``."""
         with self._encoding:
             return self.loaded.conversation.encode_prompt(messages).input_ids
 
     def submit(
         self, prompt: list[int], params: SamplingParams, deliver: Callable[[StreamChunk], None]
     ) -> Request:
-        """Queue ``prompt``; ``deliver`` gets each chunk of the response, in the engine's thread.
+        """Queue ``prompt``; ``deliver`` is called with each chunk of the response, in the engine's
+        thread.
 
         Raises:
-            PromptTooLong: with both numbers.
-            QueueFull: too many requests wait, or the engine is closed.
+            PromptTooLong: if prompt and ``max_new_tokens`` exceed ``max_length``.
+            QueueFull: if too many requests are waiting, or the engine is closed.
         """
         if len(prompt) + params.max_new_tokens > self.max_length:
             raise PromptTooLong(
-                f"the prompt takes {len(prompt)} tokens and the response up to "
-                f"{params.max_new_tokens}, together more than the {self.max_length} that this "
-                "server gives the model; shorten the prompt or ask for fewer tokens"
+                f"the prompt has {len(prompt)} tokens and the response up to "
+                f"{params.max_new_tokens}, together more than this server's limit of "
+                f"{self.max_length}; shorten the prompt or ask for fewer tokens"
             )
         stream = TextStream(self._tokenizer, self.stops)
         stop_filter = StopStringFilter(params.stop, self.words)
@@ -189,7 +192,9 @@ class InferenceEngine:
         with self._wake:
             if len(self._waiting) >= self.max_queue:
                 self.metrics.outcome("queue_full")
-                raise QueueFull(f"{len(self._waiting)} requests wait already; try again later")
+                raise QueueFull(
+                    f"{len(self._waiting)} requests are already waiting; try again later"
+                )
             if self._closed:
                 raise QueueFull("the server is shutting down")
             self._waiting.append(request)
@@ -212,7 +217,7 @@ class InferenceEngine:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """End the thread. Requests without a whole response get a last chunk "closed"."""
+        """Stop the thread. Unfinished requests get a last chunk that says "closed"."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -224,7 +229,7 @@ class InferenceEngine:
                 self._wake.wait_for(lambda: self._closed or self._waiting or self._running)
             try:
                 self._turn()
-            except Exception as error:  # a response that fails must not end the server
+            except Exception as error:  # which must not take the server down
                 logger.error(
                     f"an error ended {len(self._running)} responses: {type(error).__name__}: "
                     f"{error}"
@@ -232,29 +237,29 @@ class InferenceEngine:
                 self._clear()
                 self._end(dict.fromkeys(self._running, "error"))
         with self._wake:
-            left, self._waiting = self._waiting, deque()
-        self._running |= {request.number: request for request in left}
+            self._running |= {request.number: request for request in self._waiting}
+            self._waiting = deque()
         self._end(dict.fromkeys(self._running, "closed"))
 
     def _turn(self) -> None:
-        """One token more for each row of the batch, and one prompt, so that no response waits for
-        many prompts."""
+        """One token for each row of the batch, then the prefill of at most one waiting request, so
+        that running responses never wait for several prompts."""
         with self._wake:
-            leaving = [request for request in self._waiting if request.interrupted()]
-            self._waiting = deque(each for each in self._waiting if each not in leaving)
+            expired = [request for request in self._waiting if request.interrupted()]
+            self._waiting = deque(each for each in self._waiting if each not in expired)
             room = len(self._running) < self.max_batch and self._waiting
-            admitted = [self._waiting.popleft()] if room else []
-            self._running |= {request.number: request for request in [*leaving, *admitted]}
+            admitted = self._waiting.popleft() if room else None
+            for request in expired if admitted is None else [*expired, admitted]:
+                self._running[request.number] = request
         running = self._running.items()
         self._end({number: why for number, each in running if (why := each.interrupted())})
         if self._decoder is not None:
             self._step()
-        for request in admitted:
-            if request.number in self._running:
-                self._join(request)
+        if admitted is not None and admitted.number in self._running:
+            self._join(admitted)
 
     def _step(self) -> None:
-        """One token more for each row of the batch."""
+        """Generate one token for each row of the batch."""
         numbers = self._decoder.row_ids.tolist()
         self._prepacked.use(len(numbers))
         tokens = self._decoder.step().tokens.tolist()
@@ -264,16 +269,16 @@ class InferenceEngine:
         self._end({number: why for number, why in ends.items() if why})
 
     def _join(self, request: Request) -> None:
-        """The first token of ``request``, and its place in the batch unless that ends it."""
+        """Generate the first token of ``request`` and, unless that ends it, add it to the batch."""
         ids = torch.tensor([request.prompt], device=self._device)
         params = request.params
-        drawn = np.random.default_rng(params.seed).random((1, params.max_new_tokens))
+        noise = np.random.default_rng(params.seed).random((1, params.max_new_tokens))
         decoder = Decoder(
             self.loaded.model,
             ids,
             torch.ones_like(ids),
             params.sampling,
-            noise=torch.from_numpy(drawn),
+            noise=torch.from_numpy(noise),
             row_ids=torch.tensor([request.number]),
         )
         [token] = decoder.step().tokens.tolist()
@@ -286,8 +291,8 @@ class InferenceEngine:
             self._decoder.join(decoder)
 
     def _end(self, ended: dict[int, str]) -> None:
-        """Take requests out of the batch, {number: why}; those without a whole response get a last
-        chunk that says so."""
+        """Remove requests, {number: finish reason}, from the batch; those without a whole response
+        get a last chunk with the reason."""
         if ended and self._decoder is not None:
             staying = [number not in ended for number in self._decoder.row_ids.tolist()]
             if any(staying):
@@ -302,6 +307,6 @@ class InferenceEngine:
         self.metrics.levels(len(self._running), len(self._waiting))
 
     def _clear(self) -> None:
-        """No row is left."""
+        """Drop the decoder and the prepacked weights."""
         self._decoder = None
         self._prepacked.end()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from coati.cli.inference import parse_inference
 from coati.cli.quantize import parse_benchmark, parse_quantize
 from coati.cli.serve import parse_server
-from coati.inference.export.measures import Size, perplexity, rows_of, size_of, speed_of
+from coati.inference.export.measures import Size, perplexity, read_conversations, size_of, speed_of
 from coati.inference.export.quantize import check_groups, outlier_layers, quantize
 from coati.inference.model_loading import load
 from coati.inference.quantized_loading import quantization_kwargs, require_package
@@ -119,7 +119,9 @@ def test_perplexity_is_that_of_the_supervised_tokens(tmp_path):
     with pytest.raises(ValueError, match="no token of these rows is supervised"):
         perplexity(model, rows[1:])
     write(tmp_path)
-    found = rows_of([data(tmp_path)], load(tmp_path, device="cpu").conversation, 64, most=2)
+    found = read_conversations(
+        [data(tmp_path)], load(tmp_path, device="cpu").conversation, 64, limit=2
+    )
     assert len(found) == 2 and sum(label != -100 for label in found[0][1]) >= 2
     assert math.isfinite(perplexity(tiny_llama(layers=1), found))
 
@@ -137,7 +139,7 @@ def test_sizes_count_embeddings_apart(tmp_path):
 def test_speed_counts_every_response_of_the_batch(tmp_path):
     write(tmp_path)
     speed = speed_of(load(tmp_path, device="cpu"), 3, prompt_tokens=4, new_tokens=5)
-    assert speed.batch == 3 and speed.first > 0 and speed.rate > 0
+    assert speed.batch == 3 and speed.first_token_seconds > 0 and speed.tokens_per_second > 0
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_the_queue_has_an_end():
         first = Asked(engine, "hello", 300)
         assert until(lambda: engine.running == 1)
         waiting = [Asked(engine, "you", 2) for _ in range(2)]
-        with pytest.raises(QueueFull, match="2 requests wait already"):
+        with pytest.raises(QueueFull, match="2 requests are already waiting"):
             Asked(engine, "too many")
         assert outcome(engine, "queue_full") == 1
         first.request.cancel()
@@ -109,7 +109,7 @@ def test_prompt_and_answer_have_to_fit():
     with engine_of(max_length=64) as engine:
         with pytest.raises(
             PromptTooLong,
-            match=r"takes \d+ tokens and the response up to 60, together more than the 64",
+            match=r"has \d+ tokens and the response up to 60, together more than this server.s limit of 64",
         ):
             Asked(engine, "hello", 60)
     with engine_of(max_length=10**6) as engine:

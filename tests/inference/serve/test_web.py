@@ -73,7 +73,7 @@ def test_contents_in_parts_and_developers_are_understood(client):
         (
             {"messages": [{"role": "user", "content": "hello " * 400}]},
             400,
-            "together more than the 512",
+            "together more than this server's limit of 512",
             "messages",
         ),
         (

@@ -109,7 +109,8 @@ def test_prompt_and_answer_have_to_fit():
     with engine_of(max_length=64) as engine:
         with pytest.raises(
             PromptTooLong,
-            match=r"has \d+ tokens and the response up to 60, together more than this server.s limit of 64",
+            match=r"has \d+ tokens and the response up to 60, together more than this server's "
+            "limit of 64",
         ):
             Asked(engine, "hello", 60)
     with engine_of(max_length=10**6) as engine:

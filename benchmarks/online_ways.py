@@ -51,7 +51,7 @@ class Paced:
         self.clock.start()
         return self.loader.global_batches(epoch, start)
 
-    def look(self, metrics: dict[str, float], episode: int) -> list[str]:
+    def check(self, metrics: dict[str, float], episode: int) -> list[str]:
         found = self.clock.read()
         phases = {phase: metrics[f"seconds_{phase}"] for phase in PHASES}
         self.tell(

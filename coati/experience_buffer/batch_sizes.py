@@ -1,5 +1,4 @@
-"""Whether what an episode collects is a whole number of optimizer steps. Imports nothing: flags are
-checked with it."""
+"""Whether an episode collects a whole number of global batches. Light: flag checks import it."""
 
 
 def optimizer_steps_per_pass(
@@ -26,27 +25,27 @@ def optimizer_steps_per_pass(
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     collected = num_collect_steps * experience_batch_size * num_generations
-    window = train_batch_size * accumulation_steps
-    if collected % window == 0:
-        return collected // window
+    global_batch = train_batch_size * accumulation_steps
+    if collected % global_batch == 0:
+        return collected // global_batch
     generations = f" x --num_generations {num_generations}" if num_generations > 1 else ""
     raise ValueError(
         f"an episode collects --num_collect_steps {num_collect_steps} x --experience_batch_size "
-        f"{experience_batch_size}{generations} = {collected} responses per process, which is no "
-        f"whole multiple of the {window} that one optimizer step takes (--train_batch_size "
+        f"{experience_batch_size}{generations} = {collected} responses per process, not a "
+        f"multiple of the {global_batch} that one optimizer step takes (--train_batch_size "
         f"{train_batch_size} x --accumulation_steps {accumulation_steps}); "
-        f"{_remedy(given, collected, window)} would fit"
+        f"{_remedy(given, collected, global_batch)} would fit"
     )
 
 
-def _remedy(given: dict[str, int], collected: int, window: int) -> str:
+def _remedy(given: dict[str, int], collected: int, global_batch: int) -> str:
     """The nearest change of one flag on either side: smaller steps, or more collected."""
     per_collect = collected // given["--num_collect_steps"]
     train = given["--train_batch_size"]
     steps = next(
         n
-        for n in range(given["--num_collect_steps"], window + collected)
-        if n * per_collect % window == 0
+        for n in range(given["--num_collect_steps"], global_batch + collected)
+        if n * per_collect % global_batch == 0
     )
     if collected % train:
         largest = next(n for n in range(min(train, collected), 0, -1) if collected % n == 0)

@@ -90,11 +90,11 @@ class VllmRollout:
             [self._parameters(seed, temperature) for seed in seeds],
             use_tqdm=False,
         )
-        answers = [
+        responses = [
             cut(list(output.outputs[0].token_ids), self.stops, self.max_new_tokens)
             for output in outputs
         ]
-        return self._laid_out(input_ids, answers)
+        return self._padded(input_ids, responses)
 
     def _parameters(self, seed: int, temperature: float) -> Any:
         sampling = self.sampling
@@ -111,14 +111,14 @@ class VllmRollout:
             detokenize=False,
         )
 
-    def _laid_out(self, input_ids: Tensor, answers: list[tuple[list[int], bool]]) -> Generated:
-        width = max(len(tokens) for tokens, _ in answers)
-        new = [tokens + [self.pad] * (width - len(tokens)) for tokens, _ in answers]
+    def _padded(self, input_ids: Tensor, responses: list[tuple[list[int], bool]]) -> Generated:
+        width = max(len(tokens) for tokens, _ in responses)
+        new = [tokens + [self.pad] * (width - len(tokens)) for tokens, _ in responses]
         device = input_ids.device
         return Generated(
             torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=device)], dim=1),
-            torch.tensor([len(tokens) for tokens, _ in answers], device=device),
-            torch.tensor([stopped for _, stopped in answers], device=device),
+            torch.tensor([len(tokens) for tokens, _ in responses], device=device),
+            torch.tensor([stopped for _, stopped in responses], device=device),
             input_ids.shape[1],
             logprobs=None,
         )

@@ -1,11 +1,11 @@
-"""The one checkpoint layout, and exact resume from it.
+"""The checkpoint layout, and bitwise exact resume from it.
 
 ``<save_dir>/epoch-E_step-S/``: ``modeling/`` (a Hugging Face directory),
-``optimizer/rank-XXXXX.pt`` (each rank's own optimizer states, fp32 master weights and random
-states: ColossalAI saves neither of the latter two), ``lr_scheduler``,
-``running_states.json``. A directory of this name is whole: it was renamed into place last. A run
-that trains several models has the first three in a folder for each, ``actor/`` and ``critic/``, and
-``buffer/rank-XXXXX.pt`` when it was stopped between two updates of an episode.
+``optimizer/rank-XXXXX.pt`` (each rank's optimizer states, fp32 master weights and random states;
+ColossalAI saves neither of the latter two), ``lr_scheduler``, ``running_states.json``. A directory
+of this name is complete: it is renamed into place last. A run that trains several models has the
+first three in a folder for each, ``actor/`` and ``critic/``, and ``buffer/rank-XXXXX.pt`` if it was
+stopped between two updates of an episode.
 """
 
 import re
@@ -27,16 +27,15 @@ from coati.utils.logging import get_logger
 logger = get_logger(__name__)
 
 NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
-HELD = "buffer"
-Models = dict[
-    str, tuple[Engine, ModelAssets]
-]  # by name: an engine and what is saved beside its weights
+BUFFER = "buffer"
+# Name -> an engine, and what is saved beside its weights.
+Models = dict[str, tuple[Engine, ModelAssets]]
 
 
 @dataclass
 class RunningState:
-    """Where a run stands: ``step`` optimizer steps done in all, ``sample_start_index`` rows done of
-    epoch ``epoch``."""
+    """The position of a run: ``step`` optimizer steps done in total, and ``sample_start_index``
+    rows done in epoch ``epoch``."""
 
     epoch: int = 0
     step: int = 0
@@ -48,7 +47,7 @@ class RunningState:
 
 
 def layout_of(engine: Engine) -> dict[str, Any]:
-    """What an optimizer state is bound to: another layout cannot take it."""
+    """The settings that an optimizer state depends on; it cannot be loaded under others."""
     options = engine.options
     names = (
         "plugin",
@@ -74,25 +73,25 @@ def save_checkpoint(
     """Write ``epoch-E_step-S`` below ``save_dir`` and return it. Every rank must call it.
 
     Raises:
-        SaveFailed: on every rank, when one could not write; no directory of that name is left then.
+        SaveFailed: on every rank, if one could not write; no directory of that name is then left.
     """
     return _save(save_dir, {".": (engine, assets)}, state, None)
 
 
 def save_models(
-    save_dir: str | Path, models: Models, state: RunningState, held: dict[str, Any] | None = None
+    save_dir: str | Path, models: Models, state: RunningState, buffer: dict[str, Any] | None = None
 ) -> Path:
-    """The same for a run that trains several models: each in a folder of its name,
+    """:func:`save_checkpoint` for a run that trains several models: each in a folder of its name,
     ``epoch-E_step-S/actor`` and so on.
 
-    ``held``: tensors of this rank, as nested dictionaries, that a run stopped between two steps
-    goes on with.
+    ``buffer``: this rank's experience buffer, as nested dictionaries of tensors, of a run that is
+    stopped inside an episode.
     """
-    return _save(save_dir, models, state, held)
+    return _save(save_dir, models, state, buffer)
 
 
 def _save(
-    save_dir: str | Path, models: Models, state: RunningState, held: dict[str, Any] | None
+    save_dir: str | Path, models: Models, state: RunningState, buffer: dict[str, Any] | None
 ) -> Path:
     final = Path(save_dir) / f"epoch-{state.epoch}_step-{state.step}"
     state.layout = layout_of(next(iter(models.values()))[0])
@@ -100,10 +99,11 @@ def _save(
     def write(folder: Path) -> None:
         for name, (engine, assets) in models.items():
             _write_engine(folder / name, engine, assets)
-        if held is not None:
-            make_folder(folder / HELD)
-            write_file(folder / HELD / f"rank-{rank():05d}.pt", lambda path: torch.save(held, path))
-        barrier()  # the list of files is complete
+        if buffer is not None:
+            make_folder(folder / BUFFER)
+            file = folder / BUFFER / f"rank-{rank():05d}.pt"
+            write_file(file, lambda path: torch.save(buffer, path))
+        barrier()  # all files are written
         if is_rank_0():
             state.files = file_sizes(folder)
             write_file(folder / "running_states.json", lambda path: save_json(asdict(state), path))
@@ -126,10 +126,10 @@ def _write_engine(folder: Path, engine: Engine, assets: ModelAssets) -> None:
 def buffer_states_by_rank(
     folder: str | Path, state: RunningState, **layout: Any
 ) -> dict[str, Any] | None:
-    """What this rank gave :func:`save_models` to hold; None where nothing was held, or by other
-    ranks than there are now, which is said. ``layout``: what else decides which rank holds what, as
-    :func:`layout_of` names it."""
-    file = Path(folder) / HELD / f"rank-{rank():05d}.pt"
+    """The ``buffer`` that this rank passed to :func:`save_models`; None if there is none, or if it
+    was saved under another layout, which is logged. ``layout``: the settings besides the number of
+    processes that decide which rank holds which rows, named as in :func:`layout_of`."""
+    file = Path(folder) / BUFFER / f"rank-{rank():05d}.pt"
     if not file.parent.is_dir():
         return None
     layout["world_size"] = world_size()
@@ -140,18 +140,18 @@ def buffer_states_by_rank(
     ]
     if changed:
         logger.info(
-            f"{folder} was stopped inside an episode of other processes ({', '.join(changed)}): it "
-            "starts anew."
+            f"{folder} was saved inside an episode under another layout ({', '.join(changed)}): "
+            "the episode starts over."
         )
         return None
     return torch.load(file, weights_only=True)
 
 
 def read_checkpoint(folder: str | Path) -> RunningState:
-    """The running state of a whole checkpoint.
+    """The running state of a complete checkpoint.
 
     Raises:
-        ValueError: when a file is missing, shorter or longer than when it was saved, naming it.
+        ValueError: naming the file that is missing or has another size than when it was saved.
     """
     folder = Path(folder)
     if not (folder / "running_states.json").exists():
@@ -173,11 +173,14 @@ def read_checkpoint(folder: str | Path) -> RunningState:
 
 
 def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
-    """Put optimizer, master weights, schedule and random states of ``folder`` into ``engine``,
+    """Load optimizer, master weights, schedule and random states of ``folder`` into ``engine``,
     whose weights were loaded from ``folder/modeling`` before boosting. Every rank must call it.
 
-    Returns True when the run goes on to the bit; False, said with the reason, when the layout
-    changed and the optimizer starts anew.
+    Returns True if the resume is bitwise exact; False, with a logged reason, if the layout differs,
+    in which case the optimizer state is not loaded.
+
+    Raises:
+        ValueError: if a rank does not see its file.
     """
     folder, now = Path(folder), layout_of(engine)
     changed = {k: (state.layout.get(k), v) for k, v in now.items() if state.layout.get(k) != v}
@@ -191,8 +194,8 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
     if changed:
         what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         logger.info(
-            f"{folder} was written with another layout ({what}): its weights and position are "
-            "taken, the optimizer starts anew. With the same layout the run would go on exactly."
+            f"{folder} was saved under another layout ({what}): its weights and position are used, "
+            "and the optimizer state starts over. Under the same layout the resume would be exact."
         )
         return False
     mine = folder / "optimizer" / f"rank-{rank():05d}.pt"
@@ -207,7 +210,7 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
 
 
 def checkpoints(save_dir: str | Path) -> list[Path]:
-    """The whole checkpoints below ``save_dir``, oldest first."""
+    """The checkpoints in ``save_dir``, oldest first."""
     found = [
         child
         for child in Path(save_dir).glob("epoch-*_step-*")
@@ -217,20 +220,20 @@ def checkpoints(save_dir: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(save_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint, found by reading; one whose files do not add up is named and
-    passed over."""
+    """The newest complete checkpoint in ``save_dir``, or None. Incomplete ones are logged and
+    skipped."""
     for folder in reversed(checkpoints(save_dir)):
         try:
             read_checkpoint(folder)
         except ValueError as error:
-            logger.info(f"passed over: {error}")
+            logger.warning(f"skipped: {error}")
             continue
         return folder
     return None
 
 
 def clean(save_dir: str | Path, keep_last_k: int | None = None) -> None:
-    """On rank 0: remove what interrupted saves left, and all but the ``keep_last_k`` newest
+    """On rank 0: remove the leftovers of interrupted saves, and all but the ``keep_last_k`` newest
     checkpoints."""
     if not is_rank_0():
         return
@@ -242,7 +245,6 @@ def clean(save_dir: str | Path, keep_last_k: int | None = None) -> None:
     if keep_last_k:
         for folder in checkpoints(save_dir)[:-keep_last_k]:
             doomed = folder.with_name(f".{folder.name}.old")
-            folder.rename(
-                doomed
-            )  # at once, so that a kill in between leaves no half a checkpoint of that name
+            # Renaming is atomic: a kill during the removal leaves no partial checkpoint.
+            folder.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What an algorithm tells the engine (:class:`Objective`), and the result of an optimizer step."""
+"""The interface between an algorithm and the engine (:class:`Objective`), and the result of an
+optimizer step."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +14,12 @@ from coati.utils.meter import MaskedSamples
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor | MaskedSamples]
-PADDING = {
-    "labels": IGNORE_INDEX
-}  # every other key is padded with 0: attention masks say what counts
+# Every other key is padded with 0, where the attention mask is 0 too.
+PADDING = {"labels": IGNORE_INDEX}
 
 
 class Objective:
-    """A loss and what it needs. Subclass it and write :meth:`loss`; the engine does the rest.
+    """A loss and what it needs. A subclass must define :meth:`loss`.
 
     ``model_keys``: the keys of a batch that the model is called with. ``temperature``: log-probs
     are those of log_softmax(logits / temperature).
@@ -29,23 +29,22 @@ class Objective:
     temperature: float = 1.0
 
     def prepare(self, batch: Batch) -> Batch:
-        """Work without gradient on one micro-batch before its forward, on the device of the
-        data."""
+        """Preprocessing of one micro-batch without gradient, on the device of the data."""
         return batch
 
     def prepare_step(self, micro_batches: list[Batch]) -> list[Batch]:
-        """The same on all micro-batches of an optimizer step, prepared and on the model's device,
-        before the first forward: for what needs this rank's whole share of the global batch."""
+        """Preprocessing that needs this rank's whole share of the global batch: all prepared
+        micro-batches of an optimizer step, on the model's device, before the first forward."""
         return micro_batches
 
     def head_request(self, batch: Batch) -> HeadRequest | None:
-        """What :meth:`loss` needs of the vocabulary besides log-probs (entropy, top-k, given ids
-        (n, K), ...): by default nothing."""
+        """What :meth:`loss` needs of the vocabulary distribution besides label log-probs (entropy,
+        top-k, log-probs of given ids (n, K), ...); by default nothing."""
         return None
 
     def num_terms(self, batch: Batch) -> Tensor:
-        """How many terms (tokens, pairs, rows) :meth:`loss` adds up, a scalar tensor: by default
-        the supervised tokens of ``labels``."""
+        """The number of terms (tokens, pairs, rows) that :meth:`loss` sums, a scalar tensor; by
+        default the supervised tokens of ``labels``."""
         return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -62,7 +61,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class LossPart:
-    """A share of a step's loss: its micro-batches, their objective, and its weight."""
+    """One part of a step's loss: its micro-batches, their objective, and its weight."""
 
     micro_batches: list[Batch]
     objective: Objective
@@ -85,7 +84,7 @@ class Step:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite; nothing was updated by it."""
+    """The loss of a step is NaN or infinite; the step was not applied."""
 
 
 def concatenate(micro_batches: list[Batch]) -> Batch:

@@ -62,12 +62,11 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
 
 
 def master_tensors(engine: Engine) -> list[Tensor]:
-    """This rank's fp32 master weights, in an order that the model alone decides; none for plugin
-    ddp, whose weights are saved whole."""
+    """This rank's fp32 master weights, in an order that only depends on the model; none for plugin
+    ddp, which saves whole weights."""
     optimizer = engine.optimizer
-    if hasattr(
-        optimizer, "param_to_chunk16"
-    ):  # Gemini: one payload for each chunk that this rank updates
+    if hasattr(optimizer, "param_to_chunk16"):
+        # Gemini: one payload for each chunk that this rank updates.
         chunks = dict.fromkeys(optimizer.param_to_chunk16.values())
         return [(chunk.paired_chunk or chunk).payload for chunk in chunks]
     if PLUGINS[engine.options.plugin].fp32_weights:

@@ -129,7 +129,7 @@ class OLTrainer:
         if trained["cut"] != self._update_shape():
             logger.info(
                 "the run was stopped inside an episode whose updates were divided otherwise: that "
-                "episode starts anew."
+                "episode starts over."
             )
             return
         self._position = tuple(trained["position"])

@@ -103,7 +103,7 @@ class PreferenceTrainer(SLTrainer):
 
     def diagnose(self, step: Step) -> list[str]:
         self.checks.add(step.metrics, step.loss, step.num_terms, self.engine.mesh.is_loss_rank)
-        return self.checks.look()
+        return self.checks.check()
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
         return {"loss": step.loss, **confidence_interval(step, self.accuracy)}

@@ -332,7 +332,7 @@ def test_auto_passes_over_a_truncated_checkpoint_and_says_so(finished, tmp_path)
     ended = launched(2, {"auto": Run(words)}, tmp_path)["auto"]
     assert [rank.code for rank in ended] == [0, 0] and len(ended[0].rows) == 3
     assert (
-        "passed over: " in ended[0].err
+        "skipped: " in ended[0].err
         and "epoch-0_step-2: optimizer/rank-00001.pt has" in ended[0].err
     )
     assert "going on from" in ended[0].err and "epoch-0_step-1" in ended[0].err

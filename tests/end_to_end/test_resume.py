@@ -286,7 +286,7 @@ def test_with_other_processes_and_plugin_the_run_goes_on_in_the_same_order(first
     before, after = ended["fewer"][0].rows, alone["fewer"].rows
     said = alone["fewer"].err
     assert "SIGTERM: finishing this step, then saving" in ended["fewer"][0].err
-    assert alone["fewer"].code == 0 and "the optimizer starts anew" in said.replace("\n", " ")
+    assert alone["fewer"].code == 0 and "the optimizer state starts over" in said.replace("\n", " ")
     assert "world_size 2 -> 1" in said and "plugin zero2 -> ddp" in said
     epoch = [row for window in ended["plain"][0].rows[3:6] for row in window]
     # Two windows of 8 rows of the second epoch were seen by two processes, windows of 4 follow.

@@ -31,7 +31,7 @@ def test_a_run_of_an_older_release_goes_on(plugin, tmp_path):
         *("--checkpoint_path", str(checkpoint)),
     ]
     ended = run(1, "tests.end_to_end.worker:train", Run(words), timeout=120)[0]
-    assert ended.code == 0 and "starts anew" not in ended.err
+    assert ended.code == 0 and "starts over" not in ended.err
     resumed = metrics(tmp_path / "resumed")
     assert [line["step"] for line in resumed] == [4, 6, 8]
     for line, expected in zip(resumed, whole[1:], strict=True):

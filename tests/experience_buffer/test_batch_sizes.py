@@ -26,7 +26,7 @@ def test_what_does_not_fit_is_said_with_what_would():
         optimizer_steps_per_pass(2, 16, 16, 8)
     assert str(caught.value) == (
         "an episode collects --num_collect_steps 2 x --experience_batch_size 16 = 32 responses per "
-        "process, which is no whole multiple of the 128 that one optimizer step takes "
+        "process, not a multiple of the 128 that one optimizer step takes "
         "(--train_batch_size 16 x --accumulation_steps 8); --accumulation_steps 2, or "
         "--num_collect_steps 8, would fit"
     )

@@ -322,7 +322,7 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
         buffer_state=saved["buffer_state"],
     )
     assert len(other.buffer) == 0 and other._position == (0, 0)
-    assert "that episode starts anew" in capsys.readouterr().err
+    assert "that episode starts over" in capsys.readouterr().err
 
 
 def test_the_state_of_an_older_release_under_todays_names():

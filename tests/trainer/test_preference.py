@@ -210,7 +210,7 @@ def watch(
             **{name: [values] for name, values in moments(noise + slope * length, length).items()},
         }
         signs.add(metrics, loss, pairs, is_loss_rank=True)
-        said += signs.look()
+        said += signs.check()
     return said
 
 

@@ -145,9 +145,8 @@ class ChatEncoder:
         """Those of ``borders`` that lie inside a token."""
         crossed = []
         for border in sorted(borders):
-            before = (
-                bisect_left(offsets, border, key=itemgetter(0)) - 1
-            )  # the last token that begins before it
+            # The last token that begins before it.
+            before = bisect_left(offsets, border, key=itemgetter(0)) - 1
             if before >= 0 and offsets[before][1] > border:
                 crossed.append(border)
         return crossed

@@ -57,10 +57,9 @@ class Words:
         ways = _ways(parting)
         tokens = list(backend.get_added_tokens_decoder().items())
         odd = any(token.lstrip or token.rstrip or token.single_word for _, token in tokens)
-        told_apart = (
-            len({token.normalized for _, token in tokens}) > 1
-        )  # looked for one kind after the other
-        if ways is None or odd or told_apart or normal not in (None, {"type": "NFC"}):
+        # The tokenizer matches normalized and other added tokens in separate passes.
+        mixed = len({token.normalized for _, token in tokens}) > 1
+        if ways is None or odd or mixed or normal not in (None, {"type": "NFC"}):
             return None
         if getattr(backend.model, "dropout", None):
             return None

@@ -103,7 +103,7 @@ class _Collator:
         if length > self.max_length:
             raise ValueError(
                 f"a row of {length} tokens, max_length {self.max_length}: cutting it would take "
-                "the end of an answer; raise --max_length, or prepare the data again with "
+                "the end of a response; raise --max_length, or prepare the data again with "
                 f"--max_length {self.max_length}"
             )
 
@@ -191,10 +191,8 @@ class DataCollatorForPreferenceDataset(_Collator):
     ``max_length``: a pair without its end is not the pair that was judged.
     """
 
-    SIDES = {
-        "chosen_": "chosen_",
-        "rejected_": "reject_",
-    }  # column prefix -> the reference's name in a batch
+    # Prefix of the columns -> prefix in a batch, as in ColossalChat.
+    SIDES = {"chosen_": "chosen_", "rejected_": "reject_"}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         width = self._width([len(row[f"{side}input_ids"]) for row in rows for side in self.SIDES])

@@ -58,9 +58,8 @@ def _files_of(path: Path, split: str | None) -> list[Path]:
     found = []
     ignored = []
     _search(path, split, found, ignored)
-    if any(
-        kind_of(file) != ".txt" for file in found
-    ):  # a text file beside other data is a note to the reader
+    # A text file beside data files is documentation, a README for instance.
+    if any(kind_of(file) != ".txt" for file in found):
         ignored += [file for file in found if kind_of(file) == ".txt"]
         found = [file for file in found if kind_of(file) != ".txt"]
     if not found:
@@ -160,9 +159,7 @@ def _files_of_hub(path: Path, split: str | None) -> list[Path]:
     name, _, subset = name.partition(":")
     try:
         loaded = _load_from_hub(datasets, name, subset or None)
-    except (
-        Exception
-    ) as error:  # the library raises some twenty kinds, most of them from the network
+    except Exception as error:  # the library raises some twenty types, most from the network
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{absent}, or the name of a data set that can be loaded here ({said})"

@@ -80,10 +80,7 @@ def decode(row: Any) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise RowError("bad_json", f"not UTF-8 text (byte {error.start})") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # numbers of thousands of digits, brackets nested a thousand deep
+    except (ValueError, RecursionError) as error:  # huge integers, and very deep nesting
         raise RowError("bad_json", str(error).partition("; use sys.")[0]) from error
 
 

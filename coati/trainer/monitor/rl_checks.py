@@ -1,8 +1,7 @@
-"""Diagnostics of a PPO or GRPO run: what is wrong, the likely cause, and the flag to change.
+"""Diagnostics of PPO and GRPO runs: what is wrong, the likely cause, and the flag to change.
 
-Each check is a function of the history; its finding is reported once, and again when it has become
-three times as bad. Thresholds are far from what healthy runs do: a check that cries wolf is read
-once and never again.
+Each check is a function of the history. Its finding is reported once, and again when it has become
+three times as severe. Thresholds are far from what healthy runs reach, to avoid false alarms.
 """
 
 import math
@@ -12,15 +11,15 @@ from typing import Any, NamedTuple
 
 from coati.trainer.monitor.episode_history import History
 
-AGAIN = 3.0  # a finding is repeated when its size has grown by this factor
+REPEAT_FACTOR = 3.0  # a finding is repeated when its severity has grown by this factor
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What of the run's flags the advice depends on, and how long is waited.
+    """The flags that the advice depends on, and how long the checks wait.
 
-    ``window``: episodes that are averaged; ``patience``: episodes in which the reward should have
-    risen. The others are the flags of their names (``max_new_tokens``: --max_seq_len).
+    ``window``: episodes to average over; ``patience``: episodes by which the reward should have
+    risen. The others are the flags of the same names (``max_new_tokens``: --max_seq_len).
     """
 
     window: int = 10
@@ -36,9 +35,9 @@ class Settings:
 
 
 class Finding(NamedTuple):
-    """``size``: how bad it is, only ever compared with the earlier size of the same check."""
+    """``severity`` is only compared with earlier findings of the same check."""
 
-    size: float
+    severity: float
     text: str
 
 
@@ -46,40 +45,45 @@ Check = Callable[[History, Settings], Finding | None]
 
 
 class RLChecks:
-    """Watches the episodes of a run. Keywords: those of :class:`Settings`. Raises TypeError for
-    another one."""
+    """The diagnostics of a run. Keywords: the fields of :class:`Settings`.
+
+    Raises:
+        TypeError: for an unknown keyword.
+    """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(**settings)
         self._history = History(REMEMBERED, self.settings.window)
-        self._said: dict[str, float] = {}
+        self._reported: dict[str, float] = {}  # check -> severity
 
-    def look(self, metrics: dict[str, float], episode: int) -> list[str]:
-        """What is to be said after ``episode``, whose ``metrics`` stand under their names without
-        "train/"."""
+    def check(self, metrics: dict[str, float], episode: int) -> list[str]:
+        """New findings after ``episode``; the names of ``metrics`` are without "train/"."""
         self._history.add(_usable(metrics, self._history), episode)
         found = []
         for name, check in CHECKS.items():
             finding = check(self._history, self.settings)
-            if finding is None or finding.size < AGAIN * self._said.get(name, -math.inf):
+            if finding is None or finding.severity < REPEAT_FACTOR * self._reported.get(
+                name, -math.inf
+            ):
                 continue
-            self._said[name] = finding.size
+            self._reported[name] = finding.severity
             found.append(f"warning: {finding.text}")
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON has it."""
-        return {"history": self._history.state_dict(), "said": dict(self._said)}
+        """The state for a checkpoint, as JSON."""
+        return {"history": self._history.state_dict(), "said": dict(self._reported)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A run that goes on says what the uninterrupted one would have said."""
+        """Restore what :meth:`state_dict` gave: a resumed run reports what an uninterrupted one
+        would."""
         self._history.load_state_dict(state["history"])
-        self._said = dict(state["said"])
+        self._reported = dict(state["said"])
 
 
 def _usable(metrics: dict[str, float], history: History) -> dict[str, float]:
-    """Without explained variance where scores hardly differ any more: next to nothing is left to
-    explain there."""
+    """``metrics``, without the explained variance if scores hardly vary any more: it is then
+    meaningless."""
     spread = metrics.get("reward_std")
     usual = history.early("reward_std")
     if spread is not None and usual is not None and spread < 0.1 * usual:
@@ -88,8 +92,8 @@ def _usable(metrics: dict[str, float], history: History) -> dict[str, float]:
 
 
 def reward_not_rising(history: History, settings: Settings) -> Finding | None:
-    """Neither a trend nor the end is above the beginning beyond noise, and a rise of 0.3 spreads
-    would have shown."""
+    """Neither the linear trend nor the last window shows a significant rise of the reward, and a
+    rise of 0.3 standard deviations would have been significant."""
     start = history.early("reward")
     end = history.late("reward")
     spread = history.late("reward_std")
@@ -138,7 +142,7 @@ def _why_flat(history: History) -> str:
 
 
 def reward_falling(history: History, settings: Settings) -> Finding | None:
-    """More than half of what had been gained is lost again, beyond what noise does."""
+    """More than half of the reward's gain is lost again, and significantly so."""
     start = history.early("reward")
     end = history.late("reward")
     best = history.best
@@ -157,7 +161,7 @@ def reward_falling(history: History, settings: Settings) -> Finding | None:
 
 
 def degenerate(history: History, settings: Settings) -> Finding | None:
-    """distinct_2 far below its beginning: responses repeat themselves or each other."""
+    """distinct_2 far below its initial value: responses repeat themselves or each other."""
     fall = _fall(history, "distinct_2")
     if fall is None or fall.now > 0.6 * fall.then or fall.then - fall.now < 0.1:
         return None
@@ -175,14 +179,14 @@ def degenerate(history: History, settings: Settings) -> Finding | None:
 
 
 def entropy_collapse(history: History, settings: Settings) -> Finding | None:
-    """Hardly any choice is left in sampling, so that nothing new is tried."""
+    """The entropy has collapsed, so there is no exploration."""
     fall = _fall(history, "sampled_entropy")
     if fall is None or fall.then <= 0 or fall.now > 0.2 * fall.then:
         return None
     return Finding(
         fall.then / max(fall.now, 1e-6),
         f"the entropy fell from {fall.then:.3g} to {fall.now:.3g} nats per token: responses to a "
-        "prompt are nearly always the same, and nothing new is tried. Lower --lr or "
+        "prompt are nearly always the same, so there is no exploration. Lower --lr or "
         "--num_update_steps, raise --kl_coef or --clip_eps_high; sample with temperature 1",
     )
 
@@ -202,7 +206,7 @@ def _fall(history: History, name: str) -> Fall | None:
 
 
 def kl_negative(history: History, settings: Settings) -> Finding | None:
-    """Below 0 on average beyond noise, which samples of the policy itself cannot give."""
+    """The mean KL is significantly below 0, which is impossible for samples of the policy."""
     kl = history.late("approx_kl")
     length = history.late("response_length") or 0.0
     if kl is None or kl > -max(0.1, 0.001 * length):
@@ -231,8 +235,8 @@ def kl_negative(history: History, settings: Settings) -> Finding | None:
 
 
 def kl_running_away(history: History, settings: Settings) -> Finding | None:
-    """Far beyond its bound: three times --kl_target, else 10 nats and 0.1 more per token; and still
-    rising."""
+    """The KL exceeds its bound (3 x --kl_target, else 10 nats + 0.1 per token) and is still rising,
+    or exceeds it threefold."""
     kl = history.late("approx_kl")
     earlier = history.before("approx_kl")
     length = history.late("response_length")
@@ -244,14 +248,14 @@ def kl_running_away(history: History, settings: Settings) -> Finding | None:
         return None
     return Finding(
         kl,
-        f"the policy runs away from the reference: KL {kl:.3g} nats per response, above "
-        f"{bound:.3g}. Raise --kl_coef or give --kl_target, lower --lr or --num_update_steps; what "
-        "the reward rises on may be its own mistakes, so look at the samples",
+        f"the KL to the reference is diverging: {kl:.3g} nats per response, above {bound:.3g}. "
+        "Raise --kl_coef or give --kl_target, lower --lr or --num_update_steps; a rising reward "
+        "may be reward hacking, so look at the samples",
     )
 
 
 def all_equal(history: History, settings: Settings) -> Finding | None:
-    """No response scores better than another, so nothing can be learned."""
+    """All responses score alike, so advantages are 0."""
     share, spread, reward = (
         history.late(name) for name in ("equal_groups", "reward_std", "reward")
     )
@@ -270,7 +274,8 @@ def all_equal(history: History, settings: Settings) -> Finding | None:
 
 
 def not_centered(history: History, settings: Settings) -> Finding | None:
-    """With a critic: scores far from 0 in spreads, or so far that clipping makes them all equal."""
+    """With a critic: scores are many standard deviations from 0, or so far that clipping makes
+    them equal."""
     if settings.reward_normalization != "none" or not history.counts["value_loss"]:
         return None
     now = history.late("reward")
@@ -300,22 +305,22 @@ def not_centered(history: History, settings: Settings) -> Finding | None:
 
 
 def many_cut(history: History, settings: Settings) -> Finding | None:
-    """More than a fifth of the responses reach the longest length allowed."""
+    """More than a fifth of the responses are truncated at the length limit."""
     rate = history.late("stop_rate")
     if rate is None or rate > 0.8:
         return None
     room = f" {settings.max_new_tokens}" if settings.max_new_tokens else ""
     return Finding(
         1 - rate,
-        f"{1 - rate:.0%} of the responses are cut at the longest length allowed "
+        f"{1 - rate:.0%} of the responses are truncated at the length limit "
         f"(--max_seq_len{room}): raise it and --max_length, or take --missing_eos_penalty 1; a "
-        "model that never ends its answers needs SFT first",
+        "model that never ends its responses needs SFT first",
     )
 
 
 def critic_useless(history: History, settings: Settings) -> Finding | None:
-    """Its values say less than their mean would, for two windows after a third to begin with, and
-    beyond noise."""
+    """After the first window, the explained variance of the values is significantly below 0 over
+    two windows."""
     middle = history.middle("explained_variance", 2 * settings.window)
     if middle is None or history.counts["explained_variance"] < 3 * settings.window:
         return None
@@ -323,20 +328,20 @@ def critic_useless(history: History, settings: Settings) -> Finding | None:
         return None
     return Finding(
         1.0,
-        f"the explained variance has been below 0 for long (median {middle:.2f}): the critic is "
+        f"the explained variance has long been below 0 (median {middle:.2f}): the critic is "
         "worse than a constant. Start it from the reward model (--critic_pretrain), change "
         "--critic_lr, or take more --num_update_steps",
     )
 
 
 def rollout_differs(history: History, settings: Settings) -> Finding | None:
-    """Log-probs of rollout and first update are apart by 0.1 or more a token."""
+    """Log-probs of rollout and first update differ by 0.1 or more per token."""
     gap = history.middle("rollout_gap", 3)
     if gap is None or gap < 0.1:
         return None
     return Finding(
         gap,
-        "rollout and update disagree about the same tokens (mean difference of log-probs "
+        "rollout and training log-probs of the same tokens disagree (mean difference "
         f"{gap:.2g}): the ratio is not 1 before any update. Take --mixed_precision bf16 or fp32 "
         "instead of fp16, and --rollout_engine model",
     )

@@ -94,7 +94,7 @@ class RLReporter:
         """Log what :meth:`take_metrics` gave, and say what the checks find in it."""
         self.log.tracker.log({f"train/{name}": value for name, value in metrics.items()}, episode)
         bar.step(**{name: metrics[key] for name, key in SHOWN.items()})
-        for line in [] if self.checks is None else self.checks.look(metrics, episode):
+        for line in [] if self.checks is None else self.checks.check(metrics, episode):
             bar.write(line)
 
     def show_samples(self, batch: RolloutBatch, episode: int, bar: ProgressBar) -> None:

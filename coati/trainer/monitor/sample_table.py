@@ -66,9 +66,8 @@ def sample_table(rows: Sequence[SampleRow], width: int | None = None) -> str:
         for row, prompt in zip(rows, _own([row.prompt for row in rows]), strict=True)
     ]
     names = _names(rows)
-    titles = [
-        name.replace("_", "_ ").replace("/", "/ ") for name in names
-    ]  # a long name is broken there
+    # Long names are wrapped after "_" and "/".
+    titles = [name.replace("_", "_ ").replace("/", "/ ") for name in names]
     columns = [
         max([NUMBER, *(min(len(part), LONGEST_NAME) for part in title.split())]) for title in titles
     ]

@@ -75,9 +75,8 @@ class GlooCpuAccelerator(CpuAccelerator):
         return psutil.Process().memory_info().rss
 
     def max_memory_allocated(self, device=None) -> int:
-        return (
-            self.max_memory_reserved(device) * 1024
-        )  # the base class returns ru_maxrss, which is in KiB
+        # The base class returns ru_maxrss, which is in KiB.
+        return self.max_memory_reserved(device) * 1024
 
     empty_cache = reset_peak_memory_stats = reset_max_memory_allocated = reset_max_memory_cached = (
         _nothing

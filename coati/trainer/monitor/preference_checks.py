@@ -65,7 +65,7 @@ class PreferenceChecks:
         if self._sums.get("_units") == 0:
             return self._once(
                 "zero",
-                "nothing in these steps is supervised: the loss mask of each pair has an empty side",
+                "nothing in these steps is supervised: each pair has an empty loss mask on a side",
             )
         if self._sums.get("_steps", 0) < EVERY:
             return []

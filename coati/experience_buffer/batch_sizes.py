@@ -12,7 +12,7 @@ def optimizer_steps_per_pass(
     experience_batch_size (x num_generations) = k x train_batch_size x accumulation_steps.
 
     Both sides count for one process; those of a tensor-parallel group share their prompts and count
-    as one. Raises ValueError, with the nearest settings that fit, where k is no whole number.
+    as one. Raises ValueError, with the nearest settings that fit, where k is not an integer.
     """
     given = {
         "--num_collect_steps": num_collect_steps,

@@ -87,7 +87,7 @@ class NaiveExperienceBuffer:
     def _order(self, count: int, seed: int, episode: int, update: int) -> list[list[int]]:
         """Positions in :attr:`items` of each global batch."""
         indices = [int(item.sample_index) for item in self.items]
-        # What was dropped has left gaps; the rows that are left are numbered anew, in their order
+        # Dropped rows leave gaps, so the remaining ones are renumbered in their order
         if self.limit:
             numbers = {index: number for number, index in enumerate(sorted(indices))}
             indices = [numbers[index] for index in indices]

@@ -2,7 +2,7 @@
 group-relative advantages.
 
 Pure functions of tensors. Shapes: B responses, A actions; a response starts in column 0 and
-``mask`` (B, A) is set on its actions. A masked cell never counts, not even NaN, and comes out as 0.
+``mask`` (B, A) is set on its actions. Masked cells are ignored, NaN included, and are 0 in results.
 What is taken over all ranks gets its collective as ``reduce_sum``
 (:data:`~coati.models.policy_loss.ReduceSum`; by default a single process's). Everything is fp32,
 sums over many actions fp64.
@@ -125,7 +125,7 @@ def whiten(advantages: Tensor, mask: Tensor, reduce_sum: ReduceSum = local_sum) 
     """(A - mean) rsqrt(var + 1e-8) over the actions of all ranks, var unbiased, (B, A); 0 where
     masked.
 
-    A single action has no variance and comes out as 0. Every rank calls ``reduce_sum`` twice.
+    A single action has no variance; its result is 0. Every rank calls ``reduce_sum`` twice.
     """
     mask, values = mask.bool(), zero_masked(advantages, mask).double()
     total, count = reduce_sum(torch.stack([values.sum(), mask.sum().double()]))
@@ -141,7 +141,9 @@ def whiten(advantages: Tensor, mask: Tensor, reduce_sum: ReduceSum = local_sum) 
 def _groups(scores: Tensor, group_size: int) -> Tensor:
     """(B,) -> (groups, G) fp64; raises ValueError when rows are left over."""
     if group_size < 1 or len(scores) % group_size:
-        raise ValueError(f"{len(scores)} responses are no whole number of groups of {group_size}")
+        raise ValueError(
+            f"{len(scores)} responses are not a whole number of groups of {group_size}"
+        )
     # Sums of fp32 numbers are exact in fp64: equal scores are exactly their mean, and no small std
     # magnifies rounding.
     return scores.float().double().view(-1, group_size)

@@ -100,8 +100,9 @@ class BaseModel(nn.Module):
         """The model of ``path``: a directory of this library, a classifier of one label, or a PEFT
         adapter, which is merged into its base.
 
-        ``new_head``: a directory without a head is a base to train on; its head is drawn and that
-        is said. A saved head is taken in either case; a critic takes a reward model's.
+        ``new_head``: a directory without a head is a base to train on; its head is
+        initialized at random, which is logged. A saved head is loaded in either case; a critic also
+        loads a reward model's.
         ``options``: dtype, attn_implementation, trust_remote_code of
         :func:`~coati.models.loading.load_backbone`.
 

@@ -44,11 +44,11 @@ def sliding_window(config: Any) -> int | None:
 
 
 def holds_for(model: nn.Module) -> bool:
-    """Whether two rows in one sequence under the mask come out of ``model`` as each does alone."""
+    """Whether ``model`` gives two rows in one sequence under the mask the outputs of each alone."""
     dtype = next(model.parameters()).dtype
     try:
         return rows_stay_apart(model, lambda batch: with_block_mask(batch, dtype))
-    except (ValueError, RuntimeError, IndexError):  # it makes masks of its own
+    except (ValueError, RuntimeError, IndexError):  # the model builds its own masks
         return False
 
 

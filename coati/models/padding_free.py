@@ -1,6 +1,6 @@
 """Padding-free batches: varlen attention over the rows of a batch, concatenated.
 
-Position ids start anew at every row and attention runs row by row, so each token sees exactly what
+Position ids restart at every row and attention runs row by row, so each token sees exactly what
 it sees in a padded batch; linear layers, norms and the vocabulary head get real tokens only. The
 model's code is left alone: transformers hands ``cu_seq_lens_q`` (the ends of the rows) down to its
 attention function, which flash-attention already obeys and sdpa.py adds to "sdpa" on CPUs.

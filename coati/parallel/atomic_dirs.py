@@ -45,7 +45,7 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
     have succeeded.
 
     An existing ``final`` is replaced. Every rank must call it; the ranks agree on success before
-    anyone goes on.
+    any of them continues.
 
     Raises:
         SaveFailed: on every rank, naming the rank and its error; ``final`` is then as it was.

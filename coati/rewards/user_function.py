@@ -31,7 +31,7 @@ def load_function(name: str) -> Callable[[Responses], Any]:
     """The function that ``path.py:function`` names, ready to be called with a batch.
 
     Raises ValueError when the file cannot be run, or the function is not there, not callable, or
-    wants an argument that nobody gives.
+    requires an argument that is not passed.
     """
     path, attribute = file_and_function(name)
     module_name = f"coati_reward_{path.stem}_{abs(hash(path.resolve()))}"

@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class KTOObjective(Objective):
-    """The KTO loss; rows with nothing marked count for nothing.
+    """The KTO loss; rows with an empty loss mask are ignored.
 
     Batches hold ``input_ids, attention_mask, loss_mask`` (B, S), ``label`` (B,) and the same
     prompts with another row's response as ``kl_input_ids, kl_attention_mask, kl_loss_mask`` (B, K).

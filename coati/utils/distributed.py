@@ -1,5 +1,5 @@
-"""Collectives that are the identity without a process group, so that nobody above asks how many
-processes there are."""
+"""Collectives that are the identity without a process group, so that callers need no special case
+for one process."""
 
 import os
 from collections.abc import Callable

@@ -110,14 +110,14 @@ class AccumulativeMeanMeter:
         return {name: sums[name] / count for name, count in counts.items() if count}
 
     def state_of_ranks(self) -> list[dict[str, list[float]]]:
-        """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON keeps it
-        exactly. Every rank must call it."""
+        """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON, which keeps
+        floats exactly. Every rank must call it."""
         return all_gather_object(self._on_host())
 
     def load(self, states: list[dict[str, list[float]]]) -> None:
-        """Take up what :meth:`state_of_ranks` gave: each rank its own, or, when there were more
-        ranks, the first ones the others' too; a report is the same to rounding then, and to the bit
-        with as many ranks."""
+        """Restore what :meth:`state_of_ranks` gave. With the same number of ranks the next report
+        is bitwise the same; with fewer, the states are distributed over them and it is the same up
+        to rounding."""
         self.reset()
         for state in states[rank() :: world_size()]:
             for name, (total, count) in state.items():

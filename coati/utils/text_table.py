@@ -28,7 +28,7 @@ def wrap(text: str, width: int, most: int = 6) -> list[str]:
     as one blank.
 
     Words longer than a line are cut. What a terminal would not print is shown as a dot. A text
-    without letters is "(empty)", one that goes on ends in " ...".
+    without letters is "(empty)", one that is truncated ends in " ...".
     """
     words = " ".join(text.split()) or "(empty)"
     printable = "".join(each if each.isprintable() else "\N{MIDDLE DOT}" for each in words)

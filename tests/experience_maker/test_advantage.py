@@ -195,7 +195,7 @@ def test_reinforce_pp_needs_no_group():
 
 
 def test_groups_must_be_whole():
-    with pytest.raises(ValueError, match="6 responses are no whole number of groups of 4"):
+    with pytest.raises(ValueError, match="6 responses are not a whole number of groups of 4"):
         group_advantages(SCORES, 4)
     with pytest.raises(ValueError, match="'gpro'; there are grpo"):
         group_advantages(SCORES, 3, "gpro")

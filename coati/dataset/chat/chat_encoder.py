@@ -1,8 +1,7 @@
 """Text to token ids, once, with the token range of each character span.
 
 Control markers that stand inside a message are hidden behind private-use characters while the
-template is rendered, and encoded as ordinary text afterward: nobody can end a turn by typing its
-marker.
+template is rendered, and encoded as ordinary text afterward, so typing a marker cannot end a turn.
 """
 
 import json
@@ -46,7 +45,7 @@ class ChatEncoder:
         self._pattern = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)")
 
     def __getstate__(self) -> dict:
-        # The Rust copies are made anew where they are needed.
+        # The Rust copies are rebuilt when needed.
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -111,8 +110,8 @@ class ChatEncoder:
         return text, ids, self._token_ranges(offsets, spans)
 
     def _sure_of(self, text: str, ids: list[int]) -> bool:
-        """The first texts are encoded both ways; a tokenizer that differs is asked itself from then
-        on, which is said."""
+        """Whether the word cache gave the tokenizer's own ids. Checked on the first texts; once it
+        did not, only the tokenizer is used, which is logged."""
         if not self._to_check:
             return True
         self._to_check -= 1

@@ -102,7 +102,7 @@ class TemplateProbe:
                 yield from check()
             except (jinja2.TemplateError, ValueError) as error:  # a content is elsewhere
                 name = check.__name__.strip("_").replace("_", " ")
-                yield _refused(f"{name} cannot be examined: {error}", "mend chat_template")
+                yield _refused(f"{name} cannot be examined: {error}", "fix chat_template")
 
     def _refusals(self) -> Iterator[Finding]:
         errors = []
@@ -120,7 +120,7 @@ class TemplateProbe:
             )
         elif errors:
             yield _refused(
-                f"the template refuses an ordinary dialogue ({errors[-1]})", "mend chat_template"
+                f"the template refuses an ordinary dialogue ({errors[-1]})", "fix chat_template"
             )
 
     def _lost(self) -> Iterator[Finding]:
@@ -129,7 +129,7 @@ class TemplateProbe:
                 yield Finding(
                     "error",
                     f"the message {content!r} is in the rendered text {count} times",
-                    "mend chat_template: each should occur once in the rendered text",
+                    "fix chat_template: each should occur once in the rendered text",
                     refused=content != QUESTIONS[0],
                 )
 
@@ -362,7 +362,7 @@ def _check_masks(conversation, text: str) -> list[int]:
         if not any(a in answer for a in ANSWERS) or any(q in answer for q in QUESTIONS):
             refuse(
                 f"the loss mask does not cover exactly an answer: {answer!r}",
-                "mend chat_template or end_of_assistant",
+                "fix chat_template or end_of_assistant",
                 text,
             )
     return responses[-1]

@@ -154,7 +154,7 @@ class DataCollatorForPromptDataset(_Collator):
     and ``gt_answer``.
 
     ``gt_answer`` is a list of B strings or None. A prompt longer than ``max_length`` loses its
-    beginning, never the generation prompt at its end, and this is said once.
+    beginning, never the generation prompt at its end, and a warning is logged once.
     """
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class DataCollatorForPromptDataset(_Collator):
         }
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A short prompt in the place of one that is not there."""
+        """A short prompt in place of a missing one."""
         return {
             "input_ids": row["input_ids"][-2:],
             "gt_answer": row.get("gt_answer"),
@@ -185,9 +185,8 @@ class DataCollatorForPreferenceDataset(_Collator):
     """Preference rows to ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``, each (B, S), and
     ``margin`` (B,).
 
-    S is the longest of all chosen and rejected rows, so the two can be laid into one batch.
-    ``loss_mask`` (bool) marks the last response; a row in which it marks nothing is blank and
-    counts for nothing. A missing margin is 0. Raises ValueError for a row longer than
+    S is the longest of all chosen and rejected rows, so the two can form one batch.
+    ``loss_mask`` (bool) is True on the last response; rows with an empty one are ignored. A missing margin is 0. Raises ValueError for a row longer than
     ``max_length``: a pair without its end is not the pair that was judged.
     """
 
@@ -262,17 +261,13 @@ class DataCollatorForKTODataset(_Collator):
         following = dict(zip(real, real[1:] + real[:1], strict=True))
         partners = []
         for index, row in enumerate(rows):
-            nobody = following.get(index, index) == index
-            partners.append(
-                row.get(
-                    "kl_completion",
-                    [] if nobody else rows[following.get(index, index)]["completion"],
-                )
-            )
+            partner = following.get(index, index)
+            own = [] if partner == index else rows[partner]["completion"]
+            partners.append(row.get("kl_completion", own))
         return partners
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
-        """``row`` without a response: keeps a rank in step that has no row left."""
+        """``row`` without a response, for a rank that has no row left but must take part."""
         return {
             "prompt": row["prompt"][:2],
             "completion": [],

@@ -86,7 +86,7 @@ class StagingDir:
         if len(there) < len(wanted):
             raise ValueError(
                 f"the output {self.arrow_output} exists already, but {self.jsonl_output}, which "
-                f"belongs to it, does not; remove {self.arrow_output} to prepare both anew"
+                f"belongs to it, does not; remove {self.arrow_output} to prepare both again"
             )
         return load_json(self.arrow_output / PREPARATION)["report"]
 

@@ -39,7 +39,7 @@ class RowStats:
     ``read`` and ``kept`` count by number of the file, ``dropped`` by reason (``first``: the first
     few), ``lengths`` counts training rows by length in tokens, ``shapes`` rows by format;
     ``traits`` hold what only some types have (labels, ground truths). Pickled by StagingDir: a
-    field that changes makes an interrupted preparation start anew.
+    field that changes makes an interrupted preparation start over.
     """
 
     read: Counter = field(default_factory=Counter)
@@ -175,7 +175,7 @@ class _Candidate:
 
 
 def _spoken(row: SourceRow) -> list[tuple[str, str]]:
-    """``(role, text)`` of all that is said in a row."""
+    """``(role, text)`` of every message of a row."""
     spoken = [
         (turn["role"], turn["content"]) for turn in (*row.messages, *row.chosen, *row.rejected)
     ]

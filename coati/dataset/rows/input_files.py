@@ -103,7 +103,7 @@ def _saved_list(file: Path, name: str) -> list:
 
 
 def choose_split(names: Sequence[str], split: str | None, where: str) -> str:
-    """One of the splits ``names`` of a data set; which one is said when there was a choice."""
+    """The split to read: ``split``, else "train", else the only one; a choice is logged."""
     chosen = split or ("train" if "train" in names else names[0])
     if chosen not in names or (split is None and chosen != "train" and len(names) > 1):
         raise ValueError(

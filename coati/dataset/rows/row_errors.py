@@ -26,7 +26,7 @@ DEFAULT_BAD_RATIO = 0.01
 # Words in a row that two texts must share to overlap: Brown et al. 2020 (GPT-3), appendix C.
 DEFAULT_OVERLAP_WORDS = 13
 
-# What the file's author has to mend ...
+# What the author of the file has to fix ...
 MALFORMED_REASONS = {
     "bad_json": "the line is not JSON",
     "bad_csv": "the record does not match the header of its csv file",

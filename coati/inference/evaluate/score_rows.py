@@ -22,7 +22,7 @@ from coati.models.reward_model import RewardModel
 from coati.models.tokenizer import check_vocabulary, load_tokenizer
 from coati.utils.statistics import wilson_interval
 
-# Of Okabe and Ito: told apart by people who cannot tell red from green.
+# From the color-blind safe palette of Okabe and Ito.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#777777")
 
 

@@ -95,7 +95,7 @@ class BodyLimit:
                 413, f"the body has {int(announced)} bytes, at most {self.most} are read"
             )
             return await JSONResponse(refused.body, 413)(scope, receive, send)
-        with suppress(ClientDisconnect):  # no error: nobody waits for the response
+        with suppress(ClientDisconnect):  # the client is gone: not an error
             return await self.app(scope, counted, send)
 
 

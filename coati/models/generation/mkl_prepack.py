@@ -1,7 +1,7 @@
 """MKL-prepacked linear weights for small-batch decoding on CPUs.
 
 Each step multiplies every weight with one row per active sequence. For so few rows MKL spends much
-of its time packing the weights for its kernel, anew at every call (benchmarks/bench_prepack.py);
+of its time packing the weights for its kernel, again at every call (benchmarks/bench_prepack.py);
 PyTorch can keep the packed weights, which serve one number of rows.
 """
 

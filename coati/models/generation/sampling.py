@@ -65,8 +65,8 @@ def choose(
     elif unfiltered:
         token = draw(weights, uniform)
     else:
-        likely = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-        token = draw(likely.softmax(dim=-1), uniform)
+        logits = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        token = draw(logits.softmax(dim=-1), uniform)
     if not return_logprobs:
         return token, None
     return token, (

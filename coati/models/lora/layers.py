@@ -13,7 +13,7 @@ class PissaLinear(lora.Linear):
     PiSSA trains A and B from their principal values A0, B0 over the residual ``W - s B0 A0``. Here
     W stays as it is and the frozen ``s B0 A0`` is subtracted in the forward pass: the same function
     and gradients, but the base model is still there with the adapter off (as a reference, say),
-    16-bit weights are not rounded anew, and [A; A0], [B, -B0] saved together are an ordinary
+    16-bit weights are not rounded again, and [A; A0], [B, -B0] saved together are an ordinary
     adapter of rank 2r for the ordinary base.
     """
 

@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     is not glibc.
 
     A step allocates and frees the same large tensors as the one before. By default glibc maps each
-    anew, and the kernel fills page after page with zeros at first touch: a tenth of a step of a
+    again, and the kernel fills page after page with zeros at first touch: a tenth of a step of a
     small model (benchmarks/bench_sft.py). The environment's own MALLOC_* settings, where there are
     any, are left alone.
     """

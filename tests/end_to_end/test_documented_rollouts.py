@@ -112,7 +112,7 @@ def test_trains_an_episode_and_leaves_models(ended, name):
         assert arguments["ptx_coef"] == 0.9 and arguments["plugin"] == "zero2"
         first = name == next(each for each in COMMANDS if COMMANDS[each].stage == "prompts")
         # The second run finds what the first has prepared.
-        assert ("prompts ended with an answer, which was left out" in ranks[0].err) == first
+        assert ("prompts ended with a response, which was left out" in ranks[0].err) == first
     else:
         assert arguments["plugin"] == "3d" and arguments["tp"] == 4
         assert "--ptx_dataset is not used" in ranks[0].err

@@ -97,7 +97,7 @@ def _adopt_line_markers(config: dict, fields: dict, tokenizer, source: str) -> N
             taken.append(f"stop_ids {[list(ids)]}")
     logger.warning_once(
         f"{source}: {', '.join(name for name in OLD_FIELDS if name in config)} belong to an older "
-        "layout of this file; answers are now found through the chat template itself"
+        "layout of this file; responses are now found through the chat template itself"
         + (f"; assistant_line_end was read as {' and '.join(taken)}" if taken else "")
     )
 

@@ -96,7 +96,7 @@ def _tokens(tokenizer) -> str:
 def _stop_warnings(conversation: Conversation, given: list[list[int]]) -> Iterator[str]:
     if given and given != conversation.stop_ids:
         yield (
-            f"stop_ids {given} do not fit this tokenizer and these answers and became "
+            f"stop_ids {given} do not fit this tokenizer and these responses and became "
             f"{conversation.stop_ids}"
         )
     marker = conversation.end_of_assistant

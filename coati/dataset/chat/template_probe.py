@@ -26,9 +26,9 @@ SYSTEM = "Probe system message"
 THOUGHT = "<think>\nProbe thought\n</think>\n\n"
 
 
-def dialogue(answers: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:
+def dialogue(responses: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:
     """Two rounds of user and assistant."""
-    turns = [text for pair in zip(QUESTIONS, answers, strict=True) for text in pair]
+    turns = [text for pair in zip(QUESTIONS, responses, strict=True) for text in pair]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
@@ -193,7 +193,7 @@ class TemplateProbe:
         given = self.given_end
         if not given and not derived:
             yield _refused(
-                "no text follows every answer, so its end cannot be told and a model cannot learn "
+                "no text follows every response, so its end is unknown and a model cannot learn "
                 "to stop",
                 "set end_of_assistant, and let chat_template write it after every assistant turn, "
                 "the last one included",
@@ -202,7 +202,7 @@ class TemplateProbe:
         if given and not all(given in tail for tail in tails):
             hint = f"here {derived!r} would do: " if derived else ""
             yield _refused(
-                f"end_of_assistant {given!r} does not follow every answer",
+                f"end_of_assistant {given!r} does not follow every response",
                 f"{hint}set end_of_assistant to what does, or leave it out to have it derived",
             )
             given = None
@@ -228,14 +228,14 @@ class TemplateProbe:
             )
         elif eos not in marker and eos not in outside:
             yield _warning(
-                f"answers end with {marker!r}; the tokenizer's end-of-sequence token {eos!r} is "
+                f"responses end with {marker!r}; the tokenizer's end-of-sequence token {eos!r} is "
                 "never written, so programs that stop at it alone do not stop: give them stop_ids"
             )
 
     def rewrites(self, thought: str) -> bool:
         """Whether the text up to the end of the first response, which begins with ``thought``,
         changes once a second round follows."""
-        turns = dialogue(tuple(thought + answer for answer in ANSWERS))
+        turns = dialogue(tuple(thought + response for response in ANSWERS))
         first = self.render(turns[:2])
         both = self.render(turns)
         marker = self.end if self.end and self.end in first else ANSWERS[0]
@@ -274,11 +274,11 @@ class TemplateProbe:
         for turn, whole in zip((1, 3), self.finished, strict=True):
             plain = self.render(dialogue()[:turn])
             prompt = self.render(dialogue()[:turn], generation=True)
-            answer = whole.index(ANSWERS[turn // 2])
-            if not whole.startswith(prompt) or len(prompt) > answer:
+            response = whole.index(ANSWERS[turn // 2])
+            if not whole.startswith(prompt) or len(prompt) > response:
                 found.append(None)
             else:
-                found.append(whole[len(plain) : answer].rstrip(" ") if prompt == plain else "")
+                found.append(whole[len(plain) : response].rstrip(" ") if prompt == plain else "")
         return found
 
     @property
@@ -297,18 +297,18 @@ class TemplateProbe:
             prompt = self.render(dialogue()[:turn], generation=True)
             yield _warning(
                 f"the generation prompt {prompt[len(plain) :]!r} is not a prefix of the finished "
-                "turn: answers are trained from their first character on"
+                "turn: responses are trained from their first character on"
             )
         elif self.header is None:
             yield _warning(
-                "there is no generation prompt, and what precedes answers differs "
-                f"({self.headers[0]!r}, {self.headers[1]!r}): answers are trained from their first "
-                "character on"
+                "there is no generation prompt, and what precedes responses differs "
+                f"({self.headers[0]!r}, {self.headers[1]!r}): responses are trained from their "
+                "first character on"
             )
         elif self.header:
             yield _warning(
-                f"there is no generation prompt: {self.header.strip()!r}, which precedes answers, "
-                "is added"
+                f"there is no generation prompt: {self.header.strip()!r}, which precedes "
+                "responses, is added"
             )
 
 
@@ -337,8 +337,8 @@ def examine(conversation) -> None:
     conversation.starts_at_content = probe.header is None
     if conversation.starts_at_content:
         logger.warning_once(
-            "the chat template's generation prompt is not what precedes a finished answer (some "
-            "templates open a thought in the one and drop it in the other): answers are trained "
+            "the chat template's generation prompt is not what precedes a finished response (some "
+            "templates open a thought in the one and drop it in the other): responses are trained "
             "from their first character on"
         )
     if conversation.end_of_assistant is None:
@@ -358,17 +358,17 @@ def _check_masks(conversation, text: str) -> list[int]:
     """The supervised ids of the last response."""
     rows = conversation.encode_turns(dialogue())
     responses = [response for row in rows for response in row.responses()]
-    for answer in map(conversation.encoder.decode, responses):
-        if not any(a in answer for a in ANSWERS) or any(q in answer for q in QUESTIONS):
+    for response in map(conversation.encoder.decode, responses):
+        if not any(a in response for a in ANSWERS) or any(q in response for q in QUESTIONS):
             refuse(
-                f"the loss mask does not cover exactly an answer: {answer!r}",
+                f"the loss mask does not cover exactly a response: {response!r}",
                 "fix chat_template or end_of_assistant",
                 text,
             )
     return responses[-1]
 
 
-def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
+def _complete_stop_ids(conversation, text: str, response: list[int]) -> None:
     """Generation must stop on what responses are trained to end with."""
     vocabulary = len(conversation.tokenizer)
     outside = [ids for ids in conversation.stop_ids if any(not 0 <= i < vocabulary for i in ids)]
@@ -378,7 +378,7 @@ def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
             "left out"
         )
         conversation.stop_ids = [ids for ids in conversation.stop_ids if ids not in outside]
-    if any(answer[-len(ids) :] == ids for ids in conversation.stop_ids):
+    if any(response[-len(ids) :] == ids for ids in conversation.stop_ids):
         return
     start = text.index(conversation.end_of_assistant, text.index(ANSWERS[1]))
     _, ids, [(first, last)] = conversation.encoder.encode(
@@ -388,7 +388,7 @@ def _complete_stop_ids(conversation, text: str, answer: list[int]) -> None:
     eos = conversation.tokenizer.eos_token_id
     if conversation.stop_ids:
         logger.warning_once(
-            f"no stop_ids {conversation.stop_ids} ends a trained answer: {marker} "
+            f"no stop_ids {conversation.stop_ids} ends a trained response: {marker} "
             "(end_of_assistant) was added"
         )
         conversation.stop_ids = [marker, *conversation.stop_ids]

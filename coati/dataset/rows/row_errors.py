@@ -33,12 +33,12 @@ MALFORMED_REASONS = {
     "wrong_keys": "no known row format has these keys",
     "wrong_type": "the row has the format of another --type",
     "unknown_role": "a role other than user, human, assistant, gpt, system",
-    "unsupported_role": "a turn of a tool, function or developer, or an answer that calls a tool",
+    "unsupported_role": "a turn of a tool, function or developer, or a response that calls a tool",
     "roles_not_alternating": "user and assistant do not take turns",
     "content_not_text": "the content of a message is not a string",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",
-    "no_question": "no question to answer: the context does not end with a turn of the user",
+    "no_question": "no question to respond to: the context does not end with a turn of the user",
     "empty_answer": "an assistant turn without text",
     "bad_label": "the label is neither true nor false",
     "bad_margin": "the margin is not a number",
@@ -52,18 +52,18 @@ CLEANING_REASONS = {
     "benchmark_overlap": "words in a row that a benchmark has too (--benchmark_files)",
     "answer_too_short": "fewer characters than --min_answer_chars",
     "answer_too_long": "more characters than --max_answer_chars",
-    "blank_answer": "an answer without a visible character (--drop_trivial_answers)",
-    "answer_repeats_prompt": "the answer is what was asked (--drop_trivial_answers)",
+    "blank_answer": "a response without a visible character (--drop_trivial_answers)",
+    "answer_repeats_prompt": "the response is what was asked (--drop_trivial_answers)",
 }
 # ... and what max_length or the template decides.
 REASONS = (
     MALFORMED_REASONS
     | {
         "same_answers": "chosen and rejected are the same",
-        "too_long": "the row, or its first answer, does not fit into max_length",
+        "too_long": "the row, or its first response, does not fit into max_length",
         "template_refused": "the chat template refuses this conversation",
         "template_rewrites": "the chat template changes an earlier turn of this conversation",
-        "no_end_marker": "end_of_assistant does not follow an answer",
+        "no_end_marker": "end_of_assistant does not follow a response",
         "marker_in_text": (
             "a message holds a control marker that cannot be encoded as ordinary text"
         ),

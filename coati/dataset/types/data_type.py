@@ -100,7 +100,7 @@ class DataType(ABC):
     texts: ClassVar[ReportTexts]
     traits: ClassVar[dict[str, str]] = {}
     raw_keys: ClassVar[tuple[str, ...]] = ()
-    responses: ClassVar[str] = "answers"
+    responses: ClassVar[str] = "responses"
     supervised: ClassVar[bool] = True
     is_cut: ClassVar[bool] = False
     leaves_room: ClassVar[bool] = False

@@ -93,5 +93,6 @@ class Kto(DataType):
         for label, what in (("true", "good"), ("false", "bad")):
             if not report["traits"].get(f"label {label}"):
                 yield (
-                    f"no row has label {label}: KTO learns from {what} answers too, and needs both"
+                    f"no row has label {label}: KTO learns from {what} responses too, and needs "
+                    "both"
                 )

@@ -52,7 +52,7 @@ class Preference(DataType):
     )
     traits = {f"{side} tokens": f"tokens of {side} responses" for side in SIDES}
     raw_keys = ("rejected",)
-    responses = "chosen answers"
+    responses = "chosen responses"
 
     def finish(self, row: SourceRow) -> None:
         row.messages = question(row.messages)
@@ -93,7 +93,7 @@ class Preference(DataType):
         shorter = min(tokens, key=tokens.get)
         if tokens[shorter] > 0 and tokens[longer] > LONGER * tokens[shorter]:
             yield (
-                f"{longer} answers are on average {tokens[longer] / tokens[shorter]:.1f} times as "
-                f"long as {shorter} ones: a model may learn the length instead of what makes an "
-                "answer good"
+                f"{longer} responses are on average {tokens[longer] / tokens[shorter]:.1f} times "
+                f"as long as {shorter} ones: a model may learn the length instead of what makes a "
+                "response good"
             )

@@ -85,6 +85,6 @@ class Prompt(DataType):
             )
         if without := traits.get("answer left out", 0):
             yield (
-                f"{without} of {rows} prompts ended with an answer, which was left out: the model "
+                f"{without} of {rows} prompts ended with a response, which was left out: the model "
                 "is to give its own"
             )

@@ -161,7 +161,7 @@ def test_flat_stop_ids_that_spell_the_marker_are_one_sequence(capsys):
 
 
 def test_the_layout_with_line_markers_is_read_and_explained(capsys):
-    """No generation prompt either: the header before answers is added to prompts."""
+    """No generation prompt either: the header before responses is added to prompts."""
     tokenizer = byte_level((), LLAMA)
     markers = json.loads((DATA / "template_line_markers.json").read_text())
     eos = tokenizer.eos_token_id
@@ -244,7 +244,7 @@ def test_an_end_marker_the_template_never_writes():
     """The reference's own Qwen2.5-3B file was of this kind."""
     message = refused({"end_of_assistant": "<|endoftext|>"})
     assert (
-        "'<|endoftext|>' does not follow every answer" in message
+        "'<|endoftext|>' does not follow every response" in message
         and "'<|im_end|>' would do" in message
     )
 
@@ -252,7 +252,7 @@ def test_an_end_marker_the_template_never_writes():
 def test_an_end_marker_only_between_turns():
     """The reference's chatglm3 file: the last answer is followed by nothing."""
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
-    assert "does not follow every answer" in refused(
+    assert "does not follow every response" in refused(
         {"chat_template": template, "end_of_assistant": "<|user|>"}
     )
 

@@ -76,9 +76,9 @@ CASES = {
         {"end_of_assistant": "</s>"},
         None,
         "errors",
-        "end_of_assistant '</s>' does not follow every answer; here '<|im_end|>' would do",
+        "end_of_assistant '</s>' does not follow every response; here '<|im_end|>' would do",
     ),
-    "no end at all": (TURN + "{% endfor %}", {}, LLAMA, "errors", "no text follows every answer"),
+    "no end at all": (TURN + "{% endfor %}", {}, LLAMA, "errors", "no text follows every response"),
     "a message lost": (
         "{% for m in messages %}{{ m.role }}{% if loop.index0 != 1 %}{{ m.content }}{% endif %}{{ "
         "eos_token }}{% endfor %}",
@@ -156,7 +156,7 @@ CASES = {
         {},
         LLAMA,
         "warnings",
-        "there is no generation prompt: 'assistant:', which precedes answers, is added",
+        "there is no generation prompt: 'assistant:', which precedes responses, is added",
     ),
     "stop ids of another vocabulary": (
         CHATML,
@@ -254,4 +254,6 @@ def test_the_script_needs_a_tokenizer_alone_and_its_exit_code_tells(monkeypatch,
         )
         == 1
     )
-    assert "error: end_of_assistant '</s>' does not follow every answer" in capsys.readouterr().out
+    assert (
+        "error: end_of_assistant '</s>' does not follow every response" in capsys.readouterr().out
+    )

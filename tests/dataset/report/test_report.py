@@ -361,7 +361,7 @@ def test_identical_answers(tmp_path):
     rows = [
         {"messages": [message("human", f"q{i}"), message("assistant", "same")]} for i in range(60)
     ]
-    assert said(prepared(tmp_path, rows), "all answers are identical")
+    assert said(prepared(tmp_path, rows), "all responses are identical")
 
 
 def test_much_truncation_and_few_rows(tmp_path):
@@ -453,7 +453,7 @@ def test_longer_chosen_answers(tmp_path):
     rows = [ROWS["preference"](i) for i in range(60)]
     for row in rows:
         row["chosen"][0]["content"] += " and more words than the other one has"
-    assert said(prepared(tmp_path, rows, "preference"), "chosen answers are on average")
+    assert said(prepared(tmp_path, rows, "preference"), "chosen responses are on average")
 
 
 def test_every_warning_is_a_sentence_about_the_report(tmp_path):

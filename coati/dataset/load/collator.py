@@ -185,9 +185,10 @@ class DataCollatorForPreferenceDataset(_Collator):
     """Preference rows to ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``, each (B, S), and
     ``margin`` (B,).
 
-    S is the longest of all chosen and rejected rows, so the two can form one batch.
-    ``loss_mask`` (bool) is True on the last response; rows with an empty one are ignored. A missing margin is 0. Raises ValueError for a row longer than
-    ``max_length``: a pair without its end is not the pair that was judged.
+    S is the longest of all chosen and rejected rows, so that the two can form one batch.
+    ``loss_mask`` (bool) is True on the last response; rows with an empty one are ignored. A missing
+    margin is 0. Raises ValueError for a row longer than ``max_length``: a truncated pair is not the
+    pair that was judged.
     """
 
     # Prefix of the columns -> prefix in a batch, as in ColossalChat.

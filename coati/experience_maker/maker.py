@@ -1,5 +1,5 @@
-"""From prompts to experience: rollouts, their scores, KL and values, and the advantages of a whole
-collect phase."""
+"""From prompts to experience: rollouts, scores, KL, values, and the advantages of a collect
+phase."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,14 +38,14 @@ class NaiveExperienceMaker:
     Args:
         actor: the policy that is trained.
         rollout: samples responses of the policy.
-        scorer: (experience, responses) -> scores (B,) and the parts they are made of.
+        scorer: (experience, responses) -> scores (B,), and (B,) scores of each source by name.
         tokenizer: decodes prompts and responses for the scorer.
-        reference: the frozen policy KL is measured from; None: no KL.
-        critic: with ``settings.method`` None.
+        reference: the frozen reference policy; None: no KL.
+        critic: the value model; required if and only if ``settings.method`` is None.
         kl: the coefficient of the KL penalty; by default 0.
 
     Raises:
-        ValueError: for a critic where none is used, or none where one is.
+        ValueError: for a critic with a group method, and for neither.
     """
 
     def __init__(
@@ -83,12 +83,15 @@ class NaiveExperienceMaker:
         episode: int,
         temperature: float = 1.0,
     ) -> RolloutBatch:
-        """Rollouts with their advantages, not whitened yet: one collect step.
+        """One collect step: rollouts with advantages that are not whitened yet.
 
         ``prompts``: ``input_ids``, ``attention_mask`` (B, P) padded on the left, ``gt_answer`` a
         list of B. ``sample_index``: indices of the B x num_generations responses among all of the
         episode (:func:`~coati.experience_maker.experience.sample_indices`). Every rank must call it
-        with equally many. Raises ValueError on every rank when the scorer fails on one.
+        with the same number of prompts.
+
+        Raises:
+            ValueError: on every rank, if the scorer fails on one.
         """
         batch = self.rollout_and_score(
             prompts, sample_index, episode, temperature, self.settings.num_generations
@@ -111,7 +114,7 @@ class NaiveExperienceMaker:
         num_generations: int = 1,
     ) -> RolloutBatch:
         """``num_generations`` responses to each prompt, their scores and their KL to the reference;
-        arguments and errors as in :meth:`make_experience`. Leaves the state of the run as it is."""
+        arguments and errors as in :meth:`make_experience`. Does not change the state of the run."""
         models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
         for model in models:
             model.temperature = temperature
@@ -126,8 +129,8 @@ class NaiveExperienceMaker:
     def finalize_advantages(
         self, batches: Sequence[RolloutBatch]
     ) -> tuple[list[Experience], dict[str, float]]:
-        """The experiences of a whole collect phase, advantages whitened over all ranks where the
-        method says so, and the metrics of the phase. Moves the KL coefficient. Every rank must call
+        """The experiences of a collect phase, with advantages whitened over all ranks if the method
+        requires it, and the metrics of the phase. Updates the KL coefficient. Every rank must call
         it."""
         phase = concatenate([batch.experience for batch in batches])
         kl = torch.cat([batch.samples["approx_kl"] for batch in batches]).double()

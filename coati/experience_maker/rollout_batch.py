@@ -21,13 +21,12 @@ from coati.rewards.responses import Responses
 class ExperienceSettings:
     """How scores become advantages.
 
-    ``method``: a name of :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`; None: a
-    critic and GAE.
-    ``kl_in``: "reward" or "loss". ``reward_at`` holds with a critic. ``overlong_buffer_len``:
-    tokens before ``max_new_tokens`` in which the soft overlong punishment sets in; None: there is
-    none.
-    ``mask_truncated_completions``: responses that did not end by themselves are not trained on.
-    ``rollout_batch_size``, ``forward_batch_size``: rows at a time; None: all.
+    ``method``: a name in :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`; None:
+    GAE with a critic. ``kl_in``: "reward" or "loss". ``reward_at``: only used with a critic.
+    ``overlong_buffer_len``: length of the interval before ``max_new_tokens`` over which the soft
+    overlong punishment rises (DAPO); None: no punishment. ``mask_truncated_completions``: responses
+    without a stop sequence are not trained on. ``rollout_batch_size``, ``forward_batch_size``: rows
+    at a time; None: all.
     """
 
     max_new_tokens: int
@@ -64,14 +63,14 @@ class RolloutBatch:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds to ``seconds[name]`` what the block takes."""
+    """Add the seconds that the block takes to ``seconds[name]``."""
     started = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
-    """One batch of several with prompts of ``prompt_length`` columns; narrower ones are padded on
+    """Concatenate batches whose prompts have ``prompt_length`` columns; narrower ones are padded on
     the right."""
     width = max(part.sequences.shape[1] for part in parts)
 
@@ -90,7 +89,7 @@ def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
 
 
 def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:
-    """What is logged of each response, (B,) each."""
+    """The metrics of each response, (B,) by name."""
     experience = batch.experience
     responses = batch.responses
     samples = {
@@ -104,8 +103,8 @@ def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:
 
 
 def phase_metrics(phase: Experience, reduce_sum: ReduceSum) -> dict[str, float]:
-    """Mean and deviation of the advantages before whitening, and the deviation of the scores, over
-    all ranks. Every rank calls ``reduce_sum`` four times."""
+    """Mean and standard deviation of the advantages before whitening, and standard deviation of the
+    scores, over all ranks. Every rank calls ``reduce_sum`` four times."""
     advantages = phase.advantages[phase.action_mask]
     count, mean, squares = count_mean_squares(advantages, reduce_sum)
     metrics = {"advantages_mean": mean, "advantages_std": _deviation(count, squares)}

@@ -1,4 +1,4 @@
-"""Scores of responses: a reward model's, those of reward functions, or both added up."""
+"""Scores of responses: from a reward model, reward functions, or the sum of both."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from coati.rewards.responses import Responses
 from coati.rewards.scorer import Rewards
 from coati.utils.distributed import raise_together
 
-REWARD_MODEL = "reward_model"  # its name beside those of functions
+REWARD_MODEL = "reward_model"  # its name among the sources of reward
 
 
 class Scorer:
@@ -19,10 +19,10 @@ class Scorer:
     Args:
         model: a frozen reward model.
         functions: reward functions.
-        batch_size: rows that the reward model gets at a time; None: all.
+        batch_size: rows per forward of the reward model; None: all.
 
     Raises:
-        ValueError: with neither.
+        ValueError: without a model and functions.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class Scorer:
     def __call__(
         self, experience: Experience, responses: Responses
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores (B,), and what each source gave, (B,) by name. Every rank must call it.
+        """(B,) scores, and (B,) scores of each source by name. Every rank must call it.
 
-        Raises ValueError on every rank when a function fails on one, and for a reward model whose
-        score is not finite.
+        Raises:
+            ValueError: on every rank, if a reward function fails or a reward model's score is not
+                finite on one.
         """
         total = torch.zeros(len(experience))
         parts = {}
@@ -67,6 +68,6 @@ def _finite(found: Tensor, responses: Responses) -> Tensor:
             f"the reward model's score of response {bad[0]} is {found[bad[0]]:.3g}: prompt "
             f"{responses.prompts[bad[0]][-160:]!r}, response "
             f"{responses.responses[bad[0]][:160]!r}; score some rows with "
-            "examples/inference/score.py to see whether the model itself is broken"
+            "examples/inference/score.py to find out whether the model is broken"
         )
     return found

@@ -56,10 +56,10 @@ def holds_for(model: nn.Module) -> bool:
 def rows_stay_apart(
     model: nn.Module, inputs_of: Callable[[dict[str, Tensor]], dict[str, Any]]
 ) -> bool:
-    """Whether two rows in one sequence come out of ``model`` as each does alone, by a probe in eval
-    mode: with dropout the outcome would be chance, and a resumed run could go the other way.
+    """Whether ``model`` gives two rows in one sequence the outputs of each alone. Probed in
+    evaluation mode, since with dropout the result could differ in a resumed run.
 
-    ``inputs_of``: the probe's (1, T) ``input_ids, position_ids`` -> what the model is called with.
+    ``inputs_of``: the probe's (1, T) ``input_ids, position_ids`` -> the model's keyword arguments.
     """
     device = next(model.parameters()).device
     training = model.training

@@ -84,7 +84,8 @@ def check_family(config: Any, options: ParallelOptions) -> None:
             f"{family} is {NOT_CHAT[family]}, not a causal language model: it cannot learn to "
             "chat; use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
         )
-    flags = _asked(options)
+    asked = _asked(options)
+    flags = asked - {_PACKS_PP, _PACKS_GEMINI_TP}
     if family not in SPLITS and (PLUGINS[options.plugin].hybrid or flags):
         flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
         raise ValueError(
@@ -95,8 +96,9 @@ def check_family(config: Any, options: ParallelOptions) -> None:
     for flag in sorted(flags - SPLITS.get(family, _ALL)):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
         reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
+        left = " or ".join(flag for flag in (TP, PP) if flag in SPLITS[family])
         raise ValueError(
-            f"{name} is not possible with {family} models: {reason}; {_instead(family)}"
+            f"{name} is not possible with {family} models: {reason}; use {left}, or --plugin zero2"
         )
     if family == "opt" and TP in flags and not getattr(config, "tie_word_embeddings", True):
         raise ValueError(
@@ -104,35 +106,25 @@ def check_family(config: Any, options: ParallelOptions) -> None:
             "embedding (tie_word_embeddings false): ColossalAI 0.5.0 splits them into wrong "
             "logits; use --plugin zero2 or gemini"
         )
-    for asked in sorted(_packed(options) & _NO_PACKS.get(family, frozenset())):
+    for flag in sorted(asked & _NO_PACKS.get(family, frozenset())):
         raise ValueError(
-            f"{asked} is not possible with {family} models: ColossalAI 0.5.0 makes masks and "
+            f"{flag} is not possible with {family} models: ColossalAI 0.5.0 makes masks and "
             "positions of its own there, which let the rows of a pack see each other; use --plugin "
             "zero2, or drop --packing"
         )
 
 
 def _asked(options: ParallelOptions) -> frozenset[str]:
-    asked = {TP} if options.tp > 1 else set()
-    if options.pp > 1:
-        asked.add(PP)
-    if options.enable_sequence_parallelism:
-        asked.add(options.sp_mode)
-    return frozenset(asked)
-
-
-def _packed(options: ParallelOptions) -> frozenset[str]:
-    if not options.packing:
-        return frozenset()
-    asked = {_PACKS_PP} if options.pp > 1 else set()
-    if PLUGINS[options.plugin].sharded_forward and options.tp > 1:
-        asked.add(_PACKS_GEMINI_TP)
-    return frozenset(asked)
-
-
-def _instead(family: str) -> str:
-    left = [flag for flag in (TP, PP) if flag in SPLITS[family]]
-    return f"use {' or '.join(left)}, or --plugin zero2"
+    """What of the table's flags ``options`` ask for."""
+    sharded = PLUGINS[options.plugin].sharded_forward
+    asked = {
+        TP: options.tp > 1,
+        PP: options.pp > 1,
+        options.sp_mode: options.enable_sequence_parallelism,
+        _PACKS_PP: options.packing and options.pp > 1,
+        _PACKS_GEMINI_TP: options.packing and options.tp > 1 and sharded,
+    }
+    return frozenset(flag for flag, there in asked.items() if there)
 
 
 def prepare_family(model: Any, options: ParallelOptions) -> list[str]:

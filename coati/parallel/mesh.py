@@ -37,7 +37,15 @@ class Mesh:
         if row is not None and row.hybrid:
             return cls._of_hybrid(plugin)
         if row is not None and row.sharded_forward:
-            return cls._of_gemini(plugin)
+            size = plugin.tp_size
+            return cls(
+                dist.get_rank() // size,
+                plugin.dp_size,
+                is_loss_rank=dist.get_rank() % size == 0,
+                is_stage_writer=dist.get_rank() % size == 0,
+                tp_group=plugin.tp_group if size > 1 else None,
+                sharded_forward=True,
+            )
         return cls(dist.get_rank(), dist.get_world_size(), is_loss_rank=True)
 
     @classmethod
@@ -56,18 +64,6 @@ class Mesh:
             is_stage_writer=first_of_copy,
             pp_size=pp_size,
             tp_group=plugin.tp_group if plugin.tp_size > 1 else None,
-        )
-
-    @classmethod
-    def _of_gemini(cls, plugin) -> "Mesh":
-        size = plugin.tp_size
-        return cls(
-            dist.get_rank() // size,
-            plugin.dp_size,
-            is_loss_rank=dist.get_rank() % size == 0,
-            is_stage_writer=dist.get_rank() % size == 0,
-            tp_group=plugin.tp_group if size > 1 else None,
-            sharded_forward=True,
         )
 
 

@@ -1,7 +1,6 @@
 """What a plugin, or a model's shape, cannot do, in sentences. Imports neither torch nor
 ColossalAI."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -66,32 +65,35 @@ def check_options(plugin: str, *, world_size: int | None = None, **values: Any) 
         )
 
 
-def problems(options: ParallelOptions) -> Iterator[str]:
+# Whether a rule is broken, and the sentence that says so: the flag, and what to use instead
+Rule = tuple[bool, str]
+
+
+def problems(options: ParallelOptions) -> list[str]:
     """Each reason why the plugin of ``options`` (resolved) cannot do what they ask, one sentence
     with the flag and what to use instead."""
     name = options.plugin
     plugin = PLUGINS[name]
-    if options.precision is not None and options.precision not in plugin.precisions:
-        yield (
+    rules = [
+        (
+            options.precision is not None and options.precision not in plugin.precisions,
             f"--plugin {name} has no {options.precision}: use --mixed_precision "
-            f"{' or '.join(plugin.precisions)}, or --plugin zero2, which has all three"
-        )
-    if options.lora and not plugin.lora:
-        yield (
+            f"{' or '.join(plugin.precisions)}, or --plugin zero2, which has all three",
+        ),
+        (
+            options.lora and not plugin.lora,
             f"--plugin {name} cannot train LoRA adapters; drop --lora_rank/--lora_config or "
-            "use --plugin zero2"
-        )
-    if options.accumulation_steps > 1 and not plugin.accumulation:
-        yield (
+            "use --plugin zero2",
+        ),
+        (
+            options.accumulation_steps > 1 and not plugin.accumulation,
             f"--plugin {name} cannot accumulate gradients; use --accumulation_steps 1 or "
-            "--plugin gemini"
-        )
-    if options.packing:
-        yield from _packing_problems(options)
-    if plugin.hybrid:
-        yield from _hybrid_problems(options)
-    else:
-        yield from _not_hybrid_problems(options, plugin)
+            "--plugin gemini",
+        ),
+        *_packing_rules(options, plugin),
+        *(_hybrid_rules(options) if plugin.hybrid else _other_rules(options, plugin)),
+    ]
+    return [text for broken, text in rules if broken]
 
 
 def cannot_generate(options: ParallelOptions) -> str | None:
@@ -130,116 +132,134 @@ def scalar_head_problem(
     )
 
 
-def _packing_problems(options: ParallelOptions) -> Iterator[str]:
-    if options.enable_sequence_parallelism:
-        yield (
+def _packing_rules(options: ParallelOptions, plugin: Plugin) -> list[Rule]:
+    return [
+        (
+            options.packing and options.enable_sequence_parallelism,
             "--packing cannot be combined with --enable_sequence_parallelism: ColossalAI's "
             "attention over a split sequence takes padding masks only, and would let the rows of a "
-            "pack see each other; use --tp or --pp, or drop --packing"
-        )
-    if options.use_flash_attn and PLUGINS[options.plugin].own_attention:
-        yield (
+            "pack see each other; use --tp or --pp, or drop --packing",
+        ),
+        (
+            options.packing and options.use_flash_attn and plugin.own_attention,
             "--packing with --use_flash_attn needs a plugin that leaves the model's attention "
             f"alone, --plugin {options.plugin} puts ColossalAI's in its place; use --plugin zero2, "
-            "or drop --use_flash_attn"
-        )
+            "or drop --use_flash_attn",
+        ),
+    ]
 
 
-def _not_hybrid_problems(options: ParallelOptions, plugin: Plugin) -> Iterator[str]:
-    for flag, size in (("--pp", options.pp), ("--sp", options.sp)):
-        if size > 1:
-            yield (
+def _other_rules(options: ParallelOptions, plugin: Plugin) -> list[Rule]:
+    return [
+        *(
+            (
+                size > 1,
                 f"{flag} {size} needs --plugin 3d; --plugin {options.plugin} does not split "
-                "layers or sequences"
+                "layers or sequences",
             )
-    if options.enable_sequence_parallelism:
-        yield f"--enable_sequence_parallelism needs --plugin 3d, not {options.plugin}"
-    if options.zero_cpu_offload:
-        yield (
+            for flag, size in (("--pp", options.pp), ("--sp", options.sp))
+        ),
+        (
+            options.enable_sequence_parallelism,
+            f"--enable_sequence_parallelism needs --plugin 3d, not {options.plugin}",
+        ),
+        (
+            options.zero_cpu_offload,
             f"--zero_cpu_offload belongs to --plugin 3d and zero2; --plugin {options.plugin} does "
-            f"not take it: drop it or use --plugin {plugin.offload_instead}"
-        )
-    if options.zero_stage not in (0, *plugin.zero_stages):
-        yield (
+            f"not take it: drop it or use --plugin {plugin.offload_instead}",
+        ),
+        (
+            options.zero_stage not in (0, *plugin.zero_stages),
             f"--zero_stage {options.zero_stage} belongs to --plugin 3d; --plugin "
-            f"{options.plugin} fixes its own stage"
-        )
+            f"{options.plugin} fixes its own stage",
+        ),
+    ]
 
 
-def _hybrid_problems(options: ParallelOptions) -> Iterator[str]:
-    split = options.tp > 1 or options.pp > 1 or options.sp > 1
-    if options.lora and split:
-        yield (
+def _hybrid_rules(options: ParallelOptions) -> list[Rule]:
+    stage = options.zero_stage
+    return [
+        (
+            options.lora and options.model_parallel_size > 1,
             "--plugin 3d trains LoRA adapters only with --tp 1 --pp 1 --sp 1; "
-            "use --plugin zero2, or drop --lora_rank/--lora_config"
-        )
-    if options.zero_stage and options.precision == "fp32":
-        stage = options.zero_stage
-        yield (
+            "use --plugin zero2, or drop --lora_rank/--lora_config",
+        ),
+        (
+            bool(stage) and options.precision == "fp32",
             f"--zero_stage {stage} of --plugin 3d has no fp32; use --mixed_precision bf16 "
-            "or --zero_stage 0"
-        )
-    if options.zero_stage == 2 and options.pp > 1:
-        yield (
+            "or --zero_stage 0",
+        ),
+        (
+            stage == 2 and options.pp > 1,
             "--zero_stage 2 cannot be combined with --pp: gradients are split per step; "
-            "use --zero_stage 1"
-        )
-    if options.zero_cpu_offload and not options.zero_stage:
-        yield (
+            "use --zero_stage 1",
+        ),
+        (
+            options.zero_cpu_offload and not stage,
             "--zero_cpu_offload moves ZeRO's optimizer states: set --zero_stage 1 or 2, or "
-            "use --plugin zero2_cpu"
-        )
-    yield from _pipeline_problems(options)
-    yield from _sequence_problems(options)
+            "use --plugin zero2_cpu",
+        ),
+        *_pipeline_rules(options),
+        *_sequence_rules(options),
+    ]
 
 
-def _pipeline_problems(options: ParallelOptions) -> Iterator[str]:
+def _pipeline_rules(options: ParallelOptions) -> list[Rule]:
     if options.pp == 1 or options.batch_size is None:
-        return
+        return []
+    size = options.microbatch_size
     rows = options.batch_size * options.accumulation_steps
-    if rows % options.microbatch_size:
-        yield (
-            f"--microbatch_size {options.microbatch_size} does not divide the rows of one step, "
-            f"--batch_size {options.batch_size} x --accumulation_steps "
-            f"{options.accumulation_steps} = {rows}"
-        )
-    elif rows // options.microbatch_size < options.pp:
-        yield (
+    return [
+        (
+            rows % size > 0,
+            f"--microbatch_size {size} does not divide the rows of one step, --batch_size "
+            f"{options.batch_size} x --accumulation_steps {options.accumulation_steps} = {rows}",
+        ),
+        (
+            rows // size < options.pp,
             f"--pp {options.pp} needs at least {options.pp} micro-batches per step, found {rows} "
-            f"rows / --microbatch_size {options.microbatch_size} = "
-            f"{rows // options.microbatch_size}; raise --batch_size or --accumulation_steps, or "
-            "lower --microbatch_size"
-        )
+            f"rows / --microbatch_size {size} = {rows // size}; raise --batch_size or "
+            "--accumulation_steps, or lower --microbatch_size",
+        ),
+    ]
 
 
-def _sequence_problems(options: ParallelOptions) -> Iterator[str]:
+def _sequence_rules(options: ParallelOptions) -> list[Rule]:
+    mode = options.sp_mode
     if not options.enable_sequence_parallelism:
-        if options.sp > 1:
-            yield (
+        return [
+            (
+                options.sp > 1,
                 f"--sp {options.sp} needs --enable_sequence_parallelism (and usually "
-                "--sp_mode all_to_all)"
+                "--sp_mode all_to_all)",
             )
-        return
-    if options.sp_mode not in SP_MODES:
-        yield f"--sp_mode {options.sp_mode}: unknown; choose one of {', '.join(SP_MODES)}"
-    if options.sp_mode == "ring_attn":
-        yield (
+        ]
+    return [
+        (
+            mode not in SP_MODES,
+            f"--sp_mode {mode}: unknown; choose one of {', '.join(SP_MODES)}",
+        ),
+        (
+            mode == "ring_attn",
             "--sp_mode ring_attn: ColossalAI 0.5.0's ring attention keeps sequence and loss split "
             "in zigzag order and needs flash-attn on a GPU; this library does not offer it. Use "
-            "--sp_mode all_to_all"
-        )
-    if options.sp_mode in ("split_gather", "ring") and options.tp == 1:
-        yield (
-            f"--sp_mode {options.sp_mode} splits the sequence over the tensor-parallel "
-            "processes: set --tp 2 or more"
-        )
-    if options.sp_mode == "all_to_all" and options.sp == 1:
-        yield "--sp_mode all_to_all needs --sp 2 or more"
-    if options.pp > 1:
-        yield (
+            "--sp_mode all_to_all",
+        ),
+        (
+            mode in ("split_gather", "ring") and options.tp == 1,
+            f"--sp_mode {mode} splits the sequence over the tensor-parallel processes: set --tp 2 "
+            "or more",
+        ),
+        (
+            mode == "all_to_all" and options.sp == 1,
+            "--sp_mode all_to_all needs --sp 2 or more",
+        ),
+        (
+            options.pp > 1,
             "--enable_sequence_parallelism cannot be combined with --pp; use --tp and "
-            "--sp, or --pp alone"
-        )
+            "--sp, or --pp alone",
+        ),
+    ]
 
 
 def check_heads(config: Any, options: ParallelOptions) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from coati.models.lora.lora import merged
 from coati.parallel.atomic_dirs import make_folder, write_file
 from coati.parallel.engine import Engine
 from coati.utils.distributed import all_gather_object, is_rank_0
@@ -77,17 +78,21 @@ def gather(engine: Engine) -> dict[str, Tensor]:
 def merged_weights(engine: Engine) -> dict[str, Tensor]:
     """:func:`gather`, adapters merged into the weights that they adapt: the names and tensors of
     the plain model."""
-    if not is_lora(engine):
-        return gather(engine)
-    from coati.models.lora.lora import merged
+    return _merged(engine)[0] if is_lora(engine) else gather(engine)
 
+
+def _merged(engine: Engine) -> tuple[dict[str, Tensor], Any]:
+    """The plain model's tensors of a model with adapters, and its configuration."""
     adapted: Any = engine.module
     with merged(adapted):
-        return _without_adapters(gather(engine))
-
-
-def _without_adapters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {_plain_name(name): tensor for name, tensor in tensors.items() if not _is_adapter(name)}
+        config = ModelAssets.of(adapted.get_base_model()).config  # merging may untie the embeddings
+        tensors = gather(engine)
+    plain = {
+        re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+        if ".lora_" not in name and ".pissa_" not in name
+    }
+    return plain, config
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -115,39 +120,22 @@ def save_model(
     """
     make_folder(folder)
     config = assets.config
+    adapter = is_lora(engine) and not merge_lora
     if is_lora(engine) and merge_lora:
-        from coati.models.lora.lora import merged
-
-        adapted: Any = engine.module
-        with merged(adapted):
-            config = ModelAssets.of(engine.module.get_base_model()).config
-            tensors = _without_adapters(gather(engine))
+        tensors, config = _merged(engine)
     else:
         tensors = gather(engine)
-    if is_lora(engine) and not merge_lora:
-        if is_rank_0():
-            _save_adapter(engine, folder, tensors)
-    else:
+    if not adapter:
         _save_weights(folder, tensors, config, engine.module)
     if is_rank_0():
-        _save_assets(folder, assets, None if is_lora(engine) and not merge_lora else config)
+        if adapter:
+            from coati.models.lora.adapter_files import save_lora
 
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name or ".pissa_" in name
-
-
-def _plain_name(name: str) -> str:
-    return re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", ".")
-
-
-def _save_adapter(engine: Engine, folder: Path, tensors: dict[str, Tensor]) -> None:
-    from coati.models.lora.adapter_files import save_lora
-
-    write_file(
-        folder / "adapter_model.safetensors",
-        lambda path: save_lora(engine.module, path.parent, tensors),
-    )
+            write_file(
+                folder / "adapter_model.safetensors",
+                lambda path: save_lora(engine.module, path.parent, tensors),
+            )
+        _save_assets(folder, assets, None if adapter else config)
 
 
 def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module: nn.Module) -> None:

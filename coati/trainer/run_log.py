@@ -11,7 +11,7 @@ from coati.trainer.schedule import RunSchedule
 from coati.utils.logging import get_logger
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
-from coati.utils.tracking import NullTracker, Tracker, make_tracker
+from coati.utils.tracking import Tracker, make_tracker
 
 logger = get_logger(__name__)
 
@@ -36,7 +36,7 @@ class RunLog:
         self.name = name
         self.schedule = schedule
         self.settings = settings or {}
-        self.tracker: Tracker = NullTracker()
+        self.tracker = Tracker()
         self.meter = AccumulativeMeanMeter()
         self.meter.load(stored.get("meter", []))
         evaluated = stored.get("evaluated", {})

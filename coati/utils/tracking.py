@@ -3,31 +3,33 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from coati.utils.distributed import is_rank_0
 
 
-class Tracker(Protocol):
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
+class Tracker:
+    """Several trackers as one. Of none, what ranks other than 0 have, it keeps nothing."""
 
-    def table(self, columns: list[str], rows: list[list], step: int) -> None: ...
+    def __init__(self, trackers: Sequence["Tracker"] = ()) -> None:
+        self._trackers = trackers
 
-    def close(self) -> None: ...
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
+
+    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.table(columns, rows, step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
 
 
-class NullTracker:
-    """Takes everything and keeps nothing: what ranks other than 0 have."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-    def table(self, columns: list[str], rows: list[list], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``;
     ``samples.jsonl`` beside it: one per row of a table, without what the row lacks.
 
@@ -64,24 +66,19 @@ class JsonlTracker:
 
 
 def _cut(path: Path, keep_to: int) -> None:
-    kept = [line for line in _whole_lines(path) if keep_to and json.loads(line)["step"] <= keep_to]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    # A run killed while writing leaves half a line at the end.
+    kept = [
+        line
+        for line in lines
+        if keep_to and line.endswith("}\n") and json.loads(line)["step"] <= keep_to
+    ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    # A run killed while writing leaves half a line at the end.
-    return [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("}\n")
-    ]
-
-
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """TensorBoard; ``config`` stands in its text tab."""
 
     def __init__(
@@ -117,7 +114,7 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """wandb, online or (``WANDB_MODE=offline``) not; its own login decides."""
 
     def __init__(
@@ -140,25 +137,6 @@ class WandbTracker:
         self._run.finish()
 
 
-class Trackers:
-    """Several trackers as one."""
-
-    def __init__(self, trackers: list[Tracker]) -> None:
-        self._trackers = trackers
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(metrics, step)
-
-    def table(self, columns: list[str], rows: list[list], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.table(columns, rows, step)
-
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
-
-
 def make_tracker(
     metrics_file: str | os.PathLike | None,
     log_dir: str | os.PathLike | None = None,
@@ -168,10 +146,10 @@ def make_tracker(
     config: dict[str, Any] | None = None,
     keep_to: int = 0,
 ) -> Tracker:
-    """The trackers asked for, on rank 0; :class:`NullTracker` elsewhere. ``config``: the run's
+    """The trackers asked for, on rank 0; an empty one elsewhere. ``config``: the run's
     settings, which wandb and TensorBoard show."""
     if not is_rank_0():
-        return NullTracker()
+        return Tracker()
     trackers: list[Tracker] = []
     if metrics_file is not None:
         trackers.append(JsonlTracker(metrics_file, keep_to))
@@ -179,4 +157,4 @@ def make_tracker(
         trackers.append(TensorBoardTracker(log_dir, config or {}, keep_to))
     if use_wandb:
         trackers.append(WandbTracker(project, config or {}, log_dir))
-    return Trackers(trackers)
+    return Tracker(trackers)

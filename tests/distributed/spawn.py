@@ -77,10 +77,9 @@ def join_group(timeout_s: float = 60) -> None:
 
     import torch.distributed as dist
 
-    from coati.parallel.compat import cpu, fixes
+    from coati.parallel.boost import prepare_colossalai
 
-    fixes.apply()
-    cpu.apply()
+    prepare_colossalai()
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
 
 

@@ -6,30 +6,29 @@ import torch.distributed as dist
 
 
 def still_needed() -> dict[str, bool]:
-    """For each patch and mend, whether the upstream code still misbehaves without it."""
-    from coati.parallel.compat.cpu import CPU_PATCHES
-    from coati.parallel.compat.fixes import FIXES
+    """For each patch and fix, whether the upstream code still misbehaves without it."""
     from coati.parallel.compat.import_colossalai import import_colossalai
 
     import_colossalai()
+    from coati.parallel.compat.cpu import CPU_PATCHES
+    from coati.parallel.compat.fixes import FIXES
+
     return {patch.name: patch.still_needed() for patch in (*CPU_PATCHES, *FIXES)}
 
 
 def applied_twice() -> tuple[list[str], list[str]]:
     """The names of the patches that a first and a second call applied."""
-    from coati.parallel.compat import cpu
-    from coati.parallel.compat import fixes as mends
+    from coati.parallel.compat import cpu, fixes
 
-    return mends.apply() + cpu.apply(), mends.apply() + cpu.apply()
+    return fixes.apply() + cpu.apply(), fixes.apply() + cpu.apply()
 
 
 def clipped_bf16_moment() -> float:
     """The first moment after one HybridAdam step on a bf16 gradient of 1, divided by 2, with beta1
     0.5."""
-    from coati.parallel.compat import cpu
-    from coati.parallel.compat import fixes as mends
+    from coati.parallel.compat import cpu, fixes
 
-    mends.apply()
+    fixes.apply()
     cpu.apply()
     from colossalai.nn.optimizer import HybridAdam
 

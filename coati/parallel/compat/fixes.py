@@ -1,16 +1,29 @@
-"""Fixes of ColossalAI 0.5.0 that every device needs. Paths are relative to the ``colossalai``
-package."""
+"""Fixes of ColossalAI 0.5.0 that every device needs; imported after
+:func:`~coati.parallel.compat.import_colossalai.import_colossalai`. Paths are relative to the
+``colossalai`` package."""
 
-import inspect
 import math
 from functools import wraps
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, hybrid_parallel_plugin
+from colossalai.nn.optimizer import CPUAdam, HybridAdam
+from colossalai.nn.optimizer.nvme_optimizer import NVMeOptimizer
+from colossalai.pipeline import p2p
+from colossalai.shardformer.layer import _operation
+from colossalai.shardformer.modeling import gpt2
+from colossalai.tensor.d_tensor import (
+    init_tensor_as_customization_distributed,
+    is_customized_distributed_tensor,
+    is_distributed_tensor,
+)
+from colossalai.zero.gemini.chunk.manager import ChunkManager
+from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 
-from coati.parallel.compat.import_colossalai import import_colossalai
-from coati.parallel.compat.patch import Patch, apply_all, raises
+from coati.parallel.compat.patch import Patch, apply_all, lacks, mentions, raises
 
 
 def gather_what_was_received() -> None:
@@ -20,7 +33,6 @@ def gather_what_was_received() -> None:
     Every weight gradient of a column-parallel linear is wrong. The gather is done at once, so
     nothing is reused.
     """
-    from colossalai.shardformer.layer import _operation
 
     def _ring_as_gather(
         func,
@@ -39,12 +51,6 @@ def gather_what_was_received() -> None:
     _operation._ring_as_gather = _ring_as_gather
 
 
-def _ring_keeps_what_it_sent() -> bool:
-    from colossalai.shardformer.layer import _operation
-
-    return "input_tensors.append(send_tensors)" in inspect.getsource(_operation._ring_as_gather)
-
-
 def weigh_accumulated_gradients_once() -> None:
     """zero/gemini/chunk/manager.py:290: earlier micro-batches of a gathered chunk weigh ``pg_size``
     times too much.
@@ -52,8 +58,6 @@ def weigh_accumulated_gradients_once() -> None:
     The accumulated gradient is multiplied by ``pg_size`` before it is reduced again, which is right
     for a shard (added by its owner alone) and wrong for a gathered chunk (added by every rank).
     """
-    from colossalai.zero.gemini.chunk.manager import ChunkManager
-
     original = ChunkManager.rearrange_accumulated_grad_chunk
 
     def rearrange_accumulated_grad_chunk(self, chunk):
@@ -65,8 +69,6 @@ def weigh_accumulated_gradients_once() -> None:
 
 
 def _accumulation_is_overweighted() -> bool:
-    from colossalai.zero.gemini.chunk.manager import ChunkManager
-
     grad_chunk = SimpleNamespace(is_gathered=True, cuda_global_chunk=torch.ones(4))
     chunk = SimpleNamespace(grad_chunk=grad_chunk, pg_size=2)
     manager = SimpleNamespace(init_grad_chunk=lambda chunk: chunk.grad_chunk)
@@ -81,8 +83,6 @@ def clip_bf16_gradients() -> None:
 
     Gemini clips through ``div_scale``, so parameters on the CPU were never clipped in bf16.
     """
-    from colossalai.nn.optimizer import CPUAdam, HybridAdam
-
     original_update = CPUAdam.torch_adam_update
 
     def torch_adam_update(self, data, grad, *args, **kwargs):
@@ -103,9 +103,6 @@ def clip_bf16_gradients() -> None:
 
 
 def _bf16_is_not_clipped() -> bool:
-    from colossalai.nn.optimizer import CPUAdam
-    from colossalai.nn.optimizer.nvme_optimizer import NVMeOptimizer
-
     param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     optimizer = object.__new__(CPUAdam)  # without the kernel that its __init__ wants
     NVMeOptimizer.__init__(
@@ -123,8 +120,6 @@ def measure_the_norm_of_all_tensor_parallel_parts() -> None:
 
     Parameters that the ranks hold alike (norms) are then updated differently and drift apart.
     """
-    from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
-
     original = GeminiOptimizer._calc_global_norm
 
     def _calc_global_norm(self) -> float:
@@ -139,11 +134,13 @@ def measure_the_norm_of_all_tensor_parallel_parts() -> None:
     GeminiOptimizer._calc_global_norm = _calc_global_norm
 
 
+def _is_split(tensor) -> bool:
+    return is_distributed_tensor(tensor) or is_customized_distributed_tensor(tensor)
+
+
 def _squared_norm_of_replicated_gradients(optimizer) -> torch.Tensor:
     """Sum of squares of the gradients of parameters that tensor parallelism does not split, a
     float64 scalar."""
-    from colossalai.tensor.d_tensor import is_customized_distributed_tensor, is_distributed_tensor
-
     reused = optimizer.module.chunk_manager.reuse_fp16_chunk
     device = next(iter(optimizer.chunk16_set)).payload.device
     whole = torch.zeros((), dtype=torch.float64, device=device)
@@ -154,7 +151,7 @@ def _squared_norm_of_replicated_gradients(optimizer) -> torch.Tensor:
     }
     for index, slot in optimizer.id_to_fake_params.items():
         param = optimizer.id_to_real_params[index]
-        if is_distributed_tensor(param) or is_customized_distributed_tensor(param):
+        if _is_split(param):
             continue
         chunk = optimizer.param_to_chunk16[slot]
         begin, end = optimizer.param_to_range[slot]
@@ -167,44 +164,28 @@ def _squared_norm_of_replicated_gradients(optimizer) -> torch.Tensor:
     return whole
 
 
-def _norm_ignores_tensor_parallelism() -> bool:
-    from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
-
-    return "tp_group" not in inspect.getsource(GeminiOptimizer._calc_global_norm)
-
-
 def count_fused_weights_as_split() -> None:
     """booster/plugin/hybrid_parallel_plugin.py:427, 633, 892: the norm takes fused weights
     (GPT-2's) for replicated.
 
     Their gradients then weigh 1 / tp_size of what they should, and clipping is by a norm too small.
     """
-    from colossalai.booster.plugin import hybrid_parallel_plugin
-    from colossalai.tensor.d_tensor import is_customized_distributed_tensor, is_distributed_tensor
-
-    def is_split(tensor) -> bool:
-        return is_distributed_tensor(tensor) or is_customized_distributed_tensor(tensor)
-
-    hybrid_parallel_plugin.is_distributed_tensor = is_split
+    hybrid_parallel_plugin.is_distributed_tensor = _is_split
 
 
 def _norm_takes_fused_weights_for_replicated() -> bool:
-    from colossalai.booster.plugin import hybrid_parallel_plugin
-    from colossalai.tensor.d_tensor import init_tensor_as_customization_distributed
-
     fused = torch.nn.Parameter(torch.zeros(2))
     init_tensor_as_customization_distributed(fused, shard_fn=lambda t: t, gather_fn=lambda t: t)
     return not hybrid_parallel_plugin.is_distributed_tensor(fused)
 
 
 _NO_LABELS = object()
+_GLOO = SimpleNamespace(name=lambda: "gloo")  # a backend as p2p sees it
 
 
 def let_gpt2_run_without_labels() -> None:
     """shardformer/modeling/gpt2.py:390: ``loss`` is unbound where GPT-2 is split and no labels are
     given."""
-    from colossalai.shardformer.modeling import gpt2
-
     forward = gpt2.GPT2PipelineForwards.gpt2_lmhead_model_forward
     cross_entropy = gpt2.dist_cross_entropy
 
@@ -219,25 +200,10 @@ def let_gpt2_run_without_labels() -> None:
     gpt2.dist_cross_entropy = dist_cross_entropy
 
 
-def _gpt2_needs_labels() -> bool:
-    from colossalai.shardformer.modeling.gpt2 import GPT2PipelineForwards
-
-    return "loss = None" not in inspect.getsource(GPT2PipelineForwards.gpt2_lmhead_model_forward)
-
-
 def send_over_any_backend() -> None:
     """pipeline/p2p.py:159: ``is_hccl_available`` and ``Backend.HCCL`` exist only in torch for
     Ascend."""
-    from colossalai.pipeline import p2p
-
     p2p._check_for_nccl_hccl_backend = p2p.check_for_nccl_backend
-
-
-def _p2p_asks_for_hccl() -> bool:
-    from colossalai.pipeline import p2p
-
-    gloo = SimpleNamespace(name=lambda: "gloo")
-    return raises(AttributeError, call=lambda: p2p._check_for_nccl_hccl_backend(gloo))
 
 
 def keep_groups_until_the_end() -> None:
@@ -248,17 +214,9 @@ def keep_groups_until_the_end() -> None:
     lost: with a second plugin in the process, collectives wait for ever. At the interpreter's end
     the finalizer fails with a traceback. The groups end with the process instead.
     """
-    from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin
-
     for plugin in (GeminiPlugin, HybridParallelPlugin):
         if "__del__" in vars(plugin):
             del plugin.__del__
-
-
-def _groups_die_with_the_plugin() -> bool:
-    from colossalai.booster.plugin import HybridParallelPlugin
-
-    return "destroy_mesh_process_groups" in inspect.getsource(HybridParallelPlugin.__del__)
 
 
 def infer_before_the_first_step() -> None:
@@ -268,8 +226,6 @@ def infer_before_the_first_step() -> None:
     That iteration records in which order chunks are needed; what an inference recorded before it is
     removed again.
     """
-    from colossalai.zero.gemini.gemini_ddp import GeminiDDP
-
     original = GeminiDDP.forward
 
     @wraps(original)
@@ -290,20 +246,12 @@ def infer_before_the_first_step() -> None:
     GeminiDDP.forward = forward
 
 
-def _inference_waits_for_training() -> bool:
-    from colossalai.zero.gemini.gemini_ddp import GeminiDDP
-
-    return not hasattr(GeminiDDP.forward, "__wrapped__") and "warmup" in inspect.getsource(
-        GeminiDDP.forward
-    )
-
-
 FIXES = (
     Patch(
         "ring gather",
         "shardformer/layer/_operation.py:470",
         gather_what_was_received,
-        _ring_keeps_what_it_sent,
+        mentions(_operation._ring_as_gather, "input_tensors.append(send_tensors)"),
     ),
     Patch(
         "gemini accumulation",
@@ -321,7 +269,7 @@ FIXES = (
         "gemini tensor-parallel norm",
         "zero/gemini/gemini_optimizer.py:227",
         measure_the_norm_of_all_tensor_parallel_parts,
-        _norm_ignores_tensor_parallelism,
+        lacks(GeminiOptimizer._calc_global_norm, "tp_group"),
     ),
     Patch(
         "norm of fused weights",
@@ -333,26 +281,30 @@ FIXES = (
         "gpt2 without labels",
         "shardformer/modeling/gpt2.py:390",
         let_gpt2_run_without_labels,
-        _gpt2_needs_labels,
+        lacks(gpt2.GPT2PipelineForwards.gpt2_lmhead_model_forward, "loss = None"),
     ),
     Patch(
         "groups of a collected plugin",
         "booster/plugin/hybrid_parallel_plugin.py:1256",
         keep_groups_until_the_end,
-        _groups_die_with_the_plugin,
+        mentions(HybridParallelPlugin.__del__, "destroy_mesh_process_groups"),
     ),
     Patch(
         "gemini inference",
         "zero/gemini/gemini_ddp.py:278",
         infer_before_the_first_step,
-        _inference_waits_for_training,
+        mentions(GeminiDDP.forward, "warmup"),
     ),
-    Patch("p2p backend", "pipeline/p2p.py:159", send_over_any_backend, _p2p_asks_for_hccl),
+    Patch(
+        "p2p backend",
+        "pipeline/p2p.py:159",
+        send_over_any_backend,
+        raises(AttributeError, call=lambda: p2p._check_for_nccl_hccl_backend(_GLOO)),
+    ),
 )
 
 
 def apply() -> list[str]:
     """Fix ColossalAI in this process, on any device. Idempotent; returns the names of the fixes
     applied now."""
-    import_colossalai()
     return apply_all(FIXES)

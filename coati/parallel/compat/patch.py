@@ -1,8 +1,10 @@
 """A named patch of ColossalAI: the upstream line that it corrects, and how to tell that it is still
 needed."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 _applied: set[str] = set()
 
@@ -31,10 +33,24 @@ def apply_all(patches: Iterable[Patch]) -> list[str]:
     return [patch.name for patch in fresh]
 
 
-def raises(*errors: type[Exception], call: Callable[[], object]) -> bool:
-    """Whether ``call`` fails with one of ``errors``: what most probes ask."""
-    try:
-        call()
-    except errors:
-        return True
-    return False
+def raises(*errors: type[Exception], call: Callable[[], object]) -> Callable[[], bool]:
+    """A probe: whether ``call`` fails with one of ``errors``."""
+
+    def probe() -> bool:
+        try:
+            call()
+        except errors:
+            return True
+        return False
+
+    return probe
+
+
+def mentions(upstream: Any, *texts: str) -> Callable[[], bool]:
+    """A probe: whether the source of a function or module contains all ``texts``."""
+    return lambda: all(text in inspect.getsource(upstream) for text in texts)
+
+
+def lacks(upstream: Any, text: str) -> Callable[[], bool]:
+    """A probe: whether the source of a function or module does not contain ``text``."""
+    return lambda: text not in inspect.getsource(upstream)

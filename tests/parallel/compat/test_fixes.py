@@ -11,7 +11,7 @@ GLOO = {
     "gloo reduce_scatter",
     "gloo all_to_all",
     "gloo average",
-}  # torch's, and mended in its newer versions
+}  # torch's, and fixed in its newer versions
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def needed() -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("name", [fix.name for fix in FIXES])
-def test_upstream_still_needs_the_mend(name, needed):
-    assert needed[name], f"ColossalAI no longer has the fault behind the mend '{name}': delete it"
+def test_upstream_still_needs_the_fix(name, needed):
+    assert needed[name], f"ColossalAI no longer has the fault behind the fix '{name}': delete it"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these patches are for machines without CUDA")

@@ -80,24 +80,3 @@ class TorchCpuAdam:
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         param.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-lr)
-
-
-class TorchCpuAdamExtension:
-    """The kernel as ColossalAI's loader wants it: always there, chosen last."""
-
-    name = "cpu_adam_torch"
-    priority = 0
-
-    def is_available(self) -> bool:
-        return True
-
-    def assert_compatible(self) -> None:
-        pass
-
-    def load(self):
-        """The object that stands for the compiled module."""
-
-        class Module:
-            CPUAdamOptimizer = TorchCpuAdam
-
-        return Module

@@ -28,19 +28,3 @@ def sdpa_attention(
     return scaled_dot_product_attention(
         q, k, v, attn_mask=attention_mask, dropout_p=dropout_p, scale=scale
     )
-
-
-class SdpaExtension:
-    """The attention as ColossalAI's loader wants it: always there, chosen last."""
-
-    name = "flash_attention_sdpa_cpu"
-    priority = 0
-
-    def is_available(self) -> bool:
-        return True
-
-    def assert_compatible(self) -> None:
-        pass
-
-    def load(self):
-        return sdpa_attention

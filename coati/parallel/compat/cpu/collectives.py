@@ -1,5 +1,6 @@
 """The collectives that older gloo backends lack, made from those they have."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,6 @@ class Done:
 
     def wait(self, timeout=None) -> bool:
         """True at once."""
-        return True
-
-    def is_completed(self) -> bool:
-        """True: the work was done before."""
         return True
 
 
@@ -88,19 +85,8 @@ def averaging(all_reduce):
     return averaging_all_reduce
 
 
-def install_reduce_scatter() -> None:
-    """Give ``torch.distributed`` the emulated reduce-scatter, if gloo lacks its own."""
-    if lacks_reduce_scatter():
-        dist.reduce_scatter = reduce_scatter
-
-
-def install_all_to_all() -> None:
-    """Give ``torch.distributed`` the emulated all-to-all, if gloo lacks its own."""
-    if lacks_all_to_all():
-        dist.all_to_all = all_to_all
-
-
-def install_average() -> None:
-    """Teach ``torch.distributed.all_reduce`` to average, if gloo cannot."""
-    if lacks_average():
-        dist.all_reduce = averaging(dist.all_reduce)
+def install(name: str, emulation: Callable, lacks: Callable[[], bool]) -> None:
+    """Give ``torch.distributed`` the ``emulation`` of its function ``name``, if gloo ``lacks`` its
+    own."""
+    if lacks():
+        setattr(dist, name, emulation)

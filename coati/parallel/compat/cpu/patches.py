@@ -5,34 +5,39 @@ Paths are relative to the ``colossalai`` package. Everything here is applied by
 :func:`coati.parallel.compat.cpu.apply` alone.
 """
 
-import inspect
+import time
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
+from colossalai.accelerator import set_accelerator
+from colossalai.accelerator.cpu_accelerator import CpuAccelerator
+from colossalai.booster.plugin.gemini_plugin import GeminiPlugin
+from colossalai.kernel import kernel_loader
+from colossalai.legacy.utils import memory
+from colossalai.shardformer.modeling import gpt2
+from colossalai.zero.gemini.chunk.chunk import Chunk
+from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
+from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
 
 from coati.parallel.compat.cpu import collectives
-from coati.parallel.compat.patch import Patch, raises
+from coati.parallel.compat.cpu.accelerator import GlooCpuAccelerator
+from coati.parallel.compat.cpu.adam import TorchCpuAdam
+from coati.parallel.compat.cpu.attention import sdpa_attention
+from coati.parallel.compat.patch import Patch, apply_all, mentions, raises
 
 
 def install_accelerator() -> None:
     """accelerator/cpu_accelerator.py:106 ff.: streams, seeds and memory figures raise instead of
     doing nothing."""
-    from colossalai.accelerator import set_accelerator
-
-    from coati.parallel.compat.cpu.accelerator import GlooCpuAccelerator
-
     set_accelerator(GlooCpuAccelerator())
-
-
-def _accelerator_raises() -> bool:
-    from colossalai.accelerator.cpu_accelerator import CpuAccelerator
-
-    return raises(RuntimeError, call=lambda: CpuAccelerator().current_stream())
 
 
 def drop_zero_device_check() -> None:
     """zero/low_level/low_level_optim.py:254: asserts that the accelerator is called cuda or npu."""
-    from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
 
     def check_dtypes(self) -> None:
         for group in self.optim.param_groups:
@@ -45,29 +50,19 @@ def drop_zero_device_check() -> None:
     LowLevelZeroOptimizer._sanity_checks = check_dtypes
 
 
-def _zero_checks_device() -> bool:
-    from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
+def _force(owner: type, method: str, **forced: Any) -> None:
+    """Call ``method`` of ``owner`` with the keywords ``forced``, whatever it is called with."""
+    original = getattr(owner, method)
 
-    empty = SimpleNamespace(optim=SimpleNamespace(param_groups=[]), _dtype=torch.float32)
-    return raises(AssertionError, call=lambda: LowLevelZeroOptimizer._sanity_checks(empty))
+    def changed(self, *args, **kwargs):
+        return original(self, *args, **kwargs | forced)
+
+    setattr(owner, method, changed)
 
 
 def never_overlap_communication() -> None:
     """zero/low_level/low_level_optim.py:343: ``Tensor.record_stream`` has no CPU kernel."""
-    from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
-
-    original = LowLevelZeroOptimizer.__init__
-
-    def __init__(self, *args, **kwargs):
-        original(self, *args, **{**kwargs, "overlap_communication": False})
-
-    LowLevelZeroOptimizer.__init__ = __init__
-
-
-def _zero_records_stream() -> bool:
-    from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
-
-    return "record_stream" in inspect.getsource(LowLevelZeroOptimizer._run_reduction)
+    _force(LowLevelZeroOptimizer, "__init__", overlap_communication=False)
 
 
 def keep_gemini_shards_in_place() -> None:
@@ -78,7 +73,6 @@ def keep_gemini_shards_in_place() -> None:
     one too. The update of a "cpu" shard is put off until it moves, which a saved state dict would
     miss; here it is made at once.
     """
-    from colossalai.zero.gemini.chunk.chunk import Chunk
 
     def shard_move(self, device, force_copy=False, non_blocking=False) -> None:
         if not self.is_gathered and self.cuda_shard is None:
@@ -91,32 +85,10 @@ def keep_gemini_shards_in_place() -> None:
     Chunk.optim_update = optim_update
 
 
-def _gemini_needs_two_memories() -> bool:
-    from colossalai.zero.gemini.chunk.chunk import Chunk
-
-    stale = SimpleNamespace(
-        is_gathered=False, optim_sync_flag=False, _Chunk__paired_shard_move=lambda **_: None
-    )
-    return raises(AssertionError, call=lambda: Chunk.shard_move(stale, torch.device("cpu")))
-
-
 def never_pin_gemini_chunks() -> None:
     """booster/plugin/gemini_plugin.py:491 turns ``pin_memory`` on; without a device no memory can
     be pinned."""
-    from colossalai.zero.gemini.chunk.chunk import Chunk
-
-    original = Chunk.__init__
-
-    def __init__(self, *args, **kwargs):
-        original(self, *args, **{**kwargs, "pin_memory": False})
-
-    Chunk.__init__ = __init__
-
-
-def _gemini_pins() -> bool:
-    from colossalai.booster.plugin import gemini_plugin
-
-    return "pin_memory = True" in inspect.getsource(gemini_plugin.GeminiPlugin.__init__)
+    _force(Chunk, "__init__", pin_memory=False)
 
 
 def reduce_gemini_chunks_at_once() -> None:
@@ -125,21 +97,7 @@ def reduce_gemini_chunks_at_once() -> None:
 
     On a GPU the stream orders the two; gloo reads the memory from a thread of its own.
     """
-    from colossalai.zero.gemini.chunk.chunk import Chunk
-
-    original = Chunk.reduce
-
-    def reduce(self, async_op: bool = False) -> None:
-        original(self, async_op=False)
-
-    Chunk.reduce = reduce
-
-
-def _gemini_frees_early() -> bool:
-    from colossalai.zero.gemini.chunk.chunk import Chunk
-
-    lines = inspect.getsource(Chunk.reduce)
-    return "async_op=async_op" in lines and "free_storage(self.cuda_global_chunk)" in lines
+    _force(Chunk, "reduce", async_op=False)
 
 
 def measure_memory_without_cuda() -> None:
@@ -149,12 +107,6 @@ def measure_memory_without_cuda() -> None:
     Activations are counted as nothing and the capacity as this process's share of the machine, so
     that nothing is ever moved: there is nowhere to move it to.
     """
-    import time
-
-    import psutil
-    import torch.distributed as dist
-    from colossalai.legacy.utils import memory
-    from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
 
     def finish(self) -> int:
         self.time_stamps.append(time.time())
@@ -168,47 +120,37 @@ def measure_memory_without_cuda() -> None:
     )
 
 
-def _memory_monitor_needs_cuda() -> bool:
-    from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
-
-    return raises(RuntimeError, AssertionError, call=SyncCudaMemoryMonitor().start)
+def _extension(name: str, kernel: Any) -> type:
+    """``kernel`` as ColossalAI's loader wants it: always there, chosen last."""
+    return type(
+        name,
+        (),
+        {
+            "name": name,
+            "priority": 0,
+            "is_available": lambda self: True,
+            "assert_compatible": lambda self: None,
+            "load": lambda self: kernel,
+        },
+    )
 
 
 def offer_torch_adam() -> None:
     """kernel/extensions/cuda_extension.py:33: the CPU Adam counts as a CUDA extension, hence never
     available."""
-    from colossalai.kernel.kernel_loader import CPUAdamLoader
-
-    from coati.parallel.compat.cpu.adam import TorchCpuAdamExtension
-
-    CPUAdamLoader.register_extension(TorchCpuAdamExtension)
-
-
-def _no_adam_kernel() -> bool:
-    from colossalai.kernel.kernel_loader import CPUAdamLoader
-
-    return raises(AssertionError, call=CPUAdamLoader().load)
+    module = SimpleNamespace(CPUAdamOptimizer=TorchCpuAdam)
+    kernel_loader.CPUAdamLoader.register_extension(_extension("cpu_adam_torch", module))
 
 
 def offer_sdpa() -> None:
     """kernel/kernel_loader.py:107-121: no attention kernel of ``enable_flash_attention`` runs on a
     CPU."""
-    from colossalai.kernel import kernel_loader
-
-    from coati.parallel.compat.cpu.attention import SdpaExtension
-
     for loader in (
         kernel_loader.FlashAttentionLoader,
         kernel_loader.FlashAttentionWithCustomMaskLoader,
         kernel_loader.FlashAttentionForFloatAndCustomMaskLoader,
     ):
-        loader.register_extension(SdpaExtension)
-
-
-def _no_attention_kernel() -> bool:
-    from colossalai.kernel.kernel_loader import FlashAttentionForFloatAndCustomMaskLoader
-
-    return raises(AssertionError, call=FlashAttentionForFloatAndCustomMaskLoader().load)
+        loader.register_extension(_extension("flash_attention_sdpa_cpu", sdpa_attention))
 
 
 def let_gpt2_name_the_cpu() -> None:
@@ -223,80 +165,113 @@ def let_gpt2_name_the_cpu() -> None:
     torch.cuda.set_device = set_device
 
 
-def _gpt2_sets_a_cuda_device() -> bool:
-    from colossalai.shardformer.modeling import gpt2
-
-    return "torch.cuda.set_device(hidden_states.device)" in inspect.getsource(gpt2)
-
+_EMPTY_OPTIMIZER = SimpleNamespace(optim=SimpleNamespace(param_groups=[]), _dtype=torch.float32)
+_STALE_CHUNK = SimpleNamespace(
+    is_gathered=False, optim_sync_flag=False, _Chunk__paired_shard_move=lambda **_: None
+)
 
 CPU_PATCHES = (
     Patch(
         "cpu accelerator",
         "accelerator/cpu_accelerator.py:106",
         install_accelerator,
-        _accelerator_raises,
+        raises(RuntimeError, call=CpuAccelerator().current_stream),
     ),
     Patch(
         "zero device check",
         "zero/low_level/low_level_optim.py:254",
         drop_zero_device_check,
-        _zero_checks_device,
+        raises(AssertionError, call=lambda: LowLevelZeroOptimizer._sanity_checks(_EMPTY_OPTIMIZER)),
     ),
     Patch(
         "zero overlap",
         "zero/low_level/low_level_optim.py:343",
         never_overlap_communication,
-        _zero_records_stream,
+        mentions(LowLevelZeroOptimizer._run_reduction, "record_stream"),
     ),
     Patch(
         "gemini shards",
         "zero/gemini/chunk/chunk.py:321",
         keep_gemini_shards_in_place,
-        _gemini_needs_two_memories,
+        raises(AssertionError, call=lambda: Chunk.shard_move(_STALE_CHUNK, torch.device("cpu"))),
     ),
     Patch(
         "gemini pinned memory",
         "booster/plugin/gemini_plugin.py:491",
         never_pin_gemini_chunks,
-        _gemini_pins,
+        mentions(GeminiPlugin.__init__, "pin_memory = True"),
     ),
     Patch(
         "gemini reduce",
         "zero/gemini/chunk/chunk.py:417",
         reduce_gemini_chunks_at_once,
-        _gemini_frees_early,
+        mentions(Chunk.reduce, "async_op=async_op", "free_storage(self.cuda_global_chunk)"),
     ),
     Patch(
         "gemini auto placement",
         "zero/gemini/memory_tracer/memory_monitor.py:135",
         measure_memory_without_cuda,
-        _memory_monitor_needs_cuda,
+        raises(RuntimeError, AssertionError, call=lambda: SyncCudaMemoryMonitor().start()),
     ),
-    Patch("cpu adam", "kernel/extensions/cuda_extension.py:33", offer_torch_adam, _no_adam_kernel),
-    Patch("flash attention", "kernel/kernel_loader.py:107", offer_sdpa, _no_attention_kernel),
+    Patch(
+        "cpu adam",
+        "kernel/extensions/cuda_extension.py:33",
+        offer_torch_adam,
+        raises(AssertionError, call=lambda: kernel_loader.CPUAdamLoader().load()),
+    ),
+    Patch(
+        "flash attention",
+        "kernel/kernel_loader.py:107",
+        offer_sdpa,
+        raises(
+            AssertionError,
+            call=lambda: kernel_loader.FlashAttentionForFloatAndCustomMaskLoader().load(),
+        ),
+    ),
     Patch(
         "gpt2 device",
         "shardformer/modeling/gpt2.py:258",
         let_gpt2_name_the_cpu,
-        _gpt2_sets_a_cuda_device,
+        mentions(gpt2, "torch.cuda.set_device(hidden_states.device)"),
     ),
     # These three are torch's: newer versions lack nothing and the functions then do nothing.
     Patch(
         "gloo reduce_scatter",
         "shardformer/layer/_operation.py:522",
-        collectives.install_reduce_scatter,
+        partial(
+            collectives.install,
+            "reduce_scatter",
+            collectives.reduce_scatter,
+            collectives.lacks_reduce_scatter,
+        ),
         collectives.lacks_reduce_scatter,
     ),
     Patch(
         "gloo all_to_all",
         "shardformer/layer/_operation.py:1259",
-        collectives.install_all_to_all,
+        partial(
+            collectives.install, "all_to_all", collectives.all_to_all, collectives.lacks_all_to_all
+        ),
         collectives.lacks_all_to_all,
     ),
     Patch(
         "gloo average",
         "quantization/fp8.py:164",
-        collectives.install_average,
+        partial(
+            collectives.install,
+            "all_reduce",
+            collectives.averaging(dist.all_reduce),
+            collectives.lacks_average,
+        ),
         collectives.lacks_average,
     ),
 )
+
+
+def apply() -> list[str]:
+    """Make ColossalAI run on this CPU; nothing happens where CUDA is available.
+
+    Idempotent; call it before a process group or a plugin is built. Returns the names of the
+    patches applied now.
+    """
+    return [] if torch.cuda.is_available() else apply_all(CPU_PATCHES)

@@ -90,13 +90,15 @@ class Engine:
             self.module.register_forward_pre_hook(self._before_stage_forward, with_kwargs=True)
 
     def _install_head(self) -> None:
+        embedding = self.module.get_output_embeddings()
         reason = None if self.scalar else head_unsupported(self.module.config)
+        if embedding is None and self.mesh.last_stage and not self.scalar:
+            reason = f"{type(self.module).__name__} names no output embedding"
         if reason:
             logger.warning_once(
                 f"{reason}: its full logits are materialized, which takes more memory than the "
                 "library's chunked head."
             )
-        embedding = self.module.get_output_embeddings()
         if hasattr(embedding, "gather_output"):
             embedding.gather_output = True  # shardformer/policies/qwen2.py:427 leaves it split
         agree = self._max_over_ranks if self.mesh.sharded_forward else None

@@ -282,3 +282,13 @@ def test_the_critics_loss(critic, packed):
         again, found = taken(engine, objective, cut)
         assert again.loss == pytest.approx(step.loss, rel=1e-4)
         assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_without_an_output_embedding_full_logits_are_read(model, monkeypatch):
+    """A model that does not name its vocabulary head, as ChatGLM's, gives the same log-probs."""
+    batch = supervised()
+    expected = engine_of(model).forward(batch)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    engine = engine_of(model)
+    assert engine.head is None and expected.shape == (int((batch["labels"][:, 1:] != -100).sum()),)
+    assert_close(engine.forward(batch), expected)

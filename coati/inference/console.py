@@ -95,8 +95,3 @@ class RichConsole(SimpleConsole):
 
 
 CONSOLES = {"rich": RichConsole, "simple": SimpleConsole, "dummy": DummyConsole}
-
-
-def console(name: str) -> SimpleConsole:
-    """The console called ``name``, a key of CONSOLES."""
-    return CONSOLES[name]()

@@ -94,10 +94,8 @@ def conversation_of(
         if not isinstance(template, dict) and not Path(template).is_file():
             raise ValueError(f"{template}: no such file; expected a conversation template (JSON)")
         return setup_conversation_template(tokenizer, template)
-    for folder in (Path(directory), Path(directory).parent):
-        if (folder / TEMPLATE).is_file():
-            return setup_conversation_template(tokenizer, folder / TEMPLATE)
-    return setup_conversation_template(tokenizer, {})
+    beside = (folder / TEMPLATE for folder in (Path(directory), Path(directory).parent))
+    return setup_conversation_template(tokenizer, next(filter(Path.is_file, beside), {}))
 
 
 def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:

@@ -93,17 +93,18 @@ class Rewards:
         try:
             with time_limit(self.timeout):
                 result = function(batch)
-        except Overrun as error:
-            row = _first_failing_alone(function, batch, self.timeout / max(len(batch), 1))
-            raise ValueError(
-                f"reward {label} took longer than {self.timeout:g} s for {len(batch)} "
-                f"responses{_at(batch, row)}"
-            ) from error
-        except Exception as error:
-            row = _first_failing_alone(function, batch, self.timeout)
-            raise ValueError(
-                f"reward {label} raised {described(error)}{_at(batch, row)}"
-            ) from error
+        except (Exception, Overrun) as error:
+            what = f"raised {described(error)}"
+            limit = self.timeout
+            if isinstance(error, Overrun):
+                what = f"took longer than {limit:g} s for {len(batch)} responses"
+                limit /= max(len(batch), 1)
+            alone = (row for row in range(len(batch)) if _fails(function, batch.row(row), limit))
+            where = next(
+                (_sample(batch, row) for row in alone),
+                f"none of the {len(batch)} responses causes it alone",
+            )
+            raise ValueError(f"reward {label} {what}; {where}") from error
         return _checked(label, result, batch)
 
 
@@ -121,13 +122,6 @@ def _function(name: str) -> Callable[[Responses], Any]:
     return lambda batch: [per_row(name, batch, row) for row in range(len(batch))]
 
 
-def _first_failing_alone(
-    function: Callable[[Responses], Any], batch: Responses, limit: float | None
-) -> int | None:
-    """Index of the first response that also fails in a batch of one, or None."""
-    return next((row for row in range(len(batch)) if _fails(function, batch.row(row), limit)), None)
-
-
 def _fails(function: Callable[[Responses], Any], batch: Responses, limit: float | None) -> bool:
     try:
         with time_limit(limit):
@@ -135,12 +129,6 @@ def _fails(function: Callable[[Responses], Any], batch: Responses, limit: float 
     except (Exception, Overrun):
         return True
     return False
-
-
-def _at(batch: Responses, row: int | None) -> str:
-    if row is None:
-        return f"; none of the {len(batch)} responses causes it alone"
-    return f"; {_sample(batch, row)}"
 
 
 def _sample(batch: Responses, row: int) -> str:

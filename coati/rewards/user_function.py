@@ -9,6 +9,7 @@ response.
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,16 +35,14 @@ def load_function(name: str) -> Callable[[Responses], Any]:
     requires an argument that is not passed.
     """
     path, attribute = file_and_function(name)
+    if not path.is_file():
+        raise ValueError(f"reward {name}: there is no file {path}")
     module_name = f"coati_reward_{path.stem}_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up
     try:
         spec.loader.exec_module(module)
-    except FileNotFoundError as error:
-        if error.filename and str(error.filename) == str(path.resolve()):
-            raise ValueError(f"reward {name}: there is no file {path}") from error
-        raise ValueError(f"reward {name}: running {path} failed: {described(error)}") from error
     except Exception as error:
         raise ValueError(f"reward {name}: running {path} failed: {described(error)}") from error
     function = getattr(module, attribute, None)
@@ -84,11 +83,7 @@ def _wanted(name: str, function: Callable) -> list[str]:
 
 def described(error: BaseException) -> str:
     """Kind and text of an error, and the innermost line of the user's code that it comes from."""
-    traceback = error.__traceback__
-    place = ""
-    while traceback is not None:
-        file = traceback.tb_frame.f_code.co_filename
-        if "importlib" not in file and file != __file__:
-            place = f" ({file}:{traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    return f"{type(error).__name__}: {error}{place}"
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [(frame.f_code.co_filename, line) for frame, line in frames]
+    theirs = [f" ({file}:{n})" for file, n in lines if "importlib" not in file and file != __file__]
+    return f"{type(error).__name__}: {error}{''.join(theirs[-1:])}"

@@ -52,7 +52,6 @@ def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, d
         side, out, conversation = named(
             flag, generating.responses_of, path, prompts, config, **loading
         )
-        generating.release()
         found.append(side)
         skipped += out
     return found, skipped, conversation.response_format_tags

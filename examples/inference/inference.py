@@ -82,7 +82,7 @@ def main(args: ChatSettings) -> None:
     from coati.inference import console
     from coati.inference.transcript import Transcript, conversations
 
-    screen = console.console(args.io)
+    screen = console.CONSOLES[args.io]()
     asked = (
         conversations(args.prompt_file)
         if args.prompt_file

@@ -16,10 +16,10 @@ import jinja2
 
 from coati.dataset.chat.chat_encoder import ChatEncoder, Span
 from coati.dataset.chat.template import compile_template, render_template, special_tokens
-from coati.dataset.chat.template_file import read_fields
+from coati.dataset.chat.template_file import FIELDS, open_config, read_fields
 from coati.dataset.chat.template_probe import examine
 from coati.dataset.rows.row_errors import ROLES, TEMPLATE_MODES, RowError
-from coati.utils.json_io import load_json, save_json
+from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -155,13 +155,11 @@ class Conversation:
     def to_config(self) -> dict[str, Any]:
         """The template file's fields, complete; :meth:`from_config` gives the same conversation
         again."""
-        config = {
+        return {
             name: getattr(self, name)
-            for name in ("chat_template", "system_message", "stop_ids", "end_of_assistant")
+            for name in FIELDS
+            if name != "response_format_tags" or self.response_format_tags
         }
-        return config | (
-            {"response_format_tags": self.response_format_tags} if self.response_format_tags else {}
-        )
 
     def save(self, path: str | os.PathLike) -> None:
         save_json(self.to_config(), path)
@@ -318,11 +316,7 @@ def setup_conversation_template(
     ValueError naming the field that is wrong.
     """
     path = chat_template_config if isinstance(chat_template_config, str | os.PathLike) else None
-    config = chat_template_config or {}
-    if path is not None:
-        config = load_json(path) if os.path.isfile(path) else {}
-    source = "conversation template" if path is None else str(path)
-    folder = Path(path).parent if path is not None else "."
+    config, source, folder = open_config(chat_template_config)
     conversation = Conversation.from_config(tokenizer, config, template_mode, source, folder)
     missing_file = path is not None and not os.path.exists(path)
     if missing_file or conversation.derived or path is None:

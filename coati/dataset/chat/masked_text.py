@@ -1,6 +1,8 @@
 """Training rows as text whose supervised parts are marked, for people to look at."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 GREEN = "\033[32m"
@@ -8,18 +10,18 @@ RESET = "\033[0m"
 LONGEST = 6000  # characters of one shown text
 # (supervised, text); supervised is None for a remark about what was left out.
 Segments = list[tuple[bool | None, str]]
+# Code point -> sign: of a control character its picture; of others, and of half pairs, one for all.
+_SIGNS = {code: 0x2400 + code for code in range(0x20) if code not in (0x9, 0xA)} | dict.fromkeys(
+    (*range(0x7F, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"
+)
 
 
 def segments(
     input_ids: Sequence[int], mask: Sequence[bool], decode: Callable[[list[int]], str]
 ) -> Segments:
     """The row as runs of ``(supervised, text)``; ``mask`` has one entry per id."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, supervised in zip(input_ids, mask, strict=True):
-        if not runs or runs[-1][0] != bool(supervised):
-            runs.append((bool(supervised), []))
-        runs[-1][1].append(token)
-    return [(supervised, decode(ids)) for supervised, ids in runs]
+    runs = groupby(zip(map(bool, mask), input_ids, strict=True), key=itemgetter(0))
+    return [(supervised, decode([token for _, token in run])) for supervised, run in runs]
 
 
 def shorten(parts: Segments, longest: int = LONGEST) -> Segments:
@@ -55,13 +57,4 @@ def show_mask(parts: Segments, color: bool) -> str:
 def visible(text: Any) -> str:
     """``text`` with its control characters, line breaks and tabs aside, as the signs that stand for
     them, so that they can neither command a terminal nor break a page."""
-    return "".join(
-        _sign(c) if c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" else c
-        for c in str(text)
-    )
-
-
-def _sign(character: str) -> str:
-    if character in "\n\t":
-        return character
-    return chr(0x2400 + ord(character)) if character < " " else "\N{REPLACEMENT CHARACTER}"
+    return str(text).translate(_SIGNS)

@@ -1,11 +1,13 @@
 """The fields of a conversation template file, in today's layout and in the two older ones."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
 from coati.dataset.chat.chat_encoder import special_ids
 from coati.dataset.chat.template import read_chat_template
+from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -13,6 +15,15 @@ logger = get_logger(__name__)
 FIELDS = ("chat_template", "system_message", "stop_ids", "end_of_assistant", "response_format_tags")
 LINE_MARKERS = ("human_line_start", "human_line_end", "assistant_line_start", "assistant_line_end")
 OLD_FIELDS = (*LINE_MARKERS, "end_of_system_line_position")
+
+
+def open_config(config: dict | str | os.PathLike | None) -> tuple[dict[str, Any], str, Path]:
+    """``(config, what messages call it, where its relative paths start)`` of a template given as
+    its fields, as a file, or not at all; a file that is not there has no fields."""
+    if isinstance(config, str | os.PathLike):
+        found = load_json(config) if os.path.isfile(config) else {}
+        return found, str(config), Path(config).parent
+    return config or {}, "conversation template", Path(".")
 
 
 def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) -> dict[str, Any]:
@@ -34,9 +45,10 @@ def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) ->
                 f"{source}: {name} must be a string or null, found {fields[name]!r:.80}"
             )
     if fields["chat_template"]:
-        fields["chat_template"] = _located(
-            source, read_chat_template, fields["chat_template"], folder
-        )
+        try:
+            fields["chat_template"] = read_chat_template(fields["chat_template"], folder)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     else:
         fields["chat_template"] = tokenizer_template(tokenizer, source)
     if any(name in config for name in OLD_FIELDS):
@@ -46,13 +58,6 @@ def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) ->
         fields["stop_ids"], tokenizer, fields["end_of_assistant"], source
     )
     return fields
-
-
-def _located(source: str, function, *arguments):
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def _check_names(config: dict[str, Any], source: str) -> None:

@@ -7,13 +7,11 @@ here all findings are named.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import segments, show_mask
-from coati.dataset.chat.template_file import read_fields
+from coati.dataset.chat.template_file import open_config, read_fields
 from coati.dataset.chat.template_probe import TemplateProbe, dialogue
-from coati.utils.json_io import load_json
 
 
 @dataclass
@@ -50,14 +48,8 @@ def check_template(
     """Examine the template of ``config``, which setup_conversation_template would take, with
     ``tokenizer``. Writes nothing."""
     report = TemplateReport()
-    source = "conversation template"
-    folder = Path(".")
-    values = config or {}
     try:
-        if isinstance(config, str | os.PathLike):
-            source = str(config)
-            folder = Path(config).parent
-            values = load_json(config) if os.path.isfile(config) else {}
+        values, source, folder = open_config(config)
         fields = read_fields(values, tokenizer, source, folder)
         probe = TemplateProbe(
             tokenizer,
@@ -78,19 +70,16 @@ def check_template(
     except ValueError as error:
         report.errors = report.errors or [str(error).splitlines()[0]]
         return report
-    report.shown = f"{render_masked_probe(conversation, color)}\n{_tokens(tokenizer)}"
-    report.warnings += _stop_warnings(conversation, fields["stop_ids"])
-    return report
-
-
-def _tokens(tokenizer) -> str:
-    names = (
+    tokens = (
         ("bos", tokenizer.bos_token, tokenizer.bos_token_id),
         ("eos", tokenizer.eos_token, tokenizer.eos_token_id),
     )
-    return ", ".join(
-        f"{name} {text!r} ({number})" if text else f"no {name}" for name, text, number in names
+    named = ", ".join(
+        f"{name} {text!r} ({i})" if text else f"no {name}" for name, text, i in tokens
     )
+    report.shown = f"{render_masked_probe(conversation, color)}\n{named}"
+    report.warnings += _stop_warnings(conversation, fields["stop_ids"])
+    return report
 
 
 def _stop_warnings(conversation: Conversation, given: list[list[int]]) -> Iterator[str]:

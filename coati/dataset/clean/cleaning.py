@@ -61,45 +61,29 @@ class Cleaning:
         return asked
 
     @property
-    def compares_rows(self) -> bool:
-        """Whether some rows must be hashed before any can be written."""
-        return self.compares_all or self.drop_eval_overlap
-
-    @property
     def compares_all(self) -> bool:
         """Whether all rows, not only those for evaluation, must be hashed before."""
         return self.deduplicate or self.near_duplicates is not None
 
 
-@dataclass
-class RowChecks:
-    """The checks of one row, in a worker. ``overlap``: the n-grams that training rows must not
+def check_row(row: SourceRow, cleaning: Cleaning, overlap: Overlap | None = None) -> None:
+    """Raise RowError when ``row`` is to be dropped. ``overlap``: the n-grams that it must not
     contain."""
+    if cleaning.min_answer_chars or cleaning.max_answer_chars is not None:
+        _check_length(row, cleaning.min_answer_chars, cleaning.max_answer_chars)
+    if cleaning.drop_trivial_answers:
+        _check_trivial(row)
+    if overlap is not None:
+        overlap.check(row)
 
-    cleaning: Cleaning
-    overlap: Overlap | None = None
 
-    def check(self, row: SourceRow, evaluation: bool) -> None:
-        """Raise RowError when ``row`` is to be dropped."""
-        cleaning = self.cleaning
-        if cleaning.min_answer_chars or cleaning.max_answer_chars is not None:
-            self._check_length(row)
-        if cleaning.drop_trivial_answers:
-            _check_trivial(row)
-        if self.overlap is not None and not evaluation:
-            self.overlap.check(row)
-
-    def _check_length(self, row: SourceRow) -> None:
-        low = self.cleaning.min_answer_chars
-        high = self.cleaning.max_answer_chars
-        for responses in _response_groups(row):
-            length = sum(len(response.strip()) for response in responses)
-            if length < low:
-                raise RowError(
-                    "answer_too_short", f"{length} characters, at least {low} are wanted"
-                )
-            if high is not None and length > high:
-                raise RowError("answer_too_long", f"{length} characters, at most {high} are wanted")
+def _check_length(row: SourceRow, low: int, high: int | None) -> None:
+    for responses in _response_groups(row):
+        length = sum(len(response.strip()) for response in responses)
+        if length < low:
+            raise RowError("answer_too_short", f"{length} characters, at least {low} are wanted")
+        if high is not None and length > high:
+            raise RowError("answer_too_long", f"{length} characters, at most {high} are wanted")
 
 
 def _response_groups(row: SourceRow) -> list[list[str]]:
@@ -116,30 +100,24 @@ def _response_groups(row: SourceRow) -> list[list[str]]:
 def _check_trivial(row: SourceRow) -> None:
     for prompt, response in _rounds(row):
         normalized = normalize(response)
-        if not any(_is_visible(character) for character in normalized):
+        if all(unicodedata.category(character)[0] in "ZC" for character in normalized):
             raise RowError("blank_answer", f"found {response[:40]!r}")
         if normalized == normalize(prompt):
             raise RowError("answer_repeats_prompt", f"both are {response[:60]!r}")
 
 
-def _is_visible(character: str) -> bool:
-    return unicodedata.category(character)[0] not in "ZC"
-
-
 def _rounds(row: SourceRow) -> list[tuple[str, str]]:
     """``(prompt, response)`` of every response that may be trained on."""
-    last = row.messages[-1]["content"] if row.messages else ""
+    texts = [turn["content"] for turn in row.messages]
     if row.completion is not None:
-        return [(last, row.completion)]
+        return [(texts[-1], row.completion)]
     if row.chosen:
-        return [_last_round([*row.messages, *turns]) for turns in (row.chosen, row.rejected)]
-    turns = row.messages
+        sides = (
+            [*texts, *(turn["content"] for turn in side)] for side in (row.chosen, row.rejected)
+        )
+        return [(side[-2], side[-1]) for side in sides]
     return [
-        (before["content"], after["content"])
-        for before, after in zip(turns, turns[1:], strict=False)
-        if after["role"] == "assistant"
+        (texts[k - 1], texts[k])
+        for k, turn in enumerate(row.messages)
+        if turn["role"] == "assistant"
     ]
-
-
-def _last_round(turns: list[dict[str, str]]) -> tuple[str, str]:
-    return (turns[-2]["content"] if len(turns) > 1 else ""), turns[-1]["content"]

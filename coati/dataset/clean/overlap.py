@@ -3,7 +3,6 @@ benchmark."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,22 +41,15 @@ def _pieces(row: SourceRow, size: int) -> Iterator[tuple[list[str], np.ndarray, 
         yield prompt, word_hashes(prompt), len(prompt)
 
 
-def text_grams(text: str, size: int) -> np.ndarray:
-    """As :func:`row_grams`, of a text alone; a shorter one counts as a prompt."""
-    hashes = word_hashes(words(text))
-    return ngram_hashes(hashes, min(size, len(hashes))) if len(hashes) else _NOTHING
-
-
 @dataclass
 class Overlap:
-    """Hashes of the n-grams not to be shared: sorted, each with the number of its place; 12 bytes
-    each."""
+    """Hashes of the n-grams not to be shared: sorted, each with the number of its ``(reason,
+    place)`` in ``sources``; 12 bytes each."""
 
     size: int
     grams: np.ndarray
     owners: np.ndarray
-    places: list[str]
-    reasons: list[str]
+    sources: list[tuple[str, str]]
 
     @classmethod
     def of(cls, size: int, found: list[tuple[str, str, np.ndarray]]) -> "Overlap":
@@ -66,9 +58,7 @@ class Overlap:
         together = np.concatenate([one for _, _, one in found] or [_NOTHING])
         owners = np.repeat(np.arange(len(found), dtype=np.uint32), sizes)
         unique, first = np.unique(together, return_index=True)
-        places = [place for _, place, _ in found]
-        reasons = [reason for reason, _, _ in found]
-        return cls(size, unique, owners[first], places, reasons)
+        return cls(size, unique, owners[first], [(reason, place) for reason, place, _ in found])
 
     def check(self, row: SourceRow) -> None:
         """Raise RowError with the shared words and where they are from."""
@@ -78,9 +68,9 @@ class Overlap:
             hits = np.flatnonzero(self.grams[places] == mine)
             if len(hits):
                 start = int(hits[0])
-                owner = self.owners[places[start]]
+                reason, place = self.sources[self.owners[places[start]]]
                 shared = " ".join(found[start : start + length])
-                raise RowError(self.reasons[owner], f"{self.places[owner]} holds {shared!r} too")
+                raise RowError(reason, f"{place} holds {shared!r} too")
 
 
 def benchmark_grams(files: tuple[str, ...], size: int) -> list[tuple[str, str, np.ndarray]]:
@@ -89,8 +79,15 @@ def benchmark_grams(files: tuple[str, ...], size: int) -> list[tuple[str, str, n
     found = []
     for file in find_files(files) if files else ():
         for line, row in read_rows(file):
-            texts = _texts(_readable(file, line, row))
-            mine = [one for text in texts if len(one := text_grams(text, size))]
+            try:
+                texts = _texts(decode(row))
+            except RowError as error:
+                raise ValueError(
+                    f"{file}:{line}: {error}; fix the benchmark file, which cannot be compared with"
+                ) from error
+            hashed = [word_hashes(words(text)) for text in texts]
+            # A text of fewer words counts whole, like a prompt.
+            mine = [ngram_hashes(one, min(size, len(one))) for one in hashed if len(one)]
             if mine:
                 found.append(
                     ("benchmark_overlap", f"{file}:{line}", np.unique(np.concatenate(mine)))
@@ -101,15 +98,6 @@ def benchmark_grams(files: tuple[str, ...], size: int) -> list[tuple[str, str, n
             "any keys"
         )
     return found
-
-
-def _readable(file: Path, line: int, row: Any) -> Any:
-    try:
-        return decode(row)
-    except RowError as error:
-        raise ValueError(
-            f"{file}:{line}: {error}; fix the benchmark file, which cannot be compared with"
-        ) from error
 
 
 def _texts(value: Any) -> list[str]:

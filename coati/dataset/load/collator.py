@@ -65,6 +65,7 @@ class _Collator:
     Args:
         tokenizer: gives the pad id and the padding side ("right" is what training uses).
         max_length: the longest row in tokens.
+        ignore_index: label of positions without loss.
         apply_loss_mask: False trains on every real token (never on padding, never on a blank row).
         pad_to_multiple_of: widths are rounded up to this.
     """
@@ -73,6 +74,7 @@ class _Collator:
         self,
         tokenizer,
         max_length: int = 4096,
+        ignore_index: int = IGNORE_INDEX,
         *,
         apply_loss_mask: bool = True,
         pad_to_multiple_of: int = 1,
@@ -81,6 +83,7 @@ class _Collator:
         self.pad_id = pad_id if pad_id is not None else (tokenizer.eos_token_id or 0)
         self.side = tokenizer.padding_side
         self.max_length = max_length
+        self.ignore_index = ignore_index
         self.apply_loss_mask = apply_loss_mask
         self.multiple = pad_to_multiple_of
 
@@ -119,12 +122,6 @@ class DataCollatorForSupervisedDataset(_Collator):
         ignore_index: label of positions without loss.
         apply_loss_mask: False trains on every real token (never on padding).
     """
-
-    def __init__(
-        self, tokenizer, max_length: int = 4096, ignore_index: int = IGNORE_INDEX, **settings: Any
-    ) -> None:
-        super().__init__(tokenizer, max_length, **settings)
-        self.ignore_index = ignore_index
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [row["input_ids"][: self.max_length] for row in rows]
@@ -229,11 +226,8 @@ class DataCollatorForKTODataset(_Collator):
     beginning of its prompt, never a token of the response.
     """
 
-    def __init__(
-        self, tokenizer, max_length: int = 4096, ignore_index: int = IGNORE_INDEX, **settings: Any
-    ) -> None:
-        super().__init__(tokenizer, max_length, **settings)
-        self.ignore_index = ignore_index
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self.side = "right"
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -259,13 +253,11 @@ class DataCollatorForKTODataset(_Collator):
     @staticmethod
     def _partners(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         real = [index for index, row in enumerate(rows) if row["completion"]]
-        following = dict(zip(real, real[1:] + real[:1], strict=True))
-        partners = []
-        for index, row in enumerate(rows):
-            partner = following.get(index, index)
-            own = [] if partner == index else rows[partner]["completion"]
-            partners.append(row.get("kl_completion", own))
-        return partners
+        following = dict(zip(real, real[1:] + real[:1], strict=True)) if len(real) > 1 else {}
+        return [
+            row.get("kl_completion", rows[following[i]]["completion"] if i in following else [])
+            for i, row in enumerate(rows)
+        ]
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
         """``row`` without a response, for a rank that has no row left but must take part."""

@@ -104,7 +104,12 @@ class Mixture:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True)):
             start = epoch * count
             passes = range(start // size, -(-(start + count) // size))
-            endless = np.concatenate([_pass(seed, number, each, size) for each in passes])
+            endless = np.concatenate(
+                [
+                    np.random.default_rng([_MIXTURE, seed, number, each]).permutation(size)
+                    for each in passes
+                ]
+            )
             start -= passes[0] * size
             drawn.append(first + endless[start : start + count])
             first += size
@@ -118,10 +123,6 @@ class Mixture:
             for name, size, count in sets
         ]
         return f"--dataset_weights: of the {sum(self.sizes)} rows of an epoch, {', '.join(parts)}"
-
-
-def _pass(seed: int, number: int, each: int, size: int) -> np.ndarray:
-    return np.random.default_rng([_MIXTURE, seed, number, each]).permutation(size)
 
 
 class EpochOrder:

@@ -66,11 +66,9 @@ def part_directories(path: str) -> list[Path]:
 def preparation_of(path: str) -> dict[str, Any] | None:
     """What ``preparation.json`` beside the prepared rows says (tokenizer, template, report), or
     None."""
-    folder = Path(path)
-    for place in (folder, folder.parent):
-        if (place / "preparation.json").exists():
-            return load_json(place / "preparation.json")
-    return None
+    places = (folder / "preparation.json" for folder in (Path(path), Path(path).parent))
+    found = next(filter(Path.exists, places), None)
+    return None if found is None else load_json(found)
 
 
 def row_lengths(dataset) -> np.ndarray:
@@ -156,7 +154,10 @@ class GlobalBatchLoader:
             entries = self._entries(epoch, start)
             if self.partners:
                 pairs = list(zip(entries, following(entries), strict=True))
-                yield [self._partnered_batch(mine) for mine in self._mine(pairs)]
+                yield [
+                    self.collate([_with_partner(self.dataset, *pair) for pair in mine])
+                    for mine in self._mine(pairs)
+                ]
             else:
                 yield [self._batch(mine) for mine in self._mine(entries)]
 
@@ -178,9 +179,6 @@ class GlobalBatchLoader:
         if self.epoch_order.pack_length is None:
             return self.collate([self.dataset[int(row)] for row in entries])
         return self.collate([[self.dataset[int(row)] for row in pack] for pack in entries])
-
-    def _partnered_batch(self, pairs: Sequence[tuple[int, int | None]]) -> dict:
-        return self.collate([_with_partner(self.dataset, *pair) for pair in pairs])
 
 
 def check_global_batch(

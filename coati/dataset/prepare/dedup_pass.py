@@ -198,7 +198,7 @@ def compare_rows(
     cleaning = worker.cleaning
     grams = benchmark_grams(cleaning.benchmark_files, cleaning.overlap_words)
     duplicates = None
-    if cleaning.compares_rows:
+    if cleaning.compares_all or cleaning.drop_eval_overlap:
         duplicates = _hash_rows(plan, worker, staging, files, num_proc)
         if cleaning.deduplicate:
             duplicates.mark_exact()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
-from coati.dataset.clean.cleaning import Cleaning, RowChecks
+from coati.dataset.clean.cleaning import Cleaning
 from coati.dataset.fingerprint import describe, differences, stamps
 from coati.dataset.metadata import command_line, describe_template, describe_tokenizer
 from coati.dataset.prepare.dedup_pass import HashWorker, compare_rows
@@ -195,7 +195,8 @@ class Preparation:
             conversation=self.template,
             max_length=settings.max_length,
             jsonl=staging.jsonl is not None,
-            checks=RowChecks(self.cleaning, overlap),
+            cleaning=self.cleaning,
+            overlap=overlap,
         )
         return WritePass(plan, worker, staging, num_proc, self.budget).run(duplicates)
 

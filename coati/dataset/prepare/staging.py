@@ -7,7 +7,7 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,8 +114,9 @@ class StagingDir:
                 logger.info(f"another process is preparing {self.arrow_output}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock may have removed the folder in the meantime.
-            if _same_file(file, self.root / "lock"):
-                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                    return file
             file.close()
 
     @contextmanager
@@ -207,10 +208,6 @@ class StagingDir:
     def _remove(self) -> None:
         for folder in filter(None, (self.root, self.jsonl, self.scratch)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _same_file(file: BinaryIO, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _bin_name(bin: Bin) -> str:

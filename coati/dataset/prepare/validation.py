@@ -96,12 +96,9 @@ class BadRowBudget:
                 f"share of {self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n{reasons}\n"
                 "fix the rows, check the type and the input, or allow more with --max_bad_ratio"
             )
-        if "same_answers" in dropped:
-            self._check_same(dropped["same_answers"], read, expected)
-
-    def _check_same(self, same: dict[str, Any], read: int, expected: int) -> None:
+        same = dropped.get("same_answers")
         share = max(SAME_RESPONSES, self.max_ratio)
-        if same["rows"] > share * expected:
+        if same and same["rows"] > share * expected:
             raise ValueError(
                 f"{same['rows']} of the first {read} pairs have the same response as chosen and as "
                 f"rejected; of all {expected} rows at most a share of {share:g} may, and these are "

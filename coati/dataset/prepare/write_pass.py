@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from coati.dataset.chat.conversation import Conversation
-from coati.dataset.clean.cleaning import RowChecks
+from coati.dataset.clean.cleaning import Cleaning, check_row
+from coati.dataset.clean.overlap import Overlap
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.dedup_pass import Duplicates
 from coati.dataset.prepare.shard_plan import Bin, Chunk, ShardPlan
@@ -35,7 +36,8 @@ class TokenizeWorker:
     conversation: Conversation
     max_length: int
     jsonl: bool
-    checks: RowChecks
+    cleaning: Cleaning
+    overlap: Overlap | None
 
     def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, RowStats]:
         """``(arrow stream, JSON lines, statistics)`` of one chunk."""
@@ -47,7 +49,7 @@ class TokenizeWorker:
             where = f"{self.files[file]}:{line}"
             try:
                 source = read_row(self.type, decode(raw), self.format)
-                self.checks.check(source, evaluation)
+                check_row(source, self.cleaning, None if evaluation else self.overlap)
                 made = data_type.tokenize(source, self.conversation, self.max_length)
             except RowError as error:
                 recorder.stats.drop(error, where)

@@ -3,7 +3,6 @@
 All markup and all text is in report.html.jinja, where everything but a chart is escaped.
 """
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,18 @@ from coati.dataset.report.charts import length_charts
 
 def page(report: dict[str, Any]) -> str:
     """The HTML of a report made by ``build_report``."""
-    charts = length_charts(report["length_histogram"], report["max_length"])
-    return _template().render(report=report, type=DATA_TYPES[report["type"]], charts=charts)
-
-
-@lru_cache
-def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": _number, "percent": _percent, "visible": visible}
-    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source)
-
-
-def _number(value: float) -> str:
-    return f"{value:,}"
+    environment.filters |= {"number": "{:,}".format, "percent": _percent, "visible": visible}
+    charts = length_charts(report["length_histogram"], report["max_length"])
+    return environment.get_template("report.html.jinja").render(
+        report=report, type=DATA_TYPES[report["type"]], charts=charts
+    )
 
 
 def _percent(share: float) -> str:

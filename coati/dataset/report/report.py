@@ -10,12 +10,13 @@ from typing import Any
 from coati.dataset.chat.masked_text import show_mask, visible
 from coati.dataset.report.html import page
 from coati.dataset.report.report_warnings import warnings_of
-from coati.dataset.report.row_stats import RowStats, SampledRow
+from coati.dataset.report.row_stats import RowStats
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED, REASONS
 from coati.utils.json_io import save_json, save_text
 
 BARS = 40  # of the length histogram, at most
 NICE = (1, 2, 5)
+KINDS = dict.fromkeys(MALFORMED, "malformed") | dict.fromkeys(CLEANING_REASONS, "cleaned")
 COUNTED = ("shapes", "roles", "refused_roles", "scripts", "traits")
 
 
@@ -74,7 +75,7 @@ def build_report(
             reason: {
                 "rows": stats.dropped[reason],
                 "meaning": REASONS[reason],
-                "kind": _kind(reason),
+                "kind": KINDS.get(reason, "unfit"),
                 "first": stats.first[reason],
             }
             for reason in REASONS
@@ -94,20 +95,18 @@ def build_report(
             for index, name in files.items()
         ],
         "shards": shards,
-        "samples": [_sample(row) for row in stats.shown],
+        "samples": [
+            {
+                "at": row.at,
+                "notes": row.notes,
+                "parts": [
+                    {"name": name, "text": [list(run) for run in text]} for name, text in row.parts
+                ],
+            }
+            for row in stats.shown
+        ],
     }
     return report | {"warnings": warnings_of(report)}
-
-
-def _kind(reason: str) -> str:
-    return (
-        "malformed" if reason in MALFORMED else "cleaned" if reason in CLEANING_REASONS else "unfit"
-    )
-
-
-def _sample(row: SampledRow) -> dict[str, Any]:
-    parts = [{"name": name, "text": [list(run) for run in text]} for name, text in row.parts]
-    return {"at": row.at, "notes": row.notes, "parts": parts}
 
 
 def save_report(report: dict[str, Any], folders: Iterable[Path]) -> None:

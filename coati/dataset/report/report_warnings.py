@@ -1,6 +1,6 @@
 """What in a preparation's report deserves a second look before training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
@@ -14,58 +14,7 @@ LITTLE_SUPERVISED = 0.02
 
 def warnings_of(report: Report) -> list[str]:
     """One sentence per finding: what is odd and what to do about it."""
-    return [text for check in CHECKS for text in check(report)]
-
-
-def _files_without_rows(report: Report) -> Iterator[str]:
-    for entry in report["files"]:
-        if entry["rows_read"] and not entry["rows_kept"]:
-            yield f"{entry['file']}: none of its {entry['rows_read']} rows was kept"
-
-
-def _many_dropped(report: Report) -> Iterator[str]:
-    read = report["rows_read"]
-    if 2 * report["rows_malformed"] > read:
-        yield "more than half of the rows are malformed: is this the right type and file?"
-    for reason, entry in report["dropped"].items():
-        if entry["rows"] > MUCH_DROPPED * read and entry["kind"] == "unfit":
-            remedy = "; raise max_length to keep them" if reason == "too_long" else ""
-            what = f"{entry['meaning']} ({reason}){remedy}"
-            yield f"{entry['rows']} of {read} rows were dropped: {what}"
-
-
-def _truncated(report: Report) -> Iterator[str]:
-    cut = report["rows_truncated"]
-    kept = report["rows_kept"]
-    if cut > MUCH_TRUNCATED * kept:
-        yield (
-            f"{cut} of {kept} rows lost their last rounds because they are longer than max_length "
-            f"{report['max_length']}; raise max_length to learn from all of them"
-        )
-
-
-def _few_rows(report: Report) -> Iterator[str]:
-    if 0 < report["rows_written"] < FEW_ROWS and report.get("part") != "evaluation":
-        rows = report["rows_written"]
-        yield f"only {rows} training rows: too few to learn from; are these all the files?"
-
-
-def _empty_parts(report: Report) -> Iterator[str]:
-    if empty := report["shards"].count(0):
-        parts = len(report["shards"])
-        yield f"{empty} of {parts} parts hold no row; choose fewer bins for so little data"
-
-
-def _supervised(report: Report) -> Iterator[str]:
-    if (
-        DATA_TYPES[report["type"]].supervised
-        and 0 < report["tokens"]
-        and report["supervised_share"] < LITTLE_SUPERVISED
-    ):
-        yield (
-            f"only {report['supervised_share']:.2%} of the tokens are trained on: the responses "
-            "are tiny beside their prompts, so most of the compute is spent on context"
-        )
+    return [*_never_ends(report), *_odd_rows(report)]
 
 
 def _never_ends(report: Report) -> Iterator[str]:
@@ -84,27 +33,41 @@ def _never_ends(report: Report) -> Iterator[str]:
     )
 
 
-def _identical(report: Report) -> Iterator[str]:
-    if report["rows_written"] > 1 and not report["answers_differ"]:
-        what = DATA_TYPES[report["type"]].responses
+def _odd_rows(report: Report) -> Iterator[str]:
+    """What the counts of rows and tokens say."""
+    type = DATA_TYPES[report["type"]]
+    read = report["rows_read"]
+    kept = report["rows_kept"]
+    written = report["rows_written"]
+    if written > 1 and not report["answers_differ"]:
         yield (
-            f"all {what} are identical: there is nothing to learn but one text; is the right "
-            "column read?"
+            f"all {type.responses} are identical: there is nothing to learn but one text; is the "
+            "right column read?"
         )
-
-
-def _of_the_type(report: Report) -> Iterator[str]:
-    yield from DATA_TYPES[report["type"]].warnings(report)
-
-
-CHECKS: tuple[Callable[[Report], Iterator[str]], ...] = (
-    _never_ends,
-    _identical,
-    _files_without_rows,
-    _many_dropped,
-    _truncated,
-    _supervised,
-    _few_rows,
-    _of_the_type,
-    _empty_parts,
-)
+    for entry in report["files"]:
+        if entry["rows_read"] and not entry["rows_kept"]:
+            yield f"{entry['file']}: none of its {entry['rows_read']} rows was kept"
+    if 2 * report["rows_malformed"] > read:
+        yield "more than half of the rows are malformed: is this the right type and file?"
+    for reason, entry in report["dropped"].items():
+        if entry["rows"] > MUCH_DROPPED * read and entry["kind"] == "unfit":
+            remedy = "; raise max_length to keep them" if reason == "too_long" else ""
+            what = f"{entry['meaning']} ({reason}){remedy}"
+            yield f"{entry['rows']} of {read} rows were dropped: {what}"
+    if report["rows_truncated"] > MUCH_TRUNCATED * kept:
+        yield (
+            f"{report['rows_truncated']} of {kept} rows lost their last rounds because they are "
+            f"longer than max_length {report['max_length']}; raise max_length to learn from all of "
+            "them"
+        )
+    if type.supervised and report["tokens"] and report["supervised_share"] < LITTLE_SUPERVISED:
+        yield (
+            f"only {report['supervised_share']:.2%} of the tokens are trained on: the responses "
+            "are tiny beside their prompts, so most of the compute is spent on context"
+        )
+    if 0 < written < FEW_ROWS and report.get("part") != "evaluation":
+        yield f"only {written} training rows: too few to learn from; are these all the files?"
+    yield from type.warnings(report)
+    if empty := report["shards"].count(0):
+        parts = len(report["shards"])
+        yield f"{empty} of {parts} parts hold no row; choose fewer bins for so little data"

@@ -106,7 +106,8 @@ class Recorder:
         eos = conversation.tokenizer.eos_token_id
         self._stops = [*conversation.stop_ids, *([] if eos is None else [[eos]])]
         self._texts: list[str] = []
-        self._candidates: list[_Candidate] = []
+        # (order, at, row, columns) of rows that may become a SampledRow; no two have one order.
+        self._candidates: list[tuple[tuple[int, int, int], str, SourceRow, Columns]] = []
 
     def keep(
         self, file: int, line: int, where: str, row: SourceRow, made: list[tuple[Columns, bool]]
@@ -126,8 +127,8 @@ class Recorder:
             stats.traits["answer left out"] += 1
         for columns, _ in made:
             self._count(columns)
-        order = (zlib.crc32(f"{line}/{file}".encode()), line)
-        self._candidates.append(_Candidate(order, where, row, made[0][0]))
+        order = (zlib.crc32(f"{line}/{file}".encode()), line, file)
+        self._candidates.append((order, where, row, made[0][0]))
         if len(self._candidates) > 2 * SAMPLES:
             self._candidates = draw_samples(self._candidates)
 
@@ -154,24 +155,21 @@ class Recorder:
     def close(self) -> RowStats:
         """The statistics, complete with scripts and sampled rows."""
         self.stats.scripts.update(main_scripts(self._texts))
-        for one in draw_samples(self._candidates):
+        for (*order, _), at, row, columns in draw_samples(self._candidates):
             parts = [
                 (side.name, shorten(segments(side.ids, side.mask(), self._decode)))
-                for side in self._type.sides(one.columns)
+                for side in self._type.sides(columns)
             ]
-            notes = _notes(self._type, one.row)
-            self.stats.shown.append(SampledRow(one.order, one.at, parts, notes))
+            known = {
+                "shape": row.format,
+                **self._type.notes_of(row),
+                "right answer (gt_answer)": row.gt_answer,
+                "margin": row.margin,
+                "category": row.category,
+            }
+            notes = {name: str(value) for name, value in known.items() if value is not None}
+            self.stats.shown.append(SampledRow(tuple(order), at, parts, notes))
         return self.stats
-
-
-@dataclass(order=True)
-class _Candidate:
-    """A row that may become a SampledRow."""
-
-    order: tuple[int, int]
-    at: str = field(compare=False)
-    row: SourceRow = field(compare=False)
-    columns: Columns = field(compare=False)
 
 
 def _spoken(row: SourceRow) -> list[tuple[str, str]]:
@@ -184,15 +182,3 @@ def _spoken(row: SourceRow) -> list[tuple[str, str]]:
     if row.text is not None:
         spoken.append(("plain text", row.text))
     return spoken
-
-
-def _notes(type: DataType, row: SourceRow) -> dict[str, str]:
-    """What the report shows of a row beside its text."""
-    known = {
-        "shape": row.format,
-        **type.notes_of(row),
-        "right answer (gt_answer)": row.gt_answer,
-        "margin": row.margin,
-        "category": row.category,
-    }
-    return {name: str(value) for name, value in known.items() if value is not None}

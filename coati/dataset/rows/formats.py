@@ -76,16 +76,11 @@ def _is_unjudged_round(row: Any) -> bool:
     return _has("prompt", "completion")(row) and row.get("label") is None
 
 
-def _spoken(key: str, name: str) -> Callable[[Any], bool]:
-    """A list of messages under ``key`` whose speakers stand under ``name``."""
-
-    def matches(row: Any) -> bool:
-        found = row.get(key) if isinstance(row, dict) else None
-        return isinstance(found, list) and any(
-            isinstance(m, dict) and m.get(name) is not None for m in found
-        )
-
-    return matches
+def _is_openai(row: Any) -> bool:
+    found = row.get("messages") if isinstance(row, dict) else None
+    return isinstance(found, list) and any(
+        isinstance(m, dict) and m.get("role") is not None for m in found
+    )
 
 
 _PAIR = ("chosen", "rejected")
@@ -117,9 +112,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat(
         "rl_example", ASKED, ("messages", "gt_answer"), _has(messages=dict), read.rl_example
     ),
-    DatasetFormat(
-        "openai", CHAT, ("messages",), _spoken("messages", "role"), read.listed("messages")
-    ),
+    DatasetFormat("openai", CHAT, ("messages",), _is_openai, read.listed("messages")),
     DatasetFormat("messages", CHAT, ("messages",), _has("messages"), read.listed("messages")),
     DatasetFormat("message_list", CHAT, (), is_message_list, read.message_rows),
     DatasetFormat("sharegpt", CHAT, (_TALK,), _is_talk, read.listed(_TALK)),

@@ -3,13 +3,14 @@ sets on the hub."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coati.dataset.rows.formats import SourceRow as SourceRow
+from coati.dataset.rows.formats import SourceRow, read_row
 from coati.dataset.rows.readers import KINDS, kind_of
 from coati.dataset.rows.readers import decode as decode
 from coati.dataset.rows.readers import read_rows as read_rows
+from coati.dataset.rows.row_errors import RowError
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 
@@ -44,6 +45,20 @@ def find_files(paths: Sequence[str | os.PathLike], split: str | None = None) -> 
     if not files:
         raise ValueError("no input: name at least one file or folder of data")
     return files
+
+
+def source_rows(
+    paths: Sequence[str | os.PathLike], type: str
+) -> Iterator[tuple[str, SourceRow | RowError]]:
+    """``(file:line, row)`` of each row of the files behind ``paths``, as data of ``type``; what is
+    wrong with it in the place of a row that cannot be used."""
+    for file in find_files(paths):
+        for line, raw in read_rows(file):
+            try:
+                found = read_row(type, decode(raw))
+            except RowError as error:
+                found = error
+            yield f"{file}:{line}", found
 
 
 def _files_of(path: Path, split: str | None) -> list[Path]:

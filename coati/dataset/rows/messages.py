@@ -178,9 +178,8 @@ def continuation(messages: Messages, key: str) -> Messages:
 def common_context(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """``(context, chosen, rejected)`` of two whole conversations: what they share, up to a turn of
     the user."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((k for k, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     while shared and chosen[shared - 1]["role"] != "user":
         shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -2,13 +2,12 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from coati.dataset.rows.formats import SourceRow, read_row
-from coati.dataset.rows.input_files import find_files
-from coati.dataset.rows.readers import decode, read_rows
+from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.source_row import SourceRow
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -33,17 +32,17 @@ def sample_prompts(
     drawn: list[tuple[int, SourceRow]] = []
     examples: list[str] = []
     usable = unusable = 0
-    for found in _prompts(paths):
-        if isinstance(found, str):
+    for place, found in source_rows(paths, "prompt"):
+        if isinstance(found, RowError):
             unusable += 1
             if len(examples) < MAX_EXAMPLES:
-                examples.append(found)
+                examples.append(f"{place}: {found}")
             continue
         # Reservoir sampling (algorithm R, Vitter 1985): after n rows each of them is in the sample
         # with probability size / n.
-        place = usable if usable < size else rng.randrange(usable + 1)
-        if place < size:
-            drawn[place : place + 1] = [(usable, found)]
+        slot = usable if usable < size else rng.randrange(usable + 1)
+        if slot < size:
+            drawn[slot : slot + 1] = [(usable, found)]
         usable += 1
     shown = "".join(f"\n  {text}" for text in examples)
     if not drawn:
@@ -51,16 +50,6 @@ def sample_prompts(
     if unusable:
         logger.warning(f"rows without a prompt, left out: {unusable}; the first:{shown}")
     return [_columns(index, row) for index, row in sorted(drawn, key=lambda pair: pair[0])]
-
-
-def _prompts(paths: Sequence[str | os.PathLike]) -> Iterator[SourceRow | str]:
-    """Each row as a prompt, or a message on what is wrong with it."""
-    for file in find_files(paths):
-        for line, row in read_rows(file):
-            try:
-                yield read_row("prompt", decode(row))
-            except RowError as error:
-                yield f"{file}:{line}: {error}"
 
 
 def _columns(index: int, row: SourceRow) -> dict[str, Any]:

@@ -116,10 +116,7 @@ def _open(file: Path):
 
 
 def _read_json(file: Path) -> Rows:
-    if _is_array(file):
-        yield from _read_array(file)
-    else:
-        yield from _lines(file)
+    return _read_array(file) if _is_array(file) else _lines(file)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:

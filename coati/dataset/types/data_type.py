@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 Columns = dict[str, Any]
 TrainingRows = list[tuple[Columns, bool]]  # (columns, whether the row was cut to max_length)
 # What a column may hold: token ids, labels or a mask by token, a flag, or what is there to read.
-IDS = "ids"
-LABELS = "labels"
-MASK = "mask"
-FLAG = "flag"
-TEXT = "text"
-TEXTS = "texts"
-COUNT = "count"
-NUMBER = "number"
-COMMON = {"seq_length": COUNT, "seq_category": TEXT}
+Kind = Literal["ids", "labels", "mask", "flag", "text", "texts", "count", "number"]
+COMMON: dict[str, Kind] = {"seq_length": "count", "seq_category": "text"}
 
 
 @dataclass
@@ -55,10 +48,8 @@ class Side:
 
     def end(self) -> int:
         """The position after the last supervised id; 0 where none is."""
-        last = len(self.marks)
-        while last and self.marks[last - 1] == self.off:
-            last -= 1
-        return last
+        places = reversed(range(len(self.marks)))
+        return next((place + 1 for place in places if self.marks[place] != self.off), 0)
 
     def ends_with(self, stops: list[list[int]]) -> bool:
         """Whether the last supervised run closes with one of ``stops``."""
@@ -96,7 +87,7 @@ class DataType(ABC):
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
-    columns: ClassVar[dict[str, str]]
+    columns: ClassVar[dict[str, Kind]]
     texts: ClassVar[ReportTexts]
     traits: ClassVar[dict[str, str]] = {}
     raw_keys: ClassVar[tuple[str, ...]] = ()
@@ -108,14 +99,14 @@ class DataType(ABC):
     @property
     def token_columns(self) -> tuple[str, ...]:
         """The columns that hold token ids."""
-        return self._holding(IDS)
+        return self._holding("ids")
 
     @property
     def needed_columns(self) -> tuple[str, ...]:
         """The columns without which rows cannot be trained on."""
-        return self._holding(IDS, LABELS, MASK, FLAG)
+        return self._holding("ids", "labels", "mask", "flag")
 
-    def _holding(self, *kinds: str) -> tuple[str, ...]:
+    def _holding(self, *kinds: Kind) -> tuple[str, ...]:
         return tuple(name for name, kind in self.columns.items() if kind in kinds)
 
     @cached_property
@@ -124,14 +115,14 @@ class DataType(ABC):
         import pyarrow as pa
 
         arrow = {
-            IDS: pa.list_(pa.int32()),
-            LABELS: pa.list_(pa.int32()),
-            MASK: pa.list_(pa.bool_()),
-            FLAG: pa.bool_(),
-            TEXT: pa.string(),
-            TEXTS: pa.list_(pa.string()),
-            COUNT: pa.int32(),
-            NUMBER: pa.float32(),
+            "ids": pa.list_(pa.int32()),
+            "labels": pa.list_(pa.int32()),
+            "mask": pa.list_(pa.bool_()),
+            "flag": pa.bool_(),
+            "text": pa.string(),
+            "texts": pa.list_(pa.string()),
+            "count": pa.int32(),
+            "number": pa.float32(),
         }
         return pa.schema({name: arrow[kind] for name, kind in self.columns.items()})
 

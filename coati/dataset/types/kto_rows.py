@@ -9,9 +9,6 @@ from coati.dataset.rows.messages import question
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
-    FLAG,
-    IDS,
-    TEXT,
     Columns,
     DataType,
     ReportTexts,
@@ -30,11 +27,11 @@ class Kto(DataType):
     name = "kto"
     reads = ("judged",)
     columns = {
-        "prompt": IDS,
-        "completion": IDS,
-        "label": FLAG,
-        "input_id_decode": TEXT,
-        "completion_decode": TEXT,
+        "prompt": "ids",
+        "completion": "ids",
+        "label": "flag",
+        "input_id_decode": "text",
+        "completion_decode": "text",
         **COMMON,
     }
     texts = ReportTexts(

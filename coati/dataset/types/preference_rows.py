@@ -9,10 +9,6 @@ from coati.dataset.rows.messages import continuation, question
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
-    IDS,
-    MASK,
-    NUMBER,
-    TEXTS,
     Columns,
     DataType,
     ReportTexts,
@@ -37,9 +33,13 @@ class Preference(DataType):
         **{
             f"{side}_{name}": kind
             for side in SIDES
-            for name, kind in {"input_ids": IDS, "loss_mask": MASK, "label_decode": TEXTS}.items()
+            for name, kind in {
+                "input_ids": "ids",
+                "loss_mask": "mask",
+                "label_decode": "texts",
+            }.items()
         },
-        "margin": NUMBER,
+        "margin": "number",
         **COMMON,
     }
     texts = ReportTexts(

@@ -9,8 +9,6 @@ from coati.dataset.rows.messages import without_response
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
-    IDS,
-    TEXT,
     Columns,
     DataType,
     ReportTexts,
@@ -28,7 +26,7 @@ class Prompt(DataType):
 
     name = "prompt"
     reads = ("pair", "judged", "conversation", "prompt")
-    columns = {"input_ids": IDS, "inputs_decode": TEXT, **COMMON, "gt_answer": TEXT}
+    columns = {"input_ids": "ids", "inputs_decode": "text", **COMMON, "gt_answer": "text"}
     texts = ReportTexts(
         title="prompts (prompt)",
         what="The model writes responses of its own to each, which are then scored.",

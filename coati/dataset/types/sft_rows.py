@@ -9,10 +9,6 @@ from coati.dataset.rows.messages import complete_rounds
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
-    IDS,
-    LABELS,
-    TEXT,
-    TEXTS,
     Columns,
     DataType,
     ReportTexts,
@@ -32,10 +28,10 @@ class Sft(DataType):
     name = "sft"
     reads = ("conversation", "text")
     columns = {
-        "input_ids": IDS,
-        "labels": LABELS,
-        "inputs_decode": TEXT,
-        "labels_decode": TEXTS,
+        "input_ids": "ids",
+        "labels": "labels",
+        "inputs_decode": "text",
+        "labels_decode": "texts",
         **COMMON,
     }
     texts = ReportTexts(

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from coati.dataset.chat.conversation import Conversation
-from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.input_files import find_files
-from coati.dataset.rows.readers import decode, read_rows
+from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.model_loading import Loaded, load, stop_sequences
 from coati.models.generation.loop import generate
@@ -72,15 +70,10 @@ def read_prompts(
     """
     prompts: list[Prompt] = []
     skipped: list[Skipped] = []
-    for file in find_files(inputs):
-        for line, raw in read_rows(file):
-            place = f"{file}:{line}"
-            try:
-                row = read_row("prompt", decode(raw))
-            except RowError as error:
-                skipped.append((place, f"{error.reason}: {error.detail}"))
-                continue
-            number = len(prompts) + len(skipped)
+    for number, (place, row) in enumerate(source_rows(inputs, "prompt")):
+        if isinstance(row, RowError):
+            skipped.append((place, f"{row.reason}: {row.detail}"))
+        else:
             prompts.append(Prompt(place, number, row.messages, row.gt_answer))
     if most is not None and len(prompts) > most:
         drawn = random.Random(seed).sample(range(len(prompts)), most)
@@ -107,7 +100,10 @@ def responses_of(
     its template. ``loading``: keywords of :func:`~coati.inference.model_loading.load`."""
     loaded = load(path, **loading)
     found, skipped = generate_responses(loaded, prompts, config)
-    return found, skipped, loaded.conversation
+    conversation = loaded.conversation
+    del loaded
+    torch.cuda.empty_cache()  # does nothing where no GPU was used
+    return found, skipped, conversation
 
 
 def generate_responses(
@@ -167,9 +163,3 @@ def _batch(loaded: Loaded, batch: list, config: SamplingConfig) -> dict[int, Res
         text = tokenizer.decode(without_stop(new, stops), skip_special_tokens=False)
         found[prompt.number] = Response(encoded.text, text, new, stopped)
     return found
-
-
-def release() -> None:
-    """Give back what models that are no longer used held on a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

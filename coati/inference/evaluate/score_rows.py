@@ -149,15 +149,13 @@ def write_histogram(groups: dict[str, Tensor], file: str | os.PathLike, bins: in
 
     low = min(float(values.min()) for values in groups.values())
     high = max(float(values.max()) for values in groups.values())
-    if low == high:
-        low, high = low - 0.5, high + 0.5
     figure = Figure(figsize=(9.6, 4.8), dpi=100)
     axes = figure.subplots()
     figure.subplots_adjust(left=0.07, right=0.97)
     for color, (name, values) in zip(COLORS, groups.items(), strict=False):
         label = f"{name} ({len(values)})"
         axes.hist(values.numpy(), bins, (low, high), color=color, alpha=0.6, label=label)
-    axes.set_xlim(low, high)
+    axes.margins(x=0)
     axes.set_xlabel("score")
     figure.legend(loc="upper center", ncols=len(groups))
     figure.savefig(file, format="png")

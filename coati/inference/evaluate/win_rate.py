@@ -50,19 +50,24 @@ class PairResult:
 
     def as_dict(self) -> dict[str, Any]:
         """One line of the output file."""
-        prompt = self.prompt
-        row: dict[str, Any] = {"row": prompt.place, "prompt": prompt.messages}
-        row["gt_answer"] = prompt.gt_answer
         sides = zip(SIDES, self.responses, self.scores, self.parts, strict=True)
-        for side, response, value, parts in sides:
-            row[side] = {
-                "response": response.text,
-                "score": value,
-                "parts": parts,
-                "tokens": len(response.ids),
-                "stopped": response.stopped,
-            }
-        return row | {"difference": self.difference, "result": self.result}
+        return {
+            "row": self.prompt.place,
+            "prompt": self.prompt.messages,
+            "gt_answer": self.prompt.gt_answer,
+            **{
+                side: {
+                    "response": response.text,
+                    "score": value,
+                    "parts": parts,
+                    "tokens": len(response.ids),
+                    "stopped": response.stopped,
+                }
+                for side, response, value, parts in sides
+            },
+            "difference": self.difference,
+            "result": self.result,
+        }
 
 
 class Judge:

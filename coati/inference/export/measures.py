@@ -13,9 +13,7 @@ from torch.nn import functional as F
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.data_types import DATA_TYPES
-from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.input_files import find_files
-from coati.dataset.rows.readers import decode, read_rows
+from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
@@ -40,17 +38,17 @@ def read_conversations(
     """
     rows: list[Row] = []
     reasons: list[str] = []
-    for file in find_files(inputs):
-        for line, raw in read_rows(file):
-            try:
-                row = read_row("sft", decode(raw))
-                columns, _ = DATA_TYPES["sft"].tokenize(row, conversation, max_length)[-1]
-            except RowError as error:
-                reasons.append(f"{file}:{line}: {error.reason}: {error.detail}")
-                continue
-            rows.append((list(columns["input_ids"]), list(columns["labels"])))
-            if len(rows) == limit:
-                return rows
+    for place, row in source_rows(inputs, "sft"):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            columns, _ = DATA_TYPES["sft"].tokenize(row, conversation, max_length)[-1]
+        except RowError as error:
+            reasons.append(f"{place}: {error.reason}: {error.detail}")
+            continue
+        rows.append((list(columns["input_ids"]), list(columns["labels"])))
+        if len(rows) == limit:
+            break
     if not rows:
         raise ValueError(
             f"{' '.join(map(str, inputs))}: no usable conversation ({(reasons or ['empty'])[0]})"

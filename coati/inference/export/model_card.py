@@ -8,24 +8,48 @@ from typing import Any
 
 from coati.utils.json_io import load_json
 
-LIMITS = (
-    "- Responses can be wrong, biased or unsafe: nothing filters them. Try the model on your own "
-    "questions.\n"
-    "- It was trained on the data named above alone; what the base model lacks, fine-tuning rarely "
-    "adds.\n"
-    "- Prompts must be rendered with the chat template of this directory, and fit the context "
-    "together with the response.\n"
-)
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+Written by coati's `export.py`. {checked}
+
+## Base model
+
+{base}
+
+## Data
+
+{data}
+
+## Command
+
+{command}
+
+## Figures
+
+{figures}
+
+## Limits
+
+- Responses can be wrong, biased or unsafe: nothing filters them. Try the model on your own \
+questions.
+- It was trained on the data named above alone; what the base model lacks, fine-tuning rarely adds.
+- Prompts must be rendered with the chat template of this directory, and fit the context together \
+with the response.
+"""
 
 
 def run_of(path: str | Path) -> Path | None:
     """The output directory of the run that wrote ``path``: the nearest folder above with an
     arguments.json."""
     folder = Path(path).absolute()
-    for candidate in (folder, *folder.parents[:4]):
-        if (candidate / "arguments.json").is_file():
-            return candidate
-    return None
+    near = (folder, *folder.parents[:4])
+    return next((one for one in near if (one / "arguments.json").is_file()), None)
 
 
 def run_files(path: str | Path) -> list[Path]:
@@ -39,41 +63,30 @@ def run_files(path: str | Path) -> list[Path]:
 def model_card(path: str | Path, checked: str) -> str:
     """Markdown. ``path``: what was exported; ``checked``: a sentence on how the result was
     tested."""
-    name = Path(path).absolute()
     run = run_of(path)
     arguments = load_json(run / "arguments.json") if run else {}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    lines += [f"# {run.name if run else name.name}", ""]
-    lines += [
-        "Written by coati's `export.py`. " + checked,
-        "",
-        "## Base model",
-        "",
-        _base(arguments),
-        "",
-    ]
-    lines += ["## Data", "", *_data(arguments, run), "", "## Command", "", *_command(arguments), ""]
-    lines += ["## Figures", "", *_figures(run), "", "## Limits", "", LIMITS]
-    return "\n".join(lines)
-
-
-def _base(arguments: dict[str, Any]) -> str:
     base = arguments.get("pretrain")
-    if not base:
-        return "Not known: no arguments.json of a run was found beside the weights."
-    return f"`{Path(base).name if Path(base).is_absolute() else base}`"
+    return CARD.format(
+        name=(run or Path(path).absolute()).name,
+        checked=checked,
+        base=f"`{Path(base).name if Path(base).is_absolute() else base}`"
+        if base
+        else "Not known: no arguments.json of a run was found beside the weights.",
+        data="\n".join(_data(arguments)),
+        command=_command(arguments),
+        figures="\n".join(_figures(run)),
+    )
 
 
-def _data(arguments: dict[str, Any], run: Path | None) -> list[str]:
+def _data(arguments: dict[str, Any]) -> list[str]:
     named = arguments.get("dataset") or arguments.get("prompt_dataset") or []
     named = named if isinstance(named, list) else [named]
     if not named:
         return ["Not known."]
-    lines = ["| data set | fingerprint (SHA-256 of its files) |", "| --- | --- |"]
-    fingerprints = {
-        place: fingerprint(Path(place)) or "its files are no longer there" for place in named
-    }
-    return lines + [f"| `{_short(place)}` | {found} |" for place, found in fingerprints.items()]
+    return ["| data set | fingerprint (SHA-256 of its files) |", "| --- | --- |"] + [
+        f"| `{_short(one)}` | {fingerprint(Path(one)) or 'its files are no longer there'} |"
+        for one in named
+    ]
 
 
 def _short(place: str) -> str:
@@ -98,22 +111,18 @@ def fingerprint(place: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _command(arguments: dict[str, Any]) -> list[str]:
+def _command(arguments: dict[str, Any]) -> str:
     given = {key: value for key, value in arguments.items() if value not in (None, False, [])}
     if not given:
-        return ["Not known."]
+        return "Not known."
     words = [word for key, value in given.items() for word in _words(key, value)]
-    return ["The flags of the run, defaults among them:", "", "```", " ".join(words), "```"]
+    return f"The flags of the run, defaults among them:\n\n```\n{' '.join(words)}\n```"
 
 
 def _words(key: str, value: Any) -> list[str]:
-    if value is True:
-        return [f"--{key}"]
-    values = value if isinstance(value, list) else [value]
-    return [
-        f"--{key}",
-        *(shlex.quote(_short(v) if isinstance(v, str) else json.dumps(v)) for v in values),
-    ]
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    texts = (_short(one) if isinstance(one, str) else json.dumps(one) for one in values)
+    return [f"--{key}", *map(shlex.quote, texts)]
 
 
 def _figures(run: Path | None) -> list[str]:

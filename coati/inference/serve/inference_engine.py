@@ -56,30 +56,21 @@ class SamplingParams:
     seed: int | None = None
 
 
+@dataclass(eq=False)
 class Request:
     """A queued or running request. ``number``: its row id in the decoder; ``tokens``: token ids of
     the response so far, stop sequence included."""
 
-    def __init__(
-        self,
-        number: int,
-        prompt: list[int],
-        params: SamplingParams,
-        stream: TextStream,
-        stop_filter: StopStringFilter,
-        deliver: Callable[[StreamChunk], None],
-        timeout: float,
-    ):
-        self.number = number
-        self.prompt = prompt
-        self.params = params
-        self.stream = stream
-        self.stop_filter = stop_filter
-        self.deliver = deliver
-        self.arrived = time.monotonic()
-        self.deadline = self.arrived + timeout
-        self.tokens: list[int] = []
-        self.canceled = False
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    stream: TextStream
+    stop_filter: StopStringFilter
+    deliver: Callable[[StreamChunk], None]
+    timeout: float
+    arrived: float = field(default_factory=time.monotonic)
+    tokens: list[int] = field(default_factory=list)
+    canceled: bool = False
 
     @property
     def elapsed(self) -> float:
@@ -100,7 +91,7 @@ class Request:
         None."""
         if self.canceled:
             return "canceled"
-        return "timeout" if time.monotonic() > self.deadline else None
+        return "timeout" if self.elapsed > self.timeout else None
 
     def take(self, token: int) -> str | None:
         """Append ``token`` and deliver the text that is final by now; returns the finish reason if
@@ -147,7 +138,7 @@ class InferenceEngine:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.timeout = timeout
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(lambda: self.running, lambda: self.waiting)
         self.stops = stop_sequences(loaded.tokenizer, loaded.conversation)
         # A fast tokenizer is not thread-safe, so the engine's thread has its own copy.
         self._tokenizer = copy.deepcopy(loaded.tokenizer)
@@ -198,7 +189,6 @@ class InferenceEngine:
             if self._closed:
                 raise QueueFull("the server is shutting down")
             self._waiting.append(request)
-            self.metrics.levels(len(self._running), len(self._waiting))
             self._wake.notify()
         return request
 
@@ -304,7 +294,6 @@ class InferenceEngine:
             if why in INCOMPLETE:
                 request.deliver(StreamChunk("", why, len(request.tokens)))
             self.metrics.outcome(why, request.elapsed)
-        self.metrics.levels(len(self._running), len(self._waiting))
 
     def _clear(self) -> None:
         """Drop the decoder and the prepacked weights."""

@@ -91,24 +91,21 @@ class SamplingFields(BaseModel):
     top_k: int | None = Field(None, ge=0, le=2**31, description="0: off")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
 
-    def sampling(self, default: Sampling) -> Sampling:
-        """``default`` with the request's own fields."""
+    def sampling_params(
+        self, field: str, asked: int | None, default: Sampling, most: int, room: int, **others: Any
+    ) -> SamplingParams:
+        """``default`` with the request's own fields. ``asked``: new tokens, the value of ``field``;
+        by default what ``room`` the prompt leaves, at most the server's limit ``most``."""
+        if asked is not None and asked > most:
+            raise Refused(400, f"{field} is {asked}, at most {most} are given here", param=field)
         named = {name: getattr(self, name) for name in ("top_p", "top_k", "repetition_penalty")}
         given = {name: value for name, value in named.items() if value is not None}
         if self.temperature is not None:
             # Smaller ones are greedy all the same, and would overflow the logits.
             given["do_sample"] = self.temperature >= 1e-3
             given["temperature"] = max(self.temperature, 1e-3)
-        return replace(default, **given)
-
-    def sampling_params(
-        self, field: str, asked: int | None, default: Sampling, most: int, room: int, **others: Any
-    ) -> SamplingParams:
-        """``asked``: new tokens, the value of ``field``; by default what ``room`` the prompt
-        leaves, at most the server's limit ``most``."""
-        if asked is not None and asked > most:
-            raise Refused(400, f"{field} is {asked}, at most {most} are given here", param=field)
-        return SamplingParams(self.sampling(default), asked or max(1, min(most, room)), **others)
+        limit = asked or max(1, min(most, room))
+        return SamplingParams(replace(default, **given), limit, **others)
 
 
 class ChatRequest(SamplingFields):
@@ -158,10 +155,12 @@ class GenerateRequest(SamplingFields):
     max_new_tokens: int | None = Field(None, ge=1)
 
     def messages(self) -> list[dict[str, str]]:
-        turns = []
-        for turn in self.history:
-            turns += [("user", turn.instruction), ("assistant", turn.response)]
-        return [{"role": role, "content": content} for role, content in turns if content]
+        return [
+            {"role": role, "content": content}
+            for turn in self.history
+            for role, content in (("user", turn.instruction), ("assistant", turn.response))
+            if content
+        ]
 
     def params(self, default: Sampling, most: int, room: int) -> SamplingParams:
         return self.sampling_params("max_new_tokens", self.max_new_tokens, default, most, room)

@@ -1,5 +1,7 @@
 """The server's Prometheus metrics."""
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -7,9 +9,9 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 class ServerMetrics:
     """Metrics of one engine, in a registry of its own, so that several engines of a process do not
-    mix."""
+    mix. ``running``, ``waiting``: how many requests are, asked when the metrics are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         own = {"registry": self.registry}
         self.requests = Counter(
@@ -26,8 +28,8 @@ class ServerMetrics:
         self.first = Histogram(
             "coati_first_token_seconds", "from arrival to the first token", buckets=_SECONDS, **own
         )
-        self.running = Gauge("coati_running_requests", "requests in the batch", **own)
-        self.waiting = Gauge("coati_waiting_requests", "requests in the queue", **own)
+        Gauge("coati_running_requests", "requests in the batch", **own).set_function(running)
+        Gauge("coati_waiting_requests", "requests in the queue", **own).set_function(waiting)
 
     def joined(self, prompt_tokens: int, seconds: float) -> None:
         """A prompt of ``prompt_tokens`` has its first token, ``seconds`` after it arrived."""
@@ -40,10 +42,6 @@ class ServerMetrics:
         self.requests.labels(name).inc()
         if seconds is not None:
             self.seconds.observe(seconds)
-
-    def levels(self, running: int, waiting: int) -> None:
-        self.running.set(running)
-        self.waiting.set(waiting)
 
     def text(self) -> bytes:
         """What a Prometheus server scrapes."""

@@ -103,8 +103,12 @@ class Api:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode(), self.settings.token.encode())
         if kind.lower() != "bearer" or not right:
-            message = "wrong or missing token; send the header Authorization: Bearer TOKEN"
-            raise Refused(401, message, "authentication_error", code="invalid_api_key")
+            raise Refused(
+                401,
+                "wrong or missing token; send the header Authorization: Bearer TOKEN",
+                "authentication_error",
+                code="invalid_api_key",
+            )
 
     async def chat(self, body: ChatRequest, request: Request):
         """A chat completion, whole or streamed."""
@@ -163,10 +167,12 @@ class Api:
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.model_name:
-            message = (
-                f"the model {name[:100]!r} is not served here, but {self.settings.model_name!r}"
+            raise Refused(
+                404,
+                f"the model {name[:100]!r} is not served here, but {self.settings.model_name!r}",
+                param="model",
+                code="model_not_found",
             )
-            raise Refused(404, message, param="model", code="model_not_found")
 
     async def _prepare(
         self, messages: list[dict], body: ChatRequest | GenerateRequest
@@ -178,8 +184,12 @@ class Api:
                 param="messages",
             )
         if self.words and any(self.words.search(message["content"]) for message in messages):
-            message = "a message holds a word that this server does not take"
-            raise Refused(400, message, param="messages", code="content_filter")
+            raise Refused(
+                400,
+                "a message holds a word that this server does not take",
+                param="messages",
+                code="content_filter",
+            )
         try:
             prompt = await run_in_threadpool(self.engine.encode, messages)
         except RowError as error:
@@ -193,7 +203,7 @@ class Api:
         self, prompt: list[int], params: SamplingParams, request: Request
     ) -> AsyncIterator[StreamChunk]:
         """The chunks of the response. A client that disconnects frees its place, also while it
-        waits in the queue."""
+        waits in the queue. Raises Refused when there is no whole response."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[StreamChunk] = asyncio.Queue()
         try:
@@ -216,6 +226,8 @@ class Api:
         try:
             while True:
                 chunk = await arrived.get()
+                if chunk.finish in FAILED:
+                    raise Refused(*FAILED[chunk.finish])
                 yield chunk
                 if chunk.finish:
                     return
@@ -226,16 +238,8 @@ class Api:
 
 async def _whole(stream: AsyncIterator[StreamChunk]) -> tuple[str, StreamChunk]:
     """The whole text, and the last chunk."""
-    texts = []
-    async for chunk in stream:
-        _check(chunk)
-        texts.append(chunk.text)
-    return "".join(texts), chunk
-
-
-def _check(chunk: StreamChunk) -> None:
-    if chunk.finish in FAILED:
-        raise Refused(*FAILED[chunk.finish])
+    chunks = [chunk async for chunk in stream]
+    return "".join(chunk.text for chunk in chunks), chunks[-1]
 
 
 async def _streamed(events: AsyncIterator[str]) -> StreamingResponse:
@@ -260,7 +264,6 @@ async def _chat_events(
 ):
     role = {"role": "assistant", "content": ""}
     async for chunk in stream:
-        _check(chunk)
         if role:
             yield _event(chunks.delta(role))
             role = None
@@ -274,7 +277,6 @@ async def _chat_events(
 
 async def _generate_events(stream: AsyncIterator[StreamChunk]):
     async for chunk in stream:
-        _check(chunk)
         if chunk.text:
             lines = "".join(f"data: {line}\n" for line in chunk.text.split("\n"))
             yield f"event: generate\n{lines}\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coati.dataset.clean.cleaning import Cleaning, RowChecks
+from coati.dataset.clean.cleaning import Cleaning, check_row
 from coati.dataset.clean.text_normalization import ngram_hashes, normalize, word_hashes, words
 from coati.dataset.prepare.shard_plan import EvaluationShare
 from coati.dataset.rows.formats import read_row
@@ -292,7 +292,7 @@ def test_a_benchmark_of_any_keys_is_kept_out(tmp_path):
 
 def dropped(type: str, given: dict, **settings) -> str | None:
     try:
-        RowChecks(Cleaning(**settings)).check(read_row(type, given), evaluation=False)
+        check_row(read_row(type, given), Cleaning(**settings))
     except RowError as error:
         return error.reason
     return None

@@ -138,7 +138,7 @@ def test_a_file_may_hold_dataclasses(tmp_path):
         ),
         (
             "[1 / (len(responses) - 3)]",
-            r"raised ZeroDivisionError.*mine.py:5\); none of the 3 responses does so alone",
+            r"raised ZeroDivisionError.*mine.py:5\); none of the 3 responses causes it alone",
         ),
     ],
 )
@@ -251,7 +251,7 @@ def test_a_file_that_cannot_serve_says_why(tmp_path, body, function, message):
             r"--reward_weights has 1 values, --reward_functions 2 names \(gsm8k length\)",
         ),
         (["format"], None, "has no response_format_tags"),
-        ([], None, "no reward function is named"),
+        ([], None, "no reward function is given"),
     ],
 )
 def test_names_that_cannot_be(names, weights, message):

@@ -35,14 +35,15 @@ __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)
 
 
 class _RenamedModules(MetaPathFinder):
-    """The last to be asked for a module: those of earlier releases are found under today's name."""
+    """The first to be asked for a module: those of earlier releases are found under today's name,
+    also where a renamed package has a file of that name, which would be loaded a second time."""
 
     def find_spec(self, name: str, path=None, target=None):
-        if not name.startswith("coati."):
+        if not name.startswith("coati.") or name.startswith("coati.legacy"):
             return None
         from coati.legacy.renamed import spec_of_renamed
 
         return spec_of_renamed(name)
 
 
-sys.meta_path.append(_RenamedModules())
+sys.meta_path.insert(0, _RenamedModules())

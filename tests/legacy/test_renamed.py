@@ -45,3 +45,11 @@ def test_from_an_old_module_in_a_fresh_process():
         "assert ProgressBar is new.ProgressBar; from coati.trainer.schedule import RunSchedule"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_renamed_package_s_modules_are_loaded_once():
+    program = (
+        "import coati.parallel.cpu.adam as old; import coati.parallel.compat.cpu.adam as new; "
+        "assert old is new; from coati.parallel.cpu.heap import keep_freed_memory"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -43,7 +43,7 @@ PENDING = ROOT / "tests" / "data" / "pending_laws.json"
 CLOSED_INSIDE_FUNCTIONS = []
 # Stems that stand twice in the library: recipes bear the names of their trainers; the others are
 # pending
-RECIPES = {"sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"}
+RECIPES = {"sft", "rm", "dpo", "orpo", "kto"}
 SAME_STEM = RECIPES | {"preference_checks", "quantize", "base"}
 
 # Lowest first; a package may import those on earlier lines.

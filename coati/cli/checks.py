@@ -3,7 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,6 @@ def check_parallel(plugin: str | None, options: ParallelOptions) -> None:
     at."""
     if plugin is None and not options.needs_hybrid:
         return
-    values = {name: value for name, value in vars(options).items() if name != "plugin"}
     # Every plugin has bf16; the default is chosen to fit the plugin once the machine is known.
-    values["precision"] = options.precision or "bf16"
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_options(options.plugin, world_size=world_size, **values)
+    options = replace(options, precision=options.precision or "bf16")
+    check_options(world_size=int(os.environ.get("WORLD_SIZE", "1")), **vars(options))

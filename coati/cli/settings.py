@@ -86,6 +86,11 @@ class DataSettings:
     max_seq_len: int = 0
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt that leaves room for its response."""
+        return self.max_length - self.max_seq_len
+
+    @property
     def pack_length(self) -> int | None:
         """Tokens of a pack; None without ``--packing``."""
         return self.max_length if self.packing else None

@@ -62,8 +62,7 @@ def boost(
     options, notes = resolve_options(options)
     for note in notes:
         logger.warning_once(note)
-    checked = {name: value for name, value in vars(options).items() if name != "plugin"}
-    check_options(options.plugin, world_size=world_size(), **checked)
+    check_options(world_size=world_size(), **vars(options))
     check_heads(model.config, options)
     check_family(model.config, options)
     prepare_colossalai()

@@ -1,14 +1,14 @@
 """From a run to its parts: model, engine, loaders."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from coati.cli.settings import LoraSettings, RMSettings, SLSettings
+from coati.cli.settings import LoraSettings, RMSettings, SLSettings, TrainingSettings
 from coati.dataset.load.epoch_order import EpochOrder
 from coati.models.block_mask import sliding_window
 from coati.models.loading import (
@@ -25,10 +25,12 @@ from coati.parallel.boost import boost
 from coati.parallel.checkpoint import RunningState, restore
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family
+from coati.parallel.inference_model import InferenceModel, boost_for_inference
 from coati.parallel.launch import set_seed
 from coati.parallel.optimizer import OptimizerSettings
+from coati.parallel.optimizer_state import random_state, set_random_state
 from coati.parallel.plugin_checks import check_heads
-from coati.parallel.plugins import PLUGINS
+from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.weights import ModelAssets
 from coati.recipes.resume import check_same_model
 from coati.recipes.run import Run
@@ -36,6 +38,14 @@ from coati.trainer.global_batches import total_steps
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is trained, and what is saved beside its weights."""
+
+    engine: Engine
+    assets: ModelAssets
 
 
 def causal_lm(run: Run) -> Any:
@@ -111,6 +121,42 @@ def attention(run: Run) -> str:
         return "eager"
     flash = run.settings.model.use_flash_attn
     return choose_attention(flash, run.options.precision, torch.cuda.is_available())
+
+
+def frozen(
+    options: ParallelOptions, load: Callable[[], Any], offload: bool = False
+) -> InferenceModel:
+    """The model that ``load`` returns, without dropout, only run forward. A resumed run goes on
+    with the random numbers it had, whatever loading draws."""
+    state = random_state()
+    model = load()
+    disable_dropout(model)
+    engine = boost_for_inference(model, options)
+    set_random_state(state)
+    return InferenceModel(engine, offload=offload)
+
+
+def collator(run: Run[TrainingSettings], kind: Callable[..., Any]) -> Any:
+    """A collator of class ``kind`` for tokenized rows."""
+    data = run.settings.data
+    return kind(
+        run.tokenizer,
+        data.max_length,
+        apply_loss_mask=not data.disable_loss_mask,
+        pad_to_multiple_of=run.options.sequence_multiple,
+    )
+
+
+class DataParallelShare(TypedDict):
+    """Which rows of a global batch a process reads: keywords of the loaders."""
+
+    dp_rank: int
+    dp_size: int
+
+
+def dp_share(engine: Engine) -> DataParallelShare:
+    """The share of this process."""
+    return DataParallelShare(dp_rank=engine.mesh.dp_rank, dp_size=engine.mesh.dp_size)
 
 
 def lora_config(lora: LoraSettings) -> LoraConfig:

@@ -112,8 +112,8 @@ def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
 
 
 def _longest(data: DataSettings, type: str) -> int:
-    """Tokens that a row may have; a prompt leaves room for its response."""
-    return data.max_length - (data.max_seq_len if DATA_TYPES[type].leaves_room else 0)
+    """Tokens that a row may have."""
+    return data.longest_prompt if DATA_TYPES[type].leaves_room else data.max_length
 
 
 def _fitting(found: PreparedRows, data: DataSettings, flag: str, type: str) -> PreparedRows:

@@ -29,8 +29,7 @@ def resolved_options(settings: TrainingSettings) -> ParallelOptions:
         # Flash attention is a GPU's: the model is then loaded with PyTorch's own, and that is said.
         use_flash_attn=options.use_flash_attn and torch.cuda.is_available(),
     )
-    values = {name: value for name, value in vars(options).items() if name != "plugin"}
-    check_options(options.plugin, world_size=world_size(), **values)
+    check_options(world_size=world_size(), **vars(options))
     return options
 
 

@@ -17,8 +17,8 @@ def main(settings: DPOSettings) -> None:
     run = start(settings)
     rows = offline.load_data(run, "preference")
     check_ends(run, rows.train)
-    model = offline.trainable(run, rows, build.policy(run))
-    collate = offline.collator(run, DataCollatorForPreferenceDataset)
+    model = offline.boosted(run, rows, build.policy(run))
+    collate = build.collator(run, DataCollatorForPreferenceDataset)
     ref = settings.reference
     wanted = needs_reference(settings.loss.loss_type) and not ref.disable_reference_model
     loaded = wanted and not ref.precompute_ref

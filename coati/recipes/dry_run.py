@@ -20,6 +20,7 @@ from coati.parallel.checkpoint import (
 )
 from coati.parallel.estimate import estimate_memory
 from coati.recipes.run import Run
+from coati.trainer import OLTrainer, SLTrainer
 from coati.utils.distributed import barrier, broadcast_object, is_rank_0
 from coati.utils.logging import get_logger
 from coati.utils.memory import describe_memory, in_units, peak_memory_of_ranks
@@ -40,7 +41,7 @@ SHOWN = (
 
 
 def dry_run(
-    run: Run[SLSettings], trainer: Any, loader: Any, load: Callable[..., Any] | None = None
+    run: Run[SLSettings], trainer: SLTrainer, loader: Any, load: Callable[..., Any] | None = None
 ) -> None:
     """One optimizer step, saved beside ``--save_dir`` under a temporary name and loaded again by
     ``load`` (by default as a language model); prints what the run would be."""
@@ -58,13 +59,11 @@ def dry_run(
     )
 
 
-def rl_dry_run(
-    run: Run[OnlineSettings], trainer: Any, windows: Any, supervised: Any = None
-) -> None:
+def rl_dry_run(run: Run[OnlineSettings], trainer: OLTrainer, prompts: Any, ptx: Any = None) -> None:
     """One collect phase and one optimizer step, saved beside ``--save_dir`` under a temporary name
     and loaded again; prints what the run would be. Every rank must call it."""
-    logger.info(_describe_rl(run, trainer, windows, supervised))
-    metrics = trainer.rehearse(windows, supervised)
+    logger.info(_describe_rl(run, trainer, prompts, ptx))
+    metrics = trainer.rehearse(prompts, ptx)
     with place_beside(run.settings.output.save_dir) as place:
         models = {
             name: (engine, trainer.model_assets[name]) for name, engine in trainer.models.items()
@@ -101,7 +100,7 @@ def place_beside(save_dir: str) -> Iterator[str]:
             shutil.rmtree(place)
 
 
-def _describe(run: Run[SLSettings], trainer: Any, loader: Any) -> str:
+def _describe(run: Run[SLSettings], trainer: SLTrainer, loader: Any) -> str:
     """Rows, steps, tokens, memory and flags of the run to come."""
     epochs = run.settings.batches.max_epochs
     max_steps = run.settings.schedule.max_steps
@@ -117,18 +116,18 @@ def _describe(run: Run[SLSettings], trainer: Any, loader: Any) -> str:
     )
 
 
-def _describe_rl(run: Run[OnlineSettings], trainer: Any, windows: Any, supervised: Any) -> str:
+def _describe_rl(run: Run[OnlineSettings], trainer: OLTrainer, prompts: Any, ptx: Any) -> str:
     """Prompts, episodes, steps, memory and flags of the run to come."""
     episodes = trainer.episodes
     settings = trainer.maker.settings
     number = run.settings.rollout.num_episodes
-    times = windows.rows_per_step * number / len(windows.lengths)
-    responses = windows.rows_per_step * settings.num_generations // episodes.steps_per_pass
-    sft = supervised and f"SFT rows {len(supervised.lengths)}, {supervised.rows_per_step} a step"
+    times = prompts.rows_per_step * number / len(prompts.lengths)
+    responses = prompts.rows_per_step * settings.num_generations // episodes.steps_per_pass
+    sft = ptx and f"SFT rows {len(ptx.lengths)}, {ptx.rows_per_step} a step"
     return _lines(
-        f"prompts {len(windows.lengths)}, tokens {int(windows.lengths.sum())} (longest "
-        f"{int(windows.lengths.max())})",
-        f"episodes {number}, each of {windows.rows_per_step} prompts x {settings.num_generations} "
+        f"prompts {len(prompts.lengths)}, tokens {int(prompts.lengths.sum())} (longest "
+        f"{int(prompts.lengths.max())})",
+        f"episodes {number}, each of {prompts.rows_per_step} prompts x {settings.num_generations} "
         f"responses of up to {settings.max_new_tokens} tokens; every prompt {times:.2g} times",
         f"optimizer steps {episodes.total_steps} ({episodes.num_update_steps} passes x "
         f"{episodes.steps_per_pass} global batches an episode), each of {responses} responses",

@@ -5,13 +5,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from coati.parallel.atomic_dirs import SaveFailed, write_directory
-from coati.parallel.engine import NonFiniteLoss
+from coati.parallel.engine import Engine, NonFiniteLoss
 from coati.parallel.launch import LaunchFailed, shut_down
-from coati.parallel.weights import save_model
+from coati.parallel.weights import ModelAssets, save_model
 from coati.recipes.run import Run
+from coati.trainer import OLTrainer, SLTrainer
 from coati.utils.distributed import rank, world_size
 from coati.utils.logging import get_logger
 
@@ -25,18 +26,18 @@ BOUNDS = ("_low", "_high", "/count")  # metrics that say how sure another one is
 EXPECTED = (ValueError, OSError, LaunchFailed, SaveFailed, NonFiniteLoss)
 
 
-def save_final(run: Run, trainer: Any, use: str = CHAT) -> None:
+def save_final(run: Run, trainer: SLTrainer, use: str = CHAT) -> None:
     """Write ``<save_dir>/modeling`` and say where it is and what to ``use`` it for; or how to go on
     after a graceful shutdown."""
     if _ended_early(trainer):
         return
     final = Path(run.settings.output.save_dir) / "modeling"
     _write_final(run, trainer.engine, trainer.assets, final)
-    _tell_evaluations(run, trainer)
+    _log_evaluations(run, trainer)
     logger.info(f"the trained {_kind(run)} is in {final}; {use} {final}")
 
 
-def save_models_of(run: Run, trainer: Any) -> None:
+def save_models_of(run: Run, trainer: OLTrainer) -> None:
     """:func:`save_final` of a run that trains several models: ``<save_dir>/actor/modeling``, and
     the critic's."""
     if _ended_early(trainer):
@@ -46,11 +47,11 @@ def save_models_of(run: Run, trainer: Any) -> None:
     }
     for name, engine in trainer.models.items():
         _write_final(run, engine, trainer.model_assets[name], final[name])
-    _tell_evaluations(run, trainer)
+    _log_evaluations(run, trainer)
     logger.info(f"the trained {_kind(run)} is in {final['actor']}; {CHAT} {final['actor']}")
 
 
-def _ended_early(trainer: Any) -> bool:
+def _ended_early(trainer: SLTrainer | OLTrainer) -> bool:
     if trainer.stopped_early:
         logger.info(
             f"stopped after step {trainer.state.step}, everything is saved. To go on: "
@@ -59,7 +60,7 @@ def _ended_early(trainer: Any) -> bool:
     return trainer.stopped_early
 
 
-def _write_final(run: Run, engine: Any, assets: Any, folder: Path) -> None:
+def _write_final(run: Run, engine: Engine, assets: ModelAssets, folder: Path) -> None:
     merge = run.settings.lora.merge_lora_weights
     write_directory(folder, lambda path: save_model(engine, path, assets, merge_lora=merge))
 
@@ -68,7 +69,8 @@ def _kind(run: Run) -> str:
     return "LoRA adapter" if run.settings.lora.saves_adapter else "model"
 
 
-def _tell_evaluations(run: Run, trainer: Any) -> None:
+def _log_evaluations(run: Run, trainer: SLTrainer | OLTrainer) -> None:
+    """The metrics of the first and the last evaluation, and of the best model."""
     for name, value in trainer.last_evaluation.items():
         if name.endswith(BOUNDS):
             continue

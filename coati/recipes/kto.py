@@ -14,7 +14,7 @@ def main(settings: KTOSettings) -> None:
     rows = offline.load_data(run, "kto")
     check_ends(run, rows.train)
     desirable, undesirable = kto_weights(settings, rows.train.rows)
-    model = offline.trainable(run, rows, build.policy(run))
+    model = offline.boosted(run, rows, build.policy(run))
     trainer = KTOTrainer(
         reference=reference(run, model.engine, settings.reference.ref_tp),
         beta=settings.loss.beta,
@@ -22,5 +22,5 @@ def main(settings: KTOSettings) -> None:
         undesirable_weight=undesirable,
         **offline.trainer_keywords(run, rows, model),
     )
-    collate = offline.collator(run, DataCollatorForKTODataset)
+    collate = build.collator(run, DataCollatorForKTODataset)
     offline.fit(run, trainer, rows, collate, partners=True)

@@ -10,10 +10,11 @@ from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.dataset.load.packing import PackCollator
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
-from coati.parallel.weights import ModelAssets
 from coati.recipes import build, data, dry_run, eval_samples, finish
+from coati.recipes.build import Trained
 from coati.recipes.resume import running_state
 from coati.recipes.run import PreparedRows, Run
+from coati.trainer import SLTrainer
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,6 @@ class TrainingData:
     evaluation: PreparedRows | None
     order: EpochOrder
     state: RunningState
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """The model that is trained."""
-
-    engine: Engine
-    assets: ModelAssets
 
 
 def load_data(run: Run[SLSettings], type: str) -> TrainingData:
@@ -45,25 +38,14 @@ def load_data(run: Run[SLSettings], type: str) -> TrainingData:
     return TrainingData(train, evaluation, order, state)
 
 
-def trainable(run: Run[SLSettings], rows: TrainingData, model: Any) -> Trainable:
+def boosted(run: Run[SLSettings], rows: TrainingData, model: Any) -> Trained:
     """``model`` boosted, restored from the checkpoint where there is one."""
     assets = build.assets(run, model)  # before boosting
-    return Trainable(build.sl_engine(run, model, rows.order), assets)
-
-
-def collator(run: Run[SLSettings], kind: Callable[..., Any]) -> Any:
-    """A collator of class ``kind``."""
-    settings = run.settings.data
-    return kind(
-        run.tokenizer,
-        settings.max_length,
-        apply_loss_mask=not settings.disable_loss_mask,
-        pad_to_multiple_of=run.options.sequence_multiple,
-    )
+    return Trained(build.sl_engine(run, model, rows.order), assets)
 
 
 def trainer_keywords(
-    run: Run[SLSettings], rows: TrainingData, model: Trainable, samples: bool = True
+    run: Run[SLSettings], rows: TrainingData, model: Trained, samples: bool = True
 ) -> dict[str, Any]:
     """What every trainer takes. ``samples``: whether the model can write sample responses."""
     batches = run.settings.batches
@@ -81,7 +63,7 @@ def trainer_keywords(
 
 def fit(
     run: Run[SLSettings],
-    trainer: Any,
+    trainer: SLTrainer,
     rows: TrainingData,
     collate: Any,
     *,
@@ -94,12 +76,12 @@ def fit(
     ``partners``: rows come with the response of another row, for KTO. ``load`` reads the trained
     model, by default a language model; ``use``: what it can be used for.
     """
-    windows, evaluation = _loaders(run, trainer.engine, rows, collate, partners)
+    train, evaluation = _loaders(run, trainer.engine, rows, collate, partners)
     if run.settings.output.dry_run:
-        dry_run.dry_run(run, trainer, windows, load)
+        dry_run.dry_run(run, trainer, train, load)
         return False
     output = run.settings.output
-    trainer.fit(windows, evaluation, output.log_dir, output.use_wandb)
+    trainer.fit(train, evaluation, output.log_dir, output.use_wandb)
     finish.save_final(run, trainer, use)
     return True
 
@@ -109,23 +91,19 @@ def _loaders(
 ) -> tuple[Any, Any]:
     """The global batches and evaluation batches of this rank; evaluation rows are never packed."""
     batches = run.settings.batches
-    mesh = engine.mesh
-    shared: dict[str, Any] = {
-        "partners": partners,
-        "dp_rank": mesh.dp_rank,
-        "dp_size": mesh.dp_size,
-    }
-    windows = GlobalBatchLoader(
+    share = build.dp_share(engine)
+    train = GlobalBatchLoader(
         rows.train.rows,
         PackCollator(collate) if rows.order.pack_length is not None else collate,
         batch_size=batches.batch_size,
         accumulation_steps=batches.accumulation_steps,
         epoch_order=rows.order,
-        **shared,
+        partners=partners,
+        **share,
     )
     if rows.evaluation is None:
-        return windows, None
+        return train, None
     evaluation = EvaluationLoader(
-        rows.evaluation.rows, collate, batch_size=batches.evaluation, **shared
+        rows.evaluation.rows, collate, batch_size=batches.evaluation, partners=partners, **share
     )
-    return windows, evaluation
+    return train, evaluation

@@ -12,6 +12,6 @@ def main(settings: ORPOSettings) -> None:
     run = start(settings)
     rows = offline.load_data(run, "preference")
     check_ends(run, rows.train)
-    model = offline.trainable(run, rows, build.policy(run))
+    model = offline.boosted(run, rows, build.policy(run))
     trainer = ORPOTrainer(lam=settings.lam, **offline.trainer_keywords(run, rows, model))
-    offline.fit(run, trainer, rows, offline.collator(run, DataCollatorForPreferenceDataset))
+    offline.fit(run, trainer, rows, build.collator(run, DataCollatorForPreferenceDataset))

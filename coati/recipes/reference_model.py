@@ -13,10 +13,9 @@ import numpy as np
 from coati.cli.settings import DPOSettings
 from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import EvaluationLoader
-from coati.models.loading import disable_dropout, load_causal_lm
+from coati.models.loading import load_causal_lm
 from coati.parallel.engine import Engine
-from coati.parallel.inference_model import InferenceModel, boost_for_inference
-from coati.parallel.optimizer_state import random_state, set_random_state
+from coati.parallel.inference_model import InferenceModel
 from coati.recipes import build
 from coati.recipes.run import PreparedRows, Run
 from coati.trainer.dpo import DPOTrainer
@@ -30,10 +29,15 @@ SAMPLED_BYTES = 2**16
 SAMPLES = 16
 
 
-def reference(run: Run, policy: Engine, ref_tp: int | None = None) -> InferenceModel:
+def reference(
+    run: Run, policy: Engine, ref_tp: int | None = None, offload: bool = False
+) -> InferenceModel:
     """The reference of ``--pretrain``: the policy's own base under LoRA, else a frozen copy under
-    the same plugin, split over ``ref_tp`` processes instead of ``--tp``."""
-    model_settings = run.settings.model
+    the same plugin, split over ``ref_tp`` processes instead of ``--tp``, with ``offload`` in host
+    memory while idle.
+
+    Raises ValueError for a copy of another vocabulary than the policy's.
+    """
     if run.options.lora:
         if build.lora_config(run.settings.lora).lora_train_bias == "none":
             return InferenceModel(policy, adapters_off=True)
@@ -41,26 +45,22 @@ def reference(run: Run, policy: Engine, ref_tp: int | None = None) -> InferenceM
             "LoRA trains biases of the base model too, so the reference is a copy of it, not the "
             "base itself."
         )
-    state = random_state()  # a resumed run goes on with the numbers it had, whatever loading draws
-    split = replace(run.options, tp=ref_tp) if ref_tp else run.options
-    model = load_causal_lm(
-        model_settings.pretrain,
-        dtype="auto",
-        attn_implementation=build.attention(run),
-        trust_remote_code=model_settings.trust_remote_code,
-    )
-    wanted = policy.module.config.vocab_size
+    options = replace(run.options, tp=ref_tp) if ref_tp else run.options
+    return build.frozen(options, lambda: _copy(run, policy.module.config.vocab_size), offload)
+
+
+def _copy(run: Run, vocab_size: int) -> Any:
+    """The model of ``--pretrain``. Raises ValueError where its vocabulary is not ``vocab_size``."""
+    pretrain = run.settings.model.pretrain
+    model = load_causal_lm(pretrain, **build.loading(run) | {"dtype": "auto"})
     found = model.config.vocab_size
-    if wanted != found:
+    if found != vocab_size:
         raise ValueError(
-            f"--pretrain {model_settings.pretrain}: the reference has a vocabulary of {found}, the "
-            f"policy of {wanted}; log-probs of two vocabularies cannot be compared. Name the model "
-            "that the policy was trained from"
+            f"--pretrain {pretrain}: the reference has a vocabulary of {found}, the policy of "
+            f"{vocab_size}; log-probs of two vocabularies cannot be compared. Name the model that "
+            "the policy was trained from"
         )
-    disable_dropout(model)
-    frozen = boost_for_inference(model, split)
-    set_random_state(state)
-    return InferenceModel(frozen)
+    return model
 
 
 def precomputed(
@@ -83,18 +83,16 @@ def precomputed(
             "loaded"
         )
         return replace(rows, rows=with_columns(rows.rows, values))
-    _say_what_differs(folder, about)
+    _log_differences(folder, about)
     if run.resume.weights is None:
-        source = InferenceModel(trainer.engine, run.options.lora)
+        source = InferenceModel(trainer.engine, adapters_off=run.options.lora)
     else:
         source = reference(run, trainer.engine, run.settings.reference.ref_tp)
-    mesh = trainer.engine.mesh
     batches = EvaluationLoader(
         rows.rows,
         collate,
         batch_size=run.settings.batches.evaluation,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
+        **build.dp_share(trainer.engine),
     )
     values = reference_of_rows(trainer.objective, source, batches)
     if is_rank_0():
@@ -193,7 +191,8 @@ def _store(file: Path, values: np.ndarray, about: dict[str, Any]) -> None:
     os.replace(partial, file)
 
 
-def _say_what_differs(folder: Path, about: dict[str, Any]) -> None:
+def _log_differences(folder: Path, about: dict[str, Any]) -> None:
+    """Why the log-probs stored in ``folder`` are not those of this run."""
     for other in sorted(folder.glob("*.json")):
         stored = json.loads(other.read_text(encoding="utf-8"))
         if differing := [name for name, value in about.items() if stored.get(name) != value]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coati.cli.settings import DataSettings, OutputSettings, TrainingSettings
+from coati.cli.settings import OutputSettings, TrainingSettings
 from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import row_lengths
 from coati.parallel.checkpoint import (
@@ -25,6 +25,9 @@ from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+# What also decides the order of an epoch, in checkpoints that do not say it.
+WHERE_UNSAID: dict[str, Any] = {"packed_to": None, "dataset_weights": []}
 
 
 @dataclass
@@ -106,11 +109,12 @@ def _finished(save_dir: str) -> list[Path]:
 def record_arguments(output: OutputSettings, flags: Mapping[str, Any]) -> None:
     """Write the resolved flags beside the output, and to ``--config_file``; once it is sure that
     the run may write."""
-    if is_rank_0():
-        beside = None if output.dry_run else Path(output.save_dir) / "arguments.json"
-        for path in (output.config_file, beside):
-            if path is not None:
-                save_json(dict(flags), path)
+    if not is_rank_0():
+        return
+    if output.config_file is not None:
+        save_json(dict(flags), output.config_file)
+    if not output.dry_run:
+        save_json(dict(flags), Path(output.save_dir) / "arguments.json")
 
 
 def check_same_model(config: Any, settings: TrainingSettings) -> None:
@@ -140,10 +144,13 @@ def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> Runn
     """The state a trainer starts from. Raises ValueError when the data or the seed are not those of
     the checkpoint."""
     now = {"rows": len(rows), "seed": settings.seed, "fingerprint": data_fingerprint(rows)}
-    now |= _order_flags(settings.data)
+    now |= {
+        "packed_to": settings.data.pack_length,
+        "dataset_weights": settings.data.dataset_weights,
+    }
     if resume.state is None:
         return RunningState(data=now)
-    stored = _order_flags() | resume.state.data
+    stored = WHERE_UNSAID | resume.state.data
     changed = [key for key, value in now.items() if stored.get(key, value) != value]
     if changed:
         before = {key: stored[key] for key in changed}
@@ -154,14 +161,6 @@ def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> Runn
         )
     resume.state.data = now
     return resume.state
-
-
-def _order_flags(data: DataSettings | None = None) -> dict[str, Any]:
-    """What else decides the order of an epoch; without ``data`` what holds for a checkpoint that
-    does not say."""
-    if data is None:
-        return {"packed_to": None, "dataset_weights": []}
-    return {"packed_to": data.pack_length, "dataset_weights": data.dataset_weights}
 
 
 def data_fingerprint(rows: Any) -> str:

@@ -1,7 +1,9 @@
-"""What the recipes with rollouts share: PPO and GRPO."""
+"""PPO and GRPO: rollouts, rewards, advantages from a critic or from groups, clipped policy
+update."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 from coati.cli.settings import OnlineSettings, PPOSettings
 from coati.dataset.load.collator import (
@@ -19,7 +21,8 @@ from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
 from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
 from coati.parallel.engine import Engine
-from coati.recipes import data, finish
+from coati.recipes import build, data, finish
+from coati.recipes.build import Trained
 from coati.recipes.data_checks import check_gt_answers, check_prompts
 from coati.recipes.dry_run import rl_dry_run
 from coati.recipes.resume import running_state
@@ -46,38 +49,55 @@ from coati.trainer.rl_assembly import (
 )
 
 
-def train(settings: OnlineSettings) -> None:
-    """PPO with the settings of a critic, else the group method that is asked for."""
-    run = start(settings)
+@dataclass(frozen=True)
+class RolloutData:
+    """The rows of a run: prompts to train on and to evaluate on, and supervised rows, and where in
+    the prompts it starts."""
+
+    prompts: PreparedRows
+    evaluation: PreparedRows | None
+    ptx: PreparedRows | None
+    order: EpochOrder
+    state: RunningState
+
+
+def main(settings: OnlineSettings) -> None:
+    """Train with a critic where ``settings`` has one (PPO), else with the group method that they
+    name (GRPO and its variants)."""
+    run: Run[Any] = start(settings)
     functions = reward_functions(run)
-    prompts, evaluation, ptx = load_rows(run, functions)
-    state = running_state(run.resume, settings, prompts.rows)
-    order = data.epoch_order(run, prompts)
+    rows = load_data(run, functions)
     episodes = episodes_of(settings)
     actor = load_actor(run, episodes.total_steps)
     models: dict[str, Trained] = {"actor": actor}
     if isinstance(settings, PPOSettings):
-        critic_run = cast(Run[PPOSettings], run)
-        models["critic"] = load_critic(critic_run, actor, episodes.total_steps)
-    critic = models["critic"].engine if "critic" in models else None
+        models["critic"] = load_critic(run, actor, episodes.total_steps)
     reward_model = load_reward_model(run, actor)
     parts = assemble_rl(
         rl_settings(run, episodes),
         actor=actor.engine,
-        critic=critic,
+        critic=models["critic"].engine if "critic" in models else None,
         reference=load_reference(run, actor),
         rollout=_rollout(run, actor.engine),
         scorer=Scorer(reward_model, functions, settings.rollout.logits_forward_batch_size),
         tokenizer=run.tokenizer,
     )
-    assets = {name: model.assets for name, model in models.items()}
-    trainer = OLTrainer(**parts, assets=assets, **_progress(run, state))
-    windows = _prompt_windows(run, actor.engine, prompts, order)
-    supervised = _ptx_windows(run, actor.engine, ptx)
-    if settings.output.dry_run:
-        return rl_dry_run(run, trainer, windows, supervised)
-    held_out = _evaluation_batches(run, actor.engine, evaluation)
-    trainer.run(windows, held_out, supervised, settings.output.log_dir, settings.output.use_wandb)
+    trainer = OLTrainer(
+        **parts,
+        schedule=settings.schedule,
+        state=rows.state,
+        assets={name: model.assets for name, model in models.items()},
+        buffer_state=_buffer_state(run),
+        checks=_checks(settings),
+        settings=run.flags,
+    )
+    prompts = _prompt_loader(run, actor.engine, rows)
+    ptx = _ptx_loader(run, actor.engine, rows.ptx)
+    output = settings.output
+    if output.dry_run:
+        return rl_dry_run(run, trainer, prompts, ptx)
+    evaluation = _evaluation_loader(run, actor.engine, rows.evaluation)
+    trainer.run(prompts, evaluation, ptx, output.log_dir, output.use_wandb)
     finish.save_models_of(run, trainer)
 
 
@@ -95,11 +115,9 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
     )
 
 
-def load_rows(
-    run: Run[OnlineSettings], functions: Rewards | None
-) -> tuple[PreparedRows, PreparedRows | None, PreparedRows | None]:
-    """Prompts to train on, prompts to evaluate on, and supervised rows; the last two None where
-    there are none. Raises ValueError for what is wrong with them, before a model is loaded."""
+def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
+    """The rows of the run. Raises ValueError for what is wrong with them, before a model is
+    loaded."""
     if run.template is None:
         raise ValueError(
             "no conversation template says how a response ends; name one with "
@@ -111,28 +129,31 @@ def load_rows(
     check_prompts(run, prompts, ptx)
     check_gt_answers(prompts, functions)
     check_gt_answers(evaluation, functions, "eval_prompt_dataset")
-    return prompts, evaluation, ptx
+    state = running_state(run.resume, run.settings, prompts.rows)
+    return RolloutData(prompts, evaluation, ptx, data.epoch_order(run, prompts), state)
 
 
 def episodes_of(settings: OnlineSettings) -> Episodes:
-    """How long the run is, and how its episodes are cut."""
+    """How long the run is, and how its episodes are divided into optimizer steps."""
     rollout = settings.rollout
     update = settings.update
-    windows = update.buffer_limit // (update.train_batch_size * update.accumulation_steps)
-    return Episodes(
-        rollout.num_episodes,
-        update.num_update_steps,
-        windows
-        or optimizer_steps_per_pass(
+    if update.buffer_limit:
+        steps = update.buffer_limit // (update.train_batch_size * update.accumulation_steps)
+    else:
+        steps = optimizer_steps_per_pass(
             rollout.num_collect_steps,
             rollout.experience_batch_size,
             update.train_batch_size,
             update.accumulation_steps,
             rollout.num_generations,
-        ),
-        _temperature(settings),
-        settings.seed,
-        rollout.sample_interval,
+        )
+    return Episodes(
+        rollout.num_episodes,
+        update.num_update_steps,
+        steps_per_pass=steps,
+        temperature=_temperature(settings),
+        seed=settings.seed,
+        sample_interval=rollout.sample_interval,
     )
 
 
@@ -157,12 +178,12 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes) -> RLSettings:
     advantage = settings.advantage
     mode = GROUP_METHODS[advantage.algo].loss_agg_mode if advantage.algo else "token-mean"
     policy = PolicySettings(
-        update.clip_eps_low,
-        update.clip_eps_high,
-        update.skip_threshold,
-        LossAggregation(mode, settings.rollout.max_seq_len),
-        kl.kl_coef if kl.kl_in == "loss" else 0.0,
-        kl.kl_estimator,
+        clip_low=update.clip_eps_low,
+        clip_high=update.clip_eps_high,
+        skip_threshold=update.skip_threshold,
+        loss_agg=LossAggregation(mode, settings.rollout.max_seq_len),
+        kl_coef=kl.kl_coef if kl.kl_in == "loss" else 0.0,
+        kl_estimator=kl.kl_estimator,
     )
     critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(
@@ -219,87 +240,68 @@ def _rollout(run: Run[OnlineSettings], actor: Engine) -> Any:
     )
 
 
-def _progress(run: Run[OnlineSettings], state: RunningState) -> dict[str, Any]:
-    """The trainer's arguments about the course of the run: intervals, where it stands, what watches
-    it."""
-    settings = run.settings
+def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
+    """The experience buffer of a run that was stopped inside an episode."""
     resume = run.resume
+    if resume.folder is None:
+        return None
+    return buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
+
+
+def _checks(settings: OnlineSettings) -> RLChecks:
     sampling = settings.sampling
     reward = settings.reward
-    buffer_state = None
-    if resume.folder is not None:
-        buffer_state = buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
-    return {
-        "schedule": settings.schedule,
-        "state": state,
-        "settings": run.flags,
-        "buffer_state": buffer_state,
-        "checks": RLChecks(
-            top_k=sampling.top_k or None,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            ptx_coef=settings.ptx.ptx_coef,
-            kl_target=settings.kl.kl_target,
-            reward_clip=reward.reward_clip or None,
-            reward_normalization=reward.reward_normalization,
-            max_new_tokens=settings.rollout.max_seq_len,
-        ),
-    }
-
-
-def _prompt_collator(run: Run[OnlineSettings]) -> DataCollatorForPromptDataset:
-    room = run.settings.data.max_length - run.settings.data.max_seq_len
-    return DataCollatorForPromptDataset(run.tokenizer, room)
-
-
-def _prompt_windows(
-    run: Run[OnlineSettings], actor: Engine, prompts: PreparedRows, order: EpochOrder
-) -> GlobalBatchLoader:
-    """The prompts of an episode at a time."""
-    rollout = run.settings.rollout
-    return GlobalBatchLoader(
-        prompts.rows,
-        _prompt_collator(run),
-        batch_size=rollout.experience_batch_size,
-        accumulation_steps=rollout.num_collect_steps,
-        epoch_order=order,
-        dp_rank=actor.mesh.dp_rank,
-        dp_size=actor.mesh.dp_size,
+    return RLChecks(
+        top_k=sampling.top_k or None,
+        top_p=sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty,
+        ptx_coef=settings.ptx.ptx_coef,
+        kl_target=settings.kl.kl_target,
+        reward_clip=reward.reward_clip or None,
+        reward_normalization=reward.reward_normalization,
+        max_new_tokens=settings.rollout.max_seq_len,
     )
 
 
-def _evaluation_batches(
+def _prompt_collator(run: Run[OnlineSettings]) -> DataCollatorForPromptDataset:
+    return DataCollatorForPromptDataset(run.tokenizer, run.settings.data.longest_prompt)
+
+
+def _prompt_loader(run: Run[OnlineSettings], actor: Engine, rows: RolloutData) -> GlobalBatchLoader:
+    """The prompts of an episode at a time."""
+    rollout = run.settings.rollout
+    return GlobalBatchLoader(
+        rows.prompts.rows,
+        _prompt_collator(run),
+        batch_size=rollout.experience_batch_size,
+        accumulation_steps=rollout.num_collect_steps,
+        epoch_order=rows.order,
+        **build.dp_share(actor),
+    )
+
+
+def _evaluation_loader(
     run: Run[OnlineSettings], actor: Engine, evaluation: PreparedRows | None
 ) -> EvaluationLoader | None:
     if evaluation is None:
         return None
-    return EvaluationLoader(
-        evaluation.rows,
-        _prompt_collator(run),
-        batch_size=run.settings.rollout.experience_batch_size,
-        dp_rank=actor.mesh.dp_rank,
-        dp_size=actor.mesh.dp_size,
-    )
+    size = run.settings.rollout.experience_batch_size
+    share = build.dp_share(actor)
+    return EvaluationLoader(evaluation.rows, _prompt_collator(run), batch_size=size, **share)
 
 
-def _ptx_windows(
+def _ptx_loader(
     run: Run[OnlineSettings], actor: Engine, ptx: PreparedRows | None
 ) -> GlobalBatchLoader | None:
     """The supervised rows of an optimizer step at a time."""
     if ptx is None:
         return None
     settings = run.settings
-    collate = DataCollatorForSupervisedDataset(
-        run.tokenizer,
-        settings.data.max_length,
-        apply_loss_mask=not settings.data.disable_loss_mask,
-    )
     return GlobalBatchLoader(
         ptx.rows,
-        collate,
+        build.collator(run, DataCollatorForSupervisedDataset),
         batch_size=settings.ptx.ptx_batch_size,
         accumulation_steps=settings.update.accumulation_steps,
         seed=settings.seed,
-        dp_rank=actor.mesh.dp_rank,
-        dp_size=actor.mesh.dp_size,
+        **build.dp_share(actor),
     )

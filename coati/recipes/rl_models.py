@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,13 @@ from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.reward_model import RewardModel
 from coati.models.scalar_loading import load_scalar_weights
 from coati.models.tokenizer import check_vocabulary, load_tokenizer
-from coati.parallel.engine import Engine
 from coati.parallel.families import check_family
-from coati.parallel.inference_model import InferenceModel, boost_for_inference
+from coati.parallel.inference_model import InferenceModel
 from coati.parallel.launch import set_seed
-from coati.parallel.optimizer_state import random_state, set_random_state
 from coati.parallel.plugin_checks import check_heads
 from coati.parallel.plugins import PLUGINS, ParallelOptions
-from coati.parallel.weights import ModelAssets
 from coati.recipes import build, reference_model
+from coati.recipes.build import Trained
 from coati.recipes.run import Run
 from coati.utils.logging import get_logger
 
@@ -57,14 +56,6 @@ class Start:
     new_head: bool = False
     architecture: str | None = None
     trained: bool = False
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model that is trained, and what is saved beside its weights."""
-
-    engine: Engine
-    assets: ModelAssets
 
 
 @dataclass(frozen=True)
@@ -130,15 +121,11 @@ def load_reward_model(run: Run[OnlineSettings], actor: Actor) -> InferenceModel 
     start = reward_start(settings.reward)
     if start is None or start.new_head:
         return None
-    state = random_state()  # a resumed run goes on with the numbers it had, whatever loading draws
     if settings.lora.shared_base:
-        model = adapter_on_base(run, actor.base, RewardModel, start)
+        load = partial(adapter_on_base, run, actor.base, RewardModel, start)
     else:
-        model = load_scalar(run, RewardModel, start, actor.vocabulary, dtype="auto")
-    disable_dropout(model)
-    engine = boost_for_inference(model, run.options)
-    set_random_state(state)
-    return InferenceModel(engine, offload=settings.rollout.offload_inference_models)
+        load = partial(load_scalar, run, RewardModel, start, actor.vocabulary, dtype="auto")
+    return build.frozen(run.options, load, settings.rollout.offload_inference_models)
 
 
 def load_reference(run: Run[OnlineSettings], actor: Actor) -> InferenceModel | None:
@@ -147,10 +134,8 @@ def load_reference(run: Run[OnlineSettings], actor: Actor) -> InferenceModel | N
     kl = run.settings.kl
     if not kl.kl_coef and kl.kl_target is None:
         return None
-    found = reference_model.reference(run, actor.engine)
-    if found.adapters_off or not run.settings.rollout.offload_inference_models:
-        return found
-    return InferenceModel(found.engine, offload=True)
+    offload = run.settings.rollout.offload_inference_models
+    return reference_model.reference(run, actor.engine, offload=offload)
 
 
 def _check_offload(options: ParallelOptions) -> None:
@@ -310,7 +295,7 @@ def adapter_on_base(
     """
     settings = run.settings
     pretrain = run.settings.model.pretrain
-    model = kind(backbone=_with_same_weights(base))
+    model: Any = kind(backbone=_with_same_weights(base))
     model.name_or_path = pretrain
     if start.path == pretrain:
         return apply_lora(model, build.lora_config(settings.lora), seed=settings.seed)

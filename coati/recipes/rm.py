@@ -14,13 +14,13 @@ logger = get_logger(__name__)
 def main(settings: RMSettings) -> None:
     run = start(settings)
     rows = offline.load_data(run, "preference")
-    model = offline.trainable(run, rows, build.reward_model(run))
+    model = offline.boosted(run, rows, build.reward_model(run))
     trainer = RewardModelTrainer(
         loss_fn=settings.loss.loss_fn,
         center_coef=settings.loss.center_coef,
         **offline.trainer_keywords(run, rows, model, samples=False),
     )
-    collate = offline.collator(run, DataCollatorForPreferenceDataset)
+    collate = build.collator(run, DataCollatorForPreferenceDataset)
     load = RewardModel.from_pretrained
     if offline.fit(run, trainer, rows, collate, load=load, use=finish.SCORE):
         for line in trainer.report():

@@ -20,8 +20,8 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-S = TypeVar("S", bound=TrainingSettings)
 S_co = TypeVar("S_co", bound=TrainingSettings, covariant=True)
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Run(Generic[S_co]):
     @property
     def flags(self) -> dict[str, Any]:
         """The flags, those resolved on this machine too."""
-        return resolved_flags(self.settings, self.options)
+        resolved = {"plugin": self.options.plugin, "mixed_precision": self.options.precision}
+        return {**self.settings.flags, **resolved}
 
     @property
     def data_parallel_size(self) -> int:
@@ -66,33 +67,29 @@ class PreparedRows:
         return part_directories(self.folders[0])[0].parent / name
 
 
-def start(settings: S) -> Run[S]:
-    """Join the other processes, resolve the defaults, find the checkpoint to resume from, record
-    the flags and load the tokenizer.
+def start(settings: Settings) -> Run[Settings]:
+    """Join the other processes, resolve the defaults, find the checkpoint to resume from, load the
+    tokenizer and record the flags.
 
     Raises ValueError naming the flag.
     """
     options = join_processes(settings)
     resume = find_resume(settings.output)
-    record_arguments(settings.output, resolved_flags(settings, options))
-    tokenizer, template = _tokenizer_and_template(settings)
-    return Run(settings, options, resume, tokenizer, template)
+    run = Run(settings, options, resume, *_tokenizer_and_template(settings))
+    record_arguments(settings.output, run.flags)
+    return run
 
 
 def join_processes(settings: TrainingSettings) -> ParallelOptions:
     """Join the process group; the parallel settings with every default resolved."""
     # The group comes first: ColossalAI's import takes seconds that would count against the other
-    # ranks' patience.
+    # ranks' timeout.
     launch(settings.seed)
     warn_of_threads()
     options = resolved_options(settings)
     check_precision(options.precision)
     prepare_colossalai()
     return options
-
-
-def resolved_flags(settings: TrainingSettings, options: ParallelOptions) -> dict[str, Any]:
-    return {**settings.flags, "plugin": options.plugin, "mixed_precision": options.precision}
 
 
 def _tokenizer_and_template(settings: TrainingSettings) -> tuple[Any, Conversation | None]:

@@ -10,6 +10,6 @@ from coati.trainer import SFTTrainer
 def main(settings: SLSettings) -> None:
     run = start(settings)
     rows = offline.load_data(run, "sft")
-    model = offline.trainable(run, rows, build.causal_lm(run))
+    model = offline.boosted(run, rows, build.causal_lm(run))
     trainer = SFTTrainer(**offline.trainer_keywords(run, rows, model))
-    offline.fit(run, trainer, rows, offline.collator(run, DataCollatorForSupervisedDataset))
+    offline.fit(run, trainer, rows, build.collator(run, DataCollatorForSupervisedDataset))

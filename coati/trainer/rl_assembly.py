@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.kl_controller import KLController
@@ -56,6 +56,20 @@ class RLSettings:
     ptx_coef: float = 0.0
 
 
+class TrainerParts(TypedDict):
+    """Arguments of :class:`~coati.trainer.online.OLTrainer`."""
+
+    actor: Engine
+    critic: Engine | None
+    maker: NaiveExperienceMaker
+    buffer: NaiveExperienceBuffer
+    episodes: Episodes
+    policy: PolicySettings
+    value_clip: float
+    vf_coef: float
+    ptx_coef: float
+
+
 def linear_annealing(first: float, last: float, start: float, end: float) -> Callable[[int], float]:
     """Episode -> temperature: ``first`` up to episode ``start``, ``last`` from ``end`` on, linear
     in between."""
@@ -76,9 +90,9 @@ def assemble_rl(
     rollout: RolloutEngine,
     scorer: Callable[..., Any],
     tokenizer: Any,
-) -> dict[str, Any]:
-    """Keyword arguments of :class:`~coati.trainer.online.OLTrainer`: PPO with a ``critic``,
-    otherwise the group method ``settings.experience.method``.
+) -> TrainerParts:
+    """The parts of :class:`~coati.trainer.online.OLTrainer`: PPO with a ``critic``, otherwise the
+    group method ``settings.experience.method``.
 
     ``reference``: the reference policy; None: no KL.
 
@@ -98,14 +112,14 @@ def assemble_rl(
         critic=critic,
         kl=KLController(kl.coef, kl.target, kl.horizon),
     )
-    return {
-        "actor": actor,
-        "maker": maker,
-        "buffer": NaiveExperienceBuffer(buffer.micro_batch_size, buffer.limit, buffer.cpu_offload),
-        "episodes": settings.episodes,
-        "critic": critic,
-        "policy": settings.policy,
-        "value_clip": settings.value.clip,
-        "vf_coef": settings.value.coef,
-        "ptx_coef": settings.ptx_coef,
-    }
+    return TrainerParts(
+        actor=actor,
+        critic=critic,
+        maker=maker,
+        buffer=NaiveExperienceBuffer(buffer.micro_batch_size, buffer.limit, buffer.cpu_offload),
+        episodes=settings.episodes,
+        policy=settings.policy,
+        value_clip=settings.value.clip,
+        vf_coef=settings.value.coef,
+        ptx_coef=settings.ptx_coef,
+    )

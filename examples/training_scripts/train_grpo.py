@@ -8,6 +8,6 @@ from coati.legacy.flags_rl import ROLLOUTS
 
 if __name__ == "__main__":
     settings = parse_grpo(older=ROLLOUTS)
-    from coati.recipes import finish, grpo
+    from coati.recipes import finish, rl
 
-    finish.guarded("train_grpo.py", grpo.main, settings)
+    finish.guarded("train_grpo.py", rl.main, settings)

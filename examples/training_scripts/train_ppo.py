@@ -8,6 +8,6 @@ from coati.legacy.flags_rl import ROLLOUTS
 
 if __name__ == "__main__":
     settings = parse_ppo(older=ROLLOUTS)
-    from coati.recipes import finish, ppo
+    from coati.recipes import finish, rl
 
-    finish.guarded("train_ppo.py", ppo.main, settings)
+    finish.guarded("train_ppo.py", rl.main, settings)

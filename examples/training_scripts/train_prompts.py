@@ -6,7 +6,7 @@ from coati.utils.logging import get_logger
 
 if __name__ == "__main__":
     settings = parse_ppo(older=PROMPTS)
-    from coati.recipes import finish, ppo
+    from coati.recipes import finish, rl
 
     get_logger(__name__).info("train_prompts.py is now train_ppo.py")
-    finish.guarded("train_prompts.py", ppo.main, settings)
+    finish.guarded("train_prompts.py", rl.main, settings)

@@ -27,7 +27,6 @@ from coati.recipes.data_checks import check_gt_answers, check_prompts
 from coati.recipes.dry_run import rl_dry_run
 from coati.recipes.resume import running_state
 from coati.recipes.rl_models import (
-    Trained,
     load_actor,
     load_critic,
     load_reference,

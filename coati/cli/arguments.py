@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from coati.cli.checks import check_sft, checked, requested_options
+from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
@@ -38,7 +38,7 @@ def parse_sft(argv: Sequence[str] | None = None, older: OlderFlags | None = None
     What follows the machine stays None (``plugin``, ``parallel.precision``). ``older``: flags of
     earlier releases that are taken too. Neither torch nor transformers is imported.
     """
-    args = checked(sft_parser(), argv, check_sft, older=older)
+    args = checked(sft_parser(), argv, check_offline, older=older)
     return settings_of(SLSettings, args, parallel=requested_options(args))
 
 

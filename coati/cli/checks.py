@@ -34,10 +34,10 @@ def checked(
     return args
 
 
-def check_sft(args: Namespace, rows_each: int = 1) -> None:
+def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
     """Check the flags that all trainers on fixed data share, and settle ``lora_rank``.
 
-    ``rows_each``: as in :func:`requested_options`.
+    ``rows_per_sample``: as in :func:`requested_options`.
     """
     if not args.pretrain:
         raise ValueError(
@@ -52,7 +52,7 @@ def check_sft(args: Namespace, rows_each: int = 1) -> None:
     check_mixture(args, args.dataset)
     check_lora(args)
     check_pointless(args)
-    check_parallel(args.plugin, requested_options(args, rows_each=rows_each))
+    check_parallel(args.plugin, requested_options(args, rows_per_sample=rows_per_sample))
 
 
 def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_dataset")) -> None:
@@ -146,12 +146,12 @@ def check_pointless(args: Namespace) -> None:
 
 
 def requested_options(
-    args: Namespace, batch_size: int | None = None, rows_each: int = 1
+    args: Namespace, batch_size: int | None = None, rows_per_sample: int = 1
 ) -> ParallelOptions:
     """The parallel flags as one value, before the machine has been looked at.
 
-    ``batch_size``: samples of a micro-batch, by default ``--batch_size``; ``rows_each``: rows of
-    the model's batch that a sample makes (a pair: 2).
+    ``batch_size``: samples of a micro-batch, by default ``--batch_size``; ``rows_per_sample``: rows
+    of the model's batch that a sample makes (a pair: 2).
     """
     known = {field.name for field in fields(ParallelOptions)} & set(vars(args))
     values = {name: getattr(args, name) for name in known}
@@ -160,7 +160,7 @@ def requested_options(
         "precision": args.mixed_precision,
         "plugin_args": load_json(args.plugin_args) if args.plugin_args else {},
         "lora": args.lora_rank > 0,
-        "batch_size": (batch_size or args.batch_size) * rows_each,
+        "batch_size": (batch_size or args.batch_size) * rows_per_sample,
     }
     return ParallelOptions(**values)
 

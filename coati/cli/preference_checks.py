@@ -11,7 +11,7 @@ def check_pairs(args: Namespace) -> None:
     """A pair is two rows of one micro-batch."""
     if args.pp > 1 and args.microbatch_size % 2:
         raise ValueError(
-            f"--microbatch_size {args.microbatch_size} would part a pair, which is two rows; use "
+            f"--microbatch_size {args.microbatch_size} would split a pair, which is two rows; use "
             "an even number"
         )
 
@@ -19,7 +19,7 @@ def check_pairs(args: Namespace) -> None:
 def check_rm(args: Namespace) -> None:
     if args.pp > 1:
         raise ValueError(
-            f"--pp {args.pp}: a reward model cannot be cut into pipeline stages; use --tp, or "
+            f"--pp {args.pp}: a reward model cannot be split into pipeline stages; use --tp, or "
             "--plugin zero2 or gemini"
         )
     wrong = "the gradients of a reward model's head"
@@ -120,8 +120,7 @@ def check_ref_tp(args: Namespace) -> None:
 def check_kto(args: Namespace) -> None:
     if args.pp > 1:
         raise ValueError(
-            f"--pp {args.pp}: KTO needs log-probs of a whole window before its first backward, "
-            "which a pipeline does "
-            "not give; use --tp, or --plugin zero2 or gemini"
+            f"--pp {args.pp}: KTO needs log-probs of a whole global batch before its first "
+            "backward pass, which a pipeline does not give; use --tp, or --plugin zero2 or gemini"
         )
     check_ref_tp(args)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TypeVar
 
 from coati.cli import arguments as shared
-from coati.cli.checks import check_sft, checked, requested_options
+from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
 from coati.cli.settings import (
@@ -21,7 +21,7 @@ from coati.cli.values import add_count, add_number, add_switch, number
 from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES, SFT, full_name
 
 Settings = TypeVar("Settings", bound=SLSettings)
-PAIR = 2  # rows of the model's batch that a pair makes
+ROWS_PER_PAIR = 2  # of the batch that the model reads
 
 
 def rm_parser() -> Parser:
@@ -52,7 +52,7 @@ def rm_parser() -> Parser:
         exclusive=True,
         help="peak learning rate of the new head (1e-3 suits most models); default: --lr",
     )
-    return _finished(parser)
+    return _add_shared_flags(parser)
 
 
 def dpo_parser() -> Parser:
@@ -86,7 +86,7 @@ def dpo_parser() -> Parser:
         help="LD-DPO: weight of the tokens beyond the shorter response's length; default: 1",
     )
     _add_reference_flags(parser, switch=True, precompute=True)
-    return _finished(parser, accumulation_steps=1, microbatch_size=2)
+    return _add_shared_flags(parser, accumulation_steps=1, microbatch_size=2)
 
 
 def _add_loss_flags(group: _ArgumentGroup) -> None:
@@ -140,7 +140,7 @@ def orpo_parser() -> Parser:
         unit="L",
         help="weight of the odds-ratio loss beside the SFT loss of the chosen response",
     )
-    return _finished(parser, microbatch_size=2)
+    return _add_shared_flags(parser, microbatch_size=2)
 
 
 def kto_parser() -> Parser:
@@ -174,7 +174,7 @@ def kto_parser() -> Parser:
         "weight (their ratio should be 1 to 4/3)",
     )
     _add_reference_flags(parser, switch=False, precompute=False)
-    return _finished(parser)
+    return _add_shared_flags(parser)
 
 
 def _parser(program: str, description: str) -> Parser:
@@ -212,7 +212,7 @@ def _add_reference_flags(parser: Parser, switch: bool, precompute: bool) -> None
         )
 
 
-def _finished(parser: Parser, **defaults: object) -> Parser:
+def _add_shared_flags(parser: Parser, **defaults: object) -> Parser:
     shared.add_parallel_flags(parser)
     shared.add_optimization_flags(parser)
     shared.add_epoch_flags(parser)
@@ -225,18 +225,18 @@ def _finished(parser: Parser, **defaults: object) -> Parser:
 
 def parse_rm(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> RMSettings:
     """The checked flags of ``train_rm.py``; as :func:`coati.cli.arguments.parse_sft`."""
-    return _parse(RMSettings, rm_parser(), argv, older, PAIR, check_rm)
+    return _parse(RMSettings, rm_parser(), argv, older, ROWS_PER_PAIR, check_rm)
 
 
 def parse_dpo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> DPOSettings:
     """The checked flags of ``train_dpo.py``; ``beta`` and ``gamma`` are those of the loss where not
     given."""
-    return _parse(DPOSettings, dpo_parser(), argv, older, PAIR, check_pairs, check_dpo)
+    return _parse(DPOSettings, dpo_parser(), argv, older, ROWS_PER_PAIR, check_pairs, check_dpo)
 
 
 def parse_orpo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> ORPOSettings:
     """The checked flags of ``train_orpo.py``."""
-    return _parse(ORPOSettings, orpo_parser(), argv, older, PAIR, check_pairs)
+    return _parse(ORPOSettings, orpo_parser(), argv, older, ROWS_PER_PAIR, check_pairs)
 
 
 def parse_kto(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> KTOSettings:
@@ -249,9 +249,11 @@ def _parse(
     parser: Parser,
     argv: Sequence[str] | None,
     older: OlderFlags | None,
-    rows_each: int,
+    rows_per_sample: int,
     *checks: Callable[[Namespace], None],
 ) -> Settings:
-    shared_check = partial(check_sft, rows_each=rows_each)
+    shared_check = partial(check_offline, rows_per_sample=rows_per_sample)
     args = checked(parser, argv, shared_check, *checks, older=older)
-    return settings_of(kind, args, parallel=requested_options(args, rows_each=rows_each))
+    return settings_of(
+        kind, args, parallel=requested_options(args, rows_per_sample=rows_per_sample)
+    )

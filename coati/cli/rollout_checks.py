@@ -54,10 +54,10 @@ def check_rollouts(args: Namespace) -> None:
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
     check_mixture(args, args.prompt_dataset)
     check_lora(args)
-    _check_cut(args)
+    _check_can_sample(args)
     check_parallel(args.plugin, requested_options(args, args.train_batch_size))
     _check_lengths(args)
-    _check_sft(args)
+    _check_ptx(args)
     _check_reward_sources(args)
     _check_scores(args)
     _check_buffer(args)
@@ -66,8 +66,8 @@ def check_rollouts(args: Namespace) -> None:
     _check_machine(args)
 
 
-def _check_cut(args: Namespace) -> None:
-    """Neither layers nor sequences can be cut where the model has to sample."""
+def _check_can_sample(args: Namespace) -> None:
+    """A model that is split into pipeline stages or along the sequence cannot sample."""
     for flag, given in (
         (f"--pp {args.pp}", args.pp > 1),
         (f"--sp {args.sp}", args.sp > 1),
@@ -75,9 +75,9 @@ def _check_cut(args: Namespace) -> None:
     ):
         if given:
             raise ValueError(
-                f"{flag}: the model has to write responses, which one that is cut into pipeline "
-                "stages or along the "
-                "sequence cannot; use --plugin 3d --tp, or --plugin zero2 or gemini"
+                f"{flag}: the model has to write responses, which one that is split into pipeline "
+                "stages or along the sequence cannot; use --plugin 3d --tp, or --plugin zero2 or "
+                "gemini"
             )
 
 
@@ -92,7 +92,7 @@ def _check_lengths(args: Namespace) -> None:
         )
 
 
-def _check_sft(args: Namespace) -> None:
+def _check_ptx(args: Namespace) -> None:
     if args.ptx_coef and not args.ptx_dataset:
         raise ValueError(
             f"--ptx_coef {args.ptx_coef:g} needs --ptx_dataset, the conversations to learn beside "

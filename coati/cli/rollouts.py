@@ -66,7 +66,7 @@ def ppo_parser() -> Parser:
         help=flags.table("tokens that receive the score", REWARD_PLACES),
     )
     flags.add_critic_flags(parser)
-    return _finished(parser, lr=9e-6, accumulation_steps=2)
+    return _add_shared_flags(parser, lr=9e-6, accumulation_steps=2)
 
 
 def grpo_parser() -> Parser:
@@ -127,7 +127,7 @@ def grpo_parser() -> Parser:
     flags.add_reward_flags(parser, reward_clip=0.0)
     flags.add_kl_flags(parser, kl_coef=0.04, places=tuple(PLACES_OF_KL))
     flags.add_update_flags(parser)
-    return _finished(parser, lr=1e-6, accumulation_steps=8)
+    return _add_shared_flags(parser, lr=1e-6, accumulation_steps=8)
 
 
 def _parser(program: str, description: str) -> Parser:
@@ -142,7 +142,7 @@ def _parser(program: str, description: str) -> Parser:
     return parser
 
 
-def _finished(parser: Parser, **defaults: Any) -> Parser:
+def _add_shared_flags(parser: Parser, **defaults: Any) -> Parser:
     shared.add_parallel_flags(parser)
     for flag in NOT_HERE:
         parser.action_of(flag).help = argparse.SUPPRESS

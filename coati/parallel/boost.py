@@ -122,7 +122,7 @@ def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
         return
     if options.pp > 1:
         raise ValueError(
-            f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be cut "
+            f"--pp {options.pp}: a model with a scalar head (reward model, critic) cannot be split "
             "into pipeline stages; use --tp, or --plugin zero2 or gemini"
         )
     if problem := scalar_head_problem(options.plugin, options.tp, options.zero_stage):

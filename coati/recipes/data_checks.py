@@ -28,11 +28,11 @@ def check_ends(run: Run, train: PreparedRows) -> None:
     sides = [type_of_row(row).sides(row)[0] for row in first]
     last = [side.ids[side.end() - 1] if side.end() else None for side in sides]
     if not ends & set(last):
-        logger.info(
+        logger.warning(
             f"warning: none of the first {len(last)} responses of --dataset ends with a "
             f"supervised end token (ids {', '.join(map(str, sorted(ends)))}): the model will not "
-            "learn to stop. Look at "
-            "end_of_assistant and stop_ids of the conversation template, and prepare the data again"
+            "learn to stop. Look at end_of_assistant and stop_ids of the conversation template, "
+            "and prepare the data again"
         )
 
 
@@ -48,8 +48,8 @@ def kto_weights(settings: KTOSettings, rows: Any) -> tuple[float, float]:
         kind, flag = ("desirable", "false") if good else ("undesirable", "true")
         raise ValueError(
             f"--dataset holds {kind} responses only ({len(rows)} rows): KTO learns from the "
-            "difference. Add rows with "
-            f"label {flag}" + (", or train on these with train_sft.py" if good else "")
+            f"difference. Add rows with label {flag}"
+            + (", or train on these with train_sft.py" if good else "")
         )
     weights = (settings.loss.desirable_weight, settings.loss.undesirable_weight)
     ratio = balance(good, bad, *weights)
@@ -58,7 +58,7 @@ def kto_weights(settings: KTOSettings, rows: Any) -> tuple[float, float]:
     counts = f"{good} desirable and {bad} undesirable responses"
     what = f"{counts} with weights {weights[0]:g} and {weights[1]:g}"
     if not settings.auto_weight:
-        logger.info(
+        logger.warning(
             f"{what}: their ratio {ratio:.2f} is outside 1 to 4/3, one kind drowns the other; "
             "--auto_weight sets it"
         )

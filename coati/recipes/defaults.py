@@ -42,7 +42,7 @@ def _default_plugin(options: ParallelOptions) -> str:
         name = "ddp"  # nothing to shard; zero2 would still copy every gradient into its buckets
     else:
         name = "zero2"
-    logger.warning_once(f"--plugin is {name} by default here ({PLUGINS[name].best_for}).")
+    logger.info(f"--plugin is {name} by default here ({PLUGINS[name].best_for}).")
     return name
 
 
@@ -55,7 +55,7 @@ def _default_precision(options: ParallelOptions) -> str:
             PLUGINS[options.plugin].hybrid and options.zero_stage
         )
         name = "bf16" if needs_half else "fp32"
-    logger.warning_once(f"--mixed_precision is {name} by default here.")
+    logger.info(f"--mixed_precision is {name} by default here.")
     return name
 
 

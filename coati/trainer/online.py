@@ -110,9 +110,9 @@ class OLTrainer:
         self.model_assets = assets or {
             name: ModelAssets.of(each.module) for name, each in self.models.items()
         }
-        self.policy = PolicyObjective(policy or PolicySettings(), sum_over(actor))
-        self.values = ValueObjective(value_clip)
-        self.pretraining = PtxObjective()
+        self.policy_objective = PolicyObjective(policy or PolicySettings(), sum_over(actor))
+        self.value_objective = ValueObjective(value_clip)
+        self.ptx_objective = PtxObjective()
         self.stopped_early = False
         trained = current_names(self.state.trainer)
         self.episode: int = trained.get("episode", 0)
@@ -206,7 +206,7 @@ class OLTrainer:
             batches = self.buffer.global_batches(
                 self.episodes.steps_per_pass, seed=self.episodes.seed, episode=self.episode
             )
-            self.policy.first_pass = True
+            self.policy_objective.first_pass = True
             self._step(next(batches), ptx, never)
         finally:
             bar.close()
@@ -249,7 +249,7 @@ class OLTrainer:
         before = self.maker.state_dict()
         batches = self._next_prompts(prompts)
         temperature = self.episodes.temperature(self.episode)
-        self.policy.temperature = temperature
+        self.policy_objective.temperature = temperature
         collected: list[RolloutBatch] = []
         for number, batch in enumerate(batches):
             if any_rank(stop.requested):
@@ -285,9 +285,9 @@ class OLTrainer:
         episodes = self.episodes
         steps = episodes.steps_per_pass
         total = episodes.num_update_steps * steps
-        self.policy.temperature = episodes.temperature(self.episode)
-        if self.policy.settings.kl_coef:
-            self.policy.kl_coef = self.maker.kl.kl_coef
+        self.policy_objective.temperature = episodes.temperature(self.episode)
+        if self.policy_objective.settings.kl_coef:
+            self.policy_objective.kl_coef = self.maker.kl.kl_coef
         first, start = self._position
         for number in range(first, episodes.num_update_steps):
             batches = self.buffer.global_batches(
@@ -296,7 +296,7 @@ class OLTrainer:
             for index, micro_batches in enumerate(batches, start):
                 done = number * steps + index + 1
                 bar.phase(f"update {done}/{total}")
-                self.policy.first_pass = done == 1
+                self.policy_objective.first_pass = done == 1
                 if self._step(micro_batches, ptx, stop) and done < total:
                     self._position = divmod(done, steps)
                     return False
@@ -308,11 +308,15 @@ class OLTrainer:
         started = time.perf_counter()
         aux = []
         if self.ptx_coef:
-            aux = [LossPart(self._next_ptx(ptx), self.pretraining, self.ptx_coef)]
+            aux = [LossPart(self._next_ptx(ptx), self.ptx_objective, self.ptx_coef)]
         try:
-            batches = self.policy.batches(micro_batches)
+            batches = self.policy_objective.batches(micro_batches)
             step = self.engine.train_step(
-                batches, self.policy, stop.requested, weight=1 - self.ptx_coef, aux_losses=aux
+                batches,
+                self.policy_objective,
+                stop.requested,
+                weight=1 - self.ptx_coef,
+                aux_losses=aux,
             )
             value_step = self._critic_step(micro_batches)
         except NonFiniteLoss as error:
@@ -324,8 +328,8 @@ class OLTrainer:
     def _critic_step(self, micro_batches: list[Experience]) -> Step | None:
         if self.critic is None:
             return None
-        batches = self.values.batches(micro_batches)
-        return self.critic.train_step(batches, self.values, weight=self.vf_coef)
+        batches = self.value_objective.batches(micro_batches)
+        return self.critic.train_step(batches, self.value_objective, weight=self.vf_coef)
 
     def _next_ptx(self, ptx: Any) -> list[Batch]:
         epoch, start = self._ptx_at

@@ -163,12 +163,12 @@ def test_losses_are_named_as_trl_names_them_and_added_up(parse):
         (
             "dpo",
             ["--pp", "2", "--microbatch_size", "3", "--batch_size", "6"],
-            "--microbatch_size 3 would part a pair",
+            "--microbatch_size 3 would split a pair",
         ),
         (
             "rm",
             ["--pp", "2", "--batch_size", "8"],
-            "a reward model cannot be cut into pipeline stages",
+            "a reward model cannot be split into pipeline stages",
         ),
         (
             "rm",
@@ -177,7 +177,7 @@ def test_losses_are_named_as_trl_names_them_and_added_up(parse):
         ),
         ("rm", ["--disable_loss_mask"], "--disable_loss_mask does nothing for a reward model"),
         ("rm", ["--loss_fn", "mse"], "invalid choice: 'mse'"),
-        ("kto", ["--pp", "2", "--batch_size", "8"], "KTO needs log-probs of a whole window"),
+        ("kto", ["--pp", "2", "--batch_size", "8"], "KTO needs log-probs of a whole global batch"),
         (
             "kto",
             ["--desirable_weight", "0"],

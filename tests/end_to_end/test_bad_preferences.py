@@ -177,7 +177,7 @@ TWO = {
     f"an odd micro-batch for {algorithm}": Case(
         f"train_{algorithm}.py",
         lambda p: ["--plugin", "3d", "--pp", "2", "--batch_size", "3", "--microbatch_size", "3"],
-        ("--microbatch_size 3 would part a pair", "an even number"),
+        ("--microbatch_size 3 would split a pair", "an even number"),
         code=2,
     )
     for algorithm in ("dpo", "orpo")

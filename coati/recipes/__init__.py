@@ -1,1 +1,1 @@
-"""From flags to a run: one module a verb, and the parts that they share."""
+"""From flags to a run: one module an algorithm, and the parts that they share."""

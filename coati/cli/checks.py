@@ -75,6 +75,8 @@ def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_datas
             f"--checkpoint_path {args.checkpoint_path}: there is no such directory; name one, or "
             "`auto`"
         )
+    if args.checkpoint_weights_only and args.checkpoint_path is None:
+        raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
 
 
 def _may_be_hub_name(path: str) -> bool:
@@ -141,8 +143,6 @@ def check_pointless(args: Namespace) -> None:
     own_split = any(not Path(path).is_file() for path in args.dataset)
     if args.metric_for_best is not None and not args.eval_dataset and not own_split:
         raise ValueError("--metric_for_best does nothing without --eval_dataset")
-    if args.checkpoint_weights_only and args.checkpoint_path is None:
-        raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
 
 
 def requested_options(

@@ -275,8 +275,6 @@ def _check_pointless(args: Namespace) -> None:
     for flag in ("eval_interval", "metric_for_best"):
         if getattr(args, flag) is not None and not args.eval_prompt_dataset and not own_split:
             raise ValueError(f"--{flag} does nothing without --eval_prompt_dataset")
-    if args.checkpoint_weights_only and args.checkpoint_path is None:
-        raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
     if args.eval_interval is None and args.eval_prompt_dataset:
         args.eval_interval = max(args.num_episodes // 10, 1)
 

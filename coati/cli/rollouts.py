@@ -182,15 +182,17 @@ def _parse(
     check: Callable[[Namespace], None],
 ) -> Settings:
     args = checked(parser, argv, check_rollouts, check, older=older)
-    flags = vars(args)
     data = filled(
-        DataSettings, flags, dataset=args.prompt_dataset, eval_dataset=args.eval_prompt_dataset
+        DataSettings,
+        vars(args),
+        dataset=args.prompt_dataset,
+        eval_dataset=args.eval_prompt_dataset,
     )
     groups: dict[str, Any] = {"data": data}
-    if "temperature" in flags:  # PPO's stays the same
+    if "temperature" in args:  # PPO's stays the same
         groups["sampling"] = filled(
             SamplingSettings,
-            flags,
+            vars(args),
             initial_temperature=args.temperature,
             final_temperature=args.temperature,
         )

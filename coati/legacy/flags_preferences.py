@@ -21,29 +21,13 @@ class PreferenceFlags(OlderFlags):
 
     def add(self, parser: Parser) -> None:
         super().add(parser)
-        hidden: dict[str, Any] = {"help": argparse.SUPPRESS}
-        parser.add_argument(
-            "--test", nargs="?", const=True, type=boolean, default=False, dest="_test", **hidden
-        )
-        parser.add_argument("--subset", default=None, dest="_subset", **hidden)
+        switch: dict[str, Any] = {"nargs": "?", "const": True, "type": boolean}
+        switch["help"] = argparse.SUPPRESS
+        parser.add_argument("--test", default=False, dest="_test", **switch)
+        parser.add_argument("--subset", dest="_subset", help=argparse.SUPPRESS)
         if parser.action_of("--disable_reference_model") is None:
-            parser.add_argument(
-                "--disable_reference_model",
-                nargs="?",
-                const=True,
-                type=boolean,
-                default=None,
-                dest="_no_reference",
-                **hidden,
-            )
-        enabled = {
-            "nargs": "?",
-            "const": True,
-            "type": boolean,
-            "default": None,
-            "dest": "_enable_reference",
-        }
-        parser.add_argument("--enable_reference_model", **enabled, **hidden)
+            parser.add_argument("--disable_reference_model", dest="_no_reference", **switch)
+        parser.add_argument("--enable_reference_model", dest="_enable_reference", **switch)
 
     def apply(self, args: Namespace) -> None:
         """Turn what was given into today's flags, one line each."""

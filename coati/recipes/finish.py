@@ -4,6 +4,7 @@ traceback."""
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,40 +30,40 @@ EXPECTED = (ValueError, OSError, LaunchFailed, SaveFailed, NonFiniteLoss)
 def save_final(run: Run, trainer: SLTrainer, use: str = CHAT) -> None:
     """Write ``<save_dir>/modeling`` and say where it is and what to ``use`` it for; or how to go on
     after a graceful shutdown."""
-    if _ended_early(trainer):
-        return
-    final = Path(run.settings.output.save_dir) / "modeling"
-    _write_final(run, trainer.engine, trainer.assets, final)
-    _log_evaluations(run, trainer)
-    logger.info(f"the trained {_kind(run)} is in {final}; {use} {final}")
+    _save(run, trainer, {"modeling": (trainer.engine, trainer.assets)}, use)
 
 
 def save_models_of(run: Run, trainer: OLTrainer) -> None:
     """:func:`save_final` of a run that trains several models: ``<save_dir>/actor/modeling``, and
     the critic's."""
-    if _ended_early(trainer):
-        return
-    final = {
-        name: Path(run.settings.output.save_dir) / name / "modeling" for name in trainer.models
+    models = {
+        f"{name}/modeling": (engine, trainer.model_assets[name])
+        for name, engine in trainer.models.items()
     }
-    for name, engine in trainer.models.items():
-        _write_final(run, engine, trainer.model_assets[name], final[name])
-    _log_evaluations(run, trainer)
-    logger.info(f"the trained {_kind(run)} is in {final['actor']}; {CHAT} {final['actor']}")
+    _save(run, trainer, models, CHAT)
 
 
-def _ended_early(trainer: SLTrainer | OLTrainer) -> bool:
+def _save(
+    run: Run,
+    trainer: SLTrainer | OLTrainer,
+    models: dict[str, tuple[Engine, ModelAssets]],
+    use: str,
+) -> None:
+    """``models``: by their place in ``--save_dir``, the policy first."""
     if trainer.stopped_early:
         logger.info(
             f"stopped after step {trainer.state.step}, everything is saved. To go on: "
             f"{command_again()}"
         )
-    return trainer.stopped_early
-
-
-def _write_final(run: Run, engine: Engine, assets: ModelAssets, folder: Path) -> None:
+        return
+    folder = Path(run.settings.output.save_dir)
     merge = run.settings.lora.merge_lora_weights
-    write_directory(folder, lambda path: save_model(engine, path, assets, merge_lora=merge))
+    for place, (engine, assets) in models.items():
+        write = partial(save_model, engine, assets=assets, merge_lora=merge)
+        write_directory(folder / place, write)
+    _log_evaluations(run, trainer)
+    final = folder / next(iter(models))
+    logger.info(f"the trained {_kind(run)} is in {final}; {use} {final}")
 
 
 def _kind(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""What ``import coati`` offers: every name leads somewhere, nothing is loaded before its use."""
+"""What ``import coati`` offers: every name leads somewhere; nothing is loaded before its use."""
 
 import subprocess
 import sys

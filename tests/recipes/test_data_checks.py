@@ -82,7 +82,7 @@ def test_raw_prompts_lose_a_last_answer_and_long_ones_are_left_out_both_counted(
     assert "4<|im_end|>" not in texts[1]
     assert "Hello!" in texts[2] and "How are you?" in texts[2] and "Fine." not in texts[2]
     told = "".join(capsys.readouterr())
-    assert "2 of 3 prompts ended with an answer, which was left out" in told
+    assert "2 of 3 prompts ended with a response, which was left out" in told
     assert "too_long" in told
 
 

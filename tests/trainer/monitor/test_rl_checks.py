@@ -161,7 +161,7 @@ FAILURES = {
         "running",
         12,
     ),
-    "cut": (put(stop_rate=lambda e, d: d.uniform(0.4, 0.7)), "are cut", "--max_seq_len", 12),
+    "cut": (put(stop_rate=lambda e, d: d.uniform(0.4, 0.7)), "are truncated", "--max_seq_len", 12),
     "useless critic": (
         put(explained_variance=lambda e, d: d.gauss(-0.5, 0.3)),
         "explained variance",

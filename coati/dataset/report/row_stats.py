@@ -6,7 +6,10 @@ They stay small whatever the number of rows: counts, a few examples and a few sa
 
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import Segments, segments, shorten
@@ -90,10 +93,10 @@ class RowStats:
         self.shown = draw_samples(self.shown + later.shown)
 
 
-def draw_samples(rows: list) -> list:
-    """The first row and those that come first in their random order: the same ones however the rows
-    were cut into chunks."""
-    return [*rows[:1], *sorted(rows[1:])[: SAMPLES - 1]]
+def draw_samples(rows: list, key: Callable[[Any], Any] | None = None) -> list:
+    """The first row and those that come first in their random order (``key``): the same ones
+    however the rows were cut into chunks."""
+    return [*rows[:1], *sorted(rows[1:], key=key)[: SAMPLES - 1]]
 
 
 class Recorder:
@@ -106,7 +109,8 @@ class Recorder:
         eos = conversation.tokenizer.eos_token_id
         self._stops = [*conversation.stop_ids, *([] if eos is None else [[eos]])]
         self._texts: list[str] = []
-        # (order, at, row, columns) of rows that may become a SampledRow; no two have one order.
+        # (order, at, row, columns) of rows that may become a SampledRow; rows of a JSON array on
+        # one line share their order.
         self._candidates: list[tuple[tuple[int, int, int], str, SourceRow, Columns]] = []
 
     def keep(
@@ -130,7 +134,7 @@ class Recorder:
         order = (zlib.crc32(f"{line}/{file}".encode()), line, file)
         self._candidates.append((order, where, row, made[0][0]))
         if len(self._candidates) > 2 * SAMPLES:
-            self._candidates = draw_samples(self._candidates)
+            self._candidates = draw_samples(self._candidates, itemgetter(0))
 
     def _count(self, columns: Columns) -> None:
         stats = self.stats
@@ -155,7 +159,7 @@ class Recorder:
     def close(self) -> RowStats:
         """The statistics, complete with scripts and sampled rows."""
         self.stats.scripts.update(main_scripts(self._texts))
-        for (*order, _), at, row, columns in draw_samples(self._candidates):
+        for (*order, _), at, row, columns in draw_samples(self._candidates, itemgetter(0)):
             parts = [
                 (side.name, shorten(segments(side.ids, side.mask(), self._decode)))
                 for side in self._type.sides(columns)

@@ -46,21 +46,23 @@ class Watch:
     def __init__(self, decoders: type, embedding) -> None:
         self.widths: list[int] = []
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
-        self.decoders, self.original = decoders, decoders._choose
+        self.decoders, self.original = decoders, decoders._sample
 
         def choose(decoder, logits):
-            rows = zip(decoder.rows.tolist(), decoder.ages.tolist(), logits, strict=True)
+            rows = zip(
+                decoder.row_ids.tolist(), decoder.num_generated.tolist(), logits, strict=True
+            )
             for row, step, values in rows:
                 self.logits[row, step] = values.clone()
             return self.original(decoder, logits)
 
-        decoders._choose = choose
+        decoders._sample = choose
         self.hook = embedding.register_forward_pre_hook(
             lambda _, args: self.widths.append(args[0].shape[1])
         )
 
     def end(self) -> None:
-        self.decoders._choose = self.original
+        self.decoders._sample = self.original
         self.hook.remove()
 
 

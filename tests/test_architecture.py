@@ -2,7 +2,6 @@
 things may be."""
 
 import ast
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -38,13 +37,11 @@ LAWS = {
         path for path in LIBRARY if path.relative_to(ROOT / "coati").parts[0] in DOCUMENTED
     ],
 }
-PENDING = ROOT / "tests" / "data" / "pending_laws.json"
 # Modules that import each other, one of them inside a function, and why they may
 CLOSED_INSIDE_FUNCTIONS = []
-# Stems that stand twice in the library: recipes bear the names of their trainers; the others are
-# pending
-RECIPES = {"sft", "rm", "dpo", "orpo", "kto"}
-SAME_STEM = RECIPES | {"preference_checks", "quantize", "base"}
+# Stems that stand twice in the library: recipes bear the names of their trainers, and the reference
+# has models/base.py and trainer/base.py
+SAME_STEM = {"sft", "rm", "dpo", "orpo", "kto", "base"}
 
 # Lowest first; a package may import those on earlier lines.
 LAYERS = [
@@ -88,11 +85,6 @@ LIGHT = [
 ]
 OLD_REWARDS = "coati.utils.reward_score"
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
-
-
-def load_pending() -> dict[str, list[str]]:
-    """Law -> the files that still break it."""
-    return json.loads(PENDING.read_text(encoding="utf-8")) if PENDING.exists() else {}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -168,15 +160,8 @@ def breaches(law: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_the_laws_of_the_code(law):
-    """A file that is pending is one that broke the law when it came in; it leaves the list with its
-    last breach (``python -m tests.test_architecture`` takes out what no longer belongs there)."""
     found = breaches(law)
-    pending = set(load_pending().get(law, []))
-    new = [
-        f"{name}:{line}" for name, lines in found.items() for line in lines if name not in pending
-    ]
-    assert not new, "\n".join(new)
-    assert pending <= set(found), f"no longer pending: {sorted(pending - set(found))}"
+    assert not found, "\n".join(f"{name}:{line}" for name in found for line in found[name])
 
 
 def test_the_formatter_has_nothing_to_do():
@@ -266,15 +251,3 @@ def test_packages_export_lazily():
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert run.stdout == "[]\n", run.stdout + run.stderr
-
-
-def save_pending() -> None:
-    """Take out of PENDING what no longer breaks its law."""
-    pending = load_pending()
-    left = {law: sorted(set(pending.get(law, [])) & set(breaches(law))) for law in LAWS}
-    left = {law: names for law, names in left.items() if names}
-    PENDING.write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    save_pending()

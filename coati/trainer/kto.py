@@ -13,7 +13,7 @@ from coati.models.loss import kto_baseline, kto_loss, masked_sum
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch, Metrics, Objective
-from coati.trainer.monitor.preference_checks import moments
+from coati.trainer.monitor.preference_diagnostics import moments
 from coati.trainer.preference import PreferenceTrainer, RowLogps, supervised, with_labels
 from coati.utils.logging import get_logger
 from coati.utils.meter import MaskedSamples

@@ -14,7 +14,7 @@ from coati.models.loss import length_desensitized, masked_sum
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics, Objective, Step
 from coati.trainer.base import SLTrainer
-from coati.trainer.monitor.preference_checks import PreferenceChecks, moments
+from coati.trainer.monitor.preference_diagnostics import PreferenceChecks, moments
 from coati.utils.meter import MaskedSamples
 from coati.utils.statistics import wilson_interval
 

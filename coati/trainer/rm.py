@@ -8,7 +8,7 @@ from torch import Tensor
 from coati.models.loss import centering, masked_sum, reward_loss
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics, Step
-from coati.trainer.monitor.preference_checks import moments
+from coati.trainer.monitor.preference_diagnostics import moments
 from coati.trainer.monitor.reward_model_report import verdict
 from coati.trainer.preference import (
     PreferenceObjective,

@@ -46,7 +46,7 @@ def show(one: dict, first: dict) -> None:
 
 def main(args: QuantizeSettings) -> None:
     from coati.inference.export import measures
-    from coati.inference.export.quantize import quantize
+    from coati.inference.export.quantization import quantize
     from coati.inference.model_loading import conversation_of
     from coati.models.loading import find_model
     from coati.models.tokenizer import find_tokenizer, load_tokenizer

@@ -20,6 +20,7 @@ class NoStream:
     wait = wait_event = wait_stream = record = record_event = synchronize = _nothing
 
     def query(self) -> bool:
+        """Whether all work is done: on a CPU it always is."""
         return True
 
 

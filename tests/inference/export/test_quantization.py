@@ -13,7 +13,7 @@ from coati.cli.inference import parse_inference
 from coati.cli.quantize import parse_benchmark, parse_quantize
 from coati.cli.serve import parse_server
 from coati.inference.export.measures import Size, perplexity, read_conversations, size_of, speed_of
-from coati.inference.export.quantize import check_groups, outlier_layers, quantize
+from coati.inference.export.quantization import check_groups, outlier_layers, quantize
 from coati.inference.model_loading import load
 from coati.inference.quantized_loading import quantization_kwargs, require_package
 from coati.legacy.flags import QUANTIZED

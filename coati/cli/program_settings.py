@@ -168,7 +168,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """``server.py``. ``token`` None: everybody may ask."""
+    """``server.py``. ``token`` None: no authentication."""
 
     model_path: str
     tokenizer_path: str | None

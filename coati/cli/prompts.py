@@ -14,14 +14,14 @@ def prompts_parser() -> Parser:
     parser = Parser(
         prog="generate_prompt_dataset.py",
         usage="%(prog)s --dataset_path PATH [--save_path FILE] [--sample_size N]",
-        description="A random sample of the questions of any data set, as rows for "
+        description="Draws a random sample of prompts from a dataset, as rows for "
         "prepare_dataset.py --type prompt.",
     )
     add_text(
         parser,
         "--dataset_path",
         unit="PATH",
-        help="file, folder or name of a data set, of any row format; a last answer is left out "
+        help="file, folder or dataset name, in any row format; a final response is left out "
         "(required)",
     )
     add_text(
@@ -29,15 +29,15 @@ def prompts_parser() -> Parser:
         "--save_path",
         default="prompt.json",
         unit="FILE",
-        help="the JSON array to write; must be new",
+        help="JSON array to write; must not exist yet",
     )
     add_count(
         parser,
         "--sample_size",
         default=16384,
-        help="prompts to draw; of a smaller data set all are taken",
+        help="prompts to draw; a smaller dataset is taken whole",
     )
-    add_count(parser, "--seed", default=42, least=0, help="of the drawing")
+    add_count(parser, "--seed", default=42, least=0, help="random seed of the sampling")
     return parser
 
 
@@ -49,6 +49,6 @@ def parse_prompts(argv: Sequence[str] | None = None) -> PromptSampleSettings:
         parser.error("--dataset_path is required: the rows to take the prompts from")
     if Path(args.save_path).exists():
         parser.error(
-            f"--save_path {args.save_path} exists already; name another file, or remove that one"
+            f"--save_path {args.save_path} already exists; name another file, or remove this one"
         )
     return filled(PromptSampleSettings, vars(args))

@@ -17,8 +17,7 @@ def quantize_parser() -> Parser:
     parser = Parser(
         prog="quantize.py",
         usage="%(prog)s --model_path MODEL --output_dir DIR --method METHOD [METHOD ...] [flags]",
-        description="Writes a model with fewer bits a weight; prints size, perplexity and speed "
-        "beside the original.",
+        description="Quantizes a model and compares size, perplexity and speed with the original.",
     )
     add_text(
         parser,
@@ -29,7 +28,7 @@ def quantize_parser() -> Parser:
     add_text(
         parser,
         "--output_dir",
-        help="new directory; of several methods each gets a folder in it (required)",
+        help="new directory; with several methods, a subfolder for each (required)",
     )
     parser.add_argument(
         "--method",
@@ -39,9 +38,11 @@ def quantize_parser() -> Parser:
         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (required)",
     )
     _add_measuring_flags(parser)
-    add_text(parser, "--output", unit="FILE", help="write the figures as JSON too")
+    add_text(parser, "--output", unit="FILE", help="also write the results as JSON")
     add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the model or tokenizer",
     )
     return parser
 
@@ -52,21 +53,21 @@ def _add_measuring_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="conversations that gptq measures its errors on",
+        help="calibration conversations for gptq",
     )
     add_count(
         parser,
         "--calibration_rows",
         default=64,
         unit="ROWS",
-        help="of --calibration, the first so many",
+        help="use the first ROWS rows of --calibration",
     )
     add_count(
         parser,
         "--group_size",
         default=128,
         least=8,
-        help="gptq, rtn: neighboring weights that share a scale",
+        help="gptq, rtn: weights per quantization group, which share a scale",
     )
     parser.add_argument(
         "--eval",
@@ -76,9 +77,16 @@ def _add_measuring_flags(parser: Parser) -> None:
         help="conversations to measure the perplexity on (required)",
     )
     add_count(
-        parser, "--max_length", default=1024, unit="TOKENS", least=2, help="longer rows are cut"
+        parser,
+        "--max_length",
+        default=1024,
+        unit="TOKENS",
+        least=2,
+        help="longer rows are truncated",
     )
-    add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="of the answer that is timed")
+    add_count(
+        parser, "--new_tokens", default=32, unit="TOKENS", help="generated when measuring speed"
+    )
 
 
 def parse_quantize(argv: Sequence[str] | None = None) -> QuantizeSettings:
@@ -97,8 +105,7 @@ def parse_quantize(argv: Sequence[str] | None = None) -> QuantizeSettings:
         if method in CALIBRATED and not args.calibration:
             parser.error(
                 f"--method {method} needs --calibration FILE: conversations like those the model "
-                "will see; "
-                "not those of --eval, on which the result is judged"
+                "will see, but not those of --eval, which measure the result"
             )
     return filled(QuantizeSettings, vars(args))
 
@@ -108,18 +115,18 @@ def benchmark_parser() -> Parser:
     parser = Parser(
         prog="benchmark.py",
         usage="%(prog)s --model_path MODEL [flags]",
-        description="Time to load, time to the first token, tokens per second and peak memory of a "
-        "model, each kind of weights in a process of its own.",
+        description="Measures load time, time to first token, tokens per second and peak memory of "
+        "a model, each quantization in a separate process.",
     )
     add_text(
-        parser, "--model_path", unit="MODEL", help="anything that inference.py talks to (required)"
+        parser, "--model_path", unit="MODEL", help="any model that inference.py loads (required)"
     )
     parser.add_argument(
         "--quant",
         nargs="+",
         choices=(FULL, *QUANTS),
         default=[FULL, *QUANTS],
-        help="kinds of weights to measure",
+        help="quantizations to measure; full: none",
     )
     parser.add_argument(
         "--batch_size",
@@ -127,13 +134,15 @@ def benchmark_parser() -> Parser:
         type=int,
         default=[1, 8, 32],
         metavar="N",
-        help="answers at a time",
+        help="sequences generated at a time",
     )
     add_count(parser, "--prompt_tokens", default=64, unit="TOKENS", help="length of each prompt")
-    add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="length of each answer")
-    add_text(parser, "--output", unit="FILE", help="write the figures as JSON too")
+    add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="length of each response")
+    add_text(parser, "--output", unit="FILE", help="also write the results as JSON")
     add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the model or tokenizer",
     )
     return parser
 

@@ -13,8 +13,8 @@ def score_parser() -> Parser:
     parser = Parser(
         prog="score.py",
         usage="%(prog)s --model_path MODEL --input FILE [FILE ...] [flags]",
-        description="Scores of a reward model for rows of data files: pairs, judged answers, or "
-        "conversations.",
+        description="Scores rows of data files with a reward model: preference pairs, labeled "
+        "responses, or conversations.",
     )
     add_text(
         parser,
@@ -29,19 +29,19 @@ def score_parser() -> Parser:
         parser,
         "--output",
         unit="FILE",
-        help="write one JSON object per row; default: standard output",
+        help="file for one JSON object per row; default: standard output",
     )
     add_text(
-        parser, "--histogram", unit="FILE", help="draw the distribution of the scores as a PNG"
+        parser, "--histogram", unit="FILE", help="plot the distribution of the scores as a PNG"
     )
-    add_count(parser, "--batch_size", default=16, unit="ROWS", help="sequences scored at a time")
+    add_count(parser, "--batch_size", default=16, unit="ROWS", help="sequences per forward pass")
     add_count(
         parser,
         "--max_length",
         default=2048,
         unit="TOKENS",
         least=2,
-        help="longer rows are left out and named",
+        help="longer rows are skipped and reported",
     )
     add_text(
         parser,
@@ -51,7 +51,9 @@ def score_parser() -> Parser:
         "tokenizer's own template",
     )
     add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the model or tokenizer",
     )
     return parser
 

@@ -27,8 +27,8 @@ def server_parser() -> Parser:
     parser = Parser(
         prog="server.py",
         usage="%(prog)s MODEL [flags]",
-        description="Serves a model: OpenAI's chat completions, /generate, and a page to chat on. "
-        "`MODEL` may also be given without `--model_path`.",
+        description="Serves a model over HTTP: OpenAI-compatible chat completions, /generate, and "
+        "a web chat page. `MODEL` may also be given without `--model_path`.",
     )
     parser.add_argument("pretrained", nargs="?", help=SUPPRESS)
     add_text(
@@ -51,13 +51,15 @@ def server_parser() -> Parser:
         parser,
         "--served_model_name",
         unit="NAME",
-        help="what clients call the model; default: the directory's name",
+        help="model name in the API; default: the directory's name",
     )
     add_switch(
-        parser, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+        parser,
+        "--trust_remote_code",
+        help="run Python files that come with the model or tokenizer",
     )
     parser.add_argument(
-        "--quant", choices=tuple(QUANTS), help="quantize the weights while loading, by bitsandbytes"
+        "--quant", choices=tuple(QUANTS), help="quantize the weights on loading, with bitsandbytes"
     )
     _add_network_flags(parser)
     _add_limits(parser)
@@ -72,34 +74,35 @@ def _add_network_flags(parser: Parser) -> None:
         "--http_host",
         default="127.0.0.1",
         unit="ADDRESS",
-        help="0.0.0.0: reachable from other machines",
+        help="address to bind; 0.0.0.0: reachable from other machines",
     )
     group.add_argument(
         "--http_port",
         type=whole_number(0),
         default=7070,
         metavar="PORT",
-        help="0: any free one, which is printed",
+        help="0: any free port, which is printed",
     )
     add_text(
         group,
         "--token_file",
         unit="FILE",
-        help="its first line is the token that clients must send; default: the variable "
-        f"{TOKEN_VARIABLE}, else none",
+        help="file whose first line is the bearer token clients must send; default: the "
+        f"environment variable {TOKEN_VARIABLE}, else none",
     )
     add_text(
         group,
         "--cors_origins",
         unit="ORIGIN,...",
-        help=f"other web pages that may call the server; default: the variable {ORIGIN_VARIABLE}, "
-        "else none",
+        help="origins of other web pages that may call the server (CORS); default: the environment "
+        f"variable {ORIGIN_VARIABLE}, else none",
     )
     add_text(
         group,
         "--profanity_file",
         unit="FILE",
-        help="words that are neither taken nor given: a JSON list, or one to a line",
+        help="words refused in messages, and before which a response ends: a JSON list, or one per "
+        "line",
     )
 
 
@@ -110,12 +113,15 @@ def _add_limits(parser: Parser) -> None:
         "--model_max_length",
         default=2048,
         least=2,
-        help="tokens of dialogue and answer together",
+        help="maximum tokens of dialogue and response together",
     )
-    add_count(group, "--max_new_tokens", default=512, help="longest answer in tokens")
-    add_count(group, "--max_batch", default=8, help="requests answered at the same time")
+    add_count(group, "--max_new_tokens", default=512, help="maximum tokens per response")
+    add_count(group, "--max_batch", default=8, help="requests decoded at the same time")
     add_count(
-        group, "--max_queue", default=64, help="requests that may wait; one more gets status 429"
+        group,
+        "--max_queue",
+        default=64,
+        help="requests that may wait; further ones get status 429",
     )
     add_number(
         group,
@@ -123,7 +129,7 @@ def _add_limits(parser: Parser) -> None:
         default=300.0,
         unit="SECONDS",
         exclusive=True,
-        help="of a request, waiting included",
+        help="time limit of a request, including its wait in the queue",
     )
     add_count(
         group,
@@ -131,14 +137,14 @@ def _add_limits(parser: Parser) -> None:
         default=30,
         least=0,
         unit="SECONDS",
-        help="how long answers may take after SIGTERM or Ctrl-C",
+        help="grace period for running requests after SIGTERM or Ctrl-C",
     )
 
 
 def parse_server(
     argv: Sequence[str] | None = None, older: OlderFlags | None = None
 ) -> ServerSettings:
-    """The checked flags, with ``token`` (None: everybody may ask) and ``cors_origins`` as a tuple.
+    """The checked flags, with ``token`` (None: no authentication) and ``cors_origins`` as a tuple.
 
     Exits with code 2 and one line naming a wrong flag.
     """
@@ -153,12 +159,11 @@ def parse_server(
         )
     if args.max_new_tokens >= args.model_max_length:
         parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in "
-            "--model_max_length "
-            f"{args.model_max_length}"
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in "
+            f"--model_max_length {args.model_max_length}"
         )
     if args.http_port > 65535:
-        parser.error(f"--http_port {args.http_port}: ports end at 65535")
+        parser.error(f"--http_port {args.http_port}: the highest port is 65535")
     args.served_model_name = args.served_model_name or _name_of(args.model_path)
     origins = (
         args.cors_origins if args.cors_origins is not None else os.environ.get(ORIGIN_VARIABLE, "")
@@ -167,8 +172,8 @@ def parse_server(
     args.token = _token(parser, args.token_file)
     if args.token is None and args.http_host not in LOOPBACK:
         logger.warning_once(
-            f"--http_host {args.http_host} without --token_file: whoever reaches this address can "
-            "use the model"
+            f"--http_host {args.http_host} without --token_file: anyone who can reach this address "
+            "can use the model"
         )
     return filled(ServerSettings, vars(args))
 
@@ -189,7 +194,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"--http_port {port} on {host} cannot be had ({reason}); name another one"
+            f"--http_port {port} on {host} is not available ({reason}); name another one"
         ) from error
     return bound
 
@@ -208,10 +213,10 @@ def _token(parser: Parser, file: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         # Not the error's own text, which may quote what the file holds.
         parser.error(
-            f"--token_file {file}: not readable ({type(error).__name__}); its first line is to be "
+            f"--token_file {file}: not readable ({type(error).__name__}); its first line must be "
             "the token"
         )
     token = lines[0].strip() if lines else ""
     if not token or not token.isascii():
-        parser.error(f"--token_file {file}: expected the token, in ASCII, in its first line")
+        parser.error(f"--token_file {file}: expected the token, in ASCII, on its first line")
     return token

@@ -51,14 +51,12 @@ def number(
 
 
 def boolean(text: str) -> bool:
-    """The optional value of a switch: ``--use_wandb`` and ``--use_wandb true`` say the same."""
+    """The optional value of a switch: ``--use_wandb`` and ``--use_wandb true`` mean the same."""
     if text.lower() in TRUE:
         return True
     if text.lower() in FALSE:
         return False
-    raise argparse.ArgumentTypeError(
-        f"is a switch: give it no value, or true or false; found {text!r}"
-    )
+    raise argparse.ArgumentTypeError(f"is a switch: give no value, true or false; found {text!r}")
 
 
 def add_text(

@@ -243,7 +243,8 @@ def test_a_port_in_use_is_one_line_before_the_model_is_loaded():
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     message = (
-        f"--http_port {port} on 127.0.0.1 cannot be had (Address already in use); name another one"
+        f"--http_port {port} on 127.0.0.1 is not available (Address already in use); "
+        "name another one"
     )
     assert done.stderr == f"server.py: error: {message}\n"
 
@@ -291,7 +292,7 @@ def test_flags_and_variables(monkeypatch, tmp_path, capsys):
     assert "expected the token" in capsys.readouterr().err
     monkeypatch.delenv(flags.TOKEN_VARIABLE)
     flags.parse_server(["m", "--http_host", "0.0.0.0"])
-    assert "whoever reaches this address can use the model" in capsys.readouterr().err
+    assert "anyone who can reach this address can use the model" in capsys.readouterr().err
 
 
 def test_an_address_that_does_not_exist_is_named():

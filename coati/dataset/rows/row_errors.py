@@ -38,7 +38,7 @@ MALFORMED_REASONS = {
     "content_not_text": "the content of a message is not a string",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",
-    "no_question": "no question to respond to: the context does not end with a turn of the user",
+    "no_question": "no prompt to respond to: the context does not end with a user turn",
     "empty_answer": "an assistant turn without text",
     "bad_label": "the label is neither true nor false",
     "bad_margin": "the margin is not a number",
@@ -48,12 +48,12 @@ MALFORMED_REASONS = {
 CLEANING_REASONS = {
     "duplicate": "the same text as an earlier row (--deduplicate)",
     "near_duplicate": "nearly the text of an earlier row (--near_duplicates)",
-    "eval_overlap": "words in a row that an evaluation row has too (--drop_eval_overlap)",
-    "benchmark_overlap": "words in a row that a benchmark has too (--benchmark_files)",
+    "eval_overlap": "consecutive words in common with an evaluation row (--drop_eval_overlap)",
+    "benchmark_overlap": "consecutive words in common with a benchmark (--benchmark_files)",
     "answer_too_short": "fewer characters than --min_answer_chars",
     "answer_too_long": "more characters than --max_answer_chars",
     "blank_answer": "a response without a visible character (--drop_trivial_answers)",
-    "answer_repeats_prompt": "the response is what was asked (--drop_trivial_answers)",
+    "answer_repeats_prompt": "the response repeats the prompt (--drop_trivial_answers)",
 }
 # ... and what max_length or the template decides.
 REASONS = (

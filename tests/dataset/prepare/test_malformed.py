@@ -390,7 +390,7 @@ FLAGS = {
     "a word as max_length": flag("--max_length", "--max_length", "long"),
     "no bins": flag("--num_spliced_dataset_bins", "--num_spliced_dataset_bins", "0"),
     "an empty sample": flag(
-        "--num_samples_per_datafile 0 leaves nothing", "--num_samples_per_datafile", "0"
+        "--num_samples_per_datafile 0 selects no rows", "--num_samples_per_datafile", "0"
     ),
     "a negative seed": flag("--seed", "--seed", "-1"),
     "a bad ratio above one": flag("--max_bad_ratio", "--max_bad_ratio", "1.5"),

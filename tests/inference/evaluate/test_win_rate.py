@@ -372,7 +372,7 @@ def test_other_errors_name_their_flag_too(run, models, rows):
     [
         ([], "--model_path is required"),
         (["--model_path", "m"], "--input is required"),
-        (["--model_path", "m", "--input", "f"], "what judges the answers"),
+        (["--model_path", "m", "--input", "f"], "nothing judges the responses"),
         (
             ["--model_path", "m", "--input", "f", "--reward_functions", "gsm9k"],
             "did you mean gsm8k",

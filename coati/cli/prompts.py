@@ -49,6 +49,6 @@ def parse_prompts(argv: Sequence[str] | None = None) -> PromptSampleSettings:
         parser.error("--dataset_path is required: the rows to take the prompts from")
     if Path(args.save_path).exists():
         parser.error(
-            f"--save_path {args.save_path} already exists; name another file, or remove this one"
+            f"--save_path {args.save_path} exists already; name another file, or remove this one"
         )
     return filled(PromptSampleSettings, vars(args))

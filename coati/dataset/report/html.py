@@ -3,6 +3,7 @@
 All markup and all text is in report.html.jinja, where everything but a chart is escaped.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.report.charts import length_charts
 
 
-def page(report: dict[str, Any]) -> str:
-    """The HTML of a report made by ``build_report``."""
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -23,10 +24,13 @@ def page(report: dict[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": "{:,}".format, "percent": _percent, "visible": visible}
+    return environment.get_template("report.html.jinja")
+
+
+def page(report: dict[str, Any]) -> str:
+    """The HTML of a report made by ``build_report``."""
     charts = length_charts(report["length_histogram"], report["max_length"])
-    return environment.get_template("report.html.jinja").render(
-        report=report, type=DATA_TYPES[report["type"]], charts=charts
-    )
+    return _template().render(report=report, type=DATA_TYPES[report["type"]], charts=charts)
 
 
 def _percent(share: float) -> str:

@@ -290,10 +290,12 @@ class InferenceEngine:
             else:
                 self._clear()
         for number, why in ended.items():
-            request = self._running.pop(number)
+            request = self._running[number]
+            # Counted first: who sees no request running sees each of them in the metrics.
+            self.metrics.outcome(why, request.elapsed)
             if why in INCOMPLETE:
                 request.deliver(StreamChunk("", why, len(request.tokens)))
-            self.metrics.outcome(why, request.elapsed)
+            del self._running[number]
 
     def _clear(self) -> None:
         """Drop the decoder and the prepacked weights."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coati.utils.transformers_compat import text_config
+
 PROBE_LENGTHS = (3, 5)
 
 
@@ -38,6 +40,7 @@ def with_block_mask(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
 def sliding_window(config: Any) -> int | None:
     """Tokens that attention of the model of ``config`` looks back at most, or None. Longer rows
     cannot be kept apart by one mask."""
+    config = text_config(config)
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return getattr(config, "sliding_window", None)
@@ -66,7 +69,9 @@ def rows_stay_apart(
     # A model with a scalar head names its backbone; through peft the prefix leads to the whole
     # model.
     backbone = getattr(model, "backbone", None) or getattr(model, model.base_model_prefix, None)
-    ids = torch.arange(sum(PROBE_LENGTHS), device=device)[None] % model.config.vocab_size
+    ids = (
+        torch.arange(sum(PROBE_LENGTHS), device=device)[None] % text_config(model.config).vocab_size
+    )
     positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS])[None]
     model.eval()
     try:

@@ -20,6 +20,8 @@ def patch_sdpa() -> None:
         cu_seq_lens = keywords.get("cu_seq_lens_q")
         dropout = keywords.get("dropout", 0.0)
         scale = keywords.get("scaling")
+        if keywords.get("position_bias") is not None or keywords.get("softcap") is not None:
+            return original(module, query, key, value, attention_mask, **keywords)
         if cu_seq_lens is not None:
             lengths = [length for length in cu_seq_lens.diff().tolist() if length]
             return varlen_attention(query, key, value, lengths, dropout, scale), None

@@ -8,6 +8,7 @@ from pathlib import Path
 from coati.models.loading import ADAPTER_CONFIG, check_directory, explained
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
+from coati.utils.transformers_compat import tokenizer_class_names
 
 logger = get_logger(__name__)
 
@@ -90,7 +91,9 @@ def _check_class(file: Path) -> None:
         return
     if tokenizer_class_from_name(f"{name}Fast") is not None:
         return
-    known = {each for pair in TOKENIZER_MAPPING_NAMES.values() for each in pair if each}
+    known = {
+        name for entry in TOKENIZER_MAPPING_NAMES.values() for name in tokenizer_class_names(entry)
+    }
     exact = [each for each in known if each.lower() == name.lower()]
     near = (exact or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0))[0]
     lines = file.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,7 @@
-"""What ColossalAI 0.5.0 can split of each model family. Imports neither torch nor ColossalAI.
+"""What of each model family can be split. Imports neither torch nor ColossalAI.
+
+Under transformers 5 one policy (policy/) splits every family by its plan; under transformers 4
+ColossalAI 0.5.0's own policies do, and :data:`SPLITS` says of which families.
 
 A family is ``config.model_type``. Every "can" and every refusal here is a cell of docs/models.md,
 which a test writes from what tiny models did.
@@ -7,6 +10,8 @@ which a test writes from what tiny models did.
 from typing import Any
 
 from coati.parallel.plugins import PLUGINS, ParallelOptions
+from coati.parallel.policy.plan import pp_plan, tp_plan
+from coati.utils.transformers_compat import transformers_major
 
 TP = "--tp"
 PP = "--pp"
@@ -16,7 +21,8 @@ ALL_TO_ALL = "all_to_all"
 _ALL = frozenset({TP, PP, SPLIT_GATHER, RING, ALL_TO_ALL})
 _TP_PP = frozenset({TP, PP})
 
-# Families that plugin 3d takes, and what of it works. Any other family lacks a ColossalAI policy.
+# transformers 4: families that plugin 3d takes, and what of it works. Any other family lacks a
+# ColossalAI policy.
 SPLITS: dict[str, frozenset[str]] = {
     "llama": _ALL,
     "mistral": _ALL,
@@ -72,6 +78,14 @@ NOT_CHAT = {
 }
 
 
+def splits_of(config: Any) -> frozenset[str] | None:
+    """What of the family of ``config`` can be split; None where nothing can."""
+    if transformers_major() < 5:
+        return SPLITS.get(config.model_type)
+    found = {TP, SPLIT_GATHER, RING, ALL_TO_ALL} if tp_plan(config) else set()
+    return frozenset(found | ({PP} if pp_plan(config) else set())) or None
+
+
 def check_family(config: Any, options: ParallelOptions) -> None:
     """Raise ValueError, naming the flag and what to use instead, where ``options`` cannot train
     this family.
@@ -86,17 +100,18 @@ def check_family(config: Any, options: ParallelOptions) -> None:
         )
     asked = _asked(options)
     flags = asked - {_PACKS_PP, _PACKS_GEMINI_TP}
-    if family not in SPLITS and (PLUGINS[options.plugin].hybrid or flags):
+    can = splits_of(config)
+    if can is None and (PLUGINS[options.plugin].hybrid or flags):
         flag = f"--plugin {options.plugin}" + (f" --tp {options.tp}" if options.tp > 1 else "")
         raise ValueError(
             f"{flag}: {family} models cannot be split, ColossalAI 0.5.0 has no working policy for "
             f"them (it has for {', '.join(SPLITS)}); use --plugin zero2 or --plugin gemini without "
             "--tp"
         )
-    for flag in sorted(flags - SPLITS.get(family, _ALL)):
+    for flag in sorted(flags - (_ALL if can is None else can)):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"
         reason = _REASONS.get((family, flag), "ColossalAI 0.5.0 cannot do it there")
-        left = " or ".join(flag for flag in (TP, PP) if flag in SPLITS[family])
+        left = " or ".join(flag for flag in (TP, PP) if flag in can)
         raise ValueError(
             f"{name} is not possible with {family} models: {reason}; use {left}, or --plugin zero2"
         )

@@ -19,6 +19,7 @@ from coati.parallel.atomic_dirs import make_folder, write_file
 from coati.parallel.engine import Engine
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.json_io import save_json
+from coati.utils.transformers_compat import disk_names, set_config_dtype
 
 MAX_SHARD = "5GB"
 TEMPLATE_FILE = "conversation_template.json"
@@ -88,11 +89,15 @@ def _merged(engine: Engine) -> tuple[dict[str, Tensor], Any]:
         config = ModelAssets.of(adapted.get_base_model()).config  # merging may untie the embeddings
         tensors = gather(engine)
     plain = {
-        re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", "."): tensor
+        _plain_name(name): tensor
         for name, tensor in tensors.items()
         if ".lora_" not in name and ".pissa_" not in name
     }
     return plain, config
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"(\.base_layer)+\.", ".", re.sub(r"^base_model\.model\.", "", name))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -143,6 +148,9 @@ def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module:
         base = module.get_base_model() if hasattr(module, "get_base_model") else module
         for name in getattr(base, "_tied_weights_keys", None) or []:
             tensors.pop(name, None)
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if hasattr(base, "base_model_prefix"):
+        tensors = disk_names(base, tensors)
     shards = (
         [
             {name: tensors[name].contiguous() for name in names}
@@ -171,9 +179,8 @@ def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module:
         listing = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_file(folder / "model.safetensors.index.json", lambda path: save_json(listing, path))
     if tensors:
-        config.torch_dtype = next(
-            (t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32
-        )
+        floating = (t.dtype for t in tensors.values() if t.is_floating_point())
+        set_config_dtype(config, next(floating, torch.float32))
 
 
 def _shard_name(index: int, total: int) -> str:

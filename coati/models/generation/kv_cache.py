@@ -28,7 +28,7 @@ class RowCache(DynamicCache):
         self._width = 0
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ):
         """Append (rows, heads, n, D) new keys and values; returns views of all that the layer
         holds."""
@@ -112,6 +112,12 @@ class RowCache(DynamicCache):
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """The number of columns that the model is shown."""
         return self.end - self.start
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a layer's mask covers and the first one's offset; transformers 5 asks before
+        any layer is filled."""
+        count = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + count, 0
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, ...]:
         return tuple(b[: self.rows, :, self.start : self.end] for b in self._layers[layer_idx])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.models.generation.kv_cache import RowCache, TupleCache
+from coati.utils.transformers_compat import cache_keyword
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -51,7 +52,7 @@ def call_with_cache(
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": positions,
-        "past_key_values": cache.states if isinstance(cache, TupleCache) else cache,
+        cache_keyword(accepted): cache.states if isinstance(cache, TupleCache) else cache,
         "use_cache": True,
         "cache_position": torch.arange(shown - ids.shape[1], shown, device=ids.device),
         "logits_to_keep": 1,  # of a long prompt only the last position goes through the head
@@ -77,7 +78,8 @@ def call_without_padding(
     last = mask.sum(dim=1).cumsum(dim=0) - 1
     keep = {"logits_to_keep": last} if "logits_to_keep" in accepted else {}
     with cache.filled_without_padding(mask):
-        outputs = model(**inputs, past_key_values=cache, use_cache=True, **keep)
+        held = {cache_keyword(accepted): cache}
+        outputs = model(**inputs, **held, use_cache=True, **keep)
     logits = _plain(outputs.logits)[0]
     return logits if keep else logits[last]
 

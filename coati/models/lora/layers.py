@@ -52,11 +52,11 @@ class DroppedEmbedding(lora.Embedding):
     """peft's LoRA embedding, whose dropout is stored but never applied, with the dropout
     applied."""
 
-    def _embed(self, input: Tensor, weight: Tensor) -> Tensor:
+    def _embed(self, input: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
         # Called for the adapter's half only: (B, S, r). With one adapter, its dropout is the only
         # one there.
         (dropout,) = self.lora_dropout.values()
-        return dropout(super()._embed(input, weight))
+        return dropout(super()._embed(input, weight, *args, **kwargs))
 
 
 def adapter_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
@@ -70,7 +70,9 @@ def is_adaptable(module: nn.Module) -> bool:
     """Whether LoRA knows this kind of layer: Linear, Embedding and GPT-2's transposed Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    # Llama 4's router and DeepSeek V4's grouped projection are linear layers by inheritance alone.
+    other = any(part in type(module).__name__ for part in ("Router", "Grouped"))
+    return isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not other
 
 
 def tied_head(model: nn.Module) -> nn.Module | None:

@@ -231,15 +231,19 @@ def merged(model: "PeftModel") -> Iterator["PeftModel"]:
 
     _check_adapted(model)
     base = model.get_base_model()
-    layers = [layer.get_base_layer() for layer in adapter_layers(model).values()]
     tie = _untie(base)
-    kept = [layer.weight.detach().clone() for layer in layers]
+    # peft adapts experts that are one parameter by its name, and wraps such a layer once for each.
+    weights = [
+        getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+        for layer in adapter_layers(model).values()
+    ]
+    kept = [weight.detach().clone() for weight in weights]
     model.merge_adapter()
     try:
         yield model
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.weight.data.copy_(weight)
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)
         for adapter in adapter_layers(model).values():
             adapter.merged_adapters.clear()
         if tie is not None:

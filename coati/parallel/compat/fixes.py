@@ -24,6 +24,7 @@ from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 
 from coati.parallel.compat.patch import Patch, apply_all, lacks, mentions, raises
+from coati.utils.transformers_compat import transformers_major
 
 
 def gather_what_was_received() -> None:
@@ -246,7 +247,25 @@ def infer_before_the_first_step() -> None:
     GeminiDDP.forward = forward
 
 
+def split_by_transformers_plans() -> None:
+    """shardformer/policies/*.py: the policies copy the forward passes of transformers 4.51 and fail
+    with 5, or take the first row of a layer's output for the whole."""
+    if transformers_major() < 5:
+        return
+    from colossalai.shardformer.shard import sharder
+
+    from coati.parallel.policy.transformers_policy import TransformersPolicy
+
+    sharder.get_autopolicy = lambda model: TransformersPolicy()
+
+
 FIXES = (
+    Patch(
+        "policies of transformers 5",
+        "shardformer/shard/sharder.py:33",
+        split_by_transformers_plans,
+        lambda: transformers_major() >= 5,
+    ),
     Patch(
         "ring gather",
         "shardformer/layer/_operation.py:470",

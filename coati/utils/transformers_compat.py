@@ -1,0 +1,48 @@
+"""Differences between transformers 4 and 5, one function each; nothing else asks which is
+installed.
+
+Each function works by what it is given, not by a version number, where the library shows the
+difference. :data:`DIFFERENCES` says of each what to look at, so that a test can tell when neither
+release that is supported needs it any more.
+"""
+
+from typing import Any
+
+
+def transformers_major() -> int:
+    """The installed transformers' major version, without importing it."""
+    from importlib.metadata import version
+
+    return int(version("transformers").split(".")[0])
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a composite (multimodal) configuration, or ``config`` itself."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def cache_keyword(accepted: set[str]) -> str:
+    """The forward's keyword for the key-value cache among those that it names in ``accepted``."""
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
+def tokenizer_class_names(entry: Any) -> tuple[str, ...]:
+    """Class names in an entry of ``TOKENIZER_MAPPING_NAMES``: a pair of a slow and a fast class in
+    transformers 4, one class or None in 5."""
+    return tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name)
+
+
+def set_config_dtype(config: Any, dtype: Any) -> None:
+    """Record ``dtype`` of the saved weights: ``torch_dtype`` in transformers 4, ``dtype`` in 5."""
+    name = "dtype" if transformers_major() >= 5 else "torch_dtype"
+    setattr(config, name, dtype)
+
+
+def disk_names(module: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """``tensors`` {name: whole tensor} of ``module`` under the names and shapes of
+    ``save_pretrained``: transformers 5 joins the experts of a layer in memory, files keep each."""
+    if not tensors or transformers_major() < 5:
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(module, tensors)

@@ -36,6 +36,55 @@ FAMILIES = {
     "microsoft_phi-2": ((), {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
     "mistralai_Mixtral-8x7B-Instruct-v0.1": ((), LLAMA),
     "tiny-llama": ((), LLAMA),
+    "Qwen_Qwen3-8B": ((*CHATML, "<think>", "</think>"), {"eos_token": "<|im_end|>"}),
+    "Qwen_Qwen3.5-9B": ((*CHATML, "<think>", "</think>"), {"eos_token": "<|im_end|>"}),
+    "HuggingFaceTB_SmolLM3-3B": (
+        CHATML,
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"},
+    ),
+    "allenai_Olmo-3-7B-Instruct": (
+        CHATML,
+        {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+    ),
+    "LiquidAI_LFM2-1.2B": (CHATML, {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>"}),
+    "meta-llama_Llama-3.1-8B-Instruct": (
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
+    "meta-llama_Llama-4-Scout-17B-16E-Instruct": (
+        ("<|header_start|>", "<|header_end|>", "<|eot|>", "<|end_of_text|>"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>"},
+    ),
+    "google_gemma-3-4b-it": (
+        ("<start_of_turn>", "<end_of_turn>"),
+        {"bos_token": "<bos>", "eos_token": "<eos>"},
+    ),
+    "google_gemma-4-31B-it": (
+        ("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+        {"bos_token": "<bos>", "eos_token": "<eos>"},
+    ),
+    "openai_gpt-oss-20b": (
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>"),
+        {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
+    ),
+    "zai-org_GLM-4.5-Air": (
+        ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        {"eos_token": "<|endoftext|>"},
+    ),
+    "microsoft_Phi-3.5-mini-instruct": (
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        {"bos_token": "<s>", "eos_token": "<|endoftext|>"},
+    ),
+    "microsoft_phi-4": (
+        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+    ),
+    "mistralai_Mistral-Small-3.2-24B-Instruct-2506": (
+        ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        LLAMA,
+    ),
+    "deepseek-ai_DeepSeek-V3": (("<｜User｜>", "<｜Assistant｜>"), DEEPSEEK),
+    "deepseek-ai_DeepSeek-R1": (("<｜User｜>", "<｜Assistant｜>"), DEEPSEEK),
 }
 
 

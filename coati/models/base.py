@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from coati.models.loading import adapter_base, load_backbone, merge_adapter
 from coati.models.logprobs import right_pad_order
 from coati.models.scalar_loading import saved_head, set_head
+from coati.utils.transformers_compat import body_name
 
 Scalar = TypeVar("Scalar", bound="BaseModel")
 
@@ -188,7 +189,8 @@ def named_head(causal_lm: nn.Module) -> tuple[str, nn.Module]:
 
 def without_head(model: nn.Module) -> nn.Module:
     """The backbone of a language model; a backbone is returned as it is."""
-    return getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    name = body_name(model)
+    return getattr(model, name) if name else model
 
 
 def width_of(config: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coati.utils.transformers_compat import text_config
+from coati.utils.transformers_compat import body_name, text_config
 
 PROBE_LENGTHS = (3, 5)
 
@@ -68,7 +68,7 @@ def rows_stay_apart(
     training = model.training
     # A model with a scalar head names its backbone; through peft the prefix leads to the whole
     # model.
-    backbone = getattr(model, "backbone", None) or getattr(model, model.base_model_prefix, None)
+    backbone = getattr(model, "backbone", None) or getattr(model, body_name(model))
     ids = (
         torch.arange(sum(PROBE_LENGTHS), device=device)[None] % text_config(model.config).vocab_size
     )

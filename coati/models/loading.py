@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
+from coati.utils.transformers_compat import body_name
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -195,10 +196,21 @@ def load_backbone(
     options = _load_options(dtype, attn_implementation, trust_remote_code)
     if adapter_base(path):
         model = load_causal_lm(path, dtype=dtype, **options)
-        return model if keep_lm_head else getattr(model, model.base_model_prefix)
+        return model if keep_lm_head else getattr(model, body_name(model))
+    if is_composite_directory(path, trust_remote_code):
+        model = load_causal_lm(path, dtype=dtype, **options)
+        return model if keep_lm_head else getattr(model, body_name(model))
     auto_class = AutoModelForCausalLM if keep_lm_head else AutoModel
     heads = _SCALAR_HEADS if keep_lm_head else _HEADS
     return _load(auto_class, path, dtype, options, heads=heads)
+
+
+def is_composite_directory(path: str | os.PathLike, trust_remote_code: bool = False) -> bool:
+    """Whether ``path`` holds a multimodal model, whose language model :func:`load_causal_lm`
+    gives."""
+    from coati.models.composite import is_composite
+
+    return is_composite(load_config(path, trust_remote_code))
 
 
 def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
@@ -263,9 +275,15 @@ def _load(
 ):
     """``heads``: beginnings of names that are left behind on purpose."""
     check_directory(path, "model")
+    from coati.models.composite import is_composite, load_text_part
+
     options = options | {"torch_dtype": DTYPES[dtype]}
+    config = load_configuration(path, options["trust_remote_code"])
     try:
-        model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        if is_composite(config):
+            model, report = load_text_part(path, config, options)
+        else:
+            model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
     if unexpected := sorted(

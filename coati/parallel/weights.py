@@ -14,12 +14,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from coati.models.composite import Composite
 from coati.models.lora.lora import merged
 from coati.parallel.atomic_dirs import make_folder, write_file
 from coati.parallel.engine import Engine
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.json_io import save_json
+from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import disk_names, set_config_dtype
+
+logger = get_logger(__name__)
 
 MAX_SHARD = "5GB"
 TEMPLATE_FILE = "conversation_template.json"
@@ -30,13 +34,15 @@ class ModelAssets:
     """What belongs to a model beside its weights.
 
     ``config`` is taken before boosting, which changes it; ``template`` is
-    ``Conversation.to_config()`` or None.
+    ``Conversation.to_config()`` or None; ``composite``: the multimodal checkpoint that a language
+    model was taken from, which is saved whole again.
     """
 
     config: Any
     generation_config: Any = None
     tokenizer: Any = None
     template: dict | None = None
+    composite: Composite | None = None
 
     @classmethod
     def of(
@@ -49,7 +55,9 @@ class ModelAssets:
         # Written out, it would make transformers take eager attention for a choice when it loads
         # the directory.
         config._attn_implementation_autoset = False
-        return cls(config, getattr(model, "generation_config", None), tokenizer, template)
+        composite = getattr(model, "composite", None)
+        generation = getattr(model, "generation_config", None)
+        return cls(config, generation, tokenizer, template, composite)
 
 
 def is_lora(engine: Engine) -> bool:
@@ -130,9 +138,14 @@ def save_model(
         tensors, config = _merged(engine)
     else:
         tensors = gather(engine)
+    composite = None if adapter else _composite_of(assets)
     if not adapter:
-        _save_weights(folder, tensors, config, engine.module)
+        _save_weights(folder, tensors, config, engine.module, composite)
+    if composite is not None:
+        config = composite.config_around(config)
     if is_rank_0():
+        if composite is not None:
+            composite.copy_processor(folder)
         if adapter:
             from coati.models.lora.adapter_files import save_lora
 
@@ -143,13 +156,33 @@ def save_model(
         _save_assets(folder, assets, None if adapter else config)
 
 
-def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module: nn.Module) -> None:
+def _composite_of(assets: ModelAssets) -> Composite | None:
+    """The multimodal checkpoint to save the model in; None where it has none, or no longer."""
+    composite = assets.composite
+    if composite is None or all(all_gather_object(composite.is_there())):
+        return composite
+    logger.error(
+        f"{composite.path}, whose language model was trained, is no longer there: the language "
+        "model is saved alone. Put the checkpoint back and save again to get the whole"
+    )
+    return None
+
+
+def _save_weights(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Any,
+    module: nn.Module,
+    composite: Composite | None = None,
+) -> None:
     if getattr(config, "tie_word_embeddings", False):
         base = module.get_base_model() if hasattr(module, "get_base_model") else module
         for name in getattr(base, "_tied_weights_keys", None) or []:
             tensors.pop(name, None)
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    if hasattr(base, "base_model_prefix"):
+    if composite is not None:
+        tensors = composite.whole_names(tensors)
+    elif hasattr(base, "base_model_prefix"):
         tensors = disk_names(base, tensors)
     shards = (
         [
@@ -161,6 +194,8 @@ def _save_weights(folder: Path, tensors: dict[str, Tensor], config: Any, module:
         if tensors
         else []
     )
+    if composite is not None and is_rank_0():
+        shards += composite.others()
     everyone = all_gather_object(
         [[(name, t.numel() * t.element_size()) for name, t in s.items()] for s in shards]
     )

@@ -21,6 +21,13 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def body_name(model: Any) -> str:
+    """The attribute of a causal language model that holds its transformer without the head; empty
+    where ``model`` is that transformer. Llama 4's ``base_model_prefix`` names another."""
+    names = (model.base_model_prefix, "model")
+    return next((name for name in names if name and hasattr(model, name)), "")
+
+
 def cache_keyword(accepted: set[str]) -> str:
     """The forward's keyword for the key-value cache among those that it names in ``accepted``."""
     return "cache" if "cache" in accepted else "past_key_values"
@@ -36,6 +43,11 @@ def set_config_dtype(config: Any, dtype: Any) -> None:
     """Record ``dtype`` of the saved weights: ``torch_dtype`` in transformers 4, ``dtype`` in 5."""
     name = "dtype" if transformers_major() >= 5 else "torch_dtype"
     setattr(config, name, dtype)
+
+
+def config_dtype(config: Any) -> Any:
+    """What :func:`set_config_dtype` recorded, or None."""
+    return getattr(config, "dtype" if transformers_major() >= 5 else "torch_dtype", None)
 
 
 def disk_names(module: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from colossalai.shardformer.policies.base_policy import ModulePolicyDescription,
 from torch import Tensor, nn
 
 from coati.parallel.policy import pipeline, sequence, tensor
+from coati.utils.transformers_compat import body_name
 
 
 class TransformersPolicy(Policy):
@@ -54,4 +55,4 @@ class TransformersPolicy(Policy):
 def base_of(model: nn.Module) -> nn.Module:
     """The model without its vocabulary or scalar head."""
     backbone = getattr(model, "backbone", None)
-    return backbone if backbone is not None else getattr(model, model.base_model_prefix)
+    return backbone if backbone is not None else getattr(model, body_name(model))

@@ -1,8 +1,8 @@
 # Every target sets up what it needs. VENV=DIR puts the virtual environment elsewhere, PYTHON=... names the Python
-# that makes it (3.10 to 3.12), LATEST=1 takes torch 2.11 to 2.13 instead of ColossalAI's own 2.5.1.
-ifdef LATEST
-VENV ?= .venv-latest
-SET = --latest
+# that makes it (3.11 to 3.14), PINNED=1 takes ColossalAI's own torch 2.5.1 and transformers 4.51.3 (Python 3.10 to 3.12).
+ifdef PINNED
+VENV ?= .venv-pinned
+SET = --pinned
 else
 VENV ?= .venv
 endif
@@ -14,7 +14,7 @@ BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs venv venv-latest
+.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs venv
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
@@ -26,13 +26,10 @@ help:
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
 	@echo "make lint docs    style, format and types; the generated pages of docs/"
 	@echo "make venv         only the environment, .venv or VENV=DIR"
-	@echo "make venv-latest  the same with torch 2.11 to 2.13 in .venv-latest; then: make test-fast LATEST=1"
+	@echo "PINNED=1          any of these with torch 2.5.1 and transformers 4.51.3, in .venv-pinned: make test-fast PINNED=1"
 
 venv:
 	@$(PYTHON) tools/venv.py "$(VENV)" $(SET)
-
-venv-latest:
-	@$(MAKE) --no-print-directory venv LATEST=1
 
 demo: venv
 	@$(RUN) bash examples/demo/demo.sh

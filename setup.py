@@ -4,12 +4,21 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-QUANTIZE = ["bitsandbytes>=0.46", "compressed-tensors==0.10.2", "loguru", "nvidia-ml-py"]
+# llmcompressor itself is installed with --no-deps: each of its releases asks for an older torch and
+# transformers, and runs with these.
+QUANTIZE = ["bitsandbytes>=0.46", "compressed-tensors==0.19.0", "loguru", "nvidia-ml-py"]
+# What the tests pass with; requirements.txt names one release of each.
+SUPPORTED = {"torch": ">=2.11,<2.15", "transformers": ">=5.17,<5.25", "peft": ">=0.21,<0.22"}
 
 
 def requirements() -> list[str]:
     lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    wanted = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    names = [re.match(r"[\w-]+", line)[0] for line in wanted]
+    return [
+        name + SUPPORTED[name] if name in SUPPORTED else line
+        for name, line in zip(names, wanted, strict=True)
+    ]
 
 
 def version() -> str:
@@ -27,7 +36,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["coati", "coati.*"]),
     package_data={"coati.dataset.report": ["*.jinja"], "coati.inference.serve": ["*.html"]},
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.15",
     install_requires=requirements(),
     extras_require={
         "cleaning": ["datasketch>=2.0"],
@@ -51,8 +60,6 @@ setup(
             "nbclient>=0.8",
         ],
         "flash": ["flash-attn>=2.5"],
-        # llmcompressor==0.6.0 itself is installed with --no-deps: it declares numpy<2, and runs
-        # with 2
         "quantize": QUANTIZE,
         "serve": ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"],
     },

@@ -1,13 +1,14 @@
 """Builds the virtual environment that `make` uses, or does nothing when it is already the right
 one.
 
-    python tools/venv.py DIR            torch 2.5.1, ColossalAI 0.5.0 and all else of
-    requirements.txt
-    python tools/venv.py DIR --latest   torch 2.11 to 2.13 and ColossalAI without its own pins
+    python tools/venv.py DIR            torch 2.14, transformers 5.20 and all else of
+    requirements.txt; ColossalAI 0.5.0 without its own pins; Python 3.11 to 3.14
+    python tools/venv.py DIR --pinned   ColossalAI's own set, torch 2.5.1 and transformers 4.51.3
+    (requirements-pinned.txt); Python 3.10 to 3.12
 
 The environment is right when its stamp equals the hash of the requirements and of setup.py;
-otherwise it is built anew. Uses the standard library only; any Python 3 can run it as long as some
-Python 3.10 to 3.12 is installed.
+otherwise it is built anew. Uses the standard library only; any Python 3 can run it as long as one
+of those Pythons is installed.
 """
 
 import argparse
@@ -19,61 +20,105 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CANDIDATES = (sys.executable, "python3.12", "python3.11", "python3.10", "python3")
-IN_RANGE = "import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))"
-DEFAULT = (
-    # The last LLM Compressor for torch 2.5 declares numpy<2 and runs with 2.
-    [["-r", "requirements.txt", "-e", ".[dev]"], ["--no-deps", "llmcompressor==0.6.0"]],
-    ["requirements.txt", "setup.py"],
+# What the tests of the pinned set need beside it: setup.py's dev extra is for the default set.
+PINNED_DEV = (
+    "datasketch>=2.0 hypothesis>=6.100 mypy>=1.13 pytest>=8 ruff>=0.6 fastapi>=0.132 "
+    "prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 playwright>=1.45 "
+    "bitsandbytes>=0.46 compressed-tensors==0.10.2 loguru nvidia-ml-py ipykernel>=6 nbclient>=0.8"
+).split()
+
+
+@dataclass(frozen=True)
+class Set:
+    """One set of packages: the Pythons it runs on (minor versions of 3) and what is installed."""
+
+    name: str
+    pythons: tuple[int, int]
+    steps: tuple[tuple[str, ...], ...]
+    files: tuple[str, ...]
+
+    @property
+    def range(self) -> str:
+        return f"Python 3.{self.pythons[0]} to 3.{self.pythons[1]}"
+
+    @property
+    def check(self) -> str:
+        first, last = self.pythons
+        return (
+            "import sys, venv, ensurepip; "
+            f"sys.exit(not (3, {first}) <= sys.version_info[:2] <= (3, {last}))"
+        )
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        first, last = self.pythons
+        minors = sorted(range(first, last + 1), key=lambda minor: (minor > 12, -minor))
+        return (sys.executable, *(f"python3.{minor}" for minor in minors), "python3")
+
+
+DEFAULT = Set(
+    "the default set",
+    (11, 14),
+    (
+        ("-r", "requirements.txt", "-e", ".[dev]"),
+        ("--no-deps", "colossalai==0.5.0", "llmcompressor==0.14.0.1"),
+    ),
+    ("requirements.txt", "setup.py"),
 )
-LATEST = (
-    [
-        ["-r", "requirements-latest.txt"],
-        ["--no-deps", "colossalai==0.5.0"],
-        ["--no-deps", "-e", "."],
-    ],
-    ["requirements-latest.txt", "setup.py"],
+PINNED = Set(
+    "the pinned set",
+    (10, 12),
+    (
+        ("-r", "requirements-pinned.txt", *PINNED_DEV),
+        # The last LLM Compressor for torch 2.5 declares numpy<2 and runs with 2.
+        ("--no-deps", "llmcompressor==0.6.0"),
+        ("--no-deps", "--ignore-requires-python", "-e", "."),
+    ),
+    ("requirements-pinned.txt", "setup.py", "tools/venv.py"),
 )
 
 
-def find_python() -> str:
-    """A Python 3.10 to 3.12 that can make virtual environments."""
-    for name in CANDIDATES:
+def find_python(wanted: Set) -> str:
+    """A Python of ``wanted`` that can make virtual environments."""
+    for name in wanted.candidates:
         path = shutil.which(name)
         # Asked, not believed: a version manager's shim may stand for a version that is not
         # installed.
-        if path and subprocess.run([path, "-c", IN_RANGE], capture_output=True).returncode == 0:
+        if path and subprocess.run([path, "-c", wanted.check], capture_output=True).returncode == 0:
             return path
+    other = "" if wanted is PINNED else " (Python 3.10 runs the pinned set: make PINNED=1)"
     sys.exit(
-        f"coati: no Python 3.10, 3.11 or 3.12 with the venv module among {', '.join(CANDIDATES)}; "
-        "install one (Debian, Ubuntu: apt-get install python3-venv) or name it: make "
-        "PYTHON=/path/to/python3.11"
+        f"coati: {wanted.name} needs {wanted.range} with the venv module, and none is among "
+        f"{', '.join(wanted.candidates)}{other}; install one (Debian, Ubuntu: apt-get install "
+        "python3-venv) or name it: make PYTHON=/path/to/python3.12"
     )
 
 
-def digest(files: list[str]) -> str:
+def digest(files: tuple[str, ...]) -> str:
     return hashlib.sha256(b"\0".join((ROOT / name).read_bytes() for name in files)).hexdigest()
 
 
-def build(folder: Path, steps: list[list[str]], stamp: Path, wanted: str) -> None:
+def build(folder: Path, wanted: Set, stamp: Path, hashed: str) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
         sys.exit(
             f"coati: {folder} holds other files and is no virtual environment; name another place "
             "with VENV="
         )
+    python = find_python(wanted)
     print(f"coati: building {folder} (some GB; takes minutes)", flush=True)
     start = time.monotonic()
-    commands = [[find_python(), "-m", "venv", "--clear", str(folder)]]
+    commands = [[python, "-m", "venv", "--clear", str(folder)]]
     # Compiling every module would be a third of the work, for the few that are ever imported.
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
-    commands += [[*pip, *step] for step in steps]
+    commands += [[*pip, *step] for step in wanted.steps]
     for command in commands:
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit(f"coati: failed: {' '.join(command)}")
-    stamp.write_text(wanted)
+    stamp.write_text(hashed)
     print(f"coati: built {folder} in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -82,12 +127,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--latest", action="store_true")
+    parser.add_argument("--pinned", action="store_true")
     args = parser.parse_args()
-    steps, files = LATEST if args.latest else DEFAULT
+    wanted = PINNED if args.pinned else DEFAULT
     folder = args.folder.absolute()
     stamp = folder / ".coati-stamp"
-    wanted = digest(files)
+    hashed = digest(wanted.files)
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"coati-venv-{name}.lock", "w") as lock:
         fcntl.flock(
@@ -95,10 +140,10 @@ def main() -> None:
         )  # two runs at once: the second waits and then has nothing to do
         if not (
             stamp.exists()
-            and stamp.read_text() == wanted
+            and stamp.read_text() == hashed
             and os.access(folder / "bin" / "python", os.X_OK)
         ):
-            build(folder, steps, stamp, wanted)
+            build(folder, wanted, stamp, hashed)
 
 
 if __name__ == "__main__":

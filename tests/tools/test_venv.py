@@ -49,20 +49,23 @@ def test_it_is_built_once_and_again_when_the_requirements_change(venv, monkeypat
     assert first == [
         f"-m venv --clear {folder}",
         f"{pip} -r requirements.txt -e .[dev]",
-        f"{pip} --no-deps llmcompressor==0.6.0",
+        f"{pip} --no-deps colossalai==0.5.0 llmcompressor==0.14.0.1",
     ]
     assert make(venv, monkeypatch, folder) == []
     monkeypatch.setattr(venv, "digest", lambda files: "of other requirements")
     assert make(venv, monkeypatch, folder) == first
 
 
-def test_the_latest_set_leaves_colossalais_pins_out(venv, monkeypatch, tmp_path):
-    _, *installs = make(venv, monkeypatch, tmp_path / "env", "--latest")
-    assert [line.split("--no-compile ")[1] for line in installs] == [
-        "-r requirements-latest.txt",
-        "--no-deps colossalai==0.5.0",
-        "--no-deps -e .",
+def test_the_pinned_set_is_colossalais_own(venv, monkeypatch, tmp_path):
+    _, *installs = make(venv, monkeypatch, tmp_path / "env", "--pinned")
+    first, *rest = [line.split("--no-compile ")[1] for line in installs]
+    assert first.startswith("-r requirements-pinned.txt ")
+    assert rest == [
+        "--no-deps llmcompressor==0.6.0",
+        "--no-deps --ignore-requires-python -e .",
     ]
+    pinned = (ROOT / "requirements-pinned.txt").read_text()
+    assert "colossalai==0.5.0" in pinned and "transformers==4.51.3" in pinned
 
 
 def test_a_failed_installation_is_not_taken_for_a_whole_one(venv, monkeypatch, tmp_path):
@@ -84,7 +87,9 @@ def test_no_fitting_python_says_what_to_do(venv, monkeypatch, tmp_path):
     monkeypatch.setattr(
         venv.subprocess, "run", lambda *words, **options: SimpleNamespace(returncode=1)
     )
-    with pytest.raises(SystemExit, match="no Python 3.10, 3.11 or 3.12 .* make PYTHON="):
+    with pytest.raises(
+        SystemExit, match="needs Python 3.11 to 3.14 .*make PINNED=1.* make PYTHON="
+    ):
         make(venv, monkeypatch, tmp_path / "env")
 
 
@@ -103,7 +108,10 @@ def test_ci_run_keeps_the_environment_outside_the_checkout(tmp_path, given, expe
         [str(ROOT / ".ci" / "run")], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     calls = [line.split() for line in run.stdout.splitlines()]
-    assert [target for _, target, _ in calls] == ["lint", "test"]
-    for folder, _, variable in calls:
+    assert [target for _, target, *_ in calls] == ["lint", "test", "test-fast"]
+    assert [words[-1] for words in calls][:2] != ["PINNED=1"] and calls[2][-1] == "PINNED=1"
+    environments = {words[2] for words in calls}
+    assert len(environments) == 2
+    for folder, _, variable, *_ in calls:
         assert folder == str(ROOT) and expected in variable
         assert not variable.removeprefix("VENV=").startswith(str(ROOT))

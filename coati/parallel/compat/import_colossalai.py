@@ -14,6 +14,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from coati.utils.packages import check_packages
+
 # (start of the message as a regular expression, why it tells the user nothing)
 KNOWN_WARNINGS = (
     (r"Please install the latest tensornvme", "offloading to NVMe is not offered"),
@@ -112,7 +114,8 @@ def _import_without(module: str, start: str) -> None:
 
 def import_colossalai() -> ModuleType:
     """``colossalai`` with its booster loaded and its known noise held back. Takes some seconds the
-    first time."""
+    first time. Raises ValueError as :func:`~coati.utils.packages.check_packages`."""
+    check_packages()
     # Importing it makes torch start a pool of compiler processes on every rank; nothing here is
     # compiled.
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:

@@ -199,7 +199,8 @@ def load_text_part(path: str | os.PathLike, config: Any, options: dict[str, Any]
     whole, report = _load_whole(whole_class, path, options)
     base, body = _body_of(whole, text.model_type)
     if hasattr(body, "lm_head"):  # the language model with its head is inside as it is
-        model, head = body, f"{base}.lm_head"
+        model = body
+        head = f"{base}.lm_head"
         text_base = body_name(model)
         base = f"{base}.{text_base}"
     else:

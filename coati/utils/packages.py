@@ -17,11 +17,8 @@ def check_packages() -> None:
         )
     found = {name: _release(name) for name in ("torch", "transformers", "peft")}
     first_of_today = {"torch": (2, 11), "transformers": (5, 0), "peft": (0, 18)}
-    today = {
-        name: _numbers(release) >= first_of_today[name]
-        for name, release in found.items()
-        if release
-    }
+    there = {name: release for name, release in found.items() if release}
+    today = {name: _numbers(there[name]) >= first_of_today[name] for name in there}
     # torch 2.11 and later run with the older transformers and peft, too.
     if today.get("transformers") and not all(today.values()):
         old = [f"{name} {found[name]}" for name, new in today.items() if not new]

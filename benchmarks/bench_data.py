@@ -39,11 +39,15 @@ def messages_of(turns: list[dict]) -> list[dict]:
 def masked(tokenizer, messages: list[dict], answers: list[int]) -> tuple[list[int], list[int]]:
     """Ids of a whole conversation and, 1 or 0 for each, whether it belongs to one of the answers at
     these places."""
-    ids = tokenizer.apply_chat_template(messages)
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
     mask = [0] * len(ids)
     for place in answers:
-        start = len(tokenizer.apply_chat_template(messages[:place], add_generation_prompt=True))
-        end = len(tokenizer.apply_chat_template(messages[: place + 1]))
+        start = len(
+            tokenizer.apply_chat_template(
+                messages[:place], add_generation_prompt=True, return_dict=False
+            )
+        )
+        end = len(tokenizer.apply_chat_template(messages[: place + 1], return_dict=False))
         mask[start:end] = [1] * (end - start)
     return ids, mask
 
@@ -62,7 +66,9 @@ def sft(row: dict, tokenizer, max_length: int) -> dict:
 
 
 def prompt(row: dict, tokenizer, max_length: int) -> dict:
-    ids = tokenizer.apply_chat_template(messages_of(row["messages"]), add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(
+        messages_of(row["messages"]), add_generation_prompt=True, return_dict=False
+    )
     return {"input_ids": ids, "keep": len(ids) <= max_length}
 
 
@@ -78,8 +84,10 @@ def preference(row: dict, tokenizer, max_length: int) -> dict:
 
 def kto(row: dict, tokenizer, max_length: int) -> dict:
     messages = messages_of([*row["prompt"], row["completion"]])
-    ids = tokenizer.apply_chat_template(messages)
-    start = len(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True))
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    start = len(
+        tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    )
     return {
         "prompt": ids[:start],
         "completion": ids[start:],

@@ -11,6 +11,7 @@ from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import Cleaning
+from coati.utils.transformers_compat import named_special_tokens
 
 LAYOUT = 3  # raised whenever the same rows and settings begin to give another result
 Stamp = list[Any]  # path, size in bytes, time of the last change in ns
@@ -96,7 +97,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
     numbers differ."""
     known = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "special": named_special_tokens(tokenizer),
         "probe": tokenizer.encode("Probe 12 345,6\n\tcafé 你好 can't", add_special_tokens=False),
     }
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode("utf-8")).hexdigest()[:16]

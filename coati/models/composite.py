@@ -19,6 +19,7 @@ from coati.utils.transformers_compat import (
     body_name,
     config_dtype,
     disk_names,
+    dtype_keyword,
     set_config_dtype,
     text_config,
 )
@@ -135,7 +136,7 @@ class Composite:
 
     def _others_by_loading(self) -> Iterator[dict[str, Tensor]]:
         """:meth:`others` of a checkpoint in pickled files or with the names of an older release."""
-        model = _load_whole(self.model_class, self.path, {"torch_dtype": "auto"})[0]
+        model = _load_whole(self.model_class, self.path, {dtype_keyword(): "auto"})[0]
         tensors = disk_names(model, dict(model.state_dict()))
         kept = {name: tensor for name, tensor in tensors.items() if name not in self._text_names}
         yield {name: tensor.contiguous() for name, tensor in kept.items()}

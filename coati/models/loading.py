@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
-from coati.utils.transformers_compat import body_name
+from coati.utils.transformers_compat import body_name, dtype_keyword
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -277,7 +277,7 @@ def _load(
     check_directory(path, "model")
     from coati.models.composite import is_composite, load_text_part
 
-    options = options | {"torch_dtype": DTYPES[dtype]}
+    options = options | {dtype_keyword(): DTYPES[dtype]}
     config = load_configuration(path, options["trust_remote_code"])
     try:
         if is_composite(config):

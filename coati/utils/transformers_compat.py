@@ -33,6 +33,20 @@ def cache_keyword(accepted: set[str]) -> str:
     return "cache" if "cache" in accepted else "past_key_values"
 
 
+def named_special_tokens(tokenizer: Any) -> dict[str, str]:
+    """{"bos_token": its text, ...} and, as "additional_special_tokens", the text of the list of
+    further ones, which transformers 5 keeps apart."""
+    found = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    if transformers_major() >= 5 and (more := list(tokenizer.extra_special_tokens)):
+        found["additional_special_tokens"] = str([str(token) for token in more])
+    return found
+
+
+def dtype_keyword() -> str:
+    """The keyword of ``from_pretrained`` for the type that weights are loaded in."""
+    return "dtype" if transformers_major() >= 5 else "torch_dtype"
+
+
 def tokenizer_class_names(entry: Any) -> tuple[str, ...]:
     """Class names in an entry of ``TOKENIZER_MAPPING_NAMES``: a pair of a slow and a fast class in
     transformers 4, one class or None in 5."""
@@ -41,13 +55,12 @@ def tokenizer_class_names(entry: Any) -> tuple[str, ...]:
 
 def set_config_dtype(config: Any, dtype: Any) -> None:
     """Record ``dtype`` of the saved weights: ``torch_dtype`` in transformers 4, ``dtype`` in 5."""
-    name = "dtype" if transformers_major() >= 5 else "torch_dtype"
-    setattr(config, name, dtype)
+    setattr(config, dtype_keyword(), dtype)
 
 
 def config_dtype(config: Any) -> Any:
     """What :func:`set_config_dtype` recorded, or None."""
-    return getattr(config, "dtype" if transformers_major() >= 5 else "torch_dtype", None)
+    return getattr(config, dtype_keyword(), None)
 
 
 def disk_names(module: Any, tensors: dict[str, Any]) -> dict[str, Any]:

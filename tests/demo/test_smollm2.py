@@ -138,7 +138,10 @@ def test_the_real_model_is_an_ordinary_directory_and_answers(smollm2):
     generation = json.loads((directory / "generation_config.json").read_text())
     for ids in (config, generation):
         assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 2)
-    assert config["torch_dtype"] == "float32" and config["tie_word_embeddings"]
+    assert (
+        config.get("dtype", config.get("torch_dtype")) == "float32"
+        and config["tie_word_embeddings"]
+    )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert (
         len(tokenizer),
@@ -149,7 +152,7 @@ def test_the_real_model_is_an_ordinary_directory_and_answers(smollm2):
     assert tokenizer.convert_ids_to_tokens(tokenizer("a  24").input_ids) == ["a", "ĠĠ", "2", "4"]
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt"
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     model = AutoModelForCausalLM.from_pretrained(directory)
     answer = tokenizer("The capital of France is Paris.<|im_end|>", return_tensors="pt").input_ids

@@ -26,6 +26,7 @@ from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load
 from coati.models.lora.lora import merge_lora
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
+from coati.utils.transformers_compat import dtype_keyword
 
 PROBES = (
     "Hello, who are you?",
@@ -204,7 +205,9 @@ def check(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=ours.model.dtype, trust_remote_code=trust_remote_code
+        folder,
+        trust_remote_code=trust_remote_code,
+        **{dtype_keyword(): ours.model.dtype},
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # transformers knows end tokens alone, no sequences
@@ -216,7 +219,7 @@ def check(
         asked = [{"role": "user", "content": question}]
         messages = [{"role": "system", "content": system}, *asked] if system else asked
         prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt"
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
         generated = theirs.generate(
             prompt,

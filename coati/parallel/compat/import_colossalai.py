@@ -24,6 +24,7 @@ KNOWN_WARNINGS = (
         r"`TorchScript` support for functional optimizers is deprecated",
         "raised by torch on importing its own module",
     ),
+    (r"`torch\.jit\.script` is deprecated", "upstream's spelling of a torch call"),
     (r"TypedStorage is deprecated", "upstream's spelling of a torch call"),
     (
         r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
@@ -42,6 +43,7 @@ KNOWN_LOG_LINES = (
         "bitsandbytes.backends.cpu.ops",
         "Failed to load CPU gemm_4bit_forward from kernels-community",
     ),
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
     ("colossalai", "enable_async_reduce sets pin_memory=True"),
     ("colossalai", "The plugin will control the accelerator"),
     ("colossalai", "You have enabled LoRa training"),

@@ -41,9 +41,10 @@ def sliding_window(config: Any) -> int | None:
     """Tokens that attention of the model of ``config`` looks back at most, or None. Longer rows
     cannot be kept apart by one mask."""
     config = text_config(config)
+    chunk = getattr(config, "attention_chunk_size", None)  # Llama 4's
     if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return getattr(config, "sliding_window", None)
+        return chunk
+    return getattr(config, "sliding_window", None) or chunk
 
 
 def holds_for(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ def patch_sdpa() -> None:
         cu_seq_lens = keywords.get("cu_seq_lens_q")
         dropout = keywords.get("dropout", 0.0)
         scale = keywords.get("scaling")
-        if keywords.get("position_bias") is not None or keywords.get("softcap") is not None:
+        if any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
             return original(module, query, key, value, attention_mask, **keywords)
         if cu_seq_lens is not None:
             lengths = [length for length in cu_seq_lens.diff().tolist() if length]

@@ -22,11 +22,12 @@ def main() -> None:
         for name in args.families.split(",")
         if possible(BY_TYPE[name], BY_TITLE[title])
     ]
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
-        found = run_cells(asked, Path(folder))
-    for (name, title), (kind, text) in found.items():
-        print(f"{name:18} {title:20} {kind} {text}", flush=True)
-    sys.exit(any(kind == FAILED for kind, _ in found.values()))
+        for (name, title), (kind, text) in run_cells(asked, Path(folder)):
+            print(f"{name:18} {title:20} {kind} {text}", flush=True)
+            failed |= kind == FAILED
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def boosted(family: Family, column: Column):
         model = apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0))
         _move_adapters(model)
     options = ParallelOptions(grad_clip=0.5, batch_size=ROWS, lora=column.lora, **column.options)
-    return boost(model, options, lr=5e-3, total_steps=4, warmup_steps=0)
+    return boost(model, options, lr=1e-3, total_steps=4, warmup_steps=0)
 
 
 def _move_adapters(model: torch.nn.Module) -> None:

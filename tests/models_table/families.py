@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from coati.utils.transformers_compat import transformers_major
+
 VOCABULARY = 384
 WIDE = {
     "hidden_size": 64,
@@ -310,8 +312,8 @@ def known(family: Family) -> bool:
     """Whether the installed transformers has the family (or ColossalAI, for ChatGLM)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if family.type == "chatglm":
-        return "chatglm" not in CONFIG_MAPPING_NAMES
+    if family.type == "chatglm":  # ColossalAI's copy of its code is for transformers 4
+        return transformers_major() < 5
     return family.config is not None and family.type in CONFIG_MAPPING_NAMES
 
 

@@ -3,8 +3,9 @@ import. Results are kept after each cell, so that a run that was stopped goes on
 
 import json
 import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.models_table.families import BY_TYPE, Family
 YES = "yes"
 NO = "no"
 FAILED = "failed"
-CELL_S = 40  # seconds after which a cell has hung
+CELL_S = 25  # seconds after which a cell has hung
 Key = tuple[str, str]  # a family's model_type, a column's title
 
 
@@ -35,6 +36,9 @@ def work(asked: list[Key], folder: str) -> None:
             family, column = BY_TYPE[key[0]], BY_TITLE[key[1]]
             start = time.monotonic()
             fatal = None
+            watch = threading.Timer(CELL_S, _give_up, (key, file))
+            watch.daemon = True
+            watch.start()
             try:
                 result = [YES, getattr(cells, column.trial)(family, column)]
             except ValueError as error:
@@ -42,6 +46,7 @@ def work(asked: list[Key], folder: str) -> None:
             except Exception as error:  # named in the table, and raised below
                 fatal = error
                 result = [FAILED, f"{type(error).__name__}: {error}"[:600]]
+            watch.cancel()
             line = {"key": key, "result": result, "seconds": time.monotonic() - start}
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -49,21 +54,31 @@ def work(asked: list[Key], folder: str) -> None:
                 raise fatal
 
 
-def run_cells(asked: Iterable[Key], folder: Path) -> dict[Key, tuple[str, Any]]:
-    """(YES, numbers), (NO, the library's words) or (FAILED, what happened) of each cell; those of
-    one process that they are compared with are run too."""
+def _give_up(key: Key, file: Any) -> None:
+    """A cell that hangs ends its process, and with it the group."""
+    result = [FAILED, f"no result after {CELL_S} seconds"]
+    file.write(json.dumps({"key": key, "result": result, "seconds": CELL_S}) + "\n")
+    file.flush()
+    os._exit(1)
+
+
+def run_cells(asked: Iterable[Key], folder: Path) -> Iterator[tuple[Key, tuple[str, Any]]]:
+    """Each cell with (YES, ""), (NO, the library's words) or (FAILED, what happened), column by
+    column; those of one process that they are compared with are run first."""
     wanted = list(dict.fromkeys(asked))
     needed = [
         (family, BY_TITLE[title].reference)
         for family, title in wanted
         if BY_TITLE[title].trial in ("train", "pack")
     ]
-    every = list(dict.fromkeys([*needed, *wanted]))
-    found: dict[Key, tuple[str, Any]] = {}
+    found = _run_group(list(dict.fromkeys(needed)), 1, folder / "alone")
     for processes in (1, 2, 4):
-        mine = [key for key in every if BY_TITLE[key[1]].processes == processes]
-        found |= _run_group(mine, processes, folder)
-    return {key: judge(key, found) for key in wanted}
+        mine = [key for key in wanted if BY_TITLE[key[1]].processes == processes]
+        for title in dict.fromkeys(title for _, title in mine):
+            column = [key for key in mine if key[1] == title]
+            place = folder / "".join(letter for letter in title if letter.isalnum())
+            found |= _run_group(column, processes, place)
+            yield from ((key, judge(key, found)) for key in column)
 
 
 def _run_group(asked: list[Key], processes: int, folder: Path) -> dict[Key, tuple[str, Any]]:
@@ -101,9 +116,9 @@ def _lines(path: Path) -> dict[Key, list[Any]]:
 
 def _agreed(results: list[list[Any]], processes: int) -> tuple[str, Any]:
     """One result of those of all ranks."""
-    failed = next((text for kind, text in results if kind == FAILED), None)
-    if failed is not None:
-        return FAILED, failed
+    failed = [text for kind, text in results if kind == FAILED]
+    if failed:  # of several ranks the one that did not only wait for another
+        return FAILED, min(failed, key=lambda text: ("no result" in text) + ("Dist" in text))
     if len(results) < processes or len({kind for kind, _ in results}) > 1:
         return FAILED, f"only some of {processes} processes got there: {results}"
     if results[0][0] == NO:

@@ -1,25 +1,50 @@
-"""Pipeline stages: the layers of other stages pass their input on."""
+"""Pipeline stages: the model's own forward, in which the layers of other stages pass their input
+on."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from coati.parallel.policy.plan import pp_plan
+from coati.parallel.policy.plan import POSITION_EMBEDDINGS, pp_plan
+
+
+class Stack:
+    """The children of a base model that run one after another: ``before`` the layers, ``layers``
+    (a ModuleList) and ``after`` them. Raises ValueError without a plan."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.owner = getattr(base, "decoder", base)  # OPT keeps them one module deeper
+        names = [name for name in pp_plan(base.config) if hasattr(self.owner, name)]
+        place = next(
+            (i for i, n in enumerate(names) if isinstance(getattr(self.owner, n), nn.ModuleList)),
+            None,
+        )
+        if place is None:
+            raise ValueError(
+                f"--pp: transformers has no pipeline plan for {base.config.model_type} models; use "
+                "--tp or --plugin zero2"
+            )
+        self.layers: Any = getattr(self.owner, names[place])
+        self.before = [getattr(self.owner, name) for name in names[:place]]
+        self.after = [getattr(self.owner, name) for name in names[place + 1 :]]
+        self.positions = [
+            getattr(self.owner, name) for name in POSITION_EMBEDDINGS if hasattr(self.owner, name)
+        ]
 
 
 def held_layers(policy) -> list[nn.Module]:
     """The modules of this process's stage."""
     manager = policy.pipeline_stage_manager
-    base = policy.base
-    start, end = _range(policy)
-    before, after = _ends(policy)
-    ends = {"layers", *before, *after}
-    held = [module for name, module in base.named_children() if name not in ends]
-    held += base.layers[start:end]
+    stack = Stack(policy.base)
+    start, end = _range(policy, stack)
+    ends = [stack.layers, *stack.before, *stack.after]
+    held = [child for child in stack.owner.children() if not any(child is end for end in ends)]
+    held += stack.layers[start:end]
     if manager.is_first_stage():
-        held += [getattr(base, name) for name in before]
+        held += stack.before
     if manager.is_last_stage():
-        held += [*(getattr(base, name) for name in after), policy.model.get_output_embeddings()]
+        held += [*stack.after, policy.model.get_output_embeddings()]
     return held
 
 
@@ -37,15 +62,20 @@ def become_a_stage(policy, described: dict) -> None:
     """Describe in ``described`` a forward that runs this process's layers alone."""
     manager = policy.pipeline_stage_manager
     base = policy.base
-    start, end = _range(policy)
-    for index, layer in enumerate(base.layers):
+    stack = Stack(base)
+    start, end = _range(policy, stack)
+    for index, layer in enumerate(stack.layers):
         if not start <= index < end:
             layer.forward = _pass_on
-    before, after = _ends(policy)
-    elsewhere = [] if manager.is_last_stage() else after
-    elsewhere = elsewhere if manager.is_first_stage() else [*elsewhere, *before[1:]]
-    for name in elsewhere:  # called with the hidden states on every stage
-        getattr(base, name).forward = _pass_on
+    # What comes before the layers is called with the states on every stage, but for the embedding
+    # of the tokens, which later stages are not asked for.
+    elsewhere = [] if manager.is_last_stage() else stack.after
+    if not manager.is_first_stage():
+        elsewhere = [*elsewhere, *stack.before[1:]]
+        for module in stack.positions:
+            module.forward = _nothing
+    for module in elsewhere:
+        module.forward = _pass_on
     whole = type(policy.model).forward
 
     def forward(
@@ -53,11 +83,9 @@ def become_a_stage(policy, described: dict) -> None:
     ):
         first = manager.is_first_stage()
         tokens = {"input_ids": input_ids} if first else {"inputs_embeds": hidden_states}
-        inputs = tokens | {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "use_cache": False,
-        }
+        inputs = tokens | {"attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         if manager.is_last_stage():
             return whole(model, **inputs)
         return {"hidden_states": base(**inputs)[0]}
@@ -65,18 +93,20 @@ def become_a_stage(policy, described: dict) -> None:
     policy.describe(described, policy.model).method_replacement = {"forward": forward}
 
 
-def _range(policy) -> tuple[int, int]:
+def _range(policy, stack: Stack) -> tuple[int, int]:
     """Start and end of this stage's layers."""
     manager = policy.pipeline_stage_manager
-    return manager.get_stage_index(manager.distribute_layers(len(policy.base.layers)))
-
-
-def _ends(policy) -> tuple[list[str], list[str]]:
-    """Names of the base model's modules before its layers and after them."""
-    names = [name for name in pp_plan(policy.model.config) if hasattr(policy.base, name)]
-    place = names.index("layers")
-    return names[:place], names[place + 1 :]
+    if len(stack.layers) < manager.num_stages:
+        raise ValueError(
+            f"--pp {manager.num_stages}: this model has {len(stack.layers)} layers, fewer than "
+            "stages"
+        )
+    return manager.get_stage_index(manager.distribute_layers(len(stack.layers)))
 
 
 def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
+
+
+def _nothing(*_: Any, **__: Any) -> Tensor:
+    return torch.zeros(())

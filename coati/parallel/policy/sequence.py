@@ -1,92 +1,272 @@
-"""Sequence parallelism: each process is given its part of the tokens."""
+"""Sequence parallelism: between the layers' blocks each process holds its part of the tokens.
 
+The base model's forward makes masks and positions for the whole sequence, as ever. Its states are
+split before the first layer and gathered after the last. Modes ``split_gather`` and ``ring`` (over
+the tensor-parallel processes, arXiv 2205.05198) gather them again for each attention and MLP, whose
+heads and columns are split; ``all_to_all`` (DeepSpeed-Ulysses, arXiv 2309.14509) exchanges tokens
+for heads around the attention function. Either way attention sees whole rows under the model's own
+mask, so windows, sinks and soft caps are the model's.
+"""
+
+import sys
+from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
-import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from colossalai.shardformer.layer._operation import (
     all_to_all_comm,
     gather_forward_split_backward,
+    split_forward_gather_backward,
 )
 from torch import Tensor, nn
 
+from coati.parallel.policy.plan import Styles, tp_plan
+from coati.utils.transformers_compat import text_config
 
-def split(policy, described: dict) -> None:
-    """Let ``policy.model`` run on this process's part of the tokens (all_to_all)."""
-    group = policy.shard_config.sequence_parallel_process_group
-    ways = dist.get_world_size(group)
-    mine = dist.get_rank(group)
-    base = policy.base
-    attention = _UlyssesAttention(group, ways)
-    name = attention.register()
-    policy.model.config._attn_implementation = base.config._attn_implementation = name
-    whole = base.forward
 
-    def forward(base, input_ids=None, attention_mask=None, position_ids=None, **keywords):
-        width = input_ids.shape[1]
-        if width % ways:
-            raise ValueError(f"{width} tokens cannot be divided by --sp {ways}")
-        if position_ids is None:
-            position_ids = torch.arange(width, device=input_ids.device)[None]
-        attention.mask = attention_mask
-        part = slice(mine * width // ways, (mine + 1) * width // ways)
-        outputs = whole(
-            input_ids=input_ids[:, part], position_ids=position_ids[:, part], **keywords
+def split(policy) -> None:
+    """Let ``policy.base`` run on this process's part of the tokens.
+
+    Raises ValueError where a layer is no attention with keys and values of every token.
+    """
+    config = policy.shard_config
+    shared = config.sequence_parallelism_mode != "all_to_all"
+    group = (
+        config.tensor_parallel_process_group if shared else config.sequence_parallel_process_group
+    )
+    parts = _Parts(group, averaged=not shared)
+    layers = list(policy.base.layers)
+    layers[0].register_forward_pre_hook(_first(parts.split), with_kwargs=True)
+    layers[-1].register_forward_hook(_output(parts.whole))
+    if shared:
+        _gather_for_blocks(policy, layers, parts)
+    else:
+        attention = _UlyssesAttention(parts)
+        attention.install(policy.base)
+        for layer in layers:
+            layer.register_forward_pre_hook(parts.split_keywords, with_kwargs=True)
+        attention.check_calls(policy.base, len(layers))
+
+
+class _Parts:
+    """Splits states (B, S, ...) over the processes of ``group`` and puts them together; the last
+    part is padded where S does not divide.
+
+    ``averaged``: gradients are averaged over the group afterward, so those of what each process
+    computes for its part alone are multiplied by its size.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, averaged: bool) -> None:
+        self.group = group
+        self.ways = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.scale = self.ways if averaged else 1
+        self.width = 0  # S of the forward that is running
+
+    def pad(self, states: Tensor, dim: int = 1) -> Tensor:
+        extra = -states.shape[dim] % self.ways
+        return F.pad(states, [0, 0] * (states.dim() - 1 - dim) + [0, extra]) if extra else states
+
+    def split(self, states: Tensor) -> Tensor:
+        """(B, S, ...) -> (B, S / ways, ...)."""
+        self.width = states.shape[1]
+        return split_forward_gather_backward(
+            self.pad(states), 1, self.group, grad_scale=1 / self.scale
         )
-        outputs["last_hidden_state"] = gather_forward_split_backward(
-            outputs[0], 1, group, grad_scale=ways
-        )
-        return outputs
 
-    base.forward = MethodType(forward, base)
+    def whole(self, states: Tensor) -> Tensor:
+        """(B, S / ways, ...) -> (B, S, ...)."""
+        gathered = gather_forward_split_backward(
+            states.contiguous(), 1, self.group, grad_scale=self.scale
+        )
+        return gathered[:, : self.width]
+
+    def mine(self, tensor: Tensor) -> Tensor:
+        """This process's part of a tensor (B, S, ...) that needs no gradient."""
+        return self.pad(tensor).chunk(self.ways, dim=1)[self.rank]
+
+    def split_keywords(self, module: nn.Module, args: tuple, keywords: dict) -> tuple[tuple, dict]:
+        """A layer's pre-hook: of rotary embeddings and position ids the part of its tokens."""
+        width = self.width
+        for name in ("position_ids", "position_embeddings"):
+            if (known := _width(keywords.get(name))) is not None:
+                # A recomputed layer may belong to an earlier forward.
+                self.width = width = known
+                break
+
+        def part(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(part(each) for each in value)
+            whole = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == width
+            return self.mine(value) if whole else value
+
+        kept = {"hidden_states", "attention_mask", "past_key_values", "cache"}
+        changed = {name: value if name in kept else part(value) for name, value in keywords.items()}
+        return (args[0], *(part(value) for value in args[1:])) if args else args, changed
+
+
+def _width(value: Any) -> int | None:
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value.shape[1] if isinstance(value, Tensor) and value.dim() > 1 else None
+
+
+def _first(change: Callable[[Tensor], Tensor]):
+    """A pre-hook that changes a module's states, its first argument or ``hidden_states``."""
+
+    def hook(module: nn.Module, args: tuple, keywords: dict) -> tuple[tuple, dict]:
+        if args:
+            return (change(args[0]), *args[1:]), keywords
+        return args, keywords | {"hidden_states": change(keywords["hidden_states"])}
+
+    return hook
+
+
+def _output(change: Callable[[Tensor], Tensor]):
+    """A hook that changes a module's output, or the first of a tuple of them."""
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    return hook
+
+
+# Modes over the tensor-parallel processes
+
+
+def _gather_for_blocks(policy, layers: list[nn.Module], parts: _Parts) -> None:
+    """Whole states into each child of a layer that tensor parallelism splits, this process's part
+    out of it. Gradients of parameters outside of them, norms mostly, are summed over the
+    processes."""
+    styles = Styles(tp_plan(policy.model.config))
+    split_names = {name for name, _ in policy.base.named_modules() if styles.of(name)}
+    names = {module: name for name, module in policy.base.named_modules()}
+    for layer in layers:
+        for child_name, child in layer.named_children():
+            prefix = f"{names[layer]}.{child_name}"
+            if any(name == prefix or name.startswith(f"{prefix}.") for name in split_names):
+                child.register_forward_pre_hook(_whole_arguments(parts), with_kwargs=True)
+                child.register_forward_hook(_output(parts.split))
+            else:
+                sum_gradients(child.parameters(), parts.group)
+        sum_gradients(layer.parameters(recurse=False), parts.group)
+
+
+def _whole_arguments(parts: _Parts):
+    """A pre-hook that gathers every argument of the shape of the states (BLOOM gives its blocks the
+    residual, too)."""
+
+    def hook(module: nn.Module, args: tuple, keywords: dict) -> tuple[tuple, dict]:
+        states = args[0] if args else keywords["hidden_states"]
+
+        def whole(value: Any) -> Any:
+            same = isinstance(value, Tensor) and value.shape == states.shape
+            return parts.whole(value) if same else value
+
+        changed = {name: whole(value) for name, value in keywords.items()}
+        return tuple(whole(value) for value in args), changed
+
+    return hook
+
+
+def sum_gradients(parameters, group: dist.ProcessGroup) -> None:
+    """Sum the gradients of ``parameters``, of which each process sees a part, over ``group``."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad: sum_of(grad, group))
+
+
+def sum_of(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the processes' tensors; theirs stay as they are."""
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+# Ulysses
 
 
 class _UlyssesAttention:
-    """Heads are exchanged for tokens around attention, so that each process has all tokens of its
-    heads (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    """transformers' attention function of the model, around which heads are exchanged for tokens,
+    so that each process has all tokens of its heads."""
 
-    def __init__(self, group: dist.ProcessGroup, ways: int) -> None:
-        self.group = group
-        self.ways = ways
-        self.mask: Tensor | None = None
+    def __init__(self, parts: _Parts) -> None:
+        self.parts = parts
+        self.original = ""
+        self.calls = 0
 
-    def register(self) -> str:
+    def install(self, base: nn.Module) -> None:
+        """Make it the attention of ``base``."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+        config = text_config(base.config)
+        self.original = config._attn_implementation
         name = f"coati_ulysses_{id(self)}"
         ALL_ATTENTION_FUNCTIONS.register(name, self)
-        return name
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.original])
+        for module in base.modules():  # some keep a configuration of their own
+            if hasattr(module, "config"):
+                module.config._attn_implementation = name
 
     def __call__(
-        self, module, query, key, value, attention_mask, dropout=0.0, scaling=None, **keywords
-    ):
-        width = value.shape[-1]
-        query, key, value = (self._exchange(states) for states in (query, key, value))
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        mask = None
-        if self.mask is not None and not bool(self.mask.all()):
-            total = query.shape[2]
-            causal = torch.ones(total, total, dtype=torch.bool, device=query.device).tril()
-            # A padding position sees itself, so that no row of the softmax is empty.
-            own = torch.eye(total, dtype=torch.bool, device=query.device)
-            mask = causal & self.mask.bool()[:, None, None] | own
-        out = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-        )
-        out = all_to_all_comm(
-            out.transpose(1, 2).flatten(2).contiguous(), self.group, scatter_dim=1, gather_dim=2
-        )
-        return out.unflatten(2, (-1, width)), None
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        s_aux: Tensor | None = None,
+        **keywords: Any,
+    ) -> tuple[Tensor, None]:
+        self.calls += 1
+        parts = self.parts
+        if keywords.get("position_bias") is not None:
+            raise ValueError(
+                "--sp_mode all_to_all: this model adds a bias of each position to attention, which "
+                "cannot be split by heads here; use --tp or --pp"
+            )
+        query, key, value = (self._whole_rows(states) for states in (query, key, value))
+        if s_aux is not None:  # an attention sink of each head
+            keywords["s_aux"] = s_aux.chunk(parts.ways)[parts.rank]
+        attend = self._original(module)
+        out = attend(module, query, key, value, attention_mask, **keywords)[0]  # (B, S, heads, D)
+        heads = out.shape[2]
+        flat = parts.pad(out).flatten(2).contiguous()
+        mine = all_to_all_comm(flat, parts.group, scatter_dim=1, gather_dim=2)
+        return mine.unflatten(2, (heads * parts.ways, -1)), None
 
-    def _exchange(self, states: Tensor) -> Tensor:
+    def _original(self, module: nn.Module) -> Callable:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        if self.original == "eager":
+            return sys.modules[type(module).__module__].eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[self.original]
+
+    def _whole_rows(self, states: Tensor) -> Tensor:
+        """(B, heads, S / ways, D) -> (B, heads / ways, S, D)."""
         width = states.shape[-1]
         flat = states.transpose(1, 2).flatten(2).contiguous()
-        swapped = all_to_all_comm(flat, self.group, scatter_dim=2, gather_dim=1)
-        return swapped.unflatten(2, (-1, width)).transpose(1, 2)
+        whole = all_to_all_comm(flat, self.parts.group, scatter_dim=2, gather_dim=1)
+        return whole[:, : self.parts.width].unflatten(2, (-1, width)).transpose(1, 2)
+
+    def check_calls(self, base: nn.Module, layers: int) -> None:
+        """Refuse a model that does not call this once in each layer: other layers than attention
+        would take the part for the whole sequence."""
+        whole = base.forward
+
+        def forward(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+            self.calls = 0
+            outputs = whole(*args, **keywords)
+            if self.calls < layers:
+                raise ValueError(
+                    f"--sp_mode all_to_all: {type(base).__name__} runs transformers' attention "
+                    f"function in {self.calls} of {layers} layers; the others would see a part of "
+                    "the tokens only. Use --tp or --pp"
+                )
+            return outputs
+
+        base.forward = MethodType(forward, base)

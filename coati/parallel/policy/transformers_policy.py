@@ -33,7 +33,7 @@ class TransformersPolicy(Policy):
         if self.pipeline_stage_manager is not None:
             pipeline.become_a_stage(self, policy)
         if self.shard_config.enable_sequence_parallelism:
-            sequence.split(self, policy)
+            sequence.split(self)
         return policy
 
     def get_held_layers(self) -> list[nn.Module]:

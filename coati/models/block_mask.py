@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coati.utils.transformers_compat import body_name, text_config
+from coati.utils.transformers_compat import body_name, masks_packs_itself, text_config
 
 PROBE_LENGTHS = (3, 5)
 
@@ -34,6 +34,10 @@ def with_block_mask(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
     tokens are one row."""
     if "position_ids" not in inputs:
         return inputs
+    if masks_packs_itself():
+        # None, not a mask of padding: transformers 5 then tells rows apart where positions begin
+        # anew, layer by layer, with windows and chunks.
+        return inputs | {"attention_mask": None}
     return inputs | {"attention_mask": block_diagonal_mask(inputs["position_ids"], dtype)}
 
 

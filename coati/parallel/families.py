@@ -11,7 +11,7 @@ from typing import Any
 
 from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.policy.plan import pp_plan, tp_plan
-from coati.utils.transformers_compat import transformers_major
+from coati.utils.transformers_compat import text_config, transformers_major
 
 TP = "--tp"
 PP = "--pp"
@@ -64,6 +64,34 @@ _NO_PACKS = {
     "falcon": frozenset({_PACKS_PP, _PACKS_GEMINI_TP}),
 }
 
+# transformers 5: what the one policy or a plugin cannot do with a family, and why.
+GEMINI = "gemini"
+PACKING = "--packing"
+_OWN_ATTENTION = "its attention is code of its own, in which heads cannot be exchanged for tokens"
+_STATES = "layers that keep a state of all tokens before would see a part of the tokens"
+_ALTUP = "its layers pass on several states for each token (AltUp)"
+_SHARED = "its layers use the keys and values of others, which may be on another stage"
+_OWN_LINEAR = "its layers hold their linear layers themselves, without a block to gather tokens for"
+_EXPERTS = "Gemini does not see the gradients of its experts (zero/gemini/gemini_ddp.py:335)"
+STATE_LAYERS = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
+CANNOT: dict[str, dict[str, str]] = {
+    **{
+        name: {ALL_TO_ALL: _STATES}
+        for name in ("falcon_h1", "bamba", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe")
+    },
+    **{name: {ALL_TO_ALL: _OWN_ATTENTION} for name in ("gptj", "bloom", "falcon")},
+    "opt": {SPLIT_GATHER: _OWN_LINEAR, RING: _OWN_LINEAR},
+    "gemma3n_text": {
+        **dict.fromkeys((PP, SPLIT_GATHER, RING, ALL_TO_ALL), _ALTUP),
+        PACKING: "the padding of a pack turns into NaN in its layers",
+    },
+    **{name: {GEMINI: _EXPERTS} for name in ("gpt_oss", "deepseek_v4")},
+    "llama4_text": {
+        GEMINI: _EXPERTS,
+        PACKING: "its chunks would be counted from the beginning of the pack, not of each row",
+    },
+}
+
 # Families that transformers may load, but that do not continue a text.
 NOT_CHAT = {
     "bert": "an encoder",
@@ -82,8 +110,27 @@ def splits_of(config: Any) -> frozenset[str] | None:
     """What of the family of ``config`` can be split; None where nothing can."""
     if transformers_major() < 5:
         return SPLITS.get(config.model_type)
-    found = {TP, SPLIT_GATHER, RING, ALL_TO_ALL} if tp_plan(config) else set()
-    return frozenset(found | ({PP} if pp_plan(config) else set())) or None
+    found = {TP} if tp_plan(config) else set()
+    found |= {PP, ALL_TO_ALL} if pp_plan(config) else set()
+    if found >= {TP, PP}:
+        found |= {SPLIT_GATHER, RING}
+    return frozenset(found - set(_cannot(config))) or None
+
+
+def _cannot(config: Any) -> dict[str, str]:
+    """{what cannot be done with a model of ``config``: why}, under transformers 5."""
+    text = text_config(config)
+    found = dict(CANNOT.get(text.model_type, {}))
+    if STATE_LAYERS & set(getattr(text, "layer_types", None) or ()):
+        found[ALL_TO_ALL] = _STATES
+    if getattr(text, "num_kv_shared_layers", 0):
+        found[PP] = _SHARED
+    if text.model_type == "falcon" and getattr(text, "alibi", False):
+        found[TP] = "its position biases (alibi) are made for all heads at once"
+    if text.model_type == "falcon" and getattr(text, "multi_query", False):
+        if not getattr(text, "new_decoder_architecture", False):
+            found[TP] = "all its heads share one key head (multi_query)"
+    return found
 
 
 def check_family(config: Any, options: ParallelOptions) -> None:
@@ -98,6 +145,37 @@ def check_family(config: Any, options: ParallelOptions) -> None:
             f"{family} is {NOT_CHAT[family]}, not a causal language model: it cannot learn to "
             "chat; use a model that AutoModelForCausalLM is meant for, Llama or Qwen2 for instance"
         )
+    if transformers_major() < 5:
+        _check_old_policies(config, options)
+    else:
+        _check_plans(config, options)
+
+
+def _check_plans(config: Any, options: ParallelOptions) -> None:
+    family = text_config(config).model_type
+    can = splits_of(config) or frozenset()
+    reasons = _cannot(config)
+    if GEMINI in reasons and PLUGINS[options.plugin].sharded_forward:
+        raise ValueError(
+            f"--plugin {options.plugin} is not possible with {family} models: {reasons[GEMINI]}; "
+            "use --plugin zero2"
+        )
+    if PACKING in reasons and options.packing:
+        raise ValueError(
+            f"--packing is not possible with {family} models: {reasons[PACKING]}; drop --packing: "
+            "rows of like length are batched together anyway"
+        )
+    for flag in sorted(_asked(options) - {_PACKS_PP, _PACKS_GEMINI_TP} - can):
+        name = flag if flag.startswith("--") else f"--sp_mode {flag}"
+        reason = reasons.get(flag, "neither transformers nor this library has a plan to split them")
+        left = "".join(f"{flag} or " for flag in (TP, PP) if flag in can)
+        raise ValueError(
+            f"{name} is not possible with {family} models: {reason}; use {left}--plugin zero2"
+        )
+
+
+def _check_old_policies(config: Any, options: ParallelOptions) -> None:
+    family = config.model_type
     asked = _asked(options)
     flags = asked - {_PACKS_PP, _PACKS_GEMINI_TP}
     can = splits_of(config)
@@ -148,6 +226,7 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
     family = model.config.model_type
     eager = None
     by_policy = PLUGINS[options.plugin].hybrid or options.tp > 1
+    by_policy = by_policy and transformers_major() < 5
     if family == "opt" and by_policy:
         # shardformer/policies/opt.py:62 looks the attention class up by name and knows two names
         # only.

@@ -6,6 +6,7 @@ from typing import Any
 
 from coati.parallel.options import SP_MODES, ParallelOptions
 from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3, Plugin
+from coati.utils.transformers_compat import text_config, transformers_major
 
 
 def resolve_options(options: ParallelOptions) -> tuple[ParallelOptions, list[str]]:
@@ -180,9 +181,9 @@ def _hybrid_rules(options: ParallelOptions) -> list[Rule]:
     stage = options.zero_stage
     return [
         (
-            options.lora and options.model_parallel_size > 1,
-            "--plugin 3d trains LoRA adapters only with --tp 1 --pp 1 --sp 1; "
-            "use --plugin zero2, or drop --lora_rank/--lora_config",
+            options.lora and options.model_parallel_size > 1 and not _splits_lora(options),
+            "--plugin 3d trains LoRA adapters only with --tp (under transformers 5), without --pp "
+            "and --sp; use --plugin zero2, or drop --lora_rank/--lora_config",
         ),
         (
             bool(stage) and options.precision == "fp32",
@@ -202,6 +203,11 @@ def _hybrid_rules(options: ParallelOptions) -> list[Rule]:
         *_pipeline_rules(options),
         *_sequence_rules(options),
     ]
+
+
+def _splits_lora(options: ParallelOptions) -> bool:
+    """Whether the adapters are split as the layers are."""
+    return transformers_major() >= 5 and options.model_parallel_size == options.tp
 
 
 def _pipeline_rules(options: ParallelOptions) -> list[Rule]:
@@ -272,6 +278,7 @@ def check_heads(config: Any, options: ParallelOptions) -> None:
             f"{flag} x --sp {options.sp}" if ways > 1 else f"--sp {options.sp}",
             ways * options.sp,
         )
+    config = text_config(config)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None)
     for what, count in (
         ("attention heads", heads),

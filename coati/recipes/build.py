@@ -36,6 +36,7 @@ from coati.recipes.resume import check_same_model
 from coati.recipes.run import Run
 from coati.trainer.global_batches import total_steps
 from coati.utils.logging import get_logger
+from coati.utils.transformers_compat import masks_packs_itself
 
 logger = get_logger(__name__)
 
@@ -196,7 +197,7 @@ def sl_engine(run: Run[SLSettings], model: Any, order: EpochOrder) -> Engine:
     """The engine of a trainer on fixed data; the schedule is as long as the steps that will be
     taken."""
     settings = run.settings
-    if run.options.packing:
+    if run.options.packing and not masks_packs_itself():
         check_sliding_window(model.config, int(order.lengths.max()))
     batches = settings.batches
     global_batch = batches.batch_size * batches.accumulation_steps * run.data_parallel_size

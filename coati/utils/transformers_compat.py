@@ -21,6 +21,26 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def masks_packs_itself() -> bool:
+    """Whether models make the masks of packed rows from ``position_ids``."""
+    return transformers_major() >= 5
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether some layers of a model of ``config`` keep something else than keys and values of
+    every token: states of convolutions or linear attention, chunks, keys that layers share."""
+    if transformers_major() < 5:
+        return False
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    text = text_config(config)
+    chunks = getattr(text, "attention_chunk_size", None)
+    if chunks or getattr(text, "num_kv_shared_layers", 0):
+        return True
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return any(type(layer) not in plain for layer in DynamicCache(config=config).layers)
+
+
 def body_name(model: Any) -> str:
     """The attribute of a causal language model that holds its transformer without the head; empty
     where ``model`` is that transformer. Llama 4's ``base_model_prefix`` names another."""

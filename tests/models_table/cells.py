@@ -64,7 +64,7 @@ COLUMNS = (
     Column("3d all_to_all", _SEQUENCE | {"sp": 2, "sp_mode": "all_to_all"}),
     Column("3d --tp 2 with LoRA", {"plugin": "3d", "tp": 2}, lora=True),
     Column("sampling", {"plugin": "ddp"}, trial="sample", processes=1),
-    Column("sampling, 3d --tp 2", {"plugin": "3d", "tp": 2}, trial="sample"),
+    Column("sampling --tp 2", {"plugin": "3d", "tp": 2}, trial="sample"),
     Column("saving", {"plugin": "3d", "tp": 2}, trial="save"),
     Column("packing", {"plugin": "ddp", "packing": True}, trial="pack", processes=1),
 )

@@ -1,6 +1,7 @@
 """Runs cells of docs/models.md: those of one number of processes share a process group and an
 import. Results are kept after each cell, so that a run that was stopped goes on where it was."""
 
+import faulthandler
 import json
 import os
 import threading
@@ -59,6 +60,7 @@ def _give_up(key: Key, file: Any) -> None:
     result = [FAILED, f"no result after {CELL_S} seconds"]
     file.write(json.dumps({"key": key, "result": result, "seconds": CELL_S}) + "\n")
     file.flush()
+    faulthandler.dump_traceback()  # where it hangs, with what the rank printed
     os._exit(1)
 
 
@@ -117,6 +119,8 @@ def _lines(path: Path) -> dict[Key, list[Any]]:
 def _agreed(results: list[list[Any]], processes: int) -> tuple[str, Any]:
     """One result of those of all ranks."""
     failed = [text for kind, text in results if kind == FAILED]
+    if failed and (alone := [text for kind, text in results if kind == NO]):
+        return FAILED, f"on one rank only: {alone[0]}"
     if failed:  # of several ranks the one that did not only wait for another
         return FAILED, min(failed, key=lambda text: ("no result" in text) + ("Dist" in text))
     if len(results) < processes or len({kind for kind, _ in results}) > 1:

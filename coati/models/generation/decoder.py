@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coati.models.generation.kv_cache import TupleCache
+from coati.models.generation.kv_cache import RowCache
 from coati.models.generation.model_call import (
     accepted_by,
     cache_for,
@@ -254,7 +254,7 @@ class Decoder:
         """The model's inputs without padding; None if there is no padding or the model cannot do
         without it."""
         padding_free = self.padding_free
-        if padding_free is None or isinstance(self.cache, TupleCache) or bool(mask.all()):
+        if padding_free is None or not isinstance(self.cache, RowCache) or bool(mask.all()):
             return None
         unpadded = padding_free.unpad({"input_ids": ids, "attention_mask": mask})
         return None if unpadded is None else unpadded.inputs

@@ -1,6 +1,6 @@
 """Key-value caches of the decoder: written in place, compacted when rows leave."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 _GROWTH = 256  # columns that are added at a time
+# Attributes of transformers' cache layers: {index: state}, and keys and values.
+_STATES = ("conv_states", "recurrent_states")
+_KEYS = ("keys", "values")
 
 
 class RowCache(DynamicCache):
@@ -127,6 +130,68 @@ class RowCache(DynamicCache):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+class LayerCache(DynamicCache):
+    """transformers' own cache, for models some of whose layers keep a state of all tokens so far
+    (convolutions, linear attention, state-space layers) or the last tokens of a chunk alone.
+
+    Left padding never enters a state: transformers' layers set padded inputs to zero.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.rows = 0
+        self._columns = 0
+
+    def keep(self, survivors: Tensor) -> None:
+        """Row i becomes row ``survivors[i]``."""
+        self._map(lambda tensor: tensor.index_select(0, survivors))
+        self.rows = len(survivors)
+
+    repeat = keep
+
+    def trim(self, start: int) -> bool:
+        """Nothing is dropped; the layers are transformers' own."""
+        return False
+
+    def join(self, other: "LayerCache") -> None:
+        """The rows of ``other`` below these; keys and values of fewer columns are padded on the
+        left."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for states in _STATES:
+                held = getattr(mine, states, {})
+                for index, tensor in held.items():
+                    if tensor is not None:
+                        held[index] = torch.cat([tensor, getattr(theirs, states)[index]])
+            if getattr(mine, "keys", None) is not None:
+                for name in _KEYS:
+                    pair = getattr(mine, name), getattr(theirs, name)
+                    columns = max(tensor.shape[2] for tensor in pair)
+                    setattr(mine, name, _below(*pair, columns, columns))
+            if hasattr(mine, "cumulative_length"):
+                mine.cumulative_length = max(mine.cumulative_length, theirs.cumulative_length)
+        self.rows += other.rows
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            for states in _STATES:
+                held = getattr(layer, states, {})
+                for index, tensor in held.items():
+                    if tensor is not None:
+                        held[index] = change(tensor)
+            for name in _KEYS:
+                if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():
+                    setattr(layer, name, change(tensor))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of columns that the model has been shown, 0 before the first."""
+        if not any(getattr(layer, "is_initialized", True) for layer in self.layers):
+            return 0
+        try:
+            return super().get_seq_length(layer_idx)
+        except ValueError:  # no layer has keys
+            return self._columns
 
 
 class TupleCache:

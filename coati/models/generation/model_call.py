@@ -1,12 +1,14 @@
 """How a causal language model is called with a key-value cache, whatever wraps it."""
 
 import inspect
+import sys
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from coati.models.generation.kv_cache import RowCache, TupleCache
-from coati.utils.transformers_compat import cache_keyword
+from coati.models.generation.kv_cache import LayerCache, RowCache, TupleCache
+from coati.utils.transformers_compat import cache_keyword, keeps_states
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -22,18 +24,36 @@ def accepted_by(model: nn.Module) -> set[str]:
     return set(inspect.signature(innermost(model).forward).parameters)
 
 
-def cache_for(model: nn.Module, rows: int, columns: int) -> RowCache | TupleCache:
+def cache_for(model: nn.Module, rows: int, columns: int) -> RowCache | LayerCache | TupleCache:
     """An empty cache of the kind that ``model`` fills, for ``rows`` rows and up to ``columns``
-    columns."""
-    if getattr(innermost(model), "_supports_cache_class", True):
+    columns.
+
+    Raises:
+        ValueError: for a model that brings a cache class of its own.
+    """
+    inner = innermost(model)
+    module = sys.modules[type(inner).__module__]
+    own = [name for name, each in vars(module).items() if _is_own_cache(each, module.__name__)]
+    if own:
+        raise ValueError(
+            f"{type(inner).__name__} keeps its states in a cache class of its own ({own[0]}), "
+            "which the sampling loop does not know; it can be trained, but not sampled from here"
+        )
+    if keeps_states(inner.config):
+        return LayerCache(inner.config)
+    if getattr(inner, "_supports_cache_class", True):
         return RowCache(rows, columns)
     return TupleCache()
+
+
+def _is_own_cache(value: object, module: str) -> bool:
+    return isinstance(value, type) and issubclass(value, Cache) and value.__module__ == module
 
 
 def call_with_cache(
     model: nn.Module,
     accepted: set[str],
-    cache: RowCache | TupleCache,
+    cache: RowCache | LayerCache | TupleCache,
     ids: Tensor,
     mask: Tensor,
     positions: Tensor,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coati.parallel.policy.plan import POSITION_EMBEDDINGS, pp_plan
+from coati.parallel.policy.plan import POSITION_EMBEDDINGS, TUPLE_LAYERS, pp_plan
 
 
 class Stack:
@@ -44,7 +44,7 @@ def held_layers(policy) -> list[nn.Module]:
     if manager.is_first_stage():
         held += stack.before
     if manager.is_last_stage():
-        held += [*stack.after, policy.model.get_output_embeddings()]
+        held += [*stack.after, policy.inner.get_output_embeddings()]
     return held
 
 
@@ -53,7 +53,7 @@ def shared_params(policy) -> list[dict[int, Tensor]]:
     manager = policy.pipeline_stage_manager
     if manager is None or manager.num_stages == 1 or not policy.tied:
         return []
-    head = policy.model.get_output_embeddings()
+    head = policy.inner.get_output_embeddings()
     embedding = policy.base.get_input_embeddings()
     return [{0: embedding.weight, manager.num_stages - 1: head.weight}]
 
@@ -64,9 +64,12 @@ def become_a_stage(policy, described: dict) -> None:
     base = policy.base
     stack = Stack(base)
     start, end = _range(policy, stack)
+    tuples = base.config.model_type in TUPLE_LAYERS
     for index, layer in enumerate(stack.layers):
-        if not start <= index < end:
-            layer.forward = _pass_on
+        if start <= index < end:
+            layer.register_forward_hook(_checked(tuples))
+        else:
+            layer.forward = _pass_on_in_tuple if tuples else _pass_on
     # What comes before the layers is called with the states on every stage, but for the embedding
     # of the tokens, which later stages are not asked for.
     elsewhere = [] if manager.is_last_stage() else stack.after
@@ -76,7 +79,7 @@ def become_a_stage(policy, described: dict) -> None:
             module.forward = _nothing
     for module in elsewhere:
         module.forward = _pass_on
-    whole = type(policy.model).forward
+    whole = type(policy.inner).forward
 
     def forward(
         model, input_ids=None, hidden_states=None, attention_mask=None, position_ids=None, **_
@@ -90,7 +93,7 @@ def become_a_stage(policy, described: dict) -> None:
             return whole(model, **inputs)
         return {"hidden_states": base(**inputs)[0]}
 
-    policy.describe(described, policy.model).method_replacement = {"forward": forward}
+    policy.describe(described, policy.inner).method_replacement = {"forward": forward}
 
 
 def _range(policy, stack: Stack) -> tuple[int, int]:
@@ -106,6 +109,24 @@ def _range(policy, stack: Stack) -> tuple[int, int]:
 
 def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
+
+
+def _pass_on_in_tuple(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return hidden_states, None
+
+
+def _checked(tuples: bool):
+    """A hook that refuses a layer whose output has another form than those that are passed on: the
+    base model would take the first row of a tensor for the first of a tuple, without a word."""
+
+    def check(module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, tuple) != tuples:
+            raise ValueError(
+                f"--pp: {type(module).__name__} returns a {type(output).__name__}, which the "
+                "pipeline plan does not expect; use --tp or --plugin zero2"
+            )
+
+    return check
 
 
 def _nothing(*_: Any, **__: Any) -> Tensor:

@@ -104,6 +104,8 @@ PP_PLANS: dict[str, tuple[str, ...]] = {
     "falcon_h1": ("embed_tokens", "layers", "final_layernorm"),
     "nemotron_h": ("embeddings", "layers", "norm_f"),
 }
+# Families whose layers return a tuple, of which the base model takes the first.
+TUPLE_LAYERS = frozenset({"gptj", "bloom", "falcon", "bamba", "falcon_h1"})
 # Children that add what they are given positions for to the states; on later stages it is there.
 POSITION_EMBEDDINGS = ("wpe", "embed_positions")
 # {model_type: {module: attributes that count its heads or columns and are divided by --tp}}
@@ -113,11 +115,6 @@ COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
     "opt": {"decoder.layers.*.self_attn": ("num_heads",)},
     "bloom": {"h.*.self_attention": ("num_heads",)},
     "falcon": {"h.*.self_attention": ("num_heads", "num_kv_heads")},
-}
-# Inputs of the base model that later stages of a pipeline would lack, and states that are no
-# (rows, tokens, width).
-OWN_STATES = {
-    "gemma3n_text": "its layers pass several states on (AltUp)",
 }
 
 

@@ -22,6 +22,7 @@ from colossalai.shardformer.layer._operation import (
 )
 from torch import Tensor, nn
 
+from coati.parallel.policy.pipeline import Stack
 from coati.parallel.policy.plan import Styles, tp_plan
 from coati.utils.transformers_compat import text_config
 
@@ -37,7 +38,7 @@ def split(policy) -> None:
         config.tensor_parallel_process_group if shared else config.sequence_parallel_process_group
     )
     parts = _Parts(group, averaged=not shared)
-    layers = list(policy.base.layers)
+    layers = list(Stack(policy.base).layers)
     layers[0].register_forward_pre_hook(_first(parts.split), with_kwargs=True)
     layers[-1].register_forward_hook(_output(parts.whole))
     if shared:
@@ -138,18 +139,23 @@ def _output(change: Callable[[Tensor], Tensor]):
 
 
 def _gather_for_blocks(policy, layers: list[nn.Module], parts: _Parts) -> None:
-    """Whole states into each child of a layer that tensor parallelism splits, this process's part
-    out of it. Gradients of parameters outside of them, norms mostly, are summed over the
-    processes."""
-    styles = Styles(tp_plan(policy.model.config))
-    split_names = {name for name, _ in policy.base.named_modules() if styles.of(name)}
+    """Whole states into each child of a layer that is more than one operation on each token, this
+    process's part out of it. Gradients of parameters outside of them, norms mostly, are summed over
+    the processes."""
+    styles = Styles(tp_plan(policy.inner.config))
     names = {module: name for name, module in policy.base.named_modules()}
     for layer in layers:
-        for child_name, child in layer.named_children():
-            prefix = f"{names[layer]}.{child_name}"
-            if any(name == prefix or name.startswith(f"{prefix}.") for name in split_names):
+        for child in layer.children():
+            if next(child.children(), None) is not None or styles.of(names[child]):
+                if isinstance(child, nn.Linear):
+                    raise ValueError(
+                        f"--sp_mode {policy.shard_config.sequence_parallelism_mode}: the layers of "
+                        f"{policy.base.config.model_type} models hold their linear layers "
+                        "themselves, so there is no block to gather the tokens for; use --tp "
+                        "without --enable_sequence_parallelism, or --sp_mode all_to_all"
+                    )
                 child.register_forward_pre_hook(_whole_arguments(parts), with_kwargs=True)
-                child.register_forward_hook(_output(parts.split))
+                child.register_forward_hook(_part_of_output(parts), with_kwargs=True)
             else:
                 sum_gradients(child.parameters(), parts.group)
         sum_gradients(layer.parameters(recurse=False), parts.group)
@@ -172,6 +178,19 @@ def _whole_arguments(parts: _Parts):
     return hook
 
 
+def _part_of_output(parts: _Parts):
+    """A hook that leaves this process's part of a block's output, which some blocks return as
+    (B x S, D)."""
+
+    def hook(module: nn.Module, args: tuple, keywords: dict, output: Any) -> Any:
+        states = args[0] if args else keywords["hidden_states"]
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        part = parts.split(first.view(*states.shape[:2], -1))
+        return (part, *rest) if isinstance(output, tuple) else part
+
+    return hook
+
+
 def sum_gradients(parameters, group: dist.ProcessGroup) -> None:
     """Sum the gradients of ``parameters``, of which each process sees a part, over ``group``."""
     for parameter in parameters:
@@ -187,6 +206,18 @@ def sum_of(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 # Ulysses
+
+
+class _WithSinks:
+    """An attention module as its eager function sees it, with the sinks of this process's heads."""
+
+    def __init__(self, module: nn.Module, sinks: Tensor) -> None:
+        self._module = module
+        self.sinks = sinks
+        self.__module__ = type(module).__module__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class _UlyssesAttention:
@@ -232,6 +263,7 @@ class _UlyssesAttention:
         query, key, value = (self._whole_rows(states) for states in (query, key, value))
         if s_aux is not None:  # an attention sink of each head
             keywords["s_aux"] = s_aux.chunk(parts.ways)[parts.rank]
+            module = _WithSinks(module, keywords["s_aux"])
         attend = self._original(module)
         out = attend(module, query, key, value, attention_mask, **keywords)[0]  # (B, S, heads, D)
         heads = out.shape[2]
@@ -243,7 +275,7 @@ class _UlyssesAttention:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if self.original == "eager":
-            return sys.modules[type(module).__module__].eager_attention_forward
+            return sys.modules[module.__module__].eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS[self.original]
 
     def _whole_rows(self, states: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tensor parallelism by a plan: linear layers split by columns or rows, the vocabulary by rows,
 experts by their inner width."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from colossalai.shardformer.layer import (
     VocabParallelLMHead1D,
 )
 from colossalai.shardformer.policies.base_policy import SubModuleReplacementDescription
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -34,13 +36,13 @@ _EMBEDDING = ("embedding_rowwise", "embedding_colwise")
 
 
 def split(policy, described: dict) -> None:
-    """Describe in ``described`` how the layers of ``policy.model`` are split.
+    """Describe in ``described`` how the layers of ``policy.inner`` are split.
 
     Raises ValueError for a style that is not known here.
     """
-    styles = Styles(tp_plan(policy.model.config))
+    styles = Styles(tp_plan(policy.inner.config))
     group = policy.shard_config.tensor_parallel_process_group
-    family = text_config(policy.model.config).model_type
+    family = text_config(policy.inner.config).model_type
     replaced = policy.describe(described, policy.base).sub_module_replacement
     for name, module in policy.base.named_modules():
         style = styles.of(name)
@@ -52,6 +54,8 @@ def split(policy, described: dict) -> None:
             split_experts(module, name, styles, group)
         elif style == "mla_kv_a_proj":
             _sum_shared_key(module, policy.base.config.kv_lora_rank, group)
+        elif isinstance(module, BaseTunerLayer):
+            replaced.extend(_adapted(name, module, style))
         elif isinstance(module, nn.Linear) and style in LINEAR:
             target, keywords = LINEAR[style]
             if target is Linear1D_Row and family in _CHANGED_IN_PLACE:
@@ -68,6 +72,26 @@ def split(policy, described: dict) -> None:
     _divide_counts(policy, dist.get_world_size(group))
     _split_alibi(policy.base, group)
     _split_vocabulary(policy, described)
+
+
+def _adapted(name: str, module: Any, style: str) -> Iterator[SubModuleReplacementDescription]:
+    """A layer with LoRA: of one split by columns B (r -> out) is split with it, of one split by
+    rows A (in -> r); the other factor stays whole, and its gradient is the same everywhere."""
+    base = module.get_base_layer()
+    if style not in LINEAR or not isinstance(base, nn.Linear):
+        raise ValueError(
+            f"--tp with LoRA: {name} ({type(base).__name__}, {style}) cannot be split together "
+            "with an adapter; leave it out of target_modules, or use --plugin zero2"
+        )
+    if hasattr(module, "pissa_A"):
+        raise ValueError(
+            "--tp with LoRA: adapters that start from principal singular vectors (PiSSA) cannot be "
+            "split; use lora_initialization_method kaiming_uniform, or --plugin zero2"
+        )
+    target, keywords = LINEAR[style]
+    factor = "lora_B" if target is Linear1D_Col else "lora_A"
+    for part in ("base_layer", *(f"{factor}.{key}" for key in getattr(module, factor))):
+        yield SubModuleReplacementDescription(f"{name}.{part}", target, kwargs=dict(keywords))
 
 
 def _conv1d(module: nn.Module, style: str) -> tuple[Any, dict[str, Any]]:
@@ -106,7 +130,7 @@ def _sum_shared_key(module: nn.Module, rank: int, group: dist.ProcessGroup) -> N
 
 def _divide_counts(policy, ways: int) -> None:
     """Attributes that modules reshape by."""
-    counts = Styles(COUNTS.get(text_config(policy.model.config).model_type, {}))
+    counts = Styles(COUNTS.get(text_config(policy.inner.config).model_type, {}))
     for name, module in policy.base.named_modules():
         for attribute in counts.of(name) or ():
             setattr(module, attribute, max(getattr(module, attribute) // ways, 1))
@@ -163,6 +187,11 @@ def _split_vocabulary(policy, described: dict) -> None:
     size = {"make_vocab_size_divisible_by": policy.shard_config.make_vocab_size_divisible_by}
     embedding = policy.base.get_input_embeddings()
     plain = type(embedding) is nn.Embedding
+    if isinstance(embedding, BaseTunerLayer):
+        raise ValueError(
+            "--tp with LoRA: an adapter of the token embedding cannot be split; leave it out of "
+            "target_modules, or use --plugin zero2"
+        )
     if not plain and not hasattr(embedding, "embed_scale"):
         raise ValueError(
             f"--tp: {type(embedding).__name__} cannot be split over processes; use --pp or "
@@ -172,12 +201,17 @@ def _split_vocabulary(policy, described: dict) -> None:
     policy.describe(described, policy.base).sub_module_replacement.append(
         SubModuleReplacementDescription(_name_of(embedding, policy.base), target, kwargs=size)
     )
-    head = getattr(policy.model, "get_output_embeddings", lambda: None)()
-    if head is not None and policy.model is not policy.base:
+    head = getattr(policy.inner, "get_output_embeddings", lambda: None)()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError(
+            "--tp with LoRA: an adapter of the vocabulary head cannot be split; leave it out of "
+            "target_modules, or use --plugin zero2"
+        )
+    if head is not None and policy.inner is not policy.base:
         keywords = size | {"gather_output": not policy.shard_config.parallel_output}
-        policy.describe(described, policy.model).sub_module_replacement.append(
+        policy.describe(described, policy.inner).sub_module_replacement.append(
             SubModuleReplacementDescription(
-                _name_of(head, policy.model), VocabParallelLMHead1D, kwargs=keywords
+                _name_of(head, policy.inner), VocabParallelLMHead1D, kwargs=keywords
             )
         )
 

@@ -18,8 +18,11 @@ class TransformersPolicy(Policy):
         """Nothing: families.py has checked the model before it came here."""
 
     def preprocess(self) -> nn.Module:
-        self.base = base_of(self.model)
-        has_head = hasattr(self.model, "get_output_embeddings")
+        # The language model (or model with a scalar head) inside LoRA's wrapper, and its body.
+        adapted = hasattr(self.model, "peft_config")
+        self.inner = self.model.get_base_model() if adapted else self.model
+        self.base = base_of(self.inner)
+        has_head = hasattr(self.inner, "get_output_embeddings")
         self.tied = has_head and self.tie_weight_check()
         return self.model
 

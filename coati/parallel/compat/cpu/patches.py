@@ -18,6 +18,7 @@ from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 from colossalai.booster.plugin.gemini_plugin import GeminiPlugin
 from colossalai.kernel import kernel_loader
 from colossalai.legacy.utils import memory
+from colossalai.shardformer.layer import qkv_fused_linear
 from colossalai.shardformer.modeling import gpt2
 from colossalai.zero.gemini.chunk.chunk import Chunk
 from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
@@ -165,6 +166,21 @@ def let_gpt2_name_the_cpu() -> None:
     torch.cuda.set_device = set_device
 
 
+def gather_fused_weights_where_they_are() -> None:
+    """shardformer/layer/qkv_fused_linear.py:125: GPT-2's fused weights are moved to a GPU to be
+    gathered, also where there is none."""
+
+    def gather_fused_qkv_in_gpt2_style(qkv, split_sizes, process_group, is_transposed=False):
+        ways = dist.get_world_size(process_group)
+        dim = -1 if is_transposed else 0
+        found = [torch.empty_like(qkv) for _ in range(ways)]
+        dist.all_gather(found, qkv.contiguous(), group=process_group)
+        parts = [each.split([size // ways for size in split_sizes], dim=dim) for each in found]
+        return torch.cat([part[i] for i in range(len(split_sizes)) for part in parts], dim=dim)
+
+    qkv_fused_linear.gather_fused_qkv_in_gpt2_style = gather_fused_qkv_in_gpt2_style
+
+
 _EMPTY_OPTIMIZER = SimpleNamespace(optim=SimpleNamespace(param_groups=[]), _dtype=torch.float32)
 _STALE_CHUNK = SimpleNamespace(
     is_gathered=False, optim_sync_flag=False, _Chunk__paired_shard_move=lambda **_: None
@@ -233,6 +249,12 @@ CPU_PATCHES = (
         "shardformer/modeling/gpt2.py:258",
         let_gpt2_name_the_cpu,
         mentions(gpt2, "torch.cuda.set_device(hidden_states.device)"),
+    ),
+    Patch(
+        "gpt2 weights",
+        "shardformer/layer/qkv_fused_linear.py:125",
+        gather_fused_weights_where_they_are,
+        mentions(qkv_fused_linear.gather_fused_qkv_in_gpt2_style, "qkv.cuda()"),
     ),
     # These three are torch's: newer versions lack nothing and the functions then do nothing.
     Patch(

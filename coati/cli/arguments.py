@@ -290,6 +290,11 @@ def add_lora_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="JSON with r, lora_alpha, dropouts, initialization and target_modules; the flags "
         "above override it",
     )
+    add_switch(
+        group,
+        "--lora_experts",
+        help="adapt the experts of a mixture-of-experts model too (linear_lora_dropout 0)",
+    )
     add_switch(group, "--merge_lora_weights", help="merge the adapters into the final model")
     return group
 

@@ -128,7 +128,7 @@ def check_lora(args: Namespace) -> None:
         )
     if args.lora_rank:
         return
-    for flag in ("lora_alpha", "lora_train_bias", "merge_lora_weights"):
+    for flag in ("lora_alpha", "lora_train_bias", "lora_experts", "merge_lora_weights"):
         if getattr(args, flag):
             raise ValueError(
                 f"--{flag} does nothing without LoRA: set --lora_rank (20 to 64) or --lora_config"

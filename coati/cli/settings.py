@@ -62,6 +62,7 @@ class LoraSettings:
     lora_alpha: float | None = None
     lora_train_bias: str | None = None
     lora_config: str | None = None
+    lora_experts: bool = False
     merge_lora_weights: bool = False
     shared_base: bool = False
 

@@ -67,6 +67,7 @@ _NO_PACKS = {
 # transformers 5: what the one policy or a plugin cannot do with a family, and why.
 GEMINI = "gemini"
 PACKING = "--packing"
+LORA_TP = "--tp with LoRA"
 _OWN_ATTENTION = "its attention is code of its own, in which heads cannot be exchanged for tokens"
 _STATES = "layers that keep a state of all tokens before would see a part of the tokens"
 _ALTUP = "its layers pass on several states for each token (AltUp)"
@@ -84,6 +85,7 @@ CANNOT: dict[str, dict[str, str]] = {
     "gemma3n_text": {
         **dict.fromkeys((PP, SPLIT_GATHER, RING, ALL_TO_ALL), _ALTUP),
         PACKING: "the padding of a pack turns into NaN in its layers",
+        LORA_TP: "some of its adapters take no part in the loss",
     },
     **{name: {GEMINI: _EXPERTS} for name in ("gpt_oss", "deepseek_v4")},
     "llama4_text": {
@@ -164,6 +166,11 @@ def _check_plans(config: Any, options: ParallelOptions) -> None:
         raise ValueError(
             f"--packing is not possible with {family} models: {reasons[PACKING]}; drop --packing: "
             "rows of like length are batched together anyway"
+        )
+    if LORA_TP in reasons and options.lora and options.tp > 1:
+        raise ValueError(
+            f"--tp with LoRA is not possible with {family} models: {reasons[LORA_TP]}; use "
+            "--plugin zero2"
         )
     for flag in sorted(_asked(options) - {_PACKS_PP, _PACKS_GEMINI_TP} - can):
         name = flag if flag.startswith("--") else f"--sp_mode {flag}"

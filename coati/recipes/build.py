@@ -167,6 +167,7 @@ def lora_config(lora: LoraSettings) -> LoraConfig:
         "r": lora.lora_rank,
         "lora_alpha": lora.lora_alpha,
         "lora_train_bias": lora.lora_train_bias,
+        "lora_experts": lora.lora_experts or None,
     }
     return replace(config, **{name: value for name, value in flags.items() if value is not None})
 

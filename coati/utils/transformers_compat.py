@@ -21,6 +21,21 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def names_of_experts(model: Any) -> tuple[str, ...]:
+    """Names of linear layers that peft takes for a layer's experts, which transformers 5 joins to
+    one parameter: it would adapt that parameter instead of any layer so named."""
+    if transformers_major() < 5:
+        return ()
+    from peft.utils import transformers_weight_conversion as conversion
+
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if conversion.get_checkpoint_conversion_mapping(family) is None:
+        return ()
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family)
+    fused = conversion._MOE_FUSED_TARGETS.get(pattern)
+    return tuple(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern) or ()) if fused else ()
+
+
 def masks_packs_itself() -> bool:
     """Whether models make the masks of packed rows from ``position_ids``."""
     return transformers_major() >= 5

@@ -9,15 +9,36 @@ import torch
 from coati.models.block_mask import block_diagonal_mask, holds_for, sliding_window, with_block_mask
 from coati.models.head import Head, scatter_token_logprobs
 from coati.models.padding_free import PaddingFree
-from tests.models_table import FAMILIES, tiny_model
+from coati.utils.transformers_compat import transformers_major
+from tests.models_table.families import FAMILIES, known, tiny_model
 from tests.parallel.packing_cases import one_by_one, packed, rows_of
 from tests.tiny import tiny_llama
 
-BY_TYPE = {family.type: family for family in FAMILIES if family.config and not family.remote}
-APART = set(BY_TYPE) - {
-    "gpt2",
-    "bloom",
-}  # these make masks, and BLOOM its positions, from the padding
+BY_TYPE = {family.type: family for family in FAMILIES if known(family) and not family.remote}
+# These make masks, and BLOOM its positions, from the padding; under transformers 5 also those with
+# layers that keep a state of all tokens before.
+APART = set(BY_TYPE) - (
+    {
+        "bamba",
+        "bloom",
+        "falcon",
+        "falcon_h1",
+        "gpt_oss",
+        "granitemoehybrid",
+        "lfm2",
+        "lfm2_moe",
+        "llama4_text",
+        "nemotron_h",
+        "opt",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+    }
+    if transformers_major() >= 5
+    else {"gpt2", "bloom"}
+)
+# Refused by name (families.py): its padding becomes NaN, and a probe has none.
+REFUSED = {"gemma3n_text"}
 
 
 def test_the_mask_by_hand():
@@ -100,7 +121,7 @@ def test_changing_one_row_changes_no_other(route, place):
 def test_every_family_keeps_rows_apart_or_is_refused(family):
     model = tiny_model(BY_TYPE[family]).eval()
     assert holds_for(model) == (family in APART)
-    if not holds_for(model):
+    if not holds_for(model) or family in REFUSED:
         return
     with torch.no_grad():
         logps = flat(model, packed(rows_of(1)), None)

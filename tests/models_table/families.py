@@ -305,6 +305,11 @@ FAMILIES = (
     Family("Baichuan2", "baichuan", None, remote=True),
     Family("MiniCPM", "minicpm", None, remote=True),
 )
+# What the pinned set is tried with.
+PINNED = frozenset(
+    "llama mistral mixtral qwen2 qwen3 gpt2 gptj gpt_neox opt bloom falcon phi phi3 gemma gemma2 glm "
+    "deepseek_v3 chatglm".split()
+)
 BY_TYPE = {family.type: family for family in FAMILIES}
 
 
@@ -312,8 +317,10 @@ def known(family: Family) -> bool:
     """Whether the installed transformers has the family (or ColossalAI, for ChatGLM)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    if transformers_major() < 5:
+        return family.type in PINNED
     if family.type == "chatglm":  # ColossalAI's copy of its code is for transformers 4
-        return transformers_major() < 5
+        return False
     return family.config is not None and family.type in CONFIG_MAPPING_NAMES
 
 
@@ -322,9 +329,14 @@ def tiny_config(family: Family, **changes: Any):
     from transformers import AutoConfig
 
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return AutoConfig.for_model(
-        family.type, **({"vocab_size": VOCABULARY} | tokens | family.config | changes)
-    )
+    values = {"vocab_size": VOCABULARY} | tokens | family.config
+    if transformers_major() < 5:  # whose packs do not keep to a window; recipes refuse them
+        values.pop("layer_types", None)
+        if values.get("sliding_window") == WINDOW:
+            values.pop("sliding_window")
+            if family.type != "gemma2":
+                values["sliding_window"] = None
+    return AutoConfig.for_model(family.type, **(values | changes))
 
 
 def tiny_model(family: Family, **changes: Any) -> torch.nn.Module:

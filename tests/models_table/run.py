@@ -15,7 +15,7 @@ import torch
 from tests.distributed.spawn import WorkerFailed
 from tests.distributed.spawn import run as spawn
 from tests.models_table import cells
-from tests.models_table.cells import BY_TITLE, Column
+from tests.models_table.cells import BY_TITLE
 from tests.models_table.families import BY_TYPE, Family
 
 YES = "yes"
@@ -147,8 +147,8 @@ def judge(key: Key, found: dict[Key, tuple[str, Any]]) -> tuple[str, Any]:
     return YES, ""
 
 
-def possible(family: Family, column: Column) -> bool:
-    """Whether the cell can be tried here at all."""
+def possible(family: Family) -> bool:
+    """Whether the family can be tried here at all."""
     from tests.models_table.families import known
 
     return family.config is not None and known(family)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from coati.parallel.objective import Objective
-from tests.models_table import FAMILIES, tiny_model
+from tests.models_table.families import BY_TYPE, tiny_model
 
 STEPS, PACKS, LR, CLIP = 3, 4, 5e-3, 0.5
 # Of each step: the rows of each pack, by length; all packs of a step are not equally full.
@@ -89,7 +89,7 @@ def _train(
     from coati.parallel.boost import boost
     from coati.parallel.plugins import ParallelOptions
 
-    model = tiny_model(next(row for row in FAMILIES if row.type == family))
+    model = tiny_model(BY_TYPE[family])
     values = ParallelOptions(grad_clip=CLIP, **options, **more)
     engine = boost(model, values, lr=LR, total_steps=10, warmup_steps=0)
     if masked:

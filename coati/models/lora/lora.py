@@ -7,6 +7,7 @@ is loaded.
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
+from coati.utils.transformers_compat import names_of_experts
 
 logger = get_logger(__name__)
 
@@ -34,7 +36,8 @@ class LoraConfig:
 
     ``lora_train_bias``: "none" keeps existing biases frozen, "all" trains every existing bias,
     "lora" those of adapted layers; no bias is ever added. ``target_modules``: names or endings of
-    names ("q_proj", "mlp.up_proj"); None means every linear layer but the head.
+    names ("q_proj", "mlp.up_proj"); None means every linear layer but the head. ``lora_experts``:
+    adapt the experts of a mixture too, which are no linear layers under transformers 5.
     """
 
     r: int = 0
@@ -44,6 +47,7 @@ class LoraConfig:
     lora_train_bias: str = "none"
     lora_initialization_method: str = "kaiming_uniform"
     target_modules: list[str] | None = None
+    lora_experts: bool = False
 
     def __post_init__(self) -> None:
         _one_of("lora_train_bias", self.lora_train_bias, BIAS_MODES)
@@ -110,7 +114,8 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
     }
     if wanted is None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return [n for n, m in layers.items() if m is not head and not isinstance(m, nn.Embedding)]
+        names = [n for n, m in layers.items() if m is not head and not isinstance(m, nn.Embedding)]
+        return _without_experts(model, _without_mamba(model, names))
     found = {
         target: [n for n in layers if n == target or n.endswith(f".{target}")] for target in wanted
     }
@@ -123,6 +128,40 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
             f"{type(model).__name__}; nearest: {nearest}; there are: {', '.join(there)}"
         )
     return list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _without_mamba(model: "nn.Module", names: list[str]) -> list[str]:
+    """``names`` without the output projections of Mamba blocks, whose fused kernels read the weight
+    past an adapter."""
+    return [
+        name
+        for name in names
+        if not (
+            name.endswith(".out_proj")
+            and hasattr(model.get_submodule(name.rpartition(".")[0]), "A_log")
+        )
+    ]
+
+
+def _without_experts(model: "nn.Module", names: list[str]) -> list[str]:
+    taken = names_of_experts(model)
+    left_out = [name for name in names if name.rsplit(".", 1)[-1] in taken]
+    if left_out:
+        kinds = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in left_out}))
+        logger.warning_once(
+            f"LoRA: {kinds} are not adapted, since peft takes layers so named for the experts of "
+            "the mixture"
+        )
+    return [name for name in names if name not in left_out]
+
+
+def expert_parameters(model: "nn.Module") -> list[str]:
+    """Full names of the parameters (experts, ..., ...) that hold the experts of a mixture."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and name.rsplit(".", 2)[-2] == "experts"
+    ]
 
 
 def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftModel":
@@ -179,9 +218,30 @@ def _peft_config(model: "nn.Module", config: LoraConfig):
         target_modules=names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
+    experts = expert_parameters(model)
+    if config.lora_experts:
+        _check_experts(model, experts, config)
+        options["target_parameters"] = experts
+    elif experts:
+        logger.warning_once(
+            "LoRA: the experts of this mixture are not adapted; --lora_experts adapts them too"
+        )
     settings = peft.LoraConfig(**options)
     settings._register_custom_module(custom)
     return settings
+
+
+def _check_experts(model: "nn.Module", experts: list[str], config: LoraConfig) -> None:
+    if not experts:
+        raise ValueError(
+            f"lora_experts: {type(model).__name__} has no experts that are parameters of their "
+            "own; drop --lora_experts"
+        )
+    if config.linear_lora_dropout:
+        raise ValueError(
+            "lora_experts: peft applies no dropout before experts; set linear_lora_dropout 0 in "
+            "--lora_config"
+        )
 
 
 def _check_pissa(modules: dict[str, "nn.Module"], rank: int) -> None:

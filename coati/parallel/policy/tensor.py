@@ -50,6 +50,11 @@ def split(policy, described: dict) -> None:
             continue
         if style == HEAD_NORM:
             sum_gradients(module.parameters(), group)
+        elif style == "moe_tp_experts" and isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                "--tp with LoRA: adapters of experts cannot be split; drop --lora_experts, or use "
+                "--plugin zero2"
+            )
         elif style == "moe_tp_experts":
             split_experts(module, name, styles, group)
         elif style == "mla_kv_a_proj":
@@ -98,7 +103,7 @@ def _conv1d(module: nn.Module, style: str) -> tuple[Any, dict[str, Any]]:
     """The layer and keywords for GPT-2's transposed linear layers."""
     if style == "rowwise":
         return GPT2FusedLinearConv1D_Row, {}
-    out = module.weight.shape[1]
+    out = module.nf  # of a layer on another stage the weight is gone
     sizes = [out // 3] * 3 if style == "fused_colwise" else [out]
     return GPT2FusedLinearConv1D_Col, {"split_sizes": sizes}
 

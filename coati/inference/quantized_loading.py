@@ -11,6 +11,7 @@ import torch
 
 from coati.models.loading import DTYPES, read_config
 from coati.models.quantization_registry import QUANTS
+from coati.utils.transformers_compat import skip_pattern
 
 # The package that transformers needs to load a directory of each quant_method.
 PACKAGES = {
@@ -89,7 +90,7 @@ def default_skip_modules(directory: str | os.PathLike) -> list[str]:
     keys = ["k_proj"] if (config.get("num_key_value_heads") or heads) < heads else []
     last = range(layers - layers // 15, layers)
     mlps = [
-        f"{layer}.{n}.{part}"
+        skip_pattern(f"{layer}.{n}.{part}")
         for n in last
         for layer in ("layers", "h")
         for part in ("mlp", "fc1", "fc2")

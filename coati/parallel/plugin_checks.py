@@ -182,8 +182,8 @@ def _hybrid_rules(options: ParallelOptions) -> list[Rule]:
     return [
         (
             options.lora and options.model_parallel_size > 1 and not _splits_lora(options),
-            "--plugin 3d trains LoRA adapters only with --tp (under transformers 5), without --pp "
-            "and --sp; use --plugin zero2, or drop --lora_rank/--lora_config",
+            f"--plugin 3d trains LoRA adapters only with {_LORA_WITH}; use --plugin zero2, or drop "
+            "--lora_rank/--lora_config",
         ),
         (
             bool(stage) and options.precision == "fp32",
@@ -203,6 +203,9 @@ def _hybrid_rules(options: ParallelOptions) -> list[Rule]:
         *_pipeline_rules(options),
         *_sequence_rules(options),
     ]
+
+
+_LORA_WITH = "--pp 1 --sp 1" if transformers_major() >= 5 else "--tp 1 --pp 1 --sp 1"
 
 
 def _splits_lora(options: ParallelOptions) -> bool:

@@ -221,7 +221,7 @@ PLUGINS: dict[str, Plugin] = {
         precisions=PRECISIONS,
         best_for="models from 20B or PPO (tp), many layers on several hosts (pp), sequences from "
         "50K tokens (sp)",
-        cannot="train LoRA adapters with tp, pp or sp; combine zero_stage 1-2 with fp32; "
+        cannot="train LoRA adapters with pp or sp; combine zero_stage 1-2 with fp32; "
         "zero_stage 2 with pp",
         generation="without pipeline and sequence parallelism",
         packing="without sequence parallelism",

@@ -6,6 +6,7 @@ difference. :data:`DIFFERENCES` says of each what to look at, so that a test can
 release that is supported needs it any more.
 """
 
+import re
 from typing import Any
 
 
@@ -39,6 +40,12 @@ def names_of_experts(model: Any) -> tuple[str, ...]:
 def masks_packs_itself() -> bool:
     """Whether models make the masks of packed rows from ``position_ids``."""
     return transformers_major() >= 5
+
+
+def skip_pattern(part: str) -> str:
+    """What names the modules below ``part`` of a name for quantization to leave alone: any part of
+    a name in transformers 4, a regular expression from its beginning on in 5."""
+    return f".*{re.escape(part)}" if transformers_major() >= 5 else part
 
 
 def keeps_states(config: Any) -> bool:

@@ -32,17 +32,20 @@ class Column:
 
     @property
     def tolerance(self) -> float:
-        """Of losses and gradient norms, relative to one process in fp32."""
+        """Of losses and gradient norms, relative to one process in the same precision."""
         return 1e-5 if self.options.get("precision", "fp32") == "fp32" else 2e-2
 
     @property
     def reference(self) -> str:
         """Title of the column of one process that this one is compared with."""
+        if self.options.get("precision") == "bf16":
+            return ALONE_BF16.title
         return ALONE_LORA.title if self.lora else ALONE.title
 
 
 ALONE = Column("one process", {"plugin": "ddp"}, processes=1)
 ALONE_LORA = Column("one process with LoRA", {"plugin": "ddp"}, lora=True, processes=1)
+ALONE_BF16 = Column("one process in bf16", {"plugin": "zero2"} | _BF16, processes=1)
 COLUMNS = (
     Column("ddp", {"plugin": "ddp"}),
     Column("zero2", {"plugin": "zero2"}),
@@ -68,7 +71,7 @@ COLUMNS = (
     Column("saving", {"plugin": "3d", "tp": 2}, trial="save"),
     Column("packing", {"plugin": "ddp", "packing": True}, trial="pack", processes=1),
 )
-BY_TITLE = {column.title: column for column in (ALONE, ALONE_LORA, *COLUMNS)}
+BY_TITLE = {column.title: column for column in (ALONE, ALONE_LORA, ALONE_BF16, *COLUMNS)}
 
 
 class _CrossEntropy(Objective):

@@ -307,8 +307,8 @@ FAMILIES = (
 )
 # What the pinned set is tried with.
 PINNED = frozenset(
-    "llama mistral mixtral qwen2 qwen3 gpt2 gptj gpt_neox opt bloom falcon phi phi3 gemma gemma2 glm "
-    "deepseek_v3 chatglm".split()
+    "llama mistral mixtral qwen2 qwen3 gpt2 gptj gpt_neox opt bloom falcon phi phi3 gemma gemma2 "
+    "glm deepseek_v3 chatglm".split()
 )
 BY_TYPE = {family.type: family for family in FAMILIES}
 

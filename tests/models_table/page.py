@@ -22,7 +22,8 @@ Written by `make models-table`, which tries every cell with a tiny random model 
 caps bite, sinks are not zero and tokens go to several experts.
 
 - "yes" under a plugin: two training steps, with padding and clipping, had the losses and gradient
-  norms of a single process (to 1e-5 in fp32, to 2e-2 in bf16, which Gemini needs). The columns
+  norms of a single process in the same precision (to 1e-5 in fp32, to 2e-2 in bf16, which Gemini
+  needs). The columns
   split_gather, ring and all_to_all are the modes of sequence parallelism.
 - "yes" under sampling: greedy responses to prompts of several lengths in one batch, some of which
   end early, are those of transformers' `generate` for each prompt alone.

@@ -104,13 +104,13 @@ def _train(
     return results
 
 
-def refusal(family: str) -> str:
+def refusal(family: str, options: dict[str, Any] | None = None) -> str:
     """In a worker: what boosting ``family`` for packs says."""
     from coati.parallel.launch import launch
 
     launch(seed=0, timeout_s=60)
     try:
-        _train(family, {"plugin": "zero2"}, packed, packing=True)
+        _train(family, options or {"plugin": "zero2"}, packed, packing=True)
     except ValueError as error:
         return str(error)
     return ""

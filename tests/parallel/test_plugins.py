@@ -5,8 +5,10 @@ import pytest
 
 from coati.parallel.plugin_checks import check_options, resolve_options
 from coati.parallel.plugins import PLUGINS, ParallelOptions
+from coati.utils.transformers_compat import transformers_major
 
 FLAGS = {"precision": "bf16"}
+LORA_WITH = "--pp 1 --sp 1" if transformers_major() >= 5 else "--tp 1 --pp 1 --sp 1"
 
 # (plugin, options, what is refused, what to use instead)
 REFUSED = [
@@ -37,17 +39,14 @@ REFUSED = [
     ("gemini", {"pp": 2}, "--pp 2 needs --plugin 3d", "3d"),
     ("ddp", {"zero_stage": 3}, "--zero_stage 3 belongs to --plugin 3d", "fixes its own stage"),
     ("zero2", {"zero_stage": 1}, "--zero_stage 1 belongs to --plugin 3d", "fixes its own stage"),
-    (
-        "3d",
-        {"tp": 2, "lora": True},
-        "--plugin 3d trains LoRA adapters only with --tp 1",
-        "--plugin zero2",
-    ),
-    (
-        "3d",
-        {"pp": 2, "lora": True},
-        "--plugin 3d trains LoRA adapters only with --tp 1",
-        "--plugin zero2",
+    *(
+        (
+            "3d",
+            {flag: 2, "lora": True},
+            f"--plugin 3d trains LoRA adapters only with {LORA_WITH}",
+            "--plugin zero2",
+        )
+        for flag in (("pp",) if transformers_major() >= 5 else ("tp", "pp"))
     ),
     (
         "3d",

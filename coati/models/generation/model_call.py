@@ -39,7 +39,8 @@ def cache_for(model: nn.Module, rows: int, columns: int) -> RowCache | LayerCach
             f"{type(inner).__name__} keeps its states in a cache class of its own ({own[0]}), "
             "which the sampling loop does not know; it can be trained, but not sampled from here"
         )
-    if keeps_states(inner.config):
+    config = getattr(inner, "config", None)
+    if hasattr(config, "get_text_config") and keeps_states(config):
         return LayerCache(inner.config)
     if getattr(inner, "_supports_cache_class", True):
         return RowCache(rows, columns)

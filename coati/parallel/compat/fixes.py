@@ -4,6 +4,7 @@
 
 import math
 from functools import wraps
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
@@ -250,8 +251,6 @@ def infer_before_the_first_step() -> None:
 def split_by_transformers_plans() -> None:
     """shardformer/policies/*.py: the policies copy the forward passes of transformers 4.51 and fail
     with 5, or take the first row of a layer's output for the whole."""
-    if transformers_major() < 5:
-        return
     from colossalai.shardformer.shard import sharder
 
     from coati.parallel.policy.transformers_policy import TransformersPolicy
@@ -259,13 +258,7 @@ def split_by_transformers_plans() -> None:
     sharder.get_autopolicy = lambda model: TransformersPolicy()
 
 
-FIXES = (
-    Patch(
-        "policies of transformers 5",
-        "shardformer/shard/sharder.py:33",
-        split_by_transformers_plans,
-        lambda: transformers_major() >= 5,
-    ),
+FIXES: tuple[Patch, ...] = (
     Patch(
         "ring gather",
         "shardformer/layer/_operation.py:470",
@@ -321,6 +314,18 @@ FIXES = (
         raises(AttributeError, call=lambda: p2p._check_for_nccl_hccl_backend(_GLOO)),
     ),
 )
+
+if transformers_major() >= 5:
+    FIXES += (
+        Patch(
+            "policies of transformers 5",
+            "shardformer/shard/sharder.py:33",
+            split_by_transformers_plans,
+            raises(
+                ImportError, call=lambda: import_module("colossalai.shardformer.modeling.llama")
+            ),
+        ),
+    )
 
 
 def apply() -> list[str]:

@@ -187,7 +187,7 @@ def load_text_part(path: str | os.PathLike, config: Any, options: dict[str, Any]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = text_config(config)
-    text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     named = (getattr(config, "architectures", None) or [""])[0]
     whole_class = getattr(transformers, named, None)
     if text_class is None or whole_class is None:

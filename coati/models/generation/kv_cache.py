@@ -1,6 +1,6 @@
 """Key-value caches of the decoder: written in place, compacted when rows leave."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,7 +158,8 @@ class LayerCache(DynamicCache):
     def join(self, other: "LayerCache") -> None:
         """The rows of ``other`` below these; keys and values of fewer columns are padded on the
         left."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        pairs: Iterable[tuple[Any, Any]] = zip(self.layers, other.layers, strict=True)
+        for mine, theirs in pairs:
             for states in _STATES:
                 held = getattr(mine, states, {})
                 for index, tensor in held.items():

@@ -22,7 +22,7 @@ def moments(reward: Tensor, length: Tensor, mask: Tensor | None = None) -> Metri
     length = length.float()
     if mask is not None:  # masked rows may be NaN
         reward = reward.masked_fill(~mask, 0.0)
-    found = {
+    found: dict[str, Any] = {
         "_x": reward,
         "_y": length,
         "_xx": reward**2,

@@ -18,7 +18,18 @@ def describe_tokenizer(tokenizer, name: str, fingerprint: str) -> dict[str, Any]
         "path": name or getattr(tokenizer, "name_or_path", ""),
         "vocab_size": len(tokenizer),
         "fingerprint": fingerprint,
+        "probe": probe_tokens(tokenizer),
     }
+
+
+# Words, numbers, white space, scripts and marks that tokenizers have treated differently.
+PROBE = "Probe 12 345,6\n\tcafé 你好 can't  👩\u200d👧 …\r\n"
+
+
+def probe_tokens(tokenizer) -> list[int]:
+    """Ids of a short text, by which prepared rows know the tokenizer again under another release
+    of its library."""
+    return tokenizer.encode(PROBE, add_special_tokens=False)
 
 
 def describe_template(template: Conversation) -> dict[str, Any]:

@@ -361,11 +361,31 @@ def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueErro
         )
     if isinstance(error, json.JSONDecodeError):
         return ValueError(f"{path}: a configuration file is not valid JSON ({error})")
+    if unknown := _unknown_family(path, str(error)):
+        return ValueError(unknown)
     if damaged := _damaged_weights(Path(path)):
         return ValueError(
             f"{damaged}: not readable as weights, truncated or damaged ({text}); copy it again"
         )
     return ValueError(f"{path}: the {kind} could not be loaded ({text})")
+
+
+def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
+    """What to do about a configuration of a family that the installed transformers lacks."""
+    from importlib.metadata import version
+
+    config = read_config(path)
+    family = config.get("model_type")
+    if not family or ("does not recognize" not in said and f"'{family}'" != said.strip()):
+        return None
+    wanted = config.get("transformers_version")
+    newer = f"'transformers>={wanted.split('.dev')[0]}'" if wanted else "transformers"
+    saved = f", which was saved with transformers {wanted}" if wanted else ""
+    return (
+        f"{Path(path) / 'config.json'}: transformers {version('transformers')} does not know the "
+        f"model family {family!r}{saved}; run: pip install -U {newer} (the default set of this "
+        "library has 5.20, the pinned set 4.51)"
+    )
 
 
 def _damaged_weights(directory: Path) -> Path | None:

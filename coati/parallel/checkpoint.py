@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from coati.models.lora.lora import expert_parameters
 from coati.parallel.atomic_dirs import file_sizes, make_folder, write_directory, write_file
 from coati.parallel.engine import Engine
 from coati.parallel.optimizer_state import load_rank_state, rank_state
@@ -23,6 +24,7 @@ from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
 from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
+from coati.utils.packages import releases
 
 logger = get_logger(__name__)
 
@@ -35,7 +37,7 @@ Models = dict[str, tuple[Engine, ModelAssets]]
 @dataclass
 class RunningState:
     """The position of a run: ``step`` optimizer steps done in total, and ``sample_start_index``
-    rows done in epoch ``epoch``."""
+    rows done in epoch ``epoch``. ``packages``: the releases that it was saved with."""
 
     epoch: int = 0
     step: int = 0
@@ -44,6 +46,7 @@ class RunningState:
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
 
 
 def layout_of(engine: Engine) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def _save(
 ) -> Path:
     final = Path(save_dir) / f"epoch-{state.epoch}_step-{state.step}"
     state.layout = layout_of(next(iter(models.values()))[0])
+    state.packages = releases()
 
     def write(folder: Path) -> None:
         for name, (engine, assets) in models.items():
@@ -184,6 +188,7 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
     """
     folder, now = Path(folder), layout_of(engine)
     changed = {k: (state.layout.get(k), v) for k, v in now.items() if state.layout.get(k) != v}
+    changed |= _other_set(state, engine)
     schedule = folder / "lr_scheduler"
     if schedule.exists():
         engine.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
@@ -207,6 +212,28 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
         )
     load_rank_state(engine, torch.load(mine, weights_only=True, map_location="cpu"))
     return True
+
+
+def _other_set(state: RunningState, engine: Engine) -> dict[str, tuple[str, str]]:
+    """Says once that a checkpoint was saved with other releases. Returns what makes its optimizer
+    state another one: transformers 4 and 5 hold experts, and split layers over processes, each in
+    their own way."""
+    now = releases()
+    # Checkpoints that do not say are of the time before transformers 5.
+    then = state.packages or {"transformers": "4.51.3"}
+    others = {name: (old, now.get(name, "none")) for name, old in then.items()}
+    others = {name: pair for name, pair in others.items() if pair[0] != pair[1]}
+    if others:
+        what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in others.items())
+        logger.warning_once(
+            f"the checkpoint was saved with other releases ({what}); going on with it is exact up "
+            "to the rounding of their arithmetic"
+        )
+    majors = {release.split(".")[0] for release in others.get("transformers", ())}
+    split = engine.options.model_parallel_size > 1
+    if len(majors) > 1 and (split or expert_parameters(engine.module)):
+        return {"transformers": others["transformers"]}
+    return {}
 
 
 def checkpoints(save_dir: str | Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from coati.cli.settings import TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
+from coati.dataset.metadata import probe_tokens
 from coati.models.tokenizer import load_tokenizer
 from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
@@ -123,4 +124,21 @@ def _check_same_vocabulary(tokenizer: Any, prepared: Mapping[str, Any]) -> None:
             f"--dataset was prepared with the tokenizer {made_with['path']} of "
             f"{made_with['vocab_size']} tokens, --tokenizer_dir has {len(tokenizer)}; prepare the "
             "data with this model's tokenizer"
+        )
+    before = made_with.get("probe")  # rows of earlier releases do not say
+    now = probe_tokens(tokenizer)
+    if before is not None and before != now:
+        place = next(
+            (i for i, (old, new) in enumerate(zip(before, now, strict=False)) if old != new),
+            min(len(before), len(now)),
+        )
+        shown = [
+            tokenizer.convert_ids_to_tokens(ids[place]) if place < len(ids) else "nothing"
+            for ids in (before, now)
+        ]
+        raise ValueError(
+            f"--dataset was prepared with the tokenizer {made_with['path']}, which split a text of "
+            f"{len(before)} tokens otherwise: token {place} is {shown[0]!r} there and {shown[1]!r} "
+            "with --tokenizer_dir; prepare the data again with this model's tokenizer and the "
+            "installed releases"
         )

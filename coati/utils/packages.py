@@ -28,6 +28,12 @@ def check_packages() -> None:
         )
 
 
+def releases() -> dict[str, str]:
+    """The installed releases that a run depends on: torch, transformers, peft."""
+    found = {name: _release(name) for name in ("torch", "transformers", "peft")}
+    return {name: release for name, release in found.items() if release}
+
+
 def _release(name: str) -> str | None:
     try:
         return version(name)

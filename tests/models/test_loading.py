@@ -209,3 +209,20 @@ def test_a_model_is_found_where_training_writes_it(tmp_path):
     (tmp_path / "run" / "epoch-0_step-20").mkdir()
     with pytest.raises(ValueError, match="but checkpoints.*epoch-0_step-20"):
         find_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "saved_with, command",
+    [
+        ("9.1.0.dev0", "pip install -U 'transformers>=9.1.0'"),
+        (None, "pip install -U transformers"),
+    ],
+)
+def test_a_family_newer_than_transformers_is_named_with_the_command(tmp_path, saved_with, command):
+    config = {"model_type": "llama99", "architectures": ["Llama99ForCausalLM"]}
+    config |= {"transformers_version": saved_with} if saved_with else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="does not know the model family 'llama99'") as error:
+        load_causal_lm(tmp_path)
+    assert command in str(error.value) and "config.json" in str(error.value)

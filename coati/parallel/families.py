@@ -127,6 +127,8 @@ def _cannot(config: Any) -> dict[str, str]:
         found[ALL_TO_ALL] = _STATES
     if getattr(text, "num_kv_shared_layers", 0):
         found[PP] = _SHARED
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        found.setdefault(PP, "its layers are given embeddings of their own, which need the tokens")
     if text.model_type == "falcon" and getattr(text, "alibi", False):
         found[TP] = "its position biases (alibi) are made for all heads at once"
     if text.model_type == "falcon" and getattr(text, "multi_query", False):

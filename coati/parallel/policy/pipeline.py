@@ -38,14 +38,26 @@ def held_layers(policy) -> list[nn.Module]:
     manager = policy.pipeline_stage_manager
     stack = Stack(policy.base)
     start, end = _range(policy, stack)
-    ends = [stack.layers, *stack.before, *stack.after]
+    ends = [stack.layers, *stack.before, *stack.after, *stack.positions]
+    # Rotary embeddings and the like, which every stage computes for itself.
     held = [child for child in stack.owner.children() if not any(child is end for end in ends)]
+    _check_without_weights(held)
     held += stack.layers[start:end]
     if manager.is_first_stage():
-        held += stack.before
+        held += [*stack.before, *stack.positions]
     if manager.is_last_stage():
         held += [*stack.after, policy.inner.get_output_embeddings()]
     return held
+
+
+def _check_without_weights(everywhere: list[nn.Module]) -> None:
+    """Weights on every stage would be trained on one and saved by another."""
+    for module in everywhere:
+        if any(True for _ in module.parameters()):
+            raise ValueError(
+                f"--pp: {type(module).__name__} has weights and no place in the pipeline plan; use "
+                "--tp or --plugin zero2"
+            )
 
 
 def shared_params(policy) -> list[dict[int, Tensor]]:
@@ -82,7 +94,13 @@ def become_a_stage(policy, described: dict) -> None:
     whole = type(policy.inner).forward
 
     def forward(
-        model, input_ids=None, hidden_states=None, attention_mask=None, position_ids=None, **_
+        model,
+        input_ids=None,
+        hidden_states=None,
+        attention_mask=None,
+        position_ids=None,
+        labels=None,
+        **_,
     ):
         first = manager.is_first_stage()
         tokens = {"input_ids": input_ids} if first else {"inputs_embeds": hidden_states}
@@ -90,7 +108,7 @@ def become_a_stage(policy, described: dict) -> None:
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         if manager.is_last_stage():
-            return whole(model, **inputs)
+            return whole(model, **inputs, **({} if labels is None else {"labels": labels}))
         return {"hidden_states": base(**inputs)[0]}
 
     policy.describe(described, policy.inner).method_replacement = {"forward": forward}

@@ -213,7 +213,8 @@ def _split_vocabulary(policy, described: dict) -> None:
             "target_modules, or use --plugin zero2"
         )
     if head is not None and policy.inner is not policy.base:
-        keywords = size | {"gather_output": not policy.shard_config.parallel_output}
+        # The model's own forward expects whole rows of logits, its loss too.
+        keywords = size | {"gather_output": True}
         policy.describe(described, policy.inner).sub_module_replacement.append(
             SubModuleReplacementDescription(
                 _name_of(head, policy.inner), VocabParallelLMHead1D, kwargs=keywords

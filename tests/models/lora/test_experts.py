@@ -10,7 +10,7 @@ from coati.parallel.weights import ModelAssets, save_model
 from tests.distributed.spawn import run
 from tests.models_table.families import BY_TYPE, known, tiny_model
 
-MIXTURES = [name for name in ("qwen3_moe", "glm4_moe") if known(BY_TYPE[name])]
+MIXTURES = [name for name in ("mixtral", "qwen3_moe", "glm4_moe") if known(BY_TYPE[name])]
 
 
 def joined(model) -> bool:

@@ -1,4 +1,4 @@
-"""This checkout beside an earlier one, in the same environment: SFT, DPO, PPO, GRPO, data
+"""This checkout beside an earlier one, or beside itself in another environment: SFT, DPO, PPO, GRPO, data
 preparation and rollouts.
 
 Each checkout has a process of its own for each case; they take their steps in turn, so whatever
@@ -7,6 +7,7 @@ before / seconds now (1.1: ten percent faster), with its 95% interval from order
 
     git worktree add ../before REVISION
     python benchmarks/bench_before.py --before ../before [--pairs 10] [--cases sft dpo] [--output F]
+    python benchmarks/bench_before.py --before . --before_python .venv-pinned/bin/python
 """
 
 import argparse
@@ -82,12 +83,13 @@ def interval_of_median(values: list[float], confidence: float = 0.95) -> tuple[f
     return ordered[max(k - 1, 0)], ordered[n - max(k, 1)]
 
 
-def compare(case: str, before: Path, pairs: int) -> dict:
+def compare(case: str, before: Path, pairs: int, python: str = sys.executable) -> dict:
+    """``python``: the interpreter of the checkout ``before``."""
     steps = WARM_UP + pairs
-    command = commands(case, steps)
+    _, *words = commands(case, steps)
+    sides = {"now": (sys.executable, sft_case.ROOT), "before": (python, before)}
     workers = {
-        name: Worker(name, command, cwd=root)
-        for name, root in (("now", sft_case.ROOT), ("before", before))
+        name: Worker(name, [program, *words], cwd=root) for name, (program, root) in sides.items()
     }
     for index in range(steps):
         for name in workers if index % 2 else reversed(workers):
@@ -112,13 +114,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", type=Path, required=True, help="another checkout")
+    parser.add_argument("--before_python", default=sys.executable, help="its interpreter")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", help="write the figures as JSON")
     args = parser.parse_args()
     results = {}
     for case in args.cases:
-        results[case] = found = compare(case, args.before.resolve(), args.pairs)
+        results[case] = found = compare(
+            case, args.before.resolve(), args.pairs, os.path.abspath(args.before_python)
+        )
         low, high = found["interval"]
         before, now = (median(found["seconds"][name]) for name in ("before", "now"))
         print(

@@ -1,5 +1,5 @@
-"""This checkout beside an earlier one, or beside itself in another environment: SFT, DPO, PPO, GRPO, data
-preparation and rollouts.
+"""This checkout beside an earlier one, or beside itself in another environment: SFT, DPO, PPO,
+GRPO, data preparation and rollouts.
 
 Each checkout has a process of its own for each case; they take their steps in turn, so whatever
 else the machine does slows both. The figure is the median of the ratios of paired steps, seconds

@@ -4,6 +4,7 @@ refused and how."""
 import copy
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,9 @@ def test_wrong_fields_are_named():
 
 def test_a_template_file_that_is_not_json(tmp_path):
     (tmp_path / "t.json").write_text('{"chat_template": "x",\n}')
-    with pytest.raises(ValueError, match="t.json:2"):
+    # Python 3.13 names the comma, earlier ones the brace after it.
+    line = 1 if sys.version_info >= (3, 13) else 2
+    with pytest.raises(ValueError, match=f"t.json:{line}"):
         setup_conversation_template(chatml_tokenizer(), tmp_path / "t.json")
 
 

@@ -81,6 +81,14 @@ def folder_of(**files: str) -> Callable[[Path], Path]:
     return make
 
 
+# Python 3.13 names the comma, earlier ones the brace after it.
+COMMA = (
+    ("Illegal trailing comma", "at column 99")
+    if sys.version_info >= (3, 13)
+    else ("Expecting property name", "at column 100")
+)
+
+
 def row(name: str, *said: str, type: str = "sft", line: int = 1, **more) -> Case:
     """A case whose message stands beside the file and line of the row."""
     return Case(name, ("{at}:" + f"{line}: " + said[0], *said[1:]), type=type, **more)
@@ -100,7 +108,7 @@ NOT_JSON = {
     "Python instead of JSON": row(
         "single_quotes.jsonl", "Expecting property name enclosed in double quotes at column 2"
     ),
-    "a comma too many": row("trailing_comma.jsonl", "Expecting property name", "at column 100"),
+    "a comma too many": row("trailing_comma.jsonl", *COMMA),
     "two objects in a line": row("two_objects_in_a_line.jsonl", "Extra data at column 100"),
     "an object over several lines": row(
         "pretty_printed.json", "the object goes on in the next line", "one array"

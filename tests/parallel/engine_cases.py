@@ -73,7 +73,15 @@ def tiny_bloom(tie: bool, vocab_size: int):
     return BloomForCausalLM(config)
 
 
+def of_the_table(family: str):
+    """The tiny model of docs/models.md, in which windows, sinks and experts matter."""
+    from tests.models_table.families import BY_TYPE, tiny_model
+
+    return lambda tie, vocab_size: tiny_model(BY_TYPE[family], vocab_size=vocab_size)
+
+
 FAMILIES = {
+    **{name: of_the_table(name) for name in ("qwen3", "gemma3_text", "gpt_oss")},
     "llama": lambda tie, vocab_size: tiny_llama(tie=tie, vocab_size=vocab_size),
     "qwen2": tiny_qwen2,
     "opt": tiny_opt,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from coati.utils.transformers_compat import transformers_major
 from tests.distributed.spawn import run
 from tests.parallel.engine_cases import (
     SAVED_AT,
@@ -110,6 +111,19 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
         ),
     ),
 }
+if transformers_major() >= 5:
+    TODAY = {
+        "qwen3": {"family": "qwen3"},
+        "gemma3": {"family": "gemma3_text", "tied": True},
+        "gpt_oss": {"family": "gpt_oss"},
+    }
+    SPLIT = {"tp": {"tp": 2}, "pp": {"pp": 2, "microbatch_size": 2}}
+    GROUPS |= {
+        "3d_tp_today": (2, cases("3d", SPLIT["tp"], TODAY)),
+        "3d_tp_lora": (2, cases("3d", SPLIT["tp"], LORA)),
+        "3d_pp_today": (2, cases("3d", SPLIT["pp"], TODAY)),
+        "3d_tp_pp_today": (4, cases("3d", SPLIT["tp"] | SPLIT["pp"], TODAY)),
+    }
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -138,8 +138,7 @@ def boosted(family: Family, column: Column):
         _move_adapters(model)
     options = ParallelOptions(grad_clip=0.5, batch_size=ROWS, lora=column.lora, **column.options)
     # Adam's first steps are as long for a gradient of rounding errors as for a large one.
-    lr = 1e-4 if column.lora else 1e-3
-    return boost(model, options, lr=lr, total_steps=4, warmup_steps=0)
+    return boost(model, options, lr=1e-4, total_steps=4, warmup_steps=0)
 
 
 def _move_adapters(model: torch.nn.Module) -> None:

@@ -379,13 +379,21 @@ def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
     if not family or ("does not recognize" not in said and f"'{family}'" != said.strip()):
         return None
     wanted = config.get("transformers_version")
-    newer = f"'transformers>={wanted.split('.dev')[0]}'" if wanted else "transformers"
+    installed = version("transformers")
     saved = f", which was saved with transformers {wanted}" if wanted else ""
+    newer = f"'transformers>={wanted.split('.dev')[0]}'" if wanted else "transformers"
+    what = f"run: pip install -U {newer}"
+    if wanted and _numbers(wanted) <= _numbers(installed):
+        what = "it may be code of its own (--trust_remote_code), or a misspelled model_type"
     return (
-        f"{Path(path) / 'config.json'}: transformers {version('transformers')} does not know the "
-        f"model family {family!r}{saved}; run: pip install -U {newer} (the default set of this "
-        "library has 5.20, the pinned set 4.51)"
+        f"{Path(path) / 'config.json'}: transformers {installed} does not know the model family "
+        f"{family!r}{saved}; {what} (the default set of this library has 5.20, the pinned set 4.51)"
     )
+
+
+def _numbers(release: str) -> list[int]:
+    """Major and minor number of a release."""
+    return [int(part) for part in release.split(".")[:2] if part.isdigit()]
 
 
 def _damaged_weights(directory: Path) -> Path | None:

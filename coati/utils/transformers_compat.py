@@ -1,9 +1,6 @@
-"""Differences between transformers 4 and 5, one function each; nothing else asks which is
-installed.
+"""Differences between transformers 4 and 5, one function each.
 
-Each function works by what it is given, not by a version number, where the library shows the
-difference. :data:`DIFFERENCES` says of each what to look at, so that a test can tell when neither
-release that is supported needs it any more.
+tests/utils/test_transformers_compat.py shows what each bridges on the installed release.
 """
 
 import re

@@ -216,6 +216,7 @@ def test_a_model_is_found_where_training_writes_it(tmp_path):
     [
         ("9.1.0.dev0", "pip install -U 'transformers>=9.1.0'"),
         (None, "pip install -U transformers"),
+        ("4.30.0", "code of its own (--trust_remote_code), or a misspelled model_type"),
     ],
 )
 def test_a_family_newer_than_transformers_is_named_with_the_command(tmp_path, saved_with, command):

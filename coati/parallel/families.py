@@ -81,6 +81,7 @@ CANNOT: dict[str, dict[str, str]] = {
         for name in ("falcon_h1", "bamba", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe")
     },
     **{name: {ALL_TO_ALL: _OWN_ATTENTION} for name in ("gptj", "bloom", "falcon")},
+    "doge": {TP: "its mask is made from the values of all heads (dt_proj, A)"},
     "opt": {SPLIT_GATHER: _OWN_LINEAR, RING: _OWN_LINEAR},
     "gemma3n_text": {
         **dict.fromkeys((PP, SPLIT_GATHER, RING, ALL_TO_ALL), _ALTUP),

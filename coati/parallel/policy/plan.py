@@ -85,6 +85,11 @@ MORE: dict[str, Plan] = {
     "qwen2_moe": _experts("layers.*.mlp.experts") | _mlp("layers.*.mlp.shared_expert"),
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
+    # Norms of each head that some checkpoints of the family have (use_qk_norm, qk_layernorm).
+    "glm4_moe": {f"{_SELF}.q_norm": HEAD_NORM, f"{_SELF}.k_norm": HEAD_NORM},
+    "phi": {f"{_SELF}.q_layernorm": HEAD_NORM, f"{_SELF}.k_layernorm": HEAD_NORM},
+    # (heads, head width): each head has weights of its own
+    "cohere": {f"{_SELF}.q_norm.weight": "colwise", f"{_SELF}.k_norm.weight": "colwise"},
     # xIELU's two slopes see the columns of each process
     "apertus": {"layers.*.mlp.act_fn": HEAD_NORM},
 }

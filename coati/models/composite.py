@@ -175,13 +175,10 @@ def _load_whole(model_class: type, path: str | os.PathLike, options: dict[str, A
     return model_class.from_pretrained(path, output_loading_info=True, **options)  # type: ignore
 
 
-def load_text_part(path: str | os.PathLike, config: Any, options: dict[str, Any]):
-    """The language model of the multimodal checkpoint ``path``, and the whole one's loading
-    report.
+def classes_of(path: str | os.PathLike, config: Any) -> tuple[Any, Any]:
+    """The classes of the language model and of the whole model of ``path``.
 
-    The model's ``composite`` says what it was taken from. ``options``: keywords of
-    ``from_pretrained``. Raises ValueError if transformers has no language model of its own for
-    ``config``'s text part.
+    Raises ValueError if transformers lacks one of them.
     """
     import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -197,8 +194,19 @@ def load_text_part(path: str | os.PathLike, config: Any, options: dict[str, Any]
             f"transformers {transformers.__version__} has {missing} for it, so it cannot be "
             "trained on text; use a text model, or a multimodal one whose text part is one"
         )
+    return text_class, whole_class
+
+
+def load_text_part(path: str | os.PathLike, config: Any, options: dict[str, Any]):
+    """The language model of the multimodal checkpoint ``path``, and the whole one's loading
+    report.
+
+    The model's ``composite`` says what it was taken from. ``options``: keywords of
+    ``from_pretrained``. Raises as :func:`classes_of`.
+    """
+    text_class, whole_class = classes_of(path, config)
     whole, report = _load_whole(whole_class, path, options)
-    base, body = _body_of(whole, text.model_type)
+    base, body = _body_of(whole, text_config(config).model_type)
     if hasattr(body, "lm_head"):  # the language model with its head is inside as it is
         model = body
         head = f"{base}.lm_head"

@@ -194,10 +194,7 @@ def load_backbone(
     from transformers import AutoModel, AutoModelForCausalLM
 
     options = _load_options(dtype, attn_implementation, trust_remote_code)
-    if adapter_base(path):
-        model = load_causal_lm(path, dtype=dtype, **options)
-        return model if keep_lm_head else getattr(model, body_name(model))
-    if is_composite_directory(path, trust_remote_code):
+    if adapter_base(path) or is_composite_directory(path, trust_remote_code):
         model = load_causal_lm(path, dtype=dtype, **options)
         return model if keep_lm_head else getattr(model, body_name(model))
     auto_class = AutoModelForCausalLM if keep_lm_head else AutoModel
@@ -275,12 +272,15 @@ def _load(
 ):
     """``heads``: beginnings of names that are left behind on purpose."""
     check_directory(path, "model")
-    from coati.models.composite import is_composite, load_text_part
+    from coati.models.composite import classes_of, is_composite, load_text_part
 
     options = options | {dtype_keyword(): DTYPES[dtype]}
     config = load_configuration(path, options["trust_remote_code"])
+    composite = is_composite(config)
+    if composite:
+        classes_of(path, config)  # refused in its own words, before weights are read
     try:
-        if is_composite(config):
+        if composite:
             model, report = load_text_part(path, config, options)
         else:
             model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)

@@ -215,24 +215,24 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
 
 
 def _other_set(state: RunningState, engine: Engine) -> dict[str, tuple[str, str]]:
-    """Says once that a checkpoint was saved with other releases. Returns what makes its optimizer
-    state another one: transformers 4 and 5 hold experts, and split layers over processes, each in
-    their own way."""
+    """What makes the optimizer state of a checkpoint of other releases another one: transformers 4
+    and 5 hold experts, and split layers over processes, each in their own way. Where nothing does,
+    the releases are logged once."""
     now = releases()
     # Checkpoints that do not say are of the time before transformers 5.
     then = state.packages or {"transformers": "4.51.3"}
     others = {name: (old, now.get(name, "none")) for name, old in then.items()}
     others = {name: pair for name, pair in others.items() if pair[0] != pair[1]}
+    majors = {release.split(".")[0] for release in others.get("transformers", ())}
+    split = engine.options.model_parallel_size > 1
+    if len(majors) > 1 and (split or expert_parameters(engine.module)):
+        return {"transformers": others["transformers"]}
     if others:
         what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in others.items())
         logger.warning_once(
             f"the checkpoint was saved with other releases ({what}); going on with it is exact up "
             "to the rounding of their arithmetic"
         )
-    majors = {release.split(".")[0] for release in others.get("transformers", ())}
-    split = engine.options.model_parallel_size > 1
-    if len(majors) > 1 and (split or expert_parameters(engine.module)):
-        return {"transformers": others["transformers"]}
     return {}
 
 

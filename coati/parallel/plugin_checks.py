@@ -205,12 +205,13 @@ def _hybrid_rules(options: ParallelOptions) -> list[Rule]:
     ]
 
 
-_LORA_WITH = "--pp 1 --sp 1" if transformers_major() >= 5 else "--tp 1 --pp 1 --sp 1"
+_LORA_WITH = "--pp 1 and whole sequences" if transformers_major() >= 5 else "--tp 1 --pp 1 --sp 1"
 
 
 def _splits_lora(options: ParallelOptions) -> bool:
     """Whether the adapters are split as the layers are."""
-    return transformers_major() >= 5 and options.model_parallel_size == options.tp
+    split_otherwise = options.enable_sequence_parallelism or options.pp > 1 or options.sp > 1
+    return transformers_major() >= 5 and not split_otherwise
 
 
 def _pipeline_rules(options: ParallelOptions) -> list[Rule]:

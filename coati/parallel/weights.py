@@ -175,11 +175,10 @@ def _save_weights(
     module: nn.Module,
     composite: Composite | None = None,
 ) -> None:
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
     if getattr(config, "tie_word_embeddings", False):
-        base = module.get_base_model() if hasattr(module, "get_base_model") else module
         for name in getattr(base, "_tied_weights_keys", None) or []:
             tensors.pop(name, None)
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
     if composite is not None:
         tensors = composite.whole_names(tensors)
     elif hasattr(base, "base_model_prefix"):

@@ -8,7 +8,7 @@ from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.utils.transformers_compat import transformers_major
 
 FLAGS = {"precision": "bf16"}
-LORA_WITH = "--pp 1 --sp 1" if transformers_major() >= 5 else "--tp 1 --pp 1 --sp 1"
+LORA_WITH = "--pp 1 and whole sequences" if transformers_major() >= 5 else "--tp 1 --pp 1 --sp 1"
 
 # (plugin, options, what is refused, what to use instead)
 REFUSED = [
@@ -47,6 +47,17 @@ REFUSED = [
             "--plugin zero2",
         )
         for flag in (("pp",) if transformers_major() >= 5 else ("tp", "pp"))
+    ),
+    (
+        "3d",
+        {
+            "tp": 2,
+            "lora": True,
+            "enable_sequence_parallelism": True,
+            "sp_mode": "split_gather",
+        },
+        f"--plugin 3d trains LoRA adapters only with {LORA_WITH}",
+        "--plugin zero2",
     ),
     (
         "3d",

@@ -127,7 +127,14 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
             f"LoRA target_modules {missing} match no linear or embedding layer of "
             f"{type(model).__name__}; nearest: {nearest}; there are: {', '.join(there)}"
         )
-    return list(dict.fromkeys(name for names in found.values() for name in names))
+    names = list(dict.fromkeys(name for names in found.values() for name in names))
+    if taken := [name for name in names if name.rsplit(".", 1)[-1] in names_of_experts(model)]:
+        raise ValueError(
+            f"LoRA target_modules: {taken[0]} is named as an expert of {type(model).__name__}, and "
+            "peft would adapt the experts in its place; leave it out, and use --lora_experts if "
+            "the experts are meant"
+        )
+    return names
 
 
 def _without_mamba(model: "nn.Module", names: list[str]) -> list[str]:

@@ -39,6 +39,8 @@ def split(policy) -> None:
     )
     parts = _Parts(group, averaged=not shared)
     layers = list(Stack(policy.base).layers)
+    for layer in layers:
+        layer.register_forward_pre_hook(parts.remember_width, with_kwargs=True)
     layers[0].register_forward_pre_hook(_first(parts.split), with_kwargs=True)
     layers[-1].register_forward_hook(_output(parts.whole))
     if shared:
@@ -88,14 +90,17 @@ class _Parts:
         """This process's part of a tensor (B, S, ...) that needs no gradient."""
         return self.pad(tensor).chunk(self.ways, dim=1)[self.rank]
 
+    def remember_width(self, module: nn.Module, args: tuple, keywords: dict) -> None:
+        """A layer's pre-hook. With gradient checkpointing a layer that is computed again may belong
+        to another forward than the last."""
+        for name in ("position_ids", "position_embeddings"):
+            if (known := _width(keywords.get(name))) is not None:
+                self.width = known
+                return
+
     def split_keywords(self, module: nn.Module, args: tuple, keywords: dict) -> tuple[tuple, dict]:
         """A layer's pre-hook: of rotary embeddings and position ids the part of its tokens."""
         width = self.width
-        for name in ("position_ids", "position_embeddings"):
-            if (known := _width(keywords.get(name))) is not None:
-                # A recomputed layer may belong to an earlier forward.
-                self.width = width = known
-                break
 
         def part(value: Any) -> Any:
             if isinstance(value, tuple):

@@ -5,30 +5,13 @@ import pytest
 import torch
 
 from coati.models.loading import adapted
-from coati.models.lora.lora import LoraConfig, apply_lora, expert_parameters, merged
+from coati.models.lora.lora import LoraConfig, apply_lora, merged
 from coati.parallel.weights import ModelAssets, save_model
+from coati.utils.transformers_compat import transformers_major
 from tests.distributed.spawn import run
 from tests.models_table.families import BY_TYPE, known, tiny_model
 
 MIXTURES = [name for name in ("mixtral", "qwen3_moe", "glm4_moe") if known(BY_TYPE[name])]
-
-
-def joined(model) -> bool:
-    """Whether experts are one parameter (transformers 5)."""
-    return bool(expert_parameters(model))
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_experts_are_left_alone_unless_asked_for(name, caplog):
-    model = tiny_model(BY_TYPE[name])
-    if not joined(model):
-        with pytest.raises(ValueError, match="no experts that are parameters"):
-            apply_lora(model, LoraConfig(r=2, linear_lora_dropout=0.0, lora_experts=True))
-        return
-    adapters = [n for n, _ in apply_lora(model, LoraConfig(r=2)).named_parameters() if "lora_" in n]
-    assert adapters and not any("experts" in n for n in adapters)
-    with pytest.raises(ValueError, match="no dropout before experts"):
-        apply_lora(tiny_model(BY_TYPE[name]), LoraConfig(r=2, lora_experts=True))
 
 
 def train_and_save(name, folder) -> torch.Tensor:
@@ -56,17 +39,41 @@ def train_and_save(name, folder) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_adapters_of_experts_are_saved_for_peft(name, tmp_path):
-    from transformers import AutoModelForCausalLM
+if transformers_major() >= 5:
 
-    if not joined(tiny_model(BY_TYPE[name])):
-        return
-    (logits,) = run(1, "tests.models.lora.test_experts:train_and_save", name, tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    ids = torch.arange(3, 15)[None]
-    with torch.no_grad():
-        before = base(input_ids=ids).logits
-        again = adapted(base, tmp_path / "adapter").eval()(input_ids=ids).logits
-    torch.testing.assert_close(again, logits)
-    assert not torch.allclose(before, logits, atol=1e-3)
+    @pytest.mark.parametrize("name", MIXTURES)
+    def test_experts_are_left_alone_unless_asked_for(name):
+        model = apply_lora(tiny_model(BY_TYPE[name]), LoraConfig(r=2))
+        adapters = [n for n, _ in model.named_parameters() if "lora_" in n]
+        assert adapters and not any("experts" in n for n in adapters)
+        with pytest.raises(ValueError, match="no dropout before experts"):
+            apply_lora(tiny_model(BY_TYPE[name]), LoraConfig(r=2, lora_experts=True))
+
+    def test_layers_named_as_experts_are_refused_rather_than_swapped_for_them():
+        for target in ("shared_experts.down_proj", "layers.0.mlp.up_proj"):
+            with pytest.raises(ValueError, match="named as an expert of Glm4Moe.*--lora_experts"):
+                apply_lora(
+                    tiny_model(BY_TYPE["glm4_moe"]), LoraConfig(r=2, target_modules=[target])
+                )
+
+    @pytest.mark.parametrize("name", MIXTURES)
+    def test_adapters_of_experts_are_saved_for_peft(name, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        (logits,) = run(1, "tests.models.lora.test_experts:train_and_save", name, tmp_path)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        ids = torch.arange(3, 15)[None]
+        with torch.no_grad():
+            before = base(input_ids=ids).logits
+            again = adapted(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+        torch.testing.assert_close(again, logits)
+        assert not torch.allclose(before, logits, atol=1e-3)
+
+else:
+
+    def test_experts_that_are_layers_of_their_own_are_adapted_as_such():
+        with pytest.raises(ValueError, match="no experts that are parameters"):
+            config = LoraConfig(r=2, linear_lora_dropout=0.0, lora_experts=True)
+            apply_lora(tiny_model(BY_TYPE["mixtral"]), config)
+        model = apply_lora(tiny_model(BY_TYPE["mixtral"]), LoraConfig(r=2))
+        assert any("experts.0.w1.lora_A" in n for n, _ in model.named_parameters())

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
-from coati.utils.transformers_compat import body_name, dtype_keyword
+from coati.utils.transformers_compat import (
+    adopt_config,
+    body_name,
+    dtype_keyword,
+    text_config,
+    transformers_major,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,6 +119,11 @@ def check_directory(path: str | os.PathLike, kind: str) -> None:
         if os.path.isabs(path) or str(path).startswith((".", "~")) or str(path).count("/") > 1:
             raise ValueError(f"{path}: no such directory; expected {wanted}")
         return
+    inside = directory / "modeling"
+    if is_bare(directory) and not has_weights(directory) and not is_bare(inside):
+        raise ValueError(
+            f"{path} is the directory of a run; its {kind} is in {inside}, name that one"
+        )
     holds = _holds(directory)
     if kind == "tokenizer" and not any(
         "token" in entry.name or "vocab" in entry.name or entry.name == "config.json"
@@ -147,7 +158,9 @@ def load_configuration(path: str | os.PathLike, trust_remote_code: bool = False)
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        adopt_config(config)
+        return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise explained(path, "model", error) from error
 
@@ -272,17 +285,28 @@ def _load(
 ):
     """``heads``: beginnings of names that are left behind on purpose."""
     check_directory(path, "model")
+    from transformers.utils.logging import disable_progress_bar
+
     from coati.models.composite import classes_of, is_composite, load_text_part
 
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bar()  # one bar is enough
     options = options | {dtype_keyword(): DTYPES[dtype]}
     config = load_configuration(path, options["trust_remote_code"])
     composite = is_composite(config)
-    if composite:
-        classes_of(path, config)  # refused in its own words, before weights are read
+    if composite:  # refused in its own words, before weights are read
+        model_class = classes_of(path, config)[1]
+    else:
+        model_class = auto_class._model_mapping.get(type(config), None)
+    if note := _needs_eager(model_class, config, options.get("attn_implementation")):
+        logger.warning_once(note)
+        options["attn_implementation"] = "eager"
     try:
         if composite:
             model, report = load_text_part(path, config, options)
         else:
+            if transformers_major() < 5:  # the file itself may be transformers 5's
+                options["config"] = config
             model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
@@ -306,6 +330,33 @@ def _load(
             "an incomplete copy?"
         )
     return model
+
+
+def _needs_eager(model_class: Any, config: Any, asked: str | None) -> str | None:
+    """Why a model must run transformers' eager attention rather than ``asked``; None where it need
+    not. ``model_class``: None for code of the checkpoint's own."""
+    if asked in (None, "sdpa") and caps_scores(config):
+        return eager_note(config)
+    if asked == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
+        return (
+            f"transformers has no scaled_dot_product_attention for {config.model_type} models; "
+            "eager attention is used"
+        )
+    return None
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether attention caps its scores (Gemma 2), which PyTorch's scaled_dot_product_attention
+    leaves out without a word."""
+    return getattr(text_config(config), "attn_logit_softcapping", None) is not None
+
+
+def eager_note(config: Any) -> str:
+    """What is logged where eager attention replaces it."""
+    return (
+        f"{config.model_type} caps its attention scores, which scaled_dot_product_attention cannot "
+        "do; eager attention is used"
+    )
 
 
 def choose_attention(use_flash_attn: bool, dtype: str, on_gpu: bool) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from coati.models.loading import ADAPTER_CONFIG, check_directory, explained
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
-from coati.utils.transformers_compat import tokenizer_class_names
+from coati.utils.transformers_compat import tokenizer_class_names, tokenizer_options
 
 logger = get_logger(__name__)
 
@@ -21,13 +21,14 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
     Raises ValueError for a class unknown to transformers, code that was not trusted, a missing
     directory and missing end token.
     """
-    from transformers import AutoTokenizer
-
     check_directory(path, "tokenizer")
-    if not trust_remote_code:
-        _check_class(Path(path) / "tokenizer_config.json")
+    file = Path(path) / "tokenizer_config.json"
+    saved = load_json(file) if file.is_file() else {}
+    options = tokenizer_options(saved)
+    if not trust_remote_code and options is None:
+        _check_class(file, saved)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = _read(path, options, trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise explained(path, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
@@ -73,7 +74,21 @@ def check_vocabulary(model, tokenizer) -> None:
         )
 
 
-def _check_class(file: Path) -> None:
+def _read(path: str | os.PathLike, options: dict | None, trust_remote_code: bool):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    if options is None:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the class of transformers 5 is another, as is known
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_class(file: Path, config: dict) -> None:
     """Name the line of tokenizer_config.json whose class transformers lacks (LLaMATokenizer of
     early conversions)."""
     from transformers.models.auto.tokenization_auto import (
@@ -81,7 +96,6 @@ def _check_class(file: Path) -> None:
         tokenizer_class_from_name,
     )
 
-    config = load_json(file) if file.is_file() else {}
     name = config.get("tokenizer_class")
     if (
         not name

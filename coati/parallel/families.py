@@ -9,6 +9,7 @@ which a test writes from what tiny models did.
 
 from typing import Any
 
+from coati.models.loading import caps_scores, eager_note
 from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.policy.plan import pp_plan, tp_plan
 from coati.utils.transformers_compat import text_config, transformers_major
@@ -234,6 +235,9 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
     """Change ``model`` in place where its family needs it; return a sentence for each change a user
     should know."""
     family = model.config.model_type
+    if caps_scores(model.config) and model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = "eager"
+        return [eager_note(model.config)]
     eager = None
     by_policy = PLUGINS[options.plugin].hybrid or options.tp > 1
     by_policy = by_policy and transformers_major() < 5

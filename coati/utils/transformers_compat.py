@@ -92,6 +92,80 @@ def tokenizer_class_names(entry: Any) -> tuple[str, ...]:
     return tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name)
 
 
+def tokenizer_options(saved: dict[str, Any]) -> dict[str, Any] | None:
+    """What to load a tokenizer with whose ``tokenizer_config.json`` is ``saved``: keywords for
+    ``PreTrainedTokenizerFast`` under transformers 4 if transformers 5 wrote the file, whose classes
+    and list of further tokens 4 cannot read (tokenizer.json, which both write, has all of them);
+    None where the installed release reads it as it is."""
+    own_code = "AutoTokenizer" in saved.get("auto_map", {})
+    if transformers_major() >= 5 or own_code or saved.get("backend") != "tokenizers":
+        return None
+    further = saved.get("extra_special_tokens")
+    more = list(further) if isinstance(further, list) else []
+    return {"extra_special_tokens": {}, "additional_special_tokens": more}
+
+
+def adopt_config(config: Any) -> None:
+    """Under transformers 4, give ``config``, which transformers 5 may have written, the settings of
+    rotary embeddings and sliding windows under their old names; 4 would take its defaults without a
+    word.
+
+    Raises ValueError, without a path, for settings that 4 has no names for.
+    """
+    if transformers_major() >= 5:
+        return
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict):
+        _adopt_rope(config, rope)
+    if kinds := getattr(config, "layer_types", None):
+        _adopt_windows(config, [kind == "sliding_attention" for kind in kinds])
+
+
+def _adopt_rope(config: Any, rope: dict[str, Any]) -> None:
+    if any(isinstance(value, dict) for value in rope.values()):  # {kind of layer: settings}
+        local = rope.get("sliding_attention")
+        if not local or not hasattr(config, "rope_local_base_freq"):
+            raise ValueError(
+                f"its rope_parameters ({', '.join(rope)}) are those of transformers 5, which the "
+                "installed transformers 4 has no names for; use the default set"
+            )
+        config.rope_local_base_freq = local["rope_theta"]
+        rope = rope["full_attention"]
+    names = {
+        "rope_theta": ("rotary_emb_base", "rope_theta"),
+        "partial_rotary_factor": ("rotary_pct", "partial_rotary_factor"),
+    }
+    for name, (special, usual) in names.items():
+        for each in (special, usual) if name in rope else ():
+            if each == usual or hasattr(config, each):
+                setattr(config, each, rope[name])
+    scaling = {name: value for name, value in rope.items() if name not in names}
+    config.rope_scaling = scaling if scaling.get("rope_type", "default") != "default" else None
+    del config.rope_parameters
+
+
+def _adopt_windows(config: Any, sliding: list[bool]) -> None:
+    """``sliding``: whether each layer has a window. transformers 4 computes it from the layer's
+    number."""
+    layers = range(len(sliding))
+    if hasattr(config, "sliding_window_pattern"):
+        config.sliding_window_pattern = pattern = (
+            sliding.index(False) if False in sliding else len(sliding)
+        ) + 1
+        there = [bool((layer + 1) % pattern) for layer in layers]
+    elif config.model_type == "gemma2":
+        there = [layer % 2 == 0 for layer in layers]
+    else:
+        first = getattr(config, "max_window_layers", 0)
+        used = getattr(config, "use_sliding_window", any(sliding))
+        there = [used and layer >= first for layer in layers]
+    if there != sliding:
+        raise ValueError(
+            "transformers 4 has no sliding windows in just the layers that its layer_types name; "
+            "use the default set"
+        )
+
+
 def set_config_dtype(config: Any, dtype: Any) -> None:
     """Record ``dtype`` of the saved weights: ``torch_dtype`` in transformers 4, ``dtype`` in 5."""
     setattr(config, dtype_keyword(), dtype)

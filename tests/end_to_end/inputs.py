@@ -27,6 +27,20 @@ def write_model(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
+def of_family(family: str):
+    """A tiny model of docs/models.md, in which the family's windows, sinks and experts matter."""
+    from tests.models_table.families import BY_TYPE, tiny_model
+
+    return tiny_model(BY_TYPE[family])
+
+
+def write_family(folder: Path, family: str) -> str:
+    """The directory of a tiny model of ``family`` and its tokenizer."""
+    of_family(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def short_lines(first: int, rows: int, file: Path = SAMPLE) -> str:
     """``rows`` short rows of a sample, from its ``first`` one on, as JSON lines."""
     lines = [

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.end_to_end.inputs import ROOT, prepare, short_lines
+from tests.end_to_end.inputs import ROOT, of_family, prepare, short_lines
 from tests.tiny import CHATML, tiny_llama
 
 PROMPTS = ROOT / "examples" / "data" / "prompt.jsonl"
@@ -50,14 +50,16 @@ def prompts(folder: Path, count: int = 24, first: int = 0) -> str:
     return prepare(folder, "".join(lines[first : first + count]), MAX_LENGTH, "prompt")
 
 
-def write_reward_model(folder: Path, kind: str = "RewardModel") -> str:
-    """A directory of the kind: another random Llama, with a head that tells responses apart."""
+def write_reward_model(folder: Path, kind: str = "RewardModel", family: str | None = None) -> str:
+    """A directory of the kind: another random Llama, or the tiny model of ``family``,
+    with a head that tells responses apart."""
     import torch
     from safetensors.torch import save_file
 
     from coati import models
 
-    model = getattr(models, kind)(backbone=tiny_llama(seed=3))
+    backbone = tiny_llama(seed=3) if family is None else of_family(family)
+    model = getattr(models, kind)(backbone=backbone)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight, std=0.5)
     folder.mkdir(parents=True)

@@ -19,6 +19,7 @@ from coati.models.lora.adapter_files import save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.tokenizer import load_tokenizer
 from tests.models.families import tiny_opt
+from tests.models_table.families import BY_TYPE, known, tiny_model
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.tensor([[5, 17, 300, 42, 9, 11]])
@@ -113,6 +114,39 @@ def test_a_directory_of_something_else_is_said_with_what_it_holds(tmp_path):
         load_causal_lm(tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer files.*it holds notes.txt"):
         load_tokenizer(tmp_path)
+
+
+def test_the_directory_of_a_run_is_told_from_its_model(directory):
+    run = directory.parent / "run"
+    run.mkdir()
+    (run / "modeling").symlink_to(directory)
+    for loader, kind in ((load_causal_lm, "model"), (load_tokenizer, "tokenizer")):
+        said = f"{run} is the directory of a run; its {kind} is in {run}/modeling"
+        with pytest.raises(ValueError, match=said):
+            loader(run)
+
+
+NO_SDPA = [name for name in ("gemma2", "gptj", "bloom", "gpt_oss") if known(BY_TYPE[name])]
+
+
+@pytest.mark.parametrize("family", NO_SDPA)
+def test_attention_that_sdpa_cannot_do_is_eager(family, tmp_path, capfd):
+    """Gemma 2 caps its scores, which sdpa leaves out; the others have none."""
+    tiny_model(BY_TYPE[family]).save_pretrained(tmp_path)
+    model = load_causal_lm(tmp_path, attn_implementation="sdpa")
+    assert model.config._attn_implementation == "eager"
+    assert "eager attention is used" in capfd.readouterr().err
+    if family == "gemma2":
+        ids = torch.arange(3, 15)[None]
+        with torch.no_grad():
+            capped = model.eval()(input_ids=ids).logits
+            model.config._attn_implementation = "sdpa"
+            assert not torch.allclose(model(input_ids=ids).logits, capped, atol=1e-6)
+
+
+def test_a_family_with_sdpa_keeps_it(directory):
+    model = load_causal_lm(directory, attn_implementation="sdpa")
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_missing_weights_are_said(directory):

@@ -246,7 +246,11 @@ def save(family: Family, column: Column) -> str:
     if dist.get_rank() == 0:
         plain.save_pretrained(folder / "theirs")
         assert names_in(folder / "ours") == names_in(folder / "theirs")
-    loaded, report = AutoModelForCausalLM.from_pretrained(folder / "ours", output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder / "ours",
+        output_loading_info=True,
+        attn_implementation=plain.config._attn_implementation,
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     engine.module.eval()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

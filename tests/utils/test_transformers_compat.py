@@ -107,3 +107,21 @@ def test_rows_of_a_pack_are_told_apart_by_positions():
         together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 3:]
         alone = model(input_ids=ids[:, 3:], use_cache=False).logits[0]
     assert torch.allclose(together, alone, atol=1e-5) == compat.masks_packs_itself()
+
+
+def test_old_names_of_rotary_settings():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig()
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}
+    compat.adopt_config(config)
+    assert getattr(config, "rope_theta", None) == (None if FIVE else 7.0)
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    assert FIVE or config.rope_scaling == scaling and not hasattr(config, "rope_parameters")
+
+
+def test_the_tokenizers_of_5_need_keywords_in_4():
+    written = {"backend": "tokenizers", "extra_special_tokens": ["<a>"]}
+    wanted = {"extra_special_tokens": {}, "additional_special_tokens": ["<a>"]}
+    assert compat.tokenizer_options(written) == (None if FIVE else wanted)
+    assert compat.tokenizer_options({"tokenizer_class": "LlamaTokenizer"}) is None

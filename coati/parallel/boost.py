@@ -11,7 +11,7 @@ from torch import nn
 
 from coati.models.block_mask import holds_for
 from coati.models.padding_free import PaddingFree
-from coati.parallel.compat.cpu.malloc import keep_freed_memory
+from coati.parallel.compat.cpu.malloc import align_weights, keep_freed_memory
 from coati.parallel.compat.import_colossalai import import_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
@@ -69,6 +69,7 @@ def boost(
     _prepare_model(model, options)
     if not torch.cuda.is_available():
         keep_freed_memory()
+        align_weights(model)
     padding_free = _padding_free_of(model, options)
     if options.packing and padding_free is None:
         check_packs(model, options)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coati.models.padding_free import PaddingFree
 from coati.parallel.boost import check_scalar, make_plugin, prepare_colossalai
+from coati.parallel.compat.cpu.malloc import align_weights
 from coati.parallel.engine import Engine
 from coati.parallel.families import prepare_family
 from coati.parallel.objective import Batch
@@ -81,6 +82,8 @@ def boost_for_inference(model: nn.Module, options: ParallelOptions) -> Engine:
     model.eval()
     prepare_family(model, options)
     model.to(DTYPES[options.precision or "fp32"])
+    if not torch.cuda.is_available():
+        align_weights(model)
     if not (PLUGINS[options.plugin].sharded_forward or options.model_parallel_size > 1):
         device = (
             torch.device("cuda", torch.cuda.current_device())

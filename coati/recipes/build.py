@@ -10,6 +10,7 @@ import torch
 
 from coati.cli.settings import LoraSettings, RMSettings, SLSettings, TrainingSettings
 from coati.dataset.load.epoch_order import EpochOrder
+from coati.models.base import BaseModel
 from coati.models.block_mask import sliding_window
 from coati.models.loading import (
     choose_attention,
@@ -89,7 +90,8 @@ def load_model(run: Run, load: Callable[..., Any], dropout: bool = True) -> Any:
     set_seed(run.settings.seed)
     model = load(source, **loading(run))
     check_vocabulary(model, run.tokenizer)
-    model.config.pad_token_id = run.tokenizer.pad_token_id
+    if isinstance(model, BaseModel):  # a classifier for transformers, which needs to know it
+        model.config.pad_token_id = run.tokenizer.pad_token_id
     if run.options.lora:
         lora = lora_config(run.settings.lora)
         model = apply_lora(model, lora, seed=run.settings.seed)

@@ -139,6 +139,20 @@ def test_saved_and_loaded_with_the_head(tmp_path):
 
 
 @torch.no_grad()
+def test_a_padding_token_is_learned_as_before_the_model_was_saved():
+    """Its row of the embedding has a gradient, though the configuration names it; but for one that
+    stands for nothing."""
+    for zero in (False, True):
+        backbone = tiny_llama()  # pad 2, which is eos
+        assert backbone.get_input_embeddings().padding_idx == 2
+        backbone.get_input_embeddings().weight.data[2] = 0.0 if zero else 0.1
+        model = RewardModel(backbone=backbone)
+        ids = torch.tensor([[5, 2, 7]])
+        with torch.enable_grad():
+            model(ids, torch.ones_like(ids)).sum().backward()
+        assert bool(model.get_input_embeddings().weight.grad[2].any()) != zero
+
+
 def test_plain_transformers_loads_the_directory(tmp_path):
     from transformers import AutoModelForSequenceClassification
 

@@ -1,7 +1,10 @@
-"""How the C library of a machine without an accelerator hands out memory."""
+"""Memory on a machine without an accelerator: how the C library hands it out, and where weights
+lie in it."""
 
 import ctypes
 import os
+
+from torch import nn
 
 # malloc.h of glibc: the most that may lie free at the end of the heap, and how many blocks may be
 # mapped on their own.
@@ -25,3 +28,18 @@ def keep_freed_memory() -> bool:
         return False
     # An int is what mallopt takes, so 2 GiB - 1 is the most that can be asked to stay.
     return bool(libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)) and bool(libc.mallopt(MMAP_MAX, 0))
+
+
+ALIGNMENT = 64  # bytes, of PyTorch's own tensors on a CPU
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move the parameters of ``model`` that lie at odd addresses, one after the other.
+
+    Weights from a safetensors file are a view of the file, at whatever offset its header leads to.
+    Matrix products read them more slowly there and round otherwise, so that a run resumed from its
+    checkpoint would not be the same to the bit.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()

@@ -1,11 +1,12 @@
 """Freed memory stays with the process: the large tensors of a step are not mapped and zeroed anew
-in the next."""
+in the next. Weights lie where products round alike, whatever file they come from."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 PROBE = """
 import resource, sys
@@ -47,3 +48,21 @@ def test_settings_of_the_environment_are_left_alone(monkeypatch):
 
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert keep_freed_memory() is False
+
+
+def test_weights_lie_aligned_whatever_the_header_of_their_file(tmp_path):
+    from torch import nn
+
+    from coati.parallel.compat.cpu.malloc import ALIGNMENT, align_weights
+
+    layer = nn.Linear(8, 8, bias=False)
+    odd = torch.arange(65.0)[1:].view(8, 8)
+    layer.weight.data = odd
+    assert layer.weight.data_ptr() % ALIGNMENT == 4
+    layer.also = layer.weight  # a tied one stays tied
+    align_weights(layer)
+    assert layer.weight.data_ptr() % ALIGNMENT == 0 and torch.equal(layer.weight, odd)
+    assert layer.also is layer.weight
+    place = layer.weight.data_ptr()
+    align_weights(layer)
+    assert layer.weight.data_ptr() == place

@@ -19,13 +19,15 @@ LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not rememb
 @dataclass(frozen=True)
 class Case:
     """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
-    adapters or not; ``bonus``: the coefficient of an entropy bonus."""
+    adapters or not, of the experts as well or not; ``bonus``: the coefficient of an entropy
+    bonus."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     tied: bool = False
     lora: bool = False
+    experts: bool = False
     accumulation: int = 1
     bonus: float = 0.0
     vocab_size: int = 384
@@ -81,7 +83,7 @@ def of_the_table(family: str):
 
 
 FAMILIES = {
-    **{name: of_the_table(name) for name in ("qwen3", "gemma3_text", "gpt_oss")},
+    **{name: of_the_table(name) for name in ("qwen3", "gemma3_text", "gpt_oss", "qwen3_moe")},
     "llama": lambda tie, vocab_size: tiny_llama(tie=tie, vocab_size=vocab_size),
     "qwen2": tiny_qwen2,
     "opt": tiny_opt,
@@ -97,10 +99,10 @@ def build_model(case: Case, eager: bool = False):
     return model
 
 
-def with_adapters(model):
+def with_adapters(model, experts: bool = False):
     from coati.models.lora.lora import LoraConfig, apply_lora
 
-    return apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0))
+    return apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0, lora_experts=experts))
 
 
 def window(step: int, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -119,7 +121,7 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of plain PyTorch: one process, fp32, whole windows, full logits."""
     model = build_model(case)
     if case.lora:
-        model = with_adapters(model)
+        model = with_adapters(model, case.experts)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
@@ -217,7 +219,7 @@ def train_and_save(cases: list[Case], folder: str) -> list[dict[str, Any]]:
     for case in cases:
         model = build_model(case, eager=case.options.get("enable_sequence_parallelism", False))
         assets = ModelAssets.of(model)
-        engine = _engine(case, with_adapters(model) if case.lora else model)
+        engine = _engine(case, with_adapters(model, case.experts) if case.lora else model)
         steps = _train(engine, case, 0, SAVED_AT)
         place = Path(folder) / case.name
         save_checkpoint(place, engine, assets, RunningState(step=SAVED_AT))
@@ -244,7 +246,7 @@ def resume(cases: list[Case], folder: str) -> list[dict[str, Any]]:
         checkpoint = place / f"epoch-0_step-{SAVED_AT}"
         eager = case.options.get("enable_sequence_parallelism", False)
         if case.lora:
-            model = with_adapters(build_model(case))
+            model = with_adapters(build_model(case), case.experts)
             load_lora(model, checkpoint / "modeling")
         else:
             dtype = "fp32" if case.options.get("precision", "fp32") == "fp32" else "auto"

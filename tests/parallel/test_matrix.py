@@ -30,7 +30,7 @@ SHARDED = {
 
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     """``variants``: name -> fields of Case beside or inside ``options``."""
-    fields = {"family", "tied", "lora", "accumulation", "vocab_size", "bonus"}
+    fields = {"family", "tied", "lora", "experts", "accumulation", "vocab_size", "bonus"}
     return [
         Case(
             name,
@@ -117,10 +117,14 @@ if transformers_major() >= 5:
         "gemma3": {"family": "gemma3_text", "tied": True},
         "gpt_oss": {"family": "gpt_oss"},
     }
+    EXPERTS = {
+        f"lora_experts_{family}": {"family": family, "lora": True, "experts": True}
+        for family in ("qwen3_moe", "gpt_oss")  # in and out the one way around and the other
+    }
     SPLIT = {"tp": {"tp": 2}, "pp": {"pp": 2, "microbatch_size": 2}}
     GROUPS |= {
         "3d_tp_today": (2, cases("3d", SPLIT["tp"], TODAY)),
-        "3d_tp_lora": (2, cases("3d", SPLIT["tp"], LORA)),
+        "3d_tp_lora": (2, cases("3d", SPLIT["tp"], LORA | EXPERTS)),
         "3d_pp_today": (2, cases("3d", SPLIT["pp"], TODAY)),
         "3d_tp_pp_today": (4, cases("3d", SPLIT["tp"] | SPLIT["pp"], TODAY)),
     }

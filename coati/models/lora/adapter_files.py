@@ -118,8 +118,9 @@ def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tenso
     file = load_file(directory / WEIGHTS)
     state: dict[str, Tensor] = {}
     wanted = {name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name}
+    rank = model.coati_lora.r if _is_pissa(model) else None
     for name in wanted:
-        state |= _saved(name, file, model.coati_lora.r)
+        state |= _saved(name, file, rank)
     whole = _whole_names(model)
     state |= {name: file[name] for name in (_trained_biases(model) | whole) & set(file)}
     if missing := sorted((wanted | whole) - set(state)):
@@ -153,8 +154,9 @@ def _check_settings(directory: Path, model: nn.Module) -> None:
         )
 
 
-def _saved(name: str, file: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The tensor of ``name`` cut out of ``file``; nothing if it is not there."""
+def _saved(name: str, file: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+    """The tensor of ``name`` in ``file``, with ``rank`` cut out of an adapter of twice that rank;
+    nothing if it is not there. Of experts a factor has ``r`` rows or columns for each."""
     key = (
         _ADAPTER_NAME.sub(r"\1", name)
         .replace(".pissa_A", ".lora_A.weight")
@@ -162,6 +164,8 @@ def _saved(name: str, file: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     )
     if key not in file:
         return {}
+    if rank is None:
+        return {name: file[key]}
     columns = key.endswith(("B.weight", "embedding_B"))  # B is (out, r), A is (r, in)
     whole = file[key].T if columns else file[key]
     part = whole[rank:] if ".pissa_" in name else whole[:rank]

@@ -11,10 +11,13 @@ from colossalai.tensor.d_tensor.api import (
     customized_distributed_tensor_to_existing_param,
     distribute_tensor_with_customization,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from coati.parallel.policy.plan import Styles
 from coati.parallel.policy.sequence import sum_gradients, sum_of
+
+_SPLIT = ("colwise", "rowwise", "packed_colwise", "packed_rowwise")
 
 
 def split_experts(module: nn.Module, name: str, styles: Styles, group: dist.ProcessGroup) -> None:
@@ -48,6 +51,36 @@ def split_experts(module: nn.Module, name: str, styles: Styles, group: dist.Proc
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after, with_kwargs=True)
+
+
+def split_expert_adapters(
+    module: nn.Module, name: str, styles: Styles, group: dist.ProcessGroup
+) -> nn.Module:
+    """The experts inside peft's wrappers, one around the other for each adapted parameter, or
+    ``module`` itself.
+
+    Of an adapter the factor on the side where the parameter is split is split with it; the other
+    stays whole, and as each process sees a part of its gradient, that is summed.
+    """
+    while isinstance(module, BaseTunerLayer):
+        style = styles.of(f"{name}.{module.parameter_name}") or "replicate"
+        if style not in _SPLIT:
+            raise ValueError(
+                f"--tp with --lora_experts: the plan asks {style} of {name}."
+                f"{module.parameter_name}, whose adapter cannot be split so; drop --lora_experts, "
+                "or use --plugin zero2"
+            )
+        # Stored as (experts, out, in), or the other way around.
+        transposed = getattr(module.get_base_layer(), "is_transposed", False)
+        split_a = style.endswith("rowwise") != transposed
+        for key in module.lora_A:
+            factors = (module.lora_A[key], module.lora_B[key])
+            split, whole = factors if split_a else reversed(factors)
+            packed = "packed_" if style.startswith("packed_") else ""
+            split_parameter(split, "weight", packed + ("rowwise" if split_a else "colwise"), group)
+            sum_gradients([whole.weight], group)
+        module = module.base_layer
+    return module
 
 
 def _surplus_bias(bias: Tensor, args: tuple, keywords: dict, group: dist.ProcessGroup) -> Tensor:

@@ -19,7 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coati.parallel.policy.experts import split_experts, split_parameter
+from coati.parallel.policy.experts import (
+    split_expert_adapters,
+    split_experts,
+    split_parameter,
+)
 from coati.parallel.policy.plan import COUNTS, HEAD_NORM, Styles, tp_plan
 from coati.parallel.policy.sequence import sum_gradients, sum_of
 from coati.utils.transformers_compat import text_config
@@ -50,13 +54,8 @@ def split(policy, described: dict) -> None:
             continue
         if style == HEAD_NORM:
             sum_gradients(module.parameters(), group)
-        elif style == "moe_tp_experts" and isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                "--tp with LoRA: adapters of experts cannot be split; drop --lora_experts, or use "
-                "--plugin zero2"
-            )
         elif style == "moe_tp_experts":
-            split_experts(module, name, styles, group)
+            split_experts(split_expert_adapters(module, name, styles, group), name, styles, group)
         elif style == "mla_kv_a_proj":
             _sum_shared_key(module, policy.base.config.kv_lora_rank, group)
         elif isinstance(module, BaseTunerLayer):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from coati.models.loading import adapted
+from coati.models.lora.adapter_files import load_lora, save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora, merged
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.transformers_compat import transformers_major
@@ -68,6 +69,20 @@ if transformers_major() >= 5:
             again = adapted(base, tmp_path / "adapter").eval()(input_ids=ids).logits
         torch.testing.assert_close(again, logits)
         assert not torch.allclose(before, logits, atol=1e-3)
+
+    def test_training_goes_on_from_adapters_of_experts(tmp_path):
+        def fresh():
+            settings = LoraConfig(r=2, linear_lora_dropout=0.0, lora_experts=True)
+            return apply_lora(tiny_model(BY_TYPE["qwen3_moe"]), settings)
+
+        model = fresh()
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter)
+        save_lora(model, tmp_path)
+        again = fresh()
+        load_lora(again, tmp_path)
+        assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
 
 else:
 

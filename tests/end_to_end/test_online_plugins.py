@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from coati.utils.transformers_compat import transformers_major
 from tests.distributed.spawn import run
-from tests.end_to_end.online_inputs import metrics, of_episode
+from tests.end_to_end.inputs import write_family
+from tests.end_to_end.online_inputs import metrics, of_episode, write_reward_model
 from tests.end_to_end.worker import Run
 
 pytestmark = pytest.mark.matrix
@@ -31,12 +33,13 @@ LORA = ("--lora_rank", "4")
 @dataclass(frozen=True)
 class Group:
     """``words`` of a plugin; ``exact``: fp32; ``tp``: processes that share weights, so that one
-    holds all prompts."""
+    holds all prompts; ``family`` of the models where they are no Llamas."""
 
     words: tuple[str, ...]
     exact: bool = True
     tp: int = 1
     scripts: tuple[str, ...] = ("ppo", "grpo")
+    family: str | None = None
 
 
 BF16 = ("--mixed_precision", "bf16")
@@ -69,6 +72,11 @@ GROUPS = {
         scripts=("ppo",),
     ),
 }
+FAMILIES = ("qwen3", "gemma3_text", "gpt_oss") if transformers_major() >= 5 else ()
+for _family in FAMILIES:
+    GROUPS[f"3d tp {_family}"] = Group(
+        GROUPS["3d tp"].words, tp=2, scripts=("ppo",), family=_family
+    )
 
 
 def shares(script: str, count: int) -> list[str]:
@@ -90,7 +98,18 @@ def launched(nproc: int, cases: dict[str, list[str]]) -> dict[str, list]:
 
 
 @pytest.fixture(scope="module")
-def alone(online_words, tmp_path_factory):
+def models(online_places, tmp_path_factory) -> dict[str | None, tuple[str, ...]]:
+    """{family: the words that name its policy and reward model}; None: those of online_words."""
+    folder, found = tmp_path_factory.mktemp("families"), {None: ()}
+    for family in FAMILIES:
+        policy = write_family(folder / family, family)
+        judge = write_reward_model(folder / f"{family} rm", family=family)
+        found[family] = ("--pretrain", policy, "--rm_pretrain", judge)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(online_words, models, tmp_path_factory):
     """{kind of run: its directory} of one process: both scripts, with and without adapters."""
     folder, cases = tmp_path_factory.mktemp("alone"), {}
     for script in ("ppo", "grpo"):
@@ -99,6 +118,9 @@ def alone(online_words, tmp_path_factory):
     base = GROUPS["one base"].words
     cases["ppo one base"] = online_words("ppo", folder / "ppo one base", "--rm_pretrain", "", *base)
     cases["ppo one base"] = without(cases["ppo one base"], "--rm_pretrain", "--shared_base")
+    for family in FAMILIES:
+        name = f"ppo {family}"
+        cases[name] = online_words("ppo", folder / name, *models[family])
     launched(1, cases)
     return {name: folder / name for name in cases}
 
@@ -140,24 +162,27 @@ def loaded(save_dir: Path) -> None:
 def reference_of(group: str, script: str) -> str:
     if group == "one base":
         return "ppo one base"
+    if GROUPS[group].family:
+        return f"{script} {GROUPS[group].family}"
     return f"{script} lora" if group.endswith("lora") else script
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_two_processes_do_as_one(name, alone, online_words, online_places, tmp_path):
+def test_two_processes_do_as_one(name, alone, models, online_words, online_places, tmp_path):
     group, cases = GROUPS[name], {}
     for script in group.scripts:
         cut = shares(script, 2 // group.tp)
-        given = online_words(script, tmp_path / script, *cut, *group.words)
+        given = online_words(script, tmp_path / script, *cut, *group.words, *models[group.family])
         cases[script] = without(given, "--rm_pretrain") if name == "one base" else given
     ended = launched(2, cases)
+    start = Path(models[group.family][1] if group.family else online_places["model"])
     for script in group.scripts:
         reference, place = alone[reference_of(name, script)], tmp_path / script
         expected, found = metrics(reference), metrics(place)
         assert_same_first_episode(of_episode(found, 1), of_episode(expected, 1), group.exact)
         assert all(torch.tensor(v).isfinite() for line in found for v in line.values()), found
         if group.exact and "gemini" not in name:
-            assert_same_weights(place, reference, Path(online_places["model"]))
+            assert_same_weights(place, reference, start)
         loaded(place)
         assert "the trained" in ended[script][0].err
 

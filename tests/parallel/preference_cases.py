@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tests.parallel.engine_cases import CLIP, LR, _join, rate
-from tests.tiny import tiny_llama
+from tests.parallel.engine_cases import CLIP, FAMILIES, LR, _join, rate
 
 STEPS, ROWS, VOCAB = 3, 8, 384
 BETA, LAM, CENTER, SFT = 0.5, 0.5, 0.1, 0.2
@@ -21,7 +20,7 @@ BETA, LAM, CENTER, SFT = 0.5, 0.5, 0.1, 0.2
 @dataclass(frozen=True)
 class Case:
     """``algorithm``: rm, dpo, simpo, ipo, orpo or kto; ``options`` of the plugin; ``reference``:
-    frozen, lora or stored."""
+    frozen, lora or stored; ``family`` of engine_cases.FAMILIES."""
 
     name: str
     algorithm: str
@@ -30,6 +29,7 @@ class Case:
     reference: str = "frozen"
     side: str = "right"
     ref_tp: int | None = None
+    family: str = "llama"
 
 
 class Rows(list):
@@ -82,14 +82,15 @@ def judged() -> Rows:
     return rows
 
 
-def base_model(algorithm: str, seed: int = 0):
+def base_model(case: Case):
     """The model of a case; of a reward model the head is drawn after it."""
-    model = tiny_llama(seed)
-    if algorithm != "rm":
+    torch.manual_seed(0)
+    model = FAMILIES[case.family](False, VOCAB)
+    if case.algorithm != "rm":
         return model
     from coati.models.reward_model import RewardModel
 
-    torch.manual_seed(seed + 1)
+    torch.manual_seed(1)
     return RewardModel(backbone=model)
 
 
@@ -164,7 +165,7 @@ def plain_kto(model, reference, rows: list[dict]) -> torch.Tensor:
 
 def plain_run(case: Case) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of one process in fp32."""
-    model, reference = base_model(case.algorithm), base_model(case.algorithm)
+    model, reference = base_model(case), base_model(case)
     model = with_adapters(model) if case.options.get("lora") else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
@@ -199,9 +200,7 @@ def reference_of(case: Case, engine):
         return InferenceModel(engine, adapters_off=True)
     options = dict(case.options) | ({"tp": case.ref_tp} if case.ref_tp else {})
     options.pop("lora", None)
-    return InferenceModel(
-        boost_for_inference(base_model(case.algorithm), ParallelOptions(**options))
-    )
+    return InferenceModel(boost_for_inference(base_model(case), ParallelOptions(**options)))
 
 
 def make_trainer(case: Case):
@@ -215,7 +214,7 @@ def make_trainer(case: Case):
     from coati.parallel.plugins import ParallelOptions
     from coati.trainer import DPOTrainer, KTOTrainer, ORPOTrainer, RewardModelTrainer
 
-    model = base_model(case.algorithm)
+    model = base_model(case)
     options = {"grad_clip": CLIP, "accumulation_steps": case.accumulation} | case.options
     model = with_adapters(model) if options.get("lora") else model
     engine = boost(model, ParallelOptions(**options), lr=LR, total_steps=10, warmup_steps=0)

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 from torch.testing import assert_close
 
+from coati.utils.transformers_compat import transformers_major
 from tests.distributed.spawn import run
 from tests.parallel.preference_cases import BETA, ROWS, STEPS, Case, plain_run
 
@@ -21,7 +22,7 @@ ALL = ("rm", "dpo", "orpo", "kto")
 def cases(plugin: str, shared: dict, algorithms=(), **variants: dict) -> list[Case]:
     """One case for each algorithm; ``variants``: name -> fields of Case, and options of the
     plugin."""
-    fields = {"algorithm", "accumulation", "reference", "side", "ref_tp"}
+    fields = {"algorithm", "accumulation", "reference", "side", "ref_tp", "family"}
     made = [Case(name, name, {"plugin": plugin, **shared}) for name in algorithms]
     for name, values in variants.items():
         options = {
@@ -85,11 +86,26 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
     ),
     "3d_tp_pp": (4, cases("3d", {"tp": 2, "pp": 2, "microbatch_size": 2}, ("dpo",))),
 }
+if transformers_major() >= 5:
+
+    def today(*algorithms: str) -> dict[str, dict]:
+        return {
+            f"{algorithm}_{family}": {"algorithm": algorithm, "family": family}
+            for algorithm in algorithms
+            for family in ("qwen3", "gemma3_text", "gpt_oss")
+        }
+
+    PIPELINE = {"pp": 2, "microbatch_size": 4}
+    GROUPS |= {
+        "3d_tp_today": (2, cases("3d", {"tp": 2}, **today("dpo", "rm"))),
+        "3d_pp_today": (2, cases("3d", PIPELINE, **today("dpo"))),
+        "3d_tp_pp_today": (4, cases("3d", {"tp": 2} | PIPELINE, **today("dpo"))),
+    }
 
 
 @cache
-def plain(algorithm: str, lora: bool):
-    return plain_run(Case("plain", algorithm, {"lora": lora}))
+def plain(algorithm: str, lora: bool, family: str = "llama"):
+    return plain_run(Case("plain", algorithm, {"lora": lora}, family=family))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -100,7 +116,7 @@ def test_trains_as_plain_pytorch_does(group):
         found = ranks[0][index]
         for rank in range(nproc):
             assert ranks[rank][index] == found, f"{case.name}: ranks disagree"
-        losses, norms = plain(case.algorithm, case.options.get("lora", False))
+        losses, norms = plain(case.algorithm, case.options.get("lora", False), case.family)
         exact = case.options.get("precision", "fp32") == "fp32"
         assert found["units"] == [ROWS] * STEPS
         tolerance = {"rtol": 2e-5 if exact else 2e-2, "atol": 0.0}

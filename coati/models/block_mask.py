@@ -42,13 +42,14 @@ def with_block_mask(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 
 def sliding_window(config: Any) -> int | None:
-    """Tokens that attention of the model of ``config`` looks back at most, or None. Longer rows
+    """Tokens that attention of the model of ``config`` looks at at most, or None. Longer rows
     cannot be kept apart by one mask."""
     config = text_config(config)
-    chunk = getattr(config, "attention_chunk_size", None)  # Llama 4's
-    if getattr(config, "use_sliding_window", True) is False:
-        return chunk
-    return getattr(config, "sliding_window", None) or chunk
+    # Llama 4's chunks; the tokens that DeepSeek-V3.2's indexer chooses
+    names = ["attention_chunk_size", "index_topk"]
+    if getattr(config, "use_sliding_window", True) is not False:
+        names.append("sliding_window")
+    return min(filter(None, (getattr(config, name, None) for name in names)), default=None)
 
 
 def holds_for(model: nn.Module) -> bool:

@@ -74,6 +74,9 @@ _STATES = "layers that keep a state of all tokens before would see a part of the
 _ALTUP = "its layers pass on several states for each token (AltUp)"
 _SHARED = "its layers use the keys and values of others, which may be on another stage"
 _OWN_LINEAR = "its layers hold their linear layers themselves, without a block to gather tokens for"
+_CHOSEN = "its layers hand on the tokens that an indexer chose"
+_STREAMS = "its layers pass on several streams of states (hyper-connections)"
+_INDEXED = "its indexers would choose among a part of the tokens"
 _EXPERTS = "Gemini does not see the gradients of its experts (zero/gemini/gemini_ddp.py:335)"
 STATE_LAYERS = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
 CANNOT: dict[str, dict[str, str]] = {
@@ -89,12 +92,21 @@ CANNOT: dict[str, dict[str, str]] = {
         PACKING: "the padding of a pack turns into NaN in its layers",
         LORA_TP: "some of its adapters take no part in the loss",
     },
-    **{name: {GEMINI: _EXPERTS} for name in ("gpt_oss", "deepseek_v4")},
+    "gpt_oss": {GEMINI: _EXPERTS},
+    "deepseek_v32": {ALL_TO_ALL: _INDEXED},
+    "glm_moe_dsa": {ALL_TO_ALL: _INDEXED, PP: _CHOSEN},
+    "deepseek_v4": {
+        GEMINI: _EXPERTS,
+        **dict.fromkeys((PP, SPLIT_GATHER, RING, ALL_TO_ALL), _STREAMS),
+    },
     "llama4_text": {
         GEMINI: _EXPERTS,
         PACKING: "its chunks would be counted from the beginning of the pack, not of each row",
     },
 }
+
+# Whose attention chooses tokens by a module named "indexer", without a gradient.
+INDEXED = frozenset({"deepseek_v32", "glm_moe_dsa", "deepseek_v4"})
 
 # Families that transformers may load, but that do not continue a text.
 NOT_CHAT = {
@@ -238,6 +250,11 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
     if caps_scores(model.config) and model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = "eager"
         return [eager_note(model.config)]
+    if text_config(model.config).model_type in INDEXED:
+        for name, module in model.named_modules():
+            if name.endswith(".indexer"):
+                module.requires_grad_(False)
+        return [f"the indexers of {family} models stay as they are: a choice has no gradient."]
     eager = None
     by_policy = PLUGINS[options.plugin].hybrid or options.tp > 1
     by_policy = by_policy and transformers_major() < 5

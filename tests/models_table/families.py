@@ -46,6 +46,7 @@ ROUTED = {
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+INDEXED = {"index_topk": WINDOW, "index_n_heads": 16, "index_head_dim": 16}  # else ties
 CHATGLM = {
     "num_layers": 2,
     "hidden_size": 64,
@@ -301,6 +302,79 @@ FAMILIES = (
     Family("Hunyuan dense", "hunyuan_v1_dense", HEADS),
     Family("Apertus", "apertus", GROUPED),
     Family("Arcee", "arcee", GROUPED),
+    # The indexers choose fewer tokens than a row has.
+    Family("DeepSeek-V3.2", "deepseek_v32", WIDE | MLA | ROUTED | INDEXED),
+    Family("GLM-5", "glm_moe_dsa", WIDE | MLA | ROUTED | INDEXED),
+    Family(
+        "DeepSeek-V4",
+        "deepseek_v4",
+        WIDE
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "q_lora_rank": 16,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hash_layers": 1,
+            "sliding_window": WINDOW,
+            "layer_types": [
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+            ],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+            "index_n_heads": 16,
+            "index_head_dim": 16,
+            "index_topk": 4,
+            "hc_mult": 2,
+        },
+    ),
+    Family(
+        "Kimi Linear",
+        "kimi_linear",
+        WIDE
+        | MLA
+        | {
+            "q_lora_rank": None,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    Family(
+        "MiniMax-Text-01, M1",
+        "minimax",
+        HEADS
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 8,
+        },
+    ),
+    Family("StarCoder2", "starcoder2", GROUPED | {"sliding_window": WINDOW}),
+    Family("StableLM 2", "stablelm", GROUPED),
+    Family("OLMoE", "olmoe", GROUPED | EXPERTS),
+    Family("Granite with sliding windows", "granite_swa", GROUPED | SLIDING),
+    Family("MiniCPM3", "minicpm3", WIDE | MLA),
+    Family("Hunyuan-A13B", "hunyuan_v1_moe", HEADS | {"num_experts": 4, "moe_topk": 2}),
+    Family(
+        "Jamba",
+        "jamba",
+        GROUPED
+        | {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2}
+        | {"attn_layer_offset": 1, "use_mamba_kernels": False},
+    ),
+    Family("nanochat", "nanochat", HEADS),
     Family("ChatGLM2, ChatGLM3", "chatglm", CHATGLM, remote=True),
     Family("Baichuan2", "baichuan", None, remote=True),
     Family("MiniCPM", "minicpm", None, remote=True),

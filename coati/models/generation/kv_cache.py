@@ -12,6 +12,7 @@ _GROWTH = 256  # columns that are added at a time
 # Attributes of transformers' cache layers: {index: state}, and keys and values.
 _STATES = ("conv_states", "recurrent_states")
 _KEYS = ("keys", "values")
+_INDEXER = "indexer_keys"  # of attention that first chooses tokens
 
 
 class RowCache(DynamicCache):
@@ -170,6 +171,10 @@ class LayerCache(DynamicCache):
                     pair = getattr(mine, name), getattr(theirs, name)
                     columns = max(tensor.shape[2] for tensor in pair)
                     setattr(mine, name, _below(*pair, columns, columns))
+            if isinstance(getattr(mine, _INDEXER, None), Tensor):  # (rows, columns, D)
+                pair = getattr(mine, _INDEXER)[:, None], getattr(theirs, _INDEXER)[:, None]
+                columns = max(tensor.shape[2] for tensor in pair)
+                setattr(mine, _INDEXER, _below(*pair, columns, columns)[:, 0])
             if hasattr(mine, "cumulative_length"):
                 mine.cumulative_length = max(mine.cumulative_length, theirs.cumulative_length)
         self.rows += other.rows
@@ -181,7 +186,7 @@ class LayerCache(DynamicCache):
                 for index, tensor in held.items():
                     if tensor is not None:
                         held[index] = change(tensor)
-            for name in _KEYS:
+            for name in (*_KEYS, _INDEXER):
                 if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():
                     setattr(layer, name, change(tensor))
 

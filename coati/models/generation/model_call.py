@@ -48,7 +48,11 @@ def cache_for(model: nn.Module, rows: int, columns: int) -> RowCache | LayerCach
 
 
 def _is_own_cache(value: object, module: str) -> bool:
-    return isinstance(value, type) and issubclass(value, Cache) and value.__module__ == module
+    if not isinstance(value, type) or value.__module__ != module:
+        return False
+    # transformers 5 has a base class of the caches of single layers, too.
+    layers = any(base.__name__ == "CacheLayerMixin" for base in value.__mro__)
+    return layers or issubclass(value, Cache)
 
 
 def call_with_cache(

@@ -21,6 +21,10 @@ STATES = (
     "nemotron_h",
     "granitemoehybrid",
     "llama4_text",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "jamba",
 )
 FAMILIES = [name for name in STATES if known(BY_TYPE[name])]
 GREEDY = Sampling(do_sample=False)

@@ -86,6 +86,7 @@ CANNOT: dict[str, dict[str, str]] = {
     },
     **{name: {ALL_TO_ALL: _OWN_ATTENTION} for name in ("gptj", "bloom", "falcon")},
     "doge": {TP: "its mask is made from the values of all heads (dt_proj, A)"},
+    "nanochat": {PP: "its model normalizes what comes before the layers, on every stage anew"},
     "opt": {SPLIT_GATHER: _OWN_LINEAR, RING: _OWN_LINEAR},
     "gemma3n_text": {
         **dict.fromkeys((PP, SPLIT_GATHER, RING, ALL_TO_ALL), _ALTUP),
@@ -143,6 +144,8 @@ def _cannot(config: Any) -> dict[str, str]:
         found[PP] = _SHARED
     if getattr(text, "hidden_size_per_layer_input", 0):
         found.setdefault(PP, "its layers are given embeddings of their own, which need the tokens")
+    if text.model_type == "stablelm" and getattr(text, "qk_layernorm", False):
+        found[TP] = "its heads have norms of their own (qk_layernorm)"
     if text.model_type == "falcon" and getattr(text, "alibi", False):
         found[TP] = "its position biases (alibi) are made for all heads at once"
     if text.model_type == "falcon" and getattr(text, "multi_query", False):

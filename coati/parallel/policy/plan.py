@@ -58,6 +58,11 @@ TP_PLANS: dict[str, Plan] = {
     "hunyuan_v1_dense": _attention(_SELF)
     | _mlp("layers.*.mlp")
     | {f"{_SELF}.query_layernorm": HEAD_NORM, f"{_SELF}.key_layernorm": HEAD_NORM},
+    "hunyuan_v1_moe": _attention(_SELF)
+    | _mlp("layers.*.mlp.shared_mlp")
+    | _experts("layers.*.mlp.experts")
+    | {f"{_SELF}.query_layernorm": HEAD_NORM, f"{_SELF}.key_layernorm": HEAD_NORM},
+    "stablelm": _attention(_SELF) | _mlp("layers.*.mlp"),
     "gpt_oss": _attention(_SELF)
     | {
         f"{_SELF}.sinks": "colwise",
@@ -100,8 +105,10 @@ PP_PLANS: dict[str, tuple[str, ...]] = {
     "bloom": ("word_embeddings", "word_embeddings_layernorm", "h", "ln_f"),
     "falcon": ("word_embeddings", "h", "ln_f"),
     "opt": ("embed_tokens", "layers", "final_layer_norm"),
-    "hunyuan_v1_dense": ("embed_tokens", "layers", "norm"),
-    "llama4_text": ("embed_tokens", "layers", "norm"),
+    **dict.fromkeys(
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "stablelm", "olmoe", "llama4_text"),
+        ("embed_tokens", "layers", "norm"),
+    ),
     "lfm2": ("embed_tokens", "layers", "embedding_norm"),
     "lfm2_moe": ("embed_tokens", "layers", "embedding_norm"),
     "granitemoehybrid": ("embed_tokens", "layers", "norm"),
@@ -120,6 +127,7 @@ COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
     "opt": {"decoder.layers.*.self_attn": ("num_heads",)},
     "bloom": {"h.*.self_attention": ("num_heads",)},
     "falcon": {"h.*.self_attention": ("num_heads", "num_kv_heads")},
+    "stablelm": {"layers.*.self_attn": ("num_heads", "num_key_value_heads", "hidden_size")},
 }
 
 

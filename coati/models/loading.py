@@ -3,7 +3,10 @@ weights), and loaders whose errors say what is wrong with it. Imports nothing he
 
 import importlib.util
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,13 +304,16 @@ def _load(
     if note := _needs_eager(model_class, config, options.get("attn_implementation")):
         logger.warning_once(note)
         options["attn_implementation"] = "eager"
+    if transformers_major() < 5 and not composite:  # the file itself may be transformers 5's
+        options["config"] = config
     try:
-        if composite:
-            model, report = load_text_part(path, config, options)
-        else:
-            if transformers_major() < 5:  # the file itself may be transformers 5's
-                options["config"] = config
-            model, report = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        with _without_report():
+            if composite:
+                model, report = load_text_part(path, config, options)
+            else:
+                model, report = auto_class.from_pretrained(
+                    path, output_loading_info=True, **options
+                )
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
     if unexpected := sorted(
@@ -330,6 +336,22 @@ def _load(
             "an incomplete copy?"
         )
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' own table of missing and unexpected weights: the caller says what of it
+    matters, and a head that is loaded elsewhere is in it."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def told_here(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(told_here)
+    try:
+        yield
+    finally:
+        log.removeFilter(told_here)
 
 
 def _needs_eager(model_class: Any, config: Any, asked: str | None) -> str | None:

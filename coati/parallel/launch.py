@@ -146,6 +146,7 @@ def warn_of_threads() -> None:
     if (
         not torch.cuda.is_available()
         and local > 1
+        and torch.get_num_threads() > 1
         and torch.get_num_threads() * local > (os.cpu_count() or 1)
     ):
         logger.info(

@@ -149,7 +149,7 @@ class SLTrainer:
                     self._evaluate(eval_dataloader, bar)
                 if self._due(self.schedule.save_interval) or step.stop:
                     self.save()
-                self.stopped_early = step.stop
+                self.stopped_early = step.stop and state.step < total
                 if step.stop or state.step >= total:
                     return
             state.epoch += 1
@@ -185,7 +185,7 @@ class SLTrainer:
         metrics = {
             "train/loss": sums["loss"] / max(sums["units"], 1),
             "train/lr": lr,
-            "train/supervised_tokens": sums["units"],
+            f"train/{self.unit_name.replace(' ', '_')}": sums["units"],
             "train/tokens_per_second": sums["tokens"] / max(sums["seconds"], 1e-9),
         }
         if step.grad_norm is not None:

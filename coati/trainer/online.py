@@ -114,6 +114,7 @@ class OLTrainer:
         self.value_objective = ValueObjective(value_clip)
         self.ptx_objective = PtxObjective()
         self.stopped_early = False
+        self._lr: dict[str, float] = {}  # of each model's last step
         trained = current_names(self.state.trainer)
         self.episode: int = trained.get("episode", 0)
         self._position: tuple[int, int] = (0, 0)  # the pass and the step of it that come next
@@ -306,6 +307,11 @@ class OLTrainer:
     def _step(self, micro_batches: list[Experience], ptx: Any, stop: GracefulStop) -> bool:
         """One update of every model; whether a rank was asked to stop."""
         started = time.perf_counter()
+        self._lr = {
+            name: engine.lr_scheduler.get_last_lr()[0]
+            for name, engine in self.models.items()
+            if engine.lr_scheduler is not None
+        }
         aux = []
         if self.ptx_coef:
             aux = [LossPart(self._next_ptx(ptx), self.ptx_objective, self.ptx_coef)]
@@ -353,10 +359,7 @@ class OLTrainer:
         episodes = self.episodes
         metrics = self.reporter.take_metrics(episodes.num_update_steps * episodes.steps_per_pass)
         metrics["optimizer_steps"] = self.state.step
-        for name, engine in self.models.items():
-            if engine.lr_scheduler is not None:
-                metrics[f"lr_{name}"] = engine.lr_scheduler.get_last_lr()[0]
-        return metrics
+        return metrics | {f"lr_{name}": lr for name, lr in self._lr.items()}
 
     def _evaluate(self, evaluation: Any, bar: ProgressBar) -> None:
         """Reward, length and KL of one response to each prompt of ``evaluation``, sampled with the

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from coati.models.loading import (
     choose_attention,
@@ -142,6 +143,19 @@ def test_attention_that_sdpa_cannot_do_is_eager(family, tmp_path, capfd):
             capped = model.eval()(input_ids=ids).logits
             model.config._attn_implementation = "sdpa"
             assert not torch.allclose(model(input_ids=ids).logits, capped, atol=1e-6)
+
+
+def test_a_head_that_is_loaded_apart_is_not_reported(tmp_path, capfd):
+    from coati.models import RewardModel
+
+    save_file(
+        RewardModel(backbone=tiny_llama()).state_dict(),
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    RewardModel(backbone=tiny_llama()).config.save_pretrained(tmp_path)
+    RewardModel.from_pretrained(tmp_path)
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
 
 
 def test_a_family_with_sdpa_keeps_it(directory):

@@ -87,7 +87,7 @@ def test_a_seed_decides_every_generator():
 
 
 @pytest.mark.parametrize(
-    "processes, threads, said", [("2", 2, True), ("2", 1, False), ("1", 2, False)]
+    "processes, threads, said", [("2", 2, True), ("2", 1, False), ("1", 2, False), ("3", 1, False)]
 )
 def test_too_many_threads_are_said(monkeypatch, capsys, processes, threads, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

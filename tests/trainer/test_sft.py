@@ -191,6 +191,20 @@ def test_a_signal_ends_after_the_step_with_a_save(made):
     assert trainer.engine.steps == 3 and saves == [(3, 1, 3)] and trainer.stopped_early
 
 
+def test_a_signal_in_the_last_step_finds_the_run_at_its_end(made):
+    trainer, _ = made(at={3: lambda: signal.raise_signal(signal.SIGTERM)})
+    fit(trainer)
+    assert trainer.engine.steps == 4 and not trainer.stopped_early
+
+
+def test_what_the_loss_is_a_mean_of_is_logged_by_its_name(made, tmp_path):
+    trainer, _ = made(log_interval=2)
+    trainer.unit_name = "pairs"  # as DPO's
+    fit(trainer)
+    assert logged(tmp_path, "train/pairs") == [(2, 3.0), (4, 7.0)]
+    assert not logged(tmp_path, "train/supervised_tokens")
+
+
 def test_a_loss_that_is_not_finite_names_step_and_rows(made):
     def fail():
         raise NonFiniteLoss("the loss of this step is nan")

@@ -18,6 +18,9 @@ from coati.dataset.rows.row_errors import RowError
 from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
 from coati.utils.constants import IGNORE_INDEX
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # Token ids and labels (IGNORE_INDEX where not supervised) of one conversation.
 Row = tuple[list[int], list[int]]
@@ -52,6 +55,11 @@ def read_conversations(
     if not rows:
         raise ValueError(
             f"{' '.join(map(str, inputs))}: no usable conversation ({(reasons or ['empty'])[0]})"
+        )
+    if reasons:
+        logger.warning(
+            f"{len(reasons)} of {len(rows) + len(reasons)} conversations are left out, the first: "
+            f"{reasons[0]}"
         )
     return rows
 

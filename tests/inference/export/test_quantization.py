@@ -4,6 +4,7 @@ cannot be is refused."""
 import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_models_of_few_layers_have_no_outlier_layers_to_look_for(tmp_path):
     assert outlier_layers(tmp_path) == []
 
 
-def test_perplexity_is_that_of_the_supervised_tokens(tmp_path):
+def test_perplexity_is_that_of_the_supervised_tokens(tmp_path, capfd):
     model = tiny_llama(layers=1)
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
@@ -124,6 +125,15 @@ def test_perplexity_is_that_of_the_supervised_tokens(tmp_path):
     )
     assert len(found) == 2 and sum(label != -100 for label in found[0][1]) >= 2
     assert math.isfinite(perplexity(tiny_llama(layers=1), found))
+    assert "left out" not in capfd.readouterr().err
+    conversation = load(tmp_path, device="cpu").conversation
+    rows = Path(data(tmp_path))
+    long = {"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "yes"}
+    rows.write_text(rows.read_text() + json.dumps({"messages": long}) + "\n")
+    count = len(read_conversations([rows], conversation, 64))
+    said = capfd.readouterr().err
+    assert f"1 of {count + 1} conversations are left out, the first: {rows}:" in said
+    assert "too_long" in said
 
 
 def test_sizes_count_embeddings_apart(tmp_path):

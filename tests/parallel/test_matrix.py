@@ -122,8 +122,20 @@ if transformers_major() >= 5:
         for family in ("qwen3_moe", "gpt_oss")  # in and out the one way around and the other
     }
     SPLIT = {"tp": {"tp": 2}, "pp": {"pp": 2, "microbatch_size": 2}}
+    PRECISE = {
+        f"{name}_{how}": fields | more
+        for name, fields in TODAY.items()
+        for how, more in {"bf16": BF16, "fp16": FP16, **CHECKPOINTING}.items()
+    }
+    ZERO = {
+        f"{name}_zero{stage}": fields | BF16 | {"zero_stage": stage}
+        for name, fields in TODAY.items()
+        for stage in (1, 2)
+    }
     GROUPS |= {
         "3d_tp_today": (2, cases("3d", SPLIT["tp"], TODAY)),
+        "3d_tp_today_precision": (2, cases("3d", SPLIT["tp"], PRECISE)),
+        "3d_tp_zero_today": (4, cases("3d", SPLIT["tp"], ZERO)),
         "3d_tp_lora": (2, cases("3d", SPLIT["tp"], LORA | EXPERTS)),
         "3d_pp_today": (2, cases("3d", SPLIT["pp"], TODAY)),
         "3d_tp_pp_today": (4, cases("3d", SPLIT["tp"] | SPLIT["pp"], TODAY)),

@@ -85,7 +85,7 @@ class BaseModel(nn.Module):
         self.name_or_path = getattr(backbone, "name_or_path", "")
         self.config = classifier_config(backbone.config, self.task, self.kind)
         backbone.config = self.config
-        _train_padding(backbone.get_input_embeddings())
+        self.train_padding()
         self.score = ScalarHead(width_of(self.config))
         self.score.to(next(backbone.parameters()))
         self.init_head()
@@ -124,6 +124,15 @@ class BaseModel(nn.Module):
         """Weight ~ N(0, 1 / (d + 1)), bias 0; from PyTorch's random state, so seed it before."""
         self.score.weight.normal_(std=(self.score.in_features + 1) ** -0.5)
         self.score.bias.zero_()
+
+    def train_padding(self) -> None:
+        """A classifier's configuration names the padding, whose embedding transformers does not
+        train; with many tokenizers it is eos, which a model that was not saved yet learns. Padding
+        itself is left out by masks. A row of zeros stands for nothing else and stays."""
+        embedding = self.get_input_embeddings()
+        row = getattr(embedding, "padding_idx", None)
+        if row is not None and not embedding.weight.is_meta and embedding.weight[row].any():
+            embedding.padding_idx = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -177,15 +186,6 @@ class BaseModel(nn.Module):
     @property
     def _supports_attention_backend(self) -> bool:
         return getattr(self.backbone, "_supports_attention_backend", False)
-
-
-def _train_padding(embedding: nn.Module) -> None:
-    """A classifier's configuration names the padding, whose embedding transformers does not train;
-    with many tokenizers it is eos, which a model that was not saved yet learns. Padding itself is
-    left out by masks. A row of zeros stands for nothing else and stays."""
-    row = getattr(embedding, "padding_idx", None)
-    if row is not None and embedding.weight[row].any():
-        embedding.padding_idx = None
 
 
 def named_head(causal_lm: nn.Module) -> tuple[str, nn.Module]:

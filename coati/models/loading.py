@@ -1,22 +1,22 @@
 """Models from a directory or a hub name: what a directory holds (adapter, base, configuration,
 weights), and loaders whose errors say what is wrong with it. Imports nothing heavy."""
 
-import importlib.util
 import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coati.models.attention_choice import needs_eager, with_attention
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
     adopt_config,
     body_name,
     dtype_keyword,
-    text_config,
     transformers_major,
 )
 
@@ -123,15 +123,17 @@ def check_directory(path: str | os.PathLike, kind: str) -> None:
             raise ValueError(f"{path}: no such directory; expected {wanted}")
         return
     inside = directory / "modeling"
-    if is_bare(directory) and not has_weights(directory) and not is_bare(inside):
+    holds = _holds(directory)
+    tokenizer = any(
+        "token" in entry.name or "vocab" in entry.name or entry.name == "config.json"
+        for entry in directory.iterdir()
+    )
+    absent = not tokenizer if kind == "tokenizer" else not has_weights(directory)
+    if is_bare(directory) and absent and not is_bare(inside):
         raise ValueError(
             f"{path} is the directory of a run; its {kind} is in {inside}, name that one"
         )
-    holds = _holds(directory)
-    if kind == "tokenizer" and not any(
-        "token" in entry.name or "vocab" in entry.name or entry.name == "config.json"
-        for entry in directory.iterdir()
-    ):
+    if kind == "tokenizer" and not tokenizer:
         raise ValueError(
             f"{path}: no tokenizer files (tokenizer.json, tokenizer_config.json); {holds}"
         )
@@ -301,19 +303,18 @@ def _load(
         model_class = classes_of(path, config)[1]
     else:
         model_class = auto_class._model_mapping.get(type(config), None)
-    if note := _needs_eager(model_class, config, options.get("attn_implementation")):
+    if note := needs_eager(model_class, config, options.get("attn_implementation")):
         logger.warning_once(note)
         options["attn_implementation"] = "eager"
-    if transformers_major() < 5 and not composite:  # the file itself may be transformers 5's
+    if transformers_major() < 5:  # the file itself may be transformers 5's
         options["config"] = config
+    if composite:
+        read = partial(load_text_part, path, config)
+    else:
+        read = partial(_read, auto_class, path)
     try:
         with _without_report():
-            if composite:
-                model, report = load_text_part(path, config, options)
-            else:
-                model, report = auto_class.from_pretrained(
-                    path, output_loading_info=True, **options
-                )
+            model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
     if unexpected := sorted(
@@ -338,6 +339,10 @@ def _load(
     return model
 
 
+def _read(auto_class: Any, path: str | os.PathLike, options: dict[str, Any]):
+    return auto_class.from_pretrained(path, output_loading_info=True, **options)
+
+
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Without transformers' own table of missing and unexpected weights: the caller says what of it
@@ -352,55 +357,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(told_here)
-
-
-def _needs_eager(model_class: Any, config: Any, asked: str | None) -> str | None:
-    """Why a model must run transformers' eager attention rather than ``asked``; None where it need
-    not. ``model_class``: None for code of the checkpoint's own."""
-    if asked in (None, "sdpa") and caps_scores(config):
-        return eager_note(config)
-    if asked == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
-        return (
-            f"transformers has no scaled_dot_product_attention for {config.model_type} models; "
-            "eager attention is used"
-        )
-    return None
-
-
-def caps_scores(config: Any) -> bool:
-    """Whether attention caps its scores (Gemma 2), which PyTorch's scaled_dot_product_attention
-    leaves out without a word."""
-    return getattr(text_config(config), "attn_logit_softcapping", None) is not None
-
-
-def eager_note(config: Any) -> str:
-    """What is logged where eager attention replaces it."""
-    return (
-        f"{config.model_type} caps its attention scores, which scaled_dot_product_attention cannot "
-        "do; eager attention is used"
-    )
-
-
-def choose_attention(use_flash_attn: bool, dtype: str, on_gpu: bool) -> str:
-    """The ``attn_implementation`` for ``--use_flash_attn``; says once when it cannot be flash
-    attention.
-
-    ``dtype`` is what the model computes in ("fp32", "bf16", "fp16").
-    """
-    if not use_flash_attn:
-        return "sdpa"
-    if not on_gpu:
-        reason = "it needs a GPU"
-    elif importlib.util.find_spec("flash_attn") is None:
-        reason = "the package flash-attn is not installed"
-    elif dtype not in ("bf16", "fp16"):
-        reason = f"it has no {dtype}"
-    else:
-        return "flash_attention_2"
-    logger.warning_once(
-        f"--use_flash_attn: {reason}; PyTorch's scaled_dot_product_attention is used instead"
-    )
-    return "sdpa"
 
 
 def disable_dropout(model) -> None:

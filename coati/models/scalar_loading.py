@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coati.models.loading import DTYPES, adapter_base, load_configuration, read_config
+from coati.models.attention_choice import caps_scores, eager_note
+from coati.models.loading import (
+    DTYPES,
+    adapter_base,
+    load_configuration,
+    read_config,
+)
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -76,6 +82,9 @@ def load_scalar_weights(
             f"{path}: no scalar head (score.weight, value_head.weight) among its weights"
         )
     config = load_configuration(architecture, trust_remote_code)
+    if caps_scores(config) and attn_implementation in (None, "sdpa"):
+        logger.warning_once(eager_note(config))
+        attn_implementation = "eager"
     keywords = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = kind(
         backbone=AutoModel.from_config(config, trust_remote_code=trust_remote_code, **keywords)
@@ -86,6 +95,7 @@ def load_scalar_weights(
     except RuntimeError as error:
         text = str(error).split("\n\t", 2)[1]
         raise ValueError(f"{path}: not the weights of {architecture} ({text[:300]})") from error
+    model.train_padding()
     set_head(model.score, head, path)
     kept = next(iter(tensors.values())).dtype if dtype == "auto" else getattr(torch, DTYPES[dtype])
     return model.to(kept)

@@ -22,14 +22,14 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
     directory and missing end token.
     """
     check_directory(path, "tokenizer")
-    file = Path(path) / "tokenizer_config.json"
-    saved = load_json(file) if file.is_file() else {}
+    file = _file(path, "tokenizer_config.json")
+    saved = load_json(file) if file else {}
     options = tokenizer_options(saved)
-    if not trust_remote_code and options is None:
+    if not trust_remote_code and options is None and file:
         _check_class(file, saved)
     try:
         tokenizer = _read(path, options, trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise explained(path, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -74,12 +74,28 @@ def check_vocabulary(model, tokenizer) -> None:
         )
 
 
+def _file(path: str | os.PathLike, name: str) -> Path | None:
+    """``name`` in a directory, or in the cache of a hub name; None where it is not."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(path, name)
+    except (OSError, ValueError):  # AutoTokenizer will say what is wrong with the name
+        return None
+    return Path(found) if found else None
+
+
 def _read(path: str | os.PathLike, options: dict | None, trust_remote_code: bool):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     if options is None:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if _file(path, "tokenizer.json") is None:
+        return AutoTokenizer.from_pretrained(path, **options)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the class of transformers 5 is another, as is known
     try:

@@ -9,7 +9,7 @@ which a test writes from what tiny models did.
 
 from typing import Any
 
-from coati.models.loading import caps_scores, eager_note
+from coati.models.attention_choice import caps_scores, eager_note
 from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.policy.plan import pp_plan, tp_plan
 from coati.utils.transformers_compat import text_config, transformers_major
@@ -98,6 +98,7 @@ CANNOT: dict[str, dict[str, str]] = {
     "glm_moe_dsa": {ALL_TO_ALL: _INDEXED, PP: _CHOSEN},
     "deepseek_v4": {
         GEMINI: _EXPERTS,
+        PACKING: "its compressed entries would hold tokens of two rows",
         **dict.fromkeys((PP, SPLIT_GATHER, RING, ALL_TO_ALL), _STREAMS),
     },
     "llama4_text": {
@@ -250,8 +251,7 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
     """Change ``model`` in place where its family needs it; return a sentence for each change a user
     should know."""
     family = model.config.model_type
-    if caps_scores(model.config) and model.config._attn_implementation == "sdpa":
-        model.config._attn_implementation = "eager"
+    if caps_scores(model.config) and _attend_eagerly(model, instead_of=("sdpa",)):
         return [eager_note(model.config)]
     if text_config(model.config).model_type in INDEXED:
         for name, module in model.named_modules():
@@ -269,12 +269,23 @@ def prepare_family(model: Any, options: ParallelOptions) -> list[str]:
         # shardformer/modeling/gpt2.py:95 masks the padding only: eager attention adds the causal
         # mask itself, SDPA not.
         eager = "ColossalAI 0.5.0 gives its SDPA attention a mask that is not causal"
-    if eager and model.config._attn_implementation != "eager":
-        model.config._attn_implementation = "eager"
+    if eager and _attend_eagerly(model):
         return [f"{family} runs eager attention here: {eager}."]
     if family == "falcon" and PLUGINS[options.plugin].sharded_forward:
         _use_plain_linears(model)
     return []
+
+
+def _attend_eagerly(model: Any, instead_of: tuple[str, ...] = ()) -> bool:
+    """Make every layer's attention eager, or those that are ``instead_of``; whether one was not. A
+    model with a scalar head has another configuration than its layers."""
+    changed = False
+    for module in model.modules():
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", "eager")
+        if attention in instead_of or not instead_of and attention != "eager":
+            module.config._attn_implementation = "eager"
+            changed = True
+    return changed
 
 
 def _use_plain_linears(model: Any) -> None:

@@ -10,10 +10,10 @@ import torch
 
 from coati.cli.settings import LoraSettings, RMSettings, SLSettings, TrainingSettings
 from coati.dataset.load.epoch_order import EpochOrder
+from coati.models.attention_choice import choose_attention
 from coati.models.base import BaseModel
 from coati.models.block_mask import sliding_window
 from coati.models.loading import (
-    choose_attention,
     disable_dropout,
     load_causal_lm,
     load_config,

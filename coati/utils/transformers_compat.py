@@ -93,14 +93,14 @@ def tokenizer_class_names(entry: Any) -> tuple[str, ...]:
 
 
 def tokenizer_options(saved: dict[str, Any]) -> dict[str, Any] | None:
-    """What to load a tokenizer with whose ``tokenizer_config.json`` is ``saved``: keywords for
-    ``PreTrainedTokenizerFast`` under transformers 4 if transformers 5 wrote the file, whose classes
-    and list of further tokens 4 cannot read (tokenizer.json, which both write, has all of them);
-    None where the installed release reads it as it is."""
+    """What to load a tokenizer with whose ``tokenizer_config.json`` is ``saved``: keywords of
+    ``from_pretrained`` under transformers 4 if transformers 5 wrote the file, whose list of further
+    tokens 4 cannot read; None where the installed release reads it as it is."""
     own_code = "AutoTokenizer" in saved.get("auto_map", {})
-    if transformers_major() >= 5 or own_code or saved.get("backend") != "tokenizers":
-        return None
     further = saved.get("extra_special_tokens")
+    of_5 = saved.get("backend") == "tokenizers" or isinstance(further, list)
+    if transformers_major() >= 5 or own_code or not of_5:
+        return None
     more = list(further) if isinstance(further, list) else []
     return {"extra_special_tokens": {}, "additional_special_tokens": more}
 
@@ -108,27 +108,25 @@ def tokenizer_options(saved: dict[str, Any]) -> dict[str, Any] | None:
 def adopt_config(config: Any) -> None:
     """Under transformers 4, give ``config``, which transformers 5 may have written, the settings of
     rotary embeddings and sliding windows under their old names; 4 would take its defaults without a
-    word.
+    word. Code of a checkpoint's own reads its configuration itself.
 
     Raises ValueError, without a path, for settings that 4 has no names for.
     """
-    if transformers_major() >= 5:
+    if transformers_major() >= 5 or not type(config).__module__.startswith("transformers.models."):
         return
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict):
-        _adopt_rope(config, rope)
-    if kinds := getattr(config, "layer_types", None):
-        _adopt_windows(config, [kind == "sliding_attention" for kind in kinds])
+    for part in (config, text) if (text := text_config(config)) is not config else (config,):
+        rope = getattr(part, "rope_parameters", None)
+        if isinstance(rope, dict):
+            _adopt_rope(part, rope)
+        if kinds := getattr(part, "layer_types", None):
+            _adopt_windows(part, [kind == "sliding_attention" for kind in kinds])
 
 
 def _adopt_rope(config: Any, rope: dict[str, Any]) -> None:
     if any(isinstance(value, dict) for value in rope.values()):  # {kind of layer: settings}
         local = rope.get("sliding_attention")
         if not local or not hasattr(config, "rope_local_base_freq"):
-            raise ValueError(
-                f"its rope_parameters ({', '.join(rope)}) are those of transformers 5, which the "
-                "installed transformers 4 has no names for; use the default set"
-            )
+            raise _unknown(f"rope_parameters ({', '.join(rope)})")
         config.rope_local_base_freq = local["rope_theta"]
         rope = rope["full_attention"]
     names = {
@@ -140,13 +138,29 @@ def _adopt_rope(config: Any, rope: dict[str, Any]) -> None:
             if each == usual or hasattr(config, each):
                 setattr(config, each, rope[name])
     scaling = {name: value for name, value in rope.items() if name not in names}
-    config.rope_scaling = scaling if scaling.get("rope_type", "default") != "default" else None
+    kind = scaling.get("rope_type", "default")
+    original = scaling.get("original_max_position_embeddings")
+    if kind == "yarn" and original:  # 4 computes the factor from these, whatever is written
+        if scaling["factor"] != config.max_position_embeddings / original:
+            raise _unknown(
+                f"yarn factor {scaling['factor']} with {config.max_position_embeddings} positions, "
+                f"originally {original},"
+            )
+    if config.model_type == "phi3" and kind == "longrope":
+        config.original_max_position_embeddings = original
+        scaling = {name: scaling[name] for name in ("short_factor", "long_factor")}
+        scaling["type"] = kind
+    config.rope_scaling = scaling if kind != "default" else None
     del config.rope_parameters
+    try:  # what will be saved must be readable
+        type(config)(**config.to_dict())
+    except (KeyError, ValueError) as error:
+        raise _unknown(f"rope_parameters of type {kind}") from error
 
 
 def _adopt_windows(config: Any, sliding: list[bool]) -> None:
     """``sliding``: whether each layer has a window. transformers 4 computes it from the layer's
-    number."""
+    number, or takes one mask for all."""
     layers = range(len(sliding))
     if hasattr(config, "sliding_window_pattern"):
         config.sliding_window_pattern = pattern = (
@@ -156,14 +170,19 @@ def _adopt_windows(config: Any, sliding: list[bool]) -> None:
     elif config.model_type == "gemma2":
         there = [layer % 2 == 0 for layer in layers]
     else:
-        first = getattr(config, "max_window_layers", 0)
-        used = getattr(config, "use_sliding_window", any(sliding))
-        there = [used and layer >= first for layer in layers]
+        if not any(sliding) and getattr(config, "sliding_window", None):
+            config.sliding_window = None
+            config.use_sliding_window = False
+        there = [any(sliding)] * len(sliding)
     if there != sliding:
-        raise ValueError(
-            "transformers 4 has no sliding windows in just the layers that its layer_types name; "
-            "use the default set"
-        )
+        raise _unknown("layer_types, with sliding windows in some layers")
+
+
+def _unknown(what: str) -> ValueError:
+    return ValueError(
+        f"its {what} cannot be expressed in the installed transformers 4; use the default set, or "
+        "a transformers 5"
+    )
 
 
 def set_config_dtype(config: Any, dtype: Any) -> None:

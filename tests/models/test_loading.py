@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from coati.models.attention_choice import choose_attention
 from coati.models.loading import (
-    choose_attention,
     disable_dropout,
     find_model,
     get_model_numel,
@@ -125,6 +125,8 @@ def test_the_directory_of_a_run_is_told_from_its_model(directory):
         said = f"{run} is the directory of a run; its {kind} is in {run}/modeling"
         with pytest.raises(ValueError, match=said):
             loader(run)
+    tiny_tokenizer().save_pretrained(run)
+    assert len(load_tokenizer(run)) == len(tiny_tokenizer())
 
 
 NO_SDPA = [name for name in ("gemma2", "gptj", "bloom", "gpt_oss") if known(BY_TYPE[name])]

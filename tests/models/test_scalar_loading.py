@@ -153,6 +153,12 @@ def test_a_padding_token_is_learned_as_before_the_model_was_saved():
         assert bool(model.get_input_embeddings().weight.grad[2].any()) != zero
 
 
+def test_a_model_made_on_the_meta_device_says_nothing_of_its_padding_yet():
+    with torch.device("meta"):
+        model = RewardModel(config=tiny_llama().config)
+    assert model.get_input_embeddings().padding_idx == 2
+
+
 def test_plain_transformers_loads_the_directory(tmp_path):
     from transformers import AutoModelForSequenceClassification
 

@@ -127,7 +127,7 @@ def _from_hub(name: str) -> str:
 
     try:
         template = AutoTokenizer.from_pretrained(name).chat_template
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"chat_template: {name!r} is neither Jinja text, nor a file, nor a model directory, "
             f"nor a model that can be loaded here ({str(error).splitlines()[0]})"

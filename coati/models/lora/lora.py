@@ -244,6 +244,11 @@ def _check_experts(model: "nn.Module", experts: list[str], config: LoraConfig) -
             f"lora_experts: {type(model).__name__} has no experts that are parameters of their "
             "own; drop --lora_experts"
         )
+    if config.lora_initialization_method == "PiSSA":
+        raise ValueError(
+            "lora_experts: adapters of experts cannot start from principal singular vectors; use "
+            "lora_initialization_method kaiming_uniform"
+        )
     if config.linear_lora_dropout:
         raise ValueError(
             "lora_experts: peft applies no dropout before experts; set linear_lora_dropout 0 in "

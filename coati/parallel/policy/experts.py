@@ -63,23 +63,24 @@ def split_expert_adapters(
     stays whole, and as each process sees a part of its gradient, that is summed.
     """
     while isinstance(module, BaseTunerLayer):
-        style = styles.of(f"{name}.{module.parameter_name}") or "replicate"
+        wrapped: Any = module
+        style = styles.of(f"{name}.{wrapped.parameter_name}") or "replicate"
         if style not in _SPLIT:
             raise ValueError(
                 f"--tp with --lora_experts: the plan asks {style} of {name}."
-                f"{module.parameter_name}, whose adapter cannot be split so; drop --lora_experts, "
+                f"{wrapped.parameter_name}, whose adapter cannot be split so; drop --lora_experts, "
                 "or use --plugin zero2"
             )
         # Stored as (experts, out, in), or the other way around.
-        transposed = getattr(module.get_base_layer(), "is_transposed", False)
+        transposed = getattr(wrapped.get_base_layer(), "is_transposed", False)
         split_a = style.endswith("rowwise") != transposed
-        for key in module.lora_A:
-            factors = (module.lora_A[key], module.lora_B[key])
+        for key in wrapped.lora_A:
+            factors = (wrapped.lora_A[key], wrapped.lora_B[key])
             split, whole = factors if split_a else reversed(factors)
             packed = "packed_" if style.startswith("packed_") else ""
             split_parameter(split, "weight", packed + ("rowwise" if split_a else "colwise"), group)
             sum_gradients([whole.weight], group)
-        module = module.base_layer
+        module = wrapped.base_layer
     return module
 
 

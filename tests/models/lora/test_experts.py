@@ -49,6 +49,14 @@ if transformers_major() >= 5:
         assert adapters and not any("experts" in n for n in adapters)
         with pytest.raises(ValueError, match="no dropout before experts"):
             apply_lora(tiny_model(BY_TYPE[name]), LoraConfig(r=2, lora_experts=True))
+        settings = LoraConfig(
+            r=2,
+            linear_lora_dropout=0.0,
+            lora_experts=True,
+            lora_initialization_method="PiSSA",
+        )
+        with pytest.raises(ValueError, match="cannot start from principal singular vectors"):
+            apply_lora(tiny_model(BY_TYPE[name]), settings)
 
     def test_layers_named_as_experts_are_refused_rather_than_swapped_for_them():
         for target in ("shared_experts.down_proj", "layers.0.mlp.up_proj"):

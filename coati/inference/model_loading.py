@@ -11,7 +11,7 @@ from torch import nn
 
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
-from coati.models.loading import adapter_base, find_model, load_causal_lm
+from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_lm
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.logging import get_logger
@@ -75,8 +75,18 @@ def load(
     }
     with bitsandbytes_on_cpus() if quantization else nullcontext():
         model = load_causal_lm(directory, **options)
+    if quantization:
+        _compute_in(model, getattr(torch, DTYPES[dtype]))
     check_vocabulary(model, tokenizer)
     return Loaded((model if quantization else model.to(device)).eval(), tokenizer, conversation)
+
+
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the linear layers that were left unquantized the type that the model computes in; from
+    5.24 on transformers leaves them in that of their file."""
+    for module in model.modules():
+        if type(module) is nn.Linear and not hasattr(module, "quantization_scheme"):
+            module.to(dtype)
 
 
 def with_system(loaded: Loaded, text: str) -> Loaded:

@@ -43,6 +43,8 @@ def split(policy) -> None:
         layer.register_forward_pre_hook(parts.remember_width, with_kwargs=True)
     layers[0].register_forward_pre_hook(_first(parts.split), with_kwargs=True)
     layers[-1].register_forward_hook(_output(parts.whole))
+    for child in (child for layer in layers for child in layer.children()):
+        child.register_forward_pre_hook(parts.read_width, with_kwargs=True)
     if shared:
         _gather_for_blocks(policy, layers, parts)
     else:
@@ -51,6 +53,8 @@ def split(policy) -> None:
         for layer in layers:
             layer.register_forward_pre_hook(parts.split_keywords, with_kwargs=True)
         attention.check_calls(policy.base, len(layers))
+    for layer in layers:
+        layer.register_forward_pre_hook(parts.write_width, with_kwargs=True)
 
 
 class _Parts:
@@ -98,6 +102,17 @@ class _Parts:
                 self.width = known
                 return
 
+    def write_width(self, module: nn.Module, args: tuple, keywords: dict) -> None:
+        """A layer's last pre-hook: from 5.23 on transformers computes a layer again without its
+        hooks, but with what they made of its keywords."""
+        for value in _tensors(keywords.get("position_embeddings")):
+            value.whole_width = self.width
+
+    def read_width(self, module: nn.Module, args: tuple, keywords: dict) -> None:
+        """A pre-hook of a layer's children."""
+        for value in _tensors(keywords.get("position_embeddings")):
+            self.width = getattr(value, "whole_width", self.width)
+
     def split_keywords(self, module: nn.Module, args: tuple, keywords: dict) -> tuple[tuple, dict]:
         """A layer's pre-hook: of rotary embeddings and position ids the part of its tokens."""
         width = self.width
@@ -111,6 +126,12 @@ class _Parts:
         kept = {"hidden_states", "attention_mask", "past_key_values", "cache"}
         changed = {name: value if name in kept else part(value) for name, value in keywords.items()}
         return (args[0], *(part(value) for value in args[1:])) if args else args, changed
+
+
+def _tensors(value: Any) -> tuple[Any, ...]:
+    """Those of a keyword that is a tensor or a tuple of them."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    return tuple(each for each in values if isinstance(each, Tensor))
 
 
 def _width(value: Any) -> int | None:

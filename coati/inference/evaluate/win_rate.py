@@ -240,7 +240,7 @@ def extremes(rows: Sequence[PairResult], count: int, width: int | None = None) -
 
 def _part(title: str, rows: Sequence[PairResult], width: int) -> str:
     lines = [f"largest {title}:"]
-    number = 8  # places of a score
+    number = 9  # columns of a score, and of "reference"
     if width < 80:
         for row in rows:
             lines += wrap(f"{row.scores[0]:.3g} -> {row.scores[1]:.3g}", width)

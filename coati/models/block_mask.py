@@ -42,7 +42,7 @@ def with_block_mask(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 
 def sliding_window(config: Any) -> int | None:
-    """Tokens that attention of the model of ``config`` looks at at most, or None. Longer rows
+    """The most tokens that a token of the model of ``config`` attends to, or None. Longer rows
     cannot be kept apart by one mask."""
     config = text_config(config)
     # Llama 4's chunks; the tokens that DeepSeek-V3.2's indexer chooses

@@ -114,7 +114,8 @@ def adopt_config(config: Any) -> None:
     """
     if transformers_major() >= 5 or not type(config).__module__.startswith("transformers.models."):
         return
-    for part in (config, text) if (text := text_config(config)) is not config else (config,):
+    text = text_config(config)
+    for part in [config] if text is config else [config, text]:
         rope = getattr(part, "rope_parameters", None)
         if isinstance(rope, dict):
             _adopt_rope(part, rope)

@@ -1,9 +1,10 @@
-"""The flags of train_sft.py, in groups that the parsers of all training scripts share."""
+"""The flags of coati sft, in groups that the parsers of all training scripts share."""
 
 import argparse
 from collections.abc import Sequence
 
 from coati.cli.checks import check_offline, checked, requested_options
+from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
@@ -12,9 +13,9 @@ from coati.parallel.plugins import PLUGINS, PRECISIONS, SP_MODES
 
 
 def sft_parser() -> Parser:
-    """The parser of ``train_sft.py``."""
+    """The parser of ``coati sft``."""
     parser = Parser(
-        prog="train_sft.py",
+        prog="coati sft",
         usage="%(prog)s --pretrain MODEL --dataset PATH [PATH ...] [flags]",
         description="Supervised fine-tuning: trains a causal language model on the assistant's "
         "turns of conversations.",
@@ -28,17 +29,23 @@ def sft_parser() -> Parser:
     add_lora_flags(parser)
     add_output_flags(parser)
     add_logging_flags(parser)
+    add_launch_flags(parser)
     return parser
 
 
-def parse_sft(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> SLSettings:
-    """The checked flags of ``train_sft.py``; exits with code 2 and one line naming the flag when
+def parse_sft(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> SLSettings:
+    """The checked flags of ``coati sft``; exits with code 2 and one line naming the flag when
     something is wrong.
 
     What follows the machine stays None (``plugin``, ``parallel.precision``). ``older``: flags of
-    earlier releases that are taken too. Neither torch nor transformers is imported.
+    earlier releases that are taken too. ``prog``: what messages call the program. Neither torch
+    nor transformers is imported.
     """
-    args = checked(sft_parser(), argv, check_offline, older=older)
+    args = checked(sft_parser().named(prog), argv, check_offline, older=older)
     return settings_of(SLSettings, args, parallel=requested_options(args))
 
 
@@ -93,7 +100,7 @@ def add_data_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="training data: directories written by prepare_dataset.py, or raw json, jsonl or "
+        help="training data: directories written by coati prepare, or raw json, jsonl or "
         "parquet files, which are prepared into a cache first (required)",
     )
     group.add_argument(

@@ -1,12 +1,12 @@
 """Checks of flags before torch is imported. All raise ValueError with flag, finding and remedy."""
 
-import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from coati.cli.launch_flags import check_launch, processes_of
 from coati.cli.parser import OlderFlags, Parser
 from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
@@ -45,14 +45,15 @@ def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
         )
     if not args.dataset:
         raise ValueError(
-            "--dataset is missing: prepared arrow directories (prepare_dataset.py) or a raw json "
-            "file"
+            "--dataset is missing: prepared arrow directories (coati prepare) or a raw json file"
         )
     check_paths(args)
     check_mixture(args, args.dataset)
     check_lora(args)
     check_pointless(args)
-    check_parallel(args.plugin, requested_options(args, rows_per_sample=rows_per_sample))
+    check_launch(args)
+    options = requested_options(args, rows_per_sample=rows_per_sample)
+    check_parallel(args.plugin, options, processes_of(args))
 
 
 def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_dataset")) -> None:
@@ -165,11 +166,11 @@ def requested_options(
     return ParallelOptions(**values)
 
 
-def check_parallel(plugin: str | None, options: ParallelOptions) -> None:
-    """Refuse what ``plugin`` cannot do, as far as it is known before the machine has been looked
-    at."""
+def check_parallel(plugin: str | None, options: ParallelOptions, world_size: int) -> None:
+    """Refuse what ``plugin`` cannot do in ``world_size`` processes, as far as it is known before
+    the machine has been looked at."""
     if plugin is None and not options.needs_hybrid:
         return
     # Every plugin has bf16; the default is chosen to fit the plugin once the machine is known.
     options = replace(options, precision=options.precision or "bf16")
-    check_options(world_size=int(os.environ.get("WORLD_SIZE", "1")), **vars(options))
+    check_options(world_size=world_size, **vars(options))

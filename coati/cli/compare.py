@@ -1,4 +1,4 @@
-"""The flags of ``compare.py``."""
+"""The flags of ``coati compare``."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from coati.rewards.registry import REWARDS, check_rewards
 
 
 def compare_parser() -> Parser:
-    """The parser of ``compare.py``."""
+    """The parser of ``coati compare``."""
     parser = Parser(
-        prog="compare.py",
+        prog="coati compare",
         usage="%(prog)s --model_path MODEL [--start_path MODEL] --input FILE [FILE ...] [flags]",
         description="Win rate of a trained model against the one it started from, on the same "
         "prompts.",
@@ -69,9 +69,7 @@ def compare_parser() -> Parser:
 
 def _add_judge_flags(parser: Parser) -> None:
     group = parser.add_argument_group("judge")
-    add_text(
-        group, "--rm_path", unit="MODEL", help="reward model: a directory that train_rm.py wrote"
-    )
+    add_text(group, "--rm_path", unit="MODEL", help="reward model: a directory that coati rm wrote")
     group.add_argument(
         "--reward_functions",
         nargs="+",
@@ -159,9 +157,9 @@ def _add_response_flags(parser: Parser) -> None:
     )
 
 
-def parse_compare(argv: Sequence[str] | None = None) -> CompareSettings:
+def parse_compare(argv: Sequence[str] | None = None, prog: str | None = None) -> CompareSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = compare_parser()
+    parser = compare_parser().named(prog)
     args = parser.parse_args(argv)
     if args.model_path is None:
         parser.error("--model_path is required: the trained model")

@@ -1,4 +1,4 @@
-"""The flags of ``merge_lora.py`` and ``export.py``."""
+"""The flags of ``coati merge`` and ``coati export``."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def merging_parser() -> Parser:
-    """The parser of ``merge_lora.py``."""
+    """The parser of ``coati merge``."""
     parser = Parser(
-        prog="merge_lora.py",
+        prog="coati merge",
         usage="%(prog)s --model_path ADAPTER --output_dir DIR [flags]",
         description="Merges a LoRA adapter into its base model and writes a Hugging Face "
         "directory with the same logits.",
@@ -29,9 +29,9 @@ def merging_parser() -> Parser:
 
 
 def export_parser() -> Parser:
-    """The parser of ``export.py``."""
+    """The parser of ``coati export``."""
     parser = Parser(
-        prog="export.py",
+        prog="coati export",
         usage="%(prog)s --model_path MODEL --output_dir DIR [flags]",
         description="Exports a model for use elsewhere: adapters merged, checked against plain "
         "transformers, with a model card.",
@@ -77,15 +77,15 @@ def _add_common(parser: Parser, model: str, dtype: str) -> None:
     )
 
 
-def parse_merging(argv: Sequence[str] | None = None) -> MergeSettings:
-    """The checked flags of ``merge_lora.py``. Exits with code 2 and one line naming a wrong
+def parse_merging(argv: Sequence[str] | None = None, prog: str | None = None) -> MergeSettings:
+    """The checked flags of ``coati merge``. Exits with code 2 and one line naming a wrong
     flag."""
-    return filled(MergeSettings, vars(_checked(merging_parser(), argv)))
+    return filled(MergeSettings, vars(_checked(merging_parser().named(prog), argv)))
 
 
-def parse_export(argv: Sequence[str] | None = None) -> ExportSettings:
-    """The checked flags of ``export.py``. Exits with code 2 and one line naming a wrong flag."""
-    return filled(ExportSettings, vars(_checked(export_parser(), argv)))
+def parse_export(argv: Sequence[str] | None = None, prog: str | None = None) -> ExportSettings:
+    """The checked flags of ``coati export``. Exits with code 2 and one line naming a wrong flag."""
+    return filled(ExportSettings, vars(_checked(export_parser().named(prog), argv)))
 
 
 def _checked(parser: Parser, argv: Sequence[str] | None) -> Namespace:

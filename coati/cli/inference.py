@@ -1,4 +1,4 @@
-"""The flags of ``inference.py``."""
+"""The flags of ``coati chat``."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ CONSOLES = ("rich", "simple", "dummy")
 
 
 def inference_parser() -> Parser:
-    """The parser of ``inference.py``."""
+    """The parser of ``coati chat``."""
     parser = Parser(
-        prog="inference.py",
+        prog="coati chat",
         usage="%(prog)s --model_path MODEL [flags]",
         description="Chat with a model in the terminal, or respond to the lines of a pipe. `clear` "
         "starts a new dialogue, `exit` quits.",
@@ -133,10 +133,12 @@ def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
 
 
 def parse_inference(
-    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
 ) -> ChatSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = inference_parser()
+    parser = inference_parser().named(prog)
     args = checked(parser, argv, older=older)
     if args.model_path is None:
         parser.error(

@@ -87,6 +87,11 @@ class Parser(argparse.ArgumentParser):
             raise SystemExit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def named(self, prog: str | None) -> "Parser":
+        """This parser, which messages and help call ``prog``; None leaves its name."""
+        self.prog = prog or self.prog
+        return self
+
     def names(self) -> list[str]:
         """The public spelling of every documented flag, with its aliases, in the order of the
         help."""

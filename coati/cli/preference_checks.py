@@ -52,8 +52,7 @@ def _check_losses(args: Namespace) -> None:
     given = f"--loss_type {' '.join(names)}"
     if names == [SFT]:
         raise ValueError(
-            f"{given} has no loss over pairs; add one ({', '.join(LOSS_TYPES)}), or use "
-            "train_sft.py"
+            f"{given} has no loss over pairs; add one ({', '.join(LOSS_TYPES)}), or use coati sft"
         )
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{given} names {twice[0]} twice; name it once, with --loss_weights")

@@ -1,4 +1,4 @@
-"""The flags of train_rm.py, train_dpo.py, train_orpo.py and train_kto.py."""
+"""The flags of coati rm, coati dpo, coati orpo and coati kto."""
 
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from coati.cli import arguments as shared
 from coati.cli.checks import check_offline, checked, requested_options
+from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
 from coati.cli.settings import (
@@ -25,9 +26,9 @@ ROWS_PER_PAIR = 2  # of the batch that the model reads
 
 
 def rm_parser() -> Parser:
-    """The parser of ``train_rm.py``."""
+    """The parser of ``coati rm``."""
     parser = _parser(
-        "train_rm.py",
+        "coati rm",
         "Reward model: Bradley-Terry ranking loss on preference pairs.",
     )
     group = parser.add_argument_group("reward model")
@@ -56,9 +57,9 @@ def rm_parser() -> Parser:
 
 
 def dpo_parser() -> Parser:
-    """The parser of ``train_dpo.py``."""
+    """The parser of ``coati dpo``."""
     parser = _parser(
-        "train_dpo.py", "Direct preference optimization (DPO) and its family, on preference pairs."
+        "coati dpo", "Direct preference optimization (DPO) and its family, on preference pairs."
     )
     group = parser.add_argument_group("preference")
     _add_loss_flags(group)
@@ -126,9 +127,9 @@ def _add_loss_flags(group: _ArgumentGroup) -> None:
 
 
 def orpo_parser() -> Parser:
-    """The parser of ``train_orpo.py``."""
+    """The parser of ``coati orpo``."""
     parser = _parser(
-        "train_orpo.py",
+        "coati orpo",
         "Odds-ratio preference optimization (ORPO): SFT and preferences in one stage, without a "
         "reference model.",
     )
@@ -144,9 +145,9 @@ def orpo_parser() -> Parser:
 
 
 def kto_parser() -> Parser:
-    """The parser of ``train_kto.py``."""
+    """The parser of ``coati kto``."""
     parser = _parser(
-        "train_kto.py",
+        "coati kto",
         "Kahneman-Tversky optimization (KTO), on single responses labeled desirable or not.",
     )
     group = parser.add_argument_group("preference")
@@ -219,29 +220,48 @@ def _add_shared_flags(parser: Parser, **defaults: object) -> Parser:
     shared.add_lora_flags(parser)
     shared.add_output_flags(parser)
     shared.add_logging_flags(parser)
+    add_launch_flags(parser)
     parser.set_defaults(**{"max_length": 2048} | defaults)
     return parser
 
 
-def parse_rm(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> RMSettings:
-    """The checked flags of ``train_rm.py``; as :func:`coati.cli.arguments.parse_sft`."""
-    return _parse(RMSettings, rm_parser(), argv, older, ROWS_PER_PAIR, check_rm)
+def parse_rm(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> RMSettings:
+    """The checked flags of ``coati rm``; as :func:`coati.cli.arguments.parse_sft`."""
+    return _parse(RMSettings, rm_parser().named(prog), argv, older, ROWS_PER_PAIR, check_rm)
 
 
-def parse_dpo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> DPOSettings:
-    """The checked flags of ``train_dpo.py``; ``beta`` and ``gamma`` are those of the loss where not
+def parse_dpo(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> DPOSettings:
+    """The checked flags of ``coati dpo``; ``beta`` and ``gamma`` are those of the loss where not
     given."""
-    return _parse(DPOSettings, dpo_parser(), argv, older, ROWS_PER_PAIR, check_pairs, check_dpo)
+    return _parse(
+        DPOSettings, dpo_parser().named(prog), argv, older, ROWS_PER_PAIR, check_pairs, check_dpo
+    )
 
 
-def parse_orpo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> ORPOSettings:
-    """The checked flags of ``train_orpo.py``."""
-    return _parse(ORPOSettings, orpo_parser(), argv, older, ROWS_PER_PAIR, check_pairs)
+def parse_orpo(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> ORPOSettings:
+    """The checked flags of ``coati orpo``."""
+    return _parse(ORPOSettings, orpo_parser().named(prog), argv, older, ROWS_PER_PAIR, check_pairs)
 
 
-def parse_kto(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> KTOSettings:
-    """The checked flags of ``train_kto.py``."""
-    return _parse(KTOSettings, kto_parser(), argv, older, 1, check_kto)
+def parse_kto(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> KTOSettings:
+    """The checked flags of ``coati kto``."""
+    return _parse(KTOSettings, kto_parser().named(prog), argv, older, 1, check_kto)
 
 
 def _parse(

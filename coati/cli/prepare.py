@@ -1,4 +1,4 @@
-"""The flags of ``prepare_dataset.py``."""
+"""The flags of ``coati prepare``."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ CLEANING_FLAGS = (
 
 
 def prepare_parser() -> Parser:
-    """The parser of ``prepare_dataset.py``."""
+    """The parser of ``coati prepare``."""
     parser = Parser(
-        prog="prepare_dataset.py",
+        prog="coati prepare",
         usage="%(prog)s --type TYPE --data_input_dirs PATH[,PATH ...] --tokenizer_dir MODEL "
         "[flags]",
         description="Tokenizes raw rows into the shards that training reads, and reports what "
@@ -220,10 +220,10 @@ def _add_cleaning_flags(parser: Parser) -> None:
     )
 
 
-def parse_prepare(argv: Sequence[str] | None = None) -> PrepareSettings:
+def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> PrepareSettings:
     """The checked flags; ``data_input_dirs`` is a list of paths. Exits with code 2 and one line
     naming a wrong flag."""
-    parser = prepare_parser()
+    parser = prepare_parser().named(prog)
     args = parser.parse_args(argv)
     for name in ("data_input_dirs", "eval_input_dirs", "benchmark_files"):
         setattr(

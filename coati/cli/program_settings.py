@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """``compare.py``."""
+    """``coati compare``."""
 
     model_path: str
     start_path: str | None
@@ -32,7 +32,7 @@ class CompareSettings:
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """``merge_lora.py``."""
+    """``coati merge``."""
 
     model_path: str
     output_dir: str
@@ -43,7 +43,7 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """``export.py``."""
+    """``coati export``."""
 
     model_path: str
     output_dir: str
@@ -56,7 +56,7 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """``inference.py``."""
+    """``coati chat``."""
 
     model_path: str
     tokenizer_path: str | None
@@ -79,7 +79,7 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """``prepare_dataset.py``. ``type`` None: only the template is checked."""
+    """``coati prepare``. ``type`` None: only the template is checked."""
 
     type: str | None
     data_input_dirs: list[str]
@@ -114,7 +114,7 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class PromptSampleSettings:
-    """``generate_prompt_dataset.py``."""
+    """``coati sample-prompts``."""
 
     dataset_path: str
     save_path: str
@@ -124,7 +124,7 @@ class PromptSampleSettings:
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """``quantize.py``."""
+    """``coati quantize``."""
 
     model_path: str
     output_dir: str
@@ -141,7 +141,7 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """``benchmark.py``."""
+    """``coati measure``."""
 
     model_path: str
     quant: list[str]
@@ -154,7 +154,7 @@ class BenchmarkSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """``score.py``."""
+    """``coati score``."""
 
     model_path: str
     input: list[str]
@@ -168,7 +168,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """``server.py``. ``token`` None: no authentication."""
+    """``coati serve``. ``token`` None: no authentication."""
 
     model_path: str
     tokenizer_path: str | None

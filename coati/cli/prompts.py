@@ -1,4 +1,4 @@
-"""The flags of ``generate_prompt_dataset.py``."""
+"""The flags of ``coati sample-prompts``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from coati.cli.values import add_count, add_text
 
 
 def prompts_parser() -> Parser:
-    """The parser of ``generate_prompt_dataset.py``."""
+    """The parser of ``coati sample-prompts``."""
     parser = Parser(
-        prog="generate_prompt_dataset.py",
+        prog="coati sample-prompts",
         usage="%(prog)s --dataset_path PATH [--save_path FILE] [--sample_size N]",
         description="Draws a random sample of prompts from a dataset, as rows for "
-        "prepare_dataset.py --type prompt.",
+        "coati prepare --type prompt.",
     )
     add_text(
         parser,
@@ -41,9 +41,11 @@ def prompts_parser() -> Parser:
     return parser
 
 
-def parse_prompts(argv: Sequence[str] | None = None) -> PromptSampleSettings:
+def parse_prompts(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> PromptSampleSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = prompts_parser()
+    parser = prompts_parser().named(prog)
     args = parser.parse_args(argv)
     if not args.dataset_path:
         parser.error("--dataset_path is required: the rows to take the prompts from")

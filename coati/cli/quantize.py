@@ -1,4 +1,4 @@
-"""The flags of ``quantize.py`` and of ``benchmark.py``."""
+"""The flags of ``coati quantize`` and of ``coati measure``."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ FULL = "full"
 
 
 def quantize_parser() -> Parser:
-    """The parser of ``quantize.py``."""
+    """The parser of ``coati quantize``."""
     parser = Parser(
-        prog="quantize.py",
+        prog="coati quantize",
         usage="%(prog)s --model_path MODEL --output_dir DIR --method METHOD [METHOD ...] [flags]",
         description="Quantizes a model and compares size, perplexity and speed with the original.",
     )
@@ -89,9 +89,9 @@ def _add_measuring_flags(parser: Parser) -> None:
     )
 
 
-def parse_quantize(argv: Sequence[str] | None = None) -> QuantizeSettings:
+def parse_quantize(argv: Sequence[str] | None = None, prog: str | None = None) -> QuantizeSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = quantize_parser()
+    parser = quantize_parser().named(prog)
     args = parser.parse_args(argv)
     for flag, what in (
         ("model_path", "the model to quantize"),
@@ -111,15 +111,15 @@ def parse_quantize(argv: Sequence[str] | None = None) -> QuantizeSettings:
 
 
 def benchmark_parser() -> Parser:
-    """The parser of ``benchmark.py``."""
+    """The parser of ``coati measure``."""
     parser = Parser(
-        prog="benchmark.py",
+        prog="coati measure",
         usage="%(prog)s --model_path MODEL [flags]",
         description="Measures load time, time to first token, tokens per second and peak memory of "
         "a model, each quantization in a separate process.",
     )
     add_text(
-        parser, "--model_path", unit="MODEL", help="any model that inference.py loads (required)"
+        parser, "--model_path", unit="MODEL", help="any model that coati chat loads (required)"
     )
     parser.add_argument(
         "--quant",
@@ -148,10 +148,12 @@ def benchmark_parser() -> Parser:
 
 
 def parse_benchmark(
-    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
 ) -> BenchmarkSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = benchmark_parser()
+    parser = benchmark_parser().named(prog)
     args = checked(parser, argv, older=older)
     if args.model_path is None:
         parser.error(

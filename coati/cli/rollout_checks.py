@@ -2,7 +2,6 @@
 finding and remedy."""
 
 import importlib.util
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from coati.cli.checks import (
     read_json,
     requested_options,
 )
+from coati.cli.launch_flags import check_launch, processes_of
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
@@ -48,14 +48,15 @@ def check_rollouts(args: Namespace) -> None:
         )
     if not args.prompt_dataset:
         raise ValueError(
-            "--prompt_dataset is missing: prepared arrow directories (prepare_dataset.py --type "
+            "--prompt_dataset is missing: prepared arrow directories (coati prepare --type "
             "prompt) or a raw file"
         )
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
     check_mixture(args, args.prompt_dataset)
     check_lora(args)
     _check_can_sample(args)
-    check_parallel(args.plugin, requested_options(args, args.train_batch_size))
+    check_launch(args)
+    check_parallel(args.plugin, requested_options(args, args.train_batch_size), processes_of(args))
     _check_lengths(args)
     _check_ptx(args)
     _check_reward_sources(args)
@@ -133,7 +134,7 @@ def _check_reward_sources(args: Namespace) -> None:
     if not neural and not args.reward_functions:
         raise ValueError(
             "nothing gives a reward: name a reward model (--rm_pretrain, the directory that "
-            "train_rm.py wrote), or "
+            "coati rm wrote), or "
             f"--reward_functions ({', '.join(REWARDS)}, path.py:function), or both"
         )
     if (
@@ -259,7 +260,7 @@ def _check_target(args: Namespace) -> None:
         raise ValueError(
             "--kl_target multiplies --kl_coef toward it, which is 0: set --kl_coef above 0, 0.1 say"
         )
-    processes = max(int(os.environ.get("WORLD_SIZE", "1")) // args.tp, 1)
+    processes = max(processes_of(args) // args.tp, 1)
     each = args.num_collect_steps * args.experience_batch_size * getattr(args, "num_generations", 1)
     if 0.2 * each * processes >= args.kl_horizon:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The groups of flags of train_ppo.py and train_grpo.py."""
+"""The groups of flags of coati ppo and coati grpo."""
 
 import argparse
 
@@ -39,7 +39,7 @@ def add_data_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="prompts: directories written by prepare_dataset.py --type prompt, or raw json, jsonl "
+        help="prompts: directories written by coati prepare --type prompt, or raw json, jsonl "
         "or parquet files, which are prepared into a cache first; a final response in a row is "
         "dropped (required)",
     )
@@ -92,7 +92,7 @@ def _add_ptx_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="conversations as for train_sft.py, prepared or raw",
+        help="conversations as for coati sft, prepared or raw",
     )
     add_number(
         group,
@@ -206,7 +206,7 @@ def add_reward_flags(parser: Parser, reward_clip: float) -> None:
         group,
         "--rm_pretrain",
         unit="MODEL",
-        help="reward model of train_rm.py; with --rm_checkpoint_path: its architecture only",
+        help="reward model of coati rm; with --rm_checkpoint_path: its architecture only",
     )
     add_text(
         group,

@@ -1,4 +1,4 @@
-"""The flags of train_ppo.py and train_grpo.py."""
+"""The flags of coati ppo and coati grpo."""
 
 import argparse
 from argparse import Namespace
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from coati.cli import arguments as shared
 from coati.cli import rollout_flags as flags
 from coati.cli.checks import checked, requested_options
+from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.rollout_checks import PLACES_OF_KL, check_grpo, check_ppo, check_rollouts
 from coati.cli.settings import (
@@ -27,9 +28,9 @@ NOT_HERE = ("--pp", "--sp", "--sp_mode", "--enable_sequence_parallelism", "--mic
 
 
 def ppo_parser() -> Parser:
-    """The parser of ``train_ppo.py``."""
+    """The parser of ``coati ppo``."""
     parser = _parser(
-        "train_ppo.py",
+        "coati ppo",
         "PPO: rollouts, rewards, GAE advantages from a critic, clipped policy update.",
     )
     flags.add_data_flags(parser)
@@ -70,9 +71,9 @@ def ppo_parser() -> Parser:
 
 
 def grpo_parser() -> Parser:
-    """The parser of ``train_grpo.py``."""
+    """The parser of ``coati grpo``."""
     parser = _parser(
-        "train_grpo.py",
+        "coati grpo",
         "GRPO and its variants: advantages from a group of responses to each prompt, without a "
         "critic.",
     )
@@ -155,23 +156,30 @@ def _add_shared_flags(parser: Parser, **defaults: Any) -> Parser:
     )
     shared.add_output_flags(parser, steps="episodes", final="DIR/actor/modeling")
     shared.add_logging_flags(parser, steps="episodes")
+    add_launch_flags(parser)
     parser.set_defaults(**defaults)
     return parser
 
 
-def parse_ppo(argv: Sequence[str] | None = None, older: OlderFlags | None = None) -> PPOSettings:
-    """The checked flags of ``train_ppo.py``; as :func:`coati.cli.arguments.parse_sft`.
+def parse_ppo(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> PPOSettings:
+    """The checked flags of ``coati ppo``; as :func:`coati.cli.arguments.parse_sft`.
 
     ``kl_estimator``, the clip ranges and the batch sizes of inference are resolved.
     """
-    return _parse(PPOSettings, ppo_parser(), argv, older, check_ppo)
+    return _parse(PPOSettings, ppo_parser().named(prog), argv, older, check_ppo)
 
 
 def parse_grpo(
-    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
 ) -> OnlineSettings:
-    """The checked flags of ``train_grpo.py``; as :func:`parse_ppo`."""
-    return _parse(OnlineSettings, grpo_parser(), argv, older, check_grpo)
+    """The checked flags of ``coati grpo``; as :func:`parse_ppo`."""
+    return _parse(OnlineSettings, grpo_parser().named(prog), argv, older, check_grpo)
 
 
 def _parse(

@@ -1,4 +1,4 @@
-"""The flags of ``score.py``."""
+"""The flags of ``coati score``."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from coati.cli.values import add_count, add_switch, add_text
 
 
 def score_parser() -> Parser:
-    """The parser of ``score.py``."""
+    """The parser of ``coati score``."""
     parser = Parser(
-        prog="score.py",
+        prog="coati score",
         usage="%(prog)s --model_path MODEL --input FILE [FILE ...] [flags]",
         description="Scores rows of data files with a reward model: preference pairs, labeled "
         "responses, or conversations.",
@@ -20,7 +20,7 @@ def score_parser() -> Parser:
         parser,
         "--model_path",
         unit="MODEL",
-        help="directory that train_rm.py wrote, or a checkpoint (required)",
+        help="directory that coati rm wrote, or a checkpoint (required)",
     )
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="FILE", help="files or folders of rows (required)"
@@ -58,12 +58,12 @@ def score_parser() -> Parser:
     return parser
 
 
-def parse_score(argv: Sequence[str] | None = None) -> ScoreSettings:
+def parse_score(argv: Sequence[str] | None = None, prog: str | None = None) -> ScoreSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = score_parser()
+    parser = score_parser().named(prog)
     args = parser.parse_args(argv)
     if args.model_path is None:
-        parser.error("--model_path is required: a directory that train_rm.py wrote")
+        parser.error("--model_path is required: a directory that coati rm wrote")
     if not args.input:
         parser.error("--input is required: files or folders of rows to score")
     return filled(ScoreSettings, vars(args))

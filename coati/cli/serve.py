@@ -23,9 +23,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def server_parser() -> Parser:
-    """The parser of ``server.py``."""
+    """The parser of ``coati serve``."""
     parser = Parser(
-        prog="server.py",
+        prog="coati serve",
         usage="%(prog)s MODEL [flags]",
         description="Serves a model over HTTP: OpenAI-compatible chat completions, /generate, and "
         "a web chat page. `MODEL` may also be given without `--model_path`.",
@@ -142,13 +142,15 @@ def _add_limits(parser: Parser) -> None:
 
 
 def parse_server(
-    argv: Sequence[str] | None = None, older: OlderFlags | None = None
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
 ) -> ServerSettings:
     """The checked flags, with ``token`` (None: no authentication) and ``cors_origins`` as a tuple.
 
     Exits with code 2 and one line naming a wrong flag.
     """
-    parser = server_parser()
+    parser = server_parser().named(prog)
     args = checked(parser, argv, older=older)
     if args.pretrained and args.model_path:
         parser.error(f"{args.pretrained} and --model_path {args.model_path}: name one model")

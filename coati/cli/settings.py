@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from coati.cli.launch_flags import LaunchSettings
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.options import ParallelOptions
 from coati.trainer.schedule import RunSchedule
@@ -150,13 +151,14 @@ class TrainingSettings:
     optimizer: OptimizerSettings
     schedule: RunSchedule
     output: OutputSettings
+    launch: LaunchSettings
     seed: int
     flags: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLSettings(TrainingSettings):
-    """What the trainers on fixed data share; all that ``train_sft.py`` is told."""
+    """What the trainers on fixed data share; all that ``coati sft`` is told."""
 
     batches: BatchSettings
 
@@ -171,7 +173,7 @@ class RewardLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class RMSettings(SLSettings):
-    """``train_rm.py``."""
+    """``coati rm``."""
 
     loss: RewardLoss
 
@@ -192,7 +194,7 @@ class DPOLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(SLSettings):
-    """``train_dpo.py``."""
+    """``coati dpo``."""
 
     loss: DPOLoss
     reference: ReferenceSettings
@@ -200,7 +202,7 @@ class DPOSettings(SLSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ORPOSettings(SLSettings):
-    """``train_orpo.py``. ``lam``: weight of the odds ratio."""
+    """``coati orpo``. ``lam``: weight of the odds ratio."""
 
     lam: float
 
@@ -216,7 +218,7 @@ class KTOLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class KTOSettings(SLSettings):
-    """``train_kto.py``. ``auto_weight``: balance the two kinds of responses."""
+    """``coati kto``. ``auto_weight``: balance the two kinds of responses."""
 
     loss: KTOLoss
     auto_weight: bool
@@ -323,7 +325,7 @@ class CriticSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineSettings(TrainingSettings):
-    """What the trainers with rollouts share; all that ``train_grpo.py`` is told."""
+    """What the trainers with rollouts share; all that ``coati grpo`` is told."""
 
     rollout: RolloutSettings
     sampling: SamplingSettings
@@ -336,6 +338,6 @@ class OnlineSettings(TrainingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings(OnlineSettings):
-    """``train_ppo.py``."""
+    """``coati ppo``."""
 
     critic: CriticSettings

@@ -68,6 +68,6 @@ def _finite(found: Tensor, responses: Responses) -> Tensor:
             f"the reward model's score of response {bad[0]} is {found[bad[0]]:.3g}: prompt "
             f"{responses.prompts[bad[0]][-160:]!r}, response "
             f"{responses.responses[bad[0]][:160]!r}; score some rows with "
-            "examples/inference/score.py to find out whether the model is broken"
+            "coati score to find out whether the model is broken"
         )
     return found

@@ -57,7 +57,7 @@ def load(
     if quant and adapter_base(directory):
         raise ValueError(
             f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
-            "merge_lora.py"
+            "coati merge"
         )
     tokenizer = load_tokenizer(tokenizer_path or find_tokenizer(directory), trust_remote_code)
     conversation = conversation_of(directory, tokenizer, template)

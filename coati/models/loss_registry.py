@@ -81,7 +81,7 @@ SFT = "sft"
 # TRL's names
 ALIASES = {"sigmoid": "dpo_loss", "ipo": "ipo_loss", "hinge": "hinge_loss"}
 
-# --loss_fn of train_rm.py
+# --loss_fn of coati rm
 REWARD_LOSSES = ("log_sig", "log_exp")
 
 

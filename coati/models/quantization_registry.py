@@ -5,7 +5,7 @@ QUANTS = {
     "8bit": "bitsandbytes LLM.int8(): 8-bit integers, one scale per row",
     "4bit": "bitsandbytes NF4: 16 levels for normally distributed weights, one scale per 64",
 }
-# quantize.py --method: what a directory is written with
+# coati quantize --method: what a directory is written with
 METHODS = {
     "8bit": QUANTS["8bit"],
     "nf4": QUANTS["4bit"],

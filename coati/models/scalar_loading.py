@@ -43,13 +43,13 @@ def saved_head(
     if state is None:
         if adapter_base(path):
             raise ValueError(
-                f"{path}: this LoRA adapter has no scalar head; it was not trained by train_rm.py"
+                f"{path}: this LoRA adapter has no scalar head; it was not trained by coati rm"
             )
         if not new_head:
             raise ValueError(
                 f"{path} has no scalar head (score.weight): it is a language model, not a reward "
-                "model. Train one from it with train_rm.py, or name the directory that "
-                "train_rm.py wrote"
+                "model. Train one from it with coati rm, or name the directory that "
+                "coati rm wrote"
             )
         logger.info(f"{path} has no scalar head: it is taken as the base, and a new head is drawn.")
     elif kind == "reward" and read_config(path).get("coati_head") == "critic":

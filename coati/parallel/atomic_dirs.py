@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank
+from coati.utils.errors import RunFailed
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunFailed):
     """A rank could not write its part; nothing of the directory is left."""
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from coati.utils.errors import RunFailed
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-class LaunchFailed(RuntimeError):
+class LaunchFailed(RunFailed):
     """The processes did not come together."""
 
 

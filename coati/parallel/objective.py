@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coati.models.head_outputs import HeadRequest
 from coati.models.logprobs import IGNORE_INDEX
+from coati.utils.errors import RunFailed
 from coati.utils.meter import MaskedSamples
 
 Batch = dict[str, Tensor]
@@ -83,7 +84,7 @@ class Step:
     aux_losses: list[float] = field(default_factory=list)
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunFailed):
     """The loss of a step is NaN or infinite; the step was not applied."""
 
 

@@ -92,7 +92,7 @@ def _check_rows(run: Run, rows: Any, path: str, type: str, flag: str) -> None:
 def _check_type(rows: Any, path: str, type: str, flag: str) -> None:
     found = types_of(rows.column_names)
     needed = DATA_TYPES[type].needed_columns
-    remedy = f"prepare them with prepare_dataset.py --type {type}"
+    remedy = f"prepare them with coati prepare --type {type}"
     if missing := [name for name in needed if name not in rows.column_names]:
         what = (
             f"prepared for {found[0].name}" if found else f"columns {', '.join(rows.column_names)}"
@@ -151,7 +151,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None) -> str:
     failure = None
     if not (folder / "preparation.json").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         logger.info(
-            f"{path} holds raw conversations: preparing them into {folder} (prepare_dataset.py "
+            f"{path} holds raw conversations: preparing them into {folder} (coati prepare "
             "does this once for all)"
         )
         try:

@@ -49,7 +49,7 @@ def kto_weights(settings: KTOSettings, rows: Any) -> tuple[float, float]:
         raise ValueError(
             f"--dataset holds {kind} responses only ({len(rows)} rows): KTO learns from the "
             f"difference. Add rows with label {flag}"
-            + (", or train on these with train_sft.py" if good else "")
+            + (", or train on these with coati sft" if good else "")
         )
     weights = (settings.loss.desirable_weight, settings.loss.undesirable_weight)
     ratio = balance(good, bad, *weights)

@@ -1,30 +1,26 @@
-"""The end of a run: the final model, the last lines, and expected errors as one line instead of a
-traceback."""
+"""The end of a run: the final model and the last lines."""
 
+import os
 import shlex
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from coati.parallel.atomic_dirs import SaveFailed, write_directory
-from coati.parallel.engine import Engine, NonFiniteLoss
-from coati.parallel.launch import LaunchFailed, shut_down
+from coati.parallel.atomic_dirs import write_directory
+from coati.parallel.engine import Engine
 from coati.parallel.weights import ModelAssets, save_model
+from coati.recipes.command import PROGRAM, is_command
+from coati.recipes.launcher import ERROR_FILE
 from coati.recipes.run import Run
 from coati.trainer import OLTrainer, SLTrainer
-from coati.utils.distributed import rank, world_size
+from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-S = TypeVar("S")
-
-CHAT = "talk to it: python examples/inference/inference.py --model_path"
-SCORE = "score responses with it: python examples/inference/score.py --model_path"
+CHAT = "talk to it: coati chat"
+SCORE = "score responses with it: coati score"
 BOUNDS = ("_low", "_high", "/count")  # metrics that say how sure another one is
-EXPECTED = (ValueError, OSError, LaunchFailed, SaveFailed, NonFiniteLoss)
 
 
 def save_final(run: Run, trainer: SLTrainer, use: str = CHAT) -> None:
@@ -92,22 +88,19 @@ def command_again() -> str:
     """This command line with ``--checkpoint_path auto``."""
     words = []
     dropping = False
-    for word in sys.argv:
+    for word in sys.argv[1:]:
         if word.startswith("--"):
             dropping = word.startswith("--checkpoint_")  # the flag and the value after it
         if not dropping:
             words.append(word)
-    launcher = f"colossalai run --nproc_per_node {world_size()}" if world_size() > 1 else "python"
-    return f"{launcher} {shlex.join(words)} --checkpoint_path auto"
+    return f"{_program()} {shlex.join(words)} --checkpoint_path auto"
 
 
-def guarded(program: str, main: Callable[[S], None], settings: S) -> None:
-    """Run ``main(settings)``; an expected error ends the process with code 1 and one line on
-    standard error."""
-    try:
-        main(settings)
-    except EXPECTED as error:
-        who = f"[rank {rank()}] " if rank() else ""
-        print(f"{who}{program}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    shut_down()
+def _program() -> str:
+    """How this program is started: the command, or a script with its launcher."""
+    if is_command():
+        return PROGRAM
+    script = shlex.quote(sys.argv[0])
+    if ERROR_FILE in os.environ or world_size() == 1:  # the script starts its processes itself
+        return f"python {script}"
+    return f"colossalai run --nproc_per_node {world_size()} {script}"

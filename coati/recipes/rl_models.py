@@ -303,7 +303,7 @@ def adapter_on_base(
     if found is None or Path(found).resolve() != Path(pretrain).resolve():
         raise ValueError(
             f"--shared_base: --{start.flag} {start.path} is no LoRA adapter on --pretrain "
-            f"{pretrain}; train the reward model from it with train_rm.py --lora_rank, or leave "
+            f"{pretrain}; train the reward model from it with coati rm --lora_rank, or leave "
             "--shared_base out"
         )
     with _naming(start.flag):

@@ -1,13 +1,7 @@
-"""KTO: preferences from labeled single responses.
+"""KTO, preferences from labeled single responses: the same as ``coati kto``."""
 
-``--help`` lists the flags, docs/preferences.md explains them.
-"""
-
-from coati.cli.preferences import parse_kto
 from coati.legacy.flags_preferences import PREFERENCES
+from coati.recipes.command import run
 
 if __name__ == "__main__":
-    settings = parse_kto(older=PREFERENCES)
-    from coati.recipes import finish, kto
-
-    finish.guarded("train_kto.py", kto.main, settings)
+    run("kto", older=PREFERENCES)

@@ -1,13 +1,7 @@
-"""PPO with a critic.
+"""PPO with a critic: the same as ``coati ppo``."""
 
-``--help`` lists the flags, docs/rlhf.md explains them.
-"""
-
-from coati.cli.rollouts import parse_ppo
 from coati.legacy.flags_rl import ROLLOUTS
+from coati.recipes.command import run
 
 if __name__ == "__main__":
-    settings = parse_ppo(older=ROLLOUTS)
-    from coati.recipes import finish, rl
-
-    finish.guarded("train_ppo.py", rl.main, settings)
+    run("ppo", older=ROLLOUTS)

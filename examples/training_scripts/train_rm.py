@@ -1,13 +1,7 @@
-"""Reward model from preference pairs.
+"""Reward model from preference pairs: the same as ``coati rm``."""
 
-``--help`` lists the flags, docs/preferences.md explains them.
-"""
-
-from coati.cli.preferences import parse_rm
 from coati.legacy.flags_preferences import PREFERENCES
+from coati.recipes.command import run
 
 if __name__ == "__main__":
-    settings = parse_rm(older=PREFERENCES)
-    from coati.recipes import finish, rm
-
-    finish.guarded("train_rm.py", rm.main, settings)
+    run("rm", older=PREFERENCES)

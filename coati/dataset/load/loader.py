@@ -46,7 +46,7 @@ def part_directories(path: str) -> list[Path]:
     folder = Path(path)
     if not folder.exists():
         raise ValueError(
-            f"--dataset {path}: does not exist; expected a directory written by prepare_dataset.py"
+            f"--dataset {path}: does not exist; expected a directory written by coati prepare"
         )
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return [folder]
@@ -58,7 +58,7 @@ def part_directories(path: str) -> list[Path]:
     if not parts:
         raise ValueError(
             f"--dataset {path}: no prepared rows found (expected part-* directories with "
-            "dataset_info.json); run prepare_dataset.py first and pass its --data_arrow_output_dir"
+            "dataset_info.json); run coati prepare first and pass its --data_arrow_output_dir"
         )
     return parts
 

@@ -55,7 +55,7 @@ def load_reward_model(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[RewardModel, Any, Conversation]:
-    """Reward model, tokenizer and template of a directory or checkpoint that train_rm.py wrote.
+    """Reward model, tokenizer and template of a directory or checkpoint that coati rm wrote.
 
     Raises ValueError where there is no scalar head.
     """

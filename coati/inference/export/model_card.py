@@ -16,7 +16,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-Written by coati's `export.py`. {checked}
+Written by coati's `coati export`. {checked}
 
 ## Base model
 

@@ -47,7 +47,7 @@ def quantize(
     if adapter_base(directory):
         raise ValueError(
             f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
-            "merge_lora.py"
+            "coati merge"
         )
     with fresh_folder(output) as folder:
         quants = [quant for quant, own in METHOD_OF_QUANT.items() if own == method]

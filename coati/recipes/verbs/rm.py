@@ -1,17 +1,23 @@
 """Reward model: a Bradley-Terry ranking loss on preference pairs."""
 
+from coati.cli.preferences import parse_rm, rm_parser
 from coati.cli.settings import RMSettings
-from coati.dataset import DataCollatorForPreferenceDataset
-from coati.models import RewardModel
-from coati.recipes import build, finish, offline
-from coati.recipes.run import start
-from coati.trainer import RewardModelTrainer
+from coati.cli.verb import Verb
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+VERB = Verb("training", rm_parser, parse_rm, "coati.recipes.verbs.rm:main", processes=True)
+
 
 def main(settings: RMSettings) -> None:
+    """Train as ``settings`` say, and save the model."""
+    from coati.dataset import DataCollatorForPreferenceDataset
+    from coati.models import RewardModel
+    from coati.recipes import build, finish, offline
+    from coati.recipes.run import start
+    from coati.trainer import RewardModelTrainer
+
     run = start(settings)
     rows = offline.load_data(run, "preference")
     model = offline.boosted(run, rows, build.reward_model(run))

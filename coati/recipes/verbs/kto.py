@@ -1,15 +1,21 @@
 """KTO: preferences from single responses, each labeled desirable or not."""
 
+from coati.cli.preferences import kto_parser, parse_kto
 from coati.cli.settings import KTOSettings
-from coati.dataset import DataCollatorForKTODataset
-from coati.recipes import build, offline
-from coati.recipes.data_checks import check_ends, kto_weights
-from coati.recipes.reference_model import reference
-from coati.recipes.run import start
-from coati.trainer import KTOTrainer
+from coati.cli.verb import Verb
+
+VERB = Verb("training", kto_parser, parse_kto, "coati.recipes.verbs.kto:main", processes=True)
 
 
 def main(settings: KTOSettings) -> None:
+    """Train as ``settings`` say, and save the model."""
+    from coati.dataset import DataCollatorForKTODataset
+    from coati.recipes import build, offline
+    from coati.recipes.data_checks import check_ends, kto_weights
+    from coati.recipes.reference_model import reference
+    from coati.recipes.run import start
+    from coati.trainer import KTOTrainer
+
     run = start(settings)
     rows = offline.load_data(run, "kto")
     check_ends(run, rows.train)

@@ -2,18 +2,24 @@
 
 from dataclasses import replace
 
+from coati.cli.preferences import dpo_parser, parse_dpo
 from coati.cli.settings import DPOSettings
-from coati.dataset import DataCollatorForPreferenceDataset
-from coati.models.loss_registry import needs_reference
-from coati.recipes import build, offline
-from coati.recipes.data_checks import check_ends
-from coati.recipes.reference_model import precomputed, reference
-from coati.recipes.run import start
-from coati.trainer import DPOTrainer
-from coati.trainer.precompute_reference import WithReference
+from coati.cli.verb import Verb
+
+VERB = Verb("training", dpo_parser, parse_dpo, "coati.recipes.verbs.dpo:main", processes=True)
 
 
 def main(settings: DPOSettings) -> None:
+    """Train as ``settings`` say, and save the model."""
+    from coati.dataset import DataCollatorForPreferenceDataset
+    from coati.models.loss_registry import needs_reference
+    from coati.recipes import build, offline
+    from coati.recipes.data_checks import check_ends
+    from coati.recipes.reference_model import precomputed, reference
+    from coati.recipes.run import start
+    from coati.trainer import DPOTrainer
+    from coati.trainer.precompute_reference import WithReference
+
     run = start(settings)
     rows = offline.load_data(run, "preference")
     check_ends(run, rows.train)

@@ -1,0 +1,59 @@
+"""What ``coati VERB`` is before anything heavy is imported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from coati.cli.parser import Parser
+
+# Headings of ``coati --help``, in their order.
+GROUPS = {
+    "data": "Prepare data",
+    "training": "Train",
+    "models": "Use the result",
+    "machine": "Plan and inspect",
+}
+CONFIGS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command.
+
+    Args:
+        group: its heading in ``coati --help``, a key of :data:`GROUPS`.
+        parser: makes the parser of its flags.
+        parse: ``parse(argv, prog=...)`` gives the checked settings; those with flags of earlier
+            releases take ``older`` too.
+        main: ``"module:function"``, which is imported to run with the settings.
+        subject: the flag that words before the first flag stand for (``coati chat MODEL``); a
+            YAML file there is ``--config``.
+        processes: whether several processes may run it together (``--nproc``).
+    """
+
+    group: str
+    parser: Callable[[], Parser]
+    parse: Callable[..., Any]
+    main: str
+    subject: str | None = None
+    processes: bool = False
+
+    def words(self, argv: list[str]) -> list[str]:
+        """``argv`` with the flags that its leading bare words stand for."""
+        count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+        bare = argv[:count]
+        rest = argv[count:]
+        configs = CONFIGS if self.subject else (*CONFIGS, ".json")
+        if bare and bare[0].lower().endswith(configs):
+            rest = [*rest, "--config", bare.pop(0)]
+        if not bare:
+            return rest
+        if self.subject is None:
+            return [*bare, *rest]  # refused by the parser
+        return [self.subject, *bare, *rest]
+
+    def function(self) -> Callable[[Any], None]:
+        """What runs it. Imports its module and all that it needs."""
+        module, _, name = self.main.partition(":")
+        return getattr(import_module(module), name)

@@ -1,0 +1,131 @@
+"""``coati VERB``: the list of verbs, and running one of them. Imports nothing heavy."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from coati import __version__
+from coati.cli.parser import OlderFlags
+from coati.cli.verb import GROUPS, Verb
+from coati.recipes import launcher, verbs
+from coati.utils.errors import RunFailed
+
+PROGRAM = "coati"
+INTERRUPTED = 130  # what a shell reports for SIGINT
+
+
+def names() -> list[str]:
+    """Every verb: the modules of ``coati.recipes.verbs``."""
+    return [module.name.replace("_", "-") for module in iter_modules(verbs.__path__)]
+
+
+def load(name: str) -> Verb:
+    """The verb of that name. Raises ValueError with the nearest one."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown verb {name!r}{hint} `{PROGRAM} --help` lists them")
+    return _module(name).VERB
+
+
+def summary(name: str) -> str:
+    """The first sentence about a verb."""
+    text = " ".join((_module(name).__doc__ or "").split("\n\n")[0].split())
+    return text.rstrip(".")
+
+
+def _module(name: str) -> Any:
+    return import_module(f"{verbs.__name__}.{name.replace('-', '_')}")
+
+
+def overview() -> str:
+    """What ``coati --help`` prints."""
+    loaded = {name: load(name) for name in names()}
+    lines = [
+        f"usage: {PROGRAM} VERB [CONFIG.yaml] [--flag value ...]",
+        "",
+        "Aligns chat models with human feedback. `coati VERB --help` lists the flags of a verb,",
+        "`coati init VERB` writes them into a YAML file, with their defaults.",
+    ]
+    for group, title in GROUPS.items():
+        members = [name for name, verb in loaded.items() if verb.group == group]
+        lines += ["", f"{title}:", *(f"  {name:<16}{summary(name)}" for name in members)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: ``argv`` is a verb and its flags. Ends the process unless the verb ran."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if words[0] in ("-V", "--version"):
+        print(f"{PROGRAM} {__version__}")
+        return
+    try:
+        load(words[0])
+    except ValueError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    run(words[0], words[1:], prog=f"{PROGRAM} {words[0]}")
+
+
+def run(
+    name: str,
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    older: OlderFlags | None = None,
+) -> None:
+    """Run the verb ``name`` with the flags ``argv``, in several processes where they ask for it.
+
+    ``prog``: what messages call the program, by default the script that was started. ``older``:
+    flags of earlier releases. An expected error ends the process with code 1 and one line.
+    """
+    verb = load(name)
+    prog = prog or Path(sys.argv[0]).name
+    given = list(sys.argv[1:] if argv is None else argv)
+    settings = verb.parse(
+        verb.words(given), prog=prog, **({} if older is None else {"older": older})
+    )
+    try:
+        if verb.processes and settings.launch.wanted:
+            sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
+        verb.function()(settings)
+        if verb.processes:
+            from coati.parallel.launch import shut_down
+
+            shut_down()
+    except (ValueError, OSError, RunFailed) as error:
+        _fail(f"{prog}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _fail(message: str) -> None:
+    """End with code 1. The launcher, where there is one, says the message once for all ranks."""
+    file = os.environ.get(launcher.ERROR_FILE)
+    rank = os.environ.get("RANK", "0")
+    if file is not None:
+        Path(file).write_text(message, encoding="utf-8")
+    else:
+        print(f"[rank {rank}] {message}" if rank != "0" else message, file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _program(name: str) -> list[str]:
+    """What python is given to run the verb, before its flags: this command or the script that was
+    started."""
+    return ["-m", PROGRAM, name] if is_command() else [sys.argv[0]]
+
+
+def is_command() -> bool:
+    """Whether the process is ``coati`` or ``python -m coati``, not a script of examples/."""
+    started = Path(sys.argv[0])
+    return started.name in (PROGRAM, f"{PROGRAM}.exe", "__main__.py")

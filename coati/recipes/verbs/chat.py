@@ -1,0 +1,111 @@
+"""Chat with a model in the terminal."""
+
+import sys
+from contextlib import closing
+
+from coati.cli.inference import inference_parser, parse_inference
+from coati.cli.program_settings import ChatSettings
+from coati.cli.verb import Verb
+
+VERB = Verb(
+    "models",
+    inference_parser,
+    parse_inference,
+    "coati.recipes.verbs.chat:main",
+    subject="--model_path",
+)
+
+
+def open_session(args: ChatSettings):
+    from coati.inference import ChatSession, load
+    from coati.inference.model_loading import with_system
+    from coati.models.generation.sampling import Sampling
+
+    try:
+        loaded = load(
+            args.model_path,
+            tokenizer_path=args.tokenizer_path,
+            template=args.conversation_template_config,
+            trust_remote_code=args.trust_remote_code,
+            quant=args.quant,
+        )
+    except ValueError as error:
+        # Every message of the loader begins with the path at fault.
+        flags = ("conversation_template_config", "tokenizer_path", "model_path")
+        at_fault = [
+            flag
+            for flag in flags
+            if getattr(args, flag) and str(error).startswith(getattr(args, flag))
+        ]
+        raise ValueError(f"--{(at_fault or ['model_path'])[0]} {error}") from error
+    if args.system_message is not None:
+        loaded = with_system(loaded, args.system_message)
+    sampling = Sampling(
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    lengths = {"max_length": args.model_max_length, "max_new_tokens": args.max_new_tokens}
+    return ChatSession(*loaded, sampling=sampling, seed=args.seed, **lengths)
+
+
+def respond(session, screen, record, question: str) -> None:
+    forgotten = session.forgotten
+    try:
+        with closing(session.ask(question)) as pieces:
+            screen.respond(pieces)
+    finally:
+        record.add(session.messages)
+    if session.forgotten > forgotten:
+        screen.note(
+            f"{session.forgotten} oldest rounds no longer fit into --model_max_length and are left "
+            "out"
+        )
+    if session.cut:
+        screen.note(f"cut off at --max_new_tokens {session.max_new_tokens}")
+
+
+def chat(session, screen, record, clear: str) -> None:
+    """The conversation, until the questions end. Ctrl-C breaks off a response, not the
+    conversation."""
+    for question in screen.questions():
+        if question == clear:
+            session.clear()
+            record.close()
+            screen.clear()
+            continue
+        try:
+            respond(session, screen, record, question)
+        except KeyboardInterrupt:
+            screen.note("broken off")
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            screen.note(str(error))
+
+
+def main(args: ChatSettings) -> None:
+    from coati.inference import console
+    from coati.inference.transcript import Transcript, conversations
+
+    screen = console.CONSOLES[args.io]()
+    asked = (
+        conversations(args.prompt_file)
+        if args.prompt_file
+        else [([], question) for question in args.prompt]
+    )
+    session = open_session(args)
+    try:
+        with closing(Transcript(args.transcript)) as record:
+            for before, question in asked:
+                session.clear()
+                session.messages = list(before)
+                screen.repeat(question)
+                respond(session, screen, record, question)
+                record.close()
+            if not asked:
+                chat(session, screen, record, console.CLEAR)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)

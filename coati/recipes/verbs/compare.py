@@ -1,0 +1,90 @@
+"""Win rate of a trained model against the one it started from."""
+
+import json
+import sys
+
+from coati.cli.compare import compare_parser, parse_compare
+from coati.cli.program_settings import CompareSettings
+from coati.cli.verb import Verb
+
+VERB = Verb(
+    "models",
+    compare_parser,
+    parse_compare,
+    "coati.recipes.verbs.compare:main",
+    subject="--model_path",
+)
+
+
+def named(flag: str, make, *words, **keywords):
+    """What ``make`` gives; an error of it names ``flag``."""
+    try:
+        return make(*words, **keywords)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+
+
+def judge_of(args: CompareSettings, tags: dict | None):
+    from coati.inference.evaluate.score_rows import load_reward_model
+    from coati.inference.evaluate.win_rate import Judge
+    from coati.rewards import Rewards
+
+    model = rewards = None
+    if args.rm_path:
+        code = args.trust_remote_code
+        model = named("--rm_path", load_reward_model, args.rm_path, trust_remote_code=code)
+    if args.reward_functions:
+        rewards = Rewards(args.reward_functions, args.reward_weights, tags, args.reward_timeout)
+    return Judge(model, rewards, args.batch_size)
+
+
+def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, dict | None]:
+    """Both models' responses, one model in memory at a time; the prompts left out; the policy's
+    tags."""
+    from coati.inference.evaluate import generate_responses as generating
+    from coati.inference.evaluate.win_rate import reference_of
+    from coati.models.generation.sampling import Sampling
+
+    drawn = {name: getattr(args, name) for name in ("top_k", "top_p", "repetition_penalty")}
+    sampling = Sampling(args.temperature > 0, args.temperature or 1.0, **drawn)
+    config = generating.SamplingConfig(
+        sampling, args.max_new_tokens, args.max_length, args.batch_size, args.seed
+    )
+    template = args.conversation_template_config
+    code = args.trust_remote_code
+    loading = {"template": template, "trust_remote_code": code}
+    reference = args.start_path or named("--model_path", reference_of, args.model_path)
+    found = []
+    skipped = []
+    conversation = None
+    for flag, path in (("--start_path", reference), ("--model_path", args.model_path)):
+        side, out, conversation = named(
+            flag, generating.responses_of, path, prompts, config, **loading
+        )
+        found.append(side)
+        skipped += out
+    return found, skipped, conversation.response_format_tags
+
+
+def main(args: CompareSettings) -> None:
+    from coati.inference.evaluate import generate_responses as generating
+    from coati.inference.evaluate.win_rate import compare, extremes, summary
+
+    prompts, unreadable = named(
+        "--input", generating.read_prompts, args.input, args.max_prompts, args.seed
+    )
+    (reference, policy), too_long, tags = generated(args, prompts)
+    judge = judge_of(args, tags)
+    rows, unscored = compare(
+        prompts, reference, policy, judge, args.max_new_tokens, args.tie_margin
+    )
+    for line in generating.skipped_summary([*unreadable, *too_long, *unscored]):
+        print(f"coati compare: {line}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"--input {' '.join(args.input)}: no prompt could be compared")
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as output:
+            output.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
+    if args.show and (shown := extremes(rows, args.show)):
+        print(shown)
+    print("\n".join(summary(rows)))

@@ -1,0 +1,78 @@
+"""Tokenize conversations, preferences or prompts into shards, with a report."""
+
+import sys
+
+from coati.cli.prepare import CLEANING_FLAGS, parse_prepare, prepare_parser
+from coati.cli.program_settings import PrepareSettings
+from coati.cli.verb import Verb
+
+VERB = Verb(
+    "data",
+    prepare_parser,
+    parse_prepare,
+    "coati.recipes.verbs.prepare:main",
+    subject="--data_input_dirs",
+)
+
+
+def main(args: PrepareSettings) -> None:
+    """Prepare the rows, or only check the template (``--check_template``)."""
+    check(args) if args.check_template else prepare(args)
+
+
+def prepare(args: PrepareSettings) -> None:
+    """Raw rows to shards. Says where they are."""
+    from coati.dataset.chat.conversation import setup_conversation_template
+    from coati.dataset.clean.cleaning import Cleaning
+    from coati.dataset.prepare.preparation import prepare_dataset
+    from coati.dataset.prepare.staging import check_outputs
+    from coati.dataset.rows.input_files import find_files
+    from coati.models.tokenizer import load_tokenizer
+
+    # Fail before anything is loaded where a path alone is wrong.
+    find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
+    check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
+    tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
+    template = setup_conversation_template(
+        tokenizer, args.conversation_template_config, template_mode=args.template_mode
+    )
+    prepare_dataset(
+        type=args.type,
+        format=args.format,
+        split=args.split,
+        inputs=args.data_input_dirs,
+        tokenizer=tokenizer,
+        tokenizer_name=args.tokenizer_dir,
+        template=template,
+        jsonl_dir=args.data_jsonl_output_dir,
+        arrow_dir=args.data_arrow_output_dir,
+        cache_dir=args.data_cache_dir,
+        max_length=args.max_length,
+        num_bins=args.num_spliced_dataset_bins,
+        num_samples_per_bin=args.num_samples_per_datafile,
+        seed=args.seed,
+        num_proc=args.num_proc,
+        strict=args.strict,
+        max_bad_ratio=args.max_bad_ratio,
+        eval_ratio=args.eval_ratio,
+        eval_inputs=args.eval_input_dirs,
+        cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
+    )
+    print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
+    rows = args.data_arrow_output_dir
+    has_evaluation = args.eval_ratio or args.eval_input_dirs
+    evaluation = f" --eval_dataset {rows}/eval" if has_evaluation else ""
+    print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
+
+
+def check(args: PrepareSettings) -> None:
+    """Print all findings about the template; exit code 1 if it cannot be trained on."""
+    from coati.dataset.chat.template_lint import check_template
+    from coati.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
+    color = sys.stdout.isatty()
+    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, color)
+    print(report.lines())
+    if report.errors:
+        sys.exit(1)

@@ -1,0 +1,82 @@
+"""Serve a model: OpenAI's protocol and a chat page."""
+
+import signal
+import sys
+
+from coati.cli.program_settings import ServerSettings
+from coati.cli.serve import LOOPBACK, listening_socket, parse_server, server_parser
+from coati.cli.verb import Verb
+
+VERB = Verb(
+    "models",
+    server_parser,
+    parse_server,
+    "coati.recipes.verbs.serve:main",
+    subject="--model_path",
+)
+
+
+def open_engine(args: ServerSettings):
+    from coati.inference import load
+    from coati.inference.serve.inference_engine import InferenceEngine
+    from coati.inference.serve.stop_strings import read_words
+
+    words = read_words(args.profanity_file) if args.profanity_file else []
+    loaded = load(
+        args.model_path,
+        tokenizer_path=args.tokenizer_path,
+        template=args.conversation_template_config,
+        trust_remote_code=args.trust_remote_code,
+        quant=args.quant,
+    )
+    return InferenceEngine(
+        loaded,
+        max_length=args.model_max_length,
+        max_batch=args.max_batch,
+        max_queue=args.max_queue,
+        timeout=args.timeout,
+        words=words,
+    )
+
+
+def app_of(args: ServerSettings, engine):
+    from coati.inference.serve.web import WebSettings, make_app
+    from coati.models.generation.sampling import Sampling
+
+    sampling = Sampling(
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    # Without a token only the address protects the model, so a web page that makes its name point
+    # here must not do.
+    hosts = (*LOOPBACK, "[::1]") if args.token is None and args.http_host in LOOPBACK else ()
+    settings = WebSettings(
+        args.served_model_name, sampling, args.max_new_tokens, args.token, args.cors_origins, hosts
+    )
+    return make_app(engine, settings)
+
+
+def main(args: ServerSettings) -> None:
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # uvicorn raises it again once all is in order
+    listening = listening_socket(args.http_host, args.http_port)
+    try:
+        import uvicorn
+
+        engine = open_engine(args)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; the server needs: pip install 'coati[serve]'") from error
+    host, port = listening.getsockname()[:2]
+    print(
+        f"{args.served_model_name} at http://{f'[{host}]' if ':' in host else host}:{port}",
+        flush=True,
+    )
+    config = uvicorn.Config(app_of(args, engine), timeout_graceful_shutdown=args.shutdown_timeout)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        print(file=sys.stderr)

@@ -4,6 +4,7 @@ measured figures."""
 import ast
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from coati.cli.parser import Parser
 from coati.legacy.flags import QUANTIZED, SHARED
 from coati.legacy.flags_preferences import PREFERENCES
 from coati.legacy.flags_rl import ROLLOUTS
-from tools.write_docs import parsers
+from coati.recipes.command import load, names
 
 ROOT = Path(__file__).parent.parent
 # The flags of earlier releases that a script takes.
@@ -104,29 +105,43 @@ def test_flags_exist(page):
     assert not unknown, f"{name_of(page)} names {sorted(unknown)}"
 
 
+@cache
+def verbs_of_scripts() -> dict[str, str]:
+    """The verb that each script of examples/ runs, by the script's name."""
+    found = {}
+    for path in (ROOT / "examples").rglob("*.py"):
+        if ran := re.search(
+            r'^    run\("([a-z-]+)"', path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            found[path.name] = ran[1]
+    return found
+
+
 def parsers_of_scripts() -> dict[str, Parser]:
-    """Every parser by its script, as the script calls it."""
-    made = parsers()
+    """The parser of every script, as the script calls it, and of every verb."""
+    made = {name: load(verb).parser() for name, verb in verbs_of_scripts().items()}
     for name, older in OLDER.items():
         older.add(made[name])
-    return made
+    return made | {name: load(name).parser() for name in names()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_are_accepted(page):
-    """Each line in a code block that starts one of the scripts, its file names aside, is what the
-    parser takes."""
+    """Each line in a code block that starts the command or one of the scripts is what the parser
+    takes."""
     scripts = parsers_of_scripts()
     blocks = re.findall(
         r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True) if ".py --" in line else []
+        command = re.match(r"\s*(?:[A-Z_]+=\S+ )*coati [a-z]", line)
+        words = shlex.split(line, comments=True) if ".py --" in line or command else []
         for index, word in enumerate(words):
-            if Path(word).name in scripts:
-                scripts[Path(word).name].parse_args(
-                    [rest for rest in words[index + 1 :] if rest != "..."]
-                )
+            given = [rest for rest in words[index + 1 :] if rest != "..."]
+            if Path(word).name in verbs_of_scripts():
+                scripts[Path(word).name].parse_args(given)
+            elif index and words[index - 1] == "coati" and word in scripts:
+                scripts[word].parse_args(without_config(load(word).words(given)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -142,6 +157,14 @@ def test_files_and_make_targets_exist(page):
     )
     named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert named <= targets, f"{name_of(page)} names make {sorted(named - targets)}"
+
+
+def without_config(words: list[str]) -> list[str]:
+    """``words`` without the YAML file that they name, which is not there."""
+    if "--config" not in words:
+        return words
+    place = words.index("--config")
+    return words[:place] + words[place + 2 :]
 
 
 def names_in(file: Path) -> set[str]:

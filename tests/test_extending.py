@@ -52,8 +52,7 @@ tiny_llama().save_pretrained("tiny")
 tiny_tokenizer().save_pretrained("tiny")
 words = ["--pretrain", "tiny", "--dataset", "examples/data/kto.jsonl", "--max_samples", "8"]
 words += ["--beta", "0.5", "--max_steps", "1", "--accumulation_steps", "1", "--save_dir", "out"]
-script = "examples/training_scripts/train_rwr.py"
-subprocess.run([sys.executable, script, *words], check=True)
+subprocess.run([sys.executable, "-m", "coati", "rwr", *words], check=True)
 line = json.loads(open("out/metrics.jsonl").readline())
 assert math.isfinite(line["train/loss"]) and 1 <= line["train/weight"] <= math.exp(2)
 """

@@ -29,7 +29,6 @@ def sft_parser() -> Parser:
     add_lora_flags(parser)
     add_output_flags(parser)
     add_logging_flags(parser)
-    add_launch_flags(parser)
     return parser
 
 
@@ -205,6 +204,7 @@ def add_parallel_flags(parser: Parser) -> None:
         unit="FILE",
         help="JSON object with further keywords of the ColossalAI plugin",
     )
+    add_launch_flags(parser)
 
 
 def add_optimization_flags(parser: Parser) -> None:

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from coati.cli import arguments as shared
 from coati.cli.checks import check_offline, checked, requested_options
-from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
 from coati.cli.settings import (
@@ -220,7 +219,6 @@ def _add_shared_flags(parser: Parser, **defaults: object) -> Parser:
     shared.add_lora_flags(parser)
     shared.add_output_flags(parser)
     shared.add_logging_flags(parser)
-    add_launch_flags(parser)
     parser.set_defaults(**{"max_length": 2048} | defaults)
     return parser
 

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from coati.cli import arguments as shared
 from coati.cli import rollout_flags as flags
 from coati.cli.checks import checked, requested_options
-from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.rollout_checks import PLACES_OF_KL, check_grpo, check_ppo, check_rollouts
 from coati.cli.settings import (
@@ -156,7 +155,6 @@ def _add_shared_flags(parser: Parser, **defaults: Any) -> Parser:
     )
     shared.add_output_flags(parser, steps="episodes", final="DIR/actor/modeling")
     shared.add_logging_flags(parser, steps="episodes")
-    add_launch_flags(parser)
     parser.set_defaults(**defaults)
     return parser
 

@@ -57,7 +57,7 @@ test-long: venv
 	@$(PYTEST)
 
 bench: venv
-	@$(RUN) bash benchmarks/bench.sh
+	@$(RUN) "$(BIN)/python" -m coati bench
 
 bench-peers: venv
 	@$(RUN) bash benchmarks/bench_peers.sh

@@ -2,7 +2,7 @@
 
 docs/flags.md is written whole, from the parsers; the plugin tables of docs/plugins.md, from PLUGINS
 and the checks; the tree of docs/architecture.md, from the modules' first sentences; the reasons of
-docs/data.md, from reasons.py.
+docs/data.md, from row_errors.py; the schemas of coati/cli/schemas, from the parsers.
 
 python -m tools.write_docs            write them
 python -m tools.write_docs --check    exit with code 1 when one of them is not current
@@ -10,10 +10,12 @@ python -m tools.write_docs --check    exit with code 1 when one of them is not c
 
 import argparse
 import ast
+import json
 import re
 import sys
 from pathlib import Path
 
+from coati.cli.config_file import SCHEMAS, schema_of
 from coati.cli.parser import Parser
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED_REASONS, REASONS
 from coati.legacy.flags import DROPPED, DROPPED_OF_ROLLOUTS, RENAMED, STRATEGIES
@@ -47,6 +49,8 @@ FLOORS = (
     "inference",
     "cli",
 )
+# Nobody keeps their flags in a file.
+WITHOUT_CONFIG = ("bench", "cache", "completion", "env", "init")
 HEAD = ["| flag | value | default | meaning |", "| --- | --- | --- | --- |"]
 
 
@@ -207,7 +211,16 @@ def pages() -> dict[Path, str]:
                 )
             text = f"{before}{begin}\n{write()}\n\n{end}{after}"
         made[path] = text
-    return made
+    return made | schemas()
+
+
+def schemas() -> dict[Path, str]:
+    """The JSON schema of each verb's YAML file."""
+    return {
+        SCHEMAS / f"{name}.json": json.dumps(schema_of(load(name).parser()), indent=1) + "\n"
+        for name in names()
+        if name not in WITHOUT_CONFIG
+    }
 
 
 def main() -> int:
@@ -223,6 +236,7 @@ def main() -> int:
         if check:
             print(f"{path} is current" if current else f"{path} is not current; run: make docs")
         elif not current:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
     return 1 if check and stale else 0

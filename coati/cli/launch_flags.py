@@ -89,6 +89,9 @@ def _processes(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, nor {AUTO!r}") from error
 
 
+_processes.schema = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": AUTO}]}  # type: ignore[attr-defined]
+
+
 def check_launch(args: Namespace) -> None:
     """Settle ``--nproc auto``. Raises ValueError for what contradicts itself or the launcher that
     started this process."""

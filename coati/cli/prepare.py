@@ -53,7 +53,6 @@ def prepare_parser() -> Parser:
     )
     parser.add_argument(
         "--tokenizer_dir",
-        required=True,
         metavar="MODEL",
         help="directory or hub name of the tokenizer (required)",
     )
@@ -229,6 +228,8 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         setattr(
             args, name, [path for word in getattr(args, name) for path in word.split(",") if path]
         )
+    if args.tokenizer_dir is None:
+        parser.error("--tokenizer_dir is required: directory or hub name of the model's tokenizer")
     if args.check_template:
         return filled(PrepareSettings, vars(args))
     if args.type is None:

@@ -10,7 +10,7 @@ FALSE = ("false", "no", "off", "0")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """A type that reads whole numbers of at least ``least``."""
+    """A type that reads whole numbers of at least ``least``; its ``schema`` says so in JSON."""
 
     def read(text: str) -> int:
         try:
@@ -23,13 +23,15 @@ def whole_number(least: int) -> Callable[[str], int]:
             )
         return value
 
+    read.schema = {"type": "integer", "minimum": least}  # type: ignore[attr-defined]
     return read
 
 
 def number(
     least: float, *, exclusive: bool = False, most: float = float("inf")
 ) -> Callable[[str], float]:
-    """A type that reads finite numbers in [least, most], or above ``least`` when ``exclusive``."""
+    """A type that reads finite numbers in [least, most], or above ``least`` when ``exclusive``; its
+    ``schema`` says so in JSON."""
     bound = f"above {least:g}" if exclusive else f"of at least {least:g}"
     if most != float("inf"):
         bound += f" and at most {most:g}"
@@ -47,6 +49,10 @@ def number(
             raise argparse.ArgumentTypeError(f"expected a number {bound}, found {text!r}")
         return value
 
+    bounds = {"exclusiveMinimum" if exclusive else "minimum": least, "maximum": most}
+    if most == float("inf"):
+        del bounds["maximum"]
+    read.schema = {"type": "number", **bounds}  # type: ignore[attr-defined]
     return read
 
 

@@ -20,6 +20,7 @@ from coati.recipes.prepared import held_out_split, is_raw, train_split
 from coati.recipes.run import PreparedRows, Run
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.logging import get_logger
+from coati.utils.user_cache import cache_root
 
 logger = get_logger(__name__)
 
@@ -184,8 +185,7 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None) -> Path:
     ).hexdigest()
     template = run.template.to_config()
     key = json.dumps([stamps, vocabulary, template, _longest(run.settings.data, type), type])
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "coati" / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return cache_root() / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:

@@ -22,6 +22,7 @@ from coati.trainer.dpo import DPOTrainer
 from coati.trainer.precompute_reference import reference_of_rows, with_columns
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0
 from coati.utils.logging import get_logger
+from coati.utils.user_cache import cache_root
 
 logger = get_logger(__name__)
 
@@ -159,12 +160,9 @@ def _folder(rows: PreparedRows) -> Path:
     beside = rows.beside("reference")
     if os.access(beside if beside.exists() else beside.parent, os.W_OK):
         return beside
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    logger.info(
-        f"{beside.parent} cannot be written: reference log-probs are kept in "
-        f"{root / 'coati' / 'reference'}"
-    )
-    return root / "coati" / "reference"
+    instead = cache_root() / "reference"
+    logger.info(f"{beside.parent} cannot be written: reference log-probs are kept in {instead}")
+    return instead
 
 
 def _read(file: Path, rows: int) -> np.ndarray:

@@ -87,7 +87,7 @@ class Case:
 ONE = {
     "an empty directory as data": Case(
         lambda p: ["--dataset", p.empty()],
-        ("--dataset", "no prepared rows found", "part-*", "run prepare_dataset.py"),
+        ("--dataset", "no prepared rows found", "part-*", "run coati prepare"),
     ),
     "nothing left of a raw file": Case(
         lambda p: ["--dataset", p.file("raw.jsonl", '{"text": 1}\n{"messages": []}\n')],

@@ -159,10 +159,7 @@ def test_the_reward_model_ends_with_a_verdict_and_a_directory_with_its_head(firs
 
     folder, ended = first
     text = ended["rm"][0].err
-    assert (
-        "it is taken as the base, and a new head is drawn" in text
-        and "examples/inference/score.py" in text
-    )
+    assert "it is taken as the base, and a new head is drawn" in text and "coati score" in text
     assert (
         "verdict: PPO" in text
         and "standard deviations apart" in text
@@ -284,7 +281,7 @@ def _with_two_labels(folder: Path, model: str) -> str:
 
 SAID = {
     "rows of another type": ["has no chosen_input_ids: prepared for kto", "--type preference"],
-    "one label": ["desirable responses only", "label false", "train_sft.py"],
+    "one label": ["desirable responses only", "label false", "coati sft"],
     "everything too long": ["rows are longer than --max_length 8", "nothing is left"],
     "unknown metric": ["--metric_for_best bleu", "accuracy"],
     "other data": ["no longer fits", "Remove it"],

@@ -84,7 +84,7 @@ def train(run: Run) -> Ended:
 
 def train_each(runs: dict[str, Run]) -> dict[str, Ended]:
     """Several runs, one after the other, in one process group."""
-    with patch("coati.recipes.finish.shut_down"):
+    with patch("coati.parallel.launch.shut_down"):
         return {name: train(run) for name, run in runs.items()}
 
 

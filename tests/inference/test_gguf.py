@@ -10,7 +10,7 @@ import pytest
 from coati.cli.export import GGUF_TYPES, parse_export
 from coati.inference.export.gguf import COMMANDS, TOLERANCES
 from coati.inference.export.model_dir import export
-from tests.inference.export.test_model_dir import script
+from tests.inference.export.test_model_dir import verb
 from tests.inference.test_model_loading import write
 
 # Writes the tiny Llama as llama.cpp lays it out: its tensors by other names, and q and k with their
@@ -80,7 +80,7 @@ def test_a_file_that_says_the_same_is_kept(tmp_path, monkeypatch, capsys, kind):
         "--gguf",
         kind,
     ]
-    script("export").main(parse_export(argv))
+    verb("export").main(parse_export(argv))
     file = tmp_path / "out" / f"{kind}.gguf"
     assert file.read_bytes()[:4] == b"GGUF"
     assert f"{file}: read back, its logits differ by at most" in capsys.readouterr().out

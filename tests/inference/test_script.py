@@ -1,6 +1,6 @@
 """inference.py: questions from a pipe or a flag, commands, and errors that name the flag."""
 
-import importlib.util
+import importlib
 import io
 import os
 import subprocess
@@ -18,10 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "infer
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("inference_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("coati.recipes.verbs.chat")
 
 
 @pytest.fixture(scope="module")

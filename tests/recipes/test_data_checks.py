@@ -123,7 +123,7 @@ def test_rows_of_another_type_are_refused(rows, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="--prompt_dataset .* is prepared for sft .*prepare_dataset.py --type prompt",
+        match="--prompt_dataset .* is prepared for sft .*coati prepare --type prompt",
     ):
         rows(answers)
     run, _ = rows(prompts, "--ptx_dataset", prompts, "--ptx_coef", "0.1")

@@ -1,9 +1,8 @@
 """Merging and exporting: the same logits, the same answers in plain transformers, a card that tells
 what is known."""
 
-import importlib.util
+import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from coati.models.reward_model import RewardModel
 from tests.inference.test_model_loading import IDS, write
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "examples" / "inference"
-
 
 def adapter(place):
     """A base and a trained adapter with a template of its own; the adapted model."""
@@ -35,18 +32,15 @@ def adapter(place):
     return model
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def verb(name):
+    return importlib.import_module(f"coati.recipes.verbs.{name}")
 
 
 def test_a_merged_directory_has_the_adapters_logits(tmp_path, capsys):
     model = adapter(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     argv = ["--model_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]
-    script("merge_lora").main(parse_merging(argv))
+    verb("merge").main(parse_merging(argv))
     assert (
         "logits with the adapter beside and inside the weights differ by at most"
         in capsys.readouterr().out
@@ -80,7 +74,7 @@ def test_an_export_answers_as_transformers_does_and_says_so(tmp_path, capsys):
         "--max_new_tokens",
         "8",
     ]
-    script("export").main(parse_export(argv))
+    verb("export").main(parse_export(argv))
     assert "equal to plain transformers': 4 of 4" in capsys.readouterr().out
     assert "4 questions are those of" in (tmp_path / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template

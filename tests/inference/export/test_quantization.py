@@ -18,7 +18,7 @@ from coati.inference.export.quantization import check_groups, outlier_layers, qu
 from coati.inference.model_loading import load
 from coati.inference.quantized_loading import quantization_kwargs, require_package
 from coati.legacy.flags import QUANTIZED
-from tests.inference.export.test_model_dir import adapter, script
+from tests.inference.export.test_model_dir import adapter, verb
 from tests.inference.test_model_loading import write
 from tests.tiny import tiny_llama
 
@@ -169,9 +169,9 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
     with pytest.raises(ValueError, match="method must be one of 8bit, nf4, gptq, rtn"):
         quantize(tmp_path, tmp_path / "out", "int3")
     adapter(tmp_path)
-    with pytest.raises(ValueError, match="is a LoRA adapter.*merge_lora.py"):
+    with pytest.raises(ValueError, match="is a LoRA adapter.*coati merge"):
         quantize(tmp_path / "adapter", tmp_path / "out", "8bit")
-    with pytest.raises(ValueError, match="is a LoRA adapter.*merge_lora.py"):
+    with pytest.raises(ValueError, match="is a LoRA adapter.*coati merge"):
         load(tmp_path / "adapter", quant="8bit")
     with pytest.raises(ValueError, match="wanted needs the package no-such-package"):
         require_package("no_such_package", "wanted")
@@ -191,7 +191,7 @@ def test_the_script_prints_a_line_for_the_original_and_each_method(tmp_path, cap
         data(tmp_path),
     ]
     words += ["--method", "nf4", "--new_tokens", "3", "--output", str(tmp_path / "figures.json")]
-    script("quantize").main(parse_quantize(words))
+    verb("quantize").main(parse_quantize(words))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["model", "original", "nf4"]
     original, nf4 = json.loads((tmp_path / "figures.json").read_text())
@@ -200,7 +200,7 @@ def test_the_script_prints_a_line_for_the_original_and_each_method(tmp_path, cap
 
 def test_the_benchmark_measures_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
     write(tmp_path)
-    module = script("benchmark")
+    module = verb("measure")
     words = [
         "--model_path",
         str(tmp_path),

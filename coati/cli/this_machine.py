@@ -1,0 +1,128 @@
+"""The flags of the verbs about this machine: env, cache, bench and completion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coati.cli.parser import Parser
+from coati.cli.settings import filled
+from coati.cli.values import add_number, add_switch
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True)
+class EnvSettings:
+    """``coati env``."""
+
+    json: bool
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """``coati cache``. ``older_than``: days."""
+
+    clear: bool
+    older_than: float
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """``coati bench``. ``names`` empty: the usual ones."""
+
+    names: list[str]
+    list: bool
+    output: str
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """``coati completion``."""
+
+    shell: str
+
+
+def env_parser() -> Parser:
+    """The parser of ``coati env``."""
+    parser = Parser(
+        prog="coati env",
+        description="Prints versions, devices and the plugins that work here, for bug reports.",
+    )
+    add_switch(parser, "--json", help="print it as JSON")
+    return parser
+
+
+def parse_env(argv: Sequence[str] | None = None, prog: str | None = None) -> EnvSettings:
+    """The checked flags."""
+    return filled(EnvSettings, vars(env_parser().named(prog).parse_args(argv)))
+
+
+def cache_parser() -> Parser:
+    """The parser of ``coati cache``."""
+    parser = Parser(
+        prog="coati cache",
+        description="Lists what is kept of earlier runs and can be made again: raw files tokenized "
+        "for training, log-probs of reference models.",
+    )
+    add_switch(parser, "--clear", help="remove it")
+    add_number(
+        parser,
+        "--older_than",
+        default=0.0,
+        unit="DAYS",
+        help="only what was last written that long ago",
+    )
+    return parser
+
+
+def parse_cache(argv: Sequence[str] | None = None, prog: str | None = None) -> CacheSettings:
+    """The checked flags."""
+    return filled(CacheSettings, vars(cache_parser().named(prog).parse_args(argv)))
+
+
+def bench_parser() -> Parser:
+    """The parser of ``coati bench``."""
+    parser = Parser(
+        prog="coati bench",
+        usage="%(prog)s [NAME ...] [flags]",
+        description="Measures speed and memory of this machine with the programs of benchmarks/; "
+        "they belong to the source checkout.",
+    )
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="benchmarks to run; default: sft head_memory dpo rollout prepack data ppo",
+    )
+    add_switch(parser, "--list", help="list all benchmarks with what each measures, and exit")
+    parser.add_argument(
+        "--output", default="output/bench", metavar="DIR", help="directory for the results as JSON"
+    )
+    return parser
+
+
+def parse_bench(argv: Sequence[str] | None = None, prog: str | None = None) -> BenchSettings:
+    """The checked flags."""
+    return filled(BenchSettings, vars(bench_parser().named(prog).parse_args(argv)))
+
+
+def completion_parser() -> Parser:
+    """The parser of ``coati completion``."""
+    parser = Parser(
+        prog="coati completion",
+        usage="%(prog)s {bash,zsh,fish}",
+        description="Prints a completion script of verbs, flags and values for a shell.",
+    )
+    parser.add_argument("--shell", choices=SHELLS, help="the shell (required)")
+    return parser
+
+
+def parse_completion(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> CompletionSettings:
+    """The checked flags."""
+    parser = completion_parser().named(prog)
+    args = parser.parse_args(argv)
+    if args.shell is None:
+        parser.error(f"name the shell: coati completion {'|'.join(SHELLS)}")
+    return CompletionSettings(args.shell)

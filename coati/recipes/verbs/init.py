@@ -1,0 +1,31 @@
+"""Write a commented YAML file of all flags of a verb."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from coati.cli.config_file import SCHEMAS, config_text
+from coati.cli.init import InitSettings, init_parser, parse_init
+from coati.cli.verb import Verb
+
+VERB = Verb("machine", init_parser, parse_init, "coati.recipes.verbs.init:main", subject="--verb")
+
+
+def main(settings: InitSettings) -> None:
+    """Write it, or print it (``--output -``). Raises ValueError for a verb that is not there and a
+    file that is."""
+    from coati.recipes.command import load
+
+    verb = load(settings.verb)
+    parser = verb.parser().named(f"coati init {settings.verb}")
+    given = vars(parser.parse_args(settings.given, Namespace()))
+    schema = SCHEMAS / f"{settings.verb}.json"
+    text = config_text(parser, settings.verb, given, schema if schema.exists() else None)
+    if settings.output == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(settings.output)
+    if path.exists():
+        raise ValueError(f"{path} exists already; name another file with --output, or remove it")
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}; fill in what is (required), then: coati {settings.verb} {path}")

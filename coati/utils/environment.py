@@ -1,0 +1,150 @@
+"""What a run ran on: versions, devices, command line. Imports nothing heavy before it is asked."""
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import coati
+from coati.utils.json_io import load_json, save_json
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "colossalai",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "flash-attn",
+    "vllm",
+    "bitsandbytes",
+)
+# Environment variables that change how a run computes or communicates.
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
+PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "COATI_")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, machine and command line of this process, as JSON has them.
+
+    ``commit``: of the checkout that coati is imported from, with ``+`` where files differ from it;
+    None for an installed package. ``memory_gib``: of the host.
+    """
+    return {
+        "coati": coati.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": _packages(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": _cpus(),
+        "memory_gib": _memory_gib(),
+        **_accelerators(),
+        "command": shlex.join(sys.argv),
+        "directory": os.getcwd(),
+        "variables": _variables(),
+    }
+
+
+def process() -> dict[str, Any]:
+    """Where this process of a run stands: its rank, host and device."""
+    import torch
+
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device()
+        device = f"{torch.cuda.get_device_name(index)} (cuda:{index})"
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
+    rank = int(os.environ.get("RANK", "0"))
+    return {"rank": rank, "host": socket.gethostname(), "device": device}
+
+
+def save_environment(folder: str | os.PathLike, **known: Any) -> None:
+    """Write ``<folder>/environment.json``: :func:`environment`, where each process stands, and
+    ``known``, which a later call without it keeps. Every rank must call it."""
+    from coati.utils.distributed import all_gather_object, is_rank_0
+
+    processes = all_gather_object(process())
+    if not is_rank_0():
+        return
+    path = Path(folder) / "environment.json"
+    started = environment() | {"processes": processes, "pid": os.getpid()}
+    if not known and path.is_file():
+        before = load_json(path)
+        if all(before.get(name) == started[name] for name in ("host", "pid", "command")):
+            return  # what this run has written already
+    save_json(started | known, path)
+
+
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # an optional one
+            continue
+    return found
+
+
+def _accelerators() -> dict[str, Any]:
+    """``devices``: the GPUs that this process sees, ``cuda``: the version that torch was built
+    for."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        known = torch.cuda.get_device_properties(index)
+        devices.append(f"{known.name}, {known.total_memory / 2**30:.0f} GiB")
+    return {"devices": devices, "cuda": torch.version.cuda}
+
+
+def _cpus() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return None
+    return round(size / 2**30, 1)
+
+
+def _variables() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in VARIABLES or name.startswith(PREFIXES)
+    }
+
+
+@cache
+def _commit() -> str | None:
+    folder = Path(coati.__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+    commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git prints; None without git, or where it refuses."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

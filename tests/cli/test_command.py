@@ -1,0 +1,332 @@
+"""The command: its verbs, bare words, what is refused, YAML files written and read, schemas,
+completion."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from coati.__main__ import main, overview
+from coati.cli.config_file import SCHEMAS, config_text, flags_of, key_of, scalar, schema_of
+from coati.cli.shell_completion import completion_script
+from coati.cli.verb import GROUPS
+from coati.recipes.command import load, names, run, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
+WITH_FILES = sorted(path.stem for path in SCHEMAS.glob("*.json"))
+# What the parser of each verb asks for before it returns, with paths that are there.
+NEEDED = {
+    "sft": ["--pretrain", "m", "--dataset", "{dataset}"],
+    "dpo": ["--pretrain", "m", "--dataset", "{dataset}"],
+    "grpo": [
+        "--pretrain",
+        "m",
+        "--prompt_dataset",
+        "{prompt_dataset}",
+        "--reward_functions",
+        "length",
+    ],
+    "chat": ["--model_path", "m"],
+    "score": ["--model_path", "m", "--input", "rows.jsonl"],
+    "prepare": ["--type", "sft", "--data_input_dirs", "a,b", "--tokenizer_dir", "m"],
+}
+
+
+def needed(verb: str, data: dict[str, str]) -> list[str]:
+    return [word.format(**data) for word in NEEDED[verb]]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_verb_helps_without_anything_heavy(name):
+    program = (
+        "import sys; from coati.__main__ import main\n"
+        f"try: main([{name!r}, '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"print('heavy', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith(f"usage: coati {name}"), done.stdout + done.stderr
+    assert done.stdout.endswith("heavy []\n")
+
+
+def test_the_overview_names_every_verb_once_under_a_heading():
+    lines = overview().splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(shown) == names()
+    assert [title for title in GROUPS.values() if f"{title}:" in lines] == list(GROUPS.values())
+    for name in names():
+        assert summary(name) in overview() and summary(name)[0].isupper()
+        assert load(name).group in GROUPS
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_runs_a_verb_is_there(name):
+    assert callable(load(name).function())
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_without_a_verb_it_says_which_there_are(words, capsys):
+    main(words)
+    assert capsys.readouterr().out == overview() + "\n"
+
+
+def test_the_version(capsys):
+    import coati
+
+    main(["--version"])
+    assert capsys.readouterr().out == f"coati {coati.__version__}\n"
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["stf"])
+    assert stop.value.code == 2
+    assert "unknown verb 'stf'; did you mean sft?" in capsys.readouterr().err
+
+
+def test_bare_words_stand_for_the_subject_or_a_file():
+    chat = load("chat")
+    assert chat.words(["model", "--io", "simple"]) == ["--model_path", "model", "--io", "simple"]
+    assert chat.words(["--io", "simple"]) == ["--io", "simple"]
+    sft = load("sft")
+    assert sft.words(["a.yaml", "--lr", "1"]) == ["--lr", "1", "--config", "a.yaml"]
+    assert sft.words(["out/arguments.json"]) == ["--config", "out/arguments.json"]
+    assert load("prepare").words(["rows.json"]) == ["--data_input_dirs", "rows.json"]
+    assert load("chat").words(["a.yml", "model"]) == ["--model_path", "model", "--config", "a.yml"]
+
+
+def test_a_bare_word_that_stands_for_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", "model"])
+    assert stop.value.code == 2
+    assert "coati sft: error: model: a value without a flag before it" in capsys.readouterr().err
+
+
+def test_messages_name_the_command_that_was_given(capsys, monkeypatch):
+    for argv, prog in ((["coati", "sft"], "coati sft"), (["x/train_sft.py"], "train_sft.py")):
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit):
+            main() if prog.startswith("coati") else run("sft")
+        assert capsys.readouterr().err.startswith(f"{prog}: error: --pretrain is missing")
+
+
+def test_an_expected_error_is_one_line_and_an_interrupt_130(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft.yaml").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main(["init", "sft"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "coati init: error: sft.yaml exists already; name another file with --output, or remove "
+        "it\n"
+    )
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coati.recipes.verbs.cache.main", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["cache"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "coati cache: interrupted\n"
+
+
+def test_a_rank_other_than_0_says_who_it_is_and_a_launcher_is_told_by_file(
+    capsys, monkeypatch, tmp_path
+):
+    def fail(_):
+        raise ValueError("broken")
+
+    monkeypatch.setattr("coati.recipes.verbs.cache.main", fail)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        main(["cache"])
+    assert capsys.readouterr().err == "[rank 3] coati cache: error: broken\n"
+    monkeypatch.setenv("COATI_ERROR_FILE", str(tmp_path / "3"))
+    with pytest.raises(SystemExit):
+        main(["cache"])
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "3").read_text() == "coati cache: error: broken"
+
+
+# ---- YAML files
+
+
+def test_init_writes_a_file_that_means_the_defaults(monkeypatch, tmp_path, data, capsys):
+    """Reading it back gives what the flags alone give, for every training verb."""
+    monkeypatch.chdir(tmp_path)
+    for verb in ("sft", "dpo", "grpo", "chat", "score", "prepare"):
+        main(["init", verb])
+        assert f"coati {verb} {verb}.yaml" in capsys.readouterr().out
+        words = needed(verb, data)
+        parse = load(verb).parse
+        from_file = parse([*words, "--config", f"{verb}.yaml"])
+        assert without_config(from_file) == without_config(parse(words))
+
+
+def without_config(settings):
+    values = dict(vars(settings))
+    if "flags" in values:
+        values["flags"] = {k: v for k, v in values["flags"].items() if k != "config"}
+    return values
+
+
+def test_init_takes_values_of_the_verb(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["init", "sft", "--pretrain", "models/x", "--lr", "2e-5", "--dataset", "a b.jsonl", "c"])
+    read = yaml.safe_load(Path("sft.yaml").read_text())
+    assert read["pretrain"] == "models/x" and float(read["lr"]) == 2e-5
+    assert read["dataset"] == ["a b.jsonl", "c"] and read["tokenizer_dir"] is None
+    capsys.readouterr()
+    main(["init", "dpo", "--output", "-", "--beta", "0.3"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["beta"] == 0.3 and not Path("dpo.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name the verb"),
+        (["stf"], "did you mean sft"),
+        (
+            ["sft", "--lrr", "1"],
+            "coati init sft: error: unknown flag --lrr; the nearest known one is --lr",
+        ),
+        (["sft", "--lr", "-1"], "expected a number above 0"),
+    ],
+)
+def test_init_refuses(words, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["init", *words])
+    assert stop.value.code and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_comments_are_the_help():
+    parser = load("sft").parser()
+    text = config_text(parser, "sft", {}, None)
+    said = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    for action in flags_of(parser):
+        assert " ".join(action.help.replace("%%", "%").split()) in said
+        assert re.search(rf"^{key_of(action)}:", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["true", "no", "1e5", "a: b", "#x", "", "-", "plain/path_1.json", "ümlaut", 5e-6, 3, True, 0.1]
+    + [["a", "1"], [0.5, 2.0]],
+)
+def test_values_survive_yaml(value):
+    read = yaml.safe_load(f"key: {scalar(value)}")["key"]
+    assert read == value
+
+
+# ---- schemas
+
+
+@pytest.mark.parametrize("verb", WITH_FILES)
+def test_a_schema_takes_what_init_writes(verb):
+    parser = load(verb).parser()
+    schema = json.loads((SCHEMAS / f"{verb}.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(yaml.safe_load(config_text(parser, verb, {}, None)), schema)
+    for action in flags_of(parser):
+        assert set(schema["properties"]) >= {name[2:] for name in action.option_strings}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": 1.0},
+        {"lr": -1},
+        {"lr": "fast"},
+        {"batch_size": 0},
+        {"batch_size": 1.5},
+        {"plugin": "zero9"},
+        {"use_wandb": "maybe"},
+        {"nproc": 0},
+        {"dataset": [["a"]]},
+    ],
+)
+def test_a_schema_refuses_what_the_parser_refuses(wrong):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema_of(load("sft").parser()))
+
+
+@pytest.mark.parametrize(
+    "right",
+    [{"nproc": "auto"}, {"nproc": 4}, {"dataset": "a"}, {"dataset": ["a", "b"]}, {"lr": None}],
+)
+def test_a_schema_takes_what_the_parser_takes(right):
+    jsonschema.validate(right, schema_of(load("sft").parser()))
+
+
+# ---- completion
+
+
+def completed(*words: str) -> list[str]:
+    """What bash offers for the last of ``words``."""
+    parsers = {name: load(name).parser() for name in names()}
+    script = completion_script("bash", parsers, dict.fromkeys(parsers, ""))
+    line = " ".join(f"'{word}'" for word in words)
+    script += f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _coati; printf '%s\\n' "
+    script += '"${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_bash_completes_verbs_flags_and_values():
+    assert completed("coati", "sc") == ["score"]
+    assert completed("coati", "sft", "--lora_r") == ["--lora_rank"]
+    assert completed("coati", "sft", "--plugin", "zero2") == ["zero2", "zero2_cpu"]
+    assert completed("coati", "init", "dp") == ["dpo"]
+    assert set(completed("coati", "chat", "--io", "")) == {"rich", "simple", "dummy"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_holds_every_flag(shell, capsys):
+    main(["completion", shell])
+    script = capsys.readouterr().out
+    for name in names():
+        for action in flags_of(load(name).parser()):
+            assert all(flag.lstrip("-") in script for flag in action.option_strings)
+
+
+# ---- env and cache
+
+
+def test_env_names_versions_and_plugins(capsys):
+    main(["env", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] and found["problems"] == []
+    assert found["plugins"]["zero2"] == "fp32 fp16 bf16"
+    main(["env"])
+    assert f"torch {found['packages']['torch']}" in capsys.readouterr().out
+
+
+def test_cache_lists_and_clears_what_is_old(monkeypatch, tmp_path, capsys):
+    import os
+    import time
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, days in (("old", 3), ("new", 0)):
+        folder = tmp_path / "coati" / "prepared" / name
+        folder.mkdir(parents=True)
+        (folder / "rows").write_bytes(b"x" * 2**20)
+        for path in (folder / "rows", folder):
+            os.utime(path, (time.time() - days * 86400 - 60,) * 2)
+    main(["cache"])
+    assert re.search(r"prepared +2 entries +2\.0 MiB", capsys.readouterr().out)
+    main(["cache", "--clear", "--older_than", "2"])
+    assert "1 removed" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "coati" / "prepared").iterdir()] == ["new"]
+    main(["cache", "--clear"])
+    assert not list((tmp_path / "coati" / "prepared").iterdir())

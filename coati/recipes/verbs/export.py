@@ -24,10 +24,6 @@ def main(args: ExportSettings) -> None:
             "questions are those of coati's own loader, token for token.",
         )
 
-    reading = {
-        "template": args.conversation_template_config,
-        "trust_remote_code": args.trust_remote_code,
-    }
     found = export(
         args.model_path,
         args.output_dir,
@@ -35,7 +31,8 @@ def main(args: ExportSettings) -> None:
         dtype=args.dtype,
         max_new_tokens=args.max_new_tokens,
         gguf=args.gguf,
-        **reading,
+        template=args.conversation_template_config,
+        trust_remote_code=args.trust_remote_code,
     )
     print(f"greedy responses equal to plain transformers': {found.same} of {found.asked}")
     if found.gguf:

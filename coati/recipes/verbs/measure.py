@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 from coati.cli.program_settings import BenchmarkSettings
 from coati.cli.quantize import FULL, benchmark_parser, parse_benchmark
@@ -31,7 +32,7 @@ def measure(args: BenchmarkSettings, quant: str, results) -> None:
             quant=None if quant == FULL else quant,
             trust_remote_code=args.trust_remote_code,
         )
-        figures = {
+        figures: dict[str, Any] = {
             "weights": quant,
             "load_seconds": time.perf_counter() - start,
             "tokens_per_second": {},

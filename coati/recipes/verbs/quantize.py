@@ -83,8 +83,8 @@ def main(args: QuantizeSettings) -> None:
         )
     size = measures.size_of(original)
     figures = []
-    for name, folder in {"original": args.model_path, **folders}.items():
-        figures.append(measured(name, folder, args, size if name in folders else None))
+    for name, place in {"original": Path(args.model_path), **folders}.items():
+        figures.append(measured(name, place, args, size if name in folders else None))
         show(figures[-1], figures[0])
     if args.output:
         Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,14 +1,42 @@
+"""What the wheel and the sdist hold. The only place that says what coati needs: dependencies come
+from requirements.txt, widened to the releases that are tested."""
+
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# What the tests pass with; requirements.txt names one release of each.
+SUPPORTED = {"torch": ">=2.11,<2.15", "transformers": ">=5.17,<5.25", "peft": ">=0.21,<0.22"}
+CLEANING = ["datasketch>=2.0"]
 # llmcompressor itself is installed with --no-deps: each of its releases asks for an older torch and
 # transformers, and runs with these.
 QUANTIZE = ["bitsandbytes>=0.46", "compressed-tensors==0.19.0", "loguru", "nvidia-ml-py"]
-# What the tests pass with; requirements.txt names one release of each.
-SUPPORTED = {"torch": ">=2.11,<2.15", "transformers": ">=5.17,<5.25", "peft": ">=0.21,<0.22"}
+SERVE = ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"]
+# There is no extra for flash-attn, which is built from source against an installed torch, and not
+# in the isolated environment where pip builds what an extra names.
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.13",
+    "pytest>=8",
+    "ruff>=0.6",
+    # what the tests call the server with; the browser itself (chromium) comes from the system
+    "httpx>=0.27",
+    "openai>=1.50",
+    "schemathesis>=4",
+    "playwright>=1.45",
+    "ipykernel>=6",
+    "nbclient>=0.8",
+    # what builds the wheel and the sdist, in the tests without a network
+    "build>=1.2",
+    "setuptools>=77",
+    *CLEANING,
+    *QUANTIZE,
+    *SERVE,
+]
+# Folders of the checkout that users name files of; coati/utils/resources.py finds them in either.
+SHIPPED = ("config", "config/conversation_template", "examples/recipes")
 
 
 def requirements() -> list[str]:
@@ -27,40 +55,43 @@ def version() -> str:
     )[1]
 
 
+def shipped() -> dict[str, str]:
+    """The folders of SHIPPED by the package that holds them in the wheel."""
+    there = [folder for folder in SHIPPED if (HERE / folder).is_dir()]
+    return {f"coati.{folder.replace('/', '.')}": folder for folder in there}
+
+
 setup(
     name="coati",
     version=version(),
     description="Supervised fine-tuning and alignment of chat models on ColossalAI",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=find_packages(include=["coati", "coati.*"]),
-    package_data={"coati.dataset.report": ["*.jinja"], "coati.inference.serve": ["*.html"]},
+    author="The coati authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["RLHF", "SFT", "DPO", "PPO", "GRPO", "reward model", "LLM", "ColossalAI"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=[*find_packages(include=["coati", "coati.*"]), *shipped()],
+    package_dir=shipped(),
+    package_data={
+        "": ["*.jinja", "*.html"],
+        "coati.config": ["lora_config.json", "hostfile.example"],
+        "coati.config.conversation_template": ["*.json"],
+        "coati.examples.recipes": ["**/*.yaml", "**/*.md"],
+    },
+    entry_points={"console_scripts": ["coati = coati.__main__:main"]},
     python_requires=">=3.11,<3.15",
     install_requires=requirements(),
-    extras_require={
-        "cleaning": ["datasketch>=2.0"],
-        "dev": [
-            "datasketch>=2.0",
-            "hypothesis>=6.100",
-            "mypy>=1.13",
-            "pytest>=8",
-            "ruff>=0.6",
-            # the server, and what its tests call it with; the browser itself (chromium) comes from
-            # the system
-            "fastapi>=0.132",
-            "prometheus-client>=0.20",
-            "uvicorn>=0.29",
-            "httpx>=0.27",
-            "openai>=1.50",
-            "schemathesis>=4",
-            "playwright>=1.45",
-            *QUANTIZE,
-            "ipykernel>=6",
-            "nbclient>=0.8",
-        ],
-        "flash": ["flash-attn>=2.5"],
-        "quantize": QUANTIZE,
-        "serve": ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"],
-    },
+    extras_require={"cleaning": CLEANING, "dev": DEV, "quantize": QUANTIZE, "serve": SERVE},
 )

@@ -82,6 +82,7 @@ LIGHT = [
     "coati.rewards.scorer",
     "coati.experience_maker.advantage_registry",
     "coati.experience_buffer.batch_sizes",
+    "coati.utils.resources",
 ]
 OLD_REWARDS = "coati.utils.reward_score"
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")

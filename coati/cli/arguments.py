@@ -141,8 +141,9 @@ def add_template_flag(group: argparse._ArgumentGroup) -> None:
         group,
         "--conversation_template_config",
         unit="FILE",
-        help="conversation template (JSON) for raw files and for the final model; default: the one "
-        "the data was prepared with, else the tokenizer's own",
+        help="conversation template (JSON, or the name of one that comes with coati) for raw files "
+        "and for the final model; default: the one the data was prepared with, else the "
+        "tokenizer's own",
     )
 
 

@@ -12,6 +12,8 @@ from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
 from coati.parallel.plugins import HYBRID
 from coati.utils.json_io import load_json
+from coati.utils.packages import check_packages
+from coati.utils.resources import template_path
 
 
 def checked(
@@ -65,8 +67,12 @@ def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_datas
                 Path(path).exists() or (not flag.startswith("eval_") and _may_be_hub_name(path))
             ):
                 raise ValueError(f"--{flag} {path}: there is no such file or directory")
-    for flag in ("lora_config", "plugin_args", "conversation_template_config"):
-        path = getattr(args, flag)
+    files = {
+        "lora_config": args.lora_config,
+        "plugin_args": args.plugin_args,
+        "conversation_template_config": named_template(args.conversation_template_config),
+    }
+    for flag, path in files.items():
         if path is not None and not isinstance(read_json(flag, path), dict):
             raise ValueError(
                 f"--{flag} {path}: expected a JSON object {{...}}, found another kind of value"
@@ -91,6 +97,17 @@ def _may_be_hub_name(path: str) -> bool:
     )
 
 
+def named_template(given: str | None, may_be_new: bool = False) -> Path | None:
+    """The file that ``--conversation_template_config`` names, as
+    :func:`~coati.utils.resources.template_path` finds it."""
+    if given is None:
+        return None
+    try:
+        return template_path(given, may_be_new)
+    except ValueError as error:
+        raise ValueError(f"--conversation_template_config {error}") from error
+
+
 def check_mixture(args: Namespace, paths: list[str]) -> None:
     """One weight for each data set, and no flag that cuts the sets otherwise."""
     weights = args.dataset_weights
@@ -110,7 +127,7 @@ def check_mixture(args: Namespace, paths: list[str]) -> None:
         )
 
 
-def read_json(flag: str, path: str) -> Any:
+def read_json(flag: str, path: str | Path) -> Any:
     try:
         return load_json(path)
     except OSError as error:
@@ -167,8 +184,9 @@ def requested_options(
 
 
 def check_parallel(plugin: str | None, options: ParallelOptions, world_size: int) -> None:
-    """Refuse what ``plugin`` cannot do in ``world_size`` processes, as far as it is known before
-    the machine has been looked at."""
+    """Refuse to train without ColossalAI, and what ``plugin`` cannot do in ``world_size``
+    processes as far as it is known before the machine has been looked at."""
+    check_packages()
     if plugin is None and not options.needs_hybrid:
         return
     # Every plugin has bf16; the default is chosen to fit the plugin once the machine is known.

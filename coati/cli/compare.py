@@ -54,8 +54,8 @@ def compare_parser() -> Parser:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON for both models; default: conversation_template.json beside the "
-        "weights, else the tokenizer's own template",
+        help="template JSON for both models, or the name of one that comes with coati; default: "
+        "conversation_template.json beside the weights, else the tokenizer's own template",
     )
     add_switch(
         parser,

@@ -33,8 +33,8 @@ def inference_parser() -> Parser:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON; default: conversation_template.json beside the weights, else the "
-        "tokenizer's own template",
+        help="template JSON, or the name of one that comes with coati; default: "
+        "conversation_template.json beside the weights, else the tokenizer's own template",
     )
     add_count(
         parser,

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from coati.cli.checks import named_template
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PrepareSettings
 from coati.cli.settings import filled
@@ -69,8 +70,9 @@ def _add_template_flags(parser: Parser) -> None:
         parser,
         "--conversation_template_config",
         unit="FILE",
-        help="template JSON (examples: config/conversation_template/); if the file does not exist, "
-        "the tokenizer's own template is written there; default: the tokenizer's own",
+        help="template JSON, or the name of a template that comes with coati, such as "
+        "Qwen/Qwen3-8B; a .json file that does not exist gets the tokenizer's own template; "
+        "default: the tokenizer's own",
     )
     parser.add_argument(
         "--template_mode",
@@ -230,6 +232,7 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         )
     if args.tokenizer_dir is None:
         parser.error("--tokenizer_dir is required: directory or hub name of the model's tokenizer")
+    _check_template_name(parser, args)
     if args.check_template:
         return filled(PrepareSettings, vars(args))
     if args.type is None:
@@ -249,6 +252,13 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         )
     _check_together(parser, args)
     return filled(PrepareSettings, vars(args))
+
+
+def _check_template_name(parser: Parser, args: Namespace) -> None:
+    try:
+        named_template(args.conversation_template_config, may_be_new=True)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _check_together(parser: Parser, args: Namespace) -> None:

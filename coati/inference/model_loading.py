@@ -15,6 +15,7 @@ from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_l
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.logging import get_logger
+from coati.utils.resources import template_path
 
 logger = get_logger(__name__)
 
@@ -101,8 +102,8 @@ def conversation_of(
     """The conversation of ``template``, else of the file beside the weights, else of the
     tokenizer's own template."""
     if template is not None:
-        if not isinstance(template, dict) and not Path(template).is_file():
-            raise ValueError(f"{template}: no such file; expected a conversation template (JSON)")
+        if not isinstance(template, dict):
+            template_path(template)  # here it must be there; it is not written
         return setup_conversation_template(tokenizer, template)
     beside = (folder / TEMPLATE for folder in (Path(directory), Path(directory).parent))
     return setup_conversation_template(tokenizer, next(filter(Path.is_file, beside), {}))

@@ -9,7 +9,9 @@ from typing import get_type_hints
 import pytest
 
 from coati.cli.arguments import sft_parser
+from coati.cli.rollouts import parse_ppo
 from coati.cli.settings import SLSettings
+from coati.utils import packages
 from coati.utils.json_io import save_json
 from tests.cli.documented import documented_commands
 from tests.cli.flat import parse_sft
@@ -206,6 +208,36 @@ def test_a_bad_json_file_is_named(sft, refused, tmp_path, text, said):
     file = tmp_path / "lora.json"
     file.write_text(text)
     assert said in refused(sft, ["--lora_config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("google/gemma-3-4b-it", None),
+        ("gemma-3-4b", "--conversation_template_config gemma-3-4b: no such file"),
+        ("own.json", "--conversation_template_config own.json: no such file"),
+    ],
+)
+def test_a_template_that_comes_with_coati_is_named_or_refused(sft, refused, name, said):
+    words = ["--conversation_template_config", name]
+    if said is None:
+        assert sft(words).conversation_template_config == name
+    else:
+        assert said in refused(sft, words)
+
+
+@pytest.mark.parametrize("parse", [parse_sft, parse_ppo])
+def test_training_without_colossalai_names_the_command(parse, refused, data, monkeypatch):
+    """At once, while the flags are read: torch is imported later."""
+    found = packages._release
+    monkeypatch.setattr(
+        packages, "_release", lambda name: None if name == "colossalai" else found(name)
+    )
+    words = ["--pretrain", "m", "--dataset", data["dataset"]]
+    if parse is parse_ppo:
+        words = ["--pretrain", "m", "--prompt_dataset", data["dataset"], "--rm_pretrain", "m"]
+    said = refused(parse, words)
+    assert said.endswith("run: pip install --no-deps colossalai==0.5.0\n")
 
 
 def test_the_flags_that_a_run_recorded_can_be_read_back(sft, tmp_path):

@@ -21,6 +21,7 @@ from coati.dataset.chat.template_probe import examine
 from coati.dataset.rows.row_errors import ROLES, TEMPLATE_MODES, RowError
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
+from coati.utils.resources import template_path
 
 logger = get_logger(__name__)
 
@@ -308,14 +309,16 @@ def setup_conversation_template(
     save_path: str | os.PathLike | None = None,
     template_mode: str = "per_turn",
 ) -> Conversation:
-    """A checked Conversation from a template file, a dict of its fields, or (None, ``{}``) the
-    tokenizer's template.
+    """A checked Conversation from a template file, the name of a template that comes with coati,
+    a dict of its fields, or (None, ``{}``) the tokenizer's template.
 
-    A path at which nothing is gets the resolved template. ``save_path`` gets it when the
-    configuration was a dict or lacked something; a file that exists is never changed. Raises
-    ValueError naming the field that is wrong.
+    A path at which nothing is, ending in .json, gets the resolved template. ``save_path`` gets it
+    when the configuration was a dict or lacked something; a file that exists is never changed.
+    Raises ValueError naming the field that is wrong.
     """
-    path = chat_template_config if isinstance(chat_template_config, str | os.PathLike) else None
+    path = None
+    if isinstance(chat_template_config, str | os.PathLike):
+        path = template_path(chat_template_config, may_be_new=True)
     config, source, folder = open_config(chat_template_config)
     conversation = Conversation.from_config(tokenizer, config, template_mode, source, folder)
     missing_file = path is not None and not os.path.exists(path)

@@ -9,6 +9,7 @@ from coati.dataset.chat.chat_encoder import special_ids
 from coati.dataset.chat.template import read_chat_template
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
+from coati.utils.resources import template_path
 
 logger = get_logger(__name__)
 
@@ -19,10 +20,11 @@ OLD_FIELDS = (*LINE_MARKERS, "end_of_system_line_position")
 
 def open_config(config: dict | str | os.PathLike | None) -> tuple[dict[str, Any], str, Path]:
     """``(config, what messages call it, where its relative paths start)`` of a template given as
-    its fields, as a file, or not at all; a file that is not there has no fields."""
+    its fields, as a file, by the name of one that comes with coati, or not at all; a file that is
+    not there has no fields. Raises ValueError as :func:`~coati.utils.resources.template_path`."""
     if isinstance(config, str | os.PathLike):
-        found = load_json(config) if os.path.isfile(config) else {}
-        return found, str(config), Path(config).parent
+        path = template_path(config, may_be_new=True)
+        return (load_json(path) if path.is_file() else {}), str(config), path.parent
     return config or {}, "conversation template", Path(".")
 
 
@@ -82,8 +84,9 @@ def tokenizer_template(tokenizer, source: str) -> str:
         raise ValueError(
             f"{source}: the tokenizer "
             f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__} has no chat "
-            "template; set chat_template to Jinja text, to a .jinja file or to a model directory "
-            "(config/conversation_template/ holds one file per model family)"
+            "template; set chat_template to Jinja text, to a .jinja file or to a model directory, "
+            "or take a template that comes with coati, such as "
+            "--conversation_template_config Qwen/Qwen3-8B (docs/data.md)"
         )
     return template
 

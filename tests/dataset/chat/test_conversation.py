@@ -320,3 +320,15 @@ def test_encoding_changes_no_message():
     conversation.encode(turns)
     conversation.encode_turns(turns, 100)
     assert turns == before
+
+
+def test_a_template_that_comes_with_coati_by_the_name_of_its_model():
+    named = setup_conversation_template(family_tokenizer("llama2"), "llama2")
+    assert (
+        named.to_config()
+        == setup_conversation_template(
+            family_tokenizer("llama2"), TEMPLATES / "llama2.json"
+        ).to_config()
+    )
+    with pytest.raises(ValueError, match="^lama2: no such file.*did you mean .*llama2"):
+        setup_conversation_template(family_tokenizer("llama2"), "lama2")

@@ -14,7 +14,7 @@ BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs models-table venv
+.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs models-table venv package
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
@@ -27,6 +27,7 @@ help:
 	@echo "make lint docs    style, format and types; the generated pages of docs/"
 	@echo "make models-table docs/models.md: every model family under every plugin, tried anew; 15 minutes"
 	@echo "make venv         only the environment, .venv or VENV=DIR"
+	@echo "make package      wheel and source archive in dist/"
 	@echo "PINNED=1          any of these with torch 2.5.1 and transformers 4.51.3, in .venv-pinned: make test-fast PINNED=1"
 
 venv:
@@ -69,6 +70,10 @@ lint: venv
 
 docs: venv
 	@$(RUN) "$(BIN)/python" -m tools.write_docs
+
+# The wheel is built from the source archive, so that neither lacks what it needs.
+package: venv
+	@"$(BIN)/python" -m build --no-isolation --outdir dist .
 
 models-table: venv
 	@$(RUN) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" -m tests.models_table

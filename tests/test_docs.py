@@ -24,7 +24,8 @@ OLDER = {
     **dict.fromkeys(("inference.py", "server.py", "benchmark.py"), QUANTIZED),
 }
 PAGES = [
-    ROOT / "README.md",
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "docker" / "README.md",
     ROOT / "examples" / "data" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -47,8 +48,8 @@ OTHERS = {
     },
     "torchrun": {"--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"},
     "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
-    "docker": {"--ipc"},
-    "pip": {"--no-deps"},
+    "docker": {"--ipc", "--build-arg", "--rm", "--user", "--gpus"},
+    "pip": {"--no-deps", "--no-build-isolation"},
     "vllm serve": {"--served-model-name", "--max-model-len"},
     "sglang.launch_server": {"--model-path", "--served-model-name"},
     "tools.write_docs": {"--check"},

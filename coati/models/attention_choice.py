@@ -21,7 +21,9 @@ def choose_attention(use_flash_attn: bool, dtype: str, on_gpu: bool) -> str:
     if not on_gpu:
         reason = "it needs a GPU"
     elif importlib.util.find_spec("flash_attn") is None:
-        reason = "the package flash-attn is not installed"
+        reason = (
+            "the package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+        )
     elif dtype not in ("bf16", "fp16"):
         reason = f"it has no {dtype}"
     else:

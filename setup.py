@@ -18,6 +18,7 @@ SERVE = ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"]
 # in the isolated environment where pip builds what an extra names.
 DEV = [
     "hypothesis>=6.100",
+    "jsonschema>=4.18",
     "mypy>=1.13",
     "pytest>=8",
     "ruff>=0.6",
@@ -86,6 +87,7 @@ setup(
     package_dir=shipped(),
     package_data={
         "": ["*.jinja", "*.html"],
+        "coati.cli": ["schemas/*.json"],
         "coati.config": ["lora_config.json", "hostfile.example"],
         "coati.config.conversation_template": ["*.json"],
         "coati.examples.recipes": ["**/*.yaml", "**/*.md"],

@@ -76,6 +76,12 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{' '.join(unread)}: a value without a flag before it; --help lists the flags"
             )
+        # For reports, which tell what was chosen from what follows from it.
+        parsed._given = sorted(
+            action.dest
+            for action in self.documented()
+            if getattr(parsed, action.dest, action.default) != action.default
+        )
         return parsed
 
     def error(self, message: str) -> NoReturn:

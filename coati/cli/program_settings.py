@@ -167,6 +167,14 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
+class ReportSettings:
+    """``coati report``. ``output`` None: beside the run, or of several in the working directory."""
+
+    run_dir: list[str]
+    output: str | None
+
+
+@dataclass(frozen=True)
 class ServerSettings:
     """``coati serve``. ``token`` None: no authentication."""
 

@@ -5,7 +5,7 @@ A field has the name of its flag. Groups that a lower package consumes live ther
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -37,7 +37,8 @@ def filled(kind: type[T], flags: Mapping[str, Any], /, **given: Any) -> T:
 def settings_of(kind: type[T], args: Namespace, **given: Any) -> T:
     """The settings of a script from its checked flags; ``given`` as in :func:`filled`."""
     flags = {name: value for name, value in vars(args).items() if not name.startswith("_")}
-    return filled(kind, flags, flags=flags, **given)
+    chosen = getattr(args, "_given", [])
+    return filled(kind, flags, flags=flags, flags_given=chosen, **given)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class TrainingSettings:
     """What every training script is told.
 
     ``plugin``: as asked for; None follows the machine, and ``parallel.plugin`` then says nothing.
-    ``flags``: every resolved flag by name, for arguments.json, ``--dry_run`` and trackers.
+    ``flags``: every resolved flag by name, for arguments.json, ``--dry_run`` and trackers;
+    ``flags_given``: the names of those that were not left at their default.
     """
 
     model: ModelSettings
@@ -154,6 +156,7 @@ class TrainingSettings:
     launch: LaunchSettings
     seed: int
     flags: Mapping[str, Any]
+    flags_given: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from coati.dataset.data_types import type_of_row
 from coati.models.generation.loop import Sampling
-from coati.models.generation.response_table import format_samples, left_pad, without_stop
+from coati.models.generation.response_table import left_pad, without_stop
 from coati.parallel.engine import Engine
 from coati.parallel.plugin_checks import cannot_generate, resolve_options
 from coati.parallel.sharded_generation import sample
@@ -20,9 +20,11 @@ NEW_TOKENS = 40
 PROMPT_TOKENS = 96
 
 
-def table_of(run: Run, evaluation: PreparedRows | None) -> Callable[[Engine], str] | None:
-    """A function that makes the table, or None where there is nothing to ask or the plugin cannot
-    sample."""
+def sampler_of(
+    run: Run, evaluation: PreparedRows | None
+) -> Callable[[Engine], list[tuple[str, str]]] | None:
+    """A function that samples ``(prompt, response)``, or None where there is nothing to ask or the
+    plugin cannot sample."""
     if evaluation is None or run.template is None:
         return None
     if reason := cannot_generate(resolve_options(run.options)[0]):
@@ -31,7 +33,7 @@ def table_of(run: Run, evaluation: PreparedRows | None) -> Callable[[Engine], st
     rows = evaluation.rows
     stop_ids = run.template.stop_ids
     prompts = [_prompt(rows[index]) for index in range(min(ROWS, len(rows)))]
-    return lambda engine: _table(engine, prompts, run.tokenizer, stop_ids)
+    return lambda engine: _samples(engine, prompts, run.tokenizer, stop_ids)
 
 
 def _prompt(row: dict[str, Any]) -> list[int]:
@@ -48,9 +50,9 @@ def what_differs(prompts: list[list[int]]) -> list[list[int]]:
     return [prompt[start : len(prompt) - end] or prompt for prompt in prompts]
 
 
-def _table(
+def _samples(
     engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: list[list[int]]
-) -> str:
+) -> list[tuple[str, str]]:
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, engine.device)
     result = sample(
         engine,
@@ -69,4 +71,4 @@ def _table(
         " ".join(tokenizer.decode(part, skip_special_tokens=True).split())
         for part in what_differs(prompts)
     ]
-    return format_samples(list(zip(asked, answers, strict=True)))
+    return list(zip(asked, answers, strict=True))

@@ -58,7 +58,8 @@ def trainer_keywords(
         "assets": model.assets,
         "settings": run.flags,
     }
-    return keywords | ({"samples": eval_samples.table_of(run, rows.evaluation)} if samples else {})
+    sampler = eval_samples.sampler_of(run, rows.evaluation) if samples else None
+    return keywords | ({"samples": sampler} if samples else {})
 
 
 def fit(

@@ -3,7 +3,7 @@ checkpoint."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from coati.parallel.checkpoint import (
     read_checkpoint,
 )
 from coati.utils.distributed import broadcast_object, is_rank_0
+from coati.utils.environment import save_environment
 from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
 
@@ -106,9 +107,16 @@ def _finished(save_dir: str) -> list[Path]:
     ]
 
 
-def record_arguments(output: OutputSettings, flags: Mapping[str, Any]) -> None:
-    """Write the resolved flags beside the output, and to ``--config_file``; once it is sure that
-    the run may write."""
+def record_arguments(
+    output: OutputSettings, flags: Mapping[str, Any], given: Sequence[str] = ()
+) -> None:
+    """Write the resolved flags and the environment beside the output, and the flags to
+    ``--config_file``; once it is sure that the run may write. Every rank must call it.
+
+    ``given``: the names of the flags that were not left at their default.
+    """
+    if not output.dry_run:
+        save_environment(output.save_dir, flags_given=list(given))
     if not is_rank_0():
         return
     if output.config_file is not None:

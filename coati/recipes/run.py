@@ -77,7 +77,7 @@ def start(settings: Settings) -> Run[Settings]:
     options = join_processes(settings)
     resume = find_resume(settings.output)
     run = Run(settings, options, resume, *_tokenizer_and_template(settings))
-    record_arguments(settings.output, run.flags)
+    record_arguments(settings.output, run.flags, settings.flags_given)
     return run
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from coati.models.generation.response_table import format_samples
 from coati.parallel.checkpoint import RunningState, clean, save_checkpoint
 from coati.parallel.engine import Batch, Engine, NonFiniteLoss, Step
 from coati.parallel.objective import Objective
@@ -30,8 +31,7 @@ class SLTrainer:
             for its fields.
         state: the position of a resumed run; ``start_epoch`` is a shorthand for its ``epoch``.
         assets: what is saved beside the weights.
-        samples: called at each evaluation on every rank; returns a table of sample responses, or
-            "".
+        samples: called at each evaluation on every rank; returns prompts and sample responses.
         settings: the run's settings, for wandb and TensorBoard.
     """
 
@@ -48,7 +48,7 @@ class SLTrainer:
         schedule: RunSchedule | None = None,
         state: RunningState | None = None,
         assets: ModelAssets | None = None,
-        samples: Callable[[Engine], str] | None = None,
+        samples: Callable[[Engine], list[tuple[str, str]]] | None = None,
         settings: dict[str, Any] | None = None,
         start_epoch: int = 0,
         save_interval: int | None = None,
@@ -90,6 +90,10 @@ class SLTrainer:
     def before_evaluation(self, eval_dataloader: Any) -> None:
         """On every rank, before the batches are evaluated one by one."""
 
+    def report(self) -> list[str]:
+        """After the run: lines about its last evaluation."""
+        return []
+
     def derive_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """``metrics`` as they are logged, with what follows from several of them."""
         return metrics
@@ -116,7 +120,7 @@ class SLTrainer:
         total = total_steps(
             self.state, loader.count, loader.rows_per_step, self.max_epochs, self.schedule.max_steps
         )
-        self.log.open(self.state.step, log_dir, use_wandb)
+        self.log.open(self.state.step, log_dir, use_wandb, total)
         bar = ProgressBar(total, self.state.step, self.name)
         try:
             with GracefulStop() as stop:
@@ -128,6 +132,10 @@ class SLTrainer:
                 if not self.stopped_early and self.log.evaluated_at != self.state.step:
                     self._evaluate(eval_dataloader, bar)
             self.log.log_memory(self.state.step)
+            self.log.finish(self.state.step, self.stopped_early, self.report())
+        except BaseException as error:
+            self.log.fail(error, self.state.step)
+            raise
         finally:
             bar.close()
             self.log.close()
@@ -173,9 +181,11 @@ class SLTrainer:
         self._interval["units"] += step.num_terms
         self._interval["tokens"] += step.tokens
         self._interval["seconds"] += seconds
+        self.log.record.add_seconds("training", seconds)
         bar.step(loss=step.loss, lr=lr, tokens_per_second=step.tokens / seconds)
         for line in self.diagnose(step):
             bar.write(line)
+            self.log.record.note(line, self.state.step)
         if self._due(self.schedule.log_interval):
             self._log(lr, step)
         return step
@@ -198,6 +208,11 @@ class SLTrainer:
     def _evaluate(self, eval_dataloader, bar: ProgressBar) -> None:
         if eval_dataloader is None:
             return
+        with self.log.record.timed("evaluation"):
+            self._run_evaluation(eval_dataloader, bar)
+        self.log.record.update(self.state.step)
+
+    def _run_evaluation(self, eval_dataloader: Any, bar: ProgressBar) -> None:
         self.before_evaluation(eval_dataloader)
         step = self.engine.evaluate(eval_dataloader, self.objective)
         means = {
@@ -211,8 +226,10 @@ class SLTrainer:
         bar.write(f"{prefix}evaluation {shown} ({step.num_terms} {self.unit_name})")
         if best := self.log.keep_best(self.engine, self.assets, self.state.step):
             bar.write(prefix + best)
-        if self.samples is not None and (table := self.samples(self.engine)):
-            bar.write(table)
+        if self.samples is not None and (samples := self.samples(self.engine)):
+            bar.write(format_samples(samples))
+            rows = [list(sample) for sample in samples]
+            self.log.tracker.table(["prompt", "response"], rows, self.state.step)
 
     def save(self) -> Path | None:
         """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
@@ -220,10 +237,12 @@ class SLTrainer:
         save_dir = self.schedule.save_dir
         if save_dir is None:
             return None
-        self.state.trainer["interval"] = dict(self._interval)
-        self.state.trainer |= self.log.state_dict()
-        path = save_checkpoint(save_dir, self.engine, self.assets, self.state)
-        clean(save_dir, self.schedule.keep_last_k)
+        with self.log.record.timed("checkpoints"):
+            self.state.trainer["interval"] = dict(self._interval)
+            self.state.trainer |= self.log.state_dict()
+            path = save_checkpoint(save_dir, self.engine, self.assets, self.state)
+            clean(save_dir, self.schedule.keep_last_k)
+        self.log.record.update(self.state.step)
         return path
 
     def _due(self, interval: int | None) -> bool:

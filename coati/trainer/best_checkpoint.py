@@ -10,8 +10,6 @@ from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import is_rank_0
 from coati.utils.json_io import save_json
 
-LOWER_IS_BETTER = ("loss", "perplexity")
-
 
 def value_of(metric: str, evaluation: dict[str, float]) -> float:
     """The value of ``metric`` ("accuracy" or "eval/accuracy"). Raises ValueError naming what the
@@ -23,15 +21,6 @@ def value_of(metric: str, evaluation: dict[str, float]) -> float:
             f"--metric_for_best {metric}: evaluations of this run give {there}; choose one of them"
         )
     return evaluation[name]
-
-
-def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Whether ``value`` beats ``best`` (None: there is none yet); never when it is NaN."""
-    if value != value:
-        return False
-    if best is None:
-        return True
-    return value < best if metric.rsplit("/", 1)[-1] in LOWER_IS_BETTER else value > best
 
 
 def save_best(save_dir: str, engine: Engine, assets: ModelAssets, found: dict[str, Any]) -> Path:

@@ -18,7 +18,7 @@ from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
-from coati.trainer.monitor.sample_table import SampleRow, sample_table
+from coati.trainer.monitor.sample_table import SampleRow, sample_rows, sample_table
 from coati.trainer.policy_objective import (
     PolicyObjective,
     PolicySettings,
@@ -181,7 +181,8 @@ class OLTrainer:
             NonFiniteLoss: naming the episode; the last checkpoint stays as it was.
             ValueError: on every rank, for a reward function that fails on one.
         """
-        self.log.open(self.episode, log_dir, use_wandb)
+        total = self.episodes.num_episodes
+        self.log.open(self.episode, log_dir, use_wandb, total, "episode")
         if self.episode == 0 and self.first_evaluation:
             # Of a run stopped in its first episode, whose metrics file is new.
             self.log.tracker.log(self.first_evaluation, 0)
@@ -193,6 +194,10 @@ class OLTrainer:
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
                     self._run_episode(prompts, evaluation, ptx, bar, stop)
             self.log.log_memory(self.episode)
+            self.log.finish(self.episode, self.stopped_early)
+        except BaseException as error:
+            self.log.fail(error, self.episode)
+            raise
         finally:
             bar.close()
             self.log.close()
@@ -220,7 +225,9 @@ class OLTrainer:
             self.stopped_early = True
             self.save()
             return
-        if not self._update(ptx, bar, stop):
+        with self.log.record.timed("updates"):
+            updated = self._update(ptx, bar, stop)
+        if not updated:
             self.stopped_early = True
             self.save(self.buffer.state_dict())
             return
@@ -247,6 +254,10 @@ class OLTrainer:
     def _collect(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
         """Fill the buffer; False, with everything as it was before, when a rank was asked to
         stop."""
+        with self.log.record.timed("rollouts and scoring"):
+            return self._fill_buffer(prompts, bar, stop)
+
+    def _fill_buffer(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
         before = self.maker.state_dict()
         batches = self._next_prompts(prompts)
         temperature = self.episodes.temperature(self.episode)
@@ -366,6 +377,11 @@ class OLTrainer:
         same noise at every evaluation."""
         if evaluation is None:
             return
+        with self.log.record.timed("evaluation"):
+            self._run_evaluation(evaluation, bar)
+        self.log.record.update(self.episode)
+
+    def _run_evaluation(self, evaluation: Any, bar: ProgressBar) -> None:
         bar.phase("evaluation")
         meter = AccumulativeMeanMeter()
         temperature = self.episodes.temperature(self.episode)
@@ -382,6 +398,7 @@ class OLTrainer:
         summary = ", ".join(f"{name} {metrics[name]:.4g}" for name in named)
         bar.write(f"episode {self.episode}: on prompts of --eval_prompt_dataset {summary}")
         bar.write(sample_table(shown[:SAMPLES]))
+        self.log.tracker.table(*sample_rows(shown[:SAMPLES]), self.episode, "evaluation")
         best = self.log.keep_best(self.engine, self.assets, self.state.step, episode=self.episode)
         if best:
             bar.write(f"episode {self.episode}: {best}")
@@ -394,8 +411,10 @@ class OLTrainer:
             return None
         self.state.trainer = self.state_dict() | self.log.state_dict() | self.reporter.state_dict()
         models = {name: (engine, self.model_assets[name]) for name, engine in self.models.items()}
-        path = save_models(save_dir, models, self.state, buffer_state)
-        clean(save_dir, self.schedule.keep_last_k)
+        with self.log.record.timed("checkpoints"):
+            path = save_models(save_dir, models, self.state, buffer_state)
+            clean(save_dir, self.schedule.keep_last_k)
+        self.log.record.update(self.episode)
         return path
 
     def state_dict(self) -> dict[str, Any]:

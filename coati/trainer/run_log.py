@@ -1,13 +1,17 @@
 """Logging of a run, shared by both training loops: metrics, evaluations, the best model so far,
 peak memory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coati.parallel.engine import Engine
 from coati.parallel.weights import ModelAssets
-from coati.trainer.best_checkpoint import is_better, save_best, value_of
-from coati.trainer.schedule import RunSchedule
+from coati.trainer.best_checkpoint import save_best, value_of
+from coati.trainer.run_report.run_record import RunRecord
+from coati.trainer.schedule import RunSchedule, is_better
+from coati.utils.distributed import is_rank_0
+from coati.utils.environment import save_environment
 from coati.utils.logging import get_logger
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
@@ -37,6 +41,8 @@ class RunLog:
         self.schedule = schedule
         self.settings = settings or {}
         self.tracker = Tracker()
+        self.record = RunRecord(schedule.save_dir if is_rank_0() else None, name, self.settings)
+        self.resumed = bool(stored)
         self.meter = AccumulativeMeanMeter()
         self.meter.load(stored.get("meter", []))
         evaluated = stored.get("evaluated", {})
@@ -45,9 +51,15 @@ class RunLog:
         self.evaluated_at: int | None = evaluated.get("at")
         self.best: dict[str, float] = stored.get("best", {})  # {"value", "step"}
 
-    def open(self, step: int, log_dir: str | None, use_wandb: bool) -> None:
+    def open(
+        self, step: int, log_dir: str | None, use_wandb: bool, total: int, unit: str = "step"
+    ) -> None:
         """Start logging to ``<save_dir>/metrics.jsonl``, and to TensorBoard (``log_dir``) and wandb
-        if asked for. Lines of an existing file that are later than ``step`` are removed."""
+        if asked for. Lines of an existing file that are later than ``step`` are removed. Every rank
+        must call it.
+
+        ``total``: the steps that the run is to have; ``unit``: what they are.
+        """
         save_dir = self.schedule.save_dir
         if save_dir is None and log_dir is None and not use_wandb:
             return
@@ -59,6 +71,9 @@ class RunLog:
             config=self.settings,
             keep_to=step,
         )
+        if save_dir is not None:
+            save_environment(save_dir)
+        self.record.start(step, self.resumed, total=total, unit=unit)
 
     def evaluated(self, metrics: dict[str, float], step: int) -> None:
         """Log the metrics of an evaluation under ``eval/``."""
@@ -114,6 +129,16 @@ class RunLog:
             },
             "best": self.best,
         }
+
+    def finish(self, step: int, stopped: bool, notes: Sequence[str] = ()) -> None:
+        """The run has ended by itself, or was ``stopped``; ``notes`` stand in its report."""
+        for note in notes:
+            self.record.note(note, step, "note")
+        self.record.end("stopped" if stopped else "finished", step)
+
+    def fail(self, error: BaseException, step: int) -> None:
+        """The run ends with ``error``, which its report says."""
+        self.record.end("failed", step, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Finish the trackers' files."""

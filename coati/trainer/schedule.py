@@ -18,3 +18,15 @@ class RunSchedule:
     log_interval: int = 1
     max_steps: int | None = None
     metric_for_best: str | None = None
+
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether ``value`` beats ``best`` (None: there is none yet); never when it is NaN."""
+    if value != value:
+        return False
+    if best is None:
+        return True
+    return value < best if metric.rsplit("/", 1)[-1] in LOWER_IS_BETTER else value > best

@@ -6,8 +6,10 @@
 import logging
 import os
 import sys
+from collections import deque
 
 ROOT = "coati"
+_WARNINGS: deque[str] = deque(maxlen=100)
 
 
 class _Rank0Handler(logging.Handler):
@@ -15,6 +17,8 @@ class _Rank0Handler(logging.Handler):
     bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            _WARNINGS.append(record.getMessage())
         # The launcher's variable, not torch.distributed: messages are needed before a process group
         # exists.
         if os.environ.get("RANK", "0") != "0":
@@ -54,3 +58,10 @@ def get_logger(name: str) -> Logger:
 def forget_warnings() -> None:
     """Let :meth:`Logger.warning_once` repeat itself, as in a new process."""
     Logger._warned.clear()
+
+
+def take_warnings() -> list[str]:
+    """The warnings of this process since this was last called, the last hundred of them."""
+    taken = list(_WARNINGS)
+    _WARNINGS.clear()
+    return taken

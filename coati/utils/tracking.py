@@ -20,9 +20,9 @@ class Tracker:
         for tracker in self._trackers:
             tracker.log(metrics, step)
 
-    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+    def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
         for tracker in self._trackers:
-            tracker.table(columns, rows, step)
+            tracker.table(columns, rows, step, name)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -31,7 +31,8 @@ class Tracker:
 
 class JsonlTracker(Tracker):
     """``metrics.jsonl``: one object per report, ``{"step": ..., name: value, ...}``;
-    ``samples.jsonl`` beside it: one per row of a table, without what the row lacks.
+    ``samples.jsonl`` beside it: one per row of a table, without what the row lacks, and with the
+    table's name where it is not "samples".
 
     ``keep_to`` cuts an existing file back to the reports up to that step: those after the
     checkpoint that a resumed run starts from would otherwise be there twice. 0 is a run from the
@@ -51,7 +52,7 @@ class JsonlTracker(Tracker):
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
-    def table(self, columns: list[str], rows: list[list], step: int) -> None:
+    def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
         with open(self._samples, "a", encoding="utf-8") as file:
             for row in rows:
                 held = {
@@ -59,7 +60,8 @@ class JsonlTracker(Tracker):
                     for name, value in zip(columns, row, strict=True)
                     if value is not None
                 }
-                file.write(json.dumps({"step": step, **held}, ensure_ascii=False) + "\n")
+                of = {} if name == "samples" else {"table": name}
+                file.write(json.dumps({"step": step, **of, **held}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -95,8 +97,8 @@ class TensorBoardTracker(Tracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def table(self, columns: list[str], rows: list[list], step: int) -> None:
-        self._writer.add_text("samples", _markdown(columns, rows), step)
+    def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
+        self._writer.add_text(name, _markdown(columns, rows), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -130,8 +132,8 @@ class WandbTracker(Tracker):
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
 
-    def table(self, columns: list[str], rows: list[list], step: int) -> None:
-        self._run.log({"samples": self._table(columns=columns, data=rows)}, step=step)
+    def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
+        self._run.log({name: self._table(columns=columns, data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

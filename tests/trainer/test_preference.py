@@ -12,10 +12,11 @@ from coati.parallel.objective import Step
 from coati.parallel.plugins import ParallelOptions
 from coati.parallel.weights import ModelAssets
 from coati.trainer import DPOTrainer, ORPOTrainer, RewardModelTrainer
-from coati.trainer.best_checkpoint import is_better, value_of
+from coati.trainer.best_checkpoint import value_of
 from coati.trainer.monitor.preference_diagnostics import EVERY, PATIENCE, PreferenceChecks, moments
 from coati.trainer.monitor.reward_model_report import verdict
 from coati.trainer.preference import RowLogps, deinterleave, interleave, pair_accuracy
+from coati.trainer.schedule import is_better
 
 LN2 = math.log(2)
 

@@ -13,18 +13,26 @@ from coati.dataset.chat.masked_text import visible
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.report.charts import length_charts
 
+HERE = Path(__file__).parent
 
-@cache
-def _template() -> jinja2.Template:
+
+def page_environment(*folders: Path) -> jinja2.Environment:
+    """The templates of ``folders`` and look.css.jinja, all output escaped, with the filters number,
+    percent and visible."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*folders, HERE]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": "{:,}".format, "percent": _percent, "visible": visible}
-    return environment.get_template("report.html.jinja")
+    return environment
+
+
+@cache
+def _template() -> jinja2.Template:
+    return page_environment().get_template("report.html.jinja")
 
 
 def page(report: dict[str, Any]) -> str:

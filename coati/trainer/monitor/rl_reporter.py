@@ -96,6 +96,7 @@ class RLReporter:
         bar.step(**{name: metrics[key] for name, key in SHOWN.items()})
         for line in [] if self.checks is None else self.checks.check(metrics, episode):
             bar.write(line)
+            self.log.record.note(line, episode)
 
     def show_samples(self, batch: RolloutBatch, episode: int, bar: ProgressBar) -> None:
         """The first responses of ``batch``, as a table above the bar and in the run's files."""

@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What the tests of the pinned set need beside it: setup.py's dev extra is for the default set.
 PINNED_DEV = (
-    "datasketch>=2.0 hypothesis>=6.100 jsonschema>=4.18 mypy>=1.13 pytest>=8 ruff>=0.6 fastapi>=0.132 "
-    "prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 playwright>=1.45 "
+    "datasketch>=2.0 hypothesis>=6.100 jsonschema>=4.18 mypy>=1.13 pytest>=8 ruff>=0.6 "
+    "fastapi>=0.132 prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 playwright>=1.45 "
     "bitsandbytes>=0.46 compressed-tensors==0.10.2 loguru nvidia-ml-py ipykernel>=6 nbclient>=0.8 "
     "build>=1.2 setuptools>=77,<82"
 ).split()

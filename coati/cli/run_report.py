@@ -9,10 +9,10 @@ from coati.cli.settings import filled
 from coati.cli.values import add_text
 
 
-def report_parser(prog: str | None = None) -> Parser:
+def report_parser() -> Parser:
     """The parser of ``coati report``."""
     parser = Parser(
-        prog=prog or "coati report",
+        prog="coati report",
         usage="%(prog)s --run_dir DIR [DIR ...] [flags]",
         description="Writes the report of a training run from the files in its --save_dir, or one "
         "page that lays several runs side by side.",
@@ -40,7 +40,7 @@ def parse_report(
     prog: str | None = None,
 ) -> ReportSettings:
     """The checked flags. Exits with code 2 and one line naming a wrong flag."""
-    parser = report_parser(prog)
+    parser = report_parser().named(prog)
     args = checked(parser, argv, older=older)
     if not args.run_dir:
         parser.error("--run_dir is required: the --save_dir of a run, or of several")

@@ -3,6 +3,16 @@
 from pathlib import Path
 
 from coati.cli.program_settings import ReportSettings
+from coati.cli.run_report import parse_report, report_parser
+from coati.cli.verb import Verb
+
+VERB = Verb(
+    "models",
+    report_parser,
+    parse_report,
+    "coati.recipes.verbs.report:main",
+    subject="--run_dir",
+)
 
 
 def main(settings: ReportSettings) -> None:

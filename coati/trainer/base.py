@@ -1,7 +1,7 @@
 """The training loop over a fixed data set, shared by the supervised and preference trainers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from coati.parallel.checkpoint import RunningState, clean, save_checkpoint
 from coati.parallel.engine import Batch, Engine, NonFiniteLoss, Step
 from coati.parallel.objective import Objective
 from coati.parallel.weights import ModelAssets
+from coati.trainer.callbacks import Callback, CallbackList
 from coati.trainer.global_batches import as_global_batches, total_steps
 from coati.trainer.progress import ProgressBar
 from coati.trainer.run_log import RunLog
@@ -33,6 +34,7 @@ class SLTrainer:
         assets: what is saved beside the weights.
         samples: called at each evaluation on every rank; returns prompts and sample responses.
         settings: the run's settings, for wandb and TensorBoard.
+        callbacks: told what happens, on every rank.
     """
 
     name = "sl"
@@ -50,6 +52,7 @@ class SLTrainer:
         assets: ModelAssets | None = None,
         samples: Callable[[Engine], list[tuple[str, str]]] | None = None,
         settings: dict[str, Any] | None = None,
+        callbacks: Iterable[Callback] = (),
         start_epoch: int = 0,
         save_interval: int | None = None,
         save_dir: str | None = None,
@@ -63,6 +66,7 @@ class SLTrainer:
         self.state.epoch = max(self.state.epoch, start_epoch)
         self.assets = assets or ModelAssets.of(engine.module)
         self.samples = samples
+        self.callbacks = CallbackList(callbacks)
         self.stopped_early = False
         self.log = RunLog(self.name, self.schedule, self.state.trainer, settings)
         self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
@@ -124,6 +128,7 @@ class SLTrainer:
         bar = ProgressBar(total, self.state.step, self.name)
         try:
             with GracefulStop() as stop:
+                self.callbacks.call("on_train_begin", self)
                 if self.state.step == 0:
                     if loader.figures:
                         self.log.tracker.log(loader.figures, 0)
@@ -131,6 +136,7 @@ class SLTrainer:
                 self._train(loader, eval_dataloader, bar, total, stop)
                 if not self.stopped_early and self.log.evaluated_at != self.state.step:
                     self._evaluate(eval_dataloader, bar)
+                self.callbacks.call("on_train_end", self)
             self.log.log_memory(self.state.step)
             self.log.finish(self.state.step, self.stopped_early, self.report())
         except BaseException as error:
@@ -155,10 +161,11 @@ class SLTrainer:
                 # again by a resumed run.
                 if due or state.step >= total:
                     self._evaluate(eval_dataloader, bar)
-                if self._due(self.schedule.save_interval) or step.stop:
+                stops = step.stop or self.callbacks.stop_agreed()
+                if self._due(self.schedule.save_interval) or stops:
                     self.save()
-                self.stopped_early = step.stop and state.step < total
-                if step.stop or state.step >= total:
+                self.stopped_early = stops and state.step < total
+                if stops or state.step >= total:
                     return
             state.epoch += 1
             state.sample_start_index = 0
@@ -186,6 +193,7 @@ class SLTrainer:
         for line in self.diagnose(step):
             bar.write(line)
             self.log.record.note(line, self.state.step)
+        self.callbacks.call("on_step", self, _of_step(step, lr))
         if self._due(self.schedule.log_interval):
             self._log(lr, step)
         return step
@@ -202,7 +210,9 @@ class SLTrainer:
             metrics["train/grad_norm"] = step.grad_norm
         means = self.derive_metrics(self.log.meter.report())
         metrics |= {f"train/{name}": value for name, value in means.items()}
-        self.log.tracker.log(metrics | {"epoch": self.state.epoch}, self.state.step)
+        metrics["epoch"] = self.state.epoch
+        self.log.tracker.log(metrics, self.state.step)
+        self.callbacks.call("on_log", self, dict(metrics))
         self._interval = dict.fromkeys(sums, 0.0)
 
     def _evaluate(self, eval_dataloader, bar: ProgressBar) -> None:
@@ -230,6 +240,7 @@ class SLTrainer:
             bar.write(format_samples(samples))
             rows = [list(sample) for sample in samples]
             self.log.tracker.table(["prompt", "response"], rows, self.state.step)
+        self.callbacks.call("on_evaluate", self, dict(self.last_evaluation))
 
     def save(self) -> Path | None:
         """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
@@ -243,6 +254,7 @@ class SLTrainer:
             path = save_checkpoint(save_dir, self.engine, self.assets, self.state)
             clean(save_dir, self.schedule.keep_last_k)
         self.log.record.update(self.state.step)
+        self.callbacks.call("on_save", self, path)
         return path
 
     def _due(self, interval: int | None) -> bool:
@@ -256,6 +268,12 @@ class SLTrainer:
             f"--dataset); {self.log.what_is_kept()}. Look at these rows; lower --lr or "
             "--grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
         )
+
+
+def _of_step(step: Step, lr: float) -> dict[str, float]:
+    """What callbacks are told of an optimizer step."""
+    metrics = {"train/loss": step.loss, "train/lr": lr, "train/tokens": float(step.tokens)}
+    return metrics if step.grad_norm is None else metrics | {"train/grad_norm": step.grad_norm}
 
 
 def _public(metrics: dict[str, list]) -> dict[str, list]:

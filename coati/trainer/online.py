@@ -1,7 +1,7 @@
 """The online training loop: roll out, update, report, episode after episode."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from coati.parallel.checkpoint import RunningState, clean, save_models
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
+from coati.trainer.callbacks import Callback, CallbackList
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
 from coati.trainer.monitor.sample_table import SampleRow, sample_rows, sample_table
@@ -75,6 +76,7 @@ class OLTrainer:
             was stopped inside an episode.
         checks: the training diagnostics; None: none.
         settings: the run's settings, for wandb and TensorBoard.
+        callbacks: told what happens, on every rank.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class OLTrainer:
         buffer_state: dict[str, Any] | None = None,
         checks: RLChecks | None = None,
         settings: dict[str, Any] | None = None,
+        callbacks: Iterable[Callback] = (),
     ) -> None:
         self.engine = actor
         self.critic = critic
@@ -113,6 +116,7 @@ class OLTrainer:
         self.policy_objective = PolicyObjective(policy or PolicySettings(), sum_over(actor))
         self.value_objective = ValueObjective(value_clip)
         self.ptx_objective = PtxObjective()
+        self.callbacks = CallbackList(callbacks)
         self.stopped_early = False
         self._lr: dict[str, float] = {}  # of each model's last step
         trained = current_names(self.state.trainer)
@@ -189,10 +193,12 @@ class OLTrainer:
         bar = ProgressBar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
         try:
             with GracefulStop() as stop:
+                self.callbacks.call("on_train_begin", self)
                 if self.episode == 0 and not self.first_evaluation:
                     self._evaluate(evaluation, bar)
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
                     self._run_episode(prompts, evaluation, ptx, bar, stop)
+                self.callbacks.call("on_train_end", self)
             self.log.log_memory(self.episode)
             self.log.finish(self.episode, self.stopped_early)
         except BaseException as error:
@@ -238,11 +244,14 @@ class OLTrainer:
         if self.episode % max(self.schedule.log_interval, 1):
             bar.step()
         else:
-            self.reporter.log_episode(self._metrics(), self.episode, bar)
+            metrics = self._metrics()
+            self.reporter.log_episode(metrics, self.episode, bar)
+            self.callbacks.call("on_log", self, _named_train(metrics))
         last = self.episode == self.episodes.num_episodes
         if self._due(self.schedule.eval_interval) or last:
             self._evaluate(evaluation, bar)
-        self.stopped_early = any_rank(stop.requested) and not last
+        asked = stop.requested or self.callbacks.asked_to_stop
+        self.stopped_early = any_rank(asked) and not last
         if self._due(self.schedule.save_interval) or self.stopped_early:
             self.save()
 
@@ -340,6 +349,7 @@ class OLTrainer:
             raise NonFiniteLoss(self._describe(error)) from error
         self.state.step += 1
         self.reporter.add_step(step, value_step, time.perf_counter() - started)
+        self.callbacks.call("on_step", self, _of_step(step, value_step, self._lr))
         return step.stop
 
     def _critic_step(self, micro_batches: list[Experience]) -> Step | None:
@@ -402,6 +412,7 @@ class OLTrainer:
         best = self.log.keep_best(self.engine, self.assets, self.state.step, episode=self.episode)
         if best:
             bar.write(f"episode {self.episode}: {best}")
+        self.callbacks.call("on_evaluate", self, dict(self.last_evaluation))
 
     def save(self, buffer_state: dict[str, Any] | None = None) -> Path | None:
         """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
@@ -415,6 +426,7 @@ class OLTrainer:
             path = save_models(save_dir, models, self.state, buffer_state)
             clean(save_dir, self.schedule.keep_last_k)
         self.log.record.update(self.episode)
+        self.callbacks.call("on_save", self, path)
         return path
 
     def state_dict(self) -> dict[str, Any]:
@@ -427,6 +439,22 @@ class OLTrainer:
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }
+
+
+def _named_train(metrics: dict[str, float]) -> dict[str, float]:
+    """``metrics`` under their names in ``metrics.jsonl``."""
+    return {f"train/{name}": value for name, value in metrics.items()}
+
+
+def _of_step(step: Step, value_step: Step | None, lr: dict[str, float]) -> dict[str, float]:
+    """What callbacks are told of an optimizer step of every model."""
+    found = {"policy_loss": step.loss, "tokens": step.tokens, "grad_norm": step.grad_norm}
+    found |= {f"lr_{name}": value for name, value in lr.items()}
+    if step.aux_losses:
+        found["ptx_loss"] = step.aux_losses[0]
+    if value_step is not None:
+        found |= {"value_loss": value_step.loss, "critic_grad_norm": value_step.grad_norm}
+    return _named_train({name: float(value) for name, value in found.items() if value is not None})
 
 
 RENAMED_METRICS = {"entropy": "sampled_entropy"}

@@ -5,6 +5,7 @@ tokens. Everything is computed in fp32, whatever comes in.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,21 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     mask = mask.bool()
     count = mask.sum() if dim is None else mask.sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def check_terms(losses: Any, shape: torch.Size, what: str) -> Tensor:
+    """``losses`` of a user's loss function, in fp32.
+
+    Raises ValueError where it is no tensor of ``shape``, one number for each ``what``: the caller
+    divides their sum by the number in the global batch, which a mean would count twice.
+    """
+    if isinstance(losses, Tensor) and losses.shape == shape:
+        return losses.float()
+    found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise ValueError(
+        f"the loss function returned {found}; expected a tensor of shape {tuple(shape)}, one loss "
+        f"for each {what}, without a sum or a mean: the trainer averages over the global batch"
+    )
 
 
 class GPTLMLoss(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coati.models.loss import check_terms
 from coati.models.loss_registry import LOSS_TYPES, SFT, PairwiseSettings, full_name
 from coati.utils.logging import get_logger
 
@@ -68,6 +69,7 @@ class Pair:
         )
 
 
+PairLoss = Callable[[Pair], Tensor]  # a user's own, (B,) losses of B pairs
 PairwiseFunction = Callable[[Pair, PairwiseSettings], Tensor]
 _FUNCTIONS: dict[str, PairwiseFunction] = {}
 
@@ -180,13 +182,14 @@ def exo_pair(pair: Pair, settings: PairwiseSettings) -> Tensor:
 @dataclass(frozen=True)
 class PairwiseTerm:
     """One loss of a sum. ``averaged``: it reads means over tokens. ``reference``: it subtracts the
-    reference."""
+    reference. ``own``: a user's function instead of the one registered as ``name``."""
 
     name: str
     weight: float
     settings: PairwiseSettings
     averaged: bool
     reference: bool
+    own: PairLoss | None = None
 
     def view(self, pair: Pair) -> Pair:
         """``pair`` as this loss reads it."""
@@ -194,8 +197,11 @@ class PairwiseTerm:
         return pair.averaged() if self.averaged else pair
 
     def __call__(self, pair: Pair) -> Tensor:
-        """Losses (B,), not weighted."""
-        return _FUNCTIONS[self.name](self.view(pair), self.settings)
+        """Losses (B,), not weighted. Raises ValueError for a user's function that returns anything
+        else."""
+        if self.own is None:
+            return _FUNCTIONS[self.name](self.view(pair), self.settings)
+        return check_terms(self.own(self.view(pair)), pair.policy_chosen.shape, "pair")
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,24 @@ class PairwiseObjective:
             terms.append(PairwiseTerm(name, weight, settings, averaged, row.reference))
         return cls(tuple(terms), sft_coef)
 
+    @classmethod
+    def from_function(
+        cls,
+        function: PairLoss,
+        *,
+        beta: float | None = None,
+        length_normalization: bool = False,
+        sft_coef: float = 0.0,
+    ) -> "PairwiseObjective":
+        """The objective of a user's ``function`` of a :class:`Pair`, of log-probs that are means
+        over tokens with ``length_normalization``. ``beta``: of the logged rewards alone, default
+        0.1."""
+        settings = PairwiseSettings(LOSS_TYPES["dpo_loss"].beta if beta is None else beta, 0.0, 0.0)
+        name = getattr(function, "__name__", type(function).__name__)
+        return cls(
+            (PairwiseTerm(name, 1.0, settings, length_normalization, True, function),), sft_coef
+        )
+
     @property
     def primary(self) -> PairwiseTerm:
         """The first loss, whose beta and log-ratios the logged rewards are of."""
@@ -260,8 +284,9 @@ class PairwiseObjective:
 
     def at_reference(self) -> float | None:
         """Loss of a pair whose policy is its reference; None where it says nothing about the two:
-        without a reference, with a margin gamma or an SFT term."""
-        if self.sft_coef or any(not t.reference or t.settings.gamma for t in self.terms):
+        without a reference, with a margin gamma, an SFT term or a user's function."""
+        unknown = (t.own is not None or not t.reference or t.settings.gamma for t in self.terms)
+        if self.sft_coef or any(unknown):
             return None
         return float(self(Pair(*torch.zeros(6, 1))))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coati.models.loss import masked_mean, masked_sum
+from coati.models.loss import check_terms, masked_mean, masked_sum
 from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES
 from coati.utils.meter import MaskedSamples
 
@@ -124,6 +124,44 @@ def policy_terms(
     advantages = zero_masked(advantages, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return zero_masked(-torch.minimum(ratio * advantages, clipped * advantages), mask)
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What a user's policy loss gets: (B, A) fp32 numbers of B responses of up to A tokens, 0 where
+    ``mask`` is not set. ``old_logps``: those of the policy that sampled."""
+
+    logps: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log(pi / pi_old), (B, A), within +-:data:`LARGEST_LOG_RATIO`."""
+        return log_ratio(self.logps, self.old_logps, self.mask)
+
+
+PolicyTokenLoss = Callable[[PolicyTokens], Tensor]
+
+
+def own_policy_terms(
+    function: PolicyTokenLoss,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    skip: Tensor | bool = False,
+) -> Tensor:
+    """The losses (B, A) of a user's ``function``, 0 where masked; arguments as of
+    :func:`policy_terms`.
+
+    Raises ValueError where it returns another shape.
+    """
+    mask = mask.bool() & ~torch.as_tensor(skip, device=mask.device)
+    masked = [zero_masked(each, mask) for each in (logps, old_logps, advantages)]
+    tokens = PolicyTokens(masked[0], masked[1], masked[2], mask)
+    return zero_masked(check_terms(function(tokens), mask.shape, "token of a response"), mask)
 
 
 def policy_statistics(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coati.models.head import scatter_token_logprobs
 from coati.models.loss import masked_mean, masked_sum
-from coati.models.pairwise_loss import Pair, PairwiseObjective
+from coati.models.pairwise_loss import Pair, PairLoss, PairwiseObjective
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch, Metrics, Step
@@ -85,6 +85,9 @@ class DPOTrainer(PreferenceTrainer):
         length_normalization: every loss reads means over a row's supervised tokens.
         sft_coef: a of + a x the mean negative log-prob of the chosen response's tokens.
         ld_alpha, apply_loss_mask: of :class:`DPOObjective`.
+        loss: a function of a :class:`~coati.models.pairwise_loss.Pair` that returns losses (B,), in
+            place of ``loss_type`` and its options; ``beta`` is then that of the logged rewards
+            alone.
         starts_at_reference: the policy is the reference at step 0, so the first loss is known and
             checked.
         keywords: of :class:`~coati.trainer.base.SLTrainer`.
@@ -116,17 +119,19 @@ class DPOTrainer(PreferenceTrainer):
         ld_alpha: float | None = None,
         apply_loss_mask: bool = True,
         starts_at_reference: bool = False,
+        loss: PairLoss | None = None,
         **keywords: Any,
     ) -> None:
-        pairwise = PairwiseObjective.of(
-            loss_type,
-            loss_weights,
-            beta=beta,
-            gamma=gamma,
-            label_smoothing=label_smoothing,
-            length_normalization=length_normalization,
-            sft_coef=sft_coef,
-        )
+        shared: dict[str, Any] = {
+            "length_normalization": length_normalization,
+            "sft_coef": sft_coef,
+            "beta": beta,
+        }
+        if loss is not None:
+            pairwise = PairwiseObjective.from_function(loss, **shared)
+        else:
+            own: dict[str, Any] = {"gamma": gamma, "label_smoothing": label_smoothing}
+            pairwise = PairwiseObjective.of(loss_type, loss_weights, **shared, **own)
         if ref_model is not None:
             reference = InferenceModel.plain(ref_model)
         super().__init__(

@@ -11,8 +11,10 @@ from coati.experience_maker.model_inputs import critic_batch, policy_batch, to_a
 from coati.models.loss import masked_sum
 from coati.models.policy_loss import (
     LossAggregation,
+    PolicyTokenLoss,
     kl_per_token,
     mean_ratio_exceeds,
+    own_policy_terms,
     policy_statistics,
     policy_terms,
     ratio_sums,
@@ -26,7 +28,8 @@ from coati.utils.meter import MaskedSamples
 @dataclass(frozen=True)
 class PolicySettings:
     """The policy's loss. ``kl_coef``: of the KL term in the loss; 0 where KL is part of the
-    reward."""
+    reward. ``loss``: a user's function of :class:`~coati.models.policy_loss.PolicyTokens` in place
+    of the clipped loss, (B, A) losses out; the KL term is added to it."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -34,6 +37,7 @@ class PolicySettings:
     loss_agg: LossAggregation = LossAggregation("token-mean")
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    loss: PolicyTokenLoss | None = None
 
 
 class PolicyObjective(Objective):
@@ -74,9 +78,13 @@ class PolicyObjective(Objective):
             self.reduce_sum(ratio_sums(logps, old, mask)), settings.skip_threshold
         )
         clip = settings.clip_low, settings.clip_high
-        terms = policy_terms(logps, old, batch["advantages"], mask, *clip, skip)
+        advantages = batch["advantages"]
+        if settings.loss is None:
+            terms = policy_terms(logps, old, advantages, mask, *clip, skip)
+        else:
+            terms = own_policy_terms(settings.loss, logps, old, advantages, mask, skip)
         metrics: Metrics = {}
-        metrics |= policy_statistics(logps, old, batch["advantages"], mask, *clip)
+        metrics |= policy_statistics(logps, old, advantages, mask, *clip)
         metrics["skip_ratio"] = skip.float()[None]
         if self.kl_coef:
             kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)

@@ -1,32 +1,44 @@
 """Supervised fine-tuning: next-token cross-entropy on the supervised tokens."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coati.dataset.load.collator import supervise_all
+from coati.models.loss import check_terms
 from coati.parallel.engine import Batch, Engine, Step
 from coati.parallel.objective import Metrics, Objective
 from coati.trainer.base import SLTrainer
+
+TokenLoss = Callable[[Tensor, Batch], Tensor]
 
 
 class SFTObjective(Objective):
     """L = sum of -log p over the supervised tokens; the engine divides by their number in the
     global batch.
 
-    ``apply_loss_mask`` False supervises every token the attention mask shows; padding never.
+    Args:
+        apply_loss_mask: False supervises every token the attention mask shows; padding never.
+        token_loss: another loss of each token: ``token_loss(logps, batch)`` gets the log-probs (n,)
+            of the supervised tokens, in the order of ``batch["labels"][:, 1:] != -100``, and
+            returns one loss (n,) for each.
     """
 
-    def __init__(self, apply_loss_mask: bool = True) -> None:
+    def __init__(self, apply_loss_mask: bool = True, token_loss: TokenLoss | None = None) -> None:
         self.apply_loss_mask = apply_loss_mask
+        self.token_loss = token_loss
 
     def prepare(self, batch: Batch) -> Batch:
         return batch if self.apply_loss_mask else supervise_all(batch)
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        return -logps.sum(), {}
+        if self.token_loss is None:
+            return -logps.sum(), {}
+        losses = self.token_loss(logps, batch)
+        return check_terms(losses, logps.shape, "supervised token").sum(), {}
 
 
 class SFTTrainer(SLTrainer):
@@ -36,6 +48,7 @@ class SFTTrainer(SLTrainer):
 
     Args:
         apply_loss_mask: False supervises every token the attention mask shows; padding never.
+        loss: another loss of each token; ``token_loss`` of :class:`SFTObjective`.
         keywords: of :class:`~coati.trainer.base.SLTrainer`.
     """
 
@@ -56,11 +69,12 @@ class SFTTrainer(SLTrainer):
         coordinator: Any = None,
         *,
         engine: Engine | None = None,
+        loss: TokenLoss | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(
             engine or Engine(booster, model, optim, lr_scheduler),
-            SFTObjective(apply_loss_mask),
+            SFTObjective(apply_loss_mask, loss),
             max_epochs,
             accumulation_steps=accumulation_steps,
             start_epoch=start_epoch,

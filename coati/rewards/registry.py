@@ -44,10 +44,17 @@ REWARDS: dict[str, Reward] = {
 # Names of earlier releases.
 ALIASES = {"gsm8k_reward_fn": "gsm8k", "math_competition_reward_fn": "math_competition"}
 
+GIVEN = "python:"
+
 
 def is_file(name: str) -> bool:
     """Whether ``name`` is a function in a file, ``path.py:function``."""
     return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
+
+
+def is_given(name: str) -> bool:
+    """Whether ``name`` stands for a Python function that a caller passes, ``python:name``."""
+    return name.startswith(GIVEN)
 
 
 def check_rewards(names: list[str], weights: list[float] | None = None) -> list[str]:
@@ -57,7 +64,7 @@ def check_rewards(names: list[str], weights: list[float] | None = None) -> list[
         ValueError: for an unknown name, a file or function that does not exist, a repeated name,
             and a number of weights other than that of names.
     """
-    resolved = [name if is_file(name) else _registered(name) for name in names]
+    resolved = [name if is_file(name) or is_given(name) else _registered(name) for name in names]
     for name in resolved:
         if resolved.count(name) > 1:
             raise ValueError(

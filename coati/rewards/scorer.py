@@ -2,16 +2,23 @@
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from coati.rewards.functions import per_row
-from coati.rewards.registry import REWARDS, check_rewards, file_and_function, is_file
+from coati.rewards.registry import (
+    GIVEN,
+    REWARDS,
+    check_rewards,
+    file_and_function,
+    is_file,
+    is_given,
+)
 from coati.rewards.responses import Responses
 from coati.rewards.tags import check_tags
 from coati.rewards.time_limit import Overrun, time_limit
-from coati.rewards.user_function import described, load_function
+from coati.rewards.user_function import called_with_keywords, described, load_function
 
 DEFAULT_TIMEOUT = 60.0
 _SHORT = reprlib.Repr()
@@ -31,15 +38,18 @@ class Rewards:
     """The reward functions of a run.
 
     Args:
-        names: names in :data:`~coati.rewards.registry.REWARDS`, or ``path.py:function``.
+        names: names in :data:`~coati.rewards.registry.REWARDS`, ``path.py:function``, or
+            ``python:name`` of a function in ``given``.
         weights: one per name; by default 1.
         tags: response_format_tags of the conversation template; with them only a response in that
             format can be right.
         timeout: seconds that a function may take for a batch; None: no limit.
+        given: Python functions by their names, called as those of files are.
 
     Raises:
         ValueError: from :func:`~coati.rewards.registry.check_rewards` and
-            :func:`~coati.rewards.user_function.load_function`, and for invalid or missing tags.
+            :func:`~coati.rewards.user_function.load_function`, for invalid or missing tags, and
+            for a ``python:name`` that is not given.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class Rewards:
         weights: list[float] | None = None,
         tags: dict | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
+        given: Mapping[str, Callable] | None = None,
     ) -> None:
         resolved = check_rewards(names, weights)
         if not resolved:
@@ -67,7 +78,8 @@ class Rewards:
         self.timeout = timeout
         self.needs_gt_answer = any(name in REWARDS and REWARDS[name].gt_answer for name in resolved)
         self.weights = dict(zip(_labels(resolved), weights or [1.0] * len(resolved), strict=True))
-        self._functions = dict(zip(self.weights, map(_function, resolved), strict=True))
+        functions = [_function(name, given or {}) for name in resolved]
+        self._functions = dict(zip(self.weights, functions, strict=True))
 
     def __call__(self, batch: Responses) -> RewardResult:
         """Score ``batch``.
@@ -110,15 +122,24 @@ class Rewards:
 
 def _labels(names: list[str]) -> list[str]:
     """The names to log: of ``path.py:function`` only the function, unless two share that name."""
-    short = [file_and_function(name)[1] if is_file(name) else name for name in names]
+    short = [
+        file_and_function(name)[1] if is_file(name) else name.removeprefix(GIVEN) for name in names
+    ]
     return [
         name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)
     ]
 
 
-def _function(name: str) -> Callable[[Responses], Any]:
+def _function(name: str, given: Mapping[str, Callable]) -> Callable[[Responses], Any]:
     if is_file(name):
         return load_function(name)
+    if is_given(name):
+        if name not in given:
+            raise ValueError(
+                f"reward {name} is a Python function that the caller of coati.grpo or coati.ppo "
+                "passes; here name a function of a file, path.py:function"
+            )
+        return called_with_keywords(name, given[name])
     return lambda batch: [per_row(name, batch, row) for row in range(len(batch))]
 
 

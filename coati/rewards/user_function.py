@@ -1,4 +1,5 @@
-"""Reward functions of a user's own file, ``path.py:function``.
+"""Reward functions of a user's own: of a file, ``path.py:function``, or given to the Python front
+door, ``python:name``.
 
 The function is called with keywords, those of the following that it names, or all when it takes
 ``**keywords``: prompts, responses (also as completions), gt_answers, lengths, stopped,
@@ -48,6 +49,12 @@ def load_function(name: str) -> Callable[[Responses], Any]:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward {name}: {path} has no function {attribute}, but {function!r}")
+    return called_with_keywords(name, function)
+
+
+def called_with_keywords(name: str, function: Callable) -> Callable[[Responses], Any]:
+    """``function``, which ``name`` stands for in messages, ready to be called with a batch. Raises
+    ValueError when it requires an argument that is not passed."""
     wanted = _wanted(name, function)
 
     def call(batch: Responses) -> Any:

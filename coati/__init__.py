@@ -9,6 +9,7 @@ from coati.utils.lazy import lazy_exports
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Callback": "trainer.callbacks",
     "Conversation": "dataset.chat.conversation",
     "Critic": "models.critic",
     "DPOTrainer": "trainer.dpo",
@@ -23,13 +24,23 @@ _EXPORTS = {
     "RewardModel": "models.reward_model",
     "RewardModelTrainer": "trainer.rm",
     "SFTTrainer": "trainer.sft",
+    "StopTraining": "trainer.callbacks",
+    "TrainedModel": "recipes.trained_model",
+    "TrainedRewardModel": "recipes.trained_model",
     "apply_lora": "models.lora.lora",
     "boost": "parallel.boost",
+    "dpo": "recipes.quick_start",
     "generate": "models.generation.loop",
+    "grpo": "recipes.quick_start",
+    "kto": "recipes.quick_start",
     "load_causal_lm": "models.loading",
     "load_tokenizer": "models.tokenizer",
+    "orpo": "recipes.quick_start",
+    "ppo": "recipes.quick_start",
     "prepare_dataset": "dataset.prepare.preparation",
+    "rm": "recipes.quick_start",
     "setup_conversation_template": "dataset.chat.conversation",
+    "sft": "recipes.quick_start",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)
 

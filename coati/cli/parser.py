@@ -7,13 +7,33 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+
+class FlagError(ValueError):
+    """What a parser finds wrong, inside :func:`errors_raised`."""
+
+
+_raising: ContextVar[bool] = ContextVar("raising", default=False)
+
+
+@contextmanager
+def errors_raised() -> Iterator[None]:
+    """Parsers raise FlagError meanwhile instead of ending the process: for callers that are no
+    command line."""
+    token = _raising.set(True)
+    try:
+        yield
+    finally:
+        _raising.reset(token)
 
 
 class _Help(argparse.HelpFormatter):
@@ -85,7 +105,10 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of the usage text, from one process per machine."""
+        """One line instead of the usage text, from one process per machine. Raises FlagError inside
+        :func:`errors_raised`."""
+        if _raising.get():
+            raise FlagError(message)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # The same line from every process would bury it. A launcher ends all processes with the
             # first that fails, so those that stay silent leave the speaking one the time to speak.

@@ -49,7 +49,7 @@ def _save(
     if trainer.stopped_early:
         logger.info(
             f"stopped after step {trainer.state.step}, everything is saved. To go on: "
-            f"{command_again()}"
+            f"{run.extras.again or command_again()}"
         )
         return
     folder = Path(run.settings.output.save_dir)

@@ -57,6 +57,7 @@ def trainer_keywords(
         "state": rows.state,
         "assets": model.assets,
         "settings": run.flags,
+        "callbacks": run.extras.callbacks,
     }
     sampler = eval_samples.sampler_of(run, rows.evaluation) if samples else None
     return keywords | ({"samples": sampler} if samples else {})

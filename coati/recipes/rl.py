@@ -25,6 +25,7 @@ from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
 from coati.recipes.data_checks import check_gt_answers, check_prompts
 from coati.recipes.dry_run import rl_dry_run
+from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.resume import running_state
 from coati.recipes.rl_models import (
     load_actor,
@@ -60,10 +61,10 @@ class RolloutData:
     state: RunningState
 
 
-def main(settings: OnlineSettings) -> None:
+def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     """Train with a critic where ``settings`` has one (PPO), else with the group method that they
     name (GRPO and its variants)."""
-    run: Run[Any] = start(settings)
+    run: Run[Any] = start(settings, extras)
     functions = reward_functions(run)
     rows = load_data(run, functions)
     episodes = episodes_of(settings)
@@ -89,6 +90,7 @@ def main(settings: OnlineSettings) -> None:
         buffer_state=_buffer_state(run),
         checks=_checks(settings),
         settings=run.flags,
+        callbacks=() if settings.output.dry_run else extras.callbacks,
     )
     prompts = _prompt_loader(run, actor.engine, rows)
     ptx = _ptx_loader(run, actor.engine, rows.ptx)
@@ -111,6 +113,7 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
         reward.reward_weights or None,
         tags,
         reward.reward_timeout or None,
+        run.extras.rewards,
     )
 
 
@@ -183,6 +186,7 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes) -> RLSettings:
         loss_agg=LossAggregation(mode, settings.rollout.max_seq_len),
         kl_coef=kl.kl_coef if kl.kl_in == "loss" else 0.0,
         kl_estimator=kl.kl_estimator,
+        loss=run.extras.loss,
     )
     critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(

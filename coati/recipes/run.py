@@ -14,6 +14,7 @@ from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
 from coati.parallel.plugins import ParallelOptions
 from coati.recipes.defaults import check_precision, resolved_options
+from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
 from coati.recipes.resume import Resume, find_resume, record_arguments
 from coati.utils.distributed import world_size
@@ -30,7 +31,7 @@ class Run(Generic[S_co]):
     """What the recipes' parts are given instead of flags.
 
     ``options``: the parallel settings with every default resolved. ``template``: None where the
-    tokenizer has none and the data do not say theirs.
+    tokenizer has none and the data do not say theirs. ``extras``: objects of a Python caller.
     """
 
     settings: S_co
@@ -38,6 +39,7 @@ class Run(Generic[S_co]):
     resume: Resume
     tokenizer: Any
     template: Conversation | None
+    extras: Extras = NO_EXTRAS
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class PreparedRows:
         return part_directories(self.folders[0])[0].parent / name
 
 
-def start(settings: Settings) -> Run[Settings]:
+def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     """Join the other processes, resolve the defaults, find the checkpoint to resume from, load the
     tokenizer and record the flags.
 
@@ -76,7 +78,7 @@ def start(settings: Settings) -> Run[Settings]:
     """
     options = join_processes(settings)
     resume = find_resume(settings.output)
-    run = Run(settings, options, resume, *_tokenizer_and_template(settings))
+    run = Run(settings, options, resume, *_tokenizer_and_template(settings), extras)
     record_arguments(settings.output, run.flags, settings.flags_given)
     return run
 

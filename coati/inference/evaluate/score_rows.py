@@ -78,15 +78,18 @@ def rows_to_score(
         for line, raw in read_rows(file):
             place = f"{file}:{line}"
             try:
-                row = decode(raw)
-                kind = _kind(row)
-                source = read_row(kind, row)
-                columns, _ = DATA_TYPES[kind].tokenize(source, conversation, max_length)[-1]
+                yield row_to_score(place, decode(raw), conversation, max_length)
             except RowError as error:
                 yield place, f"{error.reason}: {error.detail}"
-                continue
-            sides = DATA_TYPES[kind].sides(columns)
-            yield ScoredRow(place, kind, columns.get("label"), [side.ids for side in sides])
+
+
+def row_to_score(place: str, row: Any, conversation: Conversation, max_length: int) -> ScoredRow:
+    """A decoded ``row``, tokenized as for training. Raises RowError where it cannot be used."""
+    kind = _kind(row)
+    source = read_row(kind, row)
+    columns, _ = DATA_TYPES[kind].tokenize(source, conversation, max_length)[-1]
+    sides = DATA_TYPES[kind].sides(columns)
+    return ScoredRow(place, kind, columns.get("label"), [side.ids for side in sides])
 
 
 def _kind(row: Any) -> str:

@@ -5,11 +5,12 @@ from dataclasses import replace
 from coati.cli.preferences import dpo_parser, parse_dpo
 from coati.cli.settings import DPOSettings
 from coati.cli.verb import Verb
+from coati.recipes.extras import NO_EXTRAS, Extras
 
 VERB = Verb("training", dpo_parser, parse_dpo, "coati.recipes.verbs.dpo:main", processes=True)
 
 
-def main(settings: DPOSettings) -> None:
+def main(settings: DPOSettings, extras: Extras = NO_EXTRAS) -> None:
     """Train as ``settings`` say, and save the model."""
     from coati.dataset import DataCollatorForPreferenceDataset
     from coati.models.loss_registry import needs_reference
@@ -20,7 +21,7 @@ def main(settings: DPOSettings) -> None:
     from coati.trainer import DPOTrainer
     from coati.trainer.precompute_reference import WithReference
 
-    run = start(settings)
+    run = start(settings, extras)
     rows = offline.load_data(run, "preference")
     check_ends(run, rows.train)
     model = offline.boosted(run, rows, build.policy(run))
@@ -31,6 +32,7 @@ def main(settings: DPOSettings) -> None:
     trainer = DPOTrainer(
         reference=reference(run, model.engine, ref.ref_tp) if loaded else None,
         starts_at_reference=wanted and run.resume.weights is None,
+        loss=extras.loss,
         **vars(settings.loss),
         **offline.trainer_keywords(run, rows, model),
     )

@@ -3,11 +3,12 @@
 from coati.cli.preferences import kto_parser, parse_kto
 from coati.cli.settings import KTOSettings
 from coati.cli.verb import Verb
+from coati.recipes.extras import NO_EXTRAS, Extras
 
 VERB = Verb("training", kto_parser, parse_kto, "coati.recipes.verbs.kto:main", processes=True)
 
 
-def main(settings: KTOSettings) -> None:
+def main(settings: KTOSettings, extras: Extras = NO_EXTRAS) -> None:
     """Train as ``settings`` say, and save the model."""
     from coati.dataset import DataCollatorForKTODataset
     from coati.recipes import build, offline
@@ -16,7 +17,7 @@ def main(settings: KTOSettings) -> None:
     from coati.recipes.run import start
     from coati.trainer import KTOTrainer
 
-    run = start(settings)
+    run = start(settings, extras)
     rows = offline.load_data(run, "kto")
     check_ends(run, rows.train)
     desirable, undesirable = kto_weights(settings, rows.train.rows)

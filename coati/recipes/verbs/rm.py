@@ -3,6 +3,7 @@
 from coati.cli.preferences import parse_rm, rm_parser
 from coati.cli.settings import RMSettings
 from coati.cli.verb import Verb
+from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -10,7 +11,7 @@ logger = get_logger(__name__)
 VERB = Verb("training", rm_parser, parse_rm, "coati.recipes.verbs.rm:main", processes=True)
 
 
-def main(settings: RMSettings) -> None:
+def main(settings: RMSettings, extras: Extras = NO_EXTRAS) -> None:
     """Train as ``settings`` say, and save the model."""
     from coati.dataset import DataCollatorForPreferenceDataset
     from coati.models import RewardModel
@@ -18,7 +19,7 @@ def main(settings: RMSettings) -> None:
     from coati.recipes.run import start
     from coati.trainer import RewardModelTrainer
 
-    run = start(settings)
+    run = start(settings, extras)
     rows = offline.load_data(run, "preference")
     model = offline.boosted(run, rows, build.reward_model(run))
     trainer = RewardModelTrainer(

@@ -1,0 +1,403 @@
+"""The Python front door: ``coati.sft(model, conversations, lr=2e-5)`` does in this process what the
+command ``coati sft`` does, with the same flags as keywords, and returns the trained model.
+
+Importing this module loads nothing heavy.
+"""
+
+import atexit
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coati.cli.arguments import parse_sft, sft_parser
+from coati.cli.parser import Parser
+from coati.cli.preferences import (
+    dpo_parser,
+    kto_parser,
+    orpo_parser,
+    parse_dpo,
+    parse_kto,
+    parse_orpo,
+    parse_rm,
+    rm_parser,
+)
+from coati.cli.rollouts import grpo_parser, parse_grpo, parse_ppo, ppo_parser
+from coati.recipes.extras import Extras
+from coati.recipes.keyword_flags import check_names, parsed, takes_flags_of, words_of
+from coati.recipes.row_files import json_file, paths_of
+from coati.recipes.trained_model import TrainedModel, TrainedRewardModel, collect_garbage
+from coati.rewards.registry import GIVEN
+from coati.trainer.callbacks import Callback
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coati.models.pairwise_loss import Pair
+    from coati.models.policy_loss import PolicyTokens
+
+# A directory, a hub name, the result of another stage, or a transformers model in memory.
+Model = str | os.PathLike | TrainedModel | Any
+Reward = str | Callable[..., Any] | TrainedRewardModel
+Callbacks = Iterable[Callback]
+
+DATA_FLAGS = ("dataset", "eval_dataset", "prompt_dataset", "eval_prompt_dataset", "ptx_dataset")
+JSON_FLAGS = ("conversation_template_config", "lora_config", "plugin_args")
+IN_MEMORY = "(a model in memory)"
+RUNS = Path("output")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and what its function needs: its parser, and its ``main`` as "module:function"."""
+
+    parser: Callable[[], Parser]
+    parse: Callable[[Sequence[str]], Any]
+    main: str
+    result: type[TrainedModel] = TrainedModel
+
+
+STAGES = {
+    "sft": Stage(sft_parser, parse_sft, "coati.recipes.sft:main"),
+    "rm": Stage(rm_parser, parse_rm, "coati.recipes.rm:main", TrainedRewardModel),
+    "dpo": Stage(dpo_parser, parse_dpo, "coati.recipes.dpo:main"),
+    "orpo": Stage(orpo_parser, parse_orpo, "coati.recipes.orpo:main"),
+    "kto": Stage(kto_parser, parse_kto, "coati.recipes.kto:main"),
+    "ppo": Stage(ppo_parser, parse_ppo, "coati.recipes.rl:main"),
+    "grpo": Stage(grpo_parser, parse_grpo, "coati.recipes.rl:main"),
+}
+
+
+@takes_flags_of(sft_parser)
+def sft(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    loss: "Callable[[Tensor, dict[str, Tensor]], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Supervised fine-tuning on the assistant's turns of conversations.
+
+    Args:
+        pretrain: the model to start from: a directory or hub name, the result of another stage, or
+            a transformers model in memory together with its ``tokenizer``.
+        dataset: conversations: a list of ``{"messages": [...]}`` or of lists of messages, a
+            ``datasets.Dataset``, or paths of files.
+        loss: another loss: ``loss(logps, batch)`` gets the log-probs (n,) of the supervised tokens
+            and returns a loss (n,) for each.
+        callbacks: of :class:`coati.Callback`.
+        flags: those of the command ``coati sft``, below. Without ``save_dir`` the run is written to
+            the first free ``output/sft/001``, ``002``, ...
+
+    Raises:
+        TypeError: for a keyword that is no flag.
+        ValueError: for what the command would refuse.
+    """
+    return _train("sft", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
+
+
+@takes_flags_of(rm_parser)
+def rm(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedRewardModel:
+    """A reward model, from pairs: rows of ``prompt``, ``chosen`` and ``rejected``. Its result
+    scores responses, and can be the ``reward`` of :func:`coati.ppo` and :func:`coati.grpo`.
+    Arguments and errors as of :func:`coati.sft`."""
+    result = _train("rm", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks)
+    assert isinstance(result, TrainedRewardModel)
+    return result
+
+
+@takes_flags_of(dpo_parser)
+def dpo(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    loss: "Callable[[Pair], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Direct preference optimization and its family, on pairs: rows of ``prompt``, ``chosen`` and
+    ``rejected``. Arguments and errors as of :func:`coati.sft`, but for
+
+    Args:
+        loss: another loss: a function of a :class:`~coati.models.pairwise_loss.Pair` of B pairs
+            that returns losses (B,); ``beta`` is then that of the logged rewards alone.
+    """
+    if loss is not None:
+        replaced = ("loss_type", "loss_weights", "gamma", "label_smoothing")
+        _refuse_beside("loss", [name for name in replaced if flags.get(name) is not None], "dpo")
+    return _train("dpo", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
+
+
+@takes_flags_of(orpo_parser)
+def orpo(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Odds-ratio preference optimization, on pairs: rows of ``prompt``, ``chosen`` and
+    ``rejected``. Arguments and errors as of :func:`coati.sft`."""
+    return _train("orpo", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks)
+
+
+@takes_flags_of(kto_parser)
+def kto(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Kahneman-Tversky optimization, on single responses: rows of ``prompt``, ``completion`` and
+    ``label`` (True for a good one). Arguments and errors as of :func:`coati.sft`."""
+    return _train("kto", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks)
+
+
+@takes_flags_of(ppo_parser)
+def ppo(
+    pretrain: Model,
+    prompt_dataset: Any,
+    *,
+    reward: Reward | Sequence[Reward] | None = None,
+    loss: "Callable[[PolicyTokens], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """PPO with a critic: the model is trained on its own responses to prompts. Arguments and errors
+    as of :func:`coati.grpo`; the critic starts from the reward model where there is one."""
+    return _train_rl("ppo", pretrain, prompt_dataset, reward, flags, tokenizer, callbacks, loss)
+
+
+@takes_flags_of(grpo_parser)
+def grpo(
+    pretrain: Model,
+    prompt_dataset: Any,
+    *,
+    reward: Reward | Sequence[Reward] | None = None,
+    loss: "Callable[[PolicyTokens], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """GRPO and its variants: the model is trained on its own responses to prompts, compared in
+    groups. Arguments and errors as of :func:`coati.sft`, but for
+
+    Args:
+        prompt_dataset: prompts: rows of ``prompt`` (a text, or messages that end with the user),
+            with ``gt_answer`` where a reward compares with the right answer.
+        reward: what scores responses, one or several that are added up (``reward_weights``): a
+            Python function, the name of a built-in one, ``path.py:function``, or the result of
+            :func:`coati.rm`. A function is called with those of the keywords prompts, responses,
+            gt_answers, lengths, stopped, max_new_tokens and tags that it names, and returns one
+            number per response.
+        loss: another policy loss: a function of a :class:`~coati.models.policy_loss.PolicyTokens`
+            that returns losses (B, A); a KL term is added to it.
+    """
+    return _train_rl("grpo", pretrain, prompt_dataset, reward, flags, tokenizer, callbacks, loss)
+
+
+def _train_rl(
+    verb: str,
+    pretrain: Model,
+    prompts: Any,
+    reward: Reward | Sequence[Reward] | None,
+    flags: Mapping[str, Any],
+    tokenizer: Any,
+    callbacks: Callbacks,
+    loss: Callable[..., Any] | None,
+) -> TrainedModel:
+    given = {"prompt_dataset": prompts, **flags}
+    functions: dict[str, Callable[..., Any]] = {}
+    if reward is not None:
+        several: list[Any] = list(reward) if isinstance(reward, list | tuple) else [reward]
+        found, functions = _rewards(several, verb)
+        _refuse_beside("reward", [name for name in found if flags.get(name) is not None], verb)
+        given |= found
+    return _train(verb, pretrain, given, tokenizer, callbacks, loss, functions)
+
+
+def _rewards(
+    rewards: Sequence[Reward], verb: str
+) -> tuple[dict[str, Any], dict[str, Callable[..., Any]]]:
+    """The flags that ``rewards`` stand for, and the functions among them by their names there."""
+    names: list[str] = []
+    functions: dict[str, Callable[..., Any]] = {}
+    models = []
+    for each in rewards:
+        if isinstance(each, TrainedRewardModel):
+            models.append(each.path)
+            each.release()
+        elif isinstance(each, str):
+            names.append(each)
+        elif callable(each):
+            names.append(_free_name(each, functions))
+            functions[names[-1]] = each
+        else:
+            raise TypeError(
+                f"coati.{verb}: reward is {type(each).__name__}; expected a function, the name of "
+                "one, the result of coati.rm, or a list of them"
+            )
+    if len(models) > 1:
+        raise ValueError(f"coati.{verb}: reward has {len(models)} reward models; one can be used")
+    found: dict[str, Any] = {"reward_functions": names} if names else {}
+    return found | ({"rm_pretrain": models[0]} if models else {}), functions
+
+
+def _free_name(function: Callable[..., Any], taken: Iterable[str]) -> str:
+    name = GIVEN + getattr(function, "__name__", type(function).__name__).strip("<>")
+    numbered = (name if number == 1 else f"{name}_{number}" for number in range(1, 1000))
+    return next(each for each in numbered if each not in taken)
+
+
+def _refuse_beside(keyword: str, others: Sequence[str], verb: str) -> None:
+    if others:
+        raise ValueError(
+            f"coati.{verb}: {others[0]} does nothing beside {keyword}; leave one of the two out"
+        )
+
+
+def _train(
+    verb: str,
+    pretrain: Model,
+    flags: Mapping[str, Any],
+    tokenizer: Any,
+    callbacks: Callbacks,
+    loss: Callable[..., Any] | None = None,
+    rewards: Mapping[str, Callable[..., Any]] | None = None,
+) -> TrainedModel:
+    """The command ``verb`` in this process, whose group is joined first where a launcher started
+    it; every rank must call it."""
+    stage = STAGES[verb]
+    function = f"coati.{verb}"
+    extras = Extras(tuple(callbacks), loss, rewards or {})
+    if "RANK" in os.environ:
+        from coati.parallel.launch import launch
+
+        launch()
+    start = None if isinstance(pretrain, str | os.PathLike | TrainedModel) else pretrain
+    check_names(stage.parser(), flags, function)
+    given = _as_flags({"pretrain": IN_MEMORY if start is not None else pretrain, **flags})
+    words = words_of(given, function)
+    settings = parsed(stage.parse, words, function)  # all of it is checked before a run is begun
+    if given.get("save_dir") is None and not settings.output.dry_run:
+        if settings.output.checkpoint_path == "auto":
+            raise ValueError(f"{function}: checkpoint_path 'auto' looks in save_dir; name it")
+        given["save_dir"] = _new_run(verb)
+    save_dir = given.get("save_dir") or settings.output.save_dir
+    if start is not None:
+        given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start", function)
+    settings = parsed(stage.parse, words_of(given, function), function)
+    _leave_group_at_exit()
+    module, _, name = stage.main.partition(":")
+    again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
+    try:
+        getattr(import_module(module), name)(settings, replace(extras, again=again))
+    except Exception:
+        _remove_unused(Path(save_dir))
+        raise
+    finally:
+        collect_garbage()
+    return stage.result(save_dir)
+
+
+def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with a path for each object: rows, results of other stages, dicts that a flag reads
+    from a JSON file."""
+    flags = dict(given)
+    for name, value in given.items():
+        if name in DATA_FLAGS and value is not None:
+            flags[name] = paths_of(value, name)
+        elif name in JSON_FLAGS and isinstance(value, Mapping):
+            flags[name] = json_file(dict(value))
+        elif isinstance(value, TrainedModel):
+            flags[name] = value.path
+            value.release()
+    template = _template_of(given["pretrain"])
+    prepared = any(
+        (Path(path) / "preparation.json").exists()
+        for name in DATA_FLAGS
+        for path in flags.get(name) or ()
+    )
+    if template is not None and flags.get("conversation_template_config") is None and not prepared:
+        flags["conversation_template_config"] = template
+    return flags
+
+
+def _template_of(pretrain: Any) -> str | None:
+    """The conversation template that an earlier stage was trained with."""
+    if not isinstance(pretrain, TrainedModel):
+        return None
+    file = Path(pretrain.path) / "conversation_template.json"
+    return str(file) if file.exists() else None
+
+
+def _new_run(verb: str) -> str:
+    """A new directory below ``output``, the same on every rank."""
+    from coati.utils.distributed import broadcast_object, is_rank_0
+
+    folder = None
+    if is_rank_0():
+        number = 1
+        while folder is None:
+            place = RUNS / verb / f"{number:03d}"
+            try:
+                place.mkdir(parents=True)
+                folder = str(place)
+            except FileExistsError:
+                number += 1
+    return broadcast_object(folder)
+
+
+def _leave_group_at_exit() -> None:
+    """The process group stays for the next stage; once is enough to leave it."""
+    from coati.parallel.launch import shut_down
+
+    atexit.unregister(shut_down)
+    atexit.register(shut_down)
+
+
+def _remove_unused(save_dir: Path) -> None:
+    """Of a run that failed before its first step only the flags are there, which is no run."""
+    from coati.utils.distributed import is_rank_0
+
+    if is_rank_0() and save_dir.is_dir() and os.listdir(save_dir) in ([], ["arguments.json"]):
+        shutil.rmtree(save_dir)
+
+
+def _written(model: Any, tokenizer: Any, folder: Path, function: str) -> str:
+    """A transformers model in memory, written to ``folder``: the reference model, resumed runs and
+    the run's files start from it."""
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"{function}: pretrain is {type(model).__name__}; expected a directory or hub name, "
+            "the result of another stage, or a transformers model"
+        )
+    if tokenizer is None:
+        raise TypeError(f"{function}: a model in memory needs its tokenizer: tokenizer=...")
+
+    from coati.utils.distributed import is_rank_0, raise_together
+
+    def write() -> None:
+        if is_rank_0():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    raise_together(write)
+    return str(folder)

@@ -31,7 +31,7 @@ from coati.recipes.keyword_flags import check_names, parsed, takes_flags_of, wor
 from coati.recipes.row_files import json_file, paths_of
 from coati.recipes.trained_model import TrainedModel, TrainedRewardModel, collect_garbage
 from coati.rewards.registry import GIVEN
-from coati.trainer.callbacks import Callback
+from coati.trainer.callbacks import Callback, CallbackList
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -286,12 +286,14 @@ def _train(
     it; every rank must call it."""
     stage = STAGES[verb]
     function = f"coati.{verb}"
-    extras = Extras(tuple(callbacks), loss, rewards or {})
+    extras = Extras(tuple(CallbackList(callbacks).callbacks), loss, rewards or {})
     if "RANK" in os.environ:
         from coati.parallel.launch import launch
 
         launch()
     start = None if isinstance(pretrain, str | os.PathLike | TrainedModel) else pretrain
+    if start is not None:
+        _check_in_memory(start, tokenizer, function)
     check_names(stage.parser(), flags, function)
     given = _as_flags({"pretrain": IN_MEMORY if start is not None else pretrain, **flags})
     words = words_of(given, function)
@@ -302,7 +304,7 @@ def _train(
         given["save_dir"] = _new_run(verb)
     save_dir = given.get("save_dir") or settings.output.save_dir
     if start is not None:
-        given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start", function)
+        given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start")
     settings = parsed(stage.parse, words_of(given, function), function)
     _leave_group_at_exit()
     module, _, name = stage.main.partition(":")
@@ -381,9 +383,7 @@ def _remove_unused(save_dir: Path) -> None:
         shutil.rmtree(save_dir)
 
 
-def _written(model: Any, tokenizer: Any, folder: Path, function: str) -> str:
-    """A transformers model in memory, written to ``folder``: the reference model, resumed runs and
-    the run's files start from it."""
+def _check_in_memory(model: Any, tokenizer: Any, function: str) -> None:
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"{function}: pretrain is {type(model).__name__}; expected a directory or hub name, "
@@ -392,6 +392,10 @@ def _written(model: Any, tokenizer: Any, folder: Path, function: str) -> str:
     if tokenizer is None:
         raise TypeError(f"{function}: a model in memory needs its tokenizer: tokenizer=...")
 
+
+def _written(model: Any, tokenizer: Any, folder: Path) -> str:
+    """A transformers model in memory, written to ``folder``: the reference model, resumed runs and
+    the run's files start from it."""
     from coati.utils.distributed import is_rank_0, raise_together
 
     def write() -> None:

@@ -279,3 +279,17 @@ def test_columns_of_a_batch_are_equally_long():
 def test_names_are_checked_without_running_the_file(tmp_path):
     path = write(tmp_path, "raise SystemExit('run')\n\n\ndef reward(responses):\n    return []\n")
     assert check_rewards([f"{path}:reward", "length"]) == [f"{path}:reward", "length"]
+
+
+def test_python_functions_stand_beside_named_ones():
+    given = {"python:halves": lambda responses: [len(text) / 2 for text in responses]}
+    scored = Rewards(["gsm8k", "python:halves"], [1.0, 4.0], given=given)(batch())
+    assert scored.parts == {"gsm8k": [10, 1, 0], "halves": [0.5, 0.5, 1.5]}
+    assert scored.total == [12, 3, 6]
+
+
+def test_a_python_function_that_nobody_gives_or_that_asks_for_more_is_refused():
+    with pytest.raises(ValueError, match="python:halves is a Python function that the caller"):
+        Rewards(["python:halves"])
+    with pytest.raises(ValueError, match="python:asks: .* wants tokenizer"):
+        Rewards(["python:asks"], given={"python:asks": lambda responses, tokenizer: []})

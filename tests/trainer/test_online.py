@@ -20,6 +20,7 @@ from coati.experience_maker.rollout_batch import RolloutBatch
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
+from coati.trainer.callbacks import Callback, StopTraining
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.online import Episodes, OLTrainer, current_names
 from coati.trainer.policy_objective import PolicySettings
@@ -383,3 +384,52 @@ def test_a_kl_target_moves_the_coefficient_in_the_loss_too():
     used.clear()
     trainer(Watched(), maker).run(loader(4, 2, 2))  # KL in the reward: nothing of it in the loss
     assert used == [0.0] * 20
+
+
+class Told(Callback):
+    """Writes down the episode and step of each event; asks to stop at the optimizer step
+    ``stop_at``."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.events: list[tuple] = []
+        self.stop_at = stop_at
+
+    def on_train_begin(self, trainer):
+        self.events.append(("begin", trainer.episode))
+
+    def on_step(self, trainer, metrics):
+        self.events.append(("step", trainer.state.step, metrics))
+        if trainer.state.step == self.stop_at:
+            raise StopTraining
+
+    def on_save(self, trainer, path):
+        self.events.append(("save", path))
+
+    def on_train_end(self, trainer):
+        self.events.append(("end", trainer.episode, trainer.stopped_early))
+
+
+def test_a_callback_ends_the_run_after_the_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr("coati.trainer.online.save_models", lambda *_: tmp_path / "saved")
+    told = Told(stop_at=6)
+    one = trainer(Engine(), callbacks=[told], schedule=RunSchedule(str(tmp_path)))
+    one.run(loader())
+    steps = [event[1:] for event in told.events if event[0] == "step"]
+    # 4 steps an episode, whose loss the stub makes a tenth of their number
+    assert [step for step, _ in steps] == list(range(1, 9))
+    assert [metrics["train/policy_loss"] for _, metrics in steps] == [n / 10 for n in range(1, 9)]
+    assert told.events[0] == ("begin", 0)
+    assert told.events[-2:] == [("save", tmp_path / "saved"), ("end", 2, True)]
+
+
+def test_an_error_of_a_callback_is_the_runs():
+    class Broken(Told):
+        def on_step(self, trainer, metrics):
+            raise KeyError("mine")
+
+    broken = Broken()
+    with pytest.raises(KeyError, match="mine"):
+        trainer(callbacks=[broken]).run(loader())
+    assert broken.events == [("begin", 0)]  # and no end
+    with pytest.raises(TypeError, match="callbacks: .* is no coati.Callback"):
+        trainer(callbacks=[print])

@@ -292,3 +292,19 @@ def test_without_an_output_embedding_full_logits_are_read(model, monkeypatch):
     engine = engine_of(model)
     assert engine.head is None and expected.shape == (int((batch["labels"][:, 1:] != -100).sum()),)
     assert_close(engine.forward(batch), expected)
+
+
+def test_a_loss_of_the_users_own_averages_like_the_built_in(model, actor):
+    """At the old policy -2 A log pi has twice the built-in's gradient, however the window is cut;
+    a skipped step has none."""
+    window = split_experience_batch(sampled(model))
+    _, built_in = taken(actor, objective_of(), [sampled(model)])
+    twice = objective_of(loss=lambda tokens: -2 * tokens.advantages * tokens.logps)
+    step, found = taken(actor, twice, window)
+    assert_close(found, 2 * built_in, rtol=1e-4, atol=1e-6)
+    assert step.num_terms == 10
+    twice.settings = replace(twice.settings, skip_threshold=0.5)
+    _, found = taken(actor, twice, window)
+    assert not found.any()
+    with pytest.raises(ValueError, match="one loss for each token of a response"):
+        taken(actor, objective_of(loss=lambda tokens: tokens.logps.mean()), window)

@@ -53,7 +53,7 @@ class Verb:
             return [*bare, *rest]  # refused by the parser
         return [self.subject, *bare, *rest]
 
-    def function(self) -> Callable[[Any], None]:
+    def function(self) -> Callable[..., None]:
         """What runs it. Imports its module and all that it needs."""
         module, _, name = self.main.partition(":")
         return getattr(import_module(module), name)

@@ -8,24 +8,14 @@ import atexit
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coati.cli.arguments import parse_sft, sft_parser
-from coati.cli.parser import Parser
-from coati.cli.preferences import (
-    dpo_parser,
-    kto_parser,
-    orpo_parser,
-    parse_dpo,
-    parse_kto,
-    parse_orpo,
-    parse_rm,
-    rm_parser,
-)
-from coati.cli.rollouts import grpo_parser, parse_grpo, parse_ppo, ppo_parser
+from coati.cli.arguments import sft_parser
+from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
+from coati.cli.rollouts import grpo_parser, ppo_parser
+from coati.recipes.command import load
 from coati.recipes.extras import Extras
 from coati.recipes.keyword_flags import check_names, parsed, takes_flags_of, words_of
 from coati.recipes.row_files import json_file, paths_of
@@ -48,27 +38,6 @@ DATA_FLAGS = ("dataset", "eval_dataset", "prompt_dataset", "eval_prompt_dataset"
 JSON_FLAGS = ("conversation_template_config", "lora_config", "plugin_args")
 IN_MEMORY = "(a model in memory)"
 RUNS = Path("output")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command and what its function needs: its parser, and its ``main`` as "module:function"."""
-
-    parser: Callable[[], Parser]
-    parse: Callable[[Sequence[str]], Any]
-    main: str
-    result: type[TrainedModel] = TrainedModel
-
-
-STAGES = {
-    "sft": Stage(sft_parser, parse_sft, "coati.recipes.sft:main"),
-    "rm": Stage(rm_parser, parse_rm, "coati.recipes.rm:main", TrainedRewardModel),
-    "dpo": Stage(dpo_parser, parse_dpo, "coati.recipes.dpo:main"),
-    "orpo": Stage(orpo_parser, parse_orpo, "coati.recipes.orpo:main"),
-    "kto": Stage(kto_parser, parse_kto, "coati.recipes.kto:main"),
-    "ppo": Stage(ppo_parser, parse_ppo, "coati.recipes.rl:main"),
-    "grpo": Stage(grpo_parser, parse_grpo, "coati.recipes.rl:main"),
-}
 
 
 @takes_flags_of(sft_parser)
@@ -284,7 +253,7 @@ def _train(
 ) -> TrainedModel:
     """The command ``verb`` in this process, whose group is joined first where a launcher started
     it; every rank must call it."""
-    stage = STAGES[verb]
+    command = load(verb)
     function = f"coati.{verb}"
     extras = Extras(tuple(CallbackList(callbacks).callbacks), loss, rewards or {})
     if "RANK" in os.environ:
@@ -294,10 +263,10 @@ def _train(
     start = None if isinstance(pretrain, str | os.PathLike | TrainedModel) else pretrain
     if start is not None:
         _check_in_memory(start, tokenizer, function)
-    check_names(stage.parser(), flags, function)
+    check_names(command.parser(), flags, function)
     given = _as_flags({"pretrain": IN_MEMORY if start is not None else pretrain, **flags})
     words = words_of(given, function)
-    settings = parsed(stage.parse, words, function)  # all of it is checked before a run is begun
+    settings = parsed(command.parse, words, function)  # all of it is checked before a run is begun
     if given.get("save_dir") is None and not settings.output.dry_run:
         if settings.output.checkpoint_path == "auto":
             raise ValueError(f"{function}: checkpoint_path 'auto' looks in save_dir; name it")
@@ -305,18 +274,17 @@ def _train(
     save_dir = given.get("save_dir") or settings.output.save_dir
     if start is not None:
         given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start")
-    settings = parsed(stage.parse, words_of(given, function), function)
+    settings = parsed(command.parse, words_of(given, function), function)
     _leave_group_at_exit()
-    module, _, name = stage.main.partition(":")
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
-        getattr(import_module(module), name)(settings, replace(extras, again=again))
+        command.function()(settings, replace(extras, again=again))
     except Exception:
         _remove_unused(Path(save_dir))
         raise
     finally:
         collect_garbage()
-    return stage.result(save_dir)
+    return (TrainedRewardModel if verb == "rm" else TrainedModel)(save_dir)
 
 
 def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:

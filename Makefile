@@ -14,7 +14,7 @@ BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs models-table venv package
+.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs models-table venv package site
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
@@ -25,6 +25,7 @@ help:
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
 	@echo "make lint docs    style, format and types; the generated pages of docs/"
+	@echo "make site         docs/ as a website in site/, built in an environment of its own, .venv-site"
 	@echo "make models-table docs/models.md: every model family under every plugin, tried anew; 15 minutes"
 	@echo "make venv         only the environment, .venv or VENV=DIR"
 	@echo "make package      wheel and source archive in dist/"
@@ -74,6 +75,12 @@ docs: venv
 # The wheel is built from the source archive, so that neither lacks what it needs.
 package: venv
 	@"$(BIN)/python" -m build --no-isolation --outdir dist .
+
+# NO_MKDOCS_2_WARNING: the theme advertises its successor otherwise.
+site:
+	@$(PYTHON) tools/venv.py .venv-site --site
+	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --quiet --site-dir site
+	@echo "site/index.html is the start page; the search needs a server: $(PYTHON) -m http.server --directory site"
 
 models-table: venv
 	@$(RUN) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" -m tests.models_table

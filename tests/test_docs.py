@@ -2,39 +2,50 @@
 measured figures."""
 
 import ast
+import functools
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from coati.cli.parser import Parser
+from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.legacy.flags import QUANTIZED, SHARED
 from coati.legacy.flags_preferences import PREFERENCES
 from coati.legacy.flags_rl import ROLLOUTS
-from coati.recipes.command import load, names
+from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
+from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES
+from coati.models.quantization_registry import METHODS, QUANTS
+from coati.recipes.command import load
+from tools.flag_pages import SCRIPTS, parsers_by_verb
 
 ROOT = Path(__file__).parent.parent
-# The flags of earlier releases that a script takes.
+DOCS = ROOT / "docs"
+# The flags of earlier releases that a command takes.
 OLDER = {
-    "train_sft.py": SHARED,
-    **dict.fromkeys(("train_rm.py", "train_dpo.py", "train_orpo.py", "train_kto.py"), PREFERENCES),
-    **dict.fromkeys(("train_ppo.py", "train_grpo.py"), ROLLOUTS),
-    **dict.fromkeys(("inference.py", "server.py", "benchmark.py"), QUANTIZED),
+    "sft": SHARED,
+    **dict.fromkeys(("rm", "dpo", "orpo", "kto"), PREFERENCES),
+    **dict.fromkeys(("ppo", "grpo"), ROLLOUTS),
+    **dict.fromkeys(("chat", "serve", "measure"), QUANTIZED),
 }
+SITE_PAGES = sorted(DOCS.rglob("*.md"))
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     ROOT / "docker" / "README.md",
     ROOT / "examples" / "data" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *SITE_PAGES,
 ]
-WRITTEN = [
-    page for page in PAGES if page.name not in ("flags.md", "models.md")
-]  # those two are generated whole
+WRITTEN = [  # flags and models are generated whole
+    page
+    for page in PAGES
+    if page.name not in ("flags.md", "models.md") and page.parent.name != "flags"
+]
 
 # Flags of other programs, by the program that has them.
 OTHERS = {
+    "coati's launcher": {"--nproc", "--hostfile", "--master_addr", "--master_port"},
     "colossalai run": {
         "--nproc_per_node",
         "--hostfile",
@@ -48,8 +59,8 @@ OTHERS = {
     },
     "torchrun": {"--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"},
     "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
-    "docker": {"--ipc", "--build-arg", "--rm", "--user", "--gpus"},
-    "pip": {"--no-deps", "--no-build-isolation"},
+    "docker": {"--ipc"},
+    "pip": {"--no-deps"},
     "vllm serve": {"--served-model-name", "--max-model-len"},
     "sglang.launch_server": {"--model-path", "--served-model-name"},
     "tools.write_docs": {"--check"},
@@ -77,6 +88,13 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link to ``page`` may name behind its #: headings, and the objects of an API page."""
+    text = prose(page.read_text(encoding="utf-8"))
+    headings = map(slug, re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+    return {*headings, *re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
+
+
 def prose(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
@@ -89,60 +107,144 @@ def test_links_lead_somewhere(page):
         path, _, anchor = target.partition("#")
         goal = (page.parent / path).resolve() if path else page
         assert goal.exists(), f"{name_of(page)} links to {target}"
-        if anchor:
-            headings = re.findall(
-                r"^#+ (.+)$", prose(goal.read_text(encoding="utf-8")), re.MULTILINE
-            )
-            assert anchor in map(slug, headings), f"{name_of(page)} links to {target}"
+        assert not anchor or anchor in anchors(goal), f"{name_of(page)} links to {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_exist(page):
     known = set().union(*OTHERS.values())
-    for parser in parsers_of_scripts().values():
+    for parser in commands().values():
         known |= set(parser._option_string_actions)  # those of older documents too
     text = text_of(page)
     unknown = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)) - known
     assert not unknown, f"{name_of(page)} names {sorted(unknown)}"
 
 
-@cache
-def verbs_of_scripts() -> dict[str, str]:
-    """The verb that each script of examples/ runs, by the script's name."""
-    found = {}
-    for path in (ROOT / "examples").rglob("*.py"):
-        if ran := re.search(
-            r'^    run\("([a-z-]+)"', path.read_text(encoding="utf-8"), re.MULTILINE
-        ):
-            found[path.name] = ran[1]
-    return found
+@functools.cache
+def commands() -> dict[str, Parser]:
+    """Every parser by its VERB, as ``coati VERB`` and the script call it."""
+    made = parsers_by_verb()
+    for verb, older in OLDER.items():
+        older.add(made[verb])
+    return made
 
 
-def parsers_of_scripts() -> dict[str, Parser]:
-    """The parser of every script, as the script calls it, and of every verb."""
-    made = {name: load(verb).parser() for name, verb in verbs_of_scripts().items()}
-    for name, older in OLDER.items():
-        older.add(made[name])
-    return made | {name: load(name).parser() for name in names()}
+def called(line: str) -> tuple[str, list[str]] | None:
+    """The VERB that a line of a code block calls, by its name or its script, and its flags in
+    full, file names aside; None for another program."""
+    if "coati " not in line and ".py --" not in line:
+        return None
+    verbs = {Path(script).name: verb for verb, script in SCRIPTS.items()}
+    words = [word for word in shlex.split(line, comments=True) if word != "..."]
+    for index, word in enumerate(words):
+        if Path(word).name in verbs:
+            return verbs[Path(word).name], words[index + 1 :]
+        if word == "coati" and words[index + 1 : index + 2] and words[index + 1] in commands():
+            return words[index + 1], spelled_out(words[index + 1], words[index + 2 :])
+    return None
+
+
+def spelled_out(verb: str, words: list[str]) -> list[str]:
+    """Words behind ``coati VERB`` as its parser takes them, without the file of ``--config``, which
+    is not there."""
+    words = load(verb).words(words)
+    if "--config" in words:
+        place = words.index("--config")
+        words = words[:place] + words[place + 2 :]
+    return words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_are_accepted(page):
-    """Each line in a code block that starts the command or one of the scripts is what the parser
-    takes."""
-    scripts = parsers_of_scripts()
+    """Each line in a code block that calls a command or a script is what its parser takes."""
     blocks = re.findall(
         r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        command = re.match(r"\s*(?:[A-Z_]+=\S+ )*coati [a-z]", line)
-        words = shlex.split(line, comments=True) if ".py --" in line or command else []
-        for index, word in enumerate(words):
-            given = [rest for rest in words[index + 1 :] if rest != "..."]
-            if Path(word).name in verbs_of_scripts():
-                scripts[Path(word).name].parse_args(given)
-            elif index and words[index - 1] == "coati" and word in scripts:
-                scripts[word].parse_args(without_config(load(word).words(given)))
+        if found := called(line):
+            verb, words = found
+            commands()[verb].parse_args(words)
+
+
+def test_commands_are_recognized():
+    assert called("python examples/training_scripts/train_sft.py --lr 1 ...") == (
+        "sft",
+        ["--lr", "1"],
+    )
+    assert called("coati dpo dpo.yaml --nproc 4 --lr 1  # slow") == (
+        "dpo",
+        ["--nproc", "4", "--lr", "1"],
+    )
+    assert called("CUDA_VISIBLE_DEVICES=1 coati chat out/sft --quant 4bit") == (
+        "chat",
+        ["--model_path", "out/sft", "--quant", "4bit"],
+    )
+    assert called("coati: --packing: 300 rows") is None
+    assert called("coati sft out/sft --lr 1") == ("sft", ["out/sft", "--lr", "1"])  # refused
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_commands_exist(page):
+    text = text_of(page)
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    named = set(re.findall(r"`coati ([a-z][\w-]*)", prose(text)))
+    named |= set(re.findall(r"^coati ([a-z][\w-]*)", blocks, re.MULTILINE))
+    unknown = named - set(commands())
+    assert not unknown, f"{name_of(page)} names {sorted(unknown)}"
+
+
+def nav_of(entry) -> list[str]:
+    """The pages below an entry of mkdocs.yml's nav."""
+    if isinstance(entry, str):
+        return [entry]
+    children = entry.values() if isinstance(entry, dict) else entry
+    return [page for child in children for page in nav_of(child)]
+
+
+def test_the_navigation_and_the_index_for_machines_list_every_page():
+    class Loader(yaml.SafeLoader):
+        """mkdocs.yml has tags of its own: !ENV, and a function to call."""
+
+    Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    pages = sorted(page.relative_to(DOCS).as_posix() for page in SITE_PAGES)
+    assert sorted(nav_of(config["nav"])) == pages
+    lines = (DOCS / "llms.txt").read_text(encoding="utf-8").splitlines()
+    listed = [re.fullmatch(r"- \[[^\]]+\]\(([\w./-]+)\): .+", x) for x in lines if x[:1] == "-"]
+    assert sorted(entry[1] for entry in listed) == pages
+
+
+def test_papers_name_every_registered_method():
+    text = (DOCS / "papers.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([^`]+)`", text))
+    registries = (LOSS_TYPES, REWARD_LOSSES, KL_ESTIMATORS, LOSS_AGG_MODES, GROUP_METHODS, METHODS)
+    methods = {name for registry in (*registries, QUANTS) for name in registry}
+    assert methods <= named, sorted(methods - named)
+
+
+def test_papers_say_of_each_function_what_it_says_itself():
+    """A paper that a row names stands in the docstring of its function, or in the registry; and
+    so does its equation."""
+    registered = " ".join(
+        row.about for registry in (LOSS_TYPES, GROUP_METHODS) for row in registry.values()
+    )
+    text = (DOCS / "papers.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"arXiv (\S+) \|(?: (\d*) \|)? `([\w/]+\.py):(\w+)`", text.split("## Models, memory")[0]
+    )
+    assert len(rows) > 20
+    for paper, equation, path, name in rows:
+        said = docstring_of(ROOT / "coati" / path, name) + registered
+        assert paper in said, f"{path}:{name} does not name {paper}"
+        if equation:
+            assert f"eq. {equation}" in said, f"{path}:{name} does not name eq. {equation}"
+
+
+def docstring_of(file: Path, name: str) -> str:
+    """The docstrings of a function or class and of its module, in one line."""
+    module = ast.parse(file.read_text(encoding="utf-8"))
+    node = next(node for node in module.body if getattr(node, "name", "") == name)
+    return " ".join(f"{ast.get_docstring(node)} {ast.get_docstring(module)}".split())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -158,14 +260,6 @@ def test_files_and_make_targets_exist(page):
     )
     named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert named <= targets, f"{name_of(page)} names make {sorted(named - targets)}"
-
-
-def without_config(words: list[str]) -> list[str]:
-    """``words`` without the YAML file that they name, which is not there."""
-    if "--config" not in words:
-        return words
-    place = words.index("--config")
-    return words[:place] + words[place + 2 :]
 
 
 def names_in(file: Path) -> set[str]:

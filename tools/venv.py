@@ -5,6 +5,7 @@ one.
     requirements.txt; ColossalAI 0.5.0 without its own pins; Python 3.11 to 3.14
     python tools/venv.py DIR --pinned   ColossalAI's own set, torch 2.5.1 and transformers 4.51.3
     (requirements-pinned.txt); Python 3.10 to 3.12
+    python tools/venv.py DIR --site     what `make site` builds docs/ with (docs/requirements.txt)
 
 The environment is right when its stamp equals the hash of the requirements and of setup.py;
 otherwise it is built anew. Uses the standard library only; any Python 3 can run it as long as one
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the tests of the pinned set need beside it: setup.py's dev extra is for the default set.
 PINNED_DEV = (
     "datasketch>=2.0 hypothesis>=6.100 jsonschema>=4.18 mypy>=1.13 pytest>=8 ruff>=0.6 "
-    "fastapi>=0.132 prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 playwright>=1.45 "
-    "bitsandbytes>=0.46 compressed-tensors==0.10.2 loguru nvidia-ml-py ipykernel>=6 nbclient>=0.8 "
-    "build>=1.2 setuptools>=77,<82"
+    "fastapi>=0.132 prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 "
+    "playwright>=1.45 bitsandbytes>=0.46 compressed-tensors==0.10.2 loguru nvidia-ml-py "
+    "ipykernel>=6 nbclient>=0.8 build>=1.2 setuptools>=77,<82"
 ).split()
 
 
@@ -81,6 +82,12 @@ PINNED = Set(
     ),
     ("requirements-pinned.txt", "setup.py", "tools/venv.py"),
 )
+SITE = Set(
+    "the set of the website",
+    (10, 14),
+    (("-r", "docs/requirements.txt"),),
+    ("docs/requirements.txt",),
+)
 
 
 def find_python(wanted: Set) -> str:
@@ -91,7 +98,7 @@ def find_python(wanted: Set) -> str:
         # installed.
         if path and subprocess.run([path, "-c", wanted.check], capture_output=True).returncode == 0:
             return path
-    other = "" if wanted is PINNED else " (Python 3.10 runs the pinned set: make PINNED=1)"
+    other = "" if wanted is not DEFAULT else " (Python 3.10 runs the pinned set: make PINNED=1)"
     sys.exit(
         f"coati: {wanted.name} needs {wanted.range} with the venv module, and none is among "
         f"{', '.join(wanted.candidates)}{other}; install one (Debian, Ubuntu: apt-get install "
@@ -110,7 +117,8 @@ def build(folder: Path, wanted: Set, stamp: Path, hashed: str) -> None:
             "with VENV="
         )
     python = find_python(wanted)
-    print(f"coati: building {folder} (some GB; takes minutes)", flush=True)
+    size = "some MB" if wanted is SITE else "some GB; takes minutes"
+    print(f"coati: building {folder} ({size})", flush=True)
     start = time.monotonic()
     commands = [[python, "-m", "venv", "--clear", str(folder)]]
     # Compiling every module would be a third of the work, for the few that are ever imported.
@@ -128,9 +136,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pinned", action="store_true")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--pinned", action="store_const", dest="wanted", const=PINNED)
+    which.add_argument("--site", action="store_const", dest="wanted", const=SITE)
     args = parser.parse_args()
-    wanted = PINNED if args.pinned else DEFAULT
+    wanted = args.wanted or DEFAULT
     folder = args.folder.absolute()
     stamp = folder / ".coati-stamp"
     hashed = digest(wanted.files)

@@ -73,14 +73,14 @@ class GPTLMLoss(nn.Module):
 
 
 def log_sig_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin) for scores (B,); ``margin``: how much better chosen
-    is to be."""
+    """-log sigmoid(chosen - rejected - margin) for scores (B,) (arXiv 2203.02155, eq. 1);
+    ``margin``: how much better chosen is to be."""
     return -F.logsigmoid(chosen.float() - rejected.float() - margin)
 
 
 def log_exp_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """log(1 + exp(rejected - chosen + margin)): the same number as :func:`log_sig_loss`, and stable
-    too."""
+    """log(1 + exp(rejected - chosen + margin)): the same number as :func:`log_sig_loss` (arXiv
+    2203.02155, eq. 1), and stable too."""
     return F.softplus(rejected.float() - chosen.float() + margin)
 
 

@@ -120,8 +120,8 @@ class ValueObjective(Objective):
 
 
 class PtxObjective(Objective):
-    """The supervised loss of rows that the policy must not forget, at temperature 1 whatever it
-    samples at."""
+    """The supervised loss of rows that the policy must not forget (PPO-ptx, arXiv 2203.02155, eq.
+    2), at temperature 1 whatever it samples at."""
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         return -logps.sum(), {}

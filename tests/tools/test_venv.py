@@ -68,6 +68,11 @@ def test_the_pinned_set_is_colossalais_own(venv, monkeypatch, tmp_path):
     assert "colossalai==0.5.0" in pinned and "transformers==4.51.3" in pinned
 
 
+def test_the_website_has_an_environment_of_its_own(venv, monkeypatch, tmp_path):
+    _, install = make(venv, monkeypatch, tmp_path / "env", "--site")
+    assert install.endswith("--no-compile -r docs/requirements.txt")
+
+
 def test_a_failed_installation_is_not_taken_for_a_whole_one(venv, monkeypatch, tmp_path):
     venv.returncode = 1
     with pytest.raises(SystemExit, match="failed: .*pip install"):

@@ -1,19 +1,30 @@
-from tools.write_docs import PAGE, page, pages, parsers, plugin_tables
+from tools.flag_pages import DOCS, INDEX, ROOT, SCRIPTS, flag_pages, parsers_by_verb
+from tools.write_docs import pages, plugin_tables, stray_pages
 
 
 def test_the_generated_pages_are_current():
     for path, text in pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make docs"
+    assert stray_pages() == []
 
 
-def test_the_page_of_flags_names_every_flag():
-    text = page()
-    for parser in parsers().values():
+def test_the_pages_of_flags_name_every_flag():
+    made = flag_pages()
+    for verb, parser in parsers_by_verb().items():
+        text = made[DOCS / "flags" / f"{verb}.md"]
+        assert text.startswith(f"# coati {verb}\n") and parser.description in text
         for name in parser.names():
             assert f"`{name}`" in text, name
-    assert "`--max_length`, `--max_len`" in text
-    rows = [line for line in text.splitlines() if line.startswith("| `--tp`")]
-    assert set(rows) == {"| `--tp` | N | `1` | tensor parallel size |"}
+        assert f"(flags/{verb}.md)" in made[INDEX]
+    sft = made[DOCS / "flags" / "sft.md"]
+    assert "`--max_length`, `--max_len`" in sft
+    assert "| `--tp` | N | `1` | tensor parallel size |" in sft.splitlines()
+
+
+def test_commands_have_their_scripts():
+    for verb, script in SCRIPTS.items():
+        assert f'run("{verb}"' in (ROOT / script).read_text(encoding="utf-8"), script
+    assert set(SCRIPTS) <= set(parsers_by_verb())
 
 
 def test_the_plugin_table_says_what_the_checks_say():
@@ -30,6 +41,6 @@ def test_the_plugin_table_says_what_the_checks_say():
 
 
 def test_the_tree_names_every_package():
-    tree = (PAGE.parent / "architecture.md").read_text(encoding="utf-8")
+    tree = (DOCS / "architecture.md").read_text(encoding="utf-8")
     for package in ("utils/", "models/", "dataset/", "parallel/", "trainer/", "inference/", "cli/"):
         assert f"\n  {package} " in tree

@@ -32,6 +32,10 @@ DEV = [
     # what builds the wheel and the sdist, in the tests without a network
     "build>=1.2",
     "setuptools>=77",
+    # the website, as in docs/requirements.txt
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.7,<10",
+    "mkdocstrings[python]>=1,<2",
     *CLEANING,
     *QUANTIZE,
     *SERVE,

@@ -15,6 +15,7 @@ import pytest
 import coati
 from tools.griffe_roles import markdown_of
 from tools.site_hooks import outside_links
+from tools.venv import PINNED_DEV
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +124,14 @@ def test_the_python_pages_show_every_public_name(site, pages):
         assert not missing, (package, missing)
     for path in (site / "api").glob("*.html"):
         assert not re.search(r":(class|func|data|meth):", path.read_text(encoding="utf-8")), path
+
+
+def test_the_suite_builds_with_what_make_site_installs():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    lines = (ROOT / "docs" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if not line.startswith("#"):
+            assert f'"{line}"' in setup and line in PINNED_DEV
 
 
 def test_links_out_of_docs():

@@ -30,7 +30,8 @@ PINNED_DEV = (
     "datasketch>=2.0 hypothesis>=6.100 jsonschema>=4.18 mypy>=1.13 pytest>=8 ruff>=0.6 "
     "fastapi>=0.132 prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 "
     "playwright>=1.45 bitsandbytes>=0.46 compressed-tensors==0.10.2 loguru nvidia-ml-py "
-    "ipykernel>=6 nbclient>=0.8 build>=1.2 setuptools>=77,<82"
+    "ipykernel>=6 nbclient>=0.8 build>=1.2 setuptools>=77,<82 "
+    "mkdocs>=1.6,<2 mkdocs-material>=9.7,<10 mkdocstrings[python]>=1,<2"
 ).split()
 
 

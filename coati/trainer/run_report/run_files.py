@@ -5,7 +5,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class RunFiles:
         path = self.folder / METRICS
         if not path.is_file():
             return None
-        return _written(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+        return _written(datetime.fromtimestamp(path.stat().st_mtime, timezone.utc))
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _elsewhere(folder: Path) -> str:
 
 def now() -> str:
     """The time, as events and pages write it: ISO 8601 in UTC, to the second."""
-    return _written(datetime.now(UTC))
+    return _written(datetime.now(timezone.utc))
 
 
 def _written(time: datetime) -> str:

@@ -359,6 +359,15 @@ def test_a_loss_that_is_not_finite_names_the_episode():
         made.run(loader())
 
 
+def test_the_report_of_a_run_that_fails_says_so(tmp_path):
+    made = trainer(Engine(nan_at=7), schedule=RunSchedule(str(tmp_path)))
+    with pytest.raises(NonFiniteLoss):
+        made.run(loader())
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "failed at episode 1" in report
+    assert "nan (episode 2, optimizer step 7)" in report
+
+
 def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
     made = trainer(schedule=RunSchedule(str(tmp_path)))
     metrics = made.rehearse(loader())

@@ -15,6 +15,7 @@ from coati.parallel.engine import NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer import RunSchedule, SFTTrainer
 from coati.trainer.global_batches import GroupedDataLoader, total_steps
+from coati.trainer.run_report.run_summary import status_of
 from coati.trainer.stop import GracefulStop
 
 
@@ -205,7 +206,7 @@ def test_what_the_loss_is_a_mean_of_is_logged_by_its_name(made, tmp_path):
     assert not logged(tmp_path, "train/supervised_tokens")
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows(made):
+def test_a_loss_that_is_not_finite_names_step_and_rows(made, tmp_path):
     def fail():
         raise NonFiniteLoss("the loss of this step is nan")
 
@@ -215,6 +216,46 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(made):
     ):
         fit(trainer)
     assert saves[-1] == (2, 0, 6)
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "failed at step 2" in report and "is nan (step 3, epoch 1, rows" in report
+
+
+def test_the_report_is_written_at_each_evaluation_and_at_the_end(made, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        "coati.trainer.run_report.run_page.run_page",
+        lambda run, live: written.append((run.last_step, status_of(run, live).kind)) or "",
+    )
+    trainer, _ = made(eval_interval=3)
+    fit(trainer, evaluate=True)
+    assert written == [
+        (0, "running"),  # at the start
+        (0, "running"),
+        (3, "running"),
+        (4, "running"),
+        (4, "finished"),
+    ]
+
+
+def test_a_stopped_run_says_so_in_its_report(made, tmp_path):
+    trainer, _ = made(at={2: lambda: signal.raise_signal(signal.SIGTERM)})
+    fit(trainer)
+    assert trainer.stopped_early
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"stopped after step {trainer.state.step}" in report
+
+
+def test_samples_of_an_evaluation_are_shown_and_stored(made, tmp_path, capfd):
+    trainer, _ = made(eval_interval=0)
+    trainer.samples = lambda engine: [("Why?", f"answer {engine.steps}")]
+    fit(trainer, evaluate=True)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 0, "prompt": "Why?", "response": "answer 0"},
+        {"step": 4, "prompt": "Why?", "response": "answer 4"},
+    ]
+    shown = capfd.readouterr()
+    assert "answer 4" in shown.out + shown.err
 
 
 def test_a_plain_loader_works_too(made):

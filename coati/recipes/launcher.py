@@ -41,6 +41,8 @@ PASSED_ON = (
     "TRANSFORMERS_",
     "WANDB_",
 )
+# No prompts, and a host that has gone silent is given up after a minute.
+SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 ERROR_FILE = "COATI_ERROR_FILE"  # where a process leaves the message that ends it
 KILLED = "often by the kernel, when memory ran out: see dmesg, or try coati fit"
 
@@ -123,7 +125,7 @@ class RemoteWorker:
         variables = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
         start = shlex.join(["env", *variables, sys.executable, "-m", __spec__.name])
         self._process = subprocess.Popen(
-            ["ssh", "-T", "-o", "BatchMode=yes", host, f"cd {shlex.quote(job.folder)} && {start}"],
+            ["ssh", *SSH, host, f"cd {shlex.quote(job.folder)} && {start}"],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,

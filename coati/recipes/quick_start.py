@@ -38,6 +38,7 @@ DATA_FLAGS = ("dataset", "eval_dataset", "prompt_dataset", "eval_prompt_dataset"
 JSON_FLAGS = ("conversation_template_config", "lora_config", "plugin_args")
 IN_MEMORY = "(a model in memory)"
 RUNS = Path("output")
+BEFORE_A_RUN = {"arguments.json", "environment.json"}
 
 
 @takes_flags_of(sft_parser)
@@ -344,10 +345,11 @@ def _leave_group_at_exit() -> None:
 
 
 def _remove_unused(save_dir: Path) -> None:
-    """Of a run that failed before its first step only the flags are there, which is no run."""
+    """Of a run that failed before its first step only the flags and the environment are there,
+    which is no run."""
     from coati.utils.distributed import is_rank_0
 
-    if is_rank_0() and save_dir.is_dir() and os.listdir(save_dir) in ([], ["arguments.json"]):
+    if is_rank_0() and save_dir.is_dir() and set(os.listdir(save_dir)) <= BEFORE_A_RUN:
         shutil.rmtree(save_dir)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coati.utils.user_cache import cache_root
+
 ACCEPTED = (
     "a list of rows (dicts, or lists of {role, content} messages), a datasets.Dataset, or paths"
 )
@@ -112,5 +114,4 @@ def _published(lines: Iterable[str], suffix: str) -> str:
 
 
 def _cache() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "coati" / "rows"
+    return cache_root() / "rows"

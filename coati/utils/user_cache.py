@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Subfolder -> what is in it.
 CONTENTS = {
+    "rows": "rows that were given in Python, as files",
     "prepared": "raw files given to training, tokenized",
     "reference": "log-probs of reference models, for rows whose folder cannot be written",
 }

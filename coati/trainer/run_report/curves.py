@@ -138,7 +138,7 @@ def chart(
     ys = [y for each in points for _, y in each] + list(_bound_values(curves))
     log = _is_wide(ys) and not share
     low, high = _range(ys, log, share)
-    yvalues = _log_ticks(low, high) if log else ticks(low, high, 4)
+    yvalues = _log_ticks(low, high) if log else ticks(low, high, 5)
     ylabels = [short(value) for value in yvalues] if log else tick_labels(yvalues)
     left = 14 + LETTER * max((len(text) for text in ylabels), default=1) + (16 if unit else 0)
     x0 = min(xs, default=0.0)

@@ -100,7 +100,8 @@ class Parser(argparse.ArgumentParser):
         parsed._given = sorted(
             action.dest
             for action in self.documented()
-            if getattr(parsed, action.dest, action.default) != action.default
+            if action.dest != "config"
+            and getattr(parsed, action.dest, action.default) != action.default
         )
         return parsed
 

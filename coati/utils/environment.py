@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import coati
 from coati.utils.json_io import load_json, save_json
 
+_PACKAGE = sys.modules[__name__.partition(".")[0]]  # above this layer, and loaded before it
 PACKAGES = (
     "torch",
     "transformers",
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
     None for an installed package. ``memory_gib``: of the host.
     """
     return {
-        "coati": coati.__version__,
+        "coati": _PACKAGE.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": _packages(),
@@ -131,7 +131,7 @@ def _variables() -> dict[str, str]:
 
 @cache
 def _commit() -> str | None:
-    folder = Path(coati.__file__).resolve().parents[1]
+    folder = Path(str(_PACKAGE.__file__)).resolve().parents[1]
     if not (folder / ".git").exists():
         return None
     commit = _git(folder, "rev-parse", "--short=12", "HEAD")

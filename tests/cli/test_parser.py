@@ -102,9 +102,16 @@ def test_a_file_stands_for_flags_and_the_command_line_overrides_it(tmp_path):
 def test_the_resolved_flags_written_as_json_give_the_same_flags_again(tmp_path):
     args = parse("--lr", "0.25", "--dataset", "a", "b", "--use_wandb", "--plugin", "ddp")
     file = tmp_path / "arguments.json"
-    file.write_text(json.dumps(vars(args), indent=1))
+    flags = {name: value for name, value in vars(args).items() if not name.startswith("_")}
+    file.write_text(json.dumps(flags, indent=1))
     again = parse(f"--config={file}")
     assert vars(again) | {"config": None} == vars(args)
+
+
+def test_the_flags_that_were_given_are_those_that_differ_from_their_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: 0.25\nbatch_size: 4\n")
+    args = parse(f"--config={tmp_path}/run.yaml", "--use_wandb", "--dataset", "a")
+    assert args._given == ["dataset", "lr", "use_wandb"]
 
 
 @pytest.mark.parametrize(

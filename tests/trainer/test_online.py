@@ -366,6 +366,7 @@ def test_the_report_of_a_run_that_fails_says_so(tmp_path):
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "failed at episode 1" in report
     assert "nan (episode 2, optimizer step 7)" in report
+    assert "could not be written" not in (tmp_path / "events.jsonl").read_text()
 
 
 def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):

@@ -63,7 +63,7 @@ def sample_table(rows: Sequence[SampleRow], width: int | None = None) -> str:
     width = terminal_width(width)
     rows = [
         replace(row, prompt=prompt)
-        for row, prompt in zip(rows, _own([row.prompt for row in rows]), strict=True)
+        for row, prompt in zip(rows, own_parts([row.prompt for row in rows]), strict=True)
     ]
     names = _names(rows)
     # Long names are wrapped after "_" and "/".
@@ -93,7 +93,7 @@ def sample_rows(rows: Sequence[SampleRow]) -> tuple[list[str], list[list]]:
     ]
 
 
-def _own(prompts: list[str]) -> list[str]:
+def own_parts(prompts: list[str]) -> list[str]:
     """``prompts`` without what all begin and end with, up to the last and from the first sign that
     a template's marker could end or begin with: words that questions share are theirs."""
     before = commonprefix(prompts)

@@ -23,7 +23,7 @@ BOTTOM = 40
 RIGHT = 14
 LETTER = 6.6  # width of a digit of 12 units
 MOST_POINTS = 240  # of a drawn line; of more, the lowest and highest of each stretch
-SMOOTH_FROM = 60  # points from which a running mean is drawn over the values
+SMOOTH_FROM = 80  # points from which a running mean is drawn over the values
 STYLES = 8  # colors; the dash pattern changes too
 FEW = 40  # points up to which each is marked
 WIDE_RANGE = 200  # highest over median value from which the axis is logarithmic
@@ -32,13 +32,19 @@ WIDE_RANGE = 200  # highest over median value from which the axis is logarithmic
 @dataclass(frozen=True)
 class Curve:
     """A named series of a chart. ``low``, ``high``: the bounds of its values, where it has any;
-    ``marked``: each value is one measurement, and is shown as such."""
+    ``marked``: each value is one measurement, and is shown as such; ``noisy``: of many values a
+    running mean is drawn too."""
 
     name: str
     series: Series
     marked: bool = False
     low: Series | None = None
     high: Series | None = None
+    noisy: bool = True
+
+    def smoothed(self, count: int) -> bool:
+        """Whether of ``count`` values a running mean is drawn."""
+        return self.noisy and not self.marked and count >= SMOOTH_FROM
 
 
 @dataclass
@@ -214,7 +220,7 @@ def _line(number: int, curve: Curve, points: list, across: _Scale, up: _Scale) -
         dash=(number + number // STYLES) % STYLES,
         path=_path(curve, thin, across, up),
     )
-    if len(points) >= SMOOTH_FROM and not curve.marked:
+    if curve.smoothed(len(points)):
         line.smooth = _path(curve, thinned(running_mean(points)), across, up)
     if curve.marked or len(points) <= FEW:
         line.marks = [(across(x), up(y)) for x, y in thin]
@@ -269,9 +275,7 @@ def smooth_over(count: int) -> int:
 
 def _remarks(curves: Sequence[Curve], points: Sequence[list]) -> Iterator[str]:
     smooth = [
-        len(each)
-        for curve, each in zip(curves, points, strict=True)
-        if len(each) >= SMOOTH_FROM and not curve.marked
+        len(each) for curve, each in zip(curves, points, strict=True) if curve.smoothed(len(each))
     ]
     if smooth:
         yield f"bold: mean of {smooth_over(max(smooth))} values"

@@ -12,13 +12,14 @@ class Panel:
     """Metrics that share a chart, by their names without "train/" and "eval/".
 
     ``unit``: on the vertical axis. ``share``: values are parts of a whole, and the axis shows 0 to
-    1.
+    1. ``noisy``: a running mean of many values says more than the values.
     """
 
     title: str
     stems: tuple[str, ...]
     unit: str = ""
     share: bool = False
+    noisy: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,27 @@ GROUPS = (
     Group(
         "Rewards and responses",
         (
-            Panel("Reward", ("reward",), "reward"),
+            Panel("Reward", ("reward",)),
             Panel("Spread of the scores", ("reward_std",), "standard deviation"),
             Panel("Response length", ("response_length",), "tokens"),
             Panel("Responses that end by themselves", ("stop_rate",), "share", True),
             Panel("Empty responses", ("empty_responses",), "share", True),
             Panel("Different bigrams", ("distinct_2",), "share", True),
+            Panel("Groups with equal scores", ("equal_groups",), "share", True),
+            Panel("Responses not trained on", ("dropped",), "share", True),
         ),
     ),
     Group(
         "Policy",
         (
             Panel("KL from the reference", ("approx_kl",), "nats a response"),
-            Panel("KL coefficient", ("kl_coef",)),
+            Panel("KL coefficient", ("kl_coef",), noisy=False),
             Panel("Entropy of the samples", ("sampled_entropy",), "nats a token"),
             Panel("KL of an update", ("update_kl",), "nats a token"),
             Panel("Clipped tokens", ("clip_fraction", "value_clip_fraction"), "share"),
             Panel("Largest ratio", ("ratio_max",), "new / old probability"),
+            Panel("Skipped steps", ("skip_ratio",), "share", True),
+            Panel("Sampling against training", ("rollout_gap",), "nats a token"),
             Panel("Advantages", ("advantages_mean", "advantages_std")),
             Panel("Explained variance of the critic", ("explained_variance",)),
         ),
@@ -79,7 +84,7 @@ GROUPS = (
     Group(
         "Optimization and speed",
         (
-            Panel("Learning rate", ("lr", "lr_actor", "lr_critic")),
+            Panel("Learning rate", ("lr", "lr_actor", "lr_critic"), noisy=False),
             Panel("Gradient norm", ("grad_norm", "critic_grad_norm")),
             Panel("Throughput", ("tokens_per_second",), "tokens/s"),
             Panel("Responses", ("samples_per_second",), "responses/s"),

@@ -99,7 +99,7 @@ def charts_of(run: RunFiles) -> dict[str, list[Chart]]:
 def _chart(
     run: RunFiles, panel: Panel, names: Sequence[str], unit: str, resumed: Sequence[float]
 ) -> Chart:
-    curves = [curve_of(run, name, label_of(name)) for name in names]
+    curves = [curve_of(run, name, label_of(name), panel) for name in names]
     alone = len(names) == 1 and names[0].startswith(EVAL)
     return chart(
         panel.title + (", evaluation" if alone else ""),
@@ -111,7 +111,9 @@ def _chart(
     )
 
 
-def curve_of(run: RunFiles, name: str, label: str) -> Curve:
-    """The metric ``name`` of ``run`` as a curve called ``label``, its bounds with it."""
+def curve_of(run: RunFiles, name: str, label: str, panel: Panel) -> Curve:
+    """The metric ``name`` of ``run`` as a curve called ``label`` in ``panel``, its bounds with
+    it."""
     low, high = (run.metrics.get(name + end) for end in BOUNDS)
-    return Curve(label, run.metrics[name], name.startswith(EVAL), low, high)
+    marked = name.startswith(EVAL)
+    return Curve(label, run.metrics[name], marked, low, high, panel.noisy)

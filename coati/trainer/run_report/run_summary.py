@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from coati.trainer.monitor.sample_table import own_parts
 from coati.trainer.run_report.metric_panels import EVAL, MEMORY
 from coati.trainer.run_report.run_files import RunFiles
 from coati.trainer.schedule import is_better
@@ -26,7 +27,7 @@ TELLING_METRICS = {"train/value_loss": "ppo", "train/policy_loss": "grpo", "trai
 TELLING_FLAGS = {"loss_type": "dpo", "desirable_weight": "kto", "lam": "orpo", "dataset": "sft"}
 # Of the evaluation metrics, the first that is there counts where --metric_for_best names none.
 MAIN = ("reward", "accuracy", "acc", "loss")
-DATA = ("dataset", "prompt_dataset", "ptx_dataset", "eval_dataset", "eval_prompt_dataset")
+DATA = ("dataset", "prompt_dataset", "ptx_dataset")
 SHOWN_PAIRS = 6
 SHOWN_SAMPLES = 6
 LONGEST_TEXT = 4000  # characters of a shown prompt or response
@@ -87,13 +88,14 @@ def model_of(run: RunFiles) -> str:
     return Path(str(named)).name if named else "a model"
 
 
-def data_of(run: RunFiles) -> dict[str, list[str]]:
-    """Flag -> the paths it names, of the flags that name data."""
-    return {
-        flag: [str(path) for path in run.arguments[flag]]
+def data_of(run: RunFiles) -> list[str]:
+    """The paths of the rows that are trained on."""
+    return [
+        str(path)
         for flag in DATA
-        if isinstance(run.arguments.get(flag), list) and run.arguments[flag]
-    }
+        if isinstance(run.arguments.get(flag), list)
+        for path in run.arguments[flag]
+    ]
 
 
 def unit_of(run: RunFiles) -> str:
@@ -167,7 +169,8 @@ def warnings_of(run: RunFiles) -> list[tuple[str, str]]:
     for event in run.events:
         if event.get("event") == "warning":
             text = str(event.get("text", "")).removeprefix("warning: ")
-            found.setdefault(text, f"{unit} {event.get('step', 0):,}")
+            step = event.get("step", 0)
+            found.setdefault(text, f"{unit} {step:,}" if step else "at the start")
     return [(where, text) for text, where in found.items()]
 
 
@@ -246,8 +249,9 @@ class ShownPrompt:
 def samples_of(run: RunFiles) -> tuple[list[ShownPrompt], list[ShownPrompt]]:
     """Prompts that were answered at several steps (before and after), and the latest others."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for row in run.samples:
-        by_prompt.setdefault(str(row.get("prompt", "")), []).append(row)
+    prompts = own_parts([str(row.get("prompt", "")) for row in run.samples])
+    for prompt, row in zip(prompts, run.samples, strict=True):
+        by_prompt.setdefault(prompt, []).append(row)
     pairs = []
     others = []
     for prompt, rows in by_prompt.items():

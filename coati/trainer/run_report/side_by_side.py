@@ -107,7 +107,7 @@ def overlaid(names: Sequence[str], runs: Sequence[RunFiles]) -> dict[str, list[C
             # Evaluations first: they are what runs are compared by.
             for metric in sorted(metrics, key=lambda name: not name.startswith(EVAL)):
                 curves = [
-                    curve_of(run, metric, name)
+                    curve_of(run, metric, name, panel)
                     for name, run in zip(names, runs, strict=True)
                     if metric in run.metrics
                 ]
@@ -128,7 +128,8 @@ def _title(panel: Panel, metric: str, metrics: Sequence[str]) -> str:
     """The panel's title where it has one metric a side, else the metric's own name."""
     sides = [name for name in metrics if name.startswith(EVAL) == metric.startswith(EVAL)]
     if len(sides) > 1:
-        return label_of(metric)
+        label = label_of(metric)
+        return label[:1].upper() + label[1:]
     side = {EVAL: ", evaluation", TRAIN: ", training"}
     both = len({name.startswith(EVAL) for name in metrics}) > 1
     ending = next((text for start, text in side.items() if metric.startswith(start)), "")

@@ -177,6 +177,20 @@ def test_the_method_of_a_run_without_events(told):
     assert found == ["PPO", "Reward model", "DPO", "SFT", "Training run"]
 
 
+def test_the_page_of_a_run_on_prompts(told):
+    metrics = [
+        {"step": 1, "train/policy_loss": 0.1, "train/reward": 0.5, "train/reward/right": 0.25},
+        {"step": 1, "eval/reward": 0.75, "eval/approx_kl": 0.01, "eval/stop_rate": 1.0},
+    ]
+    arguments = {"pretrain": "a/b", "prompt_dataset": ["p.jsonl"], "ptx_dataset": ["x.jsonl"]}
+    text = told(metrics=metrics, events=[], arguments=arguments)
+    assert "on p.jsonl , x.jsonl ." in text
+    assert "1 episodes" in text
+    assert "0.75 highest of them (episode 1)" in text
+    assert "KL from the reference, evaluation nats a response" in text
+    assert text.index("Rewards and responses") < text.index("Policy KL from")
+
+
 def test_a_metric_that_nobody_expected_is_drawn(told):
     text = told(metrics=[{"step": 1, "train/my_own": 1.0, "eval/my_own": 2.0}])
     assert "Other metrics my_own 1.0 1.5 2.0 0 1 2 step my own, training my own, evaluation" in text

@@ -72,6 +72,7 @@ LIGHT = [
     "coati.cli.arguments",
     "coati.cli.preferences",
     "coati.cli.rollouts",
+    "coati.recipes.quick_start",
     "coati.legacy.flags_preferences",
     "coati.legacy.flags_rl",
     "coati.parallel.plugins",

@@ -76,10 +76,10 @@ docs: venv
 package: venv
 	@"$(BIN)/python" -m build --no-isolation --outdir dist .
 
-# NO_MKDOCS_2_WARNING: the theme advertises its successor otherwise.
+# NO_MKDOCS_2_WARNING: the theme advertises its successor otherwise. No --quiet: it would hide the warnings from --strict.
 site:
 	@$(PYTHON) tools/venv.py .venv-site --site
-	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --quiet --site-dir site
+	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --site-dir site
 	@echo "site/index.html is the start page; the search needs a server: $(PYTHON) -m http.server --directory site"
 
 models-table: venv

@@ -3,6 +3,7 @@ leads somewhere, and it loads nothing from elsewhere."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -41,14 +42,18 @@ class Page(HTMLParser):
             self.loads.add(values["src"])
 
 
-def build(goal: Path, **environment: str) -> Path:
-    run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(goal)],
-        cwd=ROOT,
+def mkdocs(root: Path, goal: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(goal)],
+        cwd=root,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1", **environment},
         capture_output=True,
         text=True,
     )
+
+
+def build(goal: Path, **environment: str) -> Path:
+    run = mkdocs(ROOT, goal, **environment)
     assert run.returncode == 0, run.stdout + run.stderr
     return goal
 
@@ -124,6 +129,17 @@ def test_the_python_pages_show_every_public_name(site, pages):
         assert not missing, (package, missing)
     for path in (site / "api").glob("*.html"):
         assert not re.search(r":(class|func|data|meth):", path.read_text(encoding="utf-8")), path
+
+
+def test_a_broken_link_ends_the_build(tmp_path):
+    for name in ("coati", "docs", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / "limits.md").open("a", encoding="utf-8") as page:
+        page.write("[a](nowhere.md) [b](faq.md#nothing)\n")
+    run = mkdocs(tmp_path, tmp_path / "site")
+    assert run.returncode == 1
+    assert "nowhere.md" in run.stderr and "#nothing" in run.stderr, run.stderr
 
 
 def test_the_suite_builds_with_what_make_site_installs():

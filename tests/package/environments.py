@@ -81,9 +81,9 @@ def installed(wheel: Path, folder: Path, without: str | None = None) -> Environm
     return environment
 
 
-def train(environment: Environment, model: Path) -> Path:
-    """Two steps of ``coati sft`` on three conversations, with the template TEMPLATE; the folder of
-    the run."""
+def train(environment: Environment, model: Path, *config: str) -> Path:
+    """Two steps of ``coati sft`` on three conversations, with the template TEMPLATE and the flags
+    of ``config``; the folder of the run."""
     turns = (("hello", "hello there"), ("how are you", "today"), ("user", "system"))
     rows = [
         {"messages": [{"from": "user", "content": ask}, {"from": "assistant", "content": reply}]}
@@ -91,7 +91,18 @@ def train(environment: Environment, model: Path) -> Path:
     ]
     data = environment.work / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = ["coati", "sft", "--pretrain", model, "--dataset", data, "--max_length", "512"]
-    command += ["--max_steps", "2", "--batch_size", "1", "--plugin", "ddp", "--save_dir", "out"]
-    environment.run(*command, "--conversation_template_config", TEMPLATE)
+    command = [
+        "coati",
+        "sft",
+        *config,
+        "--pretrain",
+        model,
+        "--dataset",
+        data,
+        "--max_length",
+        "512",
+    ]
+    command += ["--max_steps", "2", "--batch_size", "1", "--plugin", "ddp"]
+    command += ["--accumulation_steps", "1", "--conversation_template_config", TEMPLATE]
+    environment.run(*command, "--save_dir", "out")
     return environment.work / "out"

@@ -36,8 +36,7 @@ def test_the_command_tells_about_the_environment(outside):
 
 def test_a_configuration_is_written_and_trains(outside, model):
     outside.run("coati", "init", "sft")
-    assert (outside.work / "sft.yaml").is_file()
-    out = environments.train(outside, model)
+    out = environments.train(outside, model, "sft.yaml")
     assert (out / "modeling" / "config.json").is_file()
     template = json.loads((out / "modeling" / "conversation_template.json").read_text())
     assert template["response_format_tags"], "the template that was named, not the tokenizer's own"

@@ -212,8 +212,7 @@ def _rewards(
     models = []
     for each in rewards:
         if isinstance(each, TrainedRewardModel):
-            models.append(each.path)
-            each.release()
+            models.append(_place_of(each))
         elif isinstance(each, str):
             names.append(each)
         elif callable(each):
@@ -298,8 +297,7 @@ def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:
         elif name in JSON_FLAGS and isinstance(value, Mapping):
             flags[name] = json_file(dict(value))
         elif isinstance(value, TrainedModel):
-            flags[name] = value.path
-            value.release()
+            flags[name] = _place_of(value)
     template = _template_of(given["pretrain"])
     prepared = any(
         (Path(path) / "preparation.json").exists()
@@ -309,6 +307,13 @@ def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     if template is not None and flags.get("conversation_template_config") is None and not prepared:
         flags["conversation_template_config"] = template
     return flags
+
+
+def _place_of(trained: TrainedModel) -> str:
+    """Its directory, in full, since an adapter that is trained on it names it as its base; what
+    was loaded of it makes room."""
+    trained.release()
+    return str(Path(trained.path).resolve())
 
 
 def _template_of(pretrain: Any) -> str | None:
@@ -374,4 +379,4 @@ def _written(model: Any, tokenizer: Any, folder: Path) -> str:
             tokenizer.save_pretrained(folder)
 
     raise_together(write)
-    return str(folder)
+    return str(folder.resolve())

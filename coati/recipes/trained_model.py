@@ -34,8 +34,6 @@ class TrainedModel:
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
         self.run_dir = Path(run_dir)
-        if not self.run_dir.is_dir():
-            raise ValueError(f"{run_dir}: there is no such directory; expected that of a run")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.run_dir)!r})"
@@ -47,6 +45,8 @@ class TrainedModel:
 
         Raises ValueError where there is neither, as after ``dry_run``.
         """
+        if not self.run_dir.is_dir():
+            raise ValueError(f"{self.run_dir}: there is no such directory; expected that of a run")
         if (final := self._final()) is not None:
             return str(final)
         from coati.parallel.checkpoint import latest_checkpoint

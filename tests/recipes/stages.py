@@ -90,6 +90,7 @@ def two_stages(folder: str, model: str, rows: list) -> dict[str, Any]:
     found["answers"] = first.generate(["Hello", [{"role": "user", "content": "Who?"}]], 6)
     found["one answer"] = first.generate("Hello", max_new_tokens=6)
     found["sampled"] = [first.generate("Hello", 6, temperature=1.5, seed=s) for s in (1, 1, 2)]
+    found["held by generate"] = models_in_memory()
     second = coati.dpo(first, PAIRS, **DPO)
     found["left by dpo"] = models_in_memory()
     found["places"] = [str(first.run_dir), first.path, str(second.run_dir), second.path]
@@ -230,3 +231,13 @@ def on_two_ranks(folder: str, model: str, rows: list) -> dict[str, Any]:
     except ValueError as error:
         found["refused"] = str(error)
     return found
+
+
+def rehearsed(folder: str, model: str, rows: list) -> str:
+    """A dry run, which leaves nothing to use."""
+    as_in_a_notebook(folder)
+    run = coati.sft(model, rows, dry_run=True, **SFT)
+    try:
+        return run.path
+    except ValueError as error:
+        return str(error)

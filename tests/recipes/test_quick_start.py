@@ -52,6 +52,7 @@ def test_two_stages_are_those_of_the_command_line_to_the_bit(tmp_path, model, ro
         "output/dpo/001/modeling",
     ]
     assert found["left by sft"] == found["left by dpo"] == []
+    assert "LlamaForCausalLM" in found["held by generate"]
     assert found["stopped"] == [False, False]
     steps = [row["step"] for row in found["history"] if "train/loss" in row]
     assert steps == [1, 2, 3, 4]
@@ -123,7 +124,7 @@ def test_rewards_of_functions_and_a_reward_model(tmp_path, model, cache):
 
     flags = json.loads((tmp_path / "output/grpo/001/arguments.json").read_text())
     assert flags["reward_functions"] == ["python:vowels", "python:near", "python:lambda"]
-    assert flags["pretrain"] == "output/grpo/001/start"
+    assert flags["pretrain"] == str(tmp_path / "output/grpo/001/start")
     assert found["grpo"] == "output/grpo/001/actor/modeling"
     assert found["ppo"] == "output/ppo/001/actor/modeling"
 
@@ -137,6 +138,12 @@ def test_two_ranks_stop_together(tmp_path, model, rows, cache):
     assert [one["end"] for one in found] == [("end", 3, True)] * 2
     for one in found:
         assert "the ranks hold 2 different sets of rows" in one["refused"]
+
+
+def test_a_dry_run_leaves_nothing(tmp_path, model, rows, cache):
+    (said,) = run(1, f"{CASES}:rehearsed", str(tmp_path), model, rows, env=cache)
+    assert said == "output: there is no such directory; expected that of a run"
+    assert list(tmp_path.iterdir()) == []
 
 
 # What is refused before anything is loaded or written
@@ -191,7 +198,7 @@ def test_what_the_functions_refuse_themselves(empty_place):
         (lambda: coati.grpo("m", PAIRS, reward=3), "reward is int"),
         (lambda: coati.sft("m", [TALK], callbacks=[coati.Callback]), "not the class itself"),
         (lambda: coati.sft(TALK, [TALK]), "pretrain is list"),
-        (lambda: coati.TrainedModel("nowhere"), "nowhere: there is no such directory"),
+        (lambda: coati.TrainedModel("nowhere").path, "nowhere: there is no such directory"),
     ]
     for call, said in cases:
         with pytest.raises((TypeError, ValueError)) as error:

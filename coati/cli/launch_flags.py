@@ -89,7 +89,9 @@ def _processes(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, nor {AUTO!r}") from error
 
 
-_processes.schema = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": AUTO}]}  # type: ignore[attr-defined]
+_processes.schema = {  # type: ignore[attr-defined]
+    "anyOf": [{"type": "integer", "minimum": 1}, {"const": AUTO}]
+}
 
 
 def check_launch(args: Namespace) -> None:

@@ -101,7 +101,8 @@ class Parser(argparse.ArgumentParser):
             action.dest
             for action in self.documented()
             if action.dest != "config"
-            and getattr(parsed, action.dest, action.default) != action.default
+            and getattr(parsed, action.dest, action.default)
+            not in (action.default, [action.default])
         )
         return parsed
 

@@ -1,7 +1,6 @@
 """Write a commented YAML file of all flags of a verb."""
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 from coati.cli.config_file import SCHEMAS, config_text
@@ -18,7 +17,7 @@ def main(settings: InitSettings) -> None:
 
     verb = load(settings.verb)
     parser = verb.parser().named(f"coati init {settings.verb}")
-    given = vars(parser.parse_args(settings.given, Namespace()))
+    given = vars(parser.parse_args(settings.given))
     schema = SCHEMAS / f"{settings.verb}.json"
     text = config_text(parser, settings.verb, given, schema if schema.exists() else None)
     if settings.output == "-":

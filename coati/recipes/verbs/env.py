@@ -8,12 +8,16 @@ from coati.cli.verb import Verb
 
 VERB = Verb("machine", env_parser, parse_env, "coati.recipes.verbs.env:main")
 
+# Of a run, not of the machine, and nobody's business in a bug report.
+PRIVATE = ("command", "directory", "host")
+
 
 def main(settings: EnvSettings) -> None:
     """Print them. What is missing is said with the command that installs it."""
     from coati.utils.environment import environment
 
-    found = environment() | {"plugins": plugins(), "problems": problems()}
+    about = environment() | {"plugins": plugins(), "problems": problems()}
+    found = {name: value for name, value in about.items() if name not in PRIVATE}
     if settings.json:
         print(json.dumps(found, indent=2))
         return

@@ -38,7 +38,7 @@ DATA_FLAGS = ("dataset", "eval_dataset", "prompt_dataset", "eval_prompt_dataset"
 JSON_FLAGS = ("conversation_template_config", "lora_config", "plugin_args")
 IN_MEMORY = "(a model in memory)"
 RUNS = Path("output")
-BEFORE_A_RUN = {"arguments.json", "environment.json"}
+BEFORE_A_RUN = {"arguments.json", "environment.json", "start"}
 
 
 @takes_flags_of(sft_parser)
@@ -267,11 +267,12 @@ def _train(
     given = _as_flags({"pretrain": IN_MEMORY if start is not None else pretrain, **flags})
     words = words_of(given, function)
     settings = parsed(command.parse, words, function)  # all of it is checked before a run is begun
-    if given.get("save_dir") is None and not settings.output.dry_run:
+    save_dir = settings.output.save_dir
+    fresh = save_dir == command.parser().get_default("save_dir") and not settings.output.dry_run
+    if fresh:
         if settings.output.checkpoint_path == "auto":
             raise ValueError(f"{function}: checkpoint_path 'auto' looks in save_dir; name it")
-        given["save_dir"] = _new_run(verb)
-    save_dir = given.get("save_dir") or settings.output.save_dir
+        save_dir = given["save_dir"] = _new_run(verb)
     if start is not None:
         given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start")
     settings = parsed(command.parse, words_of(given, function), function)
@@ -280,7 +281,8 @@ def _train(
     try:
         command.function()(settings, replace(extras, again=again))
     except Exception:
-        _remove_unused(Path(save_dir))
+        if fresh:
+            _remove_unused(Path(save_dir))
         raise
     finally:
         collect_garbage()
@@ -350,11 +352,10 @@ def _leave_group_at_exit() -> None:
 
 
 def _remove_unused(save_dir: Path) -> None:
-    """Of a run that failed before its first step only the flags and the environment are there,
-    which is no run."""
+    """Of a run that failed before its first step only what was told is there: that is no run."""
     from coati.utils.distributed import is_rank_0
 
-    if is_rank_0() and save_dir.is_dir() and set(os.listdir(save_dir)) <= BEFORE_A_RUN:
+    if is_rank_0() and BEFORE_A_RUN.issuperset(os.listdir(save_dir)):
         shutil.rmtree(save_dir)
 
 

@@ -3,13 +3,12 @@ stand in."""
 
 import json
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
+from coati.__main__ import main
 from coati.dataset import load_tokenized_dataset
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import read_row
@@ -18,7 +17,7 @@ from tests.dataset.makers import chatml_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(python .*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```\w*\n(coati .*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 COMMANDS = [shlex.split(block.replace("\\\n", " ")) for block in BLOCKS]
 
 
@@ -32,14 +31,13 @@ def followed(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in COMMANDS:
-            if Path(words[1]).name == "prepare_dataset.py":
+            if words[1] == "prepare":
                 lines = []
                 patch.setattr(
                     "builtins.print",
                     lambda *said, lines=lines, **_: lines.append(" ".join(map(str, said))),
                 )
-                patch.setattr(sys, "argv", [*words[1:], "--num_proc", "1"])
-                runpy.run_path(words[1], run_name="__main__")
+                main([*words[1:], "--num_proc", "1"])
                 printed[shlex.join(words)] = "\n".join(lines)
     return folder, printed
 
@@ -74,7 +72,7 @@ def test_cleaning_on_the_page_cleans(followed):
 
 def test_what_training_is_given_was_prepared_before(followed):
     folder, _ = followed
-    [words] = [words for words in COMMANDS if Path(words[1]).name == "train_sft.py"]
+    [words] = [words for words in COMMANDS if words[1] == "sft"]
     paths = [word for word in words if "/arrow" in word]
     assert len(paths) == 3 and all((folder / path / "preparation.json").is_file() for path in paths)
 

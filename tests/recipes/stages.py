@@ -233,6 +233,23 @@ def on_two_ranks(folder: str, model: str, rows: list) -> dict[str, Any]:
     return found
 
 
+def placed(folder: str, model: str, rows: list) -> dict[str, Any]:
+    """Where runs are written: as a file of flags says, under the flag's older name, and, of a run
+    that fails before its first step, nowhere."""
+    as_in_a_notebook(folder)
+    Path("flags.yaml").write_text("save_dir: told\nmax_steps: 1\n")
+    once = SFT | {"max_steps": 1}
+    runs = [coati.sft(model, rows, config="flags.yaml", **SFT | {"max_steps": None})]
+    runs += [coati.sft(model, rows, save_path="older", **once), coati.sft(model, rows, **once)]
+    try:
+        coati.sft(model, rows[:2], **once)
+    except ValueError as error:
+        refused = str(error)
+    steps = [len([row for row in run.history if "train/loss" in row]) for run in runs]
+    places = [run.path for run in runs]
+    return {"places": places, "steps": steps, "refused": refused, "left": os.listdir("output/sft")}
+
+
 def rehearsed(folder: str, model: str, rows: list) -> str:
     """A dry run, which leaves nothing to use."""
     as_in_a_notebook(folder)

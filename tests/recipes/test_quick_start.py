@@ -139,6 +139,14 @@ def test_two_ranks_stop_together(tmp_path, model, rows, cache):
         assert "the ranks hold 2 different sets of rows" in one["refused"]
 
 
+def test_where_a_run_is_written(tmp_path, model, rows, cache):
+    (found,) = run(1, f"{CASES}:placed", str(tmp_path), model, rows, env=cache)
+    assert found["places"] == ["told/modeling", "older/modeling", "output/sft/001/modeling"]
+    assert found["steps"] == [1, 1, 1]
+    assert "--dataset holds 2 rows, one step needs 4" in found["refused"]
+    assert found["left"] == ["001"]
+
+
 def test_a_dry_run_leaves_nothing(tmp_path, model, rows, cache):
     (said,) = run(1, f"{CASES}:rehearsed", str(tmp_path), model, rows, env=cache)
     assert said == "output: there is no such directory; expected that of a run"

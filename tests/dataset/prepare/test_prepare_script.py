@@ -1,5 +1,7 @@
 """prepare_dataset.py and the shell scripts around it as a user calls them."""
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -51,10 +53,11 @@ def call(monkeypatch, folder: Path, tokenizer: Path, *flags: str, data: Path = A
 
 
 def failure(monkeypatch, *arguments, **keywords) -> str:
-    with pytest.raises(SystemExit) as exit:
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as exit, contextlib.redirect_stderr(said):
         call(monkeypatch, *arguments, **keywords)
     assert exit.value.code not in (0, None)
-    return str(exit.value.code)
+    return said.getvalue()
 
 
 def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_dir):

@@ -2,6 +2,7 @@
 prepared."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -90,8 +91,9 @@ def test_the_script_writes_what_can_be_prepared(rows, tmp_path, monkeypatch, cap
         and "exists already" in capsys.readouterr().err
         and out.read_bytes() == before
     )
-    with pytest.raises(SystemExit, match="error: .*absent: there is no such file"):
+    with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, "--dataset_path", tmp_path / "absent", "--save_path", tmp_path / "x.json")
+    assert re.search("error: .*absent: there is no such file", capsys.readouterr().err)
     assert not (tmp_path / "x.json").exists()
 
 

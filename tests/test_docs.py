@@ -35,6 +35,7 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     ROOT / "docker" / "README.md",
     ROOT / "examples" / "data" / "README.md",
+    ROOT / "examples" / "recipes" / "README.md",
     *SITE_PAGES,
 ]
 WRITTEN = [  # flags and models are generated whole

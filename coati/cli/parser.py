@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from coati.utils.logging import get_logger
+from coati.utils.resources import near_recipes, recipe_path
 
 logger = get_logger(__name__)
 
@@ -188,8 +189,11 @@ class Parser(argparse.ArgumentParser):
         path = probe.parse_known_args(argv)[0].config
         if path is None:
             return []
+        recipe = recipe_path(path)
+        if recipe is not None:
+            logger.info(f"{path} is the recipe {recipe}")
         try:
-            return file_words(self, path)
+            return file_words(self, recipe or path)
         except ValueError as error:
             self.error(str(error))
 
@@ -237,7 +241,7 @@ def _entries(path: str | os.PathLike) -> list[tuple[str, Any, int]]:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise ValueError(
-            f"--config {path}: {error.strerror}; expected a YAML file of flags"
+            f"--config {path}: {error.strerror}; expected a YAML file of flags{_recipes_near(path)}"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -254,6 +258,11 @@ def _entries(path: str | os.PathLike) -> list[tuple[str, Any, int]]:
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}:1: expected lines of the form 'flag: value', found a {root.id}")
     return [(key.value, node, key.start_mark.line + 1) for key, node in root.value]
+
+
+def _recipes_near(path: str | os.PathLike) -> str:
+    near = near_recipes(path)
+    return f", or a recipe: {' or '.join(near)}" if near else ""
 
 
 def _texts(node: Any, where: str, key: str) -> list[str]:

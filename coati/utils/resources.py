@@ -39,6 +39,20 @@ def recipes() -> dict[str, Path]:
     }
 
 
+def recipe_path(given: str | os.PathLike) -> Path | None:
+    """The recipe that the name of a configuration means where no file has that name: with or
+    without its ending or ``examples/recipes/``. None where it means no recipe."""
+    if Path(given).exists():
+        return None
+    name = Path(given).as_posix().removeprefix("examples/recipes/").removesuffix(".yaml")
+    return recipes().get(name)
+
+
+def near_recipes(given: str | os.PathLike) -> list[str]:
+    """The recipes with the names most like ``given``."""
+    return difflib.get_close_matches(Path(given).name.removesuffix(".yaml"), recipes(), n=3)
+
+
 def template_path(given: str | os.PathLike, may_be_new: bool = False) -> Path:
     """The file that ``--conversation_template_config`` means: a file, or the template of that
     name, which may be written as the hub does (``google/gemma-3-4b-it``).

@@ -101,6 +101,26 @@ def test_bare_words_stand_for_the_subject_or_a_file():
     assert load("chat").words(["a.yml", "model"]) == ["--model_path", "model", "--config", "a.yml"]
 
 
+def test_a_recipe_is_taken_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").touch()
+    recipe = ROOT / "examples" / "recipes" / "smollm2_135m_sft.yaml"
+    words = ["smollm2_135m_sft.yaml", "--dataset", "rows.jsonl", "--eval_dataset", "rows.jsonl"]
+    sft = load("sft")
+    settings = sft.parse(sft.words(words))
+    assert settings.model.pretrain == "HuggingFaceTB/SmolLM2-135M"
+    assert capsys.readouterr().err == f"coati: smollm2_135m_sft.yaml is the recipe {recipe}\n"
+    Path("smollm2_135m_sft.yaml").write_text("pretrain: mine\n")
+    assert sft.parse(sft.words(words)).model.pretrain == "mine"
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        main(["sft", "smollm2_135m_stf.yaml"])
+    assert capsys.readouterr().err == (
+        "coati sft: error: --config smollm2_135m_stf.yaml: No such file or directory; expected a "
+        "YAML file of flags, or a recipe: smollm2_135m_sft or smollm2_135m_rm or smollm2_135m_ppo\n"
+    )
+
+
 def test_a_bare_word_that_stands_for_nothing_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["sft", "model"])

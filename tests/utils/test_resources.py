@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from coati.utils import resources
-from coati.utils.resources import config_path, recipes, template_path, templates
+from coati.utils.resources import (
+    config_path,
+    near_recipes,
+    recipe_path,
+    recipes,
+    template_path,
+    templates,
+)
 
 ROOT = Path(__file__).parents[2]
 GEMMA = ROOT / "config" / "conversation_template" / "google_gemma-3-4b-it.json"
@@ -33,6 +40,29 @@ def test_an_installed_package_has_them_inside(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "coati")
     assert templates() == {"ours": ours}
     assert list(recipes()) == ["sft/small"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_0.6b_sft",
+        "qwen3_0.6b_sft.yaml",
+        "examples/recipes/qwen3_0.6b_sft.yaml",
+    ],
+)
+def test_a_recipe_by_its_name_unless_there_is_a_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path(name) == ROOT / "examples" / "recipes" / "qwen3_0.6b_sft.yaml"
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).touch()
+    assert recipe_path(name) is None
+
+
+def test_a_name_that_is_no_recipe_has_near_ones():
+    assert recipe_path("elsewhere/qwen3_0.6b_sft.yaml") is None
+    assert recipe_path("qwen3_0.6b") is None and recipe_path("") is None
+    assert near_recipes("a/qwen3_0.6b_stf.yaml")[0] == "qwen3_0.6b_sft"
+    assert near_recipes("run.yaml") == []
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """``coati VERB``: the list of verbs, and running one of them. Imports nothing heavy."""
 
 import difflib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -57,9 +59,10 @@ def run(
     verb = load(name)
     prog = prog or Path(sys.argv[0]).name
     given = list(sys.argv[1:] if argv is None else argv)
-    settings = verb.parse(
-        verb.words(given), prog=prog, **({} if older is None else {"older": older})
-    )
+    with _said_by_launcher():
+        settings = verb.parse(
+            verb.words(given), prog=prog, **({} if older is None else {"older": older})
+        )
     try:
         if verb.processes and settings.launch.wanted:
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
@@ -73,6 +76,20 @@ def run(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _said_by_launcher() -> Iterator[None]:
+    """Holds back what is said about flags where the launcher, which read them first, has said
+    it."""
+    root = logging.getLogger(PROGRAM)
+    level = root.level
+    if launcher.ERROR_FILE in os.environ:
+        root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _fail(message: str) -> None:

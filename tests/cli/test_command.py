@@ -16,6 +16,7 @@ from coati.cli.config_file import SCHEMAS, config_text, flags_of, key_of, scalar
 from coati.cli.shell_completion import completion_script
 from coati.cli.verb import GROUPS
 from coati.recipes.command import load, names, run, summary
+from coati.utils.logging import forget_warnings, get_logger
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "colossalai", "datasets", "peft", "numpy")
@@ -173,6 +174,22 @@ def test_a_rank_other_than_0_says_who_it_is_and_a_launcher_is_told_by_file(
         main(["cache"])
     assert capsys.readouterr().err == ""
     assert (tmp_path / "3").read_text() == "coati cache: error: broken"
+
+
+def test_a_rank_repeats_nothing_of_what_the_launcher_said_about_flags(
+    capsys, monkeypatch, tmp_path
+):
+    """An abbreviated flag is remarked upon once, where it is read first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["cache", "--older", "1"]
+    main(words)
+    assert "--older is read as --older_than" in capsys.readouterr().err
+    forget_warnings()
+    monkeypatch.setenv("COATI_ERROR_FILE", str(tmp_path / "0"))
+    main(words)
+    assert capsys.readouterr().err == ""
+    get_logger("coati.test").info("later")
+    assert "later" in capsys.readouterr().err
 
 
 # ---- YAML files

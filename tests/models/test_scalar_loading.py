@@ -184,7 +184,7 @@ def test_a_critic_takes_the_head_of_a_reward_model(tmp_path):
 
 def test_a_language_model_is_refused_or_taken_as_a_base(tmp_path, capfd):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no scalar head.*train_rm\.py"):
+    with pytest.raises(ValueError, match=r"no scalar head.*coati rm"):
         load_scalar_model(RewardModel, tmp_path)
     model = load_scalar_model(RewardModel, tmp_path, new_head=True)
     assert "taken as the base, and a new head is drawn" in capfd.readouterr().err

@@ -12,8 +12,11 @@ from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
 from coati.parallel.plugins import HYBRID
 from coati.utils.json_io import load_json
+from coati.utils.logging import get_logger
 from coati.utils.packages import check_packages
 from coati.utils.resources import template_path
+
+logger = get_logger(__name__)
 
 
 def checked(
@@ -49,6 +52,7 @@ def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
         raise ValueError(
             "--dataset is missing: prepared arrow directories (coati prepare) or a raw json file"
         )
+    check_models(args, "pretrain", "tokenizer_dir")
     check_paths(args)
     check_mixture(args, args.dataset)
     check_lora(args)
@@ -84,6 +88,20 @@ def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_datas
         )
     if args.checkpoint_weights_only and args.checkpoint_path is None:
         raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
+
+
+def check_models(args: Namespace, *flags: str) -> None:
+    """A model is a directory that is there, or may be the name of one on the hub."""
+    for flag in flags:
+        path = getattr(args, flag, None)
+        if path is None or "/" not in path or Path(path).exists():
+            continue
+        if not _may_be_hub_name(path):
+            raise ValueError(
+                f"--{flag} {path}: there is no such directory; name a Hugging Face directory, or a "
+                "model of the hub (owner/name)"
+            )
+        logger.info(f"--{flag} {path}: no such directory here; asking the hub for that name")
 
 
 def _may_be_hub_name(path: str) -> bool:

@@ -86,7 +86,7 @@ def _processes(text: str) -> int | str:
     try:
         return whole_number(1)(text)
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor {AUTO!r}") from error
+        raise argparse.ArgumentTypeError(f"{error}; or {AUTO}") from error
 
 
 _processes.schema = {  # type: ignore[attr-defined]

@@ -19,6 +19,31 @@ from coati.utils.resources import near_recipes, recipe_path
 logger = get_logger(__name__)
 
 
+# What other trainers and servers call a flag -> its name here, for hints.
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "num_train_epochs": "max_epochs",
+    "epochs": "max_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "gradient_checkpointing": "grad_checkpoint",
+    "max_grad_norm": "grad_clip",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "model_name_or_path": "pretrain",
+    "output_dir": "save_dir",
+    "resume_from_checkpoint": "checkpoint_path",
+    "save_steps": "save_interval",
+    "eval_steps": "eval_interval",
+    "logging_steps": "log_interval",
+    "lora_r": "lora_rank",
+    "report_to": "use_wandb",
+    "host": "http_host",
+    "port": "http_port",
+}
+
+
 class FlagError(ValueError):
     """What a parser finds wrong, inside :func:`errors_raised`."""
 
@@ -140,7 +165,10 @@ class Parser(argparse.ArgumentParser):
     def nearest(self, name: str) -> str:
         """``"; the nearest known one is --x"``, or nothing when none is near."""
         plain = name.lower().replace("-", "_")
-        spelled = {known.replace("-", "_"): known for known in self.names()}
+        names = self.names()
+        elsewhere = {f"__{word}": f"--{ours}" for word, ours in ELSEWHERE.items()}
+        spelled = {word: ours for word, ours in elsewhere.items() if ours in names}
+        spelled |= {known.replace("-", "_"): known for known in names}
         near = difflib.get_close_matches(plain, spelled, n=1, cutoff=0.5)
         return (
             f"; the nearest known one is {spelled[near[0]]}" if near else "; --help lists the flags"

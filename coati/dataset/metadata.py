@@ -1,15 +1,8 @@
 """What prepared rows were made with, for their report: command, tokenizer and template."""
 
-import shlex
-import sys
 from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
-
-
-def command_line() -> str:
-    """The command that started this process, quoted for a shell."""
-    return shlex.join(["python", *sys.argv])
 
 
 def describe_tokenizer(tokenizer, name: str, fingerprint: str) -> dict[str, Any]:

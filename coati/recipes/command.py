@@ -29,7 +29,7 @@ def load(name: str) -> Verb:
     """The verb of that name. Raises ValueError with the nearest one."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"unknown verb {name!r}{hint} `{PROGRAM} --help` lists them")
     return _module(name).VERB
 
@@ -74,8 +74,7 @@ def run(
     except (ValueError, OSError, RunFailed) as error:
         _fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _fail(f"{prog}: interrupted", INTERRUPTED)
 
 
 @contextmanager
@@ -92,15 +91,15 @@ def _said_by_launcher() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _fail(message: str) -> None:
-    """End with code 1. The launcher, where there is one, says the message once for all ranks."""
+def _fail(message: str, code: int = 1) -> None:
+    """End with ``code``. The launcher, where there is one, says the message once for all ranks."""
     file = os.environ.get(launcher.ERROR_FILE)
     rank = os.environ.get("RANK", "0")
     if file is not None:
         Path(file).write_text(message, encoding="utf-8")
     else:
         print(f"[rank {rank}] {message}" if rank != "0" else message, file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _program(name: str) -> list[str]:

@@ -13,7 +13,12 @@ import numpy as np
 from coati.cli.settings import DataSettings, OnlineSettings, SLSettings
 from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
-from coati.dataset.load.loader import check_global_batch, load_tokenized_dataset, row_lengths
+from coati.dataset.load.loader import (
+    check_global_batch,
+    load_tokenized_dataset,
+    preparation_of,
+    row_lengths,
+)
 from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.rows.input_files import find_files
 from coati.recipes.prepared import held_out_split, is_raw, train_split
@@ -49,14 +54,14 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
     ``--dataset``; None where there are none."""
     data = run.settings.data
     if data.eval_dataset:
-        folders = [_prepared(run, path, type, None) for path in data.eval_dataset]
+        folders = [_prepared(run, path, type, None, "evaluation") for path in data.eval_dataset]
         rows = load_tokenized_dataset(folders, "valid")
         _check_rows(run, rows, data.eval_dataset[0], type, "eval_dataset")
         return _fitting(PreparedRows(rows, folders, [len(rows)]), data, "eval_dataset", type)
     for path in filter(is_raw, data.dataset):
         if split := held_out_split(path):
             logger.info(f"{path}: its {split} split becomes the evaluation set")
-            folder = _prepared(run, path, type, split)
+            folder = _prepared(run, path, type, split, "evaluation")
             rows = load_tokenized_dataset([folder])
             return _fitting(PreparedRows(rows, [folder], [len(rows)]), data, "dataset", type)
     return None
@@ -143,14 +148,17 @@ def _fitting(found: PreparedRows, data: DataSettings, flag: str, type: str) -> P
     return PreparedRows(found.rows.select(np.flatnonzero(fits)), found.folders, sizes)
 
 
-def _prepared(run: Run, path: str, type: str, split: str | None) -> str:
+def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "training") -> str:
     """The prepared directory of ``path``: itself, or one in the cache."""
     if not is_raw(path):
         return path
     settings = run.settings
     folder = _cache_folder(run, path, type, split)
     failure = None
-    if not (folder / "preparation.json").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+    there = (folder / "preparation.json").exists()
+    if there:
+        _say_again(path, folder)
+    if not there and os.environ.get("LOCAL_RANK", "0") == "0":
         logger.info(
             f"{path} holds raw conversations: preparing them into {folder} (coati prepare "
             "does this once for all)"
@@ -168,6 +176,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None) -> str:
                 tokenizer_name=settings.model.tokenizer,
                 seed=settings.seed,
                 show=print if is_rank_0() else None,
+                part=part,
             )
         except (ValueError, OSError) as error:
             failure = str(error)
@@ -175,6 +184,19 @@ def _prepared(run: Run, path: str, type: str, split: str | None) -> str:
     if failures := [text for text in all_gather_object(failure) if text]:
         raise ValueError(failures[0])
     return str(folder)
+
+
+def _say_again(path: str, folder: Path) -> None:
+    """What was said when the rows of ``path`` were prepared."""
+    report = (preparation_of(str(folder)) or {}).get("report")
+    if report is None:  # of a release that did not keep it
+        return
+    logger.info(
+        f"{path}: {report['rows_written']} rows of {report['rows_read']}, prepared before into "
+        f"{folder}"
+    )
+    for warning in report["warnings"]:
+        logger.warning(warning)
 
 
 def _cache_folder(run: Run, path: str, type: str, split: str | None) -> Path:

@@ -13,13 +13,14 @@ from coati.recipes.command import PROGRAM, is_command
 from coati.recipes.launcher import ERROR_FILE
 from coati.recipes.run import Run
 from coati.trainer import OLTrainer, SLTrainer
+from coati.trainer.run_report.run_record import PAGE
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-CHAT = "talk to it: coati chat"
-SCORE = "score responses with it: coati score"
+CHAT = "talk to it: coati chat {}"
+SCORE = "score responses with it: coati score {} --input FILE"
 BOUNDS = ("_low", "_high", "/count")  # metrics that say how sure another one is
 
 
@@ -59,7 +60,9 @@ def _save(
         write_directory(folder / place, write)
     _log_evaluations(run, trainer)
     final = folder / next(iter(models))
-    logger.info(f"the trained {_kind(run)} is in {final}; {use} {final}")
+    report = folder / PAGE
+    seen = f"; its report: {report}" if report.exists() else ""
+    logger.info(f"the trained {_kind(run)} is in {final}; {use.format(final)}{seen}")
 
 
 def _kind(run: Run) -> str:

@@ -44,7 +44,7 @@ PASSED_ON = (
 # No prompts, and a host that has gone silent is given up after a minute.
 SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 ERROR_FILE = "COATI_ERROR_FILE"  # where a process leaves the message that ends it
-KILLED = "often by the kernel, when memory ran out: see dmesg, or try coati fit"
+KILLED = "often by the kernel, when memory ran out: see dmesg"
 
 
 @dataclass(frozen=True)

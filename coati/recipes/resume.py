@@ -54,12 +54,13 @@ def find_resume(output: OutputSettings) -> Resume:
         found = f"going on from {path}" if path else f"no checkpoint in {output.save_dir}, starting"
         logger.info(f"--checkpoint_path auto: {found}")
     if path is None:
-        held = [*checkpoints(output.save_dir), *_finished(output.save_dir)]
+        held = checkpoints(output.save_dir)
         if held and output.checkpoint_path is None and not output.dry_run:
             raise ValueError(
                 f"--save_dir {output.save_dir} already holds {held[-1].name}; go on with "
                 "--checkpoint_path auto, or choose another directory"
             )
+        _refuse_finished(output)
         return Resume()
     folder = Path(path)
     if not (folder / "running_states.json").exists() and any(folder.glob("*config.json")):
@@ -92,8 +93,8 @@ def _refuse_finished(output: OutputSettings) -> None:
     if finished and not output.dry_run:
         name = finished[0].relative_to(output.save_dir)
         raise ValueError(
-            f"--checkpoint_path auto: {output.save_dir} holds a finished model ({name}) and no "
-            "checkpoint to go on from; starting anew would replace it. Choose another --save_dir, "
+            f"--save_dir {output.save_dir} holds a finished model ({name}) and no checkpoint to "
+            "go on from; starting anew would replace it. Choose another --save_dir, "
             f"train further from it with --pretrain {finished[0]}, or remove that directory"
         )
 

@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
         "cpus": _cpus(),
         "memory_gib": _memory_gib(),
         **_accelerators(),
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "directory": os.getcwd(),
         "variables": _variables(),
     }
@@ -121,11 +121,19 @@ def _memory_gib() -> float | None:
     return round(size / 2**30, 1)
 
 
+def command_line() -> str:
+    """What started this process, as a person writes it."""
+    program = Path(sys.argv[0])
+    if program.name in ("coati", "__main__.py"):
+        return shlex.join(["coati", *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv] if program.suffix == ".py" else sys.argv)
+
+
 def _variables() -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name in VARIABLES or name.startswith(PREFIXES)
+        if (name in VARIABLES or name.startswith(PREFIXES)) and name != "COATI_ERROR_FILE"
     }
 
 

@@ -90,8 +90,7 @@ time.sleep(60)
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             137,
-            "rank 0 was ended by SIGKILL (often by the kernel, when memory ran out: see dmesg, or "
-            "try coati fit)\n",
+            "rank 0 was ended by SIGKILL (often by the kernel, when memory ran out: see dmesg)\n",
         ),
         ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "rank 0 was ended by SIGSEGV\n"),
     ],

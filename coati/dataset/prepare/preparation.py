@@ -15,7 +15,7 @@ from typing import Any
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import Cleaning
 from coati.dataset.fingerprint import describe, differences, stamps
-from coati.dataset.metadata import command_line, describe_template, describe_tokenizer
+from coati.dataset.metadata import describe_template, describe_tokenizer
 from coati.dataset.prepare.dedup_pass import HashWorker, compare_rows
 from coati.dataset.prepare.shard_plan import (
     CHUNK_ROWS,
@@ -31,6 +31,7 @@ from coati.dataset.prepare.write_pass import TokenizeWorker, WritePass, merged
 from coati.dataset.report.report import build_report, format_report, save_report
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
+from coati.utils.environment import command_line
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
 
@@ -63,6 +64,7 @@ def prepare_dataset(
     strict: bool = False,
     max_bad_ratio: float = DEFAULT_BAD_RATIO,
     show: Callable[[str], None] | None = print,
+    part: str = "training",
 ) -> dict[str, Any]:
     """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
 
@@ -71,7 +73,8 @@ def prepare_dataset(
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
-    a data set with several. Raises ValueError for unusable input, settings or result.
+    a data set with several. ``part``: what the report calls the rows, "training" or "evaluation".
+    Raises ValueError for unusable input, settings or result.
     """
     settings = PrepareSettings(
         type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
@@ -90,6 +93,7 @@ def prepare_dataset(
     metadata = {
         "command": command_line(),
         "tokenizer": describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"]),
+        "part": part,
     }
     preparation = Preparation(
         files, template, cleaning, settings, metadata, num_proc or cores(), budget
@@ -205,19 +209,18 @@ class Preparation:
             shard: found for shard, found in counts.items() if is_evaluation(shard) == evaluation
         }
         files = plan.evaluation if evaluation and plan.evaluation else plan.train
-        part = "evaluation" if evaluation else "training"
+        about = self.metadata | ({"part": "evaluation"} if evaluation else {})
         report = build_report(
             merged(mine),
             {files.first + number: str(path) for number, path in enumerate(files.paths)},
             [written for _, written in mine.values()],
             **asdict(self.settings),
             rows_in_files=files.total,
-            **self.metadata,
+            **about,
             template=describe_template(self.template),
             cleaning=self.cleaning.named(),
-            part=part,
         )
-        check_not_empty(report, f"the {part} split, from {_names(files.paths)}")
+        check_not_empty(report, f"the {about['part']} split, from {_names(files.paths)}")
         return report
 
     def _save(self, staging: StagingDir, report: dict[str, Any], below: str) -> None:

@@ -120,9 +120,10 @@ def save_report(report: dict[str, Any], folders: Iterable[Path]) -> None:
 
 def format_report(report: dict[str, Any], color: bool) -> str:
     """The report for a terminal, with its first sample and that one's mask."""
+    part = report.get("part", "training")
     lines = [
         f"rows read {report['rows_read']}, kept {report['rows_kept']}, dropped "
-        f"{report['rows_dropped']}, truncated {report['rows_truncated']}; training rows written "
+        f"{report['rows_dropped']}, truncated {report['rows_truncated']}; {part} rows written "
         f"{report['rows_written']} in {len(report['shards'])} parts",
         *dropped_lines(report["dropped"]),
     ]

@@ -106,6 +106,8 @@ def main(args: ChatSettings) -> None:
                 respond(session, screen, record, question)
                 record.close()
             if not asked:
+                if sys.stdin.isatty():
+                    screen.note(f"{console.CLEAR}: a new dialogue; {console.EXIT}: the end")
                 chat(session, screen, record, console.CLEAR)
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -12,11 +12,8 @@ from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
 from coati.parallel.plugins import HYBRID
 from coati.utils.json_io import load_json
-from coati.utils.logging import get_logger
 from coati.utils.packages import check_packages
 from coati.utils.resources import template_path
-
-logger = get_logger(__name__)
 
 
 def checked(
@@ -101,7 +98,6 @@ def check_models(args: Namespace, *flags: str) -> None:
                 f"--{flag} {path}: there is no such directory; name a Hugging Face directory, or a "
                 "model of the hub (owner/name)"
             )
-        logger.info(f"--{flag} {path}: no such directory here; asking the hub for that name")
 
 
 def _may_be_hub_name(path: str) -> bool:

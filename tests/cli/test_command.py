@@ -192,6 +192,22 @@ def test_a_rank_repeats_nothing_of_what_the_launcher_said_about_flags(
     assert "later" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning_rate", "1"], "unknown flag --learning_rate; the nearest known one is --lr"),
+        (["--learing_rate", "1"], "the nearest known one is --lr"),
+        (["--model_name_or_path", "m"], "the nearest known one is --pretrain"),
+        (["--pretrain", "./nowhere"], "--pretrain ./nowhere: there is no such directory"),
+        (["--pretrain", "a/b/c"], "--pretrain a/b/c: there is no such directory"),
+    ],
+)
+def test_names_of_other_systems_and_models_that_are_not_there(words, said, data, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", "--pretrain", "m", "--dataset", data["dataset"], *words])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 # ---- YAML files
 
 

@@ -20,7 +20,6 @@ def test_auto_does_not_replace_a_finished_model_without_checkpoints(tmp_path):
     with pytest.raises(ValueError) as error:
         find_resume(arguments(tmp_path))
     for part in (
-        "--checkpoint_path auto",
         "holds a finished model",
         "--save_dir",
         f"--pretrain {tmp_path}/modeling",
@@ -32,3 +31,9 @@ def test_auto_does_not_replace_a_finished_model_without_checkpoints(tmp_path):
 def test_a_dry_run_beside_a_finished_model_is_fine(tmp_path):
     (tmp_path / "modeling").mkdir()
     assert find_resume(arguments(tmp_path, dry_run=True)) == Resume()
+
+
+def test_a_finished_model_alone_is_nothing_to_go_on_from(tmp_path):
+    (tmp_path / "modeling").mkdir()
+    with pytest.raises(ValueError, match="holds a finished model .*no checkpoint to go on from"):
+        find_resume(OutputSettings(str(tmp_path)))

@@ -19,7 +19,7 @@ def test_versions_command_and_machine(monkeypatch):
     known = environment()
     assert known["coati"] == coati.__version__
     assert known["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
-    assert known["command"] == "train.py --name 'two words'"
+    assert known["command"] == "python train.py --name 'two words'"
     assert known["variables"]["NCCL_DEBUG"] == "INFO"
     assert known["cpus"] >= 1
     assert "sesame" not in json.dumps(known)

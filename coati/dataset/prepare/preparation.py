@@ -80,10 +80,7 @@ def prepare_dataset(
         type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
     )
     if eval_ratio and eval_inputs:
-        raise ValueError(
-            "eval_ratio takes evaluation rows from the training files, eval_inputs names others; "
-            "give one"
-        )
+        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
     budget = BadRowBudget(strict, max_bad_ratio)
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()

@@ -77,7 +77,7 @@ def scalar(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        text = f"{value:g}"
+        text = repr(value)
         # YAML 1.1 reads 5e-06 as text, 5.0e-06 as a number.
         return text.replace("e", ".0e") if "e" in text and "." not in text else text
     if isinstance(value, int):
@@ -85,7 +85,11 @@ def scalar(value: Any) -> str:
     text = str(value)
     plain = text.replace("/", "").replace("_", "").replace("-", "").replace(".", "")
     known = text.lower() in ("null", "true", "false", "yes", "no", "on", "off")
-    return text if plain.isalpha() and text.isascii() and not known else json.dumps(text)
+    return (
+        text
+        if plain.isalpha() and text.isascii() and not known
+        else json.dumps(text, ensure_ascii=False)
+    )
 
 
 def schema_of(parser: Parser) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from coati.cli.parser import Parser
 from coati.cli.values import add_count, add_text, whole_number
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 AUTO = "auto"
 PORT = 29500
@@ -95,10 +98,15 @@ _processes.schema = {  # type: ignore[attr-defined]
 
 
 def check_launch(args: Namespace) -> None:
-    """Settle ``--nproc auto``. Raises ValueError for what contradicts itself or the launcher that
-    started this process."""
+    """Settle ``--nproc auto``. Raises ValueError for what contradicts itself."""
     if args.nproc == AUTO:
+        if args.hostfile is not None:
+            raise ValueError(
+                "--nproc auto counts the GPUs of this host, not those of --hostfile; give a "
+                "number, or slots=N after each name"
+            )
         args.nproc = gpu_count() or 1
+    _note_other_launcher(args)
     for flag in ("master_addr", "master_port"):
         if getattr(args, flag) is not None and args.nproc is None and args.hostfile is None:
             raise ValueError(f"--{flag} does nothing without --nproc or --hostfile")
@@ -109,6 +117,16 @@ def check_launch(args: Namespace) -> None:
                 f"--hostfile {args.hostfile} does not say how many processes each host has; give "
                 "--nproc, or slots=N after each name"
             )
+
+
+def _note_other_launcher(args: Namespace) -> None:
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    ours = "COATI_ERROR_FILE" in os.environ
+    if "RANK" in os.environ and not ours and (args.nproc or found) != found:
+        logger.warning_once(
+            f"--nproc {args.nproc} starts nothing: another launcher has set RANK, and WORLD_SIZE "
+            f"is {found}"
+        )
 
 
 def processes_of(args: Namespace) -> int:

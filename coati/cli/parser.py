@@ -217,6 +217,9 @@ class Parser(argparse.ArgumentParser):
         path = probe.parse_known_args(argv)[0].config
         if path is None:
             return []
+        given = [word for word in argv if word == "--config" or word.startswith("--config=")]
+        if len(given) > 1:
+            self.error("two configurations are given; one file holds the flags of a run")
         recipe = recipe_path(path)
         if recipe is not None:
             logger.info(f"{path} is the recipe {recipe}")

@@ -57,7 +57,7 @@ def _bash(parsers: Mapping[str, Parser], about: Mapping[str, str]) -> str:
         f'        COMPREPLY=($(compgen -W "{" ".join(parsers)}" -- "$current"))',
         "        return",
         "    fi",
-        '    COMPREPLY=($(compgen -f -- "$current"))',
+        ' mapfile -t COMPREPLY < <(compgen -f -- "$current")',
         "}",
         "complete -o filenames -F _coati coati",
     ]

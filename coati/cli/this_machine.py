@@ -45,7 +45,7 @@ def env_parser() -> Parser:
     """The parser of ``coati env``."""
     parser = Parser(
         prog="coati env",
-        description="Prints versions, devices and the plugins that work here, for bug reports.",
+        description="Prints versions, devices and the precisions of each plugin, for bug reports.",
     )
     add_switch(parser, "--json", help="print it as JSON")
     return parser
@@ -63,13 +63,13 @@ def cache_parser() -> Parser:
         description="Lists what is kept of earlier runs and can be made again: raw files tokenized "
         "for training, log-probs of reference models.",
     )
-    add_switch(parser, "--clear", help="remove it")
+    add_switch(parser, "--clear", help="delete what is listed")
     add_number(
         parser,
         "--older_than",
         default=0.0,
         unit="DAYS",
-        help="only what was last written that long ago",
+        help="only entries that nothing was written to for DAYS days",
     )
     return parser
 

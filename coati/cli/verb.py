@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from coati.cli.parser import Parser
+from coati.utils.resources import recipes
 
 # Headings of ``coati --help``, in their order.
 GROUPS = {
@@ -45,7 +46,8 @@ class Verb:
         bare = argv[:count]
         rest = argv[count:]
         configs = CONFIGS if self.subject else (*CONFIGS, ".json")
-        if bare and bare[0].lower().endswith(configs):
+        is_recipe = self.subject is None and bare and bare[0] in recipes()
+        if bare and (is_recipe or bare[0].lower().endswith(configs)):
             rest = [*rest, "--config", bare.pop(0)]
         if not bare:
             return rest

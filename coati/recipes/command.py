@@ -105,10 +105,13 @@ def _fail(message: str, code: int = 1) -> None:
 def _program(name: str) -> list[str]:
     """What python is given to run the verb, before its flags: this command or the script that was
     started."""
-    return ["-m", PROGRAM, name] if is_command() else [sys.argv[0]]
+    if not is_command():
+        return [sys.argv[0]]
+    # The installed program itself: `python -m` would import what lies in the working directory.
+    installed = Path(sys.argv[0]).name == PROGRAM
+    return [sys.argv[0], name] if installed else ["-m", PROGRAM, name]
 
 
 def is_command() -> bool:
     """Whether the process is ``coati`` or ``python -m coati``, not a script of examples/."""
-    started = Path(sys.argv[0])
-    return started.name in (PROGRAM, f"{PROGRAM}.exe", "__main__.py")
+    return Path(sys.argv[0]).name in (PROGRAM, "__main__.py")

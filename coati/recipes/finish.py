@@ -101,9 +101,9 @@ def command_again() -> str:
 
 def _program() -> str:
     """How this program is started: the command, or a script with its launcher."""
-    if is_command():
-        return PROGRAM
     script = shlex.quote(sys.argv[0])
-    if ERROR_FILE in os.environ or world_size() == 1:  # the script starts its processes itself
-        return f"python {script}"
+    if ERROR_FILE in os.environ or world_size() == 1:  # it starts its processes itself
+        return PROGRAM if is_command() else f"python {script}"
+    if is_command():
+        return f"torchrun --nproc_per_node {world_size()} -m {PROGRAM}"
     return f"colossalai run --nproc_per_node {world_size()} {script}"

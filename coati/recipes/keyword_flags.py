@@ -12,6 +12,8 @@ from coati.cli.parser import FlagError, Parser, errors_raised
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S")
 NOT_HERE = ("help",)
+# The command starts processes; a function runs in those that there are.
+LAUNCH = ("nproc", "hostfile", "master_addr", "master_port")
 
 
 def check_names(parser: Parser, keywords: Iterable[str], function: str) -> None:
@@ -62,12 +64,10 @@ def parsed(parse: Callable[[list[str]], S], words: list[str], function: str) -> 
         raise ValueError(f"{function}: {error}") from None
 
 
-def takes_flags_of(
-    make: Callable[[], Parser], *, except_for: Iterable[str] = ()
-) -> Callable[[F], F]:
+def takes_flags_of(make: Callable[[], Parser]) -> Callable[[F], F]:
     """Decorator: the flags of the parser that ``make`` gives join the signature and the docstring
     of a function that takes them as ``**flags``, for ``help`` and completion."""
-    hidden = {*except_for, *NOT_HERE}
+    hidden = {*NOT_HERE, *LAUNCH}
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

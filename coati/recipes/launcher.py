@@ -5,6 +5,7 @@ the first that fails.
 standard input, then a line for each signal; the end of the input is a SIGTERM.
 """
 
+import ctypes
 import json
 import os
 import shlex
@@ -20,12 +21,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from coati.cli.launch_flags import PORT, LaunchSettings, gpu_count
+from coati.utils.environment import cpus
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL for the others, when one process has failed
 POLL_S = 0.05
+HERE = "localhost"
+LOOPBACK = (HERE, "127.0.0.1", "::1")
 # Variables of the first host that decide what a run does; the others keep their own of all else.
 PASSED_ON = (
     "COATI_",
@@ -42,7 +46,9 @@ PASSED_ON = (
     "WANDB_",
 )
 # No prompts, and a host that has gone silent is given up after a minute.
-SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+OPTIONS = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+SSH = ("-T", *(word for option in OPTIONS for word in ("-o", option)))
+PR_SET_PDEATHSIG = 1  # prctl(2)
 ERROR_FILE = "COATI_ERROR_FILE"  # where a process leaves the message that ends it
 KILLED = "often by the kernel, when memory ran out: see dmesg"
 
@@ -72,8 +78,11 @@ class Worker(Protocol):
     def send(self, number: int) -> None:
         """Pass a signal on."""
 
+    def message(self) -> str | None:
+        """The error that it ended with; None where it left none."""
+
     def failure(self, code: int) -> str:
-        """Why it ended with ``code``."""
+        """How it ended with ``code``, when it left no message."""
 
 
 class LocalWorker:
@@ -100,17 +109,24 @@ class LocalWorker:
             cwd=job.folder,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_launcher,
         )
 
     def poll(self) -> int | None:
         return self._process.poll()
 
     def send(self, number: int) -> None:
-        self._process.send_signal(number)  # nothing, if it has ended
+        if self.poll() is not None:
+            return
+        if number == signal.SIGKILL:  # what it has started, too
+            os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
+
+    def message(self) -> str | None:
+        return self._error.read_text(encoding="utf-8") if self._error.exists() else None
 
     def failure(self, code: int) -> str:
-        if self._error.exists():
-            return self._error.read_text(encoding="utf-8")
         if code < 0:
             why = f" ({KILLED})" if code == -signal.SIGKILL else ""
             return f"{self.name} was ended by {signal.Signals(-code).name}{why}"
@@ -146,9 +162,15 @@ class RemoteWorker:
         except BrokenPipeError:
             return  # it has ended; poll() says how
 
+    def message(self) -> str | None:
+        return None  # its agent has printed it
+
     def failure(self, code: int) -> str:
         if code == 255:
-            return f"{self.name}: ssh failed; `ssh {self.name} true` must work without a prompt"
+            return (
+                f"{self.name}: ssh could not connect, or lost the connection; `ssh {self.name} "
+                "true` must work without a prompt"
+            )
         return f"{self.name}: ended with exit code {code}; its own message is above"
 
 
@@ -157,17 +179,21 @@ def launch(settings: LaunchSettings, command: Sequence[str]) -> int:
 
     Raises ValueError for a host file that cannot be read, OSError where a process does not start.
     """
-    jobs = plan(settings, list(command))
+    return _run(plan(settings, list(command)))
+
+
+def _run(jobs: Sequence[tuple[str, Job]], listen: bool = False) -> int:
+    """``listen``: signals come on standard input, too."""
     with tempfile.TemporaryDirectory(prefix="coati-launch-") as errors, _signals() as received:
         workers: list[Worker] = []
         try:
             for name, job in jobs:
                 workers += _start(name, job, Path(errors))
+            if listen:
+                threading.Thread(target=_listen, args=(received,), daemon=True).start()
             return supervise(workers, received)
         finally:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.send(signal.SIGKILL)
+            _send(workers, signal.SIGKILL)
 
 
 def plan(settings: LaunchSettings, command: list[str]) -> list[tuple[str, Job]]:
@@ -178,6 +204,11 @@ def plan(settings: LaunchSettings, command: list[str]) -> list[tuple[str, Job]]:
     first = settings.master_addr or (hosts[0].name if several else "127.0.0.1")
     port = settings.master_port or (PORT if several else _free_port())
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    if several and settings.master_addr is None and first in LOOPBACK:
+        raise ValueError(
+            f"--hostfile {settings.hostfile} begins with {first}, which is another machine on each "
+            "host; write its name there, or give --master_addr"
+        )
     job = Job(command, os.getcwd(), 0, 0, sum(counts), first, port, environment)
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [
@@ -196,23 +227,27 @@ def _start(host: str, job: Job, errors: Path) -> list[Worker]:
 def _share_cores(processes: int) -> None:
     """Without a GPU each process computes on its share of the cores."""
     if "OMP_NUM_THREADS" not in os.environ and not gpu_count():
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpus() // processes))
 
 
 def is_here(host: str) -> bool:
     """Whether ``host`` is this machine: an address of it can be bound."""
+    if host in LOOPBACK:
+        return True
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except socket.gaierror:
         return False  # only ssh knows it, from its configuration
-    for family, kind, protocol, _, address in found:
+    return any(_can_bind(*address) for address in found)
+
+
+def _can_bind(family: int, kind: int, protocol: int, _name: str, address: Any) -> bool:
+    try:
         with socket.socket(family, kind, protocol) as trial:
-            try:
-                trial.bind(address)
-                return True
-            except OSError:
-                continue
-    return False
+            trial.bind(address)
+    except OSError:  # another machine's, or of a family that this kernel lacks
+        return False
+    return True
 
 
 def _free_port() -> int:
@@ -223,13 +258,17 @@ def _free_port() -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of being ended by them."""
+    """Collects SIGINT, SIGTERM and, as a SIGTERM, the SIGHUP of a closed terminal (not under
+    nohup) instead of being ended by them."""
     received: list[int] = []
 
     def collect(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+        received.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, collect) for number in numbers}
     try:
         yield received
     finally:
@@ -243,8 +282,7 @@ def supervise(workers: Sequence[Worker], received: list[int]) -> int:
     ``received``: signals to pass on, filled by handlers or another thread. The third Ctrl-C, and
     GRACE_S after a failure, end what still runs.
     """
-    failed = 0
-    told: set[str] = set()
+    failed: tuple[Worker, int] | None = None
     passed = 0
     deadline = float("inf")
     waiting = list(workers)
@@ -257,27 +295,31 @@ def supervise(workers: Sequence[Worker], received: list[int]) -> int:
             waiting.remove(worker)
             code = worker.poll() or 0
             # Once the others are being ended, how they end says nothing.
-            if code and not failed:
-                _tell(worker.failure(code), told)
-                failed = code if code > 0 else 128 - code
+            if code and failed is None:
+                failed = (worker, code)
                 _send(waiting, signal.SIGTERM)
                 deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
             _send(waiting, signal.SIGKILL)
             deadline = float("inf")
         time.sleep(POLL_S)
-    return failed
+    if failed is None:
+        return 0
+    print("\n".join(_causes(workers, *failed)), file=sys.stderr, flush=True)
+    return failed[1] if failed[1] > 0 else 128 - failed[1]
+
+
+def _causes(workers: Sequence[Worker], first: Worker, code: int) -> list[str]:
+    """The messages of all ranks, each once: the one that caused a failure need not be the first to
+    end with it."""
+    messages = list(dict.fromkeys(filter(None, (worker.message() for worker in workers))))
+    silent = first.message() is None and (code < 0 or not messages)
+    return [first.failure(code), *messages] if silent else messages
 
 
 def _send(workers: Sequence[Worker], number: int) -> None:
     for worker in workers:
         worker.send(number)
-
-
-def _tell(message: str, told: set[str]) -> None:
-    if message not in told:
-        told.add(message)
-        print(message, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -287,11 +329,13 @@ def main() -> int:
         return 1  # the first host is gone
     job = Job(**json.loads(text))
     os.environ.update(job.environment)
-    with tempfile.TemporaryDirectory(prefix="coati-launch-") as errors, _signals() as received:
-        threading.Thread(target=_listen, args=(received,), daemon=True).start()
-        _share_cores(job.processes)
-        workers = [LocalWorker(job, rank, Path(errors)) for rank in range(job.processes)]
-        return supervise(workers, received)
+    return _run([(HERE, job)], listen=True)
+
+
+def _end_with_launcher() -> None:
+    """In a new process: SIGTERM when the launcher is gone, however it ended (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _listen(received: list[int]) -> None:

@@ -267,8 +267,14 @@ def _train(
     given = _as_flags({"pretrain": IN_MEMORY if start is not None else pretrain, **flags})
     words = words_of(given, function)
     settings = parsed(command.parse, words, function)  # all of it is checked before a run is begun
+    if settings.launch.wanted:
+        raise ValueError(
+            f"{function}: nproc and hostfile start the command's processes, and this is one of "
+            "Python's; start the script with torchrun --nproc_per_node N"
+        )
     save_dir = settings.output.save_dir
-    fresh = save_dir == command.parser().get_default("save_dir") and not settings.output.dry_run
+    chosen = flags.get("save_dir") is not None or "save_dir" in settings.flags_given
+    fresh = not chosen and not settings.output.dry_run
     if fresh:
         if settings.output.checkpoint_path == "auto":
             raise ValueError(f"{function}: checkpoint_path 'auto' looks in save_dir; name it")

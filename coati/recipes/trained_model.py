@@ -73,7 +73,9 @@ class TrainedModel:
         file = self.run_dir / "metrics.jsonl"
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A run that was killed while it wrote leaves half a line.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     @property
     def evaluation(self) -> dict[str, float]:

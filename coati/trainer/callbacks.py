@@ -65,6 +65,7 @@ class CallbackList:
                     f"instance{hint}"
                 )
         self.asked_to_stop = False  # of this rank
+        self._anywhere: bool | None = None
 
     def call(self, event: str, trainer: Any, *about: Any) -> None:
         """The method ``event`` of each callback; a :class:`StopTraining` is remembered in
@@ -78,8 +79,8 @@ class CallbackList:
 
     def stop_agreed(self) -> bool:
         """Whether a callback of any rank asked to stop. Every rank must call it."""
-        if not self.callbacks:
-            return False
         from coati.utils.distributed import any_rank  # torch: what derives from Callback needs none
 
-        return any_rank(self.asked_to_stop)
+        if self._anywhere is None:  # the ranks need not have the same
+            self._anywhere = any_rank(bool(self.callbacks))
+        return self._anywhere and any_rank(self.asked_to_stop)

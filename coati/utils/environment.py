@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
         "packages": _packages(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "cpus": _cpus(),
+        "cpus": cpus(),
         "memory_gib": _memory_gib(),
         **_accelerators(),
         "command": command_line(),
@@ -107,8 +107,8 @@ def _accelerators() -> dict[str, Any]:
     return {"devices": devices, "cuda": torch.version.cuda}
 
 
-def _cpus() -> int:
-    """Those that this process may use."""
+def cpus() -> int:
+    """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -122,6 +122,18 @@ def test_a_recipe_is_taken_by_name_from_any_folder(tmp_path, monkeypatch, capsys
     )
 
 
+def test_a_bare_word_may_name_a_recipe():
+    words = load("sft").words(["smollm2_135m_sft", "--lr", "1"])
+    assert words == ["--lr", "1", "--config", "smollm2_135m_sft"]
+
+
+@pytest.mark.parametrize("second", [["--config", "b.yaml"], ["--config=b.yaml"]])
+def test_two_configurations_are_refused(second, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", "a.yaml", *second])
+    assert stop.value.code == 2 and "two configurations are given" in capsys.readouterr().err
+
+
 def test_a_bare_word_that_stands_for_nothing_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["sft", "model"])
@@ -275,7 +287,7 @@ def test_the_comments_are_the_help():
 @pytest.mark.parametrize(
     "value",
     ["true", "no", "1e5", "a: b", "#x", "", "-", "plain/path_1.json", "ümlaut", 5e-6, 3, True, 0.1]
-    + [["a", "1"], [0.5, 2.0]],
+    + [["a", "1"], [0.5, 2.0], 0.00012345678, 100000.5, 1234567.0, 1e30, "\U0001f600 \u4f60"],
 )
 def test_values_survive_yaml(value):
     read = yaml.safe_load(f"key: {scalar(value)}")["key"]

@@ -16,6 +16,8 @@ from coati.cli.arguments import parse_sft
 from coati.cli.launch_flags import Host, LaunchSettings, check_launch, processes_of, read_hosts
 from coati.recipes import launcher
 from coati.recipes.launcher import launch, plan
+from coati.utils.environment import cpus
+from coati.utils.logging import forget_warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -64,7 +66,7 @@ def test_each_process_learns_its_rank_and_where_to_meet(tmp_path):
     assert {one["MASTER_ADDR"] for one in found} == {"127.0.0.1"}
     (port,) = {one["MASTER_PORT"] for one in found}
     assert 1024 <= int(port) < 65536
-    threads = str(max(1, os.cpu_count() // 3))
+    threads = str(max(1, cpus() // 3))
     assert {one["OMP_NUM_THREADS"] for one in found} == {threads}
 
 
@@ -98,6 +100,47 @@ time.sleep(60)
 def test_what_ended_a_process_that_said_nothing(tmp_path, capfd, body, code, said):
     assert launch(LaunchSettings(nproc=1), program(tmp_path, body)) == code
     assert capfd.readouterr().err == said
+
+
+def test_the_cause_is_said_whichever_rank_ends_first(tmp_path, capfd):
+    """A rank that leaves its message and then takes its time, and one that dies of that."""
+    body = """
+if rank == "1":
+    pathlib.Path(os.environ["COATI_ERROR_FILE"]).write_text("coati sft: error: broken")
+    (place / "written").touch()
+    time.sleep(1)
+    sys.exit(1)
+while not (place / "written").exists():
+    time.sleep(0.01)
+sys.exit(1)
+"""
+    assert launch(LaunchSettings(nproc=2), program(tmp_path, body)) == 1
+    assert capfd.readouterr().err == "coati sft: error: broken\n"
+
+
+def test_a_closed_terminal_ends_the_run_gracefully(tmp_path):
+    body = """
+signal.signal(signal.SIGTERM, graceful)
+(place / f"{rank}.ready").touch()
+time.sleep(60)
+"""
+    started = start_launcher(tmp_path, body, ["ready"])
+    started.send_signal(signal.SIGHUP)
+    assert started.wait(timeout=60) == 0
+    assert len(list(tmp_path.glob("*.SIGTERM"))) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    body = """
+signal.signal(signal.SIGTERM, graceful)
+(place / f"{rank}.ready").touch()
+time.sleep(60)
+"""
+    started = start_launcher(tmp_path, body, ["ready"])
+    started.kill()
+    started.wait(timeout=60)
+    wait_for(tmp_path, "SIGTERM")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -178,7 +221,6 @@ def ssh(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(launcher, "is_here", lambda host: host == "first")
-    monkeypatch.setattr(launcher, "__spec__", launcher.__spec__)
     return tmp_path / "hosts"
 
 
@@ -224,7 +266,7 @@ def test_a_host_that_ssh_does_not_reach(tmp_path, ssh, capfd, monkeypatch):
     monkeypatch.setattr(launcher, "GRACE_S", 0.5)
     settings = LaunchSettings(nproc=1, hostfile=hostfile(tmp_path, "first\nfar\n"))
     assert launch(settings, program(tmp_path, "time.sleep(60)")) == 255
-    assert "far: ssh failed; `ssh far true` must work without a prompt" in capfd.readouterr().err
+    assert "far: ssh could not connect, or lost" in capfd.readouterr().err
 
 
 def test_another_host_ends_its_processes_when_the_first_is_gone(tmp_path):
@@ -247,6 +289,22 @@ def test_another_host_ends_its_processes_when_the_first_is_gone(tmp_path):
     agent.stdin.close()
     assert agent.wait(timeout=60) == 0
     assert len(list(tmp_path.glob("*.SIGTERM"))) == 2
+
+
+def test_a_kernel_without_ipv6(monkeypatch):
+    def none(family, *_):
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr(launcher.socket, "socket", none)
+    assert launcher.is_here("localhost") and not launcher.is_here("127.0.0.2")
+
+
+def test_a_loopback_name_does_not_lead_several_hosts(tmp_path):
+    hosts = hostfile(tmp_path, "localhost\nsecond\n")
+    with pytest.raises(ValueError, match="begins with localhost, which is another machine on each"):
+        plan(LaunchSettings(nproc=1, hostfile=hosts), ["x"])
+    (_, job), _ = plan(LaunchSettings(nproc=1, hostfile=hosts, master_addr="10.0.0.1"), ["x"])
+    assert job.master_addr == "10.0.0.1"
 
 
 def test_this_machine_is_recognized():
@@ -314,6 +372,16 @@ def test_what_does_nothing_or_says_too_little_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not say how many processes"):
         check_launch(flags(hostfile=hostfile(tmp_path, "a\nb slots=2\n")))
     check_launch(flags(hostfile=hostfile(tmp_path, "a slots=1\nb slots=2\n")))
+    with pytest.raises(ValueError, match="--nproc auto counts the GPUs of this host"):
+        check_launch(flags(nproc="auto", hostfile=hostfile(tmp_path, "a\n")))
+
+
+def test_a_number_that_another_launcher_overrules_is_said(monkeypatch, capsys):
+    forget_warnings()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_launch(flags(nproc=8))
+    assert "--nproc 8 starts nothing: another launcher has set RANK" in capsys.readouterr().err
 
 
 def test_plugins_are_checked_against_the_processes_to_come(tmp_path, capsys, monkeypatch):

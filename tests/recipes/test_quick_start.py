@@ -178,6 +178,12 @@ def test_a_keyword_that_is_no_flag_names_the_nearest(empty_place, verb):
     assert list(empty_place.iterdir()) == []
 
 
+def test_processes_are_the_launchers(empty_place):
+    with pytest.raises(ValueError, match="start the script with torchrun"):
+        coati.sft("some/model", [TALK], nproc=2)
+    assert "nproc" not in inspect.signature(coati.sft).parameters
+
+
 def test_values_are_checked_by_the_commands_own_parser(empty_place, capsys):
     cases = {
         "argument --lr: expected a number above 0, found '-1'": {"lr": -1},

@@ -18,7 +18,7 @@ def test_versions_command_and_machine(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "sesame")
     known = environment()
     assert known["coati"] == coati.__version__
-    assert known["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert torch.__version__.startswith(known["packages"]["torch"].split("+")[0])
     assert known["command"] == "python train.py --name 'two words'"
     assert known["variables"]["NCCL_DEBUG"] == "INFO"
     assert known["cpus"] >= 1

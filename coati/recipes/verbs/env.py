@@ -1,4 +1,4 @@
-"""Print versions, devices and the plugins that work here."""
+"""Print versions, devices and the precisions of each plugin."""
 
 import json
 from typing import Any

@@ -7,6 +7,7 @@ this kind has a dozen charts and is written again at each evaluation: there its 
 
 import json
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,9 @@ def short(value: float) -> str:
 def ticks(low: float, high: float, most: int) -> list[float]:
     """At most ``most`` + 1 round numbers in [low, high]: multiples of 1, 2 or 5 times a power of
     ten."""
-    raw = (high - low) / most
+    raw = high / most - low / most
+    if not sys.float_info.min < raw < sys.float_info.max:
+        return [low, high]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(nice * power for nice in (1, 2, 5, 10) if nice * power >= raw * 0.999999)
     first = math.ceil(low / step - 1e-9)

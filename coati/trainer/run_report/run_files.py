@@ -112,9 +112,10 @@ class RunFiles:
             for name, value in row.items():
                 if isinstance(value, int | float):
                     self.metrics.setdefault(name, Series()).add(step, value)
-        self.samples += self._files[SAMPLES].read_on()
-        if len(self.samples) > 2 * MOST_SAMPLES:
-            del self.samples[MOST_SAMPLES // 2 : -MOST_SAMPLES]
+        for sample in self._files[SAMPLES].read_on():
+            self.samples.append(sample)
+            if len(self.samples) > 2 * MOST_SAMPLES:
+                del self.samples[MOST_SAMPLES // 2 : -MOST_SAMPLES]
         self.events += self._files[EVENTS].read_on()
         for name in ("arguments", "environment"):
             path = self.folder / f"{name}.json"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coati.trainer.run_report.run_files import EVENTS, RunFiles, now
+from coati.trainer.run_report.run_files import EVENTS, JsonLines, RunFiles, now
 from coati.utils.json_io import save_text
 from coati.utils.logging import get_logger, take_warnings
 
@@ -35,6 +35,8 @@ class RunRecord:
         self.settings = settings
         self.seconds: dict[str, float] = {}  # of each phase
         self._began = time.perf_counter()
+        self._written = 0.0  # when the page was
+        self._page_seconds = 0.0
         self._files: RunFiles | None = None
 
     def start(self, step: int, resumed: bool, **known: Any) -> None:
@@ -45,13 +47,11 @@ class RunRecord:
 
     def _start(self, folder: Path, step: int, resumed: bool, known: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        old = RunFiles(folder)
-        old.read_on()
         # Warnings from after the checkpoint belong to steps that are taken again.
         kept = [
             event
-            for event in old.events
-            if resumed and (event.get("event") != "warning" or event.get("step", 0) <= step)
+            for event in JsonLines(folder / EVENTS).read_on()
+            if resumed and (event.get("event") != "warning" or (event.get("step") or 0) <= step)
         ]
         lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in kept]
         save_text("".join(lines), folder / EVENTS)
@@ -78,7 +78,9 @@ class RunRecord:
 
     def update(self, step: int) -> None:
         """Write the page as things stand at ``step``."""
-        self._guarded(lambda: self._update(step))
+        # Pages grow with the run: they may take a hundredth of its time.
+        if time.perf_counter() - self._written > 100 * self._page_seconds:
+            self._guarded(lambda: self._update(step))
 
     def end(self, how: str, step: int, text: str = "") -> None:
         """``how``: "finished", "stopped" or "failed"; ``text``: why."""
@@ -100,6 +102,7 @@ class RunRecord:
             return
         from coati.trainer.run_report.run_page import run_page
 
+        began = time.perf_counter()
         with self.timed("this report"):
             for text in take_warnings():
                 self._add("warning", step, text=text)
@@ -108,6 +111,8 @@ class RunRecord:
             self._add("times", step, seconds=seconds, elapsed=round(elapsed, 3))
             self._files.read_on()
             save_text(run_page(self._files, live=True), self._files.folder / PAGE)
+        self._written = time.perf_counter()
+        self._page_seconds = self._written - began
 
     def _guarded(self, write: Callable[[], None]) -> None:
         if self.folder is None:

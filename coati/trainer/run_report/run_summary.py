@@ -124,7 +124,7 @@ def status_of(run: RunFiles, live: bool = False) -> Status:
             "unknown", "no end recorded", "a run of an earlier release: it may have ended"
         )
     last = told[-1]
-    step = f"{last.get('step', 0):,}"
+    step = f"{last.get('step') or 0:,}"
     kind = KINDS[last["event"]]
     reason = str(last.get("text", ""))
     if kind != "running":

@@ -85,11 +85,9 @@ def scalar(value: Any) -> str:
     text = str(value)
     plain = text.replace("/", "").replace("_", "").replace("-", "").replace(".", "")
     known = text.lower() in ("null", "true", "false", "yes", "no", "on", "off")
-    return (
-        text
-        if plain.isalpha() and text.isascii() and not known
-        else json.dumps(text, ensure_ascii=False)
-    )
+    if plain.isalpha() and text.isascii() and not known:
+        return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 def schema_of(parser: Parser) -> dict[str, Any]:

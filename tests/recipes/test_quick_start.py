@@ -225,7 +225,7 @@ def test_what_the_functions_refuse_themselves(empty_place):
 
 def test_help_and_completion_know_the_flags():
     parameters = inspect.signature(coati.sft).parameters
-    flags = {action.dest for action in sft_parser().documented()} - {"help"}
+    flags = {action.dest for action in sft_parser().documented()} - {"help", *LAUNCH}
     assert flags <= set(parameters)
     assert parameters["lr"].default == 5e-6 and parameters["dataset"].default is inspect._empty
     assert "    warmup_steps: optimizer steps of linear warmup" in inspect.getdoc(coati.sft)

@@ -115,12 +115,18 @@ class RunFiles:
         for sample in self._files[SAMPLES].read_on():
             self.samples.append(sample)
             if len(self.samples) > 2 * MOST_SAMPLES:
-                del self.samples[MOST_SAMPLES // 2 : -MOST_SAMPLES]
+                self._drop_samples()
+        if len(self.samples) > MOST_SAMPLES + MOST_SAMPLES // 2:
+            self._drop_samples()
         self.events += self._files[EVENTS].read_on()
         for name in ("arguments", "environment"):
             path = self.folder / f"{name}.json"
             if path.is_file():
                 setattr(self, name, _mapping(path))
+
+    def _drop_samples(self) -> None:
+        """Keep the first and the last."""
+        del self.samples[MOST_SAMPLES // 2 : -MOST_SAMPLES]
 
     def points(self) -> int:
         """How many values of metrics there are."""

@@ -18,6 +18,7 @@ from coati.utils.logging import get_logger, take_warnings
 logger = get_logger(__name__)
 
 PAGE = "report.html"
+QUICK_S = 0.5  # a page that takes less is always written
 
 
 class RunRecord:
@@ -78,9 +79,10 @@ class RunRecord:
 
     def update(self, step: int) -> None:
         """Write the page as things stand at ``step``."""
-        # Pages grow with the run: they may take a hundredth of its time.
-        if time.perf_counter() - self._written > 100 * self._page_seconds:
-            self._guarded(lambda: self._update(step))
+        # Pages grow with the run: those of long ones may take a hundredth of its time.
+        since = time.perf_counter() - self._written
+        worth = self._page_seconds < QUICK_S or since > 100 * self._page_seconds
+        self._guarded(lambda: self._update(step) if worth else self._collect(step))
 
     def end(self, how: str, step: int, text: str = "") -> None:
         """``how``: "finished", "stopped" or "failed"; ``text``: why."""
@@ -104,8 +106,7 @@ class RunRecord:
 
         began = time.perf_counter()
         with self.timed("this report"):
-            for text in take_warnings():
-                self._add("warning", step, text=text)
+            self._collect(step)
             elapsed = time.perf_counter() - self._began
             seconds = {name: round(value, 3) for name, value in self.seconds.items()}
             self._add("times", step, seconds=seconds, elapsed=round(elapsed, 3))
@@ -113,6 +114,10 @@ class RunRecord:
             save_text(run_page(self._files, live=True), self._files.folder / PAGE)
         self._written = time.perf_counter()
         self._page_seconds = self._written - began
+
+    def _collect(self, step: int) -> None:
+        for text in take_warnings():
+            self._add("warning", step, text=text)
 
     def _guarded(self, write: Callable[[], None]) -> None:
         if self.folder is None:

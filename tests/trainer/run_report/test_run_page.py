@@ -90,7 +90,7 @@ def test_warnings_stand_first_and_once(told):
     again = event("warning", 20, text="warning: the loss is still ln 2")
     text = told(events=[STARTED, warning, again])
     assert "Worth a second look step 10: the loss is still ln 2 Curves" in text
-    assert "No diagnostic had anything to say." in told()
+    assert "No warnings." in told()
 
 
 def test_samples_before_and_after_stand_side_by_side(told):

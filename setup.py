@@ -92,6 +92,7 @@ setup(
     package_data={
         "": ["*.jinja", "*.html"],
         "coati.cli": ["schemas/*.json"],
+        "coati.parallel.footprint": ["shapes/*.json"],
         "coati.config": ["lora_config.json", "hostfile.example"],
         "coati.config.conversation_template": ["*.json"],
         "coati.examples.recipes": ["**/*.yaml", "**/*.md"],

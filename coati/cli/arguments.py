@@ -347,7 +347,7 @@ def add_output_flags(
     add_switch(
         group,
         "--dry_run",
-        help="check everything, print rows, steps, tokens, memory and flags, take one step, save "
+        help="check everything, print rows, steps, tokens, memory and flags, take two steps, save "
         "and reload a checkpoint, and exit",
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from coati.cli.launch_flags import check_launch, processes_of
 from coati.cli.parser import OlderFlags, Parser
+from coati.cli.settings import TrainingSettings
 from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
 from coati.parallel.plugins import HYBRID
@@ -49,7 +50,6 @@ def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
         raise ValueError(
             "--dataset is missing: prepared arrow directories (coati prepare) or a raw json file"
         )
-    check_models(args, "pretrain", "tokenizer_dir")
     check_paths(args)
     check_mixture(args, args.dataset)
     check_lora(args)
@@ -87,13 +87,12 @@ def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_datas
         raise ValueError("--checkpoint_weights_only does nothing without --checkpoint_path")
 
 
-def check_models(args: Namespace, *flags: str) -> None:
-    """A model is a directory that is there, or may be the name of one on the hub."""
-    for flag in flags:
-        path = getattr(args, flag, None)
-        if path is None or "/" not in path or Path(path).exists():
-            continue
-        if not _may_be_hub_name(path):
+def check_models(settings: TrainingSettings) -> None:
+    """A model is a directory that is there, or may be the name of one on the hub; said before
+    anything is loaded."""
+    for flag in ("pretrain", "tokenizer_dir", "rm_pretrain", "critic_pretrain"):
+        path = settings.flags.get(flag)
+        if path and "/" in path and not Path(path).exists() and not _may_be_hub_name(path):
             raise ValueError(
                 f"--{flag} {path}: there is no such directory; name a Hugging Face directory, or a "
                 "model of the hub (owner/name)"

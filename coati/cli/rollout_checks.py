@@ -8,7 +8,6 @@ from pathlib import Path
 from coati.cli.checks import (
     check_lora,
     check_mixture,
-    check_models,
     check_parallel,
     check_paths,
     read_json,
@@ -52,7 +51,6 @@ def check_rollouts(args: Namespace) -> None:
             "--prompt_dataset is missing: prepared arrow directories (coati prepare --type "
             "prompt) or a raw file"
         )
-    check_models(args, "pretrain", "tokenizer_dir", "rm_pretrain", "critic_pretrain")
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
     check_mixture(args, args.prompt_dataset)
     check_lora(args)

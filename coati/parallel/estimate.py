@@ -1,8 +1,21 @@
-"""What training needs in memory before activations, per process."""
+"""What training needs in memory per process, in words: the estimate of coati.parallel.footprint,
+or, for a model without a formula, what can be counted before activations."""
 
 from coati.parallel.engine import Engine
+from coati.parallel.footprint.training_memory import Estimate
 from coati.parallel.plugins import PLUGINS
 from coati.utils.memory import in_units
+
+
+def describe_estimate(estimate: Estimate) -> str:
+    """One line: the peak, its parts from the largest down, and the moment of a step it is at."""
+    parts = sorted(estimate.parts.items(), key=lambda part: -part[1])
+    named = ", ".join(f"{name} {in_units(size)}" for name, size in parts if size >= 2**18)
+    host = f"; {in_units(estimate.host)} in host memory besides" if estimate.host else ""
+    return (
+        f"memory per process, estimated: {in_units(estimate.peak)} = {named} (at its peak, "
+        f"{estimate.moment}){host}"
+    )
 
 
 def estimate_memory(engine: Engine) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+from coati.cli.checks import check_models
 from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
@@ -64,6 +65,8 @@ def run(
             verb.words(given), prog=prog, **({} if older is None else {"older": older})
         )
     try:
+        if verb.processes:
+            check_models(settings)
         if verb.processes and settings.launch.wanted:
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
         verb.function()(settings)

@@ -1,4 +1,4 @@
-"""``--dry_run``: one real step, a checkpoint saved and loaded again, nothing kept."""
+"""``--dry_run``: two real steps, a checkpoint saved and loaded again, nothing kept."""
 
 import shlex
 import shutil
@@ -18,7 +18,7 @@ from coati.parallel.checkpoint import (
     save_checkpoint,
     save_models,
 )
-from coati.parallel.estimate import estimate_memory
+from coati.recipes.memory_plan import measured_memory, memory_lines
 from coati.recipes.run import Run
 from coati.trainer import OLTrainer, SLTrainer
 from coati.utils.distributed import barrier, broadcast_object, is_rank_0
@@ -43,32 +43,36 @@ SHOWN = (
 def dry_run(
     run: Run[SLSettings], trainer: SLTrainer, loader: Any, load: Callable[..., Any] | None = None
 ) -> None:
-    """One optimizer step, saved beside ``--save_dir`` under a temporary name and loaded again by
-    ``load`` (by default as a language model); prints what the run would be."""
+    """Two optimizer steps, so that the second has the optimizer states of the first; saved beside
+    ``--save_dir`` under a temporary name and loaded again by ``load`` (by default as a language
+    model). Prints what the run would be."""
     logger.info(_describe(run, trainer, loader))
-    step = trainer.engine.train_step(next(iter(loader.global_batches(0))), trainer.objective)
+    first = list(next(iter(loader.global_batches(0))))
+    step, _ = (trainer.engine.train_step(first, trainer.objective) for _ in range(2))
+    peaks = peak_memory_of_ranks()
     with place_beside(run.settings.output.save_dir) as place:
-        folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=1))
+        folder = save_checkpoint(place, trainer.engine, trainer.assets, RunningState(step=2))
         size = sum(read_checkpoint(folder).files.values())
         if is_rank_0():
             (load or load_causal_lm)(folder / "modeling")
     logger.info(
-        f"dry run: one step taken (loss {step.loss:.4f}, "
-        f"{describe_memory(peak_memory_of_ranks())}), a checkpoint of "
-        f"{in_units(size)} saved and loaded again. Nothing was kept."
+        f"{measured_memory(run, peaks)}\n"
+        f"dry run: two steps taken (loss {step.loss:.4f} at first, {describe_memory(peaks)}), a "
+        f"checkpoint of {in_units(size)} saved and loaded again. Nothing was kept."
     )
 
 
 def rl_dry_run(run: Run[OnlineSettings], trainer: OLTrainer, prompts: Any, ptx: Any = None) -> None:
-    """One collect phase and one optimizer step, saved beside ``--save_dir`` under a temporary name
+    """One collect phase and two optimizer steps, saved beside ``--save_dir`` under a temporary name
     and loaded again; prints what the run would be. Every rank must call it."""
     logger.info(_describe_rl(run, trainer, prompts, ptx))
     metrics = trainer.rehearse(prompts, ptx)
+    peaks = peak_memory_of_ranks()
     with place_beside(run.settings.output.save_dir) as place:
         models = {
             name: (engine, trainer.model_assets[name]) for name, engine in trainer.models.items()
         }
-        folder = save_models(place, models, RunningState(step=1), trainer.buffer.state_dict())
+        folder = save_models(place, models, RunningState(step=2), trainer.buffer.state_dict())
         size = sum(read_checkpoint(folder).files.values())
         if is_rank_0():
             for name in models:
@@ -77,8 +81,9 @@ def rl_dry_run(run: Run[OnlineSettings], trainer: OLTrainer, prompts: Any, ptx: 
     seconds = sum(metrics[f"seconds_{phase}"] for phase in ("rollout", "scoring", "update"))
     hours = seconds * run.settings.rollout.num_episodes / 3600
     logger.info(
-        f"dry run: one episode's responses and one update ({shown}; "
-        f"{describe_memory(peak_memory_of_ranks())}), a checkpoint of {in_units(size)} saved and "
+        f"{measured_memory(run, peaks)}\n"
+        f"dry run: one episode's responses and two updates ({shown}; "
+        f"{describe_memory(peaks)}), a checkpoint of {in_units(size)} saved and "
         "loaded again. Nothing was kept.\n"
         f"an episode would take about {seconds:.3g} s, the run {hours:.2g} h"
     )
@@ -111,7 +116,7 @@ def _describe(run: Run[SLSettings], trainer: SLTrainer, loader: Any) -> str:
         f"rows {len(loader.lengths)}, tokens {int(loader.lengths.sum())} (longest row "
         f"{int(loader.lengths.max())}), {loader.rows_per_step} {entries} a step",
         f"steps {steps} ({len(loader)} an epoch, {epochs} epochs)",
-        estimate_memory(trainer.engine),
+        *memory_lines(run, {"actor": trainer.engine}, int(loader.lengths.max())),
         *given(run.flags),
     )
 
@@ -132,7 +137,7 @@ def _describe_rl(run: Run[OnlineSettings], trainer: OLTrainer, prompts: Any, ptx
         f"optimizer steps {episodes.total_steps} ({episodes.num_update_steps} passes x "
         f"{episodes.steps_per_pass} global batches an episode), each of {responses} responses",
         *([sft] if sft else []),
-        *(f"{name}: {estimate_memory(engine)}" for name, engine in trainer.models.items()),
+        *memory_lines(run, trainer.models, int(prompts.lengths.max())),
         *given(run.flags),
     )
 

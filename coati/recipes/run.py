@@ -19,6 +19,7 @@ from coati.recipes.prepared import is_raw
 from coati.recipes.resume import Resume, find_resume, record_arguments
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
+from coati.utils.memory import resident_mb
 
 logger = get_logger(__name__)
 
@@ -32,6 +33,7 @@ class Run(Generic[S_co]):
 
     ``options``: the parallel settings with every default resolved. ``template``: None where the
     tokenizer has none and the data do not say theirs. ``extras``: objects of a Python caller.
+    ``resident_before``: MiB of the process before anything of the run was loaded.
     """
 
     settings: S_co
@@ -40,6 +42,7 @@ class Run(Generic[S_co]):
     tokenizer: Any
     template: Conversation | None
     extras: Extras = NO_EXTRAS
+    resident_before: float = 0.0
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -78,7 +81,9 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     """
     options = join_processes(settings)
     resume = find_resume(settings.output)
-    run = Run(settings, options, resume, *_tokenizer_and_template(settings), extras)
+    before = resident_mb()
+    tokenizer, template = _tokenizer_and_template(settings)
+    run = Run(settings, options, resume, tokenizer, template, extras, before)
     record_arguments(settings.output, run.flags, settings.flags_given)
     return run
 

@@ -209,8 +209,9 @@ class OLTrainer:
             self.log.close()
 
     def rehearse(self, prompts: Any, ptx: Any = None) -> dict[str, float]:
-        """The first collect phase and one optimizer step, of which nothing is logged or saved; what
-        an episode would log. Every rank must call it."""
+        """The first collect phase and two optimizer steps, the second with the optimizer states of
+        the first; nothing is logged or saved. What an episode would log. Every rank must call
+        it."""
         bar = ProgressBar(1, 0, self.name, unit="episode")
         never = GracefulStop()
         try:
@@ -218,8 +219,10 @@ class OLTrainer:
             batches = self.buffer.global_batches(
                 self.episodes.steps_per_pass, seed=self.episodes.seed, episode=self.episode
             )
-            self.policy_objective.first_pass = True
-            self._step(next(batches), ptx, never)
+            first = next(batches)
+            for micro_batches in (first, next(batches, first)):
+                self.policy_objective.first_pass = micro_batches is first
+                self._step(micro_batches, ptx, never)
         finally:
             bar.close()
         return self._metrics()

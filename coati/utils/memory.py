@@ -2,23 +2,33 @@
 
 import resource
 import sys
-
-import torch
-
-from coati.utils.distributed import all_gather_object
+from pathlib import Path
 
 
 def peak_memory_mb() -> float:
     """MiB: the most that PyTorch has held on this process's GPU, or, without one, that the process
     has had resident."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def resident_mb() -> float:
+    """MiB that the process has resident now; 0 where the system does not say (/proc)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * resource.getpagesize() / 2**20
+
+
 def peak_memory_of_ranks() -> list[float]:
     """:func:`peak_memory_mb` of every rank."""
+    from coati.utils.distributed import all_gather_object
+
     return all_gather_object(peak_memory_mb())
 
 

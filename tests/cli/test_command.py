@@ -210,14 +210,20 @@ def test_a_rank_repeats_nothing_of_what_the_launcher_said_about_flags(
         (["--learning_rate", "1"], "unknown flag --learning_rate; the nearest known one is --lr"),
         (["--learing_rate", "1"], "the nearest known one is --lr"),
         (["--model_name_or_path", "m"], "the nearest known one is --pretrain"),
-        (["--pretrain", "./nowhere"], "--pretrain ./nowhere: there is no such directory"),
-        (["--pretrain", "a/b/c"], "--pretrain a/b/c: there is no such directory"),
     ],
 )
-def test_names_of_other_systems_and_models_that_are_not_there(words, said, data, capsys):
+def test_names_of_other_systems_are_known(words, said, data, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["sft", "--pretrain", "m", "--dataset", data["dataset"], *words])
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "a/b/c"])
+def test_a_model_that_is_not_there_is_said_before_anything_is_loaded(path, data, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", "--pretrain", path, "--dataset", data["dataset"], "--nproc", "2"])
+    assert stop.value.code == 1
+    assert f"--pretrain {path}: there is no such directory" in capsys.readouterr().err
 
 
 # ---- YAML files

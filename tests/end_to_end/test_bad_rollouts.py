@@ -184,8 +184,9 @@ def test_a_dry_run_says_what_the_run_would_be_and_keeps_nothing(rehearsed):
         "episodes 30, each of 2 prompts x 4 responses" in grpo
         and "optimizer steps 60 (2 passes x 1 global batches" in grpo
     )
-    for name in ("actor", "critic"):
-        assert f"{name}: memory per process before activations" in ppo
+    for each in (ppo, grpo):
+        assert "memory per process, estimated: " in each and "optimizer " in each
+        assert "memory per process, measured: " in each
     assert (
         "SFT rows " in ppo
         and "value_loss" in ppo

@@ -369,11 +369,12 @@ def test_the_report_of_a_run_that_fails_says_so(tmp_path):
     assert "could not be written" not in (tmp_path / "events.jsonl").read_text()
 
 
-def test_a_rehearsal_is_one_episode_and_one_step(tmp_path):
+def test_a_rehearsal_is_one_episode_and_two_steps(tmp_path):
     made = trainer(schedule=RunSchedule(str(tmp_path)))
     metrics = made.rehearse(loader())
-    assert len(made.maker.calls) == 2 and len(made.engine.steps) == 1 and made.engine.steps[0][2]
-    assert metrics["policy_loss"] == 0.1 and not list(tmp_path.iterdir())
+    assert len(made.maker.calls) == 2 and len(made.engine.steps) == 2
+    assert [step[2] for step in made.engine.steps] == [True, False]
+    assert metrics["policy_loss"] == pytest.approx(0.15) and not list(tmp_path.iterdir())
 
 
 def test_a_kl_target_moves_the_coefficient_in_the_loss_too():

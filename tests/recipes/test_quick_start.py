@@ -8,6 +8,7 @@ import pytest
 
 import coati
 from coati.cli.arguments import sft_parser
+from coati.recipes.keyword_flags import LAUNCH
 from tests.distributed.spawn import run
 from tests.end_to_end.inputs import short_lines, weights, write_model
 from tests.end_to_end.worker import Run

@@ -4,7 +4,8 @@ docs/flags.md and docs/flags/ are written whole, from the parsers, and listed in
 docs/llms.txt; the plugin tables of docs/plugins.md, from PLUGINS and the checks; the tree of
 docs/architecture.md, from the modules' first sentences; the reasons of docs/data.md, from
 row_errors.py; the schemas of coati/cli/schemas, from the parsers; the table of
-examples/recipes/README.md, from the recipes.
+examples/recipes/README.md, from the recipes; the memory table of docs/resources.md, from the
+built-in models, and what each recipe takes.
 
 python -m tools.write_docs            write them
 python -m tools.write_docs --check    exit with code 1 when one of them is not current
@@ -19,11 +20,13 @@ from pathlib import Path
 
 from coati.cli.config_file import SCHEMAS, schema_of
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED_REASONS, REASONS
+from coati.parallel.footprint.fitting import memory_table
 from coati.parallel.plugin_checks import check_options, resolve_options
 from coati.parallel.plugins import PLUGINS, PRECISIONS, ParallelOptions
 from coati.recipes.command import load, names
+from coati.recipes.verbs.fit import markdown
 from tools.flag_pages import DOCS, ROOT, flag_pages, llms_lines, nav_lines, strategy_table
-from tools.recipe_pages import recipe_table
+from tools.recipe_pages import current_recipes, recipe_table
 
 # As imports point: lower packages first.
 FLOORS = (
@@ -122,7 +125,13 @@ def reason_tables() -> str:
     return "\n".join(lines[:-1])
 
 
+def memory_part() -> str:
+    """What the built-in models take for each method."""
+    return markdown(memory_table())
+
+
 PARTS = {
+    "docs/resources.md": {"memory": memory_part},
     "docs/plugins.md": {"plugins": plugin_tables, "strategies": strategy_table},
     "docs/architecture.md": {"tree": tree},
     "docs/data.md": {"reasons": reason_tables},
@@ -141,7 +150,7 @@ def pages() -> dict[Path, str]:
         for part, write in parts.items():
             text = _with_part(path, text, part, write())
         made[path] = text
-    return made | schemas()
+    return made | schemas() | current_recipes()
 
 
 def schemas() -> dict[Path, str]:

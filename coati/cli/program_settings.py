@@ -123,6 +123,20 @@ class PromptSampleSettings:
 
 
 @dataclass(frozen=True)
+class FitSettings:
+    """``coati fit``. ``memory``: bytes of one GPU; with ``table`` neither it nor ``model`` is
+    needed."""
+
+    model: str | None
+    memory: float | None
+    gpus: int
+    method: str
+    max_length: int
+    lora_rank: int
+    table: bool
+
+
+@dataclass(frozen=True)
 class QuantizeSettings:
     """``coati quantize``."""
 

@@ -12,6 +12,7 @@ import pytest
 
 from coati.cli.config_file import SCHEMAS
 from coati.cli.parser import FlagError, errors_raised
+from coati.parallel.footprint.fitting import RESERVED
 from coati.parallel.plugin_checks import check_options
 from coati.recipes.command import load
 from coati.utils.resources import templates
@@ -21,7 +22,13 @@ from tests.end_to_end.online_inputs import NEW, PROMPTS
 from tests.end_to_end.worker import Run
 from tests.models_table.families import BY_TYPE, tiny_model
 from tests.tiny import tiny_tokenizer
-from tools.recipe_pages import RECIPES, read_recipe, recipe_table, with_memory
+from tools.recipe_pages import (
+    RECIPES,
+    memory_of,
+    read_recipe,
+    recipe_table,
+    with_memory,
+)
 
 ALL = {path.stem: read_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))}
 # Beginnings of hub names -> model_type in docs/models.md
@@ -125,6 +132,16 @@ def test_processes_that_its_flags_do_not_divide_are_refused(alone):
     recipe = ALL["qwen3_8b_grpo"]
     with pytest.raises(FlagError, match="7 processes cannot be divided by --tp 2"):
         parsed(recipe.verb, str(recipe.path), "--nproc", "7")
+
+
+@named
+def test_a_recipe_fits_its_hardware(name):
+    recipe = ALL[name]
+    size = re.search(r"GPUs? of (\d+) GB$", recipe.hardware)
+    assert size, recipe.hardware
+    guess = memory_of(recipe)
+    assert guess.peak + RESERVED <= int(size[1]) * 10**9
+    assert recipe.memory.startswith(f"{guess.peak / 2**30:.1f} GiB")
 
 
 @named

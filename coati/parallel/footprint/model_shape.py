@@ -1,6 +1,7 @@
 """The numbers of a model's configuration that memory depends on, and the built-in configurations
 of well-known models."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -223,16 +224,22 @@ def built_in() -> dict[str, str]:
     return {name: name for name in names} | {name.split("/")[1]: name for name in names}
 
 
+def _plain(name: str) -> str:
+    """Without what trained variants of one shape add to its name."""
+    return re.sub(r"-(base|instruct|it|pt)$", "", name.lower())
+
+
 def load_shape(model: str) -> ModelShape:
-    """The shape of a directory with ``config.json``, or of a built-in name.
+    """The shape of a directory with ``config.json``, or of a built-in name, whose "-Base" and
+    "-Instruct" have the same.
 
     Raises ValueError for neither, naming those that are built in.
     """
     file = Path(model) / "config.json"
     if file.is_file():
         return ModelShape.of(load_json(file))
-    names = {name.lower(): full for name, full in built_in().items()}
-    if (full := names.get(model.lower())) is None:
+    names = {_plain(name): full for name, full in built_in().items()}
+    if (full := names.get(_plain(model))) is None:
         known = ", ".join(sorted(set(built_in().values()), key=str.lower))
         raise ValueError(
             f"{model}: expected a directory with config.json or one of {known}; found neither"

@@ -131,6 +131,7 @@ def memory_part() -> str:
 
 
 PARTS = {
+    "README.md": {"memory": memory_part},
     "docs/resources.md": {"memory": memory_part},
     "docs/plugins.md": {"plugins": plugin_tables, "strategies": strategy_table},
     "docs/architecture.md": {"tree": tree},

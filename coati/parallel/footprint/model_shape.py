@@ -229,6 +229,11 @@ def _plain(name: str) -> str:
     return re.sub(r"-(base|instruct|it|pt)$", "", name.lower())
 
 
+def built_in_name(model: str) -> str | None:
+    """The hub name of the built-in configuration of ``model``; None where there is none."""
+    return {_plain(name): full for name, full in built_in().items()}.get(_plain(model))
+
+
 def load_shape(model: str) -> ModelShape:
     """The shape of a directory with ``config.json``, or of a built-in name, whose "-Base" and
     "-Instruct" have the same.
@@ -238,8 +243,7 @@ def load_shape(model: str) -> ModelShape:
     file = Path(model) / "config.json"
     if file.is_file():
         return ModelShape.of(load_json(file))
-    names = {_plain(name): full for name, full in built_in().items()}
-    if (full := names.get(_plain(model))) is None:
+    if (full := built_in_name(model)) is None:
         known = ", ".join(sorted(set(built_in().values()), key=str.lower))
         raise ValueError(
             f"{model}: expected a directory with config.json or one of {known}; found neither"

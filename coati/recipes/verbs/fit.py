@@ -1,5 +1,7 @@
 """Say which settings train a model in the memory of a GPU."""
 
+from pathlib import Path
+
 from coati.cli.fit import fit_parser, parse_fit
 from coati.cli.program_settings import FitSettings
 from coati.cli.verb import Verb
@@ -11,7 +13,7 @@ from coati.parallel.footprint.fitting import (
     memory_table,
     settings_that_fit,
 )
-from coati.parallel.footprint.model_shape import ModelShape, load_shape
+from coati.parallel.footprint.model_shape import ModelShape, built_in_name, load_shape
 from coati.utils.memory import in_units
 
 VERB = Verb("machine", fit_parser, parse_fit, "coati.recipes.verbs.fit:main", subject="--model")
@@ -83,10 +85,13 @@ def _row(fit: Fit) -> list[str]:
 
 
 def command(settings: FitSettings, fit: Fit) -> str:
-    """The line to paste."""
+    """The line to paste, with the name of a model as a loader takes it."""
+    model = settings.model or ""
+    short = "/" not in model and not Path(model).exists()
+    pretrain = (built_in_name(model) if short else None) or model
     verb = VERBS.get(settings.method, settings.method)
     data = DATA.get(verb, "--dataset DATA")
-    return f"coati {verb} --pretrain {settings.model} {data} {' '.join(flags_of(fit))}"
+    return f"coati {verb} --pretrain {pretrain} {data} {' '.join(flags_of(fit))}"
 
 
 def _what_helps(shape: ModelShape, settings: FitSettings) -> str:

@@ -46,7 +46,7 @@ def test_24_gb_train_adapters_of_8b(capsys):
     assert "Qwen3-8B: 8,190,735,360 parameters, sft, rows of 2048 tokens" in text
     (row,) = [line for line in text.splitlines() if line.startswith("LoRA 16")]
     assert [cell.strip() for cell in row.split("|")][1:5] == ["zero2", "bf16", "yes", "4"]
-    assert text.splitlines()[-1].startswith("coati sft --pretrain Qwen3-8B --dataset DATA --plugin")
+    assert text.splitlines()[-1].startswith("coati sft --pretrain Qwen/Qwen3-8B --dataset DATA ")
 
 
 def test_the_largest_batch_is_the_last_that_fits():

@@ -118,6 +118,7 @@ def _generated_by_transformers(folder: str) -> str:
         return_tensors="pt",
         return_dict=True,
     )
+    ids.pop("token_type_ids", None)  # of transformers 4, whose generate refuses them
     new = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True)
 

@@ -60,7 +60,7 @@ def run(
     verb = load(name)
     prog = prog or Path(sys.argv[0]).name
     given = list(sys.argv[1:] if argv is None else argv)
-    with _said_by_launcher():
+    with _quiet_if_launched():
         settings = verb.parse(
             verb.words(given), prog=prog, **({} if older is None else {"older": older})
         )
@@ -81,7 +81,7 @@ def run(
 
 
 @contextmanager
-def _said_by_launcher() -> Iterator[None]:
+def _quiet_if_launched() -> Iterator[None]:
     """Holds back what is said about flags where the launcher, which read them first, has said
     it."""
     root = logging.getLogger(PROGRAM)

@@ -157,7 +157,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     failure = None
     there = (folder / "preparation.json").exists()
     if there:
-        _say_again(path, folder)
+        _repeat_report(path, folder)
     if not there and os.environ.get("LOCAL_RANK", "0") == "0":
         logger.info(
             f"{path} holds raw conversations: preparing them into {folder} (coati prepare "
@@ -186,7 +186,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     return str(folder)
 
 
-def _say_again(path: str, folder: Path) -> None:
+def _repeat_report(path: str, folder: Path) -> None:
     """What was said when the rows of ``path`` were prepared."""
     report = (preparation_of(str(folder)) or {}).get("report")
     if report is None:  # of a release that did not keep it

@@ -8,6 +8,7 @@ from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
+from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.plugins import PLUGINS, PRECISIONS, SP_MODES
 
@@ -118,6 +119,7 @@ def add_data_flags(parser: Parser) -> None:
         metavar="PATH",
         help="evaluation data, in the same forms",
     )
+    add_eval_ratio_flag(group, "--dataset", "--eval_dataset")
     add_template_flag(group)
     add_count(
         group,
@@ -216,9 +218,10 @@ def add_optimization_flags(parser: Parser) -> None:
         "--warmup_steps",
         unit="STEPS",
         least=0,
-        help="optimizer steps of linear warmup, before cosine decay to a tenth of --lr; default: "
+        help="optimizer steps of linear warmup, before the shape of --lr_scheduler; default: "
         "2.5%% of all",
     )
+    _add_schedule_flags(group)
     add_number(
         group, "--weight_decay", default=0.1, unit="RATE", help="decoupled weight decay (AdamW)"
     )
@@ -240,6 +243,33 @@ def add_optimization_flags(parser: Parser) -> None:
     )
     add_count(group, "--accumulation_steps", default=8, help="micro-batches per optimizer step")
     add_count(group, "--seed", default=42, least=0, help="random seed")
+
+
+def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    shapes = "; ".join(f"{name}: {about}" for name, about in SCHEDULES.items())
+    group.add_argument(
+        "--lr_scheduler",
+        choices=tuple(SCHEDULES),
+        default=DEFAULT,
+        help=f"learning rate after the warmup. {shapes}",
+    )
+    add_number(
+        group,
+        "--lr_min_ratio",
+        default=FLOOR,
+        unit="R",
+        most=1,
+        help="share of --lr that a decaying schedule ends with",
+    )
+    add_number(
+        group,
+        "--decay_ratio",
+        default=DECAY,
+        unit="R",
+        exclusive=True,
+        most=1,
+        help="--lr_scheduler wsd: share of all steps over which the rate decays, at the end",
+    )
 
 
 def add_epoch_flags(parser: Parser) -> None:
@@ -335,6 +365,7 @@ def add_output_flags(
         help="keep the best model by this evaluation metric (loss, accuracy, reward, ...) in "
         "DIR/best",
     )
+    add_stopping_flags(group)
     add_count(
         group,
         "--keep_last_k",
@@ -349,6 +380,36 @@ def add_output_flags(
         "--dry_run",
         help="check everything, print rows, steps, tokens, memory and flags, take two steps, save "
         "and reload a checkpoint, and exit",
+    )
+
+
+def add_stopping_flags(group: argparse._ArgumentGroup) -> None:
+    add_count(
+        group,
+        "--early_stopping_patience",
+        unit="N",
+        help="end the run, and save its model, when --metric_for_best (default: the loss, with "
+        "rollouts the reward) has not improved in N evaluations; default: never",
+    )
+    add_number(
+        group,
+        "--early_stopping_threshold",
+        default=0.0,
+        unit="D",
+        help="--early_stopping_patience: smaller changes are no improvement",
+    )
+
+
+def add_eval_ratio_flag(group: argparse._ArgumentGroup, rows: str, other: str) -> None:
+    """``rows``: the flag of the rows that are split; ``other``: the one of evaluation rows."""
+    add_number(
+        group,
+        "--eval_ratio",
+        unit="R",
+        exclusive=True,
+        most=0.5,
+        help=f"evaluate on this share of {rows}, drawn by --seed, and train on the rest; rows of "
+        f"one prompt stay together. Not with {other}",
     )
 
 

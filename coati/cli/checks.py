@@ -9,6 +9,7 @@ from typing import Any
 from coati.cli.launch_flags import check_launch, processes_of
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import TrainingSettings
+from coati.parallel.lr_schedule import DECAY, DECAYING, FLOOR
 from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
 from coati.parallel.plugins import HYBRID
@@ -169,11 +170,45 @@ def check_lora(args: Namespace) -> None:
 def check_pointless(args: Namespace) -> None:
     """A flag that would have no effect is a mistake somewhere else."""
     for flag in ("eval_interval", "eval_batch_size"):
-        if getattr(args, flag) is not None and not args.eval_dataset:
-            raise ValueError(f"--{flag} does nothing without --eval_dataset")
-    own_split = any(not Path(path).is_file() for path in args.dataset)
-    if args.metric_for_best is not None and not args.eval_dataset and not own_split:
-        raise ValueError("--metric_for_best does nothing without --eval_dataset")
+        if getattr(args, flag) is not None and not (args.eval_dataset or args.eval_ratio):
+            raise ValueError(f"--{flag} does nothing without --eval_dataset or --eval_ratio")
+    check_evaluation(args, "dataset", "eval_dataset", ("metric_for_best",))
+    check_schedule(args)
+
+
+def check_evaluation(args: Namespace, rows: str, held_out: str, flags: tuple[str, ...]) -> None:
+    """Refuse two kinds of evaluation rows, and ``flags`` and early stopping without any. ``rows``
+    and ``held_out``: the flags that name rows."""
+    given = getattr(args, held_out)
+    if given and args.eval_ratio:
+        raise ValueError(
+            f"--eval_ratio takes evaluation rows out of --{rows}, --{held_out} names others; give "
+            "one"
+        )
+    if args.early_stopping_threshold and args.early_stopping_patience is None:
+        raise ValueError(
+            "--early_stopping_threshold does nothing without --early_stopping_patience"
+        )
+    own_split = any(not Path(path).is_file() for path in getattr(args, rows))
+    if given or args.eval_ratio or own_split:
+        return
+    for flag in (*flags, "early_stopping_patience"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} does nothing without --{held_out} or --eval_ratio")
+
+
+def check_schedule(args: Namespace) -> None:
+    """Refuse what the schedule of ``--lr_scheduler`` does not have."""
+    name = args.lr_scheduler
+    if name not in DECAYING and args.lr_min_ratio != FLOOR:
+        raise ValueError(
+            f"--lr_min_ratio does nothing with --lr_scheduler {name}, which does not decay; it "
+            f"belongs to {', '.join(DECAYING)}"
+        )
+    if name != "wsd" and args.decay_ratio != DECAY:
+        raise ValueError(
+            f"--decay_ratio does nothing with --lr_scheduler {name}; it belongs to wsd"
+        )
 
 
 def requested_options(

@@ -6,10 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from coati.cli.checks import (
+    check_evaluation,
     check_lora,
     check_mixture,
     check_parallel,
     check_paths,
+    check_schedule,
     read_json,
     requested_options,
 )
@@ -272,11 +274,10 @@ def _check_target(args: Namespace) -> None:
 
 def _check_pointless(args: Namespace) -> None:
     """A flag that would have no effect is a mistake somewhere else."""
-    own_split = any(not Path(path).is_file() for path in args.prompt_dataset)
-    for flag in ("eval_interval", "metric_for_best"):
-        if getattr(args, flag) is not None and not args.eval_prompt_dataset and not own_split:
-            raise ValueError(f"--{flag} does nothing without --eval_prompt_dataset")
-    if args.eval_interval is None and args.eval_prompt_dataset:
+    flags = ("eval_interval", "metric_for_best")
+    check_evaluation(args, "prompt_dataset", "eval_prompt_dataset", flags)
+    check_schedule(args)
+    if args.eval_interval is None and (args.eval_prompt_dataset or args.eval_ratio):
         args.eval_interval = max(args.num_episodes // 10, 1)
 
 

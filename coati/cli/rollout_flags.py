@@ -60,6 +60,7 @@ def add_data_flags(parser: Parser) -> None:
         metavar="PATH",
         help="held-out prompts: reward, length and KL of the responses are evaluated on them",
     )
+    shared.add_eval_ratio_flag(group, "--prompt_dataset", "--eval_prompt_dataset")
     add_count(
         group,
         "--eval_interval",

@@ -84,6 +84,7 @@ class DataSettings:
     max_length: int
     conversation_template_config: str | None = None
     max_samples: int | None = None
+    eval_ratio: float | None = None
     disable_loss_mask: bool = False
     packing: bool = False
     max_seq_len: int = 0

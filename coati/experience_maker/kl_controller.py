@@ -56,5 +56,6 @@ class KLController:
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self.kl_coef = float(state["kl_coef"])
+        """Restore what :meth:`state_dict` gave; a fixed coefficient stays this run's."""
+        if self.target is not None:
+            self.kl_coef = float(state["kl_coef"])

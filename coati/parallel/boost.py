@@ -15,7 +15,7 @@ from coati.parallel.compat.cpu.malloc import align_weights, keep_freed_memory
 from coati.parallel.compat.import_colossalai import import_colossalai
 from coati.parallel.engine import Engine
 from coati.parallel.families import check_family, prepare_family
-from coati.parallel.optimizer import OptimizerSettings, build_optimizer, cosine_with_warmup
+from coati.parallel.optimizer import OptimizerSettings, build_optimizer
 from coati.parallel.plugin_checks import (
     check_heads,
     check_options,
@@ -52,7 +52,8 @@ def boost(
     """Wrap ``model`` for training under ``options`` and return its :class:`Engine`.
 
     One plugin instance is made per call, because a custom policy belongs to the plugin. The
-    schedule is linear warmup, then cosine decay to 0.1 ``lr`` at ``total_steps``. ``changes``:
+    schedule is linear warmup, then by default cosine decay to 0.1 ``lr`` at ``total_steps``.
+    ``changes``:
     fields of :class:`~coati.parallel.optimizer.OptimizerSettings` (``lr``, ...) that override those
     of ``optimizer``.
 
@@ -77,7 +78,7 @@ def boost(
     plugin = make_plugin(options, custom_policy)
     settings = replace(optimizer or OptimizerSettings(), **changes)
     adam = build_optimizer(model, options, settings)
-    schedule = cosine_with_warmup(adam, total_steps, settings.warmup_steps)
+    schedule = settings.schedule.bind(adam, total_steps)
     booster = _booster(plugin, options)
     model, adam, _, _, schedule = booster.boost(model, adam, lr_scheduler=schedule)
     return Engine(booster, model, adam, schedule, options, padding_free)

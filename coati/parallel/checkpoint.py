@@ -19,6 +19,7 @@ import torch
 from coati.models.lora.lora import expert_parameters
 from coati.parallel.atomic_dirs import file_sizes, make_folder, write_directory, write_file
 from coati.parallel.engine import Engine
+from coati.parallel.lr_schedule import set_position
 from coati.parallel.optimizer_state import load_rank_state, rank_state
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
@@ -37,7 +38,8 @@ Models = dict[str, tuple[Engine, ModelAssets]]
 @dataclass
 class RunningState:
     """The position of a run: ``step`` optimizer steps done in total, and ``sample_start_index``
-    rows done in epoch ``epoch``. ``packages``: the releases that it was saved with."""
+    rows done in epoch ``epoch``. ``packages``: the releases that it was saved with; ``flags`` and
+    ``inputs``: the settings of the run, and digests of the files that they name."""
 
     epoch: int = 0
     step: int = 0
@@ -47,6 +49,8 @@ class RunningState:
     data: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def layout_of(engine: Engine) -> dict[str, Any]:
@@ -180,6 +184,8 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
     """Load optimizer, master weights, schedule and random states of ``folder`` into ``engine``,
     whose weights were loaded from ``folder/modeling`` before boosting. Every rank must call it.
 
+    Learning rates, weight decay and Adam's betas stay those that ``engine`` was made with.
+
     Returns True if the resume is bitwise exact; False, with a logged reason, if the layout differs,
     in which case the optimizer state is not loaded.
 
@@ -189,19 +195,13 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
     folder, now = Path(folder), layout_of(engine)
     changed = {k: (state.layout.get(k), v) for k, v in now.items() if state.layout.get(k) != v}
     changed |= _other_set(state, engine)
-    schedule = folder / "lr_scheduler"
-    if schedule.exists():
-        engine.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
-        for group, lr in zip(
-            engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True
-        ):
-            group["lr"] = lr
     if changed:
         what = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         logger.info(
             f"{folder} was saved under another layout ({what}): its weights and position are used, "
             "and the optimizer state starts over. Under the same layout the resume would be exact."
         )
+        _set_schedule(folder, engine)
         return False
     mine = folder / "optimizer" / f"rank-{rank():05d}.pt"
     absent = [who for who, there in enumerate(all_gather_object(mine.exists())) if not there]
@@ -211,7 +211,17 @@ def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
             "directory must be on a disk that every host shares"
         )
     load_rank_state(engine, torch.load(mine, weights_only=True, map_location="cpu"))
+    _set_schedule(folder, engine)
     return True
+
+
+def _set_schedule(folder: Path, engine: Engine) -> None:
+    """Put the schedule of ``engine``, which this run's settings made, where the one of ``folder``
+    stood. Only the number of steps is read: rates are those of this run."""
+    file = folder / "lr_scheduler"
+    if engine.lr_scheduler is not None and file.exists():
+        steps = torch.load(file, weights_only=True)["last_epoch"]
+        set_position(engine.lr_scheduler, engine.optimizer, steps)
 
 
 def _other_set(state: RunningState, engine: Engine) -> dict[str, tuple[str, str]]:

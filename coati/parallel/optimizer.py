@@ -1,13 +1,13 @@
-"""AdamW, its settings and its learning-rate schedule, and which implementation a plugin gets.
+"""AdamW and its settings, and which implementation a plugin gets.
 
 Imports neither torch nor ColossalAI before an optimizer is built.
 """
 
-import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, LRSchedule
 from coati.parallel.options import ParallelOptions
 from coati.parallel.plugins import PLUGINS
 from coati.utils.logging import get_logger
@@ -15,12 +15,10 @@ from coati.utils.logging import get_logger
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR
 
 logger = get_logger(__name__)
 
 ADAM_BETA1 = 0.9
-FLOOR = 0.1  # of the peak learning rate, reached at the last step
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class OptimizerSettings:
     """AdamW (arXiv 1711.05101) and its schedule.
 
     ``lr``: peak learning rate, ``head_lr`` that of a scalar head (None: ``lr``). ``warmup_steps``:
-    optimizer steps of linear warmup (None: 2.5% of all).
+    optimizer steps of linear warmup (None: 2.5% of all). The rest are fields of
+    :class:`~coati.parallel.lr_schedule.LRSchedule`.
     """
 
     lr: float = 5e-6
@@ -36,6 +35,14 @@ class OptimizerSettings:
     adam_beta2: float = 0.95
     warmup_steps: int | None = None
     head_lr: float | None = None
+    lr_scheduler: str = DEFAULT
+    lr_min_ratio: float = FLOOR
+    decay_ratio: float = DECAY
+
+    @property
+    def schedule(self) -> LRSchedule:
+        """The shape of the learning rate."""
+        return LRSchedule(self.lr_scheduler, self.warmup_steps, self.lr_min_ratio, self.decay_ratio)
 
 
 def build_optimizer(
@@ -75,36 +82,6 @@ def _groups(model: "nn.Module", head_lr: float | None) -> list[Any]:
     head = {id(parameter) for parameter in model.score.parameters()}
     mine = [parameter for parameter in trained if id(parameter) in head]
     return [{"params": [p for p in trained if id(p) not in head]}, {"params": mine, "lr": head_lr}]
-
-
-def cosine_with_warmup(
-    optimizer: "Optimizer", total_steps: int, warmup_steps: int | None = None
-) -> "LambdaLR":
-    """Linear warm-up (t + 1) / warmup, then cosine to 0.1 of the peak at ``total_steps`` optimizer
-    steps.
-
-    ``warmup_steps`` None means 2.5% of ``total_steps``. A warm-up that leaves no step for the
-    cosine is cut to half the run, and logged.
-    """
-    from torch.optim.lr_scheduler import LambdaLR
-
-    if warmup_steps is None:
-        warmup_steps = int(0.025 * total_steps)
-    if warmup_steps >= total_steps > 1:
-        cut = total_steps // 2
-        logger.warning_once(
-            f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of this run: cut "
-            f"to {cut}."
-        )
-        warmup_steps = cut
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return LambdaLR(optimizer, factor)
 
 
 def can_compile() -> bool:

@@ -34,7 +34,7 @@ def rank_state(engine: Engine) -> dict[str, Any]:
 
 def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
     """The inverse of :func:`rank_state`; the master weights come last, because loading weights
-    rebuilt them."""
+    rebuilt them. The optimizer's settings (learning rate, weight decay, betas) stay this run's."""
     optimizer = engine.optimizer
     scaler = grad_scaler(optimizer)
     amp = getattr(optimizer, "scaler", None)
@@ -43,7 +43,10 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
             setattr(scaler, name, value.to(engine.device) if isinstance(value, Tensor) else value)
     if amp is not None:
         amp.load_state_dict(state["amp"])
+    settings = _settings_of_groups(optimizer.optim)
     optimizer.optim.load_state_dict(state["optimizer"])
+    for group, of_group in zip(optimizer.optim.param_groups, settings, strict=True):
+        group.update(of_group)
     masters = master_tensors(engine)
     shapes = (
         [tuple(tensor.shape) for tensor in masters],
@@ -59,6 +62,14 @@ def load_rank_state(engine: Engine, state: dict[str, Any]) -> None:
     with torch.no_grad():
         refresh_working_weights(optimizer)
     set_random_state(state["random"])
+
+
+def _settings_of_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """What stands in each parameter group beside the parameters."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
 
 
 def master_tensors(engine: Engine) -> list[Tensor]:

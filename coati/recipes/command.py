@@ -69,15 +69,25 @@ def run(
             check_models(settings)
         if verb.processes and settings.launch.wanted:
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
-        verb.function()(settings)
-        if verb.processes:
-            from coati.parallel.launch import shut_down
-
-            shut_down()
+        _run(verb, settings)
     except (ValueError, OSError, RunFailed) as error:
         _fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         _fail(f"{prog}: interrupted", INTERRUPTED)
+
+
+def _run(verb: Verb, settings: Any) -> None:
+    function = verb.function()
+    if not verb.processes:
+        return function(settings)
+    from coati.parallel.launch import shut_down
+    from coati.recipes.run_dir import release_locks
+
+    try:
+        function(settings)
+        shut_down()
+    finally:
+        release_locks()
 
 
 @contextmanager

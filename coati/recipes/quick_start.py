@@ -38,7 +38,7 @@ DATA_FLAGS = ("dataset", "eval_dataset", "prompt_dataset", "eval_prompt_dataset"
 JSON_FLAGS = ("conversation_template_config", "lora_config", "plugin_args")
 IN_MEMORY = "(a model in memory)"
 RUNS = Path("output")
-BEFORE_A_RUN = {"arguments.json", "environment.json", "start"}
+BEFORE_A_RUN = {"arguments.json", "environment.json", "run.json", "start"}
 
 
 @takes_flags_of(sft_parser)
@@ -283,6 +283,8 @@ def _train(
         given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start")
     settings = parsed(command.parse, words_of(given, function), function)
     _leave_group_at_exit()
+    from coati.recipes.run_dir import release_locks
+
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
         command.function()(settings, replace(extras, again=again))
@@ -291,6 +293,7 @@ def _train(
             _remove_unused(Path(save_dir))
         raise
     finally:
+        release_locks()
         collect_garbage()
     return (TrainedRewardModel if verb == "rm" else TrainedModel)(save_dir)
 

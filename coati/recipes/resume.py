@@ -4,7 +4,7 @@ checkpoint."""
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from coati.parallel.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
+from coati.recipes.resume_changes import apply_changes, as_json, digests
+from coati.recipes.run_dir import finished_models
 from coati.utils.distributed import broadcast_object, is_rank_0
 from coati.utils.environment import save_environment
 from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
+from coati.utils.run_identity import record_of
 
 logger = get_logger(__name__)
 
@@ -34,50 +37,144 @@ WHERE_UNSAID: dict[str, Any] = {"packed_to": None, "dataset_weights": []}
 @dataclass
 class Resume:
     """Where a run starts from: ``weights`` is a model directory, ``folder`` the whole checkpoint or
-    None."""
+    None. ``goes_on``: the run is the one that lies in --save_dir; ``began``: what a new one begins
+    with, by kind. ``flags`` and ``inputs``: of this run, as its checkpoints hold them."""
 
     weights: str | None = None
     folder: Path | None = None
     state: RunningState | None = None
+    goes_on: bool = False
+    began: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def find_resume(output: OutputSettings) -> Resume:
-    """What ``--checkpoint_path`` stands for; refuses to write a new run over an old one."""
+    """What ``--checkpoint_path`` stands for; refuses to write a new run over, or among, an old
+    one."""
     path = output.checkpoint_path
-    if Path(output.save_dir).exists():
+    if Path(output.save_dir).exists() and not output.dry_run:
         clean(output.save_dir)  # what an interrupted save left
-    if path == "auto":
-        # Rank 0 looks: a rank that found another one, or none, would train on something else.
-        path = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
-        if path is None:
-            _refuse_finished(output)
-        found = f"going on from {path}" if path else f"no checkpoint in {output.save_dir}, starting"
-        logger.info(f"--checkpoint_path auto: {found}")
     if path is None:
-        held = checkpoints(output.save_dir)
-        if held and output.checkpoint_path is None and not output.dry_run:
-            raise ValueError(
-                f"--save_dir {output.save_dir} already holds {held[-1].name}; go on with "
-                "--checkpoint_path auto, or choose another directory"
-            )
-        _refuse_finished(output)
+        _refuse_other_run(
+            output, "; go on with --checkpoint_path auto, or choose another --save_dir"
+        )
         return Resume()
+    if path == "auto":
+        return _newest(output)
     folder = Path(path)
     if not (folder / "running_states.json").exists() and any(folder.glob("*config.json")):
-        logger.info(
-            f"--checkpoint_path {folder} is a model directory: its weights are taken, everything "
-            "else starts anew."
-        )
-        return Resume(weights=str(folder))
+        why = f"--checkpoint_path {folder} is a model directory"
+        return _from_weights(output, folder, why)
     state = read_checkpoint(folder)
     if output.checkpoint_weights_only or not state.layout:
         why = "--checkpoint_weights_only" if state.layout else "a checkpoint of another system"
-        logger.info(
-            f"{folder}: {why}; its weights are taken, optimizer, schedule and sample order start "
-            "anew."
+        return _from_weights(output, Path(weights_of(folder)), f"{folder}: {why}")
+    if _same(folder.parent, output.save_dir):
+        _refuse_later(output, folder)
+        return Resume(weights_of(folder), folder, state, goes_on=True)
+    return _begun_from(output, "checkpoint", folder) or _from_elsewhere(output, folder, state)
+
+
+def _newest(output: OutputSettings) -> Resume:
+    """What ``auto`` finds in ``--save_dir``: the newest checkpoint, or what its run began from."""
+    # Rank 0 looks: a rank that found another one, or none, would train on something else.
+    path = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
+    if path is not None:
+        logger.info(f"--checkpoint_path auto: going on from {path}")
+        return Resume(weights_of(path), path, read_checkpoint(path), goes_on=True)
+    _refuse_finished(output)
+    record = broadcast_object(record_of(output.save_dir) if is_rank_0() else None)
+    none = f"--checkpoint_path auto: no checkpoint in {output.save_dir}, starting"
+    if record.get("checkpoint"):
+        logger.info(f"{none} from {record['checkpoint']}, as its run did")
+        folder = Path(record["checkpoint"])
+        return Resume(weights_of(folder), folder, read_checkpoint(folder), goes_on=True)
+    if record.get("weights"):
+        none += f" from the weights of {record['weights']}, as its run did"
+    logger.info(none)
+    return Resume(weights=record.get("weights"), goes_on=True)
+
+
+def _from_weights(output: OutputSettings, weights: Path, why: str) -> Resume:
+    """A new run from ``weights``; or the one in ``--save_dir``, if it began from the same."""
+    if found := _begun_from(output, "weights", weights):
+        return found
+    remedy = "go on with that run by --checkpoint_path auto alone, or choose another --save_dir"
+    _refuse_other_run(output, f" of another run, and {why}: a new one would mix with it; {remedy}")
+    logger.info(f"{why}: its weights are taken, optimizer, schedule and sample order start anew.")
+    return Resume(weights=str(weights), began={"weights": str(weights.resolve())})
+
+
+def _from_elsewhere(output: OutputSettings, folder: Path, state: RunningState) -> Resume:
+    """A run in a directory of its own that goes on from another one's checkpoint."""
+    mixed = f" of another run than --checkpoint_path {folder}; choose another --save_dir"
+    _refuse_other_run(output, mixed)
+    began = {"checkpoint": str(folder.resolve())}
+    return Resume(weights_of(folder), folder, state, began=began)
+
+
+def _begun_from(output: OutputSettings, kind: str, path: Path) -> Resume | None:
+    """The newest checkpoint in ``--save_dir``, if its run began from ``path``: the command that
+    began it goes on with it."""
+    record = broadcast_object(record_of(output.save_dir) if is_rank_0() else None)
+    if output.dry_run or kind not in record or not _same(record[kind], path):
+        return None
+    held = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
+    if held is None:
+        return None
+    logger.info(f"the run in {output.save_dir} began from {path}: going on from {held}")
+    return Resume(weights_of(held), held, read_checkpoint(held), goes_on=True)
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _refuse_other_run(output: OutputSettings, what: str) -> None:
+    """A run never begins in a directory that holds another one's checkpoints. ``what``: of the
+    checkpoint, and what to do."""
+    held = [path.name for path in checkpoints(output.save_dir)]
+    if held and not output.dry_run:
+        raise ValueError(f"--save_dir {output.save_dir} already holds {held[-1]}{what}")
+    _refuse_finished(output)
+
+
+def _refuse_later(output: OutputSettings, folder: Path) -> None:
+    """Going back in a run's own directory would leave later checkpoints of another future there."""
+    later = broadcast_object(_later(folder) if is_rank_0() else None)
+    if later and not output.dry_run:
+        raise ValueError(
+            f"--checkpoint_path {folder}: --save_dir {output.save_dir} also holds {later[-1]}, "
+            "which is later; choose another --save_dir to go on from the earlier one, or remove "
+            f"what is later ({', '.join(later)})"
         )
-        return Resume(weights=weights_of(folder))
-    return Resume(weights=weights_of(folder), folder=folder, state=state)
+
+
+def _later(folder: Path) -> list[str]:
+    """The names of the whole checkpoints beside ``folder`` that are later; those that ``auto``
+    skips do not matter."""
+    ordered = checkpoints(folder.parent)
+    names = [path.name for path in ordered]
+    after = ordered[names.index(folder.name) + 1 :] if folder.name in names else []
+    return [path.name for path in after if _is_whole(path)]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_checkpoint(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def compare_with_checkpoint(resume: Resume, flags: Mapping[str, Any]) -> None:
+    """Apply or refuse what differs from the checkpoint (:mod:`coati.cli.resume_flags`), and keep
+    the run's flags for its own checkpoints. Every rank must call it."""
+    resume.flags = as_json(flags)
+    resume.inputs = digests(flags)
+    if resume.folder is not None and resume.state is not None:
+        apply_changes(resume.folder, resume.state, flags, resume.inputs)
 
 
 def weights_of(folder: Path, model: str = "actor") -> str:
@@ -89,7 +186,7 @@ def weights_of(folder: Path, model: str = "actor") -> str:
 def _refuse_finished(output: OutputSettings) -> None:
     """A finished model without a checkpoint is nothing to go on from, and a new run would end by
     replacing it."""
-    finished = _finished(output.save_dir)
+    finished = finished_models(output.save_dir)
     if finished and not output.dry_run:
         name = finished[0].relative_to(output.save_dir)
         raise ValueError(
@@ -97,15 +194,6 @@ def _refuse_finished(output: OutputSettings) -> None:
             "go on from; starting anew would replace it. Choose another --save_dir, "
             f"train further from it with --pretrain {finished[0]}, or remove that directory"
         )
-
-
-def _finished(save_dir: str) -> list[Path]:
-    """The final models in ``save_dir``, the policy's first."""
-    return [
-        folder
-        for name in ("modeling", "actor/modeling")
-        if (folder := Path(save_dir) / name).is_dir()
-    ]
 
 
 def record_arguments(
@@ -152,13 +240,17 @@ def check_same_model(config: Any, settings: TrainingSettings) -> None:
 def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> RunningState:
     """The state a trainer starts from. Raises ValueError when the data or the seed are not those of
     the checkpoint."""
-    now = {"rows": len(rows), "seed": settings.seed, "fingerprint": data_fingerprint(rows)}
+    now: dict[str, Any] = {
+        "rows": len(rows),
+        "seed": settings.seed,
+        "fingerprint": data_fingerprint(rows),
+    }
     now |= {
         "packed_to": settings.data.pack_length,
         "dataset_weights": settings.data.dataset_weights,
     }
     if resume.state is None:
-        return RunningState(data=now)
+        return RunningState(data=now, flags=resume.flags, inputs=resume.inputs)
     stored = WHERE_UNSAID | resume.state.data
     changed = [key for key, value in now.items() if stored.get(key, value) != value]
     if changed:
@@ -169,6 +261,8 @@ def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> Runn
             "--seed, --dataset_weights, --packing and --max_length, or --checkpoint_weights_only"
         )
     resume.state.data = now
+    resume.state.flags = resume.flags
+    resume.state.inputs = resume.inputs
     return resume.state
 
 

@@ -36,8 +36,8 @@ from coati.recipes.rl_models import (
 from coati.recipes.run import PreparedRows, Run, start
 from coati.rewards.scorer import Rewards
 from coati.trainer import OLTrainer
+from coati.trainer.episodes import Episodes, update_shape
 from coati.trainer.monitor.rl_checks import RLChecks
-from coati.trainer.online import Episodes
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl_assembly import (
     BufferSettings,
@@ -68,10 +68,12 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     functions = reward_functions(run)
     rows = load_data(run, functions)
     episodes = episodes_of(settings)
-    actor = load_actor(run, episodes.total_steps)
+    buffer_state = _buffer_state(run)
+    total_steps = episodes.total_steps_from(rows.state, _inside(buffer_state, rows.state, settings))
+    actor = load_actor(run, total_steps)
     models: dict[str, Trained] = {"actor": actor}
     if isinstance(settings, PPOSettings):
-        models["critic"] = load_critic(run, actor, episodes.total_steps)
+        models["critic"] = load_critic(run, actor, total_steps)
     reward_model = load_reward_model(run, actor)
     parts = assemble_rl(
         rl_settings(run, episodes),
@@ -87,7 +89,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         schedule=settings.schedule,
         state=rows.state,
         assets={name: model.assets for name, model in models.items()},
-        buffer_state=_buffer_state(run),
+        buffer_state=buffer_state,
         checks=_checks(settings),
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
@@ -249,6 +251,16 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     if resume.folder is None:
         return None
     return buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
+
+
+def _inside(
+    buffer_state: dict[str, Any] | None, state: RunningState, settings: OnlineSettings
+) -> bool:
+    """Whether the run goes on inside an episode; its updates must be divided as they were."""
+    if buffer_state is None:
+        return False
+    shape = update_shape(episodes_of(settings), settings.update.train_batch_size)
+    return state.trainer.get("cut") == shape
 
 
 def _checks(settings: OnlineSettings) -> RLChecks:

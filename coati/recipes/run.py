@@ -16,7 +16,13 @@ from coati.parallel.plugins import ParallelOptions
 from coati.recipes.defaults import check_precision, resolved_options
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
-from coati.recipes.resume import Resume, find_resume, record_arguments
+from coati.recipes.resume import (
+    Resume,
+    compare_with_checkpoint,
+    find_resume,
+    record_arguments,
+)
+from coati.recipes.run_dir import lock_save_dir, record_run
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.memory import resident_mb
@@ -74,16 +80,19 @@ class PreparedRows:
 
 
 def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
-    """Join the other processes, resolve the defaults, find the checkpoint to resume from, load the
-    tokenizer and record the flags.
+    """Join the other processes, lock --save_dir, resolve the defaults, find the checkpoint to
+    resume from, load the tokenizer, compare the flags with the checkpoint's and record them.
 
     Raises ValueError naming the flag.
     """
     options = join_processes(settings)
+    lock_save_dir(settings.output)
     resume = find_resume(settings.output)
     before = resident_mb()
     tokenizer, template = _tokenizer_and_template(settings)
     run = Run(settings, options, resume, tokenizer, template, extras, before)
+    compare_with_checkpoint(resume, run.flags)
+    record_run(settings.output, resume.began, resume.goes_on)
     record_arguments(settings.output, run.flags, settings.flags_given)
     return run
 

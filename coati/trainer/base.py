@@ -150,6 +150,8 @@ class SLTrainer:
         self, loader, eval_dataloader, bar: ProgressBar, total: int, stop: GracefulStop
     ) -> None:
         state = self.state
+        if self.log.stop_early("step", state.step):  # the checkpoint is of such a run
+            return
         while state.epoch < self.max_epochs and state.step < total:
             for micro_batches in loader.global_batches(state.epoch, state.sample_start_index):
                 step = self._step(micro_batches, loader, stop, bar)
@@ -164,8 +166,9 @@ class SLTrainer:
                 stops = step.stop or self.callbacks.stop_agreed()
                 if self._due(self.schedule.save_interval) or stops:
                     self.save()
-                self.stopped_early = stops and state.step < total
-                if stops or state.step >= total:
+                ends = due and state.step < total and self.log.stop_early("step", state.step)
+                self.stopped_early = stops and state.step < total and not ends
+                if stops or ends or state.step >= total:
                     return
             state.epoch += 1
             state.sample_start_index = 0

@@ -22,8 +22,9 @@ from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
 from coati.rewards.scorer import Rewards
+from coati.trainer.episodes import Episodes
 from coati.trainer.global_batches import as_global_batches
-from coati.trainer.online import Episodes, OLTrainer
+from coati.trainer.online import OLTrainer
 from coati.trainer.rl_assembly import RLSettings, assemble_rl, linear_annealing
 from coati.trainer.schedule import RunSchedule
 

@@ -1,8 +1,7 @@
 """The online training loop: roll out, update, report, episode after episode."""
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.callbacks import Callback, CallbackList
+from coati.trainer.episodes import Episodes, update_shape
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
 from coati.trainer.monitor.sample_table import SampleRow, sample_rows, sample_table
@@ -37,28 +37,6 @@ from coati.utils.meter import AccumulativeMeanMeter
 logger = get_logger(__name__)
 
 EVALUATION = 2**32 - 1  # the "episode" whose noise evaluations are sampled with: the same at each
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """The length of a run.
-
-    ``num_update_steps``: passes over the responses of an episode. ``steps_per_pass``: optimizer
-    steps of a pass (:func:`~coati.experience_buffer.batch_sizes.optimizer_steps_per_pass`).
-    ``temperature``: episode -> sampling temperature.
-    """
-
-    num_episodes: int = 1
-    num_update_steps: int = 1
-    steps_per_pass: int = 1
-    temperature: Callable[[int], float] = field(default=lambda episode: 1.0)
-    seed: int = 42
-    sample_interval: int = 10
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.num_episodes * self.num_update_steps * self.steps_per_pass
 
 
 class OLTrainer:
@@ -123,7 +101,7 @@ class OLTrainer:
         self.episode: int = trained.get("episode", 0)
         self._position: tuple[int, int] = (0, 0)  # the pass and the step of it that come next
         self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
-        self.log = RunLog(self.name, self.schedule, trained, settings)
+        self.log = RunLog(self.name, self.schedule, trained, settings, default_metric="reward")
         self.reporter = RLReporter(self.log, checks, trained)
         if "maker" in trained:
             maker.load_state_dict(trained["maker"])
@@ -141,8 +119,7 @@ class OLTrainer:
         self.buffer.load_state_dict(buffer_state)
 
     def _update_shape(self) -> list[int]:
-        episodes = self.episodes
-        return [episodes.steps_per_pass, episodes.num_update_steps, self.buffer.sample_batch_size]
+        return update_shape(self.episodes, self.buffer.sample_batch_size)
 
     @property
     def assets(self) -> ModelAssets:
@@ -197,6 +174,8 @@ class OLTrainer:
                 if self.episode == 0 and not self.first_evaluation:
                     self._evaluate(evaluation, bar)
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
+                    if self.log.stop_early("episode", self.episode):
+                        break
                     self._run_episode(prompts, evaluation, ptx, bar, stop)
                 self.callbacks.call("on_train_end", self)
             self.log.log_memory(self.episode)

@@ -11,7 +11,7 @@ from coati.experience_maker.rollout import RolloutEngine
 from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
-from coati.trainer.online import Episodes
+from coati.trainer.episodes import Episodes
 from coati.trainer.policy_objective import PolicySettings
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from coati.parallel.engine import Engine
 from coati.parallel.weights import ModelAssets
 from coati.trainer.best_checkpoint import save_best, value_of
+from coati.trainer.early_stopping import EarlyStopping
 from coati.trainer.run_report.run_record import RunRecord
 from coati.trainer.schedule import RunSchedule, is_better
 from coati.utils.distributed import is_rank_0
@@ -15,6 +16,7 @@ from coati.utils.environment import save_environment
 from coati.utils.logging import get_logger
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
+from coati.utils.run_identity import record_of
 from coati.utils.tracking import Tracker, make_tracker
 
 logger = get_logger(__name__)
@@ -28,6 +30,7 @@ class RunLog:
         schedule: its ``save_dir`` and ``metric_for_best`` are used.
         stored: the :meth:`state_dict` of the run that is resumed; {} for a new one.
         settings: the run's settings, for wandb and TensorBoard.
+        default_metric: of early stopping, without a ``metric_for_best``.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class RunLog:
         schedule: RunSchedule,
         stored: dict[str, Any],
         settings: dict[str, Any] | None = None,
+        default_metric: str = "loss",
     ) -> None:
         self.name = name
         self.schedule = schedule
@@ -50,6 +54,7 @@ class RunLog:
         self.last_evaluation: dict[str, float] = evaluated.get("last", {})
         self.evaluated_at: int | None = evaluated.get("at")
         self.best: dict[str, float] = stored.get("best", {})  # {"value", "step"}
+        self.stopping = EarlyStopping(schedule, default_metric, stored.get("early_stopping", {}))
 
     def open(
         self, step: int, log_dir: str | None, use_wandb: bool, total: int, unit: str = "step"
@@ -70,6 +75,7 @@ class RunLog:
             project=f"Coati-{self.name}",
             config=self.settings,
             keep_to=step,
+            run_id=record_of(save_dir).get("id") if save_dir else None,
         )
         if save_dir is not None:
             save_environment(save_dir)
@@ -81,6 +87,16 @@ class RunLog:
         self.first_evaluation = self.first_evaluation or self.last_evaluation
         self.evaluated_at = step
         self.tracker.log(self.last_evaluation, step)
+        self.stopping.evaluated(self.last_evaluation, step)
+
+    def stop_early(self, unit: str, step: int) -> bool:
+        """Whether evaluations no longer improve; the reason is logged. Every rank must call it."""
+        if not self.stopping.exhausted:
+            return False
+        reason = self.stopping.reason(unit)
+        logger.info(f"{reason}: the run ends after {unit} {step}")
+        self.record.note(reason, step, "note")
+        return True
 
     def keep_best(
         self, engine: Engine, assets: ModelAssets, step: int, **position: int
@@ -128,6 +144,7 @@ class RunLog:
                 "last": self.last_evaluation,
             },
             "best": self.best,
+            "early_stopping": self.stopping.state_dict(),
         }
 
     def finish(self, step: int, stopped: bool, notes: Sequence[str] = ()) -> None:

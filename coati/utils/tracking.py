@@ -117,23 +117,36 @@ def _cell(value: Any) -> str:
 
 
 class WandbTracker(Tracker):
-    """wandb, online or (``WANDB_MODE=offline``) not; its own login decides."""
+    """wandb, online or (``WANDB_MODE=offline``) not; its own login decides.
+
+    ``run_id``: goes on in the wandb run of that id, or makes it; None: a new one. What a resumed
+    run logs again, for steps that wandb has seen, is left out: wandb takes no step twice.
+    """
 
     def __init__(
-        self, project: str, config: dict[str, Any], log_dir: str | os.PathLike | None
+        self,
+        project: str,
+        config: dict[str, Any],
+        log_dir: str | os.PathLike | None,
+        run_id: str | None = None,
     ) -> None:
         import wandb
 
+        same = {} if run_id is None else {"id": run_id, "resume": "allow"}
         self._run = wandb.init(
-            project=project, config=config, dir=None if log_dir is None else str(log_dir)
+            project=project, config=config, dir=None if log_dir is None else str(log_dir), **same
         )
+        if same and getattr(self._run, "resumed", False):
+            # Flags may have changed; wandb keeps the first value otherwise.
+            self._run.config.update(config, allow_val_change=True)
         self._table = wandb.Table
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log(metrics, step=step)
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if step >= self._run.step:
+            self._run.log(metrics, step=step)
 
     def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
-        self._run.log({name: self._table(columns=columns, data=rows)}, step=step)
+        self.log({name: self._table(columns=columns, data=rows)}, step)
 
     def close(self) -> None:
         self._run.finish()
@@ -147,9 +160,10 @@ def make_tracker(
     project: str = "coati",
     config: dict[str, Any] | None = None,
     keep_to: int = 0,
+    run_id: str | None = None,
 ) -> Tracker:
     """The trackers asked for, on rank 0; an empty one elsewhere. ``config``: the run's
-    settings, which wandb and TensorBoard show."""
+    settings, which wandb and TensorBoard show. ``run_id``: of the run through all its starts."""
     if not is_rank_0():
         return Tracker()
     trackers: list[Tracker] = []
@@ -158,5 +172,5 @@ def make_tracker(
     if log_dir is not None:
         trackers.append(TensorBoardTracker(log_dir, config or {}, keep_to))
     if use_wandb:
-        trackers.append(WandbTracker(project, config or {}, log_dir))
+        trackers.append(WandbTracker(project, config or {}, log_dir, run_id))
     return Tracker(trackers)

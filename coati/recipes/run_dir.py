@@ -1,0 +1,56 @@
+"""The directory of a run: who may write there, what lies there, and where the run began."""
+
+import atexit
+import uuid
+from pathlib import Path
+
+from coati.cli.settings import OutputSettings
+from coati.utils.dir_lock import DirLock
+from coati.utils.distributed import is_rank_0, raise_together
+from coati.utils.json_io import save_json
+from coati.utils.run_identity import RECORD, record_of
+
+_held: dict[Path, DirLock] = {}  # by this process
+
+
+def lock_save_dir(output: OutputSettings) -> None:
+    """One run at a time writes into ``--save_dir``; a ``--dry_run`` writes nothing there. Every
+    rank must call it; rank 0 holds the lock until :func:`release_locks`.
+
+    Raises ValueError on every rank, naming the run that holds it.
+    """
+    if not output.dry_run:
+        raise_together(lambda: _lock(output.save_dir) if is_rank_0() else None)
+
+
+def _lock(save_dir: str) -> None:
+    place = Path(save_dir).absolute()
+    if place in _held:  # the same call again, in a notebook
+        return
+    lock = DirLock(save_dir, "--save_dir")
+    lock.acquire()
+    if not _held:
+        atexit.register(release_locks)
+    _held[place] = lock
+
+
+def release_locks() -> None:
+    """Give back what this process holds."""
+    while _held:
+        _held.popitem()[1].release()
+
+
+def finished_models(save_dir: str) -> list[Path]:
+    """The final models in ``save_dir``, the policy's first."""
+    return [
+        folder
+        for name in ("modeling", "actor/modeling")
+        if (folder := Path(save_dir) / name).is_dir()
+    ]
+
+
+def record_run(output: OutputSettings, began: dict[str, str], goes_on: bool) -> None:
+    """Write ``run.json`` on rank 0. A run that ``goes_on`` in its directory keeps its own."""
+    if output.dry_run or not is_rank_0() or (goes_on and record_of(output.save_dir)):
+        return
+    save_json({"id": uuid.uuid4().hex[:12], **began}, Path(output.save_dir) / RECORD)

@@ -21,6 +21,7 @@ from coati.dataset.load.loader import (
 )
 from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.rows.input_files import find_files
+from coati.recipes.eval_split import evaluation_mask
 from coati.recipes.prepared import held_out_split, is_raw, train_split
 from coati.recipes.run import PreparedRows, Run
 from coati.utils.distributed import all_gather_object, is_rank_0
@@ -49,6 +50,30 @@ def ptx_rows(run: Run[OnlineSettings]) -> PreparedRows | None:
     return _training_rows(run, data, "sft", "ptx_dataset")
 
 
+def training_and_evaluation_rows(
+    run: Run, type: str, flag: str = "dataset"
+) -> tuple[PreparedRows, PreparedRows | None]:
+    """:func:`training_rows` and :func:`evaluation_rows`; the latter are taken out of the former by
+    ``--eval_ratio``."""
+    train = training_rows(run, type, flag)
+    ratio = run.settings.data.eval_ratio
+    if ratio is None:
+        return train, evaluation_rows(run, type)
+    held = evaluation_mask(train.rows, type, ratio, run.settings.seed)
+    logger.info(
+        f"--eval_ratio {ratio:g}: {int(held.sum())} of {len(held)} rows of --{flag} are held out "
+        "for evaluation"
+    )
+    return _chosen(train, ~held), _chosen(train, held)
+
+
+def _chosen(found: PreparedRows, mask: np.ndarray) -> PreparedRows:
+    """The rows where ``mask`` is true."""
+    sets = np.split(mask, np.cumsum(found.sizes)[:-1])
+    sizes = [int(kept.sum()) for kept in sets]
+    return PreparedRows(found.rows.select(np.flatnonzero(mask)), found.folders, sizes)
+
+
 def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
     """The rows of ``--eval_dataset``; without it those of the test or validation split of a raw
     ``--dataset``; None where there are none."""
@@ -60,6 +85,13 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
         return _fitting(PreparedRows(rows, folders, [len(rows)]), data, "eval_dataset", type)
     for path in filter(is_raw, data.dataset):
         if split := held_out_split(path):
+            if train_split(path) is None:  # all of it is trained on
+                logger.warning(
+                    f"{path}: nothing is named after a train split, so all of it is trained on, "
+                    f"the {split} split too, and that is no evaluation set; name one with "
+                    "--eval_dataset, or use --eval_ratio"
+                )
+                continue
             logger.info(f"{path}: its {split} split becomes the evaluation set")
             folder = _prepared(run, path, type, split, "evaluation")
             rows = load_tokenized_dataset([folder])
@@ -143,9 +175,7 @@ def _fitting(found: PreparedRows, data: DataSettings, flag: str, type: str) -> P
             f"{what} (the longest has {longest} tokens): nothing is left; raise --max_length"
         )
     logger.info(f"{what} (the longest has {longest} tokens) and are left out")
-    sets = np.split(fits, np.cumsum(found.sizes)[:-1])
-    sizes = [int(kept.sum()) for kept in sets]
-    return PreparedRows(found.rows.select(np.flatnonzero(fits)), found.folders, sizes)
+    return _chosen(found, fits)
 
 
 def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "training") -> str:
@@ -153,7 +183,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     if not is_raw(path):
         return path
     settings = run.settings
-    folder = _cache_folder(run, path, type, split)
+    folder = _cache_folder(run, path, type, split, part)
     failure = None
     there = (folder / "preparation.json").exists()
     if there:
@@ -199,15 +229,17 @@ def _repeat_report(path: str, folder: Path) -> None:
         logger.warning(warning)
 
 
-def _cache_folder(run: Run, path: str, type: str, split: str | None) -> Path:
+def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) -> Path:
     files = find_files([path], split)
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     vocabulary = hashlib.sha256(
         json.dumps(sorted(run.tokenizer.get_vocab().items())).encode()
     ).hexdigest()
     template = run.template.to_config()
-    key = json.dumps([stamps, vocabulary, template, _longest(run.settings.data, type), type])
-    return cache_root() / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    key: list[Any] = [stamps, vocabulary, template, _longest(run.settings.data, type), type]
+    if part != "training":  # its report speaks of these rows as what they are
+        key.append(part)
+    return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 
 def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:
@@ -230,7 +262,22 @@ def check_order(run: Run[SLSettings], order: EpochOrder) -> None:
     check_global_batch(
         order, batches.batch_size, batches.accumulation_steps, run.data_parallel_size
     )
+    entries = "rows" if order.pack_length is None else "packs"
+    size = batches.batch_size * batches.accumulation_steps * run.data_parallel_size
+    most = run.settings.schedule.max_steps
+    if most is None or most * size > order.count(0) - size:  # an epoch's end is reached
+        say_left_out(order.count(0), size, entries, "--batch_size x --accumulation_steps")
     if order.mixture is not None:
         logger.info(order.mixture.describe())
     if order.pack_length is not None:
         logger.info(order.describe_packing(batches.batch_size))
+
+
+def say_left_out(count: int, size: int, entries: str, flags: str) -> None:
+    """Log what does not fill the last step of an epoch. ``count``: ``entries`` of an epoch,
+    ``size``: of a step, which ``flags`` decide."""
+    if left := count % size:
+        logger.info(
+            f"{left} of {count} {entries} of an epoch do not fill its last step of {size} and are "
+            f"left out, in every epoch others; {flags} x processes decides how many fill one"
+        )

@@ -30,8 +30,7 @@ class TrainingData:
 def load_data(run: Run[SLSettings], type: str) -> TrainingData:
     """The rows of ``type``. Raises ValueError for what is wrong with them, before a model is
     loaded."""
-    train = data.training_rows(run, type)
-    evaluation = data.evaluation_rows(run, type)
+    train, evaluation = data.training_and_evaluation_rows(run, type)
     state = running_state(run.resume, run.settings, train.rows)
     order = data.epoch_order(run, train)
     data.check_order(run, order)

@@ -127,14 +127,19 @@ def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutDat
             "no conversation template says how a response ends; name one with "
             "--conversation_template_config"
         )
-    prompts = data.training_rows(run, "prompt", "prompt_dataset")
+    prompts, evaluation = data.training_and_evaluation_rows(run, "prompt", "prompt_dataset")
     ptx = data.ptx_rows(run)
-    evaluation = data.evaluation_rows(run, "prompt")
     check_prompts(run, prompts, ptx)
     check_gt_answers(prompts, functions)
     check_gt_answers(evaluation, functions, "eval_prompt_dataset")
     state = running_state(run.resume, run.settings, prompts.rows)
-    return RolloutData(prompts, evaluation, ptx, data.epoch_order(run, prompts), state)
+    order = data.epoch_order(run, prompts)
+    rollout = run.settings.rollout
+    size = rollout.num_collect_steps * rollout.experience_batch_size * run.data_parallel_size
+    if rollout.num_episodes * size > order.count(0) - size:  # an epoch's end is reached
+        flags = "--num_collect_steps x --experience_batch_size"
+        data.say_left_out(order.count(0), size, "prompts", flags)
+    return RolloutData(prompts, evaluation, ptx, order, state)
 
 
 def episodes_of(settings: OnlineSettings) -> Episodes:

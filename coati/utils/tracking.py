@@ -142,7 +142,7 @@ class WandbTracker(Tracker):
         self._table = wandb.Table
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        if step >= self._run.step:
+        if step >= getattr(self._run, "step", 0):
             self._run.log(metrics, step=step)
 
     def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:

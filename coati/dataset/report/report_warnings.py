@@ -22,10 +22,11 @@ def _never_ends(report: Report) -> Iterator[str]:
     ended = report["rows_ended"]
     if not DATA_TYPES[report["type"]].supervised or ended == rows:
         return
+    part = report.get("part", "training")
     missing = (
-        f"in none of the {rows} training rows"
+        f"in none of the {rows} {part} rows"
         if not ended
-        else f"in only {ended} of {rows} training rows"
+        else f"in only {ended} of {rows} {part} rows"
     )
     yield (
         f"the end of a response is learned {missing}: a model trained on such rows does not learn "

@@ -297,3 +297,23 @@ def test_help_and_refusals_are_quick_and_load_no_torch(words, code):
     assert said in run.stdout + run.stderr
     # Processor time, so that a busy machine does not fail it.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--lr_scheduler", "constant", "--lr_min_ratio", "0.5"], "--lr_min_ratio does nothing"),
+        (["--decay_ratio", "0.5"], "--decay_ratio does nothing with --lr_scheduler cosine"),
+        (["--early_stopping_patience", "2"], "--early_stopping_patience does nothing without"),
+        (["--early_stopping_threshold", "2"], "does nothing without --early_stopping_patience"),
+        (["--eval_ratio", "0.6"], "--eval_ratio"),
+        (["--eval_ratio", "0.1", "--eval_dataset", "ROWS"], "--eval_ratio takes evaluation rows"),
+    ],
+)
+def test_flags_of_schedule_and_evaluation_that_would_do_nothing(tmp_path, capsys, words, said):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    given = [str(rows) if word == "ROWS" else word for word in words]
+    with pytest.raises(SystemExit):
+        parse_sft(["--pretrain", "a/b", "--dataset", str(rows), *given])
+    assert said in capsys.readouterr().err

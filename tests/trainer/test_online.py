@@ -444,3 +444,28 @@ def test_an_error_of_a_callback_is_the_runs():
     assert broken.events == [("begin", 0)]  # and no end
     with pytest.raises(TypeError, match="callbacks: .* is no coati.Callback"):
         trainer(callbacks=[print])
+
+
+def test_evaluations_that_do_not_improve_end_the_run_after_an_episode(capsys):
+    """The reward of the held-out prompts is the same at each evaluation."""
+    made = trainer(schedule=RunSchedule(eval_interval=1, early_stopping_patience=2))
+    made.run(loader(), EvaluationLoader(Rows(3), Collate(), batch_size=2))
+    assert made.episode == 3 and not made.stopped_early
+    said = capsys.readouterr().err
+    assert "reward has not improved in 2 evaluations" in said
+    assert "the run ends after episode 3" in said
+
+
+def test_the_length_of_a_resumed_run_follows_what_is_left():
+    """Steps done, and those of the episodes that are left, as they are divided now."""
+    episodes = Episodes(num_episodes=5, num_update_steps=2, steps_per_pass=3)
+    assert episodes.total_steps == 30
+    assert episodes.total_steps_from(RunningState(), inside=False) == 30
+    done = RunningState(step=12, trainer={"episode": 2, "position": [0, 0]})
+    assert episodes.total_steps_from(done, inside=False) == 30
+    shorter = replace(episodes, num_update_steps=1)
+    assert shorter.total_steps_from(done, inside=False) == 12 + 3 * 3
+    inside = RunningState(step=16, trainer={"episode": 2, "position": [1, 1]})
+    assert episodes.total_steps_from(inside, inside=True) == 30
+    over = replace(episodes, num_episodes=2)
+    assert over.total_steps_from(done, inside=False) == 12

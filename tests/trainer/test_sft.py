@@ -368,3 +368,38 @@ def test_in_packs_no_token_is_asked_for_the_first_of_the_next_row():
         {name: torch.tensor(values) for name, values in batch.items()}
     )["labels"]
     assert labels.tolist() == [[-100, 6, -100, -100]]
+
+
+def test_evaluations_that_do_not_improve_end_the_run(made, tmp_path, capsys):
+    """The loss is 2.0 at every evaluation: the first after a step is the best, one more is none
+    better."""
+    trainer, saves = made(eval_interval=1, early_stopping_patience=1, save_interval=2)
+    fit(trainer, evaluate=True)
+    assert trainer.engine.steps == 2 and saves == [(2, 0, 6)]
+    assert not trainer.stopped_early  # so the final model is saved
+    said = capsys.readouterr().err
+    assert said.count("early stopping: loss has not improved in one evaluation") == 1
+    assert "the best was 2.0000 at step 1" in said and "the run ends after step 2" in said
+    events = (tmp_path / "events.jsonl").read_text(encoding="utf-8")
+    assert "early stopping" in events and '"finished"' in events
+
+
+def test_a_run_that_ended_early_ends_again_and_with_more_patience_goes_on(made):
+    counted = {"metric": "loss", "best": 2.0, "best_at": 1, "count": 1}
+
+    def state() -> RunningState:
+        return RunningState(step=2, sample_start_index=6, trainer={"early_stopping": counted})
+
+    trainer, _ = made(eval_interval=1, early_stopping_patience=1, state=state())
+    fit(trainer, evaluate=True)
+    assert trainer.engine.steps == 0
+    trainer, _ = made(eval_interval=1, early_stopping_patience=2, state=state())
+    fit(trainer, evaluate=True)
+    assert trainer.engine.steps == 1
+
+
+def test_a_signal_in_the_step_that_ends_a_run_early_finds_it_at_its_end(made):
+    stop = {2: lambda: signal.raise_signal(signal.SIGTERM)}
+    trainer, _ = made(at=stop, eval_interval=1, early_stopping_patience=1)
+    fit(trainer, evaluate=True)
+    assert trainer.engine.steps == 2 and not trainer.stopped_early

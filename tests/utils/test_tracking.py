@@ -145,3 +145,58 @@ def test_samples_in_wandb_are_its_table(tmp_path, monkeypatch):
     tracker.table(COLUMNS, ROWS, 4)
     tracker.close()
     assert logged == [({"samples": (COLUMNS, ROWS)}, 4)]
+
+
+def test_wandb_goes_on_in_the_same_run_without_a_step_twice(tmp_path, monkeypatch):
+    """The run has seen steps up to 6; a resumed one logs again from 5 on."""
+    wandb = pytest.importorskip("wandb")
+    asked: list[dict] = []
+    logged: list[int] = []
+    changed: list[dict] = []
+
+    class Run:
+        step = 7
+        resumed = True
+
+        class config:
+            @staticmethod
+            def update(values, allow_val_change):
+                changed.append(values)
+
+        def log(self, what, step) -> None:
+            logged.append(step)
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **keywords: asked.append(keywords) or Run())
+    tracker = make_tracker(None, use_wandb=True, config={"lr": 1}, run_id="abc")
+    for step in (5, 6, 7, 8):
+        tracker.log({"loss": 1.0}, step)
+    tracker.table(COLUMNS, ROWS, 6)
+    tracker.close()
+    assert (asked[0]["id"], asked[0]["resume"]) == ("abc", "allow")
+    assert logged == [7, 8] and changed == [{"lr": 1}]
+
+
+def test_a_run_without_a_directory_is_a_new_one_in_wandb(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    asked: list[dict] = []
+
+    class Run:
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **keywords: asked.append(keywords) or Run())
+    make_tracker(None, use_wandb=True).close()
+    assert "id" not in asked[0] and "resume" not in asked[0]
+
+
+def test_tensorboard_goes_on_where_the_checkpoint_stood(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for keep_to, steps_logged in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = make_tracker(None, tmp_path, keep_to=keep_to)
+        for step in steps_logged:
+            tracker.log({"loss": float(10 * keep_to + step)}, step)
+        tracker.close()
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]

@@ -93,20 +93,25 @@ class Holder:
 
 
 class DirLock:
-    """The lock of ``folder``, which is made if it is not there.
+    """The lock of ``folder``; the folder that holds it is made if it is not there.
 
     Args:
         folder: what is locked.
         flag: what named it, for messages.
         wait: called before a wait of up to ``STALE_S`` seconds with a message about it.
+        path: of the lock, if not ``run.lock`` inside ``folder``, which then need not be there.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, flag: str, wait: Callable[[str], None] = logger.info
+        self,
+        folder: str | os.PathLike,
+        flag: str,
+        wait: Callable[[str], None] = logger.info,
+        path: Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.flag = flag
-        self.path = self.folder / NAME
+        self.path = path or self.folder / NAME
         self._wait = wait
         self._mine: Holder | None = None
         self._ended = threading.Event()
@@ -120,7 +125,7 @@ class DirLock:
             ValueError: if the folder cannot be made or written.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
         except OSError as error:
             raise ValueError(
@@ -131,8 +136,8 @@ class DirLock:
         self._release_on_sigterm()
 
     def _acquire(self) -> None:
-        mine = Holder.here(self.folder)
-        draft = self.folder / f".{NAME}.{mine.id}"
+        mine = Holder.here(self.path.parent)
+        draft = self._beside(mine.id)
         try:
             draft.write_text(json.dumps(asdict(mine)), encoding="utf-8")
             while self._mine is None:
@@ -144,6 +149,9 @@ class DirLock:
                     self._take_over(holder, mine, draft)
         finally:
             draft.unlink(missing_ok=True)
+
+    def _beside(self, name: str) -> Path:
+        return self.path.with_name(f".{self.path.name.lstrip('.')}.{name}")
 
     def _read(self) -> Holder | None:
         """Who holds the lock; None if nobody does any more."""
@@ -187,7 +195,7 @@ class DirLock:
 
     def _is_copy(self, holder: Holder) -> bool:
         """Whether this folder is a copy of the one that ``holder`` locked."""
-        there = Path(holder.folder) / NAME
+        there = Path(holder.folder) / self.path.name
         try:
             return not os.path.samefile(there, self.path) and holder.id in there.read_text("utf-8")
         except OSError:
@@ -212,7 +220,7 @@ class DirLock:
 
     def _take_over(self, holder: Holder, mine: Holder, draft: Path) -> None:
         """Replace the lock of ``holder``, which is gone. Of several that try, one does."""
-        marker = self.folder / f".{NAME}.{holder.id}.over"
+        marker = self._beside(f"{holder.id}.over")
         try:
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:

@@ -240,3 +240,14 @@ def test_a_file_that_is_no_lock_is_named(tmp_path, monkeypatch):
     (tmp_path / NAME).write_text("{")
     with pytest.raises(ValueError, match="is not a lock of this library; remove it"):
         DirLock(tmp_path, "--save_dir").acquire()
+
+
+def test_a_lock_beside_what_it_locks(tmp_path):
+    path = tmp_path / ".model.lock"
+    lock = DirLock(tmp_path / "model", "the output", path=path)
+    lock.acquire()
+    assert names(tmp_path) == [".model.lock"]
+    with pytest.raises(Locked, match=f"the output {tmp_path}/model is in use by"):
+        DirLock(tmp_path / "model", "the output", path=path).acquire()
+    lock.release()
+    assert names(tmp_path) == []

@@ -26,6 +26,7 @@ from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load
 from coati.models.lora.lora import merge_lora
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
+from coati.utils.dir_lock import DirLock
 from coati.utils.transformers_compat import dtype_keyword
 
 PROBES = (
@@ -53,23 +54,32 @@ class Merged:
 @contextmanager
 def fresh_folder(final: str | os.PathLike) -> Iterator[Path]:
     """A folder that is renamed to ``final`` when the block ends without an error, and removed
-    otherwise.
+    otherwise. One process at a time writes to ``final``.
 
-    Raises ValueError when ``final`` exists already and is not an empty folder.
+    Raises ValueError when ``final`` exists already and is not an empty folder, and when another
+    process writes there.
     """
     final = Path(final)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"{final}: exists already; name a new directory, or remove it")
+    _check_fresh(final)
+    lock = DirLock(final, "the output", path=final.with_name(f".{final.name}.lock"))
+    lock.acquire()
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        _check_fresh(final)  # another process may have ended meanwhile
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         yield temporary
         if final.exists():
             final.rmdir()
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
+
+
+def _check_fresh(final: Path) -> None:
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"{final}: exists already; name a new directory, or remove it")
 
 
 def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:

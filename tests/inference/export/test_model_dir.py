@@ -216,3 +216,14 @@ def test_an_adapter_without_its_base_is_named(tmp_path):
     with pytest.raises(ValueError, match="base .* is not there; put it back"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_at_once_never_write_into_one_output(tmp_path):
+    """The second is told of the first, which loses nothing."""
+    with fresh_folder(tmp_path / "new") as folder:
+        (folder / "weights").write_text("whole")
+        with pytest.raises(ValueError, match=r"the output .*/new is in use by"):
+            with fresh_folder(tmp_path / "new"):
+                pytest.fail("both write")
+    assert (tmp_path / "new" / "weights").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

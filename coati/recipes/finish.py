@@ -21,6 +21,8 @@ logger = get_logger(__name__)
 
 CHAT = "talk to it: coati chat {}"
 SCORE = "score responses with it: coati score {} --input FILE"
+# By which a run is resumed, or begun from a checkpoint; Hugging Face's name too.
+RESUME_FLAGS = ("--checkpoint_", "--resume_from_checkpoint")
 BOUNDS = ("_low", "_high", "/count")  # metrics that say how sure another one is
 
 
@@ -93,7 +95,7 @@ def command_again() -> str:
     dropping = False
     for word in sys.argv[1:]:
         if word.startswith("--"):
-            dropping = word.startswith("--checkpoint_")  # the flag and the value after it
+            dropping = word.startswith(RESUME_FLAGS)  # the flag and the value after it
         if not dropping:
             words.append(word)
     return f"{_program()} {shlex.join(words)} --checkpoint_path auto"

@@ -1,7 +1,9 @@
 """Flags that differ from a checkpoint's, each in a run that goes on from it: the first step has the
 new value, or the flag is refused by name, or nothing changes."""
 
+import json
 import math
+import shutil
 
 import pytest
 
@@ -44,7 +46,7 @@ SFT: dict[str, tuple[tuple[str, ...], dict]] = {
     "weight_decay": (("--weight_decay", "7"), {"decay": [7.0]}),
     "adam_beta2": (("--adam_beta2", "0.5"), {"betas": [(0.9, 0.5)]}),
     "grad_clip": (("--grad_clip", "0.25"), {"clip": 0.25}),
-    "plugin": (("--plugin", "zero2"), {"plugin": "zero2", "lr": [1e-3 * cosine(3, 12)]}),
+    "plugin": (("--plugin", "zero2"), {"plugin": "zero2"}),
     "disable_loss_mask": (("--disable_loss_mask",), {}),
     "eval_dataset": (("--eval_dataset", "$eval"), {}),
     "early_stopping_patience": (
@@ -107,15 +109,15 @@ GUARDED = ("head_lr", "center_coef")  # applied, but for the step from or to not
 def places(tmp_path_factory, model, data) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("places")
     lines = short_lines(0, 40, SAMPLES / "preference.jsonl")
-    from tests.tiny import tiny_tokenizer
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer = folder / "tokenizer"
+    shutil.copytree(model, tokenizer)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"][0]["lstrip"] = True  # splits a little otherwise
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
     return {
         "model": model,
         "other": write_model(folder / "other", intermediate_size=48),
-        "tokenizer": str(folder / "tokenizer"),
+        "tokenizer": str(tokenizer),
         "train": data["train"],
         "eval": data["eval"],
         "pairs": prepare(folder / "pairs", lines, type="preference"),
@@ -204,3 +206,41 @@ def test_the_run_of_the_checkpoint(reached, verb):
     else:
         assert "--max_steps 3 -> 12, from step 4 on" in found.err
         assert found.seen["lr"][0] == pytest.approx(1e-3 * cosine(STEPS, 12), rel=1e-12)
+
+
+PLUGINS = {
+    "zero2 with LoRA": ("zero2", "--lora_rank", "4"),
+    "zero2 in bf16": ("zero2", "--mixed_precision", "bf16"),
+    "gemini": ("gemini", "--mixed_precision", "bf16"),
+    "3d": ("3d", "--zero_stage", "1", "--mixed_precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero2 with LoRA",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(PLUGINS)[1:]),
+    ],
+)
+def test_the_optimizers_settings_take_effect_on_every_plugin(tmp_path, places, name):
+    """Rate, decay and betas in every parameter group, with the moments of the checkpoint."""
+    own = ("--plugin", *PLUGINS[name])
+    base = str(tmp_path / "base")
+    changed = ("--lr", "1e-4", "--weight_decay", "7", "--adam_beta2", "0.5")
+    auto = (*ALL, "--checkpoint_path", "auto")
+    tried = {
+        "base": Attempt("train_sft.py", command("sft", places, base, own)),
+        "now": Attempt(
+            "train_sft.py",
+            command("sft", places, str(tmp_path / "now"), (*own, *changed, *auto)),
+            base,
+        ),
+    }
+    found = run(1, "tests.end_to_end.resume_grid:attempts", tried, env=CPU, timeout=300)[0]
+    assert found["base"].code == 0 and found["now"].code == 0, found["now"].err
+    seen = found["now"].seen
+    groups = len(seen["lr"])
+    assert seen["lr"] == pytest.approx([1e-4 * cosine(STEPS, 12)] * groups, rel=1e-12)
+    assert seen["decay"] == [7.0] * groups and seen["betas"] == [(0.9, 0.5)] * groups
+    assert seen["moments"] > 0 and "starts over" not in found["now"].err

@@ -57,7 +57,7 @@ def find_resume(output: OutputSettings) -> Resume:
         clean(output.save_dir)  # what an interrupted save left
     if path is None:
         _refuse_other_run(
-            output, "; go on with --checkpoint_path auto, or choose another --save_dir"
+            output, "; go on with --checkpoint_path auto, or choose another directory"
         )
         return Resume()
     if path == "auto":

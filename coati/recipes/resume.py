@@ -132,9 +132,10 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def _refuse_other_run(output: OutputSettings, what: str) -> None:
-    """A run never begins in a directory that holds another one's checkpoints. ``what``: of the
-    checkpoint, and what to do."""
+    """A run never begins in a directory that holds another one's checkpoints, or its best model.
+    ``what``: of the checkpoint, and what to do."""
     held = [path.name for path in checkpoints(output.save_dir)]
+    held = held or ["best"] * (Path(output.save_dir) / "best").is_dir()
     if held and not output.dry_run:
         raise ValueError(f"--save_dir {output.save_dir} already holds {held[-1]}{what}")
     _refuse_finished(output)

@@ -26,10 +26,12 @@ class Attempt:
 
 @dataclass
 class Reached:
-    """Exit code and standard error; ``seen``: what its first step was taken with."""
+    """Exit code and standard error; ``seen``: what its first step was taken with; ``left``: whether
+    its lock was still there at the end."""
 
     code: int
     err: str
+    left: bool = False
     seen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +63,7 @@ def attempt(each: Attempt) -> Reached:
         except SystemExit as stop:
             found.code = stop.code or 0
     found.err = text.getvalue()
+    found.left = (Path(save_dir) / "run.lock").exists()
     if each.base is not None:
         shutil.rmtree(save_dir)
     return found

@@ -158,3 +158,10 @@ def test_a_dry_run_leaves_the_directory_of_a_run_that_is_going_on_alone(tmp_path
     (tmp_path / ".epoch-0_step-4.tmp").mkdir()  # a save in progress
     find_resume(arguments(tmp_path, dry_run=True))
     assert (tmp_path / ".epoch-0_step-4.tmp").is_dir()
+
+
+def test_the_best_model_of_a_run_without_a_checkpoint_is_not_replaced(tmp_path):
+    (tmp_path / "best").mkdir()
+    with pytest.raises(ValueError, match="already holds best; go on with --checkpoint_path auto"):
+        find_resume(OutputSettings(str(tmp_path)))
+    assert find_resume(arguments(tmp_path)) == Resume(goes_on=True)

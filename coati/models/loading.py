@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coati.models.attention_choice import needs_eager, with_attention
+from coati.models.generation_settings import (
+    loadable,
+    mend_model,
+    mend_padding,
+    without_complaints,
+)
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
@@ -163,7 +169,8 @@ def load_configuration(path: str | os.PathLike, trust_remote_code: bool = False)
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with without_complaints():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         adopt_config(config)
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -297,7 +304,9 @@ def _load(
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bar()  # one bar is enough
     options = options | {dtype_keyword(): DTYPES[dtype]}
+    settings, dropped = loadable(path)
     config = load_configuration(path, options["trust_remote_code"])
+    changes = mend_padding(config)
     composite = is_composite(config)
     if composite:  # refused in its own words, before weights are read
         model_class = classes_of(path, config)[1]
@@ -306,14 +315,16 @@ def _load(
     if note := needs_eager(model_class, config, options.get("attn_implementation")):
         logger.warning_once(note)
         options["attn_implementation"] = "eager"
-    if transformers_major() < 5:  # the file itself may be transformers 5's
+    # Under 4 the file itself may be transformers 5's.
+    if transformers_major() < 5 or (changes and not composite):
         options["config"] = config
+    options |= settings
     if composite:
         read = partial(load_text_part, path, config)
     else:
         read = partial(_read, auto_class, path)
     try:
-        with _without_report():
+        with _without_report(), without_complaints():
             model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
@@ -336,6 +347,7 @@ def _load(
             f"the files ({shown}); they would start at random. Is this a model of another kind, or "
             "an incomplete copy?"
         )
+    mend_model(model, path, [*dropped, *changes])
     return model
 
 

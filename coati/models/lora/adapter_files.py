@@ -33,6 +33,12 @@ def save_lora(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(adapter_state(model, state_dict), directory / WEIGHTS, metadata={"format": "pt"})
+    save_settings(model, directory)
+
+
+def save_settings(model: nn.Module, directory: str | os.PathLike) -> None:
+    """What :func:`save_lora` writes beside the tensors."""
+    directory = Path(directory)
     settings = copy.deepcopy(model.peft_config["default"])
     settings.inference_mode = True
     if _is_pissa(model):

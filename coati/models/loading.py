@@ -34,6 +34,7 @@ logger = get_logger(__name__)
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "auto"}
 ADAPTER_CONFIG = "adapter_config.json"
+CHAIN = "lora_chain.json"  # beside an adapter that was joined with those it was trained on
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -110,6 +111,13 @@ def adapter_base(path: str | os.PathLike) -> str | None:
             "or write its new place into base_model_name_or_path"
         )
     return base
+
+
+def trained_from(path: str | os.PathLike) -> str | None:
+    """What the adapter of a directory was trained on: an earlier adapter where the two were saved
+    as one, else :func:`adapter_base`."""
+    chain = Path(path) / CHAIN
+    return load_json(chain)["trained_on"] if chain.is_file() else adapter_base(path)
 
 
 def _holds(directory: Path) -> str:
@@ -251,7 +259,9 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
         }
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(directory, "adapter", error) from error
-    wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
+    dora = ("lora_magnitude_vector.weight", "lora_magnitude_vector")  # so named in files
+    names_here = (name.replace(".default", "") for name in model.state_dict() if ".lora_" in name)
+    wanted = {name.replace(*dora) for name in names_here}
     for names, what in (
         (wanted - held, "lacks"),
         (held - wanted, "has tensors that its settings have no use for:"),
@@ -328,6 +338,19 @@ def _load(
             model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
+    _check_report(path, model, report, heads, strict)
+    mend_model(model, path, [*dropped, *changes])
+    return model
+
+
+def _check_report(
+    path: str | os.PathLike,
+    model: Any,
+    report: dict[str, Any],
+    heads: tuple[str, ...],
+    strict: bool,
+) -> None:
+    """What a loading report says of weights without a use, and of missing ones."""
     if unexpected := sorted(
         key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
     ):
@@ -347,8 +370,6 @@ def _load(
             f"the files ({shown}); they would start at random. Is this a model of another kind, or "
             "an incomplete copy?"
         )
-    mend_model(model, path, [*dropped, *changes])
-    return model
 
 
 def _read(auto_class: Any, path: str | os.PathLike, options: dict[str, Any]):

@@ -253,6 +253,7 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
     from peft.utils import load_peft_weights
 
     try:
+        _grow_for(base, load_peft_weights(str(directory), device="cpu"))
         model = PeftModel.from_pretrained(base, str(directory))
         held = {
             name for name in load_peft_weights(str(directory), device="cpu") if ".lora_" in name
@@ -272,6 +273,18 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
                 "belongs to another base model, or was cut when it was copied"
             )
     return model
+
+
+def _grow_for(base: "nn.Module", tensors: dict[str, Any]) -> None:
+    """Give ``base`` the vocabulary of an adapter that holds an embedding of another size, as
+    tokens that were added do."""
+    from coati.models.added_tokens import resize_embeddings, vocabulary_modules
+
+    names = vocabulary_modules(base) if hasattr(base, "get_output_embeddings") else []
+    for name in names:
+        whole = tensors.get(f"base_model.model.{name}.weight")
+        if whole is not None and len(whole) != base.get_submodule(name).weight.shape[0]:
+            resize_embeddings(base, len(whole))
 
 
 def merge_adapter(base: "nn.Module", directory: str | os.PathLike) -> Any:

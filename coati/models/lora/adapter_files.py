@@ -92,6 +92,8 @@ def adapter_state(
         rank = _own_rank(model)
         state = {key: tensor.detach().cpu() for key, tensor in state.items()}
         state = join(state, earlier, rank, model.coati_lora.lora_alpha / model.coati_lora.r)
+    whole = _whole_names(model)  # tied ones share a tensor, which a file may not
+    state = {key: t.detach().clone() if key in whole else t for key, t in state.items()}
     return {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
 
 

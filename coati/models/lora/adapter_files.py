@@ -191,7 +191,7 @@ def _check_settings(directory: Path, model: nn.Module) -> None:
     expected = _own_rank(model)
     if rank != expected:
         raise ValueError(
-            f"{file}: the rank is {rank}, expected {expected}; was this adapter trained elsewhere?"
+            f"{file}: r is {rank}, expected {expected}; was this adapter trained elsewhere?"
         )
 
 

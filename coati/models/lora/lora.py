@@ -8,6 +8,7 @@ is loaded.
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -301,8 +302,12 @@ def merge_lora(model: "PeftModel") -> "nn.Module":
     :func:`merged` to undo it."""
     _check_adapted(model)
     _untie(model.get_base_model())
-    plain = model.merge_and_unload(safe_merge=True)
-    _retie(plain)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        plain = model.merge_and_unload(safe_merge=True)
+    if tied:
+        _retie(plain)
     return plain.requires_grad_(True)
 
 
@@ -311,17 +316,15 @@ def _retie(model: "nn.Module") -> None:
     else say in the configuration that they are two."""
     import torch
 
-    if not (
-        getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-        and hasattr(model, "get_output_embeddings")
-    ):
+    if not hasattr(model, "get_output_embeddings"):
         return
     entrance = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    if head is None or head.weight is entrance.weight:
+    if head is None:
         return
     if torch.equal(head.weight, entrance.weight):
         head.weight = entrance.weight
+        model.config.tie_word_embeddings = True
     else:
         model.config.tie_word_embeddings = False
 

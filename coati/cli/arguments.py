@@ -58,6 +58,14 @@ def add_model_flags(parser: Parser) -> None:
         help="model to start from: Hugging Face directory or hub name (required)",
     )
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
+    group.add_argument(
+        "--add_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens to add to the tokenizer, as '<think>' '</think>'; their rows of embedding and "
+        "head start as the mean of the others, and with LoRA both are trained whole",
+    )
     add_text(
         group,
         "--checkpoint_path",

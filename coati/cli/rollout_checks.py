@@ -41,6 +41,15 @@ SHARING = tuple(name for name, row in PLUGINS.items() if row.whole_weights)
 CHANGES_SAMPLES = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
+def _check_added_tokens(args: Namespace) -> None:
+    """A policy samples a token only after it has learned it."""
+    if args.add_tokens:
+        raise ValueError(
+            "--add_tokens: new tokens have to be learned before they are sampled; add them in "
+            "coati sft, then name its result in --pretrain"
+        )
+
+
 def check_rollouts(args: Namespace) -> None:
     """What PPO and GRPO share; resolves ``lora_rank``, the batch sizes of inference, and the names
     of rewards."""
@@ -56,6 +65,7 @@ def check_rollouts(args: Namespace) -> None:
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
     check_mixture(args, args.prompt_dataset)
     check_lora(args)
+    _check_added_tokens(args)
     _check_can_sample(args)
     check_launch(args)
     check_parallel(args.plugin, requested_options(args, args.train_batch_size), processes_of(args))

@@ -49,6 +49,7 @@ class ModelSettings:
     tokenizer_dir: str | None = None
     trust_remote_code: bool = False
     use_flash_attn: bool = False
+    add_tokens: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> str:

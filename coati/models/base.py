@@ -117,7 +117,11 @@ class BaseModel(nn.Module):
         model = cls(backbone=backbone, keep_lm_head=keep_lm_head)
         if state is not None:
             set_head(model.score, state, path)
-        return merge_adapter(model, path) if base else model
+        if base:
+            model = merge_adapter(model, path)
+            # An adapter trained on top names this directory as its base.
+            model.name_or_path = str(path)
+        return model
 
     @torch.no_grad()
     def init_head(self) -> None:

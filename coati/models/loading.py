@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coati.models.attention_choice import needs_eager, with_attention
+from coati.models.generation_settings import (
+    loadable,
+    mend_model,
+    mend_padding,
+    without_complaints,
+)
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
@@ -28,6 +34,7 @@ logger = get_logger(__name__)
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "auto"}
 ADAPTER_CONFIG = "adapter_config.json"
+CHAIN = "lora_chain.json"  # beside an adapter that was joined with those it was trained on
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -106,6 +113,13 @@ def adapter_base(path: str | os.PathLike) -> str | None:
     return base
 
 
+def trained_from(path: str | os.PathLike) -> str | None:
+    """What the adapter of a directory was trained on: an earlier adapter where the two were saved
+    as one, else :func:`adapter_base`."""
+    chain = Path(path) / CHAIN
+    return load_json(chain)["trained_on"] if chain.is_file() else adapter_base(path)
+
+
 def _holds(directory: Path) -> str:
     there = sorted(entry.name for entry in directory.iterdir())
     return f"it holds {', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing'}"
@@ -163,7 +177,8 @@ def load_configuration(path: str | os.PathLike, trust_remote_code: bool = False)
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with without_complaints():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         adopt_config(config)
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -238,13 +253,16 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
     from peft.utils import load_peft_weights
 
     try:
+        _grow_for(base, load_peft_weights(str(directory), device="cpu"))
         model = PeftModel.from_pretrained(base, str(directory))
         held = {
             name for name in load_peft_weights(str(directory), device="cpu") if ".lora_" in name
         }
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(directory, "adapter", error) from error
-    wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
+    dora = ("lora_magnitude_vector.weight", "lora_magnitude_vector")  # so named in files
+    names_here = (name.replace(".default", "") for name in model.state_dict() if ".lora_" in name)
+    wanted = {name.replace(*dora) for name in names_here}
     for names, what in (
         (wanted - held, "lacks"),
         (held - wanted, "has tensors that its settings have no use for:"),
@@ -255,6 +273,18 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
                 "belongs to another base model, or was cut when it was copied"
             )
     return model
+
+
+def _grow_for(base: "nn.Module", tensors: dict[str, Any]) -> None:
+    """Give ``base`` the vocabulary of an adapter that holds an embedding of another size, as
+    tokens that were added do."""
+    from coati.models.added_tokens import resize_embeddings, vocabulary_modules
+
+    names = vocabulary_modules(base) if hasattr(base, "get_output_embeddings") else []
+    for name in names:
+        whole = tensors.get(f"base_model.model.{name}.weight")
+        if whole is not None and len(whole) != base.get_submodule(name).weight.shape[0]:
+            resize_embeddings(base, len(whole))
 
 
 def merge_adapter(base: "nn.Module", directory: str | os.PathLike) -> Any:
@@ -297,7 +327,9 @@ def _load(
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bar()  # one bar is enough
     options = options | {dtype_keyword(): DTYPES[dtype]}
+    settings, dropped = loadable(path)
     config = load_configuration(path, options["trust_remote_code"])
+    changes = mend_padding(config)
     composite = is_composite(config)
     if composite:  # refused in its own words, before weights are read
         model_class = classes_of(path, config)[1]
@@ -306,17 +338,32 @@ def _load(
     if note := needs_eager(model_class, config, options.get("attn_implementation")):
         logger.warning_once(note)
         options["attn_implementation"] = "eager"
-    if transformers_major() < 5:  # the file itself may be transformers 5's
+    # Under 4 the file itself may be transformers 5's.
+    if transformers_major() < 5 or (changes and not composite):
         options["config"] = config
+    options |= settings
     if composite:
         read = partial(load_text_part, path, config)
     else:
         read = partial(_read, auto_class, path)
     try:
-        with _without_report():
+        with _without_report(), without_complaints():
             model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
         raise explained(path, "model", error) from error
+    _check_report(path, model, report, heads, strict)
+    mend_model(model, path, [*dropped, *changes])
+    return model
+
+
+def _check_report(
+    path: str | os.PathLike,
+    model: Any,
+    report: dict[str, Any],
+    heads: tuple[str, ...],
+    strict: bool,
+) -> None:
+    """What a loading report says of weights without a use, and of missing ones."""
     if unexpected := sorted(
         key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
     ):
@@ -336,7 +383,6 @@ def _load(
             f"the files ({shown}); they would start at random. Is this a model of another kind, or "
             "an incomplete copy?"
         )
-    return model
 
 
 def _read(auto_class: Any, path: str | os.PathLike, options: dict[str, Any]):

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank
+from coati.parallel.save_causes import SaveCause, cause_of
+from coati.utils.distributed import all_gather_object, barrier, is_rank_0
 from coati.utils.errors import RunFailed
 
 
@@ -13,26 +14,28 @@ class SaveFailed(RunFailed):
     """A rank could not write its part; nothing of the directory is left."""
 
 
-_failures: list[str] | None = None  # of this rank while it writes a directory; None: it writes none
+_failures: list[SaveCause] | None = (
+    None  # of this rank while it writes a directory; None: it writes none
+)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Every file of a checkpoint is written here, one after the other: ``write(path)``."""
-    _or_later(lambda: write(path))
+    _or_later(lambda: write(path), path)
 
 
 def make_folder(path: Path) -> None:
     """A folder inside a checkpoint; several ranks may make the same one."""
-    _or_later(lambda: path.mkdir(parents=True, exist_ok=True))
+    _or_later(lambda: path.mkdir(parents=True, exist_ok=True), path)
 
 
-def _or_later(work: Callable[[], object]) -> None:
+def _or_later(work: Callable[[], object], path: Path) -> None:
     # Between two files the ranks gather tensors: one that went away with an error would leave the
     # others waiting. So inside write_directory a failure is kept until all are done, and nothing
     # more is written by this rank.
     if _failures is None:
         work()
-    elif not _failures and (failure := _attempt(work)):
+    elif not _failures and (failure := attempt(work, path.parent, path.name)):
         _failures.append(failure)
 
 
@@ -53,7 +56,7 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = temporary_name(final)
     old = final.with_name(f".{final.name}.old")
-    failure = _attempt(lambda: _make_fresh(temporary) if is_rank_0() else None)
+    failure = attempt(lambda: _make_fresh(temporary) if is_rank_0() else None, temporary)
     _agree(failure, final, temporary)
     failure = _write_all(write, temporary)
     _agree(failure, final, temporary)
@@ -68,14 +71,15 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
         _sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    _agree(_attempt(lambda: publish() if is_rank_0() else None), final, temporary)
+    failure = attempt(lambda: publish() if is_rank_0() else None, temporary)
+    _agree(failure, final, temporary)
 
 
-def _write_all(write: Callable[[Path], None], folder: Path) -> str | None:
+def _write_all(write: Callable[[Path], None], folder: Path) -> SaveCause | None:
     global _failures
     _failures = []
     try:
-        failure = _attempt(lambda: write(folder))
+        failure = attempt(lambda: write(folder), folder)
         return _failures[0] if _failures else failure
     finally:
         _failures = None
@@ -87,36 +91,37 @@ def _make_fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _attempt(work: Callable[[], object]) -> str | None:
+def attempt(work: Callable[[], object], folder: Path, file: str = "") -> SaveCause | None:
+    """Run ``work``, which writes ``file`` into ``folder``; why it failed, or None."""
     try:
         work()
-    # safetensors and torch.save wrap a full disk into error classes of their own.
+    # safetensors and torch.save wrap a full disk into error classes of their own, and a tokenizer
+    # that cannot be saved raises what it likes.
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return cause_of(error, folder, file)
     return None
 
 
-def _agree(failure: str | None, final: Path, temporary: Path) -> None:
+def agreed_failure(failure: SaveCause | None) -> tuple[str, str] | None:
+    """The failures of all ranks and what to do about the first, the same on every rank, which all
+    must call it; None where there is none."""
     failures = all_gather_object(failure)
-    if any(failures):
+    if not any(failures):
+        return None
+    named = "; ".join(f"rank {who}: {one.text}" for who, one in enumerate(failures) if one)
+    return named, next(one.remedy for one in failures if one)
+
+
+def _agree(failure: SaveCause | None, final: Path, temporary: Path) -> None:
+    if (agreed := agreed_failure(failure)) is not None:
         if is_rank_0():
             shutil.rmtree(temporary, ignore_errors=True)
         barrier()
-        named = "; ".join(f"rank {who}: {text}" for who, text in enumerate(failures) if text)
-        free = shutil.disk_usage(existing_folder(final.parent)).free / 2**30
+        named, remedy = agreed
         raise SaveFailed(
-            f"could not save {final} ({named}); rank {rank()} sees {free:.2f} GiB free there. "
-            "Nothing half-written was left; free space or choose another --save_dir, then resume "
-            "with --checkpoint_path auto"
+            f"could not save {final} ({named}). Nothing half-written was left; {remedy}, then "
+            "resume with --checkpoint_path auto"
         )
-
-
-def existing_folder(folder: Path) -> Path:
-    """``folder``, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _sync(path: Path) -> None:

@@ -17,10 +17,17 @@ from typing import Any
 import torch
 
 from coati.models.lora.lora import expert_parameters
-from coati.parallel.atomic_dirs import file_sizes, make_folder, write_directory, write_file
+from coati.parallel.atomic_dirs import (
+    SaveFailed,
+    file_sizes,
+    make_folder,
+    write_directory,
+    write_file,
+)
 from coati.parallel.engine import Engine
 from coati.parallel.lr_schedule import set_position
 from coati.parallel.optimizer_state import load_rank_state, rank_state
+from coati.parallel.save_rescue import rescue
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
 from coati.utils.json_io import load_json, save_json
@@ -80,7 +87,8 @@ def save_checkpoint(
     """Write ``epoch-E_step-S`` below ``save_dir`` and return it. Every rank must call it.
 
     Raises:
-        SaveFailed: on every rank, if one could not write; no directory of that name is then left.
+        SaveFailed: on every rank, if one could not write; no directory of that name is then left,
+            and the message says where the weights are.
     """
     return _save(save_dir, {".": (engine, assets)}, state, None)
 
@@ -116,7 +124,10 @@ def _save(
             state.files = file_sizes(folder)
             write_file(folder / "running_states.json", lambda path: save_json(asdict(state), path))
 
-    write_directory(final, write)
+    try:
+        write_directory(final, write)
+    except SaveFailed as failure:
+        raise rescue(failure, final, models) from failure
     return final
 
 

@@ -3,6 +3,7 @@ safetensors."""
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coati.models.composite import Composite
+from coati.models.generation_settings import mended, with_end_tokens
 from coati.models.lora.lora import merged
 from coati.parallel.atomic_dirs import make_folder, write_file
 from coati.parallel.engine import Engine
@@ -56,7 +58,11 @@ class ModelAssets:
         # the directory.
         config._attn_implementation_autoset = False
         composite = getattr(model, "composite", None)
-        generation = getattr(model, "generation_config", None)
+        # Models of this library's loaders are mended already; others come from a Python caller.
+        generation, _ = mended(getattr(model, "generation_config", None))
+        end = getattr(tokenizer, "eos_token_id", None)
+        if generation is not None and end is not None:
+            generation = with_end_tokens(generation, [end])
         return cls(config, generation, tokenizer, template, composite)
 
 
@@ -223,18 +229,23 @@ def _shard_name(index: int, total: int) -> str:
     )
 
 
-def _save_assets(folder: Path, assets: ModelAssets, config: Any | None) -> None:
+def asset_writers(assets: ModelAssets, config: Any | None) -> dict[str, Callable[[Path], object]]:
+    """{file: how it is written, given its path} of all that is saved beside the weights. ``config``
+    None: an adapter, which has no configuration of a model."""
+    writers: dict[str, Callable[[Path], object]] = {}
     if config is not None:
-        write_file(folder / "config.json", lambda path: config.save_pretrained(path.parent))
+        writers["config.json"] = lambda path: config.save_pretrained(path.parent)
         if assets.generation_config is not None:
-            write_file(
-                folder / "generation_config.json",
-                lambda path: assets.generation_config.save_pretrained(path.parent),
-            )
+            settings = assets.generation_config
+            writers["generation_config.json"] = lambda path: settings.save_pretrained(path.parent)
     if assets.tokenizer is not None:
-        write_file(
-            folder / "tokenizer_config.json",
-            lambda path: assets.tokenizer.save_pretrained(path.parent),
-        )
+        tokenizer = assets.tokenizer
+        writers["tokenizer_config.json"] = lambda path: tokenizer.save_pretrained(path.parent)
     if assets.template is not None:
-        write_file(folder / TEMPLATE_FILE, lambda path: save_json(assets.template, path))
+        writers[TEMPLATE_FILE] = lambda path: save_json(assets.template, path)
+    return writers
+
+
+def _save_assets(folder: Path, assets: ModelAssets, config: Any | None) -> None:
+    for name, write in asset_writers(assets, config).items():
+        write_file(folder / name, write)

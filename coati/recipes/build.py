@@ -10,6 +10,7 @@ import torch
 
 from coati.cli.settings import LoraSettings, RMSettings, SLSettings, TrainingSettings
 from coati.dataset.load.epoch_order import EpochOrder
+from coati.models.added_tokens import grow_embeddings, vocabulary_modules
 from coati.models.attention_choice import choose_attention
 from coati.models.base import BaseModel
 from coati.models.block_mask import sliding_window
@@ -21,6 +22,7 @@ from coati.models.loading import (
 from coati.models.lora.adapter_files import load_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.reward_model import RewardModel
+from coati.models.scoring_padding import scoring_tokenizer
 from coati.models.tokenizer import check_vocabulary
 from coati.parallel.boost import boost
 from coati.parallel.checkpoint import RunningState, restore
@@ -89,11 +91,13 @@ def load_model(run: Run, load: Callable[..., Any], dropout: bool = True) -> Any:
         check_same_model(config, run.settings)
     set_seed(run.settings.seed)
     model = load(source, **loading(run))
+    if source == model_settings.pretrain:
+        grow_embeddings(model, run.tokenizer, run.added_tokens)
     check_vocabulary(model, run.tokenizer)
     if isinstance(model, BaseModel):  # a classifier for transformers, which needs to know it
         model.config.pad_token_id = run.tokenizer.pad_token_id
     if run.options.lora:
-        lora = lora_config(run.settings.lora)
+        lora = _with_vocabulary(run, model, lora_config(run.settings.lora))
         model = apply_lora(model, lora, seed=run.settings.seed)
         if adapters:
             load_lora(model, resume.weights)
@@ -105,6 +109,21 @@ def load_model(run: Run, load: Callable[..., Any], dropout: bool = True) -> Any:
     if not dropout:
         disable_dropout(model)
     return model
+
+
+def _with_vocabulary(run: Run, model: Any, lora: LoraConfig) -> LoraConfig:
+    """``lora`` with embedding and head trained whole where tokens were added, whose rows nothing
+    else would train. Raises ValueError where they are split over processes."""
+    whole = list(lora.modules_to_save or [])
+    if run.added_tokens:
+        whole += [name for name in vocabulary_modules(model) if name not in whole]
+    if whole and run.options.tp > 1:
+        flag = "--add_tokens" if run.added_tokens else "--lora_config modules_to_save"
+        raise ValueError(
+            f"{flag} with LoRA: modules that are trained whole cannot be split over --tp "
+            f"{run.options.tp} processes; use --tp 1 (--plugin zero2), or train without LoRA"
+        )
+    return replace(lora, modules_to_save=whole or None)
 
 
 def loading(run: Run) -> dict[str, Any]:
@@ -177,7 +196,23 @@ def lora_config(lora: LoraSettings) -> LoraConfig:
 def assets(run: Run, model: Any) -> ModelAssets:
     """What is saved beside the weights; taken before boosting."""
     template = None if run.template is None else run.template.to_config()
-    return ModelAssets.of(model, run.tokenizer, template)
+    tokenizer = run.tokenizer
+    if getattr(model.config, "coati_head", None) == RewardModel.kind:
+        rows = model.get_input_embeddings().weight.shape[0]
+        tokenizer, pad = scoring_tokenizer(tokenizer, rows, _ends(run))
+        # Of an adapter this is not saved, but the config serves whoever loads the base with it.
+        model.config.pad_token_id = tokenizer.pad_token_id if pad is None else pad
+    return ModelAssets.of(model, tokenizer, template)
+
+
+def _ends(run: Run) -> set[int]:
+    """Ids that a row may end with: those of a dialogue under the template, and of its end."""
+    if run.template is None:
+        return set()
+    texts = zip(("user", "assistant", "user"), "abc", strict=True)
+    dialogue = [{"role": role, "content": text} for role, text in texts]
+    stops = {token for stop in run.template.stop_ids for token in stop}
+    return stops | set(run.template.encode_prompt(dialogue).input_ids)
 
 
 def boosted(

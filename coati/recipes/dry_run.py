@@ -11,13 +11,13 @@ from typing import Any
 from coati.cli.settings import OnlineSettings, SLSettings
 from coati.models.critic import Critic
 from coati.models.loading import load_causal_lm
-from coati.parallel.atomic_dirs import existing_folder
 from coati.parallel.checkpoint import (
     RunningState,
     read_checkpoint,
     save_checkpoint,
     save_models,
 )
+from coati.parallel.save_causes import existing_folder
 from coati.recipes.memory_plan import measured_memory, memory_lines
 from coati.recipes.run import Run
 from coati.trainer import OLTrainer, SLTrainer

@@ -6,8 +6,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from coati.parallel.atomic_dirs import write_directory
+from coati.parallel.atomic_dirs import SaveFailed, write_directory
 from coati.parallel.engine import Engine
+from coati.parallel.save_rehearsal import rehearse_saving
+from coati.parallel.save_rescue import rescue
 from coati.parallel.weights import ModelAssets, save_model
 from coati.recipes.command import PROGRAM, is_command
 from coati.recipes.launcher import ERROR_FILE
@@ -28,8 +30,18 @@ BOUNDS = ("_low", "_high", "/count")  # metrics that say how sure another one is
 
 def save_final(run: Run, trainer: SLTrainer, use: str = CHAT) -> None:
     """Write ``<save_dir>/modeling`` and say where it is and what to ``use`` it for; or how to go on
-    after a graceful shutdown."""
+    after a graceful shutdown.
+
+    Raises SaveFailed where that fails, with the place that the weights were rescued to."""
     _save(run, trainer, {"modeling": (trainer.engine, trainer.assets)}, use)
+
+
+def rehearse(run: Run, models: dict[str, tuple[Engine, ModelAssets]]) -> None:
+    """Before the first step: see that all but the weights can be saved.
+
+    Raises SaveFailed, naming the cause."""
+    output = run.settings.output
+    rehearse_saving(output.save_dir, models, keep=not output.dry_run)
 
 
 def save_models_of(run: Run, trainer: OLTrainer) -> None:
@@ -57,9 +69,15 @@ def _save(
         return
     folder = Path(run.settings.output.save_dir)
     merge = run.settings.lora.merge_lora_weights
+    failures = []
     for place, (engine, assets) in models.items():
         write = partial(save_model, engine, assets=assets, merge_lora=merge)
-        write_directory(folder / place, write)
+        try:
+            write_directory(folder / place, write)
+        except SaveFailed as failure:  # the other models may still be saved
+            failures.append(rescue(failure, folder / place, {"": (engine, assets)}))
+    if failures:
+        raise SaveFailed("; ".join(map(str, failures)))
     _log_evaluations(run, trainer)
     final = folder / next(iter(models))
     report = folder / PAGE

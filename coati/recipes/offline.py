@@ -78,6 +78,7 @@ def fit(
     model, by default a language model; ``use``: what it can be used for.
     """
     train, evaluation = _loaders(run, trainer.engine, rows, collate, partners)
+    finish.rehearse(run, {"modeling": (trainer.engine, trainer.assets)})
     if run.settings.output.dry_run:
         dry_run.dry_run(run, trainer, train, load)
         return False

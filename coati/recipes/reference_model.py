@@ -13,6 +13,7 @@ import numpy as np
 from coati.cli.settings import DPOSettings
 from coati.dataset.data_types import TOKEN_COLUMNS
 from coati.dataset.load.loader import EvaluationLoader
+from coati.models.added_tokens import grow_embeddings
 from coati.models.loading import load_causal_lm
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
@@ -40,10 +41,13 @@ def reference(
     Raises ValueError for a copy of another vocabulary than the policy's.
     """
     if run.options.lora:
-        if build.lora_config(run.settings.lora).lora_train_bias == "none":
+        biases = build.lora_config(run.settings.lora).lora_train_bias != "none"
+        whole = getattr(policy.module.get_base_model(), "trained_whole", ())
+        if not biases and not whole:
             return InferenceModel(policy, adapters_off=True)
+        what = ", ".join(whole) if whole else "biases"
         logger.info(
-            "LoRA trains biases of the base model too, so the reference is a copy of it, not the "
+            f"LoRA trains {what} of the base model too, so the reference is a copy of it, not the "
             "base itself."
         )
     options = replace(run.options, tp=ref_tp) if ref_tp else run.options
@@ -54,6 +58,7 @@ def _copy(run: Run, vocab_size: int) -> Any:
     """The model of ``--pretrain``. Raises ValueError where its vocabulary is not ``vocab_size``."""
     pretrain = run.settings.model.pretrain
     model = load_causal_lm(pretrain, **build.loading(run) | {"dtype": "auto"})
+    grow_embeddings(model, run.tokenizer, run.added_tokens)
     found = model.config.vocab_size
     if found != vocab_size:
         raise ValueError(
@@ -112,6 +117,8 @@ def _about(run: Run[DPOSettings], trainer: DPOTrainer, rows: Any) -> dict[str, A
         "averaged": False,  # sums; older releases stored averages for losses of averages
         "ld_alpha": trainer.objective.row_logps.ld_alpha,
         "disable_loss_mask": run.settings.data.disable_loss_mask,
+        # Only where there are any, so that what earlier releases stored is found again.
+        **({"add_tokens": list(run.added_tokens)} if run.added_tokens else {}),
     }
 
 

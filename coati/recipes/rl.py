@@ -97,6 +97,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     prompts = _prompt_loader(run, actor.engine, rows)
     ptx = _ptx_loader(run, actor.engine, rows.ptx)
     output = settings.output
+    finish.rehearse(run, {name: (one.engine, one.assets) for name, one in models.items()})
     if output.dry_run:
         return rl_dry_run(run, trainer, prompts, ptx)
     evaluation = _evaluation_loader(run, actor.engine, rows.evaluation)

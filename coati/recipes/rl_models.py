@@ -24,6 +24,7 @@ from coati.models.loading import (
     load_causal_lm,
     load_config,
     load_configuration,
+    trained_from,
 )
 from coati.models.lora.adapter_files import SETTINGS, load_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
@@ -299,7 +300,7 @@ def adapter_on_base(
     model.name_or_path = pretrain
     if start.path == pretrain:
         return apply_lora(model, build.lora_config(settings.lora), seed=settings.seed)
-    found = adapter_base(start.path)
+    found = trained_from(start.path)
     if found is None or Path(found).resolve() != Path(pretrain).resolve():
         raise ValueError(
             f"--shared_base: --{start.flag} {start.path} is no LoRA adapter on --pretrain "

@@ -9,6 +9,7 @@ from coati.cli.settings import TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens
+from coati.models.added_tokens import add_tokens
 from coati.models.tokenizer import load_tokenizer
 from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
@@ -39,6 +40,7 @@ class Run(Generic[S_co]):
 
     ``options``: the parallel settings with every default resolved. ``template``: None where the
     tokenizer has none and the data do not say theirs. ``extras``: objects of a Python caller.
+    ``added_tokens``: those of ``--add_tokens`` that the tokenizer of the start did not have.
     ``resident_before``: MiB of the process before anything of the run was loaded.
     """
 
@@ -48,6 +50,7 @@ class Run(Generic[S_co]):
     tokenizer: Any
     template: Conversation | None
     extras: Extras = NO_EXTRAS
+    added_tokens: tuple[str, ...] = ()
     resident_before: float = 0.0
 
     @property
@@ -89,8 +92,8 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     lock_save_dir(settings.output)
     resume = find_resume(settings.output)
     before = resident_mb()
-    tokenizer, template = _tokenizer_and_template(settings)
-    run = Run(settings, options, resume, tokenizer, template, extras, before)
+    tokenizer, template, added = _tokenizer_and_template(settings)
+    run = Run(settings, options, resume, tokenizer, template, extras, added, before)
     compare_with_checkpoint(resume, run.flags)
     record_run(settings.output, resume.began, resume.goes_on)
     record_arguments(settings.output, run.flags, settings.flags_given)
@@ -109,13 +112,16 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     return options
 
 
-def _tokenizer_and_template(settings: TrainingSettings) -> tuple[Any, Conversation | None]:
+def _tokenizer_and_template(
+    settings: TrainingSettings,
+) -> tuple[Any, Conversation | None, tuple[str, ...]]:
     """The tokenizer, right-padding, and the conversation template: the flag's, the data's, or the
-    tokenizer's own."""
+    tokenizer's own; and the tokens that were added to the tokenizer."""
     model = settings.model
     data = settings.data
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     tokenizer.padding_side = "right"
+    added = add_tokens(tokenizer, model.add_tokens) if model.add_tokens else ()
     prepared = [found for path in data.dataset if (found := preparation_of(path))]
     config = data.conversation_template_config
     if config is None and prepared:
@@ -125,12 +131,12 @@ def _tokenizer_and_template(settings: TrainingSettings) -> tuple[Any, Conversati
             "the tokenizer has no chat template and the data do not say theirs: none is saved with "
             "the model"
         )
-        return tokenizer, None
+        return tokenizer, None, added
     template = setup_conversation_template(tokenizer, config, save_path=None)
     tokenizer.chat_template = template.chat_template
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
-    return tokenizer, template
+    return tokenizer, template, added
 
 
 def _check_same_vocabulary(tokenizer: Any, prepared: Mapping[str, Any]) -> None:

@@ -81,6 +81,18 @@ def named_special_tokens(tokenizer: Any) -> dict[str, str]:
     return found
 
 
+def misplaced_generation_settings(config: Any) -> dict[str, tuple[Any, Any]]:
+    """{name: (its value, the value that means unset)} of generation settings in a model's
+    configuration: transformers 4 keeps them there and moves them when a model is saved, 5 refuses
+    to save them."""
+    if transformers_major() >= 5:
+        return {name: (value, None) for name, value in config._get_generation_parameters().items()}
+    return {
+        name: (value, config._get_global_generation_defaults()[name])
+        for name, value in config._get_non_default_generation_parameters().items()
+    }
+
+
 def dtype_keyword() -> str:
     """The keyword of ``from_pretrained`` for the type that weights are loaded in."""
     return "dtype" if transformers_major() >= 5 else "torch_dtype"

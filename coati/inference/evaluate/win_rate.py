@@ -11,7 +11,7 @@ from typing import Any
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.evaluate.generate_responses import Prompt, Response, Skipped
 from coati.inference.evaluate.score_rows import ScoredRow, score
-from coati.models.loading import adapter_base, find_model
+from coati.models.loading import find_model, trained_from
 from coati.rewards import Responses, Rewards
 from coati.trainer.monitor.sample_table import distinct_2, stop_rate
 from coati.utils.statistics import wilson_interval
@@ -173,8 +173,8 @@ def compare(
 
 
 def reference_of(path: str | os.PathLike) -> str:
-    """The base model of a LoRA adapter. Raises ValueError for any other directory."""
-    base = adapter_base(find_model(path, "actor"))
+    """What a LoRA adapter was trained on. Raises ValueError for any other directory."""
+    base = trained_from(find_model(path, "actor"))
     if base is None:
         raise ValueError(f"--start_path is required: {path} does not say what it was trained from")
     return base

@@ -22,9 +22,11 @@ from coati.inference.model_loading import (
     stop_sequences,
 )
 from coati.models.generation.loop import generate
+from coati.models.generation_settings import with_end_tokens
 from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load_causal_lm
 from coati.models.lora.lora import merge_lora
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
+from coati.parallel.atomic_dirs import attempt
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.dir_lock import DirLock
 from coati.utils.transformers_compat import dtype_keyword
@@ -86,14 +88,28 @@ def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> 
     """Save ``model`` as a Hugging Face directory: the template becomes the tokenizer's chat
     template, and the stop tokens go to generation_config.json, so that other programs stop where
     this library does."""
+    write_beside(model, tokenizer, conversation, folder)
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+
+
+def write_beside(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:
+    """What :func:`write_model` writes beside the weights; to be called before work that would be
+    lost, too. Raises ValueError naming the file that cannot be written, and why."""
     model.config.use_cache = True
     stops = [stop[0] for stop in stop_sequences(tokenizer, conversation) if len(stop) == 1]
-    model.generation_config.eos_token_id = stops if len(stops) > 1 else (stops or [None])[0]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    settings = with_end_tokens(model.generation_config, stops)
+    settings.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = settings
     tokenizer.chat_template = conversation.chat_template
-    tokenizer.save_pretrained(folder)
-    conversation.save(folder / TEMPLATE)
+    writers: dict[str, Callable[[], object]] = {
+        "config.json": lambda: model.config.save_pretrained(folder),
+        "generation_config.json": lambda: settings.save_pretrained(folder),
+        "tokenizer_config.json": lambda: tokenizer.save_pretrained(folder),
+        TEMPLATE: lambda: conversation.save(folder / TEMPLATE),
+    }
+    for file, write in writers.items():
+        if failed := attempt(write, folder, file):
+            raise ValueError(f"nothing was written: {failed.text}; {failed.remedy}")
 
 
 def merge(
@@ -121,6 +137,7 @@ def merge(
         model = adapted(
             load_causal_lm(base, dtype="fp32", strict=True, trust_remote_code=code), directory
         ).eval()
+        write_beside(model.get_base_model(), tokenizer, conversation, folder)
         before = _logits(model, tokenizer, conversation)
         model = merge_lora(model).eval()
         after = _logits(model, tokenizer, conversation)
@@ -212,7 +229,7 @@ def check(
     trust_remote_code: bool = False,
 ) -> Checked:
     """Compare greedy responses of ``ours`` with those of plain transformers on ``folder``."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     theirs = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -222,6 +239,11 @@ def check(
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # transformers knows end tokens alone, no sequences
     stops = [stop for stop in stop_sequences(ours.tokenizer, ours.conversation) if len(stop) == 1]
+    # Plain greedy decoding is compared, whatever penalties the publisher sets.
+    ends = with_end_tokens(theirs.generation_config, [stop[0] for stop in stops]).eos_token_id
+    pad = theirs.generation_config.pad_token_id
+    theirs.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    stops = [[end] for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
     same = 0
     first = None
     system = ours.conversation.system_message

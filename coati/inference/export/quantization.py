@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coati.inference.export.measures import Row
-from coati.inference.export.model_dir import fresh_folder, write_model
+from coati.inference.export.model_dir import fresh_folder, write_beside, write_model
 from coati.inference.model_loading import conversation_of, load
 from coati.inference.quantized_loading import num_layers, quantization_kwargs, require_package
 from coati.models.loading import adapter_base, find_model, load_causal_lm
@@ -63,6 +63,7 @@ def quantize(
         check_groups(model, group_size)
         # LLM Compressor looks for the recipe of an earlier compression there, also on the hub.
         model.name_or_path = str(folder)
+        write_beside(model, tokenizer, conversation, folder)  # before hours of work
         _compress(model, tokenizer, method, calibration, group_size)
         write_model(model, tokenizer, conversation, folder)
 

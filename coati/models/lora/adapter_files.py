@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from coati.models.loading import CHAIN
+from coati.models.lora.chained import PREFIX, earlier_adapters, is_chained, join, told
 from coati.models.lora.layers import adapter_layers
 from coati.models.lora.lora import LoraConfig
 from coati.utils.json_io import load_json, save_json
@@ -32,17 +34,41 @@ def save_lora(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model, state_dict), directory / WEIGHTS, metadata={"format": "pt"})
+    state = adapter_state(model, state_dict)
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    save_settings(model, directory)
+
+
+def save_settings(model: nn.Module, directory: str | os.PathLike) -> None:
+    """What :func:`save_lora` writes beside the tensors."""
+    directory = Path(directory)
     settings = copy.deepcopy(model.peft_config["default"])
     settings.inference_mode = True
     if _is_pissa(model):
         settings.r *= 2
         settings.lora_alpha *= 2
         settings.init_lora_weights = True
-    settings.modules_to_save = list(_trained_whole(model)) or None
+    whole = list(_trained_whole(model))
     base = settings.base_model_name_or_path
     if base and Path(base).is_dir():
         settings.base_model_name_or_path = str(Path(base).resolve())
+    earlier = earlier_adapters(model)
+    if earlier is not None and earlier.cannot is None:
+        rank = settings.r
+        chain = {"trained_on": settings.base_model_name_or_path, "joined": earlier.paths}
+        save_json(chain | {"rank": rank}, directory / CHAIN)
+        # In one scale for all layers, that of the trained factors.
+        settings.r += earlier.rank
+        settings.lora_alpha = settings.lora_alpha / rank * settings.r
+        settings.base_model_name_or_path = earlier.base
+        if Path(earlier.base).is_dir():
+            settings.base_model_name_or_path = str(Path(earlier.base).resolve())
+        whole += earlier.modules
+        layers = [*adapter_layers(model), *(layer for layer, _ in earlier.factors)]
+        settings.target_modules = sorted({layer.removeprefix(PREFIX) for layer in layers})
+    elif earlier is not None:
+        (directory / "README.md").write_text(f"Note: {told(earlier)}.\n", encoding="utf-8")
+    settings.modules_to_save = whole or None
     settings.save_pretrained(str(directory))
     save_json(asdict(model.coati_lora), directory / SETTINGS)
 
@@ -50,7 +76,8 @@ def save_lora(
 def adapter_state(
     model: nn.Module, state_dict: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Everything LoRA trains, under the names peft gives it in a file."""
+    """Everything LoRA trains, under the names peft gives it in a file, joined with the adapters
+    that it was trained on."""
     tensors = model.state_dict() if state_dict is None else state_dict
     biases = _trained_biases(model) | _whole_names(model)
     state = {
@@ -60,7 +87,19 @@ def adapter_state(
     }
     if _is_pissa(model):
         state = {key: _with_start(key, tensor, tensors) for key, tensor in state.items()}
+    earlier = earlier_adapters(model)
+    if earlier is not None and earlier.cannot is None:
+        rank = _own_rank(model)
+        state = {key: tensor.detach().cpu() for key, tensor in state.items()}
+        state = join(state, earlier, rank, model.coati_lora.lora_alpha / model.coati_lora.r)
+    whole = _whole_names(model)  # tied ones share a tensor, which a file may not
+    state = {key: t.detach().clone() if key in whole else t for key, t in state.items()}
     return {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+
+
+def _own_rank(model: nn.Module) -> int:
+    """The rank of the trained adapter in a file."""
+    return (2 if _is_pissa(model) else 1) * model.coati_lora.r
 
 
 def _is_pissa(model: nn.Module) -> bool:
@@ -118,7 +157,8 @@ def read_lora(model: nn.Module, directory: str | os.PathLike) -> dict[str, Tenso
     file = load_file(directory / WEIGHTS)
     state: dict[str, Tensor] = {}
     wanted = {name for name in model.state_dict() if ".lora_" in name or ".pissa_" in name}
-    rank = model.coati_lora.r if _is_pissa(model) else None
+    cut = _is_pissa(model) or is_chained(directory)
+    rank = model.coati_lora.r if cut else None
     for name in wanted:
         state |= _saved(name, file, rank)
     whole = _whole_names(model)
@@ -145,17 +185,18 @@ def _check_settings(directory: Path, model: nn.Module) -> None:
                 f"{file}: the adapter was trained with {field} {getattr(saved, field)!r}, this run "
                 f"has {getattr(config, field)!r}; give the same LoRA settings"
             )
-    rank = load_json(directory / CONFIG)["r"]
-    expected = (2 if _is_pissa(model) else 1) * config.r
+    file = directory / (CHAIN if is_chained(directory) else CONFIG)
+    content = load_json(file)
+    rank = content["rank" if is_chained(directory) else "r"]
+    expected = _own_rank(model)
     if rank != expected:
         raise ValueError(
-            f"{directory / CONFIG}: r is {rank}, expected {expected}; was this adapter trained "
-            "elsewhere?"
+            f"{file}: r is {rank}, expected {expected}; was this adapter trained elsewhere?"
         )
 
 
 def _saved(name: str, file: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
-    """The tensor of ``name`` in ``file``, with ``rank`` cut out of an adapter of twice that rank;
+    """The tensor of ``name`` in ``file``, with ``rank`` cut out of an adapter of a larger rank;
     nothing if it is not there. Of experts a factor has ``r`` rows or columns for each."""
     key = (
         _ADAPTER_NAME.sub(r"\1", name)
@@ -168,6 +209,6 @@ def _saved(name: str, file: dict[str, Tensor], rank: int | None) -> dict[str, Te
         return {name: file[key]}
     columns = key.endswith(("B.weight", "embedding_B"))  # B is (out, r), A is (r, in)
     whole = file[key].T if columns else file[key]
-    part = whole[rank:] if ".pissa_" in name else whole[:rank]
+    part = whole[rank : 2 * rank] if ".pissa_" in name else whole[:rank]
     part = -part if ".pissa_B" in name else part
     return {name: (part.T if columns else part).contiguous()}

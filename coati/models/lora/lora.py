@@ -8,11 +8,13 @@ is loaded.
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
+from coati.models.added_tokens import whole_modules
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import names_of_experts
@@ -38,6 +40,8 @@ class LoraConfig:
     "lora" those of adapted layers; no bias is ever added. ``target_modules``: names or endings of
     names ("q_proj", "mlp.up_proj"); None means every linear layer but the head. ``lora_experts``:
     adapt the experts of a mixture too, which are no linear layers under transformers 5.
+    ``modules_to_save``: modules trained whole beside the adapters ("lm_head", "norm"), named as
+    targets are.
     """
 
     r: int = 0
@@ -48,6 +52,7 @@ class LoraConfig:
     lora_initialization_method: str = "kaiming_uniform"
     target_modules: list[str] | None = None
     lora_experts: bool = False
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         _one_of("lora_train_bias", self.lora_train_bias, BIAS_MODES)
@@ -61,10 +66,10 @@ class LoraConfig:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}"
                 )
-        if isinstance(self.target_modules, str) or self.target_modules == []:
-            raise ValueError(
-                f"target_modules must be a list of layer names or null, not {self.target_modules!r}"
-            )
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) or value == []:
+                raise ValueError(f"{name} must be a list of layer names or null, not {value!r}")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "LoraConfig":
@@ -106,11 +111,12 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
     from coati.models.lora.layers import is_adaptable
 
     layers = {name: module for name, module in model.named_modules() if is_adaptable(module)}
-    # A new head is trained whole: there is nothing in it to adapt.
+    # What is trained whole, as a new head is, has nothing to adapt.
+    whole = getattr(model, "trained_whole", ())
     layers = {
         name: module
         for name, module in layers.items()
-        if name not in getattr(model, "trained_whole", ())
+        if not any(f"{name}.".startswith(f"{each}.") for each in whole)
     }
     if wanted is None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -185,6 +191,10 @@ def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftMo
 
     if config.r < 1:
         raise ValueError(f"LoRA needs r (--lora_rank) of at least 1, not {config.r}")
+    if config.modules_to_save:
+        more = whole_modules(model, config.modules_to_save)
+        base: Any = model
+        base.trained_whole = tuple(dict.fromkeys((*getattr(model, "trained_whole", ()), *more)))
     settings = _peft_config(model, config)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):
@@ -292,8 +302,31 @@ def merge_lora(model: "PeftModel") -> "nn.Module":
     :func:`merged` to undo it."""
     _check_adapted(model)
     _untie(model.get_base_model())
-    plain = model.merge_and_unload(safe_merge=True)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        plain = model.merge_and_unload(safe_merge=True)
+    if tied:
+        _retie(plain)
     return plain.requires_grad_(True)
+
+
+def _retie(model: "nn.Module") -> None:
+    """Tie embedding and head again that an adapter held whole, each on its own, if they are equal;
+    else say in the configuration that they are two."""
+    import torch
+
+    if not hasattr(model, "get_output_embeddings"):
+        return
+    entrance = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    if torch.equal(head.weight, entrance.weight):
+        head.weight = entrance.weight
+        model.config.tie_word_embeddings = True
+    else:
+        model.config.tie_word_embeddings = False
 
 
 @contextmanager

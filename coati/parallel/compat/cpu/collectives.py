@@ -8,6 +8,9 @@ import torch.distributed as dist
 from torch.distributed import HashStore, ProcessGroupGloo
 
 
+_torch_reduce_scatter_tensor = dist.reduce_scatter_tensor
+
+
 class Done:
     """The handle of a collective that has already happened."""
 
@@ -50,11 +53,36 @@ def lacks_average() -> bool:
     return _fails(lambda: _lone_group().allreduce([torch.ones(1)], options))
 
 
+def sums_all_to_scatter() -> bool:
+    """Whether gloo reduces a whole tensor on every rank to scatter it, which sends each chunk
+    twice; torch's source alone says so (ProcessGroupGloo.cpp: ``_reduce_scatter_base``)."""
+    return dist.is_gloo_available()
+
+
+def reduce_scatter_tensor(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    """``dist.reduce_scatter_tensor`` that sends each chunk once, to the rank that keeps it, which
+    sums in fp32 (fp64 for fp64) in the order of the ranks; done when it returns."""
+    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) or not input.is_floating_point():
+        return _torch_reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
+    ways = dist.get_world_size(group)
+    received = torch.empty_like(input.reshape(-1))
+    dist.all_to_all_single(received, input.reshape(-1).contiguous(), group=group)
+    first, *others = received.chunk(ways)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    total = first.to(wide, copy=True)
+    for chunk in others:
+        total += chunk
+    if op == dist.ReduceOp.AVG:
+        total /= ways
+    output.copy_(total.view_as(output))
+    return Done() if async_op else None
+
+
 def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
     """``dist.reduce_scatter`` through the form that takes one tensor; done when it returns."""
     flat = torch.cat([tensor.reshape(-1) for tensor in input_list])
     chunk = torch.empty_like(output).view(-1)
-    dist.reduce_scatter_tensor(chunk, flat, op=op, group=group)
+    reduce_scatter_tensor(chunk, flat, op=op, group=group)
     output.copy_(chunk.view_as(output))
     return Done() if async_op else None
 

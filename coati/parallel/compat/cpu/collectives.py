@@ -1,4 +1,4 @@
-"""The collectives that older gloo backends lack, made from those they have."""
+"""The collectives that gloo lacks, or makes of others that send more, made from those it has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,11 +34,6 @@ def _fails(call) -> bool:
     return False
 
 
-def lacks_reduce_scatter() -> bool:
-    """Whether gloo refuses a reduce-scatter of a list of tensors."""
-    return _fails(lambda: _lone_group().reduce_scatter(torch.zeros(1), [torch.ones(1)]))
-
-
 def lacks_all_to_all() -> bool:
     """Whether gloo refuses an all-to-all of lists of tensors."""
     return _fails(
@@ -53,15 +48,16 @@ def lacks_average() -> bool:
     return _fails(lambda: _lone_group().allreduce([torch.ones(1)], options))
 
 
-def sums_all_to_scatter() -> bool:
-    """Whether gloo reduces a whole tensor on every rank to scatter it, which sends each chunk
-    twice; torch's source alone says so (ProcessGroupGloo.cpp: ``_reduce_scatter_base``)."""
+def sends_chunks_twice() -> bool:
+    """Whether gloo's reduce-scatters are all-reduces of which each rank keeps a chunk: so in every
+    release to 2.14 (ProcessGroupGloo.cpp). What they send shows between two processes alone:
+    benchmarks/bench_bytes.py measures it."""
     return dist.is_gloo_available()
 
 
 def reduce_scatter_tensor(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
-    """``dist.reduce_scatter_tensor`` that sends each chunk once, to the rank that keeps it, which
-    sums in fp32 (fp64 for fp64) in the order of the ranks; done when it returns."""
+    """``dist.reduce_scatter_tensor`` that sends each chunk once, to the rank that keeps it and sums
+    in the order of the ranks, narrow types in fp32; done when it returns."""
     if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) or not input.is_floating_point():
         return _torch_reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
     ways = dist.get_world_size(group)
@@ -114,7 +110,7 @@ def averaging(all_reduce):
 
 
 def install(name: str, emulation: Callable, lacks: Callable[[], bool]) -> None:
-    """Give ``torch.distributed`` the ``emulation`` of its function ``name``, if gloo ``lacks`` its
-    own."""
+    """Give ``torch.distributed`` the ``emulation`` of its function ``name``, if gloo ``lacks`` a
+    good one of its own."""
     if lacks():
         setattr(dist, name, emulation)

@@ -47,8 +47,9 @@ def find_resume(output: OutputSettings) -> Resume:
     path = output.checkpoint_path
     if Path(output.save_dir).exists():
         clean(output.save_dir)  # what an interrupted save left
-    if elastic.is_restart(output.save_dir):
-        path = _after_restart(output)
+    if elastic.is_restart(output.save_dir) and (newest := _after_restart(output.save_dir)):
+        state = read_checkpoint(newest)
+        return Resume(weights=weights_of(newest), folder=newest, state=state)
     if path == "auto":
         # Rank 0 looks: a rank that found another one, or none, would train on something else.
         path = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
@@ -83,13 +84,13 @@ def find_resume(output: OutputSettings) -> Resume:
     return Resume(weights=weights_of(folder), folder=folder, state=state)
 
 
-def _after_restart(output: OutputSettings) -> str | None:
-    """The newest checkpoint of a run that its launcher has started again; before the first one, the
-    run starts as it did."""
-    newest = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
+def _after_restart(save_dir: str) -> Path | None:
+    """The newest checkpoint of a run that its launcher has started again, whatever flags it was
+    started with; before the first one, the run starts as it did."""
+    newest = broadcast_object(latest_checkpoint(save_dir) if is_rank_0() else None)
     what = f"it goes on from {newest}" if newest else "it had no checkpoint yet and starts anew"
     logger.info(f"torchrun has started this run again: {what}")
-    return output.checkpoint_path if newest is None else str(newest)
+    return newest
 
 
 def weights_of(folder: Path, model: str = "actor") -> str:

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, ProcessGroupGloo
 
-
 _torch_reduce_scatter_tensor = dist.reduce_scatter_tensor
 
 

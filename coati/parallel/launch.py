@@ -1,31 +1,38 @@
 """Joining the other processes: with a launcher's variables or, without any launcher, as a group of
 one."""
 
+import atexit
 import os
 import random
-import socket
-import time
-from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from coati.parallel.heartbeat import NO_TIMEOUT, Heartbeat, Places, is_lost_connection
+from coati.parallel.meeting import LaunchFailed, Meeting, meet
+from coati.utils.constants import COLLECTIVE_TIMEOUT_S
 from coati.utils.errors import RunFailed
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-class LaunchFailed(RunFailed):
-    """The processes did not come together."""
+__all__ = ["LaunchFailed", "explained", "launch", "set_seed", "shut_down", "warn_of_threads"]
+_heartbeat: Heartbeat | None = None
 
 
-def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0) -> torch.device:
+def launch(
+    seed: int = 42,
+    handshake_s: float = 60.0,
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+) -> torch.device:
     """Join the process group and return this process's device.
 
     Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no
-    host name.
+    host name. Several processes watch each other from then on (:mod:`coati.parallel.heartbeat`):
+    a rank that is silent for ``collective_timeout_s`` seconds ends the others.
 
     Raises:
         LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
@@ -33,19 +40,67 @@ def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0)
     """
     device = _device()
     if not dist.is_initialized():
+        _wait_without_end()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_s)
+        store: Any = dist.HashStore()
+        rank = 0
+        world_size = 1
         if "RANK" in os.environ:
-            store, rank, world_size = _meet(handshake_s, timeout)
-        else:
-            store = dist.HashStore()
-            rank = 0
-            world_size = 1
+            meeting = meet(handshake_s, NO_TIMEOUT)
+            rank = meeting.rank
+            world_size = len(meeting.hosts)
+            store = dist.PrefixStore("group", meeting.store)
+            _watch(meeting, collective_timeout_s, device)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            backend, store=store, rank=rank, world_size=world_size, timeout=NO_TIMEOUT
         )
     set_seed(seed)
     return device
+
+
+def _wait_without_end() -> None:
+    """Groups that others make (ColossalAI's meshes) have torch's default time-outs, 10 and 30
+    minutes, whatever those of the first group are. What waits too long is for heartbeats to say."""
+    dist.distributed_c10d.default_pg_timeout = NO_TIMEOUT
+    dist.distributed_c10d.default_pg_nccl_timeout = NO_TIMEOUT
+
+
+def _watch(meeting: Meeting, timeout_s: float, device: torch.device) -> None:
+    global _heartbeat
+    if len(meeting.hosts) == 1:
+        return
+    host, port = meeting.address
+    places = Places(
+        rank=meeting.rank,
+        hosts=meeting.hosts,
+        connect=meeting.connect,
+        address=f"{host}:{port}",
+        hosted_by_rank_0=meeting.hosted_by_rank_0,
+        on_gpu=device.type == "cuda",
+    )
+    _heartbeat = Heartbeat(places, timeout_s)
+    _heartbeat.start()
+    atexit.register(_heartbeat.stop)
+
+
+def explained(error: BaseException) -> BaseException:
+    """``error``; or, where it is that of a collective whose other side has gone, a RunFailed that
+    names the rank that has ended."""
+    if _heartbeat is None or not is_lost_connection(error):
+        return error
+    return RunFailed(_heartbeat.explain())
+
+
+def shut_down(wait: bool = False) -> None:
+    """Leave the process group, if there is one. ``wait``: for the other ranks to leave it too,
+    where this one holds what they watch each other by; they must all have ended well."""
+    global _heartbeat
+    if _heartbeat is not None:
+        atexit.unregister(_heartbeat.stop)
+        _heartbeat.leave(wait)
+        _heartbeat = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def set_seed(seed: int) -> None:
@@ -68,76 +123,6 @@ def _device() -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _meet(handshake_s: float, timeout: timedelta):
-    """Wait until every rank has signed in; ranks that do not are named instead of hung for."""
-    missing_variables = [
-        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-    ]
-    if missing_variables:
-        raise LaunchFailed(
-            f"RANK is set but {', '.join(missing_variables)} not: start with colossalai run or "
-            "torchrun, or unset RANK to run one process without a launcher"
-        )
-    rank = int(os.environ["RANK"])
-    world_size = int(os.environ["WORLD_SIZE"])
-    end = time.monotonic() + handshake_s
-    try:
-        store = _store(rank, world_size, timedelta(seconds=handshake_s))
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LaunchFailed(
-            f"rank {rank} on {socket.gethostname()}: no sign of rank 0 of {world_size} at {where} "
-            f"within {handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
-        ) from error
-    store.set(f"here/{rank}", socket.gethostname())
-    if rank == 0:
-        missing = [r for r in range(world_size) if not _appears(store, f"here/{r}", end)]
-        store.set("missing", ", ".join(map(str, missing)))
-    # Rank 0 may have begun to wait later than this one.
-    text = store.get("missing").decode() if _appears(store, "missing", end + handshake_s) else "0"
-    if text:
-        raise LaunchFailed(
-            f"rank {rank}: no sign of rank {text} of {world_size} within {handshake_s:.0f} s; look "
-            "at its host's log, at --nproc_per_node (the same on every host) and at the firewall"
-        )
-    store.set_timeout(timeout)
-    return dist.PrefixStore("group", store), rank, world_size
-
-
-def _store(rank: int, world_size: int, wait: timedelta):
-    """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is
-    missing."""
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
-    host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(
-        host,
-        port,
-        world_size,
-        rank == 0 and not hosted,
-        wait,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    return dist.PrefixStore(
-        f"coati/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-    )
-
-
-def _appears(store, key: str, end: float) -> bool:
-    try:
-        store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.01)))
-    except dist.DistStoreError:
-        return False
-    return True
-
-
-def shut_down() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def warn_of_threads() -> None:

@@ -20,6 +20,7 @@ from coati.parallel.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
+from coati.recipes import elastic
 from coati.recipes.resume_changes import apply_changes, as_json, digests
 from coati.recipes.run_dir import finished_models
 from coati.utils.distributed import broadcast_object, is_rank_0
@@ -55,6 +56,8 @@ def find_resume(output: OutputSettings) -> Resume:
     path = output.checkpoint_path
     if Path(output.save_dir).exists() and not output.dry_run:
         clean(output.save_dir)  # what an interrupted save left
+    if elastic.is_restart(output.save_dir) and (newest := _after_restart(output.save_dir)):
+        return Resume(weights_of(newest), newest, read_checkpoint(newest), goes_on=True)
     if path is None:
         _refuse_other_run(
             output, "; go on with --checkpoint_path auto, or choose another directory"
@@ -178,6 +181,15 @@ def compare_with_checkpoint(resume: Resume, flags: Mapping[str, Any]) -> None:
         apply_changes(resume.folder, resume.state, flags, resume.inputs)
 
 
+def _after_restart(save_dir: str) -> Path | None:
+    """The newest checkpoint of a run that its launcher has started again, whatever flags it was
+    started with; before the first one, the run starts as it did."""
+    newest = broadcast_object(latest_checkpoint(save_dir) if is_rank_0() else None)
+    what = f"it goes on from {newest}" if newest else "it had no checkpoint yet and starts anew"
+    logger.info(f"torchrun has started this run again: {what}")
+    return newest
+
+
 def weights_of(folder: Path, model: str = "actor") -> str:
     """The model directory of a checkpoint; of several models that were trained together, the one of
     that name."""
@@ -207,6 +219,7 @@ def record_arguments(
     """
     if not output.dry_run:
         save_environment(output.save_dir, flags_given=list(given))
+        elastic.record_agents(output.save_dir)
     if not is_rank_0():
         return
     if output.config_file is not None:

@@ -3,6 +3,7 @@ one."""
 
 import os
 import random
+import re
 import socket
 import time
 from datetime import timedelta
@@ -11,10 +12,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from coati.parallel.agreement import Meeting, agree
+from coati.parallel.interfaces import choose_interface, reachable_name
+from coati.utils.environment import must_be_same
 from coati.utils.errors import RunFailed
+from coati.utils.host_address import addresses_of, is_loopback, port_in_use
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+IN_USE = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
+SAME_ENVIRONMENT = "give all hosts the same checkout and virtual environment, and start again"
 
 
 class LaunchFailed(RunFailed):
@@ -29,7 +37,7 @@ def launch(seed: int = 42, handshake_s: float = 60.0, timeout_s: float = 1800.0)
 
     Raises:
         LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
-            seconds.
+            seconds, or what their hosts do not have in common.
     """
     device = _device()
     if not dist.is_initialized():
@@ -83,47 +91,74 @@ def _meet(handshake_s: float, timeout: timedelta):
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     end = time.monotonic() + handshake_s
-    try:
-        store = _store(rank, world_size, timedelta(seconds=handshake_s))
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LaunchFailed(
-            f"rank {rank} on {socket.gethostname()}: no sign of rank 0 of {world_size} at {where} "
-            f"within {handshake_s:.0f} s ({error}); is the port open and rank 0 running?"
-        ) from error
+    store = _store(rank, world_size, handshake_s)
     store.set(f"here/{rank}", socket.gethostname())
     if rank == 0:
         missing = [r for r in range(world_size) if not _appears(store, f"here/{r}", end)]
         store.set("missing", ", ".join(map(str, missing)))
     # Rank 0 may have begun to wait later than this one.
     text = store.get("missing").decode() if _appears(store, "missing", end + handshake_s) else "0"
+    met = Meeting(store, rank, world_size)
     if text:
+        met.leave_together("missing")
         raise LaunchFailed(
             f"rank {rank}: no sign of rank {text} of {world_size} within {handshake_s:.0f} s; look "
             "at its host's log, at --nproc_per_node (the same on every host) and at the firewall"
         )
+    if world_size > 1:
+        agree(lambda facts: facts, must_be_same, met, remedy=SAME_ENVIRONMENT)
+        agree(lambda _: {}, lambda: choose_interface(met), met)
     store.set_timeout(timeout)
     return dist.PrefixStore("group", store), rank, world_size
 
 
-def _store(rank: int, world_size: int, wait: timedelta):
+def _store(rank: int, world_size: int, wait_s: float):
     """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is
     missing."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
+    host = reachable_name(os.environ["MASTER_ADDR"], rank)
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            world_size,
+            rank == 0 and not hosted,
+            timedelta(seconds=wait_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise LaunchFailed(_no_store(error, rank, world_size, hosted, wait_s)) from error
+    # A run that meets another one's store, whose port it was given, must not answer for its ranks.
+    run = os.environ.get("COATI_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "run"
+    return dist.PrefixStore(
+        f"coati/{run}/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
+
+
+def _no_store(error: Exception, rank: int, world_size: int, hosted: bool, wait_s: float) -> str:
+    """Why there is no store to meet at."""
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(
-        host,
-        port,
-        world_size,
-        rank == 0 and not hosted,
-        wait,
-        wait_for_workers=False,
-        multi_tenant=True,
+    here = socket.gethostname()
+    if rank == 0 and not hosted and IN_USE.search(str(error)):
+        return (
+            f"rank 0: {port_in_use(port)}, and the ranks cannot meet there; end it, or choose "
+            "another port: --master_port, or MASTER_PORT on every host"
+        )
+    text = (
+        f"rank {rank} on {here}: no sign of rank 0 of {world_size} at {host}:{port} within "
+        f"{wait_s:.0f} s ({error}); is the port open and rank 0 running?"
     )
-    return dist.PrefixStore(
-        f"coati/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-    )
+    found = addresses_of(host)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if found and is_loopback(found[0]) and local < world_size:
+        text += (
+            f" {host} is {found[0]} on {here}, which is {here} itself: give the address of rank "
+            "0's host instead of its name (--master_addr), or mend /etc/hosts"
+        )
+    return text
 
 
 def _appears(store, key: str, end: float) -> bool:

@@ -10,13 +10,16 @@ from coati.dataset.chat.conversation import Conversation, setup_conversation_tem
 from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens
 from coati.models.tokenizer import load_tokenizer
+from coati.parallel.agreement import agree
 from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
 from coati.parallel.plugins import ParallelOptions
+from coati.parallel.shared_folder import check_shared
 from coati.recipes.defaults import check_precision, resolved_options
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
 from coati.recipes.resume import Resume, find_resume, record_arguments
+from coati.recipes.same_run import run_facts
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.memory import resident_mb
@@ -77,9 +80,16 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     """Join the other processes, resolve the defaults, find the checkpoint to resume from, load the
     tokenizer and record the flags.
 
-    Raises ValueError naming the flag.
+    Raises ValueError naming the flag, RanksDiffer on every rank for what they do not have in
+    common: flags, the files that they name, or ``--save_dir``.
     """
     options = join_processes(settings)
+    check_shared(
+        "--save_dir",
+        settings.output.save_dir,
+        "each process writes its part of a checkpoint there",
+        create=not settings.output.dry_run,
+    )
     resume = find_resume(settings.output)
     before = resident_mb()
     tokenizer, template = _tokenizer_and_template(settings)
@@ -94,8 +104,13 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     # ranks' timeout.
     launch(settings.seed)
     warn_of_threads()
-    options = resolved_options(settings)
-    check_precision(options.precision)
+
+    def resolved() -> ParallelOptions:
+        options = resolved_options(settings)
+        check_precision(options.precision)
+        return options
+
+    options = agree(lambda options: run_facts(settings, options), resolved)
     prepare_colossalai()
     return options
 

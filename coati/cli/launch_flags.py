@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.cli.parser import Parser
-from coati.cli.values import add_count, add_text, whole_number
+from coati.cli.values import add_count, add_switch, add_text, whole_number
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -35,6 +35,7 @@ class LaunchSettings:
     hostfile: str | None = None
     master_addr: str | None = None
     master_port: int | None = None
+    no_preflight: bool = False
 
     @property
     def hosts(self) -> list[Host]:
@@ -80,6 +81,11 @@ def add_launch_flags(parser: Parser) -> None:
         unit="PORT",
         help=f"port of the first host at which all meet; default: {PORT} with --hostfile, else a "
         "free one",
+    )
+    add_switch(
+        group,
+        "--no_preflight",
+        help="start without the short look at the hosts that comes first (coati doctor)",
     )
 
 

@@ -68,6 +68,10 @@ def run(
         if verb.processes:
             check_models(settings)
         if verb.processes and settings.launch.wanted:
+            if not settings.launch.no_preflight:
+                from coati.recipes.doctor.preflight import preflight
+
+                preflight(settings)
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
         verb.function()(settings)
         if verb.processes:

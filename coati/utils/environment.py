@@ -59,7 +59,7 @@ def environment() -> dict[str, Any]:
         "coati": _PACKAGE.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": _packages(),
+        "packages": installed(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": cpus(),
@@ -76,15 +76,20 @@ def must_be_same() -> dict[str, str]:
     code, the kind of device and variables that change results."""
     import torch
 
-    packages = {name: release for name, release in _packages().items() if name != "vllm"}
-    commit = _commit()
+    packages = {name: release for name, release in installed().items() if name != "vllm"}
     return {
-        "coati": f"{_PACKAGE.__version__}{f', commit {commit}' if commit else ''}, code {code()}",
+        "coati": code_version(),
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **packages,
         "the device": "cuda" if torch.cuda.is_available() else "cpu",
         **{name: os.environ[name] for name in SAME_EVERYWHERE if name in os.environ},
     }
+
+
+def code_version() -> str:
+    """``0.9.0, commit 0123456789ab, code ba9876543210``."""
+    commit = _commit()
+    return f"{_PACKAGE.__version__}{f', commit {commit}' if commit else ''}, code {code()}"
 
 
 @cache
@@ -129,7 +134,8 @@ def save_environment(folder: str | os.PathLike, **known: Any) -> None:
     save_json(started | known, path)
 
 
-def _packages() -> dict[str, str]:
+def installed() -> dict[str, str]:
+    """Name -> release of the packages that a run depends on."""
     found = {}
     for name in PACKAGES:
         try:

@@ -33,12 +33,14 @@ class RanksDiffer(RunFailed):
 
 
 class Meeting:
-    """The store of a group. ``rank``, ``world_size``: of this process and of all."""
+    """The store of a group. ``rank``, ``world_size``: of this process and of all; ``host``: its
+    name."""
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, host: str | None = None) -> None:
         self.store = store
         self.rank = rank
         self.world_size = world_size
+        self.host = host or socket.gethostname()
         self._rounds = count()
 
     def answers(
@@ -64,7 +66,7 @@ class Meeting:
             text = self._read(f"{key}/verdict", wait_s + LEAVE_S)
         if text is None:
             raise RanksDiffer(
-                f"rank {self.rank} on {socket.gethostname()}: rank 0 did not answer within "
+                f"rank {self.rank} on {self.host}: rank 0 did not answer within "
                 f"{wait_s:.0f} s; look at its log"
             )
         if text:
@@ -125,7 +127,7 @@ def agree(
     if met is None:
         return work()
     failure: Exception | None = None
-    answer: dict[str, Any] = {"host": socket.gethostname()}
+    answer: dict[str, Any] = {"host": met.host}
     try:
         result = work()
         answer["facts"] = {name: str(value) for name, value in _known(facts(result)).items()}

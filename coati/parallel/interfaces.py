@@ -49,7 +49,7 @@ def choose_interface(met: Meeting) -> None:
     Sets GLOO_SOCKET_IFNAME for this process unless it is set, and says so. Every rank must call it
     before the process group is made.
     """
-    here = socket.gethostname()
+    here = met.host
     toward = address_toward(os.environ["MASTER_ADDR"])
     met.say(f"address/{met.rank}", [here, toward])
     if VARIABLE in os.environ or not hides_from_others():

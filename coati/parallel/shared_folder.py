@@ -4,7 +4,6 @@ way round."""
 import os
 import secrets
 import shutil
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,13 @@ REMEDY = (
 )
 
 
-def check_shared(flag: str, folder: str | os.PathLike, why: str, create: bool = True) -> None:
+def check_shared(
+    flag: str,
+    folder: str | os.PathLike,
+    why: str,
+    create: bool = True,
+    met: Meeting | None = None,
+) -> None:
     """Refuse a ``folder`` that not all ranks have in common; ``why`` it must be.
 
     It is made where it is not there, unless ``create`` is false: then the nearest folder above it
@@ -29,7 +34,7 @@ def check_shared(flag: str, folder: str | os.PathLike, why: str, create: bool = 
 
     Raises RanksDiffer on every rank, naming the hosts, and where a rank cannot write there.
     """
-    met = meeting()
+    met = met or meeting()
     if met is None:
         return
     place = Path(folder).absolute()
@@ -43,11 +48,10 @@ def _first(met: Meeting, place: Path, named: str, why: str) -> None:
     """Rank 0: writes, and looks for what the others write."""
     made = _missing(place)
     probe = place / f"{PROBE}{secrets.token_hex(8)}"
-    host = socket.gethostname()
     try:
         failure = _attempt(lambda: _begin(probe))
         met.say("probe", None if failure else [probe.name, len(place.parts)])
-        mine = {"host": host, "error": failure}
+        mine = {"host": met.host, "error": failure}
 
         def judge(answers: list[dict[str, Any]]) -> str:
             return _judge(answers, probe, named, why)
@@ -66,7 +70,7 @@ def _begin(probe: Path) -> None:
 
 def _other(met: Meeting, place: Path, create: bool) -> None:
     """Every other rank: looks for what rank 0 wrote, and writes beside it."""
-    answer: dict[str, Any] = {"host": socket.gethostname()}
+    answer: dict[str, Any] = {"host": met.host}
     told = met.hear("probe")
     if told is not None:
         name, depth = told

@@ -20,6 +20,7 @@ from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
 from coati.recipes.resume import Resume, find_resume, record_arguments
 from coati.recipes.same_run import run_facts
+from coati.recipes.started_by import warn_of_secrets
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.memory import resident_mb
@@ -104,6 +105,7 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     # ranks' timeout.
     launch(settings.seed)
     warn_of_threads()
+    warn_of_secrets()
 
     def resolved() -> ParallelOptions:
         options = resolved_options(settings)

@@ -58,8 +58,8 @@ def _flag_facts(name: str, value: Any) -> dict[str, Any]:
     values = value if isinstance(value, list) else [value]
     paths = [_place_of(name, one) for one in values]
     if not any(paths):
-        facts = {f"--{name}": HIDDEN if is_secret(name) else " ".join(map(str, values))}
-        return facts | (_revision(name, value) if name in MODELS else {})
+        shown = HIDDEN if is_secret(name) else " ".join(map(str, values))
+        return {f"--{name}": shown} | (_revision(name, value) if name in MODELS else {})
     facts: dict[str, Any] = {}
     for index, (one, path) in enumerate(zip(values, paths, strict=True)):
         flag = f"--{name}" if len(values) == 1 else f"--{name}[{index}]"

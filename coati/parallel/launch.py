@@ -5,8 +5,12 @@ import os
 import random
 import re
 import socket
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from queue import Empty, Queue
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +25,7 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+SLACK_S = 5.0  # beyond torch's own time limit
 IN_USE = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
 SAME_ENVIRONMENT = "give all hosts the same checkout and virtual environment, and start again"
 
@@ -118,8 +123,9 @@ def _store(rank: int, world_size: int, wait_s: float):
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
     host = reachable_name(os.environ["MASTER_ADDR"], rank)
     port = int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(
+
+    def connect():
+        return dist.TCPStore(
             host,
             port,
             world_size,
@@ -128,6 +134,9 @@ def _store(rank: int, world_size: int, wait_s: float):
             wait_for_workers=False,
             multi_tenant=True,
         )
+
+    try:
+        store = _in_time(connect, wait_s + SLACK_S)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise LaunchFailed(_no_store(error, rank, world_size, hosted, wait_s)) from error
     # A run that meets another one's store, whose port it was given, must not answer for its ranks.
@@ -135,6 +144,30 @@ def _store(rank: int, world_size: int, wait_s: float):
     return dist.PrefixStore(
         f"coati/{run}/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
     )
+
+
+def _in_time(connect: Callable[[], Any], wait_s: float) -> Any:
+    """What ``connect()`` returns. torch's own time limit does not hold where another program has
+    the port and waits to be told more.
+
+    Raises DistStoreError after ``wait_s``.
+    """
+    made: Queue[tuple[Any, BaseException | None]] = Queue()
+
+    def work() -> None:
+        try:
+            made.put((connect(), None))
+        except BaseException as error:
+            made.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        store, error = made.get(timeout=wait_s)
+    except Empty:
+        raise dist.DistStoreError("what listens there does not answer as rank 0 would") from None
+    if error is not None:
+        raise error
+    return store
 
 
 def _no_store(error: Exception, rank: int, world_size: int, hosted: bool, wait_s: float) -> str:

@@ -2,13 +2,14 @@
 that names the hosts."""
 
 import json
+import os
 import shutil
 import subprocess
 
 import pytest
 
 from tests.end_to_end.inputs import prepare, short_lines, write_model
-from tests.hosts.hosts_before import DEBIAN, ROOT, Ended, TwoHosts, lacking
+from tests.hosts.hosts_before import DEBIAN, ROOT, SCRIPT, Ended, TwoHosts, lacking
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,7 +20,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     both = TwoHosts(tmp_path_factory.mktemp("two-hosts"))
-    both.do("up")
+    both.up()
     yield both
     both.do("down")
 
@@ -144,11 +145,11 @@ def test_a_hostfile_with_names_that_lead_to_loopback(hosts, words, place, tmp_pa
 
 def test_a_master_that_only_its_own_host_knows(hosts, words):
     ranks = hosts.ranks(
-        words(), MASTER_ADDR_AT_1="10.77.0.1", MASTER_ADDR_AT_2="node1.example.invalid."
+        words(), MASTER_ADDR_AT_1="10.77.0.1", MASTER_ADDR_AT_2="elsewhere.example.invalid"
     )
     print([(one.code, one.seconds, one.err[-500:]) for one in ranks])
     assert [one.code for one in ranks] == [1, 1]
-    assert "no address is known for node1.example.invalid." in ranks[1].err
+    assert "no address is known for elsewhere.example.invalid" in ranks[1].err
     assert "no sign of rank 1 of 2" in ranks[0].err
 
 
@@ -162,9 +163,12 @@ def test_a_port_in_use(hosts, words, place):
             ["-m", "coati", *words(), "--hostfile", f"{place}/hostfile", "--master_port", "29555"],
         )
     finally:
-        subprocess.run(["bash", "-c", f"pkill -P {listener.pid}"], check=False)
-        listener.kill()
-        listener.communicate()
+        subprocess.run(
+            ["bash", str(SCRIPT), "on", "1", "pkill", "-f", "http.server 29555"],
+            env={**os.environ, "STATE": str(hosts.state)},
+            check=False,
+        )
+        listener.communicate(timeout=60)
     print([(one.code, one.seconds, one.err[-700:]) for one in (*ranks, launched)])
     assert [one.code for one in ranks] == [1, 1]
     assert "rank 0: port 29555 of node1 is in use by process " in ranks[0].err

@@ -15,6 +15,7 @@ from typing import Any
 from coati.utils.environment import code_version, cpus, installed
 from coati.utils.host_address import (
     address_toward,
+    addresses_of,
     interface_of,
     is_loopback,
     own_address,
@@ -207,7 +208,7 @@ def _address(asked: Asked, find: Any) -> str:
     if own is not None and not is_loopback(own):
         return own
     leads = f"leads to {own}" if own else "has no address"
-    if asked.toward is None:
+    if asked.toward is None or not addresses_of(asked.toward):  # only ssh knows the other
         return f"its name {leads}"
     mine = address_toward(asked.toward)
     interface = None if mine is None or is_loopback(mine) else interface_of(mine)

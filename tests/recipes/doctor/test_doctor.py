@@ -227,6 +227,15 @@ def test_why_another_host_does_not_answer(tmp_path, monkeypatch, body, said):
     assert str(error.value).startswith(said)
 
 
+def test_a_host_that_is_gone_before_it_is_asked_can_be_let_go(tmp_path, monkeypatch):
+    ssh(tmp_path, monkeypatch, "exit 255")
+    there = peers.There("node9")
+    there._process.wait(timeout=20)
+    with pytest.raises(PeerFailed, match="ssh could not connect"):
+        there.ask({"ask": "clock"}, 20)
+    there.close()
+
+
 def test_another_host_over_ssh(tmp_path, monkeypatch):
     ssh(tmp_path, monkeypatch, 'exec bash -c "${@: -1}"')
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

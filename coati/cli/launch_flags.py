@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.cli.parser import Parser
-from coati.cli.values import add_count, add_number, add_text, whole_number
+from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
 from coati.utils.constants import COLLECTIVE_TIMEOUT_S
 from coati.utils.logging import get_logger
 
@@ -37,6 +37,7 @@ class LaunchSettings:
     master_addr: str | None = None
     master_port: int | None = None
     collective_timeout: float = COLLECTIVE_TIMEOUT_S
+    no_preflight: bool = False
 
     @property
     def hosts(self) -> list[Host]:
@@ -91,6 +92,11 @@ def add_launch_flags(parser: Parser) -> None:
         exclusive=True,
         help="end a run of several processes when one of them has not been heard of for so long, "
         "or when all wait for each other; one that works alone is waited for",
+    )
+    add_switch(
+        group,
+        "--no_preflight",
+        help="start without the short look at the hosts that comes first (coati doctor)",
     )
 
 

@@ -1,11 +1,12 @@
-"""The flags of the verbs about this machine: env, cache, bench and completion."""
+"""The flags of the verbs about this machine: env, doctor, cache, bench and completion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coati.cli.launch_flags import LaunchSettings
 from coati.cli.parser import Parser
 from coati.cli.settings import filled
-from coati.cli.values import add_number, add_switch
+from coati.cli.values import add_count, add_number, add_switch, add_text
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -14,6 +15,15 @@ SHELLS = ("bash", "zsh", "fish")
 class EnvSettings:
     """``coati env``."""
 
+    json: bool
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """``coati doctor``. ``launch``: the hosts, as a run would be given them."""
+
+    launch: LaunchSettings
+    save_dir: str | None
     json: bool
 
 
@@ -54,6 +64,46 @@ def env_parser() -> Parser:
 def parse_env(argv: Sequence[str] | None = None, prog: str | None = None) -> EnvSettings:
     """The checked flags."""
     return filled(EnvSettings, vars(env_parser().named(prog).parse_args(argv)))
+
+
+def doctor_parser() -> Parser:
+    """The parser of ``coati doctor``."""
+    parser = Parser(
+        prog="coati doctor",
+        description="Looks for what would keep a run from starting or going well: versions, "
+        "devices, memory, disks, addresses, ports, clocks, and the speed between hosts, each with "
+        "its remedy.",
+    )
+    add_text(
+        parser,
+        "--hostfile",
+        unit="FILE",
+        help="look at these hosts over ssh, and compare them; as of the training commands",
+    )
+    add_count(parser, "--nproc", help="processes that are to run on each host")
+    add_text(
+        parser,
+        "--save_dir",
+        help="directory that the run is to write to, which all hosts must share",
+    )
+    add_text(
+        parser, "--master_addr", unit="ADDRESS", help="address of the first host, as for a run"
+    )
+    add_count(parser, "--master_port", unit="PORT", help="port of the first host, as for a run")
+    add_switch(parser, "--json", help="print it as JSON")
+    return parser
+
+
+def parse_doctor(argv: Sequence[str] | None = None, prog: str | None = None) -> DoctorSettings:
+    """The checked flags."""
+    parser = doctor_parser().named(prog)
+    args = parser.parse_args(argv)
+    launch = LaunchSettings(args.nproc, args.hostfile, args.master_addr, args.master_port)
+    try:
+        launch.hosts  # noqa: B018 - reads the file
+    except ValueError as error:
+        parser.error(str(error))
+    return DoctorSettings(launch, args.save_dir, args.json)
 
 
 def cache_parser() -> Parser:

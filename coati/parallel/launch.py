@@ -10,15 +10,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from coati.parallel.agreement import Agreement, agree
 from coati.parallel.heartbeat import NO_TIMEOUT, Heartbeat, Places, is_lost_connection
+from coati.parallel.interfaces import choose_interface
 from coati.parallel.meeting import LaunchFailed, Meeting, meet
 from coati.utils.constants import COLLECTIVE_TIMEOUT_S
+from coati.utils.environment import must_be_same
 from coati.utils.errors import RunFailed
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-
+SAME_ENVIRONMENT = "give all hosts the same checkout and virtual environment, and start again"
 __all__ = ["LaunchFailed", "explained", "launch", "set_seed", "shut_down", "warn_of_threads"]
 _heartbeat: Heartbeat | None = None
 
@@ -36,7 +39,7 @@ def launch(
 
     Raises:
         LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
-            seconds.
+            seconds, or what their hosts do not have in common.
     """
     device = _device()
     if not dist.is_initialized():
@@ -50,7 +53,9 @@ def launch(
             rank = meeting.rank
             world_size = len(meeting.hosts)
             store = dist.PrefixStore("group", meeting.store)
-            _watch(meeting, collective_timeout_s, device)
+            if world_size > 1:
+                _watch(meeting, collective_timeout_s, device)
+                _compare_hosts(meeting)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=NO_TIMEOUT
         )
@@ -67,8 +72,6 @@ def _wait_without_end() -> None:
 
 def _watch(meeting: Meeting, timeout_s: float, device: torch.device) -> None:
     global _heartbeat
-    if len(meeting.hosts) == 1:
-        return
     host, port = meeting.address
     places = Places(
         rank=meeting.rank,
@@ -81,6 +84,15 @@ def _watch(meeting: Meeting, timeout_s: float, device: torch.device) -> None:
     _heartbeat = Heartbeat(places, timeout_s)
     _heartbeat.start()
     atexit.register(_heartbeat.stop)
+
+
+def _compare_hosts(meeting: Meeting) -> None:
+    """Refuse hosts with other packages, and settle how they reach each other, before a collective
+    depends on either."""
+    store = dist.PrefixStore("hosts", meeting.store)
+    met = Agreement(store, meeting.rank, len(meeting.hosts))
+    agree(lambda facts: facts, must_be_same, met, remedy=SAME_ENVIRONMENT)
+    agree(lambda _: {}, lambda: choose_interface(met), met)
 
 
 def explained(error: BaseException) -> BaseException:

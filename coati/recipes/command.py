@@ -69,6 +69,10 @@ def run(
         if verb.processes:
             check_models(settings)
         if verb.processes and settings.launch.wanted:
+            if not settings.launch.no_preflight:
+                from coati.recipes.doctor.preflight import preflight
+
+                preflight(settings)
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
         if verb.processes:
             _run_in_group(verb, settings, prog)

@@ -3,7 +3,6 @@ prepared first."""
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from coati.dataset.load.loader import (
 )
 from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.rows.input_files import find_files
+from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
 from coati.recipes.prepared import held_out_split, is_raw, train_split
 from coati.recipes.run import PreparedRows, Run
@@ -182,38 +182,41 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     """The prepared directory of ``path``: itself, or one in the cache."""
     if not is_raw(path):
         return path
-    settings = run.settings
-    folder = _cache_folder(run, path, type, split, part)
+    folder = Path()
     failure = None
-    there = (folder / "preparation.json").exists()
-    if there:
-        _repeat_report(path, folder)
-    if not there and os.environ.get("LOCAL_RANK", "0") == "0":
-        logger.info(
-            f"{path} holds raw conversations: preparing them into {folder} (coati prepare "
-            "does this once for all)"
-        )
-        try:
-            prepare_dataset(
-                inputs=[path],
-                tokenizer=run.tokenizer,
-                template=run.template,
-                arrow_dir=folder,
-                type=type,
-                split=split,
-                max_length=_longest(settings.data, type),
-                num_bins=1,
-                tokenizer_name=settings.model.tokenizer,
-                seed=settings.seed,
-                show=print if is_rank_0() else None,
-                part=part,
-            )
-        except (ValueError, OSError) as error:
-            failure = str(error)
+    try:
+        folder = _cache_folder(run, path, type, split, part)
+        if (folder / "preparation.json").exists():
+            _repeat_report(path, folder)
+        elif local_leader():
+            _prepare(run, path, type, split, part, folder)
+    except (ValueError, OSError) as error:
+        failure = str(error)
     # The others wait here: they must end with it, not hang.
     if failures := [text for text in all_gather_object(failure) if text]:
         raise ValueError(failures[0])
     return str(folder)
+
+
+def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folder: Path) -> None:
+    logger.info(
+        f"{path} holds raw conversations: preparing them into {folder} (coati prepare does this "
+        "once for all)"
+    )
+    prepare_dataset(
+        inputs=[path],
+        tokenizer=run.tokenizer,
+        template=run.template,
+        arrow_dir=folder,
+        type=type,
+        split=split,
+        max_length=_longest(run.settings.data, type),
+        num_bins=1,
+        tokenizer_name=run.settings.model.tokenizer,
+        seed=run.settings.seed,
+        show=print if is_rank_0() else None,
+        part=part,
+    )
 
 
 def _repeat_report(path: str, folder: Path) -> None:

@@ -14,10 +14,11 @@ from coati.parallel.weights import ModelAssets, save_model
 from coati.recipes.command import PROGRAM, is_command
 from coati.recipes.launcher import ERROR_FILE
 from coati.recipes.run import Run
+from coati.recipes.started_by import ancestors, started_again
 from coati.trainer import OLTrainer, SLTrainer
 from coati.trainer.run_report.run_record import PAGE
-from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
+from coati.utils.redaction import redacted_words
 
 logger = get_logger(__name__)
 
@@ -116,14 +117,15 @@ def command_again() -> str:
             dropping = word.startswith(RESUME_FLAGS)  # the flag and the value after it
         if not dropping:
             words.append(word)
-    return f"{_program()} {shlex.join(words)} --checkpoint_path auto"
+    program, where = _program()
+    return f"{shlex.join([*program, *redacted_words(words)])} --checkpoint_path auto{where}"
 
 
-def _program() -> str:
-    """How this program is started: the command, or a script with its launcher."""
-    script = shlex.quote(sys.argv[0])
-    if ERROR_FILE in os.environ or world_size() == 1:  # it starts its processes itself
-        return PROGRAM if is_command() else f"python {script}"
-    if is_command():
-        return f"torchrun --nproc_per_node {world_size()} -m {PROGRAM}"
-    return f"colossalai run --nproc_per_node {world_size()} {script}"
+def _program() -> tuple[list[str], str]:
+    """How this program is started, the command or a script with its launcher, and on which
+    hosts."""
+    script = sys.argv[0]
+    module = PROGRAM if is_command() else None
+    if ERROR_FILE in os.environ or "RANK" not in os.environ:  # it starts its processes itself
+        return [PROGRAM] if module else ["python", script], ""
+    return started_again(ancestors(), script, module, os.environ)

@@ -8,6 +8,7 @@ standard input, then a line for each signal; the end of the input is a SIGTERM.
 import ctypes
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -25,6 +26,7 @@ from typing import IO, Any, Protocol
 
 from coati.cli.launch_flags import PORT, LaunchSettings, gpu_count
 from coati.utils.environment import cpus
+from coati.utils.host_address import address_toward, addresses_of, is_loopback
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL for the others, when one process has failed
 POLL_S = 0.05
@@ -50,6 +52,7 @@ OPTIONS = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15", "Serv
 SSH = ("-T", *(word for option in OPTIONS for word in ("-o", option)))
 PR_SET_PDEATHSIG = 1  # prctl(2)
 ERROR_FILE = "COATI_ERROR_FILE"  # where a process leaves the message that ends it
+RUN_ID = "COATI_RUN_ID"  # the same in all processes of a run, and in no other run
 KILLED = "often by the kernel, when memory ran out: see dmesg"
 
 
@@ -65,6 +68,7 @@ class Job:
     master_addr: str
     master_port: int
     environment: dict[str, str]
+    run_id: str = "run"
 
 
 class Worker(Protocol):
@@ -101,6 +105,7 @@ class LocalWorker:
             "MASTER_ADDR": job.master_addr,
             "MASTER_PORT": str(job.master_port),
             ERROR_FILE: str(self._error),
+            RUN_ID: job.run_id,
         }
         # In a session of its own: Ctrl-C reaches it through the launcher alone, once.
         self._process = subprocess.Popen(
@@ -201,7 +206,8 @@ def plan(settings: LaunchSettings, command: list[str]) -> list[tuple[str, Job]]:
     hosts = settings.hosts
     counts = [host.slots or settings.nproc or 1 for host in hosts]
     several = len(hosts) > 1
-    first = settings.master_addr or (hosts[0].name if several else "127.0.0.1")
+    names = [host.name for host in hosts]
+    first = settings.master_addr or (meeting_address(names) if several else "127.0.0.1")
     port = settings.master_port or (PORT if several else _free_port())
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     if several and settings.master_addr is None and first in LOOPBACK:
@@ -209,12 +215,25 @@ def plan(settings: LaunchSettings, command: list[str]) -> list[tuple[str, Job]]:
             f"--hostfile {settings.hostfile} begins with {first}, which is another machine on each "
             "host; write its name there, or give --master_addr"
         )
-    job = Job(command, os.getcwd(), 0, 0, sum(counts), first, port, environment)
+    run_id = secrets.token_hex(8)
+    job = Job(command, os.getcwd(), 0, 0, sum(counts), first, port, environment, run_id)
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [
         (host.name, replace(job, processes=count, first_rank=start))
         for host, count, start in zip(hosts, counts, starts, strict=True)
     ]
+
+
+def meeting_address(names: Sequence[str]) -> str:
+    """Where the processes of the hosts ``names`` meet: by the first one's name; where that leads to
+    loopback on the host itself (``127.0.1.1 name`` in Debian's /etc/hosts), by the address that it
+    shows the second one."""
+    first = names[0]
+    found = addresses_of(first)
+    if first in LOOPBACK or not found or not is_loopback(found[0]):
+        return first
+    address = address_toward(names[1])
+    return first if address is None or is_loopback(address) else address
 
 
 def _start(host: str, job: Job, errors: Path) -> list[Worker]:

@@ -8,12 +8,14 @@ from coati.cli.settings import SLSettings
 from coati.dataset.load.epoch_order import EpochOrder
 from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.dataset.load.packing import PackCollator
+from coati.parallel.agreement import agree
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, dry_run, eval_samples, finish
 from coati.recipes.build import Trained
 from coati.recipes.resume import running_state
 from coati.recipes.run import PreparedRows, Run
+from coati.recipes.same_run import SAME_ROWS, rows_facts
 from coati.trainer import SLTrainer
 
 
@@ -28,8 +30,18 @@ class TrainingData:
 
 
 def load_data(run: Run[SLSettings], type: str) -> TrainingData:
-    """The rows of ``type``. Raises ValueError for what is wrong with them, before a model is
-    loaded."""
+    """The rows of ``type``, the same on every rank. Raises ValueError for what is wrong with them,
+    RanksDiffer for ranks that read others, before a model is loaded."""
+    return agree(_facts, lambda: _load_data(run, type), remedy=SAME_ROWS)
+
+
+def _facts(rows: TrainingData) -> dict[str, Any]:
+    evaluation = rows.evaluation and rows.evaluation.rows
+    facts = rows_facts(**{"--dataset": rows.train.rows, "--eval_dataset": evaluation})
+    return facts | {"rows in the order of training": rows.order.count(0), "step": rows.state.step}
+
+
+def _load_data(run: Run[SLSettings], type: str) -> TrainingData:
     train, evaluation = data.training_and_evaluation_rows(run, type)
     state = running_state(run.resume, run.settings, train.rows)
     order = data.epoch_order(run, train)

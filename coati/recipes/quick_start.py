@@ -385,7 +385,11 @@ def _check_in_memory(model: Any, tokenizer: Any, function: str) -> None:
 def _written(model: Any, tokenizer: Any, folder: Path) -> str:
     """A transformers model in memory, written to ``folder``: the reference model, resumed runs and
     the run's files start from it."""
+    from coati.parallel.shared_folder import check_shared
     from coati.utils.distributed import is_rank_0, raise_together
+
+    why = "the model in memory is written there for all processes"
+    check_shared("save_dir", folder.parent, why)
 
     def write() -> None:
         if is_rank_0():

@@ -22,13 +22,11 @@ from coati.recipes.run import PreparedRows, Run
 from coati.trainer.dpo import DPOTrainer
 from coati.trainer.precompute_reference import reference_of_rows, with_columns
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0
+from coati.utils.file_samples import sampled_blocks
 from coati.utils.logging import get_logger
 from coati.utils.user_cache import cache_root
 
 logger = get_logger(__name__)
-
-SAMPLED_BYTES = 2**16
-SAMPLES = 16
 
 
 def reference(
@@ -155,10 +153,8 @@ def model_fingerprint(path: str) -> str:
     ):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as stream:
-            for part in range(SAMPLES + 1):
-                stream.seek(max(0, (size - SAMPLED_BYTES) * part // SAMPLES))
-                digest.update(stream.read(SAMPLED_BYTES))
+        for block in sampled_blocks(file):
+            digest.update(block)
     return digest.hexdigest()[:16]
 
 

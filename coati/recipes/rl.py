@@ -19,6 +19,7 @@ from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
+from coati.parallel.agreement import agree
 from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, finish
@@ -34,6 +35,7 @@ from coati.recipes.rl_models import (
     load_reward_model,
 )
 from coati.recipes.run import PreparedRows, Run, start
+from coati.recipes.same_run import SAME_ROWS, rows_facts
 from coati.rewards.scorer import Rewards
 from coati.trainer import OLTrainer
 from coati.trainer.episodes import Episodes, update_shape
@@ -121,8 +123,22 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
 
 
 def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
-    """The rows of the run. Raises ValueError for what is wrong with them, before a model is
-    loaded."""
+    """The rows of the run, the same on every rank. Raises ValueError for what is wrong with them,
+    RanksDiffer for ranks that read others, before a model is loaded."""
+    return agree(_facts, lambda: _load_data(run, functions), remedy=SAME_ROWS)
+
+
+def _facts(rows: RolloutData) -> dict[str, Any]:
+    sets = {
+        "--prompt_dataset": rows.prompts,
+        "--eval_prompt_dataset": rows.evaluation,
+        "--ptx_dataset": rows.ptx,
+    }
+    facts = rows_facts(**{name: found and found.rows for name, found in sets.items()})
+    return facts | {"step": rows.state.step}
+
+
+def _load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
     if run.template is None:
         raise ValueError(
             "no conversation template says how a response ends; name one with "

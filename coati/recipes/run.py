@@ -11,9 +11,11 @@ from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens
 from coati.models.added_tokens import add_tokens
 from coati.models.tokenizer import load_tokenizer
+from coati.parallel.agreement import agree
 from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
 from coati.parallel.plugins import ParallelOptions
+from coati.parallel.shared_folder import check_shared
 from coati.recipes.defaults import check_precision, resolved_options
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
@@ -24,6 +26,8 @@ from coati.recipes.resume import (
     record_arguments,
 )
 from coati.recipes.run_dir import lock_save_dir, record_run
+from coati.recipes.same_run import run_facts
+from coati.recipes.started_by import warn_of_secrets
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.memory import resident_mb
@@ -86,9 +90,16 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     """Join the other processes, lock --save_dir, resolve the defaults, find the checkpoint to
     resume from, load the tokenizer, compare the flags with the checkpoint's and record them.
 
-    Raises ValueError naming the flag.
+    Raises ValueError naming the flag, RanksDiffer on every rank for what they do not have in
+    common: flags, the files that they name, or ``--save_dir``.
     """
     options = join_processes(settings)
+    check_shared(
+        "--save_dir",
+        settings.output.save_dir,
+        "each process writes its part of a checkpoint there",
+        create=not settings.output.dry_run,
+    )
     lock_save_dir(settings.output)
     resume = find_resume(settings.output)
     before = resident_mb()
@@ -106,8 +117,14 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     # ranks' timeout.
     launch(settings.seed, collective_timeout_s=settings.launch.collective_timeout)
     warn_of_threads()
-    options = resolved_options(settings)
-    check_precision(options.precision)
+    warn_of_secrets()
+
+    def resolved() -> ParallelOptions:
+        options = resolved_options(settings)
+        check_precision(options.precision)
+        return options
+
+    options = agree(lambda options: run_facts(settings, options), resolved)
     prepare_colossalai()
     return options
 

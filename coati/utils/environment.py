@@ -1,5 +1,6 @@
 """What a run ran on: versions, devices, command line. Imports nothing heavy before it is asked."""
 
+import hashlib
 import os
 import platform
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.utils.json_io import load_json, save_json
+from coati.utils.redaction import redacted, redacted_words
 
 _PACKAGE = sys.modules[__name__.partition(".")[0]]  # above this layer, and loaded before it
 PACKAGES = (
@@ -30,7 +32,21 @@ PACKAGES = (
 )
 # Environment variables that change how a run computes or communicates.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
+OF_THE_LAUNCHER = ("COATI_ERROR_FILE", "COATI_RUN_ID")
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "COATI_")
+# Those that change results, or what is sent when, and so must be the same on all hosts; interfaces
+# and adapters (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, ...) are each host's own.
+SAME_EVERYWHERE = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "GLOO_DEVICE_TRANSPORT",
+    "NCCL_ALGO",
+    "NCCL_NET",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_DISTRIBUTED_DEBUG",
+)
+SOURCES = (".py", ".json", ".jinja", ".yaml", ".html", ".js")
 
 
 def environment() -> dict[str, Any]:
@@ -43,7 +59,7 @@ def environment() -> dict[str, Any]:
         "coati": _PACKAGE.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": _packages(),
+        "packages": installed(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": cpus(),
@@ -53,6 +69,39 @@ def environment() -> dict[str, Any]:
         "directory": os.getcwd(),
         "variables": _variables(),
     }
+
+
+def must_be_same() -> dict[str, str]:
+    """What every process of a run must have in common whatever it trains: versions, this library's
+    code, the kind of device and variables that change results."""
+    import torch
+
+    packages = {name: release for name, release in installed().items() if name != "vllm"}
+    return {
+        "coati": code_version(),
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **packages,
+        "the device": "cuda" if torch.cuda.is_available() else "cpu",
+        **{name: os.environ[name] for name in SAME_EVERYWHERE if name in os.environ},
+    }
+
+
+def code_version() -> str:
+    """``0.9.0, commit 0123456789ab, code ba9876543210``."""
+    commit = _commit()
+    return f"{_PACKAGE.__version__}{f', commit {commit}' if commit else ''}, code {code()}"
+
+
+@cache
+def code() -> str:
+    """A hash of the library's own files, which says more than a version: of a checkout with
+    changes, and where git cannot be asked."""
+    folder = Path(str(_PACKAGE.__file__)).resolve().parent
+    digest = hashlib.sha256()
+    for file in sorted(one for one in folder.rglob("*") if one.suffix in SOURCES):
+        digest.update(f"{file.relative_to(folder)}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def process() -> dict[str, Any]:
@@ -85,7 +134,8 @@ def save_environment(folder: str | os.PathLike, **known: Any) -> None:
     save_json(started | known, path)
 
 
-def _packages() -> dict[str, str]:
+def installed() -> dict[str, str]:
+    """Name -> release of the packages that a run depends on."""
     found = {}
     for name in PACKAGES:
         try:
@@ -122,19 +172,21 @@ def _memory_gib() -> float | None:
 
 
 def command_line() -> str:
-    """What started this process, as a person writes it."""
+    """What started this process, as a person writes it, without secrets."""
     program = Path(sys.argv[0])
+    words = redacted_words(sys.argv[1:])
     if program.name in ("coati", "__main__.py"):
-        return shlex.join(["coati", *sys.argv[1:]])
-    return shlex.join(["python", *sys.argv] if program.suffix == ".py" else sys.argv)
+        return shlex.join(["coati", *words])
+    return shlex.join([*(["python"] if program.suffix == ".py" else []), sys.argv[0], *words])
 
 
 def _variables() -> dict[str, str]:
-    return {
+    found = {
         name: value
         for name, value in sorted(os.environ.items())
-        if (name in VARIABLES or name.startswith(PREFIXES)) and name != "COATI_ERROR_FILE"
+        if (name in VARIABLES or name.startswith(PREFIXES)) and name not in OF_THE_LAUNCHER
     }
+    return redacted(found)
 
 
 @cache

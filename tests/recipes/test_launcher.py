@@ -307,6 +307,52 @@ def test_a_loopback_name_does_not_lead_several_hosts(tmp_path):
     assert job.master_addr == "10.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("leads", "toward", "address"),
+    [
+        (["10.0.0.1"], "10.0.0.9", "first"),
+        (["127.0.1.1"], "10.0.0.9", "10.0.0.9"),  # Debian's /etc/hosts
+        (["127.0.1.1"], None, "first"),  # the second host is known to ssh alone
+        ([], "10.0.0.9", "first"),
+    ],
+)
+def test_the_others_are_told_an_address_that_they_can_reach(monkeypatch, leads, toward, address):
+    monkeypatch.setattr(launcher, "addresses_of", lambda name: leads)
+    monkeypatch.setattr(launcher, "address_toward", lambda name: toward)
+    assert launcher.meeting_address(["first", "second"]) == address
+
+
+def test_runs_are_told_apart(tmp_path, ssh):
+    """The processes of a run share a name that no other run has, on all hosts."""
+    body = "(place / f'{rank}.{os.environ[\"COATI_RUN_ID\"]}.run').touch()"
+    hosts = hostfile(tmp_path, "first\nsecond\n")
+    for _ in range(2):
+        assert launch(LaunchSettings(nproc=1, hostfile=hosts), program(tmp_path, body)) == 0
+    found = sorted(path.name.split(".")[:2] for path in tmp_path.glob("*.run"))
+    assert [rank for rank, _ in found] == ["0", "0", "1", "1"]
+    assert {name for rank, name in found if rank == "0"} == {n for r, n in found if r == "1"}
+    assert len({name for _, name in found}) == 2
+
+
+def test_a_look_comes_first_and_can_be_left_out(tmp_path, monkeypatch, capsys):
+    from coati.recipes.command import run
+
+    started = []
+    monkeypatch.setattr(launcher, "launch", lambda settings, command: started.append(command) or 0)
+    (tmp_path / "arrow").mkdir()
+    (tmp_path / "file").touch()
+    words = ["--pretrain", str(tmp_path), "--dataset", str(tmp_path / "arrow"), "--nproc", "2"]
+    words += ["--save_dir", str(tmp_path / "file" / "run"), "--plugin", "ddp"]
+    with pytest.raises(SystemExit) as ended:
+        run("sft", words, prog="coati sft")
+    assert ended.value.code == 1 and not started
+    said = capsys.readouterr().err
+    assert said.count("coati sft: error: ") == 1 and "/file is no directory" in said
+    with pytest.raises(SystemExit) as ended:
+        run("sft", [*words, "--no_preflight"], prog="coati sft")
+    assert ended.value.code == 0 and len(started) == 1
+
+
 def test_this_machine_is_recognized():
     assert launcher.is_here("localhost") and launcher.is_here("127.0.0.1")
     assert not launcher.is_here("192.0.2.1")  # TEST-NET-1 (RFC 5737)

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from coati.cli.aliases import SAME
 from coati.parallel.atomic_dirs import write_directory
 from coati.parallel.engine import Engine
 from coati.parallel.weights import ModelAssets, save_model
@@ -93,7 +94,9 @@ def command_again() -> str:
     dropping = False
     for word in sys.argv[1:]:
         if word.startswith("--"):
-            dropping = word.startswith("--checkpoint_")  # the flag and the value after it
+            # The flag and the value after it, whatever library's name it has.
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            dropping = SAME.get(name, name).startswith("checkpoint_")
         if not dropping:
             words.append(word)
     return f"{_program()} {shlex.join(words)} --checkpoint_path auto"

@@ -3,7 +3,7 @@
 from coati.cli.aliases import DIFFERENT, IN_ROLLOUTS, MAPPED, SAME, SAME_OF
 
 SPECIAL = {
-    "report_to": "`wandb` is `--use_wandb`, `tensorboard` is `--log_dir` (in `runs` of `--save_dir`)",
+    "report_to": "`wandb`: `--use_wandb`; `tensorboard`: `--log_dir` (or `runs` of `--save_dir`)",
     "use_peft": "LoRA, of rank 16 unless a rank is given",
     "finetuning_type": "`lora`: LoRA, of rank 8 unless a rank is given; `full`: all weights",
     "beta": "`--kl_coef` of grpo",

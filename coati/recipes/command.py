@@ -16,6 +16,7 @@ from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
 from coati.utils.errors import RunFailed
+from coati.utils.phases import import_libraries
 
 PROGRAM = "coati"
 INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -59,6 +60,7 @@ def run(
     """
     verb = load(name)
     prog = prog or Path(sys.argv[0]).name
+    _no_bars_in_pipes()
     given = list(sys.argv[1:] if argv is None else argv)
     with _quiet_if_launched():
         settings = verb.parse(
@@ -69,6 +71,8 @@ def run(
             check_models(settings)
         if verb.processes and settings.launch.wanted:
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
+        if verb.processes:
+            import_libraries()
         verb.function()(settings)
         if verb.processes:
             from coati.parallel.launch import shut_down
@@ -78,6 +82,13 @@ def run(
         _fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         _fail(f"{prog}: interrupted", INTERRUPTED)
+
+
+def _no_bars_in_pipes() -> None:
+    """The bars of transformers, datasets and the hub redraw a line, which only a terminal can."""
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from coati.recipes.prepared import held_out_split, is_raw, train_split
 from coati.recipes.run import PreparedRows, Run
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 from coati.utils.user_cache import cache_root
 
 logger = get_logger(__name__)
@@ -164,24 +165,27 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
             "does this once for all)"
         )
         try:
-            prepare_dataset(
-                inputs=[path],
-                tokenizer=run.tokenizer,
-                template=run.template,
-                arrow_dir=folder,
-                type=type,
-                split=split,
-                max_length=_longest(settings.data, type),
-                num_bins=1,
-                tokenizer_name=settings.model.tokenizer,
-                seed=settings.seed,
-                show=print if is_rank_0() else None,
-                part=part,
-            )
+            with phase(f"preparing {path}"):
+                prepare_dataset(
+                    inputs=[path],
+                    tokenizer=run.tokenizer,
+                    template=run.template,
+                    arrow_dir=folder,
+                    type=type,
+                    split=split,
+                    max_length=_longest(settings.data, type),
+                    num_bins=1,
+                    tokenizer_name=settings.model.tokenizer,
+                    seed=settings.seed,
+                    show=print if is_rank_0() else None,
+                    part=part,
+                )
         except (ValueError, OSError) as error:
             failure = str(error)
     # The others wait here: they must end with it, not hang.
-    if failures := [text for text in all_gather_object(failure) if text]:
+    with phase("waiting for the other processes"):
+        failures = [text for text in all_gather_object(failure) if text]
+    if failures:
         raise ValueError(failures[0])
     return str(folder)
 

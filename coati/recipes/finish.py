@@ -17,6 +17,7 @@ from coati.trainer import OLTrainer, SLTrainer
 from coati.trainer.run_report.run_record import PAGE
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -41,6 +42,7 @@ def save_models_of(run: Run, trainer: OLTrainer) -> None:
     _save(run, trainer, models, CHAT)
 
 
+@phase("saving the model")
 def _save(
     run: Run,
     trainer: SLTrainer | OLTrainer,

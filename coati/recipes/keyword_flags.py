@@ -4,7 +4,7 @@ its command, read and checked by the same parser."""
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from coati.cli.aliases import add_aliases

@@ -15,6 +15,7 @@ from coati.recipes.build import Trained
 from coati.recipes.resume import running_state
 from coati.recipes.run import PreparedRows, Run
 from coati.trainer import SLTrainer
+from coati.utils.phases import phase
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TrainingData:
     state: RunningState
 
 
+@phase("reading the rows")
 def load_data(run: Run[SLSettings], type: str) -> TrainingData:
     """The rows of ``type``. Raises ValueError for what is wrong with them, before a model is
     loaded."""

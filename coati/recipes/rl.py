@@ -47,6 +47,7 @@ from coati.trainer.rl_assembly import (
     assemble_rl,
     linear_annealing,
 )
+from coati.utils.phases import phase
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
     )
 
 
+@phase("reading the rows")
 def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
     """The rows of the run. Raises ValueError for what is wrong with them, before a model is
     loaded."""

@@ -20,6 +20,7 @@ from coati.recipes.resume import Resume, find_resume, record_arguments
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.memory import resident_mb
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -92,11 +93,13 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     """Join the process group; the parallel settings with every default resolved."""
     # The group comes first: ColossalAI's import takes seconds that would count against the other
     # ranks' timeout.
-    launch(settings.seed)
+    with phase("waiting for the other processes"):
+        launch(settings.seed)
     warn_of_threads()
     options = resolved_options(settings)
     check_precision(options.precision)
-    prepare_colossalai()
+    with phase("importing ColossalAI"):
+        prepare_colossalai()
     return options
 
 

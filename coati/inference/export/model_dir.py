@@ -26,6 +26,7 @@ from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load
 from coati.models.lora.lora import merge_lora
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
+from coati.utils.phases import phase
 from coati.utils.transformers_compat import dtype_keyword
 
 PROBES = (
@@ -72,6 +73,7 @@ def fresh_folder(final: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@phase("writing the model")
 def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:
     """Save ``model`` as a Hugging Face directory: the template becomes the tokenizer's chat
     template, and the stop tokens go to generation_config.json, so that other programs stop where
@@ -86,6 +88,7 @@ def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> 
     conversation.save(folder / TEMPLATE)
 
 
+@phase("merging the adapter")
 def merge(
     path: str | os.PathLike, output: str | os.PathLike, dtype: str = "fp32", **reading: Any
 ) -> Merged:
@@ -152,6 +155,7 @@ class Checked:
     gguf: Written | None = None
 
 
+@phase("exporting the model")
 def export(
     path: str | os.PathLike,
     output: str | os.PathLike,
@@ -194,6 +198,7 @@ def export(
     return found
 
 
+@phase("comparing with plain transformers")
 def check(
     folder: Path,
     ours: Loaded,

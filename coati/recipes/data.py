@@ -26,7 +26,7 @@ from coati.recipes.run import PreparedRows, Run
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
-from coati.utils.user_cache import cache_root
+from coati.utils.user_cache import cache_root, hold, trim
 
 logger = get_logger(__name__)
 
@@ -155,6 +155,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
         return path
     settings = run.settings
     folder = _cache_folder(run, path, type, split)
+    hold(folder)
     failure = None
     there = (folder / "preparation.json").exists()
     if there:
@@ -179,7 +180,9 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
                     seed=settings.seed,
                     show=print if is_rank_0() else None,
                     part=part,
+                    verifiable=False,
                 )
+            trim()
         except (ValueError, OSError) as error:
             failure = str(error)
     # The others wait here: they must end with it, not hang.

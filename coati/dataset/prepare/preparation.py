@@ -65,6 +65,7 @@ def prepare_dataset(
     max_bad_ratio: float = DEFAULT_BAD_RATIO,
     show: Callable[[str], None] | None = print,
     part: str = "training",
+    verifiable: bool = True,
 ) -> dict[str, Any]:
     """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
 
@@ -74,6 +75,7 @@ def prepare_dataset(
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
     a data set with several. ``part``: what the report calls the rows, "training" or "evaluation".
+    ``verifiable``: whether prompts without a ground truth among others with one deserve a warning.
     Raises ValueError for unusable input, settings or result.
     """
     settings = PrepareSettings(
@@ -92,6 +94,8 @@ def prepare_dataset(
         "tokenizer": describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"]),
         "part": part,
     }
+    if not verifiable:
+        metadata["verifiable"] = False
     preparation = Preparation(
         files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )

@@ -1,11 +1,9 @@
 """``coati VERB``: the list of verbs, and running one of them. Imports nothing heavy."""
 
 import difflib
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -16,6 +14,7 @@ from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
 from coati.utils.errors import RunFailed
+from coati.utils.logging import unsaid
 from coati.utils.phases import import_libraries
 
 PROGRAM = "coati"
@@ -62,7 +61,8 @@ def run(
     prog = prog or Path(sys.argv[0]).name
     _no_bars_in_pipes()
     given = list(sys.argv[1:] if argv is None else argv)
-    with _quiet_if_launched():
+    # The launcher, which read the flags first, has said what is to be said about them.
+    with unsaid(launcher.ERROR_FILE in os.environ):
         settings = verb.parse(
             verb.words(given), prog=prog, **({} if older is None else {"older": older})
         )
@@ -89,20 +89,6 @@ def _no_bars_in_pipes() -> None:
     if not sys.stderr.isatty():
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-
-
-@contextmanager
-def _quiet_if_launched() -> Iterator[None]:
-    """Holds back what is said about flags where the launcher, which read them first, has said
-    it."""
-    root = logging.getLogger(PROGRAM)
-    level = root.level
-    if launcher.ERROR_FILE in os.environ:
-        root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def _fail(message: str, code: int = 1) -> None:

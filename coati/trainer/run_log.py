@@ -15,6 +15,7 @@ from coati.utils.environment import save_environment
 from coati.utils.logging import get_logger
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
+from coati.utils.phases import phase
 from coati.utils.tracking import Tracker, make_tracker
 
 logger = get_logger(__name__)
@@ -51,6 +52,7 @@ class RunLog:
         self.evaluated_at: int | None = evaluated.get("at")
         self.best: dict[str, float] = stored.get("best", {})  # {"value", "step"}
 
+    @phase("starting to log")
     def open(
         self, step: int, log_dir: str | None, use_wandb: bool, total: int, unit: str = "step"
     ) -> None:
@@ -140,6 +142,7 @@ class RunLog:
         """The run ends with ``error``, which its report says."""
         self.record.end("failed", step, f"{type(error).__name__}: {error}")
 
+    @phase("finishing the logs")
     def close(self) -> None:
         """Finish the trackers' files."""
         self.tracker.close()

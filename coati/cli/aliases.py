@@ -226,6 +226,8 @@ ROLLOUTS = "num_episodes"
 IN_ROLLOUTS = {
     "cutoff_len": "--max_length is prompt and response together, --max_seq_len the response alone",
     "eval_steps": "it counts optimizer steps; --eval_interval counts episodes",
+    "eval_strategy": "--eval_interval counts episodes",
+    "evaluation_strategy": "--eval_interval counts episodes",
     "loss_type": "--algo chooses loss and advantages together",
     "logging_steps": "it counts optimizer steps; --log_interval counts episodes",
     "max_prompt_length": "a prompt may have --max_length less --max_seq_len tokens",

@@ -30,20 +30,23 @@ class Phase:
         self.closing = closing
         self.shown = False
         self.began = time.monotonic()
-        self.told = 0  # lines
+        self.told = 0  # lines about it
+        self.lines = 0  # those of phases inside it too
         self._due = self.began + FIRST_S
 
     def due(self, now: float) -> bool:
         return now >= self._due
 
     def put_off(self, now: float) -> None:
-        """After a line: the next one comes later."""
-        self._due = now + GAP_S[min(max(self.told - 1, 0), len(GAP_S) - 1)]
+        """After a line, of this phase or of one inside it: the next one comes later."""
+        self._due = now + GAP_S[min(self.lines, len(GAP_S) - 1)]
+        self.lines += 1
 
     def restart(self) -> None:
         """Another phase of the same name begins."""
         self.began = time.monotonic()
         self.told = 0
+        self.lines = 0
         self._due = self.began + FIRST_S
 
 

@@ -41,7 +41,9 @@ configuration is a file of the form `flag: value`; what stands on the command li
 `coati init VERB` writes a commented one. Each run writes its resolved flags to `arguments.json`
 beside its output, which is read as a configuration too. Switches need no value;
 `--use_wandb false` takes back what a file switched on. An unknown flag is refused with the nearest
-known one, and a beginning that several flags share is refused with all of them.
+known one, and a beginning that several flags share is refused with all of them. Many names of
+Hugging Face's trainers, TRL and LLaMA-Factory are understood, with hyphens too
+([table](migrate.md#names-that-are-understood)).
 
 The scripts of `examples/` take the same flags. `--nproc` and `--hostfile` start several processes:
 [several hosts](hosts.md).

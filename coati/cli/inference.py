@@ -47,8 +47,8 @@ def inference_parser() -> Parser:
     parser.add_argument(
         "--io",
         choices=CONSOLES,
-        default="rich",
-        help="console; rich: in color; dummy: prints only the responses",
+        help="console; rich: in color; dummy: prints only the responses; default: rich in a "
+        "terminal, dummy where the responses go to a file or pipe",
     )
     parser.add_argument(
         "--prompt",

@@ -2,7 +2,6 @@
 from a YAML file or the ``arguments.json`` of an earlier run."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -13,35 +12,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from coati.cli.aliases import Refused, add_aliases, is_alias, sets, settle
+from coati.cli.nearest import nearest_flag
 from coati.utils.logging import get_logger
 from coati.utils.resources import near_recipes, recipe_path
 
 logger = get_logger(__name__)
-
-
-# What other trainers and servers call a flag -> its name here, for hints.
-ELSEWHERE = {
-    "learning_rate": "lr",
-    "num_train_epochs": "max_epochs",
-    "epochs": "max_epochs",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation_steps",
-    "gradient_checkpointing": "grad_checkpoint",
-    "max_grad_norm": "grad_clip",
-    "max_seq_length": "max_length",
-    "cutoff_len": "max_length",
-    "model_name_or_path": "pretrain",
-    "output_dir": "save_dir",
-    "resume_from_checkpoint": "checkpoint_path",
-    "save_steps": "save_interval",
-    "eval_steps": "eval_interval",
-    "logging_steps": "log_interval",
-    "lora_r": "lora_rank",
-    "report_to": "use_wandb",
-    "host": "http_host",
-    "port": "http_port",
-}
 
 
 class FlagError(ValueError):
@@ -116,12 +92,18 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:  # type: ignore[override]
         """As argparse; exits with code 2 and one line that names the flag when something is
         wrong."""
+        add_aliases(self)
         argv = self._in_full(sys.argv[1:] if args is None else args)
+        self._check_named_once(argv)
         parsed, unread = self.parse_known_args(self._from_file(argv) + argv, namespace)
         if unread:
             self.error(
                 f"{' '.join(unread)}: a value without a flag before it; --help lists the flags"
             )
+        try:
+            settle(parsed)
+        except ValueError as error:
+            self.error(str(error))
         # For reports, which tell what was chosen from what follows from it.
         parsed._given = sorted(
             action.dest
@@ -163,16 +145,53 @@ class Parser(argparse.ArgumentParser):
         return self._option_string_actions.get(name)
 
     def nearest(self, name: str) -> str:
-        """``"; the nearest known one is --x"``, or nothing when none is near."""
-        plain = name.lower().replace("-", "_")
-        names = self.names()
-        elsewhere = {f"__{word}": f"--{ours}" for word, ours in ELSEWHERE.items()}
-        spelled = {word: ours for word, ours in elsewhere.items() if ours in names}
-        spelled |= {known.replace("-", "_"): known for known in names}
-        near = difflib.get_close_matches(plain, spelled, n=1, cutoff=0.5)
-        return (
-            f"; the nearest known one is {spelled[near[0]]}" if near else "; --help lists the flags"
-        )
+        """``"; did you mean --x?"``, by spelling and by meaning, or where to look when nothing is
+        near."""
+        word = name.lstrip("-")
+        known = [
+            (action, flag.lstrip("-"))
+            for action in self.documented()
+            for flag in action.option_strings
+            if flag.startswith("--")
+        ]
+        own = {flag: action.option_strings[0].lstrip("-") for action, flag in known}
+        others = [
+            (option.lstrip("-"), own[action.dest])
+            for option, action in self._option_string_actions.items()
+            if action.help == argparse.SUPPRESS and action.dest in own
+        ]
+        if word.lower().startswith("no_") and self._is_switch(word[3:]):
+            return f"; did you mean --{word[3:].lower()} false?"
+        near = nearest_flag(word, own, others)
+        return f"; did you mean --{own.get(near, near)}?" if near else "; --help lists the flags"
+
+    def _is_switch(self, name: str) -> bool:
+        action = self.action_of(f"--{name.lower()}")
+        return action is not None and action.nargs == "?" and action.const is True
+
+    def _check_named_once(self, argv: list[str]) -> None:
+        """A flag that is given under two names has two values, of which one would be lost. Those of
+        earlier releases say themselves what they became."""
+        named: dict[str, str] = {}
+        for position, word in enumerate(argv):
+            if word == "--":
+                return
+            name, equals, value = word.partition("=")
+            action = self.action_of(name) if self._is_flag(word) else None
+            if action is None or (action.help == argparse.SUPPRESS and not is_alias(action)):
+                continue
+            if not equals and argv[position + 1 : position + 2]:
+                following = argv[position + 1]
+                value = "" if self._is_flag(following) else following
+            for dest in self._set_by(action, value):
+                if named.setdefault(dest, name) != name:
+                    self.error(f"{named[dest]} and {name} set the same; give one of the two")
+
+    def _set_by(self, action: argparse.Action, value: str) -> tuple[str, ...]:
+        try:
+            return sets(action, value or None)
+        except (argparse.ArgumentTypeError, KeyError):
+            return ()  # refused with its own message when it is read
 
     def _in_full(self, argv: Iterable[str]) -> list[str]:
         words = list(argv)
@@ -196,6 +215,9 @@ class Parser(argparse.ArgumentParser):
     def _full_name(self, name: str) -> str:
         if name in self._option_string_actions:
             return name
+        underscored = f"--{name.lstrip('-').replace('-', '_')}"
+        if name.startswith("--") and underscored in self._option_string_actions:
+            return underscored
         begins_alike = [
             a
             for a in self.documented()
@@ -236,20 +258,18 @@ def file_words(parser: Parser, path: str | os.PathLike) -> list[str]:
     Raises ValueError with file and line for text that is not YAML, a key that is no flag (with the
     nearest one), a key given twice and a value that its flag refuses.
     """
+    add_aliases(parser)
     words: list[str] = []
     seen: dict[str, int] = {}
     for key, node, line in _entries(path):
         where = f"{path}:{line}"
-        action = parser.action_of(f"--{key}")
+        name = f"--{key.replace('-', '_')}"
+        action = parser.action_of(name)
         if action is None or isinstance(action, argparse._HelpAction):
-            raise ValueError(
-                f"{where}: unknown key {key!r}{parser.nearest(f'--{key}').replace('--', '')}"
-            )
-        if action.dest in seen:
-            raise ValueError(
-                f"{where}: {key!r} repeats line {seen[action.dest]}; keep one of the two"
-            )
-        seen[action.dest] = line
+            hint = parser.nearest(name).replace("--", "").replace(" false?", ": false?")
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+        if isinstance(action, Refused):
+            raise ValueError(f"{where}: {key}: {action.difference}")
         values = _texts(node, where, key)
         # `null` leaves the default; a file written by an earlier run may name the --config that it
         # came from.
@@ -261,7 +281,11 @@ def file_words(parser: Parser, path: str | os.PathLike) -> list[str]:
             parser._get_values(action, values)
         except argparse.ArgumentError as error:
             raise ValueError(f"{where}: {key}: {error.message}") from error
-        words += [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values]
+        for dest in sets(action, values[0]):
+            if dest in seen:
+                raise ValueError(f"{where}: {key!r} repeats line {seen[dest]}; keep one of the two")
+            seen[dest] = line
+        words += [f"{name}={values[0]}"] if len(values) == 1 else [name, *values]
     return words
 
 

@@ -56,14 +56,14 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """``coati chat``."""
+    """``coati chat``. ``io`` None: as the output is a terminal or not."""
 
     model_path: str
     tokenizer_path: str | None
     conversation_template_config: str | None
     model_max_length: int
     max_new_tokens: int
-    io: str
+    io: str | None
     prompt: list[str]
     trust_remote_code: bool
     quant: str | None

@@ -111,15 +111,16 @@ def cache_parser() -> Parser:
     parser = Parser(
         prog="coati cache",
         description="Lists what is kept of earlier runs and can be made again: raw files tokenized "
-        "for training, log-probs of reference models.",
+        "for training, log-probs of reference models. Together at most 20 GiB, or "
+        "COATI_CACHE_GIB; what was used longest ago goes first.",
     )
-    add_switch(parser, "--clear", help="delete what is listed")
+    add_switch(parser, "--clear", help="delete what is listed and not in use")
     add_number(
         parser,
         "--older_than",
         default=0.0,
         unit="DAYS",
-        help="only entries that nothing was written to for DAYS days",
+        help="only entries that were not used for DAYS days",
     )
     return parser
 

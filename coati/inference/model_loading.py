@@ -15,6 +15,7 @@ from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_l
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 from coati.utils.resources import template_path
 
 logger = get_logger(__name__)
@@ -30,6 +31,7 @@ class Loaded(NamedTuple):
     conversation: Conversation
 
 
+@phase("loading the model")
 def load(
     path: str | os.PathLike,
     *,

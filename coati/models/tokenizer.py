@@ -8,11 +8,13 @@ from pathlib import Path
 from coati.models.loading import ADAPTER_CONFIG, check_directory, explained
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 from coati.utils.transformers_compat import tokenizer_class_names, tokenizer_options
 
 logger = get_logger(__name__)
 
 
+@phase("loading the tokenizer")
 def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
     """The tokenizer of ``path`` (a directory or a hub name), fast where there is one, always with a
     pad token.

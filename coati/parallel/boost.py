@@ -25,6 +25,7 @@ from coati.parallel.plugin_checks import (
 from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -40,6 +41,7 @@ def prepare_colossalai() -> None:
         cpu.apply()
 
 
+@phase("preparing the model for training")
 def boost(
     model: nn.Module,
     options: ParallelOptions,

@@ -33,6 +33,7 @@ from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank,
 from coati.utils.json_io import load_json, save_json
 from coati.utils.logging import get_logger
 from coati.utils.packages import releases
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -191,6 +192,7 @@ def read_checkpoint(folder: str | Path) -> RunningState:
     return state
 
 
+@phase("restoring the checkpoint")
 def restore(folder: str | Path, engine: Engine, state: RunningState) -> bool:
     """Load optimizer, master weights, schedule and random states of ``folder`` into ``engine``,
     whose weights were loaded from ``folder/modeling`` before boosting. Every rank must call it.

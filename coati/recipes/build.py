@@ -39,6 +39,7 @@ from coati.recipes.resume import check_same_model
 from coati.recipes.run import Run
 from coati.trainer.global_batches import total_steps
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 from coati.utils.transformers_compat import masks_packs_itself
 
 logger = get_logger(__name__)
@@ -78,6 +79,7 @@ def reward_model(run: Run[RMSettings]) -> Any:
     return model
 
 
+@phase("loading the model")
 def load_model(run: Run, load: Callable[..., Any], dropout: bool = True) -> Any:
     """What ``load`` makes of the run's start, checked, with adapters when asked for."""
     model_settings = run.settings.model
@@ -145,6 +147,7 @@ def attention(run: Run) -> str:
     return choose_attention(flash, run.options.precision, torch.cuda.is_available())
 
 
+@phase("loading a model that only responds or scores")
 def frozen(
     options: ParallelOptions, load: Callable[[], Any], offload: bool = False
 ) -> InferenceModel:

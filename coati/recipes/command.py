@@ -1,11 +1,9 @@
 """``coati VERB``: the list of verbs, and running one of them. Imports nothing heavy."""
 
 import difflib
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -17,6 +15,8 @@ from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
 from coati.utils.errors import RunFailed
 from coati.utils.liveness import at_forced_end
+from coati.utils.logging import unsaid
+from coati.utils.phases import import_libraries
 
 PROGRAM = "coati"
 INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -60,8 +60,10 @@ def run(
     """
     verb = load(name)
     prog = prog or Path(sys.argv[0]).name
+    _no_bars_in_pipes()
     given = list(sys.argv[1:] if argv is None else argv)
-    with _quiet_if_launched():
+    # The launcher, which read the flags first, has said what is to be said about them.
+    with unsaid(launcher.ERROR_FILE in os.environ):
         settings = verb.parse(
             verb.words(given), prog=prog, **({} if older is None else {"older": older})
         )
@@ -89,6 +91,7 @@ def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
     another one has ended."""
     # What torch's store says of a lost connection, with a stack in C++, stands in the error, too.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import_libraries()
     function = verb.function()
     from coati.parallel.launch import explained, shut_down
     from coati.recipes.run_dir import release_locks
@@ -109,18 +112,11 @@ def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
             release_locks()
 
 
-@contextmanager
-def _quiet_if_launched() -> Iterator[None]:
-    """Holds back what is said about flags where the launcher, which read them first, has said
-    it."""
-    root = logging.getLogger(PROGRAM)
-    level = root.level
-    if launcher.ERROR_FILE in os.environ:
-        root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+def _no_bars_in_pipes() -> None:
+    """The bars of transformers, datasets and the hub redraw a line, which only a terminal can."""
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def _fail(message: str, code: int = 1) -> None:

@@ -26,7 +26,8 @@ from coati.recipes.prepared import held_out_split, is_raw, train_split
 from coati.recipes.run import PreparedRows, Run
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.logging import get_logger
-from coati.utils.user_cache import cache_root
+from coati.utils.phases import phase
+from coati.utils.user_cache import cache_root, hold, trim
 
 logger = get_logger(__name__)
 
@@ -186,6 +187,7 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     failure = None
     try:
         folder = _cache_folder(run, path, type, split, part)
+        hold(folder)
         if (folder / "preparation.json").exists():
             _repeat_report(path, folder)
         elif local_leader():
@@ -193,7 +195,9 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     except (ValueError, OSError) as error:
         failure = str(error)
     # The others wait here: they must end with it, not hang.
-    if failures := [text for text in all_gather_object(failure) if text]:
+    with phase("waiting for the other processes"):
+        failures = [text for text in all_gather_object(failure) if text]
+    if failures:
         raise ValueError(failures[0])
     return str(folder)
 
@@ -203,20 +207,23 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
         f"{path} holds raw conversations: preparing them into {folder} (coati prepare does this "
         "once for all)"
     )
-    prepare_dataset(
-        inputs=[path],
-        tokenizer=run.tokenizer,
-        template=run.template,
-        arrow_dir=folder,
-        type=type,
-        split=split,
-        max_length=_longest(run.settings.data, type),
-        num_bins=1,
-        tokenizer_name=run.settings.model.tokenizer,
-        seed=run.settings.seed,
-        show=print if is_rank_0() else None,
-        part=part,
-    )
+    with phase(f"preparing {path}"):
+        prepare_dataset(
+            inputs=[path],
+            tokenizer=run.tokenizer,
+            template=run.template,
+            arrow_dir=folder,
+            type=type,
+            split=split,
+            max_length=_longest(run.settings.data, type),
+            num_bins=1,
+            tokenizer_name=run.settings.model.tokenizer,
+            seed=run.settings.seed,
+            show=print if is_rank_0() else None,
+            part=part,
+            verifiable=False,
+        )
+    trim()
 
 
 def _repeat_report(path: str, folder: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from coati.cli.aliases import SAME
 from coati.parallel.atomic_dirs import SaveFailed, write_directory
 from coati.parallel.engine import Engine
 from coati.parallel.save_rehearsal import rehearse_saving
@@ -18,6 +19,7 @@ from coati.recipes.started_by import ancestors, started_again
 from coati.trainer import OLTrainer, SLTrainer
 from coati.trainer.run_report.run_record import PAGE
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 from coati.utils.redaction import redacted_words
 
 logger = get_logger(__name__)
@@ -55,6 +57,7 @@ def save_models_of(run: Run, trainer: OLTrainer) -> None:
     _save(run, trainer, models, CHAT)
 
 
+@phase("saving the model")
 def _save(
     run: Run,
     trainer: SLTrainer | OLTrainer,
@@ -114,7 +117,9 @@ def command_again() -> str:
     dropping = False
     for word in sys.argv[1:]:
         if word.startswith("--"):
-            dropping = word.startswith(RESUME_FLAGS)  # the flag and the value after it
+            # The flag and the value after it, whatever library's name it has.
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            dropping = f"--{SAME.get(name, name)}".startswith(RESUME_FLAGS)
         if not dropping:
             words.append(word)
     program, where = _program()

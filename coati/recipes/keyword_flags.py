@@ -4,9 +4,10 @@ its command, read and checked by the same parser."""
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from coati.cli.aliases import add_aliases
 from coati.cli.parser import FlagError, Parser, errors_raised
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -16,12 +17,21 @@ NOT_HERE = ("help",)
 LAUNCH = ("nproc", "hostfile", "master_addr", "master_port")
 
 
-def check_names(parser: Parser, keywords: Iterable[str], function: str) -> None:
-    """Raise TypeError for a keyword that is no flag of ``parser``, with the nearest one."""
+def canonical_names(parser: Parser, keywords: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """``keywords`` with flags under their first names. Raises TypeError for one that is no flag,
+    with the nearest, and for two names of one flag."""
+    add_aliases(parser)
+    found: dict[str, str] = {}  # flag -> the keyword for it
     for name in keywords:
-        if parser.action_of(f"--{name}") is None or name in NOT_HERE:
+        action = parser.action_of(f"--{name}")
+        if action is None or name in NOT_HERE:
             hint = parser.nearest(f"--{name}").replace("--help", f"help({function})")
             raise TypeError(f"{function}: unknown keyword {name!r}{hint.replace('--', '')}")
+        flag = name if action.dest.startswith("_") else action.dest
+        if flag in found:
+            raise TypeError(f"{function}: {found[flag]} and {name} set the same; give one of them")
+        found[flag] = name
+    return {flag: keywords[name] for flag, name in found.items()}
 
 
 def words_of(keywords: Mapping[str, Any], function: str) -> list[str]:

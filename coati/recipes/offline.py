@@ -17,6 +17,7 @@ from coati.recipes.resume import running_state
 from coati.recipes.run import PreparedRows, Run
 from coati.recipes.same_run import SAME_ROWS, rows_facts
 from coati.trainer import SLTrainer
+from coati.utils.phases import phase
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TrainingData:
     state: RunningState
 
 
+@phase("reading the rows")
 def load_data(run: Run[SLSettings], type: str) -> TrainingData:
     """The rows of ``type``, the same on every rank. Raises ValueError for what is wrong with them,
     RanksDiffer for ranks that read others, before a model is loaded."""

@@ -17,7 +17,7 @@ from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
 from coati.cli.rollouts import grpo_parser, ppo_parser
 from coati.recipes.command import load
 from coati.recipes.extras import Extras
-from coati.recipes.keyword_flags import check_names, parsed, takes_flags_of, words_of
+from coati.recipes.keyword_flags import canonical_names, parsed, takes_flags_of, words_of
 from coati.recipes.row_files import json_file, paths_of
 from coati.recipes.trained_model import TrainedModel, TrainedRewardModel, collect_garbage
 from coati.rewards.registry import GIVEN
@@ -263,7 +263,7 @@ def _train(
     start = None if isinstance(pretrain, str | os.PathLike | TrainedModel) else pretrain
     if start is not None:
         _check_in_memory(start, tokenizer, function)
-    check_names(command.parser(), flags, function)
+    flags = canonical_names(command.parser(), flags, function)
     given = _as_flags({"pretrain": IN_MEMORY if start is not None else pretrain, **flags})
     words = words_of(given, function)
     settings = parsed(command.parse, words, function)  # all of it is checked before a run is begun

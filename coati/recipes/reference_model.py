@@ -24,7 +24,7 @@ from coati.trainer.precompute_reference import reference_of_rows, with_columns
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0
 from coati.utils.file_samples import sampled_blocks
 from coati.utils.logging import get_logger
-from coati.utils.user_cache import cache_root
+from coati.utils.user_cache import cache_root, hold
 
 logger = get_logger(__name__)
 
@@ -80,6 +80,9 @@ def precomputed(
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     folder = _folder(rows)
     file = folder / f"{key}.npy"
+    if folder.is_relative_to(cache_root()):
+        hold(file)
+        hold(file.with_suffix(".json"))
     if all(all_gather_object(file.exists())):
         values = _read(file, len(rows))
         logger.info(

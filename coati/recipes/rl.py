@@ -49,6 +49,7 @@ from coati.trainer.rl_assembly import (
     assemble_rl,
     linear_annealing,
 )
+from coati.utils.phases import phase
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
     )
 
 
+@phase("reading the rows")
 def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
     """The rows of the run, the same on every rank. Raises ValueError for what is wrong with them,
     RanksDiffer for ranks that read others, before a model is loaded."""

@@ -40,6 +40,7 @@ from coati.recipes import build, reference_model
 from coati.recipes.build import Trained
 from coati.recipes.run import Run
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -195,6 +196,7 @@ def _beside(weights: str | None) -> Path | None:
     return critic if critic.is_dir() else None
 
 
+@phase("loading the critic or reward model")
 def load_scalar(
     run: Run[OnlineSettings], kind: type[BaseModel], start: Start, vocabulary: int, **changes: Any
 ) -> Any:

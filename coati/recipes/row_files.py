@@ -6,10 +6,11 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from coati.utils.user_cache import cache_root
+from coati.utils.user_cache import cache_root, hold
 
 ACCEPTED = (
     "a list of rows (dicts, or lists of {role, content} messages), a datasets.Dataset, or paths"
@@ -76,26 +77,27 @@ def _lines(rows: Iterable[Any], name: str) -> Iterator[str]:
 
 
 def _published(lines: Iterable[str], suffix: str) -> str:
-    """The file of ``lines``, written by one process of each machine where it is not there yet."""
+    """The file of ``lines``, written by one process of each machine where it is not there yet; the
+    others read their rows too, to know that they are the same."""
     from coati.utils.distributed import all_gather_object, raise_together
+
+    writes = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def write() -> Path:
         folder = _cache()
-        folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        number, partial = tempfile.mkstemp(suffix=".tmp", dir=folder)
-        try:
-            with open(number, "w", encoding="utf-8") as stream:
-                for line in lines:
-                    digest.update(line.encode())
+        with _partial_file(folder) if writes else nullcontext() as stream:
+            for line in lines:
+                digest.update(line.encode())
+                if stream is not None:
                     stream.write(line)
             final = folder / f"{digest.hexdigest()[:24]}{suffix}"
+            hold(final)
             # What is prepared of a file is known by the file's time: one that is there stays.
-            if os.environ.get("LOCAL_RANK", "0") == "0" and not final.exists():
-                os.replace(partial, final)
-            return final
-        finally:
-            Path(partial).unlink(missing_ok=True)
+            if stream is not None and not final.exists():
+                stream.flush()
+                os.replace(stream.name, final)
+        return final
 
     def checked() -> Path:
         try:
@@ -111,6 +113,19 @@ def _published(lines: Iterable[str], suffix: str) -> str:
             "same, in the same order"
         )
     return str(path)
+
+
+@contextmanager
+def _partial_file(folder: Path) -> Iterator[IO[str]]:
+    """A file in ``folder``, removed at the end unless it has got another name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix=".", suffix=".tmp", dir=folder, delete=False
+    ) as stream:
+        try:
+            yield stream
+        finally:
+            Path(stream.name).unlink(missing_ok=True)
 
 
 def _cache() -> Path:

@@ -31,6 +31,7 @@ from coati.recipes.started_by import warn_of_secrets
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.memory import resident_mb
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -115,7 +116,8 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     """Join the process group; the parallel settings with every default resolved."""
     # The group comes first: ColossalAI's import takes seconds that would count against the other
     # ranks' timeout.
-    launch(settings.seed, collective_timeout_s=settings.launch.collective_timeout)
+    with phase("waiting for the other processes"):
+        launch(settings.seed, collective_timeout_s=settings.launch.collective_timeout)
     warn_of_threads()
     warn_of_secrets()
 
@@ -125,7 +127,8 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
         return options
 
     options = agree(lambda options: run_facts(settings, options), resolved)
-    prepare_colossalai()
+    with phase("importing ColossalAI"):
+        prepare_colossalai()
     return options
 
 

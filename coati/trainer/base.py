@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
 from coati.utils.errors import RunFailed
 from coati.utils.liveness import at_forced_end, note
+from coati.utils.phases import phase
 
 
 class SLTrainer:
@@ -70,6 +72,7 @@ class SLTrainer:
         self.samples = samples
         self.callbacks = CallbackList(callbacks)
         self.stopped_early = False
+        self._stepped = False
         self.log = RunLog(self.name, self.schedule, self.state.trainer, settings)
         self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._interval |= self.state.trainer.get("interval", {})
@@ -171,7 +174,8 @@ class SLTrainer:
                     self._evaluate(eval_dataloader, bar)
                 stops = step.stop or self.callbacks.stop_agreed()
                 if self._due(self.schedule.save_interval) or stops:
-                    self.save()
+                    with bar.paused("saving a checkpoint"):
+                        self.save()
                 ends = due and state.step < total and self.log.stop_early("step", state.step)
                 self.stopped_early = stops and state.step < total and not ends
                 if stops or ends or state.step >= total:
@@ -186,7 +190,8 @@ class SLTrainer:
         scheduler = self.engine.lr_scheduler
         lr = scheduler.get_last_lr()[0] if scheduler is not None else 0.0
         try:
-            step = self.engine.train_step(micro_batches, self.objective, stop.requested)
+            with self._first_step():
+                step = self.engine.train_step(micro_batches, self.objective, stop.requested)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._describe(error, loader)) from error
         self.state.step += 1
@@ -228,13 +233,21 @@ class SLTrainer:
     def _evaluate(self, eval_dataloader, bar: ProgressBar) -> None:
         if eval_dataloader is None:
             return
-        with self.log.record.timed("evaluation"):
+        with self.log.record.timed("evaluation"), bar.paused("evaluating"):
             self._run_evaluation(eval_dataloader, bar)
         self.log.record.update(self.state.step)
 
+    def _first_step(self) -> AbstractContextManager[Any]:
+        """What may compile kernels and allocate for the first time is said where it takes long."""
+        if self._stepped:
+            return nullcontext()
+        self._stepped = True
+        return phase("taking the first step")
+
     def _run_evaluation(self, eval_dataloader: Any, bar: ProgressBar) -> None:
         self.before_evaluation(eval_dataloader)
-        step = self.engine.evaluate(eval_dataloader, self.objective)
+        batches = bar.over(eval_dataloader, "evaluating")
+        step = self.engine.evaluate(batches, self.objective)
         means = {
             name: float(torch.cat(values).double().mean())
             for name, values in _public(step.metrics).items()

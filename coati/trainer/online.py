@@ -217,13 +217,15 @@ class OLTrainer:
     ) -> None:
         if not len(self.buffer) and not self._collect(prompts, bar, stop):
             self.stopped_early = True
-            self.save()
+            with bar.paused("saving a checkpoint"):
+                self.save()
             return
         with self.log.record.timed("updates"):
             updated = self._update(ptx, bar, stop)
         if not updated:
             self.stopped_early = True
-            self.save(self.buffer.state_dict())
+            with bar.paused("saving a checkpoint"):
+                self.save(self.buffer.state_dict())
             return
         self.buffer.clear()
         self._position = (0, 0)
@@ -241,7 +243,8 @@ class OLTrainer:
         asked = stop.requested or self.callbacks.asked_to_stop
         self.stopped_early = any_rank(asked) and not last
         if self._due(self.schedule.save_interval) or self.stopped_early:
-            self.save()
+            with bar.paused("saving a checkpoint"):
+                self.save()
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.episode % interval == 0
@@ -376,16 +379,16 @@ class OLTrainer:
         same noise at every evaluation."""
         if evaluation is None:
             return
-        with self.log.record.timed("evaluation"):
+        with self.log.record.timed("evaluation"), bar.paused("evaluating"):
             self._run_evaluation(evaluation, bar)
         self.log.record.update(self.episode)
 
     def _run_evaluation(self, evaluation: Any, bar: ProgressBar) -> None:
-        bar.phase("evaluation")
         meter = AccumulativeMeanMeter()
         temperature = self.episodes.temperature(self.episode)
         shown: list[SampleRow] = []
-        for rows, prompts in zip(evaluation.rows(), evaluation, strict=True):
+        batches = zip(evaluation.rows(), evaluation, strict=True)
+        for rows, prompts in bar.over(batches, "evaluating", len(evaluation)):
             # A rank that has run out of rows repeats one whose numbers are left out.
             indices = rows + [0] * (len(prompts["input_ids"]) - len(rows))
             batch = self.maker.rollout_and_score(prompts, indices, EVALUATION, temperature)

@@ -7,8 +7,10 @@ from coati.parallel.inference_model import InferenceModel
 from coati.trainer.dpo import DPOObjective
 from coati.trainer.preference import PreferenceObjective
 from coati.utils.distributed import all_gather_object
+from coati.utils.phases import phase
 
 
+@phase("computing reference log-probs")
 def reference_of_rows(objective: DPOObjective, reference: InferenceModel, loader) -> np.ndarray:
     """(N, 2) fp32, chosen and rejected, in the order of the data set, on every rank; every rank
     must call it.

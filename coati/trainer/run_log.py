@@ -17,6 +17,7 @@ from coati.utils.environment import save_environment
 from coati.utils.logging import get_logger
 from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
+from coati.utils.phases import phase
 from coati.utils.run_identity import record_of
 from coati.utils.tracking import Tracker, make_tracker
 
@@ -57,6 +58,7 @@ class RunLog:
         self.best: dict[str, float] = stored.get("best", {})  # {"value", "step"}
         self.stopping = EarlyStopping(schedule, default_metric, stored.get("early_stopping", {}))
 
+    @phase("starting to log")
     def open(
         self, step: int, log_dir: str | None, use_wandb: bool, total: int, unit: str = "step"
     ) -> None:
@@ -160,6 +162,7 @@ class RunLog:
         error = explained(error)
         self.record.end("failed", step, f"{type(error).__name__}: {error}")
 
+    @phase("finishing the logs")
     def close(self) -> None:
         """Finish the trackers' files."""
         self.tracker.close()

@@ -7,9 +7,12 @@ import logging
 import os
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ROOT = "coati"
 _WARNINGS: deque[str] = deque(maxlen=100)
+_collecting = False
 
 
 class _Rank0Handler(logging.Handler):
@@ -19,6 +22,8 @@ class _Rank0Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             _WARNINGS.append(record.getMessage())
+        if _collecting:
+            return
         # The launcher's variable, not torch.distributed: messages are needed before a process group
         # exists.
         if os.environ.get("RANK", "0") != "0":
@@ -53,6 +58,18 @@ def get_logger(name: str) -> Logger:
         root.setLevel(logging.INFO)
     inside = name == ROOT or name.startswith(f"{ROOT}.")
     return Logger(logging.getLogger(name if inside else f"{ROOT}.{name}"))
+
+
+@contextmanager
+def unsaid(when: bool = True) -> Iterator[None]:
+    """``when``: show nothing meanwhile; warnings are still among :func:`take_warnings`."""
+    global _collecting
+    before = _collecting
+    _collecting = when
+    try:
+        yield
+    finally:
+        _collecting = before
 
 
 def forget_warnings() -> None:

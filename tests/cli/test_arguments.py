@@ -293,7 +293,7 @@ def test_help_and_refusals_are_quick_and_load_no_torch(words, code):
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run.returncode == code and run.stdout.endswith("[]\n")
-    said = "Supervised fine-tuning" if code == 0 else "nearest known one is --pretrain"
+    said = "Supervised fine-tuning" if code == 0 else "did you mean --pretrain"
     assert said in run.stdout + run.stderr
     # Processor time, so that a busy machine does not fail it.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0

@@ -27,9 +27,7 @@ def parse(*words):
     "word, near", [("--bach_size", "--batch_size"), ("--max-lenght", "--max_length")]
 )
 def test_an_unknown_flag_is_refused_with_the_nearest_one(refused, word, near):
-    assert f"unknown flag {word}; the nearest known one is {near}" in refused(
-        parser().parse_args, [word, "3"]
-    )
+    assert f"unknown flag {word}; did you mean {near}" in refused(parser().parse_args, [word, "3"])
 
 
 def test_an_unknown_flag_near_to_none_points_to_the_help(refused):
@@ -119,7 +117,7 @@ def test_the_flags_that_were_given_are_those_that_differ_from_their_defaults(tmp
     [
         (
             "lr: 1\nbach_size: 3\n",
-            "run.yaml:2: unknown key 'bach_size'; the nearest known one is batch_size",
+            "run.yaml:2: unknown key 'bach_size'; did you mean batch_size",
         ),
         (
             "\nbatch_size: 0\n",

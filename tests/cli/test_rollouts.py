@@ -321,7 +321,7 @@ REFUSED = [
         ["--shared_base", "--lora_rank", "8", "--critic_pretrain", "c"],
         "--critic_pretrain with --shared_base",
     ),
-    ("ppo", ["--max_steps", "3"], "unknown flag --max_steps"),
+    ("ppo", ["--max_steps", "3"], "--max_steps: it counts optimizer steps; --num_episodes counts"),
 ]
 
 

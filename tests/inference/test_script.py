@@ -73,6 +73,13 @@ def test_the_rich_console_shows_the_same_answer(run):
     assert "".join(simple.split()) in "".join(shown.split())
 
 
+def test_a_pipe_gets_the_responses_alone_and_a_terminal_colors(run, monkeypatch):
+    simple = run("--io", "simple", "--prompt", "hello").split("assistant: ")[1]
+    assert run("--prompt", "hello") == simple
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "assistant:" in run("--prompt", "hello")
+
+
 def test_the_parser_offers_every_console():
     assert set(flags.CONSOLES) == set(CONSOLES)
 

@@ -86,6 +86,18 @@ def test_raw_prompts_lose_a_last_answer_and_long_ones_are_left_out_both_counted(
     assert "too_long" in told
 
 
+def test_a_run_that_compares_with_no_ground_truth_does_not_speak_of_any(raw, rows, capsys):
+    """Some rows have one, which a reward model or a length has no use for."""
+    some = [line(f"{i} + 1?", **({"gt_answer": "2"} if i % 2 else {})) for i in range(60)]
+    path = raw(some)
+    rows(path, *SHORT)
+    first = "".join(capsys.readouterr())
+    rows(path, *SHORT)  # from the cache
+    told = first + "".join(capsys.readouterr())
+    assert "training rows written 60" in told
+    assert not any(word in told for word in ("gt_answer", "ground truth", "verifiable"))
+
+
 def test_what_leaves_a_last_answer_out_is_in_the_report(raw, rows, tmp_path):
     rows(raw(), *SHORT)
     (report,) = (tmp_path / "cache").rglob("report.json")

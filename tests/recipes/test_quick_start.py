@@ -174,9 +174,18 @@ def test_a_keyword_that_is_no_flag_names_the_nearest(empty_place, verb):
     with pytest.raises(TypeError) as error:
         getattr(coati, verb)("some/model", [TALK], max_lenght=8)
     assert str(error.value) == (
-        f"coati.{verb}: unknown keyword 'max_lenght'; the nearest known one is max_length"
+        f"coati.{verb}: unknown keyword 'max_lenght'; did you mean max_length?"
     )
     assert list(empty_place.iterdir()) == []
+
+
+def test_a_keyword_may_have_the_name_of_another_library(empty_place):
+    with pytest.raises(TypeError, match="lr and learning_rate set the same"):
+        coati.sft("some/model", [TALK], lr=1e-5, learning_rate=1e-5)
+    with pytest.raises(ValueError, match="warmup_ratio: it is a share of all steps"):
+        coati.sft("some/model", [TALK], warmup_ratio=0.1)
+    with pytest.raises(ValueError, match="argument --learning_rate: expected a number above 0"):
+        coati.sft("some/model", [TALK], learning_rate=-1.0, output_dir="mine")
 
 
 def test_processes_are_the_launchers(empty_place):

@@ -34,6 +34,16 @@ def test_rows_are_one_file_named_by_what_they_hold(cache):
     assert sorted(cache.iterdir()) == sorted([Path(first), Path(second)])
 
 
+def test_the_first_rank_of_a_machine_writes_and_the_others_read_their_rows_alone(
+    cache, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    (other,) = paths_of([TALK], "dataset")
+    assert not cache.exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert paths_of([TALK], "dataset") == [other] and rows_in(other) == [TALK]
+
+
 def test_data_sets_of_hugging_face_and_paths():
     rows = [{"prompt": "a", "gt_answer": "1"}, {"prompt": "b", "gt_answer": None}]
     held = datasets.Dataset.from_list(rows)

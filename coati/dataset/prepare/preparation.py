@@ -65,6 +65,7 @@ def prepare_dataset(
     max_bad_ratio: float = DEFAULT_BAD_RATIO,
     show: Callable[[str], None] | None = print,
     part: str = "training",
+    verifiable: bool = True,
 ) -> dict[str, Any]:
     """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
 
@@ -73,8 +74,8 @@ def prepare_dataset(
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
-    a data set with several. ``part``: what the report calls the rows, "training" or "evaluation".
-    Raises ValueError for unusable input, settings or result.
+    a data set with several. ``part``: "training" or "evaluation" rows. ``verifiable``: whether some
+    missing ground truths are warned of. Raises ValueError for unusable input, settings or result.
     """
     settings = PrepareSettings(
         type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
@@ -85,19 +86,18 @@ def prepare_dataset(
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
     files = _find_all(inputs, eval_inputs, cleaning, split)
-    jsonl = jsonl_dir is not None
-    made_from = describe(files, template, cleaning, jsonl=jsonl, **asdict(settings))
+    made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **asdict(settings))
     metadata = {
         "command": command_line(),
         "tokenizer": describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"]),
         "part": part,
+        "verifiable": verifiable,
     }
     preparation = Preparation(
         files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
     folders = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir, cache_dir)]
-    staging = StagingDir(*folders, made_from)
-    report = preparation.run(staging)
+    report = preparation.run(StagingDir(*folders, made_from))
     if show is not None:
         _show(report, show)
     return report

@@ -65,6 +65,10 @@ class StagingDir:
         self.jsonl = jsonl and jsonl.with_name(f".{jsonl.name}.{fingerprint}.tmp")
         self.scratch = (cache or self.root) / f".notes.{fingerprint}.tmp"
         self.lock: int | None = None
+        self._cache = cache
+        # Ours to remove, but not an empty folder that was there before.
+        there = list(cache.iterdir()) if cache is not None and cache.is_dir() else None
+        self._made_cache = there is None or there == [self.scratch]
 
     def finished(self) -> dict[str, Any] | None:
         """The stored report when the outputs are there and made from the same; ValueError when from
@@ -208,6 +212,9 @@ class StagingDir:
     def _remove(self) -> None:
         for folder in filter(None, (self.root, self.jsonl, self.scratch)):
             shutil.rmtree(folder, ignore_errors=True)
+        if self._cache is not None and self._made_cache:
+            with suppress(OSError):  # it holds something else, or is not there
+                self._cache.rmdir()
 
 
 def _bin_name(bin: Bin) -> str:

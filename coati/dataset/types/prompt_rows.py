@@ -76,7 +76,7 @@ class Prompt(DataType):
         rows = report["rows_kept"]
         traits = report["traits"]
         having = traits.get("gt_answer", 0)
-        if 0 < having < rows:
+        if 0 < having < rows and report.get("verifiable", True):
             yield (
                 f"only {having} of {rows} prompts have a gt_answer: verifiable rewards cannot "
                 "score the rest"

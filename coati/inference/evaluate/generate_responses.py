@@ -16,6 +16,7 @@ from coati.models.generation.loop import generate
 from coati.models.generation.response_table import left_pad, without_stop
 from coati.models.generation.row_noise import row_noise
 from coati.models.generation.sampling import Sampling
+from coati.utils.phases import phase
 
 Skipped = tuple[str, str]  # place of a row, and why it is not used
 
@@ -60,6 +61,7 @@ class SamplingConfig:
     seed: int = 42
 
 
+@phase("reading prompts")
 def read_prompts(
     inputs: Sequence[str | os.PathLike], most: int | None = None, seed: int = 42
 ) -> tuple[list[Prompt], list[Skipped]]:
@@ -106,6 +108,7 @@ def responses_of(
     return found, skipped, conversation
 
 
+@phase("writing responses")
 def generate_responses(
     loaded: Loaded, prompts: Sequence[Prompt], config: SamplingConfig
 ) -> tuple[dict[int, Response], list[Skipped]]:

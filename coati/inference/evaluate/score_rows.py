@@ -20,6 +20,7 @@ from coati.models.generation.response_table import left_pad
 from coati.models.loading import find_model
 from coati.models.reward_model import RewardModel
 from coati.models.tokenizer import check_vocabulary, load_tokenizer
+from coati.utils.phases import phase
 from coati.utils.statistics import wilson_interval
 
 # From the color-blind safe palette of Okabe and Ito.
@@ -49,6 +50,7 @@ class ScoredRow:
         return one if self.label is None else one | {"label": self.label}
 
 
+@phase("loading the reward model")
 def load_reward_model(
     path: str | os.PathLike,
     template: str | None = None,
@@ -100,6 +102,7 @@ def _kind(row: Any) -> str:
 
 
 @torch.no_grad()
+@phase("scoring")
 def score(model: nn.Module, rows: Sequence[ScoredRow], pad_id: int, batch_size: int = 16) -> None:
     """Fill in the scores of ``rows``, in batches of sequences of like length."""
     sides = [(row, side) for row in rows for side in range(len(row.ids))]

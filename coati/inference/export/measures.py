@@ -19,6 +19,7 @@ from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
 from coati.utils.constants import IGNORE_INDEX
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -28,6 +29,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embedd
 BF16_BYTES = 2
 
 
+@phase("reading conversations")
 def read_conversations(
     inputs: Sequence[str | os.PathLike],
     conversation: Conversation,
@@ -65,6 +67,7 @@ def read_conversations(
 
 
 @torch.no_grad()
+@phase("measuring perplexity")
 def perplexity(model: Any, rows: Sequence[Row]) -> float:
     """exp of the mean cross-entropy (nats) over all supervised tokens of ``rows``; one row per
     forward.
@@ -134,6 +137,7 @@ class Speed:
     tokens_per_second: float
 
 
+@phase("measuring speed")
 def speed_of(loaded: Loaded, batch: int, prompt_tokens: int = 64, new_tokens: int = 32) -> Speed:
     """Time ``batch`` greedy responses of exactly ``new_tokens`` tokens each, after a short
     warm-up."""

@@ -29,6 +29,7 @@ from coati.models.tokenizer import find_tokenizer, load_tokenizer
 from coati.parallel.atomic_dirs import attempt
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.dir_lock import DirLock
+from coati.utils.phases import phase
 from coati.utils.transformers_compat import dtype_keyword
 
 PROBES = (
@@ -84,6 +85,7 @@ def _check_fresh(final: Path) -> None:
         raise ValueError(f"{final}: exists already; name a new directory, or remove it")
 
 
+@phase("writing the model")
 def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:
     """Save ``model`` as a Hugging Face directory: the template becomes the tokenizer's chat
     template, and the stop tokens go to generation_config.json, so that other programs stop where
@@ -112,6 +114,7 @@ def write_beside(model: Any, tokenizer: Any, conversation: Any, folder: Path) ->
             raise ValueError(f"nothing was written: {failed.text}; {failed.remedy}")
 
 
+@phase("merging the adapter")
 def merge(
     path: str | os.PathLike, output: str | os.PathLike, dtype: str = "fp32", **reading: Any
 ) -> Merged:
@@ -179,6 +182,7 @@ class Checked:
     gguf: Written | None = None
 
 
+@phase("exporting the model")
 def export(
     path: str | os.PathLike,
     output: str | os.PathLike,
@@ -221,6 +225,7 @@ def export(
     return found
 
 
+@phase("comparing with plain transformers")
 def check(
     folder: Path,
     ours: Loaded,

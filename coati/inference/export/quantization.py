@@ -15,8 +15,10 @@ from coati.inference.quantized_loading import num_layers, quantization_kwargs, r
 from coati.models.loading import adapter_base, find_model, load_causal_lm
 from coati.models.quantization_registry import CALIBRATED, METHOD_OF_QUANT, METHODS
 from coati.models.tokenizer import find_tokenizer, load_tokenizer
+from coati.utils.phases import phase
 
 
+@phase("quantizing the model")
 def quantize(
     path: str | os.PathLike,
     output: str | os.PathLike,

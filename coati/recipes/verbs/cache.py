@@ -1,36 +1,42 @@
 """List or remove what is kept of earlier runs."""
 
-import shutil
 import time
-from pathlib import Path
 
 from coati.cli.this_machine import CacheSettings, cache_parser, parse_cache
 from coati.cli.verb import Verb
-from coati.utils.user_cache import CONTENTS, cache_root
+from coati.utils.user_cache import CONTENTS, LIMIT_VARIABLE, Entry, cache_root, entries, limit_gib
 
 VERB = Verb("machine", cache_parser, parse_cache, "coati.recipes.verbs.cache:main")
 DAY_S = 86400.0
 
 
 def main(settings: CacheSettings) -> None:
-    """Print each cache with its size, after removing what was asked for."""
-    root = cache_root()
-    print(root)
-    for name, what in CONTENTS.items():
-        entries = sorted((root / name).iterdir()) if (root / name).is_dir() else []
-        found = [(entry, *_size_and_age(entry)) for entry in entries]
-        chosen = [row for row in found if row[2] >= settings.older_than * DAY_S]
-        size = sum(row[1] for row in chosen) / 2**20
-        print(f"  {name:<12}{len(chosen):>5} entries {size:>10.1f} MiB  {what}")
-        if settings.clear:
-            for entry, _, _ in chosen:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            print(f"  {'':<12}{len(chosen):>5} removed")
+    """Print every entry with its size and when it was used last, after removing what was asked
+    for."""
+    limit = limit_gib()
+    bound = "no limit" if limit == float("inf") else f"{limit:g} GiB at most"
+    print(f"{cache_root()}: {bound} ({LIMIT_VARIABLE})")
+    now = time.time()
+    chosen = [entry for entry in entries() if now - entry.used >= settings.older_than * DAY_S]
+    for kind, what in CONTENTS.items():
+        found = [entry for entry in chosen if entry.kind == kind]
+        size = sum(entry.size for entry in found)
+        print(f"\n{kind}: {what}; {len(found)} entries, {_size(size)}")
+        kept = 0
+        for entry in found:
+            in_use = entry.in_use
+            removed = settings.clear and entry.remove()
+            kept += settings.clear and not removed
+            print(_line(entry, now, "removed" if removed else "in use" if in_use else ""))
+        if kept:
+            print(f"  {kept} of them are in use by a running process and stay")
 
 
-def _size_and_age(entry: Path) -> tuple[int, float]:
-    """Bytes, and seconds since anything in it was written."""
-    files = [entry, *entry.rglob("*")] if entry.is_dir() else [entry]
-    stats = [file.stat() for file in files]
-    newest = max(stat.st_mtime for stat in stats)
-    return sum(stat.st_size for stat in stats), time.time() - newest
+def _line(entry: Entry, now: float, state: str) -> str:
+    days = (now - entry.used) / DAY_S
+    age = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours"
+    return f"  {entry.path.name:<32}{_size(entry.size):>12}{age:>12} ago  {state}".rstrip()
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

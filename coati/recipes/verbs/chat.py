@@ -6,6 +6,7 @@ from contextlib import closing
 from coati.cli.inference import inference_parser, parse_inference
 from coati.cli.program_settings import ChatSettings
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -17,6 +18,7 @@ VERB = Verb(
 
 
 def open_session(args: ChatSettings):
+    import_libraries()
     from coati.inference import ChatSession, load
     from coati.inference.model_loading import with_system
     from coati.models.generation.sampling import Sampling
@@ -90,7 +92,7 @@ def main(args: ChatSettings) -> None:
     from coati.inference import console
     from coati.inference.transcript import Transcript, conversations
 
-    screen = console.CONSOLES[args.io]()
+    screen = console.CONSOLES[args.io or ("rich" if sys.stdout.isatty() else "dummy")]()
     asked = (
         conversations(args.prompt_file)
         if args.prompt_file

@@ -6,6 +6,7 @@ import sys
 from coati.cli.compare import compare_parser, parse_compare
 from coati.cli.program_settings import CompareSettings
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -67,6 +68,7 @@ def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, d
 
 
 def main(args: CompareSettings) -> None:
+    import_libraries()
     from coati.inference.evaluate import generate_responses as generating
     from coati.inference.evaluate.win_rate import compare, extremes, summary
 

@@ -3,6 +3,7 @@
 from coati.cli.export import export_parser, parse_export
 from coati.cli.program_settings import ExportSettings
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -14,6 +15,7 @@ VERB = Verb(
 
 
 def main(args: ExportSettings) -> None:
+    import_libraries()
     from coati.inference.export.model_card import model_card
     from coati.inference.export.model_dir import export
 

@@ -15,6 +15,7 @@ from coati.parallel.footprint.fitting import (
 )
 from coati.parallel.footprint.model_shape import ModelShape, built_in_name, load_shape
 from coati.utils.memory import in_units
+from coati.utils.phases import phase
 
 VERB = Verb("machine", fit_parser, parse_fit, "coati.recipes.verbs.fit:main", subject="--model")
 
@@ -44,6 +45,7 @@ def main(settings: FitSettings) -> None:
     print("\nthe first of them:\n" + command(settings, fits[0]))
 
 
+@phase("looking for settings that fit")
 def _search(shape: ModelShape, settings: FitSettings, **changes: int) -> list[Fit]:
     asked = {"gpus": settings.gpus, "length": settings.max_length, "rank": settings.lora_rank}
     assert settings.memory is not None

@@ -3,6 +3,7 @@
 from coati.cli.export import merging_parser, parse_merging
 from coati.cli.program_settings import MergeSettings
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -14,6 +15,7 @@ VERB = Verb(
 
 
 def main(args: MergeSettings) -> None:
+    import_libraries()
     from coati.inference.export.model_dir import merge
 
     reading = {

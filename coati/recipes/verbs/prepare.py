@@ -1,10 +1,12 @@
 """Tokenize conversations, preferences or prompts into shards, with a report."""
 
 import sys
+from typing import Any
 
 from coati.cli.prepare import CLEANING_FLAGS, parse_prepare, prepare_parser
 from coati.cli.program_settings import PrepareSettings
 from coati.cli.verb import Verb
+from coati.utils.phases import phase
 
 VERB = Verb(
     "data",
@@ -23,8 +25,6 @@ def main(args: PrepareSettings) -> None:
 def prepare(args: PrepareSettings) -> None:
     """Raw rows to shards. Says where they are."""
     from coati.dataset.chat.conversation import setup_conversation_template
-    from coati.dataset.clean.cleaning import Cleaning
-    from coati.dataset.prepare.preparation import prepare_dataset
     from coati.dataset.prepare.staging import check_outputs
     from coati.dataset.rows.input_files import find_files
     from coati.models.tokenizer import load_tokenizer
@@ -36,6 +36,19 @@ def prepare(args: PrepareSettings) -> None:
     template = setup_conversation_template(
         tokenizer, args.conversation_template_config, template_mode=args.template_mode
     )
+    with phase("preparing the rows"):
+        _prepare(args, tokenizer, template)
+    print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
+    rows = args.data_arrow_output_dir
+    has_evaluation = args.eval_ratio or args.eval_input_dirs
+    evaluation = f" --eval_dataset {rows}/eval" if has_evaluation else ""
+    print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
+
+
+def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
+    from coati.dataset.clean.cleaning import Cleaning
+    from coati.dataset.prepare.preparation import prepare_dataset
+
     prepare_dataset(
         type=args.type,
         format=args.format,
@@ -58,11 +71,6 @@ def prepare(args: PrepareSettings) -> None:
         eval_inputs=args.eval_input_dirs,
         cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
     )
-    print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
-    rows = args.data_arrow_output_dir
-    has_evaluation = args.eval_ratio or args.eval_input_dirs
-    evaluation = f" --eval_dataset {rows}/eval" if has_evaluation else ""
-    print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
 
 
 def check(args: PrepareSettings) -> None:

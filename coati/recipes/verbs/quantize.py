@@ -6,6 +6,7 @@ from pathlib import Path
 from coati.cli.program_settings import QuantizeSettings
 from coati.cli.quantize import parse_quantize, quantize_parser
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -53,6 +54,7 @@ def show(one: dict, first: dict) -> None:
 
 
 def main(args: QuantizeSettings) -> None:
+    import_libraries()
     from coati.inference.export import measures
     from coati.inference.export.quantization import quantize
     from coati.inference.model_loading import conversation_of

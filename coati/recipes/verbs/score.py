@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from coati.cli.program_settings import ScoreSettings
 from coati.cli.score import parse_score, score_parser
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -18,6 +19,7 @@ VERB = Verb(
 
 
 def main(args: ScoreSettings) -> None:
+    import_libraries()
     from coati.inference.evaluate import score_rows as scoring
 
     model, tokenizer, conversation = scoring.load_reward_model(

@@ -6,6 +6,7 @@ import sys
 from coati.cli.program_settings import ServerSettings
 from coati.cli.serve import LOOPBACK, listening_socket, parse_server, server_parser
 from coati.cli.verb import Verb
+from coati.utils.phases import import_libraries
 
 VERB = Verb(
     "models",
@@ -17,6 +18,7 @@ VERB = Verb(
 
 
 def open_engine(args: ServerSettings):
+    import_libraries()
     from coati.inference import load
     from coati.inference.serve.inference_engine import InferenceEngine
     from coati.inference.serve.stop_strings import read_words

@@ -65,6 +65,19 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
     assert tables[0].equals(tables[1])
 
 
+def test_a_cache_folder_is_left_as_it_was(tmp_path):
+    """One that was not there is gone, an empty one stays, one with something in it keeps it."""
+    run(tmp_path / "new", SAMPLE, max_length=512)
+    assert not (tmp_path / "new" / "cache").exists()
+    (tmp_path / "old" / "cache").mkdir(parents=True)
+    run(tmp_path / "old", SAMPLE, max_length=512)
+    assert list((tmp_path / "old" / "cache").iterdir()) == []
+    (tmp_path / "used" / "cache").mkdir(parents=True)
+    (tmp_path / "used" / "cache" / "mine").touch()
+    run(tmp_path / "used", SAMPLE, max_length=512)
+    assert [path.name for path in (tmp_path / "used" / "cache").iterdir()] == ["mine"]
+
+
 def test_arrow_and_jsonl_hold_the_same_rows_in_the_order_of_the_file(tmp_path):
     report = run(tmp_path, SAMPLE, max_length=512, num_bins=3)
     jsonl = [line for shard in lines(tmp_path) for line in shard]

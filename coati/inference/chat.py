@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coati.inference.model_loading import stop_sequences
 from coati.inference.stream import TextStream
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate_streaming
 from coati.models.generation.sampling import Sampling
 
@@ -43,7 +43,7 @@ class ChatSession:
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
-        self.stops = stop_sequences(tokenizer, conversation)
+        self.stops = stop_sequences(conversation.stop_ids, tokenizer, model)
         self.clear()
 
     def clear(self) -> None:

@@ -19,8 +19,9 @@ from coati.inference.model_loading import (
     Loaded,
     conversation_of,
     load,
-    stop_sequences,
 )
+from coati.models.generation.detokenize import decode
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate
 from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load_causal_lm
 from coati.models.lora.lora import merge_lora
@@ -77,7 +78,11 @@ def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> 
     template, and the stop tokens go to generation_config.json, so that other programs stop where
     this library does."""
     model.config.use_cache = True
-    stops = [stop[0] for stop in stop_sequences(tokenizer, conversation) if len(stop) == 1]
+    stops = [
+        stop[0]
+        for stop in stop_sequences(conversation.stop_ids, tokenizer, model)
+        if len(stop) == 1
+    ]
     model.generation_config.eos_token_id = stops if len(stops) > 1 else (stops or [None])[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
@@ -211,7 +216,7 @@ def check(
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # transformers knows end tokens alone, no sequences
-    stops = [stop for stop in stop_sequences(ours.tokenizer, ours.conversation) if len(stop) == 1]
+    stops = [stop for stop in ours.stop_sequences() if len(stop) == 1]
     same = 0
     first = None
     system = ours.conversation.system_message
@@ -233,6 +238,6 @@ def check(
         ).responses()[0]
         same += generated == mine
         if generated != mine and first is None:
-            texts = tokenizer.decode(generated), tokenizer.decode(mine)
+            texts = (decode(tokenizer, ids, False) for ids in (generated, mine))
             first = "to {!r}: {!r}, here {!r}".format(question, *texts)
     return Checked(len(questions), same, first)

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from coati.inference.serve.protocol import Refused
+from coati.inference.serve.not_served import OFFERED, Refused
 
 MOST_BYTES = 4 * 2**20  # of a body: many times what any prompt that fits a model takes
 
@@ -39,6 +39,7 @@ def add_middleware(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[st
             allow_origins=cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["X-Ignored-Fields"],
         )
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
@@ -58,7 +59,10 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 
 
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
-    response = await _refused(request, Refused(error.status_code, str(error.detail)))
+    message = str(error.detail)
+    if error.status_code == 404 and request.url.path.startswith("/v1/"):
+        message = f"{request.url.path[:100]} is not served; this server offers {OFFERED}"
+    response = await _refused(request, Refused(error.status_code, message))
     response.headers.update(error.headers or {})
     return response
 

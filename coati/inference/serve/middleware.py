@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from coati.inference.serve.not_served import OFFERED, Refused
 
+ASSETS = ("markdown-it.min.js", "purify.min.js")
 MOST_BYTES = 4 * 2**20  # of a body: many times what any prompt that fits a model takes
 
 
@@ -103,13 +104,23 @@ class BodyLimit:
             return await self.app(scope, counted, send)
 
 
+def asset_response(name: str) -> Response:
+    """A library of the chat page."""
+    if name not in ASSETS:
+        raise HTTPException(404, "Not Found")
+    file = Path(__file__).parent / "vendor" / name
+    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
+    return FileResponse(file, media_type="text/javascript", headers=headers)
+
+
 async def page_response() -> Response:
-    """The chat page, which may load nothing but itself."""
+    """The chat page, which may load nothing but itself and its libraries."""
     html, policy = _page()
     headers = {
         "Content-Security-Policy": policy,
         "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
     }
     return HTMLResponse(html, headers=headers | {"Cache-Control": "no-cache"})
 
@@ -122,7 +133,8 @@ def _page() -> tuple[str, str]:
     )
     return html, (
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        f"script-src {_hash(script)}; style-src {_hash(style)}; connect-src 'self'; img-src data:"
+        f"script-src 'self' {_hash(script)}; style-src {_hash(style)}; connect-src 'self'; "
+        "img-src data:"
     )
 
 

@@ -75,9 +75,9 @@ def _none_if_unlimited(value: Any) -> Any:
 
 
 NewTokens = Annotated[
-    int | None,
+    Annotated[int, Field(ge=-1)] | None,
     BeforeValidator(_none_if_unlimited),
-    Field(ge=-1, description="null or -1: no limit"),
+    Field(description="null or -1: no limit"),
 ]
 
 

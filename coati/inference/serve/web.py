@@ -31,7 +31,7 @@ from coati.inference.serve.inference_engine import (
     StreamChunk,
 )
 from coati.inference.serve.inference_engine import Request as Submitted
-from coati.inference.serve.middleware import add_middleware, page_response
+from coati.inference.serve.middleware import add_middleware, asset_response, page_response
 from coati.inference.serve.not_served import Refused, ignored_fields
 from coati.inference.serve.protocol import (
     ChatRequest,
@@ -104,6 +104,7 @@ def make_app(engine: InferenceEngine, settings: WebSettings) -> FastAPI:
     app.include_router(closed)
     app.get("/health", responses={503: {"model": protocol.Health}})(api.health)
     app.get("/", include_in_schema=False)(page_response)
+    app.get("/assets/{name}", include_in_schema=False)(asset_response)
     return app
 
 

@@ -1,12 +1,17 @@
 """The server's answers to good and bad requests, over loopback."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 
+from coati.inference.serve import middleware
+from coati.inference.serve.middleware import ASSETS
 from tests.inference.serving import NAME, running, until
 
+VENDOR = Path(middleware.__file__).parent / "vendor"
 HELLO = [{"role": "user", "content": "hello"}]
 OLD = {"history": [{"instruction": "hello", "response": ""}]}
 
@@ -370,6 +375,19 @@ def test_the_page_may_load_nothing_but_itself(client):
     assert (
         "http://" not in page.text and "https://" not in page.text and "innerHTML" not in page.text
     )
+
+
+def test_the_pages_libraries_are_the_released_ones(client):
+    listed = (VENDOR / "VERSIONS.txt").read_text().splitlines()
+    rows = [line.split() for line in listed if len((line.split() or [""])[-1]) == 64]
+    assert [row[0] for row in rows] == list(ASSETS)
+    for name, *_, digest in rows:
+        served = client.get(f"/assets/{name}")
+        assert hashlib.sha256(served.content).hexdigest() == digest
+        assert served.headers["content-type"].startswith("text/javascript")
+        assert served.headers["x-content-type-options"] == "nosniff"
+    for name in ("LICENSE.markdown-it", "../web.py", "..%2fweb.py"):
+        assert client.get(f"/assets/{name}").status_code == 404
 
 
 def test_no_documentation_page_with_foreign_scripts(client):

@@ -51,6 +51,7 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
         self.forgotten = 0  # rounds left out to make room
         self.cut = False  # whether the last response ended at max_new_tokens
+        self.empty = False  # whether it had no text
 
     def ask(self, question: str) -> Iterator[str]:
         """The response as it comes. One that is broken off stays in the history as far as it came.
@@ -75,6 +76,7 @@ class ChatSession:
                 yield piece
         finally:
             self.cut = not stream.stopped
+            self.empty = not stream.text
             if stream.text:
                 self.messages.append({"role": "assistant", "content": stream.text})
             else:  # an empty turn would confuse the next prompt

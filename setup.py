@@ -91,6 +91,7 @@ setup(
     package_dir=shipped(),
     package_data={
         "": ["*.jinja", "*.html"],
+        "coati.inference.serve": ["vendor/*"],
         "coati.cli": ["schemas/*.json"],
         "coati.parallel.footprint": ["shapes/*.json"],
         "coati.config": ["lora_config.json", "hostfile.example"],

@@ -23,6 +23,7 @@ def inference_parser() -> Parser:
     add_text(
         parser,
         "--model_path",
+        "--model",
         unit="MODEL",
         help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
     )

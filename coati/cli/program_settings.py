@@ -203,8 +203,8 @@ class ServerSettings:
     token_file: str | None
     cors_origins: tuple[str, ...]
     profanity_file: str | None
-    model_max_length: int
-    max_new_tokens: int
+    model_max_length: int | None
+    max_new_tokens: int | None
     max_batch: int
     max_queue: int
     timeout: float

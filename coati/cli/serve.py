@@ -34,6 +34,7 @@ def server_parser() -> Parser:
     add_text(
         parser,
         "--model_path",
+        "--model",
         unit="MODEL",
         help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
     )
@@ -72,12 +73,14 @@ def _add_network_flags(parser: Parser) -> None:
     add_text(
         group,
         "--http_host",
+        "--host",
         default="127.0.0.1",
         unit="ADDRESS",
         help="address to bind; 0.0.0.0: reachable from other machines",
     )
     group.add_argument(
         "--http_port",
+        "--port",
         type=whole_number(0),
         default=7070,
         metavar="PORT",
@@ -111,11 +114,16 @@ def _add_limits(parser: Parser) -> None:
     add_count(
         group,
         "--model_max_length",
-        default=2048,
         least=2,
-        help="maximum tokens of dialogue and response together",
+        help="maximum tokens of dialogue and response together, which bounds memory; requests for "
+        "more are refused; default: what the model has, to which requests are cut",
     )
-    add_count(group, "--max_new_tokens", default=512, help="maximum tokens per response")
+    add_count(
+        group,
+        "--max_new_tokens",
+        help="maximum tokens per response; requests for more are refused; default: what the model "
+        "has room for, and 512 for a request that does not say",
+    )
     add_count(group, "--max_batch", default=8, help="requests decoded at the same time")
     add_count(
         group,
@@ -159,7 +167,8 @@ def parse_server(
         parser.error(
             "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
         )
-    if args.max_new_tokens >= args.model_max_length:
+    limits = args.max_new_tokens, args.model_max_length
+    if None not in limits and args.max_new_tokens >= args.model_max_length:
         parser.error(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in "
             f"--model_max_length {args.model_max_length}"

@@ -23,6 +23,7 @@ from coati.experience_maker.rollout_batch import (
     timed,
 )
 from coati.experience_maker.running_moments import RunningNormalization
+from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
 from coati.models.generation.row_noise import row_noise
@@ -214,13 +215,13 @@ class NaiveExperienceMaker:
     def _texts(
         self, generated: Generated, ids: Tensor, mask: Tensor, truths: list[str | None]
     ) -> Responses:
-        decode = self.tokenizer.decode
+        tokenizer = self.tokenizer
         stops = list(self.settings.stop_sequences)
         prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
         responses = [without_stop(response, stops) for response in generated.responses()]
         return Responses(
-            [decode(prompt, skip_special_tokens=False) for prompt in prompts],
-            [decode(response, skip_special_tokens=False) for response in responses],
+            [decode(tokenizer, prompt, False) for prompt in prompts],
+            [decode(tokenizer, response, False) for response in responses],
             truths,
             generated.lengths.tolist(),
             generated.stopped.tolist(),

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coati.inference.model_loading import stop_sequences
 from coati.inference.stream import TextStream
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate_streaming
 from coati.models.generation.sampling import Sampling
 
@@ -43,7 +43,7 @@ class ChatSession:
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
-        self.stops = stop_sequences(tokenizer, conversation)
+        self.stops = stop_sequences(conversation.stop_ids, tokenizer, model)
         self.clear()
 
     def clear(self) -> None:
@@ -51,6 +51,7 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
         self.forgotten = 0  # rounds left out to make room
         self.cut = False  # whether the last response ended at max_new_tokens
+        self.empty = False  # whether it had no text
 
     def ask(self, question: str) -> Iterator[str]:
         """The response as it comes. One that is broken off stays in the history as far as it came.
@@ -75,6 +76,7 @@ class ChatSession:
                 yield piece
         finally:
             self.cut = not stream.stopped
+            self.empty = not stream.text
             if stream.text:
                 self.messages.append({"role": "assistant", "content": stream.text})
             else:  # an empty turn would confuse the next prompt

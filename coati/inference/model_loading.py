@@ -11,6 +11,7 @@ from torch import nn
 
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_lm
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
@@ -29,6 +30,10 @@ class Loaded(NamedTuple):
     model: nn.Module
     tokenizer: Any
     conversation: Conversation
+
+    def stop_sequences(self) -> list[list[int]]:
+        """All that ends a response."""
+        return stop_sequences(self.conversation.stop_ids, self.tokenizer, self.model)
 
 
 @phase("loading the model")
@@ -109,11 +114,3 @@ def conversation_of(
         return setup_conversation_template(tokenizer, template)
     beside = (folder / TEMPLATE for folder in (Path(directory), Path(directory).parent))
     return setup_conversation_template(tokenizer, next(filter(Path.is_file, beside), {}))
-
-
-def stop_sequences(tokenizer, conversation: Conversation) -> list[list[int]]:
-    """What ends a response: the template's stop ids, and always the tokenizer's EOS token."""
-    stops = [list(stop) for stop in conversation.stop_ids]
-    if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in stops:
-        stops.append([tokenizer.eos_token_id])
-    return stops

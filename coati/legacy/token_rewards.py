@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coati.models.generation.detokenize import decode
 from coati.rewards import functions
 from coati.rewards import tags as structure
 
@@ -66,6 +67,6 @@ def _scored(function: Any, input_ids: Tensor, keywords: dict[str, Any]) -> Tenso
     if keywords["gt_answer"] is None:
         return torch.tensor(0.0, device=input_ids.device)
     response = input_ids[int(keywords["response_start"]) : int(keywords["response_end"])]
-    text = keywords["tokenizer"].decode(response, skip_special_tokens=True)
+    text = decode(keywords["tokenizer"], response.tolist())
     known = USUAL_TAGS if keywords.get("tags") is None else keywords["tags"]
     return torch.tensor(function(text, keywords["gt_answer"], known), device=input_ids.device)

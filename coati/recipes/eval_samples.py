@@ -5,6 +5,8 @@ from os.path import commonprefix
 from typing import Any
 
 from coati.dataset.data_types import type_of_row
+from coati.models.generation.detokenize import decode
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import Sampling
 from coati.models.generation.response_table import left_pad, without_stop
 from coati.parallel.engine import Engine
@@ -53,22 +55,17 @@ def what_differs(prompts: list[list[int]]) -> list[list[int]]:
 def _samples(
     engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: list[list[int]]
 ) -> list[tuple[str, str]]:
+    stops = stop_sequences(stop_ids, tokenizer, engine.model)
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, engine.device)
     result = sample(
         engine,
         ids,
         mask,
         sampling=Sampling(do_sample=False),
-        stop_sequences=stop_ids,
+        stop_sequences=stops,
         max_new_tokens=NEW_TOKENS,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    answers = [
-        tokenizer.decode(without_stop(answer, stop_ids), skip_special_tokens=True)
-        for answer in result.responses()
-    ]
-    asked = [
-        " ".join(tokenizer.decode(part, skip_special_tokens=True).split())
-        for part in what_differs(prompts)
-    ]
+    answers = [decode(tokenizer, without_stop(answer, stops)) for answer in result.responses()]
+    asked = [" ".join(decode(tokenizer, part).split()) for part in what_differs(prompts)]
     return list(zip(asked, answers, strict=True))

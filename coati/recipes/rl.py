@@ -17,6 +17,7 @@ from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.rollout import make_rollout
 from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.experience_maker.scoring import Scorer
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
 from coati.parallel.agreement import agree
@@ -74,16 +75,17 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     buffer_state = _buffer_state(run)
     total_steps = episodes.total_steps_from(rows.state, _inside(buffer_state, rows.state, settings))
     actor = load_actor(run, total_steps)
+    stops = stop_sequences(run.template.stop_ids, run.tokenizer, actor.engine.model)
     models: dict[str, Trained] = {"actor": actor}
     if isinstance(settings, PPOSettings):
         models["critic"] = load_critic(run, actor, total_steps)
     reward_model = load_reward_model(run, actor)
     parts = assemble_rl(
-        rl_settings(run, episodes),
+        rl_settings(run, episodes, stops),
         actor=actor.engine,
         critic=models["critic"].engine if "critic" in models else None,
         reference=load_reference(run, actor),
-        rollout=_rollout(run, actor.engine),
+        rollout=_rollout(run, actor.engine, stops),
         scorer=Scorer(reward_model, functions, settings.rollout.logits_forward_batch_size),
         tokenizer=run.tokenizer,
     )
@@ -198,8 +200,8 @@ def _temperature(settings: OnlineSettings) -> Callable[[int], float]:
     )
 
 
-def rl_settings(run: Run[OnlineSettings], episodes: Episodes) -> RLSettings:
-    """What :func:`~coati.trainer.rl_assembly.assemble_rl` is told."""
+def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[int]]) -> RLSettings:
+    """What :func:`~coati.trainer.rl_assembly.assemble_rl` is told; ``stops`` end a response."""
     settings = run.settings
     kl = settings.kl
     update = settings.update
@@ -216,7 +218,7 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes) -> RLSettings:
     )
     critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(
-        _experience(run),
+        _experience(run, stops),
         policy=policy,
         value=ValueSettings() if critic is None else ValueSettings(critic.value_clip),
         kl=KLSettings(kl.kl_coef, kl.kl_target, kl.kl_horizon),
@@ -226,14 +228,14 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes) -> RLSettings:
     )
 
 
-def _experience(run: Run[OnlineSettings]) -> ExperienceSettings:
+def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceSettings:
     settings = run.settings
     rollout = settings.rollout
     advantage = settings.advantage
     reward = settings.reward
     return ExperienceSettings(
         max_new_tokens=rollout.max_seq_len,
-        stop_sequences=run.template.stop_ids,
+        stop_sequences=stops,
         method=advantage.algo,
         num_generations=rollout.num_generations,
         kl_estimator=settings.kl.kl_estimator,
@@ -253,7 +255,7 @@ def _experience(run: Run[OnlineSettings]) -> ExperienceSettings:
     )
 
 
-def _rollout(run: Run[OnlineSettings], actor: Engine) -> Any:
+def _rollout(run: Run[OnlineSettings], actor: Engine, stops: list[list[int]]) -> Any:
     rollout = run.settings.rollout
     sampling = run.settings.sampling
     return make_rollout(
@@ -263,7 +265,7 @@ def _rollout(run: Run[OnlineSettings], actor: Engine) -> Any:
         sampling=Sampling(
             True, 1.0, sampling.top_k or None, sampling.top_p, sampling.repetition_penalty
         ),
-        stop_sequences=run.template.stop_ids,
+        stop_sequences=stops,
         max_new_tokens=rollout.max_seq_len,
         pad_token_id=run.tokenizer.pad_token_id,
     )

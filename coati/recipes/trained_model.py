@@ -154,7 +154,8 @@ class TrainedModel:
             SamplingConfig,
             generate_responses,
         )
-        from coati.inference.model_loading import Loaded, stop_sequences
+        from coati.inference.model_loading import Loaded
+        from coati.models.generation.detokenize import decode
         from coati.models.generation.response_table import without_stop
         from coati.models.generation.sampling import Sampling
 
@@ -176,11 +177,9 @@ class TrainedModel:
         if skipped:
             place, reason = skipped[0]
             raise ValueError(f"{place}: {reason}")
-        stops = stop_sequences(loaded.tokenizer, loaded.conversation)
+        stops = loaded.stop_sequences()
         texts = [
-            loaded.tokenizer.decode(
-                without_stop(found[number].ids, stops), skip_special_tokens=True
-            )
+            decode(loaded.tokenizer, without_stop(found[number].ids, stops))
             for number in range(len(prompts))
         ]
         return texts[0] if _is_one(prompt) else texts

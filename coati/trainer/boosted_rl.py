@@ -16,6 +16,7 @@ from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.rollout import ModelRollout
 from coati.experience_maker.scoring import Scorer
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import Sampling
 from coati.models.rlvr_reward_model import RLVRRewardModel
 from coati.parallel.engine import Engine
@@ -41,7 +42,8 @@ class BoostedRLTrainer(OLTrainer):
             :class:`~coati.rewards.scorer.Rewards`, or
             :class:`~coati.models.rlvr_reward_model.RLVRRewardModel`.
         initial_model: the frozen reference policy, not boosted; None: no KL.
-        tokenizer: its ``eos_token_id`` ends responses unless ``stop_token_ids`` is given.
+        tokenizer: its ``eos_token_id`` and the actor's end responses unless
+            ``stop_token_ids`` is given.
         train_batch_size: rows of a micro-batch.
         buffer_limit: only so many of the newest rows are kept; 0: all.
         inference_batch_size: rows generated at a time; None: all.
@@ -190,7 +192,7 @@ class Generation:
     sampling: Sampling
 
     @classmethod
-    def of(cls, tokenizer: Any, given: dict[str, Any]) -> "Generation":
+    def of(cls, tokenizer: Any, actor: nn.Module, given: dict[str, Any]) -> "Generation":
         """From keywords. Raises TypeError for unknown ones and if ``max_new_tokens`` is
         missing."""
         known = ("max_new_tokens", "stop_token_ids", *SAMPLING)
@@ -200,7 +202,7 @@ class Generation:
             )
         if not given.get("max_new_tokens"):
             raise TypeError("max_new_tokens is missing: how many tokens a response may have")
-        stops: Sequence = given.get("stop_token_ids") or [tokenizer.eos_token_id]
+        stops: Sequence = given.get("stop_token_ids") or stop_sequences([], tokenizer, actor)
         if isinstance(stops[0], int):
             stops = [stops]
         sampling = Sampling(**{name: given[name] for name in SAMPLING if name in given})

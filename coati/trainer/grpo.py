@@ -53,7 +53,7 @@ class GRPOTrainer(BoostedRLTrainer):
         seed: int = 42,
         **generate_kwargs: Any,
     ) -> None:
-        generation = Generation.of(tokenizer, generate_kwargs)
+        generation = Generation.of(tokenizer, actor, generate_kwargs)
         method = GROUP_METHODS[algo]
         experience = ExperienceSettings(
             generation.max_new_tokens,

@@ -55,7 +55,7 @@ class PPOTrainer(BoostedRLTrainer):
         logits_forward_batch_size: int | None = None,
         **generate_kwargs: Any,
     ) -> None:
-        generation = Generation.of(tokenizer, generate_kwargs)
+        generation = Generation.of(tokenizer, actor, generate_kwargs)
         experience = ExperienceSettings(
             generation.max_new_tokens,
             generation.stop_sequences,

@@ -49,7 +49,7 @@ class Symbols:
     pad_token_id = eos_token_id = 0
     padding_side = "left"
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int], **_: bool) -> str:
         return " ".join(map(str, ids))
 
 

@@ -1,6 +1,7 @@
 """The chat page in a real browser: sending, streaming, stopping, reloading, settings, a phone's
 width."""
 
+import json
 import os
 import shutil
 
@@ -141,6 +142,137 @@ def test_nothing_is_wider_than_the_screen(page):
         assert box["x"] >= 0 and box["x"] + box["width"] <= page.viewport_size["width"]
     page.click("#theme")
     shot(page, "other_theme")
+
+
+ATTACKS = [
+    "<script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit=1'>",
+    "<svg onload='window.hit=1'><script>window.hit=1</script></svg>",
+    "<iframe srcdoc='<script>parent.hit=1</script>'></iframe>",
+    "<details open ontoggle='window.hit=1'>x</details>",
+    "<math><mtext><table><mglyph><style><img src=x onerror='window.hit=1'>",
+    "<a href='javascript:window.hit=1'>x</a>",
+    "<style>body { display: none }</style>",
+    "<form action='https://elsewhere.example'><input name=q autofocus onfocus='window.hit=1'>",
+    "<base href='https://elsewhere.example/'>",
+    "<link rel=stylesheet href='//elsewhere.example/x.css'>",
+    "[x](javascript:window.hit=1)",
+    "[x](JaVaScRiPt&colon;window.hit=1)",
+    "[x](&#106;avascript:window.hit=1)",
+    "[x](data:text/html;base64,PHNjcmlwdD53aW5kb3cuaGl0PTE8L3NjcmlwdD4=)",
+    "[x](vbscript:window.hit=1)",
+    "[x](file:///etc/passwd)",
+    "[x](/v1/models)",
+    "[x](<javascript:window.hit=1>)",
+    "[x]: javascript:window.hit=1\n\n[x]",
+    "<javascript:window.hit=1>",
+    "![x](https://elsewhere.example/pixel.png)",
+    "![x](x' onerror='window.hit=1)",
+    "[x](https://a.example/' onmouseover='window.hit=1)",
+    '[x](https://a.example "t" onmouseover="window.hit=1")',
+    "```<img src=x onerror=window.hit=1>\n<script>window.hit=1</script>\n```",
+    '```x" onmouseover="window.hit=1\ncode\n```',
+    "`<img src=x onerror=window.hit=1>`",
+    "|<script>window.hit=1</script>|\n|-|\n|<img src=x onerror=window.hit=1>|",
+    "</div></article></main><script>window.hit=1</script>",
+    "&lt;script&gt;window.hit=1&lt;/script&gt;",
+]
+ALLOWED = (
+    "p br hr strong em s code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 table thead tbody tr th td "
+    "a div"
+)
+
+
+def shown(page, *answers):
+    """The page with these answers; the last one's text."""
+    turns = [
+        turn
+        for answer in answers
+        for turn in ({"role": "user", "content": "?"}, {"role": "assistant", "content": answer})
+    ]
+    page.evaluate("turns => localStorage.setItem('coati.messages', JSON.stringify(turns))", turns)
+    page.reload()
+    page.wait_for_selector("article.assistant .markdown")
+    return page.locator("article.assistant .markdown").last
+
+
+def test_nothing_of_an_answer_is_read_as_html(page):
+    shown(page, *ATTACKS)
+    page.wait_for_timeout(200)
+    for link in page.locator("article a").all():
+        link.hover()
+    assert page.evaluate("window.hit") is None and page.faults == []
+    found = page.evaluate(
+        "[...document.querySelectorAll('.markdown, .markdown *')].map(e => "
+        "[e.tagName.toLowerCase(), [...e.attributes].map(a => a.name)])"
+    )
+    assert {tag for tag, _ in found} <= set(ALLOWED.split())
+    names = {name for _, attributes in found for name in attributes}
+    assert names <= {"class", "tabindex", "href", "title", "align", "start", "rel", "target"}
+    links = page.evaluate(
+        "[...document.querySelectorAll('.markdown a')].map(a => [a.getAttribute('href'), a.rel])"
+    )
+    assert links and all(href.startswith("https://") for href, _ in links)
+    assert {rel for _, rel in links} == {"noopener noreferrer nofollow"}
+    assert page.locator("#question").is_visible()
+
+
+def test_markdown_is_rendered(page):
+    answer = shown(
+        page,
+        "# Title\n\nSome *soft* and **strong** text,\na second line and `a < b`.\n\n"
+        "1. one\n2. two\n\n> quoted\n\n| name | count |\n| :-- | --: |\n| a | 10 |\n"
+        "\n```python\nif a < b:\n    print('<b>')\n```\n\nSee https://example.com/x or [mail]"
+        "(mailto:a@b.example).",
+    )
+    shot(page, "markdown")
+    assert answer.locator("h1").inner_text() == "Title"
+    assert answer.locator("pre").inner_text() == "if a < b:\n    print('<b>')\n"
+    assert answer.locator("li").all_inner_texts() == ["one", "two"]
+    assert answer.locator("td").last.get_attribute("align") == "right"
+    assert answer.locator("p br").count() == 1 and answer.locator("p code").inner_text() == "a < b"
+    hrefs = [link.get_attribute("href") for link in answer.locator("a").all()]
+    assert hrefs == ["https://example.com/x", "mailto:a@b.example"]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.faults == []
+
+
+def said(page, *pieces, finish="stop"):
+    """Let the server answer with these pieces."""
+    events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+    )
+
+
+def test_an_empty_answer_is_said_and_not_sent_on(page):
+    said(page)
+    send(page, "hello")
+    assert answered(page) == ["(empty response)"]
+    shot(page, "nothing")
+    page.reload()
+    assert page.locator("article .nothing").count() == 1
+    page.unroute("**/v1/chat/completions")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        send(page, "once more")
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "once more"}]
+    answered(page, 2)
+
+
+def test_a_long_answer_is_not_rendered_for_every_piece(page):
+    pieces = [f"word {number} **b**\n\n" for number in range(3000)]
+    said(page, *pieces)
+    page.evaluate(
+        "() => { window.rendered = 0; const own = markdown.render.bind(markdown); "
+        "markdown.render = (text) => { window.rendered += 1; return own(text); }; }"
+    )
+    send(page, "hello")
+    answered(page)
+    assert page.locator("article.assistant strong").count() == 3000
+    assert page.evaluate("window.rendered") < 100
 
 
 def test_settings_go_with_the_request_and_stay(page):

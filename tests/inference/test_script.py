@@ -11,6 +11,7 @@ import pytest
 
 from coati.cli import inference as flags
 from coati.inference.console import CONSOLES
+from tests.inference.test_end_tokens import SAID, saved
 from tests.inference.test_model_loading import write
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "inference" / "inference.py"
@@ -88,6 +89,14 @@ def test_an_answer_cut_off_is_said(script, model, capsys):
     argv = ["--model_path", model, "--max_new_tokens", "2", "--prompt", "hi", "--seed", "1"]
     script.main(flags.parse_inference(argv))
     assert "cut off at --max_new_tokens 2" in capsys.readouterr().err
+
+
+def test_an_empty_answer_is_said(script, tmp_path, capsys):
+    directory = str(saved(tmp_path / "model", [2, SAID]))  # it ends at once
+    argv = ["--model", directory, "--prompt", "hi", "--temperature", "0", "--io", "dummy"]
+    script.main(flags.parse_inference(argv))
+    said = capsys.readouterr()
+    assert said.out == "\n" and said.err.endswith("(empty response)\n")
 
 
 @pytest.mark.parametrize(

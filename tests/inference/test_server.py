@@ -81,8 +81,10 @@ def test_the_openai_client_stops_seeds_and_is_refused(server):
     hot = [client.chat.completions.create(**ask, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     texts = [each.choices[0].message.content for each in hot]
     assert texts[0] == texts[1] != texts[2]
-    with pytest.raises(openai.BadRequestError, match="n is not served"):
-        client.chat.completions.create(**ask, n=2)
+    with pytest.raises(openai.BadRequestError, match="tools is not served"):
+        client.chat.completions.create(
+            **ask, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         client.chat.completions.create(**{**ask, "model": "gpt-9"})
     with pytest.raises(openai.UnprocessableEntityError, match="temperature"):
@@ -264,7 +266,7 @@ def test_a_port_in_use_is_one_line_before_the_model_is_loaded():
             "--token_file /no/file: not readable (FileNotFoundError)",
         ),
         (["m", "--max_queue", "0"], "--max_queue"),
-        (["m", "--portt", "1"], "--http_port"),
+        (["m", "--portt", "1"], "--port"),
     ],
 )
 def test_bad_flags_are_refused(argv, message, capsys):
@@ -291,7 +293,9 @@ def test_flags_and_variables(monkeypatch, tmp_path, capsys):
         flags.parse_server(["m", "--token_file", str(tmp_path / "empty")])
     assert "expected the token" in capsys.readouterr().err
     monkeypatch.delenv(flags.TOKEN_VARIABLE)
-    flags.parse_server(["m", "--http_host", "0.0.0.0"])
+    args = flags.parse_server(["--model", "m", "--host", "0.0.0.0", "--port", "1"])
+    assert (args.model_path, args.http_host, args.http_port) == ("m", "0.0.0.0", 1)
+    assert args.max_new_tokens is None and args.model_max_length is None
     assert "anyone who can reach this address can use the model" in capsys.readouterr().err
 
 

@@ -219,6 +219,20 @@ def rewarded(folder: str, model: str) -> dict[str, Any]:
     return found
 
 
+def ended(folder: str, model: str) -> dict[str, list]:
+    """Share of ended responses and their tokens in each episode of GRPO and PPO."""
+    as_in_a_notebook(folder)
+    runs = {
+        "grpo": coati.grpo(model, PROMPTS, reward=vowels, **GRPO),
+        "ppo": coati.ppo(model, PROMPTS, reward=vowels, **PPO),
+    }
+    names = ("train/stop_rate", "train/response_length")
+    return {
+        verb: [[row[name] for name in names] for row in run.history if names[0] in row]
+        for verb, run in runs.items()
+    }
+
+
 def on_two_ranks(folder: str, model: str, rows: list) -> dict[str, Any]:
     """A callback of rank 1 ends the run of both; and ranks that hold different rows."""
     os.chdir(folder)

@@ -12,6 +12,7 @@ from coati.recipes.keyword_flags import LAUNCH
 from tests.distributed.spawn import run
 from tests.end_to_end.inputs import short_lines, weights, write_model
 from tests.end_to_end.worker import Run
+from tests.inference.test_end_tokens import SAID, saved
 from tests.recipes.stages import DPO, PAIRS, SFT
 
 CASES = "tests.recipes.stages"
@@ -127,6 +128,12 @@ def test_rewards_of_functions_and_a_reward_model(tmp_path, model, cache):
     assert flags["pretrain"] == str(tmp_path / "output/grpo/001/start")
     assert found["grpo"] == "output/grpo/001/actor/modeling"
     assert found["ppo"] == "output/ppo/001/actor/modeling"
+
+
+def test_rollouts_end_at_every_end_token_of_the_model(tmp_path, cache):
+    model = saved(tmp_path / "model", [2, SAID])  # which says the second one at once
+    (found,) = run(1, f"{CASES}:ended", str(tmp_path), str(model), env=cache, timeout=240)
+    assert found == {"grpo": [[1.0, 1.0]] * 2, "ppo": [[1.0, 1.0]] * 2}
 
 
 def test_two_ranks_stop_together(tmp_path, model, rows, cache):

@@ -205,12 +205,18 @@ class Conversation:
         turns = [k for k, message in enumerate(shown) if message["role"] == "assistant"]
         return self._encode(text, [self._span(text, shown, k) for k in turns], key, max_length)
 
-    def encode_prompt(self, messages: list[dict[str, str]]) -> Encoded:
-        """What generation is given for ``messages``, which end with the user: no spans. Raises
-        RowError."""
-        shown, key = self.encoder.hide(self._with_system(messages))
-        text = self.render(shown, add_generation_prompt=True)
-        return self._encode(text, [], key, None, self._answers_in(text, shown))
+    def encode_prompt(self, messages: list[dict[str, str]], begun: str = "") -> Encoded:
+        """What generation is given for ``messages``, which end with the user: no spans. ``begun``:
+        the first words of the response, which generation continues. Raises RowError."""
+        response = {"role": "assistant", "content": begun}
+        shown, key = self.encoder.hide([*self._with_system(messages), response])
+        text = self.render(shown[:-1], add_generation_prompt=True)
+        answers = self._answers_in(text, shown[:-1])
+        if begun:
+            start = len(text)
+            text += shown[-1]["content"]
+            answers.append((start, start))  # no token reaches over the border
+        return self._encode(text, [], key, None, answers)
 
     def encode_response(
         self, messages: list[dict[str, str]], max_length: int | None = None

@@ -98,7 +98,9 @@ def _adopt_line_markers(config: dict, fields: dict, tokenizer, source: str) -> N
     taken = []
     if _is_sequence(ids):
         if fields["end_of_assistant"] is None:
-            fields["end_of_assistant"] = tokenizer.decode(ids).strip() or None
+            fields["end_of_assistant"] = (
+                tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() or None
+            )
             taken.append(f"end_of_assistant {fields['end_of_assistant']!r}")
         if fields["stop_ids"] is None:
             fields["stop_ids"] = [list(ids)]

@@ -11,7 +11,8 @@ import torch
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
-from coati.inference.model_loading import Loaded, load, stop_sequences
+from coati.inference.model_loading import Loaded, load
+from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import generate
 from coati.models.generation.response_table import left_pad, without_stop
 from coati.models.generation.row_noise import row_noise
@@ -140,8 +141,8 @@ def generate_responses(
 
 
 def _batch(loaded: Loaded, batch: list, config: SamplingConfig) -> dict[int, Response]:
-    model, tokenizer, conversation = loaded
-    stops = stop_sequences(tokenizer, conversation)
+    model, tokenizer, _ = loaded
+    stops = loaded.stop_sequences()
     pad = tokenizer.pad_token_id or 0
     device = next(model.parameters()).device
     ids, mask = left_pad([encoded.input_ids for _, encoded in batch], pad, device)
@@ -163,6 +164,6 @@ def _batch(loaded: Loaded, batch: list, config: SamplingConfig) -> dict[int, Res
     found = {}
     for (prompt, encoded), new, stopped in rows:
         # As in training: tags that a reward looks for may be special tokens.
-        text = tokenizer.decode(without_stop(new, stops), skip_special_tokens=False)
+        text = decode(tokenizer, without_stop(new, stops), skip_special_tokens=False)
         found[prompt.number] = Response(encoded.text, text, new, stopped)
     return found

@@ -19,8 +19,9 @@ from coati.inference.model_loading import (
     Loaded,
     conversation_of,
     load,
-    stop_sequences,
 )
+from coati.models.generation.detokenize import decode
+from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate
 from coati.models.generation_settings import with_end_tokens
 from coati.models.loading import DTYPES, adapted, adapter_base, find_model, load_causal_lm
@@ -98,7 +99,11 @@ def write_beside(model: Any, tokenizer: Any, conversation: Any, folder: Path) ->
     """What :func:`write_model` writes beside the weights; to be called before work that would be
     lost, too. Raises ValueError naming the file that cannot be written, and why."""
     model.config.use_cache = True
-    stops = [stop[0] for stop in stop_sequences(tokenizer, conversation) if len(stop) == 1]
+    stops = [
+        stop[0]
+        for stop in stop_sequences(conversation.stop_ids, tokenizer, model)
+        if len(stop) == 1
+    ]
     settings = with_end_tokens(model.generation_config, stops)
     settings.pad_token_id = tokenizer.pad_token_id
     model.generation_config = settings
@@ -243,7 +248,7 @@ def check(
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # transformers knows end tokens alone, no sequences
-    stops = [stop for stop in stop_sequences(ours.tokenizer, ours.conversation) if len(stop) == 1]
+    stops = [stop for stop in ours.stop_sequences() if len(stop) == 1]
     # Plain greedy decoding is compared, whatever penalties the publisher sets.
     ends = with_end_tokens(theirs.generation_config, [stop[0] for stop in stops]).eos_token_id
     pad = theirs.generation_config.pad_token_id
@@ -270,6 +275,6 @@ def check(
         ).responses()[0]
         same += generated == mine
         if generated != mine and first is None:
-            texts = tokenizer.decode(generated), tokenizer.decode(mine)
+            texts = (decode(tokenizer, ids, False) for ids in (generated, mine))
             first = "to {!r}: {!r}, here {!r}".format(question, *texts)
     return Checked(len(questions), same, first)

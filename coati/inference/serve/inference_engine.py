@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from coati.inference.model_loading import Loaded, stop_sequences
+from coati.inference.model_loading import Loaded
 from coati.inference.serve.server_metrics import ServerMetrics
 from coati.inference.serve.stop_strings import StopStringFilter
+from coati.inference.serve.token_logprobs import TokenLogprob, TokenScorer
 from coati.inference.stream import TextStream
 from coati.models.generation.decoder import Decoder
 from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
@@ -24,6 +25,7 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+UNKNOWN_LENGTH = 2048  # of a model that does not say how many positions it has
 INCOMPLETE = ("timeout", "error", "closed", "canceled")
 
 
@@ -38,22 +40,34 @@ class PromptTooLong(ValueError):
 class StreamChunk(NamedTuple):
     """A part of a response. ``finish`` is None except in the last one: "stop", "length",
     "content_filter", or one of INCOMPLETE if the response is not whole. ``tokens``: number of
-    tokens of the response so far."""
+    tokens of the response so far; ``logprobs``: of those of this part, where asked for."""
 
     text: str
     finish: str | None
     tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a response is generated. ``stop``: strings that end it and are not part of it. ``seed``:
-    makes the response reproducible, whatever it is batched with; None: a random one."""
+    makes the response reproducible, whatever it is batched with; None: a random one. ``choice``:
+    the number of the response among several to one prompt. ``logprobs``: how many likeliest tokens
+    to give beside each log-prob; None: no log-probs. ``continues``: whether the response goes on
+    in the middle of the prompt's text."""
 
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 512
     stop: Sequence[str] = ()
     seed: int | None = None
+    choice: int = 0
+    logprobs: int | None = None
+    continues: bool = False
+
+    def noise(self) -> torch.Tensor:
+        """(1, max_new_tokens) fp64 uniform on [0, 1)."""
+        seed = np.random.SeedSequence(self.seed, spawn_key=(self.choice,) if self.choice else ())
+        return torch.from_numpy(np.random.default_rng(seed).random((1, self.max_new_tokens)))
 
 
 @dataclass(eq=False)
@@ -64,13 +78,15 @@ class Request:
     number: int
     prompt: list[int]
     params: SamplingParams
-    stream: TextStream
     stop_filter: StopStringFilter
     deliver: Callable[[StreamChunk], None]
     timeout: float
     arrived: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)
     canceled: bool = False
+    stream: TextStream = field(init=False)  # made in the engine's thread
+    _scored: deque[TokenLogprob] = field(default_factory=deque)
+    _passed: int = 0  # characters that were delivered
 
     @property
     def elapsed(self) -> float:
@@ -93,10 +109,13 @@ class Request:
             return "canceled"
         return "timeout" if self.elapsed > self.timeout else None
 
-    def take(self, token: int) -> str | None:
+    def take(self, token: int, logits: torch.Tensor | None, scorer: TokenScorer) -> str | None:
         """Append ``token`` and deliver the text that is final by now; returns the finish reason if
-        it ends the response, else None."""
+        it ends the response, else None. ``logits`` (V,): what it was drawn from, for log-probs."""
         self.tokens.append(token)
+        if logits is not None and self.params.logprobs is not None:
+            offset = len(self.stream.text)
+            self._scored.append(scorer(token, logits, self.params.logprobs, offset))
         text = self.stream.push(token)
         complete = self.complete
         if complete:
@@ -106,15 +125,30 @@ class Request:
         if finish is None and complete:
             finish = "stop" if self.stream.stopped else "length"
         if text or finish:
-            self.deliver(StreamChunk(text, finish, len(self.tokens)))
+            self._passed += len(text)
+            scored = self._scored_until(finish)
+            self.deliver(StreamChunk(text, finish, len(self.tokens), scored))
         return finish
+
+    def _scored_until(self, finish: str | None) -> tuple[TokenLogprob, ...]:
+        """Log-probs of the tokens whose text has been delivered. At the end also of those that are
+        skipped, but not of the stop sequence nor of what a stop string cut off."""
+        if finish == "length":
+            found = tuple(self._scored)
+            self._scored.clear()
+            return found
+        taken = []
+        while self._scored and self._scored[0].offset < self._passed:
+            taken.append(self._scored.popleft())
+        return tuple(taken)
 
 
 class InferenceEngine:
     """Generates responses in a background thread.
 
     Args:
-        max_length: limit on prompt plus response tokens, capped at the model's positions.
+        max_length: limit on prompt plus response tokens, capped at the model's positions; None:
+            the model's positions.
         max_batch: requests that run at a time.
         max_queue: requests that may wait besides.
         timeout: seconds that a request may take, waiting included.
@@ -125,23 +159,26 @@ class InferenceEngine:
         self,
         loaded: Loaded,
         *,
-        max_length: int = 2048,
+        max_length: int | None = None,
         max_batch: int = 8,
         max_queue: int = 64,
         timeout: float = 300.0,
         words: Sequence[str] = (),
     ):
-        positions = getattr(loaded.model.config, "max_position_embeddings", None) or max_length
+        limit = max_length or UNKNOWN_LENGTH
+        positions = getattr(loaded.model.config, "max_position_embeddings", None) or limit
         self.loaded = loaded
         self.words = list(words)
-        self.max_length = min(max_length, positions)
+        self.max_length = min(max_length or positions, positions)
+        self.limited = max_length is not None  # by whoever started it
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.timeout = timeout
         self.metrics = ServerMetrics(lambda: self.running, lambda: self.waiting)
-        self.stops = stop_sequences(loaded.tokenizer, loaded.conversation)
+        self.stops = loaded.stop_sequences()
         # A fast tokenizer is not thread-safe, so the engine's thread has its own copy.
         self._tokenizer = copy.deepcopy(loaded.tokenizer)
+        self._scorer = TokenScorer(self._tokenizer)
         self._encoding = threading.Lock()
         self._device = next(loaded.model.parameters()).device
         self._decoder: Decoder | None = None
@@ -155,10 +192,22 @@ class InferenceEngine:
         self._thread = threading.Thread(target=self._run, name="coati-engine", daemon=True)
         self._thread.start()
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt's token ids. Raises RowError if the template rejects ``messages``."""
+    def encode(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
+        """The prompt's token ids; ``begun``: how the response begins. Raises RowError if the
+        template rejects ``messages``."""
         with self._encoding:
-            return self.loaded.conversation.encode_prompt(messages).input_ids
+            return self.loaded.conversation.encode_prompt(messages, begun).input_ids
+
+    def encode_text(self, prompt: str | list[int]) -> list[int]:
+        """The ids of a text that no template surrounds, with what the tokenizer puts before it; ids
+        as they are. Raises ValueError for ids that the vocabulary does not have."""
+        if not isinstance(prompt, str):
+            size = self.loaded.model.get_input_embeddings().weight.shape[0]
+            if any(not 0 <= id < size for id in prompt):
+                raise ValueError(f"token ids must be from 0 to {size - 1}")
+            return prompt
+        with self._encoding:
+            return list(self.loaded.tokenizer(prompt)["input_ids"])
 
     def submit(
         self, prompt: list[int], params: SamplingParams, deliver: Callable[[StreamChunk], None]
@@ -176,10 +225,9 @@ class InferenceEngine:
                 f"{params.max_new_tokens}, together more than this server's limit of "
                 f"{self.max_length}; shorten the prompt or ask for fewer tokens"
             )
-        stream = TextStream(self._tokenizer, self.stops)
         stop_filter = StopStringFilter(params.stop, self.words)
         number = next(self._numbers)
-        request = Request(number, prompt, params, stream, stop_filter, deliver, self.timeout)
+        request = Request(number, prompt, params, stop_filter, deliver, self.timeout)
         with self._wake:
             if len(self._waiting) >= self.max_queue:
                 self.metrics.outcome("queue_full")
@@ -252,28 +300,34 @@ class InferenceEngine:
         """Generate one token for each row of the batch."""
         numbers = self._decoder.row_ids.tolist()
         self._prepacked.use(len(numbers))
-        tokens = self._decoder.step().tokens.tolist()
+        requests = [self._running[number] for number in numbers]
+        self._decoder.keep_logits = any(each.params.logprobs is not None for each in requests)
+        step = self._decoder.step()
         self.metrics.generated.inc(len(numbers))
-        pairs = zip(numbers, tokens, strict=True)
-        ends = {number: self._running[number].take(token) for number, token in pairs}
+        logits = [None] * len(numbers) if step.logits is None else step.logits
+        rows = zip(requests, step.tokens.tolist(), logits, strict=True)
+        ends = {each.number: each.take(token, row, self._scorer) for each, token, row in rows}
         self._end({number: why for number, why in ends.items() if why})
 
     def _join(self, request: Request) -> None:
         """Generate the first token of ``request`` and, unless that ends it, add it to the batch."""
         ids = torch.tensor([request.prompt], device=self._device)
         params = request.params
-        noise = np.random.default_rng(params.seed).random((1, params.max_new_tokens))
+        before = request.prompt if params.continues else ()
+        request.stream = TextStream(self._tokenizer, self.stops, before)
         decoder = Decoder(
             self.loaded.model,
             ids,
             torch.ones_like(ids),
             params.sampling,
-            noise=torch.from_numpy(noise),
+            noise=params.noise(),
             row_ids=torch.tensor([request.number]),
         )
-        [token] = decoder.step().tokens.tolist()
+        decoder.keep_logits = params.logprobs is not None
+        step = decoder.step()
         self.metrics.joined(len(request.prompt), request.elapsed)
-        if why := request.take(token):
+        logits = None if step.logits is None else step.logits[0]
+        if why := request.take(int(step.tokens[0]), logits, self._scorer):
             self._end({request.number: why})
         elif self._decoder is None:
             self._decoder = decoder

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from coati.inference.serve.protocol import Refused
+from coati.inference.serve.not_served import OFFERED, Refused
 
+ASSETS = ("markdown-it.min.js", "purify.min.js")
 MOST_BYTES = 4 * 2**20  # of a body: many times what any prompt that fits a model takes
 
 
@@ -39,6 +40,7 @@ def add_middleware(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[st
             allow_origins=cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["X-Ignored-Fields"],
         )
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
@@ -58,7 +60,10 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 
 
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
-    response = await _refused(request, Refused(error.status_code, str(error.detail)))
+    message = str(error.detail)
+    if error.status_code == 404 and request.url.path.startswith("/v1/"):
+        message = f"{request.url.path[:100]} is not served; this server offers {OFFERED}"
+    response = await _refused(request, Refused(error.status_code, message))
     response.headers.update(error.headers or {})
     return response
 
@@ -99,13 +104,23 @@ class BodyLimit:
             return await self.app(scope, counted, send)
 
 
+def asset_response(name: str) -> Response:
+    """A library of the chat page."""
+    if name not in ASSETS:
+        raise HTTPException(404, "Not Found")
+    file = Path(__file__).parent / "vendor" / name
+    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
+    return FileResponse(file, media_type="text/javascript", headers=headers)
+
+
 async def page_response() -> Response:
-    """The chat page, which may load nothing but itself."""
+    """The chat page, which may load nothing but itself and its libraries."""
     html, policy = _page()
     headers = {
         "Content-Security-Policy": policy,
         "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
     }
     return HTMLResponse(html, headers=headers | {"Cache-Control": "no-cache"})
 
@@ -118,7 +133,8 @@ def _page() -> tuple[str, str]:
     )
     return html, (
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        f"script-src {_hash(script)}; style-src {_hash(style)}; connect-src 'self'; img-src data:"
+        f"script-src 'self' {_hash(script)}; style-src {_hash(style)}; connect-src 'self'; "
+        "img-src data:"
     )
 
 

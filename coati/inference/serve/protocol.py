@@ -2,49 +2,20 @@
 
 import time
 import uuid
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from coati.inference.serve.inference_engine import SamplingParams
+from coati.inference.serve.not_served import MESSAGE_FIELDS, Refused, part_text, refuse_fields
+from coati.inference.serve.token_logprobs import MOST_ALTERNATIVES, TokenLogprob, TokenText
 from coati.models.generation.sampling import Sampling
 
-# Fields of OpenAI's protocol that are not supported, with the values that ask for nothing.
-NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-}
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Refused(Exception):
-    """A request that is refused with an error in OpenAI's format. ``kind``: its type, ``param``:
-    the field at fault."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        *,
-        param: str | None = None,
-        code: str | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+MOST_STOPS = 4  # as OpenAI documents
+MOST_CHOICES = 16
+DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
 
 
 class ErrorDetail(BaseModel):
@@ -58,87 +29,209 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    """``content``: a text or text parts; null where an assistant said nothing."""
 
-    def plain(self) -> dict[str, str]:
-        """{role, content} as a conversation template takes it."""
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def plain(self, place: str) -> dict[str, str]:
+        """{role, content} as a conversation template takes it. Raises Refused for what is no
+        text."""
+        if self.role in ("tool", "function"):
+            raise Refused(
+                400,
+                f"{place}.role: {self.role!r} is not served, this server has no tools; send "
+                "system, developer, user or assistant",
+                param=f"{place}.role",
+            )
+        refuse_fields(self.model_extra, MESSAGE_FIELDS, f"{place}.")
+        content = self.content
+        if content is None and self.role != "assistant":
+            raise Refused(400, f"{place}.content is null; send a text", param=f"{place}.content")
+        if isinstance(content, list):
+            content = "".join(
+                part_text(part, f"{place}.content.{number}") for number, part in enumerate(content)
+            )
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content or "",
+        }
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool | None = None
+
+
+def _none_if_unlimited(value: Any) -> Any:
+    """-1 asks for no limit of its own, as null does."""
+    if value == 0 and value is not False:
+        raise ValueError("must be at least 1; null or -1: up to what the server gives")
+    return None if value == -1 else value
+
+
+NewTokens = Annotated[
+    Annotated[int, Field(ge=-1)] | None,
+    BeforeValidator(_none_if_unlimited),
+    Field(description="null or -1: no limit"),
+]
+
+
+@dataclass(frozen=True)
+class ResponseLimits:
+    """How many tokens a response may have. ``told``: what the server was told to give at most;
+    ``max_length``: of prompt and response together; ``strict``: it was told that one too."""
+
+    told: int | None
+    max_length: int
+    strict: bool
+
+    def new_tokens(self, field: str, asked: int | None, prompt: int) -> int:
+        """What a request gets that asks for ``asked`` new tokens, the value of ``field``: cut to
+        the room that a prompt of ``prompt`` tokens leaves, unless the server was told a limit.
+        Raises Refused beyond a limit that it was told."""
+        if asked is not None and self.told is not None and asked > self.told:
+            raise Refused(400, f"{field} is {asked}, at most {self.told} are given", param=field)
+        room = max(1, self.max_length - prompt)
+        if asked is None:
+            return min(self.told or DEFAULT_NEW_TOKENS, room)
+        return asked if self.strict else min(asked, room)
 
 
 class SamplingFields(BaseModel):
-    """Sampling parameters; a field left out is the server's default."""
+    """Sampling parameters; a field left out or null is the server's default."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     temperature: float | None = Field(None, ge=0, le=2, description="0: greedy")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31, description="0: off")
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
 
-    def sampling_params(
-        self, field: str, asked: int | None, default: Sampling, most: int, room: int, **others: Any
-    ) -> SamplingParams:
-        """``default`` with the request's own fields. ``asked``: new tokens, the value of ``field``;
-        by default what ``room`` the prompt leaves, at most the server's limit ``most``."""
-        if asked is not None and asked > most:
-            raise Refused(400, f"{field} is {asked}, at most {most} are given here", param=field)
-        named = {name: getattr(self, name) for name in ("top_p", "top_k", "repetition_penalty")}
+    def sampling(self, default: Sampling) -> Sampling:
+        """``default`` with the request's own fields."""
+        names = ("top_p", "top_k", "min_p", "repetition_penalty")
+        named = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in named.items() if value is not None}
+        if given.get("top_k") == -1:  # as other servers write it
+            given["top_k"] = 0
         if self.temperature is not None:
             # Smaller ones are greedy all the same, and would overflow the logits.
             given["do_sample"] = self.temperature >= 1e-3
             given["temperature"] = max(self.temperature, 1e-3)
-        limit = asked or max(1, min(most, room))
-        return SamplingParams(replace(default, **given), limit, **others)
+        return replace(default, **given)
 
 
-class ChatRequest(SamplingFields):
-    """The body of POST /v1/chat/completions. Fields that are not supported are refused when they
-    ask for something."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+class OpenAIRequest(SamplingFields):
+    """What chat and text completions have in common. Fields that are not supported are refused when
+    they ask for something; unknown ones are listed in the header X-Ignored-Fields."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: NewTokens = None
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: str | list[str] | None = Field(None, description=f"at most {MOST_STOPS} strings")
 
     def check_served(self) -> None:
         """Raise Refused for a field that asks for what is not supported."""
-        for name, silent in NOT_SERVED.items():
-            value = (self.model_extra or {}).get(name)
-            if value not in silent:
-                wanted = silent[1] if len(silent) > 1 else None
-                raise Refused(
-                    400, f"{name} is not served; leave it out or send {wanted!r}", param=name
-                )
+        refuse_fields(self.model_extra)
 
-    def params(self, default: Sampling, most: int, room: int) -> SamplingParams:
-        """``most``: the server's limit in tokens, ``room``: what the prompt leaves."""
-        asked = self.max_completion_tokens or self.max_tokens
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        seed = None if self.seed is None else self.seed % 2**64
-        return self.sampling_params("max_tokens", asked, default, most, room, stop=stop, seed=seed)
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def stops(self) -> list[str]:
+        """The stop strings; "" stands for none."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stops = [stop for stop in given if stop]
+        if len(stops) > MOST_STOPS:
+            raise Refused(
+                400,
+                f"stop holds {len(stops)} strings, at most {MOST_STOPS} are taken",
+                param="stop",
+            )
+        return stops
+
+    def asked(self) -> tuple[str, int | None]:
+        """How many new tokens at most, and the field that says so."""
+        return "max_tokens", self.max_tokens
+
+    def alternatives(self) -> int | None:
+        """How many likeliest tokens beside each log-prob; None: no log-probs."""
+        return None
+
+    def choices(self, params: SamplingParams) -> list[SamplingParams]:
+        """``params`` of each of the ``n`` responses to a prompt."""
+        return [replace(params, choice=number) for number in range(self.n or 1)]
+
+    def params(self, default: Sampling, limits: ResponseLimits, prompt: int) -> SamplingParams:
+        """For a prompt of ``prompt`` tokens."""
+        return SamplingParams(
+            self.sampling(default),
+            limits.new_tokens(*self.asked(), prompt),
+            stop=self.stops(),
+            seed=None if self.seed is None else self.seed % 2**64,
+            logprobs=self.alternatives(),
+        )
+
+
+class ChatRequest(OpenAIRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: NewTokens = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    continue_final_message: bool | None = Field(
+        None, description="a last message of the assistant is the beginning of the response"
+    )
+
+    def check_served(self) -> None:
+        super().check_served()
+        if self.top_logprobs and not self.logprobs:
+            raise Refused(400, "top_logprobs needs logprobs: true beside it", param="top_logprobs")
+
+    def dialogue(self) -> tuple[list[dict[str, str]], str]:
+        """The messages up to the user's last, and what the response begins with: the text of a last
+        message of the assistant. Raises Refused."""
+        plain = [each.plain(f"messages.{number}") for number, each in enumerate(self.messages)]
+        begun = ""
+        if plain[-1]["role"] == "assistant" and self.continue_final_message is not False:
+            begun = plain.pop()["content"]
+        elif self.continue_final_message:
+            raise Refused(
+                400,
+                "continue_final_message: the last message is not the assistant's",
+                param="continue_final_message",
+            )
+        check_last(plain)
+        return plain, begun
+
+    def asked(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is None:
+            return super().asked()
+        return "max_completion_tokens", self.max_completion_tokens
+
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def check_last(messages: list[dict[str, str]]) -> None:
+    """Raise Refused unless ``messages`` end with the user."""
+    if not messages or messages[-1]["role"] != "user":
+        raise Refused(
+            400,
+            "the last message must be the user's, or one of the assistant that is to be continued "
+            "after one of the user",
+            param="messages",
+        )
 
 
 class Dialogue(BaseModel):
@@ -152,7 +245,7 @@ class GenerateRequest(SamplingFields):
     """The body of POST /generate and /generate/stream."""
 
     history: list[Dialogue] = Field(min_length=1)
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: NewTokens = None
 
     def messages(self) -> list[dict[str, str]]:
         return [
@@ -162,8 +255,9 @@ class GenerateRequest(SamplingFields):
             if content
         ]
 
-    def params(self, default: Sampling, most: int, room: int) -> SamplingParams:
-        return self.sampling_params("max_new_tokens", self.max_new_tokens, default, most, room)
+    def params(self, default: Sampling, limits: ResponseLimits, prompt: int) -> SamplingParams:
+        new = limits.new_tokens("max_new_tokens", self.max_new_tokens, prompt)
+        return SamplingParams(self.sampling(default), new)
 
 
 class Usage(BaseModel):
@@ -177,11 +271,41 @@ class ResponseMessage(BaseModel):
     content: str
 
 
+class Alternative(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ScoredToken(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ScoredToken]
+    refusal: None = None
+
+
+def chat_logprobs(scored: Sequence[TokenLogprob]) -> ChatLogprobs:
+    def entry(token: TokenText, logprob: float) -> dict[str, Any]:
+        return {"token": token.text, "logprob": logprob, "bytes": token.bytes}
+
+    return ChatLogprobs(
+        content=[
+            ScoredToken(
+                **entry(each.token, each.logprob),
+                top_logprobs=[Alternative(**entry(*other)) for other in each.alternatives],
+            )
+            for each in scored
+        ]
+    )
+
+
 class Choice(BaseModel):
     index: int = 0
     message: ResponseMessage
     finish_reason: str
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -218,25 +342,7 @@ def usage(prompt: int, response: int) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=response, total_tokens=prompt + response)
 
 
-class Chunks:
-    """The chunks of one streamed response, as dictionaries."""
-
-    def __init__(self, model: str) -> None:
-        self.head = {
-            "id": new_id(),
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def delta(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        return self.head | {
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-        }
-
-    def usage(self, counted: Usage) -> dict[str, Any]:
-        return self.head | {"choices": [], "usage": counted.model_dump()}
-
-
-def new_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def head(kind: str, prefix: str, model: str) -> dict[str, Any]:
+    """The fields that every response and every chunk of it begin with."""
+    id = f"{prefix}-{uuid.uuid4().hex}"
+    return {"id": id, "object": kind, "created": int(time.time()), "model": model}

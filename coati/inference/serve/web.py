@@ -3,11 +3,11 @@ health, and the chat page."""
 
 import asyncio
 import hmac
-import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -15,6 +15,14 @@ from fastapi.responses import StreamingResponse
 
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.serve import protocol
+from coati.inference.serve.event_stream import (
+    ChatShape,
+    CompletionShape,
+    Shape,
+    generate_events,
+    streamed,
+    whole,
+)
 from coati.inference.serve.inference_engine import (
     InferenceEngine,
     PromptTooLong,
@@ -22,9 +30,17 @@ from coati.inference.serve.inference_engine import (
     SamplingParams,
     StreamChunk,
 )
-from coati.inference.serve.middleware import add_middleware, page_response
-from coati.inference.serve.protocol import ChatRequest, Chunks, GenerateRequest, Refused, usage
+from coati.inference.serve.inference_engine import Request as Submitted
+from coati.inference.serve.middleware import add_middleware, asset_response, page_response
+from coati.inference.serve.not_served import Refused, ignored_fields
+from coati.inference.serve.protocol import (
+    ChatRequest,
+    GenerateRequest,
+    OpenAIRequest,
+    ResponseLimits,
+)
 from coati.inference.serve.stop_strings import word_pattern
+from coati.inference.serve.text_completions import CompletionRequest, TextCompletion
 from coati.models.generation.sampling import Sampling
 
 # Why there is no whole response: status, message, error type.
@@ -42,17 +58,19 @@ _ERRORS = {
     status: {"model": protocol.ErrorBody}
     for status in (400, 401, 404, 413, 422, 429, 499, 500, 503, 504)
 }
+Task = tuple[list[int], SamplingParams]  # a prompt and how one response to it is generated
 _EVENTS = {200: {"content": {"text/event-stream": {}}}}
 
 
 @dataclass(frozen=True)
 class WebSettings:
     """Settings of the server besides its model. ``token`` None: no authentication; ``hosts``: Host
-    headers that are accepted, empty for any."""
+    headers that are accepted, empty for any. ``max_new_tokens``: of a response at most; None: what
+    the model has room for."""
 
     model_name: str
     sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     token: str | None = None
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -71,20 +89,22 @@ def make_app(engine: InferenceEngine, settings: WebSettings) -> FastAPI:
     add_middleware(app, settings.cors_origins, settings.hosts)
     api = Api(engine, settings)
     closed = APIRouter(dependencies=[Depends(api.check_token)], responses=_ERRORS)
-    streamed = {"responses": _EVENTS}
-    closed.post("/v1/chat/completions", response_model=protocol.ChatCompletion, **streamed)(
+    streamed_too = {"responses": _EVENTS}
+    closed.post("/v1/chat/completions", response_model=protocol.ChatCompletion, **streamed_too)(
         api.chat
     )
+    closed.post("/v1/completions", response_model=TextCompletion, **streamed_too)(api.completions)
     closed.get("/v1/models")(api.models)
     closed.get("/v1/models/{model_id:path}")(api.model)
     closed.post("/generate")(api.generate)
-    closed.post("/generate/stream", response_class=StreamingResponse, **streamed)(
+    closed.post("/generate/stream", response_class=StreamingResponse, **streamed_too)(
         api.generate_stream
     )
     closed.get("/metrics", response_class=Response)(api.metrics)
     app.include_router(closed)
     app.get("/health", responses={503: {"model": protocol.Health}})(api.health)
     app.get("/", include_in_schema=False)(page_response)
+    app.get("/assets/{name}", include_in_schema=False)(asset_response)
     return app
 
 
@@ -96,6 +116,7 @@ class Api:
         self.settings = settings
         self.started = int(time.time())
         self.words = word_pattern(engine.words)
+        self.limits = ResponseLimits(settings.max_new_tokens, engine.max_length, engine.limited)
 
     async def check_token(self, request: Request) -> None:
         if self.settings.token is None:
@@ -110,39 +131,66 @@ class Api:
                 code="invalid_api_key",
             )
 
-    async def chat(self, body: ChatRequest, request: Request):
+    async def chat(self, body: ChatRequest, request: Request, response: Response):
         """A chat completion, whole or streamed."""
         body.check_served()
         self._check_model(body.model)
-        prompt, params = await self._prepare([message.plain() for message in body.messages], body)
-        stream = self._stream(prompt, params, request)
+        messages, begun = body.dialogue()
+        prompt = await self._encode(messages, begun)
+        params = replace(self._params(body, prompt), continues=bool(begun))
+        tasks = [(prompt, each) for each in body.choices(params)]
+        shape = ChatShape(self.settings.model_name, params.logprobs is not None)
+        return await self._answer(body, tasks, shape, request, response)
+
+    async def completions(self, body: CompletionRequest, request: Request, response: Response):
+        """Texts that continue prompts, whole or streamed; no chat template is used."""
+        body.check_served()
+        self._check_model(body.model)
+        tasks = []
+        for prompt in body.prompts():
+            self._check_words([prompt] if isinstance(prompt, str) else [])
+            try:
+                ids = await run_in_threadpool(self.engine.encode_text, prompt)
+            except ValueError as error:
+                raise Refused(400, f"prompt: {error}", param="prompt") from None
+            params = replace(self._params(body, ids), continues=True)
+            tasks += [(ids, each) for each in body.choices(params)]
+        shape = CompletionShape(self.settings.model_name, body.logprobs is not None)
+        return await self._answer(body, tasks, shape, request, response)
+
+    async def _answer(
+        self,
+        body: OpenAIRequest,
+        tasks: list[Task],
+        shape: Shape,
+        request: Request,
+        response: Response,
+    ):
+        """The responses of ``tasks``, in the schema that ``shape`` knows."""
+        ignored = ignored_fields(body)
+        headers = {"X-Ignored-Fields": ignored} if ignored else {}
+        prompt_tokens = sum(len(prompt) for prompt, _ in tasks) // (body.n or 1)
+        stream = self._stream(tasks, request)
         if body.stream:
-            include = body.stream_options is not None and body.stream_options.include_usage
-            return await _streamed(
-                _chat_events(stream, Chunks(self.settings.model_name), len(prompt), include)
-            )
-        text, last = await _whole(stream)
-        choice = protocol.Choice(
-            message=protocol.ResponseMessage(content=text), finish_reason=last.finish
-        )
-        return protocol.ChatCompletion(
-            id=protocol.new_id(),
-            created=int(time.time()),
-            model=self.settings.model_name,
-            choices=[choice],
-            usage=usage(len(prompt), last.tokens),
-        )
+            events = shape.events(stream, prompt_tokens, body.include_usage)
+            return await streamed(events, headers)
+        response.headers.update(headers)
+        return shape.whole(await whole(stream), prompt_tokens)
 
     async def generate(self, body: GenerateRequest, request: Request) -> str:
         """The response's text."""
-        prompt, params = await self._prepare(body.messages(), body)
-        text, _ = await _whole(self._stream(prompt, params, request))
-        return text
+        [response] = await whole(self._stream([await self._older(body)], request))
+        return response.text
 
     async def generate_stream(self, body: GenerateRequest, request: Request):
         """Events `generate`, each with a part of the response, and `end`."""
-        prompt, params = await self._prepare(body.messages(), body)
-        return await _streamed(_generate_events(self._stream(prompt, params, request)))
+        return await streamed(generate_events(self._stream([await self._older(body)], request)))
+
+    async def _older(self, body: GenerateRequest) -> Task:
+        messages = body.messages()
+        protocol.check_last(messages)
+        prompt = await self._encode(messages)
+        return prompt, self._params(body, prompt)
 
     async def models(self) -> protocol.ModelList:
         """The model that is served."""
@@ -174,114 +222,81 @@ class Api:
                 code="model_not_found",
             )
 
-    async def _prepare(
-        self, messages: list[dict], body: ChatRequest | GenerateRequest
-    ) -> tuple[list[int], SamplingParams]:
-        if messages[-1]["role"] != "user":
-            raise Refused(
-                400,
-                "the last message must be the user's",
-                param="messages",
-            )
-        if self.words and any(self.words.search(message["content"]) for message in messages):
+    def _params(self, body: OpenAIRequest | GenerateRequest, prompt: list[int]) -> SamplingParams:
+        return body.params(self.settings.sampling, self.limits, len(prompt))
+
+    def _check_words(self, texts: Sequence[str]) -> None:
+        if self.words and any(self.words.search(text) for text in texts):
             raise Refused(
                 400,
                 "a message holds a word that this server does not take",
                 param="messages",
                 code="content_filter",
             )
+
+    async def _encode(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
+        self._check_words([*(message["content"] for message in messages), begun])
         try:
-            prompt = await run_in_threadpool(self.engine.encode, messages)
+            return await run_in_threadpool(self.engine.encode, messages, begun)
         except RowError as error:
             raise Refused(
                 400, f"the chat template refuses these messages: {error.args[1]}", param="messages"
             ) from None
-        room = self.engine.max_length - len(prompt)
-        return prompt, body.params(self.settings.sampling, self.settings.max_new_tokens, room)
+
+    def _submit(
+        self, tasks: Sequence[Task], deliver: Callable[[int, StreamChunk], None]
+    ) -> list[Submitted]:
+        """Queue all of ``tasks`` or none. Raises Refused."""
+        submitted: list[Submitted] = []
+        try:
+            if len(tasks) > self.engine.max_batch + self.engine.max_queue:
+                raise Refused(
+                    400, f"{len(tasks)} responses are more than this server takes at once"
+                )
+            for number, (prompt, params) in enumerate(tasks):
+                submitted.append(self.engine.submit(prompt, params, partial(deliver, number)))
+        except Exception as error:
+            for each in submitted:
+                each.cancel()
+            if isinstance(error, PromptTooLong):
+                code = "context_length_exceeded"
+                raise Refused(400, str(error), param="messages", code=code) from None
+            if isinstance(error, QueueFull):
+                raise Refused(429, str(error), "rate_limit_error", code="queue_full") from None
+            raise
+        return submitted
 
     async def _stream(
-        self, prompt: list[int], params: SamplingParams, request: Request
-    ) -> AsyncIterator[StreamChunk]:
-        """The chunks of the response. A client that disconnects frees its place, also while it
-        waits in the queue. Raises Refused when there is no whole response."""
+        self, tasks: Sequence[Task], request: Request
+    ) -> AsyncIterator[tuple[int, StreamChunk]]:
+        """The chunks of the responses, each with its task's number. A client that disconnects frees
+        its place, also while it waits in the queue. Raises Refused when one of them does not become
+        whole."""
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[StreamChunk] = asyncio.Queue()
-        try:
-            submitted = self.engine.submit(
-                prompt, params, lambda chunk: loop.call_soon_threadsafe(arrived.put_nowait, chunk)
-            )
-        except PromptTooLong as error:
-            raise Refused(
-                400, str(error), param="messages", code="context_length_exceeded"
-            ) from None
-        except QueueFull as error:
-            raise Refused(429, str(error), "rate_limit_error", code="queue_full") from None
+        arrived: asyncio.Queue[tuple[int, StreamChunk]] = asyncio.Queue()
+        submitted = self._submit(
+            tasks,
+            lambda number, chunk: loop.call_soon_threadsafe(arrived.put_nowait, (number, chunk)),
+        )
+
+        def cancel() -> None:
+            for each in submitted:
+                each.cancel()
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            submitted.cancel()
+            cancel()
 
         watching = asyncio.ensure_future(watch())
+        left = len(tasks)
         try:
-            while True:
-                chunk = await arrived.get()
+            while left:
+                number, chunk = await arrived.get()
                 if chunk.finish in FAILED:
                     raise Refused(*FAILED[chunk.finish])
-                yield chunk
-                if chunk.finish:
-                    return
+                left -= chunk.finish is not None
+                yield number, chunk
         finally:
             watching.cancel()
-            submitted.cancel()
-
-
-async def _whole(stream: AsyncIterator[StreamChunk]) -> tuple[str, StreamChunk]:
-    """The whole text, and the last chunk."""
-    chunks = [chunk async for chunk in stream]
-    return "".join(chunk.text for chunk in chunks), chunks[-1]
-
-
-async def _streamed(events: AsyncIterator[str]) -> StreamingResponse:
-    """Server-sent events, once there is a first one: an error before it has its own HTTP status."""
-    first = await anext(events)
-
-    async def all_events() -> AsyncIterator[str]:
-        yield first
-        try:
-            async for event in events:
-                yield event
-        except Refused as error:
-            yield _event(error.body)
-
-    return StreamingResponse(
-        all_events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
-
-
-async def _chat_events(
-    stream: AsyncIterator[StreamChunk], chunks: Chunks, prompt: int, include_usage: bool
-):
-    role = {"role": "assistant", "content": ""}
-    async for chunk in stream:
-        if role:
-            yield _event(chunks.delta(role))
-            role = None
-        if chunk.text:
-            yield _event(chunks.delta({"content": chunk.text}))
-    yield _event(chunks.delta({}, chunk.finish))
-    if include_usage:
-        yield _event(chunks.usage(usage(prompt, chunk.tokens)))
-    yield "data: [DONE]\n\n"
-
-
-async def _generate_events(stream: AsyncIterator[StreamChunk]):
-    async for chunk in stream:
-        if chunk.text:
-            lines = "".join(f"data: {line}\n" for line in chunk.text.split("\n"))
-            yield f"event: generate\n{lines}\n"
-    yield "event: end\ndata:\n\n"
-
-
-def _event(body: dict) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+            cancel()

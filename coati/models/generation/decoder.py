@@ -34,11 +34,13 @@ def identity(value):
 
 class Step(NamedTuple):
     """The next token of each active row: ``tokens`` (slots,), ``logprobs`` (slots,) fp32 or None,
-    and ``stopped`` (slots,) bool, whether the token completes a stop sequence."""
+    and ``stopped`` (slots,) bool, whether the token completes a stop sequence. ``logits``
+    (slots, V) fp32 that it was chosen from, where the decoder's ``keep_logits`` is set."""
 
     tokens: Tensor
     logprobs: Tensor | None
     stopped: Tensor
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Decoder:
         self.accepted = accepted_by(model)
         self.generator = generator
         self.return_logprobs = return_logprobs
+        self.keep_logits = False
         self.gather_logits = gather_logits
         self.synchronize = synchronize
         self.padding_free = padding_free
@@ -141,7 +144,7 @@ class Decoder:
                 logprobs[slots] = chosen_logprobs
         tokens = self.synchronize(tokens)
         self._append(tokens)
-        return Step(tokens, logprobs, self._stopped())
+        return Step(tokens, logprobs, self._stopped(), logits if self.keep_logits else None)
 
     def _append(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)

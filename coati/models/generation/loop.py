@@ -57,6 +57,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
+    min_p: float = 0.0,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     return_logprobs: bool = False,
@@ -84,7 +85,7 @@ def generate(
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
     """
-    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(model, input_ids, mask, stop_sequences, max_new_tokens)
     _check_noise(noise, len(input_ids), max_new_tokens)
@@ -158,6 +159,7 @@ def generate_streaming(
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
+    min_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """The new token ids after one prompt ``input_ids`` (1, P), one by one, those of the stop
@@ -170,7 +172,7 @@ def generate_streaming(
         raise ValueError(
             f"streaming takes one prompt, input_ids of shape (1, P), not {tuple(input_ids.shape)}"
         )
-    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p)
     mask = torch.ones_like(input_ids)
     _check(model, input_ids, mask, stop_sequences, max_new_tokens)
     columns = input_ids.shape[1] + max_new_tokens

@@ -1,6 +1,7 @@
 """Sampling: temperature, top-k, nucleus (top-p) and repetition penalty; the token and its
 log-probability."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,8 @@ from coati.models.generation.row_noise import draw
 class Sampling:
     """How the next token is chosen; ``do_sample`` False is greedy.
 
-    0 or None turns ``top_k`` off, 1 ``top_p``. ``repetition_penalty`` above 1 divides the positive
-    and multiplies the negative logits of tokens that the row already holds.
+    0 or None turns ``top_k`` off, 1 ``top_p``, 0 ``min_p``. ``repetition_penalty`` above 1 divides
+    the positive and multiplies the negative logits of tokens that the row already holds.
     """
 
     do_sample: bool = True
@@ -22,6 +23,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         for name, good, wanted in (
@@ -33,6 +35,7 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
@@ -52,7 +55,8 @@ def choose(
     far, which the repetition penalty needs.
     """
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    unfiltered = sampling.repetition_penalty == 1 and not sampling.top_k and sampling.top_p == 1
+    filtered = sampling.top_k or sampling.top_p < 1 or sampling.min_p
+    unfiltered = sampling.repetition_penalty == 1 and not filtered
     weights = peak = None
     if return_logprobs or (sampling.do_sample and unfiltered):
         peak = scaled.amax(dim=-1, keepdim=True)
@@ -65,7 +69,9 @@ def choose(
     elif unfiltered:
         token = draw(weights, uniform)
     else:
-        logits = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        logits = keep_likely(
+            logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        )
         token = draw(logits.softmax(dim=-1), uniform)
     if not return_logprobs:
         return token, None
@@ -79,9 +85,10 @@ def _penalized(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Ten
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_likely(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+def keep_likely(logits: Tensor, top_k: int | None, top_p: float, min_p: float = 0.0) -> Tensor:
     """``logits`` (B, V), -inf outside the ``top_k`` likeliest tokens and the nucleus: the fewest
-    tokens with cumulative probability ``top_p`` (Holtzman et al., arXiv 1904.09751)."""
+    tokens with cumulative probability ``top_p`` (Holtzman et al., arXiv 1904.09751); and of those
+    the ones at least ``min_p`` times as probable as the likeliest (Nguyen et al., 2407.01082)."""
     if top_k:
         smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -92,4 +99,7 @@ def keep_likely(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
             1, order, shares.cumsum(dim=-1) - shares >= top_p
         )
         logits = logits.masked_fill(drop, -torch.inf)
+    if min_p:
+        least = logits.amax(dim=-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     return logits

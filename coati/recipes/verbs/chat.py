@@ -65,6 +65,8 @@ def respond(session, screen, record, question: str) -> None:
             f"{session.forgotten} oldest rounds no longer fit into --model_max_length and are left "
             "out"
         )
+    if session.empty:
+        screen.note("empty response")
     if session.cut:
         screen.note(f"cut off at --max_new_tokens {session.max_new_tokens}")
 

@@ -1,12 +1,17 @@
 """The server's answers to good and bad requests, over loopback."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 
+from coati.inference.serve import middleware
+from coati.inference.serve.middleware import ASSETS
 from tests.inference.serving import NAME, running, until
 
+VENDOR = Path(middleware.__file__).parent / "vendor"
 HELLO = [{"role": "user", "content": "hello"}]
 OLD = {"history": [{"instruction": "hello", "response": ""}]}
 
@@ -60,15 +65,17 @@ def test_contents_in_parts_and_developers_are_understood(client):
 @pytest.mark.parametrize(
     ("fields", "status", "message", "param"),
     [
-        ({"n": 2}, 400, "n is not served; leave it out or send 1", "n"),
-        ({"tools": [{}]}, 400, "tools is not served", "tools"),
+        ({"n": 17}, 422, "n: ", "n"),
+        ({"tools": [{}]}, 400, "tools is not served; leave it out or send []", "tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice is not served", "tool_choice"),
         (
             {"response_format": {"type": "json_object"}},
             400,
             "response_format is not served",
             "response_format",
         ),
-        ({"logprobs": True}, 400, "logprobs is not served", "logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true", "top_logprobs"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias is not served", "logit_bias"),
         ({"max_tokens": 401}, 400, "max_tokens is 401, at most 400 are given", "max_tokens"),
         (
             {"messages": [{"role": "user", "content": "hello " * 400}]},
@@ -86,13 +93,52 @@ def test_contents_in_parts_and_developers_are_understood(client):
         ({"messages": []}, 422, "messages: ", "messages"),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
+            400,
+            "messages.0.role: 'tool' is not served, this server has no tools",
+            "messages.0.role",
+        ),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
             422,
             "messages.0.role: ",
             "messages.0.role",
         ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            400,
+            "messages.0.content is null",
+            "messages.0.content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "messages.0.content.0: parts of type 'image_url' are not served",
+            "messages.0.content.0",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            400,
+            "parts of type 'input_audio' are not served",
+            "messages.0.content.0",
+        ),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            400,
+            "messages.1.tool_calls is not served",
+            "messages.1.tool_calls",
+        ),
+        (
+            {"continue_final_message": True},
+            400,
+            "the last message is not the assistant's",
+            "continue_final_message",
+        ),
+        ({"max_tokens": 0}, 422, "must be at least 1; null or -1", "max_tokens"),
+        ({"max_tokens": -2}, 422, "max_tokens: ", "max_tokens"),
+        ({"min_p": 2}, 422, "min_p: ", "min_p"),
         ({"temperature": 3}, 422, "temperature: ", "temperature"),
         ({"top_p": 0}, 422, "top_p: ", "top_p"),
-        ({"stop": ["a"] * 5}, 422, "stop", None),
+        ({"stop": ["a"] * 5}, 400, "stop holds 5 strings, at most 4 are taken", "stop"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_openais_shape(client, fields, status, message, param):
@@ -109,7 +155,70 @@ def test_fields_that_ask_for_nothing_are_let_through(client):
         "tools": [],
         "logit_bias": {},
     }
-    assert chat(client, **fields, store=False, response_format={"type": "text"}).status_code == 200
+    response = chat(client, **fields, store=False, response_format={"type": "text"})
+    assert response.status_code == 200
+    assert response.headers["x-ignored-fields"] == "user, store"
+    assert "x-ignored-fields" not in chat(client).headers
+
+
+def test_nulls_and_empty_values_ask_for_nothing(client):
+    """Every field that OpenAI's schema lets be null, and how people write "no limit"."""
+    plain = chat(client, max_tokens=None).json()["choices"][0]
+    names = (
+        "stream stream_options temperature top_p top_k min_p seed stop n logprobs top_logprobs "
+        "max_completion_tokens tools tool_choice response_format logit_bias frequency_penalty "
+        "presence_penalty modalities audio user metadata store continue_final_message"
+    )
+    response = chat(client, max_tokens=None, **dict.fromkeys(names.split()))
+    assert response.json()["choices"][0] == plain
+    assert "x-ignored-fields" not in response.headers
+    for fields in ({"stop": ""}, {"stop": []}, {"stop": [""]}, {"max_completion_tokens": -1}):
+        assert chat(client, **{"max_tokens": -1} | fields).json()["choices"][0] == plain
+    said = {
+        "role": "assistant",
+        "content": "hi",
+        "refusal": None,
+        "tool_calls": None,
+        "audio": None,
+    }
+    assert chat(client, messages=[*HELLO, said, *HELLO]).status_code == 200
+
+
+def test_unknown_fields_are_listed_in_a_header_that_nobody_can_break(client):
+    named = [{"role": "user", "content": "hello", "name": "me", "weight": 1}]
+    fields = {"a\r\nx-evil: 1": 1, "stream_options": {"include_obfuscation": False}}
+    found = chat(client, messages=named, **fields).headers
+    listed = "a??x-evil??1, stream_options.include_obfuscation, messages.name, messages.weight"
+    assert sorted(found["x-ignored-fields"].split(", ")) == sorted(listed.split(", "))
+    assert "x-evil" not in found
+    many = chat(client, **{f"field{k}": k for k in range(40)}).headers["x-ignored-fields"]
+    assert many.endswith("field19, ...")
+    with client.stream(
+        "POST", "/v1/chat/completions", json=_long(max_tokens=2, stream=True, user="me")
+    ) as streamed:
+        assert streamed.headers["x-ignored-fields"] == "user"
+
+
+def test_other_endpoints_are_refused_by_name(client):
+    for path in ("/v1/embeddings", "/v1/responses", "/v1/audio/speech"):
+        message = error(client.post(path, json={"model": NAME, "input": "x"}), 404)["message"]
+        assert message.startswith(f"{path} is not served; this server offers POST /v1/chat/comp")
+
+
+def test_a_request_is_cut_to_what_the_model_has_unless_a_limit_was_told():
+    with (
+        running(web={"max_new_tokens": None}, endless=True, max_length=None) as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+    ):
+        prompt = len(server.engine.encode(HELLO))
+        body = chat(client, max_tokens=10**6).json()
+        assert (
+            body["usage"]["total_tokens"] == 512 and body["choices"][0]["finish_reason"] == "length"
+        )
+        assert body["usage"]["completion_tokens"] == 512 - prompt
+        long = [{"role": "user", "content": "hello " * 400}]
+        found = error(chat(client, messages=long), 400)
+        assert found["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(
@@ -266,6 +375,19 @@ def test_the_page_may_load_nothing_but_itself(client):
     assert (
         "http://" not in page.text and "https://" not in page.text and "innerHTML" not in page.text
     )
+
+
+def test_the_pages_libraries_are_the_released_ones(client):
+    listed = (VENDOR / "VERSIONS.txt").read_text().splitlines()
+    rows = [line.split() for line in listed if len((line.split() or [""])[-1]) == 64]
+    assert [row[0] for row in rows] == list(ASSETS)
+    for name, *_, digest in rows:
+        served = client.get(f"/assets/{name}")
+        assert hashlib.sha256(served.content).hexdigest() == digest
+        assert served.headers["content-type"].startswith("text/javascript")
+        assert served.headers["x-content-type-options"] == "nosniff"
+    for name in ("LICENSE.markdown-it", "../web.py", "..%2fweb.py"):
+        assert client.get(f"/assets/{name}").status_code == 404
 
 
 def test_no_documentation_page_with_foreign_scripts(client):

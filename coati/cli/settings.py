@@ -38,7 +38,8 @@ def settings_of(kind: type[T], args: Namespace, **given: Any) -> T:
     """The settings of a script from its checked flags; ``given`` as in :func:`filled`."""
     flags = {name: value for name, value in vars(args).items() if not name.startswith("_")}
     chosen = getattr(args, "_given", [])
-    return filled(kind, flags, flags=flags, flags_given=chosen, **given)
+    written = getattr(args, "_written", [])
+    return filled(kind, flags, flags=flags, flags_given=chosen, flags_written=written, **given)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class TrainingSettings:
 
     ``plugin``: as asked for; None follows the machine, and ``parallel.plugin`` then says nothing.
     ``flags``: every resolved flag by name, for arguments.json, ``--dry_run`` and trackers;
-    ``flags_given``: the names of those that were not left at their default.
+    ``flags_given``: the names of those that were not left at their default; ``flags_written``: of
+    those that stand in the command or its configuration file.
     """
 
     model: ModelSettings
@@ -157,6 +159,7 @@ class TrainingSettings:
     seed: int
     flags: Mapping[str, Any]
     flags_given: Sequence[str] = ()
+    flags_written: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

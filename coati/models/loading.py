@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coati.models.attention_choice import needs_eager, with_attention
-from coati.utils.json_io import load_json
+from coati.models.directory_files import (
+    check_index,
+    check_layers,
+    check_small_files,
+    damaged_file,
+    mismatch,
+)
+from coati.utils.json_io import load_object
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
     adopt_config,
     body_name,
     dtype_keyword,
+    text_config,
     transformers_major,
 )
 
@@ -79,7 +87,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """``config.json`` of a directory as it stands there; empty where there is none (a hub name,
     say)."""
     file = Path(path) / "config.json"
-    return load_json(file) if file.is_file() else {}
+    return load_object(file) if file.is_file() else {}
 
 
 def adapter_base(path: str | os.PathLike) -> str | None:
@@ -90,11 +98,12 @@ def adapter_base(path: str | os.PathLike) -> str | None:
     directory = Path(path)
     if not (directory / ADAPTER_CONFIG).is_file() or (directory / "config.json").is_file():
         return None
-    name = load_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not name:
+    name = load_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        found = f"is {name!r}" if name else "is empty"
         raise ValueError(
-            f"{directory / 'adapter_config.json'}: base_model_name_or_path is empty; write the "
-            "base there"
+            f"{directory / 'adapter_config.json'}: base_model_name_or_path {found}; write the "
+            "base there, a directory or a hub name"
         )
     beside = directory / name
     base = str(beside) if not Path(name).is_dir() and beside.is_dir() else name
@@ -162,11 +171,12 @@ def load_configuration(path: str | os.PathLike, trust_remote_code: bool = False)
     """The configuration of ``path``, which may hold nothing else."""
     from transformers import AutoConfig
 
+    check_small_files(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         adopt_config(config)
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # classes of their own in strict configurations, any in remote code
         raise explained(path, "model", error) from error
 
 
@@ -290,6 +300,7 @@ def _load(
 ):
     """``heads``: beginnings of names that are left behind on purpose."""
     check_directory(path, "model")
+    check_index(path)
     from transformers.utils.logging import disable_progress_bar
 
     from coati.models.composite import classes_of, is_composite, load_text_part
@@ -316,10 +327,13 @@ def _load(
         with _without_report():
             model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
+        if wrong := _mismatched(read, config, options):
+            raise ValueError(mismatch(path, *wrong)) from error
         raise explained(path, "model", error) from error
     if unexpected := sorted(
         key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
     ):
+        check_layers(path, unexpected, getattr(text_config(config), "num_hidden_layers", None))
         told = (
             f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights "
             f"({', '.join(unexpected[:3])})"
@@ -337,6 +351,18 @@ def _load(
             "an incomplete copy?"
         )
     return model
+
+
+def _mismatched(read: Any, config: Any, options: dict[str, Any]) -> tuple[str, Any] | None:
+    """The model's class, and what loading reports of weights of other shapes; None where shapes
+    are not what ended it."""
+    try:
+        with _without_report():
+            model, report = read(options | {"ignore_mismatched_sizes": True})
+    except Exception:  # the first error says it
+        return None
+    keys = report.get("mismatched_keys")
+    return (type(model).__name__, list(keys)) if keys else None
 
 
 def _read(auto_class: Any, path: str | os.PathLike, options: dict[str, Any]):
@@ -382,7 +408,10 @@ def get_model_numel(model) -> int:
 def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueError:
     """``error`` of a loader as a ValueError that names ``path`` and, where it is known, what to
     do."""
-    text = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
+    said = str(error).strip().split("\n\n")[0].split("\nModel type should be")[0]
+    text = shortened(f"{type(error).__name__}: {' '.join(said.split())}")
+    if damaged_json := damaged_file(path):
+        return ValueError(damaged_json)
     if "trust_remote_code" in str(error):
         return ValueError(
             f"{path} brings Python code of its own (auto_map in its configuration), which is not "
@@ -396,7 +425,13 @@ def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueErro
         return ValueError(
             f"{damaged}: not readable as weights, truncated or damaged ({text}); copy it again"
         )
-    return ValueError(f"{path}: the {kind} could not be loaded ({text})")
+    remedy = "; copy its files again from where the model is from" if kind == "tokenizer" else ""
+    return ValueError(f"{path}: the {kind} could not be loaded ({text}){remedy}")
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """``text``, without its middle where it is longer than ``most``."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _unknown_family(path: str | os.PathLike, said: str) -> str | None:

@@ -15,7 +15,7 @@ from coati.cli.checks import check_models
 from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
-from coati.utils.errors import RunFailed
+from coati.utils.errors import RunFailed, no_early_exit
 
 PROGRAM = "coati"
 INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -69,11 +69,12 @@ def run(
             check_models(settings)
         if verb.processes and settings.launch.wanted:
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
-        verb.function()(settings)
-        if verb.processes:
-            from coati.parallel.launch import shut_down
+        with launcher.rank_at_work(), no_early_exit():
+            verb.function()(settings)
+            if verb.processes:
+                from coati.parallel.launch import shut_down
 
-            shut_down()
+                shut_down()
     except (ValueError, OSError, RunFailed) as error:
         _fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from coati.recipes.row_files import json_file, paths_of
 from coati.recipes.trained_model import TrainedModel, TrainedRewardModel, collect_garbage
 from coati.rewards.registry import GIVEN
 from coati.trainer.callbacks import Callback, CallbackList
+from coati.utils.errors import no_early_exit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,7 +286,8 @@ def _train(
     _leave_group_at_exit()
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
-        command.function()(settings, replace(extras, again=again))
+        with no_early_exit(function):
+            command.function()(settings, replace(extras, again=again))
     except Exception:
         if fresh:
             _remove_unused(Path(save_dir))

@@ -13,7 +13,7 @@ from coati.models.tokenizer import load_tokenizer
 from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
 from coati.parallel.plugins import ParallelOptions
-from coati.recipes.defaults import check_precision, resolved_options
+from coati.recipes.defaults import check_precision, resolved_options, within_model
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
 from coati.recipes.resume import Resume, find_resume, record_arguments
@@ -80,6 +80,7 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     Raises ValueError naming the flag.
     """
     options = join_processes(settings)
+    settings = within_model(settings)
     resume = find_resume(settings.output)
     before = resident_mb()
     tokenizer, template = _tokenizer_and_template(settings)

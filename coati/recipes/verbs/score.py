@@ -19,11 +19,13 @@ VERB = Verb(
 
 def main(args: ScoreSettings) -> None:
     from coati.inference.evaluate import score_rows as scoring
+    from coati.models.positions import within_positions
 
     model, tokenizer, conversation = scoring.load_reward_model(
         args.model_path, args.conversation_template_config, trust_remote_code=args.trust_remote_code
     )
-    found = list(scoring.rows_to_score(args.input, conversation, args.max_length))
+    longest = within_positions(model.config, args.max_length, hard_only=True)
+    found = list(scoring.rows_to_score(args.input, conversation, longest))
     rows = [row for row in found if isinstance(row, scoring.ScoredRow)]
     for place, reason in (row for row in found if not isinstance(row, scoring.ScoredRow)):
         print(f"coati score: {place} is left out ({reason})", file=sys.stderr)

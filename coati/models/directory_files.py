@@ -151,8 +151,32 @@ def check_index(path: str | os.PathLike) -> None:
             )
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         for file in sorted(folder.glob(pattern)):
+            if not file.is_file():
+                raise ValueError(f"{file} is no file that can be read; {AGAIN}")
             if not file.stat().st_size:
                 raise ValueError(f"{file} is empty: no weights in it; {AGAIN}")
+
+
+def check_adapter(path: str | os.PathLike) -> None:
+    """Raise ValueError for an adapter's directory without weights, or of another kind than LoRA."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    file = folder / "adapter_config.json"
+    settings = _object(file)
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type is {kind!r}; expected LORA, the one that is read here")
+    if not _is_size(settings.get("r")):
+        raise ValueError(
+            f"{file}: r is {settings.get('r')!r}; expected the rank, a whole number of at least 1"
+        )
+    weights = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    held = [each for each in weights if each.is_file()]
+    if not held:
+        raise ValueError(f"{path}: no adapter_model.safetensors; the copy is incomplete")
+    if not held[0].stat().st_size:
+        raise ValueError(f"{held[0]} is empty: no weights in it; {AGAIN}")
 
 
 def mismatch(path: str | os.PathLike, model_class: str, keys: Sequence[Any]) -> str:

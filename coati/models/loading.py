@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from coati.models.attention_choice import needs_eager, with_attention
 from coati.models.directory_files import (
+    check_adapter,
     check_index,
     check_layers,
     check_small_files,
@@ -107,7 +108,12 @@ def adapter_base(path: str | os.PathLike) -> str | None:
         )
     beside = directory / name
     base = str(beside) if not Path(name).is_dir() and beside.is_dir() else name
-    if os.path.isabs(base) and not Path(base).is_dir():
+    if Path(base).is_dir() and Path(base).resolve() == directory.resolve():
+        raise ValueError(
+            f"{directory / 'adapter_config.json'}: base_model_name_or_path is this directory "
+            "itself; write the base there that the adapter was trained on"
+        )
+    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
         raise ValueError(
             f"{directory / 'adapter_config.json'}: the base model {name} is not there; put it back "
             "or write its new place into base_model_name_or_path"
@@ -247,6 +253,7 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
+    check_adapter(directory)
     try:
         model = PeftModel.from_pretrained(base, str(directory))
         held = {
@@ -423,7 +430,8 @@ def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueErro
         return ValueError(unknown)
     if damaged := _damaged_weights(Path(path)):
         return ValueError(
-            f"{damaged}: not readable as weights, truncated or damaged ({text}); copy it again"
+            f"{damaged}: not readable as weights, truncated or damaged ({shortened(text, 120)}); "
+            "copy it again"
         )
     remedy = "; copy its files again from where the model is from" if kind == "tokenizer" else ""
     return ValueError(f"{path}: the {kind} could not be loaded ({text}){remedy}")
@@ -468,5 +476,10 @@ def _damaged_weights(directory: Path) -> Path | None:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError):
+            return file
+    for file in sorted(directory.glob("*_model*.bin")) if directory.is_dir() else ():
+        with open(file, "rb") as stream:
+            start = stream.read(2)
+        if start not in (b"PK", b"\x80\x02"):  # a zip archive, or the older pickle
             return file
     return None

@@ -3,9 +3,10 @@ Imports nothing heavy."""
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from coati.models.loading import adapter_base, load_configuration
+from coati.models.loading import adapter_base, check_directory, load_configuration
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import text_config
 
@@ -85,6 +86,8 @@ def positions_in(path: str | os.PathLike, trust_remote_code: bool = False) -> Po
     while (base := adapter_base(path)) and base not in seen:  # an adapter may lie on another
         seen.add(base)
         path = base
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        check_directory(path, "model")  # says what is there instead
     return positions_of(load_configuration(path, trust_remote_code))
 
 

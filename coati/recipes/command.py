@@ -16,6 +16,7 @@ from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
 from coati.utils.errors import RunFailed, no_early_exit
+from coati.utils.output_paths import check_outputs
 
 PROGRAM = "coati"
 INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -65,6 +66,8 @@ def run(
             verb.words(given), prog=prog, **({} if older is None else {"older": older})
         )
     try:
+        if launcher.ERROR_FILE not in os.environ:  # else the launcher has checked them
+            check_outputs(getattr(settings, "flags", None) or vars(settings))
         if verb.processes:
             check_models(settings)
         if verb.processes and settings.launch.wanted:

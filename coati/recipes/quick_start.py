@@ -23,6 +23,7 @@ from coati.recipes.trained_model import TrainedModel, TrainedRewardModel, collec
 from coati.rewards.registry import GIVEN
 from coati.trainer.callbacks import Callback, CallbackList
 from coati.utils.errors import no_early_exit
+from coati.utils.output_paths import check_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,6 +274,7 @@ def _train(
             f"{function}: nproc and hostfile start the command's processes, and this is one of "
             "Python's; start the script with torchrun --nproc_per_node N"
         )
+    check_outputs(settings.flags)
     save_dir = settings.output.save_dir
     chosen = flags.get("save_dir") is not None or "save_dir" in settings.flags_given
     fresh = not chosen and not settings.output.dry_run

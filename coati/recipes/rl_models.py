@@ -184,8 +184,9 @@ def critic_start(settings: PPOSettings, weights: str | None = None) -> Start:
 def readers(run: Run[OnlineSettings]) -> list[Start]:
     """Where the models are that read what the policy writes: critic and reward model."""
     settings = run.settings
-    critic = isinstance(settings, PPOSettings)
-    starts = [critic_start(settings, run.resume.weights)] if critic else []
+    starts = []
+    if isinstance(settings, PPOSettings):
+        starts.append(critic_start(settings, run.resume.weights))
     reward = reward_start(settings.reward)
     return starts if reward is None or reward.new_head else [*starts, reward]
 

@@ -108,7 +108,7 @@ def _tokenizer_and_template(settings: TrainingSettings) -> tuple[Any, Conversati
     data = settings.data
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     tokenizer.padding_side = "right"
-    prepared = [found for path in data.dataset if (found := preparation_of(path))]
+    prepared = [found for path in data.dataset if (found := _preparation(path)) is not None]
     config = data.conversation_template_config
     if config is None and prepared:
         config = prepared[0]["conversation_template"]
@@ -123,6 +123,18 @@ def _tokenizer_and_template(settings: TrainingSettings) -> tuple[Any, Conversati
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
     return tokenizer, template
+
+
+def _preparation(path: str) -> dict[str, Any] | None:
+    """:func:`preparation_of`. Raises ValueError where it does not say what is read of it here."""
+    found = preparation_of(path)
+    for name in ("tokenizer", "conversation_template") if found is not None else ():
+        if not isinstance(found.get(name), dict):
+            raise ValueError(
+                f"--dataset {path}: its preparation.json has no {name}, with which the rows were "
+                "made; copy it again, or prepare the data again with coati prepare"
+            )
+    return found
 
 
 def _check_same_vocabulary(tokenizer: Any, prepared: Mapping[str, Any]) -> None:

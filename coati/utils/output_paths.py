@@ -29,6 +29,12 @@ def check_outputs(flags: Mapping[str, Any]) -> None:
                 raise _cannot(flag, path, error.strerror) from error
 
 
+def with_folder(path: str | os.PathLike) -> Path:
+    """``path``, whose folder is made where it is not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def _check(flag: str, path: str) -> None:
     if not path or "\0" in path:
         wanted = "file" if flag in FILES else "directory"
@@ -40,8 +46,6 @@ def _check(flag: str, path: str) -> None:
         if there.is_dir():
             raise ValueError(f"--{flag} {path} is a directory; name a file")
         there = there.parent
-        if flag != "config_file" and not os.path.lexists(there):
-            raise ValueError(f"--{flag} {path}: there is no directory {there}; make it first")
     elif there.is_file():
         raise ValueError(f"--{flag} {path} is a file; name a directory")
     while not os.path.lexists(there):

@@ -20,6 +20,7 @@ from coati.models.generation.response_table import left_pad
 from coati.models.loading import adapter_base, find_model, load_config
 from coati.models.reward_model import RewardModel
 from coati.models.tokenizer import check_vocabulary, load_tokenizer
+from coati.utils.output_paths import with_folder
 from coati.utils.statistics import wilson_interval
 
 # From the color-blind safe palette of Okabe and Ito.
@@ -163,5 +164,5 @@ def write_histogram(groups: dict[str, Tensor], file: str | os.PathLike, bins: in
     axes.margins(x=0)
     axes.set_xlabel("score")
     figure.legend(loc="upper center", ncols=len(groups))
-    figure.savefig(file, format="png")
+    figure.savefig(with_folder(file), format="png")
     return Path(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from coati.cli.program_settings import QuantizeSettings
 from coati.cli.quantize import parse_quantize, quantize_parser
 from coati.cli.verb import Verb
+from coati.utils.output_paths import with_folder
 
 VERB = Verb(
     "models",
@@ -92,4 +93,4 @@ def main(args: QuantizeSettings) -> None:
         figures.append(measured(name, place, args, size if name in folders else None))
         show(figures[-1], figures[0])
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        with_folder(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

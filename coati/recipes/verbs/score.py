@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from coati.cli.program_settings import ScoreSettings
 from coati.cli.score import parse_score, score_parser
 from coati.cli.verb import Verb
+from coati.utils.output_paths import with_folder
 
 VERB = Verb(
     "models",
@@ -33,7 +34,7 @@ def main(args: ScoreSettings) -> None:
         raise ValueError(f"--input {' '.join(args.input)}: no row could be scored")
     scoring.score(model, rows, tokenizer.pad_token_id, args.batch_size)
     with (
-        open(args.output, "w", encoding="utf-8")
+        open(with_folder(args.output), "w", encoding="utf-8")
         if args.output
         else nullcontext(sys.stdout) as output
     ):

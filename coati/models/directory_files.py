@@ -39,7 +39,11 @@ SIZES = (
     "n_positions",
 )
 AGAIN = "copy it again from where the model is from"
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
+# Of the language model itself, not of a vision tower beside it
+LAYER = re.compile(
+    r"^(?:(?:model|transformer|gpt_neox|backbone|decoder|language_model)\.)*(?:layers|h|blocks)"
+    r"\.(\d+)\."
+)
 
 
 def check_small_files(path: str | os.PathLike) -> None:

@@ -307,7 +307,6 @@ def _load(
 ):
     """``heads``: beginnings of names that are left behind on purpose."""
     check_directory(path, "model")
-    check_index(path)
     from transformers.utils.logging import disable_progress_bar
 
     from coati.models.composite import classes_of, is_composite, load_text_part
@@ -316,6 +315,7 @@ def _load(
         disable_progress_bar()  # one bar is enough
     options = options | {dtype_keyword(): DTYPES[dtype]}
     config = load_configuration(path, options["trust_remote_code"])
+    check_index(path)
     composite = is_composite(config)
     if composite:  # refused in its own words, before weights are read
         model_class = classes_of(path, config)[1]
@@ -337,10 +337,23 @@ def _load(
         if wrong := _mismatched(read, config, options):
             raise ValueError(mismatch(path, *wrong)) from error
         raise explained(path, "model", error) from error
+    _check_report(path, model, report, heads, strict)
+    return model
+
+
+def _check_report(
+    path: str | os.PathLike,
+    model: Any,
+    report: dict[str, Any],
+    heads: tuple[str, ...],
+    strict: bool,
+) -> None:
+    """Raise ValueError for weights that are missing or belong to layers that are not there; others
+    without a use are told, or refused where ``strict``."""
     if unexpected := sorted(
         key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
     ):
-        check_layers(path, unexpected, getattr(text_config(config), "num_hidden_layers", None))
+        check_layers(path, unexpected, _layers(model.config))
         told = (
             f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights "
             f"({', '.join(unexpected[:3])})"
@@ -357,7 +370,15 @@ def _load(
             f"the files ({shown}); they would start at random. Is this a model of another kind, or "
             "an incomplete copy?"
         )
-    return model
+
+
+def _layers(config: Any) -> int | None:
+    """Layers that a model's files may hold: those that predict further tokens stand behind the
+    others, and are left out by transformers."""
+    config = text_config(config)
+    layers = getattr(config, "num_hidden_layers", None)
+    further = getattr(config, "num_nextn_predict_layers", None)
+    return layers + (further or 0) if isinstance(layers, int) else None
 
 
 def _mismatched(read: Any, config: Any, options: dict[str, Any]) -> tuple[str, Any] | None:

@@ -339,7 +339,7 @@ def _causes(workers: Sequence[Worker], first: Worker, code: int) -> list[str]:
     """The messages of all ranks, each once: the one that caused a failure need not be the first to
     end with it."""
     messages = list(dict.fromkeys(filter(None, (worker.message() for worker in workers))))
-    silent = first.message() is None and (code < 0 or not messages)
+    silent = first.message() is None and (code < 0 or code == EARLY or not messages)
     return [first.failure(code), *messages] if silent else messages
 
 

@@ -1,5 +1,7 @@
 """Malformed inputs of every verb: how each is made, what starts on it, and what is said."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from coati.recipes import command
 
 ROW = '{"messages":[{"from":"user","content":"q"},{"from":"assistant","content":"yes"}]}\n'
 
@@ -74,6 +78,17 @@ def good_words(verb: str, place: Place, model: str, rows: str | None) -> list[st
         given = ["--type", "sft", "--num_proc", "1", "--tokenizer_dir", model]
         return [*given, "--data_input_dirs", data, *places]
     return _of_programs(verb, model, rows, place, out)
+
+
+def ended(verb: str, words: list[str]) -> tuple[int | str, str]:
+    """The exit code of the command, and standard error."""
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            command.run(verb, words, prog=f"coati {verb}")
+        except SystemExit as end:
+            return end.code or 0, error.getvalue()
+    return 0, error.getvalue()
 
 
 def _of_programs(verb: str, model: str, rows: str | None, place: Place, out: str) -> list[str]:

@@ -4,8 +4,6 @@ traceback, no exit code of 0, and one message that names the flag or the file an
 Each runs as the command does, in this process; some once more as a process of their own.
 """
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -18,7 +16,7 @@ import pytest
 from coati.recipes import command
 from coati.utils.logging import forget_warnings
 from tests.end_to_end import malformed as bad
-from tests.end_to_end.malformed import ROW, Case, Place, good_words
+from tests.end_to_end.malformed import ROW, Case, Place, ended, good_words
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -517,17 +515,6 @@ def lines(rows) -> str:
 
 def said(role: str, text: str) -> dict:
     return {"from": role, "content": text}
-
-
-def ended(verb: str, words: list[str]) -> tuple[int | str, str]:
-    """The exit code of the command, and standard error."""
-    error = io.StringIO()
-    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            command.run(verb, words, prog=f"coati {verb}")
-        except SystemExit as end:
-            return end.code or 0, error.getvalue()
-    return 0, error.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -170,13 +170,12 @@ def check_lora(args: Namespace) -> None:
 def _rank_of(lora_config: str) -> Any:
     """``r`` of a ``--lora_config`` without ``--lora_rank``, which says whether there is LoRA."""
     content = load_json(lora_config)
-    if "r" not in content:
-        keys = f"its keys are {', '.join(content)}" if content else "it is empty"
+    if content and "r" not in content:
         raise ValueError(
-            f"--lora_config {lora_config}: no r, the rank ({keys}); write it there, or give "
-            "--lora_rank"
+            f"--lora_config {lora_config}: no r, the rank (its keys are {', '.join(content)}); "
+            "write it there, or give --lora_rank"
         )
-    return content["r"]
+    return content.get("r", 0)
 
 
 def check_pointless(args: Namespace) -> None:

@@ -6,7 +6,7 @@ A field has the name of its flag. Groups that a lower package consumes live ther
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
@@ -159,7 +159,7 @@ class TrainingSettings:
     seed: int
     flags: Mapping[str, Any]
     flags_given: Sequence[str] = ()
-    flags_written: Sequence[str] = ()
+    flags_written: Sequence[str] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

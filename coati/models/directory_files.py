@@ -105,6 +105,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -129,8 +133,12 @@ TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eos_token_id": IDS,
     "bos_token_id": IDS,
     "pad_token_id": IDS,
+    **{
+        name: (_is_number, "a number")
+        for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta")
+    },
     "tokenizer_class": (_is_text, "the name of a class"),
-    "model_max_length": (lambda value: isinstance(value, int | float), "a number"),
+    "model_max_length": (_is_number, "a number"),
     "chat_template": (lambda value: isinstance(value, str | list | dict), "Jinja text"),
 }
 
@@ -205,3 +213,26 @@ def check_layers(path: str | os.PathLike, unexpected: Sequence[str], layers: int
             f"config.json (num_hidden_layers {layers}), the first: {min(beyond)}; put back the "
             "config.json that these weights came with"
         )
+
+
+def damaged_weights(directory: Path) -> Path | None:
+    """The first file of weights in a directory that is not of the kind that its name says."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    for file in sorted(directory.glob("*_model*.bin")) if directory.is_dir() else ():
+        with open(file, "rb") as stream:
+            start = stream.read(2)
+        if start not in (b"PK", b"\x80\x02"):  # a zip archive, or the older pickle
+            return file
+    return None
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """``text``, without its middle where it is longer than ``most``."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

@@ -17,7 +17,9 @@ from coati.models.directory_files import (
     check_layers,
     check_small_files,
     damaged_file,
+    damaged_weights,
     mismatch,
+    shortened,
 )
 from coati.utils.json_io import load_object
 from coati.utils.logging import get_logger
@@ -449,18 +451,13 @@ def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueErro
         return ValueError(f"{path}: a configuration file is not valid JSON ({error})")
     if unknown := _unknown_family(path, str(error)):
         return ValueError(unknown)
-    if damaged := _damaged_weights(Path(path)):
+    if damaged := damaged_weights(Path(path)):
         return ValueError(
             f"{damaged}: not readable as weights, truncated or damaged ({shortened(text, 120)}); "
             "copy it again"
         )
     remedy = "; copy its files again from where the model is from" if kind == "tokenizer" else ""
     return ValueError(f"{path}: the {kind} could not be loaded ({text}){remedy}")
-
-
-def shortened(text: str, most: int = 400) -> str:
-    """``text``, without its middle where it is longer than ``most``."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
@@ -487,20 +484,3 @@ def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
 def _numbers(release: str) -> list[int]:
     """Major and minor number of a release."""
     return [int(part) for part in release.split(".")[:2] if part.isdigit()]
-
-
-def _damaged_weights(directory: Path) -> Path | None:
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError):
-            return file
-    for file in sorted(directory.glob("*_model*.bin")) if directory.is_dir() else ():
-        with open(file, "rb") as stream:
-            start = stream.read(2)
-        if start not in (b"PK", b"\x80\x02"):  # a zip archive, or the older pickle
-            return file
-    return None

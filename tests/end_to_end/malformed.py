@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coati.parallel.launch import shut_down
 from coati.recipes import command
 
 ROW = '{"messages":[{"from":"user","content":"q"},{"from":"assistant","content":"yes"}]}\n'
@@ -88,6 +89,8 @@ def ended(verb: str, words: list[str]) -> tuple[int | str, str]:
             command.run(verb, words, prog=f"coati {verb}")
         except SystemExit as end:
             return end.code or 0, error.getvalue()
+        finally:
+            shut_down()  # a run that fails leaves its group to the end of the process
     return 0, error.getvalue()
 
 

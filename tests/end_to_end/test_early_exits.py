@@ -10,6 +10,7 @@ import pytest
 import coati
 from coati.dataset.prepare import workers
 from coati.dataset.prepare.shard_plan import Task
+from coati.parallel.launch import shut_down
 from coati.utils.errors import RunFailed
 from tests.end_to_end.inputs import ROOT
 
@@ -31,6 +32,8 @@ SETTINGS = {
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    yield
+    shut_down()
 
 
 class Leaves(coati.Callback):

@@ -165,6 +165,9 @@ CASES = {
     "an unknown activation": Case(
         "sft", ("could not be loaded",), bad.with_config(hidden_act="no")
     ),
+    "an epsilon of letters": Case(
+        "chat", ("rms_norm_eps is 'a'", "a number"), bad.with_config(rms_norm_eps="a")
+    ),
     "quantization a list": Case(
         "compare", ("quantization_config is []",), bad.with_config(quantization_config=[])
     ),

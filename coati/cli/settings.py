@@ -24,13 +24,13 @@ def filled(kind: type[T], flags: Mapping[str, Any], /, **given: Any) -> T:
     """
     hints = get_type_hints(kind)
     values = dict(given)
-    for field in fields(kind):  # type: ignore[arg-type]
-        if field.name in given:
+    for each in fields(kind):  # type: ignore[arg-type]
+        if each.name in given:
             continue
-        if is_dataclass(hints[field.name]):
-            values[field.name] = filled(hints[field.name], flags)
-        elif field.name in flags:
-            values[field.name] = flags[field.name]
+        if is_dataclass(hints[each.name]):
+            values[each.name] = filled(hints[each.name], flags)
+        elif each.name in flags:
+            values[each.name] = flags[each.name]
     return kind(**values)
 
 

@@ -153,8 +153,9 @@ def read_json(flag: str, path: str | Path) -> Any:
 def check_lora(args: Namespace) -> None:
     """Set ``args.lora_rank`` to the rank that holds: the flag's, else the file's, else 0."""
     if args.lora_rank is None:
-        args.lora_rank = load_json(args.lora_config).get("r", 0) if args.lora_config else 0
-    if not isinstance(args.lora_rank, int) or args.lora_rank < 0:
+        args.lora_rank = _rank_of(args.lora_config) if args.lora_config else 0
+    whole = isinstance(args.lora_rank, int) and not isinstance(args.lora_rank, bool)
+    if not whole or args.lora_rank < 0:
         raise ValueError(
             f"--lora_config {args.lora_config}: r must be a whole number, found {args.lora_rank!r}"
         )
@@ -165,6 +166,17 @@ def check_lora(args: Namespace) -> None:
             raise ValueError(
                 f"--{flag} does nothing without LoRA: set --lora_rank (20 to 64) or --lora_config"
             )
+
+
+def _rank_of(lora_config: str) -> Any:
+    """``r`` of a ``--lora_config`` without ``--lora_rank``, which says whether there is LoRA."""
+    content = load_json(lora_config)
+    if content and "r" not in content:
+        raise ValueError(
+            f"--lora_config {lora_config}: no r, the rank (its keys are {', '.join(content)}); "
+            "write it there, or give --lora_rank"
+        )
+    return content.get("r", 0)
 
 
 def check_pointless(args: Namespace) -> None:

@@ -95,7 +95,8 @@ class Parser(argparse.ArgumentParser):
         add_aliases(self)
         argv = self._in_full(sys.argv[1:] if args is None else args)
         self._check_named_once(argv)
-        parsed, unread = self.parse_known_args(self._from_file(argv) + argv, namespace)
+        words = self._from_file(argv) + argv
+        parsed, unread = self.parse_known_args(words, namespace)
         if unread:
             self.error(
                 f"{' '.join(unread)}: a value without a flag before it; --help lists the flags"
@@ -112,6 +113,9 @@ class Parser(argparse.ArgumentParser):
             and getattr(parsed, action.dest, action.default)
             not in (action.default, [action.default])
         )
+        # For defaults that follow the model: what was written stands, also if it is the default.
+        named = (self.action_of(word.partition("=")[0]) for word in words)
+        parsed._written = sorted({action.dest for action in named if action is not None})
         return parsed
 
     def error(self, message: str) -> NoReturn:

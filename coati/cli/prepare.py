@@ -251,7 +251,7 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
             "rows"
         )
     _check_together(parser, args)
-    return filled(PrepareSettings, vars(args))
+    return filled(PrepareSettings, vars(args), length_given="max_length" in args._written)
 
 
 def _check_template_name(parser: Parser, args: Namespace) -> None:

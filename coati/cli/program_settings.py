@@ -79,7 +79,8 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """``coati prepare``. ``type`` None: only the template is checked."""
+    """``coati prepare``. ``type`` None: only the template is checked. ``length_given``: whether
+    ``max_length`` was written, or is the default."""
 
     type: str | None
     data_input_dirs: list[str]
@@ -110,6 +111,7 @@ class PrepareSettings:
     min_answer_chars: int
     max_answer_chars: int | None
     drop_trivial_answers: bool
+    length_given: bool = True
 
 
 @dataclass(frozen=True)

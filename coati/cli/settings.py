@@ -6,7 +6,7 @@ A field has the name of its flag. Groups that a lower package consumes live ther
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
@@ -24,13 +24,13 @@ def filled(kind: type[T], flags: Mapping[str, Any], /, **given: Any) -> T:
     """
     hints = get_type_hints(kind)
     values = dict(given)
-    for field in fields(kind):  # type: ignore[arg-type]
-        if field.name in given:
+    for each in fields(kind):  # type: ignore[arg-type]
+        if each.name in given:
             continue
-        if is_dataclass(hints[field.name]):
-            values[field.name] = filled(hints[field.name], flags)
-        elif field.name in flags:
-            values[field.name] = flags[field.name]
+        if is_dataclass(hints[each.name]):
+            values[each.name] = filled(hints[each.name], flags)
+        elif each.name in flags:
+            values[each.name] = flags[each.name]
     return kind(**values)
 
 
@@ -38,7 +38,8 @@ def settings_of(kind: type[T], args: Namespace, **given: Any) -> T:
     """The settings of a script from its checked flags; ``given`` as in :func:`filled`."""
     flags = {name: value for name, value in vars(args).items() if not name.startswith("_")}
     chosen = getattr(args, "_given", [])
-    return filled(kind, flags, flags=flags, flags_given=chosen, **given)
+    written = getattr(args, "_written", [])
+    return filled(kind, flags, flags=flags, flags_given=chosen, flags_written=written, **given)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class TrainingSettings:
 
     ``plugin``: as asked for; None follows the machine, and ``parallel.plugin`` then says nothing.
     ``flags``: every resolved flag by name, for arguments.json, ``--dry_run`` and trackers;
-    ``flags_given``: the names of those that were not left at their default.
+    ``flags_given``: the names of those that were not left at their default; ``flags_written``: of
+    those that stand in the command or its configuration file.
     """
 
     model: ModelSettings
@@ -159,6 +161,7 @@ class TrainingSettings:
     seed: int
     flags: Mapping[str, Any]
     flags_given: Sequence[str] = ()
+    flags_written: Sequence[str] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from coati.inference.stream import TextStream
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate_streaming
 from coati.models.generation.sampling import Sampling
+from coati.models.positions import within_positions
 
 
 class ChatSession:
@@ -33,11 +34,10 @@ class ChatSession:
         sampling: Sampling | None = None,
         seed: int | None = None,
     ):
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
         self.model = model
         self.tokenizer = tokenizer
         self.conversation = conversation
-        self.max_length = min(max_length, positions)
+        self.max_length = within_positions(model.config, max_length)
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling or Sampling(temperature=0.7)
         self.device = next(model.parameters()).device

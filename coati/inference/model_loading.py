@@ -12,7 +12,7 @@ from torch import nn
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
 from coati.models.generation.end_tokens import stop_sequences
-from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_lm
+from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_lm, load_config
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.logging import get_logger
@@ -67,6 +67,8 @@ def load(
             f"{directory} is a LoRA adapter, which cannot be quantized alone; merge it with "
             "coati merge"
         )
+    if adapter_base(directory) is None:
+        load_config(directory, trust_remote_code)  # its own faults, before a tokenizer has them
     tokenizer = load_tokenizer(tokenizer_path or find_tokenizer(directory), trust_remote_code)
     conversation = conversation_of(directory, tokenizer, template)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from coati.utils.output_paths import with_folder
+
 Messages = list[dict[str, str]]
 PIPE = "-"
 
@@ -31,7 +33,7 @@ class Transcript:
     def close(self) -> None:
         """Write the conversation, which has ended."""
         if self.file is not None and self._messages:
-            with open(self.file, "a", encoding="utf-8") as output:
+            with open(with_folder(self.file), "a", encoding="utf-8") as output:
                 output.write(json.dumps({"messages": self._messages}, ensure_ascii=False) + "\n")
         self._messages = []
 

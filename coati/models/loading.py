@@ -11,18 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coati.models.attention_choice import needs_eager, with_attention
+from coati.models.directory_files import (
+    check_adapter,
+    check_index,
+    check_layers,
+    check_small_files,
+    damaged_file,
+    damaged_weights,
+    mismatch,
+    shortened,
+)
 from coati.models.generation_settings import (
     loadable,
     mend_model,
     mend_padding,
     without_complaints,
 )
-from coati.utils.json_io import load_json
+from coati.utils.json_io import load_json, load_object
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
     adopt_config,
     body_name,
     dtype_keyword,
+    text_config,
     transformers_major,
 )
 
@@ -86,7 +97,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """``config.json`` of a directory as it stands there; empty where there is none (a hub name,
     say)."""
     file = Path(path) / "config.json"
-    return load_json(file) if file.is_file() else {}
+    return load_object(file) if file.is_file() else {}
 
 
 def adapter_base(path: str | os.PathLike) -> str | None:
@@ -97,15 +108,21 @@ def adapter_base(path: str | os.PathLike) -> str | None:
     directory = Path(path)
     if not (directory / ADAPTER_CONFIG).is_file() or (directory / "config.json").is_file():
         return None
-    name = load_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not name:
+    name = load_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        found = f"is {name!r}" if name else "is empty"
         raise ValueError(
-            f"{directory / 'adapter_config.json'}: base_model_name_or_path is empty; write the "
-            "base there"
+            f"{directory / 'adapter_config.json'}: base_model_name_or_path {found}; write the "
+            "base there, a directory or a hub name"
         )
     beside = directory / name
     base = str(beside) if not Path(name).is_dir() and beside.is_dir() else name
-    if os.path.isabs(base) and not Path(base).is_dir():
+    if Path(base).is_dir() and Path(base).resolve() == directory.resolve():
+        raise ValueError(
+            f"{directory / 'adapter_config.json'}: base_model_name_or_path is this directory "
+            "itself; write the base there that the adapter was trained on"
+        )
+    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
         raise ValueError(
             f"{directory / 'adapter_config.json'}: the base model {name} is not there; put it back "
             "or write its new place into base_model_name_or_path"
@@ -176,12 +193,13 @@ def load_configuration(path: str | os.PathLike, trust_remote_code: bool = False)
     """The configuration of ``path``, which may hold nothing else."""
     from transformers import AutoConfig
 
+    check_small_files(path)
     try:
         with without_complaints():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         adopt_config(config)
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # classes of their own in strict configurations, any in remote code
         raise explained(path, "model", error) from error
 
 
@@ -252,6 +270,7 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
+    check_adapter(directory)
     try:
         _grow_for(base, load_peft_weights(str(directory), device="cpu"))
         model = PeftModel.from_pretrained(base, str(directory))
@@ -329,6 +348,7 @@ def _load(
     options = options | {dtype_keyword(): DTYPES[dtype]}
     settings, dropped = loadable(path)
     config = load_configuration(path, options["trust_remote_code"])
+    check_index(path)
     changes = mend_padding(config)
     composite = is_composite(config)
     if composite:  # refused in its own words, before weights are read
@@ -350,6 +370,8 @@ def _load(
         with _without_report(), without_complaints():
             model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
+        if wrong := _mismatched(read, config, options):
+            raise ValueError(mismatch(path, *wrong)) from error
         raise explained(path, "model", error) from error
     _check_report(path, model, report, heads, strict)
     mend_model(model, path, [*dropped, *changes])
@@ -363,10 +385,12 @@ def _check_report(
     heads: tuple[str, ...],
     strict: bool,
 ) -> None:
-    """What a loading report says of weights without a use, and of missing ones."""
+    """Raise ValueError for weights that are missing or belong to layers that are not there; others
+    without a use are told, or refused where ``strict``."""
     if unexpected := sorted(
         key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
     ):
+        check_layers(path, unexpected, _layers(model.config))
         told = (
             f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights "
             f"({', '.join(unexpected[:3])})"
@@ -383,6 +407,27 @@ def _check_report(
             f"the files ({shown}); they would start at random. Is this a model of another kind, or "
             "an incomplete copy?"
         )
+
+
+def _layers(config: Any) -> int | None:
+    """Layers that a model's files may hold: those that predict further tokens stand behind the
+    others, and are left out by transformers."""
+    config = text_config(config)
+    layers = getattr(config, "num_hidden_layers", None)
+    further = getattr(config, "num_nextn_predict_layers", None)
+    return layers + (further or 0) if isinstance(layers, int) else None
+
+
+def _mismatched(read: Any, config: Any, options: dict[str, Any]) -> tuple[str, Any] | None:
+    """The model's class, and what loading reports of weights of other shapes; None where shapes
+    are not what ended it."""
+    try:
+        with _without_report():
+            model, report = read(options | {"ignore_mismatched_sizes": True})
+    except Exception:  # the first error says it
+        return None
+    keys = report.get("mismatched_keys")
+    return (type(model).__name__, list(keys)) if keys else None
 
 
 def _read(auto_class: Any, path: str | os.PathLike, options: dict[str, Any]):
@@ -428,7 +473,10 @@ def get_model_numel(model) -> int:
 def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueError:
     """``error`` of a loader as a ValueError that names ``path`` and, where it is known, what to
     do."""
-    text = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
+    said = str(error).strip().split("\n\n")[0].split("\nModel type should be")[0]
+    text = shortened(f"{type(error).__name__}: {' '.join(said.split())}")
+    if damaged_json := damaged_file(path):
+        return ValueError(damaged_json)
     if "trust_remote_code" in str(error):
         return ValueError(
             f"{path} brings Python code of its own (auto_map in its configuration), which is not "
@@ -438,11 +486,13 @@ def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueErro
         return ValueError(f"{path}: a configuration file is not valid JSON ({error})")
     if unknown := _unknown_family(path, str(error)):
         return ValueError(unknown)
-    if damaged := _damaged_weights(Path(path)):
+    if damaged := damaged_weights(Path(path)):
         return ValueError(
-            f"{damaged}: not readable as weights, truncated or damaged ({text}); copy it again"
+            f"{damaged}: not readable as weights, truncated or damaged ({shortened(text, 120)}); "
+            "copy it again"
         )
-    return ValueError(f"{path}: the {kind} could not be loaded ({text})")
+    remedy = "; copy its files again from where the model is from" if kind == "tokenizer" else ""
+    return ValueError(f"{path}: the {kind} could not be loaded ({text}){remedy}")
 
 
 def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
@@ -469,15 +519,3 @@ def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
 def _numbers(release: str) -> list[int]:
     """Major and minor number of a release."""
     return [int(part) for part in release.split(".")[:2] if part.isdigit()]
-
-
-def _damaged_weights(directory: Path) -> Path | None:
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError):
-            return file
-    return None

@@ -13,6 +13,7 @@ from coati.models.attention_choice import caps_scores, eager_note
 from coati.models.loading import (
     DTYPES,
     adapter_base,
+    explained,
     load_configuration,
     read_config,
 )
@@ -39,7 +40,10 @@ def saved_head(
 
     Raises ValueError when a head is wanted and not there, or it is a critic's and not a score.
     """
-    state = head_state(path)
+    try:
+        state = head_state(path)
+    except Exception as error:  # safetensors and pickle have error classes of their own
+        raise explained(path, "model", error) from error
     if state is None:
         if adapter_base(path):
             raise ValueError(

@@ -5,8 +5,9 @@ import difflib
 import os
 from pathlib import Path
 
+from coati.models.directory_files import check_small_files, check_types
 from coati.models.loading import ADAPTER_CONFIG, check_directory, explained
-from coati.utils.json_io import load_json
+from coati.utils.json_io import load_object
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
 from coati.utils.transformers_compat import tokenizer_class_names, tokenizer_options
@@ -24,14 +25,17 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
     directory and missing end token.
     """
     check_directory(path, "tokenizer")
+    check_small_files(path)
     file = _file(path, "tokenizer_config.json")
-    saved = load_json(file) if file else {}
+    saved = load_object(file) if file else {}
+    if file:
+        check_types(file, saved)
     options = tokenizer_options(saved)
     if not trust_remote_code and options is None and file:
         _check_class(file, saved)
     try:
         tokenizer = _read(path, options, trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raises Exception itself
         raise explained(path, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -52,7 +56,7 @@ def find_tokenizer(directory: str | os.PathLike) -> str:
     adapter = Path(directory) / ADAPTER_CONFIG
     if not adapter.is_file() or (Path(directory) / "tokenizer_config.json").is_file():
         return str(directory)
-    base = load_json(adapter).get("base_model_name_or_path") or str(directory)
+    base = load_object(adapter).get("base_model_name_or_path") or str(directory)
     logger.info(f"{directory} holds no tokenizer; that of its base {base} is used")
     return base
 

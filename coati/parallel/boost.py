@@ -140,6 +140,18 @@ def check_scalar(model: nn.Module, options: ParallelOptions) -> None:
         )
 
 
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Raise ValueError for a value of ``--plugin_args`` of another kind than the ``default``."""
+    kinds = {bool: ("true or false", (bool,)), str: ("a text", (str,))}
+    numbers = ("a number", (int, float))
+    if default is inspect.Parameter.empty or default is None or value is None:
+        return
+    wanted, types = kinds.get(type(default), numbers if type(default) in numbers[1] else ("", ()))
+    wrong = isinstance(value, bool) and bool not in types
+    if types and (wrong or not isinstance(value, types)):
+        raise ValueError(f"--plugin_args: {key} is {value!r}; expected {wanted} ({default!r})")
+
+
 def make_plugin(options: ParallelOptions, custom_policy: Any = None):
     """The ColossalAI plugin of ``options``. Raises ValueError for a key of ``plugin_args`` it does
     not know."""
@@ -148,7 +160,8 @@ def make_plugin(options: ParallelOptions, custom_policy: Any = None):
     row = PLUGINS[options.plugin]
     constructor = getattr(upstream, row.upstream)
     keywords = row.keywords(options)
-    known = set(inspect.signature(constructor.__init__).parameters) - {"self"}
+    signature = inspect.signature(constructor.__init__)
+    known = set(signature.parameters) - {"self"}
     for key in options.plugin_args:
         if key not in known:
             nearest = get_close_matches(key, known, n=1)
@@ -161,6 +174,7 @@ def make_plugin(options: ParallelOptions, custom_policy: Any = None):
                 f"--plugin_args: {row.upstream} of --plugin {options.plugin} has no keyword "
                 f"{key!r}; {hint}"
             )
+        _check_kind(key, options.plugin_args[key], signature.parameters[key].default)
     keywords |= options.plugin_args
     if custom_policy is not None:
         keywords["custom_policy"] = custom_policy

@@ -30,7 +30,7 @@ from coati.parallel.optimizer_state import load_rank_state, rank_state
 from coati.parallel.save_rescue import rescue
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
-from coati.utils.json_io import load_json, save_json
+from coati.utils.json_io import load_object, save_json
 from coati.utils.logging import get_logger
 from coati.utils.packages import releases
 from coati.utils.phases import phase
@@ -179,9 +179,10 @@ def read_checkpoint(folder: str | Path) -> RunningState:
             f"--checkpoint_path {folder}: no running_states.json; expected an epoch-E_step-S "
             "directory of this library, or its modeling/ directory to take the weights alone"
         )
-    stored = load_json(folder / "running_states.json")
+    stored = load_object(folder / "running_states.json")
     known = {name: stored[name] for name in RunningState.__dataclass_fields__ if name in stored}
     state = RunningState(**known)
+    _check_fields(folder / "running_states.json", stored, state)
     found = file_sizes(folder)
     for name, size in state.files.items():
         if found.get(name) != size:
@@ -190,6 +191,23 @@ def read_checkpoint(folder: str | Path) -> RunningState:
                 "checkpoint was truncated or changed after it was saved. Resume from an earlier one"
             )
     return state
+
+
+def _check_fields(file: Path, stored: dict[str, Any], state: RunningState) -> None:
+    """Raise ValueError for a running state that does not say where the run was."""
+    remedy = "the file was changed or damaged; resume from an earlier checkpoint"
+    if missing := [name for name in ("epoch", "step") if name not in stored]:
+        raise ValueError(f"--checkpoint_path {file}: no {missing[0]}; {remedy}")
+    for name in ("epoch", "step", "sample_start_index"):
+        value = getattr(state, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(
+                f"--checkpoint_path {file}: {name} is {value!r}; expected a whole number, 0 or "
+                f"more; {remedy}"
+            )
+    for name in ("layout", "trainer", "data", "files", "packages", "flags", "inputs"):
+        if not isinstance(getattr(state, name), dict):
+            raise ValueError(f"--checkpoint_path {file}: {name} is no object; {remedy}")
 
 
 @phase("restoring the checkpoint")

@@ -13,9 +13,10 @@ from coati.cli.checks import check_models
 from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
-from coati.utils.errors import RunFailed
+from coati.utils.errors import RunFailed, no_early_exit
 from coati.utils.liveness import at_forced_end
 from coati.utils.logging import unsaid
+from coati.utils.output_paths import check_outputs
 from coati.utils.phases import import_libraries
 
 PROGRAM = "coati"
@@ -68,6 +69,8 @@ def run(
             verb.words(given), prog=prog, **({} if older is None else {"older": older})
         )
     try:
+        if launcher.ERROR_FILE not in os.environ:  # else the launcher has checked them
+            check_outputs(getattr(settings, "flags", None) or vars(settings))
         if verb.processes:
             check_models(settings)
         if verb.processes and settings.launch.wanted:
@@ -76,10 +79,11 @@ def run(
 
                 preflight(settings)
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
-        if verb.processes:
-            _run_in_group(verb, settings, prog)
-        else:
-            verb.function()(settings)
+        with launcher.rank_at_work(), no_early_exit():
+            if verb.processes:
+                _run_in_group(verb, settings, prog)
+            else:
+                verb.function()(settings)
     except (ValueError, OSError, RunFailed) as error:
         _fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:

@@ -1,13 +1,17 @@
 """Checks of rows before a model is loaded: supervised end tokens, both kinds of labels, enough
-prompts, ground truths."""
+prompts, ground truths, rows that fit into the model's positions."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coati.cli.settings import KTOSettings, OnlineSettings
 from coati.dataset.data_types import type_of_row
+from coati.dataset.load.loader import row_lengths
+from coati.models.loading import is_bare
 from coati.models.loss import balance
+from coati.models.positions import check_tokens, positions_in
 from coati.recipes.run import PreparedRows, Run
 from coati.rewards.scorer import Rewards
 from coati.utils.logging import get_logger
@@ -120,3 +124,77 @@ def check_gt_answers(
             f"--reward_functions {wanting} compares responses with; give every row one, or leave "
             "those rows out"
         )
+
+
+def check_positions(
+    run: Run, rows: PreparedRows | None, flag: str = "dataset", kl_rows: bool = False
+) -> None:
+    """Rows to train or evaluate on against the positions of ``--pretrain``. ``kl_rows``: each
+    prompt is also read with the response of another row.
+
+    Raises ValueError where a table of positions ends before the longest row; warns where rotary
+    embeddings go on.
+    """
+    if rows is None or not len(rows):
+        return
+    model = run.settings.model
+    positions = positions_in(model.pretrain, model.trust_remote_code)
+    if positions is None:
+        return
+    longest = int(row_lengths(rows.rows).max())
+    what = f"--{flag}: the longest row"
+    if kl_rows:
+        prompts, responses = _longest_parts(rows.rows)
+        if prompts + responses > longest:
+            longest = prompts + responses
+            what = f"--{flag}: a prompt with the response of another row (KTO's KL term)"
+    multiple = run.options.sequence_multiple
+    tokens = -(-min(longest, run.settings.data.max_length) // multiple) * multiple
+    check_tokens(
+        positions, tokens, what, f"use --max_length {positions.count // multiple * multiple}"
+    )
+
+
+def _longest_parts(rows: Any) -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest response."""
+    columns = rows.select_columns(["prompt", "completion"])
+    prompts, responses = zip(
+        *((len(r["prompt"]), len(r["completion"])) for r in columns), strict=True
+    )
+    return max(prompts), max(responses)
+
+
+def check_rollout_positions(
+    run: Run[OnlineSettings], prompts: PreparedRows | None, flag: str = "prompt_dataset"
+) -> None:
+    """Raise ValueError where a prompt and its response exceed the positions of the policy: what it
+    writes beyond them is an error or noise."""
+    if prompts is None:
+        return
+    settings = run.settings
+    positions = positions_in(settings.model.pretrain, settings.model.trust_remote_code)
+    longest = int(row_lengths(prompts.rows).max())
+    response = settings.rollout.max_seq_len
+    if positions is None or longest + response <= positions.count:
+        return
+    raise ValueError(
+        f"--{flag}: the longest prompt has {longest} tokens and its response up to {response} "
+        f"(--max_seq_len), this {positions.family} model has {positions.count} positions; use "
+        f"--max_length {positions.count}, or lower --max_seq_len"
+    )
+
+
+def check_reader_positions(
+    run: Run[OnlineSettings], prompts: PreparedRows, flag: str, path: str
+) -> None:
+    """Prompts with their responses against the positions of another model that reads them, the
+    reward model or the critic of ``--flag``. Errors as :func:`check_positions`."""
+    settings = run.settings
+    trust = settings.model.trust_remote_code
+    if not Path(path).is_dir() or is_bare(path):
+        return
+    tokens = int(row_lengths(prompts.rows).max()) + settings.rollout.max_seq_len
+    positions = positions_in(path, trust)
+    count = 0 if positions is None else positions.count
+    remedy = f"use --max_length {count}"
+    check_tokens(positions, tokens, f"--{flag} {path}: a prompt with its response", remedy)

@@ -1,10 +1,12 @@
-"""Defaults that follow the machine, each logged once."""
+"""Defaults that follow the machine or the model, each logged once."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from coati.cli.settings import TrainingSettings
+from coati.models.positions import positions_in
 from coati.parallel.optimizer import can_compile
 from coati.parallel.plugin_checks import check_options, resolve_options
 from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3, ParallelOptions
@@ -12,6 +14,8 @@ from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def resolved_options(settings: TrainingSettings) -> ParallelOptions:
@@ -66,3 +70,32 @@ def check_precision(precision: str | None) -> None:
             f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use "
             "--mixed_precision fp16 or fp32"
         )
+
+
+def within_model(settings: Settings) -> Settings:
+    """``settings`` whose ``--max_length``, where it was left at its default, is at most what the
+    model has positions.
+
+    Raises ValueError where that leaves no room for a prompt beside its response.
+    """
+    model = settings.model
+    data = settings.data
+    positions = positions_in(model.pretrain, model.trust_remote_code)
+    if (
+        positions is None
+        or "max_length" in settings.flags_written
+        or data.max_length <= positions.count
+    ):
+        return settings
+    count = positions.count
+    if count <= data.max_seq_len:
+        raise ValueError(
+            f"--max_seq_len {data.max_seq_len}: this {positions.family} model has {count} "
+            "positions for prompt and response together; lower --max_seq_len"
+        )
+    logger.info(
+        f"--max_length is {count} by default here: this {positions.family} model has {count} "
+        "positions."
+    )
+    flags = {**settings.flags, "max_length": count}
+    return replace(settings, data=replace(data, max_length=count), flags=flags)

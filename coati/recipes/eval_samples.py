@@ -9,6 +9,7 @@ from coati.models.generation.detokenize import decode
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import Sampling
 from coati.models.generation.response_table import left_pad, without_stop
+from coati.models.positions import within_positions
 from coati.parallel.engine import Engine
 from coati.parallel.plugin_checks import cannot_generate, resolve_options
 from coati.parallel.sharded_generation import sample
@@ -55,6 +56,9 @@ def what_differs(prompts: list[list[int]]) -> list[list[int]]:
 def _samples(
     engine: Engine, prompts: list[list[int]], tokenizer: Any, stop_ids: list[list[int]]
 ) -> list[tuple[str, str]]:
+    room = within_positions(engine.module.config, PROMPT_TOKENS + NEW_TOKENS)
+    new_tokens = min(NEW_TOKENS, room // 2)
+    prompts = [prompt[new_tokens - room :] for prompt in prompts]
     stops = stop_sequences(stop_ids, tokenizer, engine.model)
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, engine.device)
     result = sample(
@@ -63,7 +67,7 @@ def _samples(
         mask,
         sampling=Sampling(do_sample=False),
         stop_sequences=stops,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     answers = [decode(tokenizer, without_stop(answer, stops)) for answer in result.responses()]

@@ -53,6 +53,8 @@ SSH = ("-T", *(word for option in OPTIONS for word in ("-o", option)))
 PR_SET_PDEATHSIG = 1  # prctl(2)
 ERROR_FILE = "COATI_ERROR_FILE"  # where a process leaves the message that ends it
 RUN_ID = "COATI_RUN_ID"  # the same in all processes of a run, and in no other run
+AT_WORK = ".at-work"  # ending of the file that is there while a process has not reached its end
+EARLY = 70  # EX_SOFTWARE: what the exit code 0 of such a process becomes
 KILLED = "often by the kernel, when memory ran out: see dmesg"
 
 
@@ -116,9 +118,11 @@ class LocalWorker:
             start_new_session=True,
             preexec_fn=_end_with_launcher,
         )
+        self._at_work = _mark(self._error, self._process.pid)
 
     def poll(self) -> int | None:
-        return self._process.poll()
+        code = self._process.poll()
+        return EARLY if code == 0 and self._at_work.exists() else code
 
     def send(self, number: int) -> None:
         if self.poll() is not None:
@@ -135,6 +139,11 @@ class LocalWorker:
         if code < 0:
             why = f" ({KILLED})" if code == -signal.SIGKILL else ""
             return f"{self.name} was ended by {signal.Signals(-code).name}{why}"
+        if code == EARLY and self._process.poll() == 0:
+            return (
+                f"{self.name} ended with exit code 0 before the end of its run: something called "
+                "os._exit(0), in a reward function, a callback, or code that came with the model"
+            )
         return f"{self.name} ended with exit code {code}; its own message is above"
 
 
@@ -177,6 +186,23 @@ class RemoteWorker:
                 "true` must work without a prompt"
             )
         return f"{self.name}: ended with exit code {code}; its own message is above"
+
+
+@contextmanager
+def rank_at_work() -> Iterator[None]:
+    """In a process of a launcher: until the block is through, an exit code of 0 is no success."""
+    if ERROR_FILE not in os.environ:
+        yield
+        return
+    mark = _mark(Path(os.environ[ERROR_FILE]), os.getpid())
+    mark.touch()
+    yield
+    mark.unlink(missing_ok=True)
+
+
+def _mark(error_file: Path, process: int) -> Path:
+    """With the process in its name: what a rank starts inherits the environment."""
+    return error_file.with_name(f"{error_file.name}.{process}{AT_WORK}")
 
 
 def launch(settings: LaunchSettings, command: Sequence[str]) -> int:
@@ -332,7 +358,7 @@ def _causes(workers: Sequence[Worker], first: Worker, code: int) -> list[str]:
     """The messages of all ranks, each once: the one that caused a failure need not be the first to
     end with it."""
     messages = list(dict.fromkeys(filter(None, (worker.message() for worker in workers))))
-    silent = first.message() is None and (code < 0 or not messages)
+    silent = first.message() is None and (code < 0 or code == EARLY or not messages)
     return [first.failure(code), *messages] if silent else messages
 
 

@@ -13,6 +13,7 @@ from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, dry_run, eval_samples, finish
 from coati.recipes.build import Trained
+from coati.recipes.data_checks import check_positions
 from coati.recipes.resume import running_state
 from coati.recipes.run import PreparedRows, Run
 from coati.recipes.same_run import SAME_ROWS, rows_facts
@@ -45,6 +46,8 @@ def _facts(rows: TrainingData) -> dict[str, Any]:
 
 def _load_data(run: Run[SLSettings], type: str) -> TrainingData:
     train, evaluation = data.training_and_evaluation_rows(run, type)
+    check_positions(run, train, kl_rows=type == "kto")
+    check_positions(run, evaluation, "eval_dataset", kl_rows=type == "kto")
     state = running_state(run.resume, run.settings, train.rows)
     order = data.epoch_order(run, train)
     data.check_order(run, order)

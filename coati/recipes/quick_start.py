@@ -22,6 +22,8 @@ from coati.recipes.row_files import json_file, paths_of
 from coati.recipes.trained_model import TrainedModel, TrainedRewardModel, collect_garbage
 from coati.rewards.registry import GIVEN
 from coati.trainer.callbacks import Callback, CallbackList
+from coati.utils.errors import no_early_exit
+from coati.utils.output_paths import check_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,6 +274,7 @@ def _train(
             f"{function}: nproc and hostfile start the command's processes, and this is one of "
             "Python's; start the script with torchrun --nproc_per_node N"
         )
+    check_outputs(settings.flags)
     save_dir = settings.output.save_dir
     chosen = flags.get("save_dir") is not None or "save_dir" in settings.flags_given
     fresh = not chosen and not settings.output.dry_run
@@ -288,7 +291,8 @@ def _train(
 
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
-        command.function()(settings, replace(extras, again=again))
+        with no_early_exit(function):
+            command.function()(settings, replace(extras, again=again))
     except Exception as error:
         if fresh:
             _remove_unused(Path(save_dir))

@@ -25,7 +25,13 @@ from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
-from coati.recipes.data_checks import check_gt_answers, check_prompts
+from coati.recipes.data_checks import (
+    check_gt_answers,
+    check_positions,
+    check_prompts,
+    check_reader_positions,
+    check_rollout_positions,
+)
 from coati.recipes.dry_run import rl_dry_run
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.resume import running_state
@@ -34,6 +40,7 @@ from coati.recipes.rl_models import (
     load_critic,
     load_reference,
     load_reward_model,
+    readers,
 )
 from coati.recipes.run import PreparedRows, Run, start
 from coati.recipes.same_run import SAME_ROWS, rows_facts
@@ -151,6 +158,11 @@ def _load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutDa
     prompts, evaluation = data.training_and_evaluation_rows(run, "prompt", "prompt_dataset")
     ptx = data.ptx_rows(run)
     check_prompts(run, prompts, ptx)
+    check_positions(run, ptx, "ptx_dataset")
+    check_rollout_positions(run, prompts)
+    check_rollout_positions(run, evaluation, "eval_prompt_dataset")
+    for reader in readers(run):
+        check_reader_positions(run, prompts, reader.flag, reader.path)
     check_gt_answers(prompts, functions)
     check_gt_answers(evaluation, functions, "eval_prompt_dataset")
     state = running_state(run.resume, run.settings, prompts.rows)

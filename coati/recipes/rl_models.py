@@ -183,6 +183,16 @@ def critic_start(settings: PPOSettings, weights: str | None = None) -> Start:
     return reward_start(settings.reward) or new
 
 
+def readers(run: Run[OnlineSettings]) -> list[Start]:
+    """Where the models are that read what the policy writes: critic and reward model."""
+    settings = run.settings
+    starts = []
+    if isinstance(settings, PPOSettings):
+        starts.append(critic_start(settings, run.resume.weights))
+    reward = reward_start(settings.reward)
+    return starts if reward is None or reward.new_head else [*starts, reward]
+
+
 def _place(flag: str, path: str, *parts: str) -> str:
     with _naming(flag):
         return find_model(path, *parts)

@@ -16,7 +16,7 @@ from coati.parallel.boost import prepare_colossalai
 from coati.parallel.launch import launch, warn_of_threads
 from coati.parallel.plugins import ParallelOptions
 from coati.parallel.shared_folder import check_shared
-from coati.recipes.defaults import check_precision, resolved_options
+from coati.recipes.defaults import check_precision, resolved_options, within_model
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.prepared import is_raw
 from coati.recipes.resume import (
@@ -95,6 +95,7 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     common: flags, the files that they name, or ``--save_dir``.
     """
     options = join_processes(settings)
+    settings = within_model(settings)
     check_shared(
         "--save_dir",
         settings.output.save_dir,
@@ -142,7 +143,7 @@ def _tokenizer_and_template(
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     tokenizer.padding_side = "right"
     added = add_tokens(tokenizer, model.add_tokens) if model.add_tokens else ()
-    prepared = [found for path in data.dataset if (found := preparation_of(path))]
+    prepared = [found for path in data.dataset if (found := _preparation(path)) is not None]
     config = data.conversation_template_config
     if config is None and prepared:
         config = prepared[0]["conversation_template"]
@@ -157,6 +158,18 @@ def _tokenizer_and_template(
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
     return tokenizer, template, added
+
+
+def _preparation(path: str) -> dict[str, Any] | None:
+    """:func:`preparation_of`. Raises ValueError where it does not say what is read of it here."""
+    found = preparation_of(path)
+    for name in ("tokenizer", "conversation_template") if found is not None else ():
+        if not isinstance(found.get(name), dict):
+            raise ValueError(
+                f"--dataset {path}: its preparation.json has no {name}, with which the rows were "
+                "made; copy it again, or prepare the data again with coati prepare"
+            )
+    return found
 
 
 def _check_same_vocabulary(tokenizer: Any, prepared: Mapping[str, Any]) -> None:

@@ -208,8 +208,10 @@ class TrainedRewardModel(TrainedModel):
         """
         from coati.dataset.rows.row_errors import RowError
         from coati.inference.evaluate.score_rows import row_to_score, score
+        from coati.models.positions import within_positions
 
         model, tokenizer, conversation = self._loaded
+        max_length = within_positions(model.config, max_length, hard_only=True)
         alone = isinstance(rows, Mapping) or _is_messages(rows)
         ready = []
         for number, row in enumerate([rows] if alone else rows):

@@ -107,9 +107,11 @@ def _check_file(name: str) -> None:
     if not path.is_file():
         raise ValueError(f"reward {name}: there is no file {path}")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        tree = ast.parse(path.read_bytes(), str(path))
     except SyntaxError as error:
         raise ValueError(f"reward {name}: {path}:{error.lineno}: {error.msg}") from error
+    except ValueError as error:  # null bytes
+        raise ValueError(f"reward {name}: {path} is no Python file ({error})") from error
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     assigned = [
         target.id

@@ -105,7 +105,9 @@ class Rewards:
         try:
             with time_limit(self.timeout):
                 result = function(batch)
-        except (Exception, Overrun) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit, too, ends the run as a failure
             what = f"raised {described(error)}"
             limit = self.timeout
             if isinstance(error, Overrun):
@@ -147,7 +149,9 @@ def _fails(function: Callable[[Responses], Any], batch: Responses, limit: float 
     try:
         with time_limit(limit):
             function(batch)
-    except (Exception, Overrun):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return True
     return False
 

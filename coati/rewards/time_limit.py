@@ -7,19 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from coati.utils.logging import get_logger
+from coati.utils.watchdog import Overrun, interrupted_after
 
 logger = get_logger(__name__)
-
-
-class Overrun(BaseException):
-    """Foreign code took too long; no Exception, so that its own handlers do not catch it."""
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise :class:`Overrun` inside the block after ``seconds``; None: never.
 
-    Needs the main thread and a Unix alarm; without them nothing is limited, and a line says so.
+    In the main thread of a Unix process an alarm ends calls into C, too. Elsewhere Python code
+    alone is limited, and a line says so.
     """
     if seconds is None:
         yield
@@ -28,10 +26,11 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal, "setitimer"
     ):
         logger.warning_once(
-            "reward functions run without a time limit here: it needs the main thread of a Unix "
-            "process"
+            "reward functions are limited in time between two steps of Python alone here: to end a "
+            "regular expression, too, takes the main thread of a Unix process"
         )
-        yield
+        with interrupted_after(seconds):
+            yield
         return
 
     def overrun(number, frame):

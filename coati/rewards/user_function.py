@@ -44,7 +44,9 @@ def load_function(name: str) -> Callable[[Responses], Any]:
     sys.modules[module_name] = module  # dataclasses and pickle look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too
         raise ValueError(f"reward {name}: running {path} failed: {described(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):

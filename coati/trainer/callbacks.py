@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from coati.utils.errors import no_early_exit
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -23,7 +24,7 @@ class Callback:
     optimizer steps, and ``trainer.episode`` the episodes of PPO and GRPO.
 
     A method ends the run early by raising :class:`StopTraining`; any other error ends it at once,
-    without a checkpoint.
+    without a checkpoint, and so does ``sys.exit``, whatever its code.
     """
 
     def on_train_begin(self, trainer: Any) -> None:
@@ -72,7 +73,8 @@ class CallbackList:
         :attr:`asked_to_stop`, other errors go on to the caller."""
         for callback in self.callbacks:
             try:
-                getattr(callback, event)(trainer, *about)
+                with no_early_exit(f"{type(callback).__name__}.{event}"):
+                    getattr(callback, event)(trainer, *about)
             except StopTraining as request:
                 logger.info(f"{type(callback).__name__} ends the run: {request or 'no reason'}")
                 self.asked_to_stop = True

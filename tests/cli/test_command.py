@@ -3,6 +3,7 @@ completion."""
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_an_expected_error_is_one_line_and_an_interrupt_130(capsys, monkeypatch,
     )
 
     def interrupt(_):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("coati.recipes.verbs.cache.main", interrupt)
     with pytest.raises(SystemExit) as stop:

@@ -230,6 +230,59 @@ def hostfile(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
+AT_WORK = """
+sys.path.insert(0, "ROOT")
+from coati.recipes.launcher import rank_at_work
+with rank_at_work():
+    (place / f"{rank}.ready").touch()
+    if rank == "1":
+        subprocess_of_its_own = os.spawnlp(os.P_WAIT, "true", "true")
+        LEAVES
+    while rank == "0" and not (place / "1.ready").exists():
+        time.sleep(0.05)
+    WAITS
+"""
+
+
+def at_work(leaves: str, waits: str = "pass") -> str:
+    text = AT_WORK.replace("ROOT", str(ROOT)).replace("LEAVES", leaves)
+    return text.replace("WAITS", waits)
+
+
+def test_a_rank_that_leaves_with_0_before_its_end_is_a_failure(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", 1.0)
+    start = time.monotonic()
+    body = at_work("os._exit(0)", "time.sleep(60)")
+    assert launch(LaunchSettings(nproc=2), program(tmp_path, body)) == launcher.EARLY
+    assert time.monotonic() - start < 40
+    said = capfd.readouterr().err
+    assert "rank 1 ended with exit code 0 before the end of its run" in said
+    assert "os._exit(0)" in said
+
+
+def test_what_others_say_does_not_hide_it(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", 2.0)
+    complains = (
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(os.environ['COATI_ERROR_FILE'])"
+        ".write_text('coati sft: error: connection closed'), os._exit(1)))\n    time.sleep(60)"
+    )
+    body = at_work("time.sleep(0.5); os._exit(0)", complains)
+    assert launch(LaunchSettings(nproc=2), program(tmp_path, body)) == launcher.EARLY
+    said = capfd.readouterr().err
+    assert "rank 1 ended with exit code 0 before" in said and "connection closed" in said
+
+
+def test_ranks_that_reach_their_end_are_a_success(tmp_path):
+    assert launch(LaunchSettings(nproc=2), program(tmp_path, at_work("pass"))) == 0
+
+
+def test_no_mark_is_left_without_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv(launcher.ERROR_FILE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with launcher.rank_at_work():
+        assert not list(tmp_path.iterdir())
+
+
 def test_two_hosts_share_one_group_and_the_variables_of_the_first(tmp_path, ssh):
     hosts = hostfile(tmp_path, "first  # the master\n\nsecond slots=1\n")
     settings = LaunchSettings(nproc=2, hostfile=hosts, master_port=29517)

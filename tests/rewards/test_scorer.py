@@ -8,6 +8,7 @@ from coati.rewards.registry import ALIASES, REWARDS, check_rewards
 from coati.rewards.responses import Responses
 from coati.rewards.scorer import Rewards
 from coati.rewards.time_limit import Overrun, time_limit
+from coati.utils.logging import forget_warnings
 from tests.rewards.test_functions import GOOD, TAGS
 
 
@@ -186,12 +187,27 @@ def test_the_limit_is_gone_after_the_block():
             pass
 
 
-def test_outside_the_main_thread_it_is_said_that_nothing_is_limited(capsys):
+def test_outside_the_main_thread_python_alone_is_limited_and_that_is_said(capsys):
+    forget_warnings()
     found = []
-    thread = threading.Thread(target=lambda: found.append(Rewards(["gsm8k"])(batch()).total))
-    thread.start()
-    thread.join()
-    assert found == [[10, 1, 0]] and "without a time limit" in capsys.readouterr().err
+
+    def score(*names, **more):
+        try:
+            found.append(Rewards(list(names), **more)(batch()).total)
+        except ValueError as error:
+            found.append(str(error))
+
+    def endless(responses):
+        while True:
+            pass
+
+    for names, more in ((["gsm8k"], {}), (["python:e"], {"given": {"e": endless}, "timeout": 0.3})):
+        thread = threading.Thread(target=score, args=names, kwargs=more)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert found[0] == [10, 1, 0] and "reward e took longer than 0.3 s" in found[1]
+    assert capsys.readouterr().err.count("limited in time between two steps of Python alone") == 1
 
 
 # Refused before anything is scored

@@ -326,6 +326,8 @@ def setup_conversation_template(
     if isinstance(chat_template_config, str | os.PathLike):
         path = template_path(chat_template_config, may_be_new=True)
     config, source, folder = open_config(chat_template_config)
+    if not config and getattr(tokenizer, "name_or_path", None):
+        source = f"{tokenizer.name_or_path}: chat template"
     conversation = Conversation.from_config(tokenizer, config, template_mode, source, folder)
     missing_file = path is not None and not os.path.exists(path)
     if missing_file or conversation.derived or path is None:

@@ -1,55 +1,39 @@
 """Jinja chat templates, loaded, compiled and rendered as transformers does, with errors that name
 the line."""
 
-import json
+import traceback
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from coati.utils.json_io import load_json
+from coati.dataset.chat.template_sandbox import TemplateEnvironment
+from coati.utils.json_io import load_object
+from coati.utils.watchdog import Overrun, interrupted_after
 
-
-class GenerationBlock(Extension):
-    """``{% generation %}...{% endgeneration %}``, which marks responses in some templates, as plain
-    text: response spans are found by probing the template instead."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+RENDER_S = 10.0  # a rendering takes milliseconds
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False
-) -> str:
-    # Jinja's own filter escapes HTML characters, which is wrong in a prompt.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
 @lru_cache(maxsize=16)
 def compile_template(text: str) -> jinja2.Template:
     """Compile ``text``, once per process. Raises ValueError with line and cause for a Jinja syntax
     error."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+    environment = TemplateEnvironment()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        template = environment.from_string(text)
+        with interrupted_after(RENDER_S):
+            template = environment.from_string(text)
+    except (RecursionError, MemoryError, ValueError, Overrun) as error:
+        raise ValueError(
+            f"chat_template: cannot be compiled ({type(error).__name__}: it is nested too deeply, "
+            "or too large); fix the template, or leave chat_template out to use the tokenizer's own"
+        ) from error
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines() or [""]
         found = lines[min(error.lineno, len(lines)) - 1].strip()
@@ -76,10 +60,30 @@ def render_template(
     text: str, messages: list[dict[str, str]], tokens: dict[str, str], generation: bool
 ) -> str:
     """The conversation as text; ``tokens`` are from :func:`special_tokens`, ``generation`` adds the
-    generation prompt. Raises ``jinja2.TemplateError`` if the template rejects ``messages``."""
-    return compile_template(text).render(
-        messages=messages, tools=None, documents=None, add_generation_prompt=generation, **tokens
-    )
+    generation prompt. Raises ``jinja2.TemplateError`` if the template rejects ``messages``, fails
+    on them in any other way, or takes longer than :data:`RENDER_S` seconds."""
+    template = compile_template(text)
+    named = {"messages": messages, "add_generation_prompt": generation, **tokens}
+    try:
+        with interrupted_after(RENDER_S):
+            return template.render(tools=None, documents=None, **named)
+    except jinja2.TemplateError:
+        raise
+    except Overrun as error:
+        raise jinja2.TemplateRuntimeError(
+            f"it takes longer than {RENDER_S:g} s; does a loop have an end?"
+        ) from error
+    except Exception as error:  # whatever the expressions of a template do
+        raise jinja2.TemplateRuntimeError(
+            f"{type(error).__name__}: {error}{_line_of(error)}"
+        ) from error
+
+
+def _line_of(error: BaseException) -> str:
+    """In which line of the template it was raised."""
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def read_chat_template(value: str, folder: Path) -> str:
@@ -110,7 +114,9 @@ def _from_model_directory(path: Path) -> str:
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        template = load_json(path / name).get("chat_template") if (path / name).is_file() else None
+        template = (
+            load_object(path / name).get("chat_template") if (path / name).is_file() else None
+        )
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template:

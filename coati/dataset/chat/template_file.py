@@ -46,6 +46,11 @@ def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) ->
             raise ValueError(
                 f"{source}: {name} must be a string or null, found {fields[name]!r:.80}"
             )
+    tags = fields["response_format_tags"]
+    if tags is not None and not isinstance(tags, dict):
+        raise ValueError(
+            f"{source}: response_format_tags must be an object or null, found {tags!r:.80}"
+        )
     if fields["chat_template"]:
         try:
             fields["chat_template"] = read_chat_template(fields["chat_template"], folder)
@@ -59,7 +64,20 @@ def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) ->
     fields["stop_ids"] = read_stop_ids(
         fields["stop_ids"], tokenizer, fields["end_of_assistant"], source
     )
+    _check_stop_ids(fields["stop_ids"], tokenizer, source)
     return fields
+
+
+def _check_stop_ids(stop_ids: list[list[int]], tokenizer, source: str) -> None:
+    """Raise ValueError for ids below 0; warn of ids that the tokenizer does not have."""
+    for number in (number for stop in stop_ids for number in stop):
+        if number < 0:
+            raise ValueError(f"{source}: stop_ids holds {number}; token ids are 0 or more")
+        if number >= len(tokenizer):
+            logger.warning_once(
+                f"{source}: stop_ids holds {number}, and the tokenizer has {len(tokenizer)} "
+                "tokens: this stop never comes. Is the template of another model?"
+            )
 
 
 def _check_names(config: dict[str, Any], source: str) -> None:

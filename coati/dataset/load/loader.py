@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 from coati.dataset.load.epoch_order import EpochOrder
-from coati.utils.json_io import load_json
+from coati.utils.json_io import load_object
 
 MODES = {"train": "train", "valid": "validation", "dev": "validation", "test": "test"}
 
@@ -32,7 +32,13 @@ def load_tokenized_dataset(
     split = (mode_map or MODES).get(mode, mode)
     parts = []
     for part in (part for path in paths for part in part_directories(path)):
-        loaded = load_from_disk(str(part))
+        try:
+            loaded = load_from_disk(str(part))
+        except Exception as error:  # of json, pyarrow and datasets, none of which names the part
+            raise ValueError(
+                f"--dataset {part}: not readable as prepared rows ({type(error).__name__}: "
+                f"{error}); copy it again, or prepare the data again with coati prepare"
+            ) from error
         if isinstance(loaded, DatasetDict):
             if split not in loaded:
                 raise ValueError(f"{part}: has the splits {', '.join(loaded)}; expected {split!r}")
@@ -60,7 +66,22 @@ def part_directories(path: str) -> list[Path]:
             f"--dataset {path}: no prepared rows found (expected part-* directories with "
             "dataset_info.json); run coati prepare first and pass its --data_arrow_output_dir"
         )
+    _check_all_there(folder, parts)
     return parts
+
+
+def _check_all_there(folder: Path, parts: Sequence[Path]) -> None:
+    """Raise ValueError where the preparation made more parts than there are."""
+    if not (folder / "preparation.json").is_file():
+        return
+    report = load_object(folder / "preparation.json").get("report")
+    made = report.get("shards") if isinstance(report, dict) else None
+    wanted = sum(map(bool, made)) if isinstance(made, list) else 0
+    if len(parts) < wanted:
+        raise ValueError(
+            f"--dataset {folder}: {len(parts)} of the {wanted} parts that coati prepare wrote are "
+            "there; copy the others, or prepare the data again"
+        )
 
 
 def preparation_of(path: str) -> dict[str, Any] | None:
@@ -68,7 +89,7 @@ def preparation_of(path: str) -> dict[str, Any] | None:
     None."""
     places = (folder / "preparation.json" for folder in (Path(path), Path(path).parent))
     found = next(filter(Path.exists, places), None)
-    return None if found is None else load_json(found)
+    return None if found is None else load_object(found)
 
 
 def row_lengths(dataset) -> np.ndarray:

@@ -15,6 +15,7 @@ from itertools import groupby, takewhile
 from typing import Any, Protocol
 
 from coati.dataset.prepare.shard_plan import Bin, Chunk, Task, is_evaluation
+from coati.utils.errors import no_early_exit
 
 
 class Worker(Protocol):
@@ -104,7 +105,8 @@ def _end_with_parent() -> None:
 
 
 def _run_in_process(chunk: Chunk, evaluation: bool) -> Any:
-    return _worker.run(chunk, evaluation)
+    with no_early_exit("a worker process"):
+        return _worker.run(chunk, evaluation)
 
 
 @contextmanager

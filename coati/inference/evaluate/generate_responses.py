@@ -17,6 +17,7 @@ from coati.models.generation.loop import generate
 from coati.models.generation.response_table import left_pad, without_stop
 from coati.models.generation.row_noise import row_noise
 from coati.models.generation.sampling import Sampling
+from coati.models.positions import within_positions
 from coati.utils.phases import phase
 
 Skipped = tuple[str, str]  # place of a row, and why it is not used
@@ -118,8 +119,7 @@ def generate_responses(
     The noise of a response belongs to the prompt's number and ``config.seed``: neither batch size
     nor neighbors change what is sampled.
     """
-    positions = getattr(loaded.model.config, "max_position_embeddings", None) or config.max_length
-    room = min(config.max_length, positions) - config.max_new_tokens
+    room = within_positions(loaded.model.config, config.max_length) - config.max_new_tokens
     ready = []
     skipped = []
     for prompt in prompts:

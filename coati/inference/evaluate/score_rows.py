@@ -17,9 +17,10 @@ from coati.dataset.rows.input_files import decode, find_files, read_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.model_loading import conversation_of
 from coati.models.generation.response_table import left_pad
-from coati.models.loading import find_model
+from coati.models.loading import adapter_base, find_model, load_config
 from coati.models.reward_model import RewardModel
 from coati.models.tokenizer import check_vocabulary, load_tokenizer
+from coati.utils.output_paths import with_folder
 from coati.utils.phases import phase
 from coati.utils.statistics import wilson_interval
 
@@ -62,6 +63,8 @@ def load_reward_model(
     Raises ValueError where there is no scalar head.
     """
     directory = find_model(path, "actor")
+    if adapter_base(directory) is None:
+        load_config(directory, trust_remote_code)  # its own faults, before a tokenizer has them
     tokenizer = load_tokenizer(directory, trust_remote_code)
     conversation = conversation_of(directory, tokenizer, template)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,5 +167,5 @@ def write_histogram(groups: dict[str, Tensor], file: str | os.PathLike, bins: in
     axes.margins(x=0)
     axes.set_xlabel("score")
     figure.legend(loc="upper center", ncols=len(groups))
-    figure.savefig(file, format="png")
+    figure.savefig(with_folder(file), format="png")
     return Path(file)

@@ -12,6 +12,7 @@ from coati.dataset.rows.row_errors import RowError
 from coati.inference.evaluate.generate_responses import Prompt, Response, Skipped
 from coati.inference.evaluate.score_rows import ScoredRow, score
 from coati.models.loading import find_model, trained_from
+from coati.models.positions import positions_of
 from coati.rewards import Responses, Rewards
 from coati.trainer.monitor.sample_table import distinct_2, stop_rate
 from coati.utils.phases import phase
@@ -131,7 +132,8 @@ class Judge:
         """Scores of the whole conversation, in the reward model's own template; None where it does
         not fit into its context."""
         model, tokenizer, conversation = self.reward_model
-        longest = getattr(model.config, "max_position_embeddings", None)
+        positions = positions_of(model.config)
+        longest = None if positions is None else positions.count
         rows = []
         for prompt, response in zip(prompts, responses, strict=True):
             messages = [*prompt.messages, {"role": "assistant", "content": response.text}]

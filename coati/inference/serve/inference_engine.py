@@ -21,6 +21,7 @@ from coati.inference.stream import TextStream
 from coati.models.generation.decoder import Decoder
 from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
 from coati.models.generation.sampling import Sampling
+from coati.models.positions import within_positions
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -165,11 +166,9 @@ class InferenceEngine:
         timeout: float = 300.0,
         words: Sequence[str] = (),
     ):
-        limit = max_length or UNKNOWN_LENGTH
-        positions = getattr(loaded.model.config, "max_position_embeddings", None) or limit
         self.loaded = loaded
         self.words = list(words)
-        self.max_length = min(max_length or positions, positions)
+        self.max_length = within_positions(loaded.model.config, max_length)
         self.limited = max_length is not None  # by whoever started it
         self.max_batch = max_batch
         self.max_queue = max_queue
@@ -267,7 +266,7 @@ class InferenceEngine:
                 self._wake.wait_for(lambda: self._closed or self._waiting or self._running)
             try:
                 self._turn()
-            except Exception as error:  # which must not take the server down
+            except BaseException as error:  # a model's own code may exit: this must go on
                 logger.error(
                     f"an error ended {len(self._running)} responses: {type(error).__name__}: "
                     f"{error}"

@@ -18,6 +18,7 @@ from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
 from coati.models.generation.model_call import innermost
 from coati.models.generation.sampling import Sampling
 from coati.models.padding_free import PaddingFree
+from coati.models.positions import positions_of
 from coati.utils.liveness import tick
 
 
@@ -223,10 +224,12 @@ def _check(
         raise ValueError(
             f"stop_sequences must be a list of non-empty lists of token ids, not {stop_sequences}"
         )
-    limit = getattr(getattr(innermost(model), "config", None), "max_position_embeddings", None)
+    positions = positions_of(getattr(innermost(model), "config", None))
     longest = int(mask.sum(dim=1).max())
-    if limit is not None and longest + max_new_tokens > limit:
+    # Rotary embeddings would go on, but what is written beyond what they were trained on is noise.
+    if positions is not None and longest + max_new_tokens > positions.count:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{limit} positions; shorten the prompt or ask for fewer new tokens (--max_new_tokens)"
+            f"{positions.count} positions; shorten the prompt or ask for fewer new tokens "
+            "(--max_new_tokens)"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coati.models.generation.row_noise import draw
+from coati.utils.errors import RunFailed
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,14 @@ def choose(
     temperature) there.
 
     ``uniform`` (B,) in [0, 1) decides a sampled token. ``seen``: ids and mask (B, T) of the row so
-    far, which the repetition penalty needs.
+    far, which the repetition penalty needs. Raises RunFailed for logits that are nan or inf.
     """
+    if not logits.amax(dim=-1).isfinite().all():
+        raise RunFailed(
+            "the model's scores of the next token are not finite: its weights hold nan or inf, or "
+            "it overflows in this precision (fp16?). Look at the checkpoint that it is from; load "
+            "it in bf16 or fp32"
+        )
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     filtered = sampling.top_k or sampling.top_p < 1 or sampling.min_p
     unfiltered = sampling.repetition_penalty == 1 and not filtered

@@ -6,6 +6,7 @@ is loaded.
 """
 
 import difflib
+import math
 import os
 import re
 import warnings
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
+HIGHEST_RANK = 2**14  # the width of the largest models: more is a number of another kind
 # lora_train_bias -> peft's name for it
 BIAS_MODES = {"none": "none", "all": "all", "lora": "lora_only"}
 # lora_initialization_method -> peft's init_lora_weights; four subspace iterations, as the reference
@@ -57,18 +59,20 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _one_of("lora_train_bias", self.lora_train_bias, BIAS_MODES)
         _one_of("lora_initialization_method", self.lora_initialization_method, INITIALIZATIONS)
-        if not isinstance(self.r, int) or self.r < 0:
-            raise ValueError(f"LoRA r must be a whole number, 0 (off) or more, not {self.r!r}")
-        if not isinstance(self.lora_alpha, int | float) or self.lora_alpha <= 0:
+        if not _is_number(self.r, int) or not 0 <= self.r <= HIGHEST_RANK:
+            raise ValueError(
+                f"LoRA r must be a whole number from 0 (off) to {HIGHEST_RANK}, not {self.r!r}"
+            )
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha must be a positive number, not {self.lora_alpha!r}")
         for name in ("linear_lora_dropout", "embedding_lora_dropout"):
-            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}"
                 )
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, str) or value == []:
+            if value is not None and not _are_names(value):
                 raise ValueError(f"{name} must be a list of layer names or null, not {value!r}")
 
     @classmethod
@@ -94,8 +98,12 @@ class LoraConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _one_of(name: str, value: Any, allowed: dict) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
@@ -379,3 +387,11 @@ def _check_adapted(model: "nn.Module") -> None:
         raise ValueError(
             f"expected a model with LoRA adapters (from apply_lora), got {type(model).__name__}"
         )
+
+
+def _are_names(value: object) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(name, str) for name in value)
+    )

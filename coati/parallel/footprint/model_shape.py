@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from coati.models.directory_files import check_small_files
 from coati.utils.json_io import load_json
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -242,6 +243,7 @@ def load_shape(model: str) -> ModelShape:
     """
     file = Path(model) / "config.json"
     if file.is_file():
+        check_small_files(model)
         return ModelShape.of(load_json(file))
     if (full := built_in_name(model)) is None:
         known = ", ".join(sorted(set(built_in().values()), key=str.lower))

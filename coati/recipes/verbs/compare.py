@@ -6,6 +6,7 @@ import sys
 from coati.cli.compare import compare_parser, parse_compare
 from coati.cli.program_settings import CompareSettings
 from coati.cli.verb import Verb
+from coati.utils.output_paths import with_folder
 from coati.utils.phases import import_libraries
 
 VERB = Verb(
@@ -85,7 +86,7 @@ def main(args: CompareSettings) -> None:
     if not rows:
         raise ValueError(f"--input {' '.join(args.input)}: no prompt could be compared")
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as output:
+        with open(with_folder(args.output), "w", encoding="utf-8") as output:
             output.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
     if args.show and (shown := extremes(rows, args.show)):
         print(shown)

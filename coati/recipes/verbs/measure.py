@@ -3,12 +3,12 @@
 import json
 import multiprocessing
 import time
-from pathlib import Path
 from typing import Any
 
 from coati.cli.program_settings import BenchmarkSettings
 from coati.cli.quantize import FULL, benchmark_parser, parse_benchmark
 from coati.cli.verb import Verb
+from coati.utils.output_paths import with_folder
 
 VERB = Verb(
     "models",
@@ -76,4 +76,4 @@ def main(args: BenchmarkSettings) -> None:
     found = [in_a_process(args, quant) for quant in args.quant]
     show(found, args.batch_size)
     if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        with_folder(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,16 @@
 """Tokenize conversations, preferences or prompts into shards, with a report."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from coati.cli.prepare import CLEANING_FLAGS, parse_prepare, prepare_parser
 from coati.cli.program_settings import PrepareSettings
 from coati.cli.verb import Verb
+from coati.utils.logging import get_logger
 from coati.utils.phases import phase
+
+logger = get_logger(__name__)
 
 VERB = Verb(
     "data",
@@ -60,7 +64,7 @@ def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
         jsonl_dir=args.data_jsonl_output_dir,
         arrow_dir=args.data_arrow_output_dir,
         cache_dir=args.data_cache_dir,
-        max_length=args.max_length,
+        max_length=longest_row(args, tokenizer),
         num_bins=args.num_spliced_dataset_bins,
         num_samples_per_bin=args.num_samples_per_datafile,
         seed=args.seed,
@@ -71,6 +75,29 @@ def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
         eval_inputs=args.eval_input_dirs,
         cleaning=Cleaning(**{name: getattr(args, name) for name in CLEANING_FLAGS}),
     )
+
+
+def longest_row(args: PrepareSettings, tokenizer: Any) -> int:
+    """``--max_length``; by default at most what the model of ``--tokenizer_dir`` has positions."""
+    from coati.models.positions import positions_in
+
+    count = tokenizer.model_max_length  # about 1e30 where the tokenizer does not know
+    whose = "this tokenizer's model_max_length"
+    if (Path(args.tokenizer_dir) / "config.json").is_file():
+        positions = positions_in(args.tokenizer_dir, args.trust_remote_code)
+        if positions is not None:
+            count = positions.count
+            whose = f"the positions of this {positions.family} model"
+    if args.max_length <= count:
+        return args.max_length
+    if args.length_given:
+        logger.warning(
+            f"--max_length {args.max_length} is more than {whose}, {count}: to train longer rows "
+            "may be impossible, or beyond what the model has seen"
+        )
+        return args.max_length
+    logger.info(f"--max_length is {count} by default here: {whose}.")
+    return int(count)
 
 
 def check(args: PrepareSettings) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from coati.cli.program_settings import QuantizeSettings
 from coati.cli.quantize import parse_quantize, quantize_parser
 from coati.cli.verb import Verb
+from coati.utils.output_paths import with_folder
 from coati.utils.phases import import_libraries
 
 VERB = Verb(
@@ -23,9 +24,11 @@ def measured(name: str, folder, args: QuantizeSettings, original=None) -> dict:
     from coati.inference import load
     from coati.inference.export import measures
     from coati.models.loading import find_model
+    from coati.models.positions import within_positions
 
     loaded = load(folder, trust_remote_code=args.trust_remote_code)
-    rows = measures.read_conversations(args.eval, loaded.conversation, args.max_length)
+    longest = within_positions(loaded.model.config, args.max_length, hard_only=True)
+    rows = measures.read_conversations(args.eval, loaded.conversation, longest)
     size = measures.size_of(find_model(folder, "actor"))
     return {
         "model": name,
@@ -59,6 +62,7 @@ def main(args: QuantizeSettings) -> None:
     from coati.inference.export.quantization import quantize
     from coati.inference.model_loading import conversation_of
     from coati.models.loading import find_model
+    from coati.models.positions import positions_in
     from coati.models.tokenizer import find_tokenizer, load_tokenizer
 
     original = find_model(args.model_path, "actor")
@@ -67,8 +71,10 @@ def main(args: QuantizeSettings) -> None:
         conversation = conversation_of(
             original, load_tokenizer(find_tokenizer(original), args.trust_remote_code)
         )
+        positions = positions_in(original, args.trust_remote_code)
+        longest = min(args.max_length, positions.count) if positions else args.max_length
         calibration = measures.read_conversations(
-            args.calibration, conversation, args.max_length, args.calibration_rows
+            args.calibration, conversation, longest, args.calibration_rows
         )
     several = len(args.method) > 1
     folders = {
@@ -89,4 +95,4 @@ def main(args: QuantizeSettings) -> None:
         figures.append(measured(name, place, args, size if name in folders else None))
         show(figures[-1], figures[0])
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        with_folder(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -25,6 +25,12 @@ def main(settings: ReportSettings) -> None:
 
     folders = [Path(folder) for folder in settings.run_dir]
     runs = [open_run(folder) for folder in folders]
+    for run in runs:
+        if run.holds_no_metric():
+            raise ValueError(
+                f"--run_dir {run.folder}: metrics.jsonl holds lines, and no metric in any of them "
+                '({"step": 1, "train/loss": 2.5}); is it of another program, or damaged?'
+            )
     own_place = folders[0] / PAGE if len(runs) == 1 else Path(PAGE)
     output = own_place if settings.output is None else Path(settings.output)
     save_text(run_page(runs[0]) if len(runs) == 1 else side_by_side(runs), output)

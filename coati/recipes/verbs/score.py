@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from coati.cli.program_settings import ScoreSettings
 from coati.cli.score import parse_score, score_parser
 from coati.cli.verb import Verb
+from coati.utils.output_paths import with_folder
 from coati.utils.phases import import_libraries
 
 VERB = Verb(
@@ -21,11 +22,13 @@ VERB = Verb(
 def main(args: ScoreSettings) -> None:
     import_libraries()
     from coati.inference.evaluate import score_rows as scoring
+    from coati.models.positions import within_positions
 
     model, tokenizer, conversation = scoring.load_reward_model(
         args.model_path, args.conversation_template_config, trust_remote_code=args.trust_remote_code
     )
-    found = list(scoring.rows_to_score(args.input, conversation, args.max_length))
+    longest = within_positions(model.config, args.max_length, hard_only=True)
+    found = list(scoring.rows_to_score(args.input, conversation, longest))
     rows = [row for row in found if isinstance(row, scoring.ScoredRow)]
     for place, reason in (row for row in found if not isinstance(row, scoring.ScoredRow)):
         print(f"coati score: {place} is left out ({reason})", file=sys.stderr)
@@ -33,7 +36,7 @@ def main(args: ScoreSettings) -> None:
         raise ValueError(f"--input {' '.join(args.input)}: no row could be scored")
     scoring.score(model, rows, tokenizer.pad_token_id, args.batch_size)
     with (
-        open(args.output, "w", encoding="utf-8")
+        open(with_folder(args.output), "w", encoding="utf-8")
         if args.output
         else nullcontext(sys.stdout) as output
     ):

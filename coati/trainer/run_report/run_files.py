@@ -132,6 +132,10 @@ class RunFiles:
         """How many values of metrics there are."""
         return sum(len(series.values) for series in self.metrics.values())
 
+    def holds_no_metric(self) -> bool:
+        """Whether metrics.jsonl has lines, and not one that can be read as metrics of a step."""
+        return bool(self._files[METRICS].lines) and not self.points()
+
     def remarks(self) -> list[str]:
         """What about the files themselves is odd, one sentence each."""
         found = []

@@ -1,0 +1,86 @@
+"""A limit on how long foreign Python code may run, in any thread: a thread beside it raises
+:class:`Overrun` in the one that takes too long.
+
+Between two instructions of Python alone: a single call into C (a regular expression, a huge
+product) ends first. Where there are such calls, a Unix alarm is stricter
+(coati.rewards.time_limit).
+"""
+
+import ctypes
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOOKS_S = 0.1
+IDLE_S = 5.0  # without anything to watch the thread ends
+
+
+class Overrun(BaseException):
+    """Foreign code took too long; no Exception, so that its own handlers do not catch it."""
+
+
+_lock = threading.Lock()
+_watched: dict[int, tuple[float, int]] = {}  # ticket -> deadline, thread
+_tickets = itertools.count()
+_watcher: threading.Thread | None = None
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Raise :class:`Overrun` inside the block after ``seconds``."""
+    ticket = next(_tickets)
+    here = threading.get_ident()
+    with _lock:
+        _watched[ticket] = (time.monotonic() + seconds, here)
+        _watch()
+    try:
+        yield
+    finally:
+        with _lock:
+            if _watched.pop(ticket, None) is None:  # it was raised, or is about to be
+                _raise_in(here, None)
+
+
+def _watch() -> None:
+    """The watching thread, of this process."""
+    global _watcher
+    if _watcher is None or not _watcher.is_alive():
+        _watcher = threading.Thread(target=_look, name="coati-watchdog", daemon=True)
+        _watcher.start()
+
+
+def _look() -> None:
+    global _watcher
+    idle = time.monotonic()
+    while True:
+        time.sleep(LOOKS_S)
+        now = time.monotonic()
+        with _lock:
+            for ticket, (deadline, thread) in list(_watched.items()):
+                if now > deadline:
+                    del _watched[ticket]
+                    _raise_in(thread, Overrun)
+            idle = now if _watched else idle
+            if now - idle > IDLE_S:
+                _watcher = None
+                return
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """``kind`` at the next instruction of ``thread``; None takes back what was not raised yet."""
+    what = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
+
+
+def _forget() -> None:
+    """In a child made by fork, which has none of the parent's threads."""
+    global _lock, _watcher
+    _lock = threading.Lock()
+    _watched.clear()
+    _watcher = None
+
+
+os.register_at_fork(after_in_child=_forget)

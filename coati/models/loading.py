@@ -2,10 +2,7 @@
 weights), and loaders whose errors say what is wrong with it. Imports nothing heavy."""
 
 import json
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +11,6 @@ from coati.models.attention_choice import needs_eager, with_attention
 from coati.models.directory_files import (
     check_adapter,
     check_index,
-    check_layers,
     check_small_files,
     damaged_file,
     damaged_weights,
@@ -27,13 +23,13 @@ from coati.models.generation_settings import (
     mend_padding,
     without_complaints,
 )
+from coati.models.loading_report import check_report, mismatched, without_report
 from coati.utils.json_io import load_json, load_object
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
     adopt_config,
     body_name,
     dtype_keyword,
-    text_config,
     transformers_major,
 )
 
@@ -367,87 +363,19 @@ def _load(
     else:
         read = partial(_read, auto_class, path)
     try:
-        with _without_report(), without_complaints():
+        with without_report(), without_complaints():
             model, report = with_attention(read, config, options)
     except Exception as error:  # safetensors and pickle have error classes of their own
-        if wrong := _mismatched(read, config, options):
+        if wrong := mismatched(read, config, options):
             raise ValueError(mismatch(path, *wrong)) from error
         raise explained(path, "model", error) from error
-    _check_report(path, model, report, heads, strict)
+    check_report(path, model, report, heads, strict)
     mend_model(model, path, [*dropped, *changes])
     return model
 
 
-def _check_report(
-    path: str | os.PathLike,
-    model: Any,
-    report: dict[str, Any],
-    heads: tuple[str, ...],
-    strict: bool,
-) -> None:
-    """Raise ValueError for weights that are missing or belong to layers that are not there; others
-    without a use are told, or refused where ``strict``."""
-    if unexpected := sorted(
-        key for key in report["unexpected_keys"] if not key.startswith(heads or "\0")
-    ):
-        check_layers(path, unexpected, _layers(model.config))
-        told = (
-            f"{path}: {type(model).__name__} has no use for {len(unexpected)} weights "
-            f"({', '.join(unexpected[:3])})"
-        )
-        if strict:
-            raise ValueError(
-                f"{told}; is this a model of another kind, a reward model or critic perhaps?"
-            )
-        logger.warning_once(told)
-    if report["missing_keys"]:
-        shown = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(
-            f"{path}: {len(report['missing_keys'])} weights of {type(model).__name__} are not in "
-            f"the files ({shown}); they would start at random. Is this a model of another kind, or "
-            "an incomplete copy?"
-        )
-
-
-def _layers(config: Any) -> int | None:
-    """Layers that a model's files may hold: those that predict further tokens stand behind the
-    others, and are left out by transformers."""
-    config = text_config(config)
-    layers = getattr(config, "num_hidden_layers", None)
-    further = getattr(config, "num_nextn_predict_layers", None)
-    return layers + (further or 0) if isinstance(layers, int) else None
-
-
-def _mismatched(read: Any, config: Any, options: dict[str, Any]) -> tuple[str, Any] | None:
-    """The model's class, and what loading reports of weights of other shapes; None where shapes
-    are not what ended it."""
-    try:
-        with _without_report():
-            model, report = read(options | {"ignore_mismatched_sizes": True})
-    except Exception:  # the first error says it
-        return None
-    keys = report.get("mismatched_keys")
-    return (type(model).__name__, list(keys)) if keys else None
-
-
 def _read(auto_class: Any, path: str | os.PathLike, options: dict[str, Any]):
     return auto_class.from_pretrained(path, output_loading_info=True, **options)
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' own table of missing and unexpected weights: the caller says what of it
-    matters, and a head that is loaded elsewhere is in it."""
-    log = logging.getLogger("transformers.modeling_utils")
-
-    def told_here(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    log.addFilter(told_here)
-    try:
-        yield
-    finally:
-        log.removeFilter(told_here)
 
 
 def disable_dropout(model) -> None:

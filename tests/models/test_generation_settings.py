@@ -1,4 +1,4 @@
-"""Generation settings are mended so that the installed transformers saves them, and not otherwise."""
+"""Generation settings are mended so that transformers saves them, and not otherwise."""
 
 import json
 

@@ -27,6 +27,7 @@ from coati.parallel.atomic_dirs import (
 from coati.parallel.engine import Engine
 from coati.parallel.lr_schedule import set_position
 from coati.parallel.optimizer_state import load_rank_state, rank_state
+from coati.parallel.save_causes import REHEARSAL
 from coati.parallel.save_rescue import rescue
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import all_gather_object, barrier, is_rank_0, rank, world_size
@@ -308,6 +309,7 @@ def clean(save_dir: str | Path, keep_last_k: int | None = None) -> None:
     for leftover in [
         *Path(save_dir).glob(".epoch-*_step-*.tmp"),
         *Path(save_dir).glob(".epoch-*_step-*.old"),
+        *Path(save_dir).glob(f"{REHEARSAL}*"),
     ]:
         shutil.rmtree(leftover, ignore_errors=True)
     if keep_last_k:

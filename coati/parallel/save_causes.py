@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+REHEARSAL = ".rehearsal-"  # beginning of the name of a directory that is removed again
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 # torch.save and safetensors keep no errno: safetensors writes it into its message.

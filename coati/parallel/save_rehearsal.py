@@ -11,11 +11,9 @@ from typing import Any
 from coati.models.lora.adapter_files import CONFIG, save_settings
 from coati.parallel.atomic_dirs import SaveFailed, agreed_failure, attempt
 from coati.parallel.engine import Engine
-from coati.parallel.save_causes import SaveCause
+from coati.parallel.save_causes import REHEARSAL, SaveCause
 from coati.parallel.weights import ModelAssets, asset_writers, is_lora
 from coati.utils.distributed import is_rank_0
-
-PREFIX = ".rehearsal-"
 
 
 def rehearse_saving(
@@ -45,7 +43,7 @@ def _rehearse(
 
     def make() -> None:
         save_dir.mkdir(parents=True, exist_ok=True)
-        place.append(Path(tempfile.mkdtemp(prefix=PREFIX, dir=save_dir)))
+        place.append(Path(tempfile.mkdtemp(prefix=REHEARSAL, dir=save_dir)))
 
     try:
         if failure := attempt(make, save_dir):

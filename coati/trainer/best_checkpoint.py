@@ -4,8 +4,9 @@
 from pathlib import Path
 from typing import Any
 
-from coati.parallel.atomic_dirs import write_directory, write_file
+from coati.parallel.atomic_dirs import SaveFailed, write_directory, write_file
 from coati.parallel.engine import Engine
+from coati.parallel.save_rescue import rescue
 from coati.parallel.weights import ModelAssets, save_model
 from coati.utils.distributed import is_rank_0
 from coati.utils.json_io import save_json
@@ -33,5 +34,8 @@ def save_best(save_dir: str, engine: Engine, assets: ModelAssets, found: dict[st
         if is_rank_0():
             write_file(path / "best.json", lambda file: save_json(found, file))
 
-    write_directory(folder, write)
+    try:
+        write_directory(folder, write)
+    except SaveFailed as failure:
+        raise rescue(failure, folder, {"": (engine, assets)}) from failure
     return folder

@@ -222,6 +222,16 @@ def failing(place: str) -> dict[str, Any]:
     with patch("coati.parallel.weights.save_file", lambda tensors, path, **_: full(path)):
         (ended,) = train_each({"": sft(folder, base, "full")}).values()
     found["no space"] = ended.code, ended.err
+    # Beside the final directory there is no place either: a file has that name.
+    (folder / "elsewhere").mkdir()
+    (folder / "taken").mkdir()
+    (folder / "taken" / "modeling.rescued").write_text("")
+    with (
+        patch("coati.parallel.weights.save_file", lambda tensors, path, **_: full(path)),
+        patch("tempfile.tempdir", str(folder / "elsewhere")),
+    ):
+        (ended,) = train_each({"": sft(folder, base, "taken")}).values()
+    found["no place beside"] = ended.code, ended.err
     (folder / "file").write_text("")
     (ended,) = train_each({"": sft(folder, base, "file/out")}).values()
     found["a file in the way"] = ended.code, ended.err

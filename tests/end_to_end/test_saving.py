@@ -181,6 +181,14 @@ def test_a_failed_final_save_leaves_the_weights_and_says_where(failing, name, fi
         assert any(".lora_B" in key and each.any() for key, each in found.items())
 
 
+def test_without_a_place_beside_it_the_weights_go_to_the_temporary_directory(failing):
+    folder, ended = failing
+    code, said = ended["no place beside"]
+    (place,) = (folder / "elsewhere").glob("coati-rescued-*")
+    assert code == 1 and f"weights are in {place}" in said
+    assert (place / "config.json").is_file() and tensors(place / "model.safetensors")
+
+
 def test_a_save_dir_that_cannot_be_made_is_named(failing):
     code, said = failing[1]["a file in the way"]
     assert code and "file" in said and "Traceback" not in said

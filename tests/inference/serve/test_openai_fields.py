@@ -65,7 +65,7 @@ def test_several_choices_are_different_samples_and_seeds_repeat_them(client):
 def test_logprobs_are_the_models_own(client, server):
     ids, rows = greedy(server, server.engine.encode(HELLO), 8)
     tokenizer = server.engine.loaded.tokenizer
-    for options in ({}, {"temperature": 0.3, "top_p": 0.01}):  # neither moves log-probs
+    for options in ({}, {"temperature": 0.3, "extra_body": {"top_k": 1}}):  # neither moves them
         choice = chat(client, logprobs=True, top_logprobs=3, **options).choices[0]
         content = choice.logprobs.content
         assert len(content) == 8

@@ -118,16 +118,20 @@ def _from_elsewhere(output: OutputSettings, folder: Path, state: RunningState) -
 
 
 def _begun_from(output: OutputSettings, kind: str, path: Path) -> Resume | None:
-    """The newest checkpoint in ``--save_dir``, if its run began from ``path``: the command that
-    began it goes on with it."""
+    """The run in ``--save_dir``, if it began from ``path``: the command that began it goes on with
+    its newest checkpoint, or begins it again where there is none."""
     record = broadcast_object(record_of(output.save_dir) if is_rank_0() else None)
     if output.dry_run or kind not in record or not _same(record[kind], path):
         return None
     held = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
-    if held is None:
-        return None
-    logger.info(f"the run in {output.save_dir} began from {path}: going on from {held}")
-    return Resume(weights_of(held), held, read_checkpoint(held), goes_on=True)
+    if held is not None:
+        logger.info(f"the run in {output.save_dir} began from {path}: going on from {held}")
+        return Resume(weights_of(held), held, read_checkpoint(held), goes_on=True)
+    _refuse_finished(output)
+    logger.info(f"the run in {output.save_dir} began from {path} and has no checkpoint: again")
+    if kind == "weights":
+        return Resume(weights=str(path), goes_on=True)
+    return Resume(weights_of(path), path, read_checkpoint(path), goes_on=True)
 
 
 def _same(one: str | Path, other: str | Path) -> bool:

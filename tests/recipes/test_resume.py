@@ -108,10 +108,12 @@ def test_a_run_from_weights_goes_on_by_the_command_that_began_it_and_by_auto(tmp
     assert began.weights == str(other / "modeling") and began.folder is None
     record_run(output(run, other, True), began.began, began.goes_on)
     assert record_of(run)["weights"] == str(other / "modeling")
-    # Interrupted before its first checkpoint.
+    # Interrupted before its first checkpoint, perhaps with a best model.
+    (run / "best").mkdir()
     for again in (output(run, other, True), arguments(run)):
         found = find_resume(again)
         assert found.weights == str(other / "modeling") and found.folder is None
+        assert found.goes_on
     saved = checkpoint(run, 2)
     same = (output(run, other, True), output(run, other / "modeling"), arguments(run))
     for again in same:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -117,7 +118,11 @@ def test_no_limit_and_the_default(monkeypatch):
 
 
 def test_the_command_lists_sizes_and_ages_and_removes_what_is_not_in_use(root, capsys):
-    put(root, "abc", 2, days=3)
+    made = put(root, "abc", 2, days=3)
+    report = {"report": {"files": [{"file": "rows.jsonl"}]}}
+    (made / "preparation.json").write_text(json.dumps(report))
+    for path in (made / "preparation.json", made):
+        os.utime(path, (time.time() - 3 * DAY,) * 2)
     used = put(root, "def", 1, days=5)
     hold(used)
     main(["cache"])
@@ -125,7 +130,7 @@ def test_the_command_lists_sizes_and_ages_and_removes_what_is_not_in_use(root, c
     assert f"{root}: 20 GiB at most ({LIMIT_VARIABLE})" in said
     assert "prepared: raw files given to training, tokenized; 2 entries, 3.0 MiB" in said
     assert said.split("abc")[1].split()[:4] == ["2.0", "MiB", "3", "days"]
-    assert "in use" in said.split("def")[1]
+    assert "in use" in said.split("def")[1] and "rows.jsonl" in said.split("abc")[1]
     main(["cache", "--clear", "--older_than", "2"])
     assert "removed" in capsys.readouterr().out and there(root) == ["def"]
     main(["cache", "--clear"])

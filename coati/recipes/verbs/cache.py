@@ -4,6 +4,7 @@ import time
 
 from coati.cli.this_machine import CacheSettings, cache_parser, parse_cache
 from coati.cli.verb import Verb
+from coati.utils.json_io import load_json
 from coati.utils.user_cache import CONTENTS, LIMIT_VARIABLE, Entry, cache_root, entries, limit_gib
 
 VERB = Verb("machine", cache_parser, parse_cache, "coati.recipes.verbs.cache:main")
@@ -35,7 +36,17 @@ def main(settings: CacheSettings) -> None:
 def _line(entry: Entry, now: float, state: str) -> str:
     days = (now - entry.used) / DAY_S
     age = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours"
-    return f"  {entry.path.name:<32}{_size(entry.size):>12}{age:>12} ago  {state}".rstrip()
+    said = f"{_size(entry.size):>12}{age:>12} ago  {state:<9}{_source(entry)}"
+    return f"  {entry.path.name:<32}{said}".rstrip()
+
+
+def _source(entry: Entry) -> str:
+    """The files that prepared rows come from, "" of other things and of remnants."""
+    try:
+        files = load_json(entry.path / "preparation.json")["report"]["files"]
+        return ", ".join(file["file"] for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _size(size: float) -> str:

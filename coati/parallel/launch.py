@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from coati.parallel.agreement import Meeting, agree
+from coati.parallel.agreement import Exchange, agree
 from coati.parallel.interfaces import choose_interface, reachable_name
 from coati.utils.environment import must_be_same
 from coati.utils.errors import RunFailed
@@ -103,7 +103,7 @@ def _meet(handshake_s: float, timeout: timedelta):
         store.set("missing", ", ".join(map(str, missing)))
     # Rank 0 may have begun to wait later than this one.
     text = store.get("missing").decode() if _appears(store, "missing", end + handshake_s) else "0"
-    met = Meeting(store, rank, world_size)
+    met = Exchange(store, rank, world_size)
     if text:
         met.leave_together("missing")
         raise LaunchFailed(

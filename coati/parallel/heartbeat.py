@@ -64,6 +64,7 @@ class Peer:
     changed: float
 
     def see(self, beat: Beat, now: float) -> None:
+        """Take in what it says now."""
         if beat.count != self.beat.count or beat.state != self.beat.state:
             self.changed = now
         self.beat = beat

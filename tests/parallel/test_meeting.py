@@ -20,7 +20,7 @@ def meet_in_threads(store, delays: dict[int, float], world_size: int = 2, wait_s
         try:
             if rank == 0:
                 return _gather(store, world_size, wait_s)
-            return _join(store, rank, world_size, wait_s)
+            return _join(store, rank, world_size, 2 * wait_s)
         except LaunchFailed as error:
             return error
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.cli.parser import Parser
-from coati.cli.values import add_count, add_switch, add_text, whole_number
+from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
+from coati.utils.constants import COLLECTIVE_TIMEOUT_S
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -35,6 +36,7 @@ class LaunchSettings:
     hostfile: str | None = None
     master_addr: str | None = None
     master_port: int | None = None
+    collective_timeout: float = COLLECTIVE_TIMEOUT_S
     no_preflight: bool = False
 
     @property
@@ -86,6 +88,15 @@ def add_launch_flags(parser: Parser) -> None:
         group,
         "--no_preflight",
         help="start without the short look at the hosts that comes first (coati doctor)",
+    )
+    add_number(
+        group,
+        "--collective_timeout",
+        default=COLLECTIVE_TIMEOUT_S,
+        unit="SECONDS",
+        exclusive=True,
+        help="end a run of several processes when one of them has not been heard of for so long, "
+        "or when all wait for each other; one that works alone is waited for",
     )
 
 

@@ -21,6 +21,7 @@ from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Objective, Step, concatenate
 from coati.parallel.plugins import ParallelOptions
 from coati.utils.distributed import all_gather_object
+from coati.utils.liveness import tick
 from coati.utils.logging import get_logger
 from coati.utils.meter import MaskedSamples
 
@@ -218,6 +219,7 @@ class Engine:
     def _forward(self, batch: Batch) -> Any:
         keys = (*self._call.model_keys, *PACKING_KEYS)
         inputs = self._prepare_inputs(batch, {key: batch[key] for key in keys if key in batch})
+        tick()
         try:
             outputs = self.model(**inputs, use_cache=False)
         finally:
@@ -314,6 +316,7 @@ class Engine:
         if self.mesh.last_stage:
             self._set_head(kwargs)
         inputs = {key: value for key, value in kwargs.items() if key not in self._extra_keys}
+        tick()
         return args, with_block_mask(inputs, self.dtype)
 
     def _prepare_inputs(self, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:

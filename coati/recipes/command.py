@@ -16,6 +16,7 @@ from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
 from coati.utils.errors import RunFailed
+from coati.utils.liveness import at_forced_end
 
 PROGRAM = "coati"
 INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -73,15 +74,34 @@ def run(
 
                 preflight(settings)
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
-        verb.function()(settings)
         if verb.processes:
-            from coati.parallel.launch import shut_down
-
-            shut_down()
+            _run_in_group(verb, settings, prog)
+        else:
+            verb.function()(settings)
     except (ValueError, OSError, RunFailed) as error:
         _fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         _fail(f"{prog}: interrupted", INTERRUPTED)
+
+
+def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
+    """Run a verb that several processes may run together. Raises RunFailed naming the rank, where
+    another one has ended."""
+    # What torch's store says of a lost connection, with a stack in C++, stands in the error, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    function = verb.function()
+    from coati.parallel.launch import explained, shut_down
+
+    # On a line of its own, not behind a progress bar.
+    with at_forced_end(lambda message: _say(f"{prog}: error: {message}", before="\n")):
+        try:
+            function(settings)
+            shut_down(wait=True)
+        except RuntimeError as error:
+            reason = explained(error)
+            if reason is error:
+                raise
+            raise reason from None
 
 
 @contextmanager
@@ -99,14 +119,20 @@ def _quiet_if_launched() -> Iterator[None]:
 
 
 def _fail(message: str, code: int = 1) -> None:
-    """End with ``code``. The launcher, where there is one, says the message once for all ranks."""
+    """End with ``code`` and its ``message``."""
+    _say(message)
+    sys.exit(code)
+
+
+def _say(message: str, before: str = "") -> None:
+    """The launcher, where there is one, says the message once for all ranks."""
     file = os.environ.get(launcher.ERROR_FILE)
     rank = os.environ.get("RANK", "0")
     if file is not None:
         Path(file).write_text(message, encoding="utf-8")
     else:
-        print(f"[rank {rank}] {message}" if rank != "0" else message, file=sys.stderr, flush=True)
-    sys.exit(code)
+        line = f"[rank {rank}] {message}" if rank != "0" else message
+        print(f"{before}{line}", file=sys.stderr, flush=True)
 
 
 def _program(name: str) -> list[str]:

@@ -283,13 +283,18 @@ def _train(
         given["pretrain"] = _written(start, tokenizer, Path(save_dir) / "start")
     settings = parsed(command.parse, words_of(given, function), function)
     _leave_group_at_exit()
+    from coati.parallel.launch import explained
+
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
         command.function()(settings, replace(extras, again=again))
-    except Exception:
+    except Exception as error:
         if fresh:
             _remove_unused(Path(save_dir))
-        raise
+        reason = explained(error)
+        if reason is error:
+            raise
+        raise reason from None
     finally:
         collect_garbage()
     return (TrainedRewardModel if verb == "rm" else TrainedModel)(save_dir)

@@ -20,6 +20,7 @@ from coati.parallel.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
+from coati.recipes import elastic
 from coati.utils.distributed import broadcast_object, is_rank_0
 from coati.utils.environment import save_environment
 from coati.utils.json_io import load_json, save_json
@@ -46,6 +47,9 @@ def find_resume(output: OutputSettings) -> Resume:
     path = output.checkpoint_path
     if Path(output.save_dir).exists():
         clean(output.save_dir)  # what an interrupted save left
+    if elastic.is_restart(output.save_dir) and (newest := _after_restart(output.save_dir)):
+        state = read_checkpoint(newest)
+        return Resume(weights=weights_of(newest), folder=newest, state=state)
     if path == "auto":
         # Rank 0 looks: a rank that found another one, or none, would train on something else.
         path = broadcast_object(latest_checkpoint(output.save_dir) if is_rank_0() else None)
@@ -78,6 +82,15 @@ def find_resume(output: OutputSettings) -> Resume:
         )
         return Resume(weights=weights_of(folder))
     return Resume(weights=weights_of(folder), folder=folder, state=state)
+
+
+def _after_restart(save_dir: str) -> Path | None:
+    """The newest checkpoint of a run that its launcher has started again, whatever flags it was
+    started with; before the first one, the run starts as it did."""
+    newest = broadcast_object(latest_checkpoint(save_dir) if is_rank_0() else None)
+    what = f"it goes on from {newest}" if newest else "it had no checkpoint yet and starts anew"
+    logger.info(f"torchrun has started this run again: {what}")
+    return newest
 
 
 def weights_of(folder: Path, model: str = "actor") -> str:
@@ -118,6 +131,7 @@ def record_arguments(
     """
     if not output.dry_run:
         save_environment(output.save_dir, flags_given=list(given))
+        elastic.record_agents(output.save_dir)
     if not is_rank_0():
         return
     if output.config_file is not None:

@@ -103,7 +103,7 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     """Join the process group; the parallel settings with every default resolved."""
     # The group comes first: ColossalAI's import takes seconds that would count against the other
     # ranks' timeout.
-    launch(settings.seed)
+    launch(settings.seed, collective_timeout_s=settings.launch.collective_timeout)
     warn_of_threads()
     warn_of_secrets()
 

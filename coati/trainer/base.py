@@ -18,6 +18,8 @@ from coati.trainer.progress import ProgressBar
 from coati.trainer.run_log import RunLog
 from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
+from coati.utils.errors import RunFailed
+from coati.utils.liveness import at_forced_end, note
 
 
 class SLTrainer:
@@ -127,7 +129,8 @@ class SLTrainer:
         self.log.open(self.state.step, log_dir, use_wandb, total)
         bar = ProgressBar(total, self.state.step, self.name)
         try:
-            with GracefulStop() as stop:
+            note(phase="training", step=self.state.step, saved=self.state.step or None)
+            with GracefulStop() as stop, at_forced_end(self._fail):
                 self.callbacks.call("on_train_begin", self)
                 if self.state.step == 0:
                     if loader.figures:
@@ -145,6 +148,9 @@ class SLTrainer:
         finally:
             bar.close()
             self.log.close()
+
+    def _fail(self, message: str) -> None:
+        self.log.fail(RunFailed(message), self.state.step)
 
     def _train(
         self, loader, eval_dataloader, bar: ProgressBar, total: int, stop: GracefulStop
@@ -181,6 +187,7 @@ class SLTrainer:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._describe(error, loader)) from error
         self.state.step += 1
+        note(step=self.state.step)
         self.state.sample_start_index += loader.rows_per_step
         self.log.meter.add_all(_public(step.metrics))
         seconds = time.perf_counter() - started
@@ -253,6 +260,7 @@ class SLTrainer:
             self.state.trainer |= self.log.state_dict()
             path = save_checkpoint(save_dir, self.engine, self.assets, self.state)
             clean(save_dir, self.schedule.keep_last_k)
+        note(saved=self.state.step)
         self.log.record.update(self.state.step)
         self.callbacks.call("on_save", self, path)
         return path

@@ -31,6 +31,8 @@ from coati.trainer.run_log import RunLog
 from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
 from coati.utils.distributed import any_rank
+from coati.utils.errors import RunFailed
+from coati.utils.liveness import at_forced_end, note
 from coati.utils.logging import get_logger
 from coati.utils.meter import AccumulativeMeanMeter
 
@@ -192,7 +194,8 @@ class OLTrainer:
             self.log.tracker.log(self.first_evaluation, 0)
         bar = ProgressBar(self.episodes.num_episodes, self.episode, self.name, unit="episode")
         try:
-            with GracefulStop() as stop:
+            note(phase="training", step=self.state.step, saved=self.state.step or None)
+            with GracefulStop() as stop, at_forced_end(self._fail):
                 self.callbacks.call("on_train_begin", self)
                 if self.episode == 0 and not self.first_evaluation:
                     self._evaluate(evaluation, bar)
@@ -207,6 +210,9 @@ class OLTrainer:
         finally:
             bar.close()
             self.log.close()
+
+    def _fail(self, message: str) -> None:
+        self.log.fail(RunFailed(message), self.episode)
 
     def rehearse(self, prompts: Any, ptx: Any = None) -> dict[str, float]:
         """The first collect phase and two optimizer steps, the second with the optimizer states of
@@ -351,6 +357,7 @@ class OLTrainer:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._describe(error)) from error
         self.state.step += 1
+        note(step=self.state.step)
         self.reporter.add_step(step, value_step, time.perf_counter() - started)
         self.callbacks.call("on_step", self, _of_step(step, value_step, self._lr))
         return step.stop
@@ -428,6 +435,7 @@ class OLTrainer:
         with self.log.record.timed("checkpoints"):
             path = save_models(save_dir, models, self.state, buffer_state)
             clean(save_dir, self.schedule.keep_last_k)
+        note(saved=self.state.step)
         self.log.record.update(self.episode)
         self.callbacks.call("on_save", self, path)
         return path

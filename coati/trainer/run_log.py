@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.parallel.engine import Engine
+from coati.parallel.launch import explained
 from coati.parallel.weights import ModelAssets
 from coati.trainer.best_checkpoint import save_best, value_of
 from coati.trainer.run_report.run_record import RunRecord
@@ -137,7 +138,9 @@ class RunLog:
         self.record.end("stopped" if stopped else "finished", step)
 
     def fail(self, error: BaseException, step: int) -> None:
-        """The run ends with ``error``, which its report says."""
+        """The run ends with ``error``, which its report says; of a collective that failed, which
+        rank it lost."""
+        error = explained(error)
         self.record.end("failed", step, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:

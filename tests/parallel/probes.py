@@ -53,10 +53,21 @@ def emulated_collectives() -> bool:
     collectives.reduce_scatter(scattered, mine)
     received = [torch.zeros(1, 1), torch.zeros(1, 1)]
     collectives.all_to_all(received, mine, async_op=True).wait()
+    # Summed in bf16, 1 + 2**-8 would be 1; only together the small parts count.
+    small = torch.tensor([1.0, 2.0**-8][rank]).repeat(2).bfloat16()
+    summed = torch.zeros(1)
+    collectives.reduce_scatter_tensor(summed, small)
+    averaged = torch.zeros(1)
+    collectives.reduce_scatter_tensor(averaged, torch.cat(mine).view(-1), dist.ReduceOp.AVG)
+    counted = torch.zeros(1, dtype=torch.int64)
+    collectives.reduce_scatter_tensor(counted, torch.tensor([1, 2]), dist.ReduceOp.MAX)
     mean = torch.tensor([float(rank)])
     collectives.averaging(dist.all_reduce)(mean, op=dist.ReduceOp.AVG)
     return (
         scattered.item() == (3.0, 30.0)[rank]
         and [tensor.item() for tensor in received] == [[1.0, 2.0], [10.0, 20.0]][rank]
+        and summed.item() == 1 + 2.0**-8
+        and averaged.item() == (1.5, 15.0)[rank]
+        and counted.item() == (1, 2)[rank]
         and mean.item() == 0.5
     )

@@ -18,6 +18,7 @@ from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
 from coati.models.generation.model_call import innermost
 from coati.models.generation.sampling import Sampling
 from coati.models.padding_free import PaddingFree
+from coati.utils.liveness import tick
 
 
 @dataclass
@@ -122,6 +123,7 @@ def _decode(
     stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
     all_ended = False
     for count in range(1, max_new_tokens + 1):
+        tick()
         if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
             prepacked.use(len(decoder.row_ids))
         if all_ended:

@@ -13,6 +13,7 @@ from typing import Any
 
 from coati.trainer.run_report.run_files import EVENTS, JsonLines, RunFiles, now
 from coati.utils.json_io import save_text
+from coati.utils.liveness import note
 from coati.utils.logging import get_logger, take_warnings
 
 logger = get_logger(__name__)
@@ -64,9 +65,11 @@ class RunRecord:
     def timed(self, phase: str) -> Iterator[None]:
         """Count the time inside as ``phase``."""
         began = time.perf_counter()
+        note(phase=phase)
         try:
             yield
         finally:
+            note(phase="training")
             self.add_seconds(phase, time.perf_counter() - began)
 
     def add_seconds(self, phase: str, seconds: float) -> None:

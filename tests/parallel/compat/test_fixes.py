@@ -9,6 +9,7 @@ from tests.distributed.spawn import run
 
 GLOO = {
     "gloo reduce_scatter",
+    "gloo reduce_scatter_tensor",
     "gloo all_to_all",
     "gloo average",
 }  # torch's, and fixed in its newer versions

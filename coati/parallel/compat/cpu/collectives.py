@@ -1,4 +1,4 @@
-"""The collectives that older gloo backends lack, made from those they have."""
+"""The collectives that gloo lacks, or makes of others that send more, made from those it has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, ProcessGroupGloo
+
+_torch_reduce_scatter_tensor = dist.reduce_scatter_tensor
 
 
 class Done:
@@ -31,11 +33,6 @@ def _fails(call) -> bool:
     return False
 
 
-def lacks_reduce_scatter() -> bool:
-    """Whether gloo refuses a reduce-scatter of a list of tensors."""
-    return _fails(lambda: _lone_group().reduce_scatter(torch.zeros(1), [torch.ones(1)]))
-
-
 def lacks_all_to_all() -> bool:
     """Whether gloo refuses an all-to-all of lists of tensors."""
     return _fails(
@@ -50,11 +47,37 @@ def lacks_average() -> bool:
     return _fails(lambda: _lone_group().allreduce([torch.ones(1)], options))
 
 
+def sends_chunks_twice() -> bool:
+    """Whether gloo's reduce-scatters are all-reduces of which each rank keeps a chunk: so in every
+    release to 2.14 (ProcessGroupGloo.cpp). What they send shows between two processes alone:
+    benchmarks/bench_bytes.py measures it."""
+    return dist.is_gloo_available()
+
+
+def reduce_scatter_tensor(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    """``dist.reduce_scatter_tensor`` that sends each chunk once, to the rank that keeps it and sums
+    in the order of the ranks, narrow types in fp32; done when it returns."""
+    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) or not input.is_floating_point():
+        return _torch_reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
+    ways = dist.get_world_size(group)
+    received = torch.empty_like(input.reshape(-1))
+    dist.all_to_all_single(received, input.reshape(-1).contiguous(), group=group)
+    first, *others = received.chunk(ways)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    total = first.to(wide, copy=True)
+    for chunk in others:
+        total += chunk
+    if op == dist.ReduceOp.AVG:
+        total /= ways
+    output.copy_(total.view_as(output))
+    return Done() if async_op else None
+
+
 def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
     """``dist.reduce_scatter`` through the form that takes one tensor; done when it returns."""
     flat = torch.cat([tensor.reshape(-1) for tensor in input_list])
     chunk = torch.empty_like(output).view(-1)
-    dist.reduce_scatter_tensor(chunk, flat, op=op, group=group)
+    reduce_scatter_tensor(chunk, flat, op=op, group=group)
     output.copy_(chunk.view_as(output))
     return Done() if async_op else None
 
@@ -86,7 +109,7 @@ def averaging(all_reduce):
 
 
 def install(name: str, emulation: Callable, lacks: Callable[[], bool]) -> None:
-    """Give ``torch.distributed`` the ``emulation`` of its function ``name``, if gloo ``lacks`` its
-    own."""
+    """Give ``torch.distributed`` the ``emulation`` of its function ``name``, if gloo ``lacks`` a
+    good one of its own."""
     if lacks():
         setattr(dist, name, emulation)

@@ -256,7 +256,7 @@ CPU_PATCHES = (
         gather_fused_weights_where_they_are,
         mentions(qkv_fused_linear.gather_fused_qkv_in_gpt2_style, "qkv.cuda()"),
     ),
-    # These three are torch's: newer versions lack nothing and the functions then do nothing.
+    # The rest is torch's: newer versions may need none of it, and the functions then do nothing.
     Patch(
         "gloo reduce_scatter",
         "shardformer/layer/_operation.py:522",
@@ -264,9 +264,20 @@ CPU_PATCHES = (
             collectives.install,
             "reduce_scatter",
             collectives.reduce_scatter,
-            collectives.lacks_reduce_scatter,
+            collectives.sends_chunks_twice,
         ),
-        collectives.lacks_reduce_scatter,
+        collectives.sends_chunks_twice,
+    ),
+    Patch(
+        "gloo reduce_scatter_tensor",
+        "zero/low_level/low_level_optim.py:382",
+        partial(
+            collectives.install,
+            "reduce_scatter_tensor",
+            collectives.reduce_scatter_tensor,
+            collectives.sends_chunks_twice,
+        ),
+        collectives.sends_chunks_twice,
     ),
     Patch(
         "gloo all_to_all",

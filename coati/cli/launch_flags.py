@@ -84,6 +84,11 @@ def add_launch_flags(parser: Parser) -> None:
         help=f"port of the first host at which all meet; default: {PORT} with --hostfile, else a "
         "free one",
     )
+    add_switch(
+        group,
+        "--no_preflight",
+        help="start without the short look at the hosts that comes first (coati doctor)",
+    )
     add_number(
         group,
         "--collective_timeout",
@@ -92,11 +97,6 @@ def add_launch_flags(parser: Parser) -> None:
         exclusive=True,
         help="end a run of several processes when one of them has not been heard of for so long, "
         "or when all wait for each other; one that works alone is waited for",
-    )
-    add_switch(
-        group,
-        "--no_preflight",
-        help="start without the short look at the hosts that comes first (coati doctor)",
     )
 
 

@@ -34,7 +34,7 @@ class RanksDiffer(RunFailed):
     """The ranks do not agree; the message is the same on each of them."""
 
 
-class Agreement:
+class Exchange:
     """The store of a group. ``rank``, ``world_size``: of this process and of all; ``host``: its
     name."""
 
@@ -101,19 +101,19 @@ class Agreement:
         return json.loads(self.store.get(key))
 
 
-def agreement() -> Agreement | None:
+def group_exchange() -> Exchange | None:
     """That of this process's group; None for one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     store = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(f"agreement-{next(_calls)}", store)
-    return Agreement(store, dist.get_rank(), dist.get_world_size())
+    return Exchange(store, dist.get_rank(), dist.get_world_size())
 
 
 def agree(
     facts: Callable[[Result], Facts],
     work: Callable[[], Result],
-    met: Agreement | None = None,
+    met: Exchange | None = None,
     remedy: str = "start all of them with the same flags, files and packages",
 ) -> Result:
     """What ``work()`` returns on this rank, when ``facts`` of it are the same on every rank.
@@ -125,7 +125,7 @@ def agree(
     ``work`` raised ValueError, OSError or RunFailed on some ranks, that error on them and its text
     on the others.
     """
-    met = met or agreement()
+    met = met or group_exchange()
     if met is None:
         return work()
     failure: Exception | None = None

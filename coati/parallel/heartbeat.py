@@ -64,6 +64,7 @@ class Peer:
     changed: float
 
     def see(self, beat: Beat, now: float) -> None:
+        """Take in what it says now."""
         if beat.count != self.beat.count or beat.state != self.beat.state:
             self.changed = now
         self.beat = beat
@@ -105,9 +106,9 @@ class Heartbeat:
     def __init__(self, places: Places, timeout_s: float) -> None:
         self.places = places
         self.timeout_s = timeout_s
-        self.interval = min(INTERVAL_S, timeout_s / 10)
-        # A beat is up to an interval old when what it tells of stops, and seen an interval later.
-        self.limit = timeout_s - 2 * self.interval
+        self.interval = min(INTERVAL_S, timeout_s / 20)
+        # A beat is seen up to an interval after it was written; a verdict takes two to be read.
+        self.limit = timeout_s - 4 * self.interval
         self.peers = [Peer(Beat(host=host), time.monotonic()) for host in places.hosts]
         self._clock = StallClock(places.on_gpu)
         self._stall = Stall(0.0, "")
@@ -186,7 +187,7 @@ class Heartbeat:
         while not self._stopping.wait(self.interval / 2):
             now = time.monotonic()
             asleep = now - looked - self.interval / 2
-            if asleep > 2 * self.interval:  # this process was stopped itself, and saw nothing
+            if asleep > self.limit / 2:  # this process was stopped itself, and saw nothing
                 self._forgive(asleep)
             looked = now
             self._stall = self._clock.sample()
@@ -277,7 +278,8 @@ class Heartbeat:
             began = time.monotonic()
             self._mine.state = LOST
             self._wake.set()
-            while time.monotonic() - began < 2.5 * self.interval and self._gone_at is None:
+            enough = began + max(2.5 * self.interval, 1.5)
+            while time.monotonic() < enough and self._gone_at is None:
                 time.sleep(self.interval / 10)
             self._explained = self._of_lost(began)
         return self._explained

@@ -5,7 +5,7 @@ import os
 import socket
 from typing import Any
 
-from coati.parallel.agreement import Agreement
+from coati.parallel.agreement import Exchange
 from coati.utils.errors import RunFailed
 from coati.utils.host_address import (
     address_toward,
@@ -42,7 +42,7 @@ def reachable_name(name: str, rank: int) -> str:
     )
 
 
-def choose_interface(met: Agreement) -> None:
+def choose_interface(met: Exchange) -> None:
     """Have gloo offer an address that other hosts reach, where this host's own name leads to
     loopback (``127.0.1.1 name`` in Debian's /etc/hosts) or nowhere.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from coati.parallel.agreement import Agreement, agree
+from coati.parallel.agreement import Exchange, agree
 from coati.parallel.heartbeat import NO_TIMEOUT, Heartbeat, Places, is_lost_connection
 from coati.parallel.interfaces import choose_interface
 from coati.parallel.meeting import LaunchFailed, Meeting, meet
@@ -22,6 +22,7 @@ from coati.utils.logging import get_logger
 logger = get_logger(__name__)
 
 SAME_ENVIRONMENT = "give all hosts the same checkout and virtual environment, and start again"
+
 __all__ = ["LaunchFailed", "explained", "launch", "set_seed", "shut_down", "warn_of_threads"]
 _heartbeat: Heartbeat | None = None
 
@@ -39,7 +40,8 @@ def launch(
 
     Raises:
         LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
-            seconds, or what their hosts do not have in common.
+            seconds.
+        RanksDiffer: on every rank, naming what their hosts do not have in common.
     """
     device = _device()
     if not dist.is_initialized():
@@ -53,14 +55,23 @@ def launch(
             rank = meeting.rank
             world_size = len(meeting.hosts)
             store = dist.PrefixStore("group", meeting.store)
-            if world_size > 1:
-                _watch(meeting, collective_timeout_s, device)
-                _compare_hosts(meeting)
+            _watch(meeting, collective_timeout_s, device)
+            _look_around(meeting)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=NO_TIMEOUT
         )
     set_seed(seed)
     return device
+
+
+def _look_around(meeting: Meeting) -> None:
+    """Before the ranks depend on it: the same environment, and an interface that others reach."""
+    world_size = len(meeting.hosts)
+    if world_size == 1:
+        return
+    exchange = Exchange(dist.PrefixStore("around", meeting.store), meeting.rank, world_size)
+    agree(lambda facts: facts, must_be_same, exchange, remedy=SAME_ENVIRONMENT)
+    agree(lambda _: {}, lambda: choose_interface(exchange), exchange)
 
 
 def _wait_without_end() -> None:
@@ -72,6 +83,8 @@ def _wait_without_end() -> None:
 
 def _watch(meeting: Meeting, timeout_s: float, device: torch.device) -> None:
     global _heartbeat
+    if len(meeting.hosts) == 1:
+        return
     host, port = meeting.address
     places = Places(
         rank=meeting.rank,
@@ -84,15 +97,6 @@ def _watch(meeting: Meeting, timeout_s: float, device: torch.device) -> None:
     _heartbeat = Heartbeat(places, timeout_s)
     _heartbeat.start()
     atexit.register(_heartbeat.stop)
-
-
-def _compare_hosts(meeting: Meeting) -> None:
-    """Refuse hosts with other packages, and settle how they reach each other, before a collective
-    depends on either."""
-    store = dist.PrefixStore("hosts", meeting.store)
-    met = Agreement(store, meeting.rank, len(meeting.hosts))
-    agree(lambda facts: facts, must_be_same, met, remedy=SAME_ENVIRONMENT)
-    agree(lambda _: {}, lambda: choose_interface(met), met)
 
 
 def explained(error: BaseException) -> BaseException:

@@ -8,27 +8,22 @@ counted, and the counts of different hosts may differ.
 
 import json
 import os
-import re
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from queue import Empty, Queue
 from typing import Any
 
 import torch.distributed as dist
 
 from coati.parallel.interfaces import reachable_name
+from coati.parallel.no_store import in_time, no_store
 from coati.utils.errors import RunFailed
-from coati.utils.host_address import addresses_of, is_loopback, port_in_use
 
 POLL_S = 0.02
 SLACK_S = 5.0  # beyond torch's own time limit
 LEAVE_S = 5.0  # for the others to read that some are missing
-IN_USE = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 class LaunchFailed(RunFailed):
@@ -71,89 +66,38 @@ def meet(handshake_s: float, timeout: timedelta) -> Meeting:
         )
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
     address = (reachable_name(os.environ["MASTER_ADDR"], rank), int(os.environ["MASTER_PORT"]))
-    # A run that meets another one's store, whose port it was given, must not answer for its ranks.
-    run = os.environ.get("COATI_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "run"
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
     try:
-        base = _store(address, rank, world_size, hosted, handshake_s)
-        store = dist.PrefixStore(f"coati/{run}", base)
+        base = _store(address, rank, world_size, hosted, timedelta(seconds=handshake_s))
+        # A run that meets another one's store, whose port it was given, must not answer for it.
+        store = dist.PrefixStore(f"coati/{os.environ.get('COATI_RUN_ID', '')}", base)
         if rank == 0:
             group = _gather(store, world_size, handshake_s)
         else:
             # Rank 0 may have begun to wait later than this one.
             group = _join(store, rank, world_size, 2 * handshake_s)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise LaunchFailed(_no_store(error, rank, world_size, hosted, handshake_s)) from error
+        raise LaunchFailed(no_store(error, rank, world_size, hosted, handshake_s)) from error
     base.set_timeout(timeout)
-    prefix = f"coati/{run}/group-{group['name']}"
+    prefix = f"coati/group-{group['name']}"
     hosts = [host for host, _ in group["members"]]
     return Meeting(dist.PrefixStore(prefix, base), rank, hosts, prefix, address, not hosted)
 
 
 def _store(
-    address: tuple[str, int], rank: int, world_size: int, hosted: bool, wait_s: float
+    address: tuple[str, int], rank: int, world_size: int, hosted: bool, wait: timedelta
 ) -> Any:
     """What torch's env:// rendezvous makes, but without its wait for all, which cannot say who is
     missing."""
     host, port = address
     is_master = rank == 0 and not hosted
-    wait = timedelta(seconds=wait_s)
-
-    def connect() -> Any:
-        return dist.TCPStore(
+    return in_time(
+        lambda: dist.TCPStore(
             host, port, world_size, is_master, wait, wait_for_workers=False, multi_tenant=True
-        )
-
-    return _in_time(connect, wait_s + SLACK_S)
-
-
-def _in_time(connect: Callable[[], Any], wait_s: float) -> Any:
-    """What ``connect()`` returns. torch's own time limit does not hold where another program has
-    the port and waits to be told more.
-
-    Raises DistStoreError after ``wait_s``.
-    """
-    made: Queue[tuple[Any, BaseException | None]] = Queue()
-
-    def work() -> None:
-        try:
-            made.put((connect(), None))
-        except BaseException as error:
-            made.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        store, error = made.get(timeout=wait_s)
-    except Empty:
-        raise dist.DistStoreError("what listens there does not answer as rank 0 would") from None
-    if error is not None:
-        raise error
-    return store
-
-
-def _no_store(error: Exception, rank: int, world_size: int, hosted: bool, wait_s: float) -> str:
-    """Why there is no store to meet at."""
-    host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    here = socket.gethostname()
-    if rank == 0 and not hosted and IN_USE.search(str(error)):
-        return (
-            f"rank 0: {port_in_use(port)}, and the ranks cannot meet there; end it, or choose "
-            "another port: --master_port, or MASTER_PORT on every host"
-        )
-    text = (
-        f"rank {rank} on {here}: no sign of rank 0 of {world_size} at {host}:{port} within "
-        f"{wait_s:.0f} s ({error}); is the port open and rank 0 running?"
+        ),
+        wait.total_seconds() + SLACK_S,
     )
-    found = addresses_of(host)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if found and is_loopback(found[0]) and local < world_size:
-        text += (
-            f" {host} is {found[0]} on {here}, which is {here} itself: give the address of rank "
-            "0's host instead of its name (--master_addr), or mend /etc/hosts"
-        )
-    return text
 
 
 def _sign_in(store: Any, rank: int) -> list[str]:

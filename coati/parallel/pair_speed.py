@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from coati.parallel.agreement import Agreement
+from coati.parallel.agreement import Exchange
 from coati.parallel.interfaces import choose_interface
 
 ROUNDS = 30
@@ -31,7 +31,7 @@ def measure_pairs(
     os.environ["MASTER_PORT"] = str(port)
     wait = timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, port, world_size, rank == 0, wait, wait_for_workers=False)
-    choose_interface(Agreement(dist.PrefixStore("interfaces", store), rank, world_size))
+    choose_interface(Exchange(dist.PrefixStore("interfaces", store), rank, world_size))
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
         backend,

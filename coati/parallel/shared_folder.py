@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coati.parallel.agreement import Agreement, agreement
-from coati.parallel.save_causes import existing_folder
+from coati.parallel.agreement import Exchange, group_exchange
+from coati.parallel.atomic_dirs import existing_folder
 
 PATIENCE_S = 8.0  # of a network file system whose clients keep for a while what they knew
 RETRY_S = 0.1
@@ -25,7 +25,7 @@ def check_shared(
     folder: str | os.PathLike,
     why: str,
     create: bool = True,
-    met: Agreement | None = None,
+    met: Exchange | None = None,
 ) -> None:
     """Refuse a ``folder`` that not all ranks have in common; ``why`` it must be.
 
@@ -34,7 +34,7 @@ def check_shared(
 
     Raises RanksDiffer on every rank, naming the hosts, and where a rank cannot write there.
     """
-    met = met or agreement()
+    met = met or group_exchange()
     if met is None:
         return
     place = Path(folder).absolute()
@@ -44,7 +44,7 @@ def check_shared(
         _other(met, place, create)
 
 
-def _first(met: Agreement, place: Path, named: str, why: str) -> None:
+def _first(met: Exchange, place: Path, named: str, why: str) -> None:
     """Rank 0: writes, and looks for what the others write."""
     made = _missing(place)
     probe = place / f"{PROBE}{secrets.token_hex(8)}"
@@ -68,7 +68,7 @@ def _begin(probe: Path) -> None:
     (probe / "0").write_text(probe.name, encoding="utf-8")
 
 
-def _other(met: Agreement, place: Path, create: bool) -> None:
+def _other(met: Exchange, place: Path, create: bool) -> None:
     """Every other rank: looks for what rank 0 wrote, and writes beside it."""
     answer: dict[str, Any] = {"host": met.host}
     told = met.hear("probe")

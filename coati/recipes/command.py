@@ -102,7 +102,8 @@ def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
 
     with (
         at_forced_end(lambda _: release_locks()),
-        at_forced_end(lambda message: _say(f"{prog}: error: {message}")),
+        # On a line of its own, not behind a progress bar.
+        at_forced_end(lambda message: _say(f"{prog}: error: {message}", before="\n")),
     ):
         try:
             function(settings)
@@ -129,14 +130,15 @@ def _fail(message: str, code: int = 1) -> None:
     sys.exit(code)
 
 
-def _say(message: str) -> None:
+def _say(message: str, before: str = "") -> None:
     """The launcher, where there is one, says the message once for all ranks."""
     file = os.environ.get(launcher.ERROR_FILE)
     rank = os.environ.get("RANK", "0")
     if file is not None:
         Path(file).write_text(message, encoding="utf-8")
     else:
-        print(f"[rank {rank}] {message}" if rank != "0" else message, file=sys.stderr, flush=True)
+        line = f"[rank {rank}] {message}" if rank != "0" else message
+        print(f"{before}{line}", file=sys.stderr, flush=True)
 
 
 def _program(name: str) -> list[str]:

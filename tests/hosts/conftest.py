@@ -44,10 +44,14 @@ class Process:
 
 @dataclass
 class TwoHosts:
-    """The hosts node1 (10.77.0.1) and node2 (10.77.0.2)."""
+    """The hosts node1 (``address(1)``) and node2."""
 
     folder: Path
     processes: list[Process] = field(default_factory=list)
+
+    def address(self, node: int) -> str:
+        """Of a host, as the other reaches it."""
+        return f"{os.environ.get('NET', '10.77.0')}.{node}"
 
     def tool(self, *words: str) -> str:
         """Run two_hosts.sh."""
@@ -107,7 +111,9 @@ def two_hosts(tmp_path) -> Iterator[TwoHosts]:
     if reason := why_not():
         pytest.skip(reason)
     hosts = TwoHosts(tmp_path)
-    with open(Path(tempfile.gettempdir()) / "two_hosts.lock", "w") as lock:
+    with open(
+        Path(os.environ.get("STATE", tempfile.gettempdir())).parent / "two_hosts.lock", "w"
+    ) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # there is one pair on a machine
         hosts.tool("down")
         hosts.tool("up")

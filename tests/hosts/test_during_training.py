@@ -26,6 +26,7 @@ def words(tmp_path_factory) -> list[str]:
     rows = prepare(folder / "rows", short_lines(0, 48))
     given = ["--pretrain", model, "--dataset", rows, "--plugin", "zero2"]
     given += ["--mixed_precision", "fp32", "--max_length", "96", "--batch_size", "2"]
+    given += ["--accumulation_steps", "1"]
     given += ["--lr", "1e-3", "--save_interval", "20", "--log_interval", "1", "--keep_last_k", "2"]
     return ["-m", "coati", "sft", *given, "--collective_timeout", str(TIMEOUT_S)]
 
@@ -33,7 +34,7 @@ def words(tmp_path_factory) -> list[str]:
 def start_both(hosts: TwoHosts, words: list[str], save_dir: Path, *more: str) -> list[Process]:
     """One rank on each host, without a launcher; returns when steps are taken."""
     words = [*words, "--save_dir", str(save_dir), "--max_epochs", "5000", *more]
-    variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1"}
+    variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.address(1)}
     variables |= {"MASTER_PORT": "29511"}
     ranks = [hosts.start(rank + 1, words, RANK=str(rank), **variables) for rank in range(2)]
     hosts.wait_for(save_dir / "metrics.jsonl", '"step": 45')
@@ -119,11 +120,11 @@ def test_a_host_without_power(two_hosts, words, tmp_path):
 def elastic(hosts: TwoHosts, words: list[str], save_dir: Path, **variables: str) -> list[Process]:
     launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     launcher += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "run1"]
-    launcher += ["--rdzv-endpoint", "10.77.0.1:29522"]
+    launcher += ["--rdzv-endpoint", f"{hosts.address(1)}:29522"]
     more = ["--save_dir", str(save_dir), "--max_epochs", "16"]
     return [
         hosts.start(
-            node, [*launcher, "--local-addr", f"10.77.0.{node}", *words, *more], **variables
+            node, [*launcher, "--local-addr", hosts.address(node), *words, *more], **variables
         )
         for node in (1, 2)
     ]

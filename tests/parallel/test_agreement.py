@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from coati.parallel import agreement, shared_folder
-from coati.parallel.agreement import UNKNOWN, Agreement, RanksDiffer, agree, verdict
+from coati.parallel.agreement import UNKNOWN, Exchange, RanksDiffer, agree, verdict
 from coati.parallel.shared_folder import check_shared
 from tests.distributed.spawn import run
 
@@ -23,7 +23,7 @@ def together(*works) -> list:
 
     def one(rank: int):
         try:
-            return works[rank](Agreement(store, rank, len(works), f"node{rank // 2 + 1}"))
+            return works[rank](Exchange(store, rank, len(works), f"node{rank // 2 + 1}"))
         except Exception as error:
             return error
 
@@ -92,7 +92,7 @@ def test_a_rank_that_does_not_answer_is_named(monkeypatch):
 def test_rank_0_does_not_take_the_store_away_before_all_have_heard(monkeypatch):
     """It leaves last, whatever the others do meanwhile."""
     left = []
-    plain = Agreement.leave_together
+    plain = Exchange.leave_together
 
     def slowly(self, key):
         if self.rank == 1:
@@ -102,7 +102,7 @@ def test_rank_0_does_not_take_the_store_away_before_all_have_heard(monkeypatch):
         if self.rank == 0:
             left.append(0)
 
-    monkeypatch.setattr(Agreement, "leave_together", slowly)
+    monkeypatch.setattr(Exchange, "leave_together", slowly)
     together(tell(a=1), tell(a=2))
     assert left == [1, 0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.parallel.agreement import Exchange, group_exchange
-from coati.parallel.atomic_dirs import existing_folder
+from coati.parallel.save_causes import existing_folder
 
 PATIENCE_S = 8.0  # of a network file system whose clients keep for a while what they knew
 RETRY_S = 0.1

@@ -123,7 +123,7 @@ def _add(found: Earlier, directory: Path) -> None:
     for name in tensors:
         if (match := _A_NAME.match(name)) is None:
             continue
-        layer, side = match[1], match[2]
+        layer, side = match.group(1, 2)
         a = tensors[name].float()
         b = tensors[f"{layer}.{side}_B{match[3]}"].float()
         b = b * _scale(config, layer.removeprefix(PREFIX), len(a))

@@ -131,6 +131,9 @@ def _add(found: Earlier, directory: Path) -> None:
             a = torch.cat([a, older[0]], dim=0)
             b = torch.cat([b, older[1]], dim=1)
         found.factors[layer, side] = (a, b)
+    if taken := [layer for layer, _ in found.factors if _is_of(layer, found.modules)]:
+        found.cannot = f"{directory} adapts {taken[0]}, which an adapter below saved whole"
+        return
     for module in config.get("modules_to_save") or []:
         if any(_is_of(layer, [module]) for layer, _ in found.factors):
             found.cannot = f"{directory} has {module} whole, an adapter below adapts it"

@@ -68,7 +68,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "gemma3_text",
         {"cache_implementation": "hybrid", "do_sample": True, "eos_token_id": [0, 2]}
         | {"pad_token_id": 0, "top_k": 64, "top_p": 0.95},
-        {},
+        {"sliding_window": 64},
     ),
     "Phi-3": (
         "phi3",

@@ -52,6 +52,22 @@ def test_the_type_of_the_weights_has_another_name(tmp_path):
     assert '"float16"' in text and (f'"{compat.dtype_keyword()}"' in text)
 
 
+def test_generation_settings_in_a_model_configuration(tmp_path):
+    import json
+
+    from transformers import AutoConfig
+
+    tiny_llama().config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.7}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    # 5 leaves them out as it reads; 4 keeps them, beside the value that means unset.
+    found = compat.misplaced_generation_settings(config)
+    assert found == ({} if FIVE else {"temperature": (0.7, 1.0)})
+    config.top_p = 0.5
+    assert compat.misplaced_generation_settings(config)["top_p"] == (0.5, None if FIVE else 1.0)
+
+
 def test_the_text_part_of_a_plain_configuration_is_itself():
     config = tiny_llama().config
     assert compat.text_config(config) is config

@@ -123,7 +123,7 @@ def _add(found: Earlier, directory: Path) -> None:
     for name in tensors:
         if (match := _A_NAME.match(name)) is None:
             continue
-        layer, side = match[1], match[2]
+        layer, side = match.group(1, 2)
         a = tensors[name].float()
         b = tensors[f"{layer}.{side}_B{match[3]}"].float()
         b = b * _scale(config, layer.removeprefix(PREFIX), len(a))
@@ -131,6 +131,9 @@ def _add(found: Earlier, directory: Path) -> None:
             a = torch.cat([a, older[0]], dim=0)
             b = torch.cat([b, older[1]], dim=1)
         found.factors[layer, side] = (a, b)
+    if taken := [layer for layer, _ in found.factors if _is_of(layer, found.modules)]:
+        found.cannot = f"{directory} adapts {taken[0]}, which an adapter below saved whole"
+        return
     for module in config.get("modules_to_save") or []:
         if any(_is_of(layer, [module]) for layer, _ in found.factors):
             found.cannot = f"{directory} has {module} whole, an adapter below adapts it"

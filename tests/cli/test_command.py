@@ -384,9 +384,10 @@ def test_cache_lists_and_clears_what_is_old(monkeypatch, tmp_path, capsys):
         for path in (folder / "rows", folder):
             os.utime(path, (time.time() - days * 86400 - 60,) * 2)
     main(["cache"])
-    assert re.search(r"prepared +2 entries +2\.0 MiB", capsys.readouterr().out)
+    assert "tokenized; 2 entries, 2.0 MiB" in capsys.readouterr().out
     main(["cache", "--clear", "--older_than", "2"])
-    assert "1 removed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("removed") == 1 and "tokenized; 1 entries, 1.0 MiB" in said
     assert [path.name for path in (tmp_path / "coati" / "prepared").iterdir()] == ["new"]
     main(["cache", "--clear"])
     assert not list((tmp_path / "coati" / "prepared").iterdir())

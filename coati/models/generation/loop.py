@@ -69,16 +69,16 @@ def generate(
     the padding.
 
     A row ends with any of ``stop_sequences`` (token ids, matched within the response) or after
-    ``max_new_tokens``. Each prompt goes through the model once (equal prompts together), then one
-    token of each row that has not ended. ``noise`` (B, max_new_tokens or more) from
-    :func:`~coati.models.generation.row_noise.row_noise` is used in place of ``generator``; a row's
-    sample then does not depend on the rest of the batch.
+    ``max_new_tokens``. Equal prompts go through the model once. ``noise`` (B, max_new_tokens or
+    more) from :func:`~coati.models.generation.row_noise.row_noise` is used in place of
+    ``generator``; a row's sample then does not depend on the rest of the batch.
 
-    ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag`` takes "all rows of this rank have ended" and returns whether to leave the loop, so
-    that ranks whose forward passes contain collectives leave together. ``gather_logits`` completes
-    logits of which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor that is
-    equal on a group of ranks up to rounding, and returns one rank's to all of them.
-    ``padding_free``: how ``model`` is given prompts without padding.
+    ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
+    takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
+    whose forward passes contain collectives leave together. ``gather_logits`` completes logits of
+    which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor equal on a group
+    of ranks up to rounding, and returns one rank's to all. ``padding_free``: how ``model`` is given
+    prompts without padding.
 
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.

@@ -93,7 +93,7 @@ def test_an_answer_cut_off_is_said(script, model, capsys):
 
 def test_an_empty_answer_is_said(script, tmp_path, capsys):
     directory = str(saved(tmp_path / "model", [2, SAID]))  # it ends at once
-    argv = ["--model", directory, "--prompt", "hi", "--temperature", "0", "--io", "dummy"]
+    argv = ["--model", directory, "--prompt", "hi", "--io", "dummy", "--max_new_tokens", "9"]
     script.main(flags.parse_inference(argv))
     said = capsys.readouterr()
     assert said.out == "\n" and said.err.endswith("(empty response)\n")

@@ -81,9 +81,18 @@ def part_text(part: dict[str, Any], place: str) -> str:
             param=place,
         )
     text = part.get(field)
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not _is_unicode(text):
         raise Refused(400, f"{place}: a part of type {kind!r} needs {field}, a text", param=place)
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates, which JSON can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def ignored_fields(body: BaseModel) -> str:

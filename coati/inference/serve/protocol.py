@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from coati.inference.serve.inference_engine import SamplingParams
 from coati.inference.serve.not_served import MESSAGE_FIELDS, Refused, part_text, refuse_fields
@@ -67,17 +67,15 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-def _none_if_unlimited(value: Any) -> Any:
-    """-1 asks for no limit of its own, as null does."""
-    if value == 0 and value is not False:
+def _none_if_unlimited(value: int) -> int | None:
+    if value == 0:
         raise ValueError("must be at least 1; null or -1: up to what the server gives")
     return None if value == -1 else value
 
 
 NewTokens = Annotated[
-    Annotated[int, Field(ge=-1)] | None,
-    BeforeValidator(_none_if_unlimited),
-    Field(description="null or -1: no limit"),
+    Annotated[int, Field(ge=-1), AfterValidator(_none_if_unlimited)] | None,
+    Field(description="null or -1: no limit of the request's own"),
 ]
 
 

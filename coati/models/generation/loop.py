@@ -18,8 +18,6 @@ from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
 from coati.models.generation.model_call import innermost
 from coati.models.generation.sampling import Sampling
 from coati.models.padding_free import PaddingFree
-from coati.models.positions import positions_of
-from coati.utils.liveness import tick
 
 
 @dataclass
@@ -71,17 +69,16 @@ def generate(
     the padding.
 
     A row ends with any of ``stop_sequences`` (token ids, matched within the response) or after
-    ``max_new_tokens``. Each prompt goes through the model once (equal prompts together), then one
-    token of each row that has not ended. ``noise`` (B, max_new_tokens or more) from
-    :func:`~coati.models.generation.row_noise.row_noise` is used in place of ``generator``; a row's
-    sample then does not depend on the rest of the batch.
+    ``max_new_tokens``. Equal prompts go through the model once. ``noise`` (B, max_new_tokens or
+    more) from :func:`~coati.models.generation.row_noise.row_noise` is used in place of
+    ``generator``; a row's sample then does not depend on the rest of the batch.
 
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
     whose forward passes contain collectives leave together. ``gather_logits`` completes logits of
-    which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor that is equal on
-    a group of ranks up to rounding, and returns one rank's to all of them. ``padding_free``: how
-    ``model`` is given prompts without padding.
+    which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor equal on a group
+    of ranks up to rounding, and returns one rank's to all. ``padding_free``: how ``model`` is given
+    prompts without padding.
 
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
@@ -125,7 +122,6 @@ def _decode(
     stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
     all_ended = False
     for count in range(1, max_new_tokens + 1):
-        tick()
         if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
             prepacked.use(len(decoder.row_ids))
         if all_ended:
@@ -224,12 +220,10 @@ def _check(
         raise ValueError(
             f"stop_sequences must be a list of non-empty lists of token ids, not {stop_sequences}"
         )
-    positions = positions_of(getattr(innermost(model), "config", None))
+    limit = getattr(getattr(innermost(model), "config", None), "max_position_embeddings", None)
     longest = int(mask.sum(dim=1).max())
-    # Rotary embeddings would go on, but what is written beyond what they were trained on is noise.
-    if positions is not None and longest + max_new_tokens > positions.count:
+    if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{positions.count} positions; shorten the prompt or ask for fewer new tokens "
-            "(--max_new_tokens)"
+            f"{limit} positions; shorten the prompt or ask for fewer new tokens (--max_new_tokens)"
         )

@@ -12,6 +12,7 @@ from coati.inference.serve.middleware import ASSETS
 from tests.inference.serving import NAME, running, until
 
 VENDOR = Path(middleware.__file__).parent / "vendor"
+JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
 OLD = {"history": [{"instruction": "hello", "response": ""}]}
 
@@ -29,9 +30,9 @@ def client(open_server):
 
 
 def chat(client, **fields):
-    return client.post(
-        "/v1/chat/completions", json={"model": NAME, "messages": HELLO, "max_tokens": 8} | fields
-    )
+    # Written here, because httpx does not write lone surrogates.
+    body = json.dumps({"model": NAME, "messages": HELLO, "max_tokens": 8} | fields)
+    return client.post("/v1/chat/completions", content=body, headers=JSON)
 
 
 def error(response, status):
@@ -116,6 +117,12 @@ def test_contents_in_parts_and_developers_are_understood(client):
             "messages.0.content.0",
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            400,
+            "messages.0.content.0: a part of type 'text' needs text, a text",
+            "messages.0.content.0",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
             400,
             "parts of type 'input_audio' are not served",
@@ -134,6 +141,7 @@ def test_contents_in_parts_and_developers_are_understood(client):
             "continue_final_message",
         ),
         ({"max_tokens": 0}, 422, "must be at least 1; null or -1", "max_tokens"),
+        ({"max_tokens": False}, 422, "must be at least 1", "max_tokens"),
         ({"max_tokens": -2}, 422, "max_tokens: ", "max_tokens"),
         ({"min_p": 2}, 422, "min_p: ", "min_p"),
         ({"temperature": 3}, 422, "temperature: ", "temperature"),

@@ -1,6 +1,7 @@
 """Text that comes token by token is the text of all tokens, for every kind of tokenizer."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+import coati
 from coati.models.generation.detokenize import Detokenizer, decode
 
 CORPUS = [
@@ -232,6 +234,24 @@ def test_the_pieces_of_300_texts_are_one_decode_of_all_ids(tokenizer):
         assert "".join(pieces) == decode(tokenizer, ids), (number, ids)
         said += any(pieces[:-1])
     assert said > len(cases) / 2  # it streams
+
+
+def test_text_comes_back_as_it_was_written():
+    """Cleaning up would take spaces before punctuation and quotes."""
+    tokenizer = with_cleanup(byte_level())
+    for text in texts():
+        assert decode(tokenizer, ids_of(tokenizer, text)) == text
+
+
+def test_tokens_become_text_in_one_place():
+    """Nothing that a user or a reward sees is decoded with clean-up."""
+    places = {}
+    for path in Path(coati.__file__).parent.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        calls = re.findall(r"tokenizer\S*\.(?:batch_)?decode\((?:[^()]|\([^()]*\))*\)", source)
+        if calls:
+            places[path.stem] = all("clean_up_tokenization_spaces=False" in call for call in calls)
+    assert places == {"detokenize": True, "chat_encoder": True, "template_file": True}
 
 
 def test_a_continuation_is_the_rest_of_one_decode(tokenizer):

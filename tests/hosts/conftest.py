@@ -80,7 +80,7 @@ class TwoHosts:
         """Processes of a host by their command lines, as this system numbers them."""
         return [int(word) for word in self.tool("pids", str(node), pattern).split()]
 
-    def wait_for(self, path: Path, text: str, seconds: float = 120) -> None:
+    def wait_for(self, path: Path, text: str, seconds: float = 240) -> None:
         """Until ``text`` stands in ``path``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

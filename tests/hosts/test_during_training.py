@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 10.0
 LATE_S = 3.0  # for ending a process on a loaded machine
-SENTENCE = re.compile(r"^(?:\[rank \d\] )?\S+: error: (.*)$", re.M)
+SENTENCE = re.compile(r"^(?:\[rank \d\] )?coati sft: error: (.*)$", re.M)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_killed_worker(two_hosts, words, tmp_path, node):
         os.kill(pid, signal.SIGKILL)
     other = ranks[2 - node]
     (seconds,) = seconds_until_ended([other], began, TIMEOUT_S + LATE_S)
-    check_ended(other, seconds, TIMEOUT_S, f"rank {node - 1} on node{node} has ended")
+    check_ended(other, seconds, TIMEOUT_S + LATE_S, f"rank {node - 1} on node{node} has ended")
     if node == 2:
         assert "rank 1 on node2 has ended" in last_event(tmp_path / "run")
 

@@ -98,3 +98,8 @@ def test_too_many_threads_are_said(monkeypatch, capsys, processes, threads, said
     warn_of_threads()
     text = capsys.readouterr().err
     assert ("set OMP_NUM_THREADS=1" in text) == said
+
+
+def test_processes_made_by_fork_leave_a_ddp_group():
+    for _ in range(3):
+        assert run(2, "tests.parallel.leave_cases:leave_after_a_step", timeout=60) == [True, True]

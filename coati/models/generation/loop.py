@@ -18,6 +18,8 @@ from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
 from coati.models.generation.model_call import innermost
 from coati.models.generation.sampling import Sampling
 from coati.models.padding_free import PaddingFree
+from coati.models.positions import positions_of
+from coati.utils.liveness import tick
 
 
 @dataclass
@@ -76,9 +78,9 @@ def generate(
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
     whose forward passes contain collectives leave together. ``gather_logits`` completes logits of
-    which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor equal on a group
-    of ranks up to rounding, and returns one rank's to all. ``padding_free``: how ``model`` is given
-    prompts without padding.
+    which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor that is equal on
+    a group of ranks up to rounding, and returns one rank's to all of them. ``padding_free``: how
+    ``model`` is given prompts without padding.
 
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
@@ -122,6 +124,7 @@ def _decode(
     stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
     all_ended = False
     for count in range(1, max_new_tokens + 1):
+        tick()
         if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
             prepacked.use(len(decoder.row_ids))
         if all_ended:
@@ -220,10 +223,12 @@ def _check(
         raise ValueError(
             f"stop_sequences must be a list of non-empty lists of token ids, not {stop_sequences}"
         )
-    limit = getattr(getattr(innermost(model), "config", None), "max_position_embeddings", None)
+    positions = positions_of(getattr(innermost(model), "config", None))
     longest = int(mask.sum(dim=1).max())
-    if limit is not None and longest + max_new_tokens > limit:
+    # Rotary embeddings would go on, but what is written beyond what they were trained on is noise.
+    if positions is not None and longest + max_new_tokens > positions.count:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{limit} positions; shorten the prompt or ask for fewer new tokens (--max_new_tokens)"
+            f"{positions.count} positions; shorten the prompt or ask for fewer new tokens "
+            "(--max_new_tokens)"
         )

@@ -139,7 +139,12 @@ def check_positions(
         return
     model = run.settings.model
     positions = positions_in(model.pretrain, model.trust_remote_code)
-    if positions is None:
+    multiple = run.options.sequence_multiple
+
+    def padded(tokens: int) -> int:
+        return -(-min(tokens, run.settings.data.max_length) // multiple) * multiple
+
+    if positions is None or padded(run.settings.data.max_length) <= positions.count:
         return
     longest = int(row_lengths(rows.rows).max())
     what = f"--{flag}: the longest row"
@@ -148,20 +153,20 @@ def check_positions(
         if prompts + responses > longest:
             longest = prompts + responses
             what = f"--{flag}: a prompt with the response of another row (KTO's KL term)"
-    multiple = run.options.sequence_multiple
-    tokens = -(-min(longest, run.settings.data.max_length) // multiple) * multiple
-    check_tokens(
-        positions, tokens, what, f"use --max_length {positions.count // multiple * multiple}"
-    )
+    remedy = f"use --max_length {positions.count // multiple * multiple}"
+    check_tokens(positions, padded(longest), what, remedy)
 
 
 def _longest_parts(rows: Any) -> tuple[int, int]:
     """Tokens of the longest prompt and of the longest response."""
-    columns = rows.select_columns(["prompt", "completion"])
-    prompts, responses = zip(
-        *((len(r["prompt"]), len(r["completion"])) for r in columns), strict=True
-    )
-    return max(prompts), max(responses)
+    columns = rows.select_columns(["prompt", "completion"]).with_format("arrow")
+    longest = {"prompt": 0, "completion": 0}
+    for start in range(0, len(rows), 1000):
+        part = columns[start : start + 1000]
+        for name in longest:
+            lengths = part.column(name).combine_chunks().value_lengths().to_numpy()
+            longest[name] = max(longest[name], int(lengths.max()))
+    return longest["prompt"], longest["completion"]
 
 
 def check_rollout_positions(

@@ -11,8 +11,6 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 LOOKS_S = 0.1
 IDLE_S = 5.0  # without anything to watch the thread ends
@@ -28,28 +26,34 @@ _tickets = itertools.count()
 _watcher: threading.Thread | None = None
 
 
-@contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise :class:`Overrun` inside the block after ``seconds``."""
-    ticket = next(_tickets)
-    here = threading.get_ident()
-    with _lock:
-        _watched[ticket] = (time.monotonic() + seconds, here)
-        _watch()
-    try:
-        yield
-    finally:
+class interrupted_after:
+    """Context manager: raise :class:`Overrun` inside the block after ``seconds``. No generator:
+    a block may be a rendering of microseconds."""
+
+    __slots__ = ("_seconds", "_ticket", "_thread")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._ticket = next(_tickets)
+        self._thread = threading.get_ident()
         with _lock:
-            if _watched.pop(ticket, None) is None:  # it was raised, or is about to be
-                _raise_in(here, None)
+            _watched[self._ticket] = (time.monotonic() + self._seconds, self._thread)
+            if _watcher is None or not _watcher.is_alive():
+                _watch()
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            if _watched.pop(self._ticket, None) is None:  # it was raised, or is about to be
+                _raise_in(self._thread, None)
 
 
 def _watch() -> None:
-    """The watching thread, of this process."""
+    """Start the watching thread, of this process."""
     global _watcher
-    if _watcher is None or not _watcher.is_alive():
-        _watcher = threading.Thread(target=_look, name="coati-watchdog", daemon=True)
-        _watcher.start()
+    _watcher = threading.Thread(target=_look, name="coati-watchdog", daemon=True)
+    _watcher.start()
 
 
 def _look() -> None:

@@ -201,7 +201,8 @@ def test_outside_the_main_thread_python_alone_is_limited_and_that_is_said(capsys
         while True:
             pass
 
-    for names, more in ((["gsm8k"], {}), (["python:e"], {"given": {"e": endless}, "timeout": 0.3})):
+    given = {"given": {"python:e": endless}, "timeout": 0.3}
+    for names, more in ((["gsm8k"], {}), (["python:e"], given)):
         thread = threading.Thread(target=score, args=names, kwargs=more)
         thread.start()
         thread.join(30)

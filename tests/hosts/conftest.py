@@ -3,84 +3,202 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.spawn import ROOT
 
-TOOL = Path(__file__).parent / "two_hosts.sh"
-NEEDED = ("ip", "nsenter", "unshare", "/usr/sbin/sshd", "ssh-keygen")
+TOOL = Path(__file__).with_name("two_hosts.sh")
+NEEDED = ("ip", "nsenter", "unshare", "sshd", "ssh", "ssh-keygen", "pgrep")
+SBIN = "/usr/sbin:/sbin"
+START_S = 600.0  # two starts at once take 60 to 200 s on a busy machine
+NET = os.environ.get("NET", "10.77.0")
+NAMES = f"127.0.0.1 localhost\n{NET}.1 node1\n{NET}.2 node2\n"
+# As Debian's installer writes it: a host's own name leads to itself.
+DEBIAN = {
+    1: f"127.0.0.1 localhost\n127.0.1.1 node1\n{NET}.2 node2\n",
+    2: f"127.0.0.1 localhost\n127.0.1.1 node2\n{NET}.1 node1\n",
+}
+SSH_CONFIG = "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
 
 
 def why_not() -> str:
     """Why there can be no two hosts here; "" where there can."""
     if os.geteuid():
         return "network namespaces need root"
-    missing = [program for program in NEEDED if shutil.which(program) is None]
+    path = os.pathsep.join((os.environ["PATH"], SBIN))
+    missing = [program for program in NEEDED if shutil.which(program, path=path) is None]
     if missing:
-        return f"{missing[0]} is missing (iproute2, util-linux, openssh-server)"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"])
+        return f"{', '.join(missing)} missing (iproute2, util-linux, openssh, procps)"
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True
+    )
     return "this machine allows no namespaces" if tried.returncode else ""
 
 
 @dataclass
 class Process:
-    """A command on a host, and what it has said so far in ``output``."""
+    """A command on a host; ``out`` and ``err`` are what it has said so far."""
 
     popen: subprocess.Popen
-    output: Path
+    files: tuple[Path, Path]
+    began: float
+
+    @property
+    def out(self) -> str:
+        return self.files[0].read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self.files[1].read_text(errors="replace")
 
     @property
     def text(self) -> str:
-        return self.output.read_text(errors="replace")
+        return self.out + self.err
 
 
-@dataclass
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: exit code, what it printed, after how many seconds."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
 class TwoHosts:
-    """The hosts node1 (``address(1)``) and node2."""
+    """The hosts node1 (``address(1)``) and node2, which keep what is theirs in ``state``."""
 
-    folder: Path
-    processes: list[Process] = field(default_factory=list)
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.processes: list[Process] = []
 
     def address(self, node: int) -> str:
         """Of a host, as the other reaches it."""
-        return f"{os.environ.get('NET', '10.77.0')}.{node}"
+        return f"{NET}.{node}"
 
     def tool(self, *words: str) -> str:
-        """Run two_hosts.sh."""
-        done = subprocess.run([str(TOOL), *words], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def start(self, node: int, words: list[str], **variables: str) -> Process:
-        """Start ``words`` (after python) on a host."""
-        output = self.folder / f"node{node}-{len(self.processes)}.txt"
-        settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        settings |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"} | variables
-        given = [f"{name}={value}" for name, value in settings.items()]
-        with output.open("w") as file:
-            popen = subprocess.Popen(
-                [str(TOOL), "on", str(node), "env", *given, sys.executable, *words],
-                stdout=file,
-                stderr=subprocess.STDOUT,
+        """Run two_hosts.sh; what it prints."""
+        # Hosts inherit its output and keep it open, so a pipe would never end.
+        with tempfile.TemporaryFile("w+") as said:
+            done = subprocess.run(
+                ["bash", str(TOOL), *words],
+                env={**os.environ, "STATE": str(self.state)},
                 stdin=subprocess.DEVNULL,
-                cwd=ROOT,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                timeout=120,
             )
-        self.processes.append(Process(popen, output))
+            said.seek(0)
+            text = said.read()
+        assert done.returncode == 0, (words, text)
+        return text
+
+    def up(self) -> None:
+        """Set both up; ssh takes their keys as they come."""
+        self.tool("down")
+        self.tool("up")
+        (self.state / "dotssh" / "config").write_text(SSH_CONFIG)
+
+    def tidy(self) -> None:
+        """Both as they were at first: the cable in, the names right, nothing that a test left."""
+        for process in self.processes:
+            process.popen.kill()
+            process.popen.wait()
+        self.processes.clear()
+        for node in (1, 2):
+            if not Path(f"/proc/{self._first_process(node)}").exists():
+                self.tool("boot", str(node))
+            for pid in self.pids(node, sys.executable):
+                os.kill(pid, signal.SIGKILL)
+            for left in (self.state / f"node{node}" / "local").iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self.tool("mend")
+        self.names()
+
+    def _first_process(self, node: int) -> str:
+        return (self.state / f"node{node}" / "pid").read_text().strip()
+
+    def names(self, texts: Mapping[int, str] | None = None) -> None:
+        """Write /etc/hosts of both."""
+        for node in (1, 2):
+            (self.state / f"node{node}" / "hosts").write_text((texts or {}).get(node, NAMES))
+
+    def start(self, node: int, words: Sequence[str], **variables: str) -> Process:
+        """Start ``python WORDS`` on a host."""
+        number = len(self.processes)
+        out = self.state / f"{number}-node{node}.out"
+        err = self.state / f"{number}-node{node}.err"
+        settings = {
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with out.open("w") as said, err.open("w") as complained:
+            popen = subprocess.Popen(
+                ["bash", str(TOOL), "on", str(node), sys.executable, *words],
+                env={**os.environ, "STATE": str(self.state), **settings, **variables},
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=complained,
+            )
+        self.processes.append(Process(popen, (out, err), time.monotonic()))
         return self.processes[-1]
+
+    def wait(self, process: Process, seconds: float = START_S) -> Ended:
+        """Until ``process`` has ended."""
+        code = process.popen.wait(seconds)
+        return Ended(code, process.out, process.err, time.monotonic() - process.began)
+
+    def run(self, node: int, words: Sequence[str], **variables: str) -> Ended:
+        return self.wait(self.start(node, words, **variables))
+
+    def start_ranks(
+        self, words: Sequence[str], own: Mapping[int, Sequence[str]] | None = None, **variables: str
+    ) -> list[Process]:
+        """``coati WORDS`` as two ranks without a launcher, one on each host; ``own``: further words
+        of a host. ``variables``: of both, or of one host as ``NAME_AT_1``."""
+        processes = []
+        for node in (1, 2):
+            settings = {
+                "RANK": str(node - 1),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "node1",
+                "MASTER_PORT": "29555",
+            }
+            for name, value in variables.items():
+                plain, _, at = name.partition("_AT_")
+                if at in ("", str(node)):
+                    settings[plain] = value
+            more = (own or {}).get(node, ())
+            processes.append(self.start(node, ["-m", "coati", *words, *more], **settings))
+        return processes
+
+    def ranks(
+        self, words: Sequence[str], own: Mapping[int, Sequence[str]] | None = None, **variables: str
+    ) -> list[Ended]:
+        """As ``start_ranks``, until both have ended."""
+        return [self.wait(one) for one in self.start_ranks(words, own, **variables)]
 
     def pids(self, node: int, pattern: str) -> list[int]:
         """Processes of a host by their command lines, as this system numbers them."""
         return [int(word) for word in self.tool("pids", str(node), pattern).split()]
 
-    def wait_for(self, path: Path, text: str, seconds: float = 240) -> None:
+    def wait_for(self, path: Path, text: str, seconds: float = START_S) -> None:
         """Until ``text`` stands in ``path``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -90,7 +208,7 @@ class TwoHosts:
             assert not ended, ended[0].text[-3000:]
             time.sleep(0.1)
         raise AssertionError(
-            f"no {text!r} in {path}:\n" + "\n".join(p.text for p in self.processes)
+            f"no {text!r} in {path}:\n" + "\n".join(p.text[-3000:] for p in self.processes)
         )
 
 
@@ -105,22 +223,23 @@ def seconds_until_ended(processes: list[Process], since: float, limit: float) ->
     return found
 
 
-@pytest.fixture
-def two_hosts(tmp_path) -> Iterator[TwoHosts]:
-    """Fresh hosts, gone with everything on them at the end."""
+@pytest.fixture(scope="module")
+def both_hosts(tmp_path_factory) -> Iterator[TwoHosts]:
+    """The hosts of a module's tests, gone with everything on them at the end."""
     if reason := why_not():
-        pytest.skip(reason)
-    hosts = TwoHosts(tmp_path)
-    with open(
-        Path(os.environ.get("STATE", tempfile.gettempdir())).parent / "two_hosts.lock", "w"
-    ) as lock:
+        pytest.skip(f"two hosts: {reason}")
+    found = TwoHosts(tmp_path_factory.mktemp("two-hosts"))
+    with (Path(tempfile.gettempdir()) / "two_hosts.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # there is one pair on a machine
-        hosts.tool("down")
-        hosts.tool("up")
+        found.up()
         try:
-            yield hosts
+            yield found
         finally:
-            subprocess.run([str(TOOL), "down"], timeout=60)
-            for process in hosts.processes:
-                process.popen.kill()
-                process.popen.wait()
+            found.tool("down")
+
+
+@pytest.fixture
+def hosts(both_hosts) -> Iterator[TwoHosts]:
+    """The two hosts, as a test finds them; what it breaks is mended after it."""
+    yield both_hosts
+    both_hosts.tidy()

@@ -2,27 +2,14 @@
 that names the hosts."""
 
 import json
-import os
 import shutil
-import subprocess
 
 import pytest
 
 from tests.end_to_end.inputs import prepare, short_lines, write_model
-from tests.hosts.hosts_before import DEBIAN, ROOT, SCRIPT, Ended, TwoHosts, lacking
+from tests.hosts.conftest import DEBIAN, ROOT, Ended
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(lacking() is not None, reason=f"two hosts: {lacking()}"),
-]
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    both = TwoHosts(tmp_path_factory.mktemp("two-hosts"))
-    both.up()
-    yield both
-    both.do("down")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +106,7 @@ def test_another_state_of_the_library(hosts, words, tmp_path):
 def test_names_that_lead_to_loopback(hosts, words, tmp_path):
     """Debian's 127.0.1.1: rank by rank it is done right, and said."""
     hosts.names(DEBIAN)
-    try:
-        ranks = hosts.ranks(words())
-    finally:
-        hosts.names()
+    ranks = hosts.ranks(words())
     assert [one.code for one in ranks] == [0, 0], [one.err[-1000:] for one in ranks]
     assert "the name node1 leads to 127.0.1.1 on its own host: gloo is told to use eth0" in (
         ranks[0].err
@@ -134,10 +118,7 @@ def test_a_hostfile_with_names_that_lead_to_loopback(hosts, words, place, tmp_pa
     """Raw rows, prepared into a cache that the hosts share, by whichever comes first."""
     hosts.names(DEBIAN)
     given = words(dataset=f"{place}/raw.jsonl")
-    try:
-        ended = hosts.run(1, ["-m", "coati", *given, "--hostfile", f"{place}/hostfile"])
-    finally:
-        hosts.names()
+    ended = hosts.run(1, ["-m", "coati", *given, "--hostfile", f"{place}/hostfile"])
     assert ended.code == 0, ended.err[-2000:]
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert [one["host"] for one in record["processes"]] == ["node1", "node2"]
@@ -155,20 +136,10 @@ def test_a_master_that_only_its_own_host_knows(hosts, words):
 
 def test_a_port_in_use(hosts, words, place):
     """Without a launcher, and before one starts anything."""
-    listener = hosts.start(1, ["-m", "http.server", "29555"])
-    try:
-        ranks = hosts.ranks(words())
-        launched = hosts.run(
-            1,
-            ["-m", "coati", *words(), "--hostfile", f"{place}/hostfile", "--master_port", "29555"],
-        )
-    finally:
-        subprocess.run(
-            ["bash", str(SCRIPT), "on", "1", "pkill", "-f", "http.server 29555"],
-            env={**os.environ, "STATE": str(hosts.state)},
-            check=False,
-        )
-        listener.communicate(timeout=60)
+    hosts.start(1, ["-m", "http.server", "29555"])
+    ranks = hosts.ranks(words())
+    port = ["--hostfile", f"{place}/hostfile", "--master_port", "29555"]
+    launched = hosts.run(1, ["-m", "coati", *words(), *port])
     print([(one.code, one.seconds, one.err[-700:]) for one in (*ranks, launched)])
     assert [one.code for one in ranks] == [1, 1]
     assert "rank 0: port 29555 of node1 is in use by process " in ranks[0].err

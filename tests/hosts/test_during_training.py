@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.inputs import metrics, prepare, short_lines, weights, write_model
-from tests.hosts.conftest import Process, TwoHosts, seconds_until_ended
+from tests.hosts.conftest import START_S, Process, TwoHosts, seconds_until_ended
 
 pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 10.0
-LATE_S = 3.0  # for ending a process on a loaded machine
+LATE_S = 20.0  # for ending a process on a loaded machine
 SENTENCE = re.compile(r"^(?:\[rank \d\] )?coati sft: error: (.*)$", re.M)
 
 
@@ -62,20 +62,20 @@ def last_event(save_dir: Path) -> str:
     ][-1]
 
 
-def test_a_frozen_worker(two_hosts, words, tmp_path):
-    ranks = start_both(two_hosts, words, tmp_path / "run")
+def test_a_frozen_worker(hosts, words, tmp_path):
+    ranks = start_both(hosts, words, tmp_path / "run")
     began = time.monotonic()
-    for pid in two_hosts.pids(2, "coati sft"):
+    for pid in hosts.pids(2, "coati sft"):
         os.kill(pid, signal.SIGSTOP)
     seconds = seconds_until_ended(ranks[:1], began, TIMEOUT_S + LATE_S)
     check_ended(ranks[0], seconds[0], TIMEOUT_S + LATE_S, "rank 1 on node2 has not been heard of")
     assert "rank 1 on node2" in last_event(tmp_path / "run")
 
 
-def test_a_cut_cable(two_hosts, words, tmp_path):
-    ranks = start_both(two_hosts, words, tmp_path / "run")
+def test_a_cut_cable(hosts, words, tmp_path):
+    ranks = start_both(hosts, words, tmp_path / "run")
     began = time.monotonic()
-    two_hosts.tool("cut")
+    hosts.tool("cut")
     limit = TIMEOUT_S + LATE_S
     for rank, seconds in enumerate(seconds_until_ended(ranks, began, limit)):
         other = f"rank {1 - rank} on node{2 - rank} has not been heard of"
@@ -85,11 +85,11 @@ def test_a_cut_cable(two_hosts, words, tmp_path):
         )
 
 
-def test_a_cable_that_is_mended_in_time(two_hosts, words, tmp_path):
-    ranks = start_both(two_hosts, words, tmp_path / "run")
-    two_hosts.tool("cut")
+def test_a_cable_that_is_mended_in_time(hosts, words, tmp_path):
+    ranks = start_both(hosts, words, tmp_path / "run")
+    hosts.tool("cut")
     time.sleep(TIMEOUT_S / 3)
-    two_hosts.tool("mend")
+    hosts.tool("mend")
     before = len(metrics(tmp_path / "run"))
     time.sleep(TIMEOUT_S)
     assert [one.popen.poll() for one in ranks] == [None, None]
@@ -97,10 +97,10 @@ def test_a_cable_that_is_mended_in_time(two_hosts, words, tmp_path):
 
 
 @pytest.mark.parametrize("node", [1, 2])
-def test_a_killed_worker(two_hosts, words, tmp_path, node):
-    ranks = start_both(two_hosts, words, tmp_path / "run")
+def test_a_killed_worker(hosts, words, tmp_path, node):
+    ranks = start_both(hosts, words, tmp_path / "run")
     began = time.monotonic()
-    for pid in two_hosts.pids(node, "coati sft"):
+    for pid in hosts.pids(node, "coati sft"):
         os.kill(pid, signal.SIGKILL)
     other = ranks[2 - node]
     (seconds,) = seconds_until_ended([other], began, TIMEOUT_S + LATE_S)
@@ -109,10 +109,10 @@ def test_a_killed_worker(two_hosts, words, tmp_path, node):
         assert "rank 1 on node2 has ended" in last_event(tmp_path / "run")
 
 
-def test_a_host_without_power(two_hosts, words, tmp_path):
-    ranks = start_both(two_hosts, words, tmp_path / "run")
+def test_a_host_without_power(hosts, words, tmp_path):
+    ranks = start_both(hosts, words, tmp_path / "run")
     began = time.monotonic()
-    two_hosts.tool("blackout", "2")
+    hosts.tool("blackout", "2")
     (seconds,) = seconds_until_ended(ranks[:1], began, TIMEOUT_S + LATE_S)
     check_ended(ranks[0], seconds, TIMEOUT_S + LATE_S, "rank 1 on node2 has not been heard of")
 
@@ -131,18 +131,18 @@ def elastic(hosts: TwoHosts, words: list[str], save_dir: Path, **variables: str)
 
 
 @pytest.mark.parametrize("shared", ["0", "1"])
-def test_an_elastic_restart_is_exact(two_hosts, words, tmp_path, shared):
+def test_an_elastic_restart_is_exact(hosts, words, tmp_path, shared):
     """The worker of one host is killed, then that of the other."""
-    whole = elastic(two_hosts, words, tmp_path / "whole")
-    assert [one.popen.wait(240) for one in whole] == [0, 0], whole[0].text[-3000:]
+    whole = elastic(hosts, words, tmp_path / "whole")
+    assert [one.popen.wait(START_S) for one in whole] == [0, 0], whole[0].text[-3000:]
     disabled = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": shared}
-    agents = elastic(two_hosts, words, tmp_path / "run", **disabled)
+    agents = elastic(hosts, words, tmp_path / "run", **disabled)
     for node, step in ((2, 30), (1, 70)):
-        two_hosts.wait_for(tmp_path / "run" / "metrics.jsonl", f'"step": {step}')
-        for pid in two_hosts.pids(node, "-m coati sft"):
+        hosts.wait_for(tmp_path / "run" / "metrics.jsonl", f'"step": {step}')
+        for pid in hosts.pids(node, "-m coati sft"):
             if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
-    assert [one.popen.wait(240) for one in agents] == [0, 0], agents[0].text[-3000:]
+    assert [one.popen.wait(START_S) for one in agents] == [0, 0], agents[0].text[-3000:]
     assert agents[0].text.count("torchrun has started this run again: it goes on from") == 2
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

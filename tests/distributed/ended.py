@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.spawn import ROOT, _context, _end, _launcher_variables, free_port
+from tests.distributed.spawn import ROOT, _end, _launcher_variables, forked_context, free_port
 
 
 @dataclass
@@ -35,7 +35,7 @@ def run_until_ended(
     seconds."""
     port = str(free_port())
     ranks = [
-        _context().Process(
+        forked_context().Process(
             target=_work,
             args=(folder, rank, _launcher_variables(rank, nproc, port, {}), target, args),
         )

@@ -49,7 +49,7 @@ def run(
     over; every process that was started here has ended when this returns or raises.
     """
     with tempfile.TemporaryDirectory(prefix="coati-ranks-") as name:
-        folder, port, context = Path(name), str(free_port()), _context()
+        folder, port, context = Path(name), str(free_port()), forked_context()
         variables = [_launcher_variables(rank, nproc, port, env or {}) for rank in range(nproc)]
         ranks = [
             context.Process(target=_work, args=(folder, rank, variables[rank], timeout))
@@ -84,7 +84,9 @@ def join_group(timeout_s: float = 60) -> None:
 
 
 @cache
-def _context():
+def forked_context():
+    """From which processes are forked that have imported what takes seconds; where there is a GPU
+    they import it themselves."""
     if Path("/dev/nvidiactl").exists():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.spawn import ROOT
+from tests.hosts.inside import Forked
 
 TOOL = Path(__file__).with_name("two_hosts.sh")
 NEEDED = ("ip", "nsenter", "unshare", "sshd", "ssh", "ssh-keygen", "pgrep")
@@ -26,6 +27,13 @@ NAMES = f"127.0.0.1 localhost\n{NET}.1 node1\n{NET}.2 node2\n"
 DEBIAN = {
     1: f"127.0.0.1 localhost\n127.0.1.1 node1\n{NET}.2 node2\n",
     2: f"127.0.0.1 localhost\n127.0.1.1 node2\n{NET}.1 node1\n",
+}
+SETTINGS = {
+    "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
 }
 SSH_CONFIG = "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
 
@@ -48,7 +56,7 @@ def why_not() -> str:
 class Process:
     """A command on a host; ``out`` and ``err`` are what it has said so far."""
 
-    popen: subprocess.Popen
+    popen: subprocess.Popen | Forked
     files: tuple[Path, Path]
     began: float
 
@@ -135,26 +143,31 @@ class TwoHosts:
 
     def start(self, node: int, words: Sequence[str], **variables: str) -> Process:
         """Start ``python WORDS`` on a host."""
-        number = len(self.processes)
-        out = self.state / f"{number}-node{node}.out"
-        err = self.state / f"{number}-node{node}.err"
-        settings = {
-            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-        }
-        with out.open("w") as said, err.open("w") as complained:
+        files = self._files(node)
+        with files[0].open("w") as said, files[1].open("w") as complained:
             popen = subprocess.Popen(
                 ["bash", str(TOOL), "on", str(node), sys.executable, *words],
-                env={**os.environ, "STATE": str(self.state), **settings, **variables},
+                env={**os.environ, "STATE": str(self.state), **SETTINGS, **variables},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=complained,
             )
-        self.processes.append(Process(popen, (out, err), time.monotonic()))
+        return self._began(popen, files)
+
+    def fork(self, node: int, words: Sequence[str], **variables: str) -> Process:
+        """Start ``coati WORDS`` on a host, in a process that need not import torch again; its
+        ``popen.pid`` is as this system numbers it."""
+        files = self._files(node)
+        first = int(self._first_process(node))
+        return self._began(Forked(first, words, SETTINGS | variables, files), files)
+
+    def _files(self, node: int) -> tuple[Path, Path]:
+        name = f"{len(self.processes)}-node{node}"
+        return self.state / f"{name}.out", self.state / f"{name}.err"
+
+    def _began(self, popen: subprocess.Popen | Forked, files: tuple[Path, Path]) -> Process:
+        self.processes.append(Process(popen, files, time.monotonic()))
         return self.processes[-1]
 
     def wait(self, process: Process, seconds: float = START_S) -> Ended:
@@ -185,7 +198,10 @@ class TwoHosts:
                 if at in ("", str(node)):
                     settings[plain] = value
             more = (own or {}).get(node, ())
-            processes.append(self.start(node, ["-m", "coati", *words, *more], **settings))
+            if "PYTHONPATH" in settings:  # another library than the one that is imported
+                processes.append(self.start(node, ["-m", "coati", *words, *more], **settings))
+            else:
+                processes.append(self.fork(node, [*words, *more], **settings))
         return processes
 
     def ranks(

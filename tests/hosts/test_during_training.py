@@ -14,6 +14,7 @@ from tests.hosts.conftest import START_S, Process, TwoHosts, seconds_until_ended
 pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 10.0
+EPOCHS = ("--max_epochs", "16")
 LATE_S = 20.0  # for ending a process on a loaded machine
 SENTENCE = re.compile(r"^(?:\[rank \d\] )?coati sft: error: (.*)$", re.M)
 
@@ -28,15 +29,12 @@ def words(tmp_path_factory) -> list[str]:
     given += ["--mixed_precision", "fp32", "--max_length", "96", "--batch_size", "2"]
     given += ["--accumulation_steps", "1"]
     given += ["--lr", "1e-3", "--save_interval", "20", "--log_interval", "1", "--keep_last_k", "2"]
-    return ["-m", "coati", "sft", *given, "--collective_timeout", str(TIMEOUT_S)]
+    return ["sft", *given, "--collective_timeout", str(TIMEOUT_S)]
 
 
 def start_both(hosts: TwoHosts, words: list[str], save_dir: Path, *more: str) -> list[Process]:
     """One rank on each host, without a launcher; returns when steps are taken."""
-    words = [*words, "--save_dir", str(save_dir), "--max_epochs", "5000", *more]
-    variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.address(1)}
-    variables |= {"MASTER_PORT": "29511"}
-    ranks = [hosts.start(rank + 1, words, RANK=str(rank), **variables) for rank in range(2)]
+    ranks = hosts.start_ranks([*words, "--save_dir", str(save_dir), "--max_epochs", "5000", *more])
     hosts.wait_for(save_dir / "metrics.jsonl", '"step": 45')
     return ranks
 
@@ -65,8 +63,7 @@ def last_event(save_dir: Path) -> str:
 def test_a_frozen_worker(hosts, words, tmp_path):
     ranks = start_both(hosts, words, tmp_path / "run")
     began = time.monotonic()
-    for pid in hosts.pids(2, "coati sft"):
-        os.kill(pid, signal.SIGSTOP)
+    os.kill(ranks[1].popen.pid, signal.SIGSTOP)
     seconds = seconds_until_ended(ranks[:1], began, TIMEOUT_S + LATE_S)
     check_ended(ranks[0], seconds[0], TIMEOUT_S + LATE_S, "rank 1 on node2 has not been heard of")
     assert "rank 1 on node2" in last_event(tmp_path / "run")
@@ -100,8 +97,7 @@ def test_a_cable_that_is_mended_in_time(hosts, words, tmp_path):
 def test_a_killed_worker(hosts, words, tmp_path, node):
     ranks = start_both(hosts, words, tmp_path / "run")
     began = time.monotonic()
-    for pid in hosts.pids(node, "coati sft"):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(ranks[node - 1].popen.pid, signal.SIGKILL)
     other = ranks[2 - node]
     (seconds,) = seconds_until_ended([other], began, TIMEOUT_S + LATE_S)
     check_ended(other, seconds, TIMEOUT_S + LATE_S, f"rank {node - 1} on node{node} has ended")
@@ -121,20 +117,29 @@ def elastic(hosts: TwoHosts, words: list[str], save_dir: Path, **variables: str)
     launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     launcher += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "run1"]
     launcher += ["--rdzv-endpoint", f"{hosts.address(1)}:29522"]
-    more = ["--save_dir", str(save_dir), "--max_epochs", "16"]
+    more = ["--save_dir", str(save_dir), *EPOCHS]
     return [
         hosts.start(
-            node, [*launcher, "--local-addr", hosts.address(node), *words, *more], **variables
+            node,
+            [*launcher, "--local-addr", hosts.address(node), "-m", "coati", *words, *more],
+            **variables,
         )
         for node in (1, 2)
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(both_hosts, words, tmp_path_factory) -> Path:
+    """The same run, never interrupted."""
+    save_dir = tmp_path_factory.mktemp("whole") / "run"
+    ranks = both_hosts.ranks([*words, "--save_dir", str(save_dir), *EPOCHS])
+    assert [one.code for one in ranks] == [0, 0], ranks[0].err[-3000:]
+    return save_dir
+
+
 @pytest.mark.parametrize("shared", ["0", "1"])
-def test_an_elastic_restart_is_exact(hosts, words, tmp_path, shared):
+def test_an_elastic_restart_is_exact(hosts, words, whole, tmp_path, shared):
     """The worker of one host is killed, then that of the other."""
-    whole = elastic(hosts, words, tmp_path / "whole")
-    assert [one.popen.wait(START_S) for one in whole] == [0, 0], whole[0].text[-3000:]
     disabled = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": shared}
     agents = elastic(hosts, words, tmp_path / "run", **disabled)
     for node, step in ((2, 30), (1, 70)):
@@ -144,5 +149,5 @@ def test_an_elastic_restart_is_exact(hosts, words, tmp_path, shared):
                 os.kill(pid, signal.SIGKILL)
     assert [one.popen.wait(START_S) for one in agents] == [0, 0], agents[0].text[-3000:]
     assert agents[0].text.count("torchrun has started this run again: it goes on from") == 2
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(whole)
+    assert metrics(tmp_path / "run") == metrics(whole)

@@ -183,6 +183,8 @@ class TwoHosts:
     ) -> list[Process]:
         """``coati WORDS`` as two ranks without a launcher, one on each host; ``own``: further words
         of a host. ``variables``: of both, or of one host as ``NAME_AT_1``."""
+        # Not forked for another library than the imported one; nor is the other, which would wait.
+        fresh = any(name.startswith("PYTHONPATH") for name in variables)
         processes = []
         for node in (1, 2):
             settings = {
@@ -198,7 +200,7 @@ class TwoHosts:
                 if at in ("", str(node)):
                     settings[plain] = value
             more = (own or {}).get(node, ())
-            if "PYTHONPATH" in settings:  # another library than the one that is imported
+            if fresh:
                 processes.append(self.start(node, ["-m", "coati", *words, *more], **settings))
             else:
                 processes.append(self.fork(node, [*words, *more], **settings))

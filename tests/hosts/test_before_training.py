@@ -136,7 +136,8 @@ def test_a_master_that_only_its_own_host_knows(hosts, words):
 
 def test_a_port_in_use(hosts, words, place):
     """Without a launcher, and before one starts anything."""
-    hosts.start(1, ["-m", "http.server", "29555"])
+    listener = hosts.start(1, ["-u", "-m", "http.server", "29555"])
+    hosts.wait_for(listener.files[0], "Serving HTTP")
     ranks = hosts.ranks(words())
     port = ["--hostfile", f"{place}/hostfile", "--master_port", "29555"]
     launched = hosts.run(1, ["-m", "coati", *words(), *port])

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -210,7 +210,10 @@ class TwoHosts:
         self, words: Sequence[str], own: Mapping[int, Sequence[str]] | None = None, **variables: str
     ) -> list[Ended]:
         """As ``start_ranks``, until both have ended."""
-        return [self.wait(one) for one in self.start_ranks(words, own, **variables)]
+        processes = self.start_ranks(words, own, **variables)
+        seconds = seconds_until_ended(processes, processes[0].began, START_S)
+        ended = [self.wait(one, 1) for one in processes]
+        return [replace(one, seconds=after) for one, after in zip(ended, seconds, strict=True)]
 
     def pids(self, node: int, pattern: str) -> list[int]:
         """Processes of a host by their command lines, as this system numbers them."""

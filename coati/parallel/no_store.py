@@ -19,7 +19,7 @@ def in_time(connect: Callable[[], Any], wait_s: float) -> Any:
     """What ``connect()`` returns. torch's own time limit does not hold where another program has
     the port and waits to be told more.
 
-    Raises DistStoreError after ``wait_s``.
+    Raises DistStoreError after ``wait_s``, DistNetworkError where torch says that it cannot listen.
     """
     made: Queue[tuple[Any, BaseException | None]] = Queue()
 
@@ -34,6 +34,9 @@ def in_time(connect: Callable[[], Any], wait_s: float) -> Any:
         store, error = made.get(timeout=wait_s)
     except Empty:
         raise dist.DistStoreError("what listens there does not answer as rank 0 would") from None
+    if isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
+        # So torch 2.5 says that a port is in use, and later ones by a DistNetworkError.
+        raise dist.DistNetworkError(str(error)) from error
     if error is not None:
         raise error
     return store

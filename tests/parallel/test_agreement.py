@@ -6,10 +6,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from coati.parallel import agreement, shared_folder
 from coati.parallel.agreement import UNKNOWN, Exchange, RanksDiffer, agree, verdict
+from coati.parallel.no_store import in_time
 from coati.parallel.shared_folder import check_shared
 from tests.distributed.spawn import run
 
@@ -228,3 +230,11 @@ def test_a_port_in_use_is_one_message_with_who_has_it():
     (said,) = run(1, "tests.parallel.test_agreement:occupied", env=env)
     assert said.startswith("rank 0: port ") and " is in use by process " in said
     assert "--master_port" in said
+
+
+def test_a_store_that_cannot_listen_is_a_network_error_whatever_torch_calls_it():
+    def connect() -> None:
+        raise RuntimeError("The server socket has failed to listen ... EADDRINUSE")
+
+    with pytest.raises(dist.DistNetworkError, match="EADDRINUSE"):
+        in_time(connect, 5)

@@ -46,7 +46,7 @@ WRITTEN = [  # flags and models are generated whole
 
 # Flags of other programs, by the program that has them.
 OTHERS = {
-    "benchmarks/*.py": {"--algorithm", "--batches", "--rows", "--steps"},
+    "benchmarks/*.py": {"--algorithm", "--batches", "--interface", "--rows", "--steps"},
     "colossalai run": {
         "--nproc_per_node",
         "--hostfile",
@@ -58,8 +58,23 @@ OTHERS = {
         "--exclude",
         "--extra_launch_args",
     },
-    "torchrun": {"--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"},
-    "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
+    "torchrun": {
+        "--nnodes",
+        "--local-addr",
+        "--max-restarts",
+        "--rdzv-backend",
+        "--rdzv-conf",
+        "--rdzv-id",
+        "--rdzv-endpoint",
+    },
+    "sbatch": {
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--requeue",
+        "--open-mode",
+    },
     "docker": {"--build-arg", "--gpus", "--ipc", "--rm", "--user"},
     "pip": {"--no-build-isolation", "--no-deps"},
     "vllm serve": {"--served-model-name", "--max-model-len"},

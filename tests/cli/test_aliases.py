@@ -29,7 +29,7 @@ def parse(verb, *words):
 
 def values(verb, *words):
     found = dict(vars(parse(verb, *words)))
-    found.pop("_given")
+    del found["_given"], found["_written"]
     return found
 
 

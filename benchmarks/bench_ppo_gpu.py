@@ -97,7 +97,7 @@ class Ids:
     padding_side = "left"
 
     @staticmethod
-    def decode(ids: list[int], skip_special_tokens: bool = False) -> str:
+    def decode(ids: list[int], skip_special_tokens: bool = False, **_: bool) -> str:
         return " ".join(map(str, ids))
 
 

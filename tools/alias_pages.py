@@ -9,7 +9,7 @@ SPECIAL = {
     "beta": "`--kl_coef` of grpo",
     "temperature": "of grpo `--initial_temperature` and `--final_temperature` both",
     "resume_from_checkpoint": "`--checkpoint_path`; `true` is `auto`",
-    "eval_strategy": "`steps` and `epoch`, as `--eval_interval` says",
+    "eval_strategy": "`steps` and `epoch`, as `--eval_interval` says; `no` without rows for it",
     "evaluation_strategy": "as `eval_strategy`",
     "logging_strategy": "`steps`, as `--log_interval` says",
     "save_strategy": "`steps`; `no` is `--save_interval 0`",

@@ -112,7 +112,7 @@ def _switch(flag: str, on: Mapping[str, Any], off: Mapping[str, Any] | None = No
 
 
 _FLASH = {"use_flash_attn": True}
-_EVALUATED: dict[str, dict[str, Any]] = {"steps": {}, "epoch": {}}
+_EVALUATED: dict[str, dict[str, Any]] = {"steps": {}, "epoch": {}, "no": {"_unevaluated": True}}
 _ADAMW: dict[str, dict[str, Any]] = dict.fromkeys(
     ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), {}
 )
@@ -373,7 +373,7 @@ def _mapped(name: str, row: Mapped) -> MappedAction:
         if value not in row.values:
             remedy = f"; {row.otherwise}" if row.otherwise else ""
             raise argparse.ArgumentTypeError(
-                f"expected {' or '.join(row.values)}, found {text!r}{remedy}"
+                f"expected {_either(row.values)}, found {text!r}{remedy}"
             )
         return value
 
@@ -381,6 +381,11 @@ def _mapped(name: str, row: Mapped) -> MappedAction:
     action = MappedAction([f"--{name}"], f"_{name}", nargs, "true", type=read, **_hidden())
     action.row = row
     return action
+
+
+def _either(values: Mapping[str, Any]) -> str:
+    *others, last = values
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _refused(name: str, difference: str) -> Refused:
@@ -415,6 +420,9 @@ def settle(args: Namespace) -> None:
                 "names it (bf16, fp16, fp32)"
             )
         args.mixed_precision = "fp32"
+    rows = ("eval_dataset", "eval_ratio", "eval_prompt_dataset")
+    if taken.pop("_unevaluated", False) and (named := next(filter(taken.get, rows), None)):
+        raise ValueError(f"the evaluation strategy is no, and --{named} is given; {_NEVER}")
     if taken.pop("_tensorboard", False) and args.log_dir is None:
         args.log_dir = f"{args.save_dir}/{RUNS}"
     rank = taken.pop("_peft", None)

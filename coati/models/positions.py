@@ -32,6 +32,7 @@ TABLES = frozenset(
 # The old BLOOM's seq_length is what it was trained on; ALiBi goes on beyond.
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 UNLIMITED = frozenset({"bloom"})
+UNKNOWN_LENGTH = 2048  # tokens of prompt and response together, of a model that sets no limit
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,12 @@ def check_tokens(positions: Positions | None, tokens: int, what: str, remedy: st
     )
 
 
-def within_positions(config: Any, asked: int, hard_only: bool = False) -> int:
-    """``asked`` tokens, at most as many as the model of ``config`` has positions; with
+def within_positions(config: Any, asked: int | None, hard_only: bool = False) -> int:
+    """``asked`` tokens (None: all), at most as many as the model of ``config`` has positions; with
     ``hard_only`` rotary embeddings limit nothing."""
     positions = positions_of(config)
+    if asked is None:
+        return UNKNOWN_LENGTH if positions is None else positions.count
     if positions is None or (hard_only and not positions.hard):
         return asked
     return min(asked, positions.count)

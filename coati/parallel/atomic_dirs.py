@@ -67,7 +67,12 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
-        os.replace(temporary, final)
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            if old.exists():
+                os.replace(old, final)
+            raise
         _sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
 

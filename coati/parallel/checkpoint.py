@@ -303,12 +303,18 @@ def latest_checkpoint(save_dir: str | Path) -> Path | None:
 
 def clean(save_dir: str | Path, keep_last_k: int | None = None) -> None:
     """On rank 0: remove the leftovers of interrupted saves, and all but the ``keep_last_k`` newest
-    checkpoints."""
+    checkpoints. A best or final model whose replacement was interrupted is put back."""
     if not is_rank_0():
         return
+    for old in [*Path(save_dir).glob(".best.old"), *Path(save_dir).rglob(".modeling.old")]:
+        if not (whole := old.with_name(old.name[1:].removesuffix(".old"))).exists():
+            old.rename(whole)
     for leftover in [
         *Path(save_dir).glob(".epoch-*_step-*.tmp"),
         *Path(save_dir).glob(".epoch-*_step-*.old"),
+        *(Path(save_dir) / place for place in (".best.tmp", ".best.old")),
+        *Path(save_dir).rglob(".modeling.tmp"),
+        *Path(save_dir).rglob(".modeling.old"),
         *Path(save_dir).glob(f"{REHEARSAL}*"),
     ]:
         shutil.rmtree(leftover, ignore_errors=True)

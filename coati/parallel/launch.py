@@ -30,13 +30,13 @@ _heartbeat: Heartbeat | None = None
 def launch(
     seed: int = 42,
     handshake_s: float = 60.0,
-    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    timeout_s: float = COLLECTIVE_TIMEOUT_S,
 ) -> torch.device:
     """Join the process group and return this process's device.
 
     Without ``RANK`` in the environment the process is a group of its own: no launcher, no port, no
     host name. Several processes watch each other from then on (:mod:`coati.parallel.heartbeat`):
-    a rank that is silent for ``collective_timeout_s`` seconds ends the others.
+    a rank that is silent for ``timeout_s`` seconds ends the others.
 
     Raises:
         LaunchFailed: on every rank, naming the ranks that did not appear within ``handshake_s``
@@ -55,7 +55,7 @@ def launch(
             rank = meeting.rank
             world_size = len(meeting.hosts)
             store = dist.PrefixStore("group", meeting.store)
-            _watch(meeting, collective_timeout_s, device)
+            _watch(meeting, timeout_s, device)
             _look_around(meeting)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=NO_TIMEOUT

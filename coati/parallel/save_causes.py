@@ -9,7 +9,7 @@ from pathlib import Path
 
 REHEARSAL = ".rehearsal-"  # beginning of the name of a directory that is removed again
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
 # torch.save and safetensors keep no errno: safetensors writes it into its message.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
@@ -38,6 +38,11 @@ def _remedy(error: BaseException, folder: Path, file: str) -> str:
         return (
             f"{place} has {free / 2**30:.2f} GiB free{quota}; free space or choose another "
             "--save_dir"
+        )
+    if number == errno.EROFS:  # an ext4 that met an error turns read-only by itself
+        return (
+            f"the file system of {place} is read-only now; mount it writable again or choose "
+            "another --save_dir"
         )
     if number in _FORBIDDEN:
         return f"{place} is not writable by this user; change that or choose another --save_dir"
@@ -72,8 +77,12 @@ def _is_torch_writer(error: BaseException) -> bool:
 
 
 def existing_folder(folder: Path) -> Path:
-    """``folder``, or the nearest one above it that exists."""
+    """``folder``, or the nearest one above it that exists and stays: not one that is written under
+    a temporary name."""
     folder = folder.absolute()
+    for above in (folder, *folder.parents):
+        if above.name.startswith(".") and above.name.endswith(".tmp"):
+            folder = above.parent
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -152,7 +152,7 @@ def model_fingerprint(path: str) -> str:
     for file in sorted(
         f
         for f in folder.iterdir()
-        if f.suffix in (".safetensors", ".bin") or f.name == "config.json"
+        if (f.suffix in (".safetensors", ".bin") or f.name == "config.json") and f.is_file()
     ):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

@@ -104,7 +104,8 @@ def _from_weights(output: OutputSettings, weights: Path, why: str) -> Resume:
     if found := _begun_from(output, "weights", weights):
         return found
     remedy = "go on with that run by --checkpoint_path auto alone, or choose another --save_dir"
-    _refuse_other_run(output, f" of another run, and {why}: a new one would mix with it; {remedy}")
+    mixed = f" of another run; a new one from weights alone ({why}) would mix with it: {remedy}"
+    _refuse_other_run(output, mixed)
     logger.info(f"{why}: its weights are taken, optimizer, schedule and sample order start anew.")
     return Resume(weights=str(weights), began={"weights": str(weights.resolve())})
 

@@ -59,7 +59,8 @@ def _contents(path: Path, flag: str) -> Iterable[str]:
         config = load_json(path / "config.json")
         kept = {name: value for name, value in config.items() if name not in UNIMPORTANT}
         yield json.dumps(kept, sort_keys=True)
-        weights = [file for file in path.iterdir() if file.suffix in WEIGHTS]
+        # Loading says what is wrong with others, as links that lead nowhere.
+        weights = [file for file in path.iterdir() if file.suffix in WEIGHTS and file.is_file()]
         yield from sorted(f"{file.name} {file.stat().st_size}" for file in weights)
     else:
         rows = [file for file in path.rglob("*") if file.is_file() and file.suffix != ".json"]

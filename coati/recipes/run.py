@@ -118,7 +118,7 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
     # The group comes first: ColossalAI's import takes seconds that would count against the other
     # ranks' timeout.
     with phase("waiting for the other processes"):
-        launch(settings.seed, collective_timeout_s=settings.launch.collective_timeout)
+        launch(settings.seed, timeout_s=settings.launch.collective_timeout)
     warn_of_threads()
     warn_of_secrets()
 

@@ -29,7 +29,8 @@ def parse(verb, *words):
 
 def values(verb, *words):
     found = dict(vars(parse(verb, *words)))
-    found.pop("_given")
+    for name in ("_given", "_written"):
+        found.pop(name)
     return found
 
 
@@ -178,8 +179,13 @@ def test_help_and_completion_do_not_show_them():
         ("sft", ["--model", "gpt2"], "--model: the model to start from is --pretrain"),
         ("sft", ["--deepspeed", "ds.json"], "--deepspeed: ColossalAI's plugins take its place"),
         ("sft", ["--report_to", "mlflow"], "--report_to mlflow: runs are reported to wandb"),
-        ("sft", ["--optim", "adafactor"], "argument --optim: expected adamw_torch or"),
-        ("sft", ["--eval_strategy", "no"], "expected steps or epoch, found 'no'; without"),
+        ("sft", ["--optim", "adafactor"], "adamw_torch_fused, adamw_hf or adamw, found"),
+        ("sft", ["--eval_strategy", "never"], "expected steps, epoch or no, found 'never'"),
+        (
+            "sft",
+            ["--eval_strategy", "no", "--eval_dataset", "e"],
+            "the evaluation strategy is no, and --eval_dataset is given; without",
+        ),
         ("sft", ["--use_peft", "false", "--lora_r", "8"], "all weights are to be trained, and"),
         ("ppo", ["--num_train_epochs", "3"], "--num_train_epochs: it counts passes over"),
         ("grpo", ["--per_device_train_batch_size", "3"], "it also says how much is collected"),
@@ -210,7 +216,7 @@ def test_the_command_line_overrides_a_file_under_any_name(tmp_path):
         ("fp16: true\nbf16: true\n", "run.yaml:2: 'bf16' repeats line 1"),
         ("\nwarmup_ratio: 0.1\n", "run.yaml:2: warmup_ratio: it is a share of all steps"),
         ("learning_rate: fast\n", "run.yaml:1: learning_rate: expected a number above 0"),
-        ("optim: lion\n", "run.yaml:1: optim: expected adamw_torch or"),
+        ("optim: lion\n", "run.yaml:1: optim: expected adamw_torch, "),
         ("epochs: 3\n", "run.yaml:1: unknown key 'epochs'; did you mean max_epochs?"),
         (
             "no_packing: true\n",
@@ -285,6 +291,10 @@ def test_inference_takes_lengths_and_addresses_of_other_servers():
         ("sft", "pretran", "pretrain"),
         ("cache", "days", "older_than"),
         ("prepare", "workers", "num_proc"),
+        ("prepare", "dataset", "data_input_dirs"),
+        ("prepare", "save_dir", "data_arrow_output_dir"),
+        ("prepare", "data_output_dirs", "data_arrow_output_dir"),
+        ("prepare", "eval_dataset", "eval_input_dirs"),
     ],
 )
 def test_an_unknown_name_is_answered_by_meaning(verb, name, meant):
@@ -305,3 +315,7 @@ def test_the_migration_page_shows_every_name():
     part = page.partition("## Names that are understood")[2].partition("\n## ")[0]
     shown = set(re.findall(r"`(\w+)`", part.replace("--", "")))
     assert set(names()) <= shown
+
+
+def test_no_evaluation_is_what_no_rows_for_it_mean():
+    assert values("sft", "--eval_strategy", "no") == values("sft")

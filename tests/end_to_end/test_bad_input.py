@@ -149,17 +149,17 @@ ONE = {
         ],
         (
             "--checkpoint_path",
-            "of another model than --pretrain",
-            "hidden_size is 64 there and 32 here",
+            "--pretrain",
+            "must be the same as in the checkpoint",
+            "--checkpoint_weights_only",
         ),
     ),
     "a checkpoint of other data": Case(
         lambda p: ["--max_samples", "20", "--checkpoint_path", str(p.finished / "epoch-0_step-2")],
         (
             "--checkpoint_path",
-            "other data",
-            "'rows': 31",
-            "'rows': 20",
+            "--max_samples default -> 20",
+            "must be the same as in the checkpoint",
             "--checkpoint_weights_only",
         ),
     ),

@@ -209,7 +209,9 @@ def test_what_inference_may_ask_for():
     assert within_positions(soft, 2048) == 512 and within_positions(soft, 100) == 100
     assert within_positions(soft, 2048, hard_only=True) == 2048
     assert within_positions(hard, 2048, hard_only=True) == 64
-    assert within_positions(config(model_type="bloom"), 2048) == 2048
+    assert within_positions(config(model_type="bloom"), 4096) == 4096
+    assert within_positions(soft, None) == 512  # nothing said: what the model has
+    assert within_positions(config(model_type="bloom"), None) == 2048  # it sets no limit
 
 
 def test_generation_goes_as_far_as_scaled_positions(tmp_path):

@@ -13,6 +13,7 @@ from coati.parallel.atomic_dirs import (
     write_directory,
     write_file,
 )
+from coati.parallel.checkpoint import clean
 from tests.distributed.spawn import run
 
 
@@ -50,6 +51,21 @@ def test_what_an_interrupted_save_left_is_in_nobodys_way(tmp_path):
     (tmp_path / ".final.old").mkdir()
     write_directory(tmp_path / "final", write)
     assert names(tmp_path) == ["final"] and set(file_sizes(tmp_path / "final")) == {"b", "deep/a"}
+
+
+def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
+    write_directory(tmp_path / "final", lambda folder: write(folder, "old"))
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SaveFailed, match="could not save"):
+        write_directory(tmp_path / "final", write)
+    assert names(tmp_path) == ["final"] and (tmp_path / "final" / "b").read_text() == "old"
 
 
 def full(path) -> None:
@@ -122,3 +138,16 @@ def test_all_ranks_fail_together(tmp_path):
     )
     assert first[1:] == second[1:] == []
     assert files._failures is None
+
+
+@pytest.mark.parametrize("place", ["best", "modeling", "actor/modeling"])
+def test_a_model_whose_replacement_was_interrupted_is_put_back(tmp_path, place):
+    final = tmp_path / place
+    old, new = (final.with_name(f".{final.name}.{end}") for end in ("old", "tmp"))
+    write(old, "old")
+    write(new, "half")
+    clean(tmp_path)
+    assert (final / "b").read_text() == "old" and names(final.parent) == [final.name]
+    write(old, "older")
+    clean(tmp_path)
+    assert (final / "b").read_text() == "old" and names(final.parent) == [final.name]

@@ -24,7 +24,7 @@ def in_group(folder: Path, work) -> None:
     from coati.parallel.launch import explained, launch, shut_down
     from coati.utils.errors import RunFailed
 
-    launch(collective_timeout_s=TIMEOUT_S)
+    launch(timeout_s=TIMEOUT_S)
     rank = int(os.environ["RANK"])
     liveness.note(step=7, saved=5)
     try:

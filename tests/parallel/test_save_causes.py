@@ -31,7 +31,7 @@ def of(number: int) -> OSError:
         (of(errno.EDQUOT), "quota is used up"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "free space"),
         (PermissionError(errno.EACCES, "denied"), "not writable by this user"),
-        (wrapped(of(errno.EROFS)), "not writable by this user"),
+        (wrapped(of(errno.EROFS)), "is read-only now"),
         (of(errno.ESTALE), "still there and mounted"),
         (FileNotFoundError(errno.ENOENT, "gone"), "still there and mounted"),
         (TypeError("not JSON serializable"), "neither disk nor rights are at fault"),
@@ -52,3 +52,10 @@ def test_a_number_is_found_through_causes_and_contexts_but_not_invented():
     loop = ValueError("a")
     loop.__cause__ = loop
     assert errno_of(loop) is None
+
+
+def test_the_remedy_names_no_directory_that_is_removed_again(tmp_path):
+    folder = tmp_path / "out" / ".epoch-0_step-3.tmp" / "modeling"
+    folder.mkdir(parents=True)
+    remedy = cause_of(of(errno.ENOSPC), folder, "model.safetensors").remedy
+    assert remedy.startswith(f"{tmp_path / 'out'} has ")

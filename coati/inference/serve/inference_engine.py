@@ -26,7 +26,6 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-UNKNOWN_LENGTH = 2048  # of a model that does not say how many positions it has
 INCOMPLETE = ("timeout", "error", "closed", "canceled")
 
 

@@ -53,10 +53,30 @@ async def _refused(request: Request, error: Refused) -> JSONResponse:
 
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     # Not what was found there: it may be long, or no JSON.
-    first = error.errors()[0]
-    place = ".".join(str(step) for step in first["loc"] if step != "body")
-    message = f"{place}: {first['msg']}" if place else str(first["msg"])
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        why = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return await _refused(request, Refused(422, f"the body is not JSON: {why}"))
+    field = _field(first["loc"])
+    same = [each for each in errors if _field(each["loc"])[: len(field)] == field]
+    best = max(same, key=lambda each: _depth(each["loc"]))
+    place = ".".join(map(str, _field(best["loc"])))
+    said = best["msg"].removeprefix("Value error, ")
+    message = f"{place}: {said}" if place else said
     return await _refused(request, Refused(422, message, param=place or None))
+
+
+def _field(place: Sequence[str | int]) -> list[str | int]:
+    """Names and numbers of ``place``, without the types that pydantic tried for a union."""
+    return [
+        step for step in place if step not in ("body", "str") and not re.search(r"\W", str(step))
+    ]
+
+
+def _depth(place: Sequence[str | int]) -> tuple[int, int]:
+    """How far into a value pydantic came with one type of a union: the closest is meant."""
+    return len(place), place[-1] if place and isinstance(place[-1], int) else -1
 
 
 async def _http(request: Request, error: HTTPException) -> JSONResponse:

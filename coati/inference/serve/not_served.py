@@ -1,5 +1,6 @@
 """What of OpenAI's protocol is refused by name, and which fields of a request change nothing."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -64,7 +65,7 @@ def refuse_fields(
             wanted = silent[1] if len(silent) > 1 else None
             raise Refused(
                 400,
-                f"{place}{name} is not served; leave it out or send {wanted!r}",
+                f"{place}{name} is not served; leave it out or send {json.dumps(wanted)}",
                 param=f"{place}{name}",
             )
 
@@ -81,12 +82,12 @@ def part_text(part: dict[str, Any], place: str) -> str:
             param=place,
         )
     text = part.get(field)
-    if not isinstance(text, str) or not _is_unicode(text):
+    if not isinstance(text, str) or not is_unicode(text):
         raise Refused(400, f"{place}: a part of type {kind!r} needs {field}, a text", param=place)
     return text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether it has no lone surrogates, which JSON can write."""
     try:
         text.encode()

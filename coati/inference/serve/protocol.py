@@ -9,13 +9,29 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from coati.inference.serve.inference_engine import SamplingParams
-from coati.inference.serve.not_served import MESSAGE_FIELDS, Refused, part_text, refuse_fields
+from coati.inference.serve.not_served import (
+    MESSAGE_FIELDS,
+    Refused,
+    is_unicode,
+    part_text,
+    refuse_fields,
+)
 from coati.inference.serve.token_logprobs import MOST_ALTERNATIVES, TokenLogprob, TokenText
 from coati.models.generation.sampling import Sampling
 
 MOST_STOPS = 4  # as OpenAI documents
 MOST_CHOICES = 16
 DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
+
+
+def _unicode(value: str) -> str:
+    if not is_unicode(value):
+        raise ValueError("a lone surrogate is no text")
+    return value
+
+
+# Pydantic looks at surrogates where a field is a text and nothing else.
+Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class ErrorDetail(BaseModel):
@@ -35,7 +51,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: Text | list[dict[str, Any]] | None = None
 
     def plain(self, place: str) -> dict[str, str]:
         """{role, content} as a conversation template takes it. Raises Refused for what is no
@@ -135,7 +151,7 @@ class OpenAIRequest(SamplingFields):
     max_tokens: NewTokens = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = Field(None, description=f"at most {MOST_STOPS} strings")
+    stop: Text | list[Text] | None = Field(None, description=f"at most {MOST_STOPS} strings")
 
     def check_served(self) -> None:
         """Raise Refused for a field that asks for what is not supported."""
@@ -235,8 +251,8 @@ def check_last(messages: list[dict[str, str]]) -> None:
 class Dialogue(BaseModel):
     """One round of the older protocol; the last one's response is empty."""
 
-    instruction: str = Field(min_length=1)
-    response: str = ""
+    instruction: Text = Field(min_length=1)
+    response: Text = ""
 
 
 class GenerateRequest(SamplingFields):

@@ -59,6 +59,12 @@ _ERRORS = {
     for status in (400, 401, 404, 413, 422, 429, 499, 500, 503, 504)
 }
 Task = tuple[list[int], SamplingParams]  # a prompt and how one response to it is generated
+PROMPT_FIELDS = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/generate": "history",
+    "/generate/stream": "history",
+}
 _EVENTS = {200: {"content": {"text/event-stream": {}}}}
 
 
@@ -148,7 +154,7 @@ class Api:
         self._check_model(body.model)
         tasks = []
         for prompt in body.prompts():
-            self._check_words([prompt] if isinstance(prompt, str) else [])
+            self._check_words([prompt] if isinstance(prompt, str) else [], "prompt")
             try:
                 ids = await run_in_threadpool(self.engine.encode_text, prompt)
             except ValueError as error:
@@ -225,12 +231,12 @@ class Api:
     def _params(self, body: OpenAIRequest | GenerateRequest, prompt: list[int]) -> SamplingParams:
         return body.params(self.settings.sampling, self.limits, len(prompt))
 
-    def _check_words(self, texts: Sequence[str]) -> None:
+    def _check_words(self, texts: Sequence[str], field: str = "messages") -> None:
         if self.words and any(self.words.search(text) for text in texts):
             raise Refused(
                 400,
-                "a message holds a word that this server does not take",
-                param="messages",
+                f"{field}: a word in it is one that this server does not take",
+                param=field,
                 code="content_filter",
             )
 
@@ -244,9 +250,10 @@ class Api:
             ) from None
 
     def _submit(
-        self, tasks: Sequence[Task], deliver: Callable[[int, StreamChunk], None]
+        self, tasks: Sequence[Task], deliver: Callable[[int, StreamChunk], None], field: str
     ) -> list[Submitted]:
-        """Queue all of ``tasks`` or none. Raises Refused."""
+        """Queue all of ``tasks`` or none. Raises Refused; ``field`` of a request holds the
+        prompts."""
         submitted: list[Submitted] = []
         try:
             if len(tasks) > self.engine.max_batch + self.engine.max_queue:
@@ -260,7 +267,7 @@ class Api:
                 each.cancel()
             if isinstance(error, PromptTooLong):
                 code = "context_length_exceeded"
-                raise Refused(400, str(error), param="messages", code=code) from None
+                raise Refused(400, str(error), param=field, code=code) from None
             if isinstance(error, QueueFull):
                 raise Refused(429, str(error), "rate_limit_error", code="queue_full") from None
             raise
@@ -277,6 +284,7 @@ class Api:
         submitted = self._submit(
             tasks,
             lambda number, chunk: loop.call_soon_threadsafe(arrived.put_nowait, (number, chunk)),
+            PROMPT_FIELDS[request.url.path],
         )
 
         def cancel() -> None:

@@ -204,7 +204,7 @@ def test_strict_ends_at_the_first_malformed_row(tmp_path):
     data = write(tmp_path / "a.jsonl", row("q", "a"), "{", row("q", "long " * 200))
     with pytest.raises(ValueError, match=f"{data}:2: .*JSON"):
         run(tmp_path, data, strict=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "cache"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
     run(
         tmp_path,
         write(tmp_path / "b.jsonl", row("q", "a"), row("q", "long " * 200)),
@@ -339,8 +339,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr("coati.dataset.prepare.shards._describe_shard", full)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path, data)
-    assert [path.name for path in tmp_path.iterdir() if path.name not in ("a.jsonl", "cache")] == []
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_worker_that_dies_ends_the_job(tmp_path, monkeypatch):

@@ -98,9 +98,8 @@ def test_whatever_moment_it_ends_at_the_same_call_completes_it(owner, name, call
     end_at(owner, name, call, tmp_path, data)
     report = prepare(tmp_path, data)
     assert contents(tmp_path / "arrow") == arrow and contents(tmp_path / "jsonl") == jsonl
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrow", "cache", "jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrow", "jsonl"]
     assert report["rows_read"] + report["evaluation"]["rows_read"] == len(ROWS)
-    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from coati.inference.serve.middleware import ASSETS
 from tests.inference.serving import NAME, running, until
 
 VENDOR = Path(middleware.__file__).parent / "vendor"
+LONG_TURN = {"instruction": "hello " * 600}
 JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
 OLD = {"history": [{"instruction": "hello", "response": ""}]}
@@ -122,6 +123,16 @@ def test_contents_in_parts_and_developers_are_understood(client):
             "messages.0.content.0: a part of type 'text' needs text, a text",
             "messages.0.content.0",
         ),
+        (
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            422,
+            "messages.0.content: a lone surrogate is no text",
+            "messages.0.content",
+        ),
+        ({"stop": ["a", 1]}, 422, "stop.1: Input should be a valid string", "stop.1"),
+        ({"stop": "\ud800"}, 422, "stop: a lone surrogate is no text", "stop"),
+        ({"max_tokens": 0}, 422, "max_tokens: must be at least 1; null or -1", "max_tokens"),
+        ({"echo": True}, 400, "echo is not served; leave it out or send false", "echo"),
         (
             {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
             400,
@@ -234,7 +245,19 @@ def test_a_request_is_cut_to_what_the_model_has_unless_a_limit_was_told():
 )
 def test_bad_json_is_422_everywhere(client, body):
     for path in ("/v1/chat/completions", "/generate", "/generate/stream"):
-        error(client.post(path, content=body, headers={"Content-Type": "application/json"}), 422)
+        found = error(
+            client.post(path, content=body, headers={"Content-Type": "application/json"}), 422
+        )
+        assert found["param"] != "1" and "Value error" not in found["message"]
+        if body == b"{":
+            assert found["message"].startswith("the body is not JSON: Expecting property name")
+
+
+def test_a_long_prompt_is_blamed_on_the_field_that_holds_it(client):
+    long = {"/v1/completions": ("prompt", "hello " * 600), "/generate": ("history", [LONG_TURN])}
+    for path, (field, value) in long.items():
+        found = error(client.post(path, json={"model": NAME, field: value}), 400)
+        assert found["param"] == field and found["code"] == "context_length_exceeded"
 
 
 def test_json_that_a_foreign_page_could_send_unasked_is_refused(client):

@@ -294,6 +294,7 @@ def _train(
         with no_early_exit(function):
             command.function()(settings, replace(extras, again=again))
     except Exception as error:
+        release_locks()
         if fresh:
             _remove_unused(Path(save_dir))
         reason = explained(error)

@@ -191,7 +191,7 @@ def test_a_keyword_may_have_the_name_of_another_library(empty_place):
         coati.sft("some/model", [TALK], lr=1e-5, learning_rate=1e-5)
     with pytest.raises(ValueError, match="warmup_ratio: it is a share of all steps"):
         coati.sft("some/model", [TALK], warmup_ratio=0.1)
-    with pytest.raises(ValueError, match="argument --learning_rate: expected a number above 0"):
+    with pytest.raises(ValueError, match="argument --lr: expected a number above 0"):
         coati.sft("some/model", [TALK], learning_rate=-1.0, output_dir="mine")
 
 

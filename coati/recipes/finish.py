@@ -123,7 +123,9 @@ def command_again() -> str:
         if not dropping:
             words.append(word)
     program, where = _program()
-    return f"{shlex.join([*program, *redacted_words(words)])} --checkpoint_path auto{where}"
+    # Where stands in front, so that the rest of the line can be copied.
+    place = f"({where}) " if where else ""
+    return f"{place}{shlex.join([*program, *redacted_words(words)])} --checkpoint_path auto"
 
 
 def _program() -> tuple[list[str], str]:

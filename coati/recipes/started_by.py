@@ -67,7 +67,7 @@ def started_again(
     above: Sequence[Sequence[str]], script: str, module: str | None, variables: Mapping[str, str]
 ) -> tuple[list[str], str]:
     """The words that start this run's processes again, up to its flags, and where they have to be
-    given: "", or " on every host".
+    given: "", or "on every host".
 
     ``script``: this program's file; ``module``: the one whose file that is. ``variables``: the
     environment.
@@ -76,14 +76,14 @@ def started_again(
     hosts = int(variables.get("GROUP_WORLD_SIZE", "1"))
     words = launcher_words(above, program) or launcher_words(above, [script])
     if words is None and "TORCHELASTIC_RUN_ID" not in variables:
-        return ["python", *program], " for every rank, as before"  # by hand, or by a scheduler
+        return ["python", *program], "for every rank, as before"  # by hand, or by a scheduler
     if words is None:
         words = ["torchrun", *_rendezvous(hosts, variables)]
         words += ["--nproc_per_node", variables["LOCAL_WORLD_SIZE"], *program]
     if hosts == 1 or words[0] != "torchrun":
         return words, ""
     numbered = any(NODE_RANK.match(word) for word in words)
-    return words, f" on every host{', with its own --node_rank' if numbered else ''}"
+    return words, f"on every host{', with its own --node_rank' if numbered else ''}"
 
 
 def _rendezvous(hosts: int, variables: Mapping[str, str]) -> list[str]:

@@ -51,7 +51,7 @@ SAME = {
     "max_seq_length": "max_length",
     "max_tokens": "max_new_tokens",
     "metric_for_best_model": "metric_for_best",
-    "model": "model_path",
+    "model": "model_path pretrain",
     "model_name_or_path": "pretrain model_path",
     "nproc_per_node": "nproc",
     "num_iterations": "num_update_steps",
@@ -127,6 +127,9 @@ MAPPED = {
         "--use_flash_attn chooses between flash-attn and PyTorch's fused attention",
     ),
     "bf16": _switch("mixed_precision", {"mixed_precision": "bf16"}),
+    "completion_only_loss": _switch(
+        "disable_loss_mask", {"disable_loss_mask": False}, {"disable_loss_mask": True}
+    ),
     "disable_gradient_checkpointing": _switch(
         "grad_checkpoint", {"grad_checkpoint": False}, {"grad_checkpoint": True}
     ),
@@ -172,11 +175,20 @@ DIFFERENT = {
         "a template file says its end tokens too: --conversation_template_config FILE.json "
         "(docs/data.md)",
     ),
+    "dataloader_num_workers": (
+        "dataset",
+        "rows are tokenized before training, and then need no workers to load; coati prepare "
+        "--num_proc N tokenizes with N",
+    ),
     "dataset_config": ("dataset", "a subset is part of the name: --dataset NAME:SUBSET"),
     "dataset_config_name": ("dataset", "a subset is part of the name: --dataset NAME:SUBSET"),
     "dataset_dir": ("dataset", "there is no dataset_info.json; --dataset takes the paths"),
     "dataset_test_split": ("eval_dataset", "a test split is found by itself, or --eval_dataset"),
     "dataset_train_split": ("dataset", "the train split is taken where there is one"),
+    "ddp_find_unused_parameters": (
+        "plugin_args",
+        'find_unused_parameters of --plugin_args: a file with {"find_unused_parameters": true}',
+    ),
     "deepspeed": (
         "plugin",
         "ColossalAI's plugins take its place: --plugin zero2 is ZeRO-2, --plugin gemini ZeRO-3 "
@@ -184,6 +196,8 @@ DIFFERENT = {
     ),
     "fsdp": ("plugin", "--plugin gemini shards weights, --plugin zero2 all but them"),
     "greater_is_better": ("metric_for_best", "it follows from the metric's name"),
+    "group_by_length": ("packing", "--packing fills batches without padding instead"),
+    "hub_model_id": ("save_dir", "nothing is uploaded; use `hf upload` on the finished directory"),
     "load_best_model_at_end": (
         "metric_for_best",
         "--metric_for_best NAME keeps the best model in DIR/best; modeling is the last one",
@@ -193,12 +207,11 @@ DIFFERENT = {
     "lora_dropout": ("lora_config", "linear_lora_dropout of the file of --lora_config"),
     "lora_target": ("lora_config", "target_modules of the file of --lora_config"),
     "lora_target_modules": ("lora_config", "target_modules of the file of --lora_config"),
-    "lr_scheduler_type": ("lr", "the schedule is a cosine always, to a tenth of --lr"),
     "max_prompt_length": (
         "max_length",
         "--max_length counts prompt and response together; longer rows are left out",
     ),
-    "model": ("pretrain", "the model to start from is --pretrain"),
+    "neftune_noise_alpha": ("lr", "noise on the embeddings (NEFTune) is not supported"),
     "num_processes": (
         "nproc",
         "it counts the processes of all hosts; --nproc counts those of each",
@@ -210,8 +223,13 @@ DIFFERENT = {
     "push_to_hub": ("save_dir", "nothing is uploaded; use `hf upload` on the finished directory"),
     "quantization_bit": ("lora_config", "quantized training (QLoRA) is not supported"),
     "ref_model": ("lora_config", "the reference is --pretrain"),
+    "remove_unused_columns": ("dataset", "columns that are not read are left out by themselves"),
     "run_name": ("use_wandb", "set the environment variable WANDB_NAME"),
     "stage": ("lora_config", "the command says it: coati sft, rm, dpo, kto, orpo, ppo or grpo"),
+    "tf32": (
+        "mixed_precision",
+        "it is a switch of PyTorch's: set the environment variable NVIDIA_TF32_OVERRIDE=1",
+    ),
     "torch_dtype": (
         "mixed_precision",
         "the weights have the type that --plugin and --mixed_precision need",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coati.parallel.save_causes import SaveCause, cause_of
-from coati.utils.distributed import all_gather_object, barrier, is_rank_0
+from coati.utils.distributed import all_gather_object, broadcast_object, is_rank_0
 from coati.utils.errors import RunFailed
 
 
@@ -121,11 +121,13 @@ def _agree(failure: SaveCause | None, final: Path, temporary: Path) -> None:
     if (agreed := agreed_failure(failure)) is not None:
         if is_rank_0():
             shutil.rmtree(temporary, ignore_errors=True)
-        barrier()
+        # A disk that has turned read-only keeps what was written.
+        stays = broadcast_object(temporary.exists() if is_rank_0() else None)
+        left = f"{temporary} is half-written" if stays else "Nothing half-written was left"
         named, remedy = agreed
         raise SaveFailed(
-            f"could not save {final} ({named}). Nothing half-written was left; {remedy}, then "
-            "resume with --checkpoint_path auto"
+            f"could not save {final} ({named}). {left}; {remedy}. --checkpoint_path auto then goes "
+            "on from the newest checkpoint"
         )
 
 

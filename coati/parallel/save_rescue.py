@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -81,9 +82,8 @@ def _make(place: Path | None, size: int) -> str:
         if place is None:
             made.append(Path(tempfile.mkdtemp(prefix="coati-rescued-")))
         else:
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            made.append(place.absolute())
+            made.append(_unused(place.absolute()))
+            made[0].mkdir(parents=True)
 
     failed = attempt(make, place or Path(tempfile.gettempdir()))
     if failed:
@@ -93,6 +93,13 @@ def _make(place: Path | None, size: int) -> str:
         shutil.rmtree(made[0], ignore_errors=True)
         return f"{made[0].parent} has {free / 2**30:.2f} of {size / 2**30:.2f} GiB"
     return str(made[0])
+
+
+def _unused(place: Path) -> Path:
+    """``place``, or the first of ``place-2``, ``place-3``, ... that is not there: what an earlier
+    failure left is somebody's work."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
+    return next(each for each in chain([place], numbered) if not each.exists())
 
 
 def _described(folder: Path, engine: Engine, assets: ModelAssets) -> str:

@@ -176,7 +176,8 @@ def test_help_and_completion_do_not_show_them():
         ("sft", ["--bf16", "false"], "--bf16 false does not say which precision"),
         ("sft", ["--learning_rate", "-1"], "argument --learning_rate: expected a number above 0"),
         ("sft", ["--warmup_ratio", "0.1"], "--warmup_ratio: it is a share of all steps"),
-        ("sft", ["--model", "gpt2"], "--model: the model to start from is --pretrain"),
+        ("sft", ["--tf32", "true"], "--tf32: it is a switch of PyTorch's"),
+        ("sft", ["--group_by_length"], "--group_by_length: --packing fills batches"),
         ("sft", ["--deepspeed", "ds.json"], "--deepspeed: ColossalAI's plugins take its place"),
         ("sft", ["--report_to", "mlflow"], "--report_to mlflow: runs are reported to wandb"),
         ("sft", ["--optim", "adafactor"], "adamw_torch_fused, adamw_hf or adamw, found"),
@@ -253,6 +254,10 @@ def test_what_several_names_decide_together(capsys):
 def test_inference_takes_a_model_by_the_names_that_people_type(verb):
     assert parse(verb, "--model_name_or_path", "m").model_path == "m"
     assert parse(verb, "--model", "m").model_path == "m"
+
+
+def test_training_takes_a_model_by_the_name_that_people_type():
+    assert parse("sft", "--model", "m", "--dataset", "r").pretrain == "m"
 
 
 def test_inference_takes_lengths_and_addresses_of_other_servers():

@@ -136,7 +136,7 @@ EXTENSIONS = {
     "A row format": (2, 8, ROW_FORMAT),
     "A plugin": (1, 12, PLUGIN),
     "A reward function": (2, 8, REWARD),
-    "A flag": (2, 12, FLAG),
+    "A flag": (3, 12, FLAG),
 }
 
 

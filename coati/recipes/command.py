@@ -98,12 +98,13 @@ def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
     import_libraries()
     function = verb.function()
     from coati.parallel.launch import explained, shut_down
-    from coati.recipes.run_dir import release_locks
+    from coati.recipes.run_dir import locks_released, release_locks
 
     with (
         at_forced_end(lambda _: release_locks()),
         # On a line of its own, not behind a progress bar.
         at_forced_end(lambda message: _say(f"{prog}: error: {message}", before="\n")),
+        locks_released(),
     ):
         try:
             function(settings)
@@ -113,8 +114,6 @@ def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
             if reason is error:
                 raise
             raise reason from None
-        finally:
-            release_locks()
 
 
 def _no_bars_in_pipes() -> None:

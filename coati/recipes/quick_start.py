@@ -287,14 +287,13 @@ def _train(
     settings = parsed(command.parse, words_of(given, function), function)
     _leave_group_at_exit()
     from coati.parallel.launch import explained
-    from coati.recipes.run_dir import release_locks
+    from coati.recipes.run_dir import locks_released
 
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
-        with no_early_exit(function):
+        with no_early_exit(function), locks_released():
             command.function()(settings, replace(extras, again=again))
     except Exception as error:
-        release_locks()
         if fresh:
             _remove_unused(Path(save_dir))
         reason = explained(error)
@@ -302,7 +301,6 @@ def _train(
             raise
         raise reason from None
     finally:
-        release_locks()
         collect_garbage()
     return (TrainedRewardModel if verb == "rm" else TrainedModel)(save_dir)
 

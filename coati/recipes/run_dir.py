@@ -2,6 +2,8 @@
 
 import atexit
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coati.cli.settings import OutputSettings
@@ -38,6 +40,15 @@ def release_locks() -> None:
     """Give back what this process holds."""
     while _held:
         _held.popitem()[1].release()
+
+
+@contextmanager
+def locks_released() -> Iterator[None]:
+    """Whatever ends the block, what was locked inside is given back."""
+    try:
+        yield
+    finally:
+        release_locks()
 
 
 def finished_models(save_dir: str) -> list[Path]:

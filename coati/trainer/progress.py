@@ -19,7 +19,8 @@ LINE_S = 10.0  # between lines where there is no terminal
 
 def in_terminal() -> bool:
     """Whether a bar can be drawn on standard error: a terminal, or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or hasattr(shell, "kernel")
 
 
 class _Display(Protocol):

@@ -1,5 +1,6 @@
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,5 +138,12 @@ def test_other_ranks_show_nothing(capsys, monkeypatch):
 
 def test_a_terminal_is_standard_error_or_a_notebook(monkeypatch):
     assert not progress.in_terminal()
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    assert progress.in_terminal()
+    # IPython in a terminal has a shell too, but no kernel.
+    for shell, draws in (
+        (None, False),
+        (SimpleNamespace(), False),
+        (SimpleNamespace(kernel=1), True),
+    ):
+        notebook = SimpleNamespace(get_ipython=lambda shell=shell: shell)
+        monkeypatch.setitem(sys.modules, "IPython", notebook)
+        assert progress.in_terminal() == draws

@@ -133,8 +133,8 @@ ONE = {
         ],
         (
             "--checkpoint_path",
-            "of another model than --pretrain",
-            "hidden_size is 64 there and 32 here",
+            "--pretrain",
+            "must be the same as in the checkpoint",
         ),
     ),
     "a reward model of another architecture": Case(

@@ -64,6 +64,13 @@ def variables(tmp_path_factory):
     }
 
 
+def _without_place(flags: list[str]) -> list[str]:
+    """Without ``--save_path``, the older name of ``--save_dir``: two names of one flag are
+    refused."""
+    at = flags.index("--save_path") if "--save_path" in flags else len(flags)
+    return flags[:at] + flags[at + 2 :]
+
+
 @pytest.fixture(scope="module")
 def ended(variables, tmp_path_factory) -> dict[str, tuple[Path, list[Ended]]]:
     """name -> where it ran and how its ranks ended."""
@@ -74,7 +81,7 @@ def ended(variables, tmp_path_factory) -> dict[str, tuple[Path, list[Ended]]]:
         rm = variables["REWARD_MODEL_PATH"] + (".pt" if command.stage == "prompts" else "")
         words = command.words(variables | {"REWARD_MODEL_PATH": rm, "SAVE_DIR": "elsewhere"})
         at = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        flags = [*words[at + 1 :], *SHORTER, "--save_dir", str(folder / name[:2])]
+        flags = [*_without_place(words[at + 1 :]), *SHORTER, "--save_dir", str(folder / name[:2])]
         plugin = flags[1 + flags.index("--plugin" if "--plugin" in flags else "--strategy")]
         processes = 4 if "--tp" in flags else 2
         groups.setdefault((plugin, processes), {})[name] = Run(flags, script=Path(words[at]).name)

@@ -129,11 +129,16 @@ class BaseModel(nn.Module):
         self.score.weight.normal_(std=(self.score.in_features + 1) ** -0.5)
         self.score.bias.zero_()
 
-    def train_padding(self) -> None:
+    def train_padding(self, row: int | None = None) -> None:
         """A classifier's configuration names the padding, whose embedding transformers does not
         train; with many tokenizers it is eos, which a model that was not saved yet learns. Padding
-        itself is left out by masks. A row of zeros stands for nothing else and stays."""
+        itself is left out by masks. A row of zeros stands for nothing else and stays.
+
+        ``row``: the padding that counts, by default the one of the configuration; a saved reward
+        model's may be another than that of the base, whose row was zeros in training."""
         embedding = self.get_input_embeddings()
+        if row is not None:
+            embedding.padding_idx = row
         row = getattr(embedding, "padding_idx", None)
         if row is not None and not embedding.weight.is_meta and embedding.weight[row].any():
             embedding.padding_idx = None

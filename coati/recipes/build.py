@@ -40,7 +40,7 @@ from coati.recipes.run import Run
 from coati.trainer.global_batches import total_steps
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
-from coati.utils.transformers_compat import masks_packs_itself
+from coati.utils.transformers_compat import masks_packs_itself, text_config
 
 logger = get_logger(__name__)
 
@@ -98,6 +98,9 @@ def load_model(run: Run, load: Callable[..., Any], dropout: bool = True) -> Any:
     check_vocabulary(model, run.tokenizer)
     if isinstance(model, BaseModel):  # a classifier for transformers, which needs to know it
         model.config.pad_token_id = run.tokenizer.pad_token_id
+        if source != model_settings.pretrain:
+            base = load_config(model_settings.pretrain, model_settings.trust_remote_code)
+            model.train_padding(getattr(text_config(base), "pad_token_id", None))
     if run.options.lora:
         lora = _with_vocabulary(run, model, lora_config(run.settings.lora))
         model = apply_lora(model, lora, seed=run.settings.seed)

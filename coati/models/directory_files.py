@@ -38,6 +38,7 @@ SIZES = (
     "max_position_embeddings",
     "n_positions",
 )
+NEVER_NULL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 AGAIN = "copy it again from where the model is from"
 # Of the language model itself, not of a vision tower beside it
 LAYER = re.compile(
@@ -86,7 +87,8 @@ def check_sizes(file: Path, config: dict[str, Any]) -> None:
         for name in SIZES:
             value = part.get(name)
             values = value if isinstance(value, list) else [value]
-            if value is not None and not all(_is_size(each) for each in values):
+            counts = value is not None or (name in part and name in NEVER_NULL)
+            if counts and not all(_is_size(each) for each in values):
                 raise ValueError(
                     f"{file}: {before}{name} is {value!r}; expected a whole number of at least 1. "
                     "Put back the config.json that these weights came with"
@@ -113,6 +115,10 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str | dict)
+
+
 def _are_ids(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     return all(isinstance(each, int) and not isinstance(each, bool) for each in values)
@@ -136,6 +142,10 @@ TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{
         name: (_is_number, "a number")
         for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta")
+    },
+    **{
+        f"{name}_token": (_is_token, "a text, an object, or null")
+        for name in ("bos", "eos", "pad", "unk")
     },
     "tokenizer_class": (_is_text, "the name of a class"),
     "model_max_length": (_is_number, "a number"),
@@ -193,13 +203,27 @@ def check_adapter(path: str | os.PathLike) -> None:
 
 def mismatch(path: str | os.PathLike, model_class: str, keys: Sequence[Any]) -> str:
     """One sentence about weights of other shapes than the configuration says; ``keys``: (name,
-    shape in the file, shape of the model), as transformers reports them."""
+    shape in the file, shape of the model), as transformers reports them; None for what it does
+    not."""
     name, there, wanted = sorted(keys, key=lambda key: key[0])[0]
+    there = there if there is not None else _shape_in_file(Path(path), name)
+    found = f" {tuple(there)} in the file and" if there is not None else ""
+    shape = f" is{found} {tuple(wanted)} by config.json" if wanted is not None else ""
     return (
         f"{path}: {len(keys)} weights have other shapes than {model_class} by config.json, the "
-        f"first: {name} is {tuple(there)} in the file and {tuple(wanted)} by config.json; put back "
-        "the config.json that these weights came with, or the weights"
+        f"first: {name}{shape}; put back the config.json that these weights came with, or the "
+        "weights"
     )
+
+
+def _shape_in_file(directory: Path, name: str) -> Sequence[int] | None:
+    from safetensors import safe_open
+
+    for file in directory.glob("*.safetensors") if directory.is_dir() else ():
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                return tensors.get_slice(name).get_shape()
+    return None
 
 
 def check_layers(path: str | os.PathLike, unexpected: Sequence[str], layers: int | None) -> None:

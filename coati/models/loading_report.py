@@ -55,15 +55,21 @@ def _layers(config: Any) -> int | None:
 
 
 def mismatched(read: Any, config: Any, options: dict[str, Any]) -> tuple[str, Any] | None:
-    """The model's class, and what loading reports of weights of other shapes; None where shapes
-    are not what ended it."""
+    """The model's class, and what loading reports of weights of other shapes, (name, shape in the
+    file or None, shape of the model); None where shapes are not what ended it."""
     try:
         with without_report():
             model, report = read(options | {"ignore_mismatched_sizes": True})
     except Exception:  # the first error says it
         return None
     keys = report.get("mismatched_keys")
-    return (type(model).__name__, list(keys)) if keys else None
+    if not keys:
+        return None
+    if isinstance(next(iter(keys)), str):
+        # transformers 4 names them alone
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        keys = [(name, None, shapes.get(name)) for name in keys]
+    return type(model).__name__, list(keys)
 
 
 @contextmanager

@@ -15,12 +15,15 @@ import pytest
 
 from coati.recipes import command
 from coati.utils.logging import forget_warnings
+from coati.utils.transformers_compat import masks_packs_itself
 from tests.end_to_end import malformed as bad
 from tests.end_to_end.malformed import ROW, Case, Place, ended, good_words
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = "tokenizer.json"
 FIELDS = "tokenizer_config.json"
+# transformers 5 refuses such a configuration, transformers 4 the weights.
+NOT_DIVIDED = "model could not be loaded" if masks_packs_itself() else "have other shapes"
 ENDLESS = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
 STATE = "running_states.json"
 
@@ -132,7 +135,7 @@ CASES = {
         "chat", ("max_position_embeddings is 0",), bad.with_config(max_position_embeddings=0)
     ),
     "heads that do not divide": Case(
-        "sft", ("model could not be loaded",), bad.with_config(num_attention_heads=3, head_dim=None)
+        "sft", (NOT_DIVIDED,), bad.with_config(num_attention_heads=3, head_dim=None)
     ),
     "heads of keys that the weights lack": Case(
         "orpo",

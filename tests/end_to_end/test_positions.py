@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from coati.models import loading
 from coati.recipes import defaults
 from coati.utils.logging import forget_warnings
+from coati.utils.transformers_compat import masks_packs_itself
 from tests.end_to_end.malformed import Place, ended, good_words
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -172,7 +173,10 @@ def test_a_prompt_with_another_row_s_response(run, no_weights, tmp_path):
 
 def test_packs_are_longer_than_positions_since_those_begin_anew(run):
     code, error = run("sft", "gpt2", 2, "--max_length", "256", "--packing", "--batch_size", "1")
-    assert code == 0, error
+    if masks_packs_itself():
+        assert code == 0, error
+    else:  # transformers 4 has no mask for packs of this family
+        assert code == 1 and "does not keep the rows of a pack apart" in error
 
 
 def test_samples_at_evaluations_fit_into_the_positions(run):

@@ -222,12 +222,11 @@ def failing(place: str) -> dict[str, Any]:
     with patch("coati.parallel.weights.save_file", lambda tensors, path, **_: full(path)):
         (ended,) = train_each({"": sft(folder, base, "full")}).values()
     found["no space"] = ended.code, ended.err
-    # Beside the final directory there is no place either: a file has that name.
+    # Beside the final directory there is no place either.
     (folder / "elsewhere").mkdir()
-    (folder / "taken").mkdir()
-    (folder / "taken" / "modeling.rescued").write_text("")
     with (
         patch("coati.parallel.weights.save_file", lambda tensors, path, **_: full(path)),
+        patch("coati.parallel.save_rescue._unused", full),
         patch("tempfile.tempdir", str(folder / "elsewhere")),
     ):
         (ended,) = train_each({"": sft(folder, base, "taken")}).values()

@@ -54,21 +54,31 @@ def sends_chunks_twice() -> bool:
     return dist.is_gloo_available()
 
 
+SUMS = (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
+EXTREMES = (dist.ReduceOp.MAX, dist.ReduceOp.MIN)  # gloo of torch 2.5 sums, whatever it is asked
+
+
 def reduce_scatter_tensor(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
     """``dist.reduce_scatter_tensor`` that sends each chunk once, to the rank that keeps it and sums
     in the order of the ranks, narrow types in fp32; done when it returns."""
-    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) or not input.is_floating_point():
+    if op not in (*SUMS, *EXTREMES):
         return _torch_reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
     ways = dist.get_world_size(group)
     received = torch.empty_like(input.reshape(-1))
     dist.all_to_all_single(received, input.reshape(-1).contiguous(), group=group)
     first, *others = received.chunk(ways)
-    wide = torch.promote_types(input.dtype, torch.float32)
+    if op in EXTREMES:
+        largest = op == dist.ReduceOp.MAX
+        chunks = torch.stack([first, *others])
+        output.copy_((chunks.amax(0) if largest else chunks.amin(0)).view_as(output))
+        return Done() if async_op else None
+    fraction = input.is_floating_point()
+    wide = torch.promote_types(input.dtype, torch.float32) if fraction else input.dtype
     total = first.to(wide, copy=True)
     for chunk in others:
         total += chunk
     if op == dist.ReduceOp.AVG:
-        total /= ways
+        total = total / ways
     output.copy_(total.view_as(output))
     return Done() if async_op else None
 

@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from coati.utils.distributed import is_rank_0
 from coati.utils.logging import get_logger
-from coati.utils.phases import begin, duration, end, phase
+from coati.utils.phases import FIRST_S, begin, duration, end, phase
 
 logger = get_logger(__name__)
 
 LINE_S = 10.0  # between lines where there is no terminal
+LONGER = 3.0  # times the step before, after which a step says that it is not stuck
 
 
 def in_terminal() -> bool:
@@ -94,7 +95,8 @@ class _Lines:
             )
         self._phase.what = self._title()
         self._phase.detail = ""
-        self._phase.restart()
+        # Steps that all take long have their own lines; one that takes far longer is worth a word.
+        self._phase.restart(max(FIRST_S, LONGER * (now - self._phase.began)))
 
     def _left(self, now: float) -> str:
         # The first step compiles and allocates, and says little of the others.

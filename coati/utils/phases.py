@@ -42,12 +42,12 @@ class Phase:
         self._due = now + GAP_S[min(self.lines, len(GAP_S) - 1)]
         self.lines += 1
 
-    def restart(self) -> None:
-        """Another phase of the same name begins."""
+    def restart(self, first_s: float = FIRST_S) -> None:
+        """Another phase of the same name begins, of which nothing is said for ``first_s``."""
         self.began = time.monotonic()
         self.told = 0
         self.lines = 0
-        self._due = self.began + FIRST_S
+        self._due = self.began + first_s
 
 
 _open: list[Phase] = []  # the innermost last

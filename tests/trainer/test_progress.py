@@ -147,3 +147,19 @@ def test_a_terminal_is_standard_error_or_a_notebook(monkeypatch):
         notebook = SimpleNamespace(get_ipython=lambda shell=shell: shell)
         monkeypatch.setitem(sys.modules, "IPython", notebook)
         assert progress.in_terminal() == draws
+
+
+def test_a_step_speaks_only_when_it_takes_far_longer_than_the_one_before(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "in_terminal", lambda: False)
+    bar = ProgressBar(3, 0, "sft")
+    step = bar._display._phase
+    assert not step.due(4.9) and step.due(5.0)  # the first one, which compiles
+    now[0] = 8.0
+    bar.step(loss=1.0)
+    assert not step.due(8.0 + 23.9) and step.due(8.0 + 24.0)
+    now[0] = 9.0  # a quick one: five seconds are long again
+    bar.step(loss=1.0)
+    assert not step.due(9.0 + 4.9) and step.due(9.0 + 5.0)
+    bar.close()

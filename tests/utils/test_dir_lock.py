@@ -216,6 +216,19 @@ def test_one_that_was_taken_away_ends_its_process(tmp_path, quick):
     time.sleep(0.7)
 
 
+def test_one_that_was_removed_by_hand_is_written_again(tmp_path, quick, capsys):
+    lock = DirLock(tmp_path, "--save_dir")
+    lock.acquire()
+    (tmp_path / NAME).unlink()
+    time.sleep(0.4)
+    assert held(tmp_path).pid == os.getpid()
+    with pytest.raises(Locked):
+        DirLock(tmp_path, "--save_dir").acquire()
+    lock.release()
+    assert names(tmp_path) == []
+    assert capsys.readouterr().err.count("was removed while its run goes on") == 1
+
+
 def test_without_hard_links(tmp_path, monkeypatch, holder):
     def link(*_):
         raise OSError(95, "not supported")

@@ -15,6 +15,7 @@ from jinja2.visitor import NodeTransformer
 
 MOST = 2**26  # characters, or items of a list, that one expression may make
 MOST_BITS = 2**16  # of a power
+_TEXT = {str}
 _WIDTH = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{6,})|\{[^{}]*:[^{}]*\d{6,}")
 
 
@@ -99,7 +100,7 @@ def _joined(parts: list[Any]) -> str:
 
 def _added(parts: list[Any]) -> Any:
     """The sum of ``parts`` from the left; of texts alone, as most are, in one step."""
-    if all(type(part) is str for part in parts):
+    if {*map(type, parts)} == _TEXT:
         _check(sum(map(len, parts)))
         return "".join(parts)
     total = parts[0]

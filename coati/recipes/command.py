@@ -13,7 +13,7 @@ from coati.cli.checks import check_models
 from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
-from coati.utils.errors import RunFailed, no_early_exit
+from coati.utils.errors import RunFailed, no_early_exit, no_silent_exit
 from coati.utils.liveness import at_forced_end
 from coati.utils.logging import unsaid
 from coati.utils.output_paths import check_outputs
@@ -79,7 +79,11 @@ def run(
 
                 preflight(settings)
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
-        with launcher.rank_at_work(), no_early_exit():
+        with (
+            launcher.rank_at_work(),
+            no_silent_exit(lambda said: _say(f"{prog}: error: {said}")),
+            no_early_exit(),
+        ):
             if verb.processes:
                 _run_in_group(verb, settings, prog)
             else:

@@ -308,6 +308,7 @@ class DirLock:
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
         self.release()
+        signal.signal(number, signal.SIG_DFL)  # in a child made by fork, nothing was released
         os.kill(os.getpid(), number)
 
 

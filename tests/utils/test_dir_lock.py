@@ -101,6 +101,24 @@ def test_a_process_that_is_asked_to_end_gives_it_back(tmp_path, holder, number):
     assert names(tmp_path) == []
 
 
+def test_a_child_made_by_fork_ends_by_sigterm_and_leaves_the_lock(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        lock = DirLock(tmp_path, "--save_dir")
+        lock.acquire()
+        child = os.fork()
+        if not child:
+            time.sleep(30)
+            os._exit(5)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and names(tmp_path) == [NAME]
+        lock.release()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_what_a_killed_process_left_is_recognized_at_once(tmp_path, holder, capsys):
     holder.kill()  # not waited for: the process is there still, as a zombie
     time.sleep(0.2)

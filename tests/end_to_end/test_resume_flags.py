@@ -46,7 +46,7 @@ LAYOUT = {"plugin", "plugin_args", "mixed_precision", *GROUPS["split"].flags}
 def places(tmp_path_factory, model, data, online_places) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("places")
     lines = short_lines(0, 40, SAMPLES / "preference.jsonl")
-    labeled = [{"prompt": f"q{i}", "completion": "yes", "label": i % 3 == 0} for i in range(30)]
+    labeled = [{"prompt": f"q{i}", "completion": "yes", "label": i % 5 < 3} for i in range(30)]
     tokenizer = folder / "tokenizer"
     shutil.copytree(model, tokenizer)
     content = json.loads((tokenizer / "tokenizer.json").read_text())

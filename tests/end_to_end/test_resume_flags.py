@@ -225,14 +225,17 @@ def test_the_weights_alone_and_a_dry_run(reached):
 NOT_RUN = {
     "use_flash_attn": "flash-attn is a GPU's; without one the flag changes nothing, and says so",
     "rollout_engine": "vLLM needs a GPU; the choice is made anew by every run (make_rollout)",
-    "checkpoint_weights_only": "no resume, but another start: the test below",
-    "dry_run": "takes no step of the run: the test below",
+    "checkpoint_weights_only": "no resume, but another start: the test above",
+    "dry_run": "takes no step of the run: the test above",
 }
 # Flags of coati sft, which all verbs hand to the same functions: the comparison and the refusals
 # (recipes/run.py), plugin and optimizer (recipes/build.py), checkpoints and logs (RunLog). What
 # rows and batches are is sft's for rm, dpo, orpo and kto (recipes/offline.py), and coati ppo's for
 # grpo (recipes/rl.py).
-OFFLINE = set(FLAGS["sft"])
+ROWS_AND_BATCHES = {
+    *("accumulation_steps", "eval_interval", "dataset_weights", "max_length", "max_samples"),
+    *("eval_ratio", "disable_loss_mask"),
+}
 BOTH = set(FLAGS["ppo"]) & set(FLAGS["grpo"])
 # Flags that a verb only takes to refuse them, and choices of which it has one.
 REFUSED = {"pp", "sp", "sp_mode", "enable_sequence_parallelism", "microbatch_size", "add_tokens"}
@@ -246,11 +249,8 @@ def test_every_flag_is_run_or_listed(verb):
         of_verb[group.verb] |= set(group.flags)
     run_here = of_verb[verb] | of_verb["sft"] | {"nproc"} | set(NOT_RUN)
     if verb in ONLINE:
-        run_here |= (of_verb["ppo"] | of_verb["grpo"]) & BOTH | REFUSED
-        # Lengths, batches and rows are its own.
-        run_here -= {"accumulation_steps", "eval_interval", "ptx_coef"} - of_verb["ppo"]
-    else:
-        run_here -= of_verb["sft"] - OFFLINE
+        online = of_verb["ppo"] | of_verb["grpo"]
+        run_here = run_here - ROWS_AND_BATCHES | online & BOTH | REFUSED
     missing = [f for f in FLAGS[verb] if f not in run_here and (verb, f) not in ONE_CHOICE]
     assert not missing, f"run them in resume_cases.py, or list them in NOT_RUN: {missing}"
     assert set(NOT_RUN) <= set(CLASS_OF) and not set(NOT_RUN) & of_verb[verb]

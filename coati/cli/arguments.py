@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
+from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
@@ -96,9 +97,7 @@ def add_model_flags(parser: Parser) -> None:
         "--use_flash_attn",
         help="flash-attn where it is installed, PyTorch's fused attention elsewhere",
     )
-    add_switch(
-        group, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
-    )
+    add_trust_flag(group)
 
 
 def add_data_flags(parser: Parser) -> None:

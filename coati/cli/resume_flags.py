@@ -77,8 +77,18 @@ UNSAID: dict[str, Any] = {
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }
-# Flags whose change makes the best model so far one of another measure.
-MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset")
+# Flags whose change makes the best model so far one of another measure: of all commands, and those
+# of the loss, where evaluations have one (with rollouts they have rewards).
+REWARDS = (
+    *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
+    *("reward_functions", "reward_weights"),
+)
+MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
+LOSS_MEASURE = (
+    *("center_coef", "loss_type", "loss_weights", "beta", "gamma", "lam", "label_smoothing"),
+    *("length_normalization", "sft_coef", "ld_alpha", "disable_reference_model"),
+    *("desirable_weight", "undesirable_weight", "auto_weight", "disable_loss_mask"),
+)
 ELSE = "or start anew from its weights: --checkpoint_weights_only with another --save_dir"
 
 

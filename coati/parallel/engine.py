@@ -77,10 +77,12 @@ class Engine:
         self.dtype = parameter.dtype
         self.scalar = hasattr(self.module, "backbone")  # a reward model or critic
         self.pipelined = self.mesh.pp_size > 1
-        # With one process DDP's reducer has nothing to reduce, but would copy every gradient.
+        # With one process DDP's reducer has nothing to reduce, but would copy every gradient. An
+        # optimizer of ZeRO has no gradients before its own reduction, which cannot be skipped.
         wrapped = getattr(model, "module", None)
         is_ddp = isinstance(wrapped, DistributedDataParallel)
-        self._skip_reducer = is_ddp and dist.get_world_size() == 1
+        is_zero = hasattr(optimizer, "_partition_grads")
+        self._skip_reducer = is_ddp and not is_zero and dist.get_world_size() == 1
         # Keys of the current pipelined batch that the model does not take.
         self._extra_keys: set[str] = set()
         self.padding_free = padding_free

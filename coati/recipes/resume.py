@@ -33,6 +33,8 @@ logger = get_logger(__name__)
 
 # What also decides the order of an epoch, in checkpoints that do not say it.
 WHERE_UNSAID: dict[str, Any] = {"packed_to": None, "dataset_weights": []}
+# The flags that decide it; each verb has its own.
+POSITION = ("dataset", "prompt_dataset", "seed", "dataset_weights", "packing", "max_length")
 
 
 @dataclass
@@ -276,10 +278,11 @@ def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> Runn
     changed = [key for key, value in now.items() if stored.get(key, value) != value]
     if changed:
         before = {key: stored[key] for key in changed}
+        same = ", ".join(f"--{name}" for name in POSITION if name in settings.flags)
         raise ValueError(
             f"--checkpoint_path {resume.folder}: its sample position belongs to other data "
-            f"({before}, now { {key: now[key] for key in changed} }); give the same --dataset, "
-            "--seed, --dataset_weights, --packing and --max_length, or --checkpoint_weights_only"
+            f"({before}, now { {key: now[key] for key in changed} }); give the same {same}, or "
+            "--checkpoint_weights_only"
         )
     resume.state.data = now
     resume.state.flags = resume.flags

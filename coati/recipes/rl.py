@@ -46,7 +46,7 @@ from coati.recipes.run import PreparedRows, Run, start
 from coati.recipes.same_run import SAME_ROWS, rows_facts
 from coati.rewards.scorer import Rewards
 from coati.trainer import OLTrainer
-from coati.trainer.episodes import Episodes, update_shape
+from coati.trainer.episodes import Episodes, update_shape, why_over
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl_assembly import (
@@ -294,11 +294,12 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
 def _inside(
     buffer_state: dict[str, Any] | None, state: RunningState, settings: OnlineSettings
 ) -> bool:
-    """Whether the run goes on inside an episode; its updates must be divided as they were."""
+    """Whether the run goes on inside an episode."""
     if buffer_state is None:
         return False
     shape = update_shape(episodes_of(settings), settings.update.train_batch_size)
-    return state.trainer.get("cut") == shape
+    kl_in_loss = settings.kl.kl_in == "loss" and settings.kl.kl_coef > 0
+    return why_over(buffer_state, state.trainer, shape, kl_in_loss) is None
 
 
 def _checks(settings: OnlineSettings) -> RLChecks:

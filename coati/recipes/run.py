@@ -61,8 +61,7 @@ class Run(Generic[S_co]):
     @property
     def flags(self) -> dict[str, Any]:
         """The flags, those resolved on this machine too."""
-        resolved = {"plugin": self.options.plugin, "mixed_precision": self.options.precision}
-        return {**self.settings.flags, **resolved}
+        return _resolved(self.settings, self.options)
 
     @property
     def data_parallel_size(self) -> int:
@@ -89,7 +88,7 @@ class PreparedRows:
 
 def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     """Join the other processes, lock --save_dir, resolve the defaults, find the checkpoint to
-    resume from, load the tokenizer, compare the flags with the checkpoint's and record them.
+    resume from, compare the flags with its own, load the tokenizer and record the flags.
 
     Raises ValueError naming the flag, RanksDiffer on every rank for what they do not have in
     common: flags, the files that they name, or ``--save_dir``.
@@ -104,13 +103,20 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     )
     lock_save_dir(settings.output)
     resume = find_resume(settings.output)
+    # First: what another tokenizer or template makes impossible is the flag's doing.
+    compare_with_checkpoint(resume, _resolved(settings, options))
     before = resident_mb()
     tokenizer, template, added = _tokenizer_and_template(settings)
     run = Run(settings, options, resume, tokenizer, template, extras, added, before)
-    compare_with_checkpoint(resume, run.flags)
     record_run(settings.output, resume.began, resume.goes_on)
     record_arguments(settings.output, run.flags, settings.flags_given)
     return run
+
+
+def _resolved(settings: TrainingSettings, options: ParallelOptions) -> dict[str, Any]:
+    """The flags of ``settings``, with those that ``options`` resolved."""
+    resolved = {"plugin": options.plugin, "mixed_precision": options.precision}
+    return {**settings.flags, **resolved}
 
 
 def join_processes(settings: TrainingSettings) -> ParallelOptions:

@@ -73,6 +73,20 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
     ),
     "gemini_auto": (2, cases("gemini_auto", BF16, {"plain": {}, "fp16": FP16, **CHECKPOINTING})),
     "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, {"plain": {}})),
+    "alone": (
+        1,
+        [
+            *cases("ddp", {}, {"ddp": {}, "ddp_accumulation": {"accumulation": 4}}),
+            *cases("zero2", {}, {"zero2": {}, "zero2_bf16": BF16}),
+            *cases("zero2_cpu", {}, {"zero2_cpu": {}}),
+            *cases("gemini", BF16, {"gemini": {}}),
+            *cases("gemini_auto", BF16, {"gemini_auto": {}}),
+            *cases("3d", {}, {"3d": {}, "3d_bf16": BF16, "3d_accumulation": {"accumulation": 4}}),
+            *cases("3d", {"zero_stage": 1}, {"zero1": BF16, "zero1_fp16": FP16}),
+            *cases("3d", {"zero_stage": 1} | BF16, {"zero1_accumulation": {"accumulation": 4}}),
+            *cases("3d", {"zero_stage": 2}, {"stage2": BF16}),
+        ],
+    ),
     "3d_dp": (2, cases("3d", {}, PLAIN | HALF | LORA)),
     "3d_zero1": (
         2,

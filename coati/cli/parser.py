@@ -199,12 +199,18 @@ class Parser(argparse.ArgumentParser):
 
     def _in_full(self, argv: Iterable[str]) -> list[str]:
         words = list(argv)
+        unknown = []
         for position, word in enumerate(words):
             if word == "--":
                 break
             if self._is_flag(word):
                 name, equals, value = word.partition("=")
-                words[position] = self._full_name(name) + equals + value
+                if (full := self._full_name(name)) is None:
+                    unknown.append(name)
+                else:
+                    words[position] = full + equals + value
+        if unknown:
+            self.error("; ".join(f"unknown flag {name}{self.nearest(name)}" for name in unknown))
         return words
 
     def _is_flag(self, word: str) -> bool:
@@ -216,7 +222,7 @@ class Parser(argparse.ArgumentParser):
             and not self._negative_number_matcher.match(word)
         )
 
-    def _full_name(self, name: str) -> str:
+    def _full_name(self, name: str) -> str | None:
         if name in self._option_string_actions:
             return name
         underscored = f"--{name.lstrip('-').replace('-', '_')}"
@@ -235,7 +241,7 @@ class Parser(argparse.ArgumentParser):
             return meant[0]
         if len(name) > 2 and len(meant) > 1:
             self.error(f"{name} may mean {' or '.join(meant)}; write it in full")
-        self.error(f"unknown flag {name}{self.nearest(name)}")
+        return None
 
     def _from_file(self, argv: list[str]) -> list[str]:
         probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

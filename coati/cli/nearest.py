@@ -1,7 +1,11 @@
 """The flag that somebody meant who wrote a name that there is not: by spelling, and by meaning."""
 
 import difflib
+import json
 from collections.abc import Iterable
+from pathlib import Path
+
+SCHEMAS = Path(__file__).parent / "schemas"  # what flags each verb has
 
 # What people write, without dashes and underscores -> flags that mean it; of a command, those that
 # it has, the likelier first.
@@ -139,13 +143,31 @@ def nearest_flag(name: str, flags: Iterable[str], aliases: Iterable[tuple[str, s
     own = {_plain(flag): flag for flag in flags}
     spelled = {_plain(other): flag for other, flag in aliases} | own
     plain = _plain(name)
-    if found := _meant(plain, set(own.values())) or _alike(plain, spelled, CLOSE):
+    if found := surely_meant(name, own.values(), spelled.items()):
         return found
     words = [word for word in name.lower().replace("-", "_").split("_") if word not in FILLERS]
     for said in ("".join(words), *reversed(words)):
         if found := _meant(said, set(own.values())):
             return found
     return _alike(plain, spelled, ALIKE)
+
+
+def surely_meant(name: str, flags: Iterable[str], aliases: Iterable[tuple[str, str]]) -> str | None:
+    """As :func:`nearest_flag`, of the meaning of the whole name and of slips of the pen alone."""
+    own = {_plain(flag): flag for flag in flags}
+    spelled = {_plain(other): flag for other, flag in aliases} | own
+    plain = _plain(name)
+    return _meant(plain, set(own.values())) or _alike(plain, spelled, CLOSE)
+
+
+def verbs_with(name: str) -> list[str]:
+    """The verbs that have a flag of exactly this name, without dashes before."""
+    key = name.replace("-", "_")
+    found = []
+    for schema in sorted(SCHEMAS.glob("*.json")):
+        if key in json.loads(schema.read_text(encoding="utf-8"))["properties"]:
+            found.append(schema.stem)
+    return found
 
 
 def _plain(name: str) -> str:

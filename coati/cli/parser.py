@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from coati.cli.aliases import Refused, add_aliases, is_alias, sets, settle
-from coati.cli.nearest import nearest_flag
+from coati.cli.nearest import nearest_flag, surely_meant, verbs_with
 from coati.utils.logging import get_logger
 from coati.utils.resources import near_recipes, recipe_path
 
@@ -22,6 +22,9 @@ logger = get_logger(__name__)
 
 class FlagError(ValueError):
     """What a parser finds wrong, inside :func:`errors_raised`."""
+
+
+MOST_VERBS = 3  # that are named where a flag is of others
 
 
 _raising: ContextVar[bool] = ContextVar("raising", default=False)
@@ -166,6 +169,9 @@ class Parser(argparse.ArgumentParser):
         ]
         if word.lower().startswith("no_") and self._is_switch(word[3:]):
             return f"; did you mean --{word[3:].lower()} false?"
+        if not surely_meant(word, own, others) and (verbs := verbs_with(word)):
+            more = f" and {len(verbs) - MOST_VERBS} others" if len(verbs) > MOST_VERBS else ""
+            return f"; it is a flag of coati {', '.join(verbs[:MOST_VERBS])}{more}, not of this"
         near = nearest_flag(word, own, others)
         return f"; did you mean --{own.get(near, near)}?" if near else "; --help lists the flags"
 

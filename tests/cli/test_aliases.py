@@ -14,7 +14,7 @@ from coati.cli.aliases import (
     add_aliases,
     names,
 )
-from coati.cli.nearest import MEANINGS
+from coati.cli.nearest import MEANINGS, SCHEMAS, verbs_with
 from coati.recipes.command import load
 from coati.recipes.command import names as verbs
 from coati.recipes.finish import command_again
@@ -315,6 +315,27 @@ def test_an_unknown_name_is_answered_by_meaning(verb, name, meant):
     parser = load(verb).parser()
     add_aliases(parser)
     assert parser.nearest(f"--{name}") == f"; did you mean --{meant}?"
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "said"),
+    [
+        ("orpo", "length_normalization", "coati dpo, not of this"),
+        ("kto", "disable-reference-model", "coati dpo, not of this"),
+        ("grpo", "no_whiten_advantages", "coati ppo, not of this"),
+        ("cache", "lora_rank", "coati dpo, fit, grpo and 5 others, not of this"),
+    ],
+)
+def test_a_flag_of_another_verb_is_said_to_be_one(verb, name, said):
+    assert load(verb).parser().nearest(f"--{name}") == f"; it is a flag of {said}"
+
+
+def test_the_schemas_that_say_so_know_every_flag():
+    """A flag that one lacks would not be found."""
+    for verb in (path.stem for path in SCHEMAS.glob("*.json")):
+        for action in load(verb).parser().documented():
+            if action.dest not in ("help", "config"):
+                assert verb in verbs_with(action.option_strings[0].lstrip("-")), action
 
 
 def test_a_resumed_command_leaves_out_the_checkpoint_under_any_name(monkeypatch):

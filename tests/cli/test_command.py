@@ -240,6 +240,14 @@ def without_config(settings):
     return values
 
 
+def test_init_says_what_is_left_to_fill_in(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["init", "sft", "--pretrain", "m"])
+    assert capsys.readouterr().out == "wrote sft.yaml; fill in dataset, then: coati sft sft.yaml\n"
+    main(["init", "sft", "--output", "b.yaml", "--pretrain", "m", "--dataset", "d"])
+    assert capsys.readouterr().out == "wrote b.yaml; run it: coati sft b.yaml\n"
+
+
 def test_init_takes_values_of_the_verb(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     main(["init", "sft", "--pretrain", "models/x", "--lr", "2e-5", "--dataset", "a b.jsonl", "c"])

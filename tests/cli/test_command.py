@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from coati.__main__ import main, overview
-from coati.cli.config_file import SCHEMAS, config_text, flags_of, key_of, scalar, schema_of
+from coati.cli.config_file import config_text, flags_of, key_of, scalar, schema_of
+from coati.cli.nearest import SCHEMAS
 from coati.cli.shell_completion import completion_script
 from coati.cli.verb import GROUPS
 from coati.recipes.command import load, names, run, summary

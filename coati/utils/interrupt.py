@@ -1,12 +1,14 @@
 """Ctrl-C is not lost. Raised in a callback of the interpreter's (of a weak reference, say) a
-KeyboardInterrupt is only printed, and code that imports modules lazily turns it into errors of its
-own; both happen while torch and transformers are imported."""
+KeyboardInterrupt is printed and forgotten, and code that imports modules lazily turns it into
+errors of its own; both happen while torch and transformers are imported."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _noted: list[bool] = []  # of each open block; the innermost last
 
@@ -22,6 +24,13 @@ def interrupts_noted() -> Iterator[None]:
         return
     _noted.append(False)
     signal.signal(signal.SIGINT, _note)
+    show = sys.unraisablehook
+
+    def show_others(lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            show(lost)
+
+    sys.unraisablehook = show_others
     try:
         yield
     except Exception:
@@ -31,6 +40,8 @@ def interrupts_noted() -> Iterator[None]:
         check()
     finally:
         _noted.pop()
+        if sys.unraisablehook is show_others:
+            sys.unraisablehook = show
         if signal.getsignal(signal.SIGINT) is _note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import weakref
 
 import pytest
@@ -32,16 +33,17 @@ def turned_into_another():
         raise RuntimeError("failed to import") from error
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("strike", [swallowed, turned_into_another, ctrl_c])
-def test_it_is_a_keyboard_interrupt_in_the_end(strike):
+def test_it_is_a_keyboard_interrupt_in_the_end(strike, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
     with pytest.raises(KeyboardInterrupt), interrupts_noted():
         strike()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     check()  # it is over
+    assert shown == []  # no stack of what is no fault
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_check_inside_ends_the_block_earlier():
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupts_noted():

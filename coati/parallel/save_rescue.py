@@ -8,7 +8,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from coati.models.lora.adapter_files import CONFIG, adapter_state, save_settings
@@ -16,7 +15,7 @@ from coati.models.lora.adapter_files import WEIGHTS as ADAPTER
 from coati.parallel.atomic_dirs import SaveFailed, attempt
 from coati.parallel.engine import Engine
 from coati.parallel.save_causes import SaveCause
-from coati.parallel.weights import ModelAssets, asset_writers, gather, is_lora
+from coati.parallel.weights import ModelAssets, asset_writers, gather, is_lora, save_shard
 from coati.utils.distributed import all_gather_object, barrier, broadcast_object, is_rank_0, rank
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
@@ -49,7 +48,7 @@ def _rescue_one(beside: Path, engine: Engine, assets: ModelAssets) -> str:
         if not folder.is_absolute():
             causes.append(str(folder))
             continue
-        write = partial(save_file, tensors, folder / name, metadata={"format": "pt"})
+        write = partial(save_shard, tensors, folder / name)
         failures = all_gather_object(attempt(write, folder, name) if tensors else None)
         if not any(failures):
             return _described(folder, engine, assets, _index(name, tensors))

@@ -31,6 +31,12 @@ from coati.utils.user_cache import cache_root, hold, trim
 
 logger = get_logger(__name__)
 
+# For rows of another type than the command trains on.
+TRAINED_BY = (
+    "each command reads its own type: sft: coati sft; preference: coati rm, dpo and orpo; "
+    "kto: coati kto; prompt: coati ppo and grpo"
+)
+
 
 def training_rows(run: Run, type: str, flag: str = "dataset") -> PreparedRows:
     """The rows to train on. ``flag``: what named their paths, for messages.
@@ -207,22 +213,34 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
         f"{path} holds raw conversations: preparing them into {folder} (coati prepare does this "
         "once for all)"
     )
-    with phase(f"preparing {path}"):
-        prepare_dataset(
-            inputs=[path],
-            tokenizer=run.tokenizer,
-            template=run.template,
-            arrow_dir=folder,
-            type=type,
-            split=split,
-            max_length=_longest(run.settings.data, type),
-            num_bins=1,
-            tokenizer_name=run.settings.model.tokenizer,
-            seed=run.settings.seed,
-            show=print if is_rank_0() else None,
-            part=part,
-            verifiable=False,
+    data = run.settings.data
+    longest = _longest(data, type)
+    if longest != data.max_length:
+        logger.info(
+            f"prompts may have {longest} tokens: --max_length {data.max_length} less --max_seq_len "
+            f"{data.max_seq_len} of the response"
         )
+    try:
+        with phase(f"preparing {path}"):
+            prepare_dataset(
+                inputs=[path],
+                tokenizer=run.tokenizer,
+                template=run.template,
+                arrow_dir=folder,
+                type=type,
+                split=split,
+                max_length=longest,
+                num_bins=1,
+                tokenizer_name=run.settings.model.tokenizer,
+                seed=run.settings.seed,
+                show=print if is_rank_0() else None,
+                part=part,
+                verifiable=False,
+            )
+    except ValueError as error:
+        if "wrong_type" not in str(error):
+            raise
+        raise ValueError(f"{error}\n{TRAINED_BY}") from error
     trim()
 
 

@@ -43,6 +43,7 @@ from coati.recipes.rl_models import (
     readers,
 )
 from coati.recipes.run import PreparedRows, Run, start
+from coati.recipes.run_dir import refuse_shorter
 from coati.recipes.same_run import SAME_ROWS, rows_facts
 from coati.rewards.scorer import Rewards
 from coati.trainer import OLTrainer
@@ -81,6 +82,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     episodes = episodes_of(settings)
     buffer_state = _buffer_state(run)
     total_steps = episodes.total_steps_from(rows.state, _inside(buffer_state, rows.state, settings))
+    refuse_shorter(settings.output, episodes.num_episodes, "episode")
     actor = load_actor(run, total_steps)
     stops = stop_sequences(run.template.stop_ids, run.tokenizer, actor.engine.model)
     models: dict[str, Trained] = {"actor": actor}

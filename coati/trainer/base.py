@@ -254,7 +254,9 @@ class SLTrainer:
         }
         metrics = self.evaluation_metrics(step) | self.derive_metrics(means)
         self.log.evaluated(metrics, self.state.step)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        # The count is said at the end of the line.
+        said = [(name, value) for name, value in metrics.items() if name != "count"]
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in said)
         prefix = f"step {self.state.step}: "
         bar.write(f"{prefix}evaluation {shown} ({step.num_terms} {self.unit_name})")
         if best := self.log.keep_best(self.engine, self.assets, self.state.step):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from coati.cli.config_file import SCHEMAS
+from coati.cli.nearest import SCHEMAS
 from coati.cli.parser import FlagError, errors_raised
 from coati.parallel.footprint.fitting import RESERVED
 from coati.parallel.plugin_checks import check_options

@@ -28,7 +28,7 @@ from coati.dataset.prepare.staging import PREPARATION, Counts, StagingDir, check
 from coati.dataset.prepare.validation import BadRowBudget, PrepareSettings, check_not_empty
 from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker, WritePass, merged
-from coati.dataset.report.report import build_report, format_report, save_report
+from coati.dataset.report.report import build_report, format_report, in_parts, save_report
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.utils.environment import command_line
@@ -246,5 +246,5 @@ def _show(report: dict[str, Any], show: Callable[[str], None]) -> None:
         show(
             f"evaluation split: rows read {found['rows_read']}, kept {found['rows_kept']}, dropped "
             f"{found['rows_dropped']}; rows written {found['rows_written']} in "
-            f"{len(found['shards'])} parts"
+            f"{in_parts(found['shards'])}"
         )

@@ -93,8 +93,9 @@ class BadRowBudget:
             )
             raise ValueError(
                 f"{found} of the first {read} rows are malformed; of all {expected} rows at most a "
-                f"share of {self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n{reasons}\n"
-                "fix the rows, check the type and the input, or allow more with --max_bad_ratio"
+                f"share of {self.max_ratio:g} may be. Most frequent:\n{reasons}\n"
+                "fix the rows, check the type and the input, or allow more with --max_bad_ratio of "
+                "coati prepare"
             )
         same = dropped.get("same_answers")
         share = max(SAME_RESPONSES, self.max_ratio)
@@ -103,7 +104,7 @@ class BadRowBudget:
                 f"{same['rows']} of the first {read} pairs have the same response as chosen and as "
                 f"rejected; of all {expected} rows at most a share of {share:g} may, and these are "
                 f"dropped. For example\n    {same['first'][0]}\nis the right column read as "
-                "rejected? Fix the rows, or allow more with --max_bad_ratio"
+                "rejected? Fix the rows, or allow more with --max_bad_ratio of coati prepare"
             )
 
 

@@ -30,7 +30,16 @@ SHARDED = {
 
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     """``variants``: name -> fields of Case beside or inside ``options``."""
-    fields = {"family", "tied", "lora", "experts", "accumulation", "vocab_size", "bonus"}
+    fields = {
+        "family",
+        "tied",
+        "lora",
+        "experts",
+        "accumulation",
+        "vocab_size",
+        "bonus",
+        "weighted",
+    }
     return [
         Case(
             name,
@@ -49,7 +58,8 @@ BF16, FP16 = {"precision": "bf16"}, {"precision": "fp16"}
 CHECKPOINTING, TIED = {"checkpointing": {"grad_checkpoint": True}}, {"tied": {"tied": True}}
 ACCUMULATION = {"accumulation": {"accumulation": 4}}
 BONUS = {"entropy_bonus": {"bonus": 0.5}}
-PLAIN = {"plain": {}, **BONUS, **ACCUMULATION, **CHECKPOINTING, **TIED}
+WEIGHTED = {"weighted": {"weighted": True, "accumulation": 2}}
+PLAIN = {"plain": {}, **BONUS, **WEIGHTED, **ACCUMULATION, **CHECKPOINTING, **TIED}
 LORA = {"lora": {"lora": True}, "lora_bf16": {"lora": True, **BF16}}
 HALF = {"bf16": BF16, "fp16": FP16, "bf16_accumulation": {**BF16, "accumulation": 2}}
 SEQUENCE = {"enable_sequence_parallelism": True}

@@ -32,13 +32,13 @@ def describe(
         },
         "tokenizer": tokenizer_fingerprint(template.tokenizer),
         "template": template.to_config() | {"template_mode": template.template_mode},
-        **_row_options(template),
+        **row_options(template),
         **stamps(files),
     }
     return json.loads(json.dumps(found))  # as it will be read from disk again
 
 
-def _row_options(template: Conversation) -> dict[str, Any]:
+def row_options(template: Conversation) -> dict[str, Any]:
     """What is learned of a row, where it is not the default; and what the default is where the
     template's text leaves a choice."""
     choices = {"empty_thoughts": template.options.empty_thoughts}

@@ -103,8 +103,8 @@ class Dialogue:
                 raise
             text, span = self._composed(text, k)
         if self._lacks_thought(text, span, k) and self.template.options.keeps_thoughts:
-            text = self._with_thought(k)
-            span = self.span(text, k)
+            text, start = self._with_thought(k)
+            span = start, self._ended(text, start, k)
             self.notes.add(ADDED)
         return text, span
 
@@ -121,11 +121,17 @@ class Dialogue:
         start = self.prompt(k)
         calls = bool(self.messages[k].get("tool_calls"))
         text = start + whole[len(prompt) :] + self.template.added_end(calls)
-        end = self._marker(k)
-        place = text.find(end, len(start)) if not calls else text.rfind(end, len(start))
+        end = self._ended(text, len(start), k)
+        return text, (self._after_empty_thought(text, len(start), k), end)
+
+    def _ended(self, text: str, start: int, k: int) -> int:
+        """The end of turn ``k``, which begins at ``start`` and with which ``text`` ends."""
+        marker = self._marker(k)
+        calls = bool(self.messages[k].get("tool_calls"))
+        place = text.rfind(marker, start) if calls else text.find(marker, start)
         if place < 0:
-            raise _unended(k, end)
-        return text, (self._after_empty_thought(text, len(start), k), place + len(end))
+            raise _unended(k, marker)
+        return place + len(marker)
 
     # thoughts
 
@@ -167,9 +173,9 @@ class Dialogue:
             return False
         return any(self._lacks_thought(text, span, k) for k, span in spans)
 
-    def _with_thought(self, k: int) -> str:
+    def _with_thought(self, k: int) -> tuple[str, int]:
         """The text up to turn ``k``, with the thought before its content, in the template's own
-        tags. Raises RowError where the content cannot be found."""
+        tags, and where the turn begins. Raises RowError where the content cannot be found."""
         template = self.template
         abilities = template.abilities
         turn = self.messages[k]
@@ -186,9 +192,12 @@ class Dialogue:
         opening, closing = forms.tags
         if abilities.opened:
             before = self.prompt(k)
+            opening = ""
         else:
-            before = before.removesuffix(abilities.empty).removesuffix(closing) + f"{opening}\n"
-        return f"{before}{turn['reasoning_content']}\n{closing}\n\n{after}"
+            before = before.removesuffix(abilities.empty).removesuffix(closing)
+            opening += "\n"
+        text = f"{before}{opening}{turn['reasoning_content']}\n{closing}\n\n{after}"
+        return text, len(before)
 
     def _is_bare(self, k: int) -> bool:
         """Whether turn ``k`` has no thought."""

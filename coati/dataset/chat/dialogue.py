@@ -281,10 +281,7 @@ class Dialogue:
             return place + len(marker)
         # Several calls may each be closed by the marker: the turn ends with the last one.
         own = self.text(k + 1)
-        end = own.rfind(marker, start)
-        if end < 0:
-            raise _unended(k, marker)
-        end += len(marker)
+        end = self._ended(own, start, k)
         if not text.startswith(own[:end]):
             raise _rewritten(k)
         return end

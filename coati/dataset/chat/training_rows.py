@@ -104,7 +104,9 @@ def _by_round(dialogue: Dialogue, learned: set[int], max_length: int | None) -> 
         begins = round[-1] + 1
         if learned.isdisjoint(messages):
             continue
-        for text, turns in _texts(dialogue, [k for k in round if k <= max(learned)], learned):
+        last = next((k for k in round if k >= max(learned)), round[-1])
+        needed = [k for k in round if k <= last]
+        for text, turns in _texts(dialogue, needed, learned):
             earlier = [k for k in dialogue.turns if k < turns[0][0]]
             others = list(dialogue.answers_in(text, earlier))
             try:
@@ -136,7 +138,9 @@ def _texts(dialogue: Dialogue, round: list[int], learned: set[int]) -> Iterator[
     """``(text, turns of the round)`` of each row that the round needs."""
     alone = [(k, *dialogue.alone(k)) for k in round]
     last = alone[-1][1]
-    if all(last.startswith(text[: span[1]]) for _, text, span in alone):
+    if learned.isdisjoint(round) or all(
+        last.startswith(text[: span[1]]) for _, text, span in alone
+    ):
         yield last, [(k, span) for k, _, span in alone]
         return
     for k, text, span in alone:

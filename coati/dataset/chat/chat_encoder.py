@@ -58,9 +58,6 @@ class ChatEncoder:
     ) -> tuple[Messages, Tools | None, str | None]:
         """The messages and tools with each marker in their texts replaced by ``<key>index<key>``,
         and the key (None: no marker)."""
-        if tools is None and all(len(message) == 2 for message in messages):
-            if not any(self._pattern.search(message["content"]) for message in messages):
-                return messages, None, None
         texts = list(texts_of([[_without_role(message) for message in messages], tools]))
         if not any(map(self._pattern.search, texts)):
             return messages, tools, None
@@ -78,6 +75,14 @@ class ChatEncoder:
             with_texts(tools, hidden),
             key,
         )
+
+    def hide_contents(self, messages: Messages) -> tuple[Messages, str | None]:
+        """:meth:`hide` of messages that are but role and content."""
+        for message in messages:
+            if self._pattern.search(message["content"]):
+                messages, _, key = self.hide(messages)
+                return messages, key
+        return messages, None
 
     def hidden(self, text: str, key: str) -> str:
         """``text`` with each marker in it replaced."""
@@ -189,11 +194,9 @@ class ChatEncoder:
 
     def _borders(self, text: str, spans: Sequence[Span]) -> set[int]:
         """Of spans, and of the end markers in them."""
-        borders = set()
-        for start, end in spans:
-            borders |= {start, end}
-            if text.endswith(self.end_of_assistant, start, end):
-                borders.add(end - len(self.end_of_assistant))
+        marker = self.end_of_assistant
+        borders = {border for span in spans for border in span}
+        borders |= {end - len(marker) for s, end in spans if text.endswith(marker, s, end)}
         return borders
 
     @staticmethod

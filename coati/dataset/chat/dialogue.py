@@ -45,16 +45,31 @@ class Dialogue:
         messages = template.with_system(messages)
         self.template = template
         self.notes: set[str] = set()
-        self.plain = not tools and all(len(message) == 2 for message in messages)
-        if not self.plain or any(message["role"] == "tool" for message in messages):
-            self.plain = False
-            _check_tools(template, messages, tools)
-            messages = self._with_wanted_thoughts(messages)
+        self.turns: list[int] = []
+        self.plain = not tools
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                self.turns.append(k)
+            if len(message) != 2 or message["role"] == "tool":
+                self.plain = False
+        self.tools: Tools | None = None
+        self._variables: dict[str, Any] | None = None
+        if self.plain:
+            self.messages, self.key = template.encoder.hide_contents(messages)
+            self.given = self.messages
+        else:
+            self._take(messages, tools)
+
+    def _take(self, messages: Messages, tools: Tools | None) -> None:
+        """Messages that are more than role and text."""
+        template = self.template
+        _check_tools(template, messages, tools)
+        messages = self._with_wanted_thoughts(messages)
         self.messages, self.tools, self.key = template.encoder.hide(messages, tools or None)
         forms = template.abilities.forms
-        self.given = self.messages if self.plain else forms.spelled(self.messages)
-        self._variables = {forms.tools_name: self.tools} if self.tools else None
-        self.turns = [k for k, one in enumerate(self.messages) if one["role"] == "assistant"]
+        self.given = forms.spelled(self.messages)
+        if self.tools:
+            self._variables = {forms.tools_name: self.tools}
 
     def _with_wanted_thoughts(self, messages: Messages) -> Messages:
         option = self.template.options.thoughts
@@ -84,8 +99,8 @@ class Dialogue:
         """The first ``end`` messages (None: all), the end marker of a last response included."""
         given = self.given[:end]
         text = self._finished(given)
-        last = self.messages[len(given) - 1] if given else None
-        if last is not None and last["role"] == "assistant":
+        if given and len(given) - 1 in self.turns:
+            last = self.messages[len(given) - 1]
             text += self.template.added_end(bool(last.get("tool_calls")))
         return text
 
@@ -227,7 +242,9 @@ class Dialogue:
         if not (at_content and self._is_bare(k)):
             prefix = self.prompt(k)
             if text.startswith(prefix):
-                return self._after_empty_thought(text, len(prefix), k)
+                start = len(prefix)
+                empty = template.abilities.empty
+                return self._after_empty_thought(text, start, k) if empty else start
             if not at_content and (self.plain or self.thought(k) is None):
                 raise _rewritten(k)
             if not self.plain and (start := self._start_of_thought(text, k)) is not None:

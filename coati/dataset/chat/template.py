@@ -100,10 +100,12 @@ def render_template(
     or takes longer than :data:`RENDER_S` seconds."""
     template = compile_template(text)
     named = {"messages": messages, "add_generation_prompt": generation, **tokens}
-    named |= {"tools": None, "documents": None} | (variables or {})
+    if variables:
+        named |= variables
+    named.setdefault("tools", None)
     try:
         with interrupted_after(RENDER_S):
-            return template.render(named)
+            return template.render(documents=None, **named)
     except jinja2.TemplateError:
         raise
     except Overrun as error:

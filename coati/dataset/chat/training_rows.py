@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from coati.dataset.chat.dialogue import UNUSED_WEIGHT, Dialogue
 from coati.dataset.chat.encoded import Encoded
+from coati.dataset.chat.row_options import LEARNED_TURNS
 from coati.dataset.chat.word_cache import Span
 from coati.dataset.rows.row_errors import RowError
 
@@ -15,6 +16,17 @@ def training_rows(dialogue: Dialogue, max_length: int | None) -> list[Encoded]:
     """The rows of ``dialogue``, cut to the complete rounds that fit into ``max_length`` tokens.
     Raises RowError when nothing can be learned of it or nothing fits."""
     template = dialogue.template
+    if dialogue.plain and not template.rewrites and template.options.learn == LEARNED_TURNS[0]:
+        text = dialogue.text()
+        try:
+            spans = [dialogue.span(text, k) for k in dialogue.turns]
+        except RowError as error:
+            if error.reason != "template_rewrites":
+                raise
+        else:
+            encoded = template.encoded(text, spans, dialogue.key, max_length)
+            encoded.notes = frozenset(dialogue.notes)
+            return [encoded]
     learned = _learned(dialogue)
     if not template.rewrites:
         try:

@@ -29,6 +29,7 @@ class SourceRow:
         messages: sft: the whole conversation; preference: the context; prompt, kto: the prompt.
         chosen, rejected: preference: what follows the context, the assistant first.
         completion, label: kto: the response, and whether it is wanted.
+        response: kto: the message whose content ``completion`` is, where it is more than that.
         text: sft: a plain text instead of messages: no template, every token and a final eos
             supervised.
         gt_answer: prompt: the reference answer, for rewards that verify it.
@@ -36,6 +37,8 @@ class SourceRow:
         category: kept as ``seq_category``.
         unanswered: prompt: a response at its end was left out.
         format: the name of the format the row came in.
+        tools: OpenAI's schemas of the functions that the assistant may call.
+        notes: what is counted of the row beside its turns, found when it was tokenized.
     """
 
     messages: Messages = field(default_factory=list)
@@ -43,12 +46,15 @@ class SourceRow:
     rejected: Messages = field(default_factory=list)
     completion: str | None = None
     label: bool | None = None
+    response: dict[str, Any] | None = None
     text: str | None = None
     gt_answer: str | None = None
     margin: float | None = None
     category: str | None = None
     unanswered: bool = False
     format: str = ""
+    tools: list[dict[str, Any]] | None = None
+    notes: frozenset[str] = frozenset()
 
 
 def _prompt_messages(found: Any) -> Messages:

@@ -51,12 +51,13 @@ class Kto(DataType):
 
     def finish(self, row: SourceRow) -> None:
         row.messages = question(row.messages)
-        if not row.completion.strip():
+        if not row.completion.strip() and row.response is None:
             raise RowError("empty_answer", "completion is empty")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        response = {"role": "assistant", "content": row.completion}
-        encoded = conversation.encode_response([*row.messages, response], max_length)
+        response = row.response or {"role": "assistant", "content": row.completion}
+        encoded = conversation.encode_response([*row.messages, response], max_length, row.tools)
+        row.notes = encoded.notes
         start = encoded.spans[0][0]
         completion = encoded.input_ids[start:]
         columns = {

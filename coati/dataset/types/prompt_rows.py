@@ -47,7 +47,7 @@ class Prompt(DataType):
         row.completion = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        encoded = conversation.encode_prompt(row.messages)
+        encoded = conversation.encode_prompt(row.messages, tools=row.tools)
         ids = encoded.input_ids
         bos = conversation.tokenizer.bos_token
         if len(ids) > max_length:

@@ -26,6 +26,7 @@ def sft_parser() -> Parser:
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)
+    add_embedding_lr_flag(parser)
     add_epoch_flags(parser)
     add_lora_flags(parser)
     add_output_flags(parser)
@@ -101,7 +102,7 @@ def add_model_flags(parser: Parser) -> None:
     )
 
 
-def add_data_flags(parser: Parser) -> None:
+def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -144,6 +145,7 @@ def add_data_flags(parser: Parser) -> None:
         "--disable_loss_mask",
         help="train on every token, not only on the assistant's turns",
     )
+    return group
 
 
 def add_template_flag(group: argparse._ArgumentGroup) -> None:
@@ -277,6 +279,17 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
         exclusive=True,
         most=1,
         help="--lr_scheduler wsd: share of all steps over which the rate decays, at the end",
+    )
+
+
+def add_embedding_lr_flag(parser: Parser) -> None:
+    add_number(
+        parser.add_argument_group("embeddings"),
+        "--embedding_lr",
+        unit="RATE",
+        exclusive=True,
+        help="peak learning rate of embedding and head, which continued pre-training may want "
+        "lower than --lr (a fifth), new tokens higher; default: --lr",
     )
 
 

@@ -1,6 +1,6 @@
 """The flags of ``coati prepare``."""
 
-from argparse import Namespace
+from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 
 from coati.cli.checks import named_template
@@ -10,7 +10,12 @@ from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import FORMATS, FORMATS_OF
-from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO, DEFAULT_OVERLAP_WORDS, TEMPLATE_MODES
+from coati.dataset.rows.row_errors import (
+    DEFAULT_BAD_RATIO,
+    DEFAULT_OVERLAP_WORDS,
+    DOCUMENTS,
+    TEMPLATE_MODES,
+)
 
 # The flags that are attributes of coati.dataset.clean.cleaning.Cleaning.
 CLEANING_FLAGS = (
@@ -49,6 +54,7 @@ def prepare_parser() -> Parser:
         choices=FORMATS,
         help="row format of all inputs; default: recognized row by row from the keys",
     )
+    add_documents_flag(parser)
     add_text(
         parser, "--split", unit="NAME", help="split of a dataset that has several; default: train"
     )
@@ -63,6 +69,15 @@ def prepare_parser() -> Parser:
     _add_evaluation_flags(parser)
     _add_cleaning_flags(parser)
     return parser
+
+
+def add_documents_flag(parser: Parser | _ArgumentGroup) -> None:
+    parser.add_argument(
+        "--documents",
+        choices=DOCUMENTS,
+        help="what of a .txt file is a document of --type text: all of it, each paragraph (blank "
+        "lines between them), or each line; default: file",
+    )
 
 
 def _add_template_flags(parser: Parser) -> None:
@@ -108,7 +123,8 @@ def _add_output_flags(parser: Parser) -> None:
         "--max_len",
         default=4096,
         least=2,
-        help="maximum tokens per row; longer conversations are cut after a complete round",
+        help="maximum tokens per row; longer conversations are cut after a complete round, longer "
+        "documents (--type text) become several rows",
     )
     add_count(
         parser,
@@ -250,6 +266,7 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
             "--num_samples_per_datafile 0 selects no rows; give a positive number, or -1 for all "
             "rows"
         )
+    _check_type(parser, args)
     _check_together(parser, args)
     return filled(PrepareSettings, vars(args), length_given="max_length" in args._written)
 
@@ -259,6 +276,21 @@ def _check_template_name(parser: Parser, args: Namespace) -> None:
         named_template(args.conversation_template_config, may_be_new=True)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _check_type(parser: Parser, args: Namespace) -> None:
+    """Refuse what rows of ``--type`` have no use for."""
+    type = DATA_TYPES[args.type]
+    if args.documents and "document" not in type.reads:
+        parser.error(
+            f"--documents says what of a .txt file is a document; rows of --type {args.type} are "
+            "none"
+        )
+    if args.conversation_template_config and not type.templated:
+        parser.error(
+            f"--conversation_template_config does nothing with --type {args.type}, whose rows are "
+            "written without a template"
+        )
 
 
 def _check_together(parser: Parser, args: Namespace) -> None:

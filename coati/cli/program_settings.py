@@ -111,6 +111,7 @@ class PrepareSettings:
     min_answer_chars: int
     max_answer_chars: int | None
     drop_trivial_answers: bool
+    documents: str | None = None
     length_given: bool = True
 
 

@@ -305,8 +305,9 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
     return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 
-def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:
-    """The order of the training rows: mixed by ``--dataset_weights``, packed by ``--packing``."""
+def epoch_order(run: Run, train: PreparedRows, fill: int = 1) -> EpochOrder:
+    """The order of the training rows: mixed by ``--dataset_weights``, packed by ``--packing``,
+    filled up to a multiple of ``fill``."""
     data = run.settings.data
     mixture = None
     if data.dataset_weights:
@@ -316,7 +317,14 @@ def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:
         seed=run.settings.seed,
         mixture=mixture,
         pack_length=data.pack_length,
+        fill=fill,
     )
+
+
+def rows_of_a_step(run: Run[SLSettings]) -> int:
+    """Rows, or packs, of a global batch."""
+    batches = run.settings.batches
+    return batches.batch_size * batches.accumulation_steps * run.data_parallel_size
 
 
 def check_order(run: Run[SLSettings], order: EpochOrder) -> None:
@@ -326,9 +334,10 @@ def check_order(run: Run[SLSettings], order: EpochOrder) -> None:
         order, batches.batch_size, batches.accumulation_steps, run.data_parallel_size
     )
     entries = "rows" if order.pack_length is None else "packs"
-    size = batches.batch_size * batches.accumulation_steps * run.data_parallel_size
+    size = rows_of_a_step(run)
     most = run.settings.schedule.max_steps
-    if most is None or most * size > order.count(0) - size:  # an epoch's end is reached
+    reaches_the_end = most is None or most * size > order.count(0) - size
+    if order.fill == 1 and reaches_the_end:
         say_left_out(order.count(0), size, entries, "--batch_size x --accumulation_steps")
     if order.mixture is not None:
         logger.info(order.mixture.describe())

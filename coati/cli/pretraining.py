@@ -1,6 +1,8 @@
 """The flags of ``coati pretrain``."""
 
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from coati.cli import arguments as shared
 from coati.cli.checks import check_offline, checked, requested_options
@@ -38,5 +40,20 @@ def parse_pretrain(
     prog: str | None = None,
 ) -> SLSettings:
     """The checked flags of ``coati pretrain``; as :func:`coati.cli.arguments.parse_sft`."""
-    args = checked(pretrain_parser().named(prog), argv, check_offline, older=older)
+    args = checked(pretrain_parser().named(prog), argv, check_offline, check_documents, older=older)
     return settings_of(SLSettings, args, parallel=requested_options(args))
+
+
+def check_documents(args: Namespace) -> None:
+    """Refuse ``--documents`` where no path can have a .txt file."""
+    paths = [Path(path) for path in (*args.dataset, *args.eval_dataset)]
+    texts = any(
+        path.name.lower().removesuffix(".gz").endswith(".txt")
+        or (path.is_dir() and any(path.rglob("*.txt*")))
+        for path in paths
+    )
+    if args.documents and not texts:
+        raise ValueError(
+            f"--documents {args.documents} says what of a .txt file is a document, and there is "
+            f"none among {' '.join(map(str, paths))}"
+        )

@@ -81,20 +81,12 @@ def prepare_dataset(
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
     a data set with several. ``part``: "training" or "evaluation" rows. ``verifiable``: whether some
-    missing ground truths are warned of. ``documents``: what of a .txt file is a document, one of
-    DOCUMENTS (rows/row_errors.py), for type text (None: the file). Raises ValueError for unusable
-    input, settings or result.
+    missing ground truths are warned of. ``documents``: what of a .txt file is one, for type text
+    (rows/row_errors.py:DOCUMENTS). Raises ValueError for unusable input, settings or result.
     """
+    documents = documents_of(type, documents)
     settings = PrepareSettings(
-        type,
-        format,
-        split,
-        max_length,
-        seed,
-        num_bins,
-        num_samples_per_bin,
-        eval_ratio,
-        documents_of(type, documents),
+        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio, documents
     )
     if eval_ratio and eval_inputs:
         raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
@@ -103,12 +95,9 @@ def prepare_dataset(
     cleaning = cleaning or Cleaning()
     files = _find_all(inputs, eval_inputs, cleaning, split)
     made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named())
-    metadata = {
-        "command": command_line(),
-        "tokenizer": describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"]),
-        "part": part,
-        "verifiable": verifiable,
-    }
+    made_with = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
+    metadata = {"command": command_line(), "tokenizer": made_with, "part": part}
+    metadata |= {"verifiable": verifiable}
     preparation = Preparation(
         files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )

@@ -59,14 +59,7 @@ def add_model_flags(parser: Parser) -> None:
         help="model to start from: Hugging Face directory or hub name (required)",
     )
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
-    group.add_argument(
-        "--add_tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="tokens to add to the tokenizer, as '<think>' '</think>'; their rows of embedding and "
-        "head start as the mean of the others, and with LoRA both are trained whole",
-    )
+    add_tokens_flag(group)
     add_text(
         group,
         "--checkpoint_path",
@@ -99,6 +92,18 @@ def add_model_flags(parser: Parser) -> None:
     )
     add_switch(
         group, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    )
+
+
+def add_tokens_flag(parser: Parser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--add_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens to add to the tokenizer, as '<think>' '</think>', or .txt files of them, one "
+        "a line; their rows of embedding and head start as the mean of the others, and with LoRA "
+        "both are trained whole",
     )
 
 

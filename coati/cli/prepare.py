@@ -3,7 +3,8 @@
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 
-from coati.cli.checks import named_template
+from coati.cli.arguments import add_tokens_flag
+from coati.cli.checks import named_template, tokens_of
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PrepareSettings
 from coati.cli.settings import filled
@@ -64,6 +65,7 @@ def prepare_parser() -> Parser:
         help="directory or hub name of the tokenizer (required)",
     )
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the tokenizer")
+    add_tokens_flag(parser)
     _add_template_flags(parser)
     _add_output_flags(parser)
     _add_evaluation_flags(parser)
@@ -249,6 +251,10 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
     if args.tokenizer_dir is None:
         parser.error("--tokenizer_dir is required: directory or hub name of the model's tokenizer")
     _check_template_name(parser, args)
+    try:
+        args.add_tokens = tokens_of(args.add_tokens)
+    except ValueError as error:
+        parser.error(str(error))
     if args.check_template:
         return filled(PrepareSettings, vars(args))
     if args.type is None:

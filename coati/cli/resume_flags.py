@@ -82,6 +82,7 @@ UNSAID: dict[str, Any] = {
 }
 # Flags whose change makes the best model so far one of another measure.
 MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset")
+SHOWN = 12  # values of a list, in messages
 ELSE = "or start anew from its weights: --checkpoint_weights_only with another --save_dir"
 
 
@@ -148,7 +149,8 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return " ".join(map(_word, value)) or "none"
+        more = f" ... ({len(value)})" if len(value) > SHOWN else ""
+        return " ".join(map(_word, value[:SHOWN])) + more or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -33,12 +33,14 @@ def prepare(args: PrepareSettings) -> None:
     from coati.dataset.data_types import DATA_TYPES
     from coati.dataset.prepare.staging import check_outputs
     from coati.dataset.rows.input_files import find_files
+    from coati.models.added_tokens import add_tokens
     from coati.models.tokenizer import load_tokenizer
 
     # Fail before anything is loaded where a path alone is wrong.
     find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
     check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
+    add_tokens(tokenizer, args.add_tokens)
     template: Any
     if DATA_TYPES[str(args.type)].templated:
         template = setup_conversation_template(

@@ -45,6 +45,7 @@ ONLINE = ("ppo", "grpo")
 DATA = ("dataset", "eval_dataset", "prompt_dataset")
 EXAMPLES = ROOT / "examples" / "data"
 SAMPLES = {
+    "pretrain": EXAMPLES / "text.txt",
     "sft": EXAMPLES / "sft.jsonl",
     "rm": EXAMPLES / "preference.jsonl",
     "dpo": EXAMPLES / "preference.jsonl",

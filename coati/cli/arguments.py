@@ -28,6 +28,7 @@ def sft_parser() -> Parser:
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)
+    add_embedding_lr_flag(parser)
     add_epoch_flags(parser)
     add_lora_flags(parser)
     add_output_flags(parser)
@@ -60,14 +61,7 @@ def add_model_flags(parser: Parser) -> None:
         help="model to start from: Hugging Face directory or hub name (required)",
     )
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
-    group.add_argument(
-        "--add_tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="tokens to add to the tokenizer, as '<think>' '</think>'; their rows of embedding and "
-        "head start as the mean of the others, and with LoRA both are trained whole",
-    )
+    add_tokens_flag(group)
     add_text(
         group,
         "--checkpoint_path",
@@ -101,7 +95,19 @@ def add_model_flags(parser: Parser) -> None:
     add_trust_flag(group)
 
 
-def add_data_flags(parser: Parser, learn: bool = False) -> None:
+def add_tokens_flag(parser: Parser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--add_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens to add to the tokenizer, as '<think>' '</think>', or .txt files of them, one "
+        "a line; their rows of embedding and head start as the mean of the others, and with LoRA "
+        "both are trained whole",
+    )
+
+
+def add_data_flags(parser: Parser, learn: bool = False) -> argparse._ArgumentGroup:
     """``learn``: whether it can be chosen which turns are."""
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -147,6 +153,7 @@ def add_data_flags(parser: Parser, learn: bool = False) -> None:
         "--disable_loss_mask",
         help="train on every token, not only on the assistant's turns",
     )
+    return group
 
 
 def add_template_flag(group: argparse._ArgumentGroup) -> None:
@@ -281,6 +288,17 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
         exclusive=True,
         most=1,
         help="--lr_scheduler wsd: share of all steps over which the rate decays, at the end",
+    )
+
+
+def add_embedding_lr_flag(parser: Parser) -> None:
+    add_number(
+        parser.add_argument_group("embeddings"),
+        "--embedding_lr",
+        unit="RATE",
+        exclusive=True,
+        help="peak learning rate of embedding and head, which continued pre-training may want "
+        "lower than --lr (a fifth), new tokens higher; default: --lr",
     )
 
 

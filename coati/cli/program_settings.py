@@ -1,5 +1,6 @@
 """What the parsers of the programs beside training return: their flags, checked and typed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -115,6 +116,8 @@ class PrepareSettings:
     min_answer_chars: int
     max_answer_chars: int | None
     drop_trivial_answers: bool
+    documents: str | None = None
+    add_tokens: Sequence[str] = ()
     length_given: bool = True
 
 

@@ -79,7 +79,8 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The rows of a run. ``max_seq_len``: room that a prompt leaves for its response."""
+    """The rows of a run. ``max_seq_len``: room that a prompt leaves for its response;
+    ``documents``: what of a .txt file is one."""
 
     dataset: list[str]
     eval_dataset: list[str]
@@ -95,6 +96,7 @@ class DataSettings:
     disable_loss_mask: bool = False
     packing: bool = False
     max_seq_len: int = 0
+    documents: str | None = None
 
     @property
     def row_options(self) -> RowOptions:

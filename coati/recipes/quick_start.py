@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from coati.cli.arguments import sft_parser
 from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
+from coati.cli.pretraining import pretrain_parser
 from coati.cli.rollouts import grpo_parser, ppo_parser
 from coati.recipes.command import load
 from coati.recipes.extras import Extras
@@ -72,6 +73,22 @@ def sft(
         ValueError: for what the command would refuse.
     """
     return _train("sft", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
+
+
+@takes_flags_of(pretrain_parser)
+def pretrain(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    loss: "Callable[[Tensor, dict[str, Tensor]], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Continued pre-training on every token of plain texts: rows of ``text``, or paths of .txt and
+    other files; conversations may be mixed in (``dataset_weights``). Arguments and errors as of
+    :func:`coati.sft`."""
+    return _train("pretrain", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
 
 
 @takes_flags_of(rm_parser)

@@ -87,10 +87,13 @@ class PreparedRows:
         return part_directories(self.folders[0])[0].parent / name
 
 
-def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
+def start(
+    settings: Settings, extras: Extras = NO_EXTRAS, needs_template: bool = True
+) -> Run[Settings]:
     """Join the other processes, lock --save_dir, resolve the defaults, find the checkpoint to
     resume from, compare the flags with its own, load the tokenizer and record the flags.
 
+    ``needs_template``: raw rows are written by a conversation template; plain texts are not.
     Raises ValueError naming the flag, RanksDiffer on every rank for what they do not have in
     common: flags, the files that they name, or ``--save_dir``.
     """
@@ -107,7 +110,7 @@ def start(settings: Settings, extras: Extras = NO_EXTRAS) -> Run[Settings]:
     # First: what another tokenizer or template makes impossible is the flag's doing.
     compare_with_checkpoint(resume, _resolved(settings, options))
     before = resident_mb()
-    tokenizer, template, added = _tokenizer_and_template(settings)
+    tokenizer, template, added = _tokenizer_and_template(settings, needs_template)
     run = Run(settings, options, resume, tokenizer, template, extras, added, before)
     record_run(settings.output, resume.began, resume.goes_on)
     record_arguments(settings.output, run.flags, settings.flags_given)
@@ -141,7 +144,7 @@ def join_processes(settings: TrainingSettings) -> ParallelOptions:
 
 
 def _tokenizer_and_template(
-    settings: TrainingSettings,
+    settings: TrainingSettings, needed: bool
 ) -> tuple[Any, Conversation | None, tuple[str, ...]]:
     """The tokenizer, right-padding, and the conversation template: the flag's, the data's, or the
     tokenizer's own; and the tokens that were added to the tokenizer."""
@@ -152,23 +155,30 @@ def _tokenizer_and_template(
     added = add_tokens(tokenizer, model.add_tokens) if model.add_tokens else ()
     prepared = [found for path in data.dataset if (found := _preparation(path)) is not None]
     config = data.conversation_template_config
-    if config is None and prepared:
-        config = prepared[0]["conversation_template"]
-    if config is None and tokenizer.chat_template is None and not any(map(is_raw, data.dataset)):
-        logger.info(
-            "the tokenizer has no chat template and the data do not say theirs: none is saved with "
-            "the model"
-        )
-        return tokenizer, None, added
-    options = data.row_options
+    if config is None:  # rows of plain texts were made without one
+        made_with = (found["conversation_template"] for found in prepared)
+        config = next(filter(None, made_with), None)
     _check_prepared_options(data, prepared)
-    args = data.template_args and json.loads(data.template_args)
-    template = setup_conversation_template(
-        tokenizer, config, save_path=None, template_args=args, options=options
-    )
-    tokenizer.chat_template = template.chat_template
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
+    if config is None and tokenizer.chat_template is None:
+        if not (needed and any(map(is_raw, data.dataset))):
+            logger.info(
+                "the tokenizer has no chat template and the data do not say theirs: none is saved "
+                "with the model"
+            )
+            return tokenizer, None, added
+    args = data.template_args and json.loads(data.template_args)
+    try:
+        template = setup_conversation_template(
+            tokenizer, config, save_path=None, template_args=args, options=data.row_options
+        )
+    except ValueError as error:
+        if needed or config is not None:
+            raise
+        logger.info(f"{str(error).splitlines()[0]}: none is saved with the model")
+        return tokenizer, None, added
+    tokenizer.chat_template = template.chat_template
     return tokenizer, template, added
 
 
@@ -176,7 +186,7 @@ def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) 
     """Prepared rows keep what they were made with: say which flags do nothing for them. Raises
     ValueError for other arguments of the template than theirs."""
     for found in prepared:
-        theirs = found["conversation_template"].get("template_args") or {}
+        theirs = (found["conversation_template"] or {}).get("template_args") or {}
         asked = data.template_args and json.loads(data.template_args)
         if asked is not None and asked != theirs:
             raise ValueError(

@@ -26,6 +26,7 @@ WITH_FILES = sorted(path.stem for path in SCHEMAS.glob("*.json"))
 # What the parser of each verb asks for before it returns, with paths that are there.
 NEEDED = {
     "sft": ["--pretrain", "m", "--dataset", "{dataset}"],
+    "pretrain": ["--pretrain", "m", "--dataset", "{dataset}"],
     "dpo": ["--pretrain", "m", "--dataset", "{dataset}"],
     "grpo": [
         "--pretrain",

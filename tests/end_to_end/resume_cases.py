@@ -70,6 +70,17 @@ SFT: Flags = {
     **given(checkpoint_path="$save/epoch-0_step-3", collective_timeout="77"),
     "save_dir": (("--save_dir", "$save-new", "--checkpoint_path", "$save/epoch-0_step-3"), {}),
     **switches("use_wandb", "no_preflight"),
+    **given(embedding_lr="1e-4", thoughts="drop", empty_thoughts="supervise", learn="last_turn"),
+    **given(template_args='{"brief": true}'),
+}
+OWN_RATE = ("--embedding_lr", "1e-2")
+PRETRAIN: Flags = {
+    "embedding_lr": (
+        ("--embedding_lr", "1e-4"),
+        {"lr": [1e-3 * cosine(3, 12), 1e-4 * cosine(3, 12)]},
+    ),
+    **given(documents="line", packing="false"),
+    "dataset_weights": (("--dataset_weights", "1", "2"), {}),
 }
 PATIENCE = ("--early_stopping_patience", "5")
 EVALUATED = (
@@ -247,6 +258,7 @@ GRPO_DAPO: Flags = {
 
 GROUPS: dict[str, Group] = {
     "sft": Group("sft", SFT),
+    "pretrain": Group("pretrain", PRETRAIN, OWN_RATE),
     "sft evaluated": Group("sft", SFT_EVALUATED, EVALUATED),
     "sft with LoRA": Group("sft", SFT_LORA, LORA),
     "sft launched": Group("sft", LAUNCHED, ("--nproc", "1")),

@@ -24,11 +24,15 @@ SCHEDULE = ("--lr", "1e-3", "--warmup_steps", "0", "--max_epochs", "2", "--max_s
 ALL = ("--max_steps", "12")  # so that there is a fourth step
 AUTO = ("--checkpoint_path", "auto")
 ONLINE = ("ppo", "grpo")
+SCRIPTS = {"pretrain": "pt"}  # others are named after the verb
 STEPS = {"ppo": 2, "grpo": 4}  # of the checkpoint, else 3
 TOTAL = {"sft": 12, "dpo": 8, "rm": 8, "ppo": 6}  # two epochs of the pairs have no more
 RATES = ("lr", "critic_lr")
 # Of a class that holds but for the step from or to nothing: "group flag" -> its class here.
-GUARDED = {"rm head_lr": SAME, "rm center_coef": SAME, "ppo ptx_dataset": APPLIED}
+GUARDED = {
+    **{"rm head_lr": SAME, "rm center_coef": SAME, "sft embedding_lr": SAME},
+    "ppo ptx_dataset": APPLIED,
+}
 # What the weights of the first step do not show: evaluations, clipping at a ratio of 1, a KL
 # coefficient that moves after it, time limits, and another way to write the same loss.
 LATER = {
@@ -72,6 +76,7 @@ def places(tmp_path_factory, model, data, online_places) -> dict[str, str]:
         "tokenizer": str(tokenizer),
         "other_ptx": prepare(folder / "other_ptx", short_lines(60, 30), MAX_LENGTH),
         "train": data["train"],
+        "text": str(SAMPLES / "text.txt"),
         "held_out": data["eval"],
         "pairs": prepare(folder / "pairs", lines, type="preference"),
         "kto": prepare(
@@ -99,8 +104,9 @@ def words_of(places, online_words):
                 length += ("--critic_lr", "5e-3")
             given = (*own, *length, *more)
             return online_words(verb, save_dir, *(named(word, save_dir) for word in given))
-        rows = {"sft": "train", "kto": "kto"}.get(verb, "pairs")
-        fixed = ["--pretrain", places["model"], "--dataset", places[rows], "--save_dir", save_dir]
+        named_rows = {"sft": ["train"], "kto": ["kto"], "pretrain": ["text", "train"]}
+        rows = [places[name] for name in named_rows.get(verb, ["pairs"])]
+        fixed = ["--pretrain", places["model"], "--dataset", *rows, "--save_dir", save_dir]
         length = ALL if AUTO[0] in more else ()
         given = (*COMMON, *SCHEDULE, "--save_interval", "1", "--keep_last_k", "1", *length, *more)
         return [*fixed, *(named(word, save_dir) for word in given)]
@@ -114,7 +120,7 @@ def reached(tmp_path_factory, words_of) -> dict[str, Reached]:
     folder = tmp_path_factory.mktemp("grid")
     tried: dict[int, dict[str, Attempt]] = {1: {}, 2: {}}
     for name, group in GROUPS.items():
-        script = f"train_{group.verb}.py"
+        script = f"train_{SCRIPTS.get(group.verb, group.verb)}.py"
         base = folder_of(folder, name)
         tried[group.nproc][name] = Attempt(script, words_of(group.verb, base, group.own))
         for flag, (more, _) in {"unchanged": ((), {}), **group.flags}.items():

@@ -21,7 +21,8 @@ LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not rememb
 class Case:
     """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
     adapters or not, of the experts as well or not; ``bonus``: the coefficient of an entropy
-    bonus; ``weighted``: tokens have weights."""
+    bonus; ``weighted``: tokens have weights; ``embedding_lr``: of embedding and head, if they have
+    their own."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Case:
     accumulation: int = 1
     bonus: float = 0.0
     weighted: bool = False
+    embedding_lr: float | None = None
     vocab_size: int = 384
 
 
@@ -133,12 +135,20 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
         model = with_adapters(model, case.experts)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    own = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    own = own if case.embedding_lr else set()
+    rates = [LR, case.embedding_lr or LR]
+    groups = [[p for p in parameters if p not in own], [p for p in parameters if p in own]]
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
     losses, norms = [], []
     for step in range(STEPS):
         batch = window(step, case.vocab_size)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * rate(step)
+        for group, peak in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * rate(step)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         labels = batch["labels"][:, 1:].flatten()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
@@ -186,7 +196,8 @@ def _engine(case: Case, model):
         "accumulation_steps": case.accumulation,
         "lora": case.lora,
     } | case.options
-    return boost(model, ParallelOptions(**values), lr=LR, total_steps=10, warmup_steps=0)
+    rates = {"lr": LR, "embedding_lr": case.embedding_lr}
+    return boost(model, ParallelOptions(**values), total_steps=10, warmup_steps=0, **rates)
 
 
 def _mine(engine, batch: dict, accumulation: int) -> list[dict]:

@@ -168,6 +168,22 @@ class ChatEncoder:
             offsets = [offset for _, offset in tokens]
         return text, ids, offsets, spans
 
+    def encode_text(self, text: str, inside: bool = False) -> list[int]:
+        """The ids of a text of which all is ordinary, control markers too. ``inside``: it goes on
+        from another one, so that no word-start mark is put before it. Raises RowError."""
+        if inside and self.tokenizer.is_fast:
+            ids = self._backend(as_text=True, inside=True).encode(text, add_special_tokens=False)
+            return self._without_controls(ids.ids)
+        shown, key = self.hide([{"content": text}])
+        return self.encode(shown[0]["content"], [], key)[1]
+
+    def _without_controls(self, ids: list[int]) -> list[int]:
+        if not (self.controls.keys() - {self.tokenizer.unk_token_id}).isdisjoint(ids):
+            raise RowError(
+                "marker_in_text", "this tokenizer has no way to spell the marker as ordinary text"
+            )
+        return ids
+
     def _sure_of(self, text: str, ids: list[int]) -> bool:
         """Whether the word cache gave the tokenizer's own ids. Checked on the first texts; once it
         did not, only the tokenizer is used, which is logged."""
@@ -292,11 +308,7 @@ class ChatEncoder:
                 continue
             backend = self._backend(as_text=True, at_start=start == 0)
             encoded = backend.encode(self.revealed(text[start:end], key), add_special_tokens=False)
-            if not (self.controls.keys() - {self.tokenizer.unk_token_id}).isdisjoint(encoded.ids):
-                raise RowError(
-                    "marker_in_text",
-                    "this tokenizer has no way to spell the marker as ordinary text",
-                )
+            self._without_controls(encoded.ids)
             revealed += [
                 (i, (s + moved, e + moved))
                 for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)

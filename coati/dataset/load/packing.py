@@ -156,7 +156,12 @@ class PackCollator:
             batch["loss_weights"] = pad_weights(weights, width)
         if settings.apply_loss_mask:
             return batch
-        return supervise_all(batch, [False] * len(packed), ignored)
+        blank = [bool(pack[0].get("blank")) for pack in packed]
+        return supervise_all(batch, blank, ignored)
+
+    def blank(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """A pack in which nothing is supervised."""
+        return [self.collate.blank(row)]
 
 
 def _concatenated(parts: Sequence[Sequence[int]]) -> list[int]:

@@ -1,6 +1,6 @@
 """What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
@@ -28,6 +28,11 @@ class PrepareSettings:
     num_bins: int
     num_samples_per_bin: int
     eval_ratio: float
+    columns: dict[str, str] | None = None
+
+    def named(self) -> dict[str, Any]:
+        """All settings by name; columns only where some are named."""
+        return {k: v for k, v in asdict(self).items() if k != "columns" or v}
 
     def __post_init__(self):
         if self.type not in DATA_TYPES:
@@ -58,6 +63,7 @@ class BadRowBudget:
 
     strict: bool
     max_ratio: float
+    strict_columns: bool = False
 
     def __post_init__(self):
         if not 0 <= self.max_ratio <= 1:
@@ -72,6 +78,26 @@ class BadRowBudget:
                 for reason, n in stats.dropped.items()
             }
             self.check_counts(dropped, stats.read.total(), expected)
+        if self.strict_columns and stats.missing:
+            self.check_columns(
+                {
+                    name: {"rows": rows, "first": stats.first_missing[name]}
+                    for name, rows in stats.missing.most_common()
+                }
+            )
+
+    def check_columns(self, unused: dict[str, dict]) -> None:
+        """Raise ValueError for content that was not read, where none may be."""
+        if self.strict_columns and unused:
+            found = "\n".join(
+                f"  {name} (the first: {entry['first']})"
+                for name, entry in list(unused.items())[:MOST_FREQUENT]
+            )
+            raise ValueError(
+                f"columns with content that is not read, and --strict_columns:\n{found}\n"
+                "name what they are with --columns NAME=COLUMN, or leave a column out with "
+                "--columns COLUMN="
+            )
 
     def check_counts(self, dropped: dict[str, dict], read: int, expected: int) -> None:
         """:meth:`check` by the counts of a report."""

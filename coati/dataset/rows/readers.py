@@ -40,6 +40,13 @@ def read_rows(file: Path) -> Rows:
         raise ValueError(
             f"{file}: damaged or not a gzip file ({error}); fetch or compress it again"
         ) from error
+    except OSError as error:
+        if not file.name.lower().endswith(".zst") or error.errno is not None:
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file}: damaged or not a zst file ({said}); fetch or compress it again"
+        ) from error
 
 
 def _check_encoding(file: Path) -> None:
@@ -53,10 +60,11 @@ def _check_encoding(file: Path) -> None:
 
 
 def kind_of(file: Path) -> str | None:
-    """The key of :data:`KINDS` that the file's name ends with; text files may be gzipped."""
+    """The key of :data:`KINDS` that the file's name ends with; text files may be compressed."""
     name = file.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in KINDS and not (name.endswith(".gz") and suffix in COLUMNAR) else None
+    packed = name.endswith(PACKED)
+    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+    return suffix if suffix in KINDS and not (packed and suffix in COLUMNAR) else None
 
 
 def decode(row: Any) -> Any:
@@ -112,7 +120,38 @@ def _place(error: json.JSONDecodeError, row: bytes) -> str:
 
 
 def _open(file: Path):
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")
+    name = file.name.lower()
+    if name.endswith(".zst"):
+        return _open_zst(file)
+    return gzip.open(file, "rb") if name.endswith(".gz") else open(file, "rb")
+
+
+class _Zst(io.RawIOBase):
+    """A stream that pyarrow's codec decompresses, frame after frame."""
+
+    def __init__(self, file: Path):
+        import pyarrow
+
+        self._packed = pyarrow.OSFile(str(file))
+        self._stream = pyarrow.CompressedInputStream(self._packed, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        block = self._stream.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+            self._packed.close()
+        super().close()
+
+
+def _open_zst(file: Path) -> BinaryIO:
+    return io.BufferedReader(_Zst(file), BLOCK)
 
 
 def _read_json(file: Path) -> Rows:
@@ -289,9 +328,11 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
 
 
 COLUMNAR = (".parquet", ".arrow")
+PACKED = (".gz", ".zst")
 KINDS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
+    ".ndjson": _read_json,
     ".parquet": _read_parquet,
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),

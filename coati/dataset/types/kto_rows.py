@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.rows.messages import question
+from coati.dataset.rows.messages import question, turn_text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
@@ -15,6 +15,7 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
+from coati.dataset.types.plain_turns import plain_turns
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
@@ -51,10 +52,11 @@ class Kto(DataType):
 
     def finish(self, row: SourceRow) -> None:
         row.messages = question(row.messages)
-        if not row.completion.strip():
+        if not turn_text(row.response or {"content": row.completion, "role": ""}).strip():
             raise RowError("empty_answer", "completion is empty")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        row = plain_turns(row)
         response = {"role": "assistant", "content": row.completion}
         encoded = conversation.encode_response([*row.messages, response], max_length)
         start = encoded.spans[0][0]

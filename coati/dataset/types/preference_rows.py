@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.rows.messages import continuation, question
+from coati.dataset.rows.messages import continuation, question, turn_text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
@@ -15,6 +15,7 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
+from coati.dataset.types.plain_turns import plain_turns
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
@@ -59,9 +60,10 @@ class Preference(DataType):
         row.chosen = continuation(row.chosen, "chosen")
         row.rejected = continuation(row.rejected, "rejected")
         if row.chosen == row.rejected:
-            raise RowError("same_answers", f"both are {row.chosen[-1]['content'][:60]!r}")
+            raise RowError("same_answers", f"both are {turn_text(row.chosen[-1])[:60]!r}")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        row = plain_turns(row)
         columns: Columns = {}
         for side, turns in zip(SIDES, (row.chosen, row.rejected), strict=True):
             try:

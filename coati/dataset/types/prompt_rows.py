@@ -15,6 +15,7 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
+from coati.dataset.types.plain_turns import plain_turns
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
@@ -44,9 +45,10 @@ class Prompt(DataType):
         row.unanswered = len(row.messages) < whole
         row.chosen = []
         row.rejected = []
-        row.completion = row.label = row.margin = None
+        row.completion = row.response = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
+        row = plain_turns(row)
         encoded = conversation.encode_prompt(row.messages)
         ids = encoded.input_ids
         bos = conversation.tokenizer.bos_token

@@ -15,6 +15,7 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
+from coati.dataset.types.plain_turns import plain_turns
 from coati.utils.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Sft(DataType):
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         """One row, or one per response (see Conversation.encode_turns)."""
+        row = plain_turns(row)
         if row.text is not None:
             return [_text_row(row, conversation, max_length)]
         encoded = conversation.encode_turns(row.messages, max_length)

@@ -57,16 +57,19 @@ class ColumnUse:
         if holds(value):
             self.left.setdefault(name, []).append(value)
 
-    def unused(self, texts: Iterable[str], whole: bool) -> dict[str, bool]:
+    def unused(self, texts: Iterable[str], whole: bool, truth: bool = False) -> dict[str, bool]:
         """Each name with whether it carries content that is missing in the row's ``texts``.
 
-        ``whole``: responses, labels and weights matter, not the question alone.
+        ``whole``: responses, labels and weights matter, not the question alone; ``truth``: the
+        reference answer was found, so that another is not missed.
         """
         if not self.left:
             return {}
         said = set(texts)
         return {
-            name: carries(name, whole) and not all(_is_said(name, value, said) for value in values)
+            name: carries(name, whole)
+            and not (truth and _last(name) in TRUTHS)
+            and not all(_is_said(name, value, said) for value in values)
             for name, values in self.left.items()
         }
 

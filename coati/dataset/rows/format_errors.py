@@ -43,7 +43,8 @@ def wrong_row(
     if type == "kto" and isinstance(row, dict) and row.get("label") is not None:
         return RowError("bad_label", f"label is {row['label']!r:.60}, expected true or false")
     same = next((format for format in candidates if format.name == other.name), None)
-    needed = f", for which they need {', '.join(same.keys)}" if same and same.keys else ""
+    lacks = same is not None and any(row.get(key) is None for key in same.keys)
+    needed = f", for which they need {', '.join(same.keys)}" if lacks else ""
     return RowError(
         "wrong_type",
         f"found {_found(row)}: {other.name} rows, for --type {' or '.join(other.types)}, not "

@@ -303,7 +303,8 @@ def read_row(
     ):
         found.unused["turns after the last response"] = False
     if fields.use.left:
-        found.unused |= fields.use.unused(_texts(found), whole=data_type.supervised)
+        truth = not data_type.supervised and found.gt_answer is not None
+        found.unused |= fields.use.unused(_texts(found), data_type.supervised, truth)
     return found
 
 

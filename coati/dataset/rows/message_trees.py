@@ -63,27 +63,27 @@ def _turn(node: Any, use: ColumnUse) -> dict[str, Any]:
     return spoken(role, node["text"], "a reply")
 
 
-def _replies(node: dict) -> list[dict]:
+def _replies(node: dict, use: ColumnUse) -> list[dict]:
     """The replies that reviewers let stand."""
     found = node.get("replies")
-    if not isinstance(found, list):
-        return []
-    return [
-        one
-        for one in found
-        if not (isinstance(one, dict) and (one.get("deleted") or one.get("review_result") is False))
-    ]
+    standing = []
+    for one in found if isinstance(found, list) else ():
+        if isinstance(one, dict) and (one.get("deleted") or one.get("review_result") is False):
+            use.leave("prompt.replies[] turned down by reviewers", one)
+        else:
+            standing.append(one)
+    return standing
 
 
 def _paths(node: Any, before: Messages, use: ColumnUse) -> list[Messages]:
     messages = [*before, _turn(node, use)]
-    below = [path for reply in _replies(node) for path in _paths(reply, messages, use)]
+    below = [path for reply in _replies(node, use) for path in _paths(reply, messages, use)]
     return below or [messages]
 
 
 def _pairs(node: Any, before: Messages, use: ColumnUse) -> list[SourceRow]:
     messages = [*before, _turn(node, use)]
-    replies = _replies(node)
+    replies = _replies(node, use)
     found = []
     ranked = [one for one in replies if isinstance(one, dict) and isinstance(one.get("rank"), int)]
     if messages[-1]["role"] == "user" and len({one["rank"] for one in ranked}) > 1:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import DATASET_FORMATS, FORMATS, FORMATS_OF, read_row
 from coati.dataset.rows.row_errors import RowError
+from tests.dataset.rows.test_format_files import in_files
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -243,7 +244,7 @@ def test_every_format_is_shown_above():
         for c in cases
     }
     seen.add(("sft", "source_target"))
-    seen |= in_files()
+    seen |= in_files() | {("prompt", name) for name in ("rm_static", "ms_swift")}
     every = {(type, format.name) for format in DATASET_FORMATS for type in format.types}
     assert every - seen == set() and seen <= every
     assert set(FORMATS) == {name for names in FORMATS_OF.values() for name in names}

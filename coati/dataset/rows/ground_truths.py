@@ -53,9 +53,7 @@ def _truth(row: Fields, key: str) -> str | None:
         if not isinstance(found, dict) or not holds(found.get("ground_truth")):
             return None
         if isinstance(row.peek(key), dict):
-            inner = row.inside(key)
-            inner.get("style")  # how it is compared: by a rule or a model
-            return _as_text(inner["ground_truth"])
+            return _as_text(row.inside(key)["ground_truth"])
         row.get(key)
         return _as_text(found["ground_truth"])
     if key in KEYS_OF_CHOICE and (letter := chosen_letter(row, found)) is not None:

@@ -8,8 +8,6 @@ from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
 
 ROLES = {"prompter": "user", "user": "user", "human": "user", "assistant": "assistant"}
-# What Open Assistant keeps of each message for its own use.
-BOOKKEEPING = ("message_id", "parent_id", "created_date", "model_name", "tree_state", "synthetic")
 
 
 def is_tree(row: Any) -> bool:
@@ -57,7 +55,7 @@ def _turn(node: Any, use: ColumnUse) -> dict[str, Any]:
         raise RowError(
             "unknown_role", f"a reply is from {node.get('role')!r}", str(node.get("role"))
         )
-    for name in ("text", "replies", "rank", "review_result", "deleted", *BOOKKEEPING):
+    for name in ("text", "replies", "rank", "review_result", "deleted"):
         fields.get(name)
     fields.close()
     return spoken(role, node["text"], "a reply")

@@ -78,7 +78,9 @@ def options(row: dict) -> list[tuple[str, str]]:
     if isinstance(found, str):
         found = decoded(found) or found
     if isinstance(found, dict) and isinstance(found.get("text"), list):
-        labels = found.get("label") or LETTERS
+        labels = found.get("label") or LETTERS[: len(found["text"])]
+        if len(labels) != len(found["text"]):
+            raise RowError("bad_scores", f"{key} has {len(labels)} labels: {found!r:.60}")
         found = list(zip(map(str, labels), found["text"], strict=False))
     elif isinstance(found, dict):
         found = [(str(letter), one) for letter, one in found.items()]
@@ -97,7 +99,12 @@ def _choices(row: Fields) -> str:
     found = options(row)
     if not found:
         return ""
-    row.take(CHOICES)
+    key = next(key for key in CHOICES if holds(row.peek(key)))
+    value = row[key]
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        inner = row.inside(key)
+        inner.get("text")
+        inner.get("label")
     return "\n".join(f"{letter}. {one}" for letter, one in found)
 
 
@@ -146,10 +153,7 @@ def answered(row: Fields) -> Messages:
         messages = [{"role": "assistant", "content": str(row.answer(key))}]
     else:
         messages = response_messages(row, key)
-    thought = _thought(row)
-    if thought and messages and "reasoning_content" not in messages[-1]:
-        messages = [*messages[:-1], {**messages[-1], "reasoning_content": thought}]
-    return messages
+    return _with_thought(row, messages) if messages else messages
 
 
 def _thought(row: Fields) -> str:
@@ -253,8 +257,8 @@ def paired_rounds(row: Fields) -> SourceRow:
     messages: Messages = []
     for found in row[key]:
         one = Fields(found, row.use, f"{key}[].")
-        system = one.take(("system",))
-        if system and not messages:
+        system = None if messages else one.take(("system",))
+        if system:
             messages.append({"role": "system", "content": text(system, f"{key}: system")})
         for role, names in (("user", ("human", "user", "input")), _SPEAKER):
             name = one.first(names)

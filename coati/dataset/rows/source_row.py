@@ -193,10 +193,10 @@ def judgment(row: Any) -> str | None:
     if not isinstance(row, dict):
         return None
     for key in JUDGMENTS:
-        found = row.get(key)
+        found = dict.get(row, key)
         if found is not None and truth_of(found) is not None:
             return key
-    return next((key for key in FLAGS if isinstance(row.get(key), bool)), None)
+    return next((key for key in FLAGS if isinstance(dict.get(row, key), bool)), None)
 
 
 def truth_of(found: Any) -> bool | None:

@@ -12,6 +12,7 @@ from coati.dataset.rows.row_errors import RowError
 
 Call = dict[str, Any]
 ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
+KINDS = ("function", "tool_use", "tool_call", "function_call")
 # <tool_call> of Hermes and Qwen, <functioncall> of Glaive.
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _GLAIVE = re.compile(r"<functioncall>\s*", re.IGNORECASE)
@@ -51,7 +52,8 @@ def _call(found: Any, use: ColumnUse, path: str, where: str) -> Call:
     if not isinstance(found, dict):
         raise RowError("bad_tool_call", f"{where} holds {type(found).__name__} as a call")
     outer = Fields(found, use, path)
-    outer.get("type")
+    if outer.peek("type") in KINDS:
+        outer.get("type")
     inner = outer
     if isinstance(outer.peek("function"), dict):
         inner = outer.inside("function")

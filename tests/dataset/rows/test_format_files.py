@@ -68,9 +68,8 @@ RIVER = {"messages": talk("Name a river."), "chosen": [answer("The Rhine.")]} | 
 SUM = {"messages": talk("1 + 2 = ?"), "chosen": [answer("3")], "rejected": [answer("4")]}
 BRIEF_SUM = SUM | {"messages": talk("1 + 2 = ?", system="Be brief.")}
 THOUGHT_ROW = {"messages": [*talk("3 * 4 = ?"), answer("12", reasoning_content=THOUGHT)]}
-TREE_REST = {"prompt.replies[].lang", "prompt.replies[] turned down by reviewers"} | {
-    "message_tree_id",
-    "tree_state",
+TREE_REST = {"prompt.replies[] turned down by reviewers", "message_tree_id", "tree_state"} | {
+    f"prompt.replies[].{name}" for name in ("lang", "message_id", "parent_id")
 }
 SHP_REST = {"post_id", "score_A", "score_B", "score_ratio"}
 # What each row of each file becomes; "unused" are the names of what is not read.
@@ -231,7 +230,7 @@ EXPECTED: dict[str, list[dict]] = {
         {
             "messages": talk("3 * 4 = ?"),
             "gt_answer": "12",
-            "unused": {"data_source", "ability", "extra_info"},
+            "unused": {"data_source", "ability", "extra_info", "reward_model.style"},
         }
     ],
     "prompt_openr1": [

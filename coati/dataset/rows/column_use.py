@@ -114,10 +114,10 @@ class Fields(dict):
         super().__init__(row)
         self.use = use
         self.path = path
-        self.names = names or {}  # as the file spells them
+        self.names = names  # as the file spells them
         self.answers: set[str] = set()
         self._read: set[str] = set()
-        self._inside: list[Fields] = []
+        self._inside: list[Fields] | None = None
 
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
@@ -148,7 +148,7 @@ class Fields(dict):
     def inside(self, key: str) -> "Fields":
         """The object under ``key``, whose own keys are accounted for one by one."""
         inner = Fields(self[key], self.use, f"{self.path}{key}.")
-        self._inside.append(inner)
+        self._inside = [*(self._inside or ()), inner]
         return inner
 
     def unread(self, *keys: str) -> None:
@@ -157,10 +157,11 @@ class Fields(dict):
 
     def close(self) -> None:
         """Note what was not read."""
-        for inner in self._inside:
+        for inner in self._inside or ():
             inner.close()
         if len(self._read) >= len(self) and self._read.issuperset(self):
             return
+        names = self.names or {}
         for key, value in self.items():
             if key not in self._read:
-                self.use.leave(f"{self.path}{self.names.get(key, key)}", value)
+                self.use.leave(f"{self.path}{names.get(key, key)}", value)

@@ -29,7 +29,12 @@ def both(has: Callable[[Any], bool], *more: Callable[[Any], bool]) -> Callable[[
     """What :func:`has` says, and ``more``."""
 
     def matches(row: Any) -> bool:
-        return has(row) and all(one(row) for one in more)
+        if not has(row):
+            return False
+        for one in more:  # a loop, as above
+            if not one(row):
+                return False
+        return True
 
     matches.needs = has.needs
     return matches
@@ -49,7 +54,7 @@ def ends_judged(key: str) -> Callable[[dict], bool]:
     """Whether a label is for the last message of the list under ``key``, a response."""
 
     def judged(row: dict) -> bool:
-        if read.judgment(row) is None:
+        if read.JUDGING.isdisjoint(row) or read.judgment(row) is None:
             return False
         found = row[key]
         last = found[-1] if isinstance(found, list) and found else None
@@ -61,7 +66,7 @@ def ends_judged(key: str) -> Callable[[dict], bool]:
 
 def not_ends_judged(key: str) -> Callable[[dict], bool]:
     judged = ends_judged(key)
-    return lambda row: not judged(row)
+    return lambda row: read.JUDGING.isdisjoint(row) or not judged(row)
 
 
 def is_source_target(row: Any) -> bool:

@@ -22,6 +22,7 @@ from coati.dataset.rows.column_use import ColumnUse, Fields
 from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.format_errors import wrong_row
 from coati.dataset.rows.glaive import glaive, is_glaive
+from coati.dataset.rows.ground_truths import COLUMNS as TRUTHS
 from coati.dataset.rows.ground_truths import ground_truth
 from coati.dataset.rows.messages import is_message_list, text, turn_text
 from coati.dataset.rows.row_errors import RowError
@@ -259,8 +260,9 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat("trl", ASKED, ("prompt",), keys.has(prompt=list), rounds.asked_alone),
     DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
 )
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = dict.fromkeys(("system", "system_prompt", "system_message"))
 TOOLS = ("tools", "functions")
+EXTRAS = frozenset((*SYSTEMS, *TOOLS, *TRUTHS, "category", "gt_answer", "test_cases", "margin"))
 FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))
 FORMATS_OF = {
     type: tuple(dict.fromkeys(format.name for format in DATASET_FORMATS if type in format.types))
@@ -290,22 +292,23 @@ def read_row(
     data_type = DATA_TYPES[type]
     if not data_type.supervised:
         fields.unread(*fields.answers)
-    if isinstance(row, dict):
+    if not EXTRAS.isdisjoint(fields):
         _add_extras(found, fields, data_type.columns)
-    said = len(found.messages), len(found.chosen), len(found.rejected)
-    for one in (found, *found.branches):
+    said = _turns(found)
+    data_type.finish(found)
+    for one in found.branches:
         data_type.finish(one)
     fields.close()
-    if data_type.supervised and said > (
-        len(found.messages),
-        len(found.chosen),
-        len(found.rejected),
-    ):
+    if data_type.supervised and said > _turns(found):
         found.unused["turns after the last response"] = False
     if fields.use.left:
         truth = not data_type.supervised and found.gt_answer is not None
         found.unused |= fields.use.unused(_texts(found), data_type.supervised, truth)
     return found
+
+
+def _turns(row: SourceRow) -> int:
+    return len(row.messages) + len(row.chosen) + len(row.rejected)
 
 
 def format_of(row: Any) -> DatasetFormat | None:
@@ -382,11 +385,8 @@ def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
     """The columns that any format may have; those that rows of this type have no place for stay
     unread."""
     rows = (found, *found.branches)
-    if found.messages and found.messages[0]["role"] != "system":
-        if system := row.take(SYSTEMS):
-            said = {"role": "system", "content": text(system, "system")}
-            for one in rows:
-                one.messages = [said, *one.messages]
+    if not SYSTEMS.keys().isdisjoint(row):
+        _add_system(found, row)
     if found.tools is None and (key := row.first(TOOLS)) is not None:
         tools = tools_of(row[key], key)
         for one in rows:
@@ -395,21 +395,33 @@ def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
         category = str(row["category"])
         for one in rows:
             one.category = category
-    if "gt_answer" in columns or row.peek("gt_answer") or row.peek("test_cases"):
+    has_truth = "gt_answer" in columns
+    if has_truth or row.peek("gt_answer") or row.peek("test_cases"):
         truth = ground_truth(row)
         for one in rows:
             one.gt_answer = truth
+        if not has_truth:
+            row.unread("gt_answer", "test_cases")
     if row.peek("margin") not in (None, ""):
-        try:
-            found.margin = float(row["margin"])
-        except (TypeError, ValueError):
-            found.margin = math.nan
-        if not math.isfinite(found.margin):
-            raise RowError("bad_margin", f"margin is {row['margin']!r:.60}, expected a number")
-    row.unread(
-        *(name for name in ("gt_answer", "test_cases", "margin") if not _has_place(name, columns))
-    )
+        found.margin = _margin(row["margin"])
+        if "margin" not in columns:
+            row.unread("margin")
 
 
-def _has_place(name: str, columns: dict[str, Any]) -> bool:
-    return ("gt_answer" if name == "test_cases" else name) in columns
+def _add_system(found: SourceRow, row: Fields) -> None:
+    """A system message for a row whose messages have none."""
+    if found.messages and found.messages[0]["role"] != "system":
+        if system := row.take(SYSTEMS):
+            said = {"role": "system", "content": text(system, "system")}
+            for one in (found, *found.branches):
+                one.messages = [said, *one.messages]
+
+
+def _margin(given: Any) -> float:
+    try:
+        margin = float(given)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise RowError("bad_margin", f"margin is {given!r:.60}, expected a number")
+    return margin

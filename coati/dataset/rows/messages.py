@@ -75,7 +75,7 @@ def spoken(role: str, content: str, where: str) -> Message:
     """A text that a row holds in place of a message, with the thought and the calls in it."""
     if content and content[0] in OPENERS:
         check_no_messages(content, where)
-    if role == "assistant" and any(mark in content for mark in _MARKS):
+    if role == "assistant" and _is_marked(content):
         return message({"role": role, "content": content}, where)
     return {"role": role, "content": content}
 
@@ -84,16 +84,18 @@ def _plain(found: Any) -> Message | None:
     """A message of nothing but role and text; None for one that has to be looked at closely."""
     if type(found) is not dict or len(found) != 2:
         return None
-    role = found.get("role") or found.get("from")
     content = found.get("content") or found.get("value")
-    if type(role) is not str or type(content) is not str or not content:
+    if type(content) is not str or not content or content[0] in OPENERS:
         return None
-    known = _DIALOGUE.get(role)
-    if known is None or content[0] in OPENERS:
-        return None
-    if known == "assistant" and "<" in content and any(mark in content for mark in _MARKS):
+    role = found.get("role") or found.get("from")
+    known = _DIALOGUE.get(role) if type(role) is str else None
+    if known is None or ("<" in content and known == "assistant" and _is_marked(content)):
         return None
     return {"role": known, "content": content}
+
+
+def _is_marked(content: str) -> bool:
+    return any(mark in content for mark in _MARKS)
 
 
 def _read(found: Any, where: str, use: ColumnUse, path: str) -> Messages:

@@ -27,6 +27,7 @@ LABELS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
 # Columns that say whether the response is a good one; the later ones only when true or false.
 JUDGMENTS = ("label", "kto_tag")
 FLAGS = ("desirable", "is_desirable", "accepted", "is_correct", "correct", "is_good")
+JUDGING = frozenset((*JUDGMENTS, *FLAGS))
 QUESTIONS = ("prompt", "question", "query", "problem", "input", "text")
 
 
@@ -190,7 +191,7 @@ def judged_messages(key: str) -> Callable[[Fields], SourceRow]:
 
 def judgment(row: Any) -> str | None:
     """The column that says whether the response of ``row`` is a good one."""
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or JUDGING.isdisjoint(row):
         return None
     for key in JUDGMENTS:
         found = dict.get(row, key)

@@ -9,7 +9,7 @@ from typing import Any
 from coati.dataset.rows.row_errors import RowError
 
 LONGEST_LITERAL = 1 << 20  # characters that are read as Python
-# A key of a message near the beginning: "role": ..., 'from': ..., \"value\": ...
+# A key of a message: "role": ..., 'from': ..., \"value\": ...
 _KEY = re.compile(r"""["'](?:role|from|content|value)\\*["']\s*:""")
 _MESSAGES = re.compile(
     r"""^\s*["']?(?:array\()?\s*(?:[\[({]\s*)+\\*["'](?:role|from|content|value)\\*["']\s*:"""
@@ -51,7 +51,8 @@ def is_messages_text(text: str) -> bool:
         return False
     found = decoded(text)
     if found is None:  # cut, or as numpy prints it: no text to train on either
-        return bool(re.search(r"""["'](?:role|from)\\*["']\s*:""", text))
+        after = re.split(r"[\])}]", text)[-1]
+        return not re.search(r"\w", after) or bool(_KEY.search(after))
     return _holds_messages(found)
 
 

@@ -319,12 +319,33 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
     import pyarrow
 
     try:
-        yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
+        yield from enumerate((row for batch in batches() for row in _rows_of(batch)), 1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         kind = kind_of(file).removeprefix(".")
         raise ValueError(
             f"{file}: not a readable {kind} file ({str(error).splitlines()[0]})"
         ) from error
+
+
+# Where tables hold tools and their arguments as structures.
+_SCHEMAS = re.compile(r"\b(?:tools|functions|tool_calls|function_call|arguments|parameters)\b")
+
+
+def _rows_of(batch: Any) -> list[dict]:
+    """The rows of a batch. A table gives every schema of a tool, and the arguments of every call,
+    the keys of all others, as nulls: those are left out."""
+    rows = batch.to_pylist()
+    for field in batch.schema:
+        if _SCHEMAS.search(f"{field.name} {field.type}") and "struct" in str(field.type):
+            for row in rows:
+                row[field.name] = _without_nulls(row[field.name])
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 COLUMNAR = (".parquet", ".arrow")

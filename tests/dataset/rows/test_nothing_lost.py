@@ -26,7 +26,8 @@ ROWS = [(type, row) for type, row in ROWS if isinstance(row, dict)]
 MARK = "kept_or_named_7f3a"
 # Names that nobody knows, and such as mean something elsewhere.
 NAMES = (
-    "zzz note reasoning_content reasoning thinking thought tool_calls function_call tools functions "
+    "zzz note "
+    "reasoning_content reasoning thinking thought tool_calls function_call tools functions "
     "weight train loss loss_weight train_detail images image audio name tool_call_id role from "
     "content value text type id system system_prompt context choices options history input answer "
     "solution label labels kto_tag gt_answer ground_truth reward_model test_cases category margin "

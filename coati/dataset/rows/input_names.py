@@ -7,9 +7,9 @@ from typing import Any
 
 from coati.dataset.rows.column_names import Layout
 
-_PARTS = re.compile(
-    r"(?P<base>.+?)(?::(?P<subset>[\w./-]+))?(?:@(?P<split>[\w.-]+))?(?:#(?P<rows>\d+))?"
-)
+_ROWS = re.compile(r"(.+)#(\d+)")
+_SPLIT = re.compile(r"(.+)@([\w.-]+)")
+_SUBSET = re.compile(r"(.+?):([\w./-]+)")
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class InputName:
 
 
 def parse_input(name: str) -> InputName:
-    """The parts of ``name``; a file or folder of that very name has none."""
-    if Path(name).exists():
-        return InputName(name)
-    found = _PARTS.fullmatch(name)
-    if found is None:
-        return InputName(name)
-    rows = found["rows"]
-    return InputName(found["base"], found["subset"], found["split"], rows and int(rows))
+    """The parts of ``name``, from its end on, as far as no file or folder of that name is there."""
+    parts: list[str | None] = []
+    for pattern in (_ROWS, _SPLIT, _SUBSET):
+        found = None if Path(name).exists() else pattern.fullmatch(name)
+        name, part = (found[1], found[2]) if found else (name, None)
+        parts.append(part)
+    rows, split, subset = parts
+    return InputName(name, subset, split, None if rows is None else int(rows))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from coati.dataset.rows.column_names import Layout
 
 _ROWS = re.compile(r"(.+)#(\d+)")
-_SPLIT = re.compile(r"(.+)@([\w.-]+)")
+_SPLIT = re.compile(r"(.+)@([\w-]+)")
 _SUBSET = re.compile(r"(.+?):([\w./-]+)")
 
 

@@ -42,7 +42,7 @@ def both(has: Callable[[Any], bool], *more: Callable[[Any], bool]) -> Callable[[
 
 def not_judged(row: dict) -> bool:
     # With a label the response may be a bad one, which supervised training must not learn.
-    return read.judgment(row) is None
+    return read.labeled(row) is None
 
 
 def not_labeled(row: dict) -> bool:
@@ -66,7 +66,7 @@ def ends_judged(key: str) -> Callable[[dict], bool]:
 
 def not_ends_judged(key: str) -> Callable[[dict], bool]:
     judged = ends_judged(key)
-    return lambda row: read.JUDGING.isdisjoint(row) or not judged(row)
+    return lambda row: read.JUDGING.isdisjoint(row) or read.labeled(row) is None or not judged(row)
 
 
 def is_source_target(row: Any) -> bool:

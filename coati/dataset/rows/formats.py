@@ -26,7 +26,7 @@ from coati.dataset.rows.ground_truths import COLUMNS as TRUTHS
 from coati.dataset.rows.ground_truths import ground_truth
 from coati.dataset.rows.messages import is_message_list, text, turn_text
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.source_row import SourceRow
+from coati.dataset.rows.source_row import JUDGING, SourceRow
 from coati.dataset.rows.tool_calls import tools_of
 
 
@@ -286,6 +286,8 @@ def read_row(
     if layout and isinstance(row, dict):
         row, names, use = renamed(row, layout)
     found_format, row, names = _recognize(type, row, format, names)
+    if found_format.holds == CHAT and isinstance(row, dict) and not JUDGING.isdisjoint(row):
+        _check_not_turned_down(type, row)
     fields = Fields(_as_object(row), use or ColumnUse(), names=names)
     found = found_format.read(fields)
     found.format = found_format.name
@@ -305,6 +307,11 @@ def read_row(
         truth = not data_type.supervised and found.gt_answer is not None
         found.unused |= fields.use.unused(_texts(found), data_type.supervised, truth)
     return found
+
+
+def _check_not_turned_down(type: str, row: dict) -> None:
+    if DATA_TYPES[type].supervised and (key := read.turned_down(row)):
+        raise RowError("judged_bad", f"{key} is false; if it judges no response: --columns {key}=")
 
 
 def _turns(row: SourceRow) -> int:

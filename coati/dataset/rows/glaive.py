@@ -2,7 +2,7 @@
 
 import re
 
-from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.column_use import ColumnUse, Fields
 from coati.dataset.rows.messages import Messages, message_list, text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
@@ -36,7 +36,7 @@ def glaive(row: Fields) -> SourceRow:
         tools = tools_of(found, "system")
         system = "\n".join(part for part in (_prose(before), rest.strip()) if part)
     messages: Messages = [{"role": "system", "content": system}] if system else []
-    return SourceRow(messages=messages + _turns(row["chat"]), tools=tools)
+    return SourceRow(messages=messages + _turns(row["chat"], row.use), tools=tools)
 
 
 def _prose(before: str) -> str:
@@ -47,7 +47,7 @@ def _prose(before: str) -> str:
     return before.strip()
 
 
-def _turns(chat: str) -> Messages:
+def _turns(chat: str, use: ColumnUse) -> Messages:
     marks = list(_TURN.finditer(chat))
     if not marks or chat[: marks[0].start()].strip():
         raise RowError("wrong_keys", f"chat must begin with USER:, found {chat[:40].strip()!r}")
@@ -59,4 +59,4 @@ def _turns(chat: str) -> Messages:
         }
         for mark, end in zip(marks, ends, strict=True)
     ]
-    return message_list(turns, "chat")
+    return message_list(turns, "chat", use)

@@ -58,7 +58,7 @@ def _turn(node: Any, use: ColumnUse) -> dict[str, Any]:
     for name in ("text", "replies", "rank", "review_result", "deleted"):
         fields.get(name)
     fields.close()
-    return spoken(role, node["text"], "a reply")
+    return spoken(role, node["text"], "a reply", use)
 
 
 def _replies(node: dict, use: ColumnUse) -> list[dict]:

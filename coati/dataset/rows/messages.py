@@ -71,12 +71,12 @@ def message(found: Any, where: str, use: ColumnUse | None = None, path: str = ""
     return messages[0]
 
 
-def spoken(role: str, content: str, where: str) -> Message:
+def spoken(role: str, content: str, where: str, use: ColumnUse) -> Message:
     """A text that a row holds in place of a message, with the thought and the calls in it."""
     if content and content[0] in OPENERS:
         check_no_messages(content, where)
     if role == "assistant" and _is_marked(content):
-        return message({"role": role, "content": content}, where)
+        return message({"role": role, "content": content}, where, use)
     return {"role": role, "content": content}
 
 

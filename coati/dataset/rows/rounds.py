@@ -45,7 +45,7 @@ def asked(row: Fields, key: str | None = None) -> Messages:
     """Earlier rounds and the question under ``key``: with it instruction, input, context and
     choices, one after the other with a blank line between."""
     key = key or asked_key(row) or "instruction"
-    before = history(row.get("history") or [])
+    before = _history(row)
     if key == "instruction":
         messages = [{"role": "user", "content": text(row.get(key) or "", key)}]
     else:
@@ -125,18 +125,19 @@ def chosen_letter(row: Fields, answer: Any) -> str | None:
     return None
 
 
-def history(rounds: Any) -> Messages:
+def _history(row: Fields) -> Messages:
     """Earlier rounds as ``[question, response]`` pairs, or as messages."""
+    rounds = row.get("history") or []
     if isinstance(rounds, str):
         rounds = decoded(rounds) or rounds
     if isinstance(rounds, list) and rounds and all(isinstance(one, dict) for one in rounds):
-        return message_list(rounds, "history")
+        return message_list(rounds, "history", row.use)
     if not isinstance(rounds, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in rounds
     ):
         raise RowError("wrong_keys", "history must be a list of [question, answer] pairs")
     return [
-        spoken(role, text(said, "history"), "history")
+        spoken(role, text(said, "history"), "history", row.use)
         for pair in rounds
         for role, said in zip(("user", "assistant"), pair, strict=True)
     ]
@@ -188,7 +189,7 @@ def alpaca(row: Fields) -> SourceRow:
     as the response."""
     messages = asked(row, "instruction")
     if row.peek("output") is not None:
-        messages += [spoken("assistant", text(row.answer("output"), "output"), "output")]
+        messages += [spoken("assistant", text(row.answer("output"), "output"), "output", row.use)]
     return SourceRow(messages=_with_thought(row, messages))
 
 
@@ -264,7 +265,7 @@ def paired_rounds(row: Fields) -> SourceRow:
             name = one.first(names)
             if name is None:
                 raise RowError("wrong_keys", f"{key} has a round without {' or '.join(names)}")
-            messages.append(spoken(role, text(one[name], name), f"{key}: {name}"))
+            messages.append(spoken(role, text(one[name], name), f"{key}: {name}", row.use))
         one.close()
     return SourceRow(messages=messages)
 

@@ -71,6 +71,7 @@ REASONS = (
     MALFORMED_REASONS
     | {
         "same_answers": "chosen and rejected are the same",
+        "judged_bad": "a column of the row says that its response is a bad one",
         "too_long": "the row, or its first response, does not fit into max_length",
         "template_refused": "the chat template refuses this conversation",
         "template_rewrites": "the chat template changes an earlier turn of this conversation",

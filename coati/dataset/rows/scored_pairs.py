@@ -88,7 +88,7 @@ def _number(score: Any, name: str) -> float:
 def _one(row: Fields, key: str, found: Any, name: str) -> Messages:
     """An element of the list as a response."""
     if isinstance(found, str):
-        return [spoken("assistant", found, key)]
+        return [spoken("assistant", found, key, row.use)]
     if isinstance(found, list):
         return message_list(found, key, row.use, f"{key}[][]")
     if not isinstance(found, dict):
@@ -101,7 +101,7 @@ def _one(row: Fields, key: str, found: Any, name: str) -> Messages:
     text_key = one.first(TEXT)
     if text_key is None or not isinstance(one.peek(text_key), str):
         raise RowError("wrong_keys", f"{key} holds an object without {', '.join(TEXT)}")
-    said: list[Message] = [spoken("assistant", one[text_key], key)]
+    said: list[Message] = [spoken("assistant", one[text_key], key, row.use)]
     one.close()
     return said
 

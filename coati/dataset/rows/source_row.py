@@ -97,7 +97,7 @@ def response_messages(row: Fields, key: str) -> Messages:
     found = row.answer(key)
     if isinstance(found, str):
         if not (found[:1] in OPENERS and is_messages_text(found)):
-            return [spoken("assistant", found.removeprefix(" "), key)]
+            return [spoken("assistant", found.removeprefix(" "), key, row.use)]
         found = messages_of(found, key)
     if isinstance(found, dict):
         return [message(found, key, row.use, f"{row.path}{key}")]
@@ -193,11 +193,21 @@ def judgment(row: Any) -> str | None:
     """The column that says whether the response of ``row`` is a good one."""
     if not isinstance(row, dict) or JUDGING.isdisjoint(row):
         return None
+    return labeled(row) or next((k for k in FLAGS if isinstance(dict.get(row, k), bool)), None)
+
+
+def labeled(row: dict) -> str | None:
+    """The column of :data:`JUDGMENTS` that is a judgment, not a topic for instance."""
     for key in JUDGMENTS:
         found = dict.get(row, key)
         if found is not None and truth_of(found) is not None:
             return key
-    return next((key for key in FLAGS if isinstance(dict.get(row, key), bool)), None)
+    return None
+
+
+def turned_down(row: dict) -> str | None:
+    """The flag that says that the response of ``row`` is a bad one."""
+    return next((key for key in FLAGS if dict.get(row, key) is False), None)
 
 
 def truth_of(found: Any) -> bool | None:

@@ -353,3 +353,15 @@ def test_the_remedy_for_a_label_that_judges_nothing():
     assert found.messages == row["messages"] and found.unused == {}
     # A label that is no judgment, a topic for instance, is named.
     assert read_row("sft", row | {"label": "rivers"}).unused == {"label": True}
+
+
+def test_what_is_turned_down_by_a_flag_is_left_out():
+    row = {"messages": talk("Name a river.", "Water."), "is_correct": False}
+    with pytest.raises(RowError, match="is_correct is false; .*--columns is_correct=$") as error:
+        read_row("sft", row)
+    assert error.value.reason == "judged_bad"
+    assert read_row("sft", {**row, "is_correct": True}).unused == {"is_correct": False}
+    assert (read_row("kto", row).label, read_row("kto", row).completion) == (False, "Water.")
+    assert read_row("prompt", row).messages == talk("Name a river.")
+    # Not every number is a flag.
+    assert read_row("sft", {**row, "is_correct": 0}).unused == {"is_correct": False}

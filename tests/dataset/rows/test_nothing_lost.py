@@ -166,3 +166,27 @@ def test_fields_of_messages_and_what_follows_the_last_response_are_named():
         "messages[].model": False,
         "system": True,
     }
+
+
+def test_fields_of_what_is_written_as_text_are_named():
+    call = '{"name": "f", "arguments": {}, "zzz": 1}'
+    rows = [
+        {"question": "q", "answer": f"<tool_call>\n{call}\n</tool_call>"},
+        {"instruction": "q", "output": f"<tool_call>{call}</tool_call>"},
+        {"conversations": [{"human": "q", "assistant": f"<tool_call>{call}</tool_call>"}]},
+        {"chat": f"USER: q\n\n\nASSISTANT: <functioncall> {call}"},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "function_call", "content": call},
+            ]
+        },
+        {"query": "q", "tools": '[{"name": "f"}]', "answers": f"[{call}]"},
+    ]
+    for row in rows:
+        found = read_row("sft", row)
+        assert found.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+        assert [path.rpartition(".")[2] for path in found.unused] == ["zzz"]
+    past = [{"role": "user", "content": "a", "zzz": 1}, {"role": "assistant", "content": "b"}]
+    found = read_row("sft", {"query": "q", "response": "r", "history": past})
+    assert found.messages == talk("a", "b", "q", "r") and found.unused == {"history[].zzz": False}

@@ -137,8 +137,11 @@ def _find_all(
 
 def _layouts_of(sources: dict[str, list[Source]]) -> dict[str, Any]:
     """What the inputs say of their columns and rows, for the description; nothing of plain ones."""
-    described = {use: [one.described() for one in found] for use, found in sources.items()}
-    return {f"{use} read as": found for use, found in described.items() if any(found)}
+    described = {
+        f"{use} read as": {str(k): one.described() for k, one in enumerate(found)}
+        for use, found in sources.items()
+    }
+    return {name: found for name, found in described.items() if any(found.values())}
 
 
 @dataclass

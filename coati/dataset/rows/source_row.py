@@ -8,7 +8,6 @@ from typing import Any
 from coati.dataset.rows.column_use import Fields
 from coati.dataset.rows.embedded_text import OPENERS, is_messages_text, messages_of
 from coati.dataset.rows.messages import (
-    Message,
     Messages,
     common_context,
     dialogue,
@@ -39,7 +38,7 @@ class SourceRow:
         messages: sft: the whole conversation; preference: the context; prompt, kto: the prompt.
         chosen, rejected: preference: what follows the context, the assistant first.
         completion, label: kto: the response, and whether it is wanted.
-        response: kto: the message whose content ``completion`` is.
+        response: kto: the message whose content ``completion`` is, where it is more than that.
         text: sft: a plain text instead of messages: no template, every token and a final eos
             supervised.
         tools: OpenAI's schemas of the functions that the assistant may call.
@@ -58,7 +57,7 @@ class SourceRow:
     rejected: Messages = field(default_factory=list)
     completion: str | None = None
     label: bool | None = None
-    response: Message | None = None
+    response: dict[str, Any] | None = None
     text: str | None = None
     tools: list[dict[str, Any]] | None = None
     gt_answer: str | None = None
@@ -174,7 +173,7 @@ def judged_row(row: Fields, prompt: Messages, answer: Messages) -> SourceRow:
     return SourceRow(
         messages=prompt,
         completion=answer[0]["content"],
-        response=answer[0],
+        response=answer[0] if len(answer[0]) > 2 else None,
         label=label_of(row),
     )
 

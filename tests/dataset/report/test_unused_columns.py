@@ -93,8 +93,10 @@ def test_named_columns_are_part_of_what_rows_were_made_from(tmp_path):
     made = load_tokenized_dataset(str(tmp_path / "arrow")).data.table.to_pylist()
     assert made[5]["labels_decode"] == ["a5<|im_end|>"] and report["unused_columns"] == {"b": 60}
     assert again(tmp_path, columns={"prompt": "q", "response": "a"}) == report
-    with pytest.raises(ValueError, match="made from something else"):
+    with pytest.raises(ValueError, match="made from something else: columns was .*'a'.*'b'"):
         again(tmp_path, columns={"prompt": "q", "response": "b"})
+    with pytest.raises(ValueError, match="made from something else: columns was .*, now None"):
+        again(tmp_path)
     plain = prepared(tmp_path / "plain", rows(60))
     assert "columns" not in plain
 

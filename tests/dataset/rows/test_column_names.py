@@ -145,9 +145,10 @@ def test_the_advice_of_an_error_works(type, row, names):
 
 def test_the_advice_for_plain_texts_works():
     with pytest.raises(RowError) as error:
-        read_row("sft", {"text": "Rivers run to the sea."})
-    flag = str(error.value).rpartition("--columns ")[2]
-    assert read("sft", {"text": "Rivers run to the sea."}, flag).text == "Rivers run to the sea."
+        read_row("text", {"body": "Rivers run to the sea."})
+    flag = str(error.value).rpartition("--columns ")[2].replace("NAME", "body")
+    for type in ("text", "sft"):
+        assert read(type, {"body": "Rivers run to the sea."}, flag).text == "Rivers run to the sea."
 
 
 def test_the_advice_for_single_messages_and_scored_responses():

@@ -218,11 +218,11 @@ def test_a_label_that_means_neither():
         assert error.value.reason == "bad_label"
 
 
-def test_plain_texts_say_what_would_read_them():
-    with pytest.raises(RowError, match="--columns target=text$"):
-        read_row("sft", {"text": "Hills are old."})
+@pytest.mark.parametrize("type", ["sft", "text"])
+def test_plain_texts(type):
+    assert read_row(type, {"text": "Hills are old."}).text == "Hills are old."
     found = read_row(
-        "sft", {"text": "Hills are old."}, layout=Layout(parse_columns(["target=text"]))
+        type, {"text": "Hills are old."}, layout=Layout(parse_columns(["target=text"]))
     )
     assert found.text == "Hills are old."
 

@@ -7,6 +7,7 @@ from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import SLSettings, settings_of
+from coati.cli.streaming_flags import add_streaming_flags
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
 from coati.parallel.optimizer import OptimizerSettings
@@ -23,6 +24,7 @@ def sft_parser() -> Parser:
     )
     add_model_flags(parser)
     add_data_flags(parser)
+    add_streaming_flags(parser)
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from coati.dataset.load.epoch_order import EpochOrder
+from coati.dataset.load.epoch_order import ordered_entries
 from coati.dataset.prepare.shard_plan import Chunk
 from coati.dataset.prepare.validation import BadRowBudget, check_not_empty
 from coati.dataset.prepare.workers import StandingPool
@@ -194,11 +194,12 @@ class RowStream:
         made = _Making(self._first_window, self.start, self._state_at(self.start))
         items = ((chunk, chunk.rows) for chunk in self.source.chunks(self.start))
         for chunk, (of_sources, stats) in self._pool.map(items):
+            if chunk.ends:
+                self._end_epoch(chunk.after.epoch - 1)
             if made.rows and (chunk.ends or len(made.rows) >= WINDOW):
                 yield self._window(made, made.after.epoch + chunk.ends)
                 made = _Making(made.number + 1, made.after, self._state_at(made.after))
             if chunk.ends:
-                self._end_epoch(chunk.after.epoch - 1)
                 made = _Making(made.number, chunk.after, self._state_at(chunk.after))
                 continue
             made.after = chunk.after
@@ -209,18 +210,13 @@ class RowStream:
 
     def _window(self, made: "_Making", next_epoch: int) -> Window:
         options = self.options
+        most = options.pack_length
         lengths = np.asarray([row["seq_length"] for row in made.rows], dtype=np.int64)
-        order = EpochOrder(
-            lengths,
-            seed=options.seed,
-            shuffle=options.shuffle,
-            group_by_length=options.shuffle,
-            pack_length=options.pack_length,
-        )
+        lengths = lengths if most is None else np.minimum(lengths, most)
+        shuffle = options.shuffle
+        entries = ordered_entries(lengths, options.seed, made.number, shuffle, shuffle, most)
         state = made.state | {"window": made.number}
-        epoch = made.start.epoch
-        entries = order.entries(made.number)
-        return Window(state, epoch, next_epoch, made.rows, made.places, entries)
+        return Window(state, made.start.epoch, next_epoch, made.rows, made.places, entries)
 
     def _state_at(self, position: Position) -> dict[str, Any]:
         counts = {str(n): rows for order in self.source.orders for n, rows in order.counts.items()}

@@ -171,9 +171,9 @@ def change_of(before: Stamp, now: Stamp) -> str | None:
         return f"{now['name']} holds other bytes than it did"
     same_place = before["name"] == now["name"]
     if same_place and now["bytes"] > WHOLE and before["changed"] != now["changed"]:
-        seconds = before["changed"] / 1e9
+        seconds, rest = divmod(before["changed"], 10**9)
         return (
             f"{now['name']} was written again; if it holds the same bytes, give it its time back: "
-            f"touch -d @{seconds:.9f} {now['name']}"
+            f"touch -d @{seconds}.{rest:09d} {now['name']}"
         )
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from coati.dataset.stream import row_stream, source_order
+from coati.recipes.prepared import is_raw
 from tests.dataset.stream.streams import talk, write_files, write_lines
 from tests.end_to_end.inputs import metrics, weights, write_model
 from tests.end_to_end.malformed import ended
@@ -185,3 +186,9 @@ def test_prepared_rows_and_rows_that_cannot_be_used_are_refused(words, tmp_path)
     write_lines(tmp_path / "bad.jsonl", ["{"] * 30)
     code, error = ended("sft", words("run", rows="bad.jsonl"))
     assert code == 1 and "30 of the first 30 rows are malformed" in error
+
+
+def test_a_folder_of_files_named_like_parts_is_raw(tmp_path):
+    write_lines(tmp_path / "spark" / "part-00000.jsonl", [talk("row")])
+    (tmp_path / "made" / "part-00000").mkdir(parents=True)
+    assert is_raw(str(tmp_path / "spark")) and not is_raw(str(tmp_path / "made"))

@@ -46,6 +46,7 @@ def load_data(run: Run[SLSettings], type: str) -> TrainingData:
 def _facts(rows: TrainingData) -> dict[str, Any]:
     evaluation = rows.evaluation and rows.evaluation.rows
     facts = rows_facts(**{"--dataset": rows.train.rows, "--eval_dataset": evaluation})
+    facts |= streaming.commits(rows.stream) if rows.stream is not None else {}
     return facts | {"rows in the order of training": rows.order.count(0), "step": rows.state.step}
 
 
@@ -108,9 +109,16 @@ def fit(
     finish.rehearse(run, {"modeling": (trainer.engine, trainer.assets)})
     if run.settings.output.dry_run:
         dry_run.dry_run(run, trainer, train, load)
+        if rows.stream is not None:
+            rows.stream.close()
         return False
     output = run.settings.output
-    trainer.fit(train, evaluation, output.log_dir, output.use_wandb)
+    try:
+        trainer.fit(train, evaluation, output.log_dir, output.use_wandb)
+    except BaseException:
+        if rows.stream is not None:
+            rows.stream.close()
+        raise
     if rows.stream is not None:
         rows.stream.finish()
     finish.save_final(run, trainer, use)

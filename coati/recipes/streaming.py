@@ -13,6 +13,7 @@ from coati.dataset.prepare.validation import BadRowBudget
 from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker
 from coati.dataset.stream.row_sources import (
+    HubSource,
     RowSource,
     Stamp,
     change_of,
@@ -73,6 +74,17 @@ def open_stream(
 def epochs(settings: SLSettings) -> int:
     """Those of the run; a stream begins again as often as its steps take."""
     return ENDLESS if settings.data.stream.streaming else settings.batches.max_epochs
+
+
+def commits(stream: RowStream) -> dict[str, str]:
+    """Of data sets of the hub: fact -> the commit that this rank reads, by which ranks are
+    compared; files are compared by what they hold."""
+    sources = [source for order in stream.source.orders for source in order.sources]
+    return {
+        f"--dataset {source.label} (its commit)": source.revision
+        for source in sources
+        if isinstance(source, HubSource)
+    }
 
 
 def _check_raw(data: DataSettings) -> None:

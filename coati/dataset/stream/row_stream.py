@@ -25,6 +25,7 @@ from coati.dataset.rows.row_errors import REASONS
 from coati.dataset.stream.source_order import Position, SourceRows, from_state
 from coati.dataset.types.data_type import Columns
 from coati.utils.logging import get_logger
+from coati.utils.phases import phase
 
 logger = get_logger(__name__)
 
@@ -300,7 +301,8 @@ class _Ahead:
         return self
 
     def __next__(self) -> Window:
-        found = self._ready.get()
+        with phase("waiting for rows of the stream"):
+            found = self._ready.get()
         if isinstance(found, BaseException):
             self._ready.put(found)  # for whoever asks again
             raise found

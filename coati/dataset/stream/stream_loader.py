@@ -71,7 +71,7 @@ class StreamLoader:
         while True:
             batch: list[Entry] = []
             while len(batch) < self.rows_per_step:
-                if entry == len(window.entries):
+                if entry >= len(window.entries):
                     window = next(windows)
                     entry = 0
                 taken = window.entries[entry : entry + self.rows_per_step - len(batch)]

@@ -105,6 +105,17 @@ def test_a_resumed_run_may_cut_the_stream_into_other_batches(rows):
     assert [row for batch, _, _ in taken(rest, 2, at) for row in batch] == whole[20:48]
 
 
+def test_a_resumed_run_may_have_other_processes(rows):
+    whole = [batch for batch, _, _ in taken(loader(given(rows, 6, "whole", None, 1), 8), 4)]
+    *_, (_, state, at) = taken(loader(given(rows, 6, "whole", None, 1), 8), 2)
+    both = []
+    for rank in (0, 1):
+        found = loader(given(rows, 6, "whole", None, 1, state=state), 8, rank, 2)
+        both.append([batch for batch, _, _ in taken(found, 2, at)])
+    for step, (first, second) in enumerate(zip(*both, strict=True), 2):
+        assert [*first[:2], *second[:2], *first[2:], *second[2:]] == whole[step]
+
+
 @pytest.mark.parametrize("use, each", [("whole", 1), ("per_turn", 2)])
 def test_nothing_is_lost_at_the_end_of_an_epoch(rows, use, each):
     found = loader(given(rows, 6, use, None, 1))

@@ -133,17 +133,17 @@ def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
 
     found = _HUB_NAME.fullmatch(path)
     assert found is not None
-    name, subset, split = found["name"], found["subset"], found["split"]
+    name = found["name"]
     try:
         revision = revisions.get(path) or HfApi().dataset_info(name).sha
-        splits = datasets.load_dataset(name, subset, streaming=True, revision=revision)
+        splits = datasets.load_dataset(name, found["subset"], streaming=True, revision=revision)
     except Exception as error:  # the libraries raise some twenty types, most from the network
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"--dataset {path}: there is no such file or folder, nor can a data set of this name "
             f"be streamed from the hub here ({said})"
         ) from error
-    data = splits[choose_split(list(splits), split, name)]
+    data = splits[choose_split(list(splits), found["split"], name)]
     logger.info(f"{path}: streamed from the hub, commit {str(revision)[:12]}")
     return [HubSource(data, path, str(revision), shard) for shard in range(data.num_shards)]
 

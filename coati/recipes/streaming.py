@@ -17,9 +17,9 @@ from coati.dataset.stream.row_sources import (
     RowSource,
     Stamp,
     change_of,
-    find_sources,
     is_hub_name,
     revisions_of,
+    sources_of,
 )
 from coati.dataset.stream.row_stream import WINDOW, RowStream, StreamOptions, as_lists
 from coati.dataset.stream.source_order import SourceOrder, SourceRows
@@ -99,7 +99,7 @@ def _check_raw(data: DataSettings) -> None:
 def _streams(data: DataSettings, revisions: dict[str, str]) -> list[list[RowSource]]:
     """The sources of each stream: of each path with ``--dataset_weights``, else of all paths."""
     found = [
-        find_sources(path, None if is_hub_name(path) else train_split(path), revisions)
+        sources_of(path, None if is_hub_name(path) else train_split(path), revisions)
         for path in data.dataset
     ]
     return found if data.dataset_weights else [[source for each in found for source in each]]

@@ -114,7 +114,7 @@ def is_hub_name(path: str) -> bool:
     return found is not None and not Path(path).exists() and not Path(path.split("/")[0]).exists()
 
 
-def find_sources(
+def sources_of(
     path: str, split: str | None = None, revisions: Mapping[str, str] | None = None
 ) -> list[RowSource]:
     """The sources behind one path of ``--dataset``. ``revisions``: the commits of data sets of the

@@ -11,7 +11,7 @@ from coati.dataset.chat.conversation import Conversation, setup_conversation_tem
 from coati.dataset.clean.cleaning import Cleaning
 from coati.dataset.prepare.validation import BadRowBudget
 from coati.dataset.prepare.write_pass import TokenizeWorker
-from coati.dataset.stream.row_sources import find_sources
+from coati.dataset.stream.row_sources import sources_of
 from coati.dataset.stream.row_stream import RowStream, StreamOptions
 from coati.dataset.stream.source_order import SourceOrder, SourceRows
 from coati.dataset.stream.stream_loader import StreamLoader
@@ -75,7 +75,7 @@ def stream(
     state: dict[str, Any] | None = None,
 ) -> RowStream:
     """As a run makes it of --dataset ``paths``."""
-    found = [find_sources(str(path)) for path in paths]
+    found = [sources_of(str(path)) for path in paths]
     streams = found if weights else [[source for each in found for source in each]]
     orders = []
     files: list[str] = []

@@ -11,9 +11,9 @@ from coati.dataset.stream.row_sources import (
     WHOLE,
     FileSource,
     change_of,
-    find_sources,
     is_hub_name,
     revisions_of,
+    sources_of,
 )
 from tests.dataset.stream.streams import batches, loader, said, stream, talk, write_lines
 
@@ -121,7 +121,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_data_set_of_the_hub_is_streamed_shard_by_shard(hub, tmp_path):
-    found = find_sources("owner/talks")
+    found = sources_of("owner/talks")
     assert [source.name for source in found] == [
         "owner/talks (shard 0)",
         "owner/talks (shard 1)",
@@ -142,11 +142,11 @@ def test_it_goes_on_at_its_place_in_the_commit_that_was_read(hub):
         list(map(said, batch)) for batch in batches(loader(stream("owner/talks", buffer=6)), 9)
     ]
     list(batches(first, 4))
-    stamps = [source.stamp() for source in find_sources("owner/talks")]
+    stamps = [source.stamp() for source in sources_of("owner/talks")]
     hub.commit("c2", [[talk("other")] * 20])
     assert revisions_of(stamps) == {"owner/talks": "c1"}
-    assert "is of another commit" in change_of(stamps[0], find_sources("owner/talks")[0].stamp())
-    again = find_sources("owner/talks", revisions=revisions_of(stamps))
+    assert "is of another commit" in change_of(stamps[0], sources_of("owner/talks")[0].stamp())
+    again = sources_of("owner/talks", revisions=revisions_of(stamps))
     assert [source.stamp() for source in again] == stamps
     hub.newest = "c1"
     found = loader(stream("owner/talks", buffer=6, state=first.state_dict()))
@@ -156,19 +156,19 @@ def test_it_goes_on_at_its_place_in_the_commit_that_was_read(hub):
 
 def test_subset_and_split_are_asked_for(hub):
     hub.commit("c1", [ROWS[:3]], split="validation")
-    [found] = find_sources("owner/talks:part@validation")
+    [found] = sources_of("owner/talks:part@validation")
     assert len(list(found.rows())) == 3 and hub.asked == [("owner/talks", "part", "c1")]
     with pytest.raises(ValueError, match="has the splits train, validation"):
-        find_sources("owner/talks@test")
+        sources_of("owner/talks@test")
 
 
 def test_what_the_hub_does_not_have_or_cannot_be_reached_for_is_named(hub):
     with pytest.raises(ValueError, match=r"owner/none: there is no such file or folder, nor.*404"):
-        find_sources("owner/none")
+        sources_of("owner/none")
 
 
 def test_a_connection_that_breaks_ends_the_run_by_name(hub, monkeypatch):
-    [first, _] = find_sources("owner/talks")
+    [first, _] = sources_of("owner/talks")
 
     class Broken(Exception):
         pass

@@ -16,7 +16,8 @@ def is_raw(path: str) -> bool:
     folder = Path(path)
     if folder.is_file() or not folder.exists():
         return True
-    if (folder / "preparation.json").exists() or any(folder.glob("part-*")):
+    parts = (child.is_dir() for child in folder.glob("part-*"))  # files of that name are Spark's
+    if (folder / "preparation.json").exists() or any(parts):
         return False
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return not _holds_tokens(folder)

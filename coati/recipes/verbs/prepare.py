@@ -49,7 +49,7 @@ def prepare(args: PrepareSettings) -> None:
             tokenizer,
             args.conversation_template_config,
             template_mode=args.template_mode,
-            template_args=args.template_args and json.loads(args.template_args),
+            template_args=json.loads(args.template_args) if args.template_args else None,
             options=RowOptions(args.thoughts, args.empty_thoughts, args.learn),
         )
     else:
@@ -129,7 +129,7 @@ def check(args: PrepareSettings) -> None:
         args.conversation_template_config,
         args.template_mode,
         color,
-        args.template_args and json.loads(args.template_args),
+        json.loads(args.template_args) if args.template_args else None,
     )
     print(report.lines())
     if report.errors:

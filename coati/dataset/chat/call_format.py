@@ -26,7 +26,6 @@ KEYS = ("zqkeyone", "zqkeytwo")
 VALUES = ("zqvalueone", "zqvaluetwo")
 NUMBER = 73519
 IDS = ("zqid00001", "zqid00002")
-_FUNCTION_IDS = "functions."
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,14 @@ def _made(
 ) -> CallFormat:
     """The format with its body at ``start`` to ``end`` of ``one`` and, first and second, of
     ``two``."""
-    ids = (*IDS, *(f"{_FUNCTION_IDS}{name}" for name in NAMES))
-    opening = Mark(one[:start], ids)
+    opening = Mark(one[:start], IDS)
     between = None
     if two is not None and second is not None:
-        between = Mark(two[second[0] : second[1]], ids)
+        between = Mark(two[second[0] : second[1]], IDS)
     return CallFormat(
         opening,
         between,
-        Mark(one[end:], ids),
+        Mark(one[end:], IDS),
         body,
         anchored=not (opening.distinct and opening.first),
         begins=one[: one.index(FIRST)],

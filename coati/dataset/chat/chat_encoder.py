@@ -163,6 +163,13 @@ class ChatEncoder:
             offsets = [offset for _, offset in tokens]
         return text, ids, offsets, spans
 
+    def encode_inside(self, text: str) -> list[int]:
+        """The ids of a template's own ``text``, which stands in the middle of others."""
+        if not self.tokenizer.is_fast:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        backend = self._backend(as_text=False, at_start=False, inside=True)
+        return backend.encode(text, add_special_tokens=False).ids
+
     def _sure_of(self, text: str, ids: list[int]) -> bool:
         """Whether the word cache gave the tokenizer's own ids. Checked on the first texts; once it
         did not, only the tokenizer is used, which is logged."""

@@ -36,11 +36,10 @@ def response_format(conversation: "Conversation") -> ResponseFormat:
     )
     calls = None
     lead = ""
-    for ids in (IDS, tuple(f"functions.{name}:{n}" for n, name in enumerate(NAMES))):
-        if calls is None and conversation.abilities.calls:
-            writer = _Writer(conversation, tags, ids)
-            calls = learn(writer.write)
-            lead = writer.lead
+    if conversation.abilities.calls:
+        writer = _Writer(conversation, tags)
+        calls = learn(writer.write)
+        lead = writer.lead
     seen = "".join(harmony.TOKENS if channels else tags)
     inner = "" if calls is None else f"{seen}\n{calls.marks}\n{PYTHON_TAG}"
     return ResponseFormat(
@@ -62,12 +61,11 @@ def _tokens(conversation: "Conversation", texts: str) -> frozenset[int]:
 
 
 class _Writer:
-    """What the template writes for a response that calls ``ids``. ``lead``: what stands before a
+    """What the template writes for a response that calls tools. ``lead``: what stands before a
     call, which closes a thought that the generation prompt opened or is an empty one."""
 
-    def __init__(self, conversation: "Conversation", tags: tuple[str, str], ids: Any) -> None:
+    def __init__(self, conversation: "Conversation", tags: tuple[str, str]) -> None:
         self.conversation = conversation
-        self.ids = ids
         opening, closing = map(re.escape, tags)
         self._empty = re.compile(rf"\s*(?:{opening})?\s*{closing}\s*")
         self._tags = tags
@@ -82,7 +80,7 @@ class _Writer:
             "tool_calls": [
                 {
                     "type": "function",
-                    "id": self.ids[number],
+                    "id": IDS[number],
                     "function": {"name": name, "arguments": arguments},
                 }
                 for number, (name, arguments) in enumerate(calls)

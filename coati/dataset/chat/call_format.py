@@ -21,7 +21,9 @@ from coati.dataset.chat.call_marks import Mark, common_beginning
 # The text begins where a response does and ends before what ends one.
 Write = Callable[[str, Sequence[tuple[str, dict[str, Any]]]], str | None]
 
-FIRST, SECOND = NAMES = ("zqalpha", "zqbeta")
+FIRST = "zqalpha"
+SECOND = "zqbeta"
+NAMES = (FIRST, SECOND)
 KEYS = ("zqkeyone", "zqkeytwo")
 VALUES = ("zqvalueone", "zqvaluetwo")
 NUMBER = 73519

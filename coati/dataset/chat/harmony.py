@@ -8,7 +8,9 @@ from coati.dataset.chat.call_bodies import Call, Unreadable, from_json
 from coati.dataset.chat.call_marks import held_back
 from coati.dataset.chat.response_parts import CALL, CONTENT, THOUGHT, Part, joined
 
-START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+START = "<|start|>"
+CHANNEL = "<|channel|>"
+MESSAGE = "<|message|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>", START)
 TOKENS = (*ENDS, CHANNEL, MESSAGE, "<|constrain|>")
 _ANY_END = re.compile("|".join(map(re.escape, ENDS)))

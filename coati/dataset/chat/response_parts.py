@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from coati.dataset.chat.call_bodies import Call
 
-THOUGHT, CONTENT, CALL = "thought", "content", "call"
+THOUGHT = "thought"
+CONTENT = "content"
+CALL = "call"
 
 
 class Part(NamedTuple):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # The flags of earlier releases that a command takes.
 OLDER = {
-    "sft": SHARED,
+    **dict.fromkeys(("sft", "pretrain"), SHARED),
     **dict.fromkeys(("rm", "dpo", "orpo", "kto"), PREFERENCES),
     **dict.fromkeys(("ppo", "grpo"), ROLLOUTS),
     **dict.fromkeys(("chat", "serve", "measure"), QUANTIZED),

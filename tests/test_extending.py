@@ -63,18 +63,20 @@ from tests.tiny import tiny_tokenizer
 
 tokenizer = tiny_tokenizer()
 tokenizer.save_pretrained("tiny")
+text = "hello there, how are you today? " * 8
 with open("text.jsonl", "w") as file:
-    file.write(json.dumps({"source": "", "Target": "hello there, how are you today? " * 8}))
-words = ["--type", "corpus", "--data_input_dirs", "text.jsonl", "--tokenizer_dir", "tiny"]
+    file.write(json.dumps({"text": text}))
+words = ["--type", "windows", "--data_input_dirs", "text.jsonl", "--tokenizer_dir", "tiny"]
 words += ["--max_length", "16", "--data_jsonl_output_dir", "rows/jsonl"]
 words += ["--data_arrow_output_dir", "rows/arrow", "--data_cache_dir", "rows/cache"]
 script = "examples/data_preparation_scripts/prepare_dataset.py"
 subprocess.run([sys.executable, script, *words, "--num_spliced_dataset_bins", "1"], check=True)
 rows = load_tokenized_dataset(["rows/arrow"])
-ids = [token for row in rows for token in row["input_ids"]]
-assert len(rows) > 1 and max(map(len, rows["input_ids"])) == 16
-assert tokenizer.decode(ids) == "hello there, how are you today? " * 8 + tokenizer.eos_token
-assert rows["labels"] == rows["input_ids"]
+whole = [*tokenizer.encode(text), tokenizer.eos_token_id]
+predicted = [token for row in rows for token in row["labels"] if token != -100]
+assert len(rows) > 2 and max(map(len, rows["input_ids"])) == 16
+assert predicted == whole[1:]
+assert all(row["labels"][:8] == [-100] * 8 for row in list(rows)[1:])
 """
 ROW_FORMAT = """
 from coati.dataset.rows.formats import read_row

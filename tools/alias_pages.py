@@ -5,8 +5,12 @@ from coati.cli.aliases import DIFFERENT, IN_ROLLOUTS, MAPPED, SAME, SAME_OF
 SPECIAL = {
     "report_to": "`wandb`: `--use_wandb`; `tensorboard`: `--log_dir` (or `runs` of `--save_dir`)",
     "use_peft": "LoRA, of rank 16 unless a rank is given",
+    "pref_beta": "`--beta`, of orpo `--lam`",
     "finetuning_type": "`lora`: LoRA, of rank 8 unless a rank is given; `full`: all weights",
-    "beta": "`--kl_coef` of grpo",
+    "beta": "`--kl_coef` of grpo, `--lam` of orpo",
+    "block_size": "`--max_length` of pretrain",
+    "train_file_dir": "`--dataset` of pretrain",
+    "validation_file_dir": "`--eval_dataset` of pretrain",
     "temperature": "of grpo `--initial_temperature` and `--final_temperature` both",
     "resume_from_checkpoint": "`--checkpoint_path`; `true` is `auto`",
     "eval_strategy": "`steps` and `epoch`, as `--eval_interval` says; `no` without rows for it",
@@ -25,7 +29,7 @@ def alias_tables() -> str:
         name: " or ".join(f"`--{flag}`" for flag in flags.split()) for name, flags in SAME.items()
     }
     rows |= {name: _mapped(name) for name in MAPPED} | SPECIAL
-    assert set(SAME_OF["algo"]) <= set(SPECIAL)
+    assert {name for row in SAME_OF.values() for name in row} <= set(SPECIAL)
     taken += [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]
     refused = ["| name elsewhere | what is said |", "| --- | --- |"]
     refused += [f"| `{name}` | {_cell(text)} |" for name, (_, text) in sorted(DIFFERENT.items())]

@@ -15,6 +15,7 @@ INDEX = DOCS / "flags.md"
 SCRIPTS = {
     "prepare": "examples/data_preparation_scripts/prepare_dataset.py",
     "sample-prompts": "examples/data_preparation_scripts/generate_prompt_dataset.py",
+    "pretrain": "examples/training_scripts/train_pt.py",
     "sft": "examples/training_scripts/train_sft.py",
     "rm": "examples/training_scripts/train_rm.py",
     "dpo": "examples/training_scripts/train_dpo.py",

@@ -84,6 +84,7 @@ SAME = {
     "tokenizer_name_or_path": "tokenizer_dir tokenizer_path",
     "train_file": "dataset",
     "train_on_prompt": "disable_loss_mask",
+    "embedding_learning_rate": "embedding_lr",
     "eval_steps": "eval_interval",
     "val_size": "eval_ratio",
     "validation_file": "eval_dataset",
@@ -91,6 +92,13 @@ SAME = {
 # Likewise, of one command: the flag that only it has, and what it means by a name.
 SAME_OF = {
     "algo": {"beta": "kl_coef"},  # grpo, where TRL's beta weighs the KL in the loss
+    "critic_lr": {},  # ppo, whose --lam is another
+    "lam": {"beta": "lam", "pref_beta": "lam"},  # orpo, where they weigh the odds-ratio loss
+    "documents": {  # pretrain: Hugging Face's run_clm, MedicalGPT's stage 1
+        "block_size": "max_length",
+        "train_file_dir": "dataset",
+        "validation_file_dir": "eval_dataset",
+    },
 }
 
 
@@ -225,7 +233,10 @@ DIFFERENT = {
     "ref_model": ("lora_config", "the reference is --pretrain"),
     "remove_unused_columns": ("dataset", "columns that are not read are left out by themselves"),
     "run_name": ("use_wandb", "set the environment variable WANDB_NAME"),
-    "stage": ("lora_config", "the command says it: coati sft, rm, dpo, kto, orpo, ppo or grpo"),
+    "stage": (
+        "lora_config",
+        "the command says it: coati pretrain, sft, rm, dpo, kto, orpo, ppo or grpo",
+    ),
     "tf32": (
         "mixed_precision",
         "it is a switch of PyTorch's: set the environment variable NVIDIA_TF32_OVERRIDE=1",

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
+from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
+from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
@@ -22,10 +24,11 @@ def sft_parser() -> Parser:
         "turns of conversations.",
     )
     add_model_flags(parser)
-    add_data_flags(parser)
+    add_data_flags(parser, learn=True)
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)
+    add_embedding_lr_flag(parser)
     add_epoch_flags(parser)
     add_lora_flags(parser)
     add_output_flags(parser)
@@ -58,14 +61,7 @@ def add_model_flags(parser: Parser) -> None:
         help="model to start from: Hugging Face directory or hub name (required)",
     )
     add_text(group, "--tokenizer_dir", help="tokenizer directory or hub name; default: --pretrain")
-    group.add_argument(
-        "--add_tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="tokens to add to the tokenizer, as '<think>' '</think>'; their rows of embedding and "
-        "head start as the mean of the others, and with LoRA both are trained whole",
-    )
+    add_tokens_flag(group)
     add_text(
         group,
         "--checkpoint_path",
@@ -96,12 +92,23 @@ def add_model_flags(parser: Parser) -> None:
         "--use_flash_attn",
         help="flash-attn where it is installed, PyTorch's fused attention elsewhere",
     )
-    add_switch(
-        group, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
+    add_trust_flag(group)
+
+
+def add_tokens_flag(parser: Parser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--add_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens to add to the tokenizer, as '<think>' '</think>', or .txt files of them, one "
+        "a line; their rows of embedding and head start as the mean of the others, and with LoRA "
+        "both are trained whole",
     )
 
 
-def add_data_flags(parser: Parser) -> None:
+def add_data_flags(parser: Parser, learn: bool = False) -> argparse._ArgumentGroup:
+    """``learn``: whether it can be chosen which turns are."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -129,6 +136,8 @@ def add_data_flags(parser: Parser) -> None:
     )
     add_eval_ratio_flag(group, "--dataset", "--eval_dataset")
     add_template_flag(group)
+    if learn:
+        add_learn_flag(group)
     add_count(
         group,
         "--max_length",
@@ -144,6 +153,7 @@ def add_data_flags(parser: Parser) -> None:
         "--disable_loss_mask",
         help="train on every token, not only on the assistant's turns",
     )
+    return group
 
 
 def add_template_flag(group: argparse._ArgumentGroup) -> None:
@@ -155,6 +165,7 @@ def add_template_flag(group: argparse._ArgumentGroup) -> None:
         "and for the final model; default: the one the data was prepared with, else the "
         "tokenizer's own",
     )
+    add_row_flags(group)
 
 
 def add_packing_flag(parser: Parser) -> None:
@@ -277,6 +288,17 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
         exclusive=True,
         most=1,
         help="--lr_scheduler wsd: share of all steps over which the rate decays, at the end",
+    )
+
+
+def add_embedding_lr_flag(parser: Parser) -> None:
+    add_number(
+        parser.add_argument_group("embeddings"),
+        "--embedding_lr",
+        unit="RATE",
+        exclusive=True,
+        help="peak learning rate of embedding and head, which continued pre-training may want "
+        "lower than --lr (a fifth), new tokens higher; default: --lr",
     )
 
 

@@ -52,12 +52,35 @@ def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
             "--dataset is missing: prepared arrow directories (coati prepare) or a raw json file"
         )
     check_paths(args)
+    args.add_tokens = tokens_of(args.add_tokens)
     check_mixture(args, args.dataset)
     check_lora(args)
     check_pointless(args)
     check_launch(args)
     options = requested_options(args, rows_per_sample=rows_per_sample)
     check_parallel(args.plugin, options, processes_of(args))
+
+
+def tokens_of(words: Sequence[str]) -> list[str]:
+    """The tokens of ``--add_tokens``, those of its .txt files in place of these."""
+    found: list[str] = []
+    for word in words:
+        if not word.endswith(".txt"):
+            found.append(word)
+            continue
+        try:
+            lines = Path(word).read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise ValueError(
+                f"--add_tokens {word}: {error.strerror}; expected a file of tokens, one a line"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--add_tokens {word}: not UTF-8 text (byte {error.start})") from error
+        tokens = [line for line in lines if line.strip()]
+        if not tokens:
+            raise ValueError(f"--add_tokens {word}: holds no token; expected one a line")
+        found += tokens
+    return found
 
 
 def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_dataset")) -> None:

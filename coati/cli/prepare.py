@@ -1,16 +1,24 @@
 """The flags of ``coati prepare``."""
 
-from argparse import Namespace
+from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 
-from coati.cli.checks import named_template
+from coati.cli.arguments import add_tokens_flag
+from coati.cli.checks import named_template, tokens_of
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PrepareSettings
+from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
+from coati.dataset.chat.row_options import LEARNED_TURNS
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import FORMATS, FORMATS_OF
-from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO, DEFAULT_OVERLAP_WORDS, TEMPLATE_MODES
+from coati.dataset.rows.row_errors import (
+    DEFAULT_BAD_RATIO,
+    DEFAULT_OVERLAP_WORDS,
+    DOCUMENTS,
+    TEMPLATE_MODES,
+)
 
 # The flags that are attributes of coati.dataset.clean.cleaning.Cleaning.
 CLEANING_FLAGS = (
@@ -49,6 +57,7 @@ def prepare_parser() -> Parser:
         choices=FORMATS,
         help="row format of all inputs; default: recognized row by row from the keys",
     )
+    add_documents_flag(parser)
     add_text(
         parser, "--split", unit="NAME", help="split of a dataset that has several; default: train"
     )
@@ -58,11 +67,21 @@ def prepare_parser() -> Parser:
         help="directory or hub name of the tokenizer (required)",
     )
     add_switch(parser, "--trust_remote_code", help="run Python files that come with the tokenizer")
+    add_tokens_flag(parser)
     _add_template_flags(parser)
     _add_output_flags(parser)
     _add_evaluation_flags(parser)
     _add_cleaning_flags(parser)
     return parser
+
+
+def add_documents_flag(parser: Parser | _ArgumentGroup) -> None:
+    parser.add_argument(
+        "--documents",
+        choices=DOCUMENTS,
+        help="what of a .txt file is a document of --type text: all of it, each paragraph (blank "
+        "lines between them), or each line; default: file",
+    )
 
 
 def _add_template_flags(parser: Parser) -> None:
@@ -80,6 +99,8 @@ def _add_template_flags(parser: Parser) -> None:
         default=TEMPLATE_MODES[0],
         help="for a template that rewrites earlier assistant turns: one row per turn, or an error",
     )
+    add_row_flags(parser)
+    add_learn_flag(parser)
     add_switch(
         parser,
         "--check_template",
@@ -108,7 +129,8 @@ def _add_output_flags(parser: Parser) -> None:
         "--max_len",
         default=4096,
         least=2,
-        help="maximum tokens per row; longer conversations are cut after a complete round",
+        help="maximum tokens per row; longer conversations are cut after a complete round, longer "
+        "documents (--type text) become several rows",
     )
     add_count(
         parser,
@@ -233,6 +255,10 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
     if args.tokenizer_dir is None:
         parser.error("--tokenizer_dir is required: directory or hub name of the model's tokenizer")
     _check_template_name(parser, args)
+    try:
+        args.add_tokens = tokens_of(args.add_tokens)
+    except ValueError as error:
+        parser.error(str(error))
     if args.check_template:
         return filled(PrepareSettings, vars(args))
     if args.type is None:
@@ -245,11 +271,17 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
             f"--format {args.format} is for --type {types}; --type {args.type} reads "
             f"{', '.join(FORMATS_OF[args.type])}"
         )
+    if args.learn != LEARNED_TURNS[0] and args.type != "sft":
+        parser.error(
+            f"--learn {args.learn} is for --type sft; of --type {args.type} the last response is "
+            "learned"
+        )
     if args.num_samples_per_datafile == 0:
         parser.error(
             "--num_samples_per_datafile 0 selects no rows; give a positive number, or -1 for all "
             "rows"
         )
+    _check_type(parser, args)
     _check_together(parser, args)
     return filled(PrepareSettings, vars(args), length_given="max_length" in args._written)
 
@@ -259,6 +291,21 @@ def _check_template_name(parser: Parser, args: Namespace) -> None:
         named_template(args.conversation_template_config, may_be_new=True)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _check_type(parser: Parser, args: Namespace) -> None:
+    """Refuse what rows of ``--type`` have no use for."""
+    type = DATA_TYPES[args.type]
+    if args.documents and "document" not in type.reads:
+        parser.error(
+            f"--documents says what of a .txt file is a document; rows of --type {args.type} are "
+            "none"
+        )
+    if args.conversation_template_config and not type.templated:
+        parser.error(
+            f"--conversation_template_config does nothing with --type {args.type}, whose rows are "
+            "written without a template"
+        )
 
 
 def _check_together(parser: Parser, args: Namespace) -> None:

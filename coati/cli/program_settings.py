@@ -1,5 +1,6 @@
 """What the parsers of the programs beside training return: their flags, checked and typed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -90,6 +91,10 @@ class PrepareSettings:
     trust_remote_code: bool
     conversation_template_config: str | None
     template_mode: str
+    template_args: str | None
+    thoughts: str
+    empty_thoughts: str
+    learn: str
     check_template: bool
     data_cache_dir: str
     data_jsonl_output_dir: str
@@ -111,6 +116,8 @@ class PrepareSettings:
     min_answer_chars: int
     max_answer_chars: int | None
     drop_trivial_answers: bool
+    documents: str | None = None
+    add_tokens: Sequence[str] = ()
     length_given: bool = True
 
 

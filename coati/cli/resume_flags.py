@@ -14,7 +14,7 @@ FREE = "does not change the run's numbers"
 CLASSES: dict[str, tuple[str, ...]] = {
     APPLIED: (
         # optimizer and schedule
-        *("lr", "critic_lr", "head_lr", "weight_decay", "adam_beta2", "grad_clip"),
+        *("lr", "critic_lr", "head_lr", "embedding_lr", "weight_decay", "adam_beta2", "grad_clip"),
         *("lr_scheduler", "lr_min_ratio", "decay_ratio", "warmup_steps"),
         # length and batches
         *("max_epochs", "max_steps", "num_episodes", "batch_size", "accumulation_steps"),
@@ -45,7 +45,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("pretrain", "tokenizer_dir", "dataset", "prompt_dataset", "ptx_dataset"),
         *("dataset_weights", "max_samples", "max_length", "packing", "eval_ratio", "seed"),
         *("conversation_template_config", "critic_pretrain", "critic_checkpoint_path"),
-        "add_tokens",
+        *("template_args", "thoughts", "empty_thoughts", "learn", "add_tokens", "documents"),
         *("lora_rank", "lora_alpha", "lora_train_bias", "lora_config", "lora_experts"),
         "shared_base",
     ),
@@ -68,17 +68,35 @@ FILES = (
 )
 # Rows are compared one by one, wherever they lie (recipes/resume.py); ptx rows by their files.
 ROWS = ("dataset", "prompt_dataset")
+# Learning rates of parameters in a group of their own.
+OWN_RATES = {"head_lr": "the head's", "embedding_lr": "the embeddings'"}
 # What checkpoints of releases without these flags were made with.
 UNSAID: dict[str, Any] = {
     "lr_scheduler": "cosine",
     "lr_min_ratio": 0.1,
     "decay_ratio": 0.2,
     "eval_ratio": None,
+    "embedding_lr": None,
+    "template_args": None,
+    "thoughts": "template",
+    "empty_thoughts": "mask",
+    "learn": "all_turns",
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }
-# Flags whose change makes the best model so far one of another measure.
-MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset")
+# Flags whose change makes the best model so far one of another measure: of all commands, and those
+# of the loss, where evaluations have one (with rollouts they have rewards).
+REWARDS = (
+    *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
+    *("reward_functions", "reward_weights"),
+)
+MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
+LOSS_MEASURE = (
+    *("center_coef", "loss_type", "loss_weights", "beta", "gamma", "lam", "label_smoothing"),
+    *("length_normalization", "sft_coef", "ld_alpha", "disable_reference_model"),
+    *("desirable_weight", "undesirable_weight", "auto_weight", "disable_loss_mask"),
+)
+SHOWN = 12  # values of a list, in messages
 ELSE = "or start anew from its weights: --checkpoint_weights_only with another --save_dir"
 
 
@@ -126,10 +144,10 @@ def refusal(change: Change) -> str | None:
     if CLASS_OF[flag] == SAME:
         return f"{change}: {SAME} as in the checkpoint; give what it was, {ELSE}"
     # What is trained would be another set of parameters.
-    if flag == "head_lr" and None in (change.before, change.now):
+    if flag in OWN_RATES and None in (change.before, change.now):
         return (
-            f"{change}: the head's own learning rate may change, not appear or go; give it as "
-            f"in the checkpoint, {ELSE}"
+            f"{change}: {OWN_RATES[flag]} own learning rate may change, not appear or go; give it "
+            f"as in the checkpoint, {ELSE}"
         )
     if flag == "center_coef" and 0 in (change.before, change.now):
         return (
@@ -145,7 +163,8 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return " ".join(map(_word, value)) or "none"
+        more = f" ... ({len(value)})" if len(value) > SHOWN else ""
+        return " ".join(map(_word, value[:SHOWN])) + more or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -8,8 +8,11 @@ from coati.dataset.types.kto_rows import Kto
 from coati.dataset.types.preference_rows import Preference
 from coati.dataset.types.prompt_rows import Prompt
 from coati.dataset.types.sft_rows import Sft
+from coati.dataset.types.text_rows import Text
 
-DATA_TYPES: dict[str, DataType] = {one.name: one for one in (Sft(), Preference(), Prompt(), Kto())}
+DATA_TYPES: dict[str, DataType] = {
+    one.name: one for one in (Sft(), Preference(), Prompt(), Kto(), Text())
+}
 # Every column that may hold token ids.
 TOKEN_COLUMNS = tuple(
     dict.fromkeys(chain.from_iterable(type.token_columns for type in DATA_TYPES.values()))

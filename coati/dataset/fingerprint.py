@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
+from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.clean.cleaning import Cleaning
 from coati.utils.transformers_compat import named_special_tokens
 
@@ -32,15 +33,17 @@ def describe(
         },
         "tokenizer": tokenizer_fingerprint(template.tokenizer),
         "template": template.to_config() | {"template_mode": template.template_mode},
-        **_row_options(template),
+        **row_options(template),
         **stamps(files),
     }
     return json.loads(json.dumps(found))  # as it will be read from disk again
 
 
-def _row_options(template: Conversation) -> dict[str, Any]:
+def row_options(template: Conversation | PlainText) -> dict[str, Any]:
     """What is learned of a row, where it is not the default; and what the default is where the
     template's text leaves a choice."""
+    if isinstance(template, PlainText):
+        return {}
     choices = {"empty_thoughts": template.options.empty_thoughts}
     return template.options.named() | (choices if template.abilities.empty else {})
 

@@ -8,6 +8,8 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+SHOWN = 12  # tokens, in messages
+
 
 def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[str, ...]:
     """Add ``texts`` as tokens that are part of the text (decoding keeps them, unlike control
@@ -18,8 +20,12 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[str, ...]:
     new = tuple(text for text in dict.fromkeys(texts) if text not in held)
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in new])
     if known := [text for text in texts if text in held]:
-        logger.info(f"--add_tokens: the tokenizer has {', '.join(known)} already")
+        logger.info(f"--add_tokens: the tokenizer has {_named(known)} already")
     return new
+
+
+def _named(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")
 
 
 def grow_embeddings(model: Any, tokenizer: Any, new: Sequence[str]) -> None:
@@ -48,7 +54,7 @@ def grow_embeddings(model: Any, tokenizer: Any, new: Sequence[str]) -> None:
         for tensor in _vocabulary_tensors(model):
             tensor[ids] = tensor[old].float().mean(0).to(tensor.dtype)
     logger.info(
-        f"added {len(new)} tokens ({', '.join(new)}; ids {min(ids)} to {max(ids)}); their rows "
+        f"added {len(new)} tokens ({_named(new)}; ids {min(ids)} to {max(ids)}); their rows "
         f"start as the mean of the others, and the embedding has {max(before, needed)} rows "
         f"({before} before)"
     )

@@ -25,9 +25,9 @@ ADAM_BETA1 = 0.9
 class OptimizerSettings:
     """AdamW (arXiv 1711.05101) and its schedule.
 
-    ``lr``: peak learning rate, ``head_lr`` that of a scalar head (None: ``lr``). ``warmup_steps``:
-    optimizer steps of linear warmup (None: 2.5% of all). The rest are fields of
-    :class:`~coati.parallel.lr_schedule.LRSchedule`.
+    ``lr``: peak learning rate, ``head_lr`` that of a scalar head, ``embedding_lr`` that of token
+    embedding and vocabulary head (None: ``lr``). ``warmup_steps``: optimizer steps of linear warmup
+    (None: 2.5% of all). The rest are fields of :class:`~coati.parallel.lr_schedule.LRSchedule`.
     """
 
     lr: float = 5e-6
@@ -35,6 +35,7 @@ class OptimizerSettings:
     adam_beta2: float = 0.95
     warmup_steps: int | None = None
     head_lr: float | None = None
+    embedding_lr: float | None = None
     lr_scheduler: str = DEFAULT
     lr_min_ratio: float = FLOOR
     decay_ratio: float = DECAY
@@ -49,10 +50,11 @@ def build_optimizer(
     model: "nn.Module", options: ParallelOptions, settings: OptimizerSettings
 ) -> "Optimizer":
     """AdamW over the trainable parameters of ``model``: ColossalAI's where the plugin needs it or
-    it can be compiled, else PyTorch's."""
+    it can be compiled, else PyTorch's. Raises ValueError for a rate of its own for what is not
+    trained."""
     import torch
 
-    parameters = _groups(model, settings.head_lr)
+    parameters = _groups(model, settings)
     keywords: dict[str, Any] = {
         "lr": settings.lr,
         "betas": (ADAM_BETA1, settings.adam_beta2),
@@ -74,14 +76,40 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, **keywords)
 
 
-def _groups(model: "nn.Module", head_lr: float | None) -> list[Any]:
-    """What is trained; with ``head_lr`` the scalar head in a group of its own."""
+def _groups(model: "nn.Module", settings: OptimizerSettings) -> list[Any]:
+    """What is trained: one group, and one more for each part with a learning rate of its own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if head_lr is None:
+    own: list[tuple[float, set[int]]] = []
+    if settings.head_lr is not None:
+        own.append((settings.head_lr, {id(p) for p in model.score.parameters()}))
+    if settings.embedding_lr is not None:
+        own.append((settings.embedding_lr, _vocabulary(model)))
+    if not own:
         return trained
-    head = {id(parameter) for parameter in model.score.parameters()}
-    mine = [parameter for parameter in trained if id(parameter) in head]
-    return [{"params": [p for p in trained if id(p) not in head]}, {"params": mine, "lr": head_lr}]
+    apart = set().union(*(ids for _, ids in own))
+    groups: list[Any] = [{"params": [p for p in trained if id(p) not in apart]}]
+    for rate, ids in own:
+        groups.append({"params": [p for p in trained if id(p) in ids], "lr": rate})
+    return groups
+
+
+def _vocabulary(model: "nn.Module") -> set[int]:
+    """The trained parameters of token embedding and vocabulary head, once where they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {
+        id(parameter)
+        for module in modules
+        if module is not None
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    if not found:
+        raise ValueError(
+            "--embedding_lr: embedding and head are not trained: LoRA adapts neither. Name them in "
+            "modules_to_save of --lora_config (embed_tokens and lm_head, as most models call "
+            "them), or train without LoRA"
+        )
+    return found
 
 
 def can_compile() -> bool:

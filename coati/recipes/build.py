@@ -37,6 +37,7 @@ from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.parallel.weights import ModelAssets
 from coati.recipes.resume import check_same_model
 from coati.recipes.run import Run
+from coati.recipes.run_dir import refuse_shorter
 from coati.trainer.global_batches import total_steps
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
@@ -248,6 +249,7 @@ def sl_engine(run: Run[SLSettings], model: Any, order: EpochOrder) -> Engine:
     state = run.resume.state or RunningState()
     max_steps = settings.schedule.max_steps
     total = total_steps(state, order.count, global_batch, batches.max_epochs, max_steps)
+    refuse_shorter(settings.output, total)
     return boosted(run, model, settings.optimizer, total)
 
 

@@ -3,6 +3,7 @@ prepared first."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from coati.cli.settings import DataSettings, OnlineSettings, SLSettings
+from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.data_types import DATA_TYPES, types_of
+from coati.dataset.fingerprint import row_options
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
 from coati.dataset.load.loader import (
     check_global_batch,
@@ -19,9 +22,11 @@ from coati.dataset.load.loader import (
     row_lengths,
 )
 from coati.dataset.prepare.preparation import prepare_dataset
+from coati.dataset.prepare.validation import documents_of
 from coati.dataset.rows.input_files import find_files
 from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
+from coati.recipes.mixed_rows import check_whole, joined, type_of_path
 from coati.recipes.prepared import held_out_split, is_raw, train_split
 from coati.recipes.run import PreparedRows, Run
 from coati.utils.distributed import all_gather_object, is_rank_0
@@ -30,6 +35,12 @@ from coati.utils.phases import phase
 from coati.utils.user_cache import cache_root, hold, trim
 
 logger = get_logger(__name__)
+
+# For rows of another type than the command trains on.
+TRAINED_BY = (
+    "each command reads its own type: sft: coati sft; preference: coati rm, dpo and orpo; "
+    "kto: coati kto; prompt: coati ppo and grpo"
+)
 
 
 def training_rows(run: Run, type: str, flag: str = "dataset") -> PreparedRows:
@@ -80,9 +91,12 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
     ``--dataset``; None where there are none."""
     data = run.settings.data
     if data.eval_dataset:
-        folders = [_prepared(run, path, type, None, "evaluation") for path in data.eval_dataset]
-        rows = load_tokenized_dataset(folders, "valid")
-        _check_rows(run, rows, data.eval_dataset[0], type, "eval_dataset")
+        types = [type_of_path(path, type) for path in data.eval_dataset]
+        folders = [
+            _prepared(run, path, of_path, None, "evaluation")
+            for path, of_path in zip(data.eval_dataset, types, strict=True)
+        ]
+        rows = _checked(run, data.eval_dataset, folders, types, "eval_dataset", "valid")
         return _fitting(PreparedRows(rows, folders, [len(rows)]), data, "eval_dataset", type)
     for path in filter(is_raw, data.dataset):
         if split := held_out_split(path):
@@ -94,19 +108,22 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
                 )
                 continue
             logger.info(f"{path}: its {split} split becomes the evaluation set")
-            folder = _prepared(run, path, type, split, "evaluation")
+            folder = _prepared(run, path, type_of_path(path, type, split), split, "evaluation")
             rows = load_tokenized_dataset([folder])
             return _fitting(PreparedRows(rows, [folder], [len(rows)]), data, "dataset", type)
     return None
 
 
 def _training_rows(run: Run, data: DataSettings, type: str, flag: str) -> PreparedRows:
-    folders = [
-        _prepared(run, path, type, train_split(path) if is_raw(path) else None)
-        for path in data.dataset
+    splits = [train_split(path) if is_raw(path) else None for path in data.dataset]
+    types = [
+        type_of_path(path, type, split) for path, split in zip(data.dataset, splits, strict=True)
     ]
-    rows = load_tokenized_dataset(folders)
-    _check_rows(run, rows, data.dataset[0], type, flag)
+    folders = [
+        _prepared(run, path, of_path, split)
+        for path, of_path, split in zip(data.dataset, types, splits, strict=True)
+    ]
+    rows = _checked(run, data.dataset, folders, types, flag)
     sizes = [len(rows)]
     if data.dataset_weights:
         sizes = [len(load_tokenized_dataset(folder)) for folder in folders]
@@ -114,6 +131,28 @@ def _training_rows(run: Run, data: DataSettings, type: str, flag: str) -> Prepar
         rows = rows.select(range(min(data.max_samples, len(rows))))
         sizes = [len(rows)]
     return _fitting(PreparedRows(rows, folders, sizes), data, flag, type)
+
+
+def _checked(
+    run: Run,
+    paths: Sequence[str],
+    folders: Sequence[str],
+    types: Sequence[str],
+    flag: str,
+    mode: str = "train",
+) -> Any:
+    """The rows of all ``folders``, each checked as rows of its type."""
+    rows = joined(folders, types, mode)
+    if len(set(types)) == 1:
+        _check_rows(run, rows, paths[0], types[0], flag)
+        check_whole(rows, paths[0], types[0], run.settings.data.max_length, flag)
+        return rows
+    for path, folder, of_path in zip(paths, folders, types, strict=True):
+        part = load_tokenized_dataset(folder, mode)
+        _check_rows(run, part, path, of_path, flag)
+        check_whole(part, path, of_path, run.settings.data.max_length, flag)
+        logger.info(f"--{flag} {path}: {len(part)} rows of type {of_path}")
+    return rows
 
 
 def _check_rows(run: Run, rows: Any, path: str, type: str, flag: str) -> None:
@@ -203,27 +242,57 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
 
 
 def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folder: Path) -> None:
+    data_type = DATA_TYPES[type]
+    if data_type.templated and run.template is None:
+        raise ValueError(
+            f"--dataset {path} holds conversations, and the tokenizer has no chat template to "
+            "write them with: give one by --conversation_template_config"
+        )
+    what = "conversations" if data_type.templated else "texts"
     logger.info(
-        f"{path} holds raw conversations: preparing them into {folder} (coati prepare does this "
+        f"{path} holds raw {what}: preparing them into {folder} (coati prepare does this "
         "once for all)"
     )
-    with phase(f"preparing {path}"):
-        prepare_dataset(
-            inputs=[path],
-            tokenizer=run.tokenizer,
-            template=run.template,
-            arrow_dir=folder,
-            type=type,
-            split=split,
-            max_length=_longest(run.settings.data, type),
-            num_bins=1,
-            tokenizer_name=run.settings.model.tokenizer,
-            seed=run.settings.seed,
-            show=print if is_rank_0() else None,
-            part=part,
-            verifiable=False,
+    data = run.settings.data
+    longest = _longest(data, type)
+    if longest != data.max_length:
+        logger.info(
+            f"prompts may have {longest} tokens: --max_length {data.max_length} less --max_seq_len "
+            f"{data.max_seq_len} of the response"
         )
+    try:
+        with phase(f"preparing {path}"):
+            prepare_dataset(
+                inputs=[path],
+                tokenizer=run.tokenizer,
+                template=_template(run, type),
+                arrow_dir=folder,
+                type=type,
+                split=split,
+                max_length=longest,
+                num_bins=1,
+                tokenizer_name=run.settings.model.tokenizer,
+                seed=run.settings.seed,
+                show=print if is_rank_0() else None,
+                part=part,
+                verifiable=False,
+                documents=_documents(run, type),
+            )
+    except ValueError as error:
+        if "wrong_type" not in str(error):
+            raise
+        raise ValueError(f"{error}\n{TRAINED_BY}") from error
     trim()
+
+
+def _template(run: Run, type: str) -> Any:
+    """What writes rows of ``type``: the run's template, or none where they need none."""
+    return run.template if DATA_TYPES[type].templated else PlainText(run.tokenizer)
+
+
+def _documents(run: Run, type: str) -> str | None:
+    """What of a .txt file is a row of ``type``; only texts take ``--documents``."""
+    return documents_of(type, None if DATA_TYPES[type].templated else run.settings.data.documents)
 
 
 def _repeat_report(path: str, folder: Path) -> None:
@@ -245,15 +314,21 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
     vocabulary = hashlib.sha256(
         json.dumps(sorted(run.tokenizer.get_vocab().items())).encode()
     ).hexdigest()
-    template = run.template.to_config()
-    key: list[Any] = [stamps, vocabulary, template, _longest(run.settings.data, type), type]
+    template = _template(run, type)
+    config = None if template is None else template.to_config()
+    key: list[Any] = [stamps, vocabulary, config, _longest(run.settings.data, type), type]
+    if options := row_options(template):
+        key.append(options)
+    if documents := _documents(run, type):
+        key.append(documents)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)
     return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 
-def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:
-    """The order of the training rows: mixed by ``--dataset_weights``, packed by ``--packing``."""
+def epoch_order(run: Run, train: PreparedRows, fill: int = 1) -> EpochOrder:
+    """The order of the training rows: mixed by ``--dataset_weights``, packed by ``--packing``,
+    filled up to a multiple of ``fill``."""
     data = run.settings.data
     mixture = None
     if data.dataset_weights:
@@ -263,7 +338,14 @@ def epoch_order(run: Run, train: PreparedRows) -> EpochOrder:
         seed=run.settings.seed,
         mixture=mixture,
         pack_length=data.pack_length,
+        fill=fill,
     )
+
+
+def rows_of_a_step(run: Run[SLSettings]) -> int:
+    """Rows, or packs, of a global batch."""
+    batches = run.settings.batches
+    return batches.batch_size * batches.accumulation_steps * run.data_parallel_size
 
 
 def check_order(run: Run[SLSettings], order: EpochOrder) -> None:
@@ -273,9 +355,10 @@ def check_order(run: Run[SLSettings], order: EpochOrder) -> None:
         order, batches.batch_size, batches.accumulation_steps, run.data_parallel_size
     )
     entries = "rows" if order.pack_length is None else "packs"
-    size = batches.batch_size * batches.accumulation_steps * run.data_parallel_size
+    size = rows_of_a_step(run)
     most = run.settings.schedule.max_steps
-    if most is None or most * size > order.count(0) - size:  # an epoch's end is reached
+    reaches_the_end = most is None or most * size > order.count(0) - size
+    if order.fill == 1 and reaches_the_end:
         say_left_out(order.count(0), size, entries, "--batch_size x --accumulation_steps")
     if order.mixture is not None:
         logger.info(order.mixture.describe())

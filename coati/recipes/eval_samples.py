@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 ROWS = 3
 NEW_TOKENS = 40
 PROMPT_TOKENS = 96
+BEGINNING = 24  # tokens of a plain text, which is no answer to anything, that are continued
 
 
 def sampler_of(
@@ -28,20 +29,39 @@ def sampler_of(
 ) -> Callable[[Engine], list[tuple[str, str]]] | None:
     """A function that samples ``(prompt, response)``, or None where there is nothing to ask or the
     plugin cannot sample."""
-    if evaluation is None or run.template is None:
+    if evaluation is None or not len(evaluation):
+        return None
+    stop_ids = _stop_ids(run, evaluation.rows[0])
+    if stop_ids is None:
         return None
     if reason := cannot_generate(resolve_options(run.options)[0]):
         logger.warning_once(f"no sample responses at evaluations. {reason}.")
         return None
     rows = evaluation.rows
-    stop_ids = run.template.stop_ids
     prompts = [_prompt(rows[index]) for index in range(min(ROWS, len(rows)))]
     return lambda engine: _samples(engine, prompts, run.tokenizer, stop_ids)
 
 
-def _prompt(row: dict[str, Any]) -> list[int]:
-    """The tokens before the first supervised one, at most the last ``PROMPT_TOKENS``."""
+def _stop_ids(run: Run, row: dict[str, Any]) -> list[list[int]] | None:
+    """What ends a sample response: what the template says, of plain texts eos; None: unknown."""
+    if run.template is not None:
+        return run.template.stop_ids
+    eos = run.tokenizer.eos_token_id
+    return [[eos]] if eos is not None and _is_text(row) else None
+
+
+def _is_text(row: dict[str, Any]) -> bool:
+    """Whether all but the first token is learned."""
     side = type_of_row(row).sides(row)[0]
+    return type_of_row(row).supervised and len(side.prompt()) < 2 < len(side.ids)
+
+
+def _prompt(row: dict[str, Any]) -> list[int]:
+    """The tokens before the first supervised one, at most the last ``PROMPT_TOKENS``; of a plain
+    text its beginning."""
+    side = type_of_row(row).sides(row)[0]
+    if _is_text(row):
+        return side.ids[: min(BEGINNING, len(side.ids) - 1)]
     return side.prompt()[-PROMPT_TOKENS:] or side.ids[:1]
 
 

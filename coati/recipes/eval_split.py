@@ -11,6 +11,7 @@ from coati.utils.constants import IGNORE_INDEX
 # type -> the column whose beginning is the prompt, and the one that marks where responses begin
 PROMPTS: dict[str, tuple[str, str | None]] = {
     "sft": ("input_ids", "labels"),
+    "text": ("input_ids", "labels"),
     "preference": ("chosen_input_ids", "chosen_loss_mask"),
     "kto": ("prompt", None),
     "prompt": ("input_ids", None),
@@ -53,17 +54,17 @@ def _keys(rows: Any, type: str, seed: int) -> Iterator[str]:
     for first in range(0, len(rows), CHUNK):
         table = tables[first : first + CHUNK]
         ids = list(_lists(table[column]))
-        ends = [len(row) for row in ids] if marks is None else _ends(table[marks], type)
+        ends = [len(row) for row in ids] if marks is None else _ends(table[marks], marks)
         for row, end in zip(ids, ends, strict=True):
             # Plain text has no prompt.
             prompt = row[:end] if end > 1 else row
             yield hashlib.sha256(start + prompt.astype(np.int32).tobytes()).hexdigest()
 
 
-def _ends(marks: Any, type: str) -> list[int]:
-    """Where the first response of each row begins."""
+def _ends(marks: Any, name: str) -> list[int]:
+    """Where the first response of each row begins. ``name``: of the column ``marks``."""
     responses = [
-        (row != IGNORE_INDEX) if type == "sft" else row.astype(bool) for row in _lists(marks)
+        (row != IGNORE_INDEX) if name == "labels" else row.astype(bool) for row in _lists(marks)
     ]
     return [int(row.argmax()) if row.any() else len(row) for row in responses]
 

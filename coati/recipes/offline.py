@@ -49,7 +49,8 @@ def _load_data(run: Run[SLSettings], type: str) -> TrainingData:
     check_positions(run, train, kl_rows=type == "kto")
     check_positions(run, evaluation, "eval_dataset", kl_rows=type == "kto")
     state = running_state(run.resume, run.settings, train.rows)
-    order = data.epoch_order(run, train)
+    # Documents are often read once: what does not fill the last step is not left out of them.
+    order = data.epoch_order(run, train, data.rows_of_a_step(run) if type == "text" else 1)
     data.check_order(run, order)
     return TrainingData(train, evaluation, order, state)
 

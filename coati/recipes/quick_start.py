@@ -5,6 +5,7 @@ Importing this module loads nothing heavy.
 """
 
 import atexit
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from coati.cli.arguments import sft_parser
 from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
+from coati.cli.pretraining import pretrain_parser
 from coati.cli.rollouts import grpo_parser, ppo_parser
 from coati.recipes.command import load
 from coati.recipes.extras import Extras
@@ -71,6 +73,22 @@ def sft(
         ValueError: for what the command would refuse.
     """
     return _train("sft", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
+
+
+@takes_flags_of(pretrain_parser)
+def pretrain(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    loss: "Callable[[Tensor, dict[str, Tensor]], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Continued pre-training on every token of plain texts: rows of ``text``, or paths of .txt and
+    other files; conversations may be mixed in (``dataset_weights``). Arguments and errors as of
+    :func:`coati.sft`."""
+    return _train("pretrain", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
 
 
 @takes_flags_of(rm_parser)
@@ -314,6 +332,8 @@ def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:
             flags[name] = paths_of(value, name)
         elif name in JSON_FLAGS and isinstance(value, Mapping):
             flags[name] = json_file(dict(value))
+        elif name == "template_args" and isinstance(value, Mapping):
+            flags[name] = json.dumps(dict(value))
         elif isinstance(value, TrainedModel):
             flags[name] = _place_of(value)
     template = _template_of(given["pretrain"])

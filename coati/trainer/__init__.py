@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "SFTTrainer": "sft",
+        "PretrainTrainer": "pretrain",
         "RewardModelTrainer": "rm",
         "DPOTrainer": "dpo",
         "ORPOTrainer": "orpo",

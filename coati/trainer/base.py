@@ -216,7 +216,7 @@ class SLTrainer:
     def _log(self, lr: float, step: Step) -> None:
         sums = self._interval
         metrics = {
-            "train/loss": sums["loss"] / max(sums["units"], 1),
+            "train/loss": sums["loss"] / (sums["units"] or 1),
             "train/lr": lr,
             f"train/{self.unit_name.replace(' ', '_')}": sums["units"],
             "train/tokens_per_second": sums["tokens"] / max(sums["seconds"], 1e-9),
@@ -254,9 +254,11 @@ class SLTrainer:
         }
         metrics = self.evaluation_metrics(step) | self.derive_metrics(means)
         self.log.evaluated(metrics, self.state.step)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        # The count is said at the end of the line.
+        said = [(name, value) for name, value in metrics.items() if name != "count"]
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in said)
         prefix = f"step {self.state.step}: "
-        bar.write(f"{prefix}evaluation {shown} ({step.num_terms} {self.unit_name})")
+        bar.write(f"{prefix}evaluation {shown} ({_count(step.num_terms)} {self.unit_name})")
         if best := self.log.keep_best(self.engine, self.assets, self.state.step):
             bar.write(prefix + best)
         if self.samples is not None and (samples := self.samples(self.engine)):
@@ -292,6 +294,11 @@ class SLTrainer:
             f"--dataset); {self.log.what_is_kept()}. Look at these rows; lower --lr or "
             "--grad_clip, or use --mixed_precision bf16 or fp32 instead of fp16"
         )
+
+
+def _count(terms: float) -> str:
+    """Terms, or the sum of their weights, for people to read."""
+    return str(terms) if isinstance(terms, int) else f"{terms:.1f}"
 
 
 def _of_step(step: Step, lr: float) -> dict[str, float]:

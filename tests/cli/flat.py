@@ -5,7 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from coati.cli import arguments, preferences, rollouts
+from coati.cli import arguments, preferences, pretraining, rollouts
 from coati.legacy.flags import SHARED
 from coati.legacy.flags_preferences import PREFERENCES
 from coati.legacy.flags_rl import PROMPTS, ROLLOUTS
@@ -20,6 +20,7 @@ def flat(parse: Callable[..., Any], argv: list[str] | None = None) -> SimpleName
 parse_sft = partial(flat, partial(arguments.parse_sft, older=SHARED))
 parse_rm = partial(flat, partial(preferences.parse_rm, older=PREFERENCES))
 parse_dpo = partial(flat, partial(preferences.parse_dpo, older=PREFERENCES))
+parse_pretrain = partial(flat, partial(pretraining.parse_pretrain, older=SHARED))
 parse_orpo = partial(flat, partial(preferences.parse_orpo, older=PREFERENCES))
 parse_kto = partial(flat, partial(preferences.parse_kto, older=PREFERENCES))
 parse_ppo = partial(flat, partial(rollouts.parse_ppo, older=ROLLOUTS))

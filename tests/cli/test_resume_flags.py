@@ -5,12 +5,14 @@ import pytest
 from coati.cli import resume_flags
 from coati.cli.arguments import sft_parser
 from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
+from coati.cli.pretraining import pretrain_parser
 from coati.cli.resume_flags import APPLIED, CLASS_OF, CLASSES, FREE, SAME, changes, refusal
 from coati.cli.rollouts import grpo_parser, ppo_parser
 from tests.laws import ROOT
 
 PARSERS = {
     "sft": sft_parser,
+    "pretrain": pretrain_parser,
     "rm": rm_parser,
     "dpo": dpo_parser,
     "orpo": orpo_parser,
@@ -88,6 +90,10 @@ def test_checkpoints_of_earlier_releases_say_nothing_of_later_flags():
         ("head_lr", None, 1e-3, True),
         ("head_lr", 1e-3, None, True),
         ("head_lr", 1e-3, 1e-4, False),
+        ("embedding_lr", None, 1e-3, True),
+        ("embedding_lr", 1e-3, None, True),
+        ("embedding_lr", 1e-3, 1e-4, False),
+        ("documents", "file", "line", True),
         ("center_coef", 0.0, 0.1, True),
         ("center_coef", 0.2, 0.1, False),
         ("ptx_dataset", [], ["rows"], False),

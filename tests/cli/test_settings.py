@@ -1,10 +1,12 @@
 """Settings from flags: groups are filled by the names of their fields."""
 
+import re
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 
 from coati.cli.arguments import parse_sft
+from coati.cli.checks import tokens_of
 from coati.cli.preferences import parse_dpo
 from coati.cli.rollouts import parse_grpo, parse_ppo
 from coati.cli.settings import filled
@@ -78,3 +80,22 @@ def test_the_trainers_with_rollouts_share_their_groups(data):
     assert (ppo.advantage.algo, grpo.advantage.algo) == (None, "grpo")
     assert (ppo.rollout.num_generations, grpo.rollout.num_generations) == (1, 8)
     assert ppo.critic.critic_lr == 9e-6 and not hasattr(grpo, "critic")
+
+
+def test_tokens_may_stand_in_a_file(tmp_path):
+    """In the flags, and so in arguments.json and on resume, are the tokens themselves."""
+    (tmp_path / "new.txt").write_text("\ufeff<one>\n\n two words\n<three>\n", encoding="utf-8")
+    words = ["--pretrain", "m", "--dataset", str(tmp_path), "--add_tokens"]
+    found = parse_sft([*words, "<zero>", str(tmp_path / "new.txt")])
+    assert list(found.model.add_tokens) == ["<zero>", "<one>", " two words", "<three>"]
+    assert found.flags["add_tokens"] == found.model.add_tokens
+    assert parse_sft([*words, *found.model.add_tokens]).model == found.model
+    (tmp_path / "none.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name, said in {
+        "absent.txt": "No such file or directory; expected a file of tokens, one a line",
+        "none.txt": "holds no token",
+        "latin.txt": "not UTF-8 text (byte 0)",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(said)):
+            tokens_of([str(tmp_path / name)])

@@ -39,6 +39,13 @@ FILES = {
         "completion_decode": "string",
         **COMMON,
     },
+    "text": {
+        "input_ids": IDS,
+        "labels": IDS,
+        "document": "bool",
+        "inputs_decode": "string",
+        **COMMON,
+    },
 }
 
 
@@ -55,6 +62,7 @@ def test_token_columns():
         "prompt": ("input_ids",),
         "preference": ("chosen_input_ids", "rejected_input_ids"),
         "kto": ("prompt", "completion"),
+        "text": ("input_ids",),
     }
     # The order in which checkpoints of earlier releases hashed them.
     wanted = ("input_ids", "chosen_input_ids", "rejected_input_ids", "prompt", "completion")
@@ -84,7 +92,8 @@ def test_every_type_reads_known_contents_and_has_a_format():
         "judged": ("kto", "prompt"),
         "conversation": ("sft", "prompt"),
         "prompt": ("prompt",),
-        "text": ("sft",),
+        "text": ("sft", "text"),
+        "document": ("text",),
     }
 
 

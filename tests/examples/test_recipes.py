@@ -6,11 +6,12 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 
-from coati.cli.config_file import SCHEMAS
+from coati.cli.nearest import SCHEMAS
 from coati.cli.parser import FlagError, errors_raised
 from coati.parallel.footprint.fitting import RESERVED
 from coati.parallel.plugin_checks import check_options
@@ -51,6 +52,7 @@ SAMPLES = {
     "ppo": PROMPTS,
     "grpo": EXAMPLES / "sums.jsonl",
 }
+SCRIPTS = {"pretrain": "pt"}  # train_pt.py
 TINY = {
     "offline": {"max_length": 512, "batch_size": 2, "accumulation_steps": 2, "max_steps": 1},
     "online": {
@@ -150,8 +152,9 @@ def test_a_recipe_fits_its_hardware(name):
 def test_what_it_names_is_there(name):
     flags = ALL[name].flags
     for key in DATA:
-        if key in flags:
-            assert (ROOT / flags[key]).is_file(), flags[key]
+        paths = flags.get(key, [])
+        for path in paths if isinstance(paths, list) else [paths]:
+            assert (ROOT / path).is_file(), path
     table = (ROOT / "docs" / "models.md").read_text()
     assert f"| `{family(flags['pretrain'])}` |" in table
     assert flags["conversation_template_config"] in templates()
@@ -223,7 +226,7 @@ def test_only_what_is_newer_than_the_pinned_set_is_not_run():
 
 
 def stand_in(
-    recipe, model: str, data: dict[str, dict[str, str]], folder: Path
+    recipe, model: str, data: dict[str, dict[str, Any]], folder: Path
 ) -> dict[str, object]:
     """The flags that differ between a recipe and its run here."""
     flags = recipe.flags
@@ -275,7 +278,11 @@ def runs(tmp_path_factory):
     recipes = {name: ALL[name] for name in RUNNABLE}
     types = {family(recipe.flags["pretrain"]) for recipe in recipes.values()}
     models = {type: write_tiny(folder / type, type) for type in types}
-    data = {verb: write_rows(folder / verb, file) for verb, file in SAMPLES.items()}
+    data: dict[str, dict[str, Any]] = {
+        verb: write_rows(folder / verb, file) for verb, file in SAMPLES.items()
+    }
+    texts = {"eval_dataset": str(EXAMPLES / "text_eval.txt")}
+    data["pretrain"] = texts | {"dataset": [str(EXAMPLES / "text.txt"), data["sft"]["dataset"]]}
     changed = {}
     groups: dict[int, dict[str, Run]] = {}
     for name, recipe in sorted(recipes.items(), key=lambda item: item[1].verb in ONLINE):
@@ -283,7 +290,8 @@ def runs(tmp_path_factory):
         changed[name] = stand_in(recipe, model, data, folder)
         words = [str(recipe.path), *words_of(changed[name])]
         group = groups.setdefault(recipe.flags.get("tp", 1), {})
-        group[name] = Run(words, script=f"train_{recipe.verb}.py")
+        script = f"train_{SCRIPTS.get(recipe.verb, recipe.verb)}.py"
+        group[name] = Run(words, script=script)
     env = {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(folder / "cache")}
     ended = {}
     for processes, members in groups.items():

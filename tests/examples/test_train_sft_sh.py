@@ -13,6 +13,7 @@ from tests.cli.flat import (
     parse_kto,
     parse_orpo,
     parse_ppo,
+    parse_pretrain,
     parse_rm,
     parse_sft,
 )
@@ -88,6 +89,7 @@ def test_without_gpus_one_process_trains_with_flags_that_the_parser_accepts(mach
 
 # The published hyper-parameters of each stage.
 STAGES = {
+    "pt": (parse_pretrain, {"batch_size": 4, "accumulation_steps": 8, "lr": 3e-5, "packing": True}),
     "rm": (
         parse_rm,
         {"batch_size": 8, "lr": 5e-6, "max_epochs": 3, "weight_decay": 0.01, "warmup_steps": 40},

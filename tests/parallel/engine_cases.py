@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from coati.models.head_outputs import HeadRequest
 from coati.parallel.objective import Objective
+from coati.trainer.sft import SFTObjective
 from tests.tiny import tiny_llama
 
 STEPS, SAVED_AT, ROWS, LR, CLIP = 4, 2, 8, 5e-3, 0.5
@@ -20,7 +21,8 @@ LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not rememb
 class Case:
     """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
     adapters or not, of the experts as well or not; ``bonus``: the coefficient of an entropy
-    bonus."""
+    bonus; ``weighted``: tokens have weights; ``embedding_lr``: of embedding and head, if they have
+    their own."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +32,8 @@ class Case:
     experts: bool = False
     accumulation: int = 1
     bonus: float = 0.0
+    weighted: bool = False
+    embedding_lr: float | None = None
     vocab_size: int = 384
 
 
@@ -117,6 +121,13 @@ def window(step: int, vocab_size: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def weighted(batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+    """``batch`` with a weight for each token: 0 for some, and no row's mean is another one's."""
+    generator = torch.Generator().manual_seed(100 + step)
+    weights = torch.rand(batch["labels"].shape, generator=generator)
+    return batch | {"loss_weights": weights.masked_fill(weights < 0.2, 0.0)}
+
+
 def plain_run(case: Case) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of plain PyTorch: one process, fp32, whole windows, full logits."""
     model = build_model(case)
@@ -124,14 +135,27 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
         model = with_adapters(model, case.experts)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    own = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    own = own if case.embedding_lr else set()
+    rates = [LR, case.embedding_lr or LR]
+    groups = [[p for p in parameters if p not in own], [p for p in parameters if p in own]]
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
     losses, norms = [], []
     for step in range(STEPS):
         batch = window(step, case.vocab_size)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * rate(step)
+        for group, peak in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * rate(step)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        labels = batch["labels"][:, 1:].flatten()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
+        if case.weighted:
+            weights = weighted(batch, step)["loss_weights"][:, 1:].flatten()[labels != -100]
+            each = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
+            loss = (each[labels != -100] * weights).sum() / weights.sum()
         if case.bonus:
             rows = logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
             loss = loss + case.bonus * (rows.exp() * rows).sum(-1).mean()
@@ -172,7 +196,8 @@ def _engine(case: Case, model):
         "accumulation_steps": case.accumulation,
         "lora": case.lora,
     } | case.options
-    return boost(model, ParallelOptions(**values), lr=LR, total_steps=10, warmup_steps=0)
+    rates = {"lr": LR, "embedding_lr": case.embedding_lr}
+    return boost(model, ParallelOptions(**values), total_steps=10, warmup_steps=0, **rates)
 
 
 def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
@@ -191,11 +216,12 @@ def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
 
 def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float]]:
     results = []
+    objective = SFTObjective() if case.weighted else CrossEntropy(case.bonus)
     for index in range(first, last):
-        step = engine.train_step(
-            _mine(engine, window(index, case.vocab_size), case.accumulation),
-            CrossEntropy(case.bonus),
-        )
+        batch = window(index, case.vocab_size)
+        if case.weighted:
+            batch = weighted(batch, index)
+        step = engine.train_step(_mine(engine, batch, case.accumulation), objective)
         results.append((step.loss, step.grad_norm))
     return results
 

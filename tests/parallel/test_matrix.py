@@ -31,6 +31,7 @@ SHARDED = {
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     """``variants``: name -> fields of Case beside or inside ``options``."""
     fields = {"family", "tied", "lora", "experts", "accumulation", "vocab_size", "bonus"}
+    fields |= {"weighted", "embedding_lr"}
     return [
         Case(
             name,
@@ -49,7 +50,10 @@ BF16, FP16 = {"precision": "bf16"}, {"precision": "fp16"}
 CHECKPOINTING, TIED = {"checkpointing": {"grad_checkpoint": True}}, {"tied": {"tied": True}}
 ACCUMULATION = {"accumulation": {"accumulation": 4}}
 BONUS = {"entropy_bonus": {"bonus": 0.5}}
-PLAIN = {"plain": {}, **BONUS, **ACCUMULATION, **CHECKPOINTING, **TIED}
+WEIGHTED = {"weighted": {"weighted": True, "accumulation": 2}}
+RATE = {"embedding_lr": {"embedding_lr": 2e-2}}  # four times that of the rest
+TIED_RATE = {"embedding_lr_tied": {"embedding_lr": 1e-3, "tied": True}}  # a fifth
+PLAIN = {"plain": {}, **BONUS, **WEIGHTED, **ACCUMULATION, **CHECKPOINTING, **TIED, **RATE}
 LORA = {"lora": {"lora": True}, "lora_bf16": {"lora": True, **BF16}}
 HALF = {"bf16": BF16, "fp16": FP16, "bf16_accumulation": {**BF16, "accumulation": 2}}
 SEQUENCE = {"enable_sequence_parallelism": True}
@@ -59,7 +63,7 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
     "zero2": (2, cases("zero2", {}, PLAIN | HALF | LORA)),
     "zero2_cpu": (
         2,
-        cases("zero2_cpu", {}, {"plain": {}, "bf16": BF16, **TIED, "lora": {"lora": True}}),
+        cases("zero2_cpu", {}, {"plain": {}, "bf16": BF16, **TIED, "lora": {"lora": True}, **RATE}),
     ),
     "gemini": (
         2,
@@ -71,27 +75,46 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
             | {"sharded_accumulation": {"plugin_args": SHARDED, "accumulation": 2, "tied": True}},
         ),
     ),
-    "gemini_auto": (2, cases("gemini_auto", BF16, {"plain": {}, "fp16": FP16, **CHECKPOINTING})),
-    "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, {"plain": {}})),
+    "gemini_auto": (
+        2,
+        cases("gemini_auto", BF16, {"plain": {}, "fp16": FP16, **CHECKPOINTING, **RATE}),
+    ),
+    "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, {"plain": {}, **RATE})),
+    "alone": (
+        1,
+        [
+            *cases("ddp", {}, {"ddp": {}, "ddp_accumulation": {"accumulation": 4}}),
+            *cases("zero2", {}, {"zero2": {}, "zero2_bf16": BF16}),
+            *cases("zero2_cpu", {}, {"zero2_cpu": {}}),
+            *cases("gemini", BF16, {"gemini": {}}),
+            *cases("gemini_auto", BF16, {"gemini_auto": {}}),
+            *cases("3d", {}, {"3d": {}, "3d_bf16": BF16, "3d_accumulation": {"accumulation": 4}}),
+            *cases("3d", {"zero_stage": 1}, {"zero1": BF16, "zero1_fp16": FP16}),
+            *cases("3d", {"zero_stage": 1} | BF16, {"zero1_accumulation": {"accumulation": 4}}),
+            *cases("3d", {"zero_stage": 2}, {"stage2": BF16}),
+        ],
+    ),
     "3d_dp": (2, cases("3d", {}, PLAIN | HALF | LORA)),
     "3d_zero1": (
         2,
-        cases("3d", {"zero_stage": 1, **BF16}, {"plain": {}, "fp16": FP16, **ACCUMULATION}),
+        cases("3d", {"zero_stage": 1, **BF16}, {"plain": {}, "fp16": FP16, **ACCUMULATION, **RATE}),
     ),
-    "3d_zero2": (2, cases("3d", {"zero_stage": 2, **BF16}, {"plain": {}, **ACCUMULATION})),
+    "3d_zero2": (2, cases("3d", {"zero_stage": 2, **BF16}, {"plain": {}, **ACCUMULATION, **RATE})),
     "3d_tp": (2, cases("3d", {"tp": 2}, PLAIN | HALF | {"odd_vocabulary": {"vocab_size": 250}})),
-    "3d_pp": (2, cases("3d", {"pp": 2, "microbatch_size": 2}, PLAIN | HALF)),
-    "3d_split_gather": (2, cases("3d", {"tp": 2, **SEQUENCE}, {"plain": {}, "bf16": BF16})),
+    "3d_pp": (2, cases("3d", {"pp": 2, "microbatch_size": 2}, PLAIN | HALF | TIED_RATE)),
+    "3d_pp_zero1": (
+        2,
+        cases("3d", {"pp": 2, "microbatch_size": 2, "zero_stage": 1, **BF16}, RATE | TIED_RATE),
+    ),
+    "3d_split_gather": (2, cases("3d", {"tp": 2, **SEQUENCE}, {"plain": {}, "bf16": BF16, **RATE})),
     "3d_ring": (2, cases("3d", {"tp": 2, "sp_mode": "ring", **SEQUENCE}, {"plain": {}})),
     "3d_all_to_all": (
         2,
-        cases("3d", {"sp": 2, "sp_mode": "all_to_all", **SEQUENCE}, {"plain": {}, **TIED}),
+        cases("3d", {"sp": 2, "sp_mode": "all_to_all", **SEQUENCE}, {"plain": {}, **TIED, **RATE}),
     ),
     "3d_tp_pp": (
         4,
-        cases(
-            "3d", {"tp": 2, "pp": 2, "microbatch_size": 2}, {"plain": {}, "tied": {"tied": True}}
-        ),
+        cases("3d", {"tp": 2, "pp": 2, "microbatch_size": 2}, {"plain": {}, **TIED, **TIED_RATE}),
     ),
     "3d_tp_dp": (4, cases("3d", {"tp": 2}, {"plain": {}, "zero1": {"zero_stage": 1, **BF16}})),
     "3d_tp_families": (

@@ -173,7 +173,7 @@ def empty_place(tmp_path, monkeypatch):
     return tmp_path
 
 
-TRAINING = ("sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
+TRAINING = ("sft", "pretrain", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
 
 
 @pytest.mark.parametrize("verb", TRAINING)

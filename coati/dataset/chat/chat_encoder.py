@@ -58,9 +58,6 @@ class ChatEncoder:
     ) -> tuple[Messages, Tools | None, str | None]:
         """The messages and tools with each marker in their texts replaced by ``<key>index<key>``,
         and the key (None: no marker)."""
-        if tools is None and all(len(message) == 2 for message in messages):
-            if not any(self._pattern.search(message["content"]) for message in messages):
-                return messages, None, None
         texts = list(texts_of([[_without_role(message) for message in messages], tools]))
         if not any(map(self._pattern.search, texts)):
             return messages, tools, None
@@ -78,6 +75,14 @@ class ChatEncoder:
             with_texts(tools, hidden),
             key,
         )
+
+    def hide_contents(self, messages: Messages) -> tuple[Messages, str | None]:
+        """:meth:`hide` of messages that are but role and content."""
+        for message in messages:
+            if self._pattern.search(message["content"]):
+                messages, _, key = self.hide(messages)
+                return messages, key
+        return messages, None
 
     def hidden(self, text: str, key: str) -> str:
         """``text`` with each marker in it replaced."""
@@ -170,6 +175,22 @@ class ChatEncoder:
         backend = self._backend(as_text=False, at_start=False, inside=True)
         return backend.encode(text, add_special_tokens=False).ids
 
+    def encode_text(self, text: str, inside: bool = False) -> list[int]:
+        """The ids of a text of which all is ordinary, control markers too. ``inside``: it goes on
+        from another one, so that no word-start mark is put before it. Raises RowError."""
+        if inside and self.tokenizer.is_fast:
+            ids = self._backend(as_text=True, inside=True).encode(text, add_special_tokens=False)
+            return self._without_controls(ids.ids)
+        shown, key = self.hide([{"content": text}])
+        return self.encode(shown[0]["content"], [], key)[1]
+
+    def _without_controls(self, ids: list[int]) -> list[int]:
+        if not (self.controls.keys() - {self.tokenizer.unk_token_id}).isdisjoint(ids):
+            raise RowError(
+                "marker_in_text", "this tokenizer has no way to spell the marker as ordinary text"
+            )
+        return ids
+
     def _sure_of(self, text: str, ids: list[int]) -> bool:
         """Whether the word cache gave the tokenizer's own ids. Checked on the first texts; once it
         did not, only the tokenizer is used, which is logged."""
@@ -196,11 +217,9 @@ class ChatEncoder:
 
     def _borders(self, text: str, spans: Sequence[Span]) -> set[int]:
         """Of spans, and of the end markers in them."""
-        borders = set()
-        for start, end in spans:
-            borders |= {start, end}
-            if text.endswith(self.end_of_assistant, start, end):
-                borders.add(end - len(self.end_of_assistant))
+        marker = self.end_of_assistant
+        borders = {border for span in spans for border in span}
+        borders |= {end - len(marker) for s, end in spans if text.endswith(marker, s, end)}
         return borders
 
     @staticmethod
@@ -296,11 +315,7 @@ class ChatEncoder:
                 continue
             backend = self._backend(as_text=True, at_start=start == 0)
             encoded = backend.encode(self.revealed(text[start:end], key), add_special_tokens=False)
-            if not (self.controls.keys() - {self.tokenizer.unk_token_id}).isdisjoint(encoded.ids):
-                raise RowError(
-                    "marker_in_text",
-                    "this tokenizer has no way to spell the marker as ordinary text",
-                )
+            self._without_controls(encoded.ids)
             revealed += [
                 (i, (s + moved, e + moved))
                 for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)

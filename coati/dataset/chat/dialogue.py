@@ -45,16 +45,31 @@ class Dialogue:
         messages = template.with_system(messages)
         self.template = template
         self.notes: set[str] = set()
-        self.plain = not tools and all(len(message) == 2 for message in messages)
-        if not self.plain or any(message["role"] == "tool" for message in messages):
-            self.plain = False
-            _check_tools(template, messages, tools)
-            messages = self._with_wanted_thoughts(messages)
+        self.turns: list[int] = []
+        self.plain = not tools
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                self.turns.append(k)
+            if len(message) != 2 or message["role"] == "tool":
+                self.plain = False
+        self.tools: Tools | None = None
+        self._variables: dict[str, Any] | None = None
+        if self.plain:
+            self.messages, self.key = template.encoder.hide_contents(messages)
+            self.given = self.messages
+        else:
+            self._take(messages, tools)
+
+    def _take(self, messages: Messages, tools: Tools | None) -> None:
+        """Messages that are more than role and text."""
+        template = self.template
+        _check_tools(template, messages, tools)
+        messages = self._with_wanted_thoughts(messages)
         self.messages, self.tools, self.key = template.encoder.hide(messages, tools or None)
         forms = template.abilities.forms
-        self.given = self.messages if self.plain else forms.spelled(self.messages)
-        self._variables = {forms.tools_name: self.tools} if self.tools else None
-        self.turns = [k for k, one in enumerate(self.messages) if one["role"] == "assistant"]
+        self.given = forms.spelled(self.messages)
+        if self.tools:
+            self._variables = {forms.tools_name: self.tools}
 
     def _with_wanted_thoughts(self, messages: Messages) -> Messages:
         option = self.template.options.thoughts
@@ -84,8 +99,8 @@ class Dialogue:
         """The first ``end`` messages (None: all), the end marker of a last response included."""
         given = self.given[:end]
         text = self._finished(given)
-        last = self.messages[len(given) - 1] if given else None
-        if last is not None and last["role"] == "assistant":
+        if given and len(given) - 1 in self.turns:
+            last = self.messages[len(given) - 1]
             text += self.template.added_end(bool(last.get("tool_calls")))
         return text
 
@@ -103,8 +118,8 @@ class Dialogue:
                 raise
             text, span = self._composed(text, k)
         if self._lacks_thought(text, span, k) and self.template.options.keeps_thoughts:
-            text = self._with_thought(k)
-            span = self.span(text, k)
+            text, start = self._with_thought(k)
+            span = start, self._ended(text, start, k)
             self.notes.add(ADDED)
         return text, span
 
@@ -121,11 +136,17 @@ class Dialogue:
         start = self.prompt(k)
         calls = bool(self.messages[k].get("tool_calls"))
         text = start + whole[len(prompt) :] + self.template.added_end(calls)
-        end = self._marker(k)
-        place = text.find(end, len(start)) if not calls else text.rfind(end, len(start))
+        end = self._ended(text, len(start), k)
+        return text, (self._after_empty_thought(text, len(start), k), end)
+
+    def _ended(self, text: str, start: int, k: int) -> int:
+        """The end of turn ``k``, which begins at ``start`` and with which ``text`` ends."""
+        marker = self._marker(k)
+        calls = bool(self.messages[k].get("tool_calls"))
+        place = text.rfind(marker, start) if calls else text.find(marker, start)
         if place < 0:
-            raise _unended(k, end)
-        return text, (self._after_empty_thought(text, len(start), k), place + len(end))
+            raise _unended(k, marker)
+        return place + len(marker)
 
     # thoughts
 
@@ -167,9 +188,9 @@ class Dialogue:
             return False
         return any(self._lacks_thought(text, span, k) for k, span in spans)
 
-    def _with_thought(self, k: int) -> str:
+    def _with_thought(self, k: int) -> tuple[str, int]:
         """The text up to turn ``k``, with the thought before its content, in the template's own
-        tags. Raises RowError where the content cannot be found."""
+        tags, and where the turn begins. Raises RowError where the content cannot be found."""
         template = self.template
         abilities = template.abilities
         turn = self.messages[k]
@@ -186,9 +207,12 @@ class Dialogue:
         opening, closing = forms.tags
         if abilities.opened:
             before = self.prompt(k)
+            opening = ""
         else:
-            before = before.removesuffix(abilities.empty).removesuffix(closing) + f"{opening}\n"
-        return f"{before}{turn['reasoning_content']}\n{closing}\n\n{after}"
+            before = before.removesuffix(abilities.empty).removesuffix(closing)
+            opening += "\n"
+        text = f"{before}{opening}{turn['reasoning_content']}\n{closing}\n\n{after}"
+        return text, len(before)
 
     def _is_bare(self, k: int) -> bool:
         """Whether turn ``k`` has no thought."""
@@ -218,7 +242,9 @@ class Dialogue:
         if not (at_content and self._is_bare(k)):
             prefix = self.prompt(k)
             if text.startswith(prefix):
-                return self._after_empty_thought(text, len(prefix), k)
+                start = len(prefix)
+                empty = template.abilities.empty
+                return self._after_empty_thought(text, start, k) if empty else start
             if not at_content and (self.plain or self.thought(k) is None):
                 raise _rewritten(k)
             if not self.plain and (start := self._start_of_thought(text, k)) is not None:
@@ -272,10 +298,7 @@ class Dialogue:
             return place + len(marker)
         # Several calls may each be closed by the marker: the turn ends with the last one.
         own = self.text(k + 1)
-        end = own.rfind(marker, start)
-        if end < 0:
-            raise _unended(k, marker)
-        end += len(marker)
+        end = self._ended(own, start, k)
         if not text.startswith(own[:end]):
             raise _rewritten(k)
         return end

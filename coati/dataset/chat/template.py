@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 
 from coati.dataset.chat.template_sandbox import TemplateEnvironment
 from coati.utils.json_io import load_object
@@ -71,8 +71,11 @@ def _arguments(text: str) -> list[str]:
     """What the template ``text`` reads beside what it is given anyway."""
     environment = TemplateEnvironment()
     others = {*environment.globals, *GIVEN, "raise_exception", "strftime_now"}
-    read = meta.find_undeclared_variables(environment.parse(text)) - others
-    return sorted(name for name in read if not name.endswith("_token"))
+    parsed = environment.parse(text)
+    read = meta.find_undeclared_variables(parsed) - others
+    own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
+    asked = {name for name in own if re.search(rf"\b{re.escape(name)} is (not )?defined", text)}
+    return sorted(name for name in read - (own - asked) if not name.endswith("_token"))
 
 
 def special_tokens(tokenizer) -> dict[str, str]:
@@ -97,10 +100,12 @@ def render_template(
     or takes longer than :data:`RENDER_S` seconds."""
     template = compile_template(text)
     named = {"messages": messages, "add_generation_prompt": generation, **tokens}
-    named |= {"tools": None, "documents": None} | (variables or {})
+    if variables:
+        named |= variables
+    named.setdefault("tools", None)
     try:
         with interrupted_after(RENDER_S):
-            return template.render(named)
+            return template.render(documents=None, **named)
     except jinja2.TemplateError:
         raise
     except Overrun as error:

@@ -151,12 +151,15 @@ class TemplateProbe:
     def moves_system(self) -> bool:
         """Whether a system message stands before the last question alone, and only until that is
         responded to."""
-        system = {"role": "system", "content": SYSTEM}
+        kept = self.system
+        self.system = SYSTEM
         try:
-            asked = self.render([system, *dialogue()[:1]], generation=True)
-            return SYSTEM in asked and SYSTEM not in self.render([system, *dialogue()[:2]])
+            asked = self.render(dialogue()[:1], generation=True)
+            return SYSTEM in asked and SYSTEM not in self.render(dialogue()[:2])
         except jinja2.TemplateError:
             return False
+        finally:
+            self.system = kept
 
     def _system_messages(self) -> Iterator[Finding]:
         if self.moves_system:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from coati.dataset.chat.dialogue import UNUSED_WEIGHT, Dialogue
 from coati.dataset.chat.encoded import Encoded
+from coati.dataset.chat.row_options import LEARNED_TURNS
 from coati.dataset.chat.word_cache import Span
 from coati.dataset.rows.row_errors import RowError
 
@@ -15,6 +16,17 @@ def training_rows(dialogue: Dialogue, max_length: int | None) -> list[Encoded]:
     """The rows of ``dialogue``, cut to the complete rounds that fit into ``max_length`` tokens.
     Raises RowError when nothing can be learned of it or nothing fits."""
     template = dialogue.template
+    if dialogue.plain and not template.rewrites and template.options.learn == LEARNED_TURNS[0]:
+        text = dialogue.text()
+        try:
+            spans = [dialogue.span(text, k) for k in dialogue.turns]
+        except RowError as error:
+            if error.reason != "template_rewrites":
+                raise
+        else:
+            encoded = template.encoded(text, spans, dialogue.key, max_length)
+            encoded.notes = frozenset(dialogue.notes)
+            return [encoded]
     learned = _learned(dialogue)
     if not template.rewrites:
         try:
@@ -104,7 +116,9 @@ def _by_round(dialogue: Dialogue, learned: set[int], max_length: int | None) -> 
         begins = round[-1] + 1
         if learned.isdisjoint(messages):
             continue
-        for text, turns in _texts(dialogue, [k for k in round if k <= max(learned)], learned):
+        last = next((k for k in round if k >= max(learned)), round[-1])
+        needed = [k for k in round if k <= last]
+        for text, turns in _texts(dialogue, needed, learned):
             earlier = [k for k in dialogue.turns if k < turns[0][0]]
             others = list(dialogue.answers_in(text, earlier))
             try:
@@ -136,7 +150,9 @@ def _texts(dialogue: Dialogue, round: list[int], learned: set[int]) -> Iterator[
     """``(text, turns of the round)`` of each row that the round needs."""
     alone = [(k, *dialogue.alone(k)) for k in round]
     last = alone[-1][1]
-    if all(last.startswith(text[: span[1]]) for _, text, span in alone):
+    if learned.isdisjoint(round) or all(
+        last.startswith(text[: span[1]]) for _, text, span in alone
+    ):
         yield last, [(k, span) for k, _, span in alone]
         return
     for k, text, span in alone:

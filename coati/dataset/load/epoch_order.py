@@ -133,6 +133,8 @@ class EpochOrder:
         mixture: draws an epoch's rows from several sets; None: every row once.
         pack_length: tokens that a pack may hold, to which longer rows are truncated; None: no
             packing.
+        fill: entries of an optimizer step that blank ones fill up at the end of an epoch, so that
+            its last rows are not left out; 1: they are.
     """
 
     def __init__(
@@ -144,7 +146,9 @@ class EpochOrder:
         group_by_length: bool = True,
         mixture: Mixture | None = None,
         pack_length: int | None = None,
+        fill: int = 1,
     ) -> None:
+        self.fill = fill
         self.lengths = lengths if pack_length is None else np.minimum(lengths, pack_length)
         self.seed = seed
         self.shuffle = shuffle
@@ -154,7 +158,11 @@ class EpochOrder:
         self.entries = lru_cache(maxsize=2)(self._entries)
 
     def count(self, epoch: int) -> int:
-        """Entries of ``epoch``. Packs of a mixture are not equally many in every epoch."""
+        """Entries of ``epoch``, as many blank ones after them as a step can need. Packs of a
+        mixture are not equally many in every epoch."""
+        return self._held(epoch) + self.fill - 1
+
+    def _held(self, epoch: int) -> int:
         if self.pack_length is None:
             return len(self.lengths)
         return len(self.entries(epoch if self.mixture else 0))

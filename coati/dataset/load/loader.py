@@ -1,7 +1,7 @@
 """Prepared data sets from disk, cut into the batches of each process; epoch_order.py says in which
 order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ class GlobalBatchLoader:
 
     Every rank gets a slice of the same ``batch_size x accumulation_steps x dp_size`` entries of the
     epoch order: rows, or packs of rows. Those of the last, incomplete global batch of an epoch are
-    left out of it; another epoch's order leaves out others.
+    left out of it; another epoch's order leaves out others. An order with ``fill`` has none such:
+    blank entries fill that batch up, in which nothing is supervised.
 
     Args:
         collate: rows to tensors; with packing, lists of rows (PackCollator).
@@ -127,7 +128,7 @@ class GlobalBatchLoader:
     def __init__(
         self,
         dataset,
-        collate: Callable[[list], dict],
+        collate: Any,
         *,
         batch_size: int,
         accumulation_steps: int = 1,
@@ -185,21 +186,30 @@ class GlobalBatchLoader:
     def rows_at(self, epoch: int, start_row: int) -> list[int]:
         """Rows of the data set in the global batch that starts at ``start_row`` of ``epoch``, on
         all ranks together."""
-        return [
-            int(row) for entry in self._entries(epoch, start_row) for row in np.atleast_1d(entry)
-        ]
+        entries = (entry for entry in self._entries(epoch, start_row) if entry is not None)
+        return [int(row) for entry in entries for row in np.atleast_1d(entry)]
 
     def _entries(self, epoch: int, start: int) -> Sequence:
-        return self.epoch_order.entries(epoch)[start : start + self.rows_per_step]
+        """Of a global batch; None for a blank one."""
+        found = self.epoch_order.entries(epoch)[start : start + self.rows_per_step]
+        if self.epoch_order.fill == 1:
+            return found
+        return [*found, *[None] * (self.rows_per_step - len(found))]
 
     def _mine(self, entries: Sequence) -> list[Sequence]:
         starts = range(self.dp_rank * self.batch_size, len(entries), self.dp_size * self.batch_size)
         return [entries[start : start + self.batch_size] for start in starts]
 
     def _batch(self, entries: Sequence) -> dict:
+        return self.collate([self._entry(entry) for entry in entries])
+
+    def _entry(self, entry: Any) -> Any:
+        """A row, or the list of the rows of a pack."""
+        if entry is None:
+            return self.collate.blank(self.dataset[0])
         if self.epoch_order.pack_length is None:
-            return self.collate([self.dataset[int(row)] for row in entries])
-        return self.collate([[self.dataset[int(row)] for row in pack] for pack in entries])
+            return self.dataset[int(entry)]
+        return [self.dataset[int(row)] for row in entry]
 
 
 def check_global_batch(

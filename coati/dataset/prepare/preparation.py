@@ -8,7 +8,7 @@ of processes, and whether or not the work was interrupted.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,22 @@ from coati.dataset.fingerprint import describe, differences, stamps
 from coati.dataset.metadata import describe_template, describe_tokenizer
 from coati.dataset.prepare.dedup_pass import HashWorker, compare_rows
 from coati.dataset.prepare.shard_plan import (
-    CHUNK_ROWS,
     EVALUATION,
     Files,
     ShardPlan,
     is_evaluation,
+    rows_of_a_chunk,
 )
 from coati.dataset.prepare.staging import PREPARATION, Counts, StagingDir, check_outputs
-from coati.dataset.prepare.validation import BadRowBudget, PrepareSettings, check_not_empty
+from coati.dataset.prepare.validation import (
+    BadRowBudget,
+    PrepareSettings,
+    check_not_empty,
+    documents_of,
+)
 from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker, WritePass, merged
-from coati.dataset.report.report import build_report, format_report, save_report
+from coati.dataset.report.report import build_report, format_report, in_parts, save_report
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.utils.environment import command_line
@@ -66,6 +71,7 @@ def prepare_dataset(
     show: Callable[[str], None] | None = print,
     part: str = "training",
     verifiable: bool = True,
+    documents: str | None = None,
 ) -> dict[str, Any]:
     """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
 
@@ -75,10 +81,12 @@ def prepare_dataset(
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
     a data set with several. ``part``: "training" or "evaluation" rows. ``verifiable``: whether some
-    missing ground truths are warned of. Raises ValueError for unusable input, settings or result.
+    missing ground truths are warned of. ``documents``: what of a .txt file is one, for type text
+    (rows/row_errors.py:DOCUMENTS). Raises ValueError for unusable input, settings or result.
     """
+    documents = documents_of(type, documents)
     settings = PrepareSettings(
-        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
+        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio, documents
     )
     if eval_ratio and eval_inputs:
         raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
@@ -86,13 +94,10 @@ def prepare_dataset(
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
     files = _find_all(inputs, eval_inputs, cleaning, split)
-    made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **asdict(settings))
-    metadata = {
-        "command": command_line(),
-        "tokenizer": describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"]),
-        "part": part,
-        "verifiable": verifiable,
-    }
+    made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named())
+    made_with = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
+    metadata = {"command": command_line(), "tokenizer": made_with, "part": part}
+    metadata |= {"verifiable": verifiable}
     preparation = Preparation(
         files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
@@ -160,7 +165,8 @@ class Preparation:
         return report
 
     def _plan(self) -> ShardPlan:
-        train = Files(self.files["inputs"])
+        documents = self.settings.documents
+        train = Files(self.files["inputs"], documents=documents)
         if train.total == 0:
             raise ValueError(
                 f"{_names(train.paths)}: no rows found; expected one JSON object per line, an "
@@ -168,7 +174,7 @@ class Preparation:
             )
         evaluation = None
         if self.files["eval_inputs"]:
-            evaluation = Files(self.files["eval_inputs"], len(train.paths))
+            evaluation = Files(self.files["eval_inputs"], len(train.paths), documents)
             if evaluation.total == 0:
                 raise ValueError(f"{_names(evaluation.paths)}: no rows found for evaluation")
         settings = self.settings
@@ -184,7 +190,8 @@ class Preparation:
     def _write(self, staging: StagingDir, plan: ShardPlan) -> Counts:
         settings = self.settings
         files = [str(path) for path in (*self.files["inputs"], *self.files["eval_inputs"])]
-        num_proc = min(self.num_proc, -(-plan.expected // CHUNK_ROWS))
+        chunk = rows_of_a_chunk(settings.documents)
+        num_proc = min(self.num_proc, -(-plan.expected // chunk))
         duplicates = overlap = None
         if not all(map(staging.counts, plan.bins)):
             hashing = HashWorker(settings.type, settings.format, self.cleaning)
@@ -211,7 +218,7 @@ class Preparation:
             merged(mine),
             {files.first + number: str(path) for number, path in enumerate(files.paths)},
             [written for _, written in mine.values()],
-            **asdict(self.settings),
+            **self.settings.named(),
             rows_in_files=files.total,
             **about,
             template=describe_template(self.template),
@@ -246,5 +253,5 @@ def _show(report: dict[str, Any], show: Callable[[str], None]) -> None:
         show(
             f"evaluation split: rows read {found['rows_read']}, kept {found['rows_kept']}, dropped "
             f"{found['rows_dropped']}; rows written {found['rows_written']} in "
-            f"{len(found['shards'])} parts"
+            f"{in_parts(found['shards'])}"
         )

@@ -13,6 +13,7 @@ from coati.dataset.rows.input_files import read_rows
 from coati.dataset.rows.row_errors import RowError
 
 CHUNK_ROWS = 128
+CHUNK_PIECES = 32  # of documents that are read in pieces, long rows
 MAX_BINS = 100_000  # part names have five digits
 EXACT_ROWS = 5_000_000  # up to here the evaluation split has exactly its share of the rows
 EVALUATION = "eval"  # the folder of the evaluation split inside an output
@@ -58,12 +59,14 @@ class Task(NamedTuple):
 
 
 class Files:
-    """The files of one split and the number of rows in each; their numbers begin at ``first``."""
+    """The files of one split and the number of rows in each; their numbers begin at ``first``.
+    ``documents``: as of read_rows."""
 
-    def __init__(self, paths: list[Path], first: int = 0):
+    def __init__(self, paths: list[Path], first: int = 0, documents: str | None = None):
         self.paths = paths
         self.first = first
-        self.counts = [count_rows(path) for path in paths]
+        self.documents = documents
+        self.counts = [count_rows(path, documents) for path in paths]
         self.total = sum(self.counts)
 
     def rows(self, start: int) -> Iterator[Row]:
@@ -72,12 +75,13 @@ class Files:
             zip(self.paths, self.counts, strict=True), self.first
         ):
             if count > start:
-                for line, row in islice(read_rows(path), max(0, start), None):
+                rows = read_rows(path, self.documents)
+                for line, row in islice(rows, max(0, start), None):
                     yield number, line, row
             start -= count
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Path, documents: str | None = None) -> int:
     """How many rows :func:`read_rows` yields, counted without decoding them."""
     if path.name.endswith(".parquet"):
         import pyarrow
@@ -89,7 +93,11 @@ def count_rows(path: Path) -> int:
             raise ValueError(
                 f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
             ) from error
-    return sum(1 for _ in read_rows(path))
+    return sum(1 for _ in read_rows(path, documents))
+
+
+def rows_of_a_chunk(documents: str | None) -> int:
+    return CHUNK_PIECES if documents == "file" else CHUNK_ROWS
 
 
 def plan_bins(total: int, bins: int, evaluation: bool = False, split: bool = False) -> list[Bin]:
@@ -155,6 +163,7 @@ def tasks(files: Files, bins: list[Bin], selection: Selection) -> Iterator[Task]
     rows."""
     position = bins[0].start if bins else 0
     rows = files.rows(position)
+    most = rows_of_a_chunk(files.documents)
     for bin in bins:
         next(islice(rows, bin.start - position, bin.start - position), None)
         chunks: dict[str, Chunk] = {shard: [] for shard in bin.shards}
@@ -167,7 +176,7 @@ def tasks(files: Files, bins: list[Bin], selection: Selection) -> Iterator[Task]
                 row = (*row[:2], error)
             seen[shard] += 1
             chunks[shard].append(row)
-            if len(chunks[shard]) == CHUNK_ROWS:
+            if len(chunks[shard]) == most:
                 yield Task(bin, shard, chunks[shard])
                 chunks[shard] = []
         yield from (Task(bin, shard, chunk) for shard, chunk in chunks.items() if chunk)

@@ -1,6 +1,6 @@
 """What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
@@ -8,7 +8,7 @@ from coati.dataset.prepare.shard_plan import MAX_BINS
 from coati.dataset.report.report import dropped_lines
 from coati.dataset.report.row_stats import RowStats
 from coati.dataset.rows.formats import FORMATS_OF
-from coati.dataset.rows.row_errors import MALFORMED, REASONS
+from coati.dataset.rows.row_errors import DOCUMENTS, MALFORMED, REASONS
 
 MOST_FREQUENT = 5
 # Share of pairs whose two responses are equal above which a wrong column is the likely cause.
@@ -28,6 +28,12 @@ class PrepareSettings:
     num_bins: int
     num_samples_per_bin: int
     eval_ratio: float
+    documents: str | None = None
+
+    def named(self) -> dict[str, Any]:
+        """The settings by name; of what most types do not have only what is there."""
+        found = asdict(self)
+        return {name: found[name] for name in found if name != "documents" or self.documents}
 
     def __post_init__(self):
         if self.type not in DATA_TYPES:
@@ -50,6 +56,21 @@ class PrepareSettings:
             )
         if not 0 <= self.eval_ratio < 1:
             raise ValueError(f"eval_ratio must be at least 0 and below 1, found {self.eval_ratio}")
+
+
+def documents_of(type: str, documents: str | None) -> str | None:
+    """What of a .txt file is a row of ``type``: None for a line, as types other than documents have
+    it. Raises ValueError for ``documents`` that ``type`` does not have."""
+    if type not in DATA_TYPES or "document" not in DATA_TYPES[type].reads:
+        if documents is not None:
+            raise ValueError(
+                f"documents ({documents}) says what of a .txt file is a document, and rows of type "
+                f"{type} are none; leave it out, or use type text"
+            )
+        return None
+    if documents not in (None, *DOCUMENTS):
+        raise ValueError(f"documents must be one of {', '.join(DOCUMENTS)}, found {documents!r}")
+    return documents or DOCUMENTS[0]
 
 
 @dataclass(frozen=True)
@@ -93,8 +114,9 @@ class BadRowBudget:
             )
             raise ValueError(
                 f"{found} of the first {read} rows are malformed; of all {expected} rows at most a "
-                f"share of {self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n{reasons}\n"
-                "fix the rows, check the type and the input, or allow more with --max_bad_ratio"
+                f"share of {self.max_ratio:g} may be. Most frequent:\n{reasons}\n"
+                "fix the rows, check the type and the input, or allow more with --max_bad_ratio of "
+                "coati prepare"
             )
         same = dropped.get("same_answers")
         share = max(SAME_RESPONSES, self.max_ratio)
@@ -103,7 +125,7 @@ class BadRowBudget:
                 f"{same['rows']} of the first {read} pairs have the same response as chosen and as "
                 f"rejected; of all {expected} rows at most a share of {share:g} may, and these are "
                 f"dropped. For example\n    {same['first'][0]}\nis the right column read as "
-                "rejected? Fix the rows, or allow more with --max_bad_ratio"
+                "rejected? Fix the rows, or allow more with --max_bad_ratio of coati prepare"
             )
 
 

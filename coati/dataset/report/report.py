@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,18 @@ def save_report(report: dict[str, Any], folders: Iterable[Path]) -> None:
         save_text(html, folder / "report.html")
 
 
+def in_parts(shards: Sequence[Any]) -> str:
+    """How many parts rows were written in."""
+    return f"{len(shards)} part{'s' * (len(shards) != 1)}"
+
+
 def format_report(report: dict[str, Any], color: bool) -> str:
     """The report for a terminal, with its first sample and that one's mask."""
     part = report.get("part", "training")
     lines = [
         f"rows read {report['rows_read']}, kept {report['rows_kept']}, dropped "
         f"{report['rows_dropped']}, truncated {report['rows_truncated']}; {part} rows written "
-        f"{report['rows_written']} in {len(report['shards'])} parts",
+        f"{report['rows_written']} in {in_parts(report['shards'])}",
         *dropped_lines(report["dropped"]),
     ]
     if report["length"]:

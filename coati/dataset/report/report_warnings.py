@@ -21,7 +21,8 @@ def warnings_of(report: Report) -> list[str]:
 def _never_ends(report: Report) -> Iterator[str]:
     rows = report["rows_written"]
     ended = report["rows_ended"]
-    if not DATA_TYPES[report["type"]].supervised or ended == rows:
+    type = DATA_TYPES[report["type"]]
+    if not (type.supervised and type.every_row_ends) or ended == rows:
         return
     part = report.get("part", "training")
     missing = (

@@ -62,6 +62,16 @@ def _is_plain(row: Any) -> bool:
     return isinstance(row, str) or read.first_question(row) is not None
 
 
+def _is_text(row: Any) -> bool:
+    """A text and nothing beside it that a conversation would be made of."""
+    found = isinstance(row, dict) and isinstance(row.get("text"), str)
+    return found and not any(row.get(key) is not None for key in _NOT_BESIDE_TEXT)
+
+
+def _is_document(row: Any) -> bool:
+    return isinstance(row, str) or read.text_column(row) is not None
+
+
 def _is_asked_pair(row: Any) -> bool:
     return _has(*_PAIR)(row) and read.first_question(row) not in (None, "text")
 
@@ -87,10 +97,14 @@ _PAIR = ("chosen", "rejected")
 _JUDGED = ("prompt", "completion", "label")
 _ROUND = ("prompt", "completion")
 _TALK = "conversations"
+_NOT_BESIDE_TEXT = (
+    *("messages", _TALK, "instruction", "completion", "label", *_PAIR),
+    *(key for key in read.QUESTIONS if key != "text"),
+)
 _RM_STATIC = _has("response", prompt=str, chosen=str, rejected=str)
 # What rows of a format hold; each data type says which of these it reads.
-CONTENTS = ("pair", "judged", "conversation", "prompt", "text")
-PAIR, JUDGED, CHAT, ASKED, TEXT = CONTENTS
+CONTENTS = ("pair", "judged", "conversation", "prompt", "text", "document")
+PAIR, JUDGED, CHAT, ASKED, TEXT, DOCUMENT = CONTENTS
 DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat(
         "preference",
@@ -123,9 +137,11 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat(
         "source_target", TEXT, ("source", "Target"), _is_source_target, read.source_target
     ),
+    DatasetFormat("text", TEXT, ("text",), _is_text, read.plain_text),
     DatasetFormat("trl", CHAT, _ROUND, _is_unjudged_round, read.prompt_and_completion),
     DatasetFormat("trl", ASKED, ("prompt",), _has(prompt=list), read.plain),
     DatasetFormat("plain", ASKED, ("prompt",), _is_plain, read.plain),
+    DatasetFormat("document", DOCUMENT, ("text",), _is_document, read.document),
 )
 EXTRAS = ("category", "gt_answer", "test_cases", "margin")
 FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from coati.dataset.rows.messages import is_message_list
 from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.text_files import documents_of
 
 BATCH = 1000  # rows of a parquet or arrow file at a time
 BLOCK = 1 << 20  # bytes of a JSON array at a time
@@ -26,16 +27,21 @@ _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # a character beyond 16 bits tak
 Rows = Iterator[tuple[int, Any]]
 
 
-def read_rows(file: Path) -> Rows:
+def read_rows(file: Path, documents: str | None = None) -> Rows:
     """``(line, row)`` of one file; a row is the undecoded line (bytes), a decoded object, a text or
     a RowError.
 
-    In a parquet or arrow file the line is the number of the row, from 1. Raises ValueError when the
-    file is not what its name says.
+    In a parquet or arrow file the line is the number of the row, from 1. ``documents``: what of a
+    .txt file is a row, one of DOCUMENTS; by default a line. Raises ValueError when the file is not
+    what its name says.
     """
     try:
         _check_encoding(file)
-        yield from KINDS[kind_of(file)](file)
+        if documents is not None and kind_of(file) == ".txt":
+            with _open(file) as stream:
+                yield from documents_of(stream, documents)
+        else:
+            yield from KINDS[kind_of(file)](file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
             f"{file}: damaged or not a gzip file ({error}); fetch or compress it again"

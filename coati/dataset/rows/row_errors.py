@@ -21,6 +21,8 @@ OTHER_ROLES = (
 )
 # What to do about a template that rewrites earlier assistant turns.
 TEMPLATE_MODES = ("per_turn", "refuse")
+# What of a .txt file is a document; for types that read documents.
+DOCUMENTS = ("file", "paragraph", "line")
 # Share of malformed rows at which a preparation ends.
 DEFAULT_BAD_RATIO = 0.01
 # Words in a row that two texts must share to overlap: Brown et al. 2020 (GPT-3), appendix C.

@@ -1,6 +1,7 @@
 """A row of each format in the library's own form, unchecked as to turns: that is the same for all
 formats of a type."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,10 @@ from coati.dataset.rows.row_errors import RowError
 
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 QUESTIONS = ("prompt", "question", "query", "problem", "text")
+TEXTS = ("text", "content", "raw_content")  # where corpora keep a document
+_WRITTEN_OUT = re.compile(
+    r"""\s*\[?\s*\{\s*["'](role|from|messages|conversations)["']\s*:\s*["'\[]"""
+)
 
 
 @dataclass
@@ -30,8 +35,10 @@ class SourceRow:
         chosen, rejected: preference: what follows the context, the assistant first.
         completion, label: kto: the response, and whether it is wanted.
         response: kto: the message whose content ``completion`` is, where it is more than that.
-        text: sft: a plain text instead of messages: no template, every token and a final eos
-            supervised.
+        text: sft, text: a plain text instead of messages: no template, every token and a final
+            eos supervised.
+        begins, ends: text: whether the document begins and ends with this row; one that is read
+            in pieces has several rows.
         gt_answer: prompt: the reference answer, for rewards that verify it.
         margin: preference: by how much the chosen response should win.
         category: kept as ``seq_category``.
@@ -48,6 +55,8 @@ class SourceRow:
     label: bool | None = None
     response: dict[str, Any] | None = None
     text: str | None = None
+    begins: bool = True
+    ends: bool = True
     gt_answer: str | None = None
     margin: float | None = None
     category: str | None = None
@@ -177,6 +186,37 @@ def source_target(row: dict) -> SourceRow:
     found = {str(key).lower(): value for key, value in row.items()}
     parts = [text(found[name] or "", name) for name in ("source", "target")]
     return SourceRow(text="\n".join(part for part in parts if part))
+
+
+def plain_text(row: dict) -> SourceRow:
+    return SourceRow(text=_no_messages(row["text"], "text"))
+
+
+def _no_messages(found: str, key: str) -> str:
+    """A text that is none but messages written out as JSON would be trained on as it stands."""
+    if _WRITTEN_OUT.match(found):
+        raise RowError(
+            "content_not_text",
+            f"{key} is a text in which messages are written out ({found.strip()[:40]}...); write "
+            "them as a list, not as a text of it",
+        )
+    return found
+
+
+def document(row: Any) -> SourceRow:
+    """A document: a text, or a piece of one, or what a row has under the first of TEXTS."""
+    if isinstance(row, str):
+        return SourceRow(
+            text=row, begins=getattr(row, "begins", True), ends=getattr(row, "ends", True)
+        )
+    key = text_column(row)
+    return SourceRow(text=_no_messages(row[key], key))
+
+
+def text_column(row: Any) -> str | None:
+    """The first of TEXTS under which the row has a text."""
+    found = (key for key in TEXTS if isinstance(row, dict) and isinstance(row.get(key), str))
+    return next(found, None)
 
 
 def first_question(row: Any) -> str | None:

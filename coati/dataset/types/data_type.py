@@ -83,8 +83,11 @@ class DataType(ABC):
         raw_keys: what only source rows of this type have, to tell rows of mixed files apart.
         responses: what one calls the texts that :meth:`sides` begin with, in messages.
         supervised: whether anything in a row is learned.
+        every_row_ends: the supervised part of a row closes with a stop sequence.
         is_cut: rows that are too long are cut, else left out.
         leaves_room: the response is still to be generated and must fit behind the row.
+        templated: a chat template writes the rows.
+        beside: other types whose rows may be trained on in the same run.
     """
 
     name: ClassVar[str]
@@ -96,8 +99,11 @@ class DataType(ABC):
     raw_keys: ClassVar[tuple[str, ...]] = ()
     responses: ClassVar[str] = "responses"
     supervised: ClassVar[bool] = True
+    every_row_ends: ClassVar[bool] = True
     is_cut: ClassVar[bool] = False
     leaves_room: ClassVar[bool] = False
+    templated: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
 
     @property
     def token_columns(self) -> tuple[str, ...]:

@@ -59,13 +59,18 @@ def refuse_fields(
     """Raise Refused for a field of ``table`` that asks for what is not supported."""
     for name, silent in table.items():
         value = (given or {}).get(name)
-        if value not in silent:
+        if not any(_same(value, one) for one in silent):
             wanted = silent[1] if len(silent) > 1 else None
             raise Refused(
                 400,
                 f"{place}{name} is not served; leave it out or send {json.dumps(wanted)}",
                 param=f"{place}{name}",
             )
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether they are equal as JSON, where true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def part_text(part: dict[str, Any], place: str) -> str:

@@ -1,12 +1,13 @@
 """Request and response bodies: OpenAI's chat completions, and this library's older /generate."""
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from coati.inference.serve.inference_engine import SamplingParams
 from coati.inference.serve.not_served import (
@@ -31,6 +32,17 @@ from coati.models.generation.sampling import Sampling
 MOST_STOPS = 4  # as OpenAI documents
 MOST_CHOICES = 16
 DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {json.dumps(value)}")
+    return value
+
+
+# Pydantic takes true for 1.
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean)]
 
 
 class ErrorDetail(BaseModel):
@@ -104,7 +116,7 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    include_usage: bool | None = None
+    include_usage: StrictBool | None = None
 
 
 def _none_if_unlimited(value: int) -> int | None:
@@ -114,7 +126,7 @@ def _none_if_unlimited(value: int) -> int | None:
 
 
 NewTokens = Annotated[
-    Annotated[int, Field(ge=-1), AfterValidator(_none_if_unlimited)] | None,
+    Annotated[Whole, Field(ge=-1), AfterValidator(_none_if_unlimited)] | None,
     Field(description="null or -1: no limit of the request's own"),
 ]
 
@@ -145,11 +157,11 @@ class SamplingFields(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    temperature: Number | None = Field(None, ge=0, le=2, description="0: greedy")
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Whole | None = Field(None, ge=-1, le=2**31, description="0 or -1: off")
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = Field(None, ge=0.1, le=10)
 
     def sampling(self, default: Sampling) -> Sampling:
         """``default`` with the request's own fields."""
@@ -170,11 +182,11 @@ class OpenAIRequest(SamplingFields):
     they ask for something; unknown ones are listed in the header X-Ignored-Fields."""
 
     model: str
-    stream: bool | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: NewTokens = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Whole | None = Field(None, ge=1, le=MOST_CHOICES)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | list[Text] | None = Field(None, description=f"at most {MOST_STOPS} strings")
 
     def check_served(self) -> None:
@@ -225,14 +237,14 @@ class ChatRequest(OpenAIRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: NewTokens = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
-    continue_final_message: bool | None = Field(
+    logprobs: StrictBool | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    continue_final_message: StrictBool | None = Field(
         None, description="a last message of the assistant is the beginning of the response"
     )
     tools: list[ToolFields] | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="further variables of the chat template, such as enable_thinking"
     )

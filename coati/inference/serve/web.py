@@ -178,7 +178,9 @@ class Api:
         body.check_served()
         self._check_model(body.model)
         tasks = []
-        for prompt in body.prompts():
+        prompts = body.prompts()
+        self._check_number(len(prompts) * (body.n or 1))  # before thousands are tokenized
+        for prompt in prompts:
             self._check_words([prompt] if isinstance(prompt, str) else [], "prompt")
             try:
                 ids = await run_in_threadpool(self.engine.encode_text, prompt)
@@ -265,6 +267,10 @@ class Api:
                 code="content_filter",
             )
 
+    def _check_number(self, responses: int) -> None:
+        if responses > self.engine.max_batch + self.engine.max_queue:
+            raise Refused(400, f"{responses} responses are more than this server takes at once")
+
     async def _template(self, args: dict[str, Any] | None = None) -> ChatTemplate:
         try:
             return await run_in_threadpool(self.engine.template, args)
@@ -324,10 +330,7 @@ class Api:
         prompts."""
         submitted: list[Submitted] = []
         try:
-            if len(tasks) > self.engine.max_batch + self.engine.max_queue:
-                raise Refused(
-                    400, f"{len(tasks)} responses are more than this server takes at once"
-                )
+            self._check_number(len(tasks))
             for number, (prompt, params) in enumerate(tasks):
                 submitted.append(self.engine.submit(prompt, params, partial(deliver, number)))
         except Exception as error:

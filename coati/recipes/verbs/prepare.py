@@ -1,5 +1,6 @@
 """Tokenize conversations, preferences or prompts into shards, with a report."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,30 @@ def main(args: PrepareSettings) -> None:
 def prepare(args: PrepareSettings) -> None:
     """Raw rows to shards. Says where they are."""
     from coati.dataset.chat.conversation import setup_conversation_template
+    from coati.dataset.chat.plain_text import PlainText
+    from coati.dataset.chat.row_options import RowOptions
+    from coati.dataset.data_types import DATA_TYPES
     from coati.dataset.prepare.staging import check_outputs
     from coati.dataset.rows.input_files import find_files
+    from coati.models.added_tokens import add_tokens
     from coati.models.tokenizer import load_tokenizer
 
     # Fail before anything is loaded where a path alone is wrong.
     find_files(args.data_input_dirs + args.eval_input_dirs, args.split)
     check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
-    template = setup_conversation_template(
-        tokenizer, args.conversation_template_config, template_mode=args.template_mode
-    )
+    add_tokens(tokenizer, args.add_tokens)
+    template: Any
+    if DATA_TYPES[str(args.type)].templated:
+        template = setup_conversation_template(
+            tokenizer,
+            args.conversation_template_config,
+            template_mode=args.template_mode,
+            template_args=args.template_args and json.loads(args.template_args),
+            options=RowOptions(args.thoughts, args.empty_thoughts, args.learn),
+        )
+    else:
+        template = PlainText(tokenizer)
     with phase("preparing the rows"):
         _prepare(args, tokenizer, template)
     print(f"look at the report first: {args.data_jsonl_output_dir}/report.html")
@@ -56,6 +70,7 @@ def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
     prepare_dataset(
         type=args.type,
         format=args.format,
+        documents=args.documents,
         split=args.split,
         inputs=args.data_input_dirs,
         tokenizer=tokenizer,
@@ -107,7 +122,13 @@ def check(args: PrepareSettings) -> None:
 
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     color = sys.stdout.isatty()
-    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, color)
+    report = check_template(
+        tokenizer,
+        args.conversation_template_config,
+        args.template_mode,
+        color,
+        args.template_args and json.loads(args.template_args),
+    )
     print(report.lines())
     if report.errors:
         sys.exit(1)

@@ -14,6 +14,7 @@ from coati.trainer.schedule import is_better
 
 METHODS = {
     "sft": "supervised fine-tuning (SFT)",
+    "pretrain": "continued pre-training",
     "rm": "reward model",
     "dpo": "direct preference optimization (DPO)",
     "orpo": "odds-ratio preference optimization (ORPO)",

@@ -423,7 +423,7 @@ FLAGS = {
         code=1,
     ),
     "too many malformed rows": flag(
-        "at most a share of 0.3 may be (--max_bad_ratio)", "--max_bad_ratio", "0.3", code=1
+        "at most a share of 0.3 may be. Most", "--max_bad_ratio", "0.3", code=1
     ),
     "no tokenizer there": flag("no_tokenizer", "--tokenizer_dir", "{folder}/no_tokenizer", code=1),
     "an output that exists": flag(

@@ -330,3 +330,33 @@ def test_check_template_shows_the_mask_and_writes_nothing(
         and "end_of_assistant '<|im_end|>', stop_ids [[2]]" in shown
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_with_a_token_of_their_own(monkeypatch, tmp_path, tokenizer_dir):
+    """As training with the same --add_tokens has it; no template is asked for."""
+    text = tmp_path / "a.txt"
+    text.write_text("one<new>two\n\nthree\n")
+    own = ("--type", "text", "--documents", "paragraph", "--add_tokens", "<new>")
+    call(monkeypatch, tmp_path / "out", tokenizer_dir, *own, data=text)
+    rows = load_tokenized_dataset(str(tmp_path / "out" / "arrow"))
+    assert [row["inputs_decode"] for row in rows] == ["one<new>two<|im_end|>", "three<|im_end|>"]
+    made_with = json.loads((tmp_path / "out" / "arrow" / "preparation.json").read_text())
+    assert rows[0]["input_ids"][3] == made_with["tokenizer"]["vocab_size"] - 1
+    assert made_with["conversation_template"] == {}
+    assert made_with["report"]["documents"] == "paragraph"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--documents", "line"), "--documents says what of a .txt file is a document; rows of"),
+        (
+            ("--type", "text", "--conversation_template_config", "llama2"),
+            "--conversation_template_config does nothing with --type text",
+        ),
+        (("--type", "text", "--format", "messages"), "--type text reads source_target, text, doc"),
+        (("--add_tokens", "absent.txt"), "--add_tokens absent.txt: No such file"),
+    ],
+)
+def test_what_does_not_go_together_with_texts(monkeypatch, tmp_path, tokenizer_dir, flags, said):
+    assert said in failure(monkeypatch, tmp_path, tokenizer_dir, *flags)

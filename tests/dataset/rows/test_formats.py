@@ -229,11 +229,14 @@ def test_judged_answers(format, row, prompt, completion, label):
         ({"source": "", "Target": "Games:\n1) Go"}, "Games:\n1) Go"),
         ({"source": "List games.", "Target": "Go"}, "List games.\nGo"),
         ({"source": None, "target": "Go"}, "Go"),
+        ({"text": "Rivers run to the sea."}, "Rivers run to the sea."),
     ],
 )
 def test_plain_text(row, text):
-    found = read_row("sft", row)
-    assert (found.text, found.messages, found.format) == (text, [], "source_target")
+    format = "text" if "text" in row else "source_target"
+    for type in ("sft", "text"):
+        found = read_row(type, row)
+        assert (found.text, found.messages, found.format) == (text, [], format)
 
 
 def test_every_format_is_shown_above():
@@ -242,7 +245,8 @@ def test_every_format_is_shown_above():
         for t, cases in (("sft", SFT), ("prompt", PROMPT), ("preference", PREFERENCE), ("kto", KTO))
         for c in cases
     }
-    seen.add(("sft", "source_target"))
+    seen |= {(type, name) for type in ("sft", "text") for name in ("source_target", "text")}
+    seen.add(("text", "document"))  # tests/dataset/types/test_text_rows.py
     also_as_prompts = {("prompt", name) for name in ("rm_static",)}
     assert seen | also_as_prompts == {
         (type, format.name) for format in DATASET_FORMATS for type in format.types
@@ -298,7 +302,7 @@ TOOL = {"role": "tool", "content": "4"}
             "prompt",
             {"source": "s", "Target": "t"},
             "wrong_type",
-            "source_target rows, for --type sft, not prompt",
+            "source_target rows, for --type sft or text, not prompt",
         ),
         (
             "sft",

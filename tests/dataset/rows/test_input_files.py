@@ -62,7 +62,7 @@ def message(role="user", content="x") -> dict:
     ("row", "reason", "said"),
     [
         ({}, "wrong_keys", "messages"),
-        ({"text": "x"}, "wrong_type", "found text: plain rows, for --type prompt, not sft"),
+        ({"prompt": "x"}, "wrong_type", "found prompt: plain rows, for --type prompt, not sft"),
         ("x", "wrong_type", "found a text: plain rows"),
         (7, "wrong_keys", "found int"),
         ({"messages": "x"}, "wrong_keys", "messages must be a list"),

@@ -256,6 +256,7 @@ def test_the_samples_of_other_formats_are_what_their_names_say():
         "preference": {"hh_rlhf", "rm_static", "trl"},
         "kto": {"trl"},
         "prompt": {"rl_example", "plain"},
+        "text": {"text", "document"},
     }
     assert seen == expected and own.keys() <= expected.keys()
 

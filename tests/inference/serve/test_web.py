@@ -215,7 +215,7 @@ def test_contents_in_parts_and_developers_are_understood(client):
             "continue_final_message",
         ),
         ({"max_tokens": 0}, 422, "must be at least 1; null or -1", "max_tokens"),
-        ({"max_tokens": False}, 422, "must be at least 1", "max_tokens"),
+        ({"max_tokens": False}, 422, "must be a number, not false", "max_tokens"),
         ({"max_tokens": -2}, 422, "max_tokens: ", "max_tokens"),
         ({"min_p": 2}, 422, "min_p: ", "min_p"),
         ({"temperature": 3}, 422, "temperature: ", "temperature"),
@@ -226,6 +226,29 @@ def test_contents_in_parts_and_developers_are_understood(client):
 def test_what_cannot_be_served_is_refused_in_openais_shape(client, fields, status, message, param):
     found = error(chat(client, **fields), status)
     assert message in found["message"] and (param is None or found["param"] == param)
+
+
+@pytest.mark.parametrize(
+    "field",
+    (
+        *("max_tokens", "max_completion_tokens", "n", "seed", "top_logprobs", "temperature"),
+        *("top_p", "top_k", "min_p", "repetition_penalty", "best_of"),
+    ),
+)
+def test_true_is_no_number(client, field):
+    found = error(
+        chat(client, **{field: True, "logprobs": True}), 400 if field == "best_of" else 422
+    )
+    assert found["param"] == field
+
+
+@pytest.mark.parametrize("field", ["stream", "logprobs", "continue_final_message"])
+def test_1_is_no_boolean(client, field):
+    assert error(chat(client, **{field: 1}), 422)["param"] == field
+
+
+def test_a_false_penalty_is_not_0(client):
+    assert error(chat(client, frequency_penalty=False), 400)["param"] == "frequency_penalty"
 
 
 def test_fields_that_ask_for_nothing_are_let_through(client):

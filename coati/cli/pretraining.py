@@ -1,0 +1,59 @@
+"""The flags of ``coati pretrain``."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from coati.cli import arguments as shared
+from coati.cli.checks import check_offline, checked, requested_options
+from coati.cli.parser import OlderFlags, Parser
+from coati.cli.prepare import add_documents_flag
+from coati.cli.settings import SLSettings, settings_of
+
+
+def pretrain_parser() -> Parser:
+    """The parser of ``coati pretrain``."""
+    parser = Parser(
+        prog="coati pretrain",
+        usage="%(prog)s --pretrain MODEL --dataset PATH [PATH ...] [flags]",
+        description="Continued pre-training: trains a causal language model on every token of "
+        "plain texts, and on conversations mixed in.",
+    )
+    shared.add_model_flags(parser)
+    group = shared.add_data_flags(parser)
+    add_documents_flag(group)
+    shared.add_packing_flag(parser)
+    shared.add_parallel_flags(parser)
+    shared.add_optimization_flags(parser)
+    shared.add_embedding_lr_flag(parser)
+    shared.add_epoch_flags(parser)
+    shared.add_lora_flags(parser)
+    shared.add_output_flags(parser)
+    shared.add_logging_flags(parser)
+    parser.set_defaults(packing=True, max_length=2048, max_epochs=1, lr=1e-5)
+    return parser
+
+
+def parse_pretrain(
+    argv: Sequence[str] | None = None,
+    older: OlderFlags | None = None,
+    prog: str | None = None,
+) -> SLSettings:
+    """The checked flags of ``coati pretrain``; as :func:`coati.cli.arguments.parse_sft`."""
+    args = checked(pretrain_parser().named(prog), argv, check_offline, check_documents, older=older)
+    return settings_of(SLSettings, args, parallel=requested_options(args))
+
+
+def check_documents(args: Namespace) -> None:
+    """Refuse ``--documents`` where no path can have a .txt file."""
+    paths = [Path(path) for path in (*args.dataset, *args.eval_dataset)]
+    texts = any(
+        path.name.lower().removesuffix(".gz").endswith(".txt")
+        or (path.is_dir() and any(path.rglob("*.txt*")))
+        for path in paths
+    )
+    if args.documents and not texts:
+        raise ValueError(
+            f"--documents {args.documents} says what of a .txt file is a document, and there is "
+            f"none among {' '.join(map(str, paths))}"
+        )

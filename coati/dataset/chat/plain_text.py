@@ -1,0 +1,67 @@
+"""Documents as token ids: plain texts, around which no chat template writes anything."""
+
+import os
+from typing import Any
+
+from coati.dataset.chat.chat_encoder import ChatEncoder
+from coati.utils.json_io import save_json
+
+
+class PlainText:
+    """Stands where a :class:`~coati.dataset.chat.conversation.Conversation` does when rows need no
+    chat template: the tokenizer alone says how a document begins and ends.
+
+    Raises ValueError for a tokenizer without eos token.
+    """
+
+    template_mode = "per_turn"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = ChatEncoder(tokenizer)
+        self.stop_ids = [[end_of_document(tokenizer)]]
+
+    def to_config(self) -> dict[str, Any]:
+        """No field of a template file: whoever trains on the rows keeps the tokenizer's own."""
+        return {}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the empty template file."""
+        save_json(self.to_config(), path)
+
+
+def end_of_document(tokenizer: Any) -> int:
+    """The id that stands after each document. Raises ValueError where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos token, with which a plain text must end; set eos_token"
+        )
+    return tokenizer.eos_token_id
+
+
+def start_of_document(tokenizer: Any) -> list[int]:
+    """The ids that stand before each document: what the tokenizer itself puts before a text (bos of
+    Llama and Gemma, [gMASK]<sop> of GLM); else eos where it is bos too (GPT-2's separator); else
+    none."""
+    eos = end_of_document(tokenizer)
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            own = whole[:start]
+            return own or ([eos] if tokenizer.bos_token_id == eos else [])
+    return []
+
+
+def encode_document(
+    tokenizer: Any, encoder: ChatEncoder, text: str, begins: bool = True, ends: bool = True
+) -> list[int]:
+    """The ids of ``text`` as (a piece of) a document: its start if it ``begins`` with this piece,
+    the text, eos if it ``ends`` with it.
+
+    Control markers in the text are encoded as text. Raises RowError where the tokenizer cannot do
+    that, ValueError without eos token.
+    """
+    eos = end_of_document(tokenizer)
+    start = start_of_document(tokenizer) if begins else []
+    return [*start, *encoder.encode_text(text, inside=not begins), *([eos] if ends else [])]

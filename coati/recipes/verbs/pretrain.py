@@ -1,0 +1,30 @@
+"""Continued pre-training on plain texts."""
+
+from coati.cli.pretraining import parse_pretrain, pretrain_parser
+from coati.cli.settings import SLSettings
+from coati.cli.verb import Verb
+from coati.recipes.extras import NO_EXTRAS, Extras
+
+VERB = Verb(
+    "training",
+    pretrain_parser,
+    parse_pretrain,
+    "coati.recipes.verbs.pretrain:main",
+    processes=True,
+)
+USE = "fine-tune it: coati sft --pretrain {} --dataset FILE"
+
+
+def main(settings: SLSettings, extras: Extras = NO_EXTRAS) -> None:
+    """Train as ``settings`` say, and save the model."""
+    from coati.dataset import DataCollatorForSupervisedDataset
+    from coati.recipes import build, offline
+    from coati.recipes.run import start
+    from coati.trainer import PretrainTrainer
+
+    run = start(settings, extras, needs_template=False)
+    rows = offline.load_data(run, "text")
+    model = offline.boosted(run, rows, build.causal_lm(run))
+    trainer = PretrainTrainer(loss=extras.loss, **offline.trainer_keywords(run, rows, model))
+    collate = build.collator(run, DataCollatorForSupervisedDataset)
+    offline.fit(run, trainer, rows, collate, use=USE)

@@ -86,6 +86,8 @@ class PrepareSettings:
     type: str | None
     data_input_dirs: list[str]
     format: str | None
+    columns: dict[str, str]
+    strict_columns: bool
     split: str | None
     tokenizer_dir: str
     trust_remote_code: bool

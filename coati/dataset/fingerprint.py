@@ -69,7 +69,8 @@ def digest(made_from: dict[str, Any]) -> str:
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What differs between two descriptions, in words."""
-    found = [text for name in here for text in _difference(name, there.get(name), here[name])]
+    names = [*here, *(name for name in there if name not in here)]
+    found = [text for name in names for text in _difference(name, there.get(name), here.get(name))]
     return "; ".join(found[:5]) + ("; ..." if len(found) > 5 else "")
 
 

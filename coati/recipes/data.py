@@ -21,9 +21,9 @@ from coati.dataset.load.loader import (
     preparation_of,
     row_lengths,
 )
-from coati.dataset.prepare.preparation import prepare_dataset
+from coati.dataset.prepare.preparation import OF_AN_EARLIER_RELEASE, prepare_dataset
 from coati.dataset.prepare.validation import documents_of
-from coati.dataset.rows.input_files import find_files
+from coati.dataset.rows.input_files import find_sources
 from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
 from coati.recipes.mixed_rows import check_whole, joined, type_of_path
@@ -304,12 +304,15 @@ def _repeat_report(path: str, folder: Path) -> None:
         f"{path}: {report['rows_written']} rows of {report['rows_read']}, prepared before into "
         f"{folder}"
     )
+    if "unused_columns" not in report:
+        logger.info(OF_AN_EARLIER_RELEASE)
     for warning in report["warnings"]:
         logger.warning(warning)
 
 
 def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) -> Path:
-    files = find_files([path], split)
+    sources = find_sources([path], split)
+    files = [source.path for source in sources]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     vocabulary = hashlib.sha256(
         json.dumps(sorted(run.tokenizer.get_vocab().items())).encode()
@@ -323,6 +326,8 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
         key.append(documents)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)
+    if any(read_as := [source.described() for source in sources]):
+        key.append(read_as)
     return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from coati.dataset.rows.input_files import find_files
+from coati.dataset.rows.input_names import parse_input
 from coati.dataset.rows.readers import kind_of
 
 # In the order in which a split of that name becomes the evaluation set.
@@ -40,7 +41,7 @@ def train_split(path: str) -> str | None:
 
 
 def _has_split(path: str, split: str) -> bool:
-    if Path(path).is_file():
+    if Path(path).is_file() or parse_input(path).split is not None:
         return False
     try:
         return bool(find_files([path], split))

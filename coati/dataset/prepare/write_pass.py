@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import Cleaning, check_row
@@ -16,6 +16,7 @@ from coati.dataset.prepare.staging import Counts, StagingDir
 from coati.dataset.prepare.validation import BadRowBudget
 from coati.dataset.prepare.workers import run_by_bin
 from coati.dataset.report.row_stats import Recorder, RowStats
+from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode
 from coati.dataset.rows.row_errors import RowError
@@ -38,6 +39,7 @@ class TokenizeWorker:
     jsonl: bool
     cleaning: Cleaning
     overlap: Overlap | None
+    layouts: list[Layout] = field(default_factory=list)  # of each file
 
     def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, RowStats]:
         """``(arrow stream, JSON lines, statistics)`` of one chunk."""
@@ -47,15 +49,22 @@ class TokenizeWorker:
         for file, line, raw in chunk:
             recorder.stats.read[file] += 1
             where = f"{self.files[file]}:{line}"
+            layout = self.layouts[file] if self.layouts else None
             try:
-                source = read_row(self.type, decode(raw), self.format)
-                check_row(source, self.cleaning, None if evaluation else self.overlap)
-                made = data_type.tokenize(source, self.conversation, self.max_length)
+                source = read_row(self.type, decode(raw), self.format, layout)
             except RowError as error:
                 recorder.stats.drop(error, where)
                 continue
-            recorder.keep(file, line, where, source, made)
-            rows += [row for row, _ in made]
+            recorder.stats.read[file] += len(source.branches)
+            for one in (source, *source.branches):
+                try:
+                    check_row(one, self.cleaning, None if evaluation else self.overlap)
+                    made = data_type.tokenize(one, self.conversation, self.max_length)
+                except RowError as error:
+                    recorder.stats.drop(error, where)
+                    continue
+                recorder.keep(file, line, where, one, made)
+                rows += [row for row, _ in made]
         text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
         return to_arrow(data_type, rows), text.encode("utf-8"), recorder.close()
 

@@ -90,6 +90,11 @@ def build_report(
         "rows_ended": stats.ended,
         "answers_differ": len(stats.answers) > 1,
         **{name: dict(getattr(stats, name).most_common()) for name in COUNTED},
+        "unused_columns": dict(stats.unused.most_common()),
+        "unused_content": {
+            name: {"rows": rows, "first": stats.first_missing[name]}
+            for name, rows in stats.missing.most_common()
+        },
         "files": [
             {"file": name, "rows_read": stats.read[index], "rows_kept": stats.kept[index]}
             for index, name in files.items()
@@ -150,6 +155,9 @@ def format_report(report: dict[str, Any], color: bool) -> str:
             f"{visible(role)} {rows}" for role, rows in report["refused_roles"].items()
         )
         lines.append(f"rows dropped for a turn of: {refused}")
+    if report["unused_columns"]:
+        unused = ", ".join(f"{visible(name)} {n}" for name, n in report["unused_columns"].items())
+        lines.append(f"columns and fields that were not read, in rows: {unused}")
     for sample in report["samples"][:1]:
         marked = "green" if color else "in [[ ]]"
         lines.append(f"sample from {sample['at']} (supervised text {marked}):")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.rows.messages import continuation, question
+from coati.dataset.rows.messages import continuation, question, turn_text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
@@ -59,7 +59,7 @@ class Preference(DataType):
         row.chosen = continuation(row.chosen, "chosen")
         row.rejected = continuation(row.rejected, "rejected")
         if row.chosen == row.rejected:
-            raise RowError("same_answers", f"both are {row.chosen[-1]['content'][:60]!r}")
+            raise RowError("same_answers", f"both are {turn_text(row.chosen[-1])[:60]!r}")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         columns: Columns = {}

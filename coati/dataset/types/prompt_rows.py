@@ -44,7 +44,7 @@ class Prompt(DataType):
         row.unanswered = len(row.messages) < whole
         row.chosen = []
         row.rejected = []
-        row.completion = row.label = row.margin = None
+        row.completion = row.response = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         encoded = conversation.encode_prompt(row.messages, tools=row.tools)

@@ -70,6 +70,8 @@ def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
     prepare_dataset(
         type=args.type,
         format=args.format,
+        columns=args.columns,
+        strict_columns=args.strict_columns,
         documents=args.documents,
         split=args.split,
         inputs=args.data_input_dirs,

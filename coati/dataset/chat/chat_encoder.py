@@ -168,6 +168,13 @@ class ChatEncoder:
             offsets = [offset for _, offset in tokens]
         return text, ids, offsets, spans
 
+    def encode_inside(self, text: str) -> list[int]:
+        """The ids of a template's own ``text``, which stands in the middle of others."""
+        if not self.tokenizer.is_fast:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        backend = self._backend(as_text=False, at_start=False, inside=True)
+        return backend.encode(text, add_special_tokens=False).ids
+
     def encode_text(self, text: str, inside: bool = False) -> list[int]:
         """The ids of a text of which all is ordinary, control markers too. ``inside``: it goes on
         from another one, so that no word-start mark is put before it. Raises RowError."""

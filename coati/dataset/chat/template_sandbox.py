@@ -11,6 +11,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_format
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -68,8 +69,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, /, *args: Any, **keywords: Any) -> Any:
         """Jinja's hook for calls: methods of texts (``ljust``, ``zfill``) take widths."""
-        _check_numbers(args)
-        _check_numbers(keywords.values())
+        if not isinstance(function, Macro):  # the template's own, which is checked within
+            _check_numbers(args)
+            _check_numbers(keywords.values())
         method = getattr(function, "__wrapped__", function)  # as the sandbox leaves str.format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):

@@ -28,8 +28,6 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 }
 # Of a message: a client sends back what it was given, nulls and all.
 MESSAGE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
     "function_call": (None,),
     "audio": (None,),
 }
@@ -111,8 +109,12 @@ def ignored_fields(body: BaseModel) -> str:
 
 def _unknown(model: BaseModel) -> Iterator[str]:
     refused = {**FIELDS, **MESSAGE_FIELDS}
-    for name, value in (model.model_extra or {}).items():
+    passed_on = getattr(type(model), "passed_on", False)  # to the chat template
+    for name, value in ({} if passed_on else model.model_extra or {}).items():
         if name not in refused and value is not None:
+            yield name
+    for name in getattr(type(model), "unheeded", ()):
+        if getattr(model, name):
             yield name
     for name in type(model).model_fields:
         value = getattr(model, name)

@@ -13,26 +13,25 @@ from coati.inference.serve.inference_engine import SamplingParams
 from coati.inference.serve.not_served import (
     MESSAGE_FIELDS,
     Refused,
-    is_unicode,
     part_text,
     refuse_fields,
 )
 from coati.inference.serve.token_logprobs import MOST_ALTERNATIVES, TokenLogprob, TokenText
+from coati.inference.serve.tool_fields import (
+    CallFields,
+    CallOut,
+    Text,
+    ToolChoice,
+    ToolFields,
+    ToolUse,
+    check_results,
+    tool_use,
+)
 from coati.models.generation.sampling import Sampling
 
 MOST_STOPS = 4  # as OpenAI documents
 MOST_CHOICES = 16
 DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
-
-
-def _unicode(value: str) -> str:
-    if not is_unicode(value):
-        raise ValueError("a lone surrogate is no text")
-    return value
-
-
-# Pydantic looks at surrogates where a field is a text and nothing else.
-Text = Annotated[str, AfterValidator(_unicode)]
 
 
 def _no_boolean(value: Any) -> Any:
@@ -58,24 +57,52 @@ class ErrorBody(BaseModel):
 
 
 class Message(BaseModel):
-    """``content``: a text or text parts; null where an assistant said nothing."""
+    """``content``: a text or text parts; null where an assistant said nothing.
+    ``reasoning_content``, ``tool_calls``: of the assistant; ``tool_call_id``: of the call whose
+    result a message of the role tool is."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | list[dict[str, Any]] | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[CallFields] | None = None
+    tool_call_id: Text | None = None
 
-    def plain(self, place: str) -> dict[str, str]:
-        """{role, content} as a conversation template takes it. Raises Refused for what is no
-        text."""
-        if self.role in ("tool", "function"):
+    def plain(self, place: str) -> dict[str, Any]:
+        """As a conversation template takes it: {role, content}, and reasoning_content, tool_calls,
+        tool_call_id where they are. Raises Refused for what is no text or has no place there."""
+        if self.role == "function":
             raise Refused(
                 400,
-                f"{place}.role: {self.role!r} is not served, this server has no tools; send "
-                "system, developer, user or assistant",
+                f"{place}.role: 'function' is not served; send the result as role 'tool' with "
+                "tool_call_id",
                 param=f"{place}.role",
             )
         refuse_fields(self.model_extra, MESSAGE_FIELDS, f"{place}.")
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self._text(place),
+            **self._own_fields(place),
+        }
+
+    def _own_fields(self, place: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        of_role = {"tool": ("tool_call_id",), "assistant": ("reasoning_content", "tool_calls")}
+        for name in ("reasoning_content", "tool_calls", "tool_call_id"):
+            value = getattr(self, name)
+            if not value:
+                continue
+            if name not in of_role.get(self.role, ()):
+                field = f"{place}.{name}"
+                raise Refused(400, f"{field} has no place in role {self.role!r}", param=field)
+            if name == "tool_calls":
+                field = f"{place}.tool_calls"
+                value = [each.plain(f"{field}.{number}") for number, each in enumerate(value)]
+            found[name] = value
+        return found
+
+    def _text(self, place: str) -> str:
         content = self.content
         if content is None and self.role != "assistant":
             raise Refused(400, f"{place}.content is null; send a text", param=f"{place}.content")
@@ -83,10 +110,7 @@ class Message(BaseModel):
             content = "".join(
                 part_text(part, f"{place}.content.{number}") for number, part in enumerate(content)
             )
-        return {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": content or "",
-        }
+        return content or ""
 
 
 class StreamOptions(BaseModel):
@@ -218,19 +242,38 @@ class ChatRequest(OpenAIRequest):
     continue_final_message: StrictBool | None = Field(
         None, description="a last message of the assistant is the beginning of the response"
     )
+    tools: list[ToolFields] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="further variables of the chat template, such as enable_thinking"
+    )
 
     def check_served(self) -> None:
         super().check_served()
         if self.top_logprobs and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true beside it", param="top_logprobs")
 
-    def dialogue(self) -> tuple[list[dict[str, str]], str]:
-        """The messages up to the user's last, and what the response begins with: the text of a last
-        message of the assistant. Raises Refused."""
+    def tool_use(self) -> ToolUse:
+        """Raises Refused."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def dialogue(self) -> tuple[list[dict[str, Any]], str]:
+        """The messages up to the last of the user or of a tool, and what the response begins with:
+        the text of a last message of the assistant. Raises Refused."""
         plain = [each.plain(f"messages.{number}") for number, each in enumerate(self.messages)]
         begun = ""
+        check_results(plain)
         if plain[-1]["role"] == "assistant" and self.continue_final_message is not False:
-            begun = plain.pop()["content"]
+            last = plain.pop()
+            begun = last["content"]
+            if others := ", ".join(last.keys() - {"role", "content"}):
+                raise Refused(
+                    400,
+                    f"messages: the last one, which is the assistant's and is continued, holds "
+                    f"{others}; send the results of its calls, or its content alone",
+                    param="messages",
+                )
         elif self.continue_final_message:
             raise Refused(
                 400,
@@ -249,13 +292,13 @@ class ChatRequest(OpenAIRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def check_last(messages: list[dict[str, str]]) -> None:
-    """Raise Refused unless ``messages`` end with the user."""
-    if not messages or messages[-1]["role"] != "user":
+def check_last(messages: list[dict[str, Any]]) -> None:
+    """Raise Refused unless ``messages`` end with the user or the result of a tool."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise Refused(
             400,
-            "the last message must be the user's, or one of the assistant that is to be continued "
-            "after one of the user",
+            "the last message must be the user's or a tool's, or one of the assistant that is to "
+            "be continued after one of these",
             param="messages",
         )
 
@@ -293,8 +336,12 @@ class Usage(BaseModel):
 
 
 class ResponseMessage(BaseModel):
+    """``content`` is null beside calls without a text."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[CallOut] | None = None
 
 
 class Alternative(BaseModel):

@@ -86,6 +86,14 @@ def test_expressions_that_would_fill_memory(text):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024
 
 
+def test_a_macro_takes_large_numbers():
+    """Templates write arguments of calls by macros of their own."""
+    text = "{% macro written(value) %}{{ value }}{% endmacro %}{{ written(messages) }}"
+    assert render_template(text, 10**12, {}, False) == str(10**12)
+    with pytest.raises(jinja2.TemplateError, match="makes"):
+        render_template("{{ 'a'.ljust(messages) }}", 10**12, {}, False)
+
+
 def test_a_loop_without_an_end_in_the_main_thread_and_in_another(monkeypatch):
     monkeypatch.setattr(template, "RENDER_S", 0.3)
     refused(ENDLESS, r"longer than 0\.3 s")

@@ -23,7 +23,10 @@ from coati.dataset.chat.message_forms import (
 
 # (messages, generation prompt, tools) -> text
 Render = Callable[[Messages, bool, dict[str, Any]], str]
-ALL, LAST, NONE = THOUGHTS_WRITTEN = ("all", "last", "none")
+ALL = "all"
+LAST = "last"
+NONE = "none"
+THOUGHTS_WRITTEN = (ALL, LAST, NONE)
 
 QUESTION = {"role": "user", "content": "Probe question number one"}
 ANSWER = "Probe answer number one"

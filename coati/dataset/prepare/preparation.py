@@ -88,13 +88,14 @@ def prepare_dataset(
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
-    column of each part of a row (see rows/column_names.py), ``split`` the part of a data set with
+    column of each part of a row (see rows/column_names.py), ``split`` that of a data set with
     several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
     or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of.
-    ``documents``: what of a .txt file is one, for type text (rows/row_errors.py:DOCUMENTS). Raises
-    ValueError for unusable input, settings or result.
+    ``documents``: what of a .txt file is one, for type text. Raises ValueError for unusable input,
+    settings or result.
     """
-    documents = documents_of(type, documents)
+    named = dict(columns or {})
+    texts = documents_of(type, documents)
     settings = PrepareSettings(
         type,
         format,
@@ -104,18 +105,14 @@ def prepare_dataset(
         num_bins,
         num_samples_per_bin,
         eval_ratio,
-        documents,
-        dict(columns or {}) or None,
+        texts,
+        named,
     )
-    if eval_ratio and eval_inputs:
-        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
     budget = BadRowBudget(strict, max_bad_ratio, strict_columns)
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
-    sources = _find_all(inputs, eval_inputs, split, Layout(dict(columns or {})))
-    files = {use: [one.path for one in found] for use, found in sources.items()}
-    benchmarks = cleaning.benchmark_files
-    files["benchmark_files"] = find_files(benchmarks) if benchmarks else []
+    sources = _find_all(inputs, eval_inputs, settings)
+    files = _files_of(sources, cleaning)
     made_from = describe(
         files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named(), **_layouts_of(sources)
     )
@@ -125,20 +122,39 @@ def prepare_dataset(
     preparation = Preparation(
         sources, files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
-    folders = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir, cache_dir)]
-    report = preparation.run(StagingDir(*folders, made_from))
+    return _run(preparation, (arrow_dir, jsonl_dir, cache_dir), made_from, show)
+
+
+def _run(
+    preparation: "Preparation",
+    folders: Sequence[str | os.PathLike | None],
+    made_from: dict[str, Any],
+    show: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    paths = [None if folder is None else Path(folder) for folder in folders]
+    report = preparation.run(StagingDir(*paths, made_from))
     if show is not None:
         _show(report, show)
     return report
 
 
 def _find_all(
-    inputs: Sequence, eval_inputs: Sequence, split: str | None, layout: Layout
+    inputs: Sequence, eval_inputs: Sequence, settings: PrepareSettings
 ) -> dict[str, list[Source]]:
+    if settings.eval_ratio and eval_inputs:
+        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
+    layout = Layout(settings.columns)
     return {
-        "inputs": find_sources(inputs, split, layout),
-        "eval_inputs": find_sources(eval_inputs, split, layout) if eval_inputs else [],
+        "inputs": find_sources(inputs, settings.split, layout),
+        "eval_inputs": find_sources(eval_inputs, settings.split, layout) if eval_inputs else [],
     }
+
+
+def _files_of(sources: dict[str, list[Source]], cleaning: Cleaning) -> dict[str, list[Path]]:
+    """The files by their use, those of the benchmarks too."""
+    files = {use: [one.path for one in found] for use, found in sources.items()}
+    benchmarks = cleaning.benchmark_files
+    return files | {"benchmark_files": find_files(benchmarks) if benchmarks else []}
 
 
 def _layouts_of(sources: dict[str, list[Source]]) -> dict[str, Any]:

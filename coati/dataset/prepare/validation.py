@@ -1,6 +1,6 @@
 """What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
@@ -29,7 +29,7 @@ class PrepareSettings:
     num_samples_per_bin: int
     eval_ratio: float
     documents: str | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
     def named(self) -> dict[str, Any]:
         """The settings by name; of what most preparations do not have only what is there."""

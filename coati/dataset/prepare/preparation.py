@@ -8,7 +8,7 @@ of processes, and whether or not the work was interrupted.
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def prepare_dataset(
     verifiable: bool = True,
     documents: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
+    """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets.
 
     ``<arrow_dir>/part-XXXXX`` are ``datasets.load_from_disk`` folders beside ``preparation.json``;
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under
@@ -90,24 +90,14 @@ def prepare_dataset(
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
     column of each part of a row (see rows/column_names.py), ``split`` that of a data set with
     several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
-    or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of.
-    ``documents``: what of a .txt file is one, for type text. Raises ValueError for unusable input,
-    settings or result.
+    or "evaluation" rows. ``verifiable``: whether missing ground truths are warned of. ``documents``:
+    what of a .txt file is one. Raises ValueError for unusable input, settings or result.
     """
-    named = dict(columns or {})
-    texts = documents_of(type, documents)
     settings = PrepareSettings(
-        type,
-        format,
-        split,
-        max_length,
-        seed,
-        num_bins,
-        num_samples_per_bin,
-        eval_ratio,
-        texts,
-        named,
+        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
     )
+    named = dict(columns or {})
+    settings = replace(settings, documents=documents_of(type, documents), columns=named)
     budget = BadRowBudget(strict, max_bad_ratio, strict_columns)
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
@@ -117,8 +107,7 @@ def prepare_dataset(
         files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named(), **_layouts_of(sources)
     )
     made_with = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
-    metadata = {"command": command_line(), "tokenizer": made_with, "part": part}
-    metadata |= {"verifiable": verifiable}
+    metadata = {"tokenizer": made_with, "part": part, "verifiable": verifiable}
     preparation = Preparation(
         sources, files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
@@ -131,6 +120,7 @@ def _run(
     made_from: dict[str, Any],
     show: Callable[[str], None] | None,
 ) -> dict[str, Any]:
+    preparation.metadata["command"] = command_line()
     paths = [None if folder is None else Path(folder) for folder in folders]
     report = preparation.run(StagingDir(*paths, made_from))
     if show is not None:

@@ -90,8 +90,8 @@ def prepare_dataset(
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
     column of each part of a row (see rows/column_names.py), ``split`` that of a data set with
     several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
-    or "evaluation" rows. ``verifiable``: whether missing ground truths are warned of. ``documents``:
-    what of a .txt file is one. Raises ValueError for unusable input, settings or result.
+    or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of.
+    ``documents``: what of a .txt file is one. Raises ValueError for unusable input or result.
     """
     settings = PrepareSettings(
         type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio

@@ -54,7 +54,9 @@ def sample_prompts(
 
 def _columns(index: int, row: SourceRow) -> dict[str, Any]:
     columns: dict[str, Any] = {"messages": row.messages}
-    if len(row.messages) == 1:
+    if row.tools:
+        columns["tools"] = row.tools
+    elif len(row.messages) == 1:
         columns = {"instruction": row.messages[0]["content"]}
     columns["id"] = index
     if row.gt_answer is not None:

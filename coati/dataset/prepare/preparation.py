@@ -81,11 +81,11 @@ def prepare_dataset(
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
-    below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
-    column of each part of a row (see rows/column_names.py), ``split`` the part of a data set with
-    several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
-    or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of. Raises
-    ValueError for unusable input, settings or result.
+    below ``eval``. ``format`` names the one row format, ``columns`` the column of each part of a
+    row (rows/column_names.py), ``split`` the part of a data set with several. ``strict_columns``:
+    content that is not read ends the preparation. ``part``: "training" or "evaluation" rows.
+    ``verifiable``: whether some missing ground truths are warned of. Raises ValueError for unusable
+    input, settings or result.
     """
     settings = PrepareSettings(
         type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio, columns

@@ -98,8 +98,7 @@ def prepare_dataset(
     known = settings.named() | _layouts_of(sources)
     made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **known)
     described = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
-    metadata = {"command": command_line(), "tokenizer": described, "part": part}
-    metadata["verifiable"] = verifiable
+    metadata = {"tokenizer": described, "part": part, "verifiable": verifiable}
     preparation = Preparation(
         sources, files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
@@ -245,6 +244,7 @@ class Preparation:
             [written for _, written in mine.values()],
             **self.settings.named(),
             rows_in_files=files.total,
+            command=command_line(),
             **about,
             template=describe_template(self.template),
             cleaning=self.cleaning.named(),

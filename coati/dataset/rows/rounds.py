@@ -52,7 +52,7 @@ def asked(row: Fields, key: str | None = None) -> Messages:
         messages = prompt_messages(row, key)
     if messages and messages[-1]["role"] == "user":
         first = _extra(row, "instruction", key)
-        more = [_extra(row, name, key) for name in ("input", "context")]
+        more = [_extra(row, name, key) for name in ("input", "context", "passage")]
         parts = [first, messages[-1]["content"], *more, _choices(row)]
         said = "\n\n".join(part for part in parts if part)
         messages = [*messages[:-1], {**messages[-1], "content": said}]

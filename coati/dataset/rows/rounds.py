@@ -79,8 +79,8 @@ def options(row: dict) -> list[tuple[str, str]]:
         found = decoded(found) or found
     if isinstance(found, dict) and isinstance(found.get("text"), list):
         labels = found.get("label") or LETTERS[: len(found["text"])]
-        if len(labels) != len(found["text"]):
-            raise RowError("bad_scores", f"{key} has {len(labels)} labels: {found!r:.60}")
+        if not isinstance(labels, list | str) or len(labels) != len(found["text"]):
+            raise RowError("bad_scores", f"{key} has other labels than texts: {found!r:.60}")
         found = list(zip(map(str, labels), found["text"], strict=False))
     elif isinstance(found, dict):
         found = [(str(letter), one) for letter, one in found.items()]

@@ -344,3 +344,31 @@ def test_calls_and_thoughts_in_pairs_prompts_and_judged_rows():
     found = read_row("preference", both)
     assert [one["role"] for one in found.messages] == ["user", "assistant", "tool"]
     assert (found.chosen, found.rejected) == (answer("One."), answer("Two."))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"text": ["a", "b"], "label": 1}, {"text": ["a", "b"], "label": ["A"]}, [["a"]], {"A": ["a"]}],
+)
+def test_choices_that_cannot_be(choices):
+    with pytest.raises(RowError) as error:
+        read_row("prompt", {"question": "?", "choices": choices})
+    assert error.value.reason == "bad_scores"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]},
+        {"prompt": "?", "responses": ["a", "b"], "scores": [1]},
+        {"prompt": "?", "responses": ["a", "b"], "scores": ["good", "bad"]},
+        {"prompt": "?", "responses": ["a", "b"], "scores": ["N/A", 1]},
+        {"prompt": "?", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 7},
+        {"prompt": "?", "response_1": "a", "response_2": "b", "preference_strength": 0},
+    ],
+)
+def test_scores_that_tell_nothing(row):
+    with pytest.raises(RowError) as error:
+        read_row("preference", row)
+    assert error.value.reason == "bad_scores"

@@ -360,3 +360,11 @@ def test_documents_with_a_token_of_their_own(monkeypatch, tmp_path, tokenizer_di
 )
 def test_what_does_not_go_together_with_texts(monkeypatch, tmp_path, tokenizer_dir, flags, said):
     assert said in failure(monkeypatch, tmp_path, tokenizer_dir, *flags)
+
+
+def test_a_single_document_cannot_be_held_out(monkeypatch, tmp_path, tokenizer_dir):
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\n")
+    own = ("--type", "text", "--eval_ratio", "0.1")
+    said = failure(monkeypatch, tmp_path / "out", tokenizer_dir, *own, data=text)
+    assert "so few rows that all were drawn for evaluation" in said and "--eval_input_dirs" in said

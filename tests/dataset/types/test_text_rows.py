@@ -254,3 +254,36 @@ def test_a_position_between_two_sizes_of_steps_loses_no_row(corpus):
         for each in starts[:3] if not start else starts:
             seen += loader.rows_at(0, each)
     assert sorted(seen) == list(range(len(dataset)))
+
+
+def test_any_number_of_processes_gives_the_same_rows(corpus, tmp_path):
+    (tmp_path / "book.txt").write_text(megabyte(), encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    tables = []
+    for processes in (1, 3):
+        report = prepare_dataset(
+            inputs=[tmp_path / "book.txt"],
+            tokenizer=tokenizer,
+            template=PlainText(tokenizer),
+            arrow_dir=tmp_path / str(processes),
+            type="text",
+            max_length=512,
+            num_bins=2,
+            num_proc=processes,
+            show=None,
+        )
+        assert report["rows_read"] == report["shapes"]["document"] > 6
+        tables.append(load_tokenized_dataset(str(tmp_path / str(processes))).data.table)
+    assert tables[0].equals(tables[1])
+    assert tables[0]["input_ids"].equals(corpus[0].data.table["input_ids"][: len(tables[0])])
+
+
+def test_a_text_row_for_sft_is_that_of_source_and_target():
+    from coati.dataset import setup_conversation_template
+
+    conversation = setup_conversation_template(tiny_tokenizer(), {})
+    one, other = (
+        DATA_TYPES["sft"].tokenize(read_row("sft", row), conversation, 100)[0][0]
+        for row in ({"text": "Hills are old."}, {"source": "", "Target": "Hills are old."})
+    )
+    assert one == other and one["labels"][-1] == tiny_tokenizer().eos_token_id

@@ -87,7 +87,7 @@ def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_d
     assert "Traceback" not in done.stderr and "just got forked" not in done.stderr
 
 
-SHELL = {"sft": 4096, "preference": 1024, "prompt": 300, "kto": 1024}
+SHELL = {"sft": 4096, "preference": 1024, "prompt": 300, "kto": 1024, "text": 4096}
 
 
 @pytest.mark.parametrize("type", SHELL)
@@ -137,7 +137,7 @@ def test_the_shell_scripts_refuse_an_empty_variable(type, missing, tmp_path):
 
 def test_no_script_deletes_anything():
     scripts = sorted(SCRIPTS.glob("*.sh"))
-    assert len(scripts) == 5 and not any("rm " in script.read_text() for script in scripts)
+    assert len(scripts) == 6 and not any("rm " in script.read_text() for script in scripts)
 
 
 @pytest.mark.parametrize("stage", ["prepare_sft", "prepare_preference", "prepare_prompt"])

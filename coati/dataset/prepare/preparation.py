@@ -212,7 +212,7 @@ class Preparation:
         if train.total == 0:
             raise ValueError(
                 f"{_names(train.paths)}: no rows found; expected one JSON object per line, an "
-                "array, or records under a header"
+                "array, records under a header, or a text in a .txt file"
             )
         evaluation = None
         if self.files["eval_inputs"]:

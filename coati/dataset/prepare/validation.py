@@ -153,6 +153,12 @@ class BadRowBudget:
 
 def check_not_empty(report: dict[str, Any], what: str) -> None:
     """Raise ValueError for a report without rows; ``what`` was read for it."""
+    if report["rows_written"] == 0 and report["rows_read"] == 0 and report.get("eval_ratio"):
+        raise ValueError(
+            f"nothing left: {what} has so few rows that all were drawn for evaluation; name "
+            "evaluation rows of their own (--eval_input_dirs), or give --eval_ratio to the "
+            "training command instead, which draws from the rows that are made here"
+        )
     if report["rows_written"] == 0:
         reasons = "\n".join(dropped_lines(report["dropped"]))
         raise ValueError(

@@ -25,8 +25,8 @@ Skipped = tuple[str, str]  # place of a row, and why it is not used
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its place in the files, {role, content} messages that end with the user, and the
-    right answer.
+    """One prompt: its place in the files, {role, content} messages that end with the user, the
+    right answer, and the functions that may be called.
 
     ``number``: of the row among all rows; it decides the noise that its response is sampled with.
     """

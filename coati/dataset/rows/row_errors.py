@@ -71,6 +71,7 @@ REASONS = (
     MALFORMED_REASONS
     | {
         "same_answers": "chosen and rejected are the same",
+        "no_preference": "scores or votes hold no response better than another",
         "judged_bad": "a column of the row says that its response is a bad one",
         "too_long": "the row, or its first response, does not fit into max_length",
         "template_refused": "the chat template refuses this conversation",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
 from coati.cli.parser import OlderFlags, Parser
+from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
@@ -22,7 +23,7 @@ def sft_parser() -> Parser:
         "turns of conversations.",
     )
     add_model_flags(parser)
-    add_data_flags(parser)
+    add_data_flags(parser, learn=True)
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)
@@ -101,7 +102,8 @@ def add_model_flags(parser: Parser) -> None:
     )
 
 
-def add_data_flags(parser: Parser) -> None:
+def add_data_flags(parser: Parser, learn: bool = False) -> None:
+    """``learn``: whether it can be chosen which turns are."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -129,6 +131,8 @@ def add_data_flags(parser: Parser) -> None:
     )
     add_eval_ratio_flag(group, "--dataset", "--eval_dataset")
     add_template_flag(group)
+    if learn:
+        add_learn_flag(group)
     add_count(
         group,
         "--max_length",
@@ -155,6 +159,7 @@ def add_template_flag(group: argparse._ArgumentGroup) -> None:
         "and for the final model; default: the one the data was prepared with, else the "
         "tokenizer's own",
     )
+    add_row_flags(group)
 
 
 def add_packing_flag(parser: Parser) -> None:

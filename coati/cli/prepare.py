@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from coati.cli.checks import named_template
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PrepareSettings
+from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
+from coati.dataset.chat.row_options import LEARNED_TURNS
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.column_names import TARGETS, parse_columns
 from coati.dataset.rows.formats import FORMATS, FORMATS_OF
@@ -95,6 +97,8 @@ def _add_template_flags(parser: Parser) -> None:
         default=TEMPLATE_MODES[0],
         help="for a template that rewrites earlier assistant turns: one row per turn, or an error",
     )
+    add_row_flags(parser)
+    add_learn_flag(parser)
     add_switch(
         parser,
         "--check_template",
@@ -263,6 +267,11 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         parser.error(
             f"--format {args.format} is for --type {types}; --type {args.type} reads "
             f"{', '.join(FORMATS_OF[args.type])}"
+        )
+    if args.learn != LEARNED_TURNS[0] and args.type != "sft":
+        parser.error(
+            f"--learn {args.learn} is for --type sft; of --type {args.type} the last response is "
+            "learned"
         )
     if args.num_samples_per_datafile == 0:
         parser.error(

@@ -92,6 +92,10 @@ class PrepareSettings:
     trust_remote_code: bool
     conversation_template_config: str | None
     template_mode: str
+    template_args: str | None
+    thoughts: str
+    empty_thoughts: str
+    learn: str
     check_template: bool
     data_cache_dir: str
     data_jsonl_output_dir: str

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
+from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.options import ParallelOptions
 from coati.trainer.schedule import RunSchedule
@@ -85,11 +86,20 @@ class DataSettings:
     dataset_weights: list[float]
     max_length: int
     conversation_template_config: str | None = None
+    template_args: str | None = None  # a JSON object
+    thoughts: str = THOUGHTS[0]
+    empty_thoughts: str = EMPTY_THOUGHTS[0]
+    learn: str = LEARNED_TURNS[0]
     max_samples: int | None = None
     eval_ratio: float | None = None
     disable_loss_mask: bool = False
     packing: bool = False
     max_seq_len: int = 0
+
+    @property
+    def row_options(self) -> RowOptions:
+        """What is learned of raw rows."""
+        return RowOptions(self.thoughts, self.empty_thoughts, self.learn)
 
     @property
     def longest_prompt(self) -> int:

@@ -32,9 +32,17 @@ def describe(
         },
         "tokenizer": tokenizer_fingerprint(template.tokenizer),
         "template": template.to_config() | {"template_mode": template.template_mode},
+        **row_options(template),
         **stamps(files),
     }
     return json.loads(json.dumps(found))  # as it will be read from disk again
+
+
+def row_options(template: Conversation) -> dict[str, Any]:
+    """What is learned of a row, where it is not the default; and what the default is where the
+    template's text leaves a choice."""
+    choices = {"empty_thoughts": template.options.empty_thoughts}
+    return template.options.named() | (choices if template.abilities.empty else {})
 
 
 def stamps(files: dict[str, Sequence[Path]]) -> dict[str, list[Stamp]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from coati.cli.settings import DataSettings, OnlineSettings, SLSettings
 from coati.dataset.data_types import DATA_TYPES, types_of
+from coati.dataset.fingerprint import row_options
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
 from coati.dataset.load.loader import (
     check_global_batch,
@@ -250,6 +251,8 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
     ).hexdigest()
     template = run.template.to_config()
     key: list[Any] = [stamps, vocabulary, template, _longest(run.settings.data, type), type]
+    if options := row_options(run.template):
+        key.append(options)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)
     if any(read_as := [source.described() for source in sources]):

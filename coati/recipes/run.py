@@ -1,11 +1,12 @@
 """A run: what was asked for, and what is found out before a model is loaded."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from coati.cli.settings import TrainingSettings
+from coati.cli.settings import DataSettings, TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens
@@ -153,11 +154,34 @@ def _tokenizer_and_template(
             "the model"
         )
         return tokenizer, None, added
-    template = setup_conversation_template(tokenizer, config, save_path=None)
+    options = data.row_options
+    _check_prepared_options(data, prepared)
+    args = data.template_args and json.loads(data.template_args)
+    template = setup_conversation_template(
+        tokenizer, config, save_path=None, template_args=args, options=options
+    )
     tokenizer.chat_template = template.chat_template
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
     return tokenizer, template, added
+
+
+def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) -> None:
+    """Prepared rows keep what they were made with: say which flags do nothing for them. Raises
+    ValueError for other arguments of the template than theirs."""
+    for found in prepared:
+        theirs = found["conversation_template"].get("template_args") or {}
+        asked = data.template_args and json.loads(data.template_args)
+        if asked is not None and asked != theirs:
+            raise ValueError(
+                f"--template_args {data.template_args}: --dataset was prepared with "
+                f"{json.dumps(theirs)}; leave the flag out, or prepare the rows again with it"
+            )
+    if prepared and (named := data.row_options.named()):
+        flags = ", ".join(f"--{name} {value}" for name, value in named.items())
+        logger.warning(
+            f"{flags}: nothing changes for rows that are prepared; give it to coati prepare"
+        )
 
 
 def _preparation(path: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from coati.dataset.clean.overlap import Overlap
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.dedup_pass import Duplicates
 from coati.dataset.prepare.shard_plan import Bin, Chunk, ShardPlan
-from coati.dataset.prepare.shards import ShardWriter, to_arrow
+from coati.dataset.prepare.shards import ShardWriter, to_arrow, unify
 from coati.dataset.prepare.staging import Counts, StagingDir
 from coati.dataset.prepare.validation import BadRowBudget
 from coati.dataset.prepare.workers import run_by_bin
@@ -102,6 +102,10 @@ class WritePass:
             counts = self._write(bin, chunks, seen)
             self.staging.store(bin, counts)
             finished |= counts
+        unify(
+            DATA_TYPES[self.worker.type],
+            [self.staging.arrow / shard for bin in self.plan.bins for shard in bin.shards],
+        )
         return {shard: finished[shard] for bin in self.plan.bins for shard in bin.shards}
 
     def _write(self, bin: Bin, chunks: Iterator[tuple[str, tuple]], seen: RowStats) -> Counts:

@@ -159,6 +159,7 @@ class Recorder:
         stats.roles.update(role for role, _ in spoken)
         self._texts.append("\n".join(text for _, text in spoken))
         stats.traits.update(self._type.traits_of(row))
+        stats.traits.update(row.notes)
         if row.gt_answer is not None:
             stats.traits["gt_answer"] += 1
         if row.unanswered:

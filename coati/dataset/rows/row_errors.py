@@ -73,9 +73,13 @@ REASONS = (
         "same_answers": "chosen and rejected are the same",
         "judged_bad": "a column of the row says that its response is a bad one",
         "too_long": "the row, or its first response, does not fit into max_length",
+        "same_rendering": "chosen and rejected become the same under the chat template",
         "template_refused": "the chat template refuses this conversation",
         "template_rewrites": "the chat template changes an earlier turn of this conversation",
         "no_end_marker": "end_of_assistant does not follow a response",
+        "tools_unsupported": "the chat template does not write what the row has of tools",
+        "thought_dropped": "the chat template drops a thought (--thoughts refuse)",
+        "nothing_learned": "every turn has weight 0 or is left out by --learn",
         "marker_in_text": (
             "a message holds a control marker that cannot be encoded as ordinary text"
         ),

@@ -50,6 +50,7 @@ class SourceRow:
         unused: the columns and fields that were not read, and whether they carry content that is
             missing now.
         branches: further rows out of the same one, as a tree of messages holds them.
+        notes: what is counted of the row beside its turns, found when it was tokenized.
     """
 
     messages: Messages = field(default_factory=list)
@@ -67,6 +68,7 @@ class SourceRow:
     format: str = ""
     unused: dict[str, bool] = field(default_factory=dict, compare=False)
     branches: list["SourceRow"] = field(default_factory=list)
+    notes: frozenset[str] = frozenset()
 
 
 def completion_text(row: SourceRow) -> str | None:

@@ -15,7 +15,6 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
-from coati.dataset.types.plain_turns import plain_turns
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
@@ -56,9 +55,9 @@ class Kto(DataType):
             raise RowError("empty_answer", "completion is empty")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        row = plain_turns(row)
-        response = {"role": "assistant", "content": row.completion}
-        encoded = conversation.encode_response([*row.messages, response], max_length)
+        response = row.response or {"role": "assistant", "content": row.completion}
+        encoded = conversation.encode_response([*row.messages, response], max_length, row.tools)
+        row.notes = encoded.notes
         start = encoded.spans[0][0]
         completion = encoded.input_ids[start:]
         columns = {

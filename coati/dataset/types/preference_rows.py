@@ -15,7 +15,6 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
-from coati.dataset.types.plain_turns import plain_turns
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
@@ -63,18 +62,26 @@ class Preference(DataType):
             raise RowError("same_answers", f"both are {turn_text(row.chosen[-1])[:60]!r}")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        row = plain_turns(row)
         columns: Columns = {}
+        notes: set[str] = set()
         for side, turns in zip(SIDES, (row.chosen, row.rejected), strict=True):
             try:
-                encoded = conversation.encode_response([*row.messages, *turns], max_length)
+                encoded = conversation.encode_response(
+                    [*row.messages, *turns], max_length, row.tools
+                )
             except RowError as error:
                 raise RowError(error.reason, f"{side}: {error.detail}") from error
+            notes |= encoded.notes
             columns[f"{side}_input_ids"] = encoded.input_ids
             columns[f"{side}_loss_mask"] = encoded.loss_mask
             columns[f"{side}_label_decode"] = [
                 conversation.encoder.decode(response) for response in encoded.responses()
             ]
+        if columns["chosen_input_ids"] == columns["rejected_input_ids"]:
+            raise RowError(
+                "same_rendering", f"both are {columns['chosen_label_decode'][-1][:60]!r}"
+            )
+        row.notes = frozenset(notes)
         longer = max(len(columns[f"{side}_input_ids"]) for side in SIDES)
         columns |= {"margin": row.margin, "seq_length": longer, "seq_category": row.category}
         return [(columns, False)]

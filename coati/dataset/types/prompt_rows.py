@@ -15,7 +15,6 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
-from coati.dataset.types.plain_turns import plain_turns
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
@@ -48,8 +47,7 @@ class Prompt(DataType):
         row.completion = row.response = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        row = plain_turns(row)
-        encoded = conversation.encode_prompt(row.messages)
+        encoded = conversation.encode_prompt(row.messages, tools=row.tools)
         ids = encoded.input_ids
         bos = conversation.tokenizer.bos_token
         if len(ids) > max_length:

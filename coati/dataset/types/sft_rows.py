@@ -15,7 +15,6 @@ from coati.dataset.types.data_type import (
     Side,
     TrainingRows,
 )
-from coati.dataset.types.plain_turns import plain_turns
 from coati.utils.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ class Sft(DataType):
         "labels_decode": "texts",
         **COMMON,
     }
+    optional_columns = {"loss_weights": "weights"}
     texts = ReportTexts(
         title="conversations for supervised fine-tuning (sft)",
         what="In each, the model is trained on the responses of the assistant.",
@@ -53,10 +53,10 @@ class Sft(DataType):
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         """One row, or one per response (see Conversation.encode_turns)."""
-        row = plain_turns(row)
         if row.text is not None:
             return [_text_row(row, conversation, max_length)]
-        encoded = conversation.encode_turns(row.messages, max_length)
+        encoded = conversation.encode_turns(row.messages, max_length, row.tools)
+        row.notes = encoded[-1].notes
         return [(_columns(one, conversation, row.category), one.truncated) for one in encoded]
 
     def sides(self, columns: Columns) -> list[Side]:
@@ -72,7 +72,7 @@ def _columns(encoded: Encoded, conversation: Conversation, category: str | None)
     # What follows the last response (a line break, say) is never trained and would only cost time.
     end = encoded.spans[-1][1]
     ids = encoded.input_ids[:end]
-    return {
+    columns = {
         "input_ids": ids,
         "labels": [
             token if marked else IGNORE_INDEX
@@ -85,6 +85,17 @@ def _columns(encoded: Encoded, conversation: Conversation, category: str | None)
         "seq_length": len(ids),
         "seq_category": category,
     }
+    if encoded.weights and any(0 < weight < 1 for weight in encoded.weights[:end]):
+        columns["loss_weights"] = _loss_weights(encoded, end)
+    return columns
+
+
+def _loss_weights(encoded: Encoded, end: int) -> list[float]:
+    """1 outside of responses, so that what a run supervises beside them counts whole."""
+    weights = [1.0] * end
+    for start, stop in encoded.spans:
+        weights[start:stop] = encoded.weights[start:stop]
+    return weights
 
 
 def _text_row(row: SourceRow, conversation: Conversation, max_length: int) -> tuple[Columns, bool]:

@@ -1,5 +1,6 @@
 """Tokenize conversations, preferences or prompts into shards, with a report."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def main(args: PrepareSettings) -> None:
 def prepare(args: PrepareSettings) -> None:
     """Raw rows to shards. Says where they are."""
     from coati.dataset.chat.conversation import setup_conversation_template
+    from coati.dataset.chat.row_options import RowOptions
     from coati.dataset.prepare.staging import check_outputs
     from coati.dataset.rows.input_files import find_files
     from coati.models.tokenizer import load_tokenizer
@@ -38,7 +40,11 @@ def prepare(args: PrepareSettings) -> None:
     check_outputs(args.data_jsonl_output_dir, args.data_arrow_output_dir)
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     template = setup_conversation_template(
-        tokenizer, args.conversation_template_config, template_mode=args.template_mode
+        tokenizer,
+        args.conversation_template_config,
+        template_mode=args.template_mode,
+        template_args=args.template_args and json.loads(args.template_args),
+        options=RowOptions(args.thoughts, args.empty_thoughts, args.learn),
     )
     with phase("preparing the rows"):
         _prepare(args, tokenizer, template)
@@ -109,7 +115,13 @@ def check(args: PrepareSettings) -> None:
 
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     color = sys.stdout.isatty()
-    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, color)
+    report = check_template(
+        tokenizer,
+        args.conversation_template_config,
+        args.template_mode,
+        color,
+        args.template_args and json.loads(args.template_args),
+    )
     print(report.lines())
     if report.errors:
         sys.exit(1)

@@ -81,41 +81,24 @@ def prepare_dataset(
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
-    below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
-    column of each part of a row (see rows/column_names.py), ``split`` the part of a data set with
-    several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
-    or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of. Raises
-    ValueError for unusable input, settings or result.
+    below ``eval``. ``format`` names the one row format, ``columns`` the column of each part of a
+    row (rows/column_names.py), ``split`` the part of a data set with several. ``strict_columns``:
+    content that is not read ends the preparation. ``part``: "training" or "evaluation" rows.
+    ``verifiable``: whether some missing ground truths are warned of. Raises ValueError for unusable
+    input, settings or result.
     """
     settings = PrepareSettings(
-        type,
-        format,
-        split,
-        max_length,
-        seed,
-        num_bins,
-        num_samples_per_bin,
-        eval_ratio,
-        dict(columns or {}) or None,
+        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio, columns
     )
-    if eval_ratio and eval_inputs:
-        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
     budget = BadRowBudget(strict, max_bad_ratio, strict_columns)
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
-    sources = _find_all(inputs, eval_inputs, split, Layout(dict(columns or {})))
-    files = {use: [one.path for one in found] for use, found in sources.items()}
-    benchmarks = cleaning.benchmark_files
-    files["benchmark_files"] = find_files(benchmarks) if benchmarks else []
-    made_from = describe(
-        files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named(), **_layouts_of(sources)
-    )
-    metadata = {
-        "command": command_line(),
-        "tokenizer": describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"]),
-        "part": part,
-        "verifiable": verifiable,
-    }
+    sources = _find_all(inputs, eval_inputs, settings)
+    files = _files_of(sources, cleaning)
+    known = settings.named() | _layouts_of(sources)
+    made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **known)
+    described = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
+    metadata = {"tokenizer": described, "part": part, "verifiable": verifiable}
     preparation = Preparation(
         sources, files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
@@ -127,12 +110,22 @@ def prepare_dataset(
 
 
 def _find_all(
-    inputs: Sequence, eval_inputs: Sequence, split: str | None, layout: Layout
+    inputs: Sequence, eval_inputs: Sequence, settings: PrepareSettings
 ) -> dict[str, list[Source]]:
+    if settings.eval_ratio and eval_inputs:
+        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
+    layout = Layout(settings.columns or {})
     return {
-        "inputs": find_sources(inputs, split, layout),
-        "eval_inputs": find_sources(eval_inputs, split, layout) if eval_inputs else [],
+        use: find_sources(paths, settings.split, layout) if paths or use == "inputs" else []
+        for use, paths in (("inputs", inputs), ("eval_inputs", eval_inputs))
     }
+
+
+def _files_of(sources: dict[str, list[Source]], cleaning: Cleaning) -> dict[str, list[Path]]:
+    """The files by their use, those to compare with among them."""
+    files = {use: [one.path for one in found] for use, found in sources.items()}
+    benchmarks = cleaning.benchmark_files
+    return {**files, "benchmark_files": find_files(benchmarks) if benchmarks else []}
 
 
 def _layouts_of(sources: dict[str, list[Source]]) -> dict[str, Any]:
@@ -251,6 +244,7 @@ class Preparation:
             [written for _, written in mine.values()],
             **self.settings.named(),
             rows_in_files=files.total,
+            command=command_line(),
             **about,
             template=describe_template(self.template),
             cleaning=self.cleaning.named(),

@@ -1,5 +1,6 @@
 """What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,11 +29,13 @@ class PrepareSettings:
     num_bins: int
     num_samples_per_bin: int
     eval_ratio: float
-    columns: dict[str, str] | None = None
+    columns: Mapping[str, str] | None = None
 
     def named(self) -> dict[str, Any]:
         """All settings by name; columns only where some are named."""
-        return {k: v for k, v in asdict(self).items() if k != "columns" or v}
+        found = asdict(self)
+        columns = found.pop("columns")
+        return {**found, "columns": dict(columns)} if columns else found
 
     def __post_init__(self):
         if self.type not in DATA_TYPES:

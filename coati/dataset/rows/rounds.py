@@ -4,7 +4,7 @@ context, choices, earlier rounds, a thought, and the response."""
 import json
 from typing import Any
 
-from coati.dataset.rows.column_use import Fields, holds
+from coati.dataset.rows.column_use import SWITCHES, Fields, holds
 from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.messages import Message, Messages, message_list, spoken, text
 from coati.dataset.rows.row_errors import RowError
@@ -158,8 +158,13 @@ def answered(row: Fields) -> Messages:
 
 
 def _thought(row: Fields) -> str:
-    key = next((k for k in COTS if isinstance(row.peek(k), str) and len(row.peek(k)) > 6), None)
+    key = next((key for key in COTS if _is_thought(row.peek(key))), None)
     return row.answer(key) if key else ""
+
+
+def _is_thought(found: Any) -> bool:
+    """Whether a column holds a thought, not a switch for thoughts."""
+    return isinstance(found, str) and holds(found) and found.strip().lower() not in SWITCHES
 
 
 def one_round(row: Fields) -> SourceRow:

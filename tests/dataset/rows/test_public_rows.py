@@ -140,6 +140,18 @@ def test_tags_that_are_spoken_of_stay_text(content):
     assert read_row("sft", row).messages == row["messages"]
 
 
+def test_thoughts_and_calls_in_the_text_of_a_dialogue():
+    said = '<think>\nx\n</think>\n\n4<tool_call>{"name": "f", "zzz": 1}</tool_call>'
+    row = {
+        "chosen": f"\n\nHuman: 2+2?\n\nAssistant: {said}",
+        "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+    }
+    found = read_row("preference", row)
+    [response] = found.chosen
+    assert (response["content"], response["reasoning_content"]) == ("4", "x")
+    assert len(response["tool_calls"]) == 1 and list(found.unused) == ["chosen.content.zzz"]
+
+
 def test_two_thoughts_are_refused():
     said = {"content": "<think>\na\n</think>\n\n12", "reasoning_content": "b"}
     with pytest.raises(RowError) as error:

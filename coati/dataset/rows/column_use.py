@@ -98,7 +98,8 @@ def _is_said(name: str, value: Any, said: set[str]) -> bool:
             return any(value.strip() in text for text in said)
         return value in said or value.strip() in said
     if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        return all(one.get("content", one.get("value")) in said for one in value)
+        texts = [one.get("content", one.get("value")) for one in value]
+        return all(isinstance(text, str) and text in said for text in texts)
     return False
 
 

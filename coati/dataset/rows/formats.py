@@ -176,7 +176,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         CHAT,
         (_TALK,),
         keys.both(keys.has(_TALK), keys.is_rounds_list(_TALK)),
-        rounds.paired_rounds,
+        rounds.paired_rounds(_TALK),
     ),
     DatasetFormat(
         "sharegpt",
@@ -238,7 +238,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         CHAT,
         ("conversation",),
         keys.both(keys.has("conversation"), keys.is_rounds_list("conversation")),
-        rounds.paired_rounds,
+        rounds.paired_rounds("conversation"),
     ),
     DatasetFormat(
         "sharegpt",
@@ -290,7 +290,8 @@ def read_row(
         _check_not_turned_down(type, row)
     fields = Fields(_as_object(row), use or ColumnUse(), names=names)
     found = found_format.read(fields)
-    found.format = found_format.name
+    for one in (found, *found.branches):
+        one.format = found_format.name
     data_type = DATA_TYPES[type]
     if not data_type.supervised:
         fields.unread(*fields.answers)

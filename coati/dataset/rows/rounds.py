@@ -2,6 +2,7 @@
 context, choices, earlier rounds, a thought, and the response."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from coati.dataset.rows.column_use import SWITCHES, Fields, holds
@@ -52,7 +53,7 @@ def asked(row: Fields, key: str | None = None) -> Messages:
         messages = prompt_messages(row, key)
     if messages and messages[-1]["role"] == "user":
         first = _extra(row, "instruction", key)
-        more = [_extra(row, name, key) for name in ("input", "context")]
+        more = [_extra(row, name, key) for name in ("input", "context", "passage")]
         parts = [first, messages[-1]["content"], *more, _choices(row)]
         said = "\n\n".join(part for part in parts if part)
         messages = [*messages[:-1], {**messages[-1], "content": said}]
@@ -79,8 +80,8 @@ def options(row: dict) -> list[tuple[str, str]]:
         found = decoded(found) or found
     if isinstance(found, dict) and isinstance(found.get("text"), list):
         labels = found.get("label") or LETTERS[: len(found["text"])]
-        if len(labels) != len(found["text"]):
-            raise RowError("bad_scores", f"{key} has {len(labels)} labels: {found!r:.60}")
+        if not isinstance(labels, list | str) or len(labels) != len(found["text"]):
+            raise RowError("bad_scores", f"{key} has other labels than texts: {found!r:.60}")
         found = list(zip(map(str, labels), found["text"], strict=False))
     elif isinstance(found, dict):
         found = [(str(letter), one) for letter, one in found.items()]
@@ -239,7 +240,7 @@ def rm_static_pair(row: Fields) -> SourceRow:
     return pair
 
 
-def messages_pair(key: str):
+def messages_pair(key: str) -> Callable[[Fields], SourceRow]:
     """A conversation whose last response is the better one, and another in its place."""
 
     def read(row: Fields) -> SourceRow:
@@ -256,25 +257,29 @@ def messages_pair(key: str):
     return read
 
 
-def paired_rounds(row: Fields) -> SourceRow:
+def paired_rounds(key: str) -> Callable[[Fields], SourceRow]:
     """Rounds as objects: ``{"human", "assistant"}`` of Firefly, ``{"input", "output"}`` of XTuner,
-    with a system message in one of them."""
-    key = row.first(("conversation", "conversations"))
-    messages: Messages = []
-    for found in row[key]:
-        one = Fields(found, row.use, f"{key}[].")
-        system = None if messages else one.take(("system",))
-        if system:
-            messages.append({"role": "system", "content": text(system, f"{key}: system")})
-        for role, names in (("user", ("human", "user", "input")), _SPEAKER):
-            name = one.first(names)
-            if name is None:
-                raise RowError("wrong_keys", f"{key} has a round without {' or '.join(names)}")
-            messages.append(spoken(role, text(one[name], name), f"{key}: {name}", row.use))
-        one.close()
-    return SourceRow(messages=messages)
+    with a system message in the first of them."""
+
+    def read(row: Fields) -> SourceRow:
+        messages: Messages = []
+        for found in row[key]:
+            one = Fields(found, row.use, f"{key}[].")
+            system = None if messages else one.take(("system",))
+            if system:
+                messages.append({"role": "system", "content": text(system, f"{key}: system")})
+            for role, names in (_ASKER, _SPEAKER):
+                name = one.first(names)
+                if name is None:
+                    raise RowError("wrong_keys", f"{key} has a round without {' or '.join(names)}")
+                messages.append(spoken(role, text(one[name], name), f"{key}: {name}", row.use))
+            one.close()
+        return SourceRow(messages=messages)
+
+    return read
 
 
+_ASKER = ("user", ("human", "user", "input"))
 _SPEAKER = ("assistant", ("assistant", "bot", "gpt", "output"))
 
 

@@ -146,6 +146,8 @@ def test_content_that_stands_in_the_row_anyway_is_not_missed():
     row = {"messages": talk("1 + 2 = ?", "It is 3."), "context": "1 + 2 = ?", "answer": "3"}
     assert read_row("sft", row).unused == {"context": False, "answer": False}
     assert read_row("sft", row | {"context": "Sums"}).unused == {"context": True, "answer": False}
+    inner = [{"role": "user", "content": [["x"]]}]
+    assert read_row("sft", row | {"history": inner}).unused["history"] is True
     # Nothing is told of what holds nothing, as tables have it.
     empty = {"context": None, "images": [], "tools": "", "meta": {"a": None}}
     assert read_row("sft", {"messages": talk("q", "a"), **empty}).unused == {}

@@ -6,7 +6,7 @@ import pytest
 
 from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.row_errors import MALFORMED, RowError
 from tests.dataset.rows.test_format_files import talk
 
 
@@ -344,3 +344,44 @@ def test_calls_and_thoughts_in_pairs_prompts_and_judged_rows():
     found = read_row("preference", both)
     assert [one["role"] for one in found.messages] == ["user", "assistant", "tool"]
     assert (found.chosen, found.rejected) == (answer("One."), answer("Two."))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"text": ["a", "b"], "label": 1}, {"text": ["a", "b"], "label": ["A"]}, [["a"]], {"A": ["a"]}],
+)
+def test_choices_that_cannot_be(choices):
+    with pytest.raises(RowError) as error:
+        read_row("prompt", {"question": "?", "choices": choices})
+    assert error.value.reason == "bad_scores"
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("no_preference", {"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]}),
+        ("bad_scores", {"prompt": "?", "responses": ["a", "b"], "scores": [1]}),
+        ("bad_scores", {"prompt": "?", "responses": ["a", "b"], "scores": ["good", "bad"]}),
+        ("no_preference", {"prompt": "?", "responses": ["a", "b"], "scores": ["N/A", 1]}),
+        (
+            "bad_scores",
+            {"prompt": "?", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        ),
+        ("bad_scores", {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 7}),
+        (
+            "no_preference",
+            {"prompt": "?", "response_1": "a", "response_2": "b", "preference_strength": 0},
+        ),
+    ],
+)
+def test_scores_that_tell_nothing(reason, row):
+    with pytest.raises(RowError) as error:
+        read_row("preference", row)
+    # Rows without a preference are no fault of the file.
+    assert error.value.reason == reason and (reason in MALFORMED) == (reason == "bad_scores")
+
+
+def test_rounds_beside_a_text_of_the_other_name():
+    rounds = [{"human": "1+2?", "assistant": "3"}]
+    found = read_row("sft", {"conversations": rounds, "conversation": "a title"})
+    assert found.messages == talk("1+2?", "3") and found.unused == {"conversation": False}

@@ -154,11 +154,10 @@ def _tokenizer_and_template(
             "the model"
         )
         return tokenizer, None, added
-    options = data.row_options
     _check_prepared_options(data, prepared)
-    args = data.template_args and json.loads(data.template_args)
+    args = json.loads(data.template_args) if data.template_args else None
     template = setup_conversation_template(
-        tokenizer, config, save_path=None, template_args=args, options=options
+        tokenizer, config, save_path=None, template_args=args, options=data.row_options
     )
     tokenizer.chat_template = template.chat_template
     for found in prepared:
@@ -171,7 +170,7 @@ def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) 
     ValueError for other arguments of the template than theirs."""
     for found in prepared:
         theirs = found["conversation_template"].get("template_args") or {}
-        asked = data.template_args and json.loads(data.template_args)
+        asked = json.loads(data.template_args) if data.template_args else None
         if asked is not None and asked != theirs:
             raise ValueError(
                 f"--template_args {data.template_args}: --dataset was prepared with "

@@ -15,7 +15,12 @@ LITTLE_SUPERVISED = 0.02
 
 def warnings_of(report: Report) -> list[str]:
     """One sentence per finding: what is odd and what to do about it."""
-    return [*_never_ends(report), *unused_content(report), *_odd_rows(report), *rendering_warnings(report)]
+    return [
+        *_never_ends(report),
+        *unused_content(report),
+        *_odd_rows(report),
+        *rendering_warnings(report),
+    ]
 
 
 def unused_content(report: Report) -> Iterator[str]:

@@ -67,7 +67,8 @@ def scored_list(row: Fields) -> SourceRow:
         numbers = [-number for number in numbers]
     usable = [k for k, number in enumerate(numbers) if math.isfinite(number)]
     if len({numbers[k] for k in usable}) < 2:
-        raise RowError("no_preference", f"no two of the {name} differ: {scores!r:.60}")
+        undecided = f"no two of the {name} differ: {scores!r:.60}"
+        return SourceRow(messages=asked(row), undecided=undecided)
     best = max(usable, key=lambda k: numbers[k])
     worst = min(usable, key=lambda k: numbers[k])
     for k, one in enumerate(found):
@@ -127,14 +128,13 @@ def voted(
             number = {0.0: -1.0, 1.0: 1.0}.get(number, math.nan)
         if not math.isfinite(number):
             raise RowError("bad_scores", f"{vote} is {found!r:.60}, which names no response")
+        messages = asked(row) if question is None else _asked_under(row, question)
         if number == 0:
-            raise RowError("no_preference", f"{vote} is {found!r}")
+            return SourceRow(messages=messages, undecided=f"{vote} is {found!r}")
         better, worse = (first, second) if number < 0 else (second, first)
         chosen = response_messages(row, better)
         rejected = response_messages(row, worse)
-        if question is None:
-            return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected)
-        return SourceRow(messages=_asked_under(row, question), chosen=chosen, rejected=rejected)
+        return SourceRow(messages=messages, chosen=chosen, rejected=rejected)
 
     return read
 

@@ -379,6 +379,8 @@ def test_scores_that_tell_nothing(reason, row):
         read_row("preference", row)
     # Rows without a preference are no fault of the file.
     assert error.value.reason == reason and (reason in MALFORMED) == (reason == "bad_scores")
+    if reason == "no_preference":
+        assert read_row("prompt", row).messages == talk("?")
 
 
 def test_rounds_beside_a_text_of_the_other_name():

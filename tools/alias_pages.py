@@ -5,8 +5,9 @@ from coati.cli.aliases import DIFFERENT, IN_ROLLOUTS, MAPPED, SAME, SAME_OF
 SPECIAL = {
     "report_to": "`wandb`: `--use_wandb`; `tensorboard`: `--log_dir` (or `runs` of `--save_dir`)",
     "use_peft": "LoRA, of rank 16 unless a rank is given",
+    "pref_beta": "`--beta`, of orpo `--lam`",
     "finetuning_type": "`lora`: LoRA, of rank 8 unless a rank is given; `full`: all weights",
-    "beta": "`--kl_coef` of grpo",
+    "beta": "`--kl_coef` of grpo, `--lam` of orpo",
     "block_size": "`--max_length` of pretrain",
     "train_file_dir": "`--dataset` of pretrain",
     "validation_file_dir": "`--eval_dataset` of pretrain",

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from coati.cli.config_file import SCHEMAS
+from coati.cli.nearest import SCHEMAS
 from coati.parallel.footprint.model_shape import load_shape
 from coati.parallel.footprint.training_memory import Estimate, estimate
 from coati.parallel.plugin_checks import resolve_options

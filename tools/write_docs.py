@@ -18,7 +18,8 @@ import re
 import sys
 from pathlib import Path
 
-from coati.cli.config_file import SCHEMAS, schema_of
+from coati.cli.config_file import schema_of
+from coati.cli.nearest import SCHEMAS
 from coati.dataset.rows.row_errors import CLEANING_REASONS, MALFORMED_REASONS, REASONS
 from coati.parallel.footprint.fitting import memory_table
 from coati.parallel.plugin_checks import check_options, resolve_options

@@ -92,6 +92,8 @@ SAME = {
 # Likewise, of one command: the flag that only it has, and what it means by a name.
 SAME_OF = {
     "algo": {"beta": "kl_coef"},  # grpo, where TRL's beta weighs the KL in the loss
+    "critic_lr": {},  # ppo, whose --lam is another
+    "lam": {"beta": "lam", "pref_beta": "lam"},  # orpo, where they weigh the odds-ratio loss
     "documents": {  # pretrain: Hugging Face's run_clm, MedicalGPT's stage 1
         "block_size": "max_length",
         "train_file_dir": "dataset",

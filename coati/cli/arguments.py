@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
+from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
+from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import SLSettings, settings_of
+from coati.cli.streaming_flags import add_streaming_flags
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
 from coati.parallel.optimizer import OptimizerSettings
@@ -22,7 +25,8 @@ def sft_parser() -> Parser:
         "turns of conversations.",
     )
     add_model_flags(parser)
-    add_data_flags(parser)
+    add_data_flags(parser, learn=True)
+    add_streaming_flags(parser)
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)
@@ -90,9 +94,7 @@ def add_model_flags(parser: Parser) -> None:
         "--use_flash_attn",
         help="flash-attn where it is installed, PyTorch's fused attention elsewhere",
     )
-    add_switch(
-        group, "--trust_remote_code", help="run Python files that come with the model or tokenizer"
-    )
+    add_trust_flag(group)
 
 
 def add_tokens_flag(parser: Parser | argparse._ArgumentGroup) -> None:
@@ -107,7 +109,8 @@ def add_tokens_flag(parser: Parser | argparse._ArgumentGroup) -> None:
     )
 
 
-def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
+def add_data_flags(parser: Parser, learn: bool = False) -> argparse._ArgumentGroup:
+    """``learn``: whether it can be chosen which turns are."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -135,6 +138,8 @@ def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     )
     add_eval_ratio_flag(group, "--dataset", "--eval_dataset")
     add_template_flag(group)
+    if learn:
+        add_learn_flag(group)
     add_count(
         group,
         "--max_length",
@@ -162,6 +167,7 @@ def add_template_flag(group: argparse._ArgumentGroup) -> None:
         "and for the final model; default: the one the data was prepared with, else the "
         "tokenizer's own",
     )
+    add_row_flags(group)
 
 
 def add_packing_flag(parser: Parser) -> None:

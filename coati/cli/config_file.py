@@ -10,7 +10,6 @@ from typing import Any
 from coati.cli.parser import Parser
 from coati.cli.values import boolean
 
-SCHEMAS = Path(__file__).parent / "schemas"
 WIDTH = 100
 REQUIRED = "(required)"
 # Flags that a file does not hold: help, and the file itself.

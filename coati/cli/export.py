@@ -3,10 +3,11 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from coati.cli.model_flags import add_own_template_flag, add_trust_flag
 from coati.cli.parser import Parser
 from coati.cli.program_settings import ExportSettings, MergeSettings
 from coati.cli.settings import filled
-from coati.cli.values import add_count, add_switch, add_text
+from coati.cli.values import add_count, add_text
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -63,18 +64,8 @@ def _add_common(parser: Parser, model: str, dtype: str) -> None:
         default=dtype,
         help="of the written weights; auto: as stored",
     )
-    add_text(
-        parser,
-        "--conversation_template_config",
-        unit="FILE",
-        help="template JSON, or the name of one that comes with coati; default: "
-        "conversation_template.json beside the weights, else the tokenizer's own template",
-    )
-    add_switch(
-        parser,
-        "--trust_remote_code",
-        help="run Python files that come with the model or tokenizer",
-    )
+    add_own_template_flag(parser)
+    add_trust_flag(parser)
 
 
 def parse_merging(argv: Sequence[str] | None = None, prog: str | None = None) -> MergeSettings:

@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 
 from coati.cli.checks import checked
+from coati.cli.model_flags import (
+    add_own_template_flag,
+    add_quant_flag,
+    add_tokenizer_flag,
+    add_trust_flag,
+)
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.program_settings import ChatSettings
 from coati.cli.settings import filled
-from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.models.quantization_registry import QUANTS
+from coati.cli.values import add_count, add_number, add_text
 
 CONSOLES = ("rich", "simple", "dummy")
 
@@ -27,16 +32,8 @@ def inference_parser() -> Parser:
         unit="MODEL",
         help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
     )
-    add_text(
-        parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path"
-    )
-    add_text(
-        parser,
-        "--conversation_template_config",
-        unit="FILE",
-        help="template JSON, or the name of one that comes with coati; default: "
-        "conversation_template.json beside the weights, else the tokenizer's own template",
-    )
+    add_tokenizer_flag(parser)
+    add_own_template_flag(parser)
     add_count(
         parser,
         "--model_max_length",
@@ -58,14 +55,8 @@ def inference_parser() -> Parser:
         metavar="TEXT",
         help="respond to this and exit; may be repeated, each a separate dialogue",
     )
-    add_switch(
-        parser,
-        "--trust_remote_code",
-        help="run Python files that come with the model or tokenizer",
-    )
-    parser.add_argument(
-        "--quant", choices=tuple(QUANTS), help="quantize the weights on loading, with bitsandbytes"
-    )
+    add_trust_flag(parser)
+    add_quant_flag(parser)
     _add_dialogue_flags(parser)
     add_sampling_flags(parser)
     return parser

@@ -1,7 +1,11 @@
 """The flag that somebody meant who wrote a name that there is not: by spelling, and by meaning."""
 
 import difflib
+import json
 from collections.abc import Iterable
+from pathlib import Path
+
+SCHEMAS = Path(__file__).parent / "schemas"  # what flags each verb has
 
 # What people write, without dashes and underscores -> flags that mean it; of a command, those that
 # it has, the likelier first.
@@ -24,9 +28,9 @@ MEANINGS = {
     "continue": "checkpoint_path",
     "critic": "critic_pretrain",
     "ctx": "model_max_length max_length",
-    "data": "dataset prompt_dataset data_input_dirs input",
+    "data": "dataset prompt_dataset data_input_dirs dataset_path input",
     "dataoutputdir": "data_arrow_output_dir",
-    "dataset": "dataset prompt_dataset data_input_dirs input",
+    "dataset": "dataset prompt_dataset data_input_dirs dataset_path input",
     "days": "older_than",
     "debug": "dry_run",
     "decay": "weight_decay",
@@ -39,14 +43,14 @@ MEANINGS = {
     "evaldataset": "eval_dataset eval_prompt_dataset eval_input_dirs",
     "evaluate": "eval_interval",
     "export": "output_dir",
-    "files": "dataset prompt_dataset data_input_dirs input",
+    "files": "dataset prompt_dataset data_input_dirs dataset_path input",
     "flashattention": "use_flash_attn",
     "fsdp": "plugin",
     "gpu": "nproc gpus",
     "group": "num_generations",
     "groupsize": "num_generations group_size",
     "host": "http_host hostfile",
-    "input": "input data_input_dirs dataset prompt_dataset",
+    "input": "input data_input_dirs dataset prompt_dataset dataset_path",
     "ip": "http_host",
     "key": "token_file",
     "kl": "kl_coef beta",
@@ -139,13 +143,31 @@ def nearest_flag(name: str, flags: Iterable[str], aliases: Iterable[tuple[str, s
     own = {_plain(flag): flag for flag in flags}
     spelled = {_plain(other): flag for other, flag in aliases} | own
     plain = _plain(name)
-    if found := _meant(plain, set(own.values())) or _alike(plain, spelled, CLOSE):
+    if found := surely_meant(name, own.values(), spelled.items()):
         return found
     words = [word for word in name.lower().replace("-", "_").split("_") if word not in FILLERS]
     for said in ("".join(words), *reversed(words)):
         if found := _meant(said, set(own.values())):
             return found
     return _alike(plain, spelled, ALIKE)
+
+
+def surely_meant(name: str, flags: Iterable[str], aliases: Iterable[tuple[str, str]]) -> str | None:
+    """As :func:`nearest_flag`, of the meaning of the whole name and of slips of the pen alone."""
+    own = {_plain(flag): flag for flag in flags}
+    spelled = {_plain(other): flag for other, flag in aliases} | own
+    plain = _plain(name)
+    return _meant(plain, set(own.values())) or _alike(plain, spelled, CLOSE)
+
+
+def verbs_with(name: str) -> list[str]:
+    """The verbs that have a flag of exactly this name, without dashes before."""
+    key = name.replace("-", "_")
+    found = []
+    for schema in sorted(SCHEMAS.glob("*.json")):
+        if key in json.loads(schema.read_text(encoding="utf-8"))["properties"]:
+            found.append(schema.stem)
+    return found
 
 
 def _plain(name: str) -> str:

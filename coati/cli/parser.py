@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from coati.cli.aliases import Refused, add_aliases, is_alias, sets, settle
-from coati.cli.nearest import nearest_flag
+from coati.cli.nearest import nearest_flag, surely_meant, verbs_with
 from coati.utils.logging import get_logger
 from coati.utils.resources import near_recipes, recipe_path
 
@@ -22,6 +22,9 @@ logger = get_logger(__name__)
 
 class FlagError(ValueError):
     """What a parser finds wrong, inside :func:`errors_raised`."""
+
+
+MOST_VERBS = 3  # that are named where a flag is of others
 
 
 _raising: ContextVar[bool] = ContextVar("raising", default=False)
@@ -166,6 +169,9 @@ class Parser(argparse.ArgumentParser):
         ]
         if word.lower().startswith("no_") and self._is_switch(word[3:]):
             return f"; did you mean --{word[3:].lower()} false?"
+        if not surely_meant(word, own, others) and (verbs := verbs_with(word)):
+            more = f" and {len(verbs) - MOST_VERBS} others" if len(verbs) > MOST_VERBS else ""
+            return f"; it is a flag of coati {', '.join(verbs[:MOST_VERBS])}{more}, not of this"
         near = nearest_flag(word, own, others)
         return f"; did you mean --{own.get(near, near)}?" if near else "; --help lists the flags"
 
@@ -199,12 +205,18 @@ class Parser(argparse.ArgumentParser):
 
     def _in_full(self, argv: Iterable[str]) -> list[str]:
         words = list(argv)
+        unknown = []
         for position, word in enumerate(words):
             if word == "--":
                 break
             if self._is_flag(word):
                 name, equals, value = word.partition("=")
-                words[position] = self._full_name(name) + equals + value
+                if (full := self._full_name(name)) is None:
+                    unknown.append(name)
+                else:
+                    words[position] = full + equals + value
+        if unknown:
+            self.error("; ".join(f"unknown flag {name}{self.nearest(name)}" for name in unknown))
         return words
 
     def _is_flag(self, word: str) -> bool:
@@ -216,7 +228,7 @@ class Parser(argparse.ArgumentParser):
             and not self._negative_number_matcher.match(word)
         )
 
-    def _full_name(self, name: str) -> str:
+    def _full_name(self, name: str) -> str | None:
         if name in self._option_string_actions:
             return name
         underscored = f"--{name.lstrip('-').replace('-', '_')}"
@@ -235,7 +247,7 @@ class Parser(argparse.ArgumentParser):
             return meant[0]
         if len(name) > 2 and len(meant) > 1:
             self.error(f"{name} may mean {' or '.join(meant)}; write it in full")
-        self.error(f"unknown flag {name}{self.nearest(name)}")
+        return None
 
     def _from_file(self, argv: list[str]) -> list[str]:
         probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -7,9 +7,12 @@ from coati.cli.arguments import add_tokens_flag
 from coati.cli.checks import named_template, tokens_of
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PrepareSettings
+from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
+from coati.dataset.chat.row_options import LEARNED_TURNS
 from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.column_names import TARGETS, parse_columns
 from coati.dataset.rows.formats import FORMATS, FORMATS_OF
 from coati.dataset.rows.row_errors import (
     DEFAULT_BAD_RATIO,
@@ -46,9 +49,10 @@ def prepare_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="comma- or space-separated: files (.jsonl .json .csv .tsv .txt, also .gz; .parquet), "
-        "folders of them, save_to_disk directories, or hub datasets "
-        "(owner/name or owner/name:subset) (required)",
+        help="comma- or space-separated: files (.jsonl .ndjson .json .csv .tsv .txt, also .gz "
+        ".zst; .parquet), folders of them, save_to_disk directories, hub datasets "
+        "(owner/name:subset), or LLaMA-Factory's dataset_info.json (dataset_info.json:name); each "
+        "may end with @split and #rows (required)",
     )
     parser.add_argument(
         "--format",
@@ -56,6 +60,19 @@ def prepare_parser() -> Parser:
         help="row format of all inputs; default: recognized row by row from the keys",
     )
     add_documents_flag(parser)
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="which column is what, for names that are not known: prompt=question,response=answer "
+        f"(names: {', '.join(TARGETS)}); a dotted path reads inside a column; COLUMN= is not read",
+    )
+    add_switch(
+        parser,
+        "--strict_columns",
+        help="stop where a column or field with content is not read, instead of a warning",
+    )
     add_text(
         parser, "--split", unit="NAME", help="split of a dataset that has several; default: train"
     )
@@ -97,6 +114,8 @@ def _add_template_flags(parser: Parser) -> None:
         default=TEMPLATE_MODES[0],
         help="for a template that rewrites earlier assistant turns: one row per turn, or an error",
     )
+    add_row_flags(parser)
+    add_learn_flag(parser)
     add_switch(
         parser,
         "--check_template",
@@ -255,6 +274,10 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         args.add_tokens = tokens_of(args.add_tokens)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        args.columns = parse_columns(args.columns)
+    except ValueError as error:
+        parser.error(f"--columns: {error}")
     if args.check_template:
         return filled(PrepareSettings, vars(args))
     if args.type is None:
@@ -266,6 +289,11 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         parser.error(
             f"--format {args.format} is for --type {types}; --type {args.type} reads "
             f"{', '.join(FORMATS_OF[args.type])}"
+        )
+    if args.learn != LEARNED_TURNS[0] and args.type != "sft":
+        parser.error(
+            f"--learn {args.learn} is for --type sft; of --type {args.type} the last response is "
+            "learned"
         )
     if args.num_samples_per_datafile == 0:
         parser.error(

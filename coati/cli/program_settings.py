@@ -86,11 +86,17 @@ class PrepareSettings:
     type: str | None
     data_input_dirs: list[str]
     format: str | None
+    columns: dict[str, str]
+    strict_columns: bool
     split: str | None
     tokenizer_dir: str
     trust_remote_code: bool
     conversation_template_config: str | None
     template_mode: str
+    template_args: str | None
+    thoughts: str
+    empty_thoughts: str
+    learn: str
     check_template: bool
     data_cache_dir: str
     data_jsonl_output_dir: str

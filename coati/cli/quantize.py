@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from coati.cli.checks import checked
+from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.program_settings import BenchmarkSettings, QuantizeSettings
 from coati.cli.settings import filled
-from coati.cli.values import add_count, add_switch, add_text
+from coati.cli.values import add_count, add_text
 from coati.models.quantization_registry import CALIBRATED, METHODS, QUANTS
 
 FULL = "full"
@@ -39,11 +40,7 @@ def quantize_parser() -> Parser:
     )
     _add_measuring_flags(parser)
     add_text(parser, "--output", unit="FILE", help="also write the results as JSON")
-    add_switch(
-        parser,
-        "--trust_remote_code",
-        help="run Python files that come with the model or tokenizer",
-    )
+    add_trust_flag(parser)
     return parser
 
 
@@ -139,11 +136,7 @@ def benchmark_parser() -> Parser:
     add_count(parser, "--prompt_tokens", default=64, unit="TOKENS", help="length of each prompt")
     add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="length of each response")
     add_text(parser, "--output", unit="FILE", help="also write the results as JSON")
-    add_switch(
-        parser,
-        "--trust_remote_code",
-        help="run Python files that come with the model or tokenizer",
-    )
+    add_trust_flag(parser)
     return parser
 
 

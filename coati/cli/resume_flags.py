@@ -45,7 +45,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("pretrain", "tokenizer_dir", "dataset", "prompt_dataset", "ptx_dataset"),
         *("dataset_weights", "max_samples", "max_length", "packing", "eval_ratio", "seed"),
         *("conversation_template_config", "critic_pretrain", "critic_checkpoint_path"),
-        *("add_tokens", "documents"),
+        *("template_args", "thoughts", "empty_thoughts", "learn", "add_tokens", "documents"),
+        *("streaming", "shuffle_buffer"),
         *("lora_rank", "lora_alpha", "lora_train_bias", "lora_config", "lora_experts"),
         "shared_base",
     ),
@@ -57,6 +58,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("collective_timeout", "no_preflight"),
         *("grad_checkpoint", "inference_batch_size", "logits_forward_batch_size"),
         *("offload_inference_models", "ref_tp", "precompute_ref"),
+        *("stream_workers", "max_bad_ratio"),
     ),
 }
 CLASS_OF = {flag: name for name, flags in CLASSES.items() for flag in flags}
@@ -77,11 +79,26 @@ UNSAID: dict[str, Any] = {
     "decay_ratio": 0.2,
     "eval_ratio": None,
     "embedding_lr": None,
+    "template_args": None,
+    "thoughts": "template",
+    "empty_thoughts": "mask",
+    "learn": "all_turns",
+    "streaming": False,
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }
-# Flags whose change makes the best model so far one of another measure.
-MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset")
+# Flags whose change makes the best model so far one of another measure: of all commands, and those
+# of the loss, where evaluations have one (with rollouts they have rewards).
+REWARDS = (
+    *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
+    *("reward_functions", "reward_weights"),
+)
+MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
+LOSS_MEASURE = (
+    *("center_coef", "loss_type", "loss_weights", "beta", "gamma", "lam", "label_smoothing"),
+    *("length_normalization", "sft_coef", "ld_alpha", "disable_reference_model"),
+    *("desirable_weight", "undesirable_weight", "auto_weight", "disable_loss_mask"),
+)
 SHOWN = 12  # values of a list, in messages
 ELSE = "or start anew from its weights: --checkpoint_weights_only with another --save_dir"
 

@@ -5,6 +5,7 @@ import argparse
 from coati.cli import arguments as shared
 from coati.cli.parser import Parser
 from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
+from coati.cli.row_flags import add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
 from coati.models.policy_registry import KL_ESTIMATORS
@@ -95,6 +96,7 @@ def _add_ptx_flags(parser: Parser) -> None:
         metavar="PATH",
         help="conversations as for coati sft, prepared or raw",
     )
+    add_learn_flag(group)
     add_number(
         group,
         "--ptx_coef",

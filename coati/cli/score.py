@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from coati.cli.model_flags import add_own_template_flag, add_trust_flag
 from coati.cli.parser import Parser
 from coati.cli.program_settings import ScoreSettings
 from coati.cli.settings import filled
-from coati.cli.values import add_count, add_switch, add_text
+from coati.cli.values import add_count, add_text
 
 
 def score_parser() -> Parser:
@@ -43,18 +44,8 @@ def score_parser() -> Parser:
         least=2,
         help="longer rows are skipped and reported",
     )
-    add_text(
-        parser,
-        "--conversation_template_config",
-        unit="FILE",
-        help="template JSON, or the name of one that comes with coati; default: "
-        "conversation_template.json beside the weights, else the tokenizer's own template",
-    )
-    add_switch(
-        parser,
-        "--trust_remote_code",
-        help="run Python files that come with the model or tokenizer",
-    )
+    add_own_template_flag(parser)
+    add_trust_flag(parser)
     return parser
 
 

@@ -8,11 +8,16 @@ from pathlib import Path
 
 from coati.cli.checks import checked
 from coati.cli.inference import add_sampling_flags
+from coati.cli.model_flags import (
+    add_own_template_flag,
+    add_quant_flag,
+    add_tokenizer_flag,
+    add_trust_flag,
+)
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.program_settings import ServerSettings
 from coati.cli.settings import filled
-from coati.cli.values import add_count, add_number, add_switch, add_text, whole_number
-from coati.models.quantization_registry import QUANTS
+from coati.cli.values import add_count, add_number, add_text, whole_number
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -38,30 +43,16 @@ def server_parser() -> Parser:
         unit="MODEL",
         help="Hugging Face directory or hub name, LoRA adapter, or training checkpoint (required)",
     )
-    add_text(
-        parser, "--tokenizer_path", help="tokenizer directory or hub name; default: --model_path"
-    )
-    add_text(
-        parser,
-        "--conversation_template_config",
-        unit="FILE",
-        help="template JSON, or the name of one that comes with coati; default: "
-        "conversation_template.json beside the weights, else the tokenizer's own template",
-    )
+    add_tokenizer_flag(parser)
+    add_own_template_flag(parser)
     add_text(
         parser,
         "--served_model_name",
         unit="NAME",
         help="model name in the API; default: the directory's name",
     )
-    add_switch(
-        parser,
-        "--trust_remote_code",
-        help="run Python files that come with the model or tokenizer",
-    )
-    parser.add_argument(
-        "--quant", choices=tuple(QUANTS), help="quantize the weights on loading, with bitsandbytes"
-    )
+    add_trust_flag(parser)
+    add_quant_flag(parser)
     _add_network_flags(parser)
     _add_limits(parser)
     add_sampling_flags(parser, seed=False)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
+from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
+from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.options import ParallelOptions
 from coati.trainer.schedule import RunSchedule
@@ -77,21 +79,42 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class StreamSettings:
+    """Rows that are tokenized while a run trains. ``stream_workers`` None: by the cores."""
+
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    stream_workers: int | None = None
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """The rows of a run. ``max_seq_len``: room that a prompt leaves for its response;
-    ``documents``: what of a .txt file is one."""
+    ``documents``: what of a .txt file is one; ``max_bad_ratio``: share of raw rows that may be
+    malformed."""
 
     dataset: list[str]
     eval_dataset: list[str]
     dataset_weights: list[float]
     max_length: int
     conversation_template_config: str | None = None
+    template_args: str | None = None  # a JSON object
+    thoughts: str = THOUGHTS[0]
+    empty_thoughts: str = EMPTY_THOUGHTS[0]
+    learn: str = LEARNED_TURNS[0]
     max_samples: int | None = None
     eval_ratio: float | None = None
     disable_loss_mask: bool = False
     packing: bool = False
     max_seq_len: int = 0
+    max_bad_ratio: float = DEFAULT_BAD_RATIO
+    stream: StreamSettings = field(default_factory=StreamSettings)
     documents: str | None = None
+
+    @property
+    def row_options(self) -> RowOptions:
+        """What is learned of raw rows."""
+        return RowOptions(self.thoughts, self.empty_thoughts, self.learn)
 
     @property
     def longest_prompt(self) -> int:

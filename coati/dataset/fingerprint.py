@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
+from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.clean.cleaning import Cleaning
 from coati.utils.transformers_compat import named_special_tokens
 
@@ -32,9 +33,19 @@ def describe(
         },
         "tokenizer": tokenizer_fingerprint(template.tokenizer),
         "template": template.to_config() | {"template_mode": template.template_mode},
+        **row_options(template),
         **stamps(files),
     }
     return json.loads(json.dumps(found))  # as it will be read from disk again
+
+
+def row_options(template: Conversation | PlainText) -> dict[str, Any]:
+    """What is learned of a row, where it is not the default; and what the default is where the
+    template's text leaves a choice."""
+    if isinstance(template, PlainText):
+        return {}
+    choices = {"empty_thoughts": template.options.empty_thoughts}
+    return template.options.named() | (choices if template.abilities.empty else {})
 
 
 def stamps(files: dict[str, Sequence[Path]]) -> dict[str, list[Stamp]]:
@@ -58,7 +69,8 @@ def digest(made_from: dict[str, Any]) -> str:
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What differs between two descriptions, in words."""
-    found = [text for name in here for text in _difference(name, there.get(name), here[name])]
+    names = [*here, *(name for name in there if name not in here)]
+    found = [text for name in names for text in _difference(name, there.get(name), here.get(name))]
     return "; ".join(found[:5]) + ("; ..." if len(found) > 5 else "")
 
 

@@ -26,7 +26,8 @@ def probe_tokens(tokenizer) -> list[int]:
 
 
 def describe_template(template: Conversation) -> dict[str, Any]:
-    """The fields of the template, and its stop sequences as text too."""
-    return template.to_config() | {
-        "stop_texts": [template.encoder.decode(ids) for ids in template.stop_ids]
-    }
+    """The fields of the template, its stop sequences as text too, and what is learned of a row
+    where that is not the default."""
+    stops = [template.encoder.decode(ids) for ids in template.stop_ids]
+    options = template.options.named()
+    return template.to_config() | {"stop_texts": stops} | ({"options": options} if options else {})

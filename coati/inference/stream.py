@@ -10,15 +10,20 @@ class TextStream:
 
     Ids that may begin a stop sequence are held back, and what a later token may still change
     (:class:`~coati.models.generation.detokenize.Detokenizer`). ``text`` is what has been returned
-    so far, ``ids`` everything that was taken. ``before``: ids that the response continues.
+    so far, ``ids`` everything that was taken. ``before``: ids that the response continues;
+    ``shown``: special tokens that are part of the text.
     """
 
     def __init__(
-        self, tokenizer, stop_sequences: Sequence[Sequence[int]] = (), before: Sequence[int] = ()
+        self,
+        tokenizer,
+        stop_sequences: Sequence[Sequence[int]] = (),
+        before: Sequence[int] = (),
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.stops = [list(stop) for stop in stop_sequences]
         self.ids: list[int] = []
-        self._text = Detokenizer(tokenizer, before=before)
+        self._text = Detokenizer(tokenizer, before=before, shown=shown)
         self._passed = 0  # ids that were passed on
         self._longest = max(map(len, self.stops), default=0)
 

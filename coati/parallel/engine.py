@@ -77,10 +77,12 @@ class Engine:
         self.dtype = parameter.dtype
         self.scalar = hasattr(self.module, "backbone")  # a reward model or critic
         self.pipelined = self.mesh.pp_size > 1
-        # With one process DDP's reducer has nothing to reduce, but would copy every gradient.
+        # With one process DDP's reducer has nothing to reduce, but would copy every gradient. An
+        # optimizer of ZeRO has no gradients before its own reduction, which cannot be skipped.
         wrapped = getattr(model, "module", None)
         is_ddp = isinstance(wrapped, DistributedDataParallel)
-        self._skip_reducer = is_ddp and dist.get_world_size() == 1
+        is_zero = hasattr(optimizer, "_partition_grads")
+        self._skip_reducer = is_ddp and not is_zero and dist.get_world_size() == 1
         # Keys of the current pipelined batch that the model does not take.
         self._extra_keys: set[str] = set()
         self.padding_free = padding_free
@@ -142,18 +144,20 @@ class Engine:
         sums = []
         metrics: dict[str, list] = {}
         for part, count in zip(parts, counts, strict=False):
-            scale = (part.weight * self.mesh.dp_size / count.clamp(min=1)).float()
+            scale = (part.weight * self.mesh.dp_size / count.where(count > 0, 1.0)).float()
             total = self._loss_of(part, metrics, scale, sync=part is parts[-1])
             sums.append(total * self.mesh.is_loss_rank)
         reduced = self._reduced([*sums, float(stop)])
         *totals, stops = reduced.tolist()  # the first host synchronization of the step
-        *terms, tokens = map(int, counts.tolist())
-        losses = [total / max(count, 1) for total, count in zip(totals, terms, strict=True)]
+        *terms, tokens = map(_number, counts.tolist())
+        losses = [total / (count or 1) for total, count in zip(totals, terms, strict=True)]
         if not all(map(math.isfinite, losses)):
             self.optimizer.zero_grad()
             bad = next(loss for loss in losses if not math.isfinite(loss))
             raise NonFiniteLoss(f"the loss of this step is {bad}")
-        return Step(losses[0], terms[0], tokens, stops > 0, self._update(), metrics, losses[1:])
+        return Step(
+            losses[0], terms[0], int(tokens), stops > 0, self._update(), metrics, losses[1:]
+        )
 
     def _prepared(self, part: LossPart) -> list[Batch]:
         prepare = part.objective.prepare
@@ -208,7 +212,7 @@ class Engine:
         by_rank = all_gather_object(local)
         names = dict.fromkeys(chain(*by_rank))
         merged = {name: [t for rank in by_rank for t in rank.get(name, [])] for name in names}
-        return Step(loss / max(count, 1), int(count), metrics=merged)
+        return Step(loss / (count or 1), _number(count), metrics=merged)
 
     def forward(self, batch: Batch, model_keys: tuple[str, ...] = Objective.model_keys) -> Tensor:
         """(n,) log-probs of the tokens supervised by ``batch["labels"]``; (B,) scores or (B, S)
@@ -418,6 +422,11 @@ def grad_scaler(optimizer):
         if scaler is not None:
             return scaler
     return None
+
+
+def _number(count: float) -> int | float:
+    """Of terms: a whole number, or a sum of weights."""
+    return int(count) if count.is_integer() else count
 
 
 def _detached(samples: Tensor | MaskedSamples) -> Tensor | MaskedSamples:

@@ -44,8 +44,8 @@ class Objective:
         return None
 
     def num_terms(self, batch: Batch) -> Tensor:
-        """The number of terms (tokens, pairs, rows) that :meth:`loss` sums, a scalar tensor; by
-        default the supervised tokens of ``labels``."""
+        """The number of terms (tokens, pairs, rows) that :meth:`loss` sums, or the sum of their
+        weights, a scalar tensor; by default the supervised tokens of ``labels``."""
         return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -71,12 +71,13 @@ class LossPart:
 
 @dataclass
 class Step:
-    """The result of an optimizer step over all ranks: loss per term, terms, real tokens, whether a
-    rank asked to stop. ``metrics`` are this rank's samples, on the model's device in training;
-    ``aux_losses`` the loss per term of each further part."""
+    """The result of an optimizer step over all ranks: loss per term, terms (where they are weighted
+    the sum of the weights), real tokens, whether a rank asked to stop. ``metrics`` are this rank's
+    samples, on the model's device in training; ``aux_losses`` the loss per term of each further
+    part."""
 
     loss: float
-    num_terms: int
+    num_terms: float
     tokens: int = 0
     stop: bool = False
     grad_norm: float | None = None

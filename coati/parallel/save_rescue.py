@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from coati.models.lora.adapter_files import CONFIG, adapter_state, save_settings
@@ -15,8 +15,9 @@ from coati.models.lora.adapter_files import WEIGHTS as ADAPTER
 from coati.parallel.atomic_dirs import SaveFailed, attempt
 from coati.parallel.engine import Engine
 from coati.parallel.save_causes import SaveCause
-from coati.parallel.weights import ModelAssets, asset_writers, gather, is_lora
+from coati.parallel.weights import ModelAssets, asset_writers, gather, is_lora, save_shard
 from coati.utils.distributed import all_gather_object, barrier, broadcast_object, is_rank_0, rank
+from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import disk_names
 
@@ -47,10 +48,10 @@ def _rescue_one(beside: Path, engine: Engine, assets: ModelAssets) -> str:
         if not folder.is_absolute():
             causes.append(str(folder))
             continue
-        write = partial(save_file, tensors, folder / name, metadata={"format": "pt"})
+        write = partial(save_shard, tensors, folder / name)
         failures = all_gather_object(attempt(write, folder, name) if tensors else None)
         if not any(failures):
-            return _described(folder, engine, assets)
+            return _described(folder, engine, assets, _index(name, tensors))
         causes += [one.text for one in failures if one][:1]
         if is_rank_0():
             shutil.rmtree(folder, ignore_errors=True)
@@ -63,11 +64,11 @@ def _as_file(engine: Engine, tensors: dict[str, Tensor]) -> tuple[str, dict[str,
     have one each."""
     alone = sum(all_gather_object(bool(tensors))) == 1
     whole = (ADAPTER if is_lora(engine) else "model.safetensors") if alone else ""
-    name = whole or f"model-rank-{rank():05d}.safetensors"
+    name = whole or f"model-rank-{rank():05d}.safetensors"  # named in an index, see _index
     try:
         if is_lora(engine):
             tensors = adapter_state(engine.module, tensors) if tensors else {}
-        elif alone and hasattr(engine.module, "base_model_prefix"):
+        elif hasattr(engine.module, "base_model_prefix"):
             tensors = disk_names(engine.module, tensors)
     except Exception:  # names matter less than tensors here: those of memory serve too
         logger.exception("the rescued tensors have the names of state_dict, not those of files")
@@ -102,11 +103,29 @@ def _unused(place: Path) -> Path:
     return next(each for each in chain([place], numbered) if not each.exists())
 
 
-def _described(folder: Path, engine: Engine, assets: ModelAssets) -> str:
+def _index(name: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """What transformers needs to read the files of several ranks as one model; None of one file.
+    Every rank must call it."""
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
+    held = [(file, each) for file, each in all_gather_object((name, sizes)) if each]
+    if len(held) < 2:
+        return None
+    return {
+        "metadata": {"total_size": sum(sum(each.values()) for _, each in held)},
+        "weight_map": {key: file for file, each in held for key in each},
+    }
+
+
+def _described(
+    folder: Path, engine: Engine, assets: ModelAssets, index: dict[str, Any] | None
+) -> str:
     """After the weights: the rest, file by file; where all is and what is not there."""
     lost: list[SaveCause] = []
     if is_rank_0():
-        for name, write in rest_of(engine, assets).items():
+        rest = rest_of(engine, assets)
+        if index is not None:
+            rest = {"model.safetensors.index.json": partial(save_json, index), **rest}
+        for name, write in rest.items():
             if failed := attempt(partial(write, folder / name), folder, name):
                 lost.append(failed)
     names = broadcast_object([one.text for one in lost] if is_rank_0() else None)

@@ -23,6 +23,7 @@ from coati.parallel.engine import Engine
 from coati.utils.distributed import all_gather_object, is_rank_0
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
+from coati.utils.output_paths import open_like_folder
 from coati.utils.transformers_compat import disk_names, set_config_dtype
 
 logger = get_logger(__name__)
@@ -208,7 +209,7 @@ def _save_weights(
     before = sum(map(len, everyone[: dist.get_rank()]))
     for index, shard in enumerate(shards):
         path = folder / _shard_name(before + index, total)
-        write_file(path, partial(save_file, shard, metadata={"format": "pt"}))
+        write_file(path, partial(save_shard, shard))
     if is_rank_0() and total > 1:
         listed = [
             (names, _shard_name(i, total))
@@ -221,6 +222,12 @@ def _save_weights(
     if tensors:
         floating = (t.dtype for t in tensors.values() if t.is_floating_point())
         set_config_dtype(config, next(floating, torch.float32))
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """``tensors`` as a safetensors file that transformers and peft read."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    open_like_folder(path)
 
 
 def _shard_name(index: int, total: int) -> str:

@@ -13,7 +13,8 @@ from coati.cli.checks import check_models
 from coati.cli.parser import OlderFlags
 from coati.cli.verb import Verb
 from coati.recipes import launcher, verbs
-from coati.utils.errors import RunFailed, no_early_exit
+from coati.utils.errors import RunFailed, no_early_exit, no_silent_exit
+from coati.utils.interrupt import interrupts_noted
 from coati.utils.liveness import at_forced_end
 from coati.utils.logging import unsaid
 from coati.utils.output_paths import check_outputs
@@ -79,7 +80,11 @@ def run(
 
                 preflight(settings)
             sys.exit(launcher.launch(settings.launch, [*_program(name), *given]))
-        with launcher.rank_at_work(), no_early_exit():
+        with (
+            launcher.rank_at_work(),
+            no_silent_exit(lambda said: _say(f"{prog}: error: {said}")),
+            no_early_exit(),
+        ):
             if verb.processes:
                 _run_in_group(verb, settings, prog)
             else:
@@ -96,11 +101,13 @@ def _run_in_group(verb: Verb, settings: Any, prog: str) -> None:
     # What torch's store says of a lost connection, with a stack in C++, stands in the error, too.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import_libraries()
-    function = verb.function()
-    from coati.parallel.launch import explained, shut_down
-    from coati.recipes.run_dir import locks_released, release_locks
+    with interrupts_noted():
+        function = verb.function()
+        from coati.parallel.launch import explained, shut_down
+        from coati.recipes.run_dir import locks_released, release_locks
 
     with (
+        interrupts_noted(),
         at_forced_end(lambda _: release_locks()),
         # On a line of its own, not behind a progress bar.
         at_forced_end(lambda message: _say(f"{prog}: error: {message}", before="\n")),

@@ -13,6 +13,7 @@ import numpy as np
 from coati.cli.settings import DataSettings, OnlineSettings, SLSettings
 from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.data_types import DATA_TYPES, types_of
+from coati.dataset.fingerprint import row_options
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
 from coati.dataset.load.loader import (
     check_global_batch,
@@ -20,9 +21,10 @@ from coati.dataset.load.loader import (
     preparation_of,
     row_lengths,
 )
-from coati.dataset.prepare.preparation import prepare_dataset
+from coati.dataset.prepare.preparation import OF_AN_EARLIER_RELEASE, prepare_dataset
 from coati.dataset.prepare.validation import documents_of
-from coati.dataset.rows.input_files import find_files
+from coati.dataset.rows.input_files import find_sources
+from coati.dataset.stream.row_sources import is_hub_name
 from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
 from coati.recipes.mixed_rows import check_whole, joined, type_of_path
@@ -34,6 +36,12 @@ from coati.utils.phases import phase
 from coati.utils.user_cache import cache_root, hold, trim
 
 logger = get_logger(__name__)
+
+# For rows of another type than the command trains on.
+TRAINED_BY = (
+    "each command reads its own type: sft: coati sft; preference: coati rm, dpo and orpo; "
+    "kto: coati kto; prompt: coati ppo and grpo"
+)
 
 
 def training_rows(run: Run, type: str, flag: str = "dataset") -> PreparedRows:
@@ -92,6 +100,8 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
         rows = _checked(run, data.eval_dataset, folders, types, "eval_dataset", "valid")
         return _fitting(PreparedRows(rows, folders, [len(rows)]), data, "eval_dataset", type)
     for path in filter(is_raw, data.dataset):
+        if data.stream.streaming and is_hub_name(path):
+            continue  # looking for a split would fetch all of them
         if split := held_out_split(path):
             if train_split(path) is None:  # all of it is trained on
                 logger.warning(
@@ -246,23 +256,36 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
         f"{path} holds raw {what}: preparing them into {folder} (coati prepare does this "
         "once for all)"
     )
-    with phase(f"preparing {path}"):
-        prepare_dataset(
-            inputs=[path],
-            tokenizer=run.tokenizer,
-            template=_template(run, type),
-            arrow_dir=folder,
-            type=type,
-            split=split,
-            max_length=_longest(run.settings.data, type),
-            num_bins=1,
-            tokenizer_name=run.settings.model.tokenizer,
-            seed=run.settings.seed,
-            show=print if is_rank_0() else None,
-            part=part,
-            verifiable=False,
-            documents=_documents(run, type),
+    data = run.settings.data
+    longest = _longest(data, type)
+    if longest != data.max_length:
+        logger.info(
+            f"prompts may have {longest} tokens: --max_length {data.max_length} less --max_seq_len "
+            f"{data.max_seq_len} of the response"
         )
+    try:
+        with phase(f"preparing {path}"):
+            prepare_dataset(
+                inputs=[path],
+                tokenizer=run.tokenizer,
+                template=_template(run, type),
+                arrow_dir=folder,
+                type=type,
+                split=split,
+                max_length=longest,
+                num_bins=1,
+                tokenizer_name=run.settings.model.tokenizer,
+                seed=run.settings.seed,
+                max_bad_ratio=data.max_bad_ratio,
+                show=print if is_rank_0() else None,
+                part=part,
+                verifiable=False,
+                documents=_documents(run, type),
+            )
+    except ValueError as error:
+        if "wrong_type" not in str(error):
+            raise
+        raise ValueError(f"{error}\n{TRAINED_BY}") from error
     trim()
 
 
@@ -285,12 +308,15 @@ def _repeat_report(path: str, folder: Path) -> None:
         f"{path}: {report['rows_written']} rows of {report['rows_read']}, prepared before into "
         f"{folder}"
     )
+    if "unused_columns" not in report:
+        logger.info(OF_AN_EARLIER_RELEASE)
     for warning in report["warnings"]:
         logger.warning(warning)
 
 
 def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) -> Path:
-    files = find_files([path], split)
+    sources = find_sources([path], split)
+    files = [source.path for source in sources]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     vocabulary = hashlib.sha256(
         json.dumps(sorted(run.tokenizer.get_vocab().items())).encode()
@@ -298,10 +324,14 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
     template = _template(run, type)
     config = None if template is None else template.to_config()
     key: list[Any] = [stamps, vocabulary, config, _longest(run.settings.data, type), type]
+    if options := row_options(template):
+        key.append(options)
     if documents := _documents(run, type):
         key.append(documents)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)
+    if any(read_as := [source.described() for source in sources]):
+        key.append(read_as)
     return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 

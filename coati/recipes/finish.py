@@ -94,9 +94,10 @@ def _kind(run: Run) -> str:
 
 
 def _log_evaluations(run: Run, trainer: SLTrainer | OLTrainer) -> None:
-    """The metrics of the first and the last evaluation, and of the best model."""
+    """The metrics of the first and the last evaluation, where there were two, and of the best
+    model."""
     for name, value in trainer.last_evaluation.items():
-        if name.endswith(BOUNDS):
+        if name.endswith(BOUNDS) or trainer.first_evaluation == trainer.last_evaluation:
             continue
         logger.info(
             f"{name} {trainer.first_evaluation[name]:.4f} at the first evaluation, {value:.4f} at "

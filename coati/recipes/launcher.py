@@ -26,6 +26,7 @@ from typing import IO, Any, Protocol
 
 from coati.cli.launch_flags import PORT, LaunchSettings, gpu_count
 from coati.utils.environment import cpus
+from coati.utils.errors import EARLY
 from coati.utils.host_address import address_toward, addresses_of, is_loopback
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL for the others, when one process has failed
@@ -54,7 +55,6 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 ERROR_FILE = "COATI_ERROR_FILE"  # where a process leaves the message that ends it
 RUN_ID = "COATI_RUN_ID"  # the same in all processes of a run, and in no other run
 AT_WORK = ".at-work"  # ending of the file that is there while a process has not reached its end
-EARLY = 70  # EX_SOFTWARE: what the exit code 0 of such a process becomes
 KILLED = "often by the kernel, when memory ran out: see dmesg"
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from coati.dataset.rows.input_files import find_files
+from coati.dataset.rows.input_names import parse_input
 from coati.dataset.rows.readers import kind_of
 
 # In the order in which a split of that name becomes the evaluation set.
@@ -15,7 +16,8 @@ def is_raw(path: str) -> bool:
     folder = Path(path)
     if folder.is_file() or not folder.exists():
         return True
-    if (folder / "preparation.json").exists() or any(folder.glob("part-*")):
+    parts = (child.is_dir() for child in folder.glob("part-*"))  # files of that name are Spark's
+    if (folder / "preparation.json").exists() or any(parts):
         return False
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return not _holds_tokens(folder)
@@ -40,7 +42,7 @@ def train_split(path: str) -> str | None:
 
 
 def _has_split(path: str, split: str) -> bool:
-    if Path(path).is_file():
+    if Path(path).is_file() or parse_input(path).split is not None:
         return False
     try:
         return bool(find_files([path], split))

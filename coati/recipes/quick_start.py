@@ -5,6 +5,7 @@ Importing this module loads nothing heavy.
 """
 
 import atexit
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -331,6 +332,8 @@ def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:
             flags[name] = paths_of(value, name)
         elif name in JSON_FLAGS and isinstance(value, Mapping):
             flags[name] = json_file(dict(value))
+        elif name == "template_args" and isinstance(value, Mapping):
+            flags[name] = json.dumps(dict(value))
         elif isinstance(value, TrainedModel):
             flags[name] = _place_of(value)
     template = _template_of(given["pretrain"])

@@ -33,6 +33,15 @@ logger = get_logger(__name__)
 
 # What also decides the order of an epoch, in checkpoints that do not say it.
 WHERE_UNSAID: dict[str, Any] = {"packed_to": None, "dataset_weights": []}
+# The flags that decide it; each verb has its own.
+POSITION = ("dataset", "prompt_dataset", "seed", "dataset_weights", "packing", "max_length")
+# What decides the order of an epoch -> its name in messages.
+IN_WORDS = {
+    "rows": "rows",
+    "seed": "--seed",
+    "packed_to": "length of a pack",
+    "dataset_weights": "--dataset_weights",
+}
 
 
 @dataclass
@@ -275,11 +284,11 @@ def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> Runn
     stored = WHERE_UNSAID | resume.state.data
     changed = [key for key, value in now.items() if stored.get(key, value) != value]
     if changed:
-        before = {key: stored[key] for key in changed}
+        same = ", ".join(f"--{name}" for name in POSITION if name in settings.flags)
         raise ValueError(
-            f"--checkpoint_path {resume.folder}: its sample position belongs to other data "
-            f"({before}, now { {key: now[key] for key in changed} }); give the same --dataset, "
-            "--seed, --dataset_weights, --packing and --max_length, or --checkpoint_weights_only"
+            f"--checkpoint_path {resume.folder}: its position is one in other rows "
+            f"({_what_changed(stored, now, changed)}); give the same {same}, or start anew from "
+            "its weights: --checkpoint_weights_only with another --save_dir"
         )
     resume.state.data = now
     resume.state.flags = resume.flags
@@ -287,10 +296,19 @@ def running_state(resume: Resume, settings: TrainingSettings, rows: Any) -> Runn
     return resume.state
 
 
+def _what_changed(stored: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:
+    if changed == ["fingerprint"]:
+        return f"{now['rows']} too, of other lengths or tokens"
+    return ", ".join(
+        f"{words} {stored[key]} -> {now[key]}" for key, words in IN_WORDS.items() if key in changed
+    )
+
+
 def data_fingerprint(rows: Any) -> str:
     """Of every row's length and of the first and last rows' tokens."""
     digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
-    tokens = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    names = (*TOKEN_COLUMNS, "loss_weights")  # rows without weights keep their fingerprint
+    tokens = [name for name in names if name in rows.column_names]
     for index in {0, len(rows) - 1}:
         for name in tokens:
             digest.update(json.dumps(rows[index][name]).encode())

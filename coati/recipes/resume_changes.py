@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.cli.checks import named_template
-from coati.cli.resume_flags import FILES, MEASURE, Change, changes, refusal
+from coati.cli.resume_flags import FILES, LOSS_MEASURE, MEASURE, REWARDS, Change, changes, refusal
 from coati.parallel.checkpoint import RunningState
 from coati.utils.distributed import broadcast_object, is_rank_0
 from coati.utils.json_io import load_json
@@ -98,16 +98,22 @@ def apply_changes(
     if found:
         what = ", ".join(map(str, found))
         logger.info(f"flags that differ from {folder}: {what}, from step {state.step + 1} on")
-    _let_go(state, found)
+    _let_go(state, found, MEASURE if "num_episodes" in flags else (*MEASURE, *LOSS_MEASURE))
 
 
-def _let_go(state: RunningState, found: list[Change]) -> None:
-    """Drop what ``state`` carries of the former values of flags."""
+def _let_go(state: RunningState, found: list[Change], measure: tuple[str, ...]) -> None:
+    """Drop what ``state`` carries of the former values of flags; those of ``measure`` decide what
+    evaluations say."""
     changed = {change.flag: change for change in found}
-    if not changed.keys().isdisjoint(MEASURE):
+    if not changed.keys().isdisjoint(measure):
         best = state.trainer.pop("best", None)
         watched = state.trainer.pop("early_stopping", {})
         if best or watched.get("best") is not None:
             logger.info("evaluations are measured otherwise now: the best one so far starts anew")
-    if "kl_coef" in changed and "maker" in state.trainer:
-        state.trainer["maker"]["kl"]["kl_coef"] = changed["kl_coef"].now
+    maker = state.trainer.get("maker", {})
+    scores = maker.get("normalization")
+    if scores and scores["count"] and not changed.keys().isdisjoint(REWARDS):
+        maker["normalization"] = dict.fromkeys(scores, 0.0)
+        logger.info("rewards are others now: their running mean and deviation start anew")
+    if "kl_coef" in changed and maker:
+        maker["kl"]["kl_coef"] = changed["kl_coef"].now

@@ -43,10 +43,11 @@ from coati.recipes.rl_models import (
     readers,
 )
 from coati.recipes.run import PreparedRows, Run, start
+from coati.recipes.run_dir import refuse_shorter
 from coati.recipes.same_run import SAME_ROWS, rows_facts
 from coati.rewards.scorer import Rewards
 from coati.trainer import OLTrainer
-from coati.trainer.episodes import Episodes, update_shape
+from coati.trainer.episodes import Episodes, update_shape, why_over
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl_assembly import (
@@ -81,6 +82,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     episodes = episodes_of(settings)
     buffer_state = _buffer_state(run)
     total_steps = episodes.total_steps_from(rows.state, _inside(buffer_state, rows.state, settings))
+    refuse_shorter(settings.output, episodes.num_episodes, "episode")
     actor = load_actor(run, total_steps)
     stops = stop_sequences(run.template.stop_ids, run.tokenizer, actor.engine.model)
     models: dict[str, Trained] = {"actor": actor}
@@ -294,11 +296,12 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
 def _inside(
     buffer_state: dict[str, Any] | None, state: RunningState, settings: OnlineSettings
 ) -> bool:
-    """Whether the run goes on inside an episode; its updates must be divided as they were."""
+    """Whether the run goes on inside an episode."""
     if buffer_state is None:
         return False
     shape = update_shape(episodes_of(settings), settings.update.train_batch_size)
-    return state.trainer.get("cut") == shape
+    kl_in_loss = settings.kl.kl_in == "loss" and settings.kl.kl_coef > 0
+    return why_over(buffer_state, state.trainer, shape, kl_in_loss) is None
 
 
 def _checks(settings: OnlineSettings) -> RLChecks:

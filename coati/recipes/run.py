@@ -1,11 +1,12 @@
 """A run: what was asked for, and what is found out before a model is loaded."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from coati.cli.settings import TrainingSettings
+from coati.cli.settings import DataSettings, TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens
@@ -61,8 +62,7 @@ class Run(Generic[S_co]):
     @property
     def flags(self) -> dict[str, Any]:
         """The flags, those resolved on this machine too."""
-        resolved = {"plugin": self.options.plugin, "mixed_precision": self.options.precision}
-        return {**self.settings.flags, **resolved}
+        return _resolved(self.settings, self.options)
 
     @property
     def data_parallel_size(self) -> int:
@@ -91,7 +91,7 @@ def start(
     settings: Settings, extras: Extras = NO_EXTRAS, needs_template: bool = True
 ) -> Run[Settings]:
     """Join the other processes, lock --save_dir, resolve the defaults, find the checkpoint to
-    resume from, load the tokenizer, compare the flags with the checkpoint's and record them.
+    resume from, compare the flags with its own, load the tokenizer and record the flags.
 
     ``needs_template``: raw rows are written by a conversation template; plain texts are not.
     Raises ValueError naming the flag, RanksDiffer on every rank for what they do not have in
@@ -107,13 +107,20 @@ def start(
     )
     lock_save_dir(settings.output)
     resume = find_resume(settings.output)
+    # First: what another tokenizer or template makes impossible is the flag's doing.
+    compare_with_checkpoint(resume, _resolved(settings, options))
     before = resident_mb()
     tokenizer, template, added = _tokenizer_and_template(settings, needs_template)
     run = Run(settings, options, resume, tokenizer, template, extras, added, before)
-    compare_with_checkpoint(resume, run.flags)
     record_run(settings.output, resume.began, resume.goes_on)
     record_arguments(settings.output, run.flags, settings.flags_given)
     return run
+
+
+def _resolved(settings: TrainingSettings, options: ParallelOptions) -> dict[str, Any]:
+    """The flags of ``settings``, with those that ``options`` resolved."""
+    resolved = {"plugin": options.plugin, "mixed_precision": options.precision}
+    return {**settings.flags, **resolved}
 
 
 def join_processes(settings: TrainingSettings) -> ParallelOptions:
@@ -151,6 +158,7 @@ def _tokenizer_and_template(
     if config is None:  # rows of plain texts were made without one
         made_with = (found["conversation_template"] for found in prepared)
         config = next(filter(None, made_with), None)
+    _check_prepared_options(data, prepared)
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
     if config is None and tokenizer.chat_template is None:
@@ -160,8 +168,11 @@ def _tokenizer_and_template(
                 "with the model"
             )
             return tokenizer, None, added
+    args = json.loads(data.template_args) if data.template_args else None
     try:
-        template = setup_conversation_template(tokenizer, config, save_path=None)
+        template = setup_conversation_template(
+            tokenizer, config, save_path=None, template_args=args, options=data.row_options
+        )
     except ValueError as error:
         if needed or config is not None:
             raise
@@ -169,6 +180,24 @@ def _tokenizer_and_template(
         return tokenizer, None, added
     tokenizer.chat_template = template.chat_template
     return tokenizer, template, added
+
+
+def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) -> None:
+    """Prepared rows keep what they were made with: say which flags do nothing for them. Raises
+    ValueError for other arguments of the template than theirs."""
+    for found in prepared:
+        theirs = (found["conversation_template"] or {}).get("template_args") or {}
+        asked = json.loads(data.template_args) if data.template_args else None
+        if asked is not None and asked != theirs:
+            raise ValueError(
+                f"--template_args {data.template_args}: --dataset was prepared with "
+                f"{json.dumps(theirs)}; leave the flag out, or prepare the rows again with it"
+            )
+    if prepared and (named := data.row_options.named()):
+        flags = ", ".join(f"--{name} {value}" for name, value in named.items())
+        logger.warning(
+            f"{flags}: nothing changes for rows that are prepared; give it to coati prepare"
+        )
 
 
 def _preparation(path: str) -> dict[str, Any] | None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coati.cli.settings import OutputSettings
+from coati.trainer.run_report.run_files import EVENTS, JsonLines
 from coati.utils.dir_lock import DirLock
-from coati.utils.distributed import is_rank_0, raise_together
+from coati.utils.distributed import broadcast_object, is_rank_0, raise_together
 from coati.utils.json_io import save_json
 from coati.utils.run_identity import RECORD, record_of
 
@@ -58,6 +59,28 @@ def finished_models(save_dir: str) -> list[Path]:
         for name in ("modeling", "actor/modeling")
         if (folder := Path(save_dir) / name).is_dir()
     ]
+
+
+def refuse_shorter(output: OutputSettings, total: int, unit: str = "step") -> None:
+    """A run of ``total`` steps (or episodes) does not replace the final model of a longer one that
+    went on from the same checkpoint. Every rank must call it."""
+    done = broadcast_object(_finished_at(output.save_dir) if is_rank_0() else None)
+    if done > total and not output.dry_run:
+        flag = "--num_episodes" if unit == "episode" else "--max_steps or --max_epochs"
+        raise ValueError(
+            f"--save_dir {output.save_dir} holds the final model of {unit} {done}; this run would "
+            f"end with {unit} {total} and replace it. Give a larger {flag}, choose another "
+            "--save_dir, or remove that model"
+        )
+
+
+def _finished_at(save_dir: str) -> int:
+    """The step of the final model in ``save_dir``; 0 where there is none, or it is not known."""
+    if not finished_models(save_dir):
+        return 0
+    events = JsonLines(Path(save_dir) / EVENTS).read_on()
+    steps = [event.get("step") for event in events if event.get("event") == "finished"]
+    return steps[-1] if steps and isinstance(steps[-1], int) else 0
 
 
 def record_run(output: OutputSettings, began: dict[str, str], goes_on: bool) -> None:

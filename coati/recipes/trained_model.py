@@ -160,9 +160,8 @@ class TrainedModel:
         from coati.models.generation.sampling import Sampling
 
         conversations = _conversations(prompt)
-        greedy = Sampling(do_sample=False)
         config = SamplingConfig(
-            Sampling(True, temperature, top_k, top_p) if temperature > 0 else greedy,
+            Sampling.at(temperature, top_k, top_p),
             max_new_tokens,
             MAX_LENGTH,
             BATCH,

@@ -84,6 +84,9 @@ def _registered(name: str) -> str:
     name = ALIASES.get(name, name)
     if name in REWARDS:
         return name
+    if set(name.split(",")) <= {*REWARDS, *ALIASES}:
+        apart = name.replace(",", " ")
+        raise ValueError(f"unknown reward {name!r}; separate names by spaces: {apart}")
     nearest = difflib.get_close_matches(name, [*REWARDS, *ALIASES], n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "."
     raise ValueError(

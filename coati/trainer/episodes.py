@@ -1,7 +1,8 @@
 """How long an online run is, and how an episode is divided into optimizer steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from coati.parallel.checkpoint import RunningState
 
@@ -41,3 +42,15 @@ class Episodes:
 def update_shape(episodes: Episodes, micro_batch_size: int) -> list[int]:
     """How the updates of an episode are divided; a run goes on inside one under the same alone."""
     return [episodes.steps_per_pass, episodes.num_update_steps, micro_batch_size]
+
+
+def why_over(
+    buffer_state: Mapping[str, Any], trained: Mapping[str, Any], shape: list[int], kl_in_loss: bool
+) -> str | None:
+    """Why a run that was stopped inside an episode, with that buffer and trainer's state, has to
+    begin it anew; None: it goes on inside it. ``shape``: the :func:`update_shape` of now."""
+    if trained.get("cut") != shape:
+        return "whose updates were divided otherwise"
+    if kl_in_loss and "reference_log_probs" not in buffer_state:
+        return "whose responses have no log-probs of the reference, which --kl_in loss needs"
+    return None

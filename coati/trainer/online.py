@@ -16,7 +16,7 @@ from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.callbacks import Callback, CallbackList
-from coati.trainer.episodes import Episodes, update_shape
+from coati.trainer.episodes import Episodes, update_shape, why_over
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
 from coati.trainer.monitor.sample_table import SampleRow, sample_rows, sample_table
@@ -102,6 +102,8 @@ class OLTrainer:
         trained = current_names(self.state.trainer)
         self.episode: int = trained.get("episode", 0)
         self._position: tuple[int, int] = (0, 0)  # the pass and the step of it that come next
+        # How the responses in the buffer were sampled, whatever a resumed run samples with.
+        self._sampled: dict[str, Any] = {}
         self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
         self.log = RunLog(self.name, self.schedule, trained, settings, default_metric="reward")
         self.reporter = RLReporter(self.log, checks, trained)
@@ -111,12 +113,14 @@ class OLTrainer:
             self._resume_episode(buffer_state, trained)
 
     def _resume_episode(self, buffer_state: dict[str, Any], trained: dict[str, Any]) -> None:
-        if trained["cut"] != self._update_shape():
+        kl_in_loss = bool(self.policy_objective.settings.kl_coef)
+        reason = why_over(buffer_state, trained, self._update_shape(), kl_in_loss)
+        if reason is not None:
             logger.info(
-                "the run was stopped inside an episode whose updates were divided otherwise: that "
-                "episode starts over."
+                f"the run was stopped inside an episode {reason}: that episode starts over."
             )
             return
+        self._sampled = trained.get("sampled", {})  # older checkpoints do not say
         self._position = tuple(trained["position"])
         self.buffer.load_state_dict(buffer_state)
 
@@ -230,7 +234,7 @@ class OLTrainer:
         self.buffer.clear()
         self._position = (0, 0)
         self.episode += 1
-        self.state.sample_start_index += prompts.rows_per_step
+        self.state.sample_start_index += self._sampled.get("prompts", prompts.rows_per_step)
         if self.episode % max(self.schedule.log_interval, 1):
             bar.step()
         else:
@@ -261,6 +265,7 @@ class OLTrainer:
         before = self.maker.state_dict()
         batches = self._next_prompts(prompts)
         temperature = self.episodes.temperature(self.episode)
+        self._sampled = {"temperature": temperature, "prompts": prompts.rows_per_step}
         self.policy_objective.temperature = temperature
         collected: list[RolloutBatch] = []
         for number, batch in enumerate(batches):
@@ -297,7 +302,8 @@ class OLTrainer:
         episodes = self.episodes
         steps = episodes.steps_per_pass
         total = episodes.num_update_steps * steps
-        self.policy_objective.temperature = episodes.temperature(self.episode)
+        now = episodes.temperature(self.episode)
+        self.policy_objective.temperature = self._sampled.get("temperature", now)
         if self.policy_objective.settings.kl_coef:
             self.policy_objective.kl_coef = self.maker.kl.kl_coef
         first, start = self._position
@@ -429,6 +435,7 @@ class OLTrainer:
             "episode": self.episode,
             "position": list(self._position),
             "cut": self._update_shape(),
+            "sampled": self._sampled,
             "ptx": self._ptx_at,
             "maker": self.maker.state_dict(),
         }

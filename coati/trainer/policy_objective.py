@@ -22,6 +22,7 @@ from coati.models.policy_loss import (
     value_terms,
 )
 from coati.parallel.objective import Batch, Metrics, Objective
+from coati.trainer.sft import SFTObjective
 from coati.utils.meter import MaskedSamples
 
 
@@ -119,9 +120,6 @@ class ValueObjective(Objective):
         return masked_sum(terms, mask), {"value_clip_fraction": statistics["value_clip_fraction"]}
 
 
-class PtxObjective(Objective):
+class PtxObjective(SFTObjective):
     """The supervised loss of rows that the policy must not forget (PPO-ptx, arXiv 2203.02155, eq.
     2), at temperature 1 whatever it samples at."""
-
-    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        return -logps.sum(), {}

@@ -68,6 +68,12 @@ class RunLog:
 
         ``total``: the steps that the run is to have; ``unit``: what they are.
         """
+        if step and step >= total:
+            length = "--num_episodes" if unit == "episode" else "--max_steps or --max_epochs"
+            logger.info(
+                f"the checkpoint is of {unit} {step}, and the run has {total} in all: nothing is "
+                f"left to train; a larger {length} goes on"
+            )
         save_dir = self.schedule.save_dir
         if save_dir is None and log_dir is None and not use_wandb:
             return

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coati.dataset.load.collator import supervise_all
+from coati.models.logprobs import IGNORE_INDEX
 from coati.models.loss import check_terms
 from coati.parallel.engine import Batch, Engine, Step
 from coati.parallel.objective import Metrics, Objective
@@ -18,7 +19,8 @@ TokenLoss = Callable[[Tensor, Batch], Tensor]
 
 class SFTObjective(Objective):
     """L = sum of -log p over the supervised tokens; the engine divides by their number in the
-    global batch.
+    global batch. Where a batch has ``loss_weights`` (B, S), L = sum of -w log p, and the engine
+    divides by the sum of the weights: the same weight everywhere changes nothing.
 
     Args:
         apply_loss_mask: False supervises every token the attention mask shows; padding never.
@@ -34,11 +36,24 @@ class SFTObjective(Objective):
     def prepare(self, batch: Batch) -> Batch:
         return batch if self.apply_loss_mask else supervise_all(batch)
 
+    def num_terms(self, batch: Batch) -> Tensor:
+        weights = _weights(batch)
+        return super().num_terms(batch) if weights is None else weights.double().sum()
+
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        if self.token_loss is None:
-            return -logps.sum(), {}
-        losses = self.token_loss(logps, batch)
-        return check_terms(losses, logps.shape, "supervised token").sum(), {}
+        losses = -logps
+        if self.token_loss is not None:
+            losses = self.token_loss(logps, batch)
+            losses = check_terms(losses, logps.shape, "supervised token")
+        weights = _weights(batch)
+        return (losses if weights is None else losses * weights).sum(), {}
+
+
+def _weights(batch: Batch) -> Tensor | None:
+    """(n,) weights of the supervised tokens; None where all count alike."""
+    if "loss_weights" not in batch:
+        return None
+    return batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
 
 
 class SFTTrainer(SLTrainer):

@@ -1,6 +1,7 @@
 """Graceful shutdown: on SIGTERM or Ctrl-C the step finishes, a checkpoint is written, and the
 process exits with 0."""
 
+import os
 import signal
 from typing import Any
 
@@ -12,10 +13,12 @@ logger = get_logger(__name__)
 class GracefulStop:
     """Inside ``with GracefulStop() as stop:`` the first SIGTERM or SIGINT sets ``stop.requested``;
     a second Ctrl-C raises KeyboardInterrupt as usual. Outside the main thread (a notebook server's)
-    signals stay as they are."""
+    signals stay as they are, and in processes that are forked meanwhile (the pool of a reward
+    function, which is ended by SIGTERM)."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
@@ -31,6 +34,10 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
+        if os.getpid() != self._process:
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+            return
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:

@@ -248,7 +248,10 @@ class DirLock:
         while not self._ended.wait(BEAT_S):
             if mine is None or os.getpid() != mine.pid:
                 return
+            self._put_back(mine)
             if not self._held_by(mine):
+                if self._ended.is_set():
+                    return
                 logger.error(
                     f"{self.flag} {self.folder}: another run has taken it over, this process "
                     f"having been silent for more than {STALE_S:g} s; it ends without saving"
@@ -260,12 +263,29 @@ class DirLock:
             except OSError as error:  # a server that is away for a moment
                 logger.warning_once(f"{self.path} could not be touched ({error})")
 
+    def _put_back(self, mine: Holder) -> None:
+        """Write the lock anew where somebody has removed it by hand."""
+        draft = self._beside(mine.id)
+        try:
+            if self.path.exists():
+                return
+            draft.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+            if _appears(draft, self.path):
+                logger.warning(f"{self.path} was removed while its run goes on: written again")
+        except OSError as error:  # a server that is away for a moment, or the folder is gone
+            logger.warning_once(f"{self.path} could not be written again ({error})")
+        finally:
+            draft.unlink(missing_ok=True)
+        if self._ended.is_set() and self._held_by(mine):  # given back meanwhile
+            self.path.unlink(missing_ok=True)
+
     def _held_by(self, mine: Holder) -> bool:
+        """Whether nobody else holds it, as far as can be read just now."""
         try:
             found = self._read()
-        except (OSError, ValueError):  # not readable just now
+        except (OSError, ValueError):
             return True
-        return found is not None and found.id == mine.id
+        return found is None or found.id == mine.id
 
     def release(self) -> None:
         """Give the lock back; does nothing in a process that does not hold it."""
@@ -288,6 +308,7 @@ class DirLock:
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
         self.release()
+        signal.signal(number, signal.SIG_DFL)  # in a child made by fork, nothing was released
         os.kill(os.getpid(), number)
 
 

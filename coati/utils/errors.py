@@ -1,11 +1,14 @@
 """Failures that a user can mend, and ends that are none."""
 
 import linecache
+import os
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+EARLY = 70  # EX_SOFTWARE: what the exit code 0 of a process becomes that has not reached its end
 LIBRARY = Path(__file__).resolve().parents[1]
 
 
@@ -47,6 +50,28 @@ def no_early_exit(what: str = "the run") -> Iterator[None]:
         ):
             raise
         raise RunFailed(f"{what} was ended early by {named(error)}") from error
+
+
+@contextmanager
+def no_silent_exit(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, ``os._exit(0)``, which no handler sees, ends this process with EARLY, once ``say``
+    has been told where it was called. Processes that it forks leave as they like."""
+    leave = os._exit
+    mine = os.getpid()
+
+    def end(status: int) -> None:
+        if status == 0 and os.getpid() == mine:
+            caller = sys._getframe(1)
+            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            say(f"the run was ended early by os._exit(0) at {place}")
+            status = EARLY
+        leave(status)
+
+    os._exit = end  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def named(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def with_folder(path: str | os.PathLike) -> Path:
     """``path``, whose folder is made where it is not there."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+def open_like_folder(path: Path) -> None:
+    """Let whoever may read and write ``path``'s folder do so with the file: safetensors makes files
+    for their owner alone, whatever the umask. Where permissions cannot be set, it stays so."""
+    with suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _check(flag: str, path: str) -> None:

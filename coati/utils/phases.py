@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from coati.utils.interrupt import check, interrupts_noted
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -69,6 +70,7 @@ def phase(what: str, closing: bool = True) -> Iterator[Phase]:
 
 def begin(what: str, closing: bool = True) -> Phase:
     """:func:`phase` for what is no block; :func:`end` ends it."""
+    check()
     current = Phase(what, closing)
     if os.environ.get("RANK", "0") == "0":
         with _lock:
@@ -98,7 +100,7 @@ def duration(seconds: float) -> str:
 
 def import_libraries() -> None:
     """Import what every model needs, which takes long from a cold or a shared disk."""
-    with phase("importing torch and transformers"):
+    with interrupts_noted(), phase("importing torch and transformers"):
         import_module("torch")
         import_module("transformers")
 

@@ -5,10 +5,17 @@ import re
 from collections.abc import Iterable, Mapping
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|(^|_)(API_?)?KEYS?(_|$)|APIKEY", re.I)
-# Of a number of tokens, not a token: --max_new_tokens, --add_tokens.
-_COUNTED = re.compile(r"TOKENS|TOKEN_(COUNT|LIMIT|IDS?)", re.I)
-_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.I)
+_SECRET = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|BEARER|COOKIE|AUTHORIZATION"
+    r"|(^|_)(API_?)?KEYS?(_|$)|APIKEY|._(PWD|PAT)$",
+    re.I,
+)
+# Of a number of tokens, not a token: --max_new_tokens, --add_tokens; unlike HF_TOKENS.
+_COUNTED = re.compile(r"tokens|(?i:(MAX|MIN|NUM|NEW)_\w*TOKENS|TOKENS?_(COUNT|LIMIT|IDS?)$)")
+_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.I)
+_QUERY = re.compile(
+    r"(?P<name>[?&][\w.-]*(token|secret|signature|credential|passw\w*|key)=)[^&\s'\"]+", re.I
+)
 
 
 def is_secret(name: str) -> bool:
@@ -17,8 +24,8 @@ def is_secret(name: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """``text`` with what stands before the ``@`` of a URL hidden."""
-    return _URL.sub(rf"\g<scheme>{HIDDEN}@", text)
+    """``text`` with what stands before the ``@`` of a URL hidden, and the secrets in its query."""
+    return _QUERY.sub(rf"\g<name>{HIDDEN}", _URL.sub(rf"\g<scheme>{HIDDEN}@", text))
 
 
 def redacted(variables: Mapping[str, str]) -> dict[str, str]:

@@ -3,30 +3,45 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from coati.utils.distributed import is_rank_0
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class Tracker:
-    """Several trackers as one. Of none, what ranks other than 0 have, it keeps nothing."""
+    """Several trackers as one. Of none, what ranks other than 0 have, it keeps nothing. One that
+    cannot be written, on a disk that is full say, does not end the training: it is said once.
+    """
+
+    place = "the log of metrics"  # for messages
 
     def __init__(self, trackers: Sequence["Tracker"] = ()) -> None:
         self._trackers = trackers
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(metrics, step)
+        self._each(lambda tracker: tracker.log(metrics, step))
 
     def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
-        for tracker in self._trackers:
-            tracker.table(columns, rows, step, name)
+        self._each(lambda tracker: tracker.table(columns, rows, step, name))
 
     def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, work: Callable[["Tracker"], None]) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                work(tracker)
+            except OSError as error:
+                logger.warning_once(
+                    f"warning: {tracker.place} could not be written ({error.strerror or error}): "
+                    "metrics are missing there; training goes on, but may not be able to save "
+                    "either"
+                )
 
 
 class JsonlTracker(Tracker):
@@ -42,6 +57,7 @@ class JsonlTracker(Tracker):
     def __init__(self, path: str | os.PathLike, keep_to: int = 0) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.place = str(path)
         _cut(path, keep_to)
         self._file = open(path, "a", encoding="utf-8")
         self._samples = path.with_name("samples.jsonl")
@@ -88,6 +104,7 @@ class TensorBoardTracker(Tracker):
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.place = f"--log_dir {log_dir}"
         self._writer = SummaryWriter(str(log_dir), purge_step=keep_to + 1 if keep_to else None)
         if config:
             rows = [[name, value] for name, value in config.items()]

@@ -27,8 +27,9 @@ _watcher: threading.Thread | None = None
 
 
 class interrupted_after:
-    """Context manager: raise :class:`Overrun` inside the block after ``seconds``. No generator:
-    a block may be a rendering of microseconds."""
+    """Context manager: raise :class:`Overrun` inside the block after ``seconds``. No generator and
+    no lock: a block may be a rendering of microseconds. Whoever takes its entry out of
+    :data:`_watched`, which one step does, decides whether it is interrupted."""
 
     __slots__ = ("_seconds", "_ticket", "_thread")
 
@@ -38,22 +39,23 @@ class interrupted_after:
     def __enter__(self) -> None:
         self._ticket = next(_tickets)
         self._thread = threading.get_ident()
-        with _lock:
-            _watched[self._ticket] = (time.monotonic() + self._seconds, self._thread)
-            if _watcher is None or not _watcher.is_alive():
-                _watch()
+        _watched[self._ticket] = (time.monotonic() + self._seconds, self._thread)
+        if _watcher is None:
+            _watch()
 
     def __exit__(self, *_: object) -> None:
-        with _lock:
-            if _watched.pop(self._ticket, None) is None:  # it was raised, or is about to be
+        if _watched.pop(self._ticket, None) is None:  # it was raised, or is about to be
+            with _lock:
                 _raise_in(self._thread, None)
 
 
 def _watch() -> None:
     """Start the watching thread, of this process."""
     global _watcher
-    _watcher = threading.Thread(target=_look, name="coati-watchdog", daemon=True)
-    _watcher.start()
+    with _lock:
+        if _watcher is None:
+            _watcher = threading.Thread(target=_look, name="coati-watchdog", daemon=True)
+            _watcher.start()
 
 
 def _look() -> None:
@@ -64,13 +66,15 @@ def _look() -> None:
         now = time.monotonic()
         with _lock:
             for ticket, (deadline, thread) in list(_watched.items()):
-                if now > deadline:
-                    del _watched[ticket]
+                if now > deadline and _watched.pop(ticket, None) is not None:
                     _raise_in(thread, Overrun)
             idle = now if _watched else idle
             if now - idle > IDLE_S:
-                _watcher = None
-                return
+                _watcher = None  # first: who comes from here on starts another one
+                if not _watched:
+                    return
+                _watcher = threading.current_thread()
+                idle = now
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

@@ -14,7 +14,7 @@ from coati.cli.aliases import (
     add_aliases,
     names,
 )
-from coati.cli.nearest import MEANINGS
+from coati.cli.nearest import MEANINGS, SCHEMAS, verbs_with
 from coati.recipes.command import load
 from coati.recipes.command import names as verbs
 from coati.recipes.finish import command_again
@@ -120,7 +120,8 @@ def test_every_name_reads_what_its_flag_reads(verb):
     parser = load(verb).parser()
     documented = {flag for action in parser.documented() for flag in action.option_strings}
     add_aliases(parser)
-    for name, flags in (SAME | (SAME_OF["algo"] if "--algo" in documented else {})).items():
+    special = next((row for flag, row in SAME_OF.items() if f"--{flag}" in documented), {})
+    for name, flags in (SAME | special).items():
         action = parser.action_of(f"--{name}")
         found = next((flag for flag in flags.split() if f"--{flag}" in documented), None)
         if f"--{name}" in documented:
@@ -144,7 +145,8 @@ def test_the_tables_name_flags_that_there_are():
         for flag in action.option_strings
     }
     optional = {"eval_ratio", "lr_scheduler"}
-    for name, flags in {**SAME, **SAME_OF["algo"], **MEANINGS}.items():
+    special = [pair for row in SAME_OF.values() for pair in row.items()]
+    for name, flags in [*SAME.items(), *special, *MEANINGS.items()]:
         assert set(flags.split()) <= known | optional, name
     for name, row in MAPPED.items():
         assert row.flag in known | optional, name
@@ -246,6 +248,10 @@ def test_what_several_names_decide_together(capsys):
     assert (grpo.initial_temperature, grpo.final_temperature) == (0.6, 0.6)
     assert (grpo.kl_coef, grpo.rollout_engine) == (0.1, "vllm")
     assert parse("dpo", "--beta", "0.1").beta == 0.1
+    orpo = [parse("orpo", name, "0.3").lam for name in ("--beta", "--pref_beta")]
+    assert orpo == [0.3, 0.3]  # the weight of the odds-ratio loss in TRL and LLaMA-Factory
+    with pytest.raises(SystemExit):
+        parse("ppo", "--beta", "0.3")  # whose --lam is that of GAE
 
 
 @pytest.mark.parametrize(
@@ -300,12 +306,36 @@ def test_inference_takes_lengths_and_addresses_of_other_servers():
         ("prepare", "save_dir", "data_arrow_output_dir"),
         ("prepare", "data_output_dirs", "data_arrow_output_dir"),
         ("prepare", "eval_dataset", "eval_input_dirs"),
+        ("sample-prompts", "input", "dataset_path"),
+        ("sample-prompts", "dataset", "dataset_path"),
+        ("sample-prompts", "output", "save_path"),
     ],
 )
 def test_an_unknown_name_is_answered_by_meaning(verb, name, meant):
     parser = load(verb).parser()
     add_aliases(parser)
     assert parser.nearest(f"--{name}") == f"; did you mean --{meant}?"
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "said"),
+    [
+        ("orpo", "length_normalization", "coati dpo, not of this"),
+        ("kto", "disable-reference-model", "coati dpo, not of this"),
+        ("grpo", "no_whiten_advantages", "coati ppo, not of this"),
+        ("cache", "lora_rank", "coati dpo, fit, grpo and 5 others, not of this"),
+    ],
+)
+def test_a_flag_of_another_verb_is_said_to_be_one(verb, name, said):
+    assert load(verb).parser().nearest(f"--{name}") == f"; it is a flag of {said}"
+
+
+def test_the_schemas_that_say_so_know_every_flag():
+    """A flag that one lacks would not be found."""
+    for verb in (path.stem for path in SCHEMAS.glob("*.json")):
+        for action in load(verb).parser().documented():
+            if action.dest not in ("help", "config"):
+                assert verb in verbs_with(action.option_strings[0].lstrip("-")), action
 
 
 def test_a_resumed_command_leaves_out_the_checkpoint_under_any_name(monkeypatch):

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from coati.__main__ import main, overview
-from coati.cli.config_file import SCHEMAS, config_text, flags_of, key_of, scalar, schema_of
+from coati.cli.config_file import config_text, flags_of, key_of, scalar, schema_of
+from coati.cli.nearest import SCHEMAS
 from coati.cli.shell_completion import completion_script
 from coati.cli.verb import GROUPS
 from coati.recipes.command import load, names, run, summary
@@ -239,6 +240,14 @@ def without_config(settings):
     if "flags" in values:
         values["flags"] = {k: v for k, v in values["flags"].items() if k != "config"}
     return values
+
+
+def test_init_says_what_is_left_to_fill_in(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["init", "sft", "--pretrain", "m"])
+    assert capsys.readouterr().out == "wrote sft.yaml; fill in dataset, then: coati sft sft.yaml\n"
+    main(["init", "sft", "--output", "b.yaml", "--pretrain", "m", "--dataset", "d"])
+    assert capsys.readouterr().out == "wrote b.yaml; run it: coati sft b.yaml\n"
 
 
 def test_init_takes_values_of_the_verb(monkeypatch, tmp_path, capsys):

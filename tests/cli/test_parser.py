@@ -36,6 +36,12 @@ def test_an_unknown_flag_near_to_none_points_to_the_help(refused):
     )
 
 
+def test_all_unknown_flags_are_named_at_once(refused):
+    said = refused(parser().parse_args, ["--bach_size", "3", "--lr", "1", "--qqqq", "--max-lenght"])
+    assert "unknown flag --bach_size; did you mean --batch_size?; unknown flag --qqqq; " in said
+    assert said.rstrip().endswith("unknown flag --max-lenght; did you mean --max_length?")
+
+
 def test_a_prefix_of_two_flags_is_refused_with_both(refused):
     assert "--save may mean --save_dir or --save_interval" in refused(
         parser().parse_args, ["--save", "x"]

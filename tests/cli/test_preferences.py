@@ -184,7 +184,7 @@ def test_losses_are_named_as_trl_names_them_and_added_up(parse):
             "argument --desirable_weight: expected a number above 0",
         ),
         ("kto", ["--precompute_ref"], "unknown flag --precompute_ref"),
-        ("orpo", ["--beta", "0.1"], "unknown flag --beta"),
+        ("orpo", ["--gamma", "0.1"], "unknown flag --gamma"),
         (
             "orpo",
             ["--metric_for_best", "loss"],

@@ -202,6 +202,11 @@ def below_a_file(name: str) -> Callable[[Place], list[str]]:
     return lambda place: [f"--{name}", place.file("file", "x") + "/below"]
 
 
+def folder(flag: str) -> Callable[[Place], list[str]]:
+    """``flag`` with a directory that is there."""
+    return lambda place: [flag, str(place.folder)]
+
+
 def rows(name: str, content: str | bytes) -> Callable[[Place], str]:
     """Data in a new file."""
     return lambda place: place.file(name, content)

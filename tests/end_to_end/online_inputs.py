@@ -50,7 +50,9 @@ def prompts(folder: Path, count: int = 24, first: int = 0) -> str:
     return prepare(folder, "".join(lines[first : first + count]), MAX_LENGTH, "prompt")
 
 
-def write_reward_model(folder: Path, kind: str = "RewardModel", family: str | None = None) -> str:
+def write_reward_model(
+    folder: Path, kind: str = "RewardModel", family: str | None = None, seed: int = 3
+) -> str:
     """A directory of the kind: another random Llama, or the tiny model of ``family``,
     with a head that tells responses apart."""
     import torch
@@ -58,7 +60,7 @@ def write_reward_model(folder: Path, kind: str = "RewardModel", family: str | No
 
     from coati import models
 
-    backbone = tiny_llama(seed=3) if family is None else of_family(family)
+    backbone = tiny_llama(seed=seed) if family is None else of_family(family)
     model = getattr(models, kind)(backbone=backbone)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight, std=0.5)

@@ -219,13 +219,13 @@ def failing(place: str) -> dict[str, Any]:
         with patch.object(PreTrainedTokenizerBase, "save_pretrained", broken):
             (ended,) = train_each({"": sft(folder, base, key, *words)}).values()
         found[name] = ended.code, ended.err
-    with patch("coati.parallel.weights.save_file", lambda tensors, path, **_: full(path)):
+    with patch("coati.parallel.weights.save_shard", lambda tensors, path: full(path)):
         (ended,) = train_each({"": sft(folder, base, "full")}).values()
     found["no space"] = ended.code, ended.err
     # Beside the final directory there is no place either.
     (folder / "elsewhere").mkdir()
     with (
-        patch("coati.parallel.weights.save_file", lambda tensors, path, **_: full(path)),
+        patch("coati.parallel.weights.save_shard", lambda tensors, path: full(path)),
         patch("coati.parallel.save_rescue._unused", full),
         patch("tempfile.tempdir", str(folder / "elsewhere")),
     ):

@@ -450,56 +450,60 @@ CASES = {
     ),
     "no name at all": Case("kto", ("--save_dir is ''",), words=lambda p: ["--save_dir", ""]),
     "a name too long": Case("rm", ("--save_dir", "255"), words=lambda p: ["--save_dir", "x" * 300]),
-    "a directory as configuration file": Case(
-        "sft",
-        ("--config_file", "is a directory"),
-        words=lambda p: ["--config_file", str(p.folder)],
-    ),
-    "a log directory below a file": Case("ppo", ("--log_dir",), words=bad.below_a_file("log_dir")),
-    "an export below a file": Case(
-        "export", ("--output_dir", "is a file"), words=bad.below_a_file("output_dir")
-    ),
-    "prepared rows below a file": Case(
-        "prepare", ("--data_arrow_output_dir",), words=bad.below_a_file("data_arrow_output_dir")
-    ),
-    "scores below a file": Case("score", ("--output",), words=bad.below_a_file("output")),
-    "a transcript that is a directory": Case(
-        "chat", ("--transcript", "is a directory"), words=lambda p: ["--transcript", str(p.folder)]
-    ),
-    "a configuration that is a directory": Case(
-        "init", ("--output", "is a directory"), words=lambda p: ["--output", str(p.folder)]
-    ),
+    # Outputs below a file, and named as a directory that is there
+    **{
+        f"{name} below a file": Case(verb, said, words=bad.below_a_file(flag))
+        for name, (verb, flag, said) in {
+            "a log directory": ("ppo", "log_dir", ("--log_dir",)),
+            "an export": ("export", "output_dir", ("--output_dir", "is a file")),
+            "prepared rows": ("prepare", "data_arrow_output_dir", ("--data_arrow_output_dir",)),
+            "scores": ("score", "output", ("--output",)),
+        }.items()
+    },
+    **{
+        f"{name} that is a directory": Case(verb, (flag, "is a directory"), words=bad.folder(flag))
+        for name, (verb, flag) in {
+            "flags": ("sft", "--config_file"),
+            "a transcript": ("chat", "--transcript"),
+            "a configuration": ("init", "--output"),
+        }.items()
+    },
     # Code of a user's own
-    "a reward that exits": Case(
-        "grpo",
-        ("reward f raised SystemExit: 0", "reward.py:2"),
-        words=bad.reward("import sys\ndef f(responses): sys.exit(0)"),
-    ),
-    "a reward that exits without a code": Case(
-        "grpo",
-        ("reward f raised SystemExit", "reward.py:1"),
-        words=bad.reward("def f(responses): raise SystemExit(None)"),
-    ),
-    "a reward that interrupts": Case(
-        "grpo",
-        ("KeyboardInterrupt", "reward.py:1"),
-        words=bad.reward("def f(responses): raise KeyboardInterrupt"),
-    ),
-    "a reward that closes": Case(
-        "compare",
-        ("reward f raised GeneratorExit", "reward.py:1"),
-        words=bad.reward("def f(responses): raise GeneratorExit"),
-    ),
-    "a reward with a class of its own": Case(
-        "grpo",
-        ("reward f raised Mine: x", "reward.py:2"),
-        words=bad.reward("class Mine(BaseException): pass\ndef f(responses): raise Mine('x')"),
-    ),
-    "a reward file that exits": Case(
-        "grpo",
-        ("reward", "SystemExit", "reward.py:2"),
-        words=bad.reward("import sys\nsys.exit(0)\ndef f(responses): return 1"),
-    ),
+    **{
+        f"a reward {name}": Case(verb, said, words=bad.reward(text))
+        for name, (verb, said, text) in {
+            "that exits": (
+                "grpo",
+                ("reward f raised SystemExit: 0", "reward.py:2"),
+                "import sys\ndef f(responses): sys.exit(0)",
+            ),
+            "that exits without a code": (
+                "grpo",
+                ("reward f raised SystemExit", "reward.py:1"),
+                "def f(responses): raise SystemExit(None)",
+            ),
+            "that interrupts": (
+                "grpo",
+                ("KeyboardInterrupt", "reward.py:1"),
+                "def f(responses): raise KeyboardInterrupt",
+            ),
+            "that closes": (
+                "compare",
+                ("reward f raised GeneratorExit", "reward.py:1"),
+                "def f(responses): raise GeneratorExit",
+            ),
+            "with a class of its own": (
+                "grpo",
+                ("reward f raised Mine: x", "reward.py:2"),
+                "class Mine(BaseException): pass\ndef f(responses): raise Mine('x')",
+            ),
+            "file that exits": (
+                "grpo",
+                ("reward", "SystemExit", "reward.py:2"),
+                "import sys\nsys.exit(0)\ndef f(responses): return 1",
+            ),
+        }.items()
+    },
     "a reward file of bytes": Case(
         "grpo", ("reward", "reward.py"), words=bad.reward(b"\xff\xfe\0"), code=2
     ),

@@ -96,6 +96,13 @@ def test_plain_peft_gives_the_logits_of_this_library(stages, name):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["grown", "grown_lora"])
+def test_weights_are_as_open_to_others_as_the_files_beside_them(stages, name):
+    folder, _ = stages
+    modes = {oct(file.stat().st_mode) for file in (folder / name / "modeling").iterdir()}
+    assert len(modes) == 1
+
+
 def test_the_new_rows_are_trained(stages):
     folder, _ = stages
     known = len(tiny_tokenizer())

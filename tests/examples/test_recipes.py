@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from coati.cli.config_file import SCHEMAS
+from coati.cli.nearest import SCHEMAS
 from coati.cli.parser import FlagError, errors_raised
 from coati.parallel.footprint.fitting import RESERVED
 from coati.parallel.plugin_checks import check_options

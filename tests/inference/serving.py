@@ -21,10 +21,12 @@ def tiny_loaded():
 
 
 @contextmanager
-def engine_of(endless=False, pause=0.0, **settings):
+def engine_of(endless=False, pause=0.0, loaded=None, **settings):
     """An engine; ``endless``: no response stops by itself, ``pause``: seconds that a token takes at
-    least."""
-    engine = InferenceEngine(tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings)
+    least; ``loaded``: another model than the tiny one."""
+    engine = InferenceEngine(
+        loaded or tiny_loaded(), **{"max_length": 512, "timeout": 60.0} | settings
+    )
     if endless:
         engine.stops = []
     if pause:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from coati.models.head_outputs import HeadRequest
 from coati.parallel.objective import Objective
+from coati.trainer.sft import SFTObjective
 from tests.tiny import tiny_llama
 
 STEPS, SAVED_AT, ROWS, LR, CLIP = 4, 2, 8, 5e-3, 0.5
@@ -20,7 +21,8 @@ LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not rememb
 class Case:
     """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
     adapters or not, of the experts as well or not; ``bonus``: the coefficient of an entropy
-    bonus; ``embedding_lr``: of embedding and head, if they have their own."""
+    bonus; ``weighted``: tokens have weights; ``embedding_lr``: of embedding and head, if they have
+    their own."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +32,7 @@ class Case:
     experts: bool = False
     accumulation: int = 1
     bonus: float = 0.0
+    weighted: bool = False
     embedding_lr: float | None = None
     vocab_size: int = 384
 
@@ -118,6 +121,13 @@ def window(step: int, vocab_size: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def weighted(batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+    """``batch`` with a weight for each token: 0 for some, and no row's mean is another one's."""
+    generator = torch.Generator().manual_seed(100 + step)
+    weights = torch.rand(batch["labels"].shape, generator=generator)
+    return batch | {"loss_weights": weights.masked_fill(weights < 0.2, 0.0)}
+
+
 def plain_run(case: Case) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of plain PyTorch: one process, fp32, whole windows, full logits."""
     model = build_model(case)
@@ -140,7 +150,12 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = peak * rate(step)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        labels = batch["labels"][:, 1:].flatten()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
+        if case.weighted:
+            weights = weighted(batch, step)["loss_weights"][:, 1:].flatten()[labels != -100]
+            each = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
+            loss = (each[labels != -100] * weights).sum() / weights.sum()
         if case.bonus:
             rows = logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
             loss = loss + case.bonus * (rows.exp() * rows).sum(-1).mean()
@@ -201,11 +216,12 @@ def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
 
 def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float]]:
     results = []
+    objective = SFTObjective() if case.weighted else CrossEntropy(case.bonus)
     for index in range(first, last):
-        step = engine.train_step(
-            _mine(engine, window(index, case.vocab_size), case.accumulation),
-            CrossEntropy(case.bonus),
-        )
+        batch = window(index, case.vocab_size)
+        if case.weighted:
+            batch = weighted(batch, index)
+        step = engine.train_step(_mine(engine, batch, case.accumulation), objective)
         results.append((step.loss, step.grad_norm))
     return results
 

@@ -1,12 +1,13 @@
 """What the ranks of test_packing.py do: the same rows trained on in packs and one by one, under one
 plugin."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from coati.parallel.objective import Objective
+from coati.trainer.sft import SFTObjective
 from tests.models_table.families import BY_TYPE, tiny_model
 
 STEPS, PACKS, LR, CLIP = 3, 4, 5e-3, 0.5
@@ -18,11 +19,6 @@ LENGTHS = (
 )
 
 
-class CrossEntropy(Objective):
-    def loss(self, logps, batch):
-        return -logps.sum(), {}
-
-
 def rows_of(step: int) -> list[list[torch.Tensor]]:
     """Token ids of the rows of each pack of ``step``; all but a row's first two tokens are
     supervised."""
@@ -31,6 +27,11 @@ def rows_of(step: int) -> list[list[torch.Tensor]]:
         [torch.randint(3, 384, (n,), generator=generator) for n in pack]
         for pack in LENGTHS[step % len(LENGTHS)]
     ]
+
+
+def weights_of(row: torch.Tensor) -> list[float]:
+    """A weight for each token of ``row``, by the token itself."""
+    return ((row % 7) / 6).tolist()
 
 
 def one_by_one(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -44,7 +45,12 @@ def one_by_one(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def packed(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+def one_by_one_weighted(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    batch = one_by_one(packs)
+    return batch | {"loss_weights": (batch["input_ids"] % 7) / 6}
+
+
+def packed(packs: list[list[torch.Tensor]], weighted: bool = False) -> dict[str, torch.Tensor]:
     """The same rows as PackCollator gives them."""
     from coati.dataset.load.collator import DataCollatorForSupervisedDataset
     from coati.dataset.load.packing import PackCollator
@@ -53,6 +59,7 @@ def packed(packs: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     rows = [
         [
             {"input_ids": (ids := row.tolist()), "labels": [-100] * len(ids[:2]) + ids[2:]}
+            | ({"loss_weights": weights_of(row)} if weighted else {})
             for row in pack
         ]
         for pack in packs
@@ -80,6 +87,8 @@ def train_all_ways(family: str, options: dict[str, Any]) -> dict[str, list[tuple
         "one_by_one": _train(family, options, one_by_one),
         "packed": _train(family, options, packed, packing=True),
         "packed, masked": _train(family, options, packed, masked=True, packing=True),
+        "weighted one by one": _train(family, options, one_by_one_weighted),
+        "weighted": _train(family, options, partial(packed, weighted=True), packing=True),
     }
 
 
@@ -98,7 +107,7 @@ def _train(
     for step in range(STEPS):
         mine = _share(rows_of(step), engine)
         done = engine.train_step(
-            _windows(mine, min(values.accumulation_steps, len(mine)), collate), CrossEntropy()
+            _windows(mine, min(values.accumulation_steps, len(mine)), collate), SFTObjective()
         )
         results.append((done.loss, done.grad_norm))
     return results

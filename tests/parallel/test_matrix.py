@@ -31,7 +31,7 @@ SHARDED = {
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     """``variants``: name -> fields of Case beside or inside ``options``."""
     fields = {"family", "tied", "lora", "experts", "accumulation", "vocab_size", "bonus"}
-    fields |= {"embedding_lr"}
+    fields |= {"weighted", "embedding_lr"}
     return [
         Case(
             name,
@@ -50,9 +50,10 @@ BF16, FP16 = {"precision": "bf16"}, {"precision": "fp16"}
 CHECKPOINTING, TIED = {"checkpointing": {"grad_checkpoint": True}}, {"tied": {"tied": True}}
 ACCUMULATION = {"accumulation": {"accumulation": 4}}
 BONUS = {"entropy_bonus": {"bonus": 0.5}}
+WEIGHTED = {"weighted": {"weighted": True, "accumulation": 2}}
 RATE = {"embedding_lr": {"embedding_lr": 2e-2}}  # four times that of the rest
 TIED_RATE = {"embedding_lr_tied": {"embedding_lr": 1e-3, "tied": True}}  # a fifth
-PLAIN = {"plain": {}, **BONUS, **ACCUMULATION, **CHECKPOINTING, **TIED, **RATE}
+PLAIN = {"plain": {}, **BONUS, **WEIGHTED, **ACCUMULATION, **CHECKPOINTING, **TIED, **RATE}
 LORA = {"lora": {"lora": True}, "lora_bf16": {"lora": True, **BF16}}
 HALF = {"bf16": BF16, "fp16": FP16, "bf16_accumulation": {**BF16, "accumulation": 2}}
 SEQUENCE = {"enable_sequence_parallelism": True}
@@ -79,6 +80,20 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
         cases("gemini_auto", BF16, {"plain": {}, "fp16": FP16, **CHECKPOINTING, **RATE}),
     ),
     "gemini_tp": (2, cases("gemini", {"tp": 2, **BF16}, {"plain": {}, **RATE})),
+    "alone": (
+        1,
+        [
+            *cases("ddp", {}, {"ddp": {}, "ddp_accumulation": {"accumulation": 4}}),
+            *cases("zero2", {}, {"zero2": {}, "zero2_bf16": BF16}),
+            *cases("zero2_cpu", {}, {"zero2_cpu": {}}),
+            *cases("gemini", BF16, {"gemini": {}}),
+            *cases("gemini_auto", BF16, {"gemini_auto": {}}),
+            *cases("3d", {}, {"3d": {}, "3d_bf16": BF16, "3d_accumulation": {"accumulation": 4}}),
+            *cases("3d", {"zero_stage": 1}, {"zero1": BF16, "zero1_fp16": FP16}),
+            *cases("3d", {"zero_stage": 1} | BF16, {"zero1_accumulation": {"accumulation": 4}}),
+            *cases("3d", {"zero_stage": 2}, {"stage2": BF16}),
+        ],
+    ),
     "3d_dp": (2, cases("3d", {}, PLAIN | HALF | LORA)),
     "3d_zero1": (
         2,

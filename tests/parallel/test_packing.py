@@ -48,6 +48,9 @@ def test_steps_on_packs_are_those_on_rows(name):
             atol=0.0,
             msg=f"{name}: {way}",
         )
+    weighted = ways["weighted one by one"]
+    assert weighted != ways["one_by_one"]
+    assert_close(ways["weighted"], weighted, rtol=1e-5 if exact else 2e-2, atol=0.0, msg=name)
 
 
 @pytest.mark.matrix

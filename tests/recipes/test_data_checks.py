@@ -98,6 +98,24 @@ def test_a_run_that_compares_with_no_ground_truth_does_not_speak_of_any(raw, row
     assert not any(word in told for word in ("gt_answer", "ground truth", "verifiable"))
 
 
+def test_where_the_room_of_a_prompt_comes_from(raw, rows, capsys):
+    rows(raw(), *SHORT)
+    told = capsys.readouterr().err
+    assert "prompts may have 80 tokens: --max_length 100 less --max_seq_len 20" in told
+
+
+def test_rows_of_another_type_name_the_commands_that_read_them(raw, rows):
+    with pytest.raises(ValueError) as refused:
+        rows(raw([{"source": "a", "Target": "b"}] * 4), *SHORT)
+    said = str(refused.value)
+    assert "source_target rows, for --type sft, not prompt" in said
+    assert "sft: coati sft; preference: coati rm, dpo and orpo" in said
+    assert "--max_bad_ratio of coati prepare" in said  # no flag of a trainer
+    with pytest.raises(ValueError) as refused:
+        rows(raw([{"nonsense": 1}] * 4, "other.jsonl"), *SHORT)
+    assert "coati orpo" not in str(refused.value)
+
+
 def test_what_leaves_a_last_answer_out_is_in_the_report(raw, rows, tmp_path):
     rows(raw(), *SHORT)
     (report,) = (tmp_path / "cache").rglob("report.json")

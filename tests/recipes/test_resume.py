@@ -7,7 +7,7 @@ import pytest
 
 from coati.cli.settings import OutputSettings
 from coati.recipes.resume import Resume, find_resume
-from coati.recipes.run_dir import record_run
+from coati.recipes.run_dir import record_run, refuse_shorter
 from coati.utils.run_identity import record_of
 
 
@@ -167,3 +167,36 @@ def test_the_best_model_of_a_run_without_a_checkpoint_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="already holds best; go on with --checkpoint_path auto"):
         find_resume(OutputSettings(str(tmp_path)))
     assert find_resume(arguments(tmp_path)) == Resume(goes_on=True)
+
+
+def finished(save_dir: Path, *steps: int, name: str = "modeling") -> OutputSettings:
+    """A run whose starts ended at ``steps``, with a final model."""
+    (save_dir / name).mkdir(parents=True, exist_ok=True)
+    events = [{"event": "started", "step": 0}, {"event": "stopped", "step": 99}]
+    events += [{"event": "finished", "step": step} for step in steps]
+    (save_dir / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
+    return arguments(save_dir)
+
+
+@pytest.mark.parametrize(
+    "name, unit, flag",
+    [("modeling", "step", "--max_steps"), ("actor/modeling", "episode", "--num_")],
+)
+def test_a_shorter_run_does_not_replace_the_model_of_a_longer_one(tmp_path, name, unit, flag):
+    output = finished(tmp_path, 4, 10, name=name)
+    with pytest.raises(ValueError) as refused:
+        refuse_shorter(output, 6, unit)
+    said = str(refused.value)
+    assert f"final model of {unit} 10" in said and f"end with {unit} 6" in said
+    assert flag in said and str(tmp_path) in said
+
+
+def test_a_run_as_long_or_longer_goes_on_and_one_without_a_model_too(tmp_path):
+    output = finished(tmp_path, 10)
+    refuse_shorter(output, 10)
+    refuse_shorter(output, 12)
+    refuse_shorter(arguments(tmp_path, dry_run=True), 6)
+    refuse_shorter(finished(tmp_path, 10, 4), 6)  # replaced since, by an earlier release
+    refuse_shorter(arguments(tmp_path / "new"), 6)
+    (tmp_path / "modeling").rmdir()
+    refuse_shorter(output, 6)

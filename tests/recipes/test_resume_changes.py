@@ -84,14 +84,36 @@ def test_earlier_checkpoints_have_their_flags_beside_them(tmp_path, capsys):
 
 def test_the_best_model_is_forgotten_when_it_is_measured_otherwise(capsys):
     trainer = {"best": {"value": 1.0, "step": 2}, "early_stopping": {"best": 1.0, "count": 2}}
-    for flag, values in {"eval_dataset": (["a"], ["b"]), "metric_for_best": (None, "acc")}.items():
+    others = {
+        "eval_dataset": (["a"], ["b"]),
+        "metric_for_best": (None, "acc"),
+        "reward_weights": ([1.0], [2.0]),
+        "loss_type": ("dpo_loss", "hinge_loss"),
+        "disable_loss_mask": (False, True),
+    }
+    for flag, values in others.items():
         resumed = state(flags={flag: values[0]}, trainer=dict(trainer))
         apply_changes(Path("out"), resumed, {flag: values[1]}, {})
         assert resumed.trainer == {}
         assert "the best one so far starts anew" in capsys.readouterr().err
-    resumed = state(flags={"lr": 1.0}, trainer=dict(trainer))
-    apply_changes(Path("out"), resumed, {"lr": 2.0}, {})
-    assert resumed.trainer == trainer
+    # Neither the rate nor, where rewards are measured, the loss.
+    for before, now in (
+        ({"lr": 1.0}, {"lr": 2.0}),
+        ({"gamma": 1.0, "num_episodes": 3}, {"gamma": 0.9, "num_episodes": 3}),
+    ):
+        resumed = state(flags=before, trainer=dict(trainer))
+        apply_changes(Path("out"), resumed, now, {})
+        assert resumed.trainer == trainer
+
+
+def test_other_rewards_are_normalized_by_moments_of_their_own(capsys):
+    moments = {"count": 8.0, "mean": 100.0, "squares": 50.0}
+    for flag, expected in (("reward_functions", 0.0), ("reward_clip", 8.0)):
+        maker = {"kl": {"kl_coef": 0.1}, "normalization": dict(moments)}
+        resumed = state(flags={flag: 1}, trainer={"maker": maker})
+        apply_changes(Path("out"), resumed, {flag: 2}, {})
+        assert resumed.trainer["maker"]["normalization"]["count"] == expected
+        assert ("start anew" in capsys.readouterr().err) == (expected == 0)
 
 
 def test_an_adapted_kl_coefficient_gives_way_to_a_new_one_alone():

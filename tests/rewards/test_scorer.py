@@ -260,6 +260,7 @@ def test_a_file_that_cannot_serve_says_why(tmp_path, body, function, message):
             r"unknown reward 'gsm8'; did you mean gsm8k\? There are gsm8k, math_competition, "
             "format, ",
         ),
+        (["gsm8k,length"], None, "'gsm8k,length'; separate names by spaces: gsm8k length"),
         (["nowhere.py:reward"], None, "there is no file nowhere.py"),
         (["gsm8k", "gsm8k_reward_fn"], None, "gsm8k is given twice"),
         (

@@ -326,6 +326,40 @@ def test_other_windows_start_the_episode_anew(tmp_path, monkeypatch, capsys):
     assert "that episode starts over" in capsys.readouterr().err
 
 
+def test_an_episode_goes_on_as_it_was_sampled(tmp_path, monkeypatch):
+    """Another temperature and number of prompts from the next episode on: log-probs of the
+    responses at hand are of their own temperature, and their prompts alone count as used."""
+    first, saved, _ = stopped_at({"actor": Engine(stop_at=9)}, tmp_path, monkeypatch)
+    other = OLTrainer(
+        Engine(),
+        Maker(),
+        NaiveExperienceBuffer(2),
+        Episodes(4, 2, 2, lambda episode: 0.3, seed=1, sample_interval=0),
+        assets=ASSETS,
+        state=RunningState(**saved["state"]),
+        buffer_state=saved["buffer_state"],
+    )
+    other.run(loader(batch=2, steps=1))
+    temperatures = [step[1] for step in other.engine.steps]
+    assert first.engine.steps[-1][1] == pytest.approx(0.8)  # of the third episode
+    assert temperatures[:2] == pytest.approx([0.8] * 2) and set(temperatures[2:]) == {0.3}
+    whole = trainer()
+    whole.run(loader())
+    assert prompts_of(other.maker) == prompts_of(whole.maker)[12:14]
+
+
+def test_an_episode_without_what_the_loss_needs_starts_over(tmp_path, monkeypatch, capsys):
+    _, saved, _ = stopped_at({"actor": Engine(stop_at=9)}, tmp_path, monkeypatch)
+    other = trainer(
+        policy=PolicySettings(kl_coef=0.1),
+        state=RunningState(**saved["state"]),
+        buffer_state=saved["buffer_state"],
+    )
+    assert len(other.buffer) == 0 and other._position == (0, 0)
+    said = capsys.readouterr().err
+    assert "no log-probs of the reference, which --kl_in loss needs: that episode" in said
+
+
 def test_the_state_of_an_older_release_under_todays_names():
     """tests/data/ppo_state_0.1.0.json: of a PPO run that was stopped inside its second episode, by
     the release that called the metric entropy and the maker's state normalisation."""

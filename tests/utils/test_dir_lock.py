@@ -101,6 +101,24 @@ def test_a_process_that_is_asked_to_end_gives_it_back(tmp_path, holder, number):
     assert names(tmp_path) == []
 
 
+def test_a_child_made_by_fork_ends_by_sigterm_and_leaves_the_lock(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        lock = DirLock(tmp_path, "--save_dir")
+        lock.acquire()
+        child = os.fork()
+        if not child:
+            time.sleep(30)
+            os._exit(5)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and names(tmp_path) == [NAME]
+        lock.release()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_what_a_killed_process_left_is_recognized_at_once(tmp_path, holder, capsys):
     holder.kill()  # not waited for: the process is there still, as a zombie
     time.sleep(0.2)
@@ -214,6 +232,19 @@ def test_one_that_was_taken_away_ends_its_process(tmp_path, quick):
     lock.release()
     assert held(tmp_path).host == "elsewhere"  # not this process's to remove
     time.sleep(0.7)
+
+
+def test_one_that_was_removed_by_hand_is_written_again(tmp_path, quick, capsys):
+    lock = DirLock(tmp_path, "--save_dir")
+    lock.acquire()
+    (tmp_path / NAME).unlink()
+    time.sleep(0.4)
+    assert held(tmp_path).pid == os.getpid()
+    with pytest.raises(Locked):
+        DirLock(tmp_path, "--save_dir").acquire()
+    lock.release()
+    assert names(tmp_path) == []
+    assert capsys.readouterr().err.count("was removed while its run goes on") == 1
 
 
 def test_without_hard_links(tmp_path, monkeypatch, holder):

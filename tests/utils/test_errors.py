@@ -1,11 +1,12 @@
 """Code that is not the library's cannot end a run as a success."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from coati.utils.errors import RunFailed, no_early_exit, raised_at
+from coati.utils.errors import EARLY, RunFailed, no_early_exit, no_silent_exit, raised_at
 
 HERE = Path(__file__).name
 
@@ -70,3 +71,24 @@ def test_the_place_of_an_error():
         place = raised_at(error)
     assert place.rpartition(":")[0].endswith(HERE)
     assert raised_at(ValueError()) == ""
+
+
+def test_an_exit_that_no_handler_sees_is_a_failure(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    said = []
+    with no_silent_exit(said.append):
+        os._exit(0)
+        os._exit(3)
+    os._exit(0)
+    assert codes == [EARLY, 3, 0]
+    assert len(said) == 1 and "os._exit(0) at" in said[0] and __file__ in said[0]
+
+
+def test_a_child_made_by_fork_may_leave_so():
+    with no_silent_exit(lambda said: 1 / 0):
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -9,6 +9,7 @@ from coati.utils.redaction import is_secret, redacted, redacted_words, without_c
 @pytest.mark.parametrize(
     "name",
     ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS"]
+    + ["HF_TOKENS", "SSH_PASSPHRASE", "MYSQL_PWD", "GITHUB_PAT", "SESSION_COOKIE", "BEARER"]
     + ["DB_PASSWORD", "PGPASSWD", "COATI_SERVER_TOKEN", "--api_key", "SSH_KEY", "GCP_CREDENTIALS"],
 )
 def test_secrets(name):
@@ -18,7 +19,7 @@ def test_secrets(name):
 @pytest.mark.parametrize(
     "name",
     ["--max_new_tokens", "--add_tokens", "--tokenizer_dir", "TOKENIZERS_PARALLELISM", "KEYBOARD"]
-    + ["--pad_token_id", "MONKEY", "PATH"],
+    + ["--pad_token_id", "MONKEY", "PATH", "PWD", "OLDPWD", "MAX_NEW_TOKENS", "EOS_TOKEN_ID"],
 )
 def test_what_only_sounds_like_one(name):
     assert not is_secret(name)
@@ -39,6 +40,19 @@ def test_variables_and_words():
     assert without_credentials("me@example.org, s3://bucket/key") == (
         "me@example.org, s3://bucket/key"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://u:p@ss@h/x@y", "https://(hidden)@h/x@y"),
+        ("https://h/x?access_token=abc&y=1", "https://h/x?access_token=(hidden)&y=1"),
+        ("s3://b/k?X-Amz-Signature=zz", "s3://b/k?X-Amz-Signature=(hidden)"),
+        ("https://h/x?max_tokens=5&page=2", "https://h/x?max_tokens=5&page=2"),
+    ],
+)
+def test_credentials_of_urls(text, shown):
+    assert without_credentials(text) == shown
 
 
 def test_the_environment_of_a_run_has_none(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from coati.utils import tracking
+from coati.utils.logging import forget_warnings
 from coati.utils.tracking import JsonlTracker, Tracker, make_tracker
 
 
@@ -36,6 +37,31 @@ def test_every_line_is_on_disk_at_once(tmp_path):
     tracker = make_tracker(tmp_path / "deep" / "metrics.jsonl")
     tracker.log({"loss": 2.0}, 1)
     assert steps(tmp_path / "deep" / "metrics.jsonl") == [1]
+
+
+def test_a_full_disk_ends_no_training(caplog):
+    """Of /dev/full: every write is refused as by a disk without room."""
+    forget_warnings()
+    full = JsonlTracker.__new__(JsonlTracker)
+    full.place = "metrics.jsonl"
+    full._file = open("/dev/full", "w")
+    other = Kept()
+    tracker = Tracker([full, other])
+    for step in (1, 2):
+        tracker.log({"loss": 1.0}, step)
+    tracker.close()
+    assert other.steps == [1, 2]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "metrics.jsonl could not be written (No space left" in said[0]
+
+
+class Kept(Tracker):
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def log(self, metrics, step):
+        self.steps.append(step)
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

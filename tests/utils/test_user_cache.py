@@ -53,6 +53,15 @@ def test_what_was_used_longest_ago_goes_first_and_only_as_much_as_needed(root, m
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "days, age", [(0.01, "14 min ago"), (0.25, "6 h ago"), (1.5, "36 h ago"), (9, "9 days ago")]
+)
+def test_how_long_ago_is_said_in_a_unit_of_its_size(root, capsys, days, age):
+    put(root, "old", 1, days=days)
+    main(["cache"])
+    assert age in capsys.readouterr().out
+
+
 def test_reading_counts_as_use(root, monkeypatch):
     old = put(root, "old", 1, days=9)
     put(root, "new", 1, days=1)

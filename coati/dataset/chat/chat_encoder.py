@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 
+from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of, with_texts
 from coati.dataset.chat.word_cache import Span, Words
 from coati.dataset.rows.row_errors import RowError
 from coati.utils.logging import get_logger
@@ -52,21 +53,41 @@ class ChatEncoder:
             if name not in ("_backends", "_words")
         }
 
-    def hide(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
-        """The messages with each marker in their contents replaced by ``<key>index<key>``, and the
-        key (None: none)."""
-        if not any(self._pattern.search(message["content"]) for message in messages):
-            return messages, None
-        contents = "".join(message["content"] for message in messages)
-        key = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in contents)
+    def hide(
+        self, messages: Messages, tools: Tools | None = None
+    ) -> tuple[Messages, Tools | None, str | None]:
+        """The messages and tools with each marker in their texts replaced by ``<key>index<key>``,
+        and the key (None: no marker)."""
+        texts = list(texts_of([[_without_role(message) for message in messages], tools]))
+        if not any(map(self._pattern.search, texts)):
+            return messages, tools, None
+        together = "".join(texts)
+        key = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in together)
+
+        def hidden(text: str) -> str:
+            return self.hidden(text, key)
+
+        return (
+            [
+                {"role": message["role"], **with_texts(_without_role(message), hidden)}
+                for message in messages
+            ],
+            with_texts(tools, hidden),
+            key,
+        )
+
+    def hide_contents(self, messages: Messages) -> tuple[Messages, str | None]:
+        """:meth:`hide` of messages that are but role and content."""
+        for message in messages:
+            if self._pattern.search(message["content"]):
+                messages, _, key = self.hide(messages)
+                return messages, key
+        return messages, None
+
+    def hidden(self, text: str, key: str) -> str:
+        """``text`` with each marker in it replaced."""
         number = {text: index for index, text in enumerate(self.markers)}
-
-        def placeholder(found: re.Match) -> str:
-            return f"{key}{number[found.group()]}{key}"
-
-        return [
-            {**m, "content": self._pattern.sub(placeholder, m["content"])} for m in messages
-        ], key
+        return self._pattern.sub(lambda found: f"{key}{number[found.group()]}{key}", text)
 
     def encode(
         self, text: str, spans: list[Span], key: str | None = None, others: Sequence[Span] = ()
@@ -81,7 +102,7 @@ class ChatEncoder:
         """
         if not self.tokenizer.is_fast:
             return self._encode_slow(text, spans, key)
-        borders = self._borders([*spans, *others])
+        borders = self._borders(text, [*spans, *others])
         if (
             key is None
             and self._words is not None
@@ -91,6 +112,44 @@ class ChatEncoder:
                 return text, *found
         if key is None and not borders:
             return text, self._ids(text), []
+        text, ids, offsets, spans = self._with_offsets(text, spans, key, others)
+        return text, ids, self._token_ranges(offsets, spans)
+
+    def encode_weighted(
+        self,
+        text: str,
+        spans: list[Span],
+        key: str | None,
+        others: Sequence[Span],
+        weights: list[tuple[Span, float]],
+    ) -> tuple[str, list[int], list[Span], list[float]]:
+        """:meth:`encode`, and one weight per token: the least of those of its characters, which
+        ``weights`` give by spans of ``text``, later ones before earlier ones; 0 elsewhere. Raises
+        RowError for a tokenizer without offsets."""
+        if not self.tokenizer.is_fast:
+            raise RowError(
+                "marker_in_text",
+                "a slow tokenizer cannot tell which tokens a weight is for; use a fast one "
+                "(tokenizer.json)",
+            )
+        whole = text
+        text, ids, offsets, spans = self._with_offsets(text, spans, key, others)
+        by_character = [0.0] * len(text)
+        for (start, end), weight in weights:
+            if key is not None:
+                start = self._shift(whole, start, key)
+                end = self._shift(whole, end, key)
+            by_character[start:end] = [weight] * (end - start)
+        # A token of no width is a word-start mark: it counts as the character after it.
+        weighed = [
+            min(by_character[start : max(end, start + 1)], default=0.0) for start, end in offsets
+        ]
+        return text, ids, self._token_ranges(offsets, spans), weighed
+
+    def _with_offsets(
+        self, text: str, spans: list[Span], key: str | None, others: Sequence[Span]
+    ) -> tuple[str, list[int], list[Span], list[Span]]:
+        """``(final text, ids, characters of each token, spans in the final text)``."""
         encoded = self._backend(as_text=False).encode(text, add_special_tokens=False)
         ids = encoded.ids
         offsets = encoded.offsets
@@ -102,12 +161,19 @@ class ChatEncoder:
                 [(self._shift(text, s, key), self._shift(text, e, key)) for s, e in some]
                 for some in (spans, others)
             )
-            text = self._reveal(text, key)
-        if crossed := self._crossed(offsets, self._borders([*spans, *others])):
+            text = self.revealed(text, key)
+        if crossed := self._crossed(offsets, self._borders(text, [*spans, *others])):
             tokens = self._cut(text, list(zip(ids, offsets, strict=True)), crossed)
             ids = [i for i, _ in tokens]
             offsets = [offset for _, offset in tokens]
-        return text, ids, self._token_ranges(offsets, spans)
+        return text, ids, offsets, spans
+
+    def encode_inside(self, text: str) -> list[int]:
+        """The ids of a template's own ``text``, which stands in the middle of others."""
+        if not self.tokenizer.is_fast:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        backend = self._backend(as_text=False, at_start=False, inside=True)
+        return backend.encode(text, add_special_tokens=False).ids
 
     def encode_text(self, text: str, inside: bool = False) -> list[int]:
         """The ids of a text of which all is ordinary, control markers too. ``inside``: it goes on
@@ -115,7 +181,7 @@ class ChatEncoder:
         if inside and self.tokenizer.is_fast:
             ids = self._backend(as_text=True, inside=True).encode(text, add_special_tokens=False)
             return self._without_controls(ids.ids)
-        shown, key = self.hide([{"content": text}])
+        shown, key = self.hide_contents([{"role": "", "content": text}])
         return self.encode(shown[0]["content"], [], key)[1]
 
     def _without_controls(self, ids: list[int]) -> list[int]:
@@ -149,11 +215,12 @@ class ChatEncoder:
             return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return backend.encode(text, add_special_tokens=False).ids
 
-    def _borders(self, spans: Sequence[Span]) -> set[int]:
+    def _borders(self, text: str, spans: Sequence[Span]) -> set[int]:
         """Of spans, and of the end markers in them."""
-        return {
-            border for s, e in spans for border in (s, max(s, e - len(self.end_of_assistant)), e)
-        }
+        marker = self.end_of_assistant
+        borders = {border for span in spans for border in span}
+        borders |= {end - len(marker) for s, end in spans if text.endswith(marker, s, end)}
+        return borders
 
     @staticmethod
     def _crossed(offsets: list[Span], borders: set[int]) -> list[int]:
@@ -225,11 +292,15 @@ class ChatEncoder:
             ranges.append((first, bisect_left(offsets, end, key=itemgetter(0))))
         return ranges
 
-    def _reveal(self, text: str, key: str) -> str:
-        return re.sub(f"{key}(\\d+){key}", lambda found: self.markers[int(found.group(1))], text)
+    def revealed(self, text: str, key: str) -> str:
+        """``text`` with its markers back in place of what :meth:`hide` put there."""
+        # A template may write texts as JSON or as Python does, with escapes for the key.
+        escapes = (key, json.dumps(key)[1:-1], f"\\U{ord(key):08x}")
+        hidden = "|".join(rf"{re.escape(one)}(\d+){re.escape(one)}" for one in escapes)
+        return re.sub(hidden, lambda found: self.markers[int(found[found.lastindex])], text)
 
     def _shift(self, text: str, position: int, key: str) -> int:
-        return len(self._reveal(text[:position], key))
+        return len(self.revealed(text[:position], key))
 
     def _reveal_sections(self, text: str, tokens: list, key: str) -> list:
         """Encode again, as plain text, each stretch between control tokens that holds a
@@ -239,11 +310,11 @@ class ChatEncoder:
         for special, run in self._runs(text, tokens):
             start, end = run[0][1][0] if special else end, run[-1][1][1]
             moved = self._shift(text, start, key)
-            if special or key not in text[start:end]:
+            if special or self.revealed(text[start:end], key) == text[start:end]:
                 revealed += [(i, (s - start + moved, e - start + moved)) for i, (s, e) in run]
                 continue
             backend = self._backend(as_text=True, at_start=start == 0)
-            encoded = backend.encode(self._reveal(text[start:end], key), add_special_tokens=False)
+            encoded = backend.encode(self.revealed(text[start:end], key), add_special_tokens=False)
             self._without_controls(encoded.ids)
             revealed += [
                 (i, (s + moved, e + moved))
@@ -320,6 +391,10 @@ class ChatEncoder:
             min(len(part), len(ids)),
         )
         return same, int(same < len(part))
+
+
+def _without_role(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name != "role"}
 
 
 def _without_prepend(normalizer: dict | None) -> dict | None:

@@ -1,8 +1,7 @@
 """Conversations as text, token ids and loss mask: the only place that knows chat templates.
 
-Assistant turn k spans from the end of the text of the messages before it, generation prompt
-included, to just past the first end_of_assistant after it. The text is tokenized once and spans
-become token ranges through character offsets.
+dialogue.py finds the characters of each turn; the text is tokenized once and spans become token
+ranges through character offsets.
 """
 
 import copy
@@ -15,9 +14,20 @@ from typing import Any, ClassVar
 import jinja2
 
 from coati.dataset.chat.chat_encoder import ChatEncoder, Span
-from coati.dataset.chat.template import compile_template, render_template, special_tokens
-from coati.dataset.chat.template_file import FIELDS, open_config, read_fields
-from coati.dataset.chat.template_probe import examine
+from coati.dataset.chat.dialogue import Dialogue
+from coati.dataset.chat.encoded import Encoded
+from coati.dataset.chat.message_forms import Messages, Tools
+from coati.dataset.chat.row_options import RowOptions
+from coati.dataset.chat.template import (
+    check_template_args,
+    compile_template,
+    render_template,
+    special_tokens,
+)
+from coati.dataset.chat.template_abilities import Abilities
+from coati.dataset.chat.template_examination import examine
+from coati.dataset.chat.template_file import FIELDS, OPTIONAL_FIELDS, open_config, read_fields
+from coati.dataset.chat.training_rows import training_rows
 from coati.dataset.rows.row_errors import ROLES, TEMPLATE_MODES, RowError
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
@@ -27,48 +37,14 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class Encoded:
-    """One encoded text: ``input_ids`` and ``loss_mask`` of equal length, ``spans`` the token range
-    of each response."""
-
-    input_ids: list[int]
-    text: str
-    spans: list[Span]
-    truncated: bool = False
-
-    @property
-    def loss_mask(self) -> list[bool]:
-        mask = [False] * len(self.input_ids)
-        for start, end in self.spans:
-            mask[start:end] = [True] * (end - start)
-        return mask
-
-    def responses(self) -> list[list[int]]:
-        """The supervised ids, one list per response."""
-        return [self.input_ids[start:end] for start, end in self.spans]
-
-    def cut(self, max_length: int) -> "Encoded":
-        """The first complete rounds that fit into ``max_length`` tokens. Raises RowError when not
-        one does."""
-        if len(self.input_ids) <= max_length:
-            return self
-        kept = [span for span in self.spans if span[1] <= max_length]
-        if not kept:
-            needed = self.spans[0][1] if self.spans else len(self.input_ids)
-            raise RowError("too_long", f"{needed} tokens are needed, max_length is {max_length}")
-        return Encoded(
-            self.input_ids[: kept[-1][1]], self.text, kept, truncated=len(kept) < len(self.spans)
-        )
-
-
-@dataclass
 class Conversation:
     """A chat template with its end markers, and the messages of one conversation.
 
     ``stop_ids`` are alternatives, each a token sequence. Making one checks the template on a probe
     dialogue, derives what is None or empty (then named in ``derived``) and sets
-    ``tokenizer.chat_template``. Raises ValueError with the rendered text when the template cannot
-    be trained on.
+    ``tokenizer.chat_template``. ``template_args`` are further variables of the template;
+    ``options`` say what of a row is learned. Raises ValueError with the rendered text when the
+    template cannot be trained on.
     """
 
     tokenizer: Any
@@ -78,6 +54,8 @@ class Conversation:
     end_of_assistant: str | None = None
     template_mode: str = "per_turn"
     response_format_tags: dict | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
+    options: RowOptions = field(default_factory=RowOptions)
 
     roles: ClassVar[list[str]] = ["user", "assistant"]
 
@@ -88,18 +66,22 @@ class Conversation:
                 f"{self.template_mode!r}"
             )
         compile_template(self.chat_template)
-        self.messages: list[dict[str, str]] = []
+        check_template_args(self.chat_template, self.template_args)
+        self.messages: Messages = []
         self.derived: dict[str, Any] = {}
         self.header = ""
         self.starts_at_content = False
         self.rewrites = False
+        self.end_added = ""  # what of the next turn ends a response, which the template leaves out
+        self.abilities = Abilities()
         self._special_tokens = special_tokens(self.tokenizer)
         self._bos = self.tokenizer.bos_token_id
         self.encoder = ChatEncoder(self.tokenizer, self.end_of_assistant or "")
         examine(self)
         if "end_of_assistant" in self.derived:
             self.encoder = ChatEncoder(self.tokenizer, self.end_of_assistant)
-        if self.system_message and self.encoder.hide([{"content": self.system_message}])[1]:
+        system = [{"role": "system", "content": self.system_message or ""}]
+        if self.encoder.hide(system)[2] is not None:
             logger.warning_once(
                 "system_message holds control markers; they are encoded as text, control tokens "
                 "belong in chat_template"
@@ -114,6 +96,7 @@ class Conversation:
         template_mode: str = "per_turn",
         source: str = "conversation template",
         folder: str | os.PathLike = ".",
+        options: RowOptions | None = None,
     ) -> "Conversation":
         """From the fields of a template file, any of which may be missing (``{}``: the tokenizer's
         own template).
@@ -121,8 +104,9 @@ class Conversation:
         ``source`` names that file in what a ValueError says.
         """
         fields = read_fields(config, tokenizer, source, Path(folder))
+        options = options or RowOptions()
         try:
-            return cls(tokenizer, template_mode=template_mode, **fields)
+            return cls(tokenizer, template_mode=template_mode, options=options, **fields)
         except ValueError as error:
             raise ValueError(
                 f"{source}: {str(error).removeprefix('conversation template: ')}"
@@ -135,6 +119,12 @@ class Conversation:
         """The same template with messages of its own."""
         twin = copy.copy(self)
         twin.messages = [dict(message) for message in self.messages]
+        return twin
+
+    def learning_all(self) -> "Conversation":
+        """The same template with the default options: every response is learned."""
+        twin = copy.copy(self)
+        twin.options = RowOptions()
         return twin
 
     def append_message(self, role: str, text: str) -> None:
@@ -159,7 +149,7 @@ class Conversation:
         return {
             name: getattr(self, name)
             for name in FIELDS
-            if name != "response_format_tags" or self.response_format_tags
+            if name not in OPTIONAL_FIELDS or getattr(self, name)
         }
 
     def save(self, path: str | os.PathLike) -> None:
@@ -168,71 +158,97 @@ class Conversation:
     def __str__(self) -> str:
         return json.dumps(self.to_config(), ensure_ascii=False, indent=4)
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        """The text of ``messages`` ({role, content} each). Raises RowError when the template
-        refuses them."""
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
+        """The text of ``messages``, {role, content} each and perhaps ``reasoning_content``,
+        ``tool_calls``, ``name``, ``tool_call_id``, as the template writes it. Raises RowError when
+        the template refuses them."""
+        forms = self.abilities.forms
+        given = forms.spelled(self.with_system(messages))
+        text = self.render_given(
+            given, add_generation_prompt, {forms.tools_name: tools} if tools else None
+        )
+        return text + self.header if add_generation_prompt else text
+
+    def render_given(
+        self, messages: Messages, generation: bool, variables: dict[str, Any] | None = None
+    ) -> str:
+        """The template's own text of messages in the form that it reads. Raises RowError."""
+        if self.template_args:
+            variables = self.template_args | (variables or {})
         try:
-            text = render_template(
-                self.chat_template,
-                self._with_system(messages),
-                self._special_tokens,
-                add_generation_prompt,
+            return render_template(
+                self.chat_template, messages, self._special_tokens, generation, variables
             )
         except jinja2.TemplateError as error:
             raise RowError("template_refused", str(error)) from error
-        return text + self.header if add_generation_prompt else text
 
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def with_system(self, messages: Messages) -> Messages:
+        """``messages`` after the template's system message, unless they have one."""
         if not self.system_message or (messages and messages[0]["role"] == "system"):
             return messages
         return [{"role": "system", "content": self.system_message}, *messages]
 
+    def added_end(self, calls: bool) -> str:
+        """What is put behind a last response that the template leaves open: the token of the next
+        turn that ends it, by which a model stops."""
+        if calls:
+            return self.abilities.call_end or "" if self.abilities.call_end_added else ""
+        return self.end_added
+
     def encode(
         self,
-        messages: list[dict[str, str]],
+        messages: Messages,
         *,
         add_generation_prompt: bool = False,
         max_length: int | None = None,
+        tools: Tools | None = None,
     ) -> Encoded:
-        """Token ids and loss mask of ``messages`` ({role, content} each, contents as the user typed
-        them).
+        """Token ids and loss mask of ``messages`` (as :meth:`render` takes them, contents as the
+        user typed them), every response of the assistant supervised.
 
         With ``max_length`` only the first complete rounds that fit are kept. Raises RowError when
         the conversation cannot be encoded or nothing fits.
         """
-        shown, key = self.encoder.hide(self._with_system(messages))
-        text = self.render(shown, add_generation_prompt)
-        turns = [k for k, message in enumerate(shown) if message["role"] == "assistant"]
-        return self._encode(text, [self._span(text, shown, k) for k in turns], key, max_length)
+        row = Dialogue(self, messages, tools)
+        text = row.prompt(len(row.messages)) if add_generation_prompt else row.text()
+        spans = [row.span(text, k) for k in row.turns]
+        return self.encoded(text, spans, row.key, max_length)
 
-    def encode_prompt(self, messages: list[dict[str, str]], begun: str = "") -> Encoded:
-        """What generation is given for ``messages``, which end with the user: no spans. ``begun``:
-        the first words of the response, which generation continues. Raises RowError."""
+    def encode_prompt(
+        self, messages: Messages, begun: str = "", tools: Tools | None = None
+    ) -> Encoded:
+        """What generation is given for ``messages``, which end with the user or a tool: no spans.
+        ``begun``: the first words of the response, which generation continues. Raises RowError."""
         response = {"role": "assistant", "content": begun}
-        shown, key = self.encoder.hide([*self._with_system(messages), response])
-        text = self.render(shown[:-1], add_generation_prompt=True)
-        answers = self._answers_in(text, shown[:-1])
+        row = Dialogue(self, [*messages, response], tools)
+        last = len(row.messages) - 1
+        text = row.prompt(last)
+        answers = list(row.answers_in(text, row.turns[:-1]))
         if begun:
             start = len(text)
-            text += shown[-1]["content"]
+            text += row.messages[last]["content"]
             answers.append((start, start))  # no token reaches over the border
-        return self._encode(text, [], key, None, answers)
+        return self.encoded(text, [], row.key, None, answers)
 
     def encode_response(
-        self, messages: list[dict[str, str]], max_length: int | None = None
+        self, messages: Messages, max_length: int | None = None, tools: Tools | None = None
     ) -> Encoded:
         """``messages`` with the last response alone supervised, and nothing after it; never cut.
 
         Works with templates that rewrite earlier turns. Raises RowError when it cannot be encoded
         or is too long.
         """
-        shown, key = self.encoder.hide(self._with_system(messages))
-        text = self.render(shown)
-        earlier = self._answers_in(text, shown[:-1])
-        encoded = self._encode(
-            text, [self._span(text, shown, len(shown) - 1)], key, max_length, earlier
-        )
-        return Encoded(encoded.input_ids[: encoded.spans[0][1]], encoded.text, encoded.spans)
+        row = Dialogue(self, messages, tools)
+        last = len(row.messages) - 1
+        text, span = row.alone(last)
+        row.count(text, span, last)
+        earlier = list(row.answers_in(text, row.turns[:-1]))
+        encoded = self.encoded(text, [span], row.key, max_length, earlier)
+        end = encoded.spans[0][1]
+        notes = frozenset(row.notes)
+        return Encoded(encoded.input_ids[:end], encoded.text, encoded.spans, notes=notes)
 
     def encode_text(self, text: str) -> tuple[list[int], int]:
         """``(ids, tokens before the text)`` of a text that no template surrounds: bos if there is
@@ -244,69 +260,40 @@ class Conversation:
             raise ValueError(
                 "the tokenizer has no eos token, with which a plain text must end; set eos_token"
             )
-        shown, key = self.encoder.hide([{"content": text}])
-        ids = self._encode(shown[0]["content"], [], key, None).input_ids
+        shown, _, key = self.encoder.hide([{"role": "user", "content": text}])
+        ids = self.encoded(shown[0]["content"], [], key, None).input_ids
         return [*ids, self.tokenizer.eos_token_id], int(self._bos is not None)
 
     def encode_turns(
-        self, messages: list[dict[str, str]], max_length: int | None = None
+        self, messages: Messages, max_length: int | None = None, tools: Tools | None = None
     ) -> list[Encoded]:
-        """The training rows of ``messages``: one, or one per assistant turn if the template
-        rewrites earlier turns."""
-        if not self.rewrites:
-            return [self.encode(messages, max_length=max_length)]
-        shown, key = self.encoder.hide(self._with_system(messages))
-        rows = []
-        for k in [k for k, message in enumerate(shown) if message["role"] == "assistant"]:
-            text = self.render(shown[: k + 1])
-            try:
-                rows.append(self._encode(text, [self._span(text, shown, k)], key, max_length))
-            except RowError as error:
-                if not rows or error.reason != "too_long":
-                    raise
-                rows[-1].truncated = True
-                break
-        return rows
+        """The training rows of ``messages``, of which ``options`` say what is learned: one, or one
+        per round if the template rewrites earlier turns."""
+        return training_rows(Dialogue(self, messages, tools), max_length)
 
-    def _answers_in(self, text: str, messages: list[dict[str, str]]) -> list[Span]:
-        """Responses that are not trained in ``text``, yet tokenized as where they are; none of a
-        template that rewrites them."""
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        return [] if self.rewrites else [self._span(text, messages, k) for k in turns]
-
-    def _encode(
+    def encoded(
         self,
         text: str,
         spans: list[Span],
         key: str | None,
         max_length: int | None,
         others: list[Span] | None = None,
+        weights: list[tuple[Span, float]] | None = None,
     ) -> Encoded:
-        text, ids, ranges = self.encoder.encode(text, spans, key, others or [])
+        """``text`` as token ids behind the begin token, see :meth:`ChatEncoder.encode`. Raises
+        RowError."""
+        weighed = None
+        if weights:
+            text, ids, ranges, weighed = self.encoder.encode_weighted(
+                text, spans, key, others or [], weights
+            )
+        else:
+            text, ids, ranges = self.encoder.encode(text, spans, key, others or [])
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, ranges = [self._bos, *ids], [(start + 1, end + 1) for start, end in ranges]
-        encoded = Encoded(ids, text, ranges)
+            weighed = weighed and [0.0, *weighed]
+        encoded = Encoded(ids, text, ranges, weights=weighed)
         return encoded if max_length is None else encoded.cut(max_length)
-
-    def _span(self, text: str, messages: list[dict[str, str]], k: int) -> Span:
-        """Characters of assistant turn ``k`` in ``text``, its end marker included."""
-        if self.starts_at_content:
-            mark = "\U0010fffd"
-            turn = {"role": "assistant", "content": mark}
-            prefix = self.render([*messages[:k], turn]).partition(mark)[0]
-        else:
-            prefix = self.render(messages[:k], add_generation_prompt=True)
-        if not text.startswith(prefix):
-            raise RowError(
-                "template_rewrites",
-                f"the text before assistant turn {k} changes when the dialogue goes on",
-            )
-        end = text.find(self.end_of_assistant, len(prefix))
-        if end < 0:
-            raise RowError(
-                "no_end_marker", f"{self.end_of_assistant!r} does not follow assistant turn {k}"
-            )
-        return len(prefix), end + len(self.end_of_assistant)
 
 
 def setup_conversation_template(
@@ -314,13 +301,16 @@ def setup_conversation_template(
     chat_template_config: dict | str | os.PathLike | None = None,
     save_path: str | os.PathLike | None = None,
     template_mode: str = "per_turn",
+    template_args: dict[str, Any] | None = None,
+    options: RowOptions | None = None,
 ) -> Conversation:
     """A checked Conversation from a template file, the name of a template that comes with coati,
     a dict of its fields, or (None, ``{}``) the tokenizer's template.
 
     A path at which nothing is, ending in .json, gets the resolved template. ``save_path`` gets it
     when the configuration was a dict or lacked something; a file that exists is never changed.
-    Raises ValueError naming the field that is wrong.
+    ``template_args`` take the place of the configuration's own. Raises ValueError naming the field
+    that is wrong.
     """
     path = None
     if isinstance(chat_template_config, str | os.PathLike):
@@ -328,7 +318,11 @@ def setup_conversation_template(
     config, source, folder = open_config(chat_template_config)
     if not config and getattr(tokenizer, "name_or_path", None):
         source = f"{tokenizer.name_or_path}: chat template"
-    conversation = Conversation.from_config(tokenizer, config, template_mode, source, folder)
+    if template_args is not None:
+        config = {**config, "template_args": template_args}
+    conversation = Conversation.from_config(
+        tokenizer, config, template_mode, source, folder, options
+    )
     missing_file = path is not None and not os.path.exists(path)
     if missing_file or conversation.derived or path is None:
         target = path if missing_file else save_path

@@ -1,12 +1,15 @@
 """Jinja chat templates, loaded, compiled and rendered as transformers does, with errors that name
 the line."""
 
+import re
 import traceback
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from jinja2 import meta, nodes
 
 from coati.dataset.chat.template_sandbox import TemplateEnvironment
 from coati.utils.json_io import load_object
@@ -47,6 +50,34 @@ def compile_template(text: str) -> jinja2.Template:
     return template
 
 
+# What a template is given anyway, and no argument of a user may take the place of.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def check_template_args(text: str, args: dict[str, Any]) -> None:
+    """Raise ValueError for arguments that the template ``text`` does not name, or that are given to
+    every template."""
+    for name in args:
+        if name in GIVEN:
+            raise ValueError(f"template_args: {name} is given to every template; leave it out")
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            known = ", ".join(_arguments(text)) or "no arguments at all"
+            raise ValueError(
+                f"template_args: the chat template reads no {name!r}; it reads {known}"
+            )
+
+
+def _arguments(text: str) -> list[str]:
+    """What the template ``text`` reads beside what it is given anyway."""
+    environment = TemplateEnvironment()
+    others = {*environment.globals, *GIVEN, "raise_exception", "strftime_now"}
+    parsed = environment.parse(text)
+    read = meta.find_undeclared_variables(parsed) - others
+    own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
+    asked = {name for name in own if re.search(rf"\b{re.escape(name)} is (not )?defined", text)}
+    return sorted(name for name in read - (own - asked) if not name.endswith("_token"))
+
+
 def special_tokens(tokenizer) -> dict[str, str]:
     """The tokens that a template may refer to: ``bos_token``, ``eos_token``, ... -> their text."""
     return {
@@ -57,16 +88,24 @@ def special_tokens(tokenizer) -> dict[str, str]:
 
 
 def render_template(
-    text: str, messages: list[dict[str, str]], tokens: dict[str, str], generation: bool
+    text: str,
+    messages: list[dict[str, Any]],
+    tokens: dict[str, str],
+    generation: bool,
+    variables: dict[str, Any] | None = None,
 ) -> str:
     """The conversation as text; ``tokens`` are from :func:`special_tokens`, ``generation`` adds the
-    generation prompt. Raises ``jinja2.TemplateError`` if the template rejects ``messages``, fails
-    on them in any other way, or takes longer than :data:`RENDER_S` seconds."""
+    generation prompt, ``variables`` are further ones, ``tools`` among them. Raises
+    ``jinja2.TemplateError`` if the template rejects ``messages``, fails on them in any other way,
+    or takes longer than :data:`RENDER_S` seconds."""
     template = compile_template(text)
     named = {"messages": messages, "add_generation_prompt": generation, **tokens}
+    if variables:
+        named |= variables
+    named.setdefault("tools", None)
     try:
         with interrupted_after(RENDER_S):
-            return template.render(tools=None, documents=None, **named)
+            return template.render(documents=None, **named)
     except jinja2.TemplateError:
         raise
     except Overrun as error:

@@ -13,7 +13,8 @@ from coati.utils.resources import template_path
 
 logger = get_logger(__name__)
 
-FIELDS = ("chat_template", "system_message", "stop_ids", "end_of_assistant", "response_format_tags")
+OPTIONAL_FIELDS = ("response_format_tags", "template_args")  # written where they hold something
+FIELDS = ("chat_template", "system_message", "stop_ids", "end_of_assistant", *OPTIONAL_FIELDS)
 LINE_MARKERS = ("human_line_start", "human_line_end", "assistant_line_start", "assistant_line_end")
 OLD_FIELDS = (*LINE_MARKERS, "end_of_system_line_position")
 
@@ -29,7 +30,7 @@ def open_config(config: dict | str | os.PathLike | None) -> tuple[dict[str, Any]
 
 
 def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) -> dict[str, Any]:
-    """The five fields of ``config``; what it lacks is None (stop_ids: an empty list).
+    """The fields of ``config``; what it lacks is None (stop_ids: an empty list).
 
     ``source`` names the configuration in messages; ``folder`` is where relative paths start. Raises
     ValueError naming the field that is wrong.
@@ -51,6 +52,10 @@ def read_fields(config: dict[str, Any], tokenizer, source: str, folder: Path) ->
         raise ValueError(
             f"{source}: response_format_tags must be an object or null, found {tags!r:.80}"
         )
+    args = fields["template_args"]
+    if args is not None and not isinstance(args, dict):
+        raise ValueError(f"{source}: template_args must be an object or null, found {args!r:.80}")
+    fields["template_args"] = args or {}
     if fields["chat_template"]:
         try:
             fields["chat_template"] = read_chat_template(fields["chat_template"], folder)

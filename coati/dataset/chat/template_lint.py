@@ -7,9 +7,11 @@ here all findings are named.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import segments, show_mask
+from coati.dataset.chat.template_abilities import NONE, Abilities
 from coati.dataset.chat.template_file import open_config, read_fields
 from coati.dataset.chat.template_probe import TemplateProbe, dialogue
 
@@ -18,11 +20,12 @@ from coati.dataset.chat.template_probe import TemplateProbe, dialogue
 class TemplateReport:
     """``shown``: the probe dialogue as rendered, its supervised text marked where it can be told.
     With ``errors`` training on the template would be wrong; ``warnings`` name what is handled but
-    worth knowing."""
+    worth knowing, ``notes`` what the template can do."""
 
     shown: str = ""
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> str:
         """The whole report as text."""
@@ -33,9 +36,9 @@ class TemplateReport:
             else "no errors: this template can be trained on"
         )
         parts = [self.shown] if self.shown else []
-        parts += [f"warning: {text}" for text in self.warnings] + [
-            f"error: {text}" for text in self.errors
-        ]
+        parts += self.notes
+        parts += [f"warning: {text}" for text in self.warnings]
+        parts += [f"error: {text}" for text in self.errors]
         return "\n".join([*parts, verdict])
 
 
@@ -44,12 +47,15 @@ def check_template(
     config: dict | str | os.PathLike | None,
     template_mode: str = "per_turn",
     color: bool = False,
+    template_args: dict[str, Any] | None = None,
 ) -> TemplateReport:
     """Examine the template of ``config``, which setup_conversation_template would take, with
-    ``tokenizer``. Writes nothing."""
+    ``tokenizer``; ``template_args`` take the place of its own. Writes nothing."""
     report = TemplateReport()
     try:
         values, source, folder = open_config(config)
+        if template_args is not None:
+            values = {**values, "template_args": template_args}
         fields = read_fields(values, tokenizer, source, folder)
         probe = TemplateProbe(
             tokenizer,
@@ -57,6 +63,7 @@ def check_template(
             fields["system_message"],
             fields["end_of_assistant"],
             template_mode,
+            template_args=fields["template_args"],
         )
         for finding in probe.findings():
             found = report.errors if finding.kind == "error" else report.warnings
@@ -79,7 +86,40 @@ def check_template(
     )
     report.shown = f"{render_masked_probe(conversation, color)}\n{named}"
     report.warnings += _stop_warnings(conversation, fields["stop_ids"])
+    report.warnings += _thoughts(conversation.abilities)
+    report.notes += _tools(conversation.abilities)
     return report
+
+
+def _thoughts(abilities: Abilities) -> Iterator[str]:
+    """What becomes of thoughts, where it is not what was given."""
+    if abilities.thoughts == NONE:
+        yield (
+            "a thought in an answer is not written at all: rows are trained without their "
+            "thoughts, unless --thoughts keep writes them before the answers"
+        )
+    if abilities.opened:
+        yield (
+            f"the generation prompt opens a thought with {abilities.opened!r}: what a model is "
+            "given begins with it, and responses with a thought are trained from there on"
+        )
+    if abilities.empty:
+        yield (
+            f"an answer without a thought gets an empty one, {abilities.empty!r}, which is not "
+            "trained unless --empty_thoughts supervise asks for it"
+        )
+    if not abilities.speaks_and_calls:
+        yield (
+            "a text beside a call of a tool is not written: such rows are trained on the call alone"
+        )
+
+
+def _tools(abilities: Abilities) -> Iterator[str]:
+    """Whether rows with tools can be prepared."""
+    if not abilities.lacking:
+        yield "tools, their calls and their results are written"
+    else:
+        yield f"{abilities.lacking} are not written: rows that have them are dropped and counted"
 
 
 def _stop_warnings(conversation: Conversation, given: list[list[int]]) -> Iterator[str]:

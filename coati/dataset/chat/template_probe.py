@@ -1,9 +1,8 @@
 """What a chat template does, learned from a probe dialogue: where responses begin and end, and
 whether it can be trained.
 
-:class:`TemplateProbe` finds what is wrong or remarkable. :func:`examine` completes a Conversation
-(end_of_assistant, stop_ids, the header before responses) and refuses, with the rendered text, a
-template on which masks would be wrong; template_lint.py reports all findings at once.
+:class:`TemplateProbe` finds what is wrong or remarkable; template_examination.py completes a
+Conversation with it, template_lint.py reports all findings at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,15 +14,19 @@ from typing import Any
 import jinja2
 
 from coati.dataset.chat.chat_encoder import ChatEncoder
+from coati.dataset.chat.message_forms import Messages
 from coati.dataset.chat.template import render_template, special_tokens
-from coati.utils.logging import get_logger
-
-logger = get_logger(__name__)
+from coati.dataset.chat.template_abilities import Abilities, AbilityProbe
 
 QUESTIONS = ("Probe question number one", "Probe question number two")
 ANSWERS = ("Probe answer number one", "Probe answer number two")
 SYSTEM = "Probe system message"
 THOUGHT = "<think>\nProbe thought\n</think>\n\n"
+# Where the end of a response is written: after each by itself, after the last alone, by the turn
+# that follows.
+OWN = "own"
+LAST = "last"
+NEXT = "next"
 
 
 def dialogue(responses: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:
@@ -70,19 +73,29 @@ class TemplateProbe:
         end_of_assistant: str | None,
         template_mode: str,
         encoder: ChatEncoder | None = None,
+        template_args: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.system = system_message
+        self.system = self.given_system = system_message
         self.given_end = end_of_assistant
         self.template_mode = template_mode
         self.encoder = encoder or ChatEncoder(tokenizer, end_of_assistant or "")
         self._names = special_tokens(tokenizer)
+        self._args = template_args or {}
         self.text = ""
 
-    def render(self, messages: list[dict], generation: bool = False) -> str:
+    def render(
+        self,
+        messages: list[dict],
+        generation: bool = False,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return render_template(self.chat_template, [*system, *messages], self._names, generation)
+        given = self._args | (variables or {})
+        return render_template(
+            self.chat_template, [*system, *messages], self._names, generation, given
+        )
 
     def findings(self) -> Iterator[Finding]:
         """Everything found, what makes the most of the rest meaningless first."""
@@ -122,6 +135,9 @@ class TemplateProbe:
             yield _refused(
                 f"the template refuses an ordinary dialogue ({errors[-1]})", "fix chat_template"
             )
+        if self.system and self.moves_system:
+            self.system = None  # it is not in the text of finished responses
+            self.text = self.render(dialogue())
 
     def _lost(self) -> Iterator[Finding]:
         for content in (*QUESTIONS, *ANSWERS):
@@ -133,7 +149,28 @@ class TemplateProbe:
                     refused=content != QUESTIONS[0],
                 )
 
+    @cached_property
+    def moves_system(self) -> bool:
+        """Whether a system message stands before the last question alone, and only until that is
+        responded to."""
+        kept = self.system
+        self.system = SYSTEM
+        try:
+            asked = self.render(dialogue()[:1], generation=True)
+            return SYSTEM in asked and SYSTEM not in self.render(dialogue()[:2])
+        except jinja2.TemplateError:
+            return False
+        finally:
+            self.system = kept
+
     def _system_messages(self) -> Iterator[Finding]:
+        if self.moves_system:
+            yield _warning(
+                "a system message stands before the last question, and only until that is "
+                "responded to: rows that have one become one training row per response, each as "
+                "generation sees it"
+            )
+            return
         kept = self.system
         self.system = SYSTEM
         try:
@@ -174,13 +211,76 @@ class TemplateProbe:
         ]
 
     @cached_property
+    def _derived(self) -> tuple[str | None, str]:
+        """``(what ends responses, where it is written)``: of what follows every response (OWN) the
+        first control token, or all of it; else that of a finished dialogue alone (LAST); else the
+        token that the next turn begins with (NEXT)."""
+        tails = self.tails()
+        common = self._whole_tokens(commonprefix(tails), tails)
+        if common.strip():
+            return self._first_control(common) or common.strip(), OWN
+        finished = [tails[0], tails[2]]
+        closing = self._first_control(self._whole_tokens(commonprefix(finished), finished))
+        if closing:
+            return closing, LAST
+        following = tails[1].lstrip()
+        begun = [c for c in self.controls if following.startswith(c)]
+        if begun and not any(tail.strip() for tail in finished):
+            return begun[0], NEXT
+        return None, OWN
+
+    @cached_property
+    def controls(self) -> list[str]:
+        """The texts of the control tokens but the one that begins a text, the longest first."""
+        return [marker for marker in self.encoder.markers if marker != self.tokenizer.bos_token]
+
+    def _first_control(self, text: str) -> str | None:
+        found = [marker for marker in self.encoder.markers if marker in text]
+        return min(found, key=lambda one: (text.index(one), -len(one)), default=None)
+
+    def _whole_tokens(self, common: str, tails: list[str]) -> str:
+        """``common``, which all ``tails`` begin with, up to the last border of a control token."""
+        cut = len(common)
+        for tail in tails:
+            for marker in self.encoder.markers:
+                place = tail.find(marker, max(0, len(common) - len(marker) + 1))
+                if 0 <= place < len(common) < place + len(marker):
+                    cut = min(cut, place)
+        return common[:cut]
+
+    @property
     def derived_end(self) -> str | None:
-        """What follows every response: the first control token of it, or all of it."""
-        common = commonprefix(self.tails())
-        controls = [marker for marker in self.encoder.markers if marker in common]
-        if controls:
-            return min(controls, key=lambda marker: (common.index(marker), -len(marker)))
-        return common.strip() or None
+        return self._derived[0]
+
+    @cached_property
+    def end_written(self) -> str:
+        """Where :attr:`end` is written: OWN, LAST or NEXT; "" nowhere."""
+        if self.given_end is None:
+            return self._derived[1]
+        if all(self.given_end in tail for tail in self.tails()):
+            return OWN
+        return self._derived[1] if self.given_end == self.derived_end else ""
+
+    @property
+    def end_added(self) -> str:
+        """What ends a last response and the template leaves to the next turn."""
+        if self.end_written != NEXT or not self.end:
+            return ""
+        last, middle, _ = self.tails()
+        added = middle[: middle.index(self.end) + len(self.end)]
+        return added.removeprefix(last)
+
+    @cached_property
+    def abilities(self) -> Abilities:
+        """What the template does with thoughts and tools."""
+
+        def render(messages: Messages, generation: bool, variables: dict[str, Any]) -> str:
+            return self.render(messages, generation, variables)
+
+        probe = AbilityProbe(
+            render, self.controls, self.end or "", self.header or "", self.chat_template
+        )
+        return probe.abilities()
 
     @property
     def end(self) -> str | None:
@@ -199,7 +299,7 @@ class TemplateProbe:
                 "the last one included",
             )
             return
-        if given and not all(given in tail for tail in tails):
+        if given and not self.end_written:
             hint = f"here {derived!r} would do: " if derived else ""
             yield _refused(
                 f"end_of_assistant {given!r} does not follow every response",
@@ -215,6 +315,13 @@ class TemplateProbe:
         outside = [token for token in control if token and token in after]
         if outside:
             first = min(outside, key=after.index)
+            if any(token in marker for token in control if token):
+                yield _warning(
+                    f"a finished dialogue gets one more token, {first!r}, after the end of its "
+                    f"last response, {marker!r}: that is a control token of its own, which a model "
+                    "is trained to write and generation stops at"
+                )
+                return
             yield Finding(
                 "error",
                 f"the end token {first!r} stands after end_of_assistant {marker!r}, outside the "
@@ -246,10 +353,17 @@ class TemplateProbe:
     def rewritten(self) -> str | None:
         """The thought with which an earlier response is rewritten, ``""`` where any is; None where
         none is."""
-        return next((thought for thought in ("", THOUGHT) if self.rewrites(thought)), None)
+        found = next((thought for thought in ("", THOUGHT) if self.rewrites(thought)), None)
+        return THOUGHT if found is None and self.abilities.thoughts == "last" else found
 
     def _rewriting(self) -> Iterator[Finding]:
         if self.rewritten is None:
+            if self.given_system and self.moves_system and self.template_mode == "refuse":
+                yield _refused(
+                    "the system message is rendered before the last question alone",
+                    "use template_mode per_turn (one row per assistant turn), or set "
+                    "system_message to null",
+                )
             return
         problem = (
             "not prefix-preserving: an earlier assistant turn is rendered otherwise once the "
@@ -310,89 +424,3 @@ class TemplateProbe:
                 f"there is no generation prompt: {self.header.strip()!r}, which precedes "
                 "responses, is added"
             )
-
-
-def refuse(problem: str, remedy: str, text: str = "") -> None:
-    """Raise ValueError with the problem, what to do, and what the template renders for the probe
-    dialogue."""
-    shown = f"\nThe template renders a probe dialogue as:\n---\n{text}\n---" if text else ""
-    raise ValueError(f"conversation template: {problem}; {remedy}{shown}")
-
-
-def examine(conversation) -> None:
-    """Set ``header``, ``starts_at_content``, ``rewrites``, and missing ``end_of_assistant`` and
-    ``stop_ids``. Raises ValueError with the first finding for which no row may be made."""
-    probe = TemplateProbe(
-        conversation.tokenizer,
-        conversation.chat_template,
-        conversation.system_message,
-        conversation.end_of_assistant,
-        conversation.template_mode,
-        conversation.encoder,
-    )
-    for finding in probe.findings():
-        if finding.refused:
-            refuse(finding.problem, finding.remedy, probe.text)
-    conversation.header = probe.header or ""
-    conversation.starts_at_content = probe.header is None
-    if conversation.starts_at_content:
-        logger.warning_once(
-            "the chat template's generation prompt is not what precedes a finished response (some "
-            "templates open a thought in the one and drop it in the other): responses are trained "
-            "from their first character on"
-        )
-    if conversation.end_of_assistant is None:
-        conversation.end_of_assistant = conversation.derived["end_of_assistant"] = probe.end
-        logger.info(f"conversation template: end_of_assistant was derived: {probe.end!r}")
-    conversation.rewrites = probe.rewritten is not None
-    if conversation.rewrites:
-        logger.warning_once(
-            "the chat template rewrites earlier assistant turns: one training row is made per "
-            "assistant turn"
-        )
-    last = _check_masks(conversation, probe.text)
-    _complete_stop_ids(conversation, probe.text, last)
-
-
-def _check_masks(conversation, text: str) -> list[int]:
-    """The supervised ids of the last response."""
-    rows = conversation.encode_turns(dialogue())
-    responses = [response for row in rows for response in row.responses()]
-    for response in map(conversation.encoder.decode, responses):
-        if not any(a in response for a in ANSWERS) or any(q in response for q in QUESTIONS):
-            refuse(
-                f"the loss mask does not cover exactly a response: {response!r}",
-                "fix chat_template or end_of_assistant",
-                text,
-            )
-    return responses[-1]
-
-
-def _complete_stop_ids(conversation, text: str, response: list[int]) -> None:
-    """Generation must stop on what responses are trained to end with."""
-    vocabulary = len(conversation.tokenizer)
-    outside = [ids for ids in conversation.stop_ids if any(not 0 <= i < vocabulary for i in ids)]
-    if outside:
-        logger.warning_once(
-            f"stop_ids {outside} lie outside the tokenizer's vocabulary of {vocabulary} and are "
-            "left out"
-        )
-        conversation.stop_ids = [ids for ids in conversation.stop_ids if ids not in outside]
-    if any(response[-len(ids) :] == ids for ids in conversation.stop_ids):
-        return
-    start = text.index(conversation.end_of_assistant, text.index(ANSWERS[1]))
-    _, ids, [(first, last)] = conversation.encoder.encode(
-        text, [(start, start + len(conversation.end_of_assistant))]
-    )
-    marker = ids[first:last]
-    eos = conversation.tokenizer.eos_token_id
-    if conversation.stop_ids:
-        logger.warning_once(
-            f"no stop_ids {conversation.stop_ids} ends a trained response: {marker} "
-            "(end_of_assistant) was added"
-        )
-        conversation.stop_ids = [marker, *conversation.stop_ids]
-    else:
-        conversation.stop_ids = [marker] if eos is None or marker[-1:] == [eos] else [marker, [eos]]
-        logger.info(f"conversation template: stop_ids was derived: {conversation.stop_ids}")
-    conversation.derived["stop_ids"] = conversation.stop_ids

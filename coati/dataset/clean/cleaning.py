@@ -7,8 +7,9 @@ from typing import Any
 
 from coati.dataset.clean.overlap import Overlap
 from coati.dataset.clean.text_normalization import normalize
+from coati.dataset.rows.messages import turn_text
 from coati.dataset.rows.row_errors import DEFAULT_OVERLAP_WORDS, RowError
-from coati.dataset.rows.source_row import SourceRow
+from coati.dataset.rows.source_row import SourceRow, completion_text
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def _check_length(row: SourceRow, low: int, high: int | None) -> None:
 def _response_groups(row: SourceRow) -> list[list[str]]:
     """What is measured together: all responses of a conversation, or each side of a pair."""
     if row.completion is not None:
-        return [[row.completion]]
+        return [[completion_text(row)]]
     if row.text is not None:
         return [[row.text]]
     turns = [row.chosen, row.rejected] if row.chosen else [row.messages]
-    groups = [[turn["content"] for turn in side if turn["role"] == "assistant"] for side in turns]
+    groups = [[turn_text(turn) for turn in side if turn["role"] == "assistant"] for side in turns]
     return [group for group in groups if group or row.chosen]
 
 
@@ -108,12 +109,12 @@ def _check_trivial(row: SourceRow) -> None:
 
 def _rounds(row: SourceRow) -> list[tuple[str, str]]:
     """``(prompt, response)`` of every response that may be trained on."""
-    texts = [turn["content"] for turn in row.messages]
+    texts = [turn_text(turn) for turn in row.messages]
     if row.completion is not None:
-        return [(texts[-1], row.completion)]
+        return [(texts[-1], completion_text(row))]
     if row.chosen:
         sides = (
-            [*texts, *(turn["content"] for turn in side)] for side in (row.chosen, row.rejected)
+            [*texts, *(turn_text(turn) for turn in side)] for side in (row.chosen, row.rejected)
         )
         return [(side[-2], side[-1]) for side in sides]
     return [

@@ -1,12 +1,14 @@
 """Text normalization for comparing rows: case, width and white space make no difference."""
 
+import json
 import re
 import unicodedata
 import zlib
 
 import numpy as np
 
-from coati.dataset.rows.source_row import SourceRow
+from coati.dataset.rows.messages import turn_text
+from coati.dataset.rows.source_row import SourceRow, completion_text
 
 # Scripts written without spaces count one character as one word.
 _ONE_EACH = (
@@ -48,8 +50,8 @@ def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
 def spoken_texts(row: SourceRow) -> list[str]:
     """All texts of a row except the system message, which many rows share."""
     turns = (*row.messages, *row.chosen, *row.rejected)
-    texts = [turn["content"] for turn in turns if turn["role"] != "system"]
-    return texts + [text for text in (row.completion, row.text) if text is not None]
+    texts = [turn_text(turn) for turn in turns if turn["role"] != "system"]
+    return texts + [text for text in (completion_text(row), row.text) if text is not None]
 
 
 def prompt_text(row: SourceRow) -> str:
@@ -57,18 +59,22 @@ def prompt_text(row: SourceRow) -> str:
     turns = row.messages
     if turns and turns[-1]["role"] == "assistant" and not row.chosen and row.completion is None:
         turns = turns[:-1]
-    return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+    return "\n".join(turn_text(turn) for turn in turns if turn["role"] != "system")
 
 
 def canonical_text(row: SourceRow) -> str:
     """All of a row in normalized form: equal for rows that are duplicates."""
-    turns = [f"{turn['role']}\x1f{normalize(turn['content'])}" for turn in row.messages]
+    turns = [f"{turn['role']}\x1f{normalize(turn_text(turn))}" for turn in row.messages]
     for name in ("chosen", "rejected"):
         turns += [
-            f"{name} {turn['role']}\x1f{normalize(turn['content'])}" for turn in getattr(row, name)
+            f"{name} {turn['role']}\x1f{normalize(turn_text(turn))}" for turn in getattr(row, name)
         ]
     if row.completion is not None:
-        turns.append(f"completion {row.label}\x1f{normalize(row.completion)}")
+        turns.append(f"completion {row.label}\x1f{normalize(completion_text(row))}")
     if row.text is not None:
         turns.append(f"text\x1f{normalize(row.text)}")
+    if row.tools:
+        tools = json.dumps(row.tools, sort_keys=True, ensure_ascii=False, default=str)
+        turns.append(f"tools\x1f{normalize(tools)}")
+    turns += [f"branch\x1f{canonical_text(one)}" for one in row.branches]
     return "\x1e".join(turns)

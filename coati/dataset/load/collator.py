@@ -22,6 +22,21 @@ def pad(rows: Sequence[Sequence[int]], width: int, value: int, side: str = "righ
     return out
 
 
+def pad_weights(rows: Sequence[Sequence[float]], width: int, side: str = "right") -> Tensor:
+    """(B, width) fp32 tensor of ``rows``, each filled up with 0 on ``side``."""
+    out = torch.zeros(len(rows), width)
+    for index, row in enumerate(rows):
+        cells = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        out[index, cells] = torch.as_tensor(row, dtype=torch.float32)
+    return out
+
+
+def weights_of(row: dict[str, Any], length: int) -> Sequence[float]:
+    """The ``loss_weights`` of the first ``length`` tokens of a row; 1 each where it has none."""
+    given = row.get("loss_weights")
+    return [1.0] * length if given is None else given[:length]
+
+
 def attention_mask(lengths: Sequence[int], width: int, side: str = "right") -> Tensor:
     """(B, width) long tensor, 1 at the true tokens of rows of these ``lengths``."""
     position = torch.arange(width)
@@ -36,11 +51,11 @@ def supervise_all(
     """What ``apply_loss_mask=False`` means: ``batch`` with every real token supervised.
 
     Every ``*loss_mask`` (B, S) becomes its attention mask; without one ``labels`` (B, S) become the
-    input ids. Never supervised: padding, the first token of a row (there is nothing to predict it
-    from), and blank rows, which keep a rank in step: those of ``blank``, else those in which
-    nothing is supervised.
+    input ids, and no token has a weight of its own. Never supervised: padding, the first token of a
+    row (there is nothing to predict it from), and blank rows, which keep a rank in step: those of
+    ``blank``, else those in which nothing is supervised.
     """
-    batch = dict(batch)
+    batch = {name: value for name, value in batch.items() if name != "loss_weights"}
     masks = [name for name in batch if name.endswith("loss_mask")]
     for name in masks:
         real = batch[name.replace("loss_mask", "attention_mask")].bool()
@@ -112,7 +127,8 @@ class _Collator:
 
 
 class DataCollatorForSupervisedDataset(_Collator):
-    """Rows with ``input_ids`` and ``labels`` to ``input_ids, attention_mask, labels``, each (B, S).
+    """Rows with ``input_ids`` and ``labels`` to ``input_ids, attention_mask, labels``, each (B, S),
+    and ``loss_weights`` (B, S) fp32 where a row of the batch has them.
 
     S is the longest row of the batch, at most ``max_length``, rounded up to ``pad_to_multiple_of``.
 
@@ -135,6 +151,11 @@ class DataCollatorForSupervisedDataset(_Collator):
             "attention_mask": attention_mask(lengths, width, self.side),
             "labels": pad(labels, width, self.ignore_index, self.side),
         }
+        if any(row.get("loss_weights") is not None for row in rows):
+            weights = [
+                weights_of(row, len(row_ids)) for row, row_ids in zip(rows, ids, strict=True)
+            ]
+            batch["loss_weights"] = pad_weights(weights, width, self.side)
         if self.apply_loss_mask:
             return batch
         blank = [bool(row.get("blank")) for row in rows]

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coati.dataset.load.collator import attention_mask, pad, supervise_all
+from coati.dataset.load.collator import (
+    attention_mask,
+    pad,
+    pad_weights,
+    supervise_all,
+    weights_of,
+)
 
 # Rounds of :func:`swap_rows`: enough that packs differ between epochs, and still cheap.
 _SWAP_ROUNDS = 40
@@ -109,7 +115,8 @@ def padding_share(widths: Sequence[int] | np.ndarray, batch_size: int) -> float:
 
 
 class PackCollator:
-    """B packs (lists of rows) -> ``input_ids, attention_mask, labels, position_ids``, each (B, S).
+    """B packs (lists of rows) -> ``input_ids, attention_mask, labels, position_ids``, each (B, S),
+    and ``loss_weights`` (B, S) fp32 where a row has them.
 
     ``position_ids`` restart at 0 with each row of a pack and are 0 on padding, which tells the rows
     apart. The first token of a row has no label: the row before it must not be trained to predict
@@ -141,6 +148,12 @@ class PackCollator:
             "labels": pad(labels, width, ignored),
             "position_ids": pad(positions, width, 0),
         }
+        if any(row.get("loss_weights") is not None for pack in packed for row in pack):
+            weights = [
+                [one for row, ids in zip(*pair, strict=True) for one in weights_of(row, len(ids))]
+                for pair in zip(packed, row_ids, strict=True)
+            ]
+            batch["loss_weights"] = pad_weights(weights, width)
         if settings.apply_loss_mask:
             return batch
         blank = [bool(pack[0].get("blank")) for pack in packed]

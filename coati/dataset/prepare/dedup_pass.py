@@ -7,7 +7,7 @@ n-gram hashes of evaluation rows. An interrupted preparation does not hash a fin
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from coati.dataset.clean.text_normalization import canonical_text
 from coati.dataset.prepare.shard_plan import Chunk, ShardPlan, is_evaluation
 from coati.dataset.prepare.staging import StagingDir
 from coati.dataset.prepare.workers import run_by_bin
+from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode
 from coati.dataset.rows.row_errors import RowError
@@ -51,6 +52,7 @@ class HashWorker:
     type: str
     format: str | None
     cleaning: Cleaning
+    layouts: list[Layout] = field(default_factory=list)  # of each file
 
     def run(self, chunk: Chunk, evaluation: bool) -> RowHashes:
         """The hashes of one chunk's rows."""
@@ -59,7 +61,7 @@ class HashWorker:
         for index, (file, line, raw) in enumerate(chunk):
             found["file"].append(file)
             found["line"].append(line)
-            row = self._read(raw) if evaluation or cleaning.compares_all else None
+            row = self._read(file, raw) if evaluation or cleaning.compares_all else None
             found["hash"].append(UNREADABLE if row is None else _hash(canonical_text(row)))
             if cleaning.near_duplicates is not None:
                 found["signature"].append(signature(row))
@@ -69,9 +71,10 @@ class HashWorker:
                 found["owners"] += [index] * len(grams)
         return _arrays(found)
 
-    def _read(self, raw: Any) -> SourceRow | None:
+    def _read(self, file: int, raw: Any) -> SourceRow | None:
+        layout = self.layouts[file] if self.layouts else None
         try:
-            return read_row(self.type, decode(raw), self.format)
+            return read_row(self.type, decode(raw), self.format, layout)
         except RowError:
             return None
 

@@ -7,8 +7,8 @@ of processes, and whether or not the work was interrupted.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from coati.dataset.prepare.validation import (
 )
 from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker, WritePass, merged
-from coati.dataset.report.report import build_report, format_report, save_report
-from coati.dataset.rows.input_files import find_files
+from coati.dataset.report.report import build_report, format_report, in_parts, save_report
+from coati.dataset.rows.column_names import Layout
+from coati.dataset.rows.input_files import find_files, find_sources
+from coati.dataset.rows.input_names import Source
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.utils.environment import command_line
 from coati.utils.json_io import save_json
@@ -42,6 +44,10 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+OF_AN_EARLIER_RELEASE = (
+    "these rows were prepared by an earlier release, which left thoughts, tools and columns out "
+    "without naming them; remove the folder to prepare them again"
+)
 # What the report of the training split says about the evaluation split.
 IN_BRIEF = ("rows_read", "rows_kept", "rows_dropped", "rows_written", "tokens", "shards")
 
@@ -56,6 +62,7 @@ def prepare_dataset(
     cache_dir: str | os.PathLike | None = None,
     type: str = "sft",
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     split: str | None = None,
     tokenizer_name: str = "",
     max_length: int = 4096,
@@ -67,62 +74,94 @@ def prepare_dataset(
     cleaning: Cleaning | None = None,
     num_proc: int | None = None,
     strict: bool = False,
+    strict_columns: bool = False,
     max_bad_ratio: float = DEFAULT_BAD_RATIO,
     show: Callable[[str], None] | None = print,
     part: str = "training",
     verifiable: bool = True,
     documents: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
+    """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets.
 
     ``<arrow_dir>/part-XXXXX`` are ``datasets.load_from_disk`` folders beside ``preparation.json``;
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
-    below ``eval``. ``format`` names the one row format (see rows/formats.py), ``split`` the part of
-    a data set with several. ``part``: "training" or "evaluation" rows. ``verifiable``: whether some
-    missing ground truths are warned of. ``documents``: what of a .txt file is one, for type text
-    (rows/row_errors.py:DOCUMENTS). Raises ValueError for unusable input, settings or result.
+    below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
+    column of each part of a row (see rows/column_names.py), ``split`` that of a data set with
+    several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
+    or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of.
+    ``documents``: what of a .txt file is one. Raises ValueError for unusable input or result.
     """
-    documents = documents_of(type, documents)
     settings = PrepareSettings(
-        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio, documents
+        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
     )
-    if eval_ratio and eval_inputs:
-        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
-    budget = BadRowBudget(strict, max_bad_ratio)
+    named = dict(columns or {})
+    settings = replace(settings, documents=documents_of(type, documents), columns=named)
+    budget = BadRowBudget(strict, max_bad_ratio, strict_columns)
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
-    files = _find_all(inputs, eval_inputs, cleaning, split)
-    made_from = describe(files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named())
-    made_with = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
-    metadata = {"command": command_line(), "tokenizer": made_with, "part": part}
-    metadata |= {"verifiable": verifiable}
-    preparation = Preparation(
-        files, template, cleaning, settings, metadata, num_proc or cores(), budget
+    sources = _find_all(inputs, eval_inputs, settings)
+    files = _files_of(sources, cleaning)
+    made_from = describe(
+        files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named(), **_layouts_of(sources)
     )
-    folders = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir, cache_dir)]
-    report = preparation.run(StagingDir(*folders, made_from))
+    made_with = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
+    metadata = {"tokenizer": made_with, "part": part, "verifiable": verifiable}
+    preparation = Preparation(
+        sources, files, template, cleaning, settings, metadata, num_proc or cores(), budget
+    )
+    return _run(preparation, (arrow_dir, jsonl_dir, cache_dir), made_from, show)
+
+
+def _run(
+    preparation: "Preparation",
+    folders: Sequence[str | os.PathLike | None],
+    made_from: dict[str, Any],
+    show: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    preparation.metadata["command"] = command_line()
+    paths = [None if folder is None else Path(folder) for folder in folders]
+    report = preparation.run(StagingDir(*paths, made_from))
     if show is not None:
         _show(report, show)
     return report
 
 
 def _find_all(
-    inputs: Sequence, eval_inputs: Sequence, cleaning: Cleaning, split: str | None
-) -> dict[str, list[Path]]:
+    inputs: Sequence, eval_inputs: Sequence, settings: PrepareSettings
+) -> dict[str, list[Source]]:
+    if settings.eval_ratio and eval_inputs:
+        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
+    layout = Layout(settings.columns)
     return {
-        "inputs": find_files(inputs, split),
-        "eval_inputs": find_files(eval_inputs, split) if eval_inputs else [],
-        "benchmark_files": find_files(cleaning.benchmark_files) if cleaning.benchmark_files else [],
+        "inputs": find_sources(inputs, settings.split, layout),
+        "eval_inputs": find_sources(eval_inputs, settings.split, layout) if eval_inputs else [],
     }
+
+
+def _files_of(sources: dict[str, list[Source]], cleaning: Cleaning) -> dict[str, list[Path]]:
+    """The files by their use, those of the benchmarks too."""
+    files = {use: [one.path for one in found] for use, found in sources.items()}
+    benchmarks = cleaning.benchmark_files
+    return files | {"benchmark_files": find_files(benchmarks) if benchmarks else []}
+
+
+def _layouts_of(sources: dict[str, list[Source]]) -> dict[str, Any]:
+    """What the inputs say of their columns and rows, for the description; nothing of plain ones."""
+    described = {
+        f"{use} read as": {str(k): one.described() for k, one in enumerate(found)}
+        for use, found in sources.items()
+    }
+    return {name: found for name, found in described.items() if any(found.values())}
 
 
 @dataclass
 class Preparation:
     """One preparation, wherever its output goes."""
 
-    files: dict[str, list[Path]]
+    sources: dict[str, list[Source]]
+    files: dict[str, list[Path]]  # by their use
     template: Conversation
     cleaning: Cleaning
     settings: PrepareSettings
@@ -140,8 +179,11 @@ class Preparation:
             f"{staging.arrow_output} is prepared already, from the same rows and with the same "
             "settings"
         )
+        if "unused_columns" not in report:
+            logger.info(OF_AN_EARLIER_RELEASE)
         read = report["rows_read"]
         self.budget.check_counts(report["dropped"], read, expected=read)
+        self.budget.check_columns(report.get("unused_content", {}))
         return report
 
     def _make(self, staging: StagingDir) -> dict[str, Any]:
@@ -166,7 +208,7 @@ class Preparation:
 
     def _plan(self) -> ShardPlan:
         documents = self.settings.documents
-        train = Files(self.files["inputs"], documents=documents)
+        train = Files(self.sources["inputs"], documents=documents)
         if train.total == 0:
             raise ValueError(
                 f"{_names(train.paths)}: no rows found; expected one JSON object per line, an "
@@ -174,7 +216,7 @@ class Preparation:
             )
         evaluation = None
         if self.files["eval_inputs"]:
-            evaluation = Files(self.files["eval_inputs"], len(train.paths), documents)
+            evaluation = Files(self.sources["eval_inputs"], len(train.paths), documents)
             if evaluation.total == 0:
                 raise ValueError(f"{_names(evaluation.paths)}: no rows found for evaluation")
         settings = self.settings
@@ -189,12 +231,14 @@ class Preparation:
 
     def _write(self, staging: StagingDir, plan: ShardPlan) -> Counts:
         settings = self.settings
-        files = [str(path) for path in (*self.files["inputs"], *self.files["eval_inputs"])]
+        sources = [*self.sources["inputs"], *self.sources["eval_inputs"]]
+        files = [str(source.path) for source in sources]
+        layouts = [source.layout for source in sources]
         chunk = rows_of_a_chunk(settings.documents)
         num_proc = min(self.num_proc, -(-plan.expected // chunk))
         duplicates = overlap = None
         if not all(map(staging.counts, plan.bins)):
-            hashing = HashWorker(settings.type, settings.format, self.cleaning)
+            hashing = HashWorker(settings.type, settings.format, self.cleaning, layouts)
             duplicates, overlap = compare_rows(plan, hashing, staging, files, num_proc)
         worker = TokenizeWorker(
             type=settings.type,
@@ -205,6 +249,7 @@ class Preparation:
             jsonl=staging.jsonl is not None,
             cleaning=self.cleaning,
             overlap=overlap,
+            layouts=layouts,
         )
         return WritePass(plan, worker, staging, num_proc, self.budget).run(duplicates)
 
@@ -253,5 +298,5 @@ def _show(report: dict[str, Any], show: Callable[[str], None]) -> None:
         show(
             f"evaluation split: rows read {found['rows_read']}, kept {found['rows_kept']}, dropped "
             f"{found['rows_dropped']}; rows written {found['rows_written']} in "
-            f"{len(found['shards'])} parts"
+            f"{in_parts(found['shards'])}"
         )

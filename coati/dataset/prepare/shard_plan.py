@@ -1,7 +1,7 @@
 """Which rows go into which shard, and in which chunks they travel there."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice, repeat
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coati.dataset.rows.input_files import read_rows
+from coati.dataset.rows.input_names import Source
 from coati.dataset.rows.row_errors import RowError
 
 CHUNK_ROWS = 128
@@ -62,11 +63,14 @@ class Files:
     """The files of one split and the number of rows in each; their numbers begin at ``first``.
     ``documents``: as of read_rows."""
 
-    def __init__(self, paths: list[Path], first: int = 0, documents: str | None = None):
-        self.paths = paths
+    def __init__(
+        self, sources: Sequence[Source | Path], first: int = 0, documents: str | None = None
+    ):
+        found = [one if isinstance(one, Source) else Source(one) for one in sources]
+        self.paths = [source.path for source in found]
         self.first = first
         self.documents = documents
-        self.counts = [count_rows(path, documents) for path in paths]
+        self.counts = _wanted_rows(found, documents)
         self.total = sum(self.counts)
 
     def rows(self, start: int) -> Iterator[Row]:
@@ -76,9 +80,22 @@ class Files:
         ):
             if count > start:
                 rows = read_rows(path, self.documents)
-                for line, row in islice(rows, max(0, start), None):
+                for line, row in islice(rows, max(0, start), count):
                     yield number, line, row
             start -= count
+
+
+def _wanted_rows(sources: Sequence[Source], documents: str | None) -> list[int]:
+    """How many of the rows of each file are read."""
+    counts = []
+    left: dict[int, int] = {}
+    for source in sources:
+        count = count_rows(source.path, documents)
+        if source.limit is not None:
+            count = min(count, left.setdefault(source.number, source.limit))
+            left[source.number] -= count
+        counts.append(count)
+    return counts
 
 
 def count_rows(path: Path, documents: str | None = None) -> int:

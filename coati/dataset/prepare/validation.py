@@ -1,6 +1,6 @@
 """What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
@@ -29,11 +29,12 @@ class PrepareSettings:
     num_samples_per_bin: int
     eval_ratio: float
     documents: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
     def named(self) -> dict[str, Any]:
-        """The settings by name; of what most types do not have only what is there."""
-        found = asdict(self)
-        return {name: found[name] for name in found if name != "documents" or self.documents}
+        """The settings by name; of what most preparations do not have only what is there."""
+        rare = ("documents", "columns")
+        return {k: v for k, v in asdict(self).items() if k not in rare or v}
 
     def __post_init__(self):
         if self.type not in DATA_TYPES:
@@ -79,6 +80,7 @@ class BadRowBudget:
 
     strict: bool
     max_ratio: float
+    strict_columns: bool = False
 
     def __post_init__(self):
         if not 0 <= self.max_ratio <= 1:
@@ -93,6 +95,26 @@ class BadRowBudget:
                 for reason, n in stats.dropped.items()
             }
             self.check_counts(dropped, stats.read.total(), expected)
+        if self.strict_columns and stats.missing:
+            self.check_columns(
+                {
+                    name: {"rows": rows, "first": stats.first_missing[name]}
+                    for name, rows in stats.missing.most_common()
+                }
+            )
+
+    def check_columns(self, unused: dict[str, dict]) -> None:
+        """Raise ValueError for content that was not read, where none may be."""
+        if self.strict_columns and unused:
+            found = "\n".join(
+                f"  {name} (the first: {entry['first']})"
+                for name, entry in list(unused.items())[:MOST_FREQUENT]
+            )
+            raise ValueError(
+                f"columns with content that is not read, and --strict_columns:\n{found}\n"
+                "name what they are with --columns NAME=COLUMN, or leave a column out with "
+                "--columns COLUMN="
+            )
 
     def check_counts(self, dropped: dict[str, dict], read: int, expected: int) -> None:
         """:meth:`check` by the counts of a report."""
@@ -114,8 +136,9 @@ class BadRowBudget:
             )
             raise ValueError(
                 f"{found} of the first {read} rows are malformed; of all {expected} rows at most a "
-                f"share of {self.max_ratio:g} may be (--max_bad_ratio). Most frequent:\n{reasons}\n"
-                "fix the rows, check the type and the input, or allow more with --max_bad_ratio"
+                f"share of {self.max_ratio:g} may be. Most frequent:\n{reasons}\n"
+                "fix the rows, check the type and the input, or allow more with --max_bad_ratio of "
+                "coati prepare"
             )
         same = dropped.get("same_answers")
         share = max(SAME_RESPONSES, self.max_ratio)
@@ -124,7 +147,7 @@ class BadRowBudget:
                 f"{same['rows']} of the first {read} pairs have the same response as chosen and as "
                 f"rejected; of all {expected} rows at most a share of {share:g} may, and these are "
                 f"dropped. For example\n    {same['first'][0]}\nis the right column read as "
-                "rejected? Fix the rows, or allow more with --max_bad_ratio"
+                "rejected? Fix the rows, or allow more with --max_bad_ratio of coati prepare"
             )
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.clean.cleaning import Cleaning, check_row
@@ -11,14 +11,16 @@ from coati.dataset.clean.overlap import Overlap
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.prepare.dedup_pass import Duplicates
 from coati.dataset.prepare.shard_plan import Bin, Chunk, ShardPlan
-from coati.dataset.prepare.shards import ShardWriter, to_arrow
+from coati.dataset.prepare.shards import ShardWriter, to_arrow, unify
 from coati.dataset.prepare.staging import Counts, StagingDir
 from coati.dataset.prepare.validation import BadRowBudget
 from coati.dataset.prepare.workers import run_by_bin
 from coati.dataset.report.row_stats import Recorder, RowStats
+from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode
 from coati.dataset.rows.row_errors import RowError
+from coati.dataset.types.data_type import Columns
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -38,26 +40,44 @@ class TokenizeWorker:
     jsonl: bool
     cleaning: Cleaning
     overlap: Overlap | None
+    layouts: list[Layout] = field(default_factory=list)  # of each file
 
     def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, RowStats]:
         """``(arrow stream, JSON lines, statistics)`` of one chunk."""
+        made, stats = self.training_rows(chunk, evaluation)
+        rows = [row for of_source in made for row in of_source]
+        text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
+        return to_arrow(DATA_TYPES[self.type], rows), text.encode("utf-8"), stats
+
+    def training_rows(self, chunk: Chunk, evaluation: bool) -> tuple[list[list[Columns]], RowStats]:
+        """The training rows of each source row of one chunk, none of one that cannot be used, and
+        statistics."""
         data_type = DATA_TYPES[self.type]
         recorder = Recorder(data_type, self.conversation)
-        rows = []
+        all_made: list[list[Columns]] = []
         for file, line, raw in chunk:
             recorder.stats.read[file] += 1
             where = f"{self.files[file]}:{line}"
+            layout = self.layouts[file] if self.layouts else None
             try:
-                source = read_row(self.type, decode(raw), self.format)
-                check_row(source, self.cleaning, None if evaluation else self.overlap)
-                made = data_type.tokenize(source, self.conversation, self.max_length)
+                source = read_row(self.type, decode(raw), self.format, layout)
             except RowError as error:
                 recorder.stats.drop(error, where)
+                all_made.append([])
                 continue
-            recorder.keep(file, line, where, source, made)
-            rows += [row for row, _ in made]
-        text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
-        return to_arrow(data_type, rows), text.encode("utf-8"), recorder.close()
+            recorder.stats.read[file] += len(source.branches)
+            of_source: list[Columns] = []
+            for one in (source, *source.branches):
+                try:
+                    check_row(one, self.cleaning, None if evaluation else self.overlap)
+                    made = data_type.tokenize(one, self.conversation, self.max_length)
+                except RowError as error:
+                    recorder.stats.drop(error, where)
+                    continue
+                recorder.keep(file, line, where, one, made)
+                of_source += [row for row, _ in made]
+            all_made.append(of_source)
+        return all_made, recorder.close()
 
 
 @dataclass
@@ -93,6 +113,10 @@ class WritePass:
             counts = self._write(bin, chunks, seen)
             self.staging.store(bin, counts)
             finished |= counts
+        unify(
+            DATA_TYPES[self.worker.type],
+            [self.staging.arrow / shard for bin in self.plan.bins for shard in bin.shards],
+        )
         return {shard: finished[shard] for bin in self.plan.bins for shard in bin.shards}
 
     def _write(self, bin: Bin, chunks: Iterator[tuple[str, tuple]], seen: RowStats) -> Counts:

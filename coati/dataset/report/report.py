@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ def build_report(
         "rows_ended": stats.ended,
         "answers_differ": len(stats.answers) > 1,
         **{name: dict(getattr(stats, name).most_common()) for name in COUNTED},
+        "unused_columns": dict(stats.unused.most_common()),
+        "unused_content": {
+            name: {"rows": rows, "first": stats.first_missing[name]}
+            for name, rows in stats.missing.most_common()
+        },
         "files": [
             {"file": name, "rows_read": stats.read[index], "rows_kept": stats.kept[index]}
             for index, name in files.items()
@@ -118,13 +123,18 @@ def save_report(report: dict[str, Any], folders: Iterable[Path]) -> None:
         save_text(html, folder / "report.html")
 
 
+def in_parts(shards: Sequence[Any]) -> str:
+    """How many parts rows were written in."""
+    return f"{len(shards)} part{'s' * (len(shards) != 1)}"
+
+
 def format_report(report: dict[str, Any], color: bool) -> str:
     """The report for a terminal, with its first sample and that one's mask."""
     part = report.get("part", "training")
     lines = [
         f"rows read {report['rows_read']}, kept {report['rows_kept']}, dropped "
         f"{report['rows_dropped']}, truncated {report['rows_truncated']}; {part} rows written "
-        f"{report['rows_written']} in {len(report['shards'])} parts",
+        f"{report['rows_written']} in {in_parts(report['shards'])}",
         *dropped_lines(report["dropped"]),
     ]
     if report["length"]:
@@ -145,6 +155,9 @@ def format_report(report: dict[str, Any], color: bool) -> str:
             f"{visible(role)} {rows}" for role, rows in report["refused_roles"].items()
         )
         lines.append(f"rows dropped for a turn of: {refused}")
+    if report["unused_columns"]:
+        unused = ", ".join(f"{visible(name)} {n}" for name, n in report["unused_columns"].items())
+        lines.append(f"columns and fields that were not read, in rows: {unused}")
     for sample in report["samples"][:1]:
         marked = "green" if color else "in [[ ]]"
         lines.append(f"sample from {sample['at']} (supervised text {marked}):")

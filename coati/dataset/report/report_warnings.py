@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.report.rendering_warnings import rendering_warnings
 
 Report = dict[str, Any]
 FEW_ROWS = 50
@@ -14,7 +15,23 @@ LITTLE_SUPERVISED = 0.02
 
 def warnings_of(report: Report) -> list[str]:
     """One sentence per finding: what is odd and what to do about it."""
-    return [*_never_ends(report), *_odd_rows(report)]
+    return [
+        *_never_ends(report),
+        *unused_content(report),
+        *_odd_rows(report),
+        *rendering_warnings(report),
+    ]
+
+
+def unused_content(report: Report) -> Iterator[str]:
+    """The columns and fields that carry content and were not read."""
+    for name, entry in report.get("unused_content", {}).items():
+        top = not any(mark in name for mark in ".[ ")
+        say = f"; if it is not to be read, say so with --columns {name}=" if top else ""
+        yield (
+            f"{name} is not read, in {entry['rows']} of {report['rows_kept']} rows (the first: "
+            f"{entry['first']}){say}"
+        )
 
 
 def _never_ends(report: Report) -> Iterator[str]:

@@ -14,8 +14,9 @@ from typing import Any
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import Segments, segments, shorten
 from coati.dataset.report.writing_systems import main_scripts
+from coati.dataset.rows.messages import turn_text
 from coati.dataset.rows.row_errors import MALFORMED, RowError
-from coati.dataset.rows.source_row import SourceRow
+from coati.dataset.rows.source_row import SourceRow, completion_text
 from coati.dataset.types.data_type import Columns, DataType
 
 FIRST_FEW = 3
@@ -23,6 +24,9 @@ SAMPLES = 3
 # Bounds for the names of roles: a wrong column read as roles must not fill the memory.
 MOST_ROLES = 20
 LONGEST_NAME = 40
+# Likewise for the names of columns and fields that were not read.
+MOST_COLUMNS = 200
+LONGEST_PATH = 80
 
 
 @dataclass(order=True)
@@ -55,6 +59,11 @@ class RowStats:
     scripts: Counter = field(default_factory=Counter)
     traits: Counter = field(default_factory=Counter)
     refused_roles: Counter = field(default_factory=Counter)  # rows dropped for a turn of that role
+    # Rows with a column or field that was not read, by its name; and of these the rows in which it
+    # held content that is missing now, with the first of them.
+    unused: Counter = field(default_factory=Counter)
+    missing: Counter = field(default_factory=Counter)
+    first_missing: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
@@ -75,6 +84,25 @@ class RowStats:
         full = len(self.refused_roles) > MOST_ROLES and role not in self.refused_roles
         self.refused_roles["others" if full else role] += rows
 
+    def leave_out(self, unused: dict[str, bool], where: str) -> None:
+        """Count the columns and fields that one row has and that were not read."""
+        for name, carries in unused.items():
+            kept = name if len(name) <= LONGEST_PATH else f"{name[: LONGEST_PATH - 3]}..."
+            self._count_bounded(self.unused, kept, 1)
+            if carries:
+                self._miss(kept, 1, where)
+
+    def _miss(self, name: str, rows: int, where: str) -> None:
+        counted = self._count_bounded(self.missing, name, rows)
+        self.first_missing.setdefault(counted, where)
+
+    @staticmethod
+    def _count_bounded(counter: Counter, name: str, rows: int) -> str:
+        full = len(counter) > MOST_COLUMNS and name not in counter
+        counted = "others" if full else name
+        counter[counted] += rows
+        return counted
+
     def malformed(self) -> int:
         return sum(count for reason, count in self.dropped.items() if reason in MALFORMED)
 
@@ -87,6 +115,10 @@ class RowStats:
             mine.extend(examples[: FIRST_FEW - len(mine)])
         for role, rows in later.refused_roles.items():
             self._refuse(role, rows)
+        for name, rows in later.unused.items():
+            self._count_bounded(self.unused, name, rows)
+        for name, rows in later.missing.items():
+            self._miss(name, rows, later.first_missing[name])
         for name in ("tokens", "supervised", "truncated", "ended"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.answers = list(dict.fromkeys(self.answers + later.answers))[:2]
@@ -121,10 +153,13 @@ class Recorder:
         stats.kept[file] += 1
         stats.truncated += made[-1][1]
         stats.shapes[row.format] += 1
+        if row.unused:
+            stats.leave_out(row.unused, where)
         spoken = _spoken(row)
         stats.roles.update(role for role, _ in spoken)
         self._texts.append("\n".join(text for _, text in spoken))
         stats.traits.update(self._type.traits_of(row))
+        stats.traits.update(row.notes)
         if row.gt_answer is not None:
             stats.traits["gt_answer"] += 1
         if row.unanswered:
@@ -179,10 +214,10 @@ class Recorder:
 def _spoken(row: SourceRow) -> list[tuple[str, str]]:
     """``(role, text)`` of every message of a row."""
     spoken = [
-        (turn["role"], turn["content"]) for turn in (*row.messages, *row.chosen, *row.rejected)
+        (turn["role"], turn_text(turn)) for turn in (*row.messages, *row.chosen, *row.rejected)
     ]
-    if row.completion:
-        spoken.append(("assistant", row.completion))
+    if row.completion is not None:
+        spoken.append(("assistant", completion_text(row)))
     if row.text is not None:
         spoken.append(("plain text", row.text))
     return spoken

@@ -5,31 +5,41 @@ A format is one entry: its name, what its rows hold, how they are recognized and
 entry that fits a row wins, so the ones with more keys come first.
 """
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows import format_keys as keys
+from coati.dataset.rows import message_trees as trees
+from coati.dataset.rows import rounds
+from coati.dataset.rows import scored_pairs as scored
 from coati.dataset.rows import source_row as read
-from coati.dataset.rows.messages import is_message_list, text
+from coati.dataset.rows.column_names import Layout, renamed
+from coati.dataset.rows.column_use import ColumnUse, Fields
+from coati.dataset.rows.embedded_text import decoded
+from coati.dataset.rows.format_errors import wrong_row
+from coati.dataset.rows.glaive import glaive, is_glaive
+from coati.dataset.rows.ground_truths import COLUMNS as TRUTHS
+from coati.dataset.rows.ground_truths import ground_truth
+from coati.dataset.rows.messages import is_message_list, text, turn_text
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.source_row import SourceRow
+from coati.dataset.rows.source_row import JUDGING, SourceRow
+from coati.dataset.rows.tool_calls import tools_of
 
 
 @dataclass(frozen=True)
 class DatasetFormat:
     """``holds`` is one of :data:`CONTENTS`; ``keys`` are what a row must have, for people to read;
-    ``read`` fills a SourceRow, unchecked as to turns."""
+    ``read`` fills a SourceRow, unchecked as to turns, from the row as :class:`Fields`."""
 
     name: str
     holds: str
     keys: tuple[str, ...]
     matches: Callable[[Any], bool]
-    read: Callable[[Any], SourceRow]
+    read: Callable[[Fields], SourceRow]
 
     @cached_property
     def types(self) -> tuple[str, ...]:
@@ -38,70 +48,11 @@ class DatasetFormat:
         return tuple(type.name for type in sorted(reading, key=lambda type: len(type.reads)))
 
 
-def _has(*keys: str, **kinds: type | tuple) -> Callable[[Any], bool]:
-    """Whether a row has ``keys``, not null, those named in ``kinds`` being of that kind."""
-    wanted = (*keys, *kinds)
-
-    def matches(row: Any) -> bool:
-        if not isinstance(row, dict):
-            return False
-        for key in wanted:  # a loop, since every row meets most of the table
-            if row.get(key) is None:
-                return False
-        return all(isinstance(row[key], kind) for key, kind in kinds.items())
-
-    matches.needs = frozenset(wanted)
-    return matches
-
-
-def _is_source_target(row: Any) -> bool:
-    return isinstance(row, dict) and {"source", "target"} <= {str(key).lower() for key in row}
-
-
-def _is_plain(row: Any) -> bool:
-    return isinstance(row, str) or read.first_question(row) is not None
-
-
-def _is_text(row: Any) -> bool:
-    """A text and nothing beside it that a conversation would be made of."""
-    found = isinstance(row, dict) and isinstance(row.get("text"), str)
-    return found and not any(row.get(key) is not None for key in _NOT_BESIDE_TEXT)
-
-
-def _is_document(row: Any) -> bool:
-    return isinstance(row, str) or read.text_column(row) is not None
-
-
-def _is_asked_pair(row: Any) -> bool:
-    return _has(*_PAIR)(row) and read.first_question(row) not in (None, "text")
-
-
-def _is_talk(row: Any) -> bool:
-    # With two responses after it, it is the context of a preference.
-    return _has(_TALK)(row) and not _has(*_PAIR)(row)
-
-
-def _is_unjudged_round(row: Any) -> bool:
-    # With a label the response may be a bad one, which supervised training must not learn.
-    return _has("prompt", "completion")(row) and row.get("label") is None
-
-
-def _is_openai(row: Any) -> bool:
-    found = row.get("messages") if isinstance(row, dict) else None
-    return isinstance(found, list) and any(
-        isinstance(m, dict) and m.get("role") is not None for m in found
-    )
-
-
 _PAIR = ("chosen", "rejected")
 _JUDGED = ("prompt", "completion", "label")
 _ROUND = ("prompt", "completion")
 _TALK = "conversations"
-_NOT_BESIDE_TEXT = (
-    *("messages", _TALK, "instruction", "completion", "label", *_PAIR),
-    *(key for key in read.QUESTIONS if key != "text"),
-)
-_RM_STATIC = _has("response", prompt=str, chosen=str, rejected=str)
+_RM_STATIC = keys.has("response", prompt=str, chosen=str, rejected=str)
 # What rows of a format hold; each data type says which of these it reads.
 CONTENTS = ("pair", "judged", "conversation", "prompt", "text", "document")
 PAIR, JUDGED, CHAT, ASKED, TEXT, DOCUMENT = CONTENTS
@@ -110,40 +61,210 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "preference",
         PAIR,
         ("context", *_PAIR),
-        _has("context", *_PAIR),
+        keys.both(keys.has("context", *_PAIR), keys.is_context),
         read.context_pair("context"),
     ),
-    DatasetFormat("sharegpt", PAIR, (_TALK, *_PAIR), _has(_TALK, *_PAIR), read.context_pair(_TALK)),
     DatasetFormat(
-        "alpaca", PAIR, ("instruction", *_PAIR), _has("instruction", *_PAIR), read.instruction_pair
+        "sharegpt", PAIR, (_TALK, *_PAIR), keys.has(_TALK, *_PAIR), read.context_pair(_TALK)
     ),
-    DatasetFormat("rm_static", PAIR, ("prompt", "response", *_PAIR), _RM_STATIC, read.prompt_pair),
-    DatasetFormat("trl", PAIR, ("prompt", *_PAIR), _is_asked_pair, read.prompt_pair),
-    DatasetFormat("trl", PAIR, _PAIR, _has(chosen=list, rejected=list), read.whole_pair),
-    DatasetFormat("hh_rlhf", PAIR, _PAIR, _has(*_PAIR), read.whole_pair),
-    DatasetFormat("kto", JUDGED, _JUDGED, _has("prompt", "label", completion=dict), read.judged),
-    DatasetFormat("trl", JUDGED, _JUDGED, _has(*_JUDGED), read.judged),
     DatasetFormat(
-        "rl_example", ASKED, ("messages", "gt_answer"), _has(messages=dict), read.rl_example
+        "alpaca",
+        PAIR,
+        ("instruction", *_PAIR),
+        keys.has("instruction", *_PAIR),
+        rounds.instruction_pair,
     ),
-    DatasetFormat("openai", CHAT, ("messages",), _is_openai, read.listed("messages")),
-    DatasetFormat("messages", CHAT, ("messages",), _has("messages"), read.listed("messages")),
-    DatasetFormat("message_list", CHAT, (), is_message_list, read.message_rows),
-    DatasetFormat("sharegpt", CHAT, (_TALK,), _is_talk, read.listed(_TALK)),
     DatasetFormat(
-        "alpaca", CHAT, ("instruction", "output"), _has("instruction", "output"), read.alpaca
+        "rm_static", PAIR, ("prompt", "response", *_PAIR), _RM_STATIC, rounds.rm_static_pair
     ),
-    DatasetFormat("alpaca", ASKED, ("instruction",), _has("instruction"), read.alpaca),
     DatasetFormat(
-        "source_target", TEXT, ("source", "Target"), _is_source_target, read.source_target
+        "trl",
+        PAIR,
+        ("prompt", *_PAIR),
+        keys.both(keys.has(*_PAIR), keys.is_asked),
+        rounds.prompt_pair,
     ),
-    DatasetFormat("text", TEXT, ("text",), _is_text, read.plain_text),
-    DatasetFormat("trl", CHAT, _ROUND, _is_unjudged_round, read.prompt_and_completion),
-    DatasetFormat("trl", ASKED, ("prompt",), _has(prompt=list), read.plain),
-    DatasetFormat("plain", ASKED, ("prompt",), _is_plain, read.plain),
-    DatasetFormat("document", DOCUMENT, ("text",), _is_document, read.document),
+    DatasetFormat("trl", PAIR, _PAIR, keys.has(chosen=list, rejected=list), read.whole_pair),
+    DatasetFormat("hh_rlhf", PAIR, _PAIR, keys.has(*_PAIR), read.whole_pair),
+    DatasetFormat(
+        "ms_swift",
+        PAIR,
+        ("messages", "rejected_response"),
+        keys.both(keys.has("messages", "rejected"), keys.no_pair),
+        rounds.messages_pair("messages"),
+    ),
+    DatasetFormat(
+        "pku",
+        PAIR,
+        ("prompt", *scored.PKU),
+        keys.has("prompt", *scored.PKU),
+        scored.voted(scored.PKU),
+    ),
+    DatasetFormat(
+        "shp",
+        PAIR,
+        ("history", *scored.SHP),
+        keys.has("history", *scored.SHP),
+        scored.voted(scored.SHP, "history"),
+    ),
+    DatasetFormat(
+        "helpsteer",
+        PAIR,
+        ("prompt", *scored.HELPSTEER2),
+        keys.has("prompt", *scored.HELPSTEER2),
+        scored.voted(scored.HELPSTEER2),
+    ),
+    DatasetFormat(
+        "helpsteer",
+        PAIR,
+        ("context", *scored.HELPSTEER3),
+        keys.has("context", *scored.HELPSTEER3),
+        scored.voted(scored.HELPSTEER3, "context"),
+    ),
+    DatasetFormat(
+        "scored_responses",
+        PAIR,
+        ("prompt", "responses", "scores"),
+        scored.has_scored_list,
+        scored.scored_list,
+    ),
+    DatasetFormat(
+        "kto", JUDGED, _JUDGED, keys.has("prompt", "label", completion=dict), read.judged
+    ),
+    DatasetFormat("trl", JUDGED, _JUDGED, keys.has(*_JUDGED), read.judged),
+    DatasetFormat(
+        "messages",
+        JUDGED,
+        ("messages", "label"),
+        keys.both(keys.has("messages"), keys.ends_judged("messages")),
+        read.judged_messages("messages"),
+    ),
+    DatasetFormat(
+        "sharegpt",
+        JUDGED,
+        (_TALK, "label"),
+        keys.both(keys.has(_TALK), keys.ends_judged(_TALK)),
+        read.judged_messages(_TALK),
+    ),
+    DatasetFormat(
+        "question_answer",
+        JUDGED,
+        ("prompt", "response", "label"),
+        lambda row: keys.is_round(row) and read.judgment(row) is not None,
+        rounds.judged_round,
+    ),
+    DatasetFormat(
+        "rl_example", ASKED, ("messages", "gt_answer"), keys.has(messages=dict), read.rl_example
+    ),
+    DatasetFormat(
+        "openai",
+        CHAT,
+        ("messages",),
+        keys.both(keys.has("messages"), keys.is_openai, keys.not_ends_judged("messages")),
+        read.listed("messages"),
+    ),
+    DatasetFormat(
+        "messages",
+        CHAT,
+        ("messages",),
+        keys.both(keys.has("messages"), keys.not_ends_judged("messages")),
+        read.listed("messages"),
+    ),
+    DatasetFormat("message_list", CHAT, (), is_message_list, read.listed("messages")),
+    DatasetFormat(
+        "firefly",
+        CHAT,
+        (_TALK,),
+        keys.both(keys.has(_TALK), keys.is_rounds_list(_TALK)),
+        rounds.paired_rounds,
+    ),
+    DatasetFormat(
+        "sharegpt",
+        CHAT,
+        (_TALK,),
+        keys.both(keys.has(_TALK), keys.no_pair, keys.not_ends_judged(_TALK)),
+        read.listed(_TALK),
+    ),
+    DatasetFormat(
+        "alpaca",
+        CHAT,
+        ("instruction", "output"),
+        keys.both(keys.has("instruction", "output"), keys.not_judged),
+        rounds.alpaca,
+    ),
+    DatasetFormat(
+        "alpaca",
+        ASKED,
+        ("instruction",),
+        keys.both(keys.has("instruction"), lambda row: not keys.is_round(row)),
+        rounds.alpaca,
+    ),
+    DatasetFormat(
+        "source_target", TEXT, ("source", "Target"), keys.is_source_target, read.source_target
+    ),
+    DatasetFormat("text", TEXT, ("text",), keys.is_text, read.plain_text),
+    DatasetFormat(
+        "trl",
+        CHAT,
+        _ROUND,
+        keys.both(keys.has(*_ROUND), keys.not_labeled),
+        read.prompt_and_completion,
+    ),
+    DatasetFormat(
+        "oasst",
+        CHAT,
+        ("prompt.replies",),
+        keys.both(keys.has("prompt"), trees.is_tree),
+        trees.threads,
+    ),
+    DatasetFormat(
+        "oasst",
+        PAIR,
+        ("prompt.replies",),
+        keys.both(keys.has("prompt"), trees.is_tree),
+        trees.ranked_replies,
+    ),
+    DatasetFormat("glaive", CHAT, ("system", "chat"), is_glaive, glaive),
+    DatasetFormat(
+        "xlam",
+        CHAT,
+        ("query", "tools", "answers"),
+        keys.both(
+            keys.has("tools", "answers"), keys.is_asked, lambda row: rounds.is_calls(row["answers"])
+        ),
+        rounds.called,
+    ),
+    DatasetFormat(
+        "firefly",
+        CHAT,
+        ("conversation",),
+        keys.both(keys.has("conversation"), keys.is_rounds_list("conversation")),
+        rounds.paired_rounds,
+    ),
+    DatasetFormat(
+        "sharegpt",
+        CHAT,
+        ("conversation",),
+        keys.both(keys.has("conversation"), keys.not_ends_judged("conversation")),
+        read.listed("conversation"),
+    ),
+    DatasetFormat(
+        "question_answer", ASKED, ("question", "answer"), keys.is_truth_alone, rounds.asked_alone
+    ),
+    DatasetFormat(
+        "question_answer",
+        CHAT,
+        ("prompt", "response"),
+        keys.is_unjudged_round,
+        rounds.one_round,
+    ),
+    DatasetFormat("trl", ASKED, ("prompt",), keys.has(prompt=list), rounds.asked_alone),
+    DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
+    DatasetFormat("document", DOCUMENT, ("text",), keys.is_document, read.document),
 )
-EXTRAS = ("category", "gt_answer", "test_cases", "margin")
+SYSTEMS = dict.fromkeys(("system", "system_prompt", "system_message"))
+TOOLS = ("tools", "functions")
+EXTRAS = frozenset((*SYSTEMS, *TOOLS, *TRUTHS, "category", "gt_answer", "test_cases", "margin"))
 FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))
 FORMATS_OF = {
     type: tuple(dict.fromkeys(format.name for format in DATASET_FORMATS if type in format.types))
@@ -151,20 +272,83 @@ FORMATS_OF = {
 }
 
 
-def read_row(type: str, row: Any, format: str | None = None) -> SourceRow:
+def read_row(
+    type: str, row: Any, format: str | None = None, layout: Layout | None = None
+) -> SourceRow:
     """``row`` (decoded JSON, or a line of text) as data of ``type``, its format recognized or
-    given by name.
+    given by name. ``layout``: what columns of other names are.
 
     Raises RowError: wrong_type when it has a format of another type, wrong_keys with the nearest
     format when it has none.
     """
-    found_format = _recognize(type, row, format)
-    found = found_format.read(row)
+    if isinstance(row, str) and DATA_TYPES[type].templated:
+        row = _opened(row)
+    names: dict[str, str] = {}
+    use = None
+    if layout and isinstance(row, dict):
+        row, names, use = renamed(row, layout)
+    found_format, row, names = _recognize(type, row, format, names)
+    if found_format.holds == CHAT and isinstance(row, dict) and not JUDGING.isdisjoint(row):
+        _check_not_turned_down(type, row)
+    fields = Fields(_as_object(row), use or ColumnUse(), names=names)
+    found = found_format.read(fields)
     found.format = found_format.name
-    if isinstance(row, dict):
-        _add_extras(found, row)
-    DATA_TYPES[type].finish(found)
+    data_type = DATA_TYPES[type]
+    if not data_type.supervised:
+        fields.unread(*fields.answers)
+    if not EXTRAS.isdisjoint(fields):
+        _add_extras(found, fields, data_type.columns)
+    said = _turns(found)
+    data_type.finish(found)
+    for one in found.branches:
+        data_type.finish(one)
+    fields.close()
+    if data_type.supervised and said > _turns(found):
+        found.unused["turns after the last response"] = False
+    if fields.use.left:
+        truth = not data_type.supervised and found.gt_answer is not None
+        found.unused |= fields.use.unused(_texts(found), data_type.supervised, truth)
     return found
+
+
+def _check_not_turned_down(type: str, row: dict) -> None:
+    if DATA_TYPES[type].supervised and (key := read.turned_down(row)):
+        raise RowError("judged_bad", f"{key} is false; if it judges no response: --columns {key}=")
+
+
+def _turns(row: SourceRow) -> int:
+    return len(row.messages) + len(row.chosen) + len(row.rejected)
+
+
+def format_of(row: Any) -> DatasetFormat | None:
+    """The first format, of whatever type, that ``row`` has."""
+    return next((format for format in DATASET_FORMATS if format.matches(row)), None)
+
+
+def _opened(row: str) -> Any:
+    """The row that a text writes as JSON, as a file that was encoded twice holds it; else the
+    text."""
+    if row[:1] not in ("{", "["):
+        return row
+    found = decoded(row)
+    if isinstance(found, dict) and format_of(found) is not None:
+        return found
+    return found if is_message_list(found) else row
+
+
+def _as_object(row: Any) -> dict:
+    if isinstance(row, dict):
+        return row
+    return {"messages": row} if isinstance(row, list) else {"prompt": row}
+
+
+def _texts(row: SourceRow) -> list[str]:
+    """Everything that the row says."""
+    turns = (*row.messages, *row.chosen, *row.rejected)
+    texts = [turn["content"] for turn in turns]
+    texts += [turn_text(turn) for turn in turns if len(turn) > 2]
+    more = (row.completion, row.text, row.gt_answer)
+    return texts + [text for text in more if text is not None]
 
 
 @lru_cache
@@ -185,100 +369,68 @@ def _within_reach(type: str, name: str | None, keys: tuple[str, ...]) -> tuple[D
     )
 
 
-def _recognize(type: str, row: Any, name: str | None) -> DatasetFormat:
+def _match(type: str, row: Any, name: str | None) -> DatasetFormat | None:
     for format in _within_reach(type, name, tuple(row) if isinstance(row, dict) else ()):
         if format.matches(row):
             return format
-    candidates = _candidates(type, name)
-    other = next((format for format in DATASET_FORMATS if format.matches(row)), None)
-    if other is None or name is not None:
-        raise RowError("wrong_keys", _expected(candidates, row, name))
-    same = next((format for format in candidates if format.name == other.name), None)
-    needed = f", for which they need {', '.join(same.keys)}" if same else ""
-    raise RowError(
-        "wrong_type",
-        f"found {_found(row)}: {other.name} rows, for --type {' or '.join(other.types)}, not "
-        f"{type}{needed}",
-    )
+    return None
 
 
-def _expected(candidates: Sequence[DatasetFormat], row: Any, name: str | None) -> str:
-    keys = " / ".join(
-        dict.fromkeys(", ".join(format.keys) or "a list of messages" for format in candidates)
-    )
-    expected = f"expected {keys}{f' (--format {name})' if name else ''}, found {_found(row)}"
-    near = max(DATASET_FORMATS, key=lambda format: _nearness(format, row))
-    if _nearness(near, row) == 0:
-        return expected + _hidden_rows(row)
-    lacking = [key for key in near.keys if row.get(key) is None]
-    need = f", which needs {' and '.join(lacking)}" if lacking else ""
-    return (
-        f"{expected}; nearest is {near.name} ({', '.join(near.keys)}) of --type "
-        f"{' or '.join(near.types)}{need}"
-    )
+def _recognize(
+    type: str, row: Any, name: str | None, names: dict[str, str]
+) -> tuple[DatasetFormat, Any, dict[str, str]]:
+    """The format, the row under the names that the format knows, and as what the file spells
+    them."""
+    if found := _match(type, row, name):
+        return found, row, names
+    spelled, others = keys.respelled(row)
+    if others and (found := _match(type, spelled, name)):
+        return found, spelled, others | names
+    other = format_of(row) or (format_of(spelled) if others else None)
+    raise wrong_row(type, row, name, _candidates(type, name), other, DATASET_FORMATS)
 
 
-def _hidden_rows(row: Any) -> str:
-    """A file that is one object around the array of its rows."""
-    values = row.items() if isinstance(row, dict) else ()
-    key = next(
-        (
-            key
-            for key, value in values
-            if isinstance(value, list) and value and isinstance(value[0], dict)
-        ),
-        None,
-    )
-    return f"; {key} holds a list of rows: write that list alone into the file" if key else ""
+def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
+    """The columns that any format may have; those that rows of this type have no place for stay
+    unread."""
+    rows = (found, *found.branches)
+    if not SYSTEMS.keys().isdisjoint(row):
+        _add_system(found, row)
+    if found.tools is None and (key := row.first(TOOLS)) is not None:
+        tools = tools_of(row[key], key)
+        for one in rows:
+            one.tools = tools
+    if row.peek("category") not in (None, ""):
+        category = str(row["category"])
+        for one in rows:
+            one.category = category
+    has_truth = "gt_answer" in columns
+    if has_truth or row.peek("gt_answer") or row.peek("test_cases"):
+        truth = ground_truth(row)
+        for one in rows:
+            one.gt_answer = truth
+        if not has_truth:
+            row.unread("gt_answer", "test_cases")
+    if row.peek("margin") not in (None, ""):
+        found.margin = _margin(row["margin"])
+        if "margin" not in columns:
+            row.unread("margin")
 
 
-def _found(row: Any) -> str:
-    if not isinstance(row, dict):
-        return (
-            "a list of messages"
-            if is_message_list(row)
-            else {str: "a text"}.get(type(row), type(row).__name__)
-        )
-    return (
-        ", ".join(f"{key}{'' if value is not None else ' (null)'}" for key, value in row.items())
-        or "no key"
-    )
+def _add_system(found: SourceRow, row: Fields) -> None:
+    """A system message for a row whose messages have none."""
+    if found.messages and found.messages[0]["role"] != "system":
+        if system := row.take(SYSTEMS):
+            said = {"role": "system", "content": text(system, "system")}
+            for one in (found, *found.branches):
+                one.messages = [said, *one.messages]
 
 
-def _nearness(format: DatasetFormat, row: Any) -> float:
-    """Share of the format's keys that the row has, spelled alike at least."""
-    if not isinstance(row, dict) or not format.keys:
-        return 0.0
-    found = [str(key) for key in row]
-    best = [
-        max((SequenceMatcher(None, key, one).ratio() for one in found), default=0.0)
-        for key in format.keys
-    ]
-    return sum(ratio for ratio in best if ratio > 0.75) / len(best)
-
-
-def _add_extras(found: SourceRow, row: dict) -> None:
-    """The columns that any format may have."""
-    if row.get("system") and found.messages and found.messages[0]["role"] != "system":
-        found.messages = [
-            {"role": "system", "content": text(row["system"], "system")},
-            *found.messages,
-        ]
-    given = {key: row[key] for key in EXTRAS if row.get(key) not in (None, "")}
-    found.category = str(given["category"]) if "category" in given else None
-    if "gt_answer" in given:
-        if not isinstance(given["gt_answer"], str | int | float):
-            raise RowError("bad_gt_answer", f"gt_answer is {given['gt_answer']!r:.60}")
-        found.gt_answer = str(given["gt_answer"])
-    elif "test_cases" in given:
-        try:
-            found.gt_answer = json.dumps(given["test_cases"], ensure_ascii=False)
-        except TypeError as error:  # dates or bytes out of a parquet file
-            raise RowError("bad_gt_answer", f"test_cases: {error}") from error
-    if "margin" in given:
-        try:
-            found.margin = float(row["margin"])
-        except (TypeError, ValueError):
-            found.margin = math.nan
-        if not math.isfinite(found.margin):
-            raise RowError("bad_margin", f"margin is {row['margin']!r:.60}, expected a number")
+def _margin(given: Any) -> float:
+    try:
+        margin = float(given)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise RowError("bad_margin", f"margin is {given!r:.60}, expected a number")
+    return margin

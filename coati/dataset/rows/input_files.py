@@ -4,9 +4,16 @@ sets on the hub."""
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from coati.dataset.rows.column_names import Layout
+from coati.dataset.rows.dataset_info import NAME as DATASET_INFO
+from coati.dataset.rows.dataset_info import entries, is_list_of_inputs
 from coati.dataset.rows.formats import SourceRow, read_row
+from coati.dataset.rows.input_names import InputName, Source, parse_input
 from coati.dataset.rows.readers import KINDS, kind_of
 from coati.dataset.rows.readers import decode as decode
 from coati.dataset.rows.readers import read_rows as read_rows
@@ -16,7 +23,7 @@ from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-KNOWN = ", ".join(kind for kind in KINDS if kind != ".arrow") + " (all but .parquet also .gz)"
+KNOWN = ", ".join(kind for kind in KINDS if kind != ".arrow") + " (all but .parquet also .gz, .zst)"
 # How files and folders name the part of a data set they hold.
 SPLITS = {
     "train": "train",
@@ -28,7 +35,7 @@ SPLITS = {
     "eval": "validation",
 }
 _SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def find_files(paths: Sequence[str | os.PathLike], split: str | None = None) -> list[Path]:
@@ -37,14 +44,53 @@ def find_files(paths: Sequence[str | os.PathLike], split: str | None = None) -> 
 
     A directory written by ``save_to_disk``, and the name of a data set on the hub (``owner/name``
     or ``owner/name:subset``), give the files of one split: ``split``, else the one called train,
-    else the only one.
+    else the only one. ``PATH@SPLIT`` names the split of one input, ``PATH#N`` its first N rows. A
+    ``dataset_info.json`` of LLaMA-Factory stands for the data sets it lists.
 
     Raises ValueError for an input that is not there, holds no data, or is of another kind.
     """
-    files = [file for path in paths for file in _files_of(Path(path), split)]
-    if not files:
+    return [source.path for source in find_sources(paths, split)]
+
+
+def find_sources(
+    paths: Sequence[str | os.PathLike], split: str | None = None, layout: Layout | None = None
+) -> list[Source]:
+    """:func:`find_files`, each with what its columns are (``layout`` where the input does not say)
+    and how many of its rows are read."""
+    sources: list[Source] = []
+    for path in paths:
+        for found in _sources_of(parse_input(os.fspath(path)), split):
+            number = len(sources)
+            sources += [replace(one, number=number) for one in found]
+    if not sources:
         raise ValueError("no input: name at least one file or folder of data")
-    return files
+    if not layout:
+        return sources
+    return [one if one.layout else replace(one, layout=layout) for one in sources]
+
+
+def _sources_of(name: InputName, split: str | None) -> list[list[Source]]:
+    """The files of one input, those of each data set in it by themselves."""
+    path = Path(name.base)
+    info = path / DATASET_INFO if path.is_dir() else path
+    if is_list_of_inputs(info):
+        return [
+            [
+                replace(source, layout=entry.layout, limit=name.rows or entry.rows)
+                for found in _sources_of(parse_input(entry.place), name.split or split)
+                for source in found
+            ]
+            for entry in entries(info, name.subset)
+        ]
+    if path.exists() and name.subset is None:
+        files = _files_of(path, name.split or split)
+    elif path.exists():
+        raise ValueError(
+            f"{path}: is no data set on the hub and no {DATASET_INFO}, so it has no {name.subset}"
+        )
+    else:
+        files = _files_of_hub(path, name.subset, name.split or split)
+    return [[Source(file, limit=name.rows) for file in files]]
 
 
 def source_rows(
@@ -52,13 +98,28 @@ def source_rows(
 ) -> Iterator[tuple[str, SourceRow | RowError]]:
     """``(file:line, row)`` of each row of the files behind ``paths``, as data of ``type``; what is
     wrong with it in the place of a row that cannot be used."""
-    for file in find_files(paths):
-        for line, raw in read_rows(file):
-            try:
-                found = read_row(type, decode(raw))
-            except RowError as error:
-                found = error
-            yield f"{file}:{line}", found
+    for source, line, raw in raw_rows(find_sources(paths)):
+        place = f"{source.path}:{line}"
+        try:
+            found = read_row(type, decode(raw), layout=source.layout)
+        except RowError as error:
+            yield place, error
+            continue
+        for one in (found, *found.branches):
+            yield place, one
+
+
+def raw_rows(sources: Sequence[Source]) -> Iterator[tuple[Source, int, Any]]:
+    """``(source, line, row)`` of each row that the inputs want, undecoded."""
+    left: dict[int, int] = {}
+    for source in sources:
+        rows = read_rows(source.path)
+        if source.limit is not None:
+            rows = islice(rows, left.setdefault(source.number, source.limit))
+        for line, raw in rows:
+            if source.limit is not None:
+                left[source.number] -= 1
+            yield source, line, raw
 
 
 def _files_of(path: Path, split: str | None) -> list[Path]:
@@ -66,8 +127,6 @@ def _files_of(path: Path, split: str | None) -> list[Path]:
         if kind_of(path) is None:
             raise ValueError(f"{path}: unknown kind of data file; expected one of {KNOWN}")
         return [path]
-    if not path.is_dir():
-        return _files_of_hub(path, split)
     if (path / "preparation.json").is_file():
         raise ValueError(f"{path}: is prepared already; pass it to a trainer with --dataset")
     found = []
@@ -159,7 +218,7 @@ def _split_of(file: Path) -> str | None:
     return next((SPLITS[mark[1].lower()] for mark in marks if mark), None)
 
 
-def _files_of_hub(path: Path, split: str | None) -> list[Path]:
+def _files_of_hub(path: Path, subset: str | None, split: str | None) -> list[Path]:
     name = path.as_posix()
     absent = f"{name}: there is no such file or folder; expected data files ({KNOWN})"
     # Of data/sft.jsn, where there is a folder data, a file was meant; offline, asking the hub takes
@@ -171,9 +230,8 @@ def _files_of_hub(path: Path, split: str | None) -> list[Path]:
     )
     import datasets
 
-    name, _, subset = name.partition(":")
     try:
-        loaded = _load_from_hub(datasets, name, subset or None)
+        loaded = _load_from_hub(datasets, name, subset)
     except Exception as error:  # the library raises some twenty types, most from the network
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -54,9 +54,11 @@ def sample_prompts(
 
 def _columns(index: int, row: SourceRow) -> dict[str, Any]:
     columns: dict[str, Any] = {"messages": row.messages}
-    if len(row.messages) == 1:
+    if len(row.messages) == 1 and len(row.messages[0]) == 2:
         columns = {"instruction": row.messages[0]["content"]}
     columns["id"] = index
+    if row.tools is not None:
+        columns["tools"] = row.tools
     if row.gt_answer is not None:
         columns["gt_answer"] = row.gt_answer
     if row.category is not None:

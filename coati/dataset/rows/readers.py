@@ -46,6 +46,13 @@ def read_rows(file: Path, documents: str | None = None) -> Rows:
         raise ValueError(
             f"{file}: damaged or not a gzip file ({error}); fetch or compress it again"
         ) from error
+    except OSError as error:
+        if not file.name.lower().endswith(".zst") or error.errno is not None:
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file}: damaged or not a zst file ({said}); fetch or compress it again"
+        ) from error
 
 
 def _check_encoding(file: Path) -> None:
@@ -59,10 +66,11 @@ def _check_encoding(file: Path) -> None:
 
 
 def kind_of(file: Path) -> str | None:
-    """The key of :data:`KINDS` that the file's name ends with; text files may be gzipped."""
+    """The key of :data:`KINDS` that the file's name ends with; text files may be compressed."""
     name = file.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in KINDS and not (name.endswith(".gz") and suffix in COLUMNAR) else None
+    packed = name.endswith(PACKED)
+    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+    return suffix if suffix in KINDS and not (packed and suffix in COLUMNAR) else None
 
 
 def decode(row: Any) -> Any:
@@ -118,7 +126,38 @@ def _place(error: json.JSONDecodeError, row: bytes) -> str:
 
 
 def _open(file: Path):
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")
+    name = file.name.lower()
+    if name.endswith(".zst"):
+        return _open_zst(file)
+    return gzip.open(file, "rb") if name.endswith(".gz") else open(file, "rb")
+
+
+class _Zst(io.RawIOBase):
+    """A stream that pyarrow's codec decompresses, frame after frame."""
+
+    def __init__(self, file: Path):
+        import pyarrow
+
+        self._packed = pyarrow.OSFile(str(file))
+        self._stream = pyarrow.CompressedInputStream(self._packed, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        block = self._stream.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+            self._packed.close()
+        super().close()
+
+
+def _open_zst(file: Path) -> BinaryIO:
+    return io.BufferedReader(_Zst(file), BLOCK)
 
 
 def _read_json(file: Path) -> Rows:
@@ -286,7 +325,7 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
     import pyarrow
 
     try:
-        yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
+        yield from enumerate((row for batch in batches() for row in _rows_of(batch)), 1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         kind = kind_of(file).removeprefix(".")
         raise ValueError(
@@ -294,10 +333,33 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
         ) from error
 
 
+# Where tables hold tools and their arguments as structures.
+_SCHEMAS = re.compile(r"\b(?:tools|functions|tool_calls|function_call|arguments|parameters)\b")
+
+
+def _rows_of(batch: Any) -> list[dict]:
+    """The rows of a batch. A table gives every schema of a tool, and the arguments of every call,
+    the keys of all others, as nulls: those are left out."""
+    rows = batch.to_pylist()
+    for field in batch.schema:
+        if _SCHEMAS.search(f"{field.name} {field.type}") and "struct" in str(field.type):
+            for row in rows:
+                row[field.name] = _without_nulls(row[field.name])
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 COLUMNAR = (".parquet", ".arrow")
+PACKED = (".gz", ".zst")
 KINDS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
+    ".ndjson": _read_json,
     ".parquet": _read_parquet,
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),

@@ -1,6 +1,7 @@
 """Names of the data side that need no import: roles, template modes, and why a row is not used."""
 
-# Spelling in data files -> the library's own roles.
+# Spelling in data files -> the library's own roles. The first five are those of a dialogue that is
+# put together by hand.
 ROLES = {
     "user": "user",
     "human": "user",
@@ -8,17 +9,21 @@ ROLES = {
     "gpt": "assistant",
     "system": "system",
 }
-# Roles that occur in data sets and have no place in a dialogue of user and assistant.
-OTHER_ROLES = (
-    "tool",
-    "function",
-    "developer",
-    "ipython",
-    "tool_call",
-    "tool_response",
-    "function_call",
-    "observation",
-)
+ROW_ROLES = ROLES | {
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "function_response": "tool",
+}
+# Roles of turns that are calls: the assistant's, whose content is JSON.
+CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 # What to do about a template that rewrites earlier assistant turns.
 TEMPLATE_MODES = ("per_turn", "refuse")
 # What of a .txt file is a document; for types that read documents.
@@ -35,10 +40,16 @@ MALFORMED_REASONS = {
     "bad_csv": "the record does not match the header of its csv file",
     "wrong_keys": "no known row format has these keys",
     "wrong_type": "the row has the format of another --type",
-    "unknown_role": "a role other than user, human, assistant, gpt, system",
-    "unsupported_role": "a turn of a tool, function or developer, or a response that calls a tool",
-    "roles_not_alternating": "user and assistant do not take turns",
+    "unknown_role": "a role other than user, assistant, system, tool and their other spellings",
+    "unsupported_role": "a turn of a tool, a call or a weight that cannot be prepared",
+    "roles_not_alternating": "user and assistant do not take turns, or a call has no result",
     "content_not_text": "the content of a message is not a string",
+    "messages_as_text": "a text that is itself JSON or Python of messages",
+    "two_thoughts": "a response with two different thoughts",
+    "bad_tool_call": "a call of a tool that cannot be read",
+    "bad_tools": "tools that are not a list of function schemas",
+    "bad_weight": "the weight of a message is not a number from 0 to 1",
+    "bad_scores": "scores or choices that do not tell which response is better",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",
     "no_question": "no prompt to respond to: the context does not end with a user turn",
@@ -63,10 +74,15 @@ REASONS = (
     MALFORMED_REASONS
     | {
         "same_answers": "chosen and rejected are the same",
+        "judged_bad": "a column of the row says that its response is a bad one",
         "too_long": "the row, or its first response, does not fit into max_length",
+        "same_rendering": "chosen and rejected become the same under the chat template",
         "template_refused": "the chat template refuses this conversation",
         "template_rewrites": "the chat template changes an earlier turn of this conversation",
         "no_end_marker": "end_of_assistant does not follow a response",
+        "tools_unsupported": "the chat template does not write what the row has of tools",
+        "thought_dropped": "the chat template drops a thought (--thoughts refuse)",
+        "nothing_learned": "every turn has weight 0 or is left out by --learn",
         "marker_in_text": (
             "a message holds a control marker that cannot be encoded as ordinary text"
         ),

@@ -1,11 +1,12 @@
 """A row of each format in the library's own form, unchecked as to turns: that is the same for all
 formats of a type."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.embedded_text import OPENERS, is_messages_text, messages_of
 from coati.dataset.rows.messages import (
     Messages,
     common_context,
@@ -13,36 +14,46 @@ from coati.dataset.rows.messages import (
     message,
     message_list,
     open_dialogue,
+    spoken,
     text,
+    turn_text,
 )
 from coati.dataset.rows.row_errors import RowError
 
-LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-QUESTIONS = ("prompt", "question", "query", "problem", "text")
+TRUE = ("true", "1", "1.0", "+1", "yes", "y", "t", "good", "desirable", "chosen", "accepted")
+FALSE = ("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "undesirable", "rejected")
+LABELS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
+# Columns that say whether the response is a good one; the later ones only when true or false.
+JUDGMENTS = ("label", "kto_tag")
+FLAGS = ("desirable", "is_desirable", "accepted", "is_correct", "correct", "is_good")
+JUDGING = frozenset((*JUDGMENTS, *FLAGS))
+QUESTIONS = ("prompt", "question", "query", "problem", "input", "text")
 TEXTS = ("text", "content", "raw_content")  # where corpora keep a document
-_WRITTEN_OUT = re.compile(
-    r"""\s*\[?\s*\{\s*["'](role|from|messages|conversations)["']\s*:\s*["'\[]"""
-)
 
 
 @dataclass
 class SourceRow:
-    """One row in the library's own form: messages of {role, content}, roles system, user,
-    assistant.
+    """One row in the library's own form; messages are described in rows/messages.py.
 
     Attributes:
         messages: sft: the whole conversation; preference: the context; prompt, kto: the prompt.
         chosen, rejected: preference: what follows the context, the assistant first.
         completion, label: kto: the response, and whether it is wanted.
+        response: kto: the message whose content ``completion`` is, where it is more than that.
         text: sft, text: a plain text instead of messages: no template, every token and a final
             eos supervised.
         begins, ends: text: whether the document begins and ends with this row; one that is read
             in pieces has several rows.
+        tools: OpenAI's schemas of the functions that the assistant may call.
         gt_answer: prompt: the reference answer, for rewards that verify it.
         margin: preference: by how much the chosen response should win.
         category: kept as ``seq_category``.
         unanswered: prompt: a response at its end was left out.
         format: the name of the format the row came in.
+        notes: what is counted of the row beside its turns, found when it was tokenized.
+        unused: the columns and fields that were not read, and whether they carry content that is
+            missing now.
+        branches: further rows out of the same one, as a tree of messages holds them.
     """
 
     messages: Messages = field(default_factory=list)
@@ -50,61 +61,100 @@ class SourceRow:
     rejected: Messages = field(default_factory=list)
     completion: str | None = None
     label: bool | None = None
+    response: dict[str, Any] | None = None
     text: str | None = None
     begins: bool = True
     ends: bool = True
+    tools: list[dict[str, Any]] | None = None
     gt_answer: str | None = None
     margin: float | None = None
     category: str | None = None
     unanswered: bool = False
     format: str = ""
+    notes: frozenset[str] = frozenset()
+    unused: dict[str, bool] = field(default_factory=dict, compare=False)
+    branches: list["SourceRow"] = field(default_factory=list)
 
 
-def _prompt_messages(found: Any) -> Messages:
-    return open_dialogue(found) if isinstance(found, str) else message_list(found, "prompt")
+def completion_text(row: SourceRow) -> str | None:
+    """All that the response of a labeled row says."""
+    return row.completion if row.response is None else turn_text(row.response)
 
 
-def _response_messages(found: Any, key: str) -> Messages:
+def messages_under(row: Fields, key: str) -> Messages:
+    """The list of messages under ``key``."""
+    return message_list(row[key], key, row.use, f"{row.path}{key}[]")
+
+
+def prompt_messages(row: Fields, key: str) -> Messages:
+    """A prompt as a text, the text of a dialogue, a message, or a list of messages."""
+    found = row[key]
+    if isinstance(found, dict):
+        return [message(found, key, row.use, f"{row.path}{key}")]
+    if not isinstance(found, str):
+        return message_list(found, key, row.use, f"{row.path}{key}[]")
+    if found[:1] in OPENERS and is_messages_text(found):
+        return message_list(messages_of(found, key), key, row.use, f"{row.path}{key}[]")
+    return open_dialogue(found)
+
+
+def response_messages(row: Fields, key: str) -> Messages:
     """A response as a text, a message, or a list of messages."""
+    found = row.answer(key)
     if isinstance(found, str):
-        return [{"role": "assistant", "content": found.removeprefix(" ")}]
-    return [message(found, key)] if isinstance(found, dict) else message_list(found, key)
+        if not (found[:1] in OPENERS and is_messages_text(found)):
+            return [spoken("assistant", found.removeprefix(" "), key, row.use)]
+        found = messages_of(found, key)
+    if isinstance(found, dict):
+        return [message(found, key, row.use, f"{row.path}{key}")]
+    return message_list(found, key, row.use, f"{row.path}{key}[]")
 
 
-def context_pair(key: str) -> Callable[[dict], SourceRow]:
+def context_pair(key: str) -> Callable[[Fields], SourceRow]:
     """The list of messages under ``key`` and its two responses."""
-    return lambda row: SourceRow(messages=message_list(row[key], key), **_two_responses(row))
+
+    def read(row: Fields) -> SourceRow:
+        found = row.peek(key)
+        if isinstance(found, str) and not found.lstrip().startswith(("[", "{")):
+            return SourceRow(messages=prompt_messages(row, key), **two_responses(row))
+        return SourceRow(messages=messages_under(row, key), **two_responses(row))
+
+    return read
 
 
-def _two_responses(row: dict) -> dict[str, Messages]:
-    return {key: _response_messages(row[key], key) for key in ("chosen", "rejected")}
+def two_responses(
+    row: Fields, chosen: str = "chosen", rejected: str = "rejected"
+) -> dict[str, Messages]:
+    """The better and the worse response, under the columns of these names."""
+    return {
+        "chosen": response_messages(row, chosen),
+        "rejected": response_messages(row, rejected),
+    }
 
 
-def prompt_pair(row: dict) -> SourceRow:
-    if isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
-        return whole_pair(row)
-    pair = _two_responses(row)
-    if pair["chosen"] and pair["chosen"][0]["role"] != "assistant":
-        return _split_pair(**pair)  # whole conversations beside the prompt they begin with
-    return SourceRow(messages=_prompt_messages(row[first_question(row)]), **pair)
-
-
-def instruction_pair(row: dict) -> SourceRow:
-    return SourceRow(messages=alpaca({**row, "output": None}).messages, **_two_responses(row))
-
-
-def whole_pair(row: dict) -> SourceRow:
+def whole_pair(row: Fields) -> SourceRow:
     """Two whole conversations, as lists of messages or as texts of hh-rlhf."""
-    found = {key: row[key] for key in ("chosen", "rejected")}
-    return _split_pair(
-        *(
-            dialogue(f, key) if isinstance(f, str) else message_list(f, key)
-            for key, f in found.items()
+    return split_pair(*(_whole(row, key) for key in ("chosen", "rejected")))
+
+
+def _whole(row: Fields, key: str) -> Messages:
+    found = row.answer(key)
+    if not isinstance(found, str):
+        return message_list(found, key, row.use, f"{row.path}{key}[]")
+    if found[:1] in OPENERS and is_messages_text(found):
+        return message_list(messages_of(found, key), key, row.use, f"{row.path}{key}[]")
+    if "Human:" not in found and "Assistant:" not in found:
+        raise RowError(
+            "wrong_keys",
+            f"{key} is a text without its prompt: add a column prompt (or question), or name the "
+            "one that holds it with coati prepare --columns prompt=NAME; a text of a whole "
+            f"dialogue begins with Human:, found {found[:40].strip()!r}",
         )
-    )
+    return dialogue(found, key)
 
 
-def _split_pair(chosen: Messages, rejected: Messages) -> SourceRow:
+def split_pair(chosen: Messages, rejected: Messages) -> SourceRow:
+    """A pair of whole conversations, split where they part."""
     context, chosen, rejected = common_context(chosen, rejected)
     if not context:
         raise RowError(
@@ -114,8 +164,13 @@ def _split_pair(chosen: Messages, rejected: Messages) -> SourceRow:
     return SourceRow(messages=context, chosen=chosen, rejected=rejected)
 
 
-def judged(row: dict) -> SourceRow:
-    answer = _response_messages(row["completion"], "completion")
+def judged(row: Fields) -> SourceRow:
+    """A prompt, one response to it, and its label."""
+    return judged_row(row, prompt_messages(row, "prompt"), response_messages(row, "completion"))
+
+
+def judged_row(row: Fields, prompt: Messages, answer: Messages) -> SourceRow:
+    """The labeled ``answer`` to ``prompt``."""
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         found = ", ".join(m["role"] for m in answer) or "nothing"
         raise RowError(
@@ -123,72 +178,84 @@ def judged(row: dict) -> SourceRow:
             f"completion must be one message of the assistant, found {found}",
         )
     return SourceRow(
-        messages=_prompt_messages(row["prompt"]), completion=answer[0]["content"], label=_label(row)
+        messages=prompt,
+        completion=answer[0]["content"],
+        response=answer[0] if len(answer[0]) > 2 else None,
+        label=label_of(row),
     )
 
 
-def _label(row: dict) -> bool:
-    found = row.get("label")
-    label = (
-        LABELS.get(found.lower() if isinstance(found, str) else found)
-        if isinstance(found, str | int)
-        else None
-    )
+def judged_messages(key: str) -> Callable[[Fields], SourceRow]:
+    """A conversation whose last response the label is for."""
+
+    def read(row: Fields) -> SourceRow:
+        messages = messages_under(row, key)
+        return judged_row(row, messages[:-1], messages[-1:])
+
+    return read
+
+
+def judgment(row: Any) -> str | None:
+    """The column that says whether the response of ``row`` is a good one."""
+    if not isinstance(row, dict) or JUDGING.isdisjoint(row):
+        return None
+    return labeled(row) or next((k for k in FLAGS if isinstance(dict.get(row, k), bool)), None)
+
+
+def labeled(row: dict) -> str | None:
+    """The column of :data:`JUDGMENTS` that is a judgment, not a topic for instance."""
+    for key in JUDGMENTS:
+        found = dict.get(row, key)
+        if found is not None and truth_of(found) is not None:
+            return key
+    return None
+
+
+def turned_down(row: dict) -> str | None:
+    """The flag that says that the response of ``row`` is a bad one."""
+    return next((key for key in FLAGS if dict.get(row, key) is False), None)
+
+
+def truth_of(found: Any) -> bool | None:
+    """Whether ``found``, a number or a word, means true; None for what means neither."""
+    if isinstance(found, str | int | float):
+        return LABELS.get(str(found).strip().lower())
+    return None
+
+
+def label_of(row: Fields) -> bool:
+    key = judgment(row) or row.first(JUDGMENTS) or "label"
+    found = row.get(key)
+    row.answers.add(key)
+    label = truth_of(found)
     if label is None:
-        raise RowError("bad_label", f"label is {found!r}, expected true or false")
+        raise RowError("bad_label", f"{key} is {found!r}, expected true or false")
     return label
 
 
-def prompt_and_completion(row: dict) -> SourceRow:
-    response = _response_messages(row["completion"], "completion")
-    return SourceRow(messages=_prompt_messages(row["prompt"]) + response)
+def prompt_and_completion(row: Fields) -> SourceRow:
+    prompt = prompt_messages(row, "prompt")
+    return SourceRow(messages=prompt + response_messages(row, "completion"))
 
 
-def listed(key: str) -> Callable[[dict], SourceRow]:
-    return lambda row: SourceRow(messages=message_list(row[key], key))
+def listed(key: str) -> Callable[[Fields], SourceRow]:
+    """A conversation: the list of messages under ``key``."""
+    return lambda row: SourceRow(messages=messages_under(row, key))
 
 
-def message_rows(row: list) -> SourceRow:
-    return SourceRow(messages=message_list(row, "the row"))
-
-
-def alpaca(row: dict) -> SourceRow:
-    """Earlier rounds, then instruction and optional input as the question, and the output, if any,
-    as the response."""
-    parts = {name: text(row.get(name) or "", name) for name in ("instruction", "input", "output")}
-    asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
-    messages = [*_history(row.get("history") or []), {"role": "user", "content": asked}]
-    if row.get("output") is not None:
-        messages.append({"role": "assistant", "content": parts["output"]})
-    return SourceRow(messages=messages)
-
-
-def _history(rounds: Any) -> Messages:
-    """Earlier rounds as ``[question, response]`` pairs."""
-    if not isinstance(rounds, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 for pair in rounds
-    ):
-        raise RowError("wrong_keys", "history must be a list of [question, answer] pairs")
-    return [
-        {"role": role, "content": text(said, "history")}
-        for pair in rounds
-        for role, said in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-
-def source_target(row: dict) -> SourceRow:
-    found = {str(key).lower(): value for key, value in row.items()}
-    parts = [text(found[name] or "", name) for name in ("source", "target")]
+def source_target(row: Fields) -> SourceRow:
+    names = {str(key).lower(): key for key in row}
+    parts = [text(row[names[k]] or "", k) for k in ("source", "target") if k in names]
     return SourceRow(text="\n".join(part for part in parts if part))
 
 
-def plain_text(row: dict) -> SourceRow:
+def plain_text(row: Fields) -> SourceRow:
     return SourceRow(text=_no_messages(row["text"], "text"))
 
 
 def _no_messages(found: str, key: str) -> str:
-    """A text that is none but messages written out as JSON would be trained on as it stands."""
-    if _WRITTEN_OUT.match(found):
+    """A text that is none but messages written out would be trained on as it stands."""
+    if found[:1] in OPENERS and is_messages_text(found):
         raise RowError(
             "content_not_text",
             f"{key} is a text in which messages are written out ({found.strip()[:40]}...); write "
@@ -197,35 +264,35 @@ def _no_messages(found: str, key: str) -> str:
     return found
 
 
-def document(row: Any) -> SourceRow:
-    """A document: a text, or a piece of one, or what a row has under the first of TEXTS."""
-    if isinstance(row, str):
-        return SourceRow(
-            text=row, begins=getattr(row, "begins", True), ends=getattr(row, "ends", True)
-        )
+def document(row: Fields) -> SourceRow:
+    """A document: what a row has under the first of TEXTS, or a text of a .txt file, which may be
+    a piece of one and comes as a prompt."""
     key = text_column(row)
-    return SourceRow(text=_no_messages(row[key], key))
+    if key is not None:
+        return SourceRow(text=_no_messages(row[key], key))
+    found = row["prompt"]
+    return SourceRow(
+        text=found, begins=getattr(found, "begins", True), ends=getattr(found, "ends", True)
+    )
 
 
 def text_column(row: Any) -> str | None:
     """The first of TEXTS under which the row has a text."""
-    found = (key for key in TEXTS if isinstance(row, dict) and isinstance(row.get(key), str))
-    return next(found, None)
+    if not isinstance(row, dict):
+        return None
+    return next((key for key in TEXTS if isinstance(dict.get(row, key), str)), None)
 
 
 def first_question(row: Any) -> str | None:
     """The first of QUESTIONS that the row has."""
     return (
-        next((key for key in QUESTIONS if row.get(key) is not None), None)
+        next((key for key in QUESTIONS if dict.get(row, key) is not None), None)
         if isinstance(row, dict)
         else None
     )
 
 
-def plain(row: Any) -> SourceRow:
-    found = row if isinstance(row, str) else row[first_question(row)]
-    return SourceRow(messages=_prompt_messages(found))
-
-
-def rl_example(row: dict) -> SourceRow:
-    return SourceRow(messages=[message(row["messages"], "messages")])
+def rl_example(row: Fields) -> SourceRow:
+    return SourceRow(
+        messages=[message(row["messages"], "messages", row.use, f"{row.path}messages")]
+    )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Columns = dict[str, Any]
 TrainingRows = list[tuple[Columns, bool]]  # (columns, whether the row was cut to max_length)
 # What a column may hold: token ids, labels or a mask by token, a flag, or what is there to read.
-Kind = Literal["ids", "labels", "mask", "flag", "text", "texts", "count", "number"]
+Kind = Literal["ids", "labels", "mask", "flag", "text", "texts", "count", "number", "weights"]
 COMMON: dict[str, Kind] = {"seq_length": "count", "seq_category": "text"}
 
 
@@ -76,6 +76,8 @@ class DataType(ABC):
         name: the value of ``--type``.
         reads: which of :data:`coati.dataset.rows.formats.CONTENTS` it can be made of.
         columns: of a training row, in order, each with what it holds.
+        optional_columns: further ones, of preparations in which some row needs them; rows that do
+            not are filled up by :meth:`filled`.
         texts: for the report.
         traits: titles of what :meth:`traits_of` counts.
         raw_keys: what only source rows of this type have, to tell rows of mixed files apart.
@@ -91,6 +93,7 @@ class DataType(ABC):
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
     columns: ClassVar[dict[str, Kind]]
+    optional_columns: ClassVar[dict[str, Kind]] = {}
     texts: ClassVar[ReportTexts]
     traits: ClassVar[dict[str, str]] = {}
     raw_keys: ClassVar[tuple[str, ...]] = ()
@@ -118,6 +121,15 @@ class DataType(ABC):
     @cached_property
     def schema(self) -> pa.Schema:
         """The arrow schema of prepared rows."""
+        return self._arrow(self.columns)
+
+    @cached_property
+    def whole_schema(self) -> pa.Schema:
+        """:attr:`schema` with the optional columns."""
+        return self._arrow(self.columns | self.optional_columns)
+
+    @staticmethod
+    def _arrow(columns: dict[str, Kind]) -> pa.Schema:
         import pyarrow as pa
 
         arrow = {
@@ -129,8 +141,24 @@ class DataType(ABC):
             "texts": pa.list_(pa.string()),
             "count": pa.int32(),
             "number": pa.float32(),
+            "weights": pa.list_(pa.float32()),
         }
-        return pa.schema({name: arrow[kind] for name, kind in self.columns.items()})
+        return pa.schema({name: arrow[kind] for name, kind in columns.items()})
+
+    def needs_optional(self, rows: Iterable[Columns]) -> bool:
+        """Whether one of ``rows`` has an optional column."""
+        return bool(self.optional_columns) and any(
+            name in row for row in rows for name in self.optional_columns
+        )
+
+    def filled(self, columns: Columns) -> Columns:
+        """A training row with the optional columns: tokens without a weight count whole."""
+        ones = {
+            name: [1.0] * len(columns[self.token_columns[0]])
+            for name in self.optional_columns
+            if columns.get(name) is None
+        }
+        return columns | ones
 
     @abstractmethod
     def finish(self, row: SourceRow) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.rows.messages import question
+from coati.dataset.rows.messages import question, turn_text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
@@ -51,12 +51,13 @@ class Kto(DataType):
 
     def finish(self, row: SourceRow) -> None:
         row.messages = question(row.messages)
-        if not row.completion.strip():
+        if not turn_text(row.response or {"content": row.completion, "role": ""}).strip():
             raise RowError("empty_answer", "completion is empty")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        response = {"role": "assistant", "content": row.completion}
-        encoded = conversation.encode_response([*row.messages, response], max_length)
+        response = row.response or {"role": "assistant", "content": row.completion}
+        encoded = conversation.encode_response([*row.messages, response], max_length, row.tools)
+        row.notes = encoded.notes
         start = encoded.spans[0][0]
         completion = encoded.input_ids[start:]
         columns = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.rows.messages import continuation, question
+from coati.dataset.rows.messages import continuation, question, turn_text
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.types.data_type import (
     COMMON,
@@ -59,20 +59,29 @@ class Preference(DataType):
         row.chosen = continuation(row.chosen, "chosen")
         row.rejected = continuation(row.rejected, "rejected")
         if row.chosen == row.rejected:
-            raise RowError("same_answers", f"both are {row.chosen[-1]['content'][:60]!r}")
+            raise RowError("same_answers", f"both are {turn_text(row.chosen[-1])[:60]!r}")
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
         columns: Columns = {}
+        notes: set[str] = set()
         for side, turns in zip(SIDES, (row.chosen, row.rejected), strict=True):
             try:
-                encoded = conversation.encode_response([*row.messages, *turns], max_length)
+                encoded = conversation.encode_response(
+                    [*row.messages, *turns], max_length, row.tools
+                )
             except RowError as error:
                 raise RowError(error.reason, f"{side}: {error.detail}") from error
+            notes |= encoded.notes
             columns[f"{side}_input_ids"] = encoded.input_ids
             columns[f"{side}_loss_mask"] = encoded.loss_mask
             columns[f"{side}_label_decode"] = [
                 conversation.encoder.decode(response) for response in encoded.responses()
             ]
+        if columns["chosen_input_ids"] == columns["rejected_input_ids"]:
+            raise RowError(
+                "same_rendering", f"both are {columns['chosen_label_decode'][-1][:60]!r}"
+            )
+        row.notes = frozenset(notes)
         longer = max(len(columns[f"{side}_input_ids"]) for side in SIDES)
         columns |= {"margin": row.margin, "seq_length": longer, "seq_category": row.category}
         return [(columns, False)]

@@ -44,10 +44,10 @@ class Prompt(DataType):
         row.unanswered = len(row.messages) < whole
         row.chosen = []
         row.rejected = []
-        row.completion = row.label = row.margin = None
+        row.completion = row.response = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        encoded = conversation.encode_prompt(row.messages)
+        encoded = conversation.encode_prompt(row.messages, tools=row.tools)
         ids = encoded.input_ids
         bos = conversation.tokenizer.bos_token
         if len(ids) > max_length:

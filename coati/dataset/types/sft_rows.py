@@ -34,6 +34,7 @@ class Sft(DataType):
         "labels_decode": "texts",
         **COMMON,
     }
+    optional_columns = {"loss_weights": "weights"}
     texts = ReportTexts(
         title="conversations for supervised fine-tuning (sft)",
         what="In each, the model is trained on the responses of the assistant.",
@@ -54,7 +55,8 @@ class Sft(DataType):
         """One row, or one per response (see Conversation.encode_turns)."""
         if row.text is not None:
             return [_text_row(row, conversation, max_length)]
-        encoded = conversation.encode_turns(row.messages, max_length)
+        encoded = conversation.encode_turns(row.messages, max_length, row.tools)
+        row.notes = encoded[-1].notes
         return [(_columns(one, conversation, row.category), one.truncated) for one in encoded]
 
     def sides(self, columns: Columns) -> list[Side]:
@@ -70,7 +72,7 @@ def _columns(encoded: Encoded, conversation: Conversation, category: str | None)
     # What follows the last response (a line break, say) is never trained and would only cost time.
     end = encoded.spans[-1][1]
     ids = encoded.input_ids[:end]
-    return {
+    columns = {
         "input_ids": ids,
         "labels": [
             token if marked else IGNORE_INDEX
@@ -83,6 +85,17 @@ def _columns(encoded: Encoded, conversation: Conversation, category: str | None)
         "seq_length": len(ids),
         "seq_category": category,
     }
+    if encoded.weights and any(0 < weight < 1 for weight in encoded.weights[:end]):
+        columns["loss_weights"] = _loss_weights(encoded, end)
+    return columns
+
+
+def _loss_weights(encoded: Encoded, end: int) -> list[float]:
+    """1 outside of responses, so that what a run supervises beside them counts whole."""
+    weights = [1.0] * end
+    for start, stop in encoded.spans:
+        weights[start:stop] = encoded.weights[start:stop]
+    return weights
 
 
 def _text_row(row: SourceRow, conversation: Conversation, max_length: int) -> tuple[Columns, bool]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.data_types import DATA_TYPES
-from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.input_files import decode, find_files, read_rows
+from coati.dataset.rows.formats import format_of, read_row
+from coati.dataset.rows.input_files import decode, find_sources, raw_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.model_loading import conversation_of
 from coati.models.generation.response_table import left_pad
@@ -79,13 +79,12 @@ def rows_to_score(
 ) -> Iterator[ScoredRow | tuple[str, str]]:
     """Each row of the files, tokenized as for training; for a row that cannot be used ``(place,
     reason)``."""
-    for file in find_files(inputs):
-        for line, raw in read_rows(file):
-            place = f"{file}:{line}"
-            try:
-                yield row_to_score(place, decode(raw), conversation, max_length)
-            except RowError as error:
-                yield place, f"{error.reason}: {error.detail}"
+    for source, line, raw in raw_rows(find_sources(inputs)):
+        place = f"{source.path}:{line}"
+        try:
+            yield row_to_score(place, decode(raw), conversation, max_length)
+        except RowError as error:
+            yield place, f"{error.reason}: {error.detail}"
 
 
 def row_to_score(place: str, row: Any, conversation: Conversation, max_length: int) -> ScoredRow:
@@ -100,8 +99,13 @@ def row_to_score(place: str, row: Any, conversation: Conversation, max_length: i
 def _kind(row: Any) -> str:
     """A pair, a labeled response, or a conversation whose last response is to be scored."""
     keys = set(row) if isinstance(row, dict) else set()
-    particular = (type for type in DATA_TYPES.values() if type.raw_keys)
-    return next((type.name for type in particular if keys.issuperset(type.raw_keys)), "sft")
+    particular = [type for type in DATA_TYPES.values() if type.raw_keys]
+    for type in particular:
+        if keys.issuperset(type.raw_keys):
+            return type.name
+    found = format_of(row)
+    names = [type.name for type in particular if found and found.holds in type.reads]
+    return names[0] if names else "sft"
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def read_conversations(
             f"{' '.join(map(str, inputs))}: no usable conversation ({(reasons or ['empty'])[0]})"
         )
     if reasons:
-        logger.warning(
+        logger.warning_once(
             f"{len(reasons)} of {len(rows) + len(reasons)} conversations are left out, the first: "
             f"{reasons[0]}"
         )

@@ -30,6 +30,7 @@ from coati.models.tokenizer import find_tokenizer, load_tokenizer
 from coati.parallel.atomic_dirs import attempt
 from coati.parallel.compat.import_colossalai import silence_known_noise
 from coati.utils.dir_lock import DirLock
+from coati.utils.output_paths import open_like_folder
 from coati.utils.phases import phase
 from coati.utils.transformers_compat import dtype_keyword
 
@@ -93,6 +94,8 @@ def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> 
     this library does."""
     write_beside(model, tokenizer, conversation, folder)
     model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    for weights in folder.glob("*.safetensors"):
+        open_like_folder(weights)
 
 
 def write_beside(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:

@@ -2,17 +2,20 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 
+from coati.dataset.chat.response_parts import CALL, CONTENT, Part, Reply
+from coati.dataset.chat.response_reader import Reader
 from coati.inference.serve import protocol
 from coati.inference.serve.inference_engine import StreamChunk
 from coati.inference.serve.not_served import Refused
 from coati.inference.serve.text_completions import TextChoice, TextCompletion, text_logprobs
 from coati.inference.serve.token_logprobs import TokenLogprob
+from coati.inference.serve.tool_fields import CallOut, call_out
 
 Chunks = AsyncIterator[tuple[int, StreamChunk]]  # each with the number of its response
 
@@ -93,7 +96,16 @@ class Shape(ABC):
 
 
 class ChatShape(Shape):
-    """Of chat completions."""
+    """Of chat completions. ``reader`` makes a reader of each response; ``single``: at most one call
+    is given."""
+
+    def __init__(
+        self, model: str, scored: bool, reader: Callable[[], Reader], single: bool
+    ) -> None:
+        super().__init__(model, scored)
+        self.reader = reader
+        self.single = single
+        self._streams: dict[int, _ReadResponse] = {}
 
     def head(self) -> dict[str, Any]:
         return protocol.head("chat.completion.chunk", "chatcmpl", self.model)
@@ -101,27 +113,85 @@ class ChatShape(Shape):
     def whole(self, responses: Sequence[Whole], prompt_tokens: int) -> protocol.ChatCompletion:
         return protocol.ChatCompletion(
             **protocol.head("chat.completion", "chatcmpl", self.model),
-            choices=[
-                protocol.Choice(
-                    index=number,
-                    message=protocol.ResponseMessage(content=each.text),
-                    finish_reason=each.finish,
-                    logprobs=protocol.chat_logprobs(each.logprobs) if self.scored else None,
-                )
-                for number, each in enumerate(responses)
-            ],
+            choices=[self._choice(number, each) for number, each in enumerate(responses)],
             usage=protocol.usage(prompt_tokens, sum(each.tokens for each in responses)),
         )
 
-    def choices(self, number: int, chunk: StreamChunk, first: bool) -> list[dict[str, Any]]:
-        def choice(delta: dict[str, str], finish: str | None = None, scored: Any = None):
-            return {"index": number, "delta": delta, "logprobs": scored, "finish_reason": finish}
+    def _choice(self, number: int, response: Whole) -> protocol.Choice:
+        read = _ReadResponse(self.reader(), self.single)
+        parts = read.push(response.text, final=True)
+        reply = Reply().add(parts)
+        calls = read.calls or None
+        return protocol.Choice(
+            index=number,
+            message=protocol.ResponseMessage(
+                content=None if calls and not reply.content else reply.content,
+                reasoning_content=reply.thought or None,
+                tool_calls=calls,
+            ),
+            finish_reason=read.finish(response.finish),
+            logprobs=protocol.chat_logprobs(response.logprobs) if self.scored else None,
+        )
 
-        made = [choice({"role": "assistant", "content": ""})] if first else []
-        if chunk.text or chunk.logprobs:
-            scored = protocol.chat_logprobs(chunk.logprobs).model_dump() if self.scored else None
-            made.append(choice({"content": chunk.text}, scored=scored))
-        return [*made, choice({}, chunk.finish)] if chunk.finish else made
+    def choices(self, number: int, chunk: StreamChunk, first: bool) -> list[dict[str, Any]]:
+        def choice(delta: dict[str, Any], finish: str | None = None):
+            return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+        if first:
+            self._streams[number] = _ReadResponse(self.reader(), self.single)
+        read = self._streams[number]
+        deltas = read.deltas(read.push(chunk.text, final=chunk.finish is not None))
+        if chunk.logprobs and not deltas:
+            deltas = [{"content": ""}]
+        made = [choice(delta) for delta in deltas]
+        if made and self.scored:
+            made[0]["logprobs"] = protocol.chat_logprobs(chunk.logprobs).model_dump()
+        if first:
+            made.insert(0, choice({"role": "assistant", "content": ""}))
+        return [*made, choice({}, read.finish(chunk.finish))] if chunk.finish else made
+
+
+class _ReadResponse:
+    """One response as it is read. ``calls``: those that were read so far."""
+
+    def __init__(self, reader: Reader, single: bool) -> None:
+        self.reader = reader
+        self.single = single
+        self.calls: list[CallOut] = []
+
+    def push(self, text: str, final: bool) -> list[Part]:
+        """The parts, of a single call the first alone."""
+        parts = []
+        for part in self.reader.push(text, final=final):
+            if part.call is not None:
+                if self.single and self.calls:
+                    continue
+                self.calls.append(call_out(part.call))
+            parts.append(part)
+        return parts
+
+    def deltas(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+        """A call in two: its name, then its arguments, once all of it is known: a broken one would
+        be text."""
+        made: list[dict[str, Any]] = []
+        number = len(self.calls) - sum(part.kind == CALL for part in parts)
+        for part in parts:
+            if part.kind != CALL:
+                name = "content" if part.kind == CONTENT else "reasoning_content"
+                made.append({name: part.text})
+                continue
+            call = self.calls[number].model_dump()
+            arguments = call["function"]["arguments"]
+            call["function"]["arguments"] = ""
+            made.append({"tool_calls": [{"index": number, **call}]})
+            piece = {"index": number, "function": {"arguments": arguments}}
+            made.append({"tool_calls": [piece]})
+            number += 1
+        return made
+
+    def finish(self, reason: str | None) -> str:
+        """OpenAI's finish reason."""
+        return "tool_calls" if self.calls and reason == "stop" else reason or ""
 
 
 class CompletionShape(Shape):

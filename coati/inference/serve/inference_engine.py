@@ -8,11 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from coati.dataset.chat.response_reader import Reader
+from coati.inference.chat_templates import ChatTemplate, ChatTemplates
 from coati.inference.model_loading import Loaded
 from coati.inference.serve.server_metrics import ServerMetrics
 from coati.inference.serve.stop_strings import StopStringFilter
@@ -54,7 +56,8 @@ class SamplingParams:
     makes the response reproducible, whatever it is batched with; None: a random one. ``choice``:
     the number of the response among several to one prompt. ``logprobs``: how many likeliest tokens
     to give beside each log-prob; None: no log-probs. ``continues``: whether the response goes on
-    in the middle of the prompt's text."""
+    in the middle of the prompt's text. ``shown``: special tokens that are part of the text.
+    ``one_call``: makes what ends the response with the first call of a tool."""
 
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 512
@@ -63,11 +66,42 @@ class SamplingParams:
     choice: int = 0
     logprobs: int | None = None
     continues: bool = False
+    shown: frozenset[int] = frozenset()
+    one_call: "Callable[[], FirstCall] | None" = None
 
     def noise(self) -> torch.Tensor:
         """(1, max_new_tokens) fp64 uniform on [0, 1)."""
         seed = np.random.SeedSequence(self.seed, spawn_key=(self.choice,) if self.choice else ())
         return torch.from_numpy(np.random.default_rng(seed).random((1, self.max_new_tokens)))
+
+
+class ChatPrompt(NamedTuple):
+    """What the model is given: token ids, and their text up to ``forced``, the beginning of a call
+    that the response has to go on with."""
+
+    ids: list[int]
+    text: str
+    forced: str = ""
+
+
+class FirstCall:
+    """Passes text on up to the end of the first call that ``reader`` reads; ``ended`` then.
+    ``read``: characters that it has read already."""
+
+    def __init__(self, reader: Reader, read: int = 0) -> None:
+        self._reader = reader
+        self._passed = read
+        self.ended = False
+
+    def push(self, text: str) -> str:
+        """The part of ``text`` that can be passed on."""
+        self._reader.push(text)
+        end = self._reader.first_call_end
+        if end is not None:
+            self.ended = True
+            text = text[: max(0, end - self._passed)]
+        self._passed += len(text)
+        return text
 
 
 @dataclass(eq=False)
@@ -87,6 +121,10 @@ class Request:
     stream: TextStream = field(init=False)  # made in the engine's thread
     _scored: deque[TokenLogprob] = field(default_factory=deque)
     _passed: int = 0  # characters that were delivered
+    _first_call: FirstCall | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._first_call = None if self.params.one_call is None else self.params.one_call()
 
     @property
     def elapsed(self) -> float:
@@ -122,13 +160,19 @@ class Request:
             text += self.stream.finish()
         text = self.stop_filter.push(text, final=complete)
         finish = self.stop_filter.reason
-        if finish is None and complete:
-            finish = "stop" if self.stream.stopped else "length"
+        if self._first_call is not None:
+            text = self._first_call.push(text)
+        if finish is None and (complete or self._ended_by_call):
+            finish = "stop" if self.stream.stopped or self._ended_by_call else "length"
         if text or finish:
             self._passed += len(text)
             scored = self._scored_until(finish)
             self.deliver(StreamChunk(text, finish, len(self.tokens), scored))
         return finish
+
+    @property
+    def _ended_by_call(self) -> bool:
+        return self._first_call is not None and self._first_call.ended
 
     def _scored_until(self, finish: str | None) -> tuple[TokenLogprob, ...]:
         """Log-probs of the tokens whose text has been delivered. At the end also of those that are
@@ -178,6 +222,7 @@ class InferenceEngine:
         self._tokenizer = copy.deepcopy(loaded.tokenizer)
         self._scorer = TokenScorer(self._tokenizer)
         self._encoding = threading.Lock()
+        self._templates = ChatTemplates(loaded.conversation)
         self._device = next(loaded.model.parameters()).device
         self._decoder: Decoder | None = None
         # Prepacking pays only if the number of rows stays the same for some steps.
@@ -190,11 +235,34 @@ class InferenceEngine:
         self._thread = threading.Thread(target=self._run, name="coati-engine", daemon=True)
         self._thread.start()
 
-    def encode(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
+    def template(self, args: dict[str, Any] | None = None) -> ChatTemplate:
+        """The chat template, with ``args`` beside its own. Raises ValueError for one that it does
+        not read."""
+        with self._encoding:
+            return self._templates.of(args)
+
+    def encode(self, messages: list[dict[str, Any]], begun: str = "") -> list[int]:
         """The prompt's token ids; ``begun``: how the response begins. Raises RowError if the
         template rejects ``messages``."""
+        return self.encode_chat(self.template(), messages, begun).ids
+
+    def encode_chat(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        begun: str = "",
+        tools: Sequence[dict[str, Any]] = (),
+        forced: str = "",
+    ) -> ChatPrompt:
+        """The prompt under ``template``; ``forced``: how a call begins, as the template writes it.
+        Raises RowError."""
+        conversation = template.conversation
         with self._encoding:
-            return self.loaded.conversation.encode_prompt(messages, begun).input_ids
+            encoded = conversation.encode_prompt(messages, begun, tools=list(tools) or None)
+            ids = encoded.input_ids
+            if forced:
+                ids = ids + conversation.encoder.encode_inside(forced)
+            return ChatPrompt(ids, encoded.text, forced)
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
         """The ids of a text that no template surrounds, with what the tokenizer puts before it; ids
@@ -312,7 +380,7 @@ class InferenceEngine:
         ids = torch.tensor([request.prompt], device=self._device)
         params = request.params
         before = request.prompt if params.continues else ()
-        request.stream = TextStream(self._tokenizer, self.stops, before)
+        request.stream = TextStream(self._tokenizer, self.stops, before, params.shown)
         decoder = Decoder(
             self.loaded.model,
             ids,

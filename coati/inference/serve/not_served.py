@@ -28,8 +28,6 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 }
 # Of a message: a client sends back what it was given, nulls and all.
 MESSAGE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
     "function_call": (None,),
     "audio": (None,),
 }
@@ -61,13 +59,18 @@ def refuse_fields(
     """Raise Refused for a field of ``table`` that asks for what is not supported."""
     for name, silent in table.items():
         value = (given or {}).get(name)
-        if value not in silent:
+        if not any(_same(value, one) for one in silent):
             wanted = silent[1] if len(silent) > 1 else None
             raise Refused(
                 400,
                 f"{place}{name} is not served; leave it out or send {json.dumps(wanted)}",
                 param=f"{place}{name}",
             )
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether they are equal as JSON, where true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def part_text(part: dict[str, Any], place: str) -> str:
@@ -106,8 +109,12 @@ def ignored_fields(body: BaseModel) -> str:
 
 def _unknown(model: BaseModel) -> Iterator[str]:
     refused = {**FIELDS, **MESSAGE_FIELDS}
-    for name, value in (model.model_extra or {}).items():
+    passed_on = getattr(type(model), "passed_on", False)  # to the chat template
+    for name, value in ({} if passed_on else model.model_extra or {}).items():
         if name not in refused and value is not None:
+            yield name
+    for name in getattr(type(model), "unheeded", ()):
+        if getattr(model, name):
             yield name
     for name in type(model).model_fields:
         value = getattr(model, name)

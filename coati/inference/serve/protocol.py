@@ -1,22 +1,32 @@
 """Request and response bodies: OpenAI's chat completions, and this library's older /generate."""
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from coati.inference.serve.inference_engine import SamplingParams
 from coati.inference.serve.not_served import (
     MESSAGE_FIELDS,
     Refused,
-    is_unicode,
     part_text,
     refuse_fields,
 )
 from coati.inference.serve.token_logprobs import MOST_ALTERNATIVES, TokenLogprob, TokenText
+from coati.inference.serve.tool_fields import (
+    CallFields,
+    CallOut,
+    Text,
+    ToolChoice,
+    ToolFields,
+    ToolUse,
+    check_results,
+    tool_use,
+)
 from coati.models.generation.sampling import Sampling
 
 MOST_STOPS = 4  # as OpenAI documents
@@ -24,14 +34,15 @@ MOST_CHOICES = 16
 DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
 
 
-def _unicode(value: str) -> str:
-    if not is_unicode(value):
-        raise ValueError("a lone surrogate is no text")
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {json.dumps(value)}")
     return value
 
 
-# Pydantic looks at surrogates where a field is a text and nothing else.
-Text = Annotated[str, AfterValidator(_unicode)]
+# Pydantic takes true for 1.
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean)]
 
 
 class ErrorDetail(BaseModel):
@@ -46,24 +57,52 @@ class ErrorBody(BaseModel):
 
 
 class Message(BaseModel):
-    """``content``: a text or text parts; null where an assistant said nothing."""
+    """``content``: a text or text parts; null where an assistant said nothing.
+    ``reasoning_content``, ``tool_calls``: of the assistant; ``tool_call_id``: of the call whose
+    result a message of the role tool is."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | list[dict[str, Any]] | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[CallFields] | None = None
+    tool_call_id: Text | None = None
 
-    def plain(self, place: str) -> dict[str, str]:
-        """{role, content} as a conversation template takes it. Raises Refused for what is no
-        text."""
-        if self.role in ("tool", "function"):
+    def plain(self, place: str) -> dict[str, Any]:
+        """As a conversation template takes it: {role, content}, and reasoning_content, tool_calls,
+        tool_call_id where they are. Raises Refused for what is no text or has no place there."""
+        if self.role == "function":
             raise Refused(
                 400,
-                f"{place}.role: {self.role!r} is not served, this server has no tools; send "
-                "system, developer, user or assistant",
+                f"{place}.role: 'function' is not served; send the result as role 'tool' with "
+                "tool_call_id",
                 param=f"{place}.role",
             )
         refuse_fields(self.model_extra, MESSAGE_FIELDS, f"{place}.")
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self._text(place),
+            **self._own_fields(place),
+        }
+
+    def _own_fields(self, place: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        of_role = {"tool": ("tool_call_id",), "assistant": ("reasoning_content", "tool_calls")}
+        for name in ("reasoning_content", "tool_calls", "tool_call_id"):
+            value = getattr(self, name)
+            if not value:
+                continue
+            if name not in of_role.get(self.role, ()):
+                field = f"{place}.{name}"
+                raise Refused(400, f"{field} has no place in role {self.role!r}", param=field)
+            if name == "tool_calls":
+                field = f"{place}.tool_calls"
+                value = [each.plain(f"{field}.{number}") for number, each in enumerate(value)]
+            found[name] = value
+        return found
+
+    def _text(self, place: str) -> str:
         content = self.content
         if content is None and self.role != "assistant":
             raise Refused(400, f"{place}.content is null; send a text", param=f"{place}.content")
@@ -71,16 +110,13 @@ class Message(BaseModel):
             content = "".join(
                 part_text(part, f"{place}.content.{number}") for number, part in enumerate(content)
             )
-        return {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": content or "",
-        }
+        return content or ""
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    include_usage: bool | None = None
+    include_usage: StrictBool | None = None
 
 
 def _none_if_unlimited(value: int) -> int | None:
@@ -90,7 +126,7 @@ def _none_if_unlimited(value: int) -> int | None:
 
 
 NewTokens = Annotated[
-    Annotated[int, Field(ge=-1), AfterValidator(_none_if_unlimited)] | None,
+    Annotated[Whole, Field(ge=-1), AfterValidator(_none_if_unlimited)] | None,
     Field(description="null or -1: no limit of the request's own"),
 ]
 
@@ -121,11 +157,11 @@ class SamplingFields(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    temperature: Number | None = Field(None, ge=0, le=2, description="0: greedy")
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Whole | None = Field(None, ge=-1, le=2**31, description="0 or -1: off")
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = Field(None, ge=0.1, le=10)
 
     def sampling(self, default: Sampling) -> Sampling:
         """``default`` with the request's own fields."""
@@ -146,11 +182,11 @@ class OpenAIRequest(SamplingFields):
     they ask for something; unknown ones are listed in the header X-Ignored-Fields."""
 
     model: str
-    stream: bool | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: NewTokens = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Whole | None = Field(None, ge=1, le=MOST_CHOICES)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | list[Text] | None = Field(None, description=f"at most {MOST_STOPS} strings")
 
     def check_served(self) -> None:
@@ -201,10 +237,16 @@ class ChatRequest(OpenAIRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: NewTokens = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
-    continue_final_message: bool | None = Field(
+    logprobs: StrictBool | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    continue_final_message: StrictBool | None = Field(
         None, description="a last message of the assistant is the beginning of the response"
+    )
+    tools: list[ToolFields] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="further variables of the chat template, such as enable_thinking"
     )
 
     def check_served(self) -> None:
@@ -212,13 +254,26 @@ class ChatRequest(OpenAIRequest):
         if self.top_logprobs and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true beside it", param="top_logprobs")
 
-    def dialogue(self) -> tuple[list[dict[str, str]], str]:
-        """The messages up to the user's last, and what the response begins with: the text of a last
-        message of the assistant. Raises Refused."""
+    def tool_use(self) -> ToolUse:
+        """Raises Refused."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def dialogue(self) -> tuple[list[dict[str, Any]], str]:
+        """The messages up to the last of the user or of a tool, and what the response begins with:
+        the text of a last message of the assistant. Raises Refused."""
         plain = [each.plain(f"messages.{number}") for number, each in enumerate(self.messages)]
         begun = ""
+        check_results(plain)
         if plain[-1]["role"] == "assistant" and self.continue_final_message is not False:
-            begun = plain.pop()["content"]
+            last = plain.pop()
+            begun = last["content"]
+            if others := ", ".join(last.keys() - {"role", "content"}):
+                raise Refused(
+                    400,
+                    f"messages: the last one, which is the assistant's and is continued, holds "
+                    f"{others}; send the results of its calls, or its content alone",
+                    param="messages",
+                )
         elif self.continue_final_message:
             raise Refused(
                 400,
@@ -237,13 +292,13 @@ class ChatRequest(OpenAIRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def check_last(messages: list[dict[str, str]]) -> None:
-    """Raise Refused unless ``messages`` end with the user."""
-    if not messages or messages[-1]["role"] != "user":
+def check_last(messages: list[dict[str, Any]]) -> None:
+    """Raise Refused unless ``messages`` end with the user or the result of a tool."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise Refused(
             400,
-            "the last message must be the user's, or one of the assistant that is to be continued "
-            "after one of the user",
+            "the last message must be the user's or a tool's, or one of the assistant that is to "
+            "be continued after one of these",
             param="messages",
         )
 
@@ -281,8 +336,12 @@ class Usage(BaseModel):
 
 
 class ResponseMessage(BaseModel):
+    """``content`` is null beside calls without a text."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[CallOut] | None = None
 
 
 class Alternative(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from coati.inference.serve.not_served import Refused
-from coati.inference.serve.protocol import OpenAIRequest, Text, Usage
+from coati.inference.serve.protocol import OpenAIRequest, Text, Usage, Whole
 from coati.inference.serve.token_logprobs import MOST_ALTERNATIVES, TokenLogprob
 
 DEFAULT_NEW_TOKENS = 16  # as OpenAI documents
@@ -15,8 +15,8 @@ DEFAULT_NEW_TOKENS = 16  # as OpenAI documents
 class CompletionRequest(OpenAIRequest):
     """The body of POST /v1/completions. ``prompt``: a text or token ids, or a list of either."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]] | None = None
-    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    prompt: Text | list[Whole] | list[Text] | list[list[Whole]] | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt. Raises Refused for an empty one."""

@@ -8,12 +8,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from coati.dataset.chat.message_forms import texts_of
+from coati.dataset.chat.response_reader import Reader
 from coati.dataset.rows.row_errors import RowError
+from coati.inference.chat_templates import ChatTemplate
 from coati.inference.serve import protocol
 from coati.inference.serve.event_stream import (
     ChatShape,
@@ -24,6 +28,8 @@ from coati.inference.serve.event_stream import (
     whole,
 )
 from coati.inference.serve.inference_engine import (
+    ChatPrompt,
+    FirstCall,
     InferenceEngine,
     PromptTooLong,
     QueueFull,
@@ -41,6 +47,7 @@ from coati.inference.serve.protocol import (
 )
 from coati.inference.serve.stop_strings import word_pattern
 from coati.inference.serve.text_completions import CompletionRequest, TextCompletion
+from coati.inference.serve.tool_fields import ToolUse
 from coati.models.generation.sampling import Sampling
 
 # Why there is no whole response: status, message, error type.
@@ -65,6 +72,7 @@ PROMPT_FIELDS = {
     "/generate": "history",
     "/generate/stream": "history",
 }
+NO_TOOLS = ToolUse()
 _EVENTS = {200: {"content": {"text/event-stream": {}}}}
 
 
@@ -114,6 +122,14 @@ def make_app(engine: InferenceEngine, settings: WebSettings) -> FastAPI:
     return app
 
 
+def _reader(template: ChatTemplate, prompt: ChatPrompt, use: ToolUse, begun: bool) -> Reader:
+    """A reader of one response to ``prompt``, which has read what the prompt begins it with."""
+    reader = template.format.reader(prompt.text, use.tools, begun)
+    if prompt.forced:
+        reader.push(prompt.forced)
+    return reader
+
+
 class Api:
     """The routes."""
 
@@ -142,10 +158,19 @@ class Api:
         body.check_served()
         self._check_model(body.model)
         messages, begun = body.dialogue()
-        prompt = await self._encode(messages, begun)
-        params = replace(self._params(body, prompt), continues=bool(begun))
-        tasks = [(prompt, each) for each in body.choices(params)]
-        shape = ChatShape(self.settings.model_name, params.logprobs is not None)
+        use = body.tool_use()
+        template = await self._template(body.chat_template_kwargs)
+        prompt = await self._encode_chat(template, messages, begun, use)
+        reader = partial(_reader, template, prompt, use, bool(begun))
+        params = replace(
+            self._params(body, prompt.ids),
+            continues=bool(begun or prompt.forced),
+            shown=template.format.shown_of_calls if use.tools else template.format.shown,
+            one_call=(lambda: FirstCall(reader(), len(prompt.forced))) if use.single else None,
+        )
+        tasks = [(prompt.ids, each) for each in body.choices(params)]
+        scored = params.logprobs is not None
+        shape = ChatShape(self.settings.model_name, scored, reader, use.single)
         return await self._answer(body, tasks, shape, request, response)
 
     async def completions(self, body: CompletionRequest, request: Request, response: Response):
@@ -153,7 +178,9 @@ class Api:
         body.check_served()
         self._check_model(body.model)
         tasks = []
-        for prompt in body.prompts():
+        prompts = body.prompts()
+        self._check_number(len(prompts) * (body.n or 1))  # before thousands are tokenized
+        for prompt in prompts:
             self._check_words([prompt] if isinstance(prompt, str) else [], "prompt")
             try:
                 ids = await run_in_threadpool(self.engine.encode_text, prompt)
@@ -195,8 +222,8 @@ class Api:
     async def _older(self, body: GenerateRequest) -> Task:
         messages = body.messages()
         protocol.check_last(messages)
-        prompt = await self._encode(messages)
-        return prompt, self._params(body, prompt)
+        prompt = await self._encode_chat(await self._template(), messages)
+        return prompt.ids, self._params(body, prompt.ids)
 
     async def models(self) -> protocol.ModelList:
         """The model that is served."""
@@ -240,14 +267,61 @@ class Api:
                 code="content_filter",
             )
 
-    async def _encode(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
-        self._check_words([*(message["content"] for message in messages), begun])
+    def _check_number(self, responses: int) -> None:
+        if responses > self.engine.max_batch + self.engine.max_queue:
+            raise Refused(400, f"{responses} responses are more than this server takes at once")
+
+    async def _template(self, args: dict[str, Any] | None = None) -> ChatTemplate:
         try:
-            return await run_in_threadpool(self.engine.encode, messages, begun)
+            return await run_in_threadpool(self.engine.template, args)
+        except ValueError as error:
+            field = "chat_template_kwargs"
+            said = str(error).partition("template_args: ")[2] or str(error).splitlines()[0]
+            raise Refused(400, f"{field}: {said}", param=field) from None
+
+    async def _encode_chat(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        begun: str = "",
+        use: ToolUse = NO_TOOLS,
+    ) -> ChatPrompt:
+        self._check_words([*texts_of(messages), begun])
+        if use.tools and (lacking := template.lacking()):
+            raise Refused(
+                400, f"tools: this model's chat template has none: {lacking}", param="tools"
+            )
+        try:
+            return await run_in_threadpool(
+                self.engine.encode_chat,
+                template,
+                messages,
+                begun,
+                use.tools,
+                self._forced(template, begun, use),
+            )
         except RowError as error:
             raise Refused(
                 400, f"the chat template refuses these messages: {error.args[1]}", param="messages"
             ) from None
+
+    def _forced(self, template: ChatTemplate, begun: str, use: ToolUse) -> str:
+        """How a response begins that has to call a tool."""
+        if use.forced is None:
+            return ""
+        forced = template.format.forced(use.forced or None)
+        if begun or not forced:
+            why = (
+                "the last message is to be continued"
+                if begun
+                else "nothing begins a call in its chat template"
+            )
+            raise Refused(
+                400,
+                f"tool_choice: a call cannot be forced, {why}; send 'auto'",
+                param="tool_choice",
+            )
+        return forced
 
     def _submit(
         self, tasks: Sequence[Task], deliver: Callable[[int, StreamChunk], None], field: str
@@ -256,10 +330,7 @@ class Api:
         prompts."""
         submitted: list[Submitted] = []
         try:
-            if len(tasks) > self.engine.max_batch + self.engine.max_queue:
-                raise Refused(
-                    400, f"{len(tasks)} responses are more than this server takes at once"
-                )
+            self._check_number(len(tasks))
             for number, (prompt, params) in enumerate(tasks):
                 submitted.append(self.engine.submit(prompt, params, partial(deliver, number)))
         except Exception as error:

@@ -34,10 +34,17 @@ class Detokenizer:
         tokenizer: any of transformers', fast or slow.
         before: ids that stand before the first one and whose text is not returned, as of a prompt
             that is continued.
+        shown: special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        before: Sequence[int] = (),
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self.tokenizer = tokenizer
+        self.shown = shown
         self.before = list(before)
         self.text = ""  # what was returned
         self._ids: list[int] = []
@@ -79,7 +86,10 @@ class Detokenizer:
         return piece
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return decode(self.tokenizer, ids) if ids else ""
+        if self.shown.isdisjoint(ids):
+            return decode(self.tokenizer, ids) if ids else ""
+        kept = [token for token in ids if token in self.shown or token not in self._special]
+        return decode(self.tokenizer, kept, skip_special_tokens=False)
 
     def _settle(self) -> None:
         """Make the new tokens the context of the next ones, if they are something to lean on: after

@@ -41,6 +41,17 @@ class Sampling:
             if not good:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
 
+    @classmethod
+    def at(
+        cls,
+        temperature: float,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
+        """As flags say it: a ``temperature`` of 0 is greedy."""
+        return cls(temperature != 0, temperature or 1.0, top_k, top_p, repetition_penalty)
+
 
 def choose(
     logits: Tensor,

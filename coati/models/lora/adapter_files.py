@@ -16,6 +16,7 @@ from coati.models.lora.chained import PREFIX, earlier_adapters, is_chained, join
 from coati.models.lora.layers import adapter_layers
 from coati.models.lora.lora import LoraConfig
 from coati.utils.json_io import load_json, save_json
+from coati.utils.output_paths import open_like_folder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -36,6 +37,7 @@ def save_lora(
     directory.mkdir(parents=True, exist_ok=True)
     state = adapter_state(model, state_dict)
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    open_like_folder(directory / WEIGHTS)
     save_settings(model, directory)
 
 

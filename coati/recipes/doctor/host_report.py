@@ -224,7 +224,7 @@ def _address(asked: Asked, find: Any) -> str:
 
 def _port(asked: Asked, find: Any) -> str:
     if asked.port is None:
-        return "a free one is taken"
+        return "any free one"
     if port_is_free(asked.port):
         return f"{asked.port} is free"
     find(MEND, port_in_use(asked.port), "end it, or choose another --master_port")

@@ -35,7 +35,14 @@ def main(settings: CacheSettings) -> None:
 
 def _line(entry: Entry, now: float, state: str) -> str:
     days = (now - entry.used) / DAY_S
-    age = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours"
+    hours = days * 24
+    age = (
+        f"{days:.0f} days"
+        if days >= 2
+        else f"{hours:.0f} h"
+        if hours >= 1
+        else f"{hours * 60:.0f} min"
+    )
     said = f"{_size(entry.size):>12}{age:>12} ago  {state:<9}{_source(entry)}"
     return f"  {entry.path.name:<32}{said}".rstrip()
 

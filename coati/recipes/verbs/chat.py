@@ -42,13 +42,7 @@ def open_session(args: ChatSettings):
         raise ValueError(f"--{(at_fault or ['model_path'])[0]} {error}") from error
     if args.system_message is not None:
         loaded = with_system(loaded, args.system_message)
-    sampling = Sampling(
-        do_sample=args.temperature > 0,
-        temperature=args.temperature or 1.0,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    sampling = Sampling.at(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     lengths = {"max_length": args.model_max_length, "max_new_tokens": args.max_new_tokens}
     return ChatSession(*loaded, sampling=sampling, seed=args.seed, **lengths)
 

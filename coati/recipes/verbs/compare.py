@@ -47,8 +47,7 @@ def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, d
     from coati.inference.evaluate.win_rate import reference_of
     from coati.models.generation.sampling import Sampling
 
-    drawn = {name: getattr(args, name) for name in ("top_k", "top_p", "repetition_penalty")}
-    sampling = Sampling(args.temperature > 0, args.temperature or 1.0, **drawn)
+    sampling = Sampling.at(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     config = generating.SamplingConfig(
         sampling, args.max_new_tokens, args.max_length, args.batch_size, args.seed
     )

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from coati.cli.config_file import SCHEMAS, config_text
+from coati.cli.config_file import REQUIRED, config_text
 from coati.cli.init import InitSettings, init_parser, parse_init
+from coati.cli.nearest import SCHEMAS
 from coati.cli.verb import Verb
 
 VERB = Verb("machine", init_parser, parse_init, "coati.recipes.verbs.init:main", subject="--verb")
@@ -27,4 +28,10 @@ def main(settings: InitSettings) -> None:
     if path.exists():
         raise ValueError(f"{path} exists already; name another file with --output, or remove it")
     path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}; fill in what is (required), then: coati {settings.verb} {path}")
+    missing = [
+        action.dest
+        for action in parser.documented()
+        if REQUIRED in (action.help or "") and not given.get(action.dest)
+    ]
+    fill = f"fill in {' and '.join(missing)}, then: " if missing else "run it: "
+    print(f"wrote {path}; {fill}coati {settings.verb} {path}")

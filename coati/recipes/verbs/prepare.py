@@ -1,5 +1,6 @@
 """Tokenize conversations, preferences or prompts into shards, with a report."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def prepare(args: PrepareSettings) -> None:
     """Raw rows to shards. Says where they are."""
     from coati.dataset.chat.conversation import setup_conversation_template
     from coati.dataset.chat.plain_text import PlainText
+    from coati.dataset.chat.row_options import RowOptions
     from coati.dataset.data_types import DATA_TYPES
     from coati.dataset.prepare.staging import check_outputs
     from coati.dataset.rows.input_files import find_files
@@ -44,7 +46,11 @@ def prepare(args: PrepareSettings) -> None:
     template: Any
     if DATA_TYPES[str(args.type)].templated:
         template = setup_conversation_template(
-            tokenizer, args.conversation_template_config, template_mode=args.template_mode
+            tokenizer,
+            args.conversation_template_config,
+            template_mode=args.template_mode,
+            template_args=json.loads(args.template_args) if args.template_args else None,
+            options=RowOptions(args.thoughts, args.empty_thoughts, args.learn),
         )
     else:
         template = PlainText(tokenizer)
@@ -64,6 +70,8 @@ def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
     prepare_dataset(
         type=args.type,
         format=args.format,
+        columns=args.columns,
+        strict_columns=args.strict_columns,
         documents=args.documents,
         split=args.split,
         inputs=args.data_input_dirs,
@@ -116,7 +124,13 @@ def check(args: PrepareSettings) -> None:
 
     tokenizer = load_tokenizer(args.tokenizer_dir, trust_remote_code=args.trust_remote_code)
     color = sys.stdout.isatty()
-    report = check_template(tokenizer, args.conversation_template_config, args.template_mode, color)
+    report = check_template(
+        tokenizer,
+        args.conversation_template_config,
+        args.template_mode,
+        color,
+        json.loads(args.template_args) if args.template_args else None,
+    )
     print(report.lines())
     if report.errors:
         sys.exit(1)

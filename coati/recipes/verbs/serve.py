@@ -45,13 +45,7 @@ def app_of(args: ServerSettings, engine):
     from coati.inference.serve.web import WebSettings, make_app
     from coati.models.generation.sampling import Sampling
 
-    sampling = Sampling(
-        do_sample=args.temperature > 0,
-        temperature=args.temperature or 1.0,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    sampling = Sampling.at(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     # Without a token only the address protects the model, so a web page that makes its name point
     # here must not do.
     hosts = (*LOOPBACK, "[::1]") if args.token is None and args.http_host in LOOPBACK else ()

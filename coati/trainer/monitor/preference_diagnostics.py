@@ -46,7 +46,7 @@ class PreferenceChecks:
         self._reported: set[str] = set()
 
     def add(
-        self, metrics: dict[str, list], loss: float, num_terms: int, is_loss_rank: bool
+        self, metrics: dict[str, list], loss: float, num_terms: float, is_loss_rank: bool
     ) -> None:
         """Add an optimizer step: this rank's metric samples, and the loss per term and the number
         of terms over all ranks."""

@@ -86,7 +86,11 @@ def evaluations(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
         lower = next(cell.lower_is_better for cell in cells if cell)
         better = min if lower else max
         finals = [cell.last[1] for cell in cells if cell and cell.last[1] == cell.last[1]]
-        ranked = (lower or main) and len(finals) > 1
+        # A loss of one method says nothing beside that of another.
+        methods = {
+            run_summary.method_of(run) for run, cell in zip(runs, cells, strict=True) if cell
+        }
+        ranked = (lower or main) and len(finals) > 1 and len(methods) == 1
         rows.append(
             {
                 "label": label_of(name).replace(", evaluation", ""),

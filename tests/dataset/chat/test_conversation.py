@@ -250,11 +250,24 @@ def test_an_end_marker_the_template_never_writes():
     )
 
 
-def test_an_end_marker_only_between_turns():
-    """The reference's chatglm3 file: the last answer is followed by nothing."""
+@pytest.mark.parametrize("given", ["<|user|>", None])
+def test_an_end_marker_only_between_turns(given):
+    """As GLM's: the last answer is followed by nothing, and a model stops at the token that begins
+    the user's turn."""
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    tokenizer = byte_level(("<|user|>", "<|assistant|>"), LLAMA, template)
+    conversation = setup_conversation_template(tokenizer, {"end_of_assistant": given})
+    encoded = conversation.encode(messages("a", "b", "c", "d"))
+    answers = [conversation.encoder.decode(answer) for answer in encoded.responses()]
+    assert answers == ["b<|user|>", "d<|user|>"]
+    assert conversation.render(messages("a", "b")) == "<|user|>a<|assistant|>b"
+    assert [tokenizer.convert_tokens_to_ids("<|user|>")] in conversation.stop_ids
+
+
+def test_an_end_marker_that_no_turn_begins_with():
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
     assert "does not follow every response" in refused(
-        {"chat_template": template, "end_of_assistant": "<|user|>"}
+        {"chat_template": template, "end_of_assistant": "<|end|>"}
     )
 
 

@@ -41,6 +41,8 @@ def test_a_good_template_in_full():
         "<|im_start|>user\nProbe question number two<|im_end|>\n"
         "<|im_start|>assistant\n[[Probe answer number two<|im_end|>]]\n\n"
         "---\nend_of_assistant '<|im_end|>', stop_ids [[256]]\nno bos, eos '<|im_end|>' (256)\n"
+        "tools, calls of tools, results of tools are not written: rows that have them are dropped "
+        "and counted\n"
         "no errors: this template can be trained on"
     )
 

@@ -223,10 +223,12 @@ def test_a_template_that_rewrites_gives_each_answer_the_prompt_of_a_chat(turns):
     assert len(rows) == len(turns) // 2
     for number, row in enumerate(rows):
         ((start, end),) = row.spans
-        assert (
-            row.input_ids[:start] == sent(template, turns[: 2 * number + 1])
-            and row.input_ids[end - 1] == 2
-        )
+        prompt = sent(template, turns[: 2 * number + 1])
+        assert row.input_ids[: len(prompt)] == prompt and row.input_ids[end - 1] == 2
+        between = template.encoder.decode(row.input_ids[len(prompt) : start])
+        # the empty thought of a plain answer, which is not learned
+        thinks = "</think>" in turns[2 * number + 1]["content"]
+        assert between == ("" if thinks else "<think>\n\n</think>\n\n")
 
 
 @cache

@@ -44,6 +44,22 @@ HUGE = {
     "{{ 'a'.ljust(10 ** 10) }}": "10,000,000,000",
     DOUBLING.replace("DOUBLED", "ns.x ~ ns.x"): "characters",
     DOUBLING.replace("DOUBLED", "ns.x + ns.x"): "characters",
+    DOUBLING.replace("DOUBLED", "[ns.x, ns.x] | join"): "characters",
+    DOUBLING.replace("DOUBLED", "''.join([ns.x, ns.x])"): "characters",
+    DOUBLING.replace("DOUBLED", "ns.x | replace('a', 'aa')"): "characters",
+    DOUBLING.replace("DOUBLED", "ns.x.replace('a', 'aa')"): "characters",
+    DOUBLING.replace("DOUBLED", "'%s%s' % (ns.x, ns.x)"): "characters",
+    DOUBLING.replace("DOUBLED", "'%s%s' | format(ns.x, ns.x)"): "characters",
+    DOUBLING.replace("DOUBLED", "'{0}{0}'.format(ns.x)"): "characters",
+    DOUBLING.replace("DOUBLED", "[ns.x, ns.x] | string"): "characters",
+    DOUBLING.replace(
+        "{% set ns.x = DOUBLED %}", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"
+    ): ("characters"),
+    "{% macro d(x) %}{{ x ~ x }}{% endmacro %}" + DOUBLING.replace("DOUBLED", "d(ns.x)"): (
+        "characters"
+    ),
+    DOUBLING.replace("'aaaaaaaaaa'", "[0]").replace("DOUBLED", "ns.x + ns.x"): "8,388,608",
+    "{% set x = 'a' * 2 ** 25 %}{% for i in range(99999) %}{{ x ~ i }}{% endfor %}": "characters",
 }
 ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
@@ -68,6 +84,14 @@ def test_expressions_that_would_fill_memory(text):
     refused(text, HUGE[text])
     assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024
+
+
+def test_a_macro_takes_large_numbers():
+    """Templates write arguments of calls by macros of their own."""
+    text = "{% macro written(value) %}{{ value }}{% endmacro %}{{ written(messages) }}"
+    assert render_template(text, 10**12, {}, False) == str(10**12)
+    with pytest.raises(jinja2.TemplateError, match="makes"):
+        render_template("{{ 'a'.ljust(messages) }}", 10**12, {}, False)
 
 
 def test_a_loop_without_an_end_in_the_main_thread_and_in_another(monkeypatch):
@@ -102,6 +126,13 @@ def test_sums_and_joins_are_jinja_s_own():
         "{{ a ~ n ~ l ~ u }}",
         "{{ (a ~ n) + 'z' ~ (1 + n) }}",
         "{{ 'c' + ('d' + 'e') }}",
+        "{{ 'c' + a + 'd' + a + 'e' + a + 'f' + a + 'g' + a }}",
+        "{{ a ~ (n + 1 + n) ~ a ~ a ~ a ~ a ~ a ~ a ~ a ~ a }}",
+        "{% set b = a + 'y' + a %}{% set c, d = a, l + [2] %}{{ b }}{{ c }}{{ d }}",
+        "{{ [a, n, l] | join('-') }}{{ '-'.join(a + a) }}{{ l | join }}{{ missing | join }}",
+        "{{ [{'k': 1}, {'k': 2}] | join(',', attribute='k') }}{{ ('<' | e) + '<' + a }}",
+        "{{ a | replace('x', 'yy', 1) }}{{ 'xx'.replace('x', 'yy', 1) }}{{ n | replace(3, 4) }}",
+        "{% macro m(x) %}[{{ x + 'y' }}]{% endmacro %}{{ m(a) + m(m(a)) }}",
         "{{ 1.5 + n }}",
     ):
         assert compile_template(text).render(names) == plain.from_string(text).render(names)

@@ -72,6 +72,23 @@ def test_without_the_loss_mask_every_real_token_is_supervised_and_no_padding():
     ]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_weights_are_padded_with_nothing_and_1_where_a_row_has_none(side):
+    weighted = ROWS[0] | {"loss_weights": [0.0, 0.25, 0.5]}
+    batch = collator(side)([weighted, ROWS[1]])
+    padded = [0.0, 0.25, 0.5, 0.0, 0.0] if side == "right" else [0.0, 0.0, 0.0, 0.25, 0.5]
+    assert batch["loss_weights"].tolist() == [padded, [1.0] * 5]
+    assert batch["loss_weights"].dtype == torch.float32
+    assert "loss_weights" not in collator(side)(ROWS)
+    cut = collator(side, max_length=2)([weighted])
+    assert cut["loss_weights"].tolist() == [[0.0, 0.25]]
+
+
+def test_without_the_loss_mask_all_tokens_count_alike():
+    weighted = ROWS[0] | {"loss_weights": [0.0, 0.25, 0.5]}
+    assert "loss_weights" not in collator(apply_loss_mask=False)([weighted, ROWS[1]])
+
+
 def test_a_blank_row_has_tokens_but_nothing_supervised():
     make = collator()
     batch = make([ROWS[0], make.blank(ROWS[1])])

@@ -238,8 +238,8 @@ SFT = {
         "unknown_role.jsonl", "message 0 is from 'narrator'; known roles: user, human"
     ),
     "a number as role": row("role_number.jsonl", "message 0 is from 1"),
-    "a tool": row("tool_role.jsonl", "message 1 is from 'tool'"),
-    "a call of a tool": row("tool_call.jsonl", "message 1 has tool_calls in place of text"),
+    "a tool": row("tool_role.jsonl", "message 1 is from tool, expected assistant: no call"),
+    "a call of a tool": row("tool_call.jsonl", "message 1 calls a function without a name"),
     "two questions": row("two_questions.jsonl", "message 1 is from user, expected assistant"),
     "an answer first": row("answer_first.jsonl", "message 0 is from assistant, expected user"),
     "a late system message": row("late_system.jsonl", "message 2 is from system, expected user"),
@@ -266,7 +266,8 @@ SFT = {
     ),
     "another shape than --format": row(
         "no_answer.jsonl",
-        "expected conversations (--format sharegpt), found messages",
+        "expected conversations",
+        "(--format sharegpt), found messages",
         flags=("--format", "sharegpt"),
     ),
 }
@@ -294,7 +295,7 @@ PAIRS = {
     ),
     "NaN as margin": row("margin_nan.jsonl", "margin is nan, expected a number", type="preference"),
     "texts that are no dialogues": row(
-        "not_a_dialogue.jsonl", "chosen must begin with a Human:", type="preference"
+        "not_a_dialogue.jsonl", "chosen is a text without its prompt", type="preference"
     ),
     "dialogues without a common question": row(
         "nothing_shared.jsonl", "chosen and rejected begin differently", type="preference"
@@ -423,7 +424,7 @@ FLAGS = {
         code=1,
     ),
     "too many malformed rows": flag(
-        "at most a share of 0.3 may be (--max_bad_ratio)", "--max_bad_ratio", "0.3", code=1
+        "at most a share of 0.3 may be. Most", "--max_bad_ratio", "0.3", code=1
     ),
     "no tokenizer there": flag("no_tokenizer", "--tokenizer_dir", "{folder}/no_tokenizer", code=1),
     "an output that exists": flag(

@@ -156,7 +156,7 @@ def test_a_sample_is_drawn_from_each_bin_and_the_seed_decides(tmp_path):
 BAD = {
     2: ('{"messages": [', "bad_json"),
     3: ({"txet": "x"}, "wrong_keys"),
-    4: (row("q", "a", roles=("human", "tool")), "unsupported_role"),
+    4: (row("q", "a", roles=("human", "narrator")), "unknown_role"),
     5: (row("q", "q", roles=("human", "human")), "roles_not_alternating"),
     6: ({"messages": []}, "empty_conversation"),
     7: (row("q"), "no_assistant_turn"),

@@ -368,3 +368,20 @@ def test_a_single_document_cannot_be_held_out(monkeypatch, tmp_path, tokenizer_d
     own = ("--type", "text", "--eval_ratio", "0.1")
     said = failure(monkeypatch, tmp_path / "out", tokenizer_dir, *own, data=text)
     assert "so few rows that all were drawn for evaluation" in said and "--eval_input_dirs" in said
+
+
+def test_columns_of_any_names(tmp_path, tokenizer_dir, monkeypatch):
+    rows = [{"ask": f"q{n}", "reply": {"text": f"a{n}"}, "images": "x.png"} for n in range(60)]
+    data = tmp_path / "rows.ndjson"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ("--columns", "prompt=ask,response=reply.text")
+    said = failure(monkeypatch, tmp_path, tokenizer_dir, *names, "--strict_columns", data=data)
+    assert f"images (the first: {data}:1)" in said and not (tmp_path / "arrow").exists()
+    call(monkeypatch, tmp_path, tokenizer_dir, *names, "images=", "--strict_columns", data=data)
+    made = load_tokenized_dataset(str(tmp_path / "arrow")).data.table.to_pylist()
+    assert sorted(row["labels_decode"][0] for row in made)[0] == "a0<|im_end|>" and len(made) == 60
+
+
+def test_columns_that_cannot_be_named(tmp_path, tokenizer_dir, monkeypatch):
+    said = failure(monkeypatch, tmp_path, tokenizer_dir, "--columns", "question=ask")
+    assert "--columns: 'question' is nothing that a column can be; expected one of messages" in said

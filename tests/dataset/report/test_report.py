@@ -418,12 +418,12 @@ def test_answers_without_an_end():
 
 def test_roles_that_left_rows_out_are_counted(tmp_path, capsys):
     rows = [ROWS["sft"](i) for i in range(20)]
-    for place, role in enumerate(["tool", "developer", "Tool", "narrator\x1b", "tool"]):
+    for place, role in enumerate(["tool", "bing", "Tool", "narrator\x1b", "tool"]):
         rows[place]["messages"].insert(1, message(role, "x"))
     report = prepared(tmp_path, rows, max_bad_ratio=1, show=print)
-    assert report["refused_roles"] == {"tool": 3, "developer": 1, "narrator\x1b": 1}
-    assert "rows dropped for a turn of: tool 3, developer 1, narrator␛ 1" in capsys.readouterr().out
-    assert {"tool", "developer", "narrator␛"} <= set(Tags(page(report)).text)
+    assert report["refused_roles"] == {"tool": 3, "bing": 1, "narrator\x1b": 1}
+    assert "rows dropped for a turn of: tool 3, bing 1, narrator␛ 1" in capsys.readouterr().out
+    assert {"tool", "bing", "narrator␛"} <= set(Tags(page(report)).text)
 
 
 def test_endless_roles_do_not_fill_the_memory():

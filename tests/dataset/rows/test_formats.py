@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import DATASET_FORMATS, FORMATS, FORMATS_OF, read_row
 from coati.dataset.rows.row_errors import RowError
+from tests.dataset.rows.test_format_files import in_files
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -247,10 +248,9 @@ def test_every_format_is_shown_above():
     }
     seen |= {(type, name) for type in ("sft", "text") for name in ("source_target", "text")}
     seen.add(("text", "document"))  # tests/dataset/types/test_text_rows.py
-    also_as_prompts = {("prompt", name) for name in ("rm_static",)}
-    assert seen | also_as_prompts == {
-        (type, format.name) for format in DATASET_FORMATS for type in format.types
-    }
+    seen |= in_files() | {("prompt", name) for name in ("rm_static", "ms_swift")}
+    every = {(type, format.name) for format in DATASET_FORMATS for type in format.types}
+    assert every - seen == set() and seen <= every
     assert set(FORMATS) == {name for names in FORMATS_OF.values() for name in names}
 
 
@@ -317,22 +317,27 @@ TOOL = {"role": "tool", "content": "4"}
             "nearest is alpaca (instruction, output)",
         ),
         ("preference", {"context": CHAT[:1], "chosen": WELL}, "wrong_keys", "which needs rejected"),
-        ("kto", {"a": 1}, "wrong_keys", "expected prompt, completion, label, found a"),
+        ("kto", {"a": 1}, "wrong_keys", "expected prompt, completion, label / messages, label"),
         ("sft", {"messages": None}, "wrong_keys", "found messages (null)"),
         ("sft", 7, "wrong_keys", "found int"),
         ("sft", [1], "wrong_keys", "found list"),
-        ("sft", {"messages": [CHAT[0], TOOL]}, "unsupported_role", "message 1 is from 'tool'"),
         (
             "sft",
-            {"messages": [{"role": "developer", "content": "x"}, *CHAT]},
-            "unsupported_role",
-            "'developer'",
+            {"messages": [CHAT[0], TOOL]},
+            "roles_not_alternating",
+            "message 1 is from tool, expected assistant: no call",
+        ),
+        (
+            "sft",
+            {"messages": [*CHAT, {"role": "developer", "content": "x"}]},
+            "roles_not_alternating",
+            "message 4 is from system, expected user",
         ),
         (
             "sft",
             {"conversations": [{"from": "function_call", "value": "x"}]},
-            "unsupported_role",
-            "function_call",
+            "bad_tool_call",
+            "message 0 holds 'x', expected JSON of a call",
         ),
         (
             "sft",
@@ -342,8 +347,8 @@ TOOL = {"role": "tool", "content": "4"}
                     {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
                 ]
             },
-            "unsupported_role",
-            "message 1 has tool_calls in place of text",
+            "bad_tool_call",
+            "message 1 calls a function without a name",
         ),
         ("sft", {"messages": [{"role": "bing", "content": "x"}]}, "unknown_role", "'bing'"),
         (
@@ -390,7 +395,7 @@ TOOL = {"role": "tool", "content": "4"}
             "preference",
             {"chosen": "Hello", "rejected": "Go away"},
             "wrong_keys",
-            "chosen must begin with a Human: or",
+            "chosen is a text without its prompt",
         ),
         (
             "preference",

@@ -70,7 +70,11 @@ def message(role="user", content="x") -> dict:
         ({"messages": [{"from": "user"}]}, "wrong_keys", "message 0 lacks content"),
         ({"messages": [{"content": "x"}]}, "wrong_keys", "message 0 lacks from (or role)"),
         ({"instruction": "x"}, "wrong_type", "they need instruction, output"),
-        ({"messages": [message("tool")]}, "unsupported_role", "'tool'"),
+        (
+            {"messages": [message("tool")]},
+            "roles_not_alternating",
+            "message 0 is from tool, expected user: no call",
+        ),
         ({"messages": [message(3)]}, "unknown_role", "3"),
         (
             {"messages": [message(), message()]},
@@ -308,6 +312,6 @@ def test_the_name_of_a_data_set(saved, monkeypatch):
     (saved / "data").mkdir()
     for path in ("data/sft.jsonl", "../data", "/data/sft", "sft", "data/sft", "nobody/a.jsonl"):
         with pytest.raises(
-            ValueError, match="there is no such file or folder; expected data files .*gz\\)\\)$"
+            ValueError, match="there is no such file or folder; expected data files .*zst\\)\\)$"
         ):
             find_files([path])

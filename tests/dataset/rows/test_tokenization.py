@@ -165,14 +165,14 @@ def test_a_template_that_rewrites_earlier_turns():
     """Old thoughts go from the context, the last answer's stay and are trained."""
     conversation = Conversation.from_config(chatml_tokenizer(REWRITING), {})
     assert conversation.rewrites
-    context = messages("1+1?", "<think>add</think>2", "2+2?")
+    context = messages("1+1?", "<think>\nadd\n</think>\n\n2", "2+2?")
     pair = {
         "context": context,
-        "chosen": messages("", "<think>t</think>4")[1:],
+        "chosen": messages("", "<think>\nt\n</think>\n\n4")[1:],
         "rejected": messages("", "5")[1:],
     }
     (row,) = rows("preference", pair, conversation)
-    assert row["chosen_label_decode"] == ["<think>t</think>4<|im_end|>"] and row[
+    assert row["chosen_label_decode"] == ["<think>\nt\n</think>\n\n4<|im_end|>"] and row[
         "rejected_label_decode"
     ] == ["5<|im_end|>"]
     (prompt,) = rows("prompt", {"messages": context}, conversation)
@@ -181,7 +181,9 @@ def test_a_template_that_rewrites_earlier_turns():
         and row["chosen_input_ids"][: prompt["seq_length"]] == prompt["input_ids"]
     )
     (judged,) = rows(
-        "kto", {"prompt": context, "completion": "<think>t</think>4", "label": True}, conversation
+        "kto",
+        {"prompt": context, "completion": "<think>\nt\n</think>\n\n4", "label": True},
+        conversation,
     )
     assert (
         judged["prompt"] == prompt["input_ids"]

@@ -123,7 +123,7 @@ def test_where_documents_are_found(case):
         ({"messages": []}, "wrong_type"),
         ({"words": "a"}, "wrong_keys"),
         ({"text": '[{"role": "user", "content": "hi"}]'}, "content_not_text"),
-        ({"content": "{'messages': [{'role': 'user'}]}"}, "content_not_text"),
+        ({"content": "{'messages': [{'role': 'user', 'content': 'a'}]}"}, "content_not_text"),
     ],
 )
 def test_what_is_no_document(row, reason):

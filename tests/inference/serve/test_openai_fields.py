@@ -159,6 +159,7 @@ def test_text_completions_of_several_prompts(client):
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": ["a", ""]}, "prompt is empty"),
+        ({"prompt": [[0], [0, 99999]]}, "token ids must be from 0 to 383"),
         ({"prompt": [1, 99999]}, "token ids must be from 0 to 383"),
         ({"echo": True}, "echo is not served"),
         ({"best_of": 3}, "best_of is not served"),
@@ -168,6 +169,20 @@ def test_text_completions_of_several_prompts(client):
 )
 def test_text_completions_that_cannot_be_given(client, fields, message):
     with pytest.raises(openai.BadRequestError, match=message):
+        completion(client, **fields)
+
+
+def test_too_many_prompts_are_refused_before_they_are_tokenized(client, server, monkeypatch):
+    monkeypatch.setattr(server.engine, "encode_text", lambda prompt: 1 / 0)
+    with pytest.raises(openai.BadRequestError, match="1000 responses are more than"):
+        completion(client, prompt=["a"] * 1000)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt": [True, 1]}, {"prompt": [[False]]}, {"logprobs": True}]
+)
+def test_text_completions_take_no_true_for_1(client, fields):
+    with pytest.raises(openai.UnprocessableEntityError):
         completion(client, **fields)
 
 

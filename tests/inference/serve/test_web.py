@@ -15,6 +15,18 @@ VENDOR = Path(middleware.__file__).parent / "vendor"
 LONG_TURN = {"instruction": "hello " * 600}
 JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def call_of(arguments):
+    return {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "f", "arguments": arguments},
+    }
+
+
+CALLED = {"role": "assistant", "content": None, "tool_calls": [call_of('{"n": 1}')]}
 OLD = {"history": [{"instruction": "hello", "response": ""}]}
 
 
@@ -68,8 +80,17 @@ def test_contents_in_parts_and_developers_are_understood(client):
     ("fields", "status", "message", "param"),
     [
         ({"n": 17}, 422, "n: ", "n"),
-        ({"tools": [{}]}, 400, "tools is not served; leave it out or send []", "tools"),
-        ({"tool_choice": "required"}, 400, "tool_choice is not served", "tool_choice"),
+        ({"tools": [{}]}, 422, "tools.0.type: Field required", "tools.0.type"),
+        ({"tools": [TOOL]}, 400, "tools: this model's chat template has none", "tools"),
+        ({"functions": [{}]}, 400, "functions is not served; leave it out or send []", "functions"),
+        ({"tool_choice": "required"}, 400, "tool_choice asks for a call, and there are", "tools"),
+        ({"chat_template_kwargs": {"x": 1}}, 400, "reads no 'x'", "chat_template_kwargs"),
+        (
+            {"chat_template_kwargs": {"tools": []}},
+            400,
+            "tools is given to every template",
+            "chat_template_kwargs",
+        ),
         (
             {"response_format": {"type": "json_object"}},
             400,
@@ -96,8 +117,20 @@ def test_contents_in_parts_and_developers_are_understood(client):
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             400,
-            "messages.0.role: 'tool' is not served, this server has no tools",
+            "messages.0: a result (role 'tool') follows no message of the assistant with tool_call",
             "messages.0.role",
+        ),
+        (
+            {"messages": [{"role": "function", "content": "x"}]},
+            400,
+            "messages.0.role: 'function' is not served; send the result as role 'tool'",
+            "messages.0.role",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+            400,
+            "messages.0.tool_call_id has no place in role 'user'",
+            "messages.0.tool_call_id",
         ),
         (
             {"messages": [{"role": "robot", "content": "x"}]},
@@ -141,9 +174,39 @@ def test_contents_in_parts_and_developers_are_understood(client):
         ),
         (
             {"messages": [*HELLO, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            422,
+            "messages.1.tool_calls.0.function: Field required",
+            "messages.1.tool_calls.0.function",
+        ),
+        (
+            {"messages": [*HELLO, {**CALLED, "tool_calls": [call_of("[1]")]}, *HELLO]},
             400,
-            "messages.1.tool_calls is not served",
-            "messages.1.tool_calls",
+            "messages.1.tool_calls.0.function.arguments: expected a JSON object, as text",
+            "messages.1.tool_calls.0.function.arguments",
+        ),
+        (
+            {"messages": [*HELLO, CALLED]},
+            400,
+            "the last one, which is the assistant's and is continued, holds tool_calls",
+            "messages",
+        ),
+        (
+            {"messages": [*HELLO, CALLED, {"role": "tool", "content": "5"}]},
+            400,
+            "messages.2.tool_call_id is missing; before it are call_1",
+            "messages.2.tool_call_id",
+        ),
+        (
+            {"messages": [*HELLO, CALLED, {"role": "tool", "tool_call_id": "x", "content": "5"}]},
+            400,
+            "messages.2.tool_call_id 'x' is none of the calls; before it are call_1",
+            "messages.2.tool_call_id",
+        ),
+        (
+            {"messages": [*HELLO, CALLED, *HELLO]},
+            400,
+            "the chat template refuses these messages",
+            "messages",
         ),
         (
             {"continue_final_message": True},
@@ -152,7 +215,7 @@ def test_contents_in_parts_and_developers_are_understood(client):
             "continue_final_message",
         ),
         ({"max_tokens": 0}, 422, "must be at least 1; null or -1", "max_tokens"),
-        ({"max_tokens": False}, 422, "must be at least 1", "max_tokens"),
+        ({"max_tokens": False}, 422, "must be a number, not false", "max_tokens"),
         ({"max_tokens": -2}, 422, "max_tokens: ", "max_tokens"),
         ({"min_p": 2}, 422, "min_p: ", "min_p"),
         ({"temperature": 3}, 422, "temperature: ", "temperature"),
@@ -163,6 +226,29 @@ def test_contents_in_parts_and_developers_are_understood(client):
 def test_what_cannot_be_served_is_refused_in_openais_shape(client, fields, status, message, param):
     found = error(chat(client, **fields), status)
     assert message in found["message"] and (param is None or found["param"] == param)
+
+
+@pytest.mark.parametrize(
+    "field",
+    (
+        *("max_tokens", "max_completion_tokens", "n", "seed", "top_logprobs", "temperature"),
+        *("top_p", "top_k", "min_p", "repetition_penalty", "best_of"),
+    ),
+)
+def test_true_is_no_number(client, field):
+    found = error(
+        chat(client, **{field: True, "logprobs": True}), 400 if field == "best_of" else 422
+    )
+    assert found["param"] == field
+
+
+@pytest.mark.parametrize("field", ["stream", "logprobs", "continue_final_message"])
+def test_1_is_no_boolean(client, field):
+    assert error(chat(client, **{field: 1}), 422)["param"] == field
+
+
+def test_a_false_penalty_is_not_0(client):
+    assert error(chat(client, frequency_penalty=False), 400)["param"] == "frequency_penalty"
 
 
 def test_fields_that_ask_for_nothing_are_let_through(client):

@@ -240,3 +240,10 @@ def test_the_repetition_penalty_sees_prompt_and_answer():
     run(Batch(model), {0: [Row(prompt(4, 1), GREEDY, 20)], 2: [row]})
     assert len(set(row.tokens)) == 30 and not set(row.tokens) & set(row.prompt)
     assert row.tokens == alone(model, row)
+
+
+def test_a_temperature_of_0_is_greedy():
+    assert Sampling.at(0) == Sampling(do_sample=False)
+    assert Sampling.at(0.5, 3, 0.9, 1.2) == Sampling(True, 0.5, 3, 0.9, 1.2)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        Sampling.at(-1.0)

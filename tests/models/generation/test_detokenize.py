@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import coati
 from coati.models.generation.detokenize import Detokenizer, decode
+from tests.tiny import tiny_tokenizer
 
 CORPUS = [
     "hello there, how are you today? it's names = [ 'mary', 'sam' ] and more . . . text !",
@@ -314,3 +315,16 @@ def test_the_cost_is_linear(kind, what):
     ids = ids_of(tokenizer.tokenizer, "he") + unit * 1000
     streamed(tokenizer, ids)
     assert tokenizer.ids < 25 * len(ids)  # each time the whole: 1,000 times as many
+
+
+def test_special_tokens_that_are_shown():
+    """Those that mark thoughts and calls are text, the others are skipped as ever."""
+    tokenizer = tiny_tokenizer()
+    shown, skipped = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
+    ids = tokenizer("hello there").input_ids
+    text = Detokenizer(tokenizer, shown=frozenset([shown]))
+    given = [shown, *ids, skipped, shown, *ids, skipped]
+    pieces = "".join([text.push(token) for token in given]) + text.finish()
+    assert pieces == "<|im_start|>hello there<|im_start|>hello there" == text.text
+    plain = Detokenizer(tokenizer)
+    assert "".join([plain.push(token) for token in given]) + plain.finish() == "hello there" * 2

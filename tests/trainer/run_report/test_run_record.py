@@ -46,6 +46,14 @@ def test_a_run_from_start_to_end(tmp_path):
     log.close()
 
 
+@pytest.mark.parametrize("step", [10, 12])
+def test_a_run_with_nothing_left_says_so(tmp_path, capsys, step):
+    begun(tmp_path, step)
+    assert f"of step {step}, and the run has 10 in all: nothing is left" in capsys.readouterr().err
+    begun(tmp_path, 9)
+    assert "nothing is left" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stopped, word", [(True, "stopped"), (False, "finished")])
 def test_how_it_ended(tmp_path, stopped, word):
     begun(tmp_path).finish(3, stopped)

@@ -43,6 +43,16 @@ def test_the_best_last_value_is_marked(runs):
     assert rows["perplexity"]["cells"][1] is None and rows["perplexity"]["best"] is None
 
 
+def test_losses_of_two_methods_are_not_ranked(tmp_path):
+    made_run(tmp_path / "a")
+    made_run(tmp_path / "b", BETTER, events=[STARTED | {"method": "dpo"}])
+    rows = {
+        row["label"]: row
+        for row in evaluations([open_run(tmp_path / "a"), open_run(tmp_path / "b")])
+    }
+    assert rows["loss"]["best"] is None and len(rows["loss"]["cells"]) == 2
+
+
 def test_one_metric_is_one_chart_with_a_line_a_run(runs):
     groups = overlaid(["first", "second"], runs)
     lines = {

@@ -1,0 +1,41 @@
+"""What became of thoughts, tools and weights when rows were rendered, where it deserves a second
+look."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from coati.dataset.chat.dialogue import DROPPED, EMPTY, SPEECH_DROPPED, UNUSED_WEIGHT
+
+
+def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
+    """One sentence per finding: what is odd and what to do about it."""
+    traits = report["traits"]
+    if rows := traits.get(DROPPED):
+        yield (
+            f"the chat template drops the thoughts of {rows} rows, which are trained without them: "
+            "--thoughts keep writes them before the responses, --thoughts refuse leaves these rows "
+            "out, --thoughts drop says that it is meant so"
+        )
+    if rows := traits.get(EMPTY):
+        options = report.get("template", {}).get("options", {})
+        masked = options.get("empty_thoughts", "mask") == "mask"
+        done, other = ("masked", "supervise") if masked else ("learned", "mask")
+        yield (
+            f"the chat template writes an empty thought before responses of {rows} rows that have "
+            f"none: it is {done} (--empty_thoughts {other} changes that)"
+        )
+    if rows := traits.get(SPEECH_DROPPED):
+        yield (
+            f"the chat template drops the text that stands beside a call of a tool in {rows} rows: "
+            "they are trained on the call alone"
+        )
+    if rows := traits.get(UNUSED_WEIGHT):
+        yield (
+            f"{rows} rows give a weight to turns that are not learned: --learn "
+            "roles:user,assistant learns those of the user, too"
+        )
+    if entry := report["dropped"].get("tools_unsupported"):
+        yield (
+            f"{entry['rows']} rows need a chat template that writes tools, for example "
+            f"{entry['first'][0]}"
+        )

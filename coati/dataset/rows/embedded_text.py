@@ -1,0 +1,84 @@
+"""Texts that are themselves JSON or Python of messages, as csv files and careless exports hold
+them."""
+
+import ast
+import json
+import re
+from typing import Any
+
+from coati.dataset.rows.row_errors import RowError
+
+LONGEST_LITERAL = 1 << 20  # characters that are read as Python
+# A key of a message: "role": ..., 'from': ..., \"value\": ...
+_KEY = re.compile(r"""["'](?:role|from|content|value)\\*["']\s*:""")
+_MESSAGES = re.compile(
+    r"""^\s*["']?(?:array\()?\s*(?:[\[({]\s*)+\\*["'](?:role|from|content|value)\\*["']\s*:"""
+)
+_KEYED = re.compile(r"""^\s*["']?\{\s*\\*["'](?:messages|conversations?)\\*["']\s*:\s*\[""")
+OPENERS = frozenset("[{(\"'a \t\r\n")  # what such a text may begin with
+
+
+def decoded(text: str) -> Any:
+    """The list or object that ``text`` writes as JSON or Python, also when it was quoted twice;
+    None when it writes neither."""
+    found: Any = text
+    for _ in range(3):
+        if not isinstance(found, str) or found.lstrip()[:1] not in tuple("[{(\"'"):
+            break
+        found = _once(found.strip())
+    return found if isinstance(found, list | dict) else None
+
+
+def _once(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if len(text) > LONGEST_LITERAL:
+        return None
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return list(found) if isinstance(found, tuple) else found
+
+
+def is_messages_text(text: str) -> bool:
+    """Whether ``text`` as a whole is JSON or Python of a message or of messages, well-formed or
+    not."""
+    head = text[:400]
+    if not (_MESSAGES.search(head) or _KEYED.search(head)):
+        return False
+    found = decoded(text)
+    if found is None:  # cut, or as numpy prints it: no text to train on either
+        after = re.split(r"[\])}]", text)[-1]
+        return not re.search(r"\w", after) or bool(_KEY.search(after))
+    return _holds_messages(found)
+
+
+def _holds_messages(found: Any) -> bool:
+    if isinstance(found, dict):
+        inner = next(
+            (found[k] for k in ("messages", "conversations", "conversation") if k in found), None
+        )
+        if isinstance(inner, list):
+            return _holds_messages(inner)
+        said = "content" in found or "value" in found
+        return said and ("role" in found or "from" in found)
+    return isinstance(found, list) and bool(found) and all(map(_holds_messages, found))
+
+
+def messages_of(text: str, key: str) -> list:
+    """The list of messages that ``text``, found under ``key``, writes. Raises RowError."""
+    found = decoded(text)
+    if isinstance(found, dict):
+        found = found.get("messages") or found.get("conversations") or [found]
+    if not isinstance(found, list):
+        raise RowError("messages_as_text", f"{key} holds {text[:60]!r}")
+    return found
+
+
+def check_no_messages(text: str, where: str) -> None:
+    """Raise RowError for a text that is itself a list of messages."""
+    if text[:1] in OPENERS and is_messages_text(text):
+        raise RowError("messages_as_text", f"{where} holds {text[:60]!r}")

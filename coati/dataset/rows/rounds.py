@@ -1,0 +1,294 @@
+"""Rows that hold a question and what belongs to it in columns of their own: instruction, input,
+context, choices, earlier rounds, a thought, and the response."""
+
+import json
+from typing import Any
+
+from coati.dataset.rows.column_use import Fields, holds
+from coati.dataset.rows.embedded_text import decoded
+from coati.dataset.rows.messages import Message, Messages, message_list, spoken, text
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.source_row import (
+    SourceRow,
+    first_question,
+    judged_row,
+    prompt_messages,
+    response_messages,
+    split_pair,
+    two_responses,
+    whole_pair,
+)
+from coati.dataset.rows.thoughts import FIELDS as THOUGHTS
+from coati.dataset.rows.tool_calls import calls_of
+
+# The question, the first that is there; and the response, a reference answer last.
+ASKED = ("prompt", "question", "query", "problem", "instruction", "input")
+RESPONSES = ("response", "output", "completion", "solution", "answer", "target")
+CHOICES = ("choices", "options")
+KEYS_OF_CHOICE = ("answer", "answerKey", "answer_key", "answer_idx", "answer_index", "label")
+COTS = (*THOUGHTS, "complex_cot", "rationale", "chain_of_thought", "cot")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def asked_key(row: dict) -> str | None:
+    """The column with the question."""
+    return next((key for key in ASKED if dict.get(row, key) is not None), None)
+
+
+def response_key(row: dict) -> str | None:
+    """The column with the response."""
+    asked = asked_key(row)
+    return next((k for k in RESPONSES if k != asked and dict.get(row, k) is not None), None)
+
+
+def asked(row: Fields, key: str | None = None) -> Messages:
+    """Earlier rounds and the question under ``key``: with it instruction, input, context and
+    choices, one after the other with a blank line between."""
+    key = key or asked_key(row) or "instruction"
+    before = _history(row)
+    if key == "instruction":
+        messages = [{"role": "user", "content": text(row.get(key) or "", key)}]
+    else:
+        messages = prompt_messages(row, key)
+    if messages and messages[-1]["role"] == "user":
+        first = _extra(row, "instruction", key)
+        more = [_extra(row, name, key) for name in ("input", "context")]
+        parts = [first, messages[-1]["content"], *more, _choices(row)]
+        said = "\n\n".join(part for part in parts if part)
+        messages = [*messages[:-1], {**messages[-1], "content": said}]
+    first = int(bool(messages) and messages[0]["role"] == "system")
+    return [*messages[:first], *before, *messages[first:]]
+
+
+def _extra(row: Fields, name: str, asked: str) -> str:
+    found = None if name == asked else row.peek(name)
+    if not found:
+        return ""
+    if isinstance(found, list) and all(isinstance(one, str) for one in found):
+        return "\n\n".join(row[name])
+    return text(row[name], name)
+
+
+def options(row: dict) -> list[tuple[str, str]]:
+    """``(letter, text)`` of each choice of a question; none where it has no choices."""
+    key = next((key for key in CHOICES if holds(dict.get(row, key))), None)
+    if key is None:
+        return []
+    found = dict.get(row, key)
+    if isinstance(found, str):
+        found = decoded(found) or found
+    if isinstance(found, dict) and isinstance(found.get("text"), list):
+        labels = found.get("label") or LETTERS[: len(found["text"])]
+        if len(labels) != len(found["text"]):
+            raise RowError("bad_scores", f"{key} has {len(labels)} labels: {found!r:.60}")
+        found = list(zip(map(str, labels), found["text"], strict=False))
+    elif isinstance(found, dict):
+        found = [(str(letter), one) for letter, one in found.items()]
+    elif isinstance(found, list) and len(found) <= len(LETTERS):
+        found = list(zip(LETTERS, found, strict=False))
+    if not isinstance(found, list) or not all(
+        isinstance(one, str | int | float) for _, one in found
+    ):
+        raise RowError(
+            "bad_scores", f"{key} is {dict.get(row, key)!r:.60}, expected a list of texts"
+        )
+    return [(letter, str(one)) for letter, one in found]
+
+
+def _choices(row: Fields) -> str:
+    found = options(row)
+    if not found:
+        return ""
+    key = next(key for key in CHOICES if holds(row.peek(key)))
+    value = row[key]
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        inner = row.inside(key)
+        inner.get("text")
+        inner.get("label")
+    return "\n".join(f"{letter}. {one}" for letter, one in found)
+
+
+def chosen_letter(row: Fields, answer: Any) -> str | None:
+    """The letter of the choice that ``answer`` names by index, letter or text."""
+    found = options(row)
+    letters = [letter for letter, _ in found]
+    if isinstance(answer, bool) or not found:
+        return None
+    if isinstance(answer, int) or (isinstance(answer, str) and answer.strip().isdigit()):
+        if str(answer).strip() in letters:
+            return str(answer).strip()
+        return letters[int(answer)] if int(answer) < len(letters) else None
+    if isinstance(answer, str):
+        if answer.strip() in letters:
+            return answer.strip()
+        return next((letter for letter, one in found if one.strip() == answer.strip()), None)
+    return None
+
+
+def _history(row: Fields) -> Messages:
+    """Earlier rounds as ``[question, response]`` pairs, or as messages."""
+    rounds = row.get("history") or []
+    if isinstance(rounds, str):
+        rounds = decoded(rounds) or rounds
+    if isinstance(rounds, list) and rounds and all(isinstance(one, dict) for one in rounds):
+        return message_list(rounds, "history", row.use)
+    if not isinstance(rounds, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in rounds
+    ):
+        raise RowError("wrong_keys", "history must be a list of [question, answer] pairs")
+    return [
+        spoken(role, text(said, "history"), "history", row.use)
+        for pair in rounds
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def answered(row: Fields) -> Messages:
+    """The response of a row, with the thought that a column of its own holds."""
+    key = response_key(row)
+    letter = chosen_letter(row, row.peek(key)) if key in KEYS_OF_CHOICE else None
+    if letter is not None:
+        row.answer(key)
+        messages = [{"role": "assistant", "content": letter}]
+    elif isinstance(row.peek(key), int | float) and not isinstance(row.peek(key), bool):
+        messages = [{"role": "assistant", "content": str(row.answer(key))}]
+    else:
+        messages = response_messages(row, key)
+    return _with_thought(row, messages) if messages else messages
+
+
+def _thought(row: Fields) -> str:
+    key = next((k for k in COTS if isinstance(row.peek(k), str) and len(row.peek(k)) > 6), None)
+    return row.answer(key) if key else ""
+
+
+def one_round(row: Fields) -> SourceRow:
+    """A question and its response."""
+    return SourceRow(messages=asked(row) + answered(row))
+
+
+def asked_alone(row: Fields) -> SourceRow:
+    """A question; what answers it is the reference."""
+    return SourceRow(messages=asked(row))
+
+
+def plain(row: Fields) -> SourceRow:
+    """A question alone."""
+    key = first_question(row)
+    if key == "text":
+        return SourceRow(messages=prompt_messages(row, key))
+    return SourceRow(messages=asked(row, key))
+
+
+def instruction_pair(row: Fields) -> SourceRow:
+    return SourceRow(messages=asked(row, "instruction"), **two_responses(row))
+
+
+def alpaca(row: Fields) -> SourceRow:
+    """Earlier rounds, then instruction and optional input as the question, and the output, if any,
+    as the response."""
+    messages = asked(row, "instruction")
+    if row.peek("output") is not None:
+        messages += [spoken("assistant", text(row.answer("output"), "output"), "output", row.use)]
+    return SourceRow(messages=_with_thought(row, messages))
+
+
+def _with_thought(row: Fields, messages: Messages) -> Messages:
+    last = messages[-1]
+    if last["role"] != "assistant" or "reasoning_content" in last:
+        return messages
+    thought = _thought(row)
+    return [*messages[:-1], {**last, "reasoning_content": thought}] if thought else messages
+
+
+def judged_round(row: Fields) -> SourceRow:
+    """A question, one response, and its label."""
+    return judged_row(row, asked(row), answered(row))
+
+
+def prompt_pair(row: Fields) -> SourceRow:
+    """A question and two responses, or whole conversations beside it."""
+    chosen = row.peek("chosen")
+    if isinstance(chosen, str) and chosen.lstrip().startswith("Human:"):
+        return _beside(row, whole_pair(row))
+    pair = two_responses(row)
+    if pair["chosen"] and pair["chosen"][0]["role"] != "assistant":
+        return _beside(row, split_pair(**pair))
+    return SourceRow(messages=asked(row), **pair)
+
+
+def _beside(row: Fields, pair: SourceRow) -> SourceRow:
+    """Whole conversations that begin with the prompt, which is read with them."""
+    key = asked_key(row)
+    texts = {one["content"].strip() for one in pair.messages}
+    if key and not {one["content"].strip() for one in prompt_messages(row, key)} <= texts:
+        row.unread(key)
+    return pair
+
+
+def rm_static_pair(row: Fields) -> SourceRow:
+    """``response`` repeats one of the two."""
+    pair = prompt_pair(row)
+    if row.peek("response") in (row.peek("chosen"), row.peek("rejected")):
+        row.get("response")
+    return pair
+
+
+def messages_pair(key: str):
+    """A conversation whose last response is the better one, and another in its place."""
+
+    def read(row: Fields) -> SourceRow:
+        messages = message_list(row[key], key, row.use, f"{key}[]")
+        end = len(messages)
+        while end and messages[end - 1]["role"] in ("assistant", "tool"):
+            end -= 1
+        rejected = response_messages(row, row.first(("rejected", "rejected_messages")))
+        chosen = messages[end:]
+        if rejected and rejected[0]["role"] != "assistant":
+            return split_pair(messages, rejected)
+        return SourceRow(messages=messages[:end], chosen=chosen, rejected=rejected)
+
+    return read
+
+
+def paired_rounds(row: Fields) -> SourceRow:
+    """Rounds as objects: ``{"human", "assistant"}`` of Firefly, ``{"input", "output"}`` of XTuner,
+    with a system message in one of them."""
+    key = row.first(("conversation", "conversations"))
+    messages: Messages = []
+    for found in row[key]:
+        one = Fields(found, row.use, f"{key}[].")
+        system = None if messages else one.take(("system",))
+        if system:
+            messages.append({"role": "system", "content": text(system, f"{key}: system")})
+        for role, names in (("user", ("human", "user", "input")), _SPEAKER):
+            name = one.first(names)
+            if name is None:
+                raise RowError("wrong_keys", f"{key} has a round without {' or '.join(names)}")
+            messages.append(spoken(role, text(one[name], name), f"{key}: {name}", row.use))
+        one.close()
+    return SourceRow(messages=messages)
+
+
+_SPEAKER = ("assistant", ("assistant", "bot", "gpt", "output"))
+
+
+def called(row: Fields) -> SourceRow:
+    """xLAM's rows: a query and, as JSON text, the calls that answer it."""
+    calls = calls_of(row.answer("answers"), row.use, "answers[].", "answers")
+    response: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+    return SourceRow(messages=[*asked(row), response])
+
+
+def is_calls(found: Any) -> bool:
+    """Whether ``found`` is a list of calls, perhaps as JSON text."""
+    if isinstance(found, str) and found.lstrip().startswith("["):
+        try:
+            found = json.loads(found)
+        except ValueError:
+            return False
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(one, dict) and "name" in one and "arguments" in one for one in found)
+    )

@@ -1,0 +1,143 @@
+"""Pairs of responses that are told apart by scores, ranks or votes instead of by their columns."""
+
+import math
+from typing import Any
+
+from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.messages import Message, Messages, message, message_list, spoken
+from coati.dataset.rows.rounds import asked, asked_key
+from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.source_row import SourceRow, response_messages
+
+LISTS = ("completions", "responses", "generations", "answers", "candidates")
+SCORES = ("scores", "ratings", "rewards", "ranks", "rank")  # beside the list, one for each
+# Inside an element of the list; the ranks count from the best.
+SCORE = ("overall_score", "score", "rating", "reward", "fine_grained_score", "rank")
+RANKS = ("rank", "ranks")
+TEXT = ("response", "answer", "text", "completion", "content", "value")
+# PKU-SafeRLHF, SHP and HelpSteer: two responses, and what tells which is better.
+PKU = ("response_0", "response_1", "better_response_id")
+SHP = ("human_ref_A", "human_ref_B", "labels")
+HELPSTEER2 = ("response_1", "response_2", "preference_strength")
+HELPSTEER3 = ("response1", "response2", "overall_preference")
+
+
+def has_scored_list(row: Any) -> bool:
+    """Whether ``row`` has a question and a list of responses with their scores."""
+    if not isinstance(row, dict) or asked_key(row) is None:
+        return False
+    key = _list_key(row)
+    return key is not None and (_beside(row) is not None or _inside(dict.get(row, key)) is not None)
+
+
+def _list_key(row: dict) -> str | None:
+    return next(
+        (
+            key
+            for key in LISTS
+            if isinstance(dict.get(row, key), list) and len(dict.get(row, key)) > 1
+        ),
+        None,
+    )
+
+
+def _beside(row: dict) -> str | None:
+    return next((key for key in SCORES if isinstance(dict.get(row, key), list)), None)
+
+
+def _inside(found: list) -> str | None:
+    if not all(isinstance(one, dict) for one in found):
+        return None
+    return next((key for key in SCORE if any(one.get(key) is not None for one in found)), None)
+
+
+def scored_list(row: Fields) -> SourceRow:
+    """UltraFeedback, Nectar and kin: of the list the response with the best score, and the one with
+    the worst."""
+    key = _list_key(row)
+    beside = _beside(row)
+    name = beside or _inside(row.peek(key))
+    found = row.answer(key)
+    scores = row[beside] if beside else [one.get(name) for one in found]
+    if len(scores) != len(found):
+        raise RowError("bad_scores", f"{len(scores)} {name} for {len(found)} {key}")
+    numbers = [_number(score, name) for score in scores]
+    if name in RANKS:
+        numbers = [-number for number in numbers]
+    usable = [k for k, number in enumerate(numbers) if math.isfinite(number)]
+    if len({numbers[k] for k in usable}) < 2:
+        raise RowError("bad_scores", f"no two of the {name} differ: {scores!r:.60}")
+    best = max(usable, key=lambda k: numbers[k])
+    worst = min(usable, key=lambda k: numbers[k])
+    for k, one in enumerate(found):
+        if k not in (best, worst):
+            row.use.leave(f"{key} between the best and the worst", one)
+    chosen, rejected = (_one(row, key, found[k], name) for k in (best, worst))
+    return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected)
+
+
+def _number(score: Any, name: str) -> float:
+    if score is None or (isinstance(score, str) and score.strip().upper() in ("", "N/A", "NONE")):
+        return math.nan
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        raise RowError("bad_scores", f"{name} holds {score!r:.60}, expected a number") from None
+
+
+def _one(row: Fields, key: str, found: Any, name: str) -> Messages:
+    """An element of the list as a response."""
+    if isinstance(found, str):
+        return [spoken("assistant", found, key, row.use)]
+    if isinstance(found, list):
+        return message_list(found, key, row.use, f"{key}[][]")
+    if not isinstance(found, dict):
+        raise RowError("content_not_text", f"{key} holds {type(found).__name__}")
+    if "role" in found or "from" in found:
+        kept = {k: v for k, v in found.items() if k != name}
+        return [message(kept, key, row.use, f"{key}[]")]
+    one = Fields(found, row.use, f"{key}[].")
+    one.get(name)
+    text_key = one.first(TEXT)
+    if text_key is None or not isinstance(one.peek(text_key), str):
+        raise RowError("wrong_keys", f"{key} holds an object without {', '.join(TEXT)}")
+    said: list[Message] = [spoken("assistant", one[text_key], key, row.use)]
+    one.close()
+    return said
+
+
+def voted(names: tuple[str, str, str], question: str | None = None):
+    """A pair in two columns and a third that tells which is better: its index, 1 where it is the
+    first (SHP), or a preference that is negative for the first (HelpSteer)."""
+    first, second, vote = names
+
+    def read(row: Fields) -> SourceRow:
+        found = row.peek(vote)
+        row.get(vote)
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            number = math.nan
+        if vote == SHP[2]:
+            number = {1.0: -1.0, 0.0: 1.0}.get(number, math.nan)
+        elif vote == PKU[2]:
+            number = {0.0: -1.0, 1.0: 1.0}.get(number, math.nan)
+        if not math.isfinite(number) or number == 0:
+            raise RowError("bad_scores", f"{vote} is {found!r:.60}: neither response is better")
+        better, worse = (first, second) if number < 0 else (second, first)
+        chosen = response_messages(row, better)
+        rejected = response_messages(row, worse)
+        if question is None:
+            return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected)
+        return SourceRow(messages=_asked_under(row, question), chosen=chosen, rejected=rejected)
+
+    return read
+
+
+def _asked_under(row: Fields, key: str) -> Messages:
+    found = row[key]
+    if isinstance(found, list):
+        return message_list(found, key, row.use, f"{key}[]")
+    if not isinstance(found, str):
+        raise RowError("content_not_text", f"{key} holds {type(found).__name__}")
+    return [{"role": "user", "content": found}]

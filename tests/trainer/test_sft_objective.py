@@ -1,0 +1,52 @@
+"""The supervised loss: what a token's weight does to loss and gradient."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from coati.trainer.policy_objective import PtxObjective
+from coati.trainer.sft import SFTObjective
+
+LABELS = torch.tensor([[-100, 7, 8, -100], [-100, -100, 9, -100]])
+LOGPS = torch.tensor([-1.0, -2.0, -4.0])  # of 7, 8 and 9
+
+
+def batch(weights: list[list[float]] | None = None) -> dict[str, torch.Tensor]:
+    found = {"labels": LABELS, "input_ids": LABELS, "attention_mask": torch.ones_like(LABELS)}
+    return found if weights is None else found | {"loss_weights": torch.tensor(weights)}
+
+
+def mean(objective, found: dict[str, torch.Tensor], logps: torch.Tensor = LOGPS) -> torch.Tensor:
+    """As the engine divides."""
+    return objective.loss(logps, found)[0] / objective.num_terms(found)
+
+
+@pytest.mark.parametrize("objective", [SFTObjective(), PtxObjective()])
+def test_a_loss_is_the_weighted_mean(objective):
+    """(0.5 x 1 + 0 x 2 + 1 x 4) / 1.5 = 3. Weights where nothing is supervised change nothing."""
+    weights = [[9.0, 0.5, 0.0, 9.0], [9.0, 9.0, 1.0, 9.0]]
+    assert mean(objective, batch(weights)) == 3.0
+    assert mean(objective, batch()) == pytest.approx(7 / 3)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.01, 1.0])
+def test_the_same_weight_everywhere_changes_nothing(weight):
+    logps = LOGPS.clone().requires_grad_()
+    mean(SFTObjective(), batch([[weight] * 4] * 2), logps).backward()
+    assert_close(logps.grad, torch.full((3,), -1 / 3))
+
+
+def test_a_token_of_weight_0_is_as_if_masked():
+    weights = [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+    masked = batch() | {"labels": LABELS.masked_fill(LABELS == 8, -100)}
+    assert mean(SFTObjective(), batch(weights)) == mean(SFTObjective(), masked, LOGPS[[0, 2]])
+
+
+def test_a_loss_of_ones_own_is_weighted_too():
+    objective = SFTObjective(token_loss=lambda logps, batch: logps**2)
+    assert mean(objective, batch([[0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.5, 0.0]])) == 5.5
+
+
+def test_every_token_alike_without_the_loss_mask():
+    prepared = SFTObjective(apply_loss_mask=False).prepare(batch([[0.5] * 4] * 2))
+    assert "loss_weights" not in prepared

@@ -74,6 +74,13 @@ def _add_dialogue_flags(parser: Parser) -> None:
     )
     add_text(
         group,
+        "--tools",
+        unit="FILE",
+        help="functions that the model may call: a JSON list of OpenAI's schemas; rows of "
+        "--prompt_file bring their own",
+    )
+    add_text(
+        group,
         "--transcript",
         unit="FILE",
         help="append every dialogue to this file as a JSON line",

@@ -70,6 +70,7 @@ class ChatSettings:
     quant: str | None
     system_message: str | None
     prompt_file: str | None
+    tools: str | None
     transcript: str | None
     temperature: float
     top_k: int

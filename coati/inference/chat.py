@@ -1,11 +1,13 @@
 """A conversation with a model: history, context length, streaming."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from coati.dataset.chat.response_format import response_format
+from coati.dataset.chat.response_parts import CONTENT, Part, Reply
 from coati.inference.stream import TextStream
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate_streaming
@@ -14,13 +16,19 @@ from coati.models.positions import within_positions
 
 
 class ChatSession:
-    """One conversation: ``messages``, {role, content} each, and the response to the next one.
+    """One conversation: ``messages``, {role, content} each, and the response to the next one. Of a
+    response ``reasoning_content`` is the thought and ``tool_calls`` are the calls, read back by the
+    template that writes them.
 
     Args:
         max_length: tokens of prompt and response together (never more than the model has
             positions); the oldest rounds are left out to stay below it.
         sampling: how tokens are drawn, by default at temperature 0.7.
         seed: makes the drawing repeatable.
+        tools: schemas of functions that may be called. ``messages`` may be given results, of the
+            role tool, before the next question.
+
+    Raises ValueError for tools that the template has no place for.
     """
 
     def __init__(
@@ -33,6 +41,7 @@ class ChatSession:
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
         seed: int | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -44,22 +53,49 @@ class ChatSession:
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
         self.stops = stop_sequences(conversation.stop_ids, tokenizer, model)
+        self.format = response_format(conversation)
+        self.use_tools(tools)
         self.clear()
+
+    def use_tools(self, tools: Sequence[dict[str, Any]]) -> None:
+        """Let ``tools`` be called from now on. Raises ValueError where the template has no place
+        for them."""
+        if tools and (lacking := self.format.lacking(self.conversation.abilities)):
+            raise ValueError(f"tools: this model's chat template has none: {lacking}")
+        self.tools = list(tools)
 
     def clear(self) -> None:
         """Begin a new conversation; the system message stays."""
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self.forgotten = 0  # rounds left out to make room
         self.cut = False  # whether the last response ended at max_new_tokens
         self.empty = False  # whether it had no text
 
-    def ask(self, question: str) -> Iterator[str]:
-        """The response as it comes. One that is broken off stays in the history as far as it came.
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The content of the response as it comes; its thought and its calls are in the last of
+        ``messages``. See :meth:`respond`."""
+        return self._contents(self.respond(question))
+
+    @staticmethod
+    def _contents(parts: Generator[Part, None, None]) -> Generator[str, None, None]:
+        try:
+            for part in parts:
+                if part.kind == CONTENT:
+                    yield part.text
+        finally:
+            parts.close()
+
+    def respond(self, question: str) -> Generator[Part, None, None]:
+        """The parts of the response as they come. One that is broken off stays in the history as
+        far as it came.
 
         Raises ValueError when the question alone leaves no room for a response.
         """
-        input_ids = self._make_room({"role": "user", "content": question})
-        stream = TextStream(self.tokenizer, self.stops)
+        input_ids, prompt = self._make_room({"role": "user", "content": question})
+        shown = self.format.shown_of_calls if self.tools else self.format.shown
+        stream = TextStream(self.tokenizer, self.stops, shown=shown)
+        reader = self.format.reader(prompt, self.tools)
+        reply = Reply()
         tokens = generate_streaming(
             self.model,
             torch.tensor([input_ids], device=self.device),
@@ -68,28 +104,35 @@ class ChatSession:
             generator=self.generator,
             **vars(self.sampling),
         )
+        ended = False
         try:
             for token in tokens:
-                if piece := stream.push(token):
-                    yield piece
-            if piece := stream.finish():
-                yield piece
+                if parts := reader.push(stream.push(token)):
+                    reply.add(parts)
+                    yield from parts
+            parts = reader.push(stream.finish(), final=True)
+            ended = True
+            reply.add(parts)
+            yield from parts
         finally:
+            if not ended:
+                reply.add(reader.push("", final=True))
             self.cut = not stream.stopped
-            self.empty = not stream.text
-            if stream.text:
-                self.messages.append({"role": "assistant", "content": stream.text})
-            else:  # an empty turn would confuse the next prompt
+            self.empty = not (reply.content or reply.calls or reply.thought)
+            if self.empty:  # an empty turn would confuse the next prompt
                 self.messages.pop()
+            else:
+                self.messages.append(reply.message())
 
-    def _make_room(self, question: dict[str, str]) -> list[int]:
+    def _make_room(self, question: dict[str, Any]) -> tuple[list[int], str]:
         """Add ``question`` and leave out the oldest rounds until prompt and response fit; the
-        prompt's token ids."""
+        prompt's token ids and text."""
         messages = [*self.messages, question]
         forgotten = self.forgotten
         kept = int(messages[0]["role"] == "system")  # the rounds begin after it
         while True:
-            prompt = self.conversation.encode_prompt(messages).input_ids
+            encoded = self.conversation.encode_prompt(messages, tools=self.tools or None)
+            prompt = encoded.input_ids
             if len(prompt) + self.max_new_tokens <= self.max_length:
                 break
             if len(messages) == kept + 1:
@@ -99,8 +142,14 @@ class ChatSession:
                     "--model_max_length or of the model; shorten the question or lower "
                     "--max_new_tokens"
                 )
-            messages = messages[:kept] + messages[kept + 2 :]
+            messages = messages[:kept] + messages[_next_round(messages, kept) :]
             forgotten += 1
         self.messages = messages
         self.forgotten = forgotten
-        return prompt
+        return prompt, encoded.text
+
+
+def _next_round(messages: Sequence[dict[str, Any]], first: int) -> int:
+    """Where the round after that of message ``first`` begins: with the next question."""
+    questions = (k for k in range(first + 1, len(messages)) if messages[k]["role"] == "user")
+    return next(questions, len(messages) - 1)

@@ -20,11 +20,7 @@ class ChatTemplate(NamedTuple):
 
     def lacking(self) -> str:
         """What keeps tools from being used with it; "" where nothing does."""
-        if lacking := self.conversation.abilities.lacking:
-            return f"it writes no {lacking.replace(', ', ' and no ')}"
-        if self.format.calls is None and not self.format.channels:
-            return "it writes calls of tools so that they cannot be told from text"
-        return ""
+        return self.format.lacking(self.conversation.abilities)
 
 
 class ChatTemplates:

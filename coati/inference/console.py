@@ -1,16 +1,26 @@
 """Consoles of the chat: a plain terminal, one with colors, or a pipe. Loads neither torch nor
 transformers."""
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
+
+from coati.dataset.chat.response_parts import CALL, CONTENT, THOUGHT, Part
 
 EXIT = "exit"
 CLEAR = "clear"
 
 
+def call_text(part: Part) -> str:
+    """A call as people write one: ``name({"key": "value"})``."""
+    if part.call is None:
+        return ""
+    return f"{part.call.name}({json.dumps(part.call.arguments, ensure_ascii=False)})"
+
+
 class SimpleConsole:
-    """Plain text; responses are streamed. From a pipe, questions are read line by line and
-    echoed."""
+    """Plain text; responses are streamed, thoughts and calls on lines of their own. From a pipe,
+    questions are read line by line and echoed."""
 
     def questions(self) -> Iterator[str]:
         """What the user types, until end of input or ``exit``; empty lines are skipped."""
@@ -34,11 +44,15 @@ class SimpleConsole:
         """Echo a question that was not typed here."""
         print(f"user: {question}", flush=True)
 
-    def respond(self, pieces: Iterable[str]) -> None:
-        print("assistant: ", end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
+    def respond(self, parts: Iterable[Part]) -> None:
+        begins = {CONTENT: "assistant: ", THOUGHT: "thought: ", CALL: "call: "}
+        before = None
+        for part in parts:
+            if part.kind != before or part.kind == CALL:
+                print("" if before is None else "\n", begins[part.kind], sep="", end="")
+                before = part.kind
+            print(call_text(part) or part.text, end="", flush=True)
+        print("" if before else begins[CONTENT], flush=True)
 
     def note(self, text: str) -> None:
         """A remark that is not part of the conversation."""
@@ -49,7 +63,8 @@ class SimpleConsole:
 
 
 class DummyConsole(SimpleConsole):
-    """For programs: whole responses on standard output, nothing else."""
+    """For programs: whole responses on standard output, without their thoughts; calls as JSON, one
+    a line."""
 
     def read(self) -> str:
         return input()
@@ -57,8 +72,16 @@ class DummyConsole(SimpleConsole):
     def repeat(self, question: str) -> None:
         pass
 
-    def respond(self, pieces: Iterable[str]) -> None:
-        print("".join(pieces), flush=True)
+    def respond(self, parts: Iterable[Part]) -> None:
+        lines = []
+        content = ""
+        for part in parts:
+            if part.call is not None:
+                call = {"name": part.call.name, "arguments": part.call.arguments}
+                lines.append(json.dumps(call, ensure_ascii=False))
+            elif part.kind == CONTENT:
+                content += part.text
+        print("\n".join([content] * bool(content or not lines) + lines), flush=True)
 
 
 class RichConsole(SimpleConsole):
@@ -76,19 +99,35 @@ class RichConsole(SimpleConsole):
         self.screen.print("[bold cyan]user:[/]", end=" ")
         self.screen.print(question, markup=False, highlight=False)
 
-    def respond(self, pieces: Iterable[str]) -> None:
+    def respond(self, parts: Iterable[Part]) -> None:
+        from rich.console import Group
         from rich.live import Live
         from rich.markdown import Markdown
+        from rich.text import Text
 
         self.screen.print("[bold green]assistant:[/]")
+        shown: list[tuple[str, str]] = []  # each with its kind
+
+        def add(part: Part) -> None:
+            if shown and shown[-1][0] == part.kind != CALL:
+                shown[-1] = (part.kind, shown[-1][1] + part.text)
+            else:
+                shown.append((part.kind, call_text(part) or part.text))
+
+        def block(kind: str, text: str) -> Markdown | Text:
+            if kind == CONTENT and self.screen.is_terminal:
+                return Markdown(text)
+            return Text(text, style={THOUGHT: "dim italic", CALL: "yellow"}.get(kind, ""))
+
         if not self.screen.is_terminal:
-            self.screen.print("".join(pieces), markup=False, highlight=False)
+            for part in parts:
+                add(part)
+            self.screen.print(Group(*(block(*each) for each in shown)))
             return
-        text = ""
         with Live(console=self.screen, refresh_per_second=8) as live:
-            for piece in pieces:
-                text += piece
-                live.update(Markdown(text))
+            for part in parts:
+                add(part)
+                live.update(Group(*(block(*each) for each in shown)))
 
     def clear(self) -> None:
         self.screen.clear()  # does nothing where the output is not a terminal

@@ -4,11 +4,21 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from coati.utils.output_paths import with_folder
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 PIPE = "-"
+
+
+class Asked(NamedTuple):
+    """A question, the messages before it, and the functions that may be called (None: a row says
+    nothing of them)."""
+
+    before: Messages
+    question: str
+    tools: list[dict[str, Any]] | None = None
 
 
 class Transcript:
@@ -38,7 +48,28 @@ class Transcript:
         self._messages = []
 
 
-def conversations(file: str) -> list[tuple[Messages, str]]:
+def read_tools(file: str) -> list[dict[str, Any]]:
+    """The schemas of a JSON file: a list of ``{"type": "function", "function": {...}}``, or of what
+    is under function. Raises ValueError for anything else."""
+    try:
+        tools = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tools {file}: {error}; expected a JSON list of schemas") from error
+    found = [
+        {"type": "function", "function": tool.get("function", tool)}
+        for tool in (tools if isinstance(tools, list) else [])
+        if isinstance(tool, dict)
+    ]
+    named = (isinstance(tool["function"], dict) and "name" in tool["function"] for tool in found)
+    if not found or len(found) != len(tools) or not all(named):
+        raise ValueError(
+            f'--tools {file}: expected a JSON list of schemas such as {{"type": "function", '
+            '"function": {"name": "f", "parameters": {...}}}'
+        )
+    return found
+
+
+def conversations(file: str) -> list[Asked]:
     """The questions of ``file``, each with the messages before it. ``-``: lines of standard input;
     a text file: its lines; another kind: its rows, in any format of a prompt.
 
@@ -56,13 +87,13 @@ def conversations(file: str) -> list[tuple[Messages, str]]:
         raise ValueError(
             f"--prompt_file {file}: {error}; expected a text file, or rows as .jsonl"
         ) from error
-    asked = [([], line.strip()) for line in lines if line.strip()]
+    asked = [Asked([], line.strip()) for line in lines if line.strip()]
     if not asked:
         raise ValueError(f"--prompt_file {file}: holds no question; expected one to a line")
     return asked
 
 
-def _of_rows(file: str) -> list[tuple[Messages, str]]:
+def _of_rows(file: str) -> list[Asked]:
     from coati.inference.evaluate.generate_responses import read_prompts
 
     prompts, skipped = read_prompts([file])
@@ -71,4 +102,4 @@ def _of_rows(file: str) -> list[tuple[Messages, str]]:
         raise ValueError(
             f"--prompt_file {place}: no question here ({reason}); {len(skipped)} such rows"
         )
-    return [(prompt.messages[:-1], prompt.question) for prompt in prompts]
+    return [Asked(prompt.messages[:-1], prompt.question, prompt.tools) for prompt in prompts]

@@ -248,6 +248,80 @@ def said(page, *pieces, finish="stop"):
     )
 
 
+def told(page, *deltas, finish="stop"):
+    """Let the server answer with these deltas."""
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.unroute("**/v1/chat/completions")
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+    )
+
+
+def test_thoughts_are_folded_and_calls_wait_for_their_results(page):
+    page.click("#adjust")
+    page.fill("[name=tools]", '[{"name": "weather", "parameters": {}}]')
+    page.click("#adjust")
+    call = {"name": "weather", "arguments": ""}
+    told(
+        page,
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "Look <b>it</b> "},
+        {"reasoning_content": "up."},
+        {"tool_calls": [{"index": 0, "id": "a", "type": "function", "function": call}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "Oslo"}'}}]},
+        finish="tool_calls",
+    )
+    with page.expect_request("**/v1/chat/completions") as sent:
+        send(page, "Weather in Oslo?")
+    assert sent.value.post_data_json["tools"] == [
+        {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    ]
+    holds(page, "document.querySelector('.call pre')?.textContent.includes('Oslo')")
+    holds(page, "!document.querySelector('.writing')")
+    assert page.locator(".thought").get_attribute("open") is None
+    assert page.locator(".thought .said").text_content() == "Look <b>it</b> up."
+    assert page.locator(".thought .said").is_hidden() and page.locator(".nothing").count() == 0
+    assert page.inner_text(".call strong") == "weather"
+    assert page.inner_text(".call pre") == '{\n  "city": "Oslo"\n}'
+    shot(page, "call")
+    page.click(".thought summary")
+    assert page.locator(".thought .said").is_visible()
+    assert page.get_attribute("#question", "placeholder") == "Result of weather"
+    told(page, {"content": "It has 5 degrees."})
+    with page.expect_request("**/v1/chat/completions") as sent:
+        send(page, "5 degrees")
+    assert sent.value.post_data_json["messages"] == [
+        {"role": "user", "content": "Weather in Oslo?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "Look <b>it</b> up.",
+            "tool_calls": [
+                {
+                    "id": "a",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+                }
+            ],
+        },
+        {"role": "tool", "content": "5 degrees", "tool_call_id": "a"},
+    ]
+    answered(page, 2)
+    assert page.locator("article.tool").inner_text().endswith("Result of weather\n5 degrees")
+    page.reload()
+    assert page.locator("article.tool").count() == 1 and page.locator(".call").count() == 1
+    assert page.get_attribute("#question", "placeholder") == "Message"
+    page.click("#adjust")
+    page.fill("[name=tools]", "{")
+    send(page, "once more")
+    page.wait_for_selector("#notice:visible")
+    assert page.inner_text("#notice") == "Tools: expected a JSON list of function schemas"
+    assert page.faults == []
+
+
 def test_an_empty_answer_is_said_and_not_sent_on(page):
     said(page)
     send(page, "hello")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from coati.inference.model_loading import load, with_system
-from coati.inference.transcript import Transcript, conversations
+from coati.inference.transcript import Transcript, conversations, read_tools
 from tests.inference.test_model_loading import write
 from tests.inference.test_script import model, run, script  # noqa: F401
 
@@ -72,7 +72,23 @@ def test_rows_bring_what_was_said_before(tmp_path):
     file = tmp_path / "q.jsonl"
     messages = [*round_of("a", "1"), {"role": "user", "content": "b"}]
     file.write_text(json.dumps({"messages": messages}) + "\n")
-    assert conversations(str(file)) == [(round_of("a", "1"), "b")]
+    assert conversations(str(file)) == [(round_of("a", "1"), "b", None)]
+
+
+def test_rows_bring_tools_and_a_file_holds_some(tmp_path):
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    file = tmp_path / "q.jsonl"
+    row = {"messages": [{"role": "user", "content": "b"}], "tools": [schema]}
+    file.write_text(json.dumps(row) + "\n")
+    assert conversations(str(file)) == [([], "b", [schema])]
+    tools = tmp_path / "tools.json"
+    for held in ([schema], [schema["function"]]):
+        tools.write_text(json.dumps(held))
+        assert read_tools(str(tools)) == [schema]
+    for held in ("{", "[]", "{}", "[1]", '[{"name": "f"}, 1]', '[{"type": "function"}]'):
+        tools.write_text(held)
+        with pytest.raises(ValueError, match=r"--tools .*expected a JSON list of schemas"):
+            read_tools(str(tools))
 
 
 def test_files_without_questions_are_refused(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_several_streams_by_weight(words, tmp_path):
     state = json.loads((Path(checkpoint(tmp_path / "run", 9)) / "running_states.json").read_text())[
         "trainer"
     ]["stream"]
-    read = [epoch * size + row for (epoch, row), size in zip(state["at"], (35, 9), strict=True)]
+    read = [epoch * size + row for (epoch, _, row), size in zip(state["at"], (35, 9), strict=True)]
     assert abs(read[0] - read[1]) < 15 and sum(read) == state["drawn"]
 
 

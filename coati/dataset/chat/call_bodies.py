@@ -217,6 +217,8 @@ class PairsBody:
                 found = other
                 kind = "json"
                 break
+            if not final and (found is not None or other is not None):
+                raise Incomplete
             if end >= len(text) or text[end] == "\n":
                 raise _more(final) if end >= len(text) else Unreadable()
             end += 1

@@ -17,6 +17,7 @@ from coati.dataset.chat.call_bodies import (
 from coati.dataset.chat.call_format import CallFormat
 from coati.dataset.chat.call_marks import held_back, skip_space
 from coati.dataset.chat.response_parts import CALL, CONTENT, THOUGHT, Part, Reply, joined
+from coati.dataset.chat.template_abilities import Abilities
 
 PYTHON_TAG = "<|python_tag|>"  # Llama 3.x may write it before a call
 # What a state reads of the text; whether it has made way.
@@ -58,6 +59,15 @@ class ResponseFormat:
         opened = not begun and prompt.rstrip().endswith(self.tags[0])
         calls = self.calls if tools else None
         return TaggedReader(self.tags, calls, argument_types(tools), opened, begun)
+
+    def lacking(self, abilities: Abilities) -> str:
+        """What keeps tools from being used with a template of these ``abilities``; "" where nothing
+        does."""
+        if abilities.lacking:
+            return f"it writes no {abilities.lacking.replace(', ', ' and no ')}"
+        if self.calls is None and not self.channels:
+            return "it writes calls of tools so that they cannot be told from text"
+        return ""
 
     def forced(self, name: str | None = None) -> str | None:
         """The beginning of a response that calls the function ``name``, or any; None where calls

@@ -23,10 +23,10 @@ from coati.dataset.chat.message_forms import (
 
 # (messages, generation prompt, tools) -> text
 Render = Callable[[Messages, bool, dict[str, Any]], str]
+# Of which responses thoughts are written.
 ALL = "all"
 LAST = "last"
 NONE = "none"
-THOUGHTS_WRITTEN = (ALL, LAST, NONE)
 
 QUESTION = {"role": "user", "content": "Probe question number one"}
 ANSWER = "Probe answer number one"

@@ -1,8 +1,8 @@
 """Source rows to windows of training rows, tokenized while the run trains.
 
-A window is some :data:`WINDOW` training rows, in the order of the stream, within which rows of
-like length are batched together, or packed. It ends where a chunk of source rows ends, and with an
-epoch, so its place in the stream is one between two source rows.
+A window is some :data:`WINDOW` training rows, fewer where they are long, in the order of the
+stream, within which rows of like length are batched together, or packed. It ends where a chunk of
+source rows ends, and with an epoch, so its place in the stream is one between two source rows.
 """
 
 import queue
@@ -30,6 +30,7 @@ from coati.utils.phases import phase
 logger = get_logger(__name__)
 
 WINDOW = 1024  # training rows
+WINDOW_TOKENS = 1 << 22
 FIRST_ROWS = 1000  # of which the budget of malformed rows is a share before as many are read
 COUNTS = ("read", "kept", "written")
 
@@ -197,7 +198,7 @@ class RowStream:
         for chunk, (of_sources, stats) in self._pool.map(items):
             if chunk.ends:
                 self._end_epoch(chunk.after.epoch - 1)
-            if made.rows and (chunk.ends or len(made.rows) >= WINDOW):
+            if made.rows and (chunk.ends or made.is_full()):
                 yield self._window(made, made.after.epoch + chunk.ends)
                 made = _Making(made.number + 1, made.after, self._state_at(made.after))
             if chunk.ends:
@@ -206,6 +207,7 @@ class RowStream:
             made.after = chunk.after
             for (file, line, _), rows in zip(chunk.rows, of_sources, strict=True):
                 made.rows += rows
+                made.tokens += sum(row["seq_length"] for row in rows)
                 made.places += [f"{self._files[file]}:{line}"] * len(rows)
             self._count(stats)
 
@@ -221,7 +223,7 @@ class RowStream:
 
     def _state_at(self, position: Position) -> dict[str, Any]:
         counts = {str(n): rows for order in self.source.orders for n, rows in order.counts.items()}
-        at = [list(pair) for pair in position.at]
+        at = [list(place) for place in position.at]
         return {"at": at, "drawn": position.drawn, "counts": counts} | self._counts.state()
 
     def _count(self, stats: RowStats) -> None:
@@ -282,9 +284,13 @@ class _Making:
     state: dict[str, Any]
     rows: list[Columns] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         self.after = self.start
+
+    def is_full(self) -> bool:
+        return len(self.rows) >= WINDOW or self.tokens >= WINDOW_TOKENS
 
 
 class _Ahead:

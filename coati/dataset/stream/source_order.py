@@ -2,13 +2,13 @@
 a position in it is all that a resumed run needs.
 
 In an epoch the files come in a drawn order, and their rows are shuffled within blocks of
-``buffer`` rows, whose borders are others in each epoch. Blocks rather than a reservoir: to go on in
-the middle, one block is read again and nothing before it decoded, and no row stays behind.
+``buffer`` rows, fewer where rows are long, whose borders are others in each epoch. Blocks rather
+than a reservoir: to go on in the middle, one block is read again and nothing before it decoded, and
+no row stays behind.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from coati.dataset.stream.row_sources import RowSource
 # Rows that are tokenized at a time, fewer where they are long.
 CHUNK_ROWS = 32
 CHUNK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 28  # of the texts of a block, which are held in memory
 # Keep the draws of files, blocks and mixtures apart.
 _FILES, _BLOCK, _FIRST, _MIXTURE = range(0x73747200, 0x73747204)
 _DRAWN_AT_ONCE = 1024
@@ -26,16 +27,16 @@ _DRAWN_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two source rows. ``at``: of each stream its epoch and the rows read in it;
-    ``drawn``: rows read from all of them since the run began."""
+    """A place between two source rows. ``at``: of each stream its epoch, the rows of it before the
+    current block, and the rows read; ``drawn``: rows read from all since the run began."""
 
-    at: tuple[tuple[int, int], ...]
+    at: tuple[tuple[int, int, int], ...]
     drawn: int = 0
 
     @property
     def epoch(self) -> int:
         """How often every stream was read to its end."""
-        return min(epoch for epoch, _ in self.at)
+        return min(epoch for epoch, _, _ in self.at)
 
 
 @dataclass(frozen=True)
@@ -75,28 +76,32 @@ class SourceOrder:
         self.number = number
         self.counts: dict[int, int] = {} if counts is None else counts
 
-    def rows(self, epoch: int, start: int = 0) -> Iterator[Row]:
-        """The rows of ``epoch`` from its ``start``-th on."""
+    def rows(self, epoch: int, begin: int = 0, start: int = 0) -> Iterator[tuple[int, Row]]:
+        """The rows of ``epoch`` from its ``start``-th on, each with the number of rows before its
+        block; ``begin``: that of the ``start``-th."""
         if not self.buffer:
-            yield from self._raw(epoch, start)
+            yield from enumerate(self._raw(epoch, start), start + 1)
             return
-        size = self._first_block(epoch)
-        block = begin = 0
-        if start >= size:
-            block = 1 + (start - size) // self.buffer
-            begin = size + (block - 1) * self.buffer
-            size = self.buffer
         raw = self._raw(epoch, begin)
         skipped = start - begin
-        while held := list(islice(raw, size)):
-            order = self._random(_BLOCK, epoch, block).permutation(len(held)).tolist()
+        while held := self._block(raw, self.buffer if begin else self._first_block(epoch)):
+            order = self._random(_BLOCK, epoch, begin).permutation(len(held)).tolist()
             for place in order[skipped:]:
                 row = held[place]
                 held[place] = None  # the next block is read while this list is still there
-                yield row
-            block += 1
-            size = self.buffer
+                yield begin, row
+            begin += len(order)
             skipped = 0
+
+    def _block(self, raw: Iterator[Row], most: int) -> list[Any]:
+        held = []
+        size = 0
+        for row in raw:
+            held.append(row)
+            size += text_size(row[2])
+            if len(held) == most or size >= BLOCK_BYTES:
+                break
+        return held
 
     def _first_block(self, epoch: int) -> int:
         # Of data that fit into one block, the first epoch is shuffled as a whole.
@@ -141,35 +146,37 @@ class SourceRows:
         self.seed = seed
         self._ends = np.cumsum(weights) / np.sum(weights)
         self._drawn: tuple[int, list[int]] = (-1, [])
-        self.beginning = Position(((0, 0),) * len(orders))
+        self.beginning = Position(((0, 0, 0),) * len(orders))
 
     def chunks(self, position: Position) -> Iterator[SourceChunk]:
         """From ``position`` on; where an epoch ends there is a chunk without rows. Raises
         ValueError for a stream that holds no row."""
-        at = [list(pair) for pair in position.at]
-        reading = [order.rows(*pair) for order, pair in zip(self.orders, position.at, strict=True)]
+        at = list(position.at)
+        reading = [order.rows(*place) for order, place in zip(self.orders, at, strict=True)]
         epoch = position.epoch
         drawn = position.drawn
         rows: Chunk = []
         held = 0
         while True:
             which = self._stream(drawn)
-            row = next(reading[which], None)
-            if row is not None:
+            of, _, read = at[which]
+            found = next(reading[which], None)
+            if found is not None:
+                begin, row = found
                 rows.append(row)
-                held += len(row[2]) if isinstance(row[2], bytes | str) else 0
-                at[which][1] += 1
+                held += text_size(row[2])
+                at[which] = (of, begin, read + 1)
                 drawn += 1
                 if len(rows) == CHUNK_ROWS or held >= CHUNK_BYTES:
-                    yield SourceChunk(rows, _position(at, drawn))
+                    yield SourceChunk(rows, Position(tuple(at), drawn))
                     rows = []
                     held = 0
                 continue
-            self._check_any(which, at[which])
-            here = _position(at, drawn)
-            at[which] = [at[which][0] + 1, 0]
-            reading[which] = self.orders[which].rows(at[which][0])
-            behind = _position(at, drawn)
+            self._check_any(which, read)
+            here = Position(tuple(at), drawn)
+            at[which] = (of + 1, 0, 0)
+            reading[which] = self.orders[which].rows(of + 1)
+            behind = Position(tuple(at), drawn)
             if behind.epoch > epoch:
                 if rows:
                     yield SourceChunk(rows, here)
@@ -189,8 +196,8 @@ class SourceRows:
             self._drawn = (block, np.minimum(chosen, len(self.orders) - 1).tolist())
         return self._drawn[1][place]
 
-    def _check_any(self, which: int, at: list[int]) -> None:
-        if at[1] == 0:
+    def _check_any(self, which: int, read: int) -> None:
+        if read == 0:
             names = ", ".join(source.name for source in self.orders[which].sources[:3])
             raise ValueError(
                 f"--dataset {names}: no rows found; expected one JSON object per line, an array, "
@@ -198,13 +205,18 @@ class SourceRows:
             )
 
 
-def _position(at: list[list[int]], drawn: int) -> Position:
-    return Position(tuple((epoch, row) for epoch, row in at), drawn)
+def text_size(raw: Any) -> int:
+    """Bytes or characters of the texts of an undecoded row."""
+    if isinstance(raw, bytes | str):
+        return len(raw)
+    if isinstance(raw, dict):
+        return sum(map(text_size, raw.values()))
+    return sum(map(text_size, raw)) if isinstance(raw, list) else 0
 
 
 def from_state(state: dict[str, Any], fresh: Position) -> Position:
     """The position of a checkpoint; ``fresh`` where it holds none."""
     if "at" not in state:
         return fresh
-    at = tuple((int(epoch), int(row)) for epoch, row in state["at"])
+    at = tuple((int(epoch), int(begin), int(row)) for epoch, begin, row in state["at"])
     return replace(fresh, at=at, drawn=int(state["drawn"]))

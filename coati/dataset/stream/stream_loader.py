@@ -1,5 +1,4 @@
-"""The global batches of a stream: what
-:class:`~coati.dataset.load.loader.GlobalBatchLoader` is for prepared rows."""
+"""The global batches of a stream, as GlobalBatchLoader cuts those of prepared rows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -25,16 +25,17 @@ Skipped = tuple[str, str]  # place of a row, and why it is not used
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its place in the files, {role, content} messages that end with the user, and the
-    right answer.
+    """One prompt: its place in the files, {role, content} messages that end with the user, the
+    right answer, and the functions that may be called.
 
     ``number``: of the row among all rows; it decides the noise that its response is sampled with.
     """
 
     place: str
     number: int
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     gt_answer: str | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def question(self) -> str:
@@ -78,7 +79,7 @@ def read_prompts(
         if isinstance(row, RowError):
             skipped.append((place, f"{row.reason}: {row.detail}"))
         else:
-            prompts.append(Prompt(place, number, row.messages, row.gt_answer))
+            prompts.append(Prompt(place, number, row.messages, row.gt_answer, row.tools))
     if most is not None and len(prompts) > most:
         drawn = random.Random(seed).sample(range(len(prompts)), most)
         prompts = [prompts[index] for index in sorted(drawn)]
@@ -124,7 +125,7 @@ def generate_responses(
     skipped = []
     for prompt in prompts:
         try:
-            encoded = loaded.conversation.encode_prompt(prompt.messages)
+            encoded = loaded.conversation.encode_prompt(prompt.messages, tools=prompt.tools)
         except RowError as error:
             skipped.append((prompt.place, f"{error.reason}: {error.detail}"))
             continue

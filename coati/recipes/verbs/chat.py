@@ -21,6 +21,7 @@ def open_session(args: ChatSettings):
     import_libraries()
     from coati.inference import ChatSession, load
     from coati.inference.model_loading import with_system
+    from coati.inference.transcript import read_tools
     from coati.models.generation.sampling import Sampling
 
     try:
@@ -44,14 +45,15 @@ def open_session(args: ChatSettings):
         loaded = with_system(loaded, args.system_message)
     sampling = Sampling.at(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     lengths = {"max_length": args.model_max_length, "max_new_tokens": args.max_new_tokens}
-    return ChatSession(*loaded, sampling=sampling, seed=args.seed, **lengths)
+    tools = read_tools(args.tools) if args.tools else []
+    return ChatSession(*loaded, sampling=sampling, seed=args.seed, tools=tools, **lengths)
 
 
 def respond(session, screen, record, question: str) -> None:
     forgotten = session.forgotten
     try:
-        with closing(session.ask(question)) as pieces:
-            screen.respond(pieces)
+        with closing(session.respond(question)) as parts:
+            screen.respond(parts)
     finally:
         record.add(session.messages)
     if session.forgotten > forgotten:
@@ -86,22 +88,24 @@ def chat(session, screen, record, clear: str) -> None:
 
 def main(args: ChatSettings) -> None:
     from coati.inference import console
-    from coati.inference.transcript import Transcript, conversations
+    from coati.inference.transcript import Asked, Transcript, conversations
 
     screen = console.CONSOLES[args.io or ("rich" if sys.stdout.isatty() else "dummy")]()
     asked = (
         conversations(args.prompt_file)
         if args.prompt_file
-        else [([], question) for question in args.prompt]
+        else [Asked([], question) for question in args.prompt]
     )
     session = open_session(args)
     try:
         with closing(Transcript(args.transcript)) as record:
-            for before, question in asked:
+            own_tools = session.tools
+            for each in asked:
                 session.clear()
-                session.messages = list(before)
-                screen.repeat(question)
-                respond(session, screen, record, question)
+                session.messages = list(each.before)
+                session.use_tools(own_tools if each.tools is None else each.tools)
+                screen.repeat(each.question)
+                respond(session, screen, record, each.question)
                 record.close()
             if not asked:
                 if sys.stdin.isatty():

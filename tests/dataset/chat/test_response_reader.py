@@ -160,6 +160,35 @@ def test_texts_without_calls_are_read_back(name, data, thought, content):
     read_back(name, data, thought, content, [])
 
 
+def marks_of(name):
+    """What is written around calls and thoughts, and pieces of it."""
+    found = format_of(name)
+    whole = [*found.tags, "get_weather", '{"text": "x"}', "f", "functions.", ":0", "```json\n"]
+    if found.calls is not None:
+        whole += [found.calls.begins, found.calls.middle, *found.calls.marks.split("\n")]
+        whole += [written(name, "", "", [("get_weather", {"text": "x"})])[1]]
+    if found.channels:
+        whole += ["<|channel|>analysis", "<|channel|>final", "<|message|>", "<|end|>", "<|start|>"]
+    return [*whole, *(mark[: len(mark) // 2] for mark in whole), "to=functions.f"]
+
+
+@pytest.mark.parametrize("name", [*ALL, *WITHOUT_TOOLS])
+@given(data=st.data())
+@settings(FAST, max_examples=40)
+def test_whatever_is_written_is_read_alike_in_pieces_and_never_fails(name, data):
+    text = "".join(data.draw(st.lists(st.sampled_from([*marks_of(name), *FRAGMENTS]), max_size=12)))
+    prompt = data.draw(st.sampled_from(["", "<|start|>assistant", format_of(name).tags[0]]))
+    whole = format_of(name).read(text, prompt, TOOLS)
+    sizes = data.draw(st.lists(st.integers(1, 9), max_size=60))
+    pieces = in_pieces(format_of(name).reader(prompt, TOOLS), text, sizes)
+    assert pieces == whole, text
+    if not whole.calls and not whole.thought and not format_of(name).channels:
+        opening, closing = format_of(name).tags
+        if opening not in prompt + text and closing not in text:
+            assert whole.content == text  # nothing is lost
+    json.dumps(whole.message())
+
+
 def reply_of(name, text, tools=TOOLS, prompt=""):
     return format_of(name).read(text, prompt, tools)
 

@@ -362,14 +362,6 @@ def test_what_does_not_go_together_with_texts(monkeypatch, tmp_path, tokenizer_d
     assert said in failure(monkeypatch, tmp_path, tokenizer_dir, *flags)
 
 
-def test_a_single_document_cannot_be_held_out(monkeypatch, tmp_path, tokenizer_dir):
-    text = tmp_path / "a.txt"
-    text.write_text("one\ntwo\n")
-    own = ("--type", "text", "--eval_ratio", "0.1")
-    said = failure(monkeypatch, tmp_path / "out", tokenizer_dir, *own, data=text)
-    assert "so few rows that all were drawn for evaluation" in said and "--eval_input_dirs" in said
-
-
 def test_columns_of_any_names(tmp_path, tokenizer_dir, monkeypatch):
     rows = [{"ask": f"q{n}", "reply": {"text": f"a{n}"}, "images": "x.png"} for n in range(60)]
     data = tmp_path / "rows.ndjson"
@@ -385,3 +377,11 @@ def test_columns_of_any_names(tmp_path, tokenizer_dir, monkeypatch):
 def test_columns_that_cannot_be_named(tmp_path, tokenizer_dir, monkeypatch):
     said = failure(monkeypatch, tmp_path, tokenizer_dir, "--columns", "question=ask")
     assert "--columns: 'question' is nothing that a column can be; expected one of messages" in said
+
+
+def test_a_single_document_cannot_be_held_out(monkeypatch, tmp_path, tokenizer_dir):
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\n")
+    own = ("--type", "text", "--eval_ratio", "0.1")
+    said = failure(monkeypatch, tmp_path / "out", tokenizer_dir, *own, data=text)
+    assert "so few rows that all were drawn for evaluation" in said and "--eval_input_dirs" in said

@@ -10,6 +10,7 @@ from coati.dataset.rows.column_names import TARGETS, Layout, parse_columns
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import find_files, find_sources, source_rows
 from coati.dataset.rows.row_errors import RowError
+from coati.recipes.prepared import held_out_split, is_raw
 from tests.dataset.rows.test_format_files import round_of_calls, talk
 
 CHAT = talk("1 + 2 = ?", "3")
@@ -219,6 +220,9 @@ def test_a_list_of_inputs(folder, by):
 
 
 def test_one_of_a_list_of_inputs(folder):
+    # Its files are no split to evaluate on.
+    for path in (folder, folder / "dataset_info.json", f"{folder / 'dataset_info.json'}:plain"):
+        assert is_raw(str(path)) and held_out_split(str(path)) is None
     [source] = find_sources([f"{folder / 'dataset_info.json'}:chat"])
     assert source.path.name == "b.jsonl" and source.limit == 1
     with pytest.raises(ValueError, match="has no data set verse; found alpaca_like, chat, plain"):

@@ -101,6 +101,12 @@ def test_packs_hold_at_most_their_length(tmp_path):
     assert max(map(sum, packs)) <= 300 and max(map(len, packs)) > 2
 
 
+def test_a_window_of_long_rows_is_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_stream, "WINDOW_TOKENS", 2000)
+    sizes = [len(w.rows) for w in islice(stream(write_files(tmp_path, 200)).windows(), 4)]
+    assert sizes == [32] * 4  # one chunk of source rows is enough
+
+
 def test_rows_of_like_length_come_together(tmp_path):
     found = stream(write_files(tmp_path, 300), buffer=300)
     lengths = [len(row["input_ids"]) for row in epoch_of(found)]

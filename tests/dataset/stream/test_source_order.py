@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 
+from coati.dataset.stream import source_order
 from coati.dataset.stream.source_order import (
     CHUNK_ROWS,
     Position,
@@ -41,7 +42,7 @@ def order(found: list[Rows], buffer: int, seed: int = 3, **more) -> SourceOrder:
 
 
 def texts(rows) -> list[str]:
-    return [row for _, _, row in rows]
+    return [row for _, (_, _, row) in rows]
 
 
 COUNTS = (7, 1, 0, 12, 5)
@@ -49,7 +50,7 @@ ALL = [text for source in sources(*COUNTS) for _, text in source.rows()]
 
 
 def test_without_a_buffer_rows_stand_in_the_order_of_their_files():
-    found = list(order(sources(2, 3), 0).rows(5))
+    found = [row for _, row in order(sources(2, 3), 0).rows(5)]
     assert found == [(0, 1, "a-0"), (0, 2, "a-1"), (1, 1, "b-0"), (1, 2, "b-1"), (1, 3, "b-2")]
 
 
@@ -85,14 +86,17 @@ def test_the_order_is_entered_at_any_row(buffer, epoch):
     whole = list(order(sources(*COUNTS), buffer).rows(epoch))
     counts = dict(enumerate(COUNTS))
     for start in range(len(whole) + 1):
-        assert list(order(sources(*COUNTS), buffer).rows(epoch, start)) == whole[start:], start
+        begin = whole[start - 1][0] if start else 0
+        fresh = order(sources(*COUNTS), buffer)
+        assert list(fresh.rows(epoch, begin, start)) == whole[start:], start
         known = order(sources(*COUNTS), buffer, counts=dict(counts))
-        assert list(known.rows(epoch, start)) == whole[start:], start
+        assert list(known.rows(epoch, begin, start)) == whole[start:], start
 
 
 def test_files_before_the_place_are_not_opened_where_their_rows_are_counted():
     found = sources(10, 10, 10)
-    rows = order(found, 4, counts={0: 10, 1: 10, 2: 10}).rows(1, 25)
+    begin = list(order(sources(10, 10, 10), 4).rows(1))[24][0]
+    rows = order(found, 4, counts={0: 10, 1: 10, 2: 10}).rows(1, begin, 25)
     next(rows)
     assert sorted(source.opened for source in found) == [0, 0, 1]
 
@@ -128,7 +132,7 @@ def test_chunks_cover_the_rows_and_end_with_an_epoch():
     got = chunks(found, count=8)
     assert [len(chunk.rows) for chunk in got] == [32, 32, 6, 0, 32, 32, 6, 0] and CHUNK_ROWS == 32
     assert [chunk.ends for chunk in got] == [False, False, False, True] * 2
-    assert got[1].after == Position(((0, 64),), 64) and got[3].after == Position(((1, 0),), 70)
+    assert got[1].after == Position(((0, 64, 64),), 64) and got[3].after.at == ((1, 0, 0),)
 
 
 def test_long_rows_come_in_smaller_chunks():
@@ -157,9 +161,10 @@ def test_a_mixture_draws_by_weight_and_each_stream_gives_each_row_before_any_aga
         for number, (name, count) in enumerate((("a", 40), ("b", 300)))
     ]
     rows = [row for chunk in chunks(SourceRows(orders, [3, 1], 5)) for row in chunk.rows]
-    share = sum(text.startswith("a") for text in texts(rows)) / len(rows)
+    found = [text for _, _, text in rows]
+    share = sum(text.startswith("a") for text in found) / len(rows)
     assert 0.7 < share < 0.8
-    times = Counter(text for text in texts(rows) if text.startswith("a"))
+    times = Counter(text for text in found if text.startswith("a"))
     assert len(times) == 40 and max(times.values()) - min(times.values()) <= 1
     assert {file for file, _, text in rows if text.startswith("b")} == {1}
 
@@ -168,7 +173,7 @@ def test_an_epoch_of_a_mixture_ends_when_every_stream_was_read():
     orders = [order([Rows(name, 10)], 0, number=number) for number, name in enumerate("ab")]
     got = chunks(SourceRows(orders, [4, 1], 5), count=12)
     ends = [chunk.after for chunk in got if chunk.ends]
-    assert [min(epoch for epoch, _ in position.at) for position in ends] == [1, 2, 3, 4]
+    assert [min(place[0] for place in position.at) for position in ends] == [1, 2, 3, 4]
 
 
 def test_a_stream_without_rows_is_named():
@@ -178,7 +183,23 @@ def test_a_stream_without_rows_is_named():
 
 
 def test_positions_survive_json():
-    fresh = Position(((0, 0), (0, 0)))
+    fresh = Position(((0, 0, 0), (0, 0, 0)))
     assert from_state({}, fresh) == fresh
-    state = {"at": [[1, 5], [0, 7]], "drawn": 40}
-    assert from_state(state, fresh) == Position(((1, 5), (0, 7)), 40)
+    state = {"at": [[1, 4, 5], [0, 0, 7]], "drawn": 40}
+    assert from_state(state, fresh) == Position(((1, 4, 5), (0, 0, 7)), 40)
+
+
+@pytest.mark.parametrize("row", ["x" * 900, b"x" * 900, {"messages": [{"content": "x" * 900}]}])
+def test_a_block_of_long_rows_is_smaller_and_entered_all_the_same(monkeypatch, row):
+    monkeypatch.setattr(source_order, "BLOCK_BYTES", 5000)
+
+    class Long(Rows):
+        def rows(self):
+            yield from ((line, row) for line in range(1, self.count + 1))
+
+    whole = list(order([Long("a", 40)], 1000).rows(1))
+    assert [begin for begin, _ in whole[::6]] == [0, 6, 12, 18, 24, 30, 36]
+    assert sorted(line for _, (_, line, _) in whole) == list(range(1, 41))
+    for start in range(1, 41):
+        begin = whole[start - 1][0]
+        assert list(order([Long("a", 40)], 1000).rows(1, begin, start)) == whole[start:]

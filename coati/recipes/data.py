@@ -324,7 +324,7 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
     template = _template(run, type)
     config = None if template is None else template.to_config()
     key: list[Any] = [stamps, vocabulary, config, _longest(run.settings.data, type), type]
-    if options := row_options(template):
+    if template is not None and (options := row_options(template)):
         key.append(options)
     if documents := _documents(run, type):
         key.append(documents)

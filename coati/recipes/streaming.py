@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from coati.cli.settings import DataSettings, SLSettings
+from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.clean.cleaning import Cleaning
-from coati.dataset.prepare.validation import BadRowBudget
+from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.prepare.validation import BadRowBudget, documents_of
 from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker
 from coati.dataset.stream.row_sources import (
@@ -26,6 +28,7 @@ from coati.dataset.stream.source_order import SourceOrder, SourceRows
 from coati.dataset.stream.stream_loader import ENDLESS
 from coati.models.positions import check_tokens, positions_in
 from coati.parallel.checkpoint import RunningState
+from coati.recipes.mixed_rows import type_of_path
 from coati.recipes.prepared import is_raw, train_split
 from coati.recipes.resume import WHERE_UNSAID, Resume
 from coati.recipes.run import PreparedRows, Run
@@ -59,9 +62,11 @@ def open_stream(
     of other files.
     """
     data = run.settings.data
-    _check_raw(data)
+    _check_raw(data, type)
     stored = run.resume.state.data.get("stream", []) if run.resume.state else []
-    streams = _streams(data, revisions_of(stored))
+    templated = DATA_TYPES[type].templated
+    documents = documents_of(type, None if templated else data.documents)
+    streams = _streams(data, revisions_of(stored), documents)
     _check_length(run)
     state = _running_state(run.resume, run.settings, streams)
     stream = _row_stream(run, type, streams, state)
@@ -87,19 +92,27 @@ def commits(stream: RowStream) -> dict[str, str]:
     }
 
 
-def _check_raw(data: DataSettings) -> None:
+def _check_raw(data: DataSettings, type: str) -> None:
     prepared = next((path for path in data.dataset if not is_raw(path)), None)
     if prepared is not None:
         raise ValueError(
             f"--streaming reads raw rows, --dataset {prepared} is prepared already; drop "
             "--streaming, or name the files that it was made of"
         )
+    for path in filter(lambda path: not is_hub_name(path), data.dataset):
+        if (found := type_of_path(path, type)) != type:
+            raise ValueError(
+                f"--streaming reads rows of type {type}, --dataset {path} holds {found} rows: to "
+                "mix them drop --streaming"
+            )
 
 
-def _streams(data: DataSettings, revisions: dict[str, str]) -> list[list[RowSource]]:
+def _streams(
+    data: DataSettings, revisions: dict[str, str], documents: str | None
+) -> list[list[RowSource]]:
     """The sources of each stream: of each path with ``--dataset_weights``, else of all paths."""
     found = [
-        sources_of(path, None if is_hub_name(path) else train_split(path), revisions)
+        sources_of(path, None if is_hub_name(path) else train_split(path), revisions, documents)
         for path in data.dataset
     ]
     return found if data.dataset_weights else [[source for each in found for source in each]]
@@ -132,7 +145,7 @@ def _row_stream(
         type=type,
         format=None,
         files=files,
-        conversation=run.template,
+        conversation=_conversation(run, type),
         max_length=data.max_length,
         jsonl=False,
         cleaning=Cleaning(),
@@ -152,6 +165,10 @@ def _row_stream(
     source = SourceRows(orders, data.dataset_weights or [1.0], seed)
     budget = BadRowBudget(strict=False, max_ratio=data.max_bad_ratio)
     return RowStream(source, worker, options, budget, state.trainer.get("stream"))
+
+
+def _conversation(run: Run[SLSettings], type: str) -> Any:
+    return run.template if DATA_TYPES[type].templated else PlainText(run.tokenizer)
 
 
 def _workers(asked: int | None) -> int:

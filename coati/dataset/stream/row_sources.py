@@ -37,10 +37,12 @@ class RowSource(Protocol):
 
 
 class FileSource:
-    """One data file. Its size and time are those of the moment it was found."""
+    """One data file. Its size and time are those of the moment it was found. ``documents``: as of
+    read_rows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, documents: str | None = None) -> None:
         self.path = path
+        self.documents = documents
         self._found = self._state()
 
     @property
@@ -53,7 +55,7 @@ class FileSource:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         self._check()
-        yield from read_rows(self.path)
+        yield from read_rows(self.path, self.documents)
         self._check()
 
     def _check(self) -> None:
@@ -115,16 +117,19 @@ def is_hub_name(path: str) -> bool:
 
 
 def sources_of(
-    path: str, split: str | None = None, revisions: Mapping[str, str] | None = None
+    path: str,
+    split: str | None = None,
+    revisions: Mapping[str, str] | None = None,
+    documents: str | None = None,
 ) -> list[RowSource]:
     """The sources behind one path of ``--dataset``. ``revisions``: the commits of data sets of the
-    hub, by name; by default the newest.
+    hub, by name; by default the newest. ``documents``: what of a .txt file is a row.
 
     Raises ValueError for a path that is not there, holds no data, or is prepared already.
     """
     if is_hub_name(path):
         return _hub_sources(path, revisions or {})
-    return [FileSource(file) for file in find_files([path], split)]
+    return [FileSource(file, documents) for file in find_files([path], split)]
 
 
 def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:

@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 # Name elsewhere -> the flag; of several, the first that a command has.
 SAME = {
     "adapter_name_or_path": "model_path",
+    "buffer_size": "shuffle_buffer",
     "center_rewards_coefficient": "center_coef",
     "cliprange": "clip_eps",
     "cliprange_value": "value_clip",
@@ -186,7 +187,7 @@ DIFFERENT = {
     "dataloader_num_workers": (
         "dataset",
         "rows are tokenized before training, and then need no workers to load; coati prepare "
-        "--num_proc N tokenizes with N",
+        "--num_proc N tokenizes with N, and --stream_workers N with --streaming",
     ),
     "dataset_config": ("dataset", "a subset is part of the name: --dataset NAME:SUBSET"),
     "dataset_config_name": ("dataset", "a subset is part of the name: --dataset NAME:SUBSET"),

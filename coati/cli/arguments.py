@@ -9,6 +9,7 @@ from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.row_flags import add_learn_flag, add_row_flags
 from coati.cli.settings import SLSettings, settings_of
+from coati.cli.streaming_flags import add_streaming_flags
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
 from coati.parallel.optimizer import OptimizerSettings
@@ -25,6 +26,7 @@ def sft_parser() -> Parser:
     )
     add_model_flags(parser)
     add_data_flags(parser, learn=True)
+    add_streaming_flags(parser)
     add_packing_flag(parser)
     add_parallel_flags(parser)
     add_optimization_flags(parser)

@@ -17,6 +17,7 @@ from coati.cli.settings import (
     SLSettings,
     settings_of,
 )
+from coati.cli.streaming_flags import add_streaming_flags
 from coati.cli.values import add_count, add_number, add_switch, number
 from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES, SFT, full_name
 
@@ -185,6 +186,7 @@ def _parser(program: str, description: str) -> Parser:
     )
     shared.add_model_flags(parser)
     shared.add_data_flags(parser)
+    add_streaming_flags(parser)
     return parser
 
 

@@ -9,6 +9,10 @@ from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.prepare import add_documents_flag
 from coati.cli.settings import SLSettings, settings_of
+from coati.parallel.plugins import PLUGINS
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 def pretrain_parser() -> Parser:
@@ -40,8 +44,20 @@ def parse_pretrain(
     prog: str | None = None,
 ) -> SLSettings:
     """The checked flags of ``coati pretrain``; as :func:`coati.cli.arguments.parse_sft`."""
-    args = checked(pretrain_parser().named(prog), argv, check_offline, check_documents, older=older)
+    parser = pretrain_parser().named(prog)
+    args = checked(parser, argv, settle_packing, check_offline, check_documents, older=older)
     return settings_of(SLSettings, args, parallel=requested_options(args))
+
+
+def settle_packing(args: Namespace) -> None:
+    """Packs are the default where they are possible; what was asked for stays, to be refused."""
+    if "packing" in args._written:
+        return
+    own_attention = args.use_flash_attn and args.plugin and PLUGINS[args.plugin].own_attention
+    if args.enable_sequence_parallelism or own_attention:
+        args.packing = False
+        why = "--use_flash_attn" if own_attention else "--enable_sequence_parallelism"
+        logger.info(f"rows are not packed here: {why} takes padding masks only.")
 
 
 def check_documents(args: Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
 from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
+from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.options import ParallelOptions
 from coati.trainer.schedule import RunSchedule
@@ -78,9 +79,19 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class StreamSettings:
+    """Rows that are tokenized while a run trains. ``stream_workers`` None: by the cores."""
+
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    stream_workers: int | None = None
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """The rows of a run. ``max_seq_len``: room that a prompt leaves for its response;
-    ``documents``: what of a .txt file is one."""
+    ``documents``: what of a .txt file is one; ``max_bad_ratio``: share of raw rows that may be
+    malformed."""
 
     dataset: list[str]
     eval_dataset: list[str]
@@ -96,6 +107,8 @@ class DataSettings:
     disable_loss_mask: bool = False
     packing: bool = False
     max_seq_len: int = 0
+    max_bad_ratio: float = DEFAULT_BAD_RATIO
+    stream: StreamSettings = field(default_factory=StreamSettings)
     documents: str | None = None
 
     @property

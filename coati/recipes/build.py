@@ -38,6 +38,7 @@ from coati.parallel.weights import ModelAssets
 from coati.recipes.resume import check_same_model
 from coati.recipes.run import Run
 from coati.recipes.run_dir import refuse_shorter
+from coati.recipes.streaming import EndlessOrder, epochs
 from coati.trainer.global_batches import total_steps
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
@@ -238,7 +239,7 @@ def boosted(
     return engine
 
 
-def sl_engine(run: Run[SLSettings], model: Any, order: EpochOrder) -> Engine:
+def sl_engine(run: Run[SLSettings], model: Any, order: EpochOrder | EndlessOrder) -> Engine:
     """The engine of a trainer on fixed data; the schedule is as long as the steps that will be
     taken."""
     settings = run.settings
@@ -248,7 +249,7 @@ def sl_engine(run: Run[SLSettings], model: Any, order: EpochOrder) -> Engine:
     global_batch = batches.batch_size * batches.accumulation_steps * run.data_parallel_size
     state = run.resume.state or RunningState()
     max_steps = settings.schedule.max_steps
-    total = total_steps(state, order.count, global_batch, batches.max_epochs, max_steps)
+    total = total_steps(state, order.count, global_batch, epochs(settings), max_steps)
     refuse_shorter(settings.output, total)
     return boosted(run, model, settings.optimizer, total)
 

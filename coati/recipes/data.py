@@ -24,6 +24,7 @@ from coati.dataset.load.loader import (
 from coati.dataset.prepare.preparation import OF_AN_EARLIER_RELEASE, prepare_dataset
 from coati.dataset.prepare.validation import documents_of
 from coati.dataset.rows.input_files import find_sources
+from coati.dataset.stream.row_sources import is_hub_name
 from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
 from coati.recipes.mixed_rows import check_whole, joined, type_of_path
@@ -99,6 +100,8 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
         rows = _checked(run, data.eval_dataset, folders, types, "eval_dataset", "valid")
         return _fitting(PreparedRows(rows, folders, [len(rows)]), data, "eval_dataset", type)
     for path in filter(is_raw, data.dataset):
+        if data.stream.streaming and is_hub_name(path):
+            continue  # looking for a split would fetch all of them
         if split := held_out_split(path):
             if train_split(path) is None:  # all of it is trained on
                 logger.warning(
@@ -273,6 +276,7 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
                 num_bins=1,
                 tokenizer_name=run.settings.model.tokenizer,
                 seed=run.settings.seed,
+                max_bad_ratio=data.max_bad_ratio,
                 show=print if is_rank_0() else None,
                 part=part,
                 verifiable=False,

@@ -40,14 +40,21 @@ def check_ends(run: Run, train: PreparedRows) -> None:
         )
 
 
-def kto_weights(settings: KTOSettings, rows: Any) -> tuple[float, float]:
+def kto_weights(settings: KTOSettings, rows: Any, only_first: bool = False) -> tuple[float, float]:
     """The weights of desirable and undesirable responses: set by ``--auto_weight``, else checked
-    for balance.
+    for balance. ``only_first``: more rows will come, of which nothing is known.
 
     Raises ValueError when all rows have one label.
     """
     good = int(np.asarray(rows["label"], dtype=bool).sum())
     bad = len(rows) - good
+    if only_first:
+        kept = (settings.loss.desirable_weight, settings.loss.undesirable_weight)
+        logger.info(
+            f"of the first {len(rows)} rows {good} are desirable and {bad} undesirable; with "
+            f"--streaming their weights stay {kept[0]:g} and {kept[1]:g}"
+        )
+        return kept
     if not good or not bad:
         kind, flag = ("desirable", "false") if good else ("undesirable", "true")
         raise ValueError(

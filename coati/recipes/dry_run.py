@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.cli.settings import OnlineSettings, SLSettings
+from coati.dataset.stream.stream_loader import StreamLoader
 from coati.models.critic import Critic
 from coati.models.loading import load_causal_lm
 from coati.parallel.checkpoint import (
@@ -107,18 +108,32 @@ def place_beside(save_dir: str) -> Iterator[str]:
 
 def _describe(run: Run[SLSettings], trainer: SLTrainer, loader: Any) -> str:
     """Rows, steps, tokens, memory and flags of the run to come."""
+    longest = run.settings.data.max_length
+    if isinstance(loader, StreamLoader):
+        rows = [
+            f"rows of a stream, as many as {run.settings.schedule.max_steps} steps take (up to "
+            f"{longest} tokens each), {loader.rows_per_step} {_entries(run)} a step"
+        ]
+    else:
+        longest = int(loader.lengths.max())
+        rows = _describe_rows(run, loader)
+    return _lines(*rows, *memory_lines(run, {"actor": trainer.engine}, longest), *given(run.flags))
+
+
+def _describe_rows(run: Run[SLSettings], loader: Any) -> list[str]:
     epochs = run.settings.batches.max_epochs
     max_steps = run.settings.schedule.max_steps
     steps = sum(loader.count(epoch) // loader.rows_per_step for epoch in range(epochs))
     steps = min(steps, max_steps or steps)
-    entries = "rows" if loader.epoch_order.pack_length is None else "packs"
-    return _lines(
+    return [
         f"rows {len(loader.lengths)}, tokens {int(loader.lengths.sum())} (longest row "
-        f"{int(loader.lengths.max())}), {loader.rows_per_step} {entries} a step",
+        f"{int(loader.lengths.max())}), {loader.rows_per_step} {_entries(run)} a step",
         f"steps {steps} ({len(loader)} an epoch, {epochs} epochs)",
-        *memory_lines(run, {"actor": trainer.engine}, int(loader.lengths.max())),
-        *given(run.flags),
-    )
+    ]
+
+
+def _entries(run: Run[SLSettings]) -> str:
+    return "packs" if run.settings.data.packing else "rows"
 
 
 def _describe_rl(run: Run[OnlineSettings], trainer: OLTrainer, prompts: Any, ptx: Any) -> str:

@@ -13,6 +13,7 @@ from coati.dataset.rows.readers import kind_of
 from coati.dataset.rows.row_errors import RowError
 from coati.recipes.prepared import is_raw
 
+WEIGHTS = "loss_weights"  # of the tokens of a row, where some are neither 0 nor 1
 LOOKED_AT = 100  # rows of a raw file
 
 
@@ -44,16 +45,32 @@ def _reads_as(path: str, type: str, split: str | None) -> bool:
 
 
 def joined(folders: Sequence[str], types: Sequence[str], mode: str = "train") -> Any:
-    """The rows of all ``folders`` end to end; of several types with the columns that all have."""
+    """The rows of all ``folders`` end to end; of several types with the columns that all have.
+    Where some have weights of their tokens, those of the others weigh 1."""
     if len(set(types)) == 1:
         return load_tokenized_dataset(folders, mode)
     from datasets import concatenate_datasets
 
     parts = [load_tokenized_dataset(folder, mode) for folder in folders]
+    kind = next((part.features[WEIGHTS] for part in parts if WEIGHTS in part.features), None)
+    if kind is not None:
+        parts = [part if WEIGHTS in part.features else _weighted(part, kind) for part in parts]
     shared = [
         name for name in parts[0].column_names if all(name in part.column_names for part in parts)
     ]
     return concatenate_datasets([part.select_columns(shared) for part in parts])
+
+
+def _weighted(rows: Any, kind: Any) -> Any:
+    """``rows`` whose tokens all weigh 1, as numbers of ``kind``."""
+    from datasets import Features
+
+    return rows.map(
+        lambda batch: {WEIGHTS: [[1.0] * len(ids) for ids in batch["input_ids"]]},
+        batched=True,
+        keep_in_memory=True,
+        features=Features({**rows.features, WEIGHTS: kind}),
+    )
 
 
 def check_whole(rows: Any, path: str, type: str, max_length: int, flag: str) -> None:

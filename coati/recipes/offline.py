@@ -8,27 +8,32 @@ from coati.cli.settings import SLSettings
 from coati.dataset.load.epoch_order import EpochOrder
 from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.dataset.load.packing import PackCollator
+from coati.dataset.stream.row_stream import RowStream
+from coati.dataset.stream.stream_loader import StreamLoader
 from coati.parallel.agreement import agree
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
-from coati.recipes import build, data, dry_run, eval_samples, finish
+from coati.recipes import build, data, dry_run, eval_samples, finish, streaming
 from coati.recipes.build import Trained
 from coati.recipes.data_checks import check_positions
 from coati.recipes.resume import running_state
 from coati.recipes.run import PreparedRows, Run
 from coati.recipes.same_run import SAME_ROWS, rows_facts
+from coati.recipes.streaming import EndlessOrder
 from coati.trainer import SLTrainer
 from coati.utils.phases import phase
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The rows of a run, and where in them it starts."""
+    """The rows of a run, and where in them it starts. ``stream``: what gives them with
+    ``--streaming``; ``train`` are then the first of them."""
 
     train: PreparedRows
     evaluation: PreparedRows | None
-    order: EpochOrder
+    order: EpochOrder | EndlessOrder
     state: RunningState
+    stream: RowStream | None = None
 
 
 @phase("reading the rows")
@@ -41,10 +46,16 @@ def load_data(run: Run[SLSettings], type: str) -> TrainingData:
 def _facts(rows: TrainingData) -> dict[str, Any]:
     evaluation = rows.evaluation and rows.evaluation.rows
     facts = rows_facts(**{"--dataset": rows.train.rows, "--eval_dataset": evaluation})
+    facts |= streaming.commits(rows.stream) if rows.stream is not None else {}
     return facts | {"rows in the order of training": rows.order.count(0), "step": rows.state.step}
 
 
 def _load_data(run: Run[SLSettings], type: str) -> TrainingData:
+    if run.settings.data.stream.streaming:
+        evaluation = data.evaluation_rows(run, type)
+        check_positions(run, evaluation, "eval_dataset", kl_rows=type == "kto")
+        stream, train, endless, state = streaming.open_stream(run, type)
+        return TrainingData(train, evaluation, endless, state, stream)
     train, evaluation = data.training_and_evaluation_rows(run, type)
     check_positions(run, train, kl_rows=type == "kto")
     check_positions(run, evaluation, "eval_dataset", kl_rows=type == "kto")
@@ -68,7 +79,7 @@ def trainer_keywords(
     batches = run.settings.batches
     keywords = {
         "engine": model.engine,
-        "max_epochs": batches.max_epochs,
+        "max_epochs": streaming.epochs(run.settings),
         "accumulation_steps": batches.accumulation_steps,
         "schedule": run.settings.schedule,
         "state": rows.state,
@@ -99,9 +110,18 @@ def fit(
     finish.rehearse(run, {"modeling": (trainer.engine, trainer.assets)})
     if run.settings.output.dry_run:
         dry_run.dry_run(run, trainer, train, load)
+        if rows.stream is not None:
+            rows.stream.close()
         return False
     output = run.settings.output
-    trainer.fit(train, evaluation, output.log_dir, output.use_wandb)
+    try:
+        trainer.fit(train, evaluation, output.log_dir, output.use_wandb)
+    except BaseException:
+        if rows.stream is not None:
+            rows.stream.close()
+        raise
+    if rows.stream is not None:
+        rows.stream.finish()
     finish.save_final(run, trainer, use)
     return True
 
@@ -112,15 +132,19 @@ def _loaders(
     """The global batches and evaluation batches of this rank; evaluation rows are never packed."""
     batches = run.settings.batches
     share = build.dp_share(engine)
-    train = GlobalBatchLoader(
-        rows.train.rows,
-        PackCollator(collate) if rows.order.pack_length is not None else collate,
-        batch_size=batches.batch_size,
-        accumulation_steps=batches.accumulation_steps,
-        epoch_order=rows.order,
-        partners=partners,
+    packed = PackCollator(collate) if rows.order.pack_length is not None else collate
+    steps: dict[str, Any] = {
+        "batch_size": batches.batch_size,
+        "accumulation_steps": batches.accumulation_steps,
+        "partners": partners,
         **share,
-    )
+    }
+    train: GlobalBatchLoader | StreamLoader
+    if rows.stream is not None:
+        train = StreamLoader(rows.stream, packed, **steps)
+    else:
+        assert isinstance(rows.order, EpochOrder)
+        train = GlobalBatchLoader(rows.train.rows, packed, epoch_order=rows.order, **steps)
     if rows.evaluation is None:
         return train, None
     evaluation = EvaluationLoader(

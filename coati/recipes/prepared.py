@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from coati.dataset.rows.dataset_info import NAME as DATASET_INFO
+from coati.dataset.rows.dataset_info import is_list_of_inputs
 from coati.dataset.rows.input_files import find_files
 from coati.dataset.rows.input_names import parse_input
 from coati.dataset.rows.readers import kind_of
@@ -16,7 +18,8 @@ def is_raw(path: str) -> bool:
     folder = Path(path)
     if folder.is_file() or not folder.exists():
         return True
-    if (folder / "preparation.json").exists() or any(folder.glob("part-*")):
+    parts = (child.is_dir() for child in folder.glob("part-*"))  # files of that name are Spark's
+    if (folder / "preparation.json").exists() or any(parts):
         return False
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return not _holds_tokens(folder)
@@ -41,7 +44,10 @@ def train_split(path: str) -> str | None:
 
 
 def _has_split(path: str, split: str) -> bool:
-    if Path(path).is_file() or parse_input(path).split is not None:
+    name = parse_input(path)
+    base = Path(name.base)
+    # One split is named, or each data set of a list has its own.
+    if name.split is not None or base.is_file() or is_list_of_inputs(base / DATASET_INFO):
         return False
     try:
         return bool(find_files([path], split))

@@ -168,7 +168,7 @@ def _tokenizer_and_template(
                 "with the model"
             )
             return tokenizer, None, added
-    args = data.template_args and json.loads(data.template_args)
+    args = json.loads(data.template_args) if data.template_args else None
     try:
         template = setup_conversation_template(
             tokenizer, config, save_path=None, template_args=args, options=data.row_options
@@ -187,7 +187,7 @@ def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) 
     ValueError for other arguments of the template than theirs."""
     for found in prepared:
         theirs = (found["conversation_template"] or {}).get("template_args") or {}
-        asked = data.template_args and json.loads(data.template_args)
+        asked = json.loads(data.template_args) if data.template_args else None
         if asked is not None and asked != theirs:
             raise ValueError(
                 f"--template_args {data.template_args}: --dataset was prepared with "

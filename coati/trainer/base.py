@@ -73,6 +73,7 @@ class SLTrainer:
         self.callbacks = CallbackList(callbacks)
         self.stopped_early = False
         self._stepped = False
+        self._loader: Any = None
         self.log = RunLog(self.name, self.schedule, self.state.trainer, settings)
         self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._interval |= self.state.trainer.get("interval", {})
@@ -126,6 +127,7 @@ class SLTrainer:
             NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
         """
         loader = as_global_batches(train_dataloader, self.accumulation_steps)
+        self._loader = loader
         total = total_steps(
             self.state, loader.count, loader.rows_per_step, self.max_epochs, self.schedule.max_steps
         )
@@ -163,9 +165,11 @@ class SLTrainer:
             return
         while state.epoch < self.max_epochs and state.step < total:
             for micro_batches in loader.global_batches(state.epoch, state.sample_start_index):
+                epoch = state.epoch
                 step = self._step(micro_batches, loader, stop, bar)
                 end = state.sample_start_index + loader.rows_per_step
-                last_of_epoch = end > loader.count(state.epoch)
+                # A stream goes on with the next epoch inside a global batch.
+                last_of_epoch = state.epoch > epoch or end > loader.count(state.epoch)
                 interval = self.schedule.eval_interval
                 due = last_of_epoch if interval is None else self._due(interval)
                 # At the end too, and before its checkpoint: what is logged after one is logged
@@ -196,7 +200,10 @@ class SLTrainer:
             raise NonFiniteLoss(self._describe(error, loader)) from error
         self.state.step += 1
         note(step=self.state.step)
-        self.state.sample_start_index += loader.rows_per_step
+        state = self.state
+        state.epoch, state.sample_start_index = loader.position_after(
+            state.epoch, state.sample_start_index
+        )
         self.log.meter.add_all(_public(step.metrics))
         seconds = time.perf_counter() - started
         self._interval["loss"] += step.loss * step.num_terms
@@ -276,6 +283,8 @@ class SLTrainer:
         with self.log.record.timed("checkpoints"):
             self.state.trainer["interval"] = dict(self._interval)
             self.state.trainer |= self.log.state_dict()
+            if hasattr(self._loader, "state_dict"):
+                self.state.trainer["stream"] = self._loader.state_dict()
             path = save_checkpoint(save_dir, self.engine, self.assets, self.state)
             clean(save_dir, self.schedule.keep_last_k)
         note(saved=self.state.step)

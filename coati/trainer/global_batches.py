@@ -43,6 +43,10 @@ class GroupedDataLoader:
         while len(micro_batches := list(islice(batches, size))) == size:
             yield micro_batches
 
+    def position_after(self, epoch: int, start: int) -> tuple[int, int]:
+        """Where the step after the one at ``start`` of ``epoch`` begins."""
+        return epoch, start + self.rows_per_step
+
     def rows_at(self, epoch: int, start: int) -> list[int]:
         """Positions of the batches; a plain DataLoader does not reveal its row indices."""
         return list(range(start, start + self.accumulation_steps))
@@ -71,6 +75,10 @@ def total_steps(
     """
     if state.epoch >= max_epochs:
         return state.step
-    left = max(count(state.epoch) - state.sample_start_index, 0) // rows_per_step
-    left += sum(count(epoch) // rows_per_step for epoch in range(state.epoch + 1, max_epochs))
-    return min(state.step + left, max_steps or 2**62)
+    most = max_steps or 2**62
+    total = state.step + max(count(state.epoch) - state.sample_start_index, 0) // rows_per_step
+    for epoch in range(state.epoch + 1, max_epochs):
+        if total >= most:  # a stream does not know how many its epochs have, nor how many there are
+            break
+        total += count(epoch) // rows_per_step
+    return min(total, most)

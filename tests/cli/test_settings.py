@@ -8,6 +8,7 @@ import pytest
 from coati.cli.arguments import parse_sft
 from coati.cli.checks import tokens_of
 from coati.cli.preferences import parse_dpo
+from coati.cli.pretraining import parse_pretrain
 from coati.cli.rollouts import parse_grpo, parse_ppo
 from coati.cli.settings import filled
 from coati.parallel.optimizer import OptimizerSettings, build_optimizer
@@ -99,3 +100,32 @@ def test_tokens_may_stand_in_a_file(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=re.escape(said)):
             tokens_of([str(tmp_path / name)])
+
+
+def test_texts_are_packed_where_that_is_possible(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--pretrain", "m", "--dataset", str(tmp_path)]
+    split = ["--plugin", "3d", "--sp", "2", "--enable_sequence_parallelism"]
+    split += ["--sp_mode", "all_to_all"]
+    assert parse_pretrain(words).data.packing and parse_pretrain(words).parallel.packing
+    assert not parse_pretrain([*words, "--packing", "false"]).data.packing
+    found = parse_pretrain([*words, *split])
+    assert not found.data.packing and not found.parallel.packing
+    assert not parse_pretrain([*words, "--plugin", "3d", "--use_flash_attn"]).data.packing
+    assert parse_pretrain([*words, "--use_flash_attn"]).data.packing  # the plugin is not known yet
+    assert parse_pretrain([*words, "--plugin", "zero2", "--use_flash_attn"]).data.packing
+    with pytest.raises(SystemExit):
+        parse_pretrain([*words, *split, "--packing"])
+    assert "--packing cannot be combined with" in capsys.readouterr().err
+
+
+def test_a_unit_of_documents_needs_a_file_of_texts(tmp_path, capsys):
+    words = ["--pretrain", "m", "--documents", "line", "--dataset"]
+    for name in ("rows.jsonl", "a.txt", "b.txt.gz", "folder/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("a.txt", "b.txt.gz", "folder"):
+        assert parse_pretrain([*words, str(tmp_path / name)]).data.documents == "line"
+    with pytest.raises(SystemExit):
+        parse_pretrain([*words, str(tmp_path / "rows.jsonl")])
+    assert "--documents line says what of a .txt file is a document" in capsys.readouterr().err

@@ -60,8 +60,8 @@ def good_words(verb: str, place: Place, model: str, rows: str | None) -> list[st
     out = str(place.folder / "out")
     training = ["--accumulation_steps", "1", "--plugin", "ddp", "--mixed_precision", "fp32"]
     training += ["--max_length", "96", "--save_dir", out, "--pretrain", model]
-    if verb in ("sft", "rm", "dpo", "orpo", "kto"):
-        kind = verb if verb in ("sft", "kto") else "pairs"
+    if verb in ("sft", "pretrain", "rm", "dpo", "orpo", "kto"):
+        kind = {"sft": "sft", "pretrain": "sft", "kto": "kto"}.get(verb, "pairs")
         data = rows or str(place.rows[kind])
         return [*training, "--dataset", data, "--batch_size", "2", "--max_steps", "1"]
     if verb in ("ppo", "grpo"):

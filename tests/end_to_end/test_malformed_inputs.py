@@ -328,6 +328,31 @@ CASES = {
         ("rows.jsonl:1", "malformed"),
         rows=bad.rows("rows.jsonl", '{"messages": NaN, "chosen": Infinity}\n' * 8),
     ),
+    "a text in another encoding": Case(
+        "pretrain",
+        ("a.txt:1", "not UTF-8 text (byte 128)", "iconv"),
+        rows=bad.rows("a.txt", bytes(range(256)) * 9),
+    ),
+    "a text of nothing": Case(
+        "pretrain", ("a.txt", "no rows found"), rows=bad.rows("a.txt", "\n \n\n")
+    ),
+    "texts of messages": Case(
+        "pretrain",
+        ("rows.jsonl:1", "messages are written out"),
+        rows=bad.rows("rows.jsonl", json.dumps({"text": ROW}) + "\n"),
+    ),
+    "documents of no text": Case(
+        "pretrain",
+        ("--documents line", "none among"),
+        words=lambda p: ["--documents", "line"],
+        code=2,
+    ),
+    "tokens in another encoding": Case(
+        "pretrain",
+        ("--add_tokens", "not UTF-8 text"),
+        words=bad.flag("add_tokens", "tokens.txt", b"\xff\xfe"),
+        code=2,
+    ),
     "rows a pipe": Case("prepare", ("rows.jsonl",), rows=fifo),
     "rows that end early": Case(
         "kto",

@@ -15,7 +15,7 @@ from tests.end_to_end.malformed import Place, ended, good_words
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 POSITIONS = 64
-TRAINERS = ("sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
+TRAINERS = ("sft", "pretrain", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
 
 
 def said(role: str, text: str) -> dict:

@@ -49,7 +49,7 @@ def incomplete(built, tmp_path_factory):
     return environments.installed(built[0], folder, without="colossalai")
 
 
-@pytest.mark.parametrize("verb", ["sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"])
+@pytest.mark.parametrize("verb", ["sft", "pretrain", "rm", "dpo", "orpo", "kto", "ppo", "grpo"])
 def test_training_without_colossalai_names_the_command_at_once(incomplete, verb):
     """Before torch, whose import takes seconds."""
     data = "--prompt_dataset" if verb in ("ppo", "grpo") else "--dataset"

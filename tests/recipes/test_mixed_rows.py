@@ -96,3 +96,12 @@ def test_pieces_are_never_cut_again(prepared):
 
 def test_the_sample_of_conversations():
     assert type_of_path(str(SAMPLE), "text") == "sft"
+
+
+def test_texts_among_weighted_conversations_weigh_one(prepared, tmp_path):
+    rows = joined([prepared["sft"]], ["sft"])
+    weights = [[0.5] * length for length in rows["seq_length"]]
+    rows.add_column("loss_weights", weights).save_to_disk(str(tmp_path / "part-00000"))
+    both = joined([prepared["text"], str(tmp_path)], ["text", "sft"])
+    assert both[0]["loss_weights"] == [1.0] * both[0]["seq_length"]
+    assert both[len(both) - 1]["loss_weights"] == weights[-1]

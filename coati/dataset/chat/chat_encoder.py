@@ -181,7 +181,7 @@ class ChatEncoder:
         if inside and self.tokenizer.is_fast:
             ids = self._backend(as_text=True, inside=True).encode(text, add_special_tokens=False)
             return self._without_controls(ids.ids)
-        shown, key = self.hide([{"content": text}])
+        shown, key = self.hide_contents([{"role": "", "content": text}])
         return self.encode(shown[0]["content"], [], key)[1]
 
     def _without_controls(self, ids: list[int]) -> list[int]:

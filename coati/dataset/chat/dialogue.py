@@ -9,16 +9,18 @@ what generation is given.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.chat.message_forms import Message, Messages, Tools
+from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of
 from coati.dataset.chat.word_cache import Span
 from coati.dataset.rows.row_errors import RowError
 
 if TYPE_CHECKING:
     from coati.dataset.chat.conversation import Conversation
 
-MARK = "\U0010fffd"  # stands in a message where its place in the text is looked for
+# One of these stands in a message where its place in the text is looked for.
+MARKS = range(0x10FFFD, 0x100000, -1)
 # What is counted of rows, by names that the report knows.
 DROPPED = "thoughts dropped by the template"
 ADDED = "thoughts added to the template's text"
@@ -86,6 +88,12 @@ class Dialogue:
             for k, message in enumerate(messages)
         ]
 
+    @cached_property
+    def mark(self) -> str:
+        """A character that the row does not hold."""
+        texts = "".join(texts_of([self.messages, self.tools]))
+        return next(mark for mark in map(chr, MARKS) if mark not in texts)
+
     # texts
 
     def prompt(self, end: int) -> str:
@@ -128,9 +136,9 @@ class Dialogue:
         writes the turns before it otherwise."""
         if k == 0 or self.template.starts_at_content:
             raise _rewritten(k)
-        before = [*self.given[: k - 1], {**self.given[k - 1], "content": MARK}]
-        prompt = self._prompt(before).rpartition(MARK)[2]
-        whole = self._finished([*before, self.given[k]]).rpartition(MARK)[2]
+        before = [*self.given[: k - 1], {**self.given[k - 1], "content": self.mark}]
+        prompt = self._prompt(before).rpartition(self.mark)[2]
+        whole = self._finished([*before, self.given[k]]).rpartition(self.mark)[2]
         if not whole.startswith(prompt):
             raise _rewritten(k)
         start = self.prompt(k)
@@ -196,12 +204,12 @@ class Dialogue:
         turn = self.messages[k]
         plain = {
             **_without(turn, "reasoning_content"),
-            "content": MARK + turn["content"].lstrip("\n"),
+            "content": self.mark + turn["content"].lstrip("\n"),
         }
         forms = abilities.forms
         given = forms.spelled([*self.messages[:k], plain])
         text = self._finished(given) + template.added_end(bool(turn.get("tool_calls")))
-        before, mark, after = text.partition(MARK)
+        before, mark, after = text.partition(self.mark)
         if not mark:
             raise RowError("thought_dropped", f"that of message {k}, whose text is dropped too")
         opening, closing = forms.tags
@@ -263,8 +271,8 @@ class Dialogue:
 
     def _before_content(self, k: int) -> str:
         """The text before the content of turn ``k``."""
-        turn = {**self.given[k], "content": MARK}
-        return self._finished([*self.given[:k], turn]).partition(MARK)[0]
+        turn = {**self.given[k], "content": self.mark}
+        return self._finished([*self.given[:k], turn]).partition(self.mark)[0]
 
     def _start_of_thought(self, text: str, k: int) -> int | None:
         """Where the thought of turn ``k`` begins, its opening tag included; None where it is not
@@ -272,9 +280,9 @@ class Dialogue:
         if self.thought(k) is None:
             return None
         forms = self.template.abilities.forms
-        marked = {**self.messages[k], "reasoning_content": MARK}
+        marked = {**self.messages[k], "reasoning_content": self.mark}
         given = [*self.given[:k], forms.spelled([*self.messages[:k], marked])[-1]]
-        before, mark, _ = self._finished(given).partition(MARK)
+        before, mark, _ = self._finished(given).partition(self.mark)
         context = self._finished(self.given[:k])  # a header that differs is all that may differ
         if not mark or not text.startswith(before) or not before.startswith(context):
             return None

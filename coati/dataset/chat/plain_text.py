@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from coati.dataset.chat.chat_encoder import ChatEncoder
+from coati.dataset.chat.row_options import RowOptions
 from coati.utils.json_io import save_json
 
 
@@ -15,6 +16,7 @@ class PlainText:
     """
 
     template_mode = "per_turn"
+    options = RowOptions()
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -149,6 +149,18 @@ def read_chat_template(value: str, folder: Path) -> str:
     return _from_hub(value)
 
 
+def one_template(named: dict[str, str]) -> str | None:
+    """The template named ``default``, and for rows with tools the one named ``tool_use``, as
+    transformers chooses between them."""
+    default = named.get("default")
+    if default is None or "tool_use" not in named:
+        return default
+    with_tools, without = (text.removesuffix("\n") for text in (named["tool_use"], default))
+    # The empty expressions keep white space at the ends from being taken for that of the tags.
+    keep = "{{ '' }}"
+    return f"{{% if tools %}}\n{with_tools}{keep}{{% else %}}\n{without}{keep}{{% endif %}}"
+
+
 def _from_model_directory(path: Path) -> str:
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -157,7 +169,7 @@ def _from_model_directory(path: Path) -> str:
             load_object(path / name).get("chat_template") if (path / name).is_file() else None
         )
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = one_template({entry["name"]: entry["template"] for entry in template})
         if template:
             return template
     raise ValueError(

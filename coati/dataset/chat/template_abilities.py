@@ -23,7 +23,10 @@ from coati.dataset.chat.message_forms import (
 
 # (messages, generation prompt, tools) -> text
 Render = Callable[[Messages, bool, dict[str, Any]], str]
-ALL, LAST, NONE = THOUGHTS_WRITTEN = ("all", "last", "none")
+# Of which responses thoughts are written.
+ALL = "all"
+LAST = "last"
+NONE = "none"
 
 QUESTION = {"role": "user", "content": "Probe question number one"}
 ANSWER = "Probe answer number one"

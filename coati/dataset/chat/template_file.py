@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.dataset.chat.chat_encoder import special_ids
-from coati.dataset.chat.template import read_chat_template
+from coati.dataset.chat.template import one_template, read_chat_template
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 from coati.utils.resources import template_path
@@ -102,7 +102,7 @@ def tokenizer_template(tokenizer, source: str) -> str:
     none."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
-        template = template.get("default")
+        template = one_template(template)
     if not template:
         raise ValueError(
             f"{source}: the tokenizer "

@@ -24,7 +24,9 @@ SYSTEM = "Probe system message"
 THOUGHT = "<think>\nProbe thought\n</think>\n\n"
 # Where the end of a response is written: after each by itself, after the last alone, by the turn
 # that follows.
-OWN, LAST, NEXT = "own", "last", "next"
+OWN = "own"
+LAST = "last"
+NEXT = "next"
 
 
 def dialogue(responses: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:

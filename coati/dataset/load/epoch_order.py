@@ -53,6 +53,24 @@ def epoch_order(
     return np.concatenate([random.permutation(np.concatenate(groups)).ravel(), *rest])
 
 
+def ordered_entries(
+    lengths: np.ndarray,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    group_by_length: bool = True,
+    pack_length: int | None = None,
+) -> Sequence[np.ndarray] | np.ndarray:
+    """(rows,) indices of one epoch as :func:`epoch_order`, or an array of indices for each pack of
+    at most ``pack_length`` tokens."""
+    if pack_length is None:
+        return epoch_order(lengths, seed, epoch, shuffle, group_by_length)
+    random = np.random.default_rng([seed, epoch]) if shuffle else None
+    found = packs(lengths, pack_length, random)
+    full = np.asarray([lengths[pack].sum() for pack in found])
+    return [found[i] for i in epoch_order(full, seed, epoch, shuffle, group_by_length)]
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Several sets laid end to end, drawn from with relative frequencies.
@@ -171,17 +189,12 @@ class EpochOrder:
         """(rows,) indices, or an array of indices for each pack."""
         chosen = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
         lengths = self.lengths if chosen is None else self.lengths[chosen]
-        if self.pack_length is None:
-            order = epoch_order(lengths, self.seed, epoch, self.shuffle, self.group_by_length)
-            return order if chosen is None else chosen[order]
-        random = np.random.default_rng([self.seed, epoch]) if self.shuffle else None
-        found = packs(lengths, self.pack_length, random)
-        full = np.asarray([lengths[pack].sum() for pack in found])
-        found = [
-            found[i]
-            for i in epoch_order(full, self.seed, epoch, self.shuffle, self.group_by_length)
-        ]
-        return found if chosen is None else [chosen[pack] for pack in found]
+        found = ordered_entries(
+            lengths, self.seed, epoch, self.shuffle, self.group_by_length, self.pack_length
+        )
+        if chosen is None:
+            return found
+        return chosen[found] if self.pack_length is None else [chosen[pack] for pack in found]
 
     def packing_figures(self, batch_size: int) -> dict[str, float]:
         """Of the first epoch: rows per pack, and the share of padding in batches of packs and in

@@ -183,6 +183,10 @@ class GlobalBatchLoader:
             else:
                 yield [self._batch(mine) for mine in self._mine(entries)]
 
+    def position_after(self, epoch: int, start_row: int) -> tuple[int, int]:
+        """Where the step after the one at ``start_row`` of ``epoch`` begins."""
+        return epoch, start_row + self.rows_per_step
+
     def rows_at(self, epoch: int, start_row: int) -> list[int]:
         """Rows of the data set in the global batch that starts at ``start_row`` of ``epoch``, on
         all ranks together."""

@@ -8,7 +8,7 @@ of processes, and whether or not the work was interrupted.
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,64 +81,70 @@ def prepare_dataset(
     verifiable: bool = True,
     documents: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets as text.
+    """Write ``num_bins`` shards of training rows; return the report, which ``show`` gets.
 
     ``<arrow_dir>/part-XXXXX`` are ``datasets.load_from_disk`` folders beside ``preparation.json``;
     ``<jsonl_dir>/part-XXXXX.jsonl`` hold the same rows beside ``report.json``. Both appear under
     their names only when complete; calling again completes an interrupted preparation. An
     evaluation split, ``eval_ratio`` of the rows or those of ``eval_inputs``, has the same files
     below ``eval``. ``format`` names the one row format (see rows/formats.py), ``columns`` the
-    column of each part of a row (see rows/column_names.py), ``split`` the part of a data set with
+    column of each part of a row (see rows/column_names.py), ``split`` that of a data set with
     several. ``strict_columns``: content that is not read ends the preparation. ``part``: "training"
     or "evaluation" rows. ``verifiable``: whether some missing ground truths are warned of.
-    ``documents``: what of a .txt file is one, for type text (rows/row_errors.py:DOCUMENTS). Raises
-    ValueError for unusable input, settings or result.
+    ``documents``: what of a .txt file is one. Raises ValueError for unusable input or result.
     """
-    documents = documents_of(type, documents)
     settings = PrepareSettings(
-        type,
-        format,
-        split,
-        max_length,
-        seed,
-        num_bins,
-        num_samples_per_bin,
-        eval_ratio,
-        documents,
-        dict(columns or {}) or None,
+        type, format, split, max_length, seed, num_bins, num_samples_per_bin, eval_ratio
     )
-    if eval_ratio and eval_inputs:
-        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
+    named = dict(columns or {})
+    settings = replace(settings, documents=documents_of(type, documents), columns=named)
     budget = BadRowBudget(strict, max_bad_ratio, strict_columns)
     check_outputs(*filter(None, (arrow_dir, jsonl_dir)))
     cleaning = cleaning or Cleaning()
-    sources = _find_all(inputs, eval_inputs, split, Layout(dict(columns or {})))
-    files = {use: [one.path for one in found] for use, found in sources.items()}
-    benchmarks = cleaning.benchmark_files
-    files["benchmark_files"] = find_files(benchmarks) if benchmarks else []
+    sources = _find_all(inputs, eval_inputs, settings)
+    files = _files_of(sources, cleaning)
     made_from = describe(
         files, template, cleaning, jsonl=bool(jsonl_dir), **settings.named(), **_layouts_of(sources)
     )
     made_with = describe_tokenizer(tokenizer, tokenizer_name, made_from["tokenizer"])
-    metadata = {"command": command_line(), "tokenizer": made_with, "part": part}
-    metadata |= {"verifiable": verifiable}
+    metadata = {"tokenizer": made_with, "part": part, "verifiable": verifiable}
     preparation = Preparation(
         sources, files, template, cleaning, settings, metadata, num_proc or cores(), budget
     )
-    folders = [None if path is None else Path(path) for path in (arrow_dir, jsonl_dir, cache_dir)]
-    report = preparation.run(StagingDir(*folders, made_from))
+    return _run(preparation, (arrow_dir, jsonl_dir, cache_dir), made_from, show)
+
+
+def _run(
+    preparation: "Preparation",
+    folders: Sequence[str | os.PathLike | None],
+    made_from: dict[str, Any],
+    show: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    preparation.metadata["command"] = command_line()
+    paths = [None if folder is None else Path(folder) for folder in folders]
+    report = preparation.run(StagingDir(*paths, made_from))
     if show is not None:
         _show(report, show)
     return report
 
 
 def _find_all(
-    inputs: Sequence, eval_inputs: Sequence, split: str | None, layout: Layout
+    inputs: Sequence, eval_inputs: Sequence, settings: PrepareSettings
 ) -> dict[str, list[Source]]:
+    if settings.eval_ratio and eval_inputs:
+        raise ValueError("eval_ratio takes evaluation rows, eval_inputs names others; give one")
+    layout = Layout(settings.columns)
     return {
-        "inputs": find_sources(inputs, split, layout),
-        "eval_inputs": find_sources(eval_inputs, split, layout) if eval_inputs else [],
+        "inputs": find_sources(inputs, settings.split, layout),
+        "eval_inputs": find_sources(eval_inputs, settings.split, layout) if eval_inputs else [],
     }
+
+
+def _files_of(sources: dict[str, list[Source]], cleaning: Cleaning) -> dict[str, list[Path]]:
+    """The files by their use, those of the benchmarks too."""
+    files = {use: [one.path for one in found] for use, found in sources.items()}
+    benchmarks = cleaning.benchmark_files
+    return files | {"benchmark_files": find_files(benchmarks) if benchmarks else []}
 
 
 def _layouts_of(sources: dict[str, list[Source]]) -> dict[str, Any]:
@@ -206,7 +212,7 @@ class Preparation:
         if train.total == 0:
             raise ValueError(
                 f"{_names(train.paths)}: no rows found; expected one JSON object per line, an "
-                "array, or records under a header"
+                "array, records under a header, or a text in a .txt file"
             )
         evaluation = None
         if self.files["eval_inputs"]:
@@ -259,6 +265,7 @@ class Preparation:
             [written for _, written in mine.values()],
             **self.settings.named(),
             rows_in_files=files.total,
+            command=command_line(),
             **about,
             template=describe_template(self.template),
             cleaning=self.cleaning.named(),

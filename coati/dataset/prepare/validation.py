@@ -1,6 +1,6 @@
 """What ends a preparation: settings that cannot work, too many malformed rows, no rows left."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES
@@ -29,7 +29,7 @@ class PrepareSettings:
     num_samples_per_bin: int
     eval_ratio: float
     documents: str | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
     def named(self) -> dict[str, Any]:
         """The settings by name; of what most preparations do not have only what is there."""
@@ -153,6 +153,12 @@ class BadRowBudget:
 
 def check_not_empty(report: dict[str, Any], what: str) -> None:
     """Raise ValueError for a report without rows; ``what`` was read for it."""
+    if report["rows_written"] == 0 and report["rows_read"] == 0 and report.get("eval_ratio"):
+        raise ValueError(
+            f"nothing left: {what} has so few rows that all were drawn for evaluation; name "
+            "evaluation rows of their own (--eval_input_dirs), or give --eval_ratio to the "
+            "training command instead, which draws from the rows that are made here"
+        )
     if report["rows_written"] == 0:
         reasons = "\n".join(dropped_lines(report["dropped"]))
         raise ValueError(

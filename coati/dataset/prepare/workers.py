@@ -7,15 +7,20 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import groupby, takewhile
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from coati.dataset.prepare.shard_plan import Bin, Chunk, Task, is_evaluation
 from coati.utils.errors import no_early_exit
+
+T = TypeVar("T")
+# After a SIGTERM that all processes of a job get: the training process still ends its step.
+GRACE_S = 30.0
+AHEAD = 3  # chunks for each process that are worked on, or done and not yet consumed
 
 
 class Worker(Protocol):
@@ -52,22 +57,69 @@ def _run_here(worker: Worker, tasks: Iterator[Task], *_: Any) -> Iterator[tuple[
 def _run_in_pool(
     worker: Worker, tasks: Iterator[Task], num_proc: int, lock: int | None
 ) -> Iterator[tuple[Task, Any]]:
-    fork = sys.platform == "linux"
-    pool = ProcessPoolExecutor(
-        num_proc,
-        mp_context=multiprocessing.get_context("fork" if fork else "spawn"),
-        initializer=_start_process,
-        initargs=(worker, lock if fork else None),
-    )
+    pool = _pool(worker, num_proc, lock)
     with _no_tokenizer_threads():
         try:
-            yield from _in_order(pool, tasks, 3 * num_proc)
+            yield from _in_order(pool, tasks, AHEAD * num_proc)
         except BrokenProcessPool as error:
             raise OSError(
                 "a worker process died, perhaps for lack of memory; use fewer with --num_proc"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(
+    worker: Worker, num_proc: int, lock: int | None = None, grace_s: float = 0.0
+) -> ProcessPoolExecutor:
+    fork = sys.platform == "linux"
+    return ProcessPoolExecutor(
+        num_proc,
+        mp_context=multiprocessing.get_context("fork" if fork else "spawn"),
+        initializer=_start_process,
+        initargs=(worker, lock if fork else None, grace_s),
+    )
+
+
+class StandingPool:
+    """``worker`` in ``num_proc`` processes that are started at once, before this process has
+    threads or a GPU that a fork would copy; 0: in this process."""
+
+    def __init__(self, worker: Worker, num_proc: int) -> None:
+        self._worker = worker
+        self._num_proc = num_proc
+        self._pool = None
+        if num_proc:
+            self._pool = _pool(worker, num_proc, grace_s=GRACE_S)
+            with _no_tokenizer_threads():
+                self._pool.submit(os.getpid).result()
+
+    def map(self, items: Iterable[tuple[T, Chunk]]) -> Iterator[tuple[T, Any]]:
+        """Each item's first part with what ``worker.run`` makes of its chunk, in order; a few
+        chunks are worked on ahead. Raises OSError when a worker dies."""
+        if self._pool is None:
+            for item, chunk in items:
+                yield item, self._worker.run(chunk, False)
+            return
+        pending: deque = deque()
+        try:
+            for item, chunk in items:
+                pending.append((item, self._pool.submit(_run_in_process, chunk, False)))
+                if len(pending) > AHEAD * self._num_proc:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            for done, future in pending:
+                yield done, future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that tokenizes rows died, perhaps for lack of memory; use fewer with "
+                "--stream_workers"
+            ) from error
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(
@@ -87,7 +139,7 @@ def _in_order(
 _worker: Worker | None = None  # of this process
 
 
-def _start_process(worker: Worker, inherited: int | None) -> None:
+def _start_process(worker: Worker, inherited: int | None, grace_s: float) -> None:
     global _worker
     _worker = worker
     # Objects from before the fork stay shared with the parent: collections do not touch them.
@@ -95,6 +147,8 @@ def _start_process(worker: Worker, inherited: int | None) -> None:
     if inherited is not None:
         os.close(inherited)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    if grace_s:
+        signal.signal(signal.SIGTERM, lambda *_: threading.Timer(grace_s, os._exit, [1]).start())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

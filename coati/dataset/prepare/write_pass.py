@@ -20,6 +20,7 @@ from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import decode
 from coati.dataset.rows.row_errors import RowError
+from coati.dataset.types.data_type import Columns
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -43,9 +44,17 @@ class TokenizeWorker:
 
     def run(self, chunk: Chunk, evaluation: bool) -> tuple[bytes, bytes, RowStats]:
         """``(arrow stream, JSON lines, statistics)`` of one chunk."""
+        made, stats = self.training_rows(chunk, evaluation)
+        rows = [row for of_source in made for row in of_source]
+        text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
+        return to_arrow(DATA_TYPES[self.type], rows), text.encode("utf-8"), stats
+
+    def training_rows(self, chunk: Chunk, evaluation: bool) -> tuple[list[list[Columns]], RowStats]:
+        """The training rows of each source row of one chunk, none of one that cannot be used, and
+        statistics."""
         data_type = DATA_TYPES[self.type]
         recorder = Recorder(data_type, self.conversation)
-        rows = []
+        all_made: list[list[Columns]] = []
         for file, line, raw in chunk:
             recorder.stats.read[file] += 1
             where = f"{self.files[file]}:{line}"
@@ -54,8 +63,10 @@ class TokenizeWorker:
                 source = read_row(self.type, decode(raw), self.format, layout)
             except RowError as error:
                 recorder.stats.drop(error, where)
+                all_made.append([])
                 continue
             recorder.stats.read[file] += len(source.branches)
+            of_source: list[Columns] = []
             for one in (source, *source.branches):
                 try:
                     check_row(one, self.cleaning, None if evaluation else self.overlap)
@@ -64,9 +75,9 @@ class TokenizeWorker:
                     recorder.stats.drop(error, where)
                     continue
                 recorder.keep(file, line, where, one, made)
-                rows += [row for row, _ in made]
-        text = "".join(_to_json(row) + "\n" for row in rows) if self.jsonl else ""
-        return to_arrow(data_type, rows), text.encode("utf-8"), recorder.close()
+                of_source += [row for row, _ in made]
+            all_made.append(of_source)
+        return all_made, recorder.close()
 
 
 @dataclass

@@ -21,6 +21,7 @@ DECIDING = (
     "target",
     "instruction",
     "output",
+    "text",
 )
 BESIDE = (
     "system",

@@ -28,7 +28,7 @@ JUDGMENTS = frozenset(
     "train_detail".split()
 )
 _MEDIA = re.compile(r"(?:^|_)(?:image|audio|video|pixel|img|picture|speech)s?(?:$|_)")
-_SWITCHES = frozenset(("on", "off", "true", "false", "yes", "no", "high", "medium", "low", "none"))
+SWITCHES = frozenset(("on", "off", "true", "false", "yes", "no", "high", "medium", "low", "none"))
 
 
 def holds(value: Any) -> bool:
@@ -92,13 +92,14 @@ def _is_said(name: str, value: Any, said: set[str]) -> bool:
     """Whether a text (or each text of messages) stands in the row anyway, or only switches thoughts
     on or off."""
     if isinstance(value, str):
-        if _last(name) in THOUGHTS and value.strip().lower() in _SWITCHES:
+        if _last(name) in THOUGHTS and value.strip().lower() in SWITCHES:
             return True
         if _last(name) in TRUTHS:  # a final answer stands at the end of its solution
             return any(value.strip() in text for text in said)
         return value in said or value.strip() in said
     if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        return all(one.get("content", one.get("value")) in said for one in value)
+        texts = [one.get("content", one.get("value")) for one in value]
+        return all(isinstance(text, str) and text in said for text in texts)
     return False
 
 

@@ -6,15 +6,21 @@ import json
 import re
 from typing import Any
 
-from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.row_errors import CALL_ROLES, ROW_ROLES, RowError
 
+SPEAKERS = frozenset((*ROW_ROLES, *CALL_ROLES))
 LONGEST_LITERAL = 1 << 20  # characters that are read as Python
+NEAR = 10_000  # characters in which the first role stands
 # A key of a message: "role": ..., 'from': ..., \"value\": ...
 _KEY = re.compile(r"""["'](?:role|from|content|value)\\*["']\s*:""")
 _MESSAGES = re.compile(
     r"""^\s*["']?(?:array\()?\s*(?:[\[({]\s*)+\\*["'](?:role|from|content|value)\\*["']\s*:"""
 )
 _KEYED = re.compile(r"""^\s*["']?\{\s*\\*["'](?:messages|conversations?)\\*["']\s*:\s*\[""")
+_SPEAKER = re.compile(
+    rf"""["'](?:role|from)\\*["']\s*:\s*\\*["'](?:{"|".join(sorted(SPEAKERS))})\\*["']""",
+    re.IGNORECASE,
+)
 OPENERS = frozenset("[{(\"'a \t\r\n")  # what such a text may begin with
 
 
@@ -46,14 +52,17 @@ def _once(text: str) -> Any:
 def is_messages_text(text: str) -> bool:
     """Whether ``text`` as a whole is JSON or Python of a message or of messages, well-formed or
     not."""
-    head = text[:400]
-    if not (_MESSAGES.search(head) or _KEYED.search(head)):
+    if not _SPEAKER.search(text, 0, NEAR):
         return False
     found = decoded(text)
-    if found is None:  # cut, or as numpy prints it: no text to train on either
-        after = re.split(r"[\])}]", text)[-1]
-        return not re.search(r"\w", after) or bool(_KEY.search(after))
-    return _holds_messages(found)
+    if found is not None:
+        return _holds_messages(found)
+    head = text[:NEAR]
+    if not (_MESSAGES.search(head) or _KEYED.search(head)):
+        return False
+    # Cut, or as numpy prints it: no text to train on either, unless prose follows.
+    after = re.split(r"[\])}]", text)[-1]
+    return not re.search(r"\w", after) or bool(_KEY.search(after))
 
 
 def _holds_messages(found: Any) -> bool:
@@ -63,8 +72,9 @@ def _holds_messages(found: Any) -> bool:
         )
         if isinstance(inner, list):
             return _holds_messages(inner)
-        said = "content" in found or "value" in found
-        return said and ("role" in found or "from" in found)
+        role = found.get("role") or found.get("from")
+        known = isinstance(role, str) and role.lower() in SPEAKERS
+        return known and ("content" in found or "value" in found)
     return isinstance(found, list) and bool(found) and all(map(_holds_messages, found))
 
 

@@ -19,6 +19,7 @@ NAMING = {
     "preference": "prompt=NAME,chosen=NAME,rejected=NAME",
     "prompt": "prompt=NAME",
     "kto": "prompt=NAME,response=NAME,label=NAME",
+    "text": "text=NAME",
 }
 
 

@@ -83,6 +83,7 @@ def is_plain(row: Any) -> bool:
 # Keys that make a conversation of a row, whatever text is beside them.
 _NOT_BESIDE_TEXT = (
     *("messages", "conversations", "instruction", "completion", "label", "chosen", "rejected"),
+    *("role", "from", "parent_id", "message_id"),  # a single message of a tree
     *(key for key in read.QUESTIONS if key != "text"),
 )
 

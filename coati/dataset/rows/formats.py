@@ -292,7 +292,8 @@ def read_row(
         _check_not_turned_down(type, row)
     fields = Fields(_as_object(row), use or ColumnUse(), names=names)
     found = found_format.read(fields)
-    found.format = found_format.name
+    for one in (found, *found.branches):
+        one.format = found_format.name
     data_type = DATA_TYPES[type]
     if not data_type.supervised:
         fields.unread(*fields.answers)

@@ -261,7 +261,7 @@ def text(value: Any, where: str) -> str:
     return value
 
 
-def dialogue(found: str, key: str) -> Messages:
+def dialogue(found: str, key: str, use: ColumnUse | None = None) -> Messages:
     """The turns of a "Human: ... Assistant: ..." text; one blank after the colon is not part of the
     turn."""
     marks = list(_SPEAKER.finditer(found))
@@ -271,20 +271,21 @@ def dialogue(found: str, key: str) -> Messages:
             "wrong_keys", f"{key} must begin with a Human: or Assistant: turn, found {start!r}"
         )
     ends = [mark.start() for mark in marks[1:]] + [len(found)]
+    use = use or ColumnUse()
     return [
-        {"role": _SPEAKERS[mark[1]], "content": found[mark.end() : end]}
+        spoken(_SPEAKERS[mark[1]], found[mark.end() : end], key, use)
         for mark, end in zip(marks, ends, strict=True)
     ]
 
 
-def open_dialogue(found: str) -> Messages:
+def open_dialogue(found: str, use: ColumnUse | None = None) -> Messages:
     """A prompt text: the turns of "Human: ... Assistant:" without the open response, else one turn
     of the user."""
     if found.lstrip().startswith("Human:") and "\n\nAssistant:" in found:
-        turns = dialogue(found.lstrip(), "prompt")
+        turns = dialogue(found.lstrip(), "prompt", use)
         return (
             turns[:-1]
-            if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
+            if turns[-1]["role"] == "assistant" and not turn_text(turns[-1]).strip()
             else turns
         )
     return [{"role": "user", "content": found}]

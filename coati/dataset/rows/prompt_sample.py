@@ -54,7 +54,7 @@ def sample_prompts(
 
 def _columns(index: int, row: SourceRow) -> dict[str, Any]:
     columns: dict[str, Any] = {"messages": row.messages}
-    if len(row.messages) == 1 and len(row.messages[0]) == 2:
+    if len(row.messages) == 1 and len(row.messages[0]) == 2 and not row.tools:
         columns = {"instruction": row.messages[0]["content"]}
     columns["id"] = index
     if row.tools is not None:

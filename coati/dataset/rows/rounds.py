@@ -4,7 +4,7 @@ context, choices, earlier rounds, a thought, and the response."""
 import json
 from typing import Any
 
-from coati.dataset.rows.column_use import Fields, holds
+from coati.dataset.rows.column_use import SWITCHES, Fields, holds
 from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.messages import Message, Messages, message_list, spoken, text
 from coati.dataset.rows.row_errors import RowError
@@ -52,7 +52,7 @@ def asked(row: Fields, key: str | None = None) -> Messages:
         messages = prompt_messages(row, key)
     if messages and messages[-1]["role"] == "user":
         first = _extra(row, "instruction", key)
-        more = [_extra(row, name, key) for name in ("input", "context")]
+        more = [_extra(row, name, key) for name in ("input", "context", "passage")]
         parts = [first, messages[-1]["content"], *more, _choices(row)]
         said = "\n\n".join(part for part in parts if part)
         messages = [*messages[:-1], {**messages[-1], "content": said}]
@@ -79,8 +79,8 @@ def options(row: dict) -> list[tuple[str, str]]:
         found = decoded(found) or found
     if isinstance(found, dict) and isinstance(found.get("text"), list):
         labels = found.get("label") or LETTERS[: len(found["text"])]
-        if len(labels) != len(found["text"]):
-            raise RowError("bad_scores", f"{key} has {len(labels)} labels: {found!r:.60}")
+        if not isinstance(labels, list | str) or len(labels) != len(found["text"]):
+            raise RowError("bad_scores", f"{key} has other labels than texts: {found!r:.60}")
         found = list(zip(map(str, labels), found["text"], strict=False))
     elif isinstance(found, dict):
         found = [(str(letter), one) for letter, one in found.items()]
@@ -158,8 +158,13 @@ def answered(row: Fields) -> Messages:
 
 
 def _thought(row: Fields) -> str:
-    key = next((k for k in COTS if isinstance(row.peek(k), str) and len(row.peek(k)) > 6), None)
+    key = next((key for key in COTS if _is_thought(row.peek(key))), None)
     return row.answer(key) if key else ""
+
+
+def _is_thought(found: Any) -> bool:
+    """Whether a column holds a thought, not a switch for thoughts."""
+    return isinstance(found, str) and holds(found) and found.strip().lower() not in SWITCHES
 
 
 def one_round(row: Fields) -> SourceRow:

@@ -36,6 +36,7 @@ DEFAULT_OVERLAP_WORDS = 13
 # What the author of the file has to fix ...
 MALFORMED_REASONS = {
     "bad_json": "the line is not JSON",
+    "bad_text": "the .txt file is not UTF-8 text",
     "bad_csv": "the record does not match the header of its csv file",
     "wrong_keys": "no known row format has these keys",
     "wrong_type": "the row has the format of another --type",

@@ -95,7 +95,7 @@ def prompt_messages(row: Fields, key: str) -> Messages:
         return message_list(found, key, row.use, f"{row.path}{key}[]")
     if found[:1] in OPENERS and is_messages_text(found):
         return message_list(messages_of(found, key), key, row.use, f"{row.path}{key}[]")
-    return open_dialogue(found)
+    return open_dialogue(found, row.use)
 
 
 def response_messages(row: Fields, key: str) -> Messages:
@@ -150,7 +150,7 @@ def _whole(row: Fields, key: str) -> Messages:
             "one that holds it with coati prepare --columns prompt=NAME; a text of a whole "
             f"dialogue begins with Human:, found {found[:40].strip()!r}",
         )
-    return dialogue(found, key)
+    return dialogue(found, key, row.use)
 
 
 def split_pair(chosen: Messages, rejected: Messages) -> SourceRow:

@@ -98,7 +98,7 @@ def _decoded(line: bytes, first: bool, strip: bool = True) -> str | RowError:
         text = line.removeprefix(_BOM if first else b"").decode("utf-8")
     except UnicodeDecodeError as error:
         return RowError(
-            "bad_json",
+            "bad_text",
             f"not UTF-8 text (byte {error.start}); convert the file with iconv -t UTF-8",
         )
     text = text.replace("\r\n", "\n")

@@ -128,7 +128,7 @@ def tools_of(found: Any, where: str) -> list[dict[str, Any]] | None:
     or without ``{"type": "function", "function": ...}`` around it. Raises RowError."""
     if isinstance(found, str):
         text = found
-        if not text.strip():
+        if text.strip().lower() in ("", "null", "none"):
             return None
         found = decoded(text)
         if found is None:

@@ -18,7 +18,8 @@ from coati.dataset.types.data_type import (
 from coati.utils.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from coati.dataset.chat.conversation import Conversation, Encoded
+    from coati.dataset.chat.conversation import Conversation
+    from coati.dataset.chat.encoded import Encoded
     from coati.dataset.rows.source_row import SourceRow
 
 

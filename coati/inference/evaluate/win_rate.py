@@ -138,7 +138,7 @@ class Judge:
         for prompt, response in zip(prompts, responses, strict=True):
             messages = [*prompt.messages, {"role": "assistant", "content": response.text}]
             try:
-                ids = [conversation.encode_response(messages, longest).input_ids]
+                ids = [conversation.encode_response(messages, longest, prompt.tools).input_ids]
             except RowError:
                 ids = []
             rows.append(ScoredRow(prompt.place, "sft", ids=ids))

@@ -20,7 +20,9 @@ def main(settings: KTOSettings, extras: Extras = NO_EXTRAS) -> None:
     run = start(settings, extras)
     rows = offline.load_data(run, "kto")
     check_ends(run, rows.train)
-    desirable, undesirable = kto_weights(settings, rows.train.rows)
+    desirable, undesirable = kto_weights(
+        settings, rows.train.rows, only_first=rows.stream is not None
+    )
     model = offline.boosted(run, rows, build.policy(run))
     trainer = KTOTrainer(
         reference=reference(run, model.engine, settings.reference.ref_tp),

@@ -49,7 +49,7 @@ def prepare(args: PrepareSettings) -> None:
             tokenizer,
             args.conversation_template_config,
             template_mode=args.template_mode,
-            template_args=args.template_args and json.loads(args.template_args),
+            template_args=_template_args(args),
             options=RowOptions(args.thoughts, args.empty_thoughts, args.learn),
         )
     else:
@@ -61,6 +61,10 @@ def prepare(args: PrepareSettings) -> None:
     has_evaluation = args.eval_ratio or args.eval_input_dirs
     evaluation = f" --eval_dataset {rows}/eval" if has_evaluation else ""
     print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
+
+
+def _template_args(args: PrepareSettings) -> dict[str, Any] | None:
+    return json.loads(args.template_args) if args.template_args else None
 
 
 def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
@@ -129,7 +133,7 @@ def check(args: PrepareSettings) -> None:
         args.conversation_template_config,
         args.template_mode,
         color,
-        args.template_args and json.loads(args.template_args),
+        _template_args(args),
     )
     print(report.lines())
     if report.errors:

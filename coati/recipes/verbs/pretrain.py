@@ -22,9 +22,15 @@ def main(settings: SLSettings, extras: Extras = NO_EXTRAS) -> None:
     from coati.recipes.run import start
     from coati.trainer import PretrainTrainer
 
-    run = start(settings, extras, needs_template=False)
-    rows = offline.load_data(run, "text")
-    model = offline.boosted(run, rows, build.causal_lm(run))
+    try:
+        run = start(settings, extras, needs_template=False)
+        rows = offline.load_data(run, "text")
+        model = offline.boosted(run, rows, build.causal_lm(run))
+    except ValueError as error:
+        if not str(error).startswith("--packing") or "packing" in settings.flags_written:
+            raise
+        default = "rows are packed by default here, --packing false trains on them one by one"
+        raise ValueError(f"{error} ({default})") from error
     trainer = PretrainTrainer(loss=extras.loss, **offline.trainer_keywords(run, rows, model))
     collate = build.collator(run, DataCollatorForSupervisedDataset)
     offline.fit(run, trainer, rows, collate, use=USE)

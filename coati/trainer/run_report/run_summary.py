@@ -22,7 +22,7 @@ METHODS = {
     "ppo": "proximal policy optimization (PPO)",
     "grpo": "group relative policy optimization (GRPO)",
 }
-SHORT = {"sft": "SFT", "rm": "Reward model"}  # the others in capitals
+SHORT = {"pretrain": "Pre-training", "sft": "SFT", "rm": "Reward model"}  # the others in capitals
 # Metrics and flags that tell the method of a run that recorded no events.
 TELLING_METRICS = {"train/value_loss": "ppo", "train/policy_loss": "grpo", "train/acc": "rm"}
 TELLING_FLAGS = {"loss_type": "dpo", "desirable_weight": "kto", "lam": "orpo", "dataset": "sft"}

@@ -199,7 +199,7 @@ def test_chat_template_may_name_a_file_or_a_model_directory(tmp_path):
     (tmp_path / "chat.jinja").write_text(CHATML)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": CHATML}]
     (tmp_path / "several").mkdir()
     (tmp_path / "several" / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": named})

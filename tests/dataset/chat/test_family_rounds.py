@@ -1,6 +1,7 @@
 """Thoughts, calls of tools and their results through the templates of today's families: the text is
 the template's own, the assistant's turns are learned whole, and nothing else is."""
 
+import copy
 import json
 
 import pytest
@@ -15,6 +16,8 @@ from tests.dataset.chat.family_templates import (
     call,
     family,
     result,
+    text_of,
+    tokenizer_of,
     user,
 )
 
@@ -245,3 +248,25 @@ def test_markers_in_thoughts_arguments_results_and_schemas_are_text(name):
             one.text.removeprefix(template.tokenizer.bos_token or "")
         )
         assert len(one.spans) == len(other.spans)
+
+
+@pytest.mark.parametrize("named", [dict, list])
+def test_a_template_of_its_own_for_rows_with_tools(named, tmp_path):
+    """Of those that a tokenizer names, as transformers chooses between them."""
+    plain = "  \n{%- if true %}{%- endif %}" + text_of("phi_3") + "  \n\n  "
+    tools = " {{- '' }}" + text_of("qwen2_5") + "\n \n"
+    texts = {"default": plain, "tool_use": tools, "rag": "x"}
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2_5"))
+    tokenizer.chat_template = dict(texts)
+    expected = tokenizer.apply_chat_template(ROUND[:1], tokenize=False)
+    if named is list:  # as tokenizer_config.json has them
+        entries = [{"name": name, "template": text} for name, text in texts.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
+    config = {"chat_template": str(tmp_path)} if named is list else {}
+    template = Conversation.from_config(tokenizer, config)
+    assert template.render(ROUND[:1]) == expected
+    thought = {k: v for k, v in ROUND[1].items() if k != "reasoning_content"}
+    without = [ROUND[0], thought]
+    text = template.render(without, tools=TOOLS)
+    tokenizer.chat_template = dict(texts)
+    assert text == tokenizer.apply_chat_template(without, tools=TOOLS, tokenize=False)

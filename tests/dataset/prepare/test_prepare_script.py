@@ -87,7 +87,7 @@ def test_the_shell_script_prepares_what_the_variables_name(tmp_path, tokenizer_d
     assert "Traceback" not in done.stderr and "just got forked" not in done.stderr
 
 
-SHELL = {"sft": 4096, "preference": 1024, "prompt": 300, "kto": 1024}
+SHELL = {"sft": 4096, "preference": 1024, "prompt": 300, "kto": 1024, "text": 4096}
 
 
 @pytest.mark.parametrize("type", SHELL)
@@ -137,7 +137,7 @@ def test_the_shell_scripts_refuse_an_empty_variable(type, missing, tmp_path):
 
 def test_no_script_deletes_anything():
     scripts = sorted(SCRIPTS.glob("*.sh"))
-    assert len(scripts) == 5 and not any("rm " in script.read_text() for script in scripts)
+    assert len(scripts) == 6 and not any("rm " in script.read_text() for script in scripts)
 
 
 @pytest.mark.parametrize("stage", ["prepare_sft", "prepare_preference", "prepare_prompt"])
@@ -377,3 +377,11 @@ def test_columns_of_any_names(tmp_path, tokenizer_dir, monkeypatch):
 def test_columns_that_cannot_be_named(tmp_path, tokenizer_dir, monkeypatch):
     said = failure(monkeypatch, tmp_path, tokenizer_dir, "--columns", "question=ask")
     assert "--columns: 'question' is nothing that a column can be; expected one of messages" in said
+
+
+def test_a_single_document_cannot_be_held_out(monkeypatch, tmp_path, tokenizer_dir):
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\n")
+    own = ("--type", "text", "--eval_ratio", "0.1")
+    said = failure(monkeypatch, tmp_path / "out", tokenizer_dir, *own, data=text)
+    assert "so few rows that all were drawn for evaluation" in said and "--eval_input_dirs" in said

@@ -109,6 +109,7 @@ def test_a_tree_becomes_a_row_for_each_of_its_conversations(tmp_path):
     data = [tree(i) for i in range(30)]
     report = prepared(tmp_path, data, num_bins=2)
     assert (report["rows_read"], report["rows_kept"], report["rows_written"]) == (60, 60, 60)
+    assert report["shapes"] == {"oasst": 60}
     made = [row["labels_decode"] for row in load_tokenized_dataset(str(tmp_path / "arrow"))]
     assert made[:3] == [["a0.0<|im_end|>"], ["a0.1<|im_end|>"], ["a1.0<|im_end|>"]]
     pairs = prepared(tmp_path / "pairs", data, "preference")

@@ -10,6 +10,7 @@ from coati.dataset.rows.column_names import TARGETS, Layout, parse_columns
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import find_files, find_sources, source_rows
 from coati.dataset.rows.row_errors import RowError
+from coati.recipes.prepared import held_out_split, is_raw
 from tests.dataset.rows.test_format_files import round_of_calls, talk
 
 CHAT = talk("1 + 2 = ?", "3")
@@ -145,9 +146,10 @@ def test_the_advice_of_an_error_works(type, row, names):
 
 def test_the_advice_for_plain_texts_works():
     with pytest.raises(RowError) as error:
-        read_row("sft", {"text": "Rivers run to the sea."})
-    flag = str(error.value).rpartition("--columns ")[2]
-    assert read("sft", {"text": "Rivers run to the sea."}, flag).text == "Rivers run to the sea."
+        read_row("text", {"body": "Rivers run to the sea."})
+    flag = str(error.value).rpartition("--columns ")[2].replace("NAME", "body")
+    for type in ("text", "sft"):
+        assert read(type, {"body": "Rivers run to the sea."}, flag).text == "Rivers run to the sea."
 
 
 def test_the_advice_for_single_messages_and_scored_responses():
@@ -218,6 +220,9 @@ def test_a_list_of_inputs(folder, by):
 
 
 def test_one_of_a_list_of_inputs(folder):
+    # Its files are no split to evaluate on.
+    for path in (folder, folder / "dataset_info.json", f"{folder / 'dataset_info.json'}:plain"):
+        assert is_raw(str(path)) and held_out_split(str(path)) is None
     [source] = find_sources([f"{folder / 'dataset_info.json'}:chat"])
     assert source.path.name == "b.jsonl" and source.limit == 1
     with pytest.raises(ValueError, match="has no data set verse; found alpaca_like, chat, plain"):

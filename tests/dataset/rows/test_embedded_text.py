@@ -18,7 +18,14 @@ WAYS = {
     "Python": repr,
     "quoted twice": lambda found: json.dumps(json.dumps(found)),
     "a tuple": lambda found: repr(tuple(found)),
+    "other keys first": lambda found: json.dumps(
+        [{"tool_calls": None, "weight": 1, **m} for m in found]
+    ),
 }
+
+
+def plain(messages: list[dict]) -> list[dict]:
+    return [{"role": one["role"], "content": one["content"]} for one in messages]
 
 
 @pytest.mark.parametrize("write", WAYS.values(), ids=WAYS)
@@ -30,17 +37,18 @@ def test_columns_of_messages_as_text_are_decoded(write):
         read_row("sft", {"prompt": write(TALK[:1]), "completion": write(TALK[1:])}),
         read_row("sft", {"input": write(TALK[:1]), "output": "3"}),
     ):
-        assert found.messages == TALK and found.unused == {}
+        assert plain(found.messages) == TALK and found.unused == {}
     pair = {"prompt": "1 + 2 = ?", "chosen": write(TALK[1:]), "rejected": write(talk("", "4")[1:])}
     found = read_row("preference", pair)
-    assert (found.messages, found.chosen) == (TALK[:1], TALK[1:])
-    assert found.rejected == [{"role": "assistant", "content": "4"}]
+    assert (found.messages, plain(found.chosen)) == (TALK[:1], TALK[1:])
+    assert plain(found.rejected) == talk("", "4")[1:]
     whole = {"chosen": write(TALK), "rejected": write([*TALK[:1], *talk("", "4")[1:]])}
     same = read_row("preference", whole)
-    assert (same.messages, same.chosen, same.rejected) == (TALK[:1], TALK[1:], found.rejected)
+    assert (plain(same.messages), plain(same.chosen)) == (TALK[:1], TALK[1:])
+    assert same.rejected == found.rejected
     judged = {"prompt": write(TALK[:1]), "completion": write(TALK[1:]), "label": "True"}
     assert read_row("kto", judged).completion == "3"
-    assert read_row("prompt", {"prompt": write(TALK[:1])}).messages == TALK[:1]
+    assert plain(read_row("prompt", {"prompt": write(TALK[:1])}).messages) == TALK[:1]
 
 
 @pytest.mark.parametrize("write", WAYS.values(), ids=WAYS)
@@ -85,6 +93,9 @@ def test_what_cannot_be_decoded_is_refused_too():
         '"quoted"',
         "'tis so",
         '{"role": "admin", "rights": ["read"]}',
+        '{"from": "USD", "to": "EUR", "value": 5}',
+        "{'from': 'USD', 'to': 'EUR', 'value': 5, }}",
+        '[{"role": "admin", "content": "page"}]',
         "[INST] role: user [/INST]",
         '[{"role": "user", "content": "x"}] is what a request holds. What is it called?',
         "({",

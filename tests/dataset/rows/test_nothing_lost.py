@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.column_use import carries
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
@@ -145,6 +146,8 @@ def test_content_that_stands_in_the_row_anyway_is_not_missed():
     row = {"messages": talk("1 + 2 = ?", "It is 3."), "context": "1 + 2 = ?", "answer": "3"}
     assert read_row("sft", row).unused == {"context": False, "answer": False}
     assert read_row("sft", row | {"context": "Sums"}).unused == {"context": True, "answer": False}
+    inner = [{"role": "user", "content": [["x"]]}]
+    assert read_row("sft", row | {"history": inner}).unused["history"] is True
     # Nothing is told of what holds nothing, as tables have it.
     empty = {"context": None, "images": [], "tools": "", "meta": {"a": None}}
     assert read_row("sft", {"messages": talk("q", "a"), **empty}).unused == {}
@@ -190,3 +193,33 @@ def test_fields_of_what_is_written_as_text_are_named():
     past = [{"role": "user", "content": "a", "zzz": 1}, {"role": "assistant", "content": "b"}]
     found = read_row("sft", {"query": "q", "response": "r", "history": past})
     assert found.messages == talk("a", "b", "q", "r") and found.unused == {"history[].zzz": False}
+
+
+NAMED = {
+    "prompt=task.ask,response=tries.1.say": {
+        "task": {"ask": "q", "by": {"name": "Ann"}},
+        "tries": [{"say": "x"}, {"say": "a", "seen": [{"at": 1}]}],
+    },
+    "messages=data.turns": {"data": {"turns": talk("q", "a"), "lang": "en"}, "id": 7},
+    "prompt=q,response=a,tools=t": {"q": "q", "a": "a", "t": [{"name": "f", "parameters": {}}]},
+}
+
+
+@pytest.mark.parametrize("flag", NAMED)
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_nothing_is_lost_beside_named_columns(flag, shape):
+    layout = Layout(parse_columns([flag]))
+    for place in range(len(objects_in(NAMED[flag]))):
+        for name in NAMES:
+            row = copy.deepcopy(NAMED[flag])
+            target = objects_in(row)[place]
+            if name in target:
+                continue
+            target[name] = SHAPES[shape](MARK)
+            try:
+                found = read_row("sft", row, layout=layout)
+            except RowError as error:
+                assert error.detail
+                continue
+            told = MARK in whole(found) or any(name in path for path in found.unused)
+            assert told or is_named(name, row, found), (name, row, found)

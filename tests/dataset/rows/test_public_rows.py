@@ -140,6 +140,18 @@ def test_tags_that_are_spoken_of_stay_text(content):
     assert read_row("sft", row).messages == row["messages"]
 
 
+def test_thoughts_and_calls_in_the_text_of_a_dialogue():
+    said = '<think>\nx\n</think>\n\n4<tool_call>{"name": "f", "zzz": 1}</tool_call>'
+    row = {
+        "chosen": f"\n\nHuman: 2+2?\n\nAssistant: {said}",
+        "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+    }
+    found = read_row("preference", row)
+    [response] = found.chosen
+    assert (response["content"], response["reasoning_content"]) == ("4", "x")
+    assert len(response["tool_calls"]) == 1 and list(found.unused) == ["chosen.content.zzz"]
+
+
 def test_two_thoughts_are_refused():
     said = {"content": "<think>\na\n</think>\n\n12", "reasoning_content": "b"}
     with pytest.raises(RowError) as error:
@@ -218,11 +230,11 @@ def test_a_label_that_means_neither():
         assert error.value.reason == "bad_label"
 
 
-def test_plain_texts_say_what_would_read_them():
-    with pytest.raises(RowError, match="--columns target=text$"):
-        read_row("sft", {"text": "Hills are old."})
+@pytest.mark.parametrize("type", ["sft", "text"])
+def test_plain_texts(type):
+    assert read_row(type, {"text": "Hills are old."}).text == "Hills are old."
     found = read_row(
-        "sft", {"text": "Hills are old."}, layout=Layout(parse_columns(["target=text"]))
+        type, {"text": "Hills are old."}, layout=Layout(parse_columns(["target=text"]))
     )
     assert found.text == "Hills are old."
 
@@ -332,3 +344,31 @@ def test_calls_and_thoughts_in_pairs_prompts_and_judged_rows():
     found = read_row("preference", both)
     assert [one["role"] for one in found.messages] == ["user", "assistant", "tool"]
     assert (found.chosen, found.rejected) == (answer("One."), answer("Two."))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"text": ["a", "b"], "label": 1}, {"text": ["a", "b"], "label": ["A"]}, [["a"]], {"A": ["a"]}],
+)
+def test_choices_that_cannot_be(choices):
+    with pytest.raises(RowError) as error:
+        read_row("prompt", {"question": "?", "choices": choices})
+    assert error.value.reason == "bad_scores"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]},
+        {"prompt": "?", "responses": ["a", "b"], "scores": [1]},
+        {"prompt": "?", "responses": ["a", "b"], "scores": ["good", "bad"]},
+        {"prompt": "?", "responses": ["a", "b"], "scores": ["N/A", 1]},
+        {"prompt": "?", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 7},
+        {"prompt": "?", "response_1": "a", "response_2": "b", "preference_strength": 0},
+    ],
+)
+def test_scores_that_tell_nothing(row):
+    with pytest.raises(RowError) as error:
+        read_row("preference", row)
+    assert error.value.reason == "bad_scores"

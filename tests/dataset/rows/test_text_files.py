@@ -73,4 +73,9 @@ def test_a_piece_travels_to_other_processes():
 @pytest.mark.parametrize("unit", DOCUMENTS)
 def test_other_encodings_are_named(unit):
     ((line, error),) = documents_of(io.BytesIO("é".encode("latin-1")), unit)
-    assert isinstance(error, RowError) and "not UTF-8 text (byte 0)" in error.detail and line == 1
+    assert (
+        isinstance(error, RowError)
+        and error.reason == "bad_text"
+        and "not UTF-8 text (byte 0)" in error.detail
+        and line == 1
+    )

@@ -1,6 +1,8 @@
 """Documents become rows: no token is lost or doubled, by hand and for a megabyte of text, in the
 rows, in packs, and in the loaders of two processes."""
 
+import copy
+import io
 import json
 import random
 from collections import Counter
@@ -13,11 +15,12 @@ from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.epoch_order import EpochOrder
 from coati.dataset.load.loader import GlobalBatchLoader, row_lengths
 from coati.dataset.load.packing import PackCollator
+from coati.dataset.rows import text_files
 from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.text_files import PIECE, Piece
 from coati.dataset.types.text_rows import pieces
-from tests.dataset.makers import byte_level
+from tests.dataset.makers import byte_level, sentencepiece_like
 from tests.tiny import tiny_tokenizer
 
 TEXT = DATA_TYPES["text"]
@@ -120,7 +123,7 @@ def test_where_documents_are_found(case):
         ({"messages": []}, "wrong_type"),
         ({"words": "a"}, "wrong_keys"),
         ({"text": '[{"role": "user", "content": "hi"}]'}, "content_not_text"),
-        ({"content": "{'messages': [{'role': 'user'}]}"}, "content_not_text"),
+        ({"content": "{'messages': [{'role': 'user', 'content': 'a'}]}"}, "content_not_text"),
     ],
 )
 def test_what_is_no_document(row, reason):
@@ -254,3 +257,72 @@ def test_a_position_between_two_sizes_of_steps_loses_no_row(corpus):
         for each in starts[:3] if not start else starts:
             seen += loader.rows_at(0, each)
     assert sorted(seen) == list(range(len(dataset)))
+
+
+def test_any_number_of_processes_gives_the_same_rows(corpus, tmp_path):
+    (tmp_path / "book.txt").write_text(megabyte(), encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    tables = []
+    for processes in (1, 3):
+        report = prepare_dataset(
+            inputs=[tmp_path / "book.txt"],
+            tokenizer=tokenizer,
+            template=PlainText(tokenizer),
+            arrow_dir=tmp_path / str(processes),
+            type="text",
+            max_length=512,
+            num_bins=2,
+            num_proc=processes,
+            show=None,
+        )
+        assert report["rows_read"] == report["shapes"]["document"] > 6
+        tables.append(load_tokenized_dataset(str(tmp_path / str(processes))).data.table)
+    assert tables[0].equals(tables[1])
+    assert tables[0]["input_ids"].equals(corpus[0].data.table["input_ids"][: len(tables[0])])
+
+
+def test_a_text_row_for_sft_is_that_of_source_and_target():
+    from coati.dataset import setup_conversation_template
+
+    conversation = setup_conversation_template(tiny_tokenizer(), {})
+    one, other = (
+        DATA_TYPES["sft"].tokenize(read_row("sft", row), conversation, 100)[0][0]
+        for row in ({"text": "Hills are old."}, {"source": "", "Target": "Hills are old."})
+    )
+    assert one == other and one["labels"][-1] == tiny_tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "legacy", "tiny", "gpt2", "llama3"])
+def test_pieces_of_a_document_have_its_tokens(kind, monkeypatch):
+    """Wherever it is cut: those of the whole text, without word-start marks in its middle."""
+    from tokenizers import Regex, pre_tokenizers
+
+    from coati.dataset.chat.word_cache import GPT2, LLAMA3
+
+    monkeypatch.setattr(text_files, "PIECE", 700)
+    monkeypatch.setattr(text_files, "_LOOKED_AT", 200)
+    if kind in ("gpt2", "llama3"):
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        split = pre_tokenizers.Split(Regex({"gpt2": GPT2, "llama3": LLAMA3}[kind]), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    else:
+        tokenizer = tiny_tokenizer() if kind == "tiny" else sentencepiece_like(kind)
+    text = megabyte()[:9_000].rstrip()
+    found = [piece for _, piece in text_files.documents_of(io.BytesIO(text.encode()), "file")]
+    assert len(found) > 9
+    whole, parts = (
+        [
+            token
+            for one in documents
+            for row in rows(one, 512, tokenizer)
+            for token in row["input_ids"]
+        ]
+        for documents in ([{"text": text}], found)
+    )
+    assert len(whole) > 2000
+    if kind in ("tiny", "gpt2", "llama3"):
+        assert parts == whole
+    else:  # trained without word borders, it has tokens that go over them; no mark is added
+        decode = PlainText(tokenizer).encoder.decode
+        assert decode(parts) == decode(whole)

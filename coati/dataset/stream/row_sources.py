@@ -1,0 +1,179 @@
+"""What a stream reads: files of any kind, and data sets of the hub, each a sequence of raw rows
+that can be read again, with a stamp by which a change is noticed."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from coati.dataset.rows.input_files import choose_split, find_files, read_rows
+from coati.utils.file_samples import SAMPLED_BYTES, SAMPLES, sampled_hash
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+Stamp = dict[str, Any]
+WHOLE = (SAMPLES + 1) * SAMPLED_BYTES  # up to here a file's hash is of all its bytes
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<subset>[\w./-]+))?(@(?P<split>[\w.-]+))?"
+)
+
+
+class RowSource(Protocol):
+    """``name``: for messages. Rows are (line, raw row), as
+    :func:`~coati.dataset.rows.readers.read_rows` gives them."""
+
+    @property
+    def name(self) -> str: ...
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """All rows, from the first. Raises ValueError for a file that was changed since the run
+        began, OSError for what cannot be read."""
+
+    def stamp(self) -> Stamp:
+        """What it was, for checkpoints."""
+
+
+class FileSource:
+    """One data file. Its size and time are those of the moment it was found."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found = self._state()
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def _state(self) -> tuple[int, int]:
+        state = self.path.stat()
+        return state.st_size, state.st_mtime_ns
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        self._check()
+        yield from read_rows(self.path)
+        self._check()
+
+    def _check(self) -> None:
+        if self._state() != self._found:
+            raise ValueError(
+                f"--dataset {self.path}: was changed while it was read (it had {self._found[0]} "
+                f"bytes, now {self._state()[0]}); start a new run when it is complete"
+            )
+
+    def stamp(self) -> Stamp:
+        size, changed = self._found
+        return {
+            "name": str(self.path),
+            "bytes": size,
+            "changed": changed,
+            "hash": sampled_hash(self.path),
+        }
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One shard of a data set of the hub, read over the network in ``datasets``' streaming mode.
+
+    ``revision``: the commit that is read.
+    """
+
+    data: Any
+    label: str
+    revision: str
+    shard: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} (shard {self.shard})"
+
+    @cached_property
+    def _rows(self) -> Any:
+        shards = self.data.num_shards
+        return self.data if shards < 2 else self.data.shard(shards, self.shard)
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        try:
+            yield from enumerate(self._rows, 1)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of the network, of some twenty types
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"--dataset {self.name}: cannot be read on ({said})") from error
+
+    def stamp(self) -> Stamp:
+        return {"name": self.name, "revision": self.revision}
+
+
+def is_hub_name(path: str) -> bool:
+    """``owner/name``, with ``:subset`` or ``@split`` behind it, where nothing of that name is
+    here."""
+    found = _HUB_NAME.fullmatch(path)
+    return found is not None and not Path(path).exists() and not Path(path.split("/")[0]).exists()
+
+
+def sources_of(
+    path: str, split: str | None = None, revisions: Mapping[str, str] | None = None
+) -> list[RowSource]:
+    """The sources behind one path of ``--dataset``. ``revisions``: the commits of data sets of the
+    hub, by name; by default the newest.
+
+    Raises ValueError for a path that is not there, holds no data, or is prepared already.
+    """
+    if is_hub_name(path):
+        return _hub_sources(path, revisions or {})
+    return [FileSource(file) for file in find_files([path], split)]
+
+
+def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
+    import datasets
+    from huggingface_hub import HfApi
+
+    found = _HUB_NAME.fullmatch(path)
+    assert found is not None
+    name = found["name"]
+    try:
+        revision = revisions.get(path) or HfApi().dataset_info(name).sha
+        splits = datasets.load_dataset(name, found["subset"], streaming=True, revision=revision)
+    except Exception as error:  # the libraries raise some twenty types, most from the network
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--dataset {path}: there is no such file or folder, nor can a data set of this name "
+            f"be streamed from the hub here ({said})"
+        ) from error
+    data = splits[choose_split(list(splits), found["split"], name)]
+    logger.info(f"{path}: streamed from the hub, commit {str(revision)[:12]}")
+    return [HubSource(data, path, str(revision), shard) for shard in range(data.num_shards)]
+
+
+def revisions_of(stamps: Sequence[Stamp]) -> dict[str, str]:
+    """The commits of the data sets of the hub that ``stamps`` were taken of, by their path."""
+    return {
+        stamp["name"].rpartition(" (shard ")[0]: stamp["revision"]
+        for stamp in stamps
+        if "revision" in stamp
+    }
+
+
+def change_of(before: Stamp, now: Stamp) -> str | None:
+    """What is other in ``now`` than it was, in words; None where it is the same rows.
+
+    A file is known by its size and samples of its bytes, wherever it lies; of a large one in the
+    same place the time counts too, since samples are not all of it.
+    """
+    if "revision" in now or "revision" in before:
+        return None if before == now else f"{now['name']} is of another commit"
+    if before["bytes"] != now["bytes"]:
+        return f"{now['name']} has {now['bytes']} bytes, it had {before['bytes']}"
+    if before["hash"] != now["hash"]:
+        return f"{now['name']} holds other bytes than it did"
+    same_place = before["name"] == now["name"]
+    if same_place and now["bytes"] > WHOLE and before["changed"] != now["changed"]:
+        seconds, rest = divmod(before["changed"], 10**9)
+        return (
+            f"{now['name']} was written again; if it holds the same bytes, give it its time back: "
+            f"touch -d @{seconds}.{rest:09d} {now['name']}"
+        )
+    return None

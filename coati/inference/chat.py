@@ -25,8 +25,8 @@ class ChatSession:
             positions); the oldest rounds are left out to stay below it.
         sampling: how tokens are drawn, by default at temperature 0.7.
         seed: makes the drawing repeatable.
-        tools: schemas of functions that may be called. ``messages`` may be given results, of the
-            role tool, before the next question.
+        tools: schemas of functions that may be called; their results are given by
+            :meth:`give_result`.
 
     Raises ValueError for tools that the template has no place for.
     """
@@ -85,13 +85,29 @@ class ChatSession:
         finally:
             parts.close()
 
-    def respond(self, question: str) -> Generator[Part, None, None]:
-        """The parts of the response as they come. One that is broken off stays in the history as
-        far as it came.
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """The calls of the last response that have no result yet, {name, arguments} each."""
+        given = 0
+        for message in reversed(self.messages):
+            if message["role"] != "tool":
+                calls = message.get("tool_calls", ())
+                return [call["function"] for call in calls[given:]]
+            given += 1
+        return []
+
+    def give_result(self, text: str) -> None:
+        """Add the result of the first of :attr:`open_calls`."""
+        self.messages.append({"role": "tool", "content": text, "name": self.open_calls[0]["name"]})
+
+    def respond(self, question: str | None) -> Generator[Part, None, None]:
+        """The parts of the response as they come; None: to the results of calls. One that is broken
+        off stays in the history as far as it came.
 
         Raises ValueError when the question alone leaves no room for a response.
         """
-        input_ids, prompt = self._make_room({"role": "user", "content": question})
+        asked = [] if question is None else [{"role": "user", "content": question}]
+        input_ids, prompt = self._make_room(asked)
         shown = self.format.shown_of_calls if self.tools else self.format.shown
         stream = TextStream(self.tokenizer, self.stops, shown=shown)
         reader = self.format.reader(prompt, self.tools)
@@ -120,14 +136,14 @@ class ChatSession:
             self.cut = not stream.stopped
             self.empty = not (reply.content or reply.calls or reply.thought)
             if self.empty:  # an empty turn would confuse the next prompt
-                self.messages.pop()
+                del self.messages[len(self.messages) - len(asked) :]
             else:
                 self.messages.append(reply.message())
 
-    def _make_room(self, question: dict[str, Any]) -> tuple[list[int], str]:
-        """Add ``question`` and leave out the oldest rounds until prompt and response fit; the
+    def _make_room(self, asked: list[dict[str, Any]]) -> tuple[list[int], str]:
+        """Add what is ``asked`` and leave out the oldest rounds until prompt and response fit; the
         prompt's token ids and text."""
-        messages = [*self.messages, question]
+        messages = [*self.messages, *asked]
         forgotten = self.forgotten
         kept = int(messages[0]["role"] == "system")  # the rounds begin after it
         while True:
@@ -135,21 +151,23 @@ class ChatSession:
             prompt = encoded.input_ids
             if len(prompt) + self.max_new_tokens <= self.max_length:
                 break
-            if len(messages) == kept + 1:
+            following = _next_round(messages, kept)
+            if following is None:
                 raise ValueError(
                     f"the question takes {len(prompt)} tokens and the response up to "
                     f"{self.max_new_tokens} (--max_new_tokens), more than the {self.max_length} of "
                     "--model_max_length or of the model; shorten the question or lower "
                     "--max_new_tokens"
                 )
-            messages = messages[:kept] + messages[_next_round(messages, kept) :]
+            messages = messages[:kept] + messages[following:]
             forgotten += 1
         self.messages = messages
         self.forgotten = forgotten
         return prompt, encoded.text
 
 
-def _next_round(messages: Sequence[dict[str, Any]], first: int) -> int:
-    """Where the round after that of message ``first`` begins: with the next question."""
+def _next_round(messages: Sequence[dict[str, Any]], first: int) -> int | None:
+    """Where the round after that of message ``first`` begins: with the next question; None: there
+    is none."""
     questions = (k for k in range(first + 1, len(messages)) if messages[k]["role"] == "user")
-    return next(questions, len(messages) - 1)
+    return next(questions, None)

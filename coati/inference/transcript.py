@@ -38,7 +38,11 @@ class Transcript:
             or (self._messages and history[-1] is self._messages[-1])
         ):
             return  # no response came
-        self._messages = self._messages + history[-2:] if self._messages else list(history)
+        if not self._messages:
+            self._messages = list(history)
+            return
+        known = (k for k, message in enumerate(history) if message is self._messages[-1])
+        self._messages = self._messages + history[next(known, len(history) - 3) + 1 :]
 
     def close(self) -> None:
         """Write the conversation, which has ended."""

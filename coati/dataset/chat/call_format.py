@@ -87,7 +87,11 @@ def learn(write: Write) -> CallFormat | None:
     if two is not None and (SECOND not in two or FIRST not in two):
         two = None
     for form in (_json, _named_json, _python, _bare_keys, _pairs):
-        if (found := form(write, one, two)) is not None:
+        try:
+            found = form(write, one, two)
+        except (ValueError, StopIteration):  # its marks do not stand where this form has them
+            continue
+        if found is not None:
             return found
     return None
 

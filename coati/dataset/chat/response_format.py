@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from coati.dataset.chat import harmony
-from coati.dataset.chat.call_format import IDS, NAMES, NUMBER, VALUES, learn
+from coati.dataset.chat.call_format import FIRST, IDS, NAMES, NUMBER, VALUES, learn
 from coati.dataset.chat.call_marks import common_beginning
 from coati.dataset.chat.response_reader import PYTHON_TAG, ResponseFormat
 from coati.dataset.rows.row_errors import RowError
@@ -39,6 +39,7 @@ def response_format(conversation: "Conversation") -> ResponseFormat:
     if conversation.abilities.calls:
         writer = _Writer(conversation, tags)
         calls = learn(writer.write)
+        writer.write("", [(FIRST, {})])
         lead = writer.lead
     seen = "".join(harmony.TOKENS if channels else tags)
     inner = "" if calls is None else f"{seen}\n{calls.marks}\n{PYTHON_TAG}"
@@ -47,8 +48,12 @@ def response_format(conversation: "Conversation") -> ResponseFormat:
     )
 
 
-def _text(conversation: "Conversation", message: dict[str, Any]) -> str | None:
+def _text(conversation: "Conversation", message: dict[str, Any] | None) -> str | None:
+    """The dialogue with ``message``, or what generation is given; None where the template
+    refuses."""
     try:
+        if message is None:
+            return conversation.render([_QUESTION], True, tools=_SCHEMAS)
         return conversation.render([_QUESTION, message], tools=_SCHEMAS)
     except RowError:
         return None
@@ -69,7 +74,7 @@ class _Writer:
         opening, closing = map(re.escape, tags)
         self._empty = re.compile(rf"\s*(?:{opening})?\s*{closing}\s*")
         self._tags = tags
-        self._prompt = conversation.render([_QUESTION], True, tools=_SCHEMAS)
+        self._prompt = _text(conversation, None) or ""
         self.lead = ""
 
     def write(self, content: str, calls: Any) -> str | None:

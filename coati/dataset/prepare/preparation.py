@@ -265,7 +265,6 @@ class Preparation:
             [written for _, written in mine.values()],
             **self.settings.named(),
             rows_in_files=files.total,
-            command=command_line(),
             **about,
             template=describe_template(self.template),
             cleaning=self.cleaning.named(),

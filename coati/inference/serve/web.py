@@ -4,7 +4,7 @@ health, and the chat page."""
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -120,6 +120,15 @@ def make_app(engine: InferenceEngine, settings: WebSettings) -> FastAPI:
     app.get("/", include_in_schema=False)(page_response)
     app.get("/assets/{name}", include_in_schema=False)(asset_response)
     return app
+
+
+def _said(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Every text of the messages that a client wrote."""
+    for message in messages:
+        yield message["content"]
+        yield message.get("reasoning_content", "")
+        for call in message.get("tool_calls", ()):
+            yield from texts_of([call["function"]["name"], call["function"]["arguments"]])
 
 
 def _reader(template: ChatTemplate, prompt: ChatPrompt, use: ToolUse, begun: bool) -> Reader:
@@ -286,7 +295,7 @@ class Api:
         begun: str = "",
         use: ToolUse = NO_TOOLS,
     ) -> ChatPrompt:
-        self._check_words([*texts_of(messages), begun])
+        self._check_words([*_said(messages), begun])
         if use.tools and (lacking := template.lacking()):
             raise Refused(
                 400, f"tools: this model's chat template has none: {lacking}", param="tools"

@@ -49,7 +49,7 @@ def open_session(args: ChatSettings):
     return ChatSession(*loaded, sampling=sampling, seed=args.seed, tools=tools, **lengths)
 
 
-def respond(session, screen, record, question: str) -> None:
+def respond(session, screen, record, question: str | None) -> None:
     forgotten = session.forgotten
     try:
         with closing(session.respond(question)) as parts:
@@ -77,13 +77,27 @@ def chat(session, screen, record, clear: str) -> None:
             screen.clear()
             continue
         try:
+            if session.open_calls and sys.stdin.isatty():
+                session.give_result(question)
+                if _wait_for_result(session, screen):
+                    continue
+                question = None
             respond(session, screen, record, question)
+            _wait_for_result(session, screen)
         except KeyboardInterrupt:
             screen.note("broken off")
         except ValueError as error:
             if not sys.stdin.isatty():
                 raise
             screen.note(str(error))
+
+
+def _wait_for_result(session, screen) -> bool:
+    """Say that what is typed next is the result of a call, if it is."""
+    if session.open_calls and sys.stdin.isatty():
+        screen.note(f"what you type next is the result of {session.open_calls[0]['name']}")
+        return True
+    return False
 
 
 def main(args: ChatSettings) -> None:

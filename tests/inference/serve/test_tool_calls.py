@@ -290,3 +290,23 @@ def test_a_template_without_tools_is_refused_by_name():
         messages = [*ASKED, {"role": "assistant", "tool_calls": [call_of("a", {})]}, *ASKED]
         with pytest.raises(openai.BadRequestError, match="writes no calls of tools"):
             client.chat.completions.create(**fields | {"messages": messages})
+
+
+def test_filtered_words_are_looked_for_in_what_was_said_and_nowhere_else():
+    """Not in the names of fields and roles; in thoughts and arguments too."""
+    conversation = call_templates.conversation_of("qwen3")
+    loaded = Loaded(Parrot(conversation.tokenizer), conversation.tokenizer, conversation)
+    words = ["user", "content", "function", "blast"]
+    with running(loaded=loaded, max_length=4096, words=words) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+        result = {"role": "tool", "tool_call_id": "a", "content": "12"}
+        called = {"role": "assistant", "tool_calls": [call_of("a", {"city": "Oslo"})]}
+        ask = {"model": NAME, "messages": [*ASKED, called, result], "tools": TOOLS}
+        assert client.chat.completions.create(**ask, max_tokens=4).choices
+        for spoiled in (
+            {"tool_calls": [call_of("a", {"city": ["a blast"]})]},
+            {"tool_calls": [call_of("a", {})], "reasoning_content": "a blast"},
+        ):
+            messages = [*ASKED, {"role": "assistant", **spoiled}, result]
+            with pytest.raises(openai.BadRequestError, match="a word in it"):
+                client.chat.completions.create(model=NAME, messages=messages, tools=TOOLS)

@@ -40,6 +40,8 @@ NOT_READ = (".md", ".html", ".log", ".png", ".jpg", ".pdf", ".lock", ".tmp", ".p
 WRITTEN_BESIDE = ("training_args.bin", "trainer_state.json", "arguments.json", "environment.json")
 FILES = 64  # of a directory with more, all are one fact
 SAME_ROWS = "give all hosts the same rows, in the same order, and prepare them there once more"
+# Beside token ids, what decides how a row is trained on.
+LEARNED = ("labels", "loss_weights", "label", "gt_answer")
 ROWS = 2048  # whose tokens are compared, of a data set; their lengths are of all
 
 
@@ -135,7 +137,7 @@ def _rows_fact(rows: Any) -> str:
     names = [
         name
         for name in rows.column_names
-        if name in TOKEN_COLUMNS or name.endswith("_loss_mask") or name in ("label", "gt_answer")
+        if name in TOKEN_COLUMNS or name.endswith("_loss_mask") or name in LEARNED
     ]
     sample: Mapping[str, Any] = rows.select(spread).select_columns(names)[:]
     for name in names:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jinja2
 
 from coati.dataset.chat.chat_encoder import ChatEncoder, Span
-from coati.dataset.chat.dialogue import Dialogue
+from coati.dataset.chat.dialogue import ONLY_SFT, Dialogue
 from coati.dataset.chat.encoded import Encoded
 from coati.dataset.chat.message_forms import Messages, Tools
 from coati.dataset.chat.row_options import RowOptions
@@ -244,6 +244,8 @@ class Conversation:
         last = len(row.messages) - 1
         text, span = row.alone(last)
         row.count(text, span, last)
+        if any("spans" in one or one.get("weight", 1) != 1 for one in row.messages):
+            row.notes.add(ONLY_SFT)
         earlier = list(row.answers_in(text, row.turns[:-1]))
         encoded = self.encoded(text, [span], row.key, max_length, earlier)
         end = encoded.spans[0][1]

@@ -29,6 +29,7 @@ LEFT_OUT = "thoughts left out (--thoughts)"
 EMPTY = "empty thoughts of the template"
 SPEECH_DROPPED = "texts beside calls dropped by the template"
 UNUSED_WEIGHT = "weights of turns that are not learned"
+ONLY_SFT = "weights that only --type sft reads"
 
 
 class Dialogue:

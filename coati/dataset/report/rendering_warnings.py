@@ -4,7 +4,7 @@ look."""
 from collections.abc import Iterator
 from typing import Any
 
-from coati.dataset.chat.dialogue import DROPPED, EMPTY, SPEECH_DROPPED, UNUSED_WEIGHT
+from coati.dataset.chat.dialogue import DROPPED, EMPTY, ONLY_SFT, SPEECH_DROPPED, UNUSED_WEIGHT
 
 
 def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
@@ -33,6 +33,11 @@ def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{rows} rows give a weight to turns that are not learned: --learn "
             "roles:user,assistant learns those of the user, too"
+        )
+    if rows := traits.get(ONLY_SFT):
+        yield (
+            f"{rows} rows give weights to turns, which rows of type {report['type']} do not have: "
+            "the last response of each counts whole"
         )
     if entry := report["dropped"].get("tools_unsupported"):
         yield (

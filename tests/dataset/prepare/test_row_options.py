@@ -105,6 +105,12 @@ def test_pairs_that_become_equal_are_dropped_and_counted(prepare):
     assert report["rows_kept"] == 4
 
 
+def test_weights_that_pairs_do_not_have_are_named(prepare):
+    pair = {"chosen": [answer("b", weight=0.5)], "rejected": [answer("c")]}
+    report = prepare(family("qwen2_5"), [{"messages": [user("a")], **pair}], type="preference")
+    assert warned(report, "1 rows give weights to turns, which rows of type preference do not have")
+
+
 @pytest.mark.parametrize("bins", [1, 3])
 def test_weights_become_a_column_of_all_shards_where_a_row_needs_it(prepare, bins):
     weighted = {"messages": [user("a"), answer("b", weight=0.5)]}

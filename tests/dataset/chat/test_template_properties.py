@@ -1,8 +1,10 @@
 """Whatever is said, whatever the template: answers and their end markers are trained, nothing else;
 a prompt is the beginning of the row that trains its answer; truncation keeps the first rounds."""
 
+from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -108,7 +110,16 @@ def sent(template: Conversation, turns: list[dict]) -> list[int]:
     model = SimpleNamespace(config=SimpleNamespace(), parameters=lambda: iter([torch.zeros(1)]))
     session = ChatSession(model, template.tokenizer, template, max_length=10**9)
     session.messages = turns[:-1]
-    return session._make_room(turns[-1])
+    given: list[list[int]] = []
+
+    def says_nothing(model: object, input_ids: torch.Tensor, **_: object) -> Iterator[int]:
+        given.extend(input_ids.tolist())
+        return iter(())
+
+    with mock.patch("coati.inference.chat.generate_streaming", says_nothing):
+        list(session.ask(turns[-1]["content"]))
+    (ids,) = given
+    return ids
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["bytes", "merges"])

@@ -120,7 +120,6 @@ def _run(
     made_from: dict[str, Any],
     show: Callable[[str], None] | None,
 ) -> dict[str, Any]:
-    preparation.metadata["command"] = command_line()
     paths = [None if folder is None else Path(folder) for folder in folders]
     report = preparation.run(StagingDir(*paths, made_from))
     if show is not None:

@@ -417,6 +417,14 @@ def _types_of(function: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _kinds(schema: Any) -> Iterator[str]:
     """The types that a schema allows."""
+    yield from _own_kinds(schema)
+    if isinstance(schema, Mapping):
+        for union in (schema.get("anyOf"), schema.get("oneOf")):
+            for each in union if isinstance(union, list) else ():
+                yield from _own_kinds(each)
+
+
+def _own_kinds(schema: Any) -> Iterator[str]:
     if not isinstance(schema, Mapping):
         return
     kind = schema.get("type")
@@ -426,6 +434,3 @@ def _kinds(schema: Any) -> Iterator[str]:
         yield from (each for each in kind if isinstance(each, str))
     elif isinstance(schema.get("enum"), list):
         yield from ("string" if isinstance(each, str) else "other" for each in schema["enum"])
-    for union in ("anyOf", "oneOf"):
-        for each in schema.get(union) or ():
-            yield from _kinds(each)

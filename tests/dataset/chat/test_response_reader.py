@@ -283,7 +283,7 @@ def test_the_schema_says_what_a_written_value_is():
         ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "5", 5),
         ({"enum": ["1", "2"]}, "1", "1"),
         ({"enum": [1, "2"]}, "1", 1),
-        ({"type": 5, "anyOf": "x"}, "1", 1),
+        ({"type": 5, "anyOf": "x", "oneOf": 7}, "1", 1),
         (None, "1", 1),
     ],
 )

@@ -9,6 +9,7 @@ from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.prepare import add_documents_flag
 from coati.cli.settings import SLSettings, settings_of
+from coati.cli.streaming_flags import add_streaming_flags
 from coati.parallel.plugins import PLUGINS
 from coati.utils.logging import get_logger
 
@@ -26,6 +27,7 @@ def pretrain_parser() -> Parser:
     shared.add_model_flags(parser)
     group = shared.add_data_flags(parser)
     add_documents_flag(group)
+    add_streaming_flags(parser)
     shared.add_packing_flag(parser)
     shared.add_parallel_flags(parser)
     shared.add_optimization_flags(parser)

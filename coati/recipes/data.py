@@ -268,7 +268,7 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
             prepare_dataset(
                 inputs=[path],
                 tokenizer=run.tokenizer,
-                template=_template(run, type),
+                template=template_for(run, type),
                 arrow_dir=folder,
                 type=type,
                 split=split,
@@ -280,7 +280,7 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
                 show=print if is_rank_0() else None,
                 part=part,
                 verifiable=False,
-                documents=_documents(run, type),
+                documents=documents_for(run, type),
             )
     except ValueError as error:
         if "wrong_type" not in str(error):
@@ -289,12 +289,12 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
     trim()
 
 
-def _template(run: Run, type: str) -> Any:
+def template_for(run: Run, type: str) -> Any:
     """What writes rows of ``type``: the run's template, or none where they need none."""
     return run.template if DATA_TYPES[type].templated else PlainText(run.tokenizer)
 
 
-def _documents(run: Run, type: str) -> str | None:
+def documents_for(run: Run, type: str) -> str | None:
     """What of a .txt file is a row of ``type``; only texts take ``--documents``."""
     return documents_of(type, None if DATA_TYPES[type].templated else run.settings.data.documents)
 
@@ -321,12 +321,12 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
     vocabulary = hashlib.sha256(
         json.dumps(sorted(run.tokenizer.get_vocab().items())).encode()
     ).hexdigest()
-    template = _template(run, type)
+    template = template_for(run, type)
     config = None if template is None else template.to_config()
     key: list[Any] = [stamps, vocabulary, config, _longest(run.settings.data, type), type]
-    if options := row_options(template):
+    if template is not None and (options := row_options(template)):
         key.append(options)
-    if documents := _documents(run, type):
+    if documents := documents_for(run, type):
         key.append(documents)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)

@@ -12,6 +12,7 @@ from coati.dataset.clean.cleaning import Cleaning
 from coati.dataset.prepare.validation import BadRowBudget
 from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker
+from coati.dataset.rows.column_names import Layout
 from coati.dataset.stream.row_sources import (
     HubSource,
     RowSource,
@@ -26,6 +27,8 @@ from coati.dataset.stream.source_order import SourceOrder, SourceRows
 from coati.dataset.stream.stream_loader import ENDLESS
 from coati.models.positions import check_tokens, positions_in
 from coati.parallel.checkpoint import RunningState
+from coati.recipes.data import documents_for, template_for
+from coati.recipes.mixed_rows import type_of_path
 from coati.recipes.prepared import is_raw, train_split
 from coati.recipes.resume import WHERE_UNSAID, Resume
 from coati.recipes.run import PreparedRows, Run
@@ -61,10 +64,10 @@ def open_stream(
     data = run.settings.data
     _check_raw(data)
     stored = run.resume.state.data.get("stream", []) if run.resume.state else []
-    streams = _streams(data, revisions_of(stored))
+    streams, types = _streams(run, type, revisions_of(stored))
     _check_length(run)
     state = _running_state(run.resume, run.settings, streams)
-    stream = _row_stream(run, type, streams, state)
+    stream = _row_stream(run, type, streams, types, state)
     if data.packing:
         logger.info(f"--packing: {WINDOW} rows of the stream at a time are packed")
     order = EndlessOrder(np.asarray([data.max_length]), data.pack_length)
@@ -96,13 +99,22 @@ def _check_raw(data: DataSettings) -> None:
         )
 
 
-def _streams(data: DataSettings, revisions: dict[str, str]) -> list[list[RowSource]]:
-    """The sources of each stream: of each path with ``--dataset_weights``, else of all paths."""
-    found = [
-        sources_of(path, None if is_hub_name(path) else train_split(path), revisions)
-        for path in data.dataset
-    ]
-    return found if data.dataset_weights else [[source for each in found for source in each]]
+def _streams(
+    run: Run[SLSettings], type: str, revisions: dict[str, str]
+) -> tuple[list[list[RowSource]], list[str]]:
+    """The sources of each stream, of each path with ``--dataset_weights``, else of all paths; and
+    the type of each source."""
+    data = run.settings.data
+    found = []
+    types = []
+    for path in data.dataset:
+        hub = is_hub_name(path)
+        split = None if hub else train_split(path)
+        of_path = type if hub else type_of_path(path, type, split)
+        sources = sources_of(path, split, revisions, documents_for(run, of_path))
+        found.append(sources)
+        types += [of_path] * len(sources)
+    return (found if data.dataset_weights else [sum(found, [])]), types
 
 
 def _check_length(run: Run[SLSettings]) -> None:
@@ -116,28 +128,26 @@ def _check_length(run: Run[SLSettings]) -> None:
 
 
 def _row_stream(
-    run: Run[SLSettings], type: str, streams: list[list[RowSource]], state: RunningState
+    run: Run[SLSettings],
+    type: str,
+    streams: list[list[RowSource]],
+    types: list[str],
+    state: RunningState,
 ) -> RowStream:
     data = run.settings.data
     settings = data.stream
     seed = run.settings.seed
     orders = []
     files: list[str] = []
+    layouts: list[Layout] = []
     for number, sources in enumerate(streams):
         buffer = settings.shuffle_buffer
         order = SourceOrder(sources, seed=seed, buffer=buffer, first=len(files), number=number)
         orders.append(order)
         files += [source.name for source in sources]
-    worker = TokenizeWorker(
-        type=type,
-        format=None,
-        files=files,
-        conversation=run.template,
-        max_length=data.max_length,
-        jsonl=False,
-        cleaning=Cleaning(),
-        overlap=None,
-    )
+        layouts += [source.layout for source in sources]
+    workers = {one: _worker(run, one, files, layouts) for one in {type, *types}}
+    others = {number: workers[one] for number, one in enumerate(types) if one != type}
     batches = run.settings.batches
     step = batches.batch_size * batches.accumulation_steps * run.data_parallel_size
     options = StreamOptions(
@@ -151,7 +161,29 @@ def _row_stream(
     )
     source = SourceRows(orders, data.dataset_weights or [1.0], seed)
     budget = BadRowBudget(strict=False, max_ratio=data.max_bad_ratio)
-    return RowStream(source, worker, options, budget, state.trainer.get("stream"))
+    return RowStream(source, workers[type], options, budget, state.trainer.get("stream"), others)
+
+
+def _worker(
+    run: Run[SLSettings], type: str, files: list[str], layouts: list[Layout]
+) -> TokenizeWorker:
+    template = template_for(run, type)
+    if template is None:
+        raise ValueError(
+            "--dataset holds conversations, and the tokenizer has no chat template to write them "
+            "with: give one by --conversation_template_config"
+        )
+    return TokenizeWorker(
+        type=type,
+        format=None,
+        files=files,
+        conversation=template,
+        max_length=run.settings.data.max_length,
+        jsonl=False,
+        cleaning=Cleaning(),
+        overlap=None,
+        layouts=layouts,
+    )
 
 
 def _workers(asked: int | None) -> int:

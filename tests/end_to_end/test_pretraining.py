@@ -121,6 +121,11 @@ def alone(tmp_path_factory, base, texts, data, words):
         "adapters": ["--dataset", texts["train"], "--lora_rank", "4", "--embedding_lr", "1e-4"],
         "template": ["--dataset", texts["train"], data["train"].replace("arrow", "rows.jsonl")],
         "lines with adapters": [*lines, "--lora_rank", "4", "--add_tokens", "sum"],
+        "stream": ["--dataset", texts["train"], "--streaming", "--stream_workers", "0"],
+        "mixed stream": [
+            *("--dataset", texts["train"], data["train"].replace("arrow", "rows.jsonl")),
+            *("--streaming", "--stream_workers", "0"),
+        ],
         "dry": ["--dataset", texts["train"], "--dry_run"],
     }
     tried = {
@@ -157,6 +162,14 @@ def test_what_of_a_file_is_a_document_decides_the_rows(alone):
     assert "--packing: " in ended["dry"].err and "--packing: " not in ended["line"].err
 
 
+def test_texts_may_be_a_stream(alone):
+    _, ended = alone
+    assert ended["stream"].code == 0, ended["stream"].err
+    assert "holds raw texts: preparing" not in ended["stream"].err
+    (place,) = {row.partition(":")[0] for step in ended["stream"].rows for row in step}
+    assert place.endswith("train.txt")
+
+
 def test_fewer_rows_than_a_step_needs_are_one_step(alone):
     _, ended = alone
     assert ended["few"].code == 0, ended["few"].err
@@ -190,5 +203,7 @@ def test_what_is_refused(alone):
     assert ended["adapters"].code == 1 and ended["template"].code == 1
     assert "--embedding_lr: embedding and head are not trained" in ended["adapters"].err
     assert "holds conversations, and the tokenizer has no chat template" in ended["template"].err
-    for name in ("adapters", "template"):
+    mixed = ended["mixed stream"]
+    assert mixed.code == 1 and "holds sft rows: to mix them drop --streaming" in mixed.err
+    for name in ("adapters", "template", "mixed stream"):
         assert "Traceback" not in ended[name].err

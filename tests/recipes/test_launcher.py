@@ -185,6 +185,8 @@ def start_launcher(tmp_path: Path, body: str, ready: list[str]) -> subprocess.Po
         "from coati.recipes.launcher import launch\n"
         f"sys.exit(launch(LaunchSettings(nproc=2), {words!r}))"
     )
+    # Under nohup, or a CI without a terminal, it would inherit that SIGHUP is ignored.
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n{code}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, start_new_session=True

@@ -16,7 +16,7 @@ def rows(*lengths):
 
 def settings(seed=42):
     data = SimpleNamespace(pack_length=None, dataset_weights=[])
-    return SimpleNamespace(seed=seed, data=data)
+    return SimpleNamespace(seed=seed, data=data, flags={"dataset": ["rows"], "seed": seed})
 
 
 @pytest.mark.parametrize(
@@ -34,5 +34,6 @@ def test_what_differs_is_said_in_words(tmp_path, other, seed, said):
         running_state(resume, settings(seed), other)
     text = str(refused.value)
     assert said in text and str(tmp_path) in text and "--checkpoint_weights_only" in text
+    assert "the same --dataset, --seed," in text and "--packing" not in text
     assert "{" not in text and "fingerprint" not in text
     assert running_state(resume, settings(), rows(3, 4)) is resume.state

@@ -100,6 +100,12 @@ def rows(*ids: list[int]):
     return datasets.Dataset.from_dict({"input_ids": list(ids), "seq_length": lengths})
 
 
+@pytest.mark.parametrize("name", ["labels", "loss_weights", "chosen_loss_mask"])
+def test_what_is_learned_of_the_same_tokens_counts(name):
+    one, other = (rows([1, 2]).add_column(name, [marks]) for marks in ([0, 2], [1, 2]))
+    assert rows_facts(a=one) != rows_facts(a=other)
+
+
 def test_rows_by_number_order_lengths_and_tokens():
     same = rows_facts(a=rows([1, 2], [3]))["a"]
     assert same == rows_facts(a=rows([1, 2], [3]))["a"] and same.startswith("2 rows (hash ")

@@ -10,6 +10,7 @@ what generation is given.
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of
@@ -286,6 +287,11 @@ class Dialogue:
         context = self._finished(self.given[:k])  # a header that differs is all that may differ
         if not mark or not text.startswith(before) or not before.startswith(context):
             return None
+        # The tag of the thought, or the token that begins its channel, may be the prompt's, too.
+        shared = commonprefix([self.prompt(k), before]).rstrip()
+        for opening in (forms.tags[0], *self.template.encoder.markers):
+            if shared.endswith(opening) and len(shared) - len(opening) >= len(context):
+                return len(shared) - len(opening)
         return len(before.rstrip().removesuffix(forms.tags[0]))
 
     def _marker(self, k: int) -> str:

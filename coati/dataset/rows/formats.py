@@ -176,7 +176,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         CHAT,
         (_TALK,),
         keys.both(keys.has(_TALK), keys.is_rounds_list(_TALK)),
-        rounds.paired_rounds,
+        rounds.paired_rounds(_TALK),
     ),
     DatasetFormat(
         "sharegpt",
@@ -239,7 +239,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         CHAT,
         ("conversation",),
         keys.both(keys.has("conversation"), keys.is_rounds_list("conversation")),
-        rounds.paired_rounds,
+        rounds.paired_rounds("conversation"),
     ),
     DatasetFormat(
         "sharegpt",

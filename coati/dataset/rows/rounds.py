@@ -2,6 +2,7 @@
 context, choices, earlier rounds, a thought, and the response."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from coati.dataset.rows.column_use import SWITCHES, Fields, holds
@@ -239,7 +240,7 @@ def rm_static_pair(row: Fields) -> SourceRow:
     return pair
 
 
-def messages_pair(key: str):
+def messages_pair(key: str) -> Callable[[Fields], SourceRow]:
     """A conversation whose last response is the better one, and another in its place."""
 
     def read(row: Fields) -> SourceRow:
@@ -256,25 +257,29 @@ def messages_pair(key: str):
     return read
 
 
-def paired_rounds(row: Fields) -> SourceRow:
+def paired_rounds(key: str) -> Callable[[Fields], SourceRow]:
     """Rounds as objects: ``{"human", "assistant"}`` of Firefly, ``{"input", "output"}`` of XTuner,
-    with a system message in one of them."""
-    key = row.first(("conversation", "conversations"))
-    messages: Messages = []
-    for found in row[key]:
-        one = Fields(found, row.use, f"{key}[].")
-        system = None if messages else one.take(("system",))
-        if system:
-            messages.append({"role": "system", "content": text(system, f"{key}: system")})
-        for role, names in (("user", ("human", "user", "input")), _SPEAKER):
-            name = one.first(names)
-            if name is None:
-                raise RowError("wrong_keys", f"{key} has a round without {' or '.join(names)}")
-            messages.append(spoken(role, text(one[name], name), f"{key}: {name}", row.use))
-        one.close()
-    return SourceRow(messages=messages)
+    with a system message in the first of them."""
+
+    def read(row: Fields) -> SourceRow:
+        messages: Messages = []
+        for found in row[key]:
+            one = Fields(found, row.use, f"{key}[].")
+            system = None if messages else one.take(("system",))
+            if system:
+                messages.append({"role": "system", "content": text(system, f"{key}: system")})
+            for role, names in (_ASKER, _SPEAKER):
+                name = one.first(names)
+                if name is None:
+                    raise RowError("wrong_keys", f"{key} has a round without {' or '.join(names)}")
+                messages.append(spoken(role, text(one[name], name), f"{key}: {name}", row.use))
+            one.close()
+        return SourceRow(messages=messages)
+
+    return read
 
 
+_ASKER = ("user", ("human", "user", "input"))
 _SPEAKER = ("assistant", ("assistant", "bot", "gpt", "output"))
 
 

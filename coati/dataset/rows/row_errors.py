@@ -49,7 +49,7 @@ MALFORMED_REASONS = {
     "bad_tool_call": "a call of a tool that cannot be read",
     "bad_tools": "tools that are not a list of function schemas",
     "bad_weight": "the weight of a message is not a number from 0 to 1",
-    "bad_scores": "scores or choices that do not tell which response is better",
+    "bad_scores": "scores, votes or choices that cannot be read",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",
     "no_question": "no prompt to respond to: the context does not end with a user turn",
@@ -74,6 +74,7 @@ REASONS = (
     MALFORMED_REASONS
     | {
         "same_answers": "chosen and rejected are the same",
+        "no_preference": "scores or votes hold no response better than another",
         "judged_bad": "a column of the row says that its response is a bad one",
         "too_long": "the row, or its first response, does not fit into max_length",
         "same_rendering": "chosen and rejected become the same under the chat template",

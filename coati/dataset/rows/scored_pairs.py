@@ -1,6 +1,7 @@
 """Pairs of responses that are told apart by scores, ranks or votes instead of by their columns."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from coati.dataset.rows.column_use import Fields
@@ -66,7 +67,8 @@ def scored_list(row: Fields) -> SourceRow:
         numbers = [-number for number in numbers]
     usable = [k for k, number in enumerate(numbers) if math.isfinite(number)]
     if len({numbers[k] for k in usable}) < 2:
-        raise RowError("bad_scores", f"no two of the {name} differ: {scores!r:.60}")
+        undecided = f"no two of the {name} differ: {scores!r:.60}"
+        return SourceRow(messages=asked(row), undecided=undecided)
     best = max(usable, key=lambda k: numbers[k])
     worst = min(usable, key=lambda k: numbers[k])
     for k, one in enumerate(found):
@@ -106,7 +108,9 @@ def _one(row: Fields, key: str, found: Any, name: str) -> Messages:
     return said
 
 
-def voted(names: tuple[str, str, str], question: str | None = None):
+def voted(
+    names: tuple[str, str, str], question: str | None = None
+) -> Callable[[Fields], SourceRow]:
     """A pair in two columns and a third that tells which is better: its index, 1 where it is the
     first (SHP), or a preference that is negative for the first (HelpSteer)."""
     first, second, vote = names
@@ -122,14 +126,15 @@ def voted(names: tuple[str, str, str], question: str | None = None):
             number = {1.0: -1.0, 0.0: 1.0}.get(number, math.nan)
         elif vote == PKU[2]:
             number = {0.0: -1.0, 1.0: 1.0}.get(number, math.nan)
-        if not math.isfinite(number) or number == 0:
-            raise RowError("bad_scores", f"{vote} is {found!r:.60}: neither response is better")
+        if not math.isfinite(number):
+            raise RowError("bad_scores", f"{vote} is {found!r:.60}, which names no response")
+        messages = asked(row) if question is None else _asked_under(row, question)
+        if number == 0:
+            return SourceRow(messages=messages, undecided=f"{vote} is {found!r}")
         better, worse = (first, second) if number < 0 else (second, first)
         chosen = response_messages(row, better)
         rejected = response_messages(row, worse)
-        if question is None:
-            return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected)
-        return SourceRow(messages=_asked_under(row, question), chosen=chosen, rejected=rejected)
+        return SourceRow(messages=messages, chosen=chosen, rejected=rejected)
 
     return read
 

@@ -47,6 +47,7 @@ class SourceRow:
         tools: OpenAI's schemas of the functions that the assistant may call.
         gt_answer: prompt: the reference answer, for rewards that verify it.
         margin: preference: by how much the chosen response should win.
+        undecided: preference: why neither response is the better one.
         category: kept as ``seq_category``.
         unanswered: prompt: a response at its end was left out.
         format: the name of the format the row came in.
@@ -68,6 +69,7 @@ class SourceRow:
     tools: list[dict[str, Any]] | None = None
     gt_answer: str | None = None
     margin: float | None = None
+    undecided: str = ""
     category: str | None = None
     unanswered: bool = False
     format: str = ""

@@ -5,10 +5,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from coati.dataset.rows.input_files import choose_split, find_files, read_rows
+from coati.dataset.rows.column_names import Layout
+from coati.dataset.rows.input_files import choose_split, find_sources, read_rows
+from coati.dataset.rows.input_names import Source, parse_input
 from coati.utils.file_samples import SAMPLED_BYTES, SAMPLES, sampled_hash
 from coati.utils.logging import get_logger
 
@@ -16,17 +19,18 @@ logger = get_logger(__name__)
 
 Stamp = dict[str, Any]
 WHOLE = (SAMPLES + 1) * SAMPLED_BYTES  # up to here a file's hash is of all its bytes
-_HUB_NAME = re.compile(
-    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<subset>[\w./-]+))?(@(?P<split>[\w.-]+))?"
-)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class RowSource(Protocol):
-    """``name``: for messages. Rows are (line, raw row), as
+    """``name``: for messages; ``layout``: what its columns are. Rows are (line, raw row), as
     :func:`~coati.dataset.rows.readers.read_rows` gives them."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def layout(self) -> Layout: ...
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """All rows, from the first. Raises ValueError for a file that was changed since the run
@@ -37,10 +41,21 @@ class RowSource(Protocol):
 
 
 class FileSource:
-    """One data file. Its size and time are those of the moment it was found."""
+    """One data file, or the first ``rows`` of it. Its size and time are those of the moment it was
+    found. ``documents``: what of a .txt file is a row, as of
+    :func:`~coati.dataset.rows.readers.read_rows`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout | None = None,
+        rows: int | None = None,
+        documents: str | None = None,
+    ) -> None:
         self.path = path
+        self.layout = layout or Layout()
+        self.limit = rows
+        self.documents = documents
         self._found = self._state()
 
     @property
@@ -53,7 +68,7 @@ class FileSource:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         self._check()
-        yield from read_rows(self.path)
+        yield from islice(read_rows(self.path, self.documents), self.limit)
         self._check()
 
     def _check(self) -> None:
@@ -70,6 +85,7 @@ class FileSource:
             "bytes": size,
             "changed": changed,
             "hash": sampled_hash(self.path),
+            "rows": self.limit,
         }
 
 
@@ -77,22 +93,25 @@ class FileSource:
 class HubSource:
     """One shard of a data set of the hub, read over the network in ``datasets``' streaming mode.
 
-    ``revision``: the commit that is read.
+    ``revision``: the commit that is read; ``shard`` None: all of them.
     """
+
+    layout = Layout()
 
     data: Any
     label: str
     revision: str
-    shard: int
+    shard: int | None
 
     @property
     def name(self) -> str:
-        return f"{self.label} (shard {self.shard})"
+        return self.label if self.shard is None else f"{self.label} (shard {self.shard})"
 
     @cached_property
     def _rows(self) -> Any:
-        shards = self.data.num_shards
-        return self.data if shards < 2 else self.data.shard(shards, self.shard)
+        if self.shard is None or self.data.num_shards < 2:
+            return self.data
+        return self.data.shard(self.data.num_shards, self.shard)
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         try:
@@ -104,18 +123,22 @@ class HubSource:
             raise OSError(f"--dataset {self.name}: cannot be read on ({said})") from error
 
     def stamp(self) -> Stamp:
-        return {"name": self.name, "revision": self.revision}
+        return {"name": self.name, "path": self.label, "revision": self.revision}
 
 
 def is_hub_name(path: str) -> bool:
-    """``owner/name``, with ``:subset`` or ``@split`` behind it, where nothing of that name is
-    here."""
-    found = _HUB_NAME.fullmatch(path)
-    return found is not None and not Path(path).exists() and not Path(path.split("/")[0]).exists()
+    """``owner/name``, with ``:subset``, ``@split`` or ``#N`` behind it, where nothing of that name
+    is here."""
+    name = parse_input(path).base
+    here = Path(name).exists() or Path(name.split("/")[0]).exists()
+    return _HUB_NAME.fullmatch(name) is not None and not here
 
 
 def sources_of(
-    path: str, split: str | None = None, revisions: Mapping[str, str] | None = None
+    path: str,
+    split: str | None = None,
+    revisions: Mapping[str, str] | None = None,
+    documents: str | None = None,
 ) -> list[RowSource]:
     """The sources behind one path of ``--dataset``. ``revisions``: the commits of data sets of the
     hub, by name; by default the newest.
@@ -124,37 +147,50 @@ def sources_of(
     """
     if is_hub_name(path):
         return _hub_sources(path, revisions or {})
-    return [FileSource(file) for file in find_files([path], split)]
+    return _limited(find_sources([path], split), documents)
+
+
+def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
+    """The files with the rows that are wanted of each: of those of one input together the first
+    ones."""
+    sources: list[RowSource] = []
+    left: dict[int, int] = {}
+    for source in found:
+        wanted = None
+        if source.limit is not None:
+            rest = left.setdefault(source.number, source.limit)
+            wanted = sum(1 for _ in islice(read_rows(source.path, documents), rest))
+            left[source.number] -= wanted
+        if wanted != 0:
+            sources.append(FileSource(source.path, source.layout, wanted, documents))
+    return sources
 
 
 def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
     import datasets
     from huggingface_hub import HfApi
 
-    found = _HUB_NAME.fullmatch(path)
-    assert found is not None
-    name = found["name"]
+    asked = parse_input(path)
+    name = asked.base
     try:
         revision = revisions.get(path) or HfApi().dataset_info(name).sha
-        splits = datasets.load_dataset(name, found["subset"], streaming=True, revision=revision)
+        splits = datasets.load_dataset(name, asked.subset, streaming=True, revision=revision)
     except Exception as error:  # the libraries raise some twenty types, most from the network
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"--dataset {path}: there is no such file or folder, nor can a data set of this name "
             f"be streamed from the hub here ({said})"
         ) from error
-    data = splits[choose_split(list(splits), found["split"], name)]
+    data = splits[choose_split(list(splits), asked.split, name)]
     logger.info(f"{path}: streamed from the hub, commit {str(revision)[:12]}")
+    if asked.rows is not None:
+        return [HubSource(data.take(asked.rows), path, str(revision), None)]
     return [HubSource(data, path, str(revision), shard) for shard in range(data.num_shards)]
 
 
 def revisions_of(stamps: Sequence[Stamp]) -> dict[str, str]:
     """The commits of the data sets of the hub that ``stamps`` were taken of, by their path."""
-    return {
-        stamp["name"].rpartition(" (shard ")[0]: stamp["revision"]
-        for stamp in stamps
-        if "revision" in stamp
-    }
+    return {stamp["path"]: stamp["revision"] for stamp in stamps if "revision" in stamp}
 
 
 def change_of(before: Stamp, now: Stamp) -> str | None:
@@ -169,6 +205,8 @@ def change_of(before: Stamp, now: Stamp) -> str | None:
         return f"{now['name']} has {now['bytes']} bytes, it had {before['bytes']}"
     if before["hash"] != now["hash"]:
         return f"{now['name']} holds other bytes than it did"
+    if before.get("rows") != now.get("rows"):
+        return f"of {now['name']} other rows are read than before (#N)"
     same_place = before["name"] == now["name"]
     if same_place and now["bytes"] > WHOLE and before["changed"] != now["changed"]:
         seconds, rest = divmod(before["changed"], 10**9)

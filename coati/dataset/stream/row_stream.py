@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,19 @@ class Window:
 
 class StreamWorker:
     """Tokenizes one chunk: the training rows of each source row, without the columns that are for
-    people to read, and statistics."""
+    people to read, and statistics. ``others``: what tokenizes files of another type, by number."""
 
-    def __init__(self, tokenize: TokenizeWorker) -> None:
+    def __init__(self, tokenize: TokenizeWorker, others: dict[int, TokenizeWorker]) -> None:
         self.tokenize = tokenize
+        self.others = others
 
     def run(self, chunk: Chunk, evaluation: bool) -> tuple[list[list[Columns]], RowStats]:
-        made, stats = self.tokenize.training_rows(chunk, evaluation)
+        made: list[list[Columns]] = []
+        stats = RowStats()
+        for worker, rows in groupby(chunk, lambda row: self.others.get(row[0], self.tokenize)):
+            found, counted = worker.training_rows(list(rows), evaluation)
+            made += found
+            stats.merge(counted)
         return [[_compact(row) for row in of_source] for of_source in made], stats
 
 
@@ -138,7 +145,7 @@ class RowStream:
     Args:
         source: the source rows.
         worker: what makes training rows of them; ``options.num_proc`` processes run it, 0: this
-            one, when a window is asked for.
+            one, when a window is asked for. ``others``: for files of another type, by number.
         budget: ends the run when more of the rows are malformed.
         state: of a :class:`Window` of the run that is resumed; {} begins at the first row.
 
@@ -154,6 +161,7 @@ class RowStream:
         options: StreamOptions,
         budget: BadRowBudget,
         state: dict[str, Any] | None = None,
+        others: dict[int, TokenizeWorker] | None = None,
     ) -> None:
         state = state or {}
         self.source = source
@@ -169,7 +177,7 @@ class RowStream:
         self._said: dict[str, Any] | None = None  # of an epoch
         for order in source.orders:
             order.counts.update({int(number): n for number, n in state.get("counts", {}).items()})
-        self._pool = StandingPool(StreamWorker(worker), options.num_proc)
+        self._pool = StandingPool(StreamWorker(worker, others or {}), options.num_proc)
         windows = self._make()
         self._windows = _Ahead(windows, options.ahead) if options.num_proc else windows
         self._peeked: Window | None = None

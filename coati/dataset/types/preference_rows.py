@@ -56,6 +56,8 @@ class Preference(DataType):
 
     def finish(self, row: SourceRow) -> None:
         row.messages = question(row.messages)
+        if row.undecided:
+            raise RowError("no_preference", row.undecided)
         row.chosen = continuation(row.chosen, "chosen")
         row.rejected = continuation(row.rejected, "rejected")
         if row.chosen == row.rejected:

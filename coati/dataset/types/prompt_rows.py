@@ -44,6 +44,7 @@ class Prompt(DataType):
         row.unanswered = len(row.messages) < whole
         row.chosen = []
         row.rejected = []
+        row.undecided = ""
         row.completion = row.response = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:

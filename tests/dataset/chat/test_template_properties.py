@@ -108,7 +108,7 @@ def sent(template: Conversation, turns: list[dict]) -> list[int]:
     model = SimpleNamespace(config=SimpleNamespace(), parameters=lambda: iter([torch.zeros(1)]))
     session = ChatSession(model, template.tokenizer, template, max_length=10**9)
     session.messages = turns[:-1]
-    return session._make_room(turns[-1])
+    return session._make_room(turns[-1])[0]
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["bytes", "merges"])

@@ -98,3 +98,23 @@ def test_a_thought_of_an_earlier_turn_is_kept_and_trained(name):
     (row,) = conversation.encode_turns([*turns, *TURNS[:2]])
     answers = [conversation.encoder.decode(answer) for answer in row.responses()]
     assert answers == [text + conversation.end_of_assistant for text in (thought, "Hello.")]
+
+
+def test_thoughts_of_gpt_oss_are_in_their_channel():
+    """With a reasoning effort the prompt leaves the channel to the model; without one it answers at
+    once."""
+    name = "openai_gpt-oss-20b"
+    thought = "<|channel|>analysis<|message|>add<|end|><|start|>assistant"
+    final = "<|channel|>final<|message|>2<|return|>"
+    turns = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2", "reasoning_content": "add"},
+    ]
+    for effort in ("high", None):
+        args = {"reasoning_effort": effort} if effort else {}
+        conversation = setup_conversation_template(
+            family_tokenizer(name), TEMPLATES / f"{name}.json", template_args=args
+        )
+        (row,) = conversation.encode_turns(turns)
+        assert [conversation.encoder.decode(one) for one in row.responses()] == [thought + final]
+        assert f"Reasoning: {effort or 'low'}\n" in row.text

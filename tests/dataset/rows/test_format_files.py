@@ -334,6 +334,45 @@ def test_the_responses_alone_are_learned(name, conversation):
         assert (columns["labels_decode"], cut) == (expected, False)
 
 
+WITH_TOOLS = """{% if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% elif m.role == 'assistant' %}<|im_start|>assistant
+{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CALLED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "%s"}}\n</tool_call>'
+ROUND = [CALLED % "Ulm" + "<|im_end|>", "Clear.<|im_end|>"]
+LEARNED = {
+    "sft_tools_openai": [ROUND, ROUND],
+    "sft_tools_sharegpt": [ROUND],
+    "sft_tools_hermes": [ROUND],
+    "sft_tools_anthropic": [["I look." + ROUND[0], ROUND[1]]],
+    "sft_glaive": [ROUND, ["Hi!<|im_end|>"]],
+    "sft_xlam": [[CALLED % "Ulm" + CALLED % "Bonn" + "<|im_end|>"]],
+    "sft_weights": [["Apple.<|im_end|>"], ["Apple<|im_end|>"], *[["Apple.<|im_end|>"]] * 2],
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_calls_and_what_weighs_something_are_learned(name):
+    """Neither the schemas, nor results, nor turns of weight 0."""
+    template = setup_conversation_template(chatml_tokenizer(), {"chat_template": WITH_TOOLS})
+    for row, learned in zip(rows_of(name), LEARNED[name], strict=True):
+        found = read_row("sft", row)
+        (columns, cut) = DATA_TYPES["sft"].tokenize(found, template, 2000)[-1]
+        assert (columns["labels_decode"], cut) == (learned, False)
+        assert ("get_weather" in columns["inputs_decode"]) == bool(found.tools)
+
+
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("kto")])
 def test_what_is_judged_never_becomes_a_row_to_imitate(name):
     for row in rows_of(name):

@@ -6,7 +6,7 @@ import pytest
 
 from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.row_errors import MALFORMED, RowError
 from tests.dataset.rows.test_format_files import talk
 
 
@@ -357,18 +357,33 @@ def test_choices_that_cannot_be(choices):
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("reason", "row"),
     [
-        {"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]},
-        {"prompt": "?", "responses": ["a", "b"], "scores": [1]},
-        {"prompt": "?", "responses": ["a", "b"], "scores": ["good", "bad"]},
-        {"prompt": "?", "responses": ["a", "b"], "scores": ["N/A", 1]},
-        {"prompt": "?", "response_0": "a", "response_1": "b", "better_response_id": 2},
-        {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 7},
-        {"prompt": "?", "response_1": "a", "response_2": "b", "preference_strength": 0},
+        ("no_preference", {"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]}),
+        ("bad_scores", {"prompt": "?", "responses": ["a", "b"], "scores": [1]}),
+        ("bad_scores", {"prompt": "?", "responses": ["a", "b"], "scores": ["good", "bad"]}),
+        ("no_preference", {"prompt": "?", "responses": ["a", "b"], "scores": ["N/A", 1]}),
+        (
+            "bad_scores",
+            {"prompt": "?", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        ),
+        ("bad_scores", {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 7}),
+        (
+            "no_preference",
+            {"prompt": "?", "response_1": "a", "response_2": "b", "preference_strength": 0},
+        ),
     ],
 )
-def test_scores_that_tell_nothing(row):
+def test_scores_that_tell_nothing(reason, row):
     with pytest.raises(RowError) as error:
         read_row("preference", row)
-    assert error.value.reason == "bad_scores"
+    # Rows without a preference are no fault of the file.
+    assert error.value.reason == reason and (reason in MALFORMED) == (reason == "bad_scores")
+    if reason == "no_preference":
+        assert read_row("prompt", row).messages == talk("?")
+
+
+def test_rounds_beside_a_text_of_the_other_name():
+    rounds = [{"human": "1+2?", "assistant": "3"}]
+    found = read_row("sft", {"conversations": rounds, "conversation": "a title"})
+    assert found.messages == talk("1+2?", "3") and found.unused == {"conversation": False}

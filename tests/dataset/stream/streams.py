@@ -83,7 +83,10 @@ def stream(
         first = len(files)
         orders.append(SourceOrder(sources, seed=seed, buffer=buffer, first=first, number=number))
         files += [source.name for source in sources]
-    worker = TokenizeWorker(type, None, files, template(use), max_length, False, Cleaning(), None)
+    layouts = [source.layout for each in streams for source in each]
+    worker = TokenizeWorker(
+        type, None, files, template(use), max_length, False, Cleaning(), None, layouts
+    )
     options = StreamOptions(type, max_length, seed, buffer > 0, pack_length, num_proc)
     source = SourceRows(orders, weights or [1.0], seed)
     return RowStream(source, worker, options, BadRowBudget(False, bad_ratio), state)

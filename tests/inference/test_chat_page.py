@@ -237,17 +237,6 @@ def test_markdown_is_rendered(page):
     assert page.faults == []
 
 
-def said(page, *pieces, finish="stop"):
-    """Let the server answer with these pieces."""
-    events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
-    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(content_type="text/event-stream", body=body),
-    )
-
-
 def told(page, *deltas, finish="stop"):
     """Let the server answer with these deltas."""
     events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
@@ -258,6 +247,11 @@ def told(page, *deltas, finish="stop"):
         "**/v1/chat/completions",
         lambda route: route.fulfill(content_type="text/event-stream", body=body),
     )
+
+
+def said(page, *pieces, finish="stop"):
+    """Let the server answer with these pieces."""
+    told(page, *({"content": piece} for piece in pieces), finish=finish)
 
 
 def test_thoughts_are_folded_and_calls_wait_for_their_results(page):

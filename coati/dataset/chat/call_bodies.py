@@ -17,6 +17,7 @@ _JSON_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\]]', re.DOTALL)
 _PYTHON_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|["\'{}()\[\]]', re.DOTALL)
 _PYTHON_COMMAS = re.compile(_PYTHON_PARTS.pattern + "|,", re.DOTALL)
 _KEY = re.compile(r"[\w.$-]+")
+NULLABLE = "string or null"
 _OPENING = "{[("
 _CLOSING = "}])"
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -256,7 +257,9 @@ class PairsBody:
 
 def _typed(value: str, kind: str) -> Any:
     """``value`` as its schema's type says; of an unknown type what it is as JSON or Python."""
-    if kind in ("string", "text", "enum"):
+    if kind == NULLABLE and value.strip() in ("null", "None"):
+        return None
+    if kind in ("string", "text", NULLABLE):
         return value
     for read in (from_json, _literal):
         try:
@@ -405,8 +408,29 @@ def _types_of(function: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not isinstance(properties, Mapping):
         return
     for name, schema in properties.items():
-        kind = schema.get("type") if isinstance(schema, Mapping) else None
-        if isinstance(kind, str):
-            yield name, kind
-        elif isinstance(kind, list) and "string" in kind and set(kind) <= {"string", "null"}:
-            yield name, "string"
+        kinds = set(_kinds(schema))
+        if len(kinds) == 1:
+            yield name, kinds.pop()
+        elif kinds == {"string", "null"}:
+            yield name, NULLABLE
+
+
+def _kinds(schema: Any) -> Iterator[str]:
+    """The types that a schema allows."""
+    yield from _own_kinds(schema)
+    if isinstance(schema, Mapping):
+        for union in (schema.get("anyOf"), schema.get("oneOf")):
+            for each in union if isinstance(union, list) else ():
+                yield from _own_kinds(each)
+
+
+def _own_kinds(schema: Any) -> Iterator[str]:
+    if not isinstance(schema, Mapping):
+        return
+    kind = schema.get("type")
+    if isinstance(kind, str):
+        yield kind
+    elif isinstance(kind, list):
+        yield from (each for each in kind if isinstance(each, str))
+    elif isinstance(schema.get("enum"), list):
+        yield from ("string" if isinstance(each, str) else "other" for each in schema["enum"])

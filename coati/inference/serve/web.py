@@ -166,10 +166,13 @@ class Api:
         """A chat completion, whole or streamed."""
         body.check_served()
         self._check_model(body.model)
-        messages, begun = body.dialogue()
-        use = body.tool_use()
-        template = await self._template(body.chat_template_kwargs)
-        prompt = await self._encode_chat(template, messages, begun, use)
+        try:
+            messages, begun = body.dialogue()
+            use = body.tool_use()
+            template = await self._template(body.chat_template_kwargs)
+            prompt = await self._encode_chat(template, messages, begun, use)
+        except RecursionError:
+            raise Refused(400, "a value in the body is nested too deeply") from None
         reader = partial(_reader, template, prompt, use, bool(begun))
         params = replace(
             self._params(body, prompt.ids),

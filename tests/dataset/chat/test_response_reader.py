@@ -273,6 +273,27 @@ def test_the_schema_says_what_a_written_value_is():
     assert call("count", "many") == "many"
 
 
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        ({"type": ["string", "null"]}, "5", "5"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "true", "true"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "5", 5),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "5", 5),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, "2"]}, "1", 1),
+        ({"type": 5, "anyOf": "x", "oneOf": 7}, "1", 1),
+        (None, "1", 1),
+    ],
+)
+def test_types_that_are_unions(schema, value, expected):
+    text = f"<tool_call>\n<function=f>\n<parameter=p>\n{value}\n</parameter>\n</function>"
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"p": schema}}}
+    reply = format_of("qwen3_coder").read(text, "", [{"type": "function", "function": function}])
+    assert reply.calls[0].arguments == {"p": expected}
+
+
 def test_bare_calls_are_those_of_known_functions():
     text = '{"name": "John", "parameters": {"age": 5}}'
     assert (reply_of("llama3_1", text).content, reply_of("llama3_1", text).calls) == (text, [])

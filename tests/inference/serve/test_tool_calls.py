@@ -5,6 +5,7 @@ import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import httpx
 import openai
 import pytest
 import torch
@@ -310,3 +311,29 @@ def test_filtered_words_are_looked_for_in_what_was_said_and_nowhere_else():
             messages = [*ASKED, {"role": "assistant", **spoiled}, result]
             with pytest.raises(openai.BadRequestError, match="a word in it"):
                 client.chat.completions.create(model=NAME, messages=messages, tools=TOOLS)
+
+
+@pytest.mark.parametrize("depth", [50, 300, 480, 900, 5000])
+def test_values_that_are_nested_deeply(qwen, depth):
+    """Answered or refused, in a schema, in arguments and in arguments of the template."""
+    deep = "[" * depth + "]" * depth
+    nested = '{"a": ' * depth + "1" + "}" * depth
+    tool = json.dumps({"type": "function", "function": {"name": "f", "parameters": {"p": 0}}})
+    call = json.dumps({"role": "assistant", "tool_calls": [call_of("a", {})]})
+    result = json.dumps({"role": "tool", "tool_call_id": "a", "content": "12"})
+    said = json.dumps(ASKED)[1:-1]
+    base = f'"model": "{NAME}", "max_tokens": 4'
+    bodies = [
+        f'{{{base}, "messages": [{said}], "tools": [{tool.replace("0", deep)}]}}',
+        f'{{{base}, "messages": [{said}], "tools": [{tool.replace("0", nested)}]}}',
+        f'{{{base}, "messages": [{said}, {call.replace("{}", json.dumps(nested)[1:-1])}, {result}],'
+        f' "tools": [{tool}]}}',
+        f'{{{base}, "messages": [{said}], "chat_template_kwargs": {{"enable_thinking": {deep}}}}}',
+    ]
+    qwen.model.answer = "Fine."
+    for body in bodies:
+        headers = {"Content-Type": "application/json"}
+        url = f"{qwen.client.base_url}chat/completions"
+        found = httpx.post(url, content=body, headers=headers, timeout=60)
+        assert found.status_code in (200, 400, 422), (found.status_code, found.text)
+        assert depth > 50 or found.status_code == 200

@@ -38,7 +38,6 @@ from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.input_files import find_files, find_sources
 from coati.dataset.rows.input_names import Source
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
-from coati.utils.environment import command_line
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
 

@@ -233,6 +233,10 @@ NOT_RUN = {
     "rollout_engine": "vLLM needs a GPU; the choice is made anew by every run (make_rollout)",
     "checkpoint_weights_only": "no resume, but another start: the test above",
     "dry_run": "takes no step of the run: the test above",
+    "streaming": "needs raw rows: tests/end_to_end/test_streaming.py",
+    "shuffle_buffer": "of streams: tests/end_to_end/test_streaming.py",
+    "stream_workers": "of streams: tests/end_to_end/test_streaming.py",
+    "max_bad_ratio": "ends a preparation, or a stream, before its rows are trained on",
 }
 # Flags of coati sft, which all verbs hand to the same functions: the comparison and the refusals
 # (recipes/run.py), plugin and optimizer (recipes/build.py), checkpoints and logs (RunLog). What

@@ -323,7 +323,7 @@ def test_an_unknown_name_is_answered_by_meaning(verb, name, meant):
         ("orpo", "length_normalization", "coati dpo, not of this"),
         ("kto", "disable-reference-model", "coati dpo, not of this"),
         ("grpo", "no_whiten_advantages", "coati ppo, not of this"),
-        ("cache", "lora_rank", "coati dpo, fit, grpo and 5 others, not of this"),
+        ("cache", "lora_rank", "coati dpo, fit, grpo and 6 others, not of this"),
     ],
 )
 def test_a_flag_of_another_verb_is_said_to_be_one(verb, name, said):

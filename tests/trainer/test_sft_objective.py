@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
+from coati.models.head import Head
 from coati.trainer.policy_objective import PtxObjective
 from coati.trainer.sft import SFTObjective
+from tests.tiny import tiny_llama
 
 LABELS = torch.tensor([[-100, 7, 8, -100], [-100, -100, 9, -100]])
 LOGPS = torch.tensor([-1.0, -2.0, -4.0])  # of 7, 8 and 9
@@ -50,3 +53,24 @@ def test_a_loss_of_ones_own_is_weighted_too():
 def test_every_token_alike_without_the_loss_mask():
     prepared = SFTObjective(apply_loss_mask=False).prepare(batch([[0.5] * 4] * 2))
     assert "loss_weights" not in prepared
+
+
+def test_the_gradient_of_a_model_is_the_weighted_sum_by_hand():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    ids = torch.randint(3, model.config.vocab_size, (3, 17))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    weights = torch.rand(ids.shape)
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    each = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
+    shares = weights[:, 1:].flatten() * (labels[:, 1:].flatten() != -100)
+    ((each * shares).sum() / shares.sum()).backward()
+    by_hand = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    head = Head.install(model)
+    head.set(labels)
+    logps = model(input_ids=ids).logits[0]
+    found = {"input_ids": ids, "labels": labels, "loss_weights": weights}
+    mean(SFTObjective(), found, logps).backward()
+    for parameter, expected in zip(model.parameters(), by_hand, strict=True):
+        assert_close(parameter.grad, expected, rtol=0.0, atol=1e-6)

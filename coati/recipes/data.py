@@ -40,7 +40,7 @@ logger = get_logger(__name__)
 # For rows of another type than the command trains on.
 TRAINED_BY = (
     "each command reads its own type: sft: coati sft; preference: coati rm, dpo and orpo; "
-    "kto: coati kto; prompt: coati ppo and grpo"
+    "kto: coati kto; prompt: coati ppo and grpo; text: coati pretrain"
 )
 
 

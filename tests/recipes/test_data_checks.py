@@ -108,7 +108,7 @@ def test_rows_of_another_type_name_the_commands_that_read_them(raw, rows):
     with pytest.raises(ValueError) as refused:
         rows(raw([{"source": "a", "Target": "b"}] * 4), *SHORT)
     said = str(refused.value)
-    assert "source_target rows, for --type sft, not prompt" in said
+    assert "source_target rows, for --type sft or text, not prompt" in said
     assert "sft: coati sft; preference: coati rm, dpo and orpo" in said
     assert "--max_bad_ratio of coati prepare" in said  # no flag of a trainer
     with pytest.raises(ValueError) as refused:

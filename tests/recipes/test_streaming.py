@@ -192,3 +192,20 @@ def test_a_folder_of_files_named_like_parts_is_raw(tmp_path):
     write_lines(tmp_path / "spark" / "part-00000.jsonl", [talk("row")])
     (tmp_path / "made" / "part-00000").mkdir(parents=True)
     assert is_raw(str(tmp_path / "spark")) and not is_raw(str(tmp_path / "made"))
+
+
+def test_documents_and_conversations_mixed_by_weight(words, tmp_path):
+    text = "\n".join(f"line {number} of a text without end" for number in range(200))
+    (tmp_path / "book.txt").write_text(text)
+    both = [str(tmp_path / "book.txt"), str(tmp_path / "rows"), "--dataset_weights", "1", "9"]
+    given = words("run", "--max_length", "64")
+    place = given.index("--dataset")
+    given = [*given[:place], "--dataset", *both, *given[place + 2 :]]
+    for more in (["--packing"], ["--packing", "false"]):
+        again = [*given, *more, "--save_dir", str(tmp_path / more[-1])]
+        code, error = ended("pretrain", again)
+        assert code == 0, error
+        rest = [*again, "--checkpoint_path", checkpoint(tmp_path / more[-1], 6)]
+        assert ended("pretrain", [*rest, "--save_dir", str(tmp_path / "rest" / more[-1])])[0] == 0
+        ours = weights(tmp_path / "rest" / more[-1])
+        assert ours == weights(tmp_path / more[-1]) != {}

@@ -106,10 +106,13 @@ def test_a_child_made_by_fork_ends_by_sigterm_and_leaves_the_lock(tmp_path):
     try:
         lock = DirLock(tmp_path, "--save_dir")
         lock.acquire()
+        ready, begun = os.pipe()  # a signal during the fork itself is lost in Python
         child = os.fork()
         if not child:
+            os.write(begun, b"1")
             time.sleep(30)
             os._exit(5)
+        os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and names(tmp_path) == [NAME]

@@ -38,6 +38,7 @@ from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.input_files import find_files, find_sources
 from coati.dataset.rows.input_names import Source
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
+from coati.utils.environment import command_line
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
 
@@ -256,7 +257,8 @@ class Preparation:
             shard: found for shard, found in counts.items() if is_evaluation(shard) == evaluation
         }
         files = plan.evaluation if evaluation and plan.evaluation else plan.train
-        about = self.metadata | ({"part": "evaluation"} if evaluation else {})
+        about = {"command": command_line(), **self.metadata}
+        about |= {"part": "evaluation"} if evaluation else {}
         report = build_report(
             merged(mine),
             {files.first + number: str(path) for number, path in enumerate(files.paths)},

@@ -93,18 +93,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 STEP = ("--batch_size", "2", "--accumulation_steps", "1", "--max_length", "96", "--lr", "1e-2")
 ONE = (*STEP, "--max_steps", "1")
-ROWS = "".join(
-    json.dumps(
-        {
-            "messages": [
-                {"role": "user", "content": f"q{i}"},
-                {"role": "assistant", "content": f"<think>hm</think>yes {i % 3}"},
-            ]
-        }
+
+
+def rows_of(response: str) -> str:
+    turns = (
+        (
+            {"role": "user", "content": f"q{i}"},
+            {"role": "assistant", "content": f"{response} {i % 3}"},
+        )
+        for i in range(8)
     )
-    + "\n"
-    for i in range(8)
-)
+    return "".join(json.dumps({"messages": list(pair)}) + "\n" for pair in turns)
+
+
+ROWS = rows_of("<think>hm</think>yes")
 PAIRS = "".join(
     json.dumps({"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"}) + "\n" for i in range(8)
 )
@@ -130,7 +132,7 @@ def families(place: str) -> dict[str, dict[str, Any]]:
     from coati.inference.export.model_dir import export
 
     folder = Path(place)
-    (folder / "rows.jsonl").write_text(ROWS, encoding="utf-8")
+    (folder / "rows.jsonl").write_text(rows_of("yes, hm"), encoding="utf-8")
     found: dict[str, dict[str, Any]] = {}
     for number, (name, (family, settings, config)) in enumerate(PUBLISHED.items()):
         if family not in CONFIG_MAPPING:

@@ -127,8 +127,8 @@ def make_trainer(models: Models, size: case.Size, episodes: int, checks: Any, to
     from coati.experience_buffer import NaiveExperienceBuffer
     from coati.experience_maker.kl_controller import KLController
     from coati.experience_maker.maker import NaiveExperienceMaker
-    from coati.experience_maker.rollout import ModelRollout
     from coati.experience_maker.rollout_batch import ExperienceSettings
+    from coati.experience_maker.rollouts.rollout_engine import ModelRollout
     from coati.experience_maker.scoring import Scorer
     from coati.models.generation.loop import Sampling
     from coati.models.policy_loss import LossAggregation

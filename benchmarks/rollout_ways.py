@@ -47,10 +47,10 @@ def prompts(step: int, case: dict, vocabulary: int) -> tuple[list[list[int]], li
 
 
 def coati(model, case: dict) -> Callable:
-    from coati.experience_maker.rollout import ModelRollout
+    from coati.experience_maker.rollouts.rollout_engine import ModelRollout
     from coati.models.generation.loop import Sampling
     from coati.models.generation.response_table import left_pad
-    from coati.models.generation.row_noise import row_noise
+    from coati.models.generation.row_noise import NoiseRows
     from coati.parallel.boost import boost
     from coati.parallel.launch import launch
     from coati.parallel.plugins import ParallelOptions
@@ -66,9 +66,9 @@ def coati(model, case: dict) -> Callable:
             max_new_tokens=case["max_new_tokens"],
             pad_token_id=PAD,
         )
-        noise = row_noise(0, step, range(len(rows)), case["max_new_tokens"])
         ids, mask = left_pad(rows, PAD)
-        return rollout.generate(ids, mask, noise=noise, temperature=1.0).responses()
+        noise = NoiseRows(0, step, range(len(rows)))
+        return rollout.ask(ids, mask, noise=noise, temperature=1.0).result().responses()
 
     return batch
 

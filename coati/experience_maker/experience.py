@@ -17,7 +17,7 @@ from coati.models.logprobs import IGNORE_INDEX
 
 # How a field follows when rows are padded: on both sides, on the right, or not at all.
 _SEQUENCE = ("sequences", "attention_mask")
-_ROW = ("reward", "sample_index")
+_ROW = ("reward", "sample_index", "version")
 
 
 @dataclass
@@ -36,6 +36,9 @@ class Experience:
         kl: (B, A) estimated KL from the reference.
         advantages, returns, values: (B, A); the last two are None without a critic.
         reference_log_probs: (B, A), if the loss has a KL term.
+        sampled_log_probs: (B, A) by the weights that sampled, where ``action_log_probs`` are those
+            of others: of the policy as it was when the update began.
+        version: (B,) optimizer steps behind the weights that sampled.
 
     Raises:
         ValueError: for tensors whose shapes do not fit together.
@@ -52,6 +55,8 @@ class Experience:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
+    version: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, width = self.sequences.shape

@@ -13,7 +13,6 @@ from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.experience import Experience, concatenate, masks
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.model_inputs import action_logprobs, state_values, sum_over
-from coati.experience_maker.rollout import RolloutEngine
 from coati.experience_maker.rollout_batch import (
     ExperienceSettings,
     RolloutBatch,
@@ -22,14 +21,16 @@ from coati.experience_maker.rollout_batch import (
     response_metrics,
     timed,
 )
+from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
 from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
-from coati.models.generation.row_noise import row_noise
+from coati.models.generation.row_noise import NoiseRows
 from coati.models.policy_loss import explained_variance, kl_per_token
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
+from coati.parallel.weights import published_weights
 from coati.rewards.responses import Responses
 
 
@@ -76,6 +77,11 @@ class NaiveExperienceMaker:
         self.normalization = RunningNormalization()
         self.method = None if settings.method is None else GROUP_METHODS[settings.method]
         self._reduce_sum = sum_over(actor)
+
+    def publish(self, version: int) -> None:
+        """Sample with the policy as it is now, which has ``version`` optimizer steps behind it.
+        Every rank must call it."""
+        self.rollout.publish(version, published_weights(self.actor))
 
     def make_experience(
         self,
@@ -166,7 +172,7 @@ class NaiveExperienceMaker:
         mask = prompts["attention_mask"].repeat_interleave(num_generations, 0)
         seconds: dict[str, float] = {}
         with timed(seconds, "rollout"):
-            noise = row_noise(settings.seed, episode, sample_index, settings.max_new_tokens)
+            noise = NoiseRows(settings.seed, episode, sample_index)
             device = self.actor.device
             generated = self._generate(ids.to(device), mask.to(device), noise, temperature)
         experience = self._experience_of(generated, mask, sample_index)
@@ -175,15 +181,17 @@ class NaiveExperienceMaker:
         responses = self._texts(generated, ids, mask, truths)
         return RolloutBatch(experience.trimmed(), responses, {}, seconds=seconds)
 
-    def _generate(self, ids: Tensor, mask: Tensor, noise: Tensor, temperature: float) -> Generated:
+    def _generate(
+        self, ids: Tensor, mask: Tensor, noise: NoiseRows, temperature: float
+    ) -> Generated:
         size = self.settings.rollout_batch_size or len(ids)
         parts = []
         for start in range(0, len(ids), size):
             rows = slice(start, start + size)
             parts.append(
-                self.rollout.generate(
-                    ids[rows], mask[rows], noise=noise[rows], temperature=temperature
-                )
+                self.rollout.ask(
+                    ids[rows], mask[rows], noise=noise.select(rows), temperature=temperature
+                ).result()
             )
         return parts[0] if len(parts) == 1 else join_generated(parts, ids.shape[1])
 

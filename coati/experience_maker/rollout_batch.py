@@ -78,13 +78,18 @@ def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
         tensors = [getattr(part, name) for part in parts]
         return torch.cat([F.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors])
 
-    with_logprobs = all(part.logprobs is not None for part in parts)
+    def log_probs(name: str) -> Tensor | None:
+        there = all(getattr(part, name) is not None for part in parts)
+        return padded(name, width - prompt_length) if there else None
+
     return Generated(
         padded("sequences", width),
         torch.cat([part.lengths for part in parts]),
         torch.cat([part.stopped for part in parts]),
         prompt_length,
-        padded("logprobs", width - prompt_length) if with_logprobs else None,
+        log_probs("logprobs"),
+        log_probs("sampled_logprobs"),
+        parts[0].version,
     )
 
 

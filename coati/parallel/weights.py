@@ -3,7 +3,7 @@ safetensors."""
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,6 +95,12 @@ def merged_weights(engine: Engine) -> dict[str, Tensor]:
     """:func:`gather`, adapters merged into the weights that they adapt: the names and tensors of
     the plain model."""
     return _merged(engine)[0] if is_lora(engine) else gather(engine)
+
+
+def published_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """:func:`merged_weights` one by one, gathered when the first is asked for; every rank must
+    exhaust it, or none."""
+    yield from merged_weights(engine).items()
 
 
 def _merged(engine: Engine) -> tuple[dict[str, Tensor], Any]:

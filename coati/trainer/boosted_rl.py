@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.experience import Experience
-from coati.experience_maker.rollout import ModelRollout
+from coati.experience_maker.rollouts.rollout_engine import ModelRollout
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import Sampling

@@ -178,6 +178,7 @@ class OLTrainer:
             note(phase="training", step=self.state.step, saved=self.state.step or None)
             with GracefulStop() as stop, at_forced_end(self._fail):
                 self.callbacks.call("on_train_begin", self)
+                self._publish()
                 if self.episode == 0 and not self.first_evaluation:
                     self._evaluate(evaluation, bar)
                 while self.episode < self.episodes.num_episodes and not self.stopped_early:
@@ -204,6 +205,7 @@ class OLTrainer:
         bar = ProgressBar(1, 0, self.name, unit="episode")
         never = GracefulStop()
         try:
+            self._publish()
             self._collect(prompts, bar, never)
             batches = self.buffer.global_batches(
                 self.episodes.steps_per_pass, seed=self.episodes.seed, episode=self.episode
@@ -231,6 +233,7 @@ class OLTrainer:
             with bar.paused("saving a checkpoint"):
                 self.save(self.buffer.state_dict())
             return
+        self._publish()
         self.buffer.clear()
         self._position = (0, 0)
         self.episode += 1
@@ -254,6 +257,10 @@ class OLTrainer:
         return bool(interval) and self.episode % interval == 0
 
     # Collecting
+
+    def _publish(self) -> None:
+        """From here on responses are those of the policy as it is now. Every rank must call it."""
+        self.maker.publish(self.state.step)
 
     def _collect(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
         """Fill the buffer; False, with everything as it was before, when a rank was asked to

@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
-from coati.experience_maker.rollout import RolloutEngine
 from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.trainer.episodes import Episodes

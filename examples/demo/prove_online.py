@@ -90,7 +90,7 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
         NaiveExperienceMaker,
         Scorer,
     )
-    from coati.experience_maker.rollout import ModelRollout
+    from coati.experience_maker.rollouts.rollout_engine import ModelRollout
     from coati.models import Critic
     from coati.models.generation.loop import Sampling
     from coati.models.policy_loss import LossAggregation

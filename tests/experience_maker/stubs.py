@@ -1,6 +1,7 @@
 """Models that say what a test tells them, in the place of engines: no process group, no weights."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coati.models.generation.loop import Generated
+from coati.models.generation.row_noise import NoiseRows
 
 
 class StubEngine:
@@ -59,9 +61,12 @@ class StubRollout:
         self.answers, self.logprob, self.stop = list(answers), logprob, stop
         self.temperatures: list[float] = []
 
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
-    ) -> Generated:
+    def publish(self, version: int, weights: Any) -> None:
+        pass
+
+    def ask(
+        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+    ) -> "Future[Generated]":
         self.temperatures.append(temperature)
         mine, self.answers = self.answers[: len(input_ids)], self.answers[len(input_ids) :]
         width = max(map(len, mine))
@@ -73,9 +78,13 @@ class StubRollout:
                 torch.arange(width) >= lengths[:, None], 0.0
             )
         stopped = torch.tensor([answer[-1] == self.stop for answer in mine])
-        return Generated(
-            torch.cat([input_ids, made], 1), lengths, stopped, input_ids.shape[1], logprobs
+        answer: Future[Generated] = Future()
+        answer.set_result(
+            Generated(
+                torch.cat([input_ids, made], 1), lengths, stopped, input_ids.shape[1], logprobs
+            )
         )
+        return answer
 
 
 class Words:

@@ -7,15 +7,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from coati.experience_maker.rollout import ModelRollout, make_rollout
-from coati.experience_maker.vllm_rollout import cut
+from coati.experience_maker.rollouts.rollout_engine import ModelRollout, make_rollout
+from coati.experience_maker.rollouts.vllm_rollout import cut
 from coati.models.generation.loop import Sampling, generate
-from coati.models.generation.row_noise import row_noise
+from coati.models.generation.row_noise import NoiseRows, row_noise
 from coati.parallel.options import ParallelOptions
 from tests.tiny import tiny_llama
 
 PROMPTS = torch.tensor([[2, 2, 5, 17], [9, 11, 42, 7]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+NOISE = NoiseRows(seed=0, episode=0, rows=[0, 1])
 SETTINGS = {"stop_sequences": [[30], [7, 8]], "max_new_tokens": 6, "pad_token_id": 0}
 
 
@@ -37,14 +38,19 @@ class FakeEngine(SimpleNamespace):
 
 
 def test_the_model_samples_with_the_temperature_it_is_asked_for():
-    model, noise = tiny_llama(), row_noise(0, 0, [0, 1], 6)
+    model = tiny_llama()
     rollout = make_rollout(
         "model", FakeEngine(model), model_path="", sampling=Sampling(temperature=0.1), **SETTINGS
     )
     assert isinstance(rollout, ModelRollout)
     for temperature in (1.5, 0.7):
-        found = rollout.generate(PROMPTS, MASK, noise=noise, temperature=temperature)
-        options = {"noise": noise, "temperature": temperature, "return_logprobs": True, **SETTINGS}
+        found = rollout.ask(PROMPTS, MASK, noise=NOISE, temperature=temperature).result()
+        options = {
+            "noise": row_noise(0, 0, [0, 1], 6),
+            "temperature": temperature,
+            "return_logprobs": True,
+            **SETTINGS,
+        }
         expected = generate(model, PROMPTS, MASK, **options)
         assert torch.equal(found.sequences, expected.sequences)
         assert torch.equal(found.logprobs, expected.logprobs) and (found.logprobs < 0).any()
@@ -98,10 +104,8 @@ def vllm(monkeypatch):
 
     module.LLM, module.SamplingParams = LLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("coati.experience_maker.vllm_rollout.is_lora", lambda engine: False)
     monkeypatch.setattr(
-        "coati.experience_maker.vllm_rollout.merged_weights",
-        lambda engine: dict(engine.module.state_dict()),
+        "coati.experience_maker.rollouts.vllm_rollout.is_lora", lambda engine: False
     )
     return module
 
@@ -113,13 +117,13 @@ def rollout(engine, **sampling):
 
 
 def test_vllm_gets_prompts_without_padding_and_its_answers_end_where_the_stop_sequences_say(vllm):
-    found = rollout(FakeEngine(tiny_llama()), top_k=5, top_p=0.9).generate(
-        PROMPTS, MASK, noise=torch.tensor([[0.25] * 6, [0.5] * 6]), temperature=0.8
-    )
+    sampler = rollout(FakeEngine(tiny_llama()), top_k=5, top_p=0.9)
+    found = sampler.ask(PROMPTS, MASK, noise=NOISE, temperature=0.8).result()
     prompts, parameters = vllm.asked[0]
     assert vllm.options["model"] == "some/model"
     assert prompts == [{"prompt_token_ids": [5, 17]}, {"prompt_token_ids": [9, 11, 42, 7]}]
-    assert [p.seed for p in parameters] == [2**29, 2**30]
+    first_numbers = row_noise(0, 0, [0, 1], 1)[:, 0]
+    assert [p.seed for p in parameters] == [int(number * 2**31) for number in first_numbers]
     first = parameters[0]
     assert (first.temperature, first.top_k, first.top_p, first.max_tokens) == (0.8, 5, 0.9, 6)
     assert first.ignore_eos and first.stop_token_ids == [30]
@@ -128,31 +132,26 @@ def test_vllm_gets_prompts_without_padding_and_its_answers_end_where_the_stop_se
     assert found.prompt_length == 4 and found.logprobs is None  # to be recomputed by the policy
 
 
-def test_vllm_gets_the_weights_before_the_first_rollout_and_after_each_update(vllm):
+def test_vllm_gets_the_published_weights_and_says_their_version(vllm):
     model = tiny_llama()
-    engine = FakeEngine(model)
-    sampler, noise = rollout(engine), torch.zeros(2, 6)
+    sampler = rollout(FakeEngine(model))
+    sampler.publish(7, iter(model.state_dict().items()))
+    assert [weights.keys() for weights in vllm.loaded] == [model.state_dict().keys()]
     for _ in range(2):
-        sampler.generate(PROMPTS, MASK, noise=noise, temperature=1.0)
-    assert len(vllm.loaded) == 1 and vllm.loaded[0].keys() == model.state_dict().keys()
-    engine.lr_scheduler.last_epoch += 1
-    sampler.generate(PROMPTS, MASK, noise=noise, temperature=1.0)
-    assert len(vllm.loaded) == 2
-    engine.lr_scheduler = None  # nothing says whether there was an update
-    for count in (3, 4):
-        sampler.generate(PROMPTS, MASK, noise=noise, temperature=1.0)
-        assert len(vllm.loaded) == count
+        found = sampler.ask(PROMPTS, MASK, noise=NOISE, temperature=1.0).result()
+        assert found.version == 7
+    assert len(vllm.loaded) == 1
 
 
 def test_vllm_in_another_process_is_refused(vllm):
     sampler = rollout(FakeEngine(tiny_llama()), do_sample=False)
     del sampler.llm.llm_engine.model_executor
     with pytest.raises(ValueError, match="weights of vllm of unknown version cannot be reached"):
-        sampler.generate(PROMPTS, MASK, noise=torch.zeros(2, 6), temperature=1.0)
+        sampler.publish(1, iter(()))
 
 
 def test_vllm_with_several_processes_is_refused(vllm, monkeypatch):
-    monkeypatch.setattr("coati.experience_maker.vllm_rollout.world_size", lambda: 2)
+    monkeypatch.setattr("coati.experience_maker.rollouts.vllm_rollout.world_size", lambda: 2)
     with pytest.raises(ValueError, match="one process, not 2"):
         rollout(FakeEngine(tiny_llama()))
 

@@ -70,6 +70,10 @@ class Maker:
     def __init__(self, stop_at: int | None = None) -> None:
         self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
         self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at
+        self.published: list[int] = []
+
+    def publish(self, version):
+        self.published.append(version)
 
     def make_experience(self, batch, rows, episode, temperature):
         self.calls.append((episode, batch["input_ids"].flatten().tolist(), list(rows), temperature))

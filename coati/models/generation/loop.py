@@ -31,6 +31,10 @@ class Generated:
     not the limit, ended it. ``prompt_length``: P. ``logprobs`` (B, N) fp32, when asked for:
     log_softmax(logits / temperature) at each token of a response, whatever top_k, top_p and
     penalties made of the logits; 0 after its end.
+
+    Of responses that others sampled: ``sampled_logprobs`` (B, N) fp32, the same by the weights that
+    sampled, and ``version``, the optimizer steps that those weights have behind them; None: they
+    are the weights of now.
     """
 
     sequences: Tensor
@@ -38,6 +42,8 @@ class Generated:
     stopped: Tensor
     prompt_length: int = 0
     logprobs: Tensor | None = None
+    sampled_logprobs: Tensor | None = None
+    version: int | None = None
 
     def responses(self) -> list[list[int]]:
         """The new token ids of each row, stop sequence included."""

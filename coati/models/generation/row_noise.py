@@ -1,6 +1,7 @@
 """Sampling noise by row: a sample does not depend on the batch that it is drawn in."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,6 +10,24 @@ from torch import Tensor
 
 _ROLLOUT = 0x726F6C6C  # separates these draws from those of the data order, seeded alike
 _BLOCK = 256
+
+
+@dataclass(frozen=True)
+class NoiseRows:
+    """The noise of a batch in a few numbers, from which a sampler elsewhere makes it itself;
+    arguments as of :func:`row_noise`."""
+
+    seed: int
+    episode: int
+    rows: Sequence[int]
+
+    def noise(self, steps: int) -> Tensor:
+        """:func:`row_noise`, (len(rows), steps)."""
+        return row_noise(self.seed, self.episode, self.rows, steps)
+
+    def select(self, rows: slice) -> "NoiseRows":
+        """Of ``rows`` of the batch."""
+        return NoiseRows(self.seed, self.episode, self.rows[rows])
 
 
 def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tensor:

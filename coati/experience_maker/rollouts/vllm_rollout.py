@@ -1,7 +1,7 @@
 """Rollouts by vLLM in the training process, for one process on one GPU; imported only when it is
 chosen.
 
-What holds: weights are handed over before the first rollout after each update, adapters merged;
+What holds: weights are handed over after each update, adapters merged;
 log-probs are left to the policy, whose numbers the update is compared with, so vLLM's kernels and
 rounding do not enter the ratio. What does
 not: a response is repeated by its row's noise only within one vLLM version and batch composition
@@ -11,7 +11,9 @@ on the GPU beside the training state.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from coati.models.generation.loop import Generated, Sampling
+from coati.models.generation.row_noise import NoiseRows
 from coati.parallel.engine import Engine
-from coati.parallel.weights import is_lora, merged_weights
+from coati.parallel.weights import is_lora
 from coati.utils.distributed import world_size
 
 GPU_SHARE = 0.4  # of the GPU's memory, for vLLM's weights and cache; training has the rest
@@ -31,8 +34,8 @@ _WAYS_TO_THE_MODEL = (
 
 
 class VllmRollout:
-    """A :class:`~coati.experience_maker.rollout.RolloutEngine`; see the module for what it promises
-    and what not."""
+    """A :class:`~coati.experience_maker.rollouts.rollout_engine.RolloutEngine`; see the module for
+    what it promises and what not."""
 
     def __init__(
         self,
@@ -73,18 +76,22 @@ class VllmRollout:
             gpu_memory_utilization=gpu_share,
             enable_prefix_caching=False,
         )
-        self._weights_of: Any = None  # what the policy's schedule said when they were handed over
+        self.version = 0
 
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: Tensor, temperature: float
-    ) -> Generated:
-        """As :meth:`~coati.experience_maker.rollout.RolloutEngine.generate`. Log-probs are left to
-        the policy."""
-        self._hand_over()
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Hand the weights over to vLLM."""
+        self._model().load_weights(iter(weights))
+        self.version = version
+
+    def ask(
+        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+    ) -> "Future[Generated]":
+        """Samples at once; vLLM takes a seed a response, the first number of its noise. Log-probs
+        are left to the policy."""
         rows = [
             row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)
         ]
-        seeds = (noise[:, 0].double() * 2**31).long().tolist()
+        seeds = (noise.noise(1)[:, 0] * 2**31).long().tolist()
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in rows],
             [self._parameters(seed, temperature) for seed in seeds],
@@ -94,7 +101,12 @@ class VllmRollout:
             cut(list(output.outputs[0].token_ids), self.stops, self.max_new_tokens)
             for output in outputs
         ]
-        return self._padded(input_ids, responses)
+        answer: Future[Generated] = Future()
+        answer.set_result(replace(self._padded(input_ids, responses), version=self.version))
+        return answer
+
+    def close(self) -> None:
+        """vLLM ends with the process."""
 
     def _parameters(self, seed: int, temperature: float) -> Any:
         sampling = self.sampling
@@ -122,15 +134,6 @@ class VllmRollout:
             input_ids.shape[1],
             logprobs=None,
         )
-
-    def _hand_over(self) -> None:
-        """Give vLLM the policy's weights, if an update was made since it got them."""
-        schedule = self.engine.lr_scheduler
-        now = None if schedule is None else schedule.last_epoch
-        if now is not None and now == self._weights_of:
-            return
-        self._model().load_weights(merged_weights(self.engine).items())
-        self._weights_of = now
 
     def _model(self) -> Any:
         for way in _WAYS_TO_THE_MODEL:

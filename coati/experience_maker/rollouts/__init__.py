@@ -1,0 +1,1 @@
+"""What samples responses for training: the trained model itself, or engines elsewhere."""

@@ -26,7 +26,7 @@ def programs(folder: Path, **scripts: str) -> dict[str, str]:
 )
 def test_lint_and_tests_of_both_sets_run_and_any_fails(lint, test, pinned, tmp_path):
     make = (
-        f'echo "$1" >>"$LOG"; [ "$1" = lint ] && exit {lint}; echo "3 passed"; '
+        f'echo "$1" >>"$LOG"; [ "$1" = lint ] && exit {lint}; echo "3 passed of $1"; '
         f'[ "$1" = test ] && exit {test}; exit {pinned}'
     )
     environment = programs(tmp_path / "bin", make=make, chromium="")
@@ -34,8 +34,21 @@ def test_lint_and_tests_of_both_sets_run_and_any_fails(lint, test, pinned, tmp_p
         [str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True
     )
     assert run.returncode == (pinned or test or lint)
-    assert Path(environment["LOG"]).read_text().split() == ["lint", "test", "test-fast"]
-    assert run.stdout.splitlines()[-1] == "3 passed"
+    targets = Path(environment["LOG"]).read_text().split()
+    assert targets[0] == "lint" and sorted(targets[1:]) == ["test", "test-fast"]
+    assert run.stdout.splitlines() == ["3 passed of test", "3 passed of test-fast"]
+
+
+def test_both_sets_run_side_by_side(tmp_path):
+    """Each waits until the other has begun."""
+    make = (
+        '[ "$1" = lint ] && exit 0; : >"$LOG.$1"; '
+        'other=$([ "$1" = test ] && echo test-fast || echo test); '
+        'for turn in {1..100}; do [ -e "$LOG.$other" ] && exit 0; sleep 0.1; done; exit 1'
+    )
+    environment = programs(tmp_path / "bin", make=make, chromium="")
+    (tmp_path / "bin" / "sleep").symlink_to(shutil.which("sleep"))
+    assert subprocess.run([str(ROOT / ".ci" / "run")], env=environment).returncode == 0
 
 
 def install(environment: dict[str, str]) -> tuple[int, str]:

@@ -198,6 +198,8 @@ class ChatEncoder:
             return True
         self._to_check -= 1
         if ids == self._ids(text):
+            if self._words.spell(text) and self.decode(ids) != text:
+                self._words.spell_bytes = False
             return True
         logger.warning_once(
             "the memory of words does not fit this tokenizer, which is asked for every row "
@@ -361,6 +363,12 @@ class ChatEncoder:
         if self.tokenizer.is_fast:
             return self._backend(as_text=False).decode(ids, skip_special_tokens=False)
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def spells(self, text: str) -> bool:
+        """Whether the ids that :meth:`encode` gives for ``text`` decode to it, and those of a span
+        to the characters of the span."""
+        words = self._words if self.tokenizer.is_fast else None
+        return words is not None and words.spell(text)
 
     def _encode_slow(
         self, text: str, spans: list[Span], key: str | None

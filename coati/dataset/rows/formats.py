@@ -125,7 +125,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "scored_responses",
         PAIR,
         ("prompt", "responses", "scores"),
-        scored.has_scored_list,
+        keys.by_names(keys.one_of_each(scored.LISTS, rounds.ASKED))(scored.has_scored_list),
         scored.scored_list,
     ),
     DatasetFormat(
@@ -150,7 +150,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "question_answer",
         JUDGED,
         ("prompt", "response", "label"),
-        lambda row: keys.is_round(row) and read.judgment(row) is not None,
+        keys.is_judged_round,
         rounds.judged_round,
     ),
     DatasetFormat(
@@ -224,7 +224,9 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         keys.both(keys.has("prompt"), trees.is_tree),
         trees.ranked_replies,
     ),
-    DatasetFormat("glaive", CHAT, ("system", "chat"), is_glaive, glaive),
+    DatasetFormat(
+        "glaive", CHAT, ("system", "chat"), keys.both(keys.has("chat"), is_glaive), glaive
+    ),
     DatasetFormat(
         "xlam",
         CHAT,
@@ -281,7 +283,8 @@ def read_row(
     Raises RowError: wrong_type when it has a format of another type, wrong_keys with the nearest
     format when it has none.
     """
-    if isinstance(row, str) and DATA_TYPES[type].templated:
+    data_type = DATA_TYPES[type]
+    if isinstance(row, str) and data_type.templated:
         row = _opened(row)
     names: dict[str, str] = {}
     use = None
@@ -292,9 +295,9 @@ def read_row(
         _check_not_turned_down(type, row)
     fields = Fields(_as_object(row), use or ColumnUse(), names=names)
     found = found_format.read(fields)
-    for one in (found, *found.branches):
+    found.format = found_format.name
+    for one in found.branches:
         one.format = found_format.name
-    data_type = DATA_TYPES[type]
     if not data_type.supervised:
         fields.unread(*fields.answers)
     if not EXTRAS.isdisjoint(fields):
@@ -304,7 +307,7 @@ def read_row(
     for one in found.branches:
         data_type.finish(one)
     fields.close()
-    if data_type.supervised and said > _turns(found):
+    if said > _turns(found) and data_type.supervised:
         found.unused["turns after the last response"] = False
     if fields.use.left:
         truth = not data_type.supervised and found.gt_answer is not None
@@ -360,18 +363,19 @@ def _candidates(type: str, name: str | None) -> tuple[DatasetFormat, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _within_reach(type: str, name: str | None, keys: tuple[str, ...]) -> tuple[DatasetFormat, ...]:
-    """The candidates that a row with these keys may have; most rows of a file have the same
-    keys."""
+def _within_reach(type: str, name: str | None, names: tuple[str, ...]) -> tuple[DatasetFormat, ...]:
+    """The candidates that a row with columns of these names may have; most rows of a file have the
+    same."""
     return tuple(
-        format
-        for format in _candidates(type, name)
-        if getattr(format.matches, "needs", set()) <= set(keys)
+        format for format in _candidates(type, name) if keys.may_match(format.matches, names)
     )
 
 
 def _match(type: str, row: Any, name: str | None) -> DatasetFormat | None:
-    for format in _within_reach(type, name, tuple(row) if isinstance(row, dict) else ()):
+    candidates = (
+        _within_reach(type, name, tuple(row)) if isinstance(row, dict) else _candidates(type, name)
+    )
+    for format in candidates:
         if format.matches(row):
             return format
     return None

@@ -47,17 +47,17 @@ def message_list(found: Any, key: str, use: ColumnUse | None = None, path: str =
         raise RowError(
             "wrong_keys", f"{key} must be a list of messages, found {type(found).__name__}"
         )
+    plain = [_plain(one) for one in found]
+    if all(plain):
+        return plain
+    use = use or ColumnUse()
     messages: Messages = []
-    joined = False
-    for index, one in enumerate(found):
-        plain = _plain(one)
-        if plain is None:
-            use = use or ColumnUse()
+    for index, (one, read) in enumerate(zip(found, plain, strict=True)):
+        if read is None:
             messages += _read(one, f"message {index}", use, path or f"{key}[]")
-            joined = True
         else:
-            messages.append(plain)
-    return _joined_calls(messages) if joined else messages
+            messages.append(read)
+    return _joined_calls(messages)
 
 
 def message(found: Any, where: str, use: ColumnUse | None = None, path: str = "") -> Message:

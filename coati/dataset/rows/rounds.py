@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from coati.dataset.rows.column_use import SWITCHES, Fields, holds
+from coati.dataset.rows.column_use import SWITCHES, Fields, first_of, holds
 from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.messages import Message, Messages, message_list, spoken, text
 from coati.dataset.rows.row_errors import RowError
@@ -28,24 +28,29 @@ RESPONSES = ("response", "output", "completion", "solution", "answer", "target")
 CHOICES = ("choices", "options")
 KEYS_OF_CHOICE = ("answer", "answerKey", "answer_key", "answer_idx", "answer_index", "label")
 COTS = (*THOUGHTS, "complex_cot", "rationale", "chain_of_thought", "cot")
+_COTS = frozenset(COTS)
+# What belongs to a question beside its own column.
+BESIDE = frozenset(("history", "instruction", "input", "context", "passage", *CHOICES))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def asked_key(row: dict) -> str | None:
     """The column with the question."""
-    return next((key for key in ASKED if dict.get(row, key) is not None), None)
+    return first_of(ASKED, row)
 
 
 def response_key(row: dict) -> str | None:
     """The column with the response."""
     asked = asked_key(row)
-    return next((k for k in RESPONSES if k != asked and dict.get(row, k) is not None), None)
+    return first_of((key for key in RESPONSES if key != asked), row)
 
 
 def asked(row: Fields, key: str | None = None) -> Messages:
     """Earlier rounds and the question under ``key``: with it instruction, input, context and
     choices, one after the other with a blank line between."""
     key = key or asked_key(row) or "instruction"
+    if key not in BESIDE and BESIDE.isdisjoint(row):
+        return prompt_messages(row, key)
     before = _history(row)
     if key == "instruction":
         messages = [{"role": "user", "content": text(row.get(key) or "", key)}]
@@ -159,6 +164,8 @@ def answered(row: Fields) -> Messages:
 
 
 def _thought(row: Fields) -> str:
+    if _COTS.isdisjoint(row):
+        return ""
     key = next((key for key in COTS if _is_thought(row.peek(key))), None)
     return row.answer(key) if key else ""
 

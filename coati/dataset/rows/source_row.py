@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.column_use import Fields, first_of
 from coati.dataset.rows.embedded_text import OPENERS, is_messages_text, messages_of
 from coati.dataset.rows.messages import (
     Messages,
@@ -228,7 +228,7 @@ def truth_of(found: Any) -> bool | None:
 def label_of(row: Fields) -> bool:
     key = judgment(row) or row.first(JUDGMENTS) or "label"
     found = row.get(key)
-    row.answers.add(key)
+    row.answers += (key,)
     label = truth_of(found)
     if label is None:
         raise RowError("bad_label", f"{key} is {found!r}, expected true or false")
@@ -287,11 +287,7 @@ def text_column(row: Any) -> str | None:
 
 def first_question(row: Any) -> str | None:
     """The first of QUESTIONS that the row has."""
-    return (
-        next((key for key in QUESTIONS if dict.get(row, key) is not None), None)
-        if isinstance(row, dict)
-        else None
-    )
+    return first_of(QUESTIONS, row) if isinstance(row, dict) else None
 
 
 def rl_example(row: Fields) -> SourceRow:

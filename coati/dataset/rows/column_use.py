@@ -146,8 +146,10 @@ class Fields(dict):
 
     def take(self, keys: Iterable[str]) -> Any:
         """The value of the first of ``keys`` that holds anything."""
-        key = next((key for key in keys if holds(dict.get(self, key))), None)
-        return None if key is None else self[key]
+        for key in keys:
+            if holds(dict.get(self, key)):
+                return self[key]
+        return None
 
     def answer(self, key: str) -> Any:
         """The value under ``key``, read as a response."""

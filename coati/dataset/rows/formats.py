@@ -264,8 +264,10 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
     DatasetFormat("document", DOCUMENT, ("text",), keys.is_document, read.document),
 )
-SYSTEMS = dict.fromkeys(("system", "system_prompt", "system_message"))
+SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
+_SYSTEMS = frozenset(SYSTEMS)
+_TOOLS = frozenset(TOOLS)
 EXTRAS = frozenset((*SYSTEMS, *TOOLS, *TRUTHS, "category", "gt_answer", "test_cases", "margin"))
 FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))
 FORMATS_OF = {
@@ -290,10 +292,14 @@ def read_row(
     use = None
     if layout and isinstance(row, dict):
         row, names, use = renamed(row, layout)
-    found_format, row, names = _recognize(type, row, format, names)
-    if found_format.holds == CHAT and isinstance(row, dict) and not JUDGING.isdisjoint(row):
+    found_format = _match(type, row, format)
+    if found_format is None:
+        found_format, row, names = _respelled(type, row, format, names)
+    if not isinstance(row, dict):
+        row = {"messages": row} if isinstance(row, list) else {"prompt": row}
+    elif found_format.holds == CHAT and not JUDGING.isdisjoint(row):
         _check_not_turned_down(type, row)
-    fields = Fields(_as_object(row), use or ColumnUse(), names=names)
+    fields = Fields(row, use or ColumnUse(), names=names)
     found = found_format.read(fields)
     found.format = found_format.name
     for one in found.branches:
@@ -340,12 +346,6 @@ def _opened(row: str) -> Any:
     return found if is_message_list(found) else row
 
 
-def _as_object(row: Any) -> dict:
-    if isinstance(row, dict):
-        return row
-    return {"messages": row} if isinstance(row, list) else {"prompt": row}
-
-
 def _texts(row: SourceRow) -> list[str]:
     """Everything that the row says."""
     turns = (*row.messages, *row.chosen, *row.rejected)
@@ -381,13 +381,11 @@ def _match(type: str, row: Any, name: str | None) -> DatasetFormat | None:
     return None
 
 
-def _recognize(
+def _respelled(
     type: str, row: Any, name: str | None, names: dict[str, str]
 ) -> tuple[DatasetFormat, Any, dict[str, str]]:
     """The format, the row under the names that the format knows, and as what the file spells
     them."""
-    if found := _match(type, row, name):
-        return found, row, names
     spelled, others = keys.respelled(row)
     if others and (found := _match(type, spelled, name)):
         return found, spelled, others | names
@@ -399,9 +397,9 @@ def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
     """The columns that any format may have; those that rows of this type have no place for stay
     unread."""
     rows = (found, *found.branches)
-    if not SYSTEMS.keys().isdisjoint(row):
+    if not _SYSTEMS.isdisjoint(row):
         _add_system(found, row)
-    if found.tools is None and (key := row.first(TOOLS)) is not None:
+    if not _TOOLS.isdisjoint(row) and found.tools is None and (key := row.first(TOOLS)) is not None:
         tools = tools_of(row[key], key)
         for one in rows:
             one.tools = tools

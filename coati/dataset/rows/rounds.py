@@ -29,8 +29,10 @@ CHOICES = ("choices", "options")
 KEYS_OF_CHOICE = ("answer", "answerKey", "answer_key", "answer_idx", "answer_index", "label")
 COTS = (*THOUGHTS, "complex_cot", "rationale", "chain_of_thought", "cot")
 _COTS = frozenset(COTS)
+_CHOICES = frozenset(CHOICES)
 # What belongs to a question beside its own column.
-BESIDE = frozenset(("history", "instruction", "input", "context", "passage", *CHOICES))
+_AROUND = ("instruction", "input", "context", "passage")  # the first of them before it
+BESIDE = frozenset(("history", *_AROUND, *CHOICES))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -57,17 +59,19 @@ def asked(row: Fields, key: str | None = None) -> Messages:
     else:
         messages = prompt_messages(row, key)
     if messages and messages[-1]["role"] == "user":
-        first = _extra(row, "instruction", key)
-        more = [_extra(row, name, key) for name in ("input", "context", "passage")]
-        parts = [first, messages[-1]["content"], *more, _choices(row)]
-        said = "\n\n".join(part for part in parts if part)
-        messages = [*messages[:-1], {**messages[-1], "content": said}]
+        first, *more = (
+            _extra(row, name) if name in row and name != key else "" for name in _AROUND
+        )
+        parts = (first, messages[-1]["content"], *more, _choices(row))
+        messages[-1] = {**messages[-1], "content": "\n\n".join(filter(None, parts))}
+    if not before:
+        return messages
     first = int(bool(messages) and messages[0]["role"] == "system")
     return [*messages[:first], *before, *messages[first:]]
 
 
-def _extra(row: Fields, name: str, asked: str) -> str:
-    found = None if name == asked else row.peek(name)
+def _extra(row: Fields, name: str) -> str:
+    found = row.peek(name)
     if not found:
         return ""
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
@@ -102,7 +106,7 @@ def options(row: dict) -> list[tuple[str, str]]:
 
 
 def _choices(row: Fields) -> str:
-    found = options(row)
+    found = [] if _CHOICES.isdisjoint(row) else options(row)
     if not found:
         return ""
     key = next(key for key in CHOICES if holds(row.peek(key)))
@@ -133,6 +137,8 @@ def chosen_letter(row: Fields, answer: Any) -> str | None:
 
 def _history(row: Fields) -> Messages:
     """Earlier rounds as ``[question, response]`` pairs, or as messages."""
+    if "history" not in row:
+        return []
     rounds = row.get("history") or []
     if isinstance(rounds, str):
         rounds = decoded(rounds) or rounds

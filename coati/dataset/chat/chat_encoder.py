@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 
+from coati.dataset.chat.document_ends import start_of_document
 from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of, with_texts
 from coati.dataset.chat.word_cache import Span, Words
 from coati.dataset.rows.row_errors import RowError
@@ -323,6 +324,11 @@ class ChatEncoder:
                 for i, (s, e) in zip(encoded.ids, encoded.offsets, strict=True)
             ]
         return revealed
+
+    @cached_property
+    def document_start(self) -> list[int]:
+        """See :func:`start_of_document`. Raises ValueError without eos token."""
+        return start_of_document(self.tokenizer)
 
     @cached_property
     def _words(self) -> Words | None:

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 
+from coati.dataset.chat.document_ends import start_of_document
 from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of, with_texts
 from coati.dataset.chat.word_cache import Span, Words
 from coati.dataset.rows.row_errors import RowError
@@ -198,6 +199,8 @@ class ChatEncoder:
             return True
         self._to_check -= 1
         if ids == self._ids(text):
+            if self._words.spell(text) and self.decode(ids) != text:
+                self._words.spell_bytes = False
             return True
         logger.warning_once(
             "the memory of words does not fit this tokenizer, which is asked for every row "
@@ -323,6 +326,11 @@ class ChatEncoder:
         return revealed
 
     @cached_property
+    def document_start(self) -> list[int]:
+        """See :func:`start_of_document`. Raises ValueError without eos token."""
+        return start_of_document(self.tokenizer)
+
+    @cached_property
     def _words(self) -> Words | None:
         return Words.of(self._backend(as_text=False))
 
@@ -361,6 +369,12 @@ class ChatEncoder:
         if self.tokenizer.is_fast:
             return self._backend(as_text=False).decode(ids, skip_special_tokens=False)
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def spells(self, text: str) -> bool:
+        """Whether the ids that :meth:`encode` gives for ``text`` decode to it, and those of a span
+        to the characters of the span."""
+        words = self._words if self.tokenizer.is_fast else None
+        return words is not None and words.spell(text)
 
     def _encode_slow(
         self, text: str, spans: list[Span], key: str | None

@@ -250,7 +250,13 @@ class Conversation:
         encoded = self.encoded(text, [span], row.key, max_length, earlier)
         end = encoded.spans[0][1]
         notes = frozenset(row.notes)
-        return Encoded(encoded.input_ids[:end], encoded.text, encoded.spans, notes=notes)
+        return Encoded(
+            encoded.input_ids[:end],
+            encoded.text,
+            encoded.spans,
+            notes=notes,
+            written=encoded.written,
+        )
 
     def encode_text(self, text: str) -> tuple[list[int], int]:
         """``(ids, tokens before the text)`` of a text that no template surrounds: bos if there is
@@ -285,16 +291,20 @@ class Conversation:
         """``text`` as token ids behind the begin token, see :meth:`ChatEncoder.encode`. Raises
         RowError."""
         weighed = None
+        written = None
         if weights:
             text, ids, ranges, weighed = self.encoder.encode_weighted(
                 text, spans, key, others or [], weights
             )
         else:
             text, ids, ranges = self.encoder.encode(text, spans, key, others or [])
+            if key is None and spans and self.encoder.spells(text):
+                written = spans
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, ranges = [self._bos, *ids], [(start + 1, end + 1) for start, end in ranges]
             weighed = weighed and [0.0, *weighed]
-        encoded = Encoded(ids, text, ranges, weights=weighed)
+            written = None
+        encoded = Encoded(ids, text, ranges, weights=weighed, written=written)
         return encoded if max_length is None else encoded.cut(max_length)
 
 

@@ -52,9 +52,10 @@ class Dialogue:
         self.turns: list[int] = []
         self.plain = not tools
         for k, message in enumerate(messages):
-            if message["role"] == "assistant":
+            role = message["role"]
+            if role == "assistant":
                 self.turns.append(k)
-            if len(message) != 2 or message["role"] == "tool":
+            if len(message) != 2 or role == "tool":
                 self.plain = False
         self.tools: Tools | None = None
         self._variables: dict[str, Any] | None = None

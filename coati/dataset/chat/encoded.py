@@ -1,9 +1,12 @@
 """An encoded conversation: token ids, and which of them are learned."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from coati.dataset.chat.word_cache import Span
 from coati.dataset.rows.row_errors import RowError
+
+Decode = Callable[[list[int]], str]
 
 
 @dataclass
@@ -12,7 +15,8 @@ class Encoded:
     of each response.
 
     ``weights``: of each token, where the tokens of responses do not all count alike. ``notes``:
-    what is counted of the row, names of dialogue.py.
+    what is counted of the row, names of dialogue.py. ``written``: the characters of each response
+    in ``text``, where the ids decode to just these (ChatEncoder.spells); None: they are decoded.
     """
 
     input_ids: list[int]
@@ -21,6 +25,7 @@ class Encoded:
     truncated: bool = False
     weights: list[float] | None = None
     notes: frozenset[str] = frozenset()
+    written: list[Span] | None = None
 
     @property
     def loss_mask(self) -> list[bool]:
@@ -43,6 +48,18 @@ class Encoded:
             for s, e in self.spans
         ]
 
+    def decoded(self, decode: Decode) -> str:
+        """The text of the ids up to the end of the last response."""
+        if self.written is not None:
+            return self.text[: self.written[-1][1]]
+        return decode(self.input_ids[: self.spans[-1][1]])
+
+    def decoded_responses(self, decode: Decode) -> list[str]:
+        """The text of each response."""
+        if self.written is not None:
+            return [self.text[start:end] for start, end in self.written]
+        return [decode(response) for response in self.responses()]
+
     def cut(self, max_length: int) -> "Encoded":
         """The first complete rounds that fit into ``max_length`` tokens. Raises RowError when not
         one does."""
@@ -58,4 +75,5 @@ class Encoded:
             kept,
             truncated=len(kept) < len(self.spans),
             weights=self.weights and self.weights[: kept[-1][1]],
+            written=self.written and self.written[: len(kept)],
         )

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from coati.dataset.chat.chat_encoder import ChatEncoder
+from coati.dataset.chat.document_ends import end_of_document
 from coati.dataset.chat.row_options import RowOptions
 from coati.utils.json_io import save_json
 
@@ -32,29 +33,6 @@ class PlainText:
         save_json(self.to_config(), path)
 
 
-def end_of_document(tokenizer: Any) -> int:
-    """The id that stands after each document. Raises ValueError where there is none."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no eos token, with which a plain text must end; set eos_token"
-        )
-    return tokenizer.eos_token_id
-
-
-def start_of_document(tokenizer: Any) -> list[int]:
-    """The ids that stand before each document: what the tokenizer itself puts before a text (bos of
-    Llama and Gemma, [gMASK]<sop> of GLM); else eos where it is bos too (GPT-2's separator); else
-    none."""
-    eos = end_of_document(tokenizer)
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            own = whole[:start]
-            return own or ([eos] if tokenizer.bos_token_id == eos else [])
-    return []
-
-
 def encode_document(
     tokenizer: Any, encoder: ChatEncoder, text: str, begins: bool = True, ends: bool = True
 ) -> list[int]:
@@ -65,5 +43,5 @@ def encode_document(
     that, ValueError without eos token.
     """
     eos = end_of_document(tokenizer)
-    start = start_of_document(tokenizer) if begins else []
+    start = encoder.document_start if begins else []
     return [*start, *encoder.encode_text(text, inside=not begins), *([eos] if ends else [])]

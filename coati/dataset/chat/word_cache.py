@@ -42,7 +42,18 @@ def _for_python(pattern: str) -> str:
 class Words:
     """The words of a text and their ids, as one tokenizer has them."""
 
-    def __init__(self, model, ways: Iterable[str], tokens: dict[str, int]):
+    def __init__(
+        self,
+        model,
+        ways: Iterable[str],
+        tokens: dict[str, int],
+        spell_bytes: bool = False,
+        normalized: bool = False,
+    ):
+        """``spell_bytes``: see :func:`_spell_bytes`; ``normalized``: texts are, before they are
+        parted."""
+        self.spell_bytes = spell_bytes
+        self._normalized = normalized
         self._memory = _Memory(model, tokens)
         self._ways = [re.compile(way) for way in ways]
         longest_first = sorted(tokens, key=len, reverse=True)
@@ -63,7 +74,8 @@ class Words:
             return None
         if getattr(backend.model, "dropout", None):
             return None
-        return cls(backend.model, ways, {token.content: i for i, token in tokens})
+        by_text = {token.content: i for i, token in tokens}
+        return cls(backend.model, ways, by_text, _spell_bytes(backend), normal is not None)
 
     def encode(
         self, text: str, spans: Sequence[Span] = (), borders: Iterable[int] = ()
@@ -89,6 +101,11 @@ class Words:
                 for start, end in spans
             ]
         return list(chain.from_iterable(ids)), ranges
+
+    def spell(self, text: str) -> bool:
+        """Whether the ids of ``text`` decode to it, and those between two borders to what stands
+        there, so that nobody needs to decode them."""
+        return self.spell_bytes and (not self._normalized or bool(self._sure.fullmatch(text)))
 
     def _part(self, text: str) -> list[str]:
         first, *others = self._ways
@@ -124,6 +141,24 @@ class _Memory(dict):
         if len(word) <= LONGEST_WORD:
             self[word] = ids
         return ids
+
+
+def _spell_bytes(backend) -> bool:
+    """Whether the tokens of any text, as they are written, are its bytes: each byte is a token, and
+    added tokens are decoded to themselves."""
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    model = backend.model
+    decoder = backend.decoder and json.loads(backend.decoder.__getstate__())["type"]
+    if decoder != "ByteLevel" or not isinstance(model, BPE):
+        return False
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
+    return all(model.token_to_id(letter) is not None for letter in ByteLevel.alphabet()) and all(
+        backend.decode([i], skip_special_tokens=False) == token.content
+        for i, token in backend.get_added_tokens_decoder().items()
+    )
 
 
 def _ways(parting: dict | None) -> list[str] | None:

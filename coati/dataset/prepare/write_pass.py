@@ -65,7 +65,8 @@ class TokenizeWorker:
                 recorder.stats.drop(error, where)
                 all_made.append([])
                 continue
-            recorder.stats.read[file] += len(source.branches)
+            if source.branches:
+                recorder.stats.read[file] += len(source.branches)
             of_source: list[Columns] = []
             for one in (source, *source.branches):
                 try:

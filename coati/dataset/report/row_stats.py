@@ -158,8 +158,8 @@ class Recorder:
         spoken = _spoken(row)
         stats.roles.update(role for role, _ in spoken)
         self._texts.append("\n".join(text for _, text in spoken))
-        stats.traits.update(self._type.traits_of(row))
-        stats.traits.update(row.notes)
+        for trait in (*self._type.traits_of(row), *row.notes):
+            stats.traits[trait] += 1
         if row.gt_answer is not None:
             stats.traits["gt_answer"] += 1
         if row.unanswered:
@@ -214,7 +214,8 @@ class Recorder:
 def _spoken(row: SourceRow) -> list[tuple[str, str]]:
     """``(role, text)`` of every message of a row."""
     spoken = [
-        (turn["role"], turn_text(turn)) for turn in (*row.messages, *row.chosen, *row.rejected)
+        (turn["role"], turn["content"] if len(turn) == 2 else turn_text(turn))
+        for turn in (*row.messages, *row.chosen, *row.rejected)
     ]
     if row.completion is not None:
         spoken.append(("assistant", completion_text(row)))

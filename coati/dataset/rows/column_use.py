@@ -103,6 +103,14 @@ def _is_said(name: str, value: Any, said: set[str]) -> bool:
     return False
 
 
+def first_of(keys: Iterable[str], row: dict) -> str | None:
+    """The first of ``keys`` under which ``row`` has anything but null; that is not yet read."""
+    for key in keys:
+        if dict.get(row, key) is not None:
+            return key
+    return None
+
+
 class Fields(dict):
     """A row, or an object inside it, that remembers which of its keys were read.
 
@@ -112,11 +120,11 @@ class Fields(dict):
     __slots__ = ("_inside", "_read", "answers", "names", "path", "use")
 
     def __init__(self, row: dict, use: ColumnUse, path: str = "", names: dict | None = None):
-        super().__init__(row)
+        dict.__init__(self, row)
         self.use = use
         self.path = path
         self.names = names  # as the file spells them
-        self.answers: set[str] = set()
+        self.answers: tuple[str, ...] = ()
         self._read: set[str] = set()
         self._inside: list[Fields] | None = None
 
@@ -134,16 +142,18 @@ class Fields(dict):
 
     def first(self, keys: Iterable[str]) -> str | None:
         """The first of ``keys`` that is there and not null."""
-        return next((key for key in keys if dict.get(self, key) is not None), None)
+        return first_of(keys, self)
 
     def take(self, keys: Iterable[str]) -> Any:
         """The value of the first of ``keys`` that holds anything."""
-        key = next((key for key in keys if holds(dict.get(self, key))), None)
-        return None if key is None else self[key]
+        for key in keys:
+            if holds(dict.get(self, key)):
+                return self[key]
+        return None
 
     def answer(self, key: str) -> Any:
         """The value under ``key``, read as a response."""
-        self.answers.add(key)
+        self.answers += (key,)
         return self[key]
 
     def inside(self, key: str) -> "Fields":

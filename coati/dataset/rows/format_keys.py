@@ -1,42 +1,68 @@
 """How the formats of rows are told apart: functions of a row that say whether it has what a format
-needs."""
+needs. Every row meets many of them, so they are loops, and those marked :func:`by_names` are left
+out by the names of a row's columns alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from coati.dataset.rows import rounds
 from coati.dataset.rows import source_row as read
 from coati.dataset.rows.row_errors import ROW_ROLES
 
+Matches = Callable[[Any], bool]
+Names = Collection[str]
 
-def has(*keys: str, **kinds: type | tuple) -> Callable[[Any], bool]:
+
+def by_names(may_match: Callable[[Names], bool]) -> Callable[[Matches], Matches]:
+    """Mark a function of rows with what it says of every row whose columns have these names: True
+    where it depends on what the columns hold."""
+
+    def mark(matches: Matches) -> Matches:
+        matches.may_match = may_match
+        return matches
+
+    return mark
+
+
+def one_of_each(*groups: Names) -> Callable[[Names], bool]:
+    """Whether one of each group of names is there."""
+    return lambda names: not any(frozenset(group).isdisjoint(names) for group in groups)
+
+
+def may_match(matches: Matches, names: Names) -> bool:
+    """Whether ``matches`` may be true of an object with columns of these ``names``."""
+    return getattr(matches, "may_match", lambda _: True)(names)
+
+
+def has(*keys: str, **kinds: type | tuple) -> Matches:
     """Whether a row has ``keys``, not null, those named in ``kinds`` being of that kind."""
     wanted = (*keys, *kinds)
 
+    @by_names(frozenset(wanted).issubset)
     def matches(row: Any) -> bool:
         if not isinstance(row, dict):
             return False
-        for key in wanted:  # a loop, since every row meets most of the table
+        for key in wanted:
             if row.get(key) is None:
                 return False
-        return all(isinstance(row[key], kind) for key, kind in kinds.items())
+        for key, kind in kinds.items():
+            if not isinstance(row[key], kind):
+                return False
+        return True
 
-    matches.needs = frozenset(wanted)
     return matches
 
 
-def both(has: Callable[[Any], bool], *more: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """What :func:`has` says, and ``more``."""
+def both(*all_of: Matches) -> Matches:
+    """Whether all say so; the first one that the row is an object with the columns of the rest."""
 
+    @by_names(lambda names: all(may_match(one, names) for one in all_of))
     def matches(row: Any) -> bool:
-        if not has(row):
-            return False
-        for one in more:  # a loop, as above
+        for one in all_of:
             if not one(row):
                 return False
         return True
 
-    matches.needs = has.needs
     return matches
 
 
@@ -53,6 +79,7 @@ def not_labeled(row: dict) -> bool:
 def ends_judged(key: str) -> Callable[[dict], bool]:
     """Whether a label is for the last message of the list under ``key``, a response."""
 
+    @by_names(one_of_each(read.JUDGING))
     def judged(row: dict) -> bool:
         if read.JUDGING.isdisjoint(row) or read.judgment(row) is None:
             return False
@@ -69,6 +96,7 @@ def not_ends_judged(key: str) -> Callable[[dict], bool]:
     return lambda row: read.JUDGING.isdisjoint(row) or read.labeled(row) is None or not judged(row)
 
 
+@by_names(lambda names: "target" in {str(name).lower() for name in names})
 def is_source_target(row: Any) -> bool:
     if not isinstance(row, dict):
         return False
@@ -76,6 +104,7 @@ def is_source_target(row: Any) -> bool:
     return "target" in names and ("source" in names or not is_asked(row))
 
 
+@by_names(one_of_each(read.QUESTIONS))
 def is_plain(row: Any) -> bool:
     return isinstance(row, str) or read.first_question(row) is not None
 
@@ -88,16 +117,19 @@ _NOT_BESIDE_TEXT = (
 )
 
 
+@by_names(one_of_each(("text",)))
 def is_text(row: Any) -> bool:
     """A text and nothing beside it that a conversation would be made of."""
     found = isinstance(row, dict) and isinstance(row.get("text"), str)
     return found and not any(row.get(key) is not None for key in _NOT_BESIDE_TEXT)
 
 
+@by_names(one_of_each(read.TEXTS))
 def is_document(row: Any) -> bool:
     return isinstance(row, str) or read.text_column(row) is not None
 
 
+@by_names(one_of_each(rounds.ASKED))
 def is_asked(row: dict) -> bool:
     return rounds.asked_key(row) is not None
 
@@ -112,16 +144,27 @@ def no_pair(row: dict) -> bool:
     return not (row.get("chosen") is not None and row.get("rejected") is not None)
 
 
+_ROUND = one_of_each(rounds.ASKED, rounds.RESPONSES)
+
+
+@by_names(_ROUND)
 def is_round(row: Any) -> bool:
     return isinstance(row, dict) and is_asked(row) and rounds.response_key(row) is not None
 
 
+@by_names(_ROUND)
+def is_judged_round(row: Any) -> bool:
+    return is_round(row) and read.judgment(row) is not None
+
+
+@by_names(_ROUND)
 def is_unjudged_round(row: Any) -> bool:
     if not is_round(row):
         return False
     return not_labeled(row) if rounds.response_key(row) == "completion" else not_judged(row)
 
 
+@by_names(_ROUND)
 def is_truth_alone(row: Any) -> bool:
     """Whether what answers the question is a reference, not a response to leave out."""
     return is_round(row) and rounds.response_key(row) in ("solution", "answer")
@@ -129,9 +172,11 @@ def is_truth_alone(row: Any) -> bool:
 
 def is_openai(row: dict) -> bool:
     found = row["messages"]
-    return isinstance(found, list) and any(
-        isinstance(m, dict) and m.get("role") is not None for m in found
-    )
+    if isinstance(found, list):
+        for one in found:
+            if isinstance(one, dict) and one.get("role") is not None:
+                return True
+    return False
 
 
 def is_rounds_list(key: str) -> Callable[[dict], bool]:

@@ -125,7 +125,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "scored_responses",
         PAIR,
         ("prompt", "responses", "scores"),
-        scored.has_scored_list,
+        keys.by_names(keys.one_of_each(scored.LISTS, rounds.ASKED))(scored.has_scored_list),
         scored.scored_list,
     ),
     DatasetFormat(
@@ -150,7 +150,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "question_answer",
         JUDGED,
         ("prompt", "response", "label"),
-        lambda row: keys.is_round(row) and read.judgment(row) is not None,
+        keys.is_judged_round,
         rounds.judged_round,
     ),
     DatasetFormat(
@@ -224,7 +224,9 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         keys.both(keys.has("prompt"), trees.is_tree),
         trees.ranked_replies,
     ),
-    DatasetFormat("glaive", CHAT, ("system", "chat"), is_glaive, glaive),
+    DatasetFormat(
+        "glaive", CHAT, ("system", "chat"), keys.both(keys.has("chat"), is_glaive), glaive
+    ),
     DatasetFormat(
         "xlam",
         CHAT,
@@ -262,8 +264,10 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
     DatasetFormat("document", DOCUMENT, ("text",), keys.is_document, read.document),
 )
-SYSTEMS = dict.fromkeys(("system", "system_prompt", "system_message"))
+SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
+_SYSTEMS = frozenset(SYSTEMS)
+_TOOLS = frozenset(TOOLS)
 EXTRAS = frozenset((*SYSTEMS, *TOOLS, *TRUTHS, "category", "gt_answer", "test_cases", "margin"))
 FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))
 FORMATS_OF = {
@@ -281,20 +285,25 @@ def read_row(
     Raises RowError: wrong_type when it has a format of another type, wrong_keys with the nearest
     format when it has none.
     """
-    if isinstance(row, str) and DATA_TYPES[type].templated:
+    data_type = DATA_TYPES[type]
+    if isinstance(row, str) and data_type.templated:
         row = _opened(row)
     names: dict[str, str] = {}
     use = None
     if layout and isinstance(row, dict):
         row, names, use = renamed(row, layout)
-    found_format, row, names = _recognize(type, row, format, names)
-    if found_format.holds == CHAT and isinstance(row, dict) and not JUDGING.isdisjoint(row):
+    found_format = _match(type, row, format)
+    if found_format is None:
+        found_format, row, names = _respelled(type, row, format, names)
+    if not isinstance(row, dict):
+        row = {"messages": row} if isinstance(row, list) else {"prompt": row}
+    elif found_format.holds == CHAT and not JUDGING.isdisjoint(row):
         _check_not_turned_down(type, row)
-    fields = Fields(_as_object(row), use or ColumnUse(), names=names)
+    fields = Fields(row, use or ColumnUse(), names=names)
     found = found_format.read(fields)
-    for one in (found, *found.branches):
+    found.format = found_format.name
+    for one in found.branches:
         one.format = found_format.name
-    data_type = DATA_TYPES[type]
     if not data_type.supervised:
         fields.unread(*fields.answers)
     if not EXTRAS.isdisjoint(fields):
@@ -304,7 +313,7 @@ def read_row(
     for one in found.branches:
         data_type.finish(one)
     fields.close()
-    if data_type.supervised and said > _turns(found):
+    if said > _turns(found) and data_type.supervised:
         found.unused["turns after the last response"] = False
     if fields.use.left:
         truth = not data_type.supervised and found.gt_answer is not None
@@ -337,12 +346,6 @@ def _opened(row: str) -> Any:
     return found if is_message_list(found) else row
 
 
-def _as_object(row: Any) -> dict:
-    if isinstance(row, dict):
-        return row
-    return {"messages": row} if isinstance(row, list) else {"prompt": row}
-
-
 def _texts(row: SourceRow) -> list[str]:
     """Everything that the row says."""
     turns = (*row.messages, *row.chosen, *row.rejected)
@@ -360,30 +363,29 @@ def _candidates(type: str, name: str | None) -> tuple[DatasetFormat, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _within_reach(type: str, name: str | None, keys: tuple[str, ...]) -> tuple[DatasetFormat, ...]:
-    """The candidates that a row with these keys may have; most rows of a file have the same
-    keys."""
+def _within_reach(type: str, name: str | None, names: tuple[str, ...]) -> tuple[DatasetFormat, ...]:
+    """The candidates that a row with columns of these names may have; most rows of a file have the
+    same."""
     return tuple(
-        format
-        for format in _candidates(type, name)
-        if getattr(format.matches, "needs", set()) <= set(keys)
+        format for format in _candidates(type, name) if keys.may_match(format.matches, names)
     )
 
 
 def _match(type: str, row: Any, name: str | None) -> DatasetFormat | None:
-    for format in _within_reach(type, name, tuple(row) if isinstance(row, dict) else ()):
+    candidates = (
+        _within_reach(type, name, tuple(row)) if isinstance(row, dict) else _candidates(type, name)
+    )
+    for format in candidates:
         if format.matches(row):
             return format
     return None
 
 
-def _recognize(
+def _respelled(
     type: str, row: Any, name: str | None, names: dict[str, str]
 ) -> tuple[DatasetFormat, Any, dict[str, str]]:
     """The format, the row under the names that the format knows, and as what the file spells
     them."""
-    if found := _match(type, row, name):
-        return found, row, names
     spelled, others = keys.respelled(row)
     if others and (found := _match(type, spelled, name)):
         return found, spelled, others | names
@@ -395,9 +397,9 @@ def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
     """The columns that any format may have; those that rows of this type have no place for stay
     unread."""
     rows = (found, *found.branches)
-    if not SYSTEMS.keys().isdisjoint(row):
+    if not _SYSTEMS.isdisjoint(row):
         _add_system(found, row)
-    if found.tools is None and (key := row.first(TOOLS)) is not None:
+    if not _TOOLS.isdisjoint(row) and found.tools is None and (key := row.first(TOOLS)) is not None:
         tools = tools_of(row[key], key)
         for one in rows:
             one.tools = tools

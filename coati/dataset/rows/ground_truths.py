@@ -23,6 +23,7 @@ COLUMNS = (
     "solution",
     "answers",
 )
+_COLUMNS = frozenset(COLUMNS)
 _GSM8K = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
@@ -40,7 +41,7 @@ def ground_truth(row: Fields) -> str | None:
             return json.dumps(row["test_cases"], ensure_ascii=False)
         except TypeError as error:  # dates or bytes out of a parquet file
             raise RowError("bad_gt_answer", f"test_cases: {error}") from error
-    for key in COLUMNS:
+    for key in () if _COLUMNS.isdisjoint(row) else COLUMNS:
         if holds(row.peek(key)) and (found := _truth(row, key)) is not None:
             return found
     return None

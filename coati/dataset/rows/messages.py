@@ -14,7 +14,12 @@ from typing import Any
 
 from coati.dataset.rows.column_use import ColumnUse, Fields, holds
 from coati.dataset.rows.content_parts import PICTURES, RESULTS, TEXTS, Parts, read_parts
-from coati.dataset.rows.embedded_text import OPENERS, check_no_messages, messages_of
+from coati.dataset.rows.embedded_text import (
+    OPENERS,
+    check_no_messages,
+    is_messages_text,
+    messages_of,
+)
 from coati.dataset.rows.row_errors import CALL_ROLES, ROW_ROLES, RowError
 from coati.dataset.rows.thoughts import CLOSE, field_thought, one_thought, split_thought
 from coati.dataset.rows.tool_calls import Call, calls_of, result_text, spoken_calls
@@ -47,17 +52,17 @@ def message_list(found: Any, key: str, use: ColumnUse | None = None, path: str =
         raise RowError(
             "wrong_keys", f"{key} must be a list of messages, found {type(found).__name__}"
         )
+    plain = [_plain(one) for one in found]
+    if all(plain):
+        return plain
+    use = use or ColumnUse()
     messages: Messages = []
-    joined = False
-    for index, one in enumerate(found):
-        plain = _plain(one)
-        if plain is None:
-            use = use or ColumnUse()
+    for index, (one, read) in enumerate(zip(found, plain, strict=True)):
+        if read is None:
             messages += _read(one, f"message {index}", use, path or f"{key}[]")
-            joined = True
         else:
-            messages.append(plain)
-    return _joined_calls(messages) if joined else messages
+            messages.append(read)
+    return _joined_calls(messages)
 
 
 def message(found: Any, where: str, use: ColumnUse | None = None, path: str = "") -> Message:
@@ -85,17 +90,19 @@ def _plain(found: Any) -> Message | None:
     if type(found) is not dict or len(found) != 2:
         return None
     content = found.get("content") or found.get("value")
-    if type(content) is not str or not content or content[0] in OPENERS:
+    if type(content) is not str or not content:
+        return None
+    if content[0] in OPENERS and is_messages_text(content):
         return None
     role = found.get("role") or found.get("from")
     known = _DIALOGUE.get(role) if type(role) is str else None
-    if known is None or ("<" in content and known == "assistant" and _is_marked(content)):
+    if known is None or (known == "assistant" and _is_marked(content)):
         return None
     return {"role": known, "content": content}
 
 
 def _is_marked(content: str) -> bool:
-    return any(mark in content for mark in _MARKS)
+    return "<" in content and any(mark in content for mark in _MARKS)
 
 
 def _read(found: Any, where: str, use: ColumnUse, path: str) -> Messages:

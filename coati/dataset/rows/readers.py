@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ def decode(row: Any) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        found = _DECODER.decode(row.decode("utf-8-sig").rstrip())
+        found = _DECODER.decode(row.removeprefix(BOM_UTF8).decode("utf-8").rstrip())
         if _HALF_PAIR.search(row):
             json.dumps(found, ensure_ascii=False).encode("utf-8")
         return found

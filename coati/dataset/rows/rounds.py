@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from coati.dataset.rows.column_use import SWITCHES, Fields, holds
+from coati.dataset.rows.column_use import SWITCHES, Fields, first_of, holds
 from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.messages import Message, Messages, message_list, spoken, text
 from coati.dataset.rows.row_errors import RowError
@@ -28,41 +28,50 @@ RESPONSES = ("response", "output", "completion", "solution", "answer", "target")
 CHOICES = ("choices", "options")
 KEYS_OF_CHOICE = ("answer", "answerKey", "answer_key", "answer_idx", "answer_index", "label")
 COTS = (*THOUGHTS, "complex_cot", "rationale", "chain_of_thought", "cot")
+_COTS = frozenset(COTS)
+_CHOICES = frozenset(CHOICES)
+# What belongs to a question beside its own column.
+_AROUND = ("instruction", "input", "context", "passage")  # the first of them before it
+BESIDE = frozenset(("history", *_AROUND, *CHOICES))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def asked_key(row: dict) -> str | None:
     """The column with the question."""
-    return next((key for key in ASKED if dict.get(row, key) is not None), None)
+    return first_of(ASKED, row)
 
 
 def response_key(row: dict) -> str | None:
     """The column with the response."""
     asked = asked_key(row)
-    return next((k for k in RESPONSES if k != asked and dict.get(row, k) is not None), None)
+    return first_of((key for key in RESPONSES if key != asked), row)
 
 
 def asked(row: Fields, key: str | None = None) -> Messages:
     """Earlier rounds and the question under ``key``: with it instruction, input, context and
     choices, one after the other with a blank line between."""
     key = key or asked_key(row) or "instruction"
+    if key not in BESIDE and BESIDE.isdisjoint(row):
+        return prompt_messages(row, key)
     before = _history(row)
     if key == "instruction":
         messages = [{"role": "user", "content": text(row.get(key) or "", key)}]
     else:
         messages = prompt_messages(row, key)
     if messages and messages[-1]["role"] == "user":
-        first = _extra(row, "instruction", key)
-        more = [_extra(row, name, key) for name in ("input", "context", "passage")]
-        parts = [first, messages[-1]["content"], *more, _choices(row)]
-        said = "\n\n".join(part for part in parts if part)
-        messages = [*messages[:-1], {**messages[-1], "content": said}]
+        first, *more = (
+            _extra(row, name) if name in row and name != key else "" for name in _AROUND
+        )
+        parts = (first, messages[-1]["content"], *more, _choices(row))
+        messages[-1] = {**messages[-1], "content": "\n\n".join(filter(None, parts))}
+    if not before:
+        return messages
     first = int(bool(messages) and messages[0]["role"] == "system")
     return [*messages[:first], *before, *messages[first:]]
 
 
-def _extra(row: Fields, name: str, asked: str) -> str:
-    found = None if name == asked else row.peek(name)
+def _extra(row: Fields, name: str) -> str:
+    found = row.peek(name)
     if not found:
         return ""
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
@@ -97,7 +106,7 @@ def options(row: dict) -> list[tuple[str, str]]:
 
 
 def _choices(row: Fields) -> str:
-    found = options(row)
+    found = [] if _CHOICES.isdisjoint(row) else options(row)
     if not found:
         return ""
     key = next(key for key in CHOICES if holds(row.peek(key)))
@@ -128,6 +137,8 @@ def chosen_letter(row: Fields, answer: Any) -> str | None:
 
 def _history(row: Fields) -> Messages:
     """Earlier rounds as ``[question, response]`` pairs, or as messages."""
+    if "history" not in row:
+        return []
     rounds = row.get("history") or []
     if isinstance(rounds, str):
         rounds = decoded(rounds) or rounds
@@ -159,6 +170,8 @@ def answered(row: Fields) -> Messages:
 
 
 def _thought(row: Fields) -> str:
+    if _COTS.isdisjoint(row):
+        return ""
     key = next((key for key in COTS if _is_thought(row.peek(key))), None)
     return row.answer(key) if key else ""
 

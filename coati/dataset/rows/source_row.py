@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.column_use import Fields, first_of
 from coati.dataset.rows.embedded_text import OPENERS, is_messages_text, messages_of
 from coati.dataset.rows.messages import (
     Messages,
@@ -85,18 +85,22 @@ def completion_text(row: SourceRow) -> str | None:
 
 def messages_under(row: Fields, key: str) -> Messages:
     """The list of messages under ``key``."""
-    return message_list(row[key], key, row.use, f"{row.path}{key}[]")
+    return _listed(row, row[key], key)
+
+
+def _listed(row: Fields, found: Any, key: str) -> Messages:
+    return message_list(found, key, row.use, row.path and f"{row.path}{key}[]")
 
 
 def prompt_messages(row: Fields, key: str) -> Messages:
     """A prompt as a text, the text of a dialogue, a message, or a list of messages."""
     found = row[key]
     if isinstance(found, dict):
-        return [message(found, key, row.use, f"{row.path}{key}")]
+        return [message(found, key, row.use, row.path and f"{row.path}{key}")]
     if not isinstance(found, str):
-        return message_list(found, key, row.use, f"{row.path}{key}[]")
+        return _listed(row, found, key)
     if found[:1] in OPENERS and is_messages_text(found):
-        return message_list(messages_of(found, key), key, row.use, f"{row.path}{key}[]")
+        return _listed(row, messages_of(found, key), key)
     return open_dialogue(found, row.use)
 
 
@@ -108,8 +112,8 @@ def response_messages(row: Fields, key: str) -> Messages:
             return [spoken("assistant", found.removeprefix(" "), key, row.use)]
         found = messages_of(found, key)
     if isinstance(found, dict):
-        return [message(found, key, row.use, f"{row.path}{key}")]
-    return message_list(found, key, row.use, f"{row.path}{key}[]")
+        return [message(found, key, row.use, row.path and f"{row.path}{key}")]
+    return _listed(row, found, key)
 
 
 def context_pair(key: str) -> Callable[[Fields], SourceRow]:
@@ -142,9 +146,9 @@ def whole_pair(row: Fields) -> SourceRow:
 def _whole(row: Fields, key: str) -> Messages:
     found = row.answer(key)
     if not isinstance(found, str):
-        return message_list(found, key, row.use, f"{row.path}{key}[]")
+        return _listed(row, found, key)
     if found[:1] in OPENERS and is_messages_text(found):
-        return message_list(messages_of(found, key), key, row.use, f"{row.path}{key}[]")
+        return _listed(row, messages_of(found, key), key)
     if "Human:" not in found and "Assistant:" not in found:
         raise RowError(
             "wrong_keys",
@@ -220,15 +224,17 @@ def turned_down(row: dict) -> str | None:
 
 def truth_of(found: Any) -> bool | None:
     """Whether ``found``, a number or a word, means true; None for what means neither."""
+    if isinstance(found, bool):
+        return found
     if isinstance(found, str | int | float):
         return LABELS.get(str(found).strip().lower())
     return None
 
 
 def label_of(row: Fields) -> bool:
-    key = judgment(row) or row.first(JUDGMENTS) or "label"
+    key = labeled(row) or judgment(row) or row.first(JUDGMENTS) or "label"
     found = row.get(key)
-    row.answers.add(key)
+    row.answers += (key,)
     label = truth_of(found)
     if label is None:
         raise RowError("bad_label", f"{key} is {found!r}, expected true or false")
@@ -287,11 +293,7 @@ def text_column(row: Any) -> str | None:
 
 def first_question(row: Any) -> str | None:
     """The first of QUESTIONS that the row has."""
-    return (
-        next((key for key in QUESTIONS if dict.get(row, key) is not None), None)
-        if isinstance(row, dict)
-        else None
-    )
+    return first_of(QUESTIONS, row) if isinstance(row, dict) else None
 
 
 def rl_example(row: Fields) -> SourceRow:

@@ -60,12 +60,13 @@ class Kto(DataType):
         row.notes = encoded.notes
         start = encoded.spans[0][0]
         completion = encoded.input_ids[start:]
+        decode = conversation.encoder.decode
         columns = {
             "prompt": encoded.input_ids[:start],
             "completion": completion,
             "label": row.label,
-            "input_id_decode": conversation.encoder.decode(encoded.input_ids),
-            "completion_decode": conversation.encoder.decode(completion),
+            "input_id_decode": encoded.decoded(decode),
+            "completion_decode": encoded.decoded_responses(decode)[0],
             "seq_length": len(encoded.input_ids),
             "seq_category": row.category,
         }

@@ -76,9 +76,7 @@ class Preference(DataType):
             notes |= encoded.notes
             columns[f"{side}_input_ids"] = encoded.input_ids
             columns[f"{side}_loss_mask"] = encoded.loss_mask
-            columns[f"{side}_label_decode"] = [
-                conversation.encoder.decode(response) for response in encoded.responses()
-            ]
+            columns[f"{side}_label_decode"] = encoded.decoded_responses(conversation.encoder.decode)
         if columns["chosen_input_ids"] == columns["rejected_input_ids"]:
             raise RowError(
                 "same_rendering", f"both are {columns['chosen_label_decode'][-1][:60]!r}"

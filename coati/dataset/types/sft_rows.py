@@ -73,22 +73,29 @@ def _columns(encoded: Encoded, conversation: Conversation, category: str | None)
     # What follows the last response (a line break, say) is never trained and would only cost time.
     end = encoded.spans[-1][1]
     ids = encoded.input_ids[:end]
+    decode = conversation.encoder.decode
     columns = {
         "input_ids": ids,
-        "labels": [
-            token if marked else IGNORE_INDEX
-            for token, marked in zip(ids, encoded.loss_mask, strict=False)
-        ],
-        "inputs_decode": conversation.encoder.decode(ids),
-        "labels_decode": [
-            conversation.encoder.decode(response) for response in encoded.responses()
-        ],
+        "labels": _labels(encoded, ids),
+        "inputs_decode": encoded.decoded(decode),
+        "labels_decode": encoded.decoded_responses(decode),
         "seq_length": len(ids),
         "seq_category": category,
     }
     if encoded.weights and any(0 < weight < 1 for weight in encoded.weights[:end]):
         columns["loss_weights"] = _loss_weights(encoded, end)
     return columns
+
+
+def _labels(encoded: Encoded, ids: list[int]) -> list[int]:
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, stop in encoded.spans:
+        labels[start:stop] = ids[start:stop]
+    if encoded.weights:
+        for place, weight in enumerate(encoded.weights[: len(ids)]):
+            if weight <= 0:
+                labels[place] = IGNORE_INDEX
+    return labels
 
 
 def _loss_weights(encoded: Encoded, end: int) -> list[float]:

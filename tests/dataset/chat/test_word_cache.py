@@ -1,5 +1,5 @@
 """Ids by the memory of words are the tokenizer's own, and what they cannot be sure of is left to
-it."""
+it; and texts that need not be decoded are what decoding would give."""
 
 import json
 
@@ -201,3 +201,71 @@ def test_a_memory_that_differs_from_the_tokenizer_is_found_out_and_left(monkeypa
     encoder = ChatEncoder(chatml_tokenizer(), "<|im_end|>")
     assert encoder.encode(text, []) == right and encoder._words is None
     assert "does not fit this tokenizer" in capsys.readouterr().err
+
+
+# Beside what is sure: composed and decomposed letters, which NFC makes one, and many bytes each.
+ANY_TEXT = st.one_of(
+    TEXTS, st.text(st.sampled_from("ae\u0301é\u212b家族🤖 \u200d<|\n"), max_size=12)
+)
+
+
+@pytest.mark.parametrize("name", CORES)
+@settings(deadline=None, max_examples=80)
+@given(text=ANY_TEXT)
+def test_what_is_said_to_be_spelled_is_what_decoding_gives(name, text):
+    core = CORES[name]
+    ids = core.encode(text, add_special_tokens=False).ids
+    if Words.of(core).spell(text):
+        assert core.decode(ids, skip_special_tokens=False) == text
+    else:  # NFC alone may change a text
+        assert name == "qwen2"
+
+
+def test_texts_that_a_normalizer_may_change_are_decoded():
+    assert Words.of(CORES["qwen2"]).spell("naïve – 12") and Words.of(CORES["gpt2"]).spell("e\u0301")
+    assert not Words.of(CORES["qwen2"]).spell("e\u0301")
+
+
+def without_a_byte() -> Tokenizer:
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate("ab")}, []))
+    core.pre_tokenizer = PARTINGS["gpt2"]()
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def decoded_otherwise(decoder) -> Tokenizer:
+    core = trained(PARTINGS["gpt2"]())
+    core.decoder = decoder
+    return core
+
+
+def no_bytes_of_itself() -> Tokenizer:
+    core = trained(PARTINGS["gpt2"]())
+    core.add_tokens([AddedToken("é", normalized=False)])  # as a byte it is half a character
+    return core
+
+
+@pytest.mark.parametrize(
+    "core, text",
+    [
+        (without_a_byte(), "abc"),
+        (decoded_otherwise(None), "a b"),
+        (
+            decoded_otherwise(decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])),
+            " a",
+        ),
+        (no_bytes_of_itself(), "é"),
+    ],
+)
+def test_tokenizers_whose_ids_do_not_spell_the_text_are_found(core, text):
+    ids = core.encode(text, add_special_tokens=False).ids
+    assert core.decode(ids, skip_special_tokens=False) != text
+    assert not Words.of(core).spell(text)
+
+
+def test_a_text_that_decodes_to_another_is_found_out(monkeypatch):
+    encoder = ChatEncoder(chatml_tokenizer(), "<|im_end|>")
+    assert encoder.spells("hi there")
+    monkeypatch.setattr(encoder, "decode", lambda ids: "hi")
+    encoder.encode("hi there", [])
+    assert not encoder.spells("hi there")

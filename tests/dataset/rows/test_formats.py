@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.format_keys import may_match
 from coati.dataset.rows.formats import DATASET_FORMATS, FORMATS, FORMATS_OF, read_row
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.rows.test_format_files import in_files
@@ -477,3 +478,47 @@ def test_whatever_a_row_is_it_is_read_or_named(row):
         except RowError as error:
             assert error.detail
     assert row == before
+
+
+_COLUMNS = {
+    "messages": [CHAT, spelled(CHAT, "from", "value"), {"role": "user", "content": "q"}],
+    "conversations": [CHAT, [{"human": "q", "assistant": "a"}]],
+    "conversation": [CHAT, [{"input": "q", "output": "a"}]],
+    "context": ["c", CHAT[:1]],
+    "prompt": ["q", CHAT[:1], {"text": "q", "replies": [{"text": "a", "role": "assistant"}]}],
+    "completion": ["a", CHAT[1]],
+    "chosen": ["a", CHAT],
+    "rejected": ["b", CHAT],
+    "responses": [["a", "b"]],
+    "scores": [[1, 2]],
+    "label": [True, "topic", "good"],
+    "kto_tag": [False],
+    "answers": ["[]", ["a"]],
+    "chat": ["USER: q\nASSISTANT: a"],
+    **{
+        name: ["t"]
+        for name in ("question", "instruction", "input", "output", "response", "answer", "solution")
+    },
+    **{name: ["t"] for name in ("text", "content", "raw_content", "target", "Source", "history")},
+}
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.fixed_dictionaries(
+        {}, optional={k: st.sampled_from([*v, None]) for k, v in _COLUMNS.items()}
+    )
+)
+def test_no_format_that_a_row_has_is_left_out_by_the_names_of_its_columns(row):
+    for format in DATASET_FORMATS:
+        assert not format.matches(row) or may_match(format.matches, tuple(row)), format
+
+
+@pytest.mark.parametrize(
+    "says", ["apples, plums", '"Yes", he said', " no ", "\tx", "[1] (2)", "{x"]
+)
+@pytest.mark.parametrize("extra", [{}, {"id": 7}])  # with more than role and content: read closely
+def test_texts_that_begin_as_messages_may(says, extra):
+    found = read_row("sft", {"messages": [{**one, **extra} for one in turns(says, says)]})
+    assert found.messages == turns(says, says)
+    assert found.unused == ({"messages[].id": False} if extra else {})

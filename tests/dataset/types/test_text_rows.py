@@ -10,7 +10,9 @@ from collections import Counter
 import pytest
 
 from coati.dataset import DataCollatorForSupervisedDataset, load_tokenized_dataset, prepare_dataset
-from coati.dataset.chat.plain_text import PlainText, start_of_document
+from coati.dataset.chat import chat_encoder
+from coati.dataset.chat.document_ends import start_of_document
+from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.epoch_order import EpochOrder
 from coati.dataset.load.loader import GlobalBatchLoader, row_lengths
@@ -72,6 +74,16 @@ def test_no_row_is_a_single_token_from_which_nothing_is_learned():
 def test_how_a_document_begins(names, start):
     tokenizer = byte_level(names=names)
     assert tokenizer.convert_ids_to_tokens(start_of_document(tokenizer)) == start
+
+
+def test_how_a_document_begins_is_asked_once(monkeypatch):
+    template = PlainText(byte_level(names={"eos_token": "</s>"}))
+    asked = []
+    monkeypatch.setattr(chat_encoder, "start_of_document", lambda _: asked.append(1) or [5])
+    for _ in range(3):
+        ((columns, _),) = TEXT.tokenize(read_row("text", "ab"), template, 100)
+        assert columns["input_ids"][0] == 5
+    assert len(asked) == 1
 
 
 def test_a_document_begins_with_what_the_tokenizer_writes():

@@ -21,6 +21,7 @@ from coati.utils.logging import get_logger
 logger = get_logger(__name__)
 
 CHECKED = 32  # texts of a process
+NO_TEXTS = ("role", "thought_marks")  # of a message
 
 
 def special_ids(tokenizer) -> frozenset[int]:
@@ -57,8 +58,8 @@ class ChatEncoder:
         self, messages: Messages, tools: Tools | None = None
     ) -> tuple[Messages, Tools | None, str | None]:
         """The messages and tools with each marker in their texts replaced by ``<key>index<key>``,
-        and the key (None: no marker)."""
-        texts = list(texts_of([[_without_role(message) for message in messages], tools]))
+        and the key (None: no marker). The tags of thoughts stay what they are."""
+        texts = list(texts_of([[_texts_only(message) for message in messages], tools]))
         if not any(map(self._pattern.search, texts)):
             return messages, tools, None
         together = "".join(texts)
@@ -69,7 +70,10 @@ class ChatEncoder:
 
         return (
             [
-                {"role": message["role"], **with_texts(_without_role(message), hidden)}
+                {
+                    **{name: message[name] for name in NO_TEXTS if name in message},
+                    **with_texts(_texts_only(message), hidden),
+                }
                 for message in messages
             ],
             with_texts(tools, hidden),
@@ -393,8 +397,8 @@ class ChatEncoder:
         return same, int(same < len(part))
 
 
-def _without_role(message: Message) -> Message:
-    return {name: value for name, value in message.items() if name != "role"}
+def _texts_only(message: Message) -> Message:
+    return {name: message[name] for name in message if name not in NO_TEXTS}
 
 
 def _without_prepend(normalizer: dict | None) -> dict | None:

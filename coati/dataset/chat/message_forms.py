@@ -39,6 +39,9 @@ class MessageForms:
     Attributes:
         thought: one of THOUGHT_FIELDS, PARTS or TEXT.
         tags: of thoughts, as the template names them.
+        reads_text: a text before the content, in these tags, is written as a thought is, white
+            space aside: what has such a text is given to the template as it stands.
+        opened: what the generation prompt opens a thought with, "" where it opens none.
         arguments_as_text: calls with arguments as JSON text instead of objects.
         null_content: no content at all beside calls, instead of an empty text.
         call_ids: "" as the messages have them, "any" always some, "nine" always nine letters,
@@ -49,6 +52,8 @@ class MessageForms:
 
     thought: str = THOUGHT_FIELDS[0]
     tags: tuple[str, str] = THOUGHT_TAGS[0]
+    reads_text: bool = False
+    opened: str = ""
     arguments_as_text: bool = False
     null_content: bool = False
     call_ids: str = ""
@@ -57,8 +62,8 @@ class MessageForms:
     tools_name: str = "tools"
 
     def spelled(self, messages: Messages) -> Messages:
-        """``messages`` of {role, content, reasoning_content, tool_calls, name, tool_call_id} in the
-        template's form, without what is no template's (weights)."""
+        """``messages`` of {role, content, reasoning_content, thought_marks, tool_calls, name,
+        tool_call_id} in the template's form, without what is no template's (weights)."""
         calls = _Calls(self)
         return [
             message
@@ -72,13 +77,25 @@ class MessageForms:
         if message["role"] == "tool":
             return calls.result(spelled, message)
         thought = message.get("reasoning_content")
-        if thought is not None:
+        marks = message.get("thought_marks")
+        if marks and self._is_as_written(marks):
+            before, behind = marks
+            opened = "" if self.tags[0] in before else self.opened
+            spelled["content"] = f"{opened}{before}{thought or ''}{behind}{spelled['content']}"
+        elif thought is not None:
             self._add_thought(spelled, thought)
         if given := message.get("tool_calls"):
             spelled["tool_calls"] = list(calls.made(given))
             if self.null_content and not spelled["content"]:
                 spelled["content"] = None
         return spelled
+
+    def _is_as_written(self, marks: list[str]) -> bool:
+        """Whether the template writes a text with these ``marks`` as it stands, or reads it."""
+        closing = marks[1].strip()
+        # A thought that was broken off has no end by which a template could tell it.
+        known = closing == self.tags[1] or (not closing and self.thought == TEXT)
+        return self.reads_text and known
 
     def _add_thought(self, spelled: Message, thought: str) -> None:
         content = spelled["content"]

@@ -11,20 +11,29 @@ OPEN = "<think>"
 CLOSE = "</think>"
 
 
-def split_thought(content: str) -> tuple[str, str]:
-    """``(thought, answer)`` of a content that begins with ``<think>...</think>``, or with a thought
-    whose opening tag the generation prompt wrote; the thought is empty where there is none."""
-    before, close, answer = content.partition(CLOSE)
+def split_thought(content: str) -> tuple[str, list[str], str]:
+    """``(thought, marks, answer)`` of a content that begins with ``<think>...</think>``, or with a
+    thought whose opening tag the generation prompt wrote: ``marks`` are what stands before the
+    thought and between it and the answer, so that ``marks[0] + thought + marks[1] + answer`` is
+    the content. Without a thought ``("", [], content)``; of a blank one all is in the marks."""
+    before, close, rest = content.partition(CLOSE)
     if not close:
-        return "", content
-    start = before.lstrip()
-    if start.startswith(OPEN):
-        return start[len(OPEN) :].strip("\n"), answer.lstrip("\n")
-    # Without the opening tag only one on a line of its own closes a thought: others are spoken of.
-    alone = before.endswith("\n") and (not answer or answer.startswith("\n"))
-    if alone and OPEN not in before:
-        return before.strip("\n"), answer.lstrip("\n")
-    return "", content
+        return "", [], content
+    inner = before.lstrip()
+    if inner.startswith(OPEN):
+        inner = inner[len(OPEN) :]
+    else:
+        # Without the opening tag only one on a line of its own closes a thought: others are spoken
+        # of.
+        alone = before.endswith("\n") and (not rest or rest.startswith("\n"))
+        if not alone or OPEN in before:
+            return "", [], content
+        inner = before
+    answer = rest.lstrip("\n")
+    thought = inner.strip("\n") if inner.strip() else ""
+    first = len(before) - len(inner.lstrip("\n")) if thought else len(before)
+    between = content[first + len(thought) : len(content) - len(answer)]
+    return thought, [before[:first], between], answer
 
 
 def field_thought(fields: Fields, where: str) -> str:

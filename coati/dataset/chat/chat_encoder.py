@@ -13,7 +13,14 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 
-from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of, with_texts
+from coati.dataset.chat.message_forms import (
+    Messages,
+    Tools,
+    texts_of,
+    with_texts,
+    with_written_texts,
+    written_texts,
+)
 from coati.dataset.chat.word_cache import Span, Words
 from coati.dataset.rows.row_errors import RowError
 from coati.utils.logging import get_logger
@@ -21,7 +28,6 @@ from coati.utils.logging import get_logger
 logger = get_logger(__name__)
 
 CHECKED = 32  # texts of a process
-NO_TEXTS = ("role", "thought_marks")  # of a message
 
 
 def special_ids(tokenizer) -> frozenset[int]:
@@ -59,7 +65,7 @@ class ChatEncoder:
     ) -> tuple[Messages, Tools | None, str | None]:
         """The messages and tools with each marker in their texts replaced by ``<key>index<key>``,
         and the key (None: no marker). The tags of thoughts stay what they are."""
-        texts = list(texts_of([[_texts_only(message) for message in messages], tools]))
+        texts = list(texts_of([[written_texts(message) for message in messages], tools]))
         if not any(map(self._pattern.search, texts)):
             return messages, tools, None
         together = "".join(texts)
@@ -69,13 +75,7 @@ class ChatEncoder:
             return self.hidden(text, key)
 
         return (
-            [
-                {
-                    **{name: message[name] for name in NO_TEXTS if name in message},
-                    **with_texts(_texts_only(message), hidden),
-                }
-                for message in messages
-            ],
+            [with_written_texts(message, hidden) for message in messages],
             with_texts(tools, hidden),
             key,
         )
@@ -395,10 +395,6 @@ class ChatEncoder:
             min(len(part), len(ids)),
         )
         return same, int(same < len(part))
-
-
-def _texts_only(message: Message) -> Message:
-    return {name: message[name] for name in message if name not in NO_TEXTS}
 
 
 def _without_prepend(normalizer: dict | None) -> dict | None:

@@ -23,6 +23,7 @@ THOUGHT_TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("◁think▷", "◁/think▷"),
 )
+_TAGS = re.compile("(" + "|".join(re.escape(tag) for pair in THOUGHT_TAGS for tag in pair) + ")")
 # Fields of a message that some template reads a thought from, and the two other ways: a part of the
 # content, and a text before it.
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -169,6 +170,27 @@ def texts_of(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from texts_of(inner)
+
+
+def written_texts(message: Message) -> Message:
+    """What of ``message`` somebody wrote: neither its role nor the tags of its thought."""
+    texts = {name: value for name, value in message.items() if name != "role"}
+    if "thought_marks" in texts:
+        texts["thought_marks"] = [_TAGS.sub("", mark) for mark in texts["thought_marks"]]
+    return texts
+
+
+def with_written_texts(message: Message, change: Any) -> Message:
+    """A copy of ``message`` with ``change`` of each of its :func:`written_texts`."""
+
+    def around_tags(mark: str) -> str:
+        pieces = enumerate(_TAGS.split(mark))
+        return "".join(piece if number % 2 else change(piece) for number, piece in pieces)
+
+    texts = written_texts(message)
+    marks = {"thought_marks": list(map(around_tags, message.get("thought_marks", ())))}
+    changed = with_texts({k: v for k, v in texts.items() if k not in marks}, change)
+    return {"role": message["role"], **changed, **(marks if texts.keys() & marks else {})}
 
 
 def with_texts(value: Any, change: Any) -> Any:

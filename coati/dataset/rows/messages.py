@@ -17,7 +17,13 @@ from coati.dataset.rows.column_use import ColumnUse, Fields, holds
 from coati.dataset.rows.content_parts import PICTURES, RESULTS, TEXTS, Parts, read_parts
 from coati.dataset.rows.embedded_text import OPENERS, check_no_messages, messages_of
 from coati.dataset.rows.row_errors import CALL_ROLES, ROW_ROLES, RowError
-from coati.dataset.rows.thoughts import CLOSE, field_thought, one_thought, split_thought
+from coati.dataset.rows.thoughts import (
+    CLOSE,
+    field_thought,
+    given_marks,
+    one_thought,
+    split_thought,
+)
 from coati.dataset.rows.tool_calls import Call, calls_of, result_text, spoken_calls
 from coati.dataset.rows.turn_weights import moved, spans_of, weight_of
 
@@ -198,8 +204,8 @@ def _response(fields: Fields, parts: Parts, role: str, where: str) -> Message:
     thought = one_thought(parts.thought, thought, where)
     if spoken_thought:
         thought = spoken_thought  # the same, but for white space
-    elif thought.strip():
-        marks = []
+    elif thought.strip() or not marks:
+        marks = given_marks(fields)
     calls = list(parts.calls)
     if role in CALL_ROLES and content.strip():
         calls += calls_of(content, fields.use, f"{fields.path}content.", where)

@@ -71,6 +71,15 @@ def _part(part: Any, where: str) -> str:
     raise RowError("content_not_text", f"{where} holds {type(part).__name__} without plain text")
 
 
+def given_marks(fields: Fields) -> list[str]:
+    """What a model wrote before and behind the thought of the field, as ``coati chat`` writes it
+    down; empty where the file has nothing of the kind."""
+    found = fields.peek("thought_marks")
+    if isinstance(found, list) and list(map(type, found)) == [str, str]:
+        return fields["thought_marks"]
+    return []
+
+
 def one_thought(field: str, spoken: str, where: str) -> str:
     """The thought of a field and that of the content as one. Raises RowError when they differ."""
     if field.strip() and spoken.strip() and field.strip() != spoken.strip():

@@ -34,15 +34,17 @@ MOST_CHOICES = 16
 DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
 
 
-def _no_boolean(value: Any) -> Any:
+def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {json.dumps(value)}")
+    if isinstance(value, str):
+        raise ValueError("must be a number, not a string")
     return value
 
 
-# Pydantic takes true for 1.
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean)]
+# Pydantic takes true for 1, and "5" for 5.
+Whole = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
 
 
 class ErrorDetail(BaseModel):

@@ -164,7 +164,7 @@ def test_what_was_written_can_be_sent_back_as_it_stood():
         plain = ask(server, "fine").choices[0].message
         assert plain.thought_marks is None
         for wrong in (["<think>"], "<think>", [1, 2]):
-            with pytest.raises(openai.BadRequestError, match="thought_marks"):
+            with pytest.raises(openai.UnprocessableEntityError, match="thought_marks"):
                 ask(server, "fine", messages=[*ASKED, {**one, "thought_marks": wrong}, more])
 
 

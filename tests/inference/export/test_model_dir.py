@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from coati.cli.export import parse_export, parse_merging
 from coati.inference.export.model_card import fingerprint, model_card
@@ -96,6 +96,27 @@ def test_an_export_that_transformers_answers_otherwise_is_not_left(tmp_path, mon
     with pytest.raises(ValueError, match="generates otherwise than this library"):
         export(tmp_path / "model", tmp_path / "out", lambda *_: "", max_new_tokens=4)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_fault_of_transformers_own_cache_is_named_and_the_model_exported(
+    tmp_path, monkeypatch, capfd
+):
+    """Sliding caches of transformers 4.51 lose a token: what is generated without a cache
+    decides."""
+    write(tmp_path / "model")
+    whole = GenerationMixin.generate
+    asked = []
+
+    def losing(self, prompt, use_cache=True, **options):
+        asked.append(use_cache)
+        made = whole(self, prompt, use_cache=use_cache, **options)
+        return torch.cat([made[:, :-1], made[:, -1:] ^ 1], 1) if use_cache else made
+
+    monkeypatch.setattr(GenerationMixin, "generate", losing)
+    found = export(tmp_path / "model", tmp_path / "out", lambda *_: "", max_new_tokens=4)
+    assert found.same == found.asked == 4 and asked == [True, False] * 4
+    said = capfd.readouterr().err
+    assert said.count("with its own key-value cache than without one") == 1
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):

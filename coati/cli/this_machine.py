@@ -43,7 +43,7 @@ class BenchSettings:
 
     names: list[str]
     list: bool
-    output: str
+    output_dir: str
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,11 @@ def bench_parser() -> Parser:
     )
     add_switch(parser, "--list", help="list all benchmarks with what each measures, and exit")
     parser.add_argument(
-        "--output", default="output/bench", metavar="DIR", help="directory for the results as JSON"
+        "--output_dir",
+        "--output",
+        default="output/bench",
+        metavar="DIR",
+        help="directory for the results as JSON",
     )
     return parser
 

@@ -451,7 +451,7 @@ def test_benchmarks_are_named_before_one_runs(capsys, monkeypatch, tmp_path):
     told = capsys.readouterr().err
     assert ended.value.code == 2 and ran == []
     assert "usage: " in told and "head_memory       Peak memory" in told and "all, which" in told
-    run("bench", ["data", "all", "--output", str(tmp_path)])
+    run("bench", ["data", "all", "--output", str(tmp_path)])  # which is there already
     others = [name for name in USUAL if name != "data"]
     assert ran == [f"bench_{name}" for name in ("data", *others)]
     with pytest.raises(SystemExit) as ended:

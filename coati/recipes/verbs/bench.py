@@ -30,7 +30,7 @@ def main(settings: BenchSettings) -> None:
     names = [one for name in settings.names for one in (USUAL if name == ALL else (name,))]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no benchmark {unknown[0]!r}; there are {ALL}, {', '.join(known)}")
-    output = Path(settings.output)
+    output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(names):
         _run(known[name], output / f"{name}.json")

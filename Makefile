@@ -59,7 +59,7 @@ test-long: venv
 	@$(PYTEST)
 
 bench: venv
-	@$(RUN) "$(BIN)/python" -m coati bench
+	@$(RUN) "$(BIN)/python" -m coati bench all
 
 bench-peers: venv
 	@$(RUN) bash benchmarks/bench_peers.sh

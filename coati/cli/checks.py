@@ -123,6 +123,23 @@ def check_models(settings: TrainingSettings) -> None:
                 f"--{flag} {path}: there is no such directory; name a Hugging Face directory, or a "
                 "model of the hub (owner/name)"
             )
+        if path and Path(path).exists():
+            _check_place(flag, Path(path))
+
+
+def _check_place(flag: str, place: Path) -> None:
+    """Raise ValueError for a file, for a directory with nothing in it, and for a base without a
+    configuration; a run's own directory is looked at when its model is loaded."""
+    if not place.is_dir():
+        raise ValueError(f"--{flag} {place} is a file; name a Hugging Face directory")
+    there = sorted(entry.name for entry in place.iterdir())
+    whole = {"config.json", "adapter_config.json", "modeling"}.intersection(there)
+    if not there or (flag == "pretrain" and not whole):
+        holds = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "nothing"
+        raise ValueError(
+            f"--{flag} {place}: no config.json, so this is not a Hugging Face model directory; it "
+            f"holds {holds}; name one that is, or a model of the hub (owner/name)"
+        )
 
 
 def _may_be_hub_name(path: str) -> bool:

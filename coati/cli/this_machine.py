@@ -1,8 +1,10 @@
 """The flags of the verbs about this machine: env, doctor, cache, bench and completion."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coati.cli.bench_programs import ALL, USUAL, programs, table
 from coati.cli.launch_flags import LaunchSettings
 from coati.cli.parser import Parser
 from coati.cli.settings import filled
@@ -37,11 +39,11 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """``coati bench``. ``names`` empty: the usual ones."""
+    """``coati bench``. ``names``: ``all`` are the usual ones."""
 
     names: list[str]
     list: bool
-    output: str
+    output_dir: str
 
 
 @dataclass(frozen=True)
@@ -143,18 +145,27 @@ def bench_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="benchmarks to run; default: sft head_memory dpo rollout prepack data ppo",
+        help=f"benchmarks to run; {ALL}: {' '.join(USUAL)}",
     )
     add_switch(parser, "--list", help="list all benchmarks with what each measures, and exit")
     parser.add_argument(
-        "--output", default="output/bench", metavar="DIR", help="directory for the results as JSON"
+        "--output_dir",
+        "--output",
+        default="output/bench",
+        metavar="DIR",
+        help="directory for the results as JSON",
     )
     return parser
 
 
 def parse_bench(argv: Sequence[str] | None = None, prog: str | None = None) -> BenchSettings:
-    """The checked flags."""
-    return filled(BenchSettings, vars(bench_parser().named(prog).parse_args(argv)))
+    """The checked flags. Without a name the process ends with code 2, after the list of them."""
+    parser = bench_parser().named(prog)
+    settings = filled(BenchSettings, vars(parser.parse_args(argv)))
+    if not (settings.names or settings.list) and programs():
+        print(f"usage: {parser.prog} [NAME ...] [flags]\n\n{table()}\n", file=sys.stderr)
+        parser.error(f"name what to run; {ALL}, which takes long, runs {', '.join(USUAL)}")
+    return settings
 
 
 def completion_parser() -> Parser:

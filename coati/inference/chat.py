@@ -17,8 +17,8 @@ from coati.models.positions import within_positions
 
 class ChatSession:
     """One conversation: ``messages``, {role, content} each, and the response to the next one. Of a
-    response ``reasoning_content`` is the thought and ``tool_calls`` are the calls, read back by the
-    template that writes them.
+    response ``reasoning_content`` is the thought, ``thought_marks`` are what the model wrote around
+    it, and ``tool_calls`` are the calls, read back by the template that writes them.
 
     Args:
         max_length: tokens of prompt and response together (never more than the model has
@@ -133,6 +133,7 @@ class ChatSession:
         finally:
             if not ended:
                 reply.add(reader.push("", final=True))
+            reply.marks = reader.marks
             self.cut = not stream.stopped
             self.empty = not (reply.content or reply.calls or reply.thought)
             if self.empty:  # an empty turn would confuse the next prompt

@@ -33,7 +33,10 @@ def check_report(
         )
         if strict:
             raise ValueError(
-                f"{told}; is this a model of another kind, a reward model or critic perhaps?"
+                f"{told}; is this a model of another kind, a reward model or critic perhaps? A "
+                "reward model is used as it is: coati score MODEL, coati ppo --rm_pretrain MODEL, "
+                "or transformers' AutoModelForSequenceClassification; a language model is the "
+                "directory of coati sft, dpo, grpo and their like, of ppo that of the actor"
             )
         logger.warning_once(told)
     if report["missing_keys"]:

@@ -306,10 +306,11 @@ def _train(
     _leave_group_at_exit()
     from coati.parallel.launch import explained
     from coati.recipes.run_dir import locks_released
+    from coati.trainer.progress import bars_in_terminals_alone
 
     again = f'the same call of {function} with save_dir="{save_dir}", checkpoint_path="auto"'
     try:
-        with no_early_exit(function), locks_released():
+        with no_early_exit(function), locks_released(), bars_in_terminals_alone():
             command.function()(settings, replace(extras, again=again))
     except Exception as error:
         if fresh:
@@ -409,6 +410,7 @@ def _written(model: Any, tokenizer: Any, folder: Path) -> str:
     """A transformers model in memory, written to ``folder``: the reference model, resumed runs and
     the run's files start from it."""
     from coati.parallel.shared_folder import check_shared
+    from coati.trainer.progress import bars_in_terminals_alone
     from coati.utils.distributed import is_rank_0, raise_together
 
     why = "the model in memory is written there for all processes"
@@ -416,7 +418,8 @@ def _written(model: Any, tokenizer: Any, folder: Path) -> str:
 
     def write() -> None:
         if is_rank_0():
-            model.save_pretrained(folder)
+            with bars_in_terminals_alone():
+                model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
     raise_together(write)

@@ -90,8 +90,10 @@ class TrainedModel:
     @cached_property
     def _loaded(self) -> tuple["nn.Module", Any, "Conversation"]:
         from coati.inference.model_loading import load
+        from coati.trainer.progress import bars_in_terminals_alone
 
-        return load(self.path)
+        with bars_in_terminals_alone():
+            return load(self.path)
 
     @property
     def model(self) -> "nn.Module":
@@ -190,8 +192,10 @@ class TrainedRewardModel(TrainedModel):
     @cached_property
     def _loaded(self) -> tuple["nn.Module", Any, "Conversation"]:
         from coati.inference.evaluate.score_rows import load_reward_model
+        from coati.trainer.progress import bars_in_terminals_alone
 
-        return load_reward_model(self.path)
+        with bars_in_terminals_alone():
+            return load_reward_model(self.path)
 
     def generate(self, *_: Any, **__: Any) -> Any:
         """A reward model writes nothing. Raises TypeError."""

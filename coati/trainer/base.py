@@ -21,7 +21,10 @@ from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
 from coati.utils.errors import RunFailed
 from coati.utils.liveness import at_forced_end, note
+from coati.utils.logging import get_logger
 from coati.utils.phases import phase
+
+logger = get_logger(__name__)
 
 
 class SLTrainer:
@@ -213,7 +216,7 @@ class SLTrainer:
         self.log.record.add_seconds("training", seconds)
         bar.step(loss=step.loss, lr=lr, tokens_per_second=step.tokens / seconds)
         for line in self.diagnose(step):
-            bar.write(line)
+            logger.info(line)  # no warning to the logger: the record takes it with its step
             self.log.record.note(line, self.state.step)
         self.callbacks.call("on_step", self, _of_step(step, lr))
         if self._due(self.schedule.log_interval):

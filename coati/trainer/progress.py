@@ -24,6 +24,38 @@ def in_terminal() -> bool:
     return sys.stderr.isatty() or hasattr(shell, "kernel")
 
 
+@contextmanager
+def bars_in_terminals_alone() -> Iterator[None]:
+    """Inside, transformers and datasets draw bars only where :func:`in_terminal`: elsewhere each
+    redraw is a line."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    ways = (
+        (
+            transformers_logging.is_progress_bar_enabled,
+            transformers_logging.disable_progress_bar,
+            transformers_logging.enable_progress_bar,
+        ),
+        (
+            lambda: not datasets.are_progress_bars_disabled(),
+            datasets.disable_progress_bars,
+            datasets.enable_progress_bars,
+        ),
+    )
+    enable_again = []
+    if not in_terminal():
+        for drawn, disable, enable in ways:
+            if drawn():
+                disable()
+                enable_again.append(enable)
+    try:
+        yield
+    finally:
+        for enable in enable_again:
+            enable()
+
+
 class _Display(Protocol):
     def describe(self, text: str) -> None: ...
 

@@ -1,6 +1,7 @@
 """The command: its verbs, bare words, what is refused, YAML files written and read, schemas,
 completion."""
 
+import importlib
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from coati.__main__ import main, overview
+from coati.cli.bench_programs import USUAL
 from coati.cli.config_file import config_text, flags_of, key_of, scalar, schema_of
 from coati.cli.nearest import SCHEMAS
 from coati.cli.shell_completion import completion_script
@@ -404,3 +406,56 @@ def test_cache_lists_and_clears_what_is_old(monkeypatch, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "coati" / "prepared").iterdir()] == ["new"]
     main(["cache", "--clear"])
     assert not list((tmp_path / "coati" / "prepared").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flag", "files", "said"),
+    [
+        (
+            "pretrain",
+            [],
+            "no config.json, so this is not a Hugging Face model directory; it holds ",
+        ),
+        ("pretrain", ["notes.txt"], "it holds notes.txt; name one that is"),
+        ("tokenizer_dir", [], "it holds nothing"),
+        ("pretrain", None, "is a file; name a Hugging Face directory"),
+    ],
+)
+def test_a_place_without_a_model_is_refused_by_its_flag(tmp_path, capsys, flag, files, said):
+    place, data = tmp_path / "m", tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    if files is None:
+        place.write_text("")
+    else:
+        place.mkdir()
+    for name in files or ():
+        (place / name).write_text("")
+    given = {"pretrain": "m", "dataset": str(data), "save_dir": str(tmp_path / "o")}
+    words = [
+        word
+        for name, value in (given | {flag: str(place)}).items()
+        for word in (f"--{name}", value)
+    ]
+    with pytest.raises(SystemExit):
+        run("rm", words)
+    told = capsys.readouterr().err
+    assert f"--{flag} {place}" in told and said in told and "Traceback" not in told
+
+
+def test_benchmarks_are_named_before_one_runs(capsys, monkeypatch, tmp_path):
+    bench = importlib.import_module("coati.recipes.verbs.bench")
+    ran = []
+    monkeypatch.setattr(bench, "_run", lambda program, output: ran.append(program.stem))
+    with pytest.raises(SystemExit) as ended:
+        run("bench", [])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and ran == []
+    assert "usage: " in told and "head_memory       Peak memory" in told and "all, which" in told
+    run("bench", ["data", "all", "--output", str(tmp_path)])  # which is there already
+    others = [name for name in USUAL if name != "data"]
+    assert ran == [f"bench_{name}" for name in ("data", *others)]
+    with pytest.raises(SystemExit) as ended:
+        run("bench", ["nope"])
+    assert ended.value.code == 1 and "there are all, before" in capsys.readouterr().err
+    run("bench", ["--list"])
+    assert "head_memory       Peak memory" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def families(place: str) -> dict[str, dict[str, Any]]:
     from coati.inference.export.model_dir import export
 
     folder = Path(place)
-    (folder / "rows.jsonl").write_text(rows_of("yes, hm"), encoding="utf-8")
+    (folder / "rows.jsonl").write_text(rows_of("<think>\nhm\n</think>\n\nyes"), encoding="utf-8")
     found: dict[str, dict[str, Any]] = {}
     for number, (name, (family, settings, config)) in enumerate(PUBLISHED.items()):
         if family not in CONFIG_MAPPING:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from coati.dataset.chat.call_bodies import Call
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.response_parts import Part
+from coati.dataset.rows.formats import read_row
 from coati.inference.chat import ChatSession
 from coati.inference.console import CONSOLES
 from coati.inference.transcript import Transcript
@@ -94,6 +95,31 @@ def test_a_template_that_drops_old_thoughts(tokenizer):
     assert "".join(chat.ask("1+1?")) == "2" and "".join(chat.ask("2+2?")) == "4"
     assert chat.messages[1]["reasoning_content"] == "add"
     assert "add" not in chat.model.prompts[1] and "\n2<|im_end|>" in chat.model.prompts[1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<think>hm</think>yes",
+        "<think>\n\n hm \n</think>\n \n\nyes",
+        "\n<think>\n\n</think>\n\nyes",
+        "<think>\nhm",
+        "hm</think> yes",
+        " yes",
+    ],
+)
+def test_what_was_written_is_given_back_as_it_stood(tokenizer, said, tmp_path):
+    chat = session(tokenizer, [said, "4"])
+    list(chat.ask("1+1?"))
+    list(chat.ask("2+2?"))
+    assert f"<|im_start|>assistant\n{said}<|im_end|>\n" in chat.model.prompts[1]
+    file = tmp_path / "talks.jsonl"
+    record = Transcript(file)
+    record.add(chat.messages)
+    record.close()
+    row = read_row("sft", json.loads(file.read_text()))
+    text = chat.conversation.encode_turns(row.messages)[0].text
+    assert text.startswith(chat.model.prompts[1]) and not row.unused
 
 
 def test_a_new_dialogue_knows_nothing_of_the_old_one_but_the_system_message(tokenizer):
@@ -217,6 +243,7 @@ def test_thoughts_and_calls_are_read_back_and_rendered_again():
         "role": "assistant",
         "content": "One moment.",
         "reasoning_content": "Look.",
+        "thought_marks": ["<think>\n", "\n</think>\n\n"],
         "tool_calls": [{"type": "function", "function": call}],
     }
     assert "".join(part.text for part in parts if part.kind == "content") == "One moment."

@@ -1,7 +1,9 @@
 """What the workers of test_quick_start.py do: stages of the Python front door, one after the other
 in a process."""
 
+import contextlib
 import gc
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -85,9 +87,11 @@ def two_stages(folder: str, model: str, rows: list) -> dict[str, Any]:
     """SFT and DPO in one process, as two cells of a notebook."""
     as_in_a_notebook(folder)
     found: dict[str, Any] = {}
-    first = coati.sft(model, rows, eval_dataset=rows[:4], lora_rank=4, **SFT)
-    found["left by sft"] = models_in_memory()
-    found["answers"] = first.generate(["Hello", [{"role": "user", "content": "Who?"}]], 6)
+    with contextlib.redirect_stderr(io.StringIO()) as piped:
+        first = coati.sft(model, rows, eval_dataset=rows[:4], lora_rank=4, **SFT)
+        found["left by sft"] = models_in_memory()
+        found["answers"] = first.generate(["Hello", [{"role": "user", "content": "Who?"}]], 6)
+    found["piped"] = piped.getvalue()
     found["one answer"] = first.generate("Hello", max_new_tokens=6)
     found["sampled"] = [first.generate("Hello", 6, temperature=1.5, seed=s) for s in (1, 1, 2)]
     found["held by generate"] = models_in_memory()

@@ -54,6 +54,8 @@ def test_two_stages_are_those_of_the_command_line_to_the_bit(tmp_path, model, ro
     ]
     assert found["left by sft"] == found["left by dpo"] == []
     assert "LlamaForCausalLM" in found["held by generate"]
+    assert "step 1 of 4" in found["piped"]
+    assert "\r" not in found["piped"] and "Loading" not in found["piped"]  # no bars
     assert found["stopped"] == [False, False]
     steps = [row["step"] for row in found["history"] if "train/loss" in row]
     assert steps == [1, 2, 3, 4]

@@ -149,6 +149,20 @@ def test_a_terminal_is_standard_error_or_a_notebook(monkeypatch):
         assert progress.in_terminal() == draws
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_bars_of_others_are_drawn_where_they_can_be_and_come_back(monkeypatch, drawn):
+    from datasets import are_progress_bars_disabled
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    before = is_progress_bar_enabled(), are_progress_bars_disabled()
+    monkeypatch.setattr(progress, "in_terminal", lambda: drawn)
+    with pytest.raises(KeyError), progress.bars_in_terminals_alone():
+        inside = is_progress_bar_enabled(), are_progress_bars_disabled()
+        raise KeyError
+    assert inside == (before if drawn else (False, True))
+    assert (is_progress_bar_enabled(), are_progress_bars_disabled()) == before
+
+
 def test_a_step_speaks_only_when_it_takes_far_longer_than_the_one_before(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

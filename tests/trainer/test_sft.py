@@ -403,3 +403,12 @@ def test_a_signal_in_the_step_that_ends_a_run_early_finds_it_at_its_end(made):
     trainer, _ = made(at=stop, eval_interval=1, early_stopping_patience=1)
     fit(trainer, evaluate=True)
     assert trainer.engine.steps == 2 and not trainer.stopped_early
+
+
+def test_what_is_found_in_a_step_is_a_message_as_all_others(made, capfd):
+    trainer, _ = made()
+    trainer.diagnose = lambda step: ["warning: a finding"] if step.num_terms == 2 else []
+    fit(trainer)
+    out, err = capfd.readouterr()
+    assert err.splitlines().count("coati: warning: a finding") == 1
+    assert "a finding" not in out

@@ -14,7 +14,15 @@ from itertools import groupby
 from operator import itemgetter
 
 from coati.dataset.chat.document_ends import start_of_document
-from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of, with_texts
+from coati.dataset.chat.message_forms import (
+    Message,
+    Messages,
+    Tools,
+    texts_of,
+    with_texts,
+    with_written_texts,
+    written_texts,
+)
 from coati.dataset.chat.word_cache import Span, Words
 from coati.dataset.rows.row_errors import RowError
 from coati.utils.logging import get_logger
@@ -58,8 +66,8 @@ class ChatEncoder:
         self, messages: Messages, tools: Tools | None = None
     ) -> tuple[Messages, Tools | None, str | None]:
         """The messages and tools with each marker in their texts replaced by ``<key>index<key>``,
-        and the key (None: no marker)."""
-        texts = list(texts_of([[_without_role(message) for message in messages], tools]))
+        and the key (None: no marker). The tags of thoughts stay what they are."""
+        texts = list(texts_of([[written_texts(message) for message in messages], tools]))
         if not any(map(self._pattern.search, texts)):
             return messages, tools, None
         together = "".join(texts)
@@ -69,10 +77,7 @@ class ChatEncoder:
             return self.hidden(text, key)
 
         return (
-            [
-                {"role": message["role"], **with_texts(_without_role(message), hidden)}
-                for message in messages
-            ],
+            [with_written_texts(message, hidden) for message in messages],
             with_texts(tools, hidden),
             key,
         )
@@ -405,10 +410,6 @@ class ChatEncoder:
             min(len(part), len(ids)),
         )
         return same, int(same < len(part))
-
-
-def _without_role(message: Message) -> Message:
-    return {name: value for name, value in message.items() if name != "role"}
 
 
 def _without_prepend(normalizer: dict | None) -> dict | None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # One of these stands in a message where its place in the text is looked for.
 MARKS = range(0x10FFFD, 0x100000, -1)
+# What a thought, blank or not, makes a message have.
+THINKING = frozenset(("reasoning_content", "thought_marks"))
 # What is counted of rows, by names that the report knows.
 DROPPED = "thoughts dropped by the template"
 ADDED = "thoughts added to the template's text"
@@ -80,14 +82,15 @@ class Dialogue:
         option = self.template.options.thoughts
         if option not in ("drop", "last"):
             return messages
-        thinking = [k for k, message in enumerate(messages) if "reasoning_content" in message]
+        thinking = [k for k, message in enumerate(messages) if not THINKING.isdisjoint(message)]
         last = max((k for k, one in enumerate(messages) if one["role"] == "assistant"), default=-1)
         left_out = {k for k in thinking if option == "drop" or k != last}
         if not left_out:
             return messages
-        self.notes.add(LEFT_OUT)
+        if any("reasoning_content" in messages[k] for k in left_out):
+            self.notes.add(LEFT_OUT)
         return [
-            _without(message, "reasoning_content") if k in left_out else message
+            _without(message, *THINKING) if k in left_out else message
             for k, message in enumerate(messages)
         ]
 
@@ -206,7 +209,7 @@ class Dialogue:
         abilities = template.abilities
         turn = self.messages[k]
         plain = {
-            **_without(turn, "reasoning_content"),
+            **_without(turn, *THINKING),
             "content": self.mark + turn["content"].lstrip("\n"),
         }
         forms = abilities.forms
@@ -230,6 +233,11 @@ class Dialogue:
         turn = self.messages[k]
         closing = self.template.abilities.forms.tags[1]
         return "reasoning_content" not in turn and closing not in turn["content"]
+
+    def _blank_thought(self, k: int) -> str:
+        """The thought of turn ``k``, where that is blank; "" where it is not, or there is none."""
+        turn = self.messages[k]
+        return "" if "reasoning_content" in turn else "".join(turn.get("thought_marks", ()))
 
     def _after_empty_thought(self, text: str, start: int, k: int) -> int:
         """``start``, or the place behind the empty thought that the template writes there."""
@@ -256,16 +264,19 @@ class Dialogue:
                 start = len(prefix)
                 empty = template.abilities.empty
                 return self._after_empty_thought(text, start, k) if empty else start
-            if not at_content and (self.plain or self.thought(k) is None):
+            blank = self._blank_thought(k)
+            if not at_content and (self.plain or self.thought(k) is None) and not blank:
                 raise _rewritten(k)
             if not self.plain and (start := self._start_of_thought(text, k)) is not None:
                 return start
-            if not at_content:
+            if not at_content and not blank:
                 raise _rewritten(k)
         prefix = self._before_content(k)
         if not text.startswith(prefix):
             raise _rewritten(k)
-        empty = template.abilities.empty
+        empty = self._blank_thought(k)
+        if not (empty and prefix.endswith(empty)):
+            empty = template.abilities.empty
         if empty and prefix.endswith(empty) and self._is_bare(k):
             self.notes.add(EMPTY)
             if template.options.empty_thoughts == "supervise":
@@ -275,6 +286,9 @@ class Dialogue:
     def _before_content(self, k: int) -> str:
         """The text before the content of turn ``k``."""
         turn = {**self.given[k], "content": self.mark}
+        if self._blank_thought(k):
+            marked = {**self.messages[k], "content": self.mark}
+            turn = self.template.abilities.forms.spelled([*self.messages[:k], marked])[-1]
         return self._finished([*self.given[:k], turn]).partition(self.mark)[0]
 
     def _start_of_thought(self, text: str, k: int) -> int | None:
@@ -423,5 +437,5 @@ def _unended(k: int, marker: str) -> RowError:
     return RowError("no_end_marker", f"{marker!r} does not follow assistant turn {k}")
 
 
-def _without(message: Message, name: str) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if key != name}
+def _without(message: Message, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key not in names}

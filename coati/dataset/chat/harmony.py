@@ -28,6 +28,7 @@ class HarmonyReader:
         self.first_call_end: int | None = None  # characters up to it
         self._header = prompt.rpartition(START)[2] if START in prompt else ""
         self._in_body = MESSAGE in self._header
+        self.marks: list[str] | None = None
         self._text = ""
         self._taken = 0
         self._bodies = int(self._in_body)

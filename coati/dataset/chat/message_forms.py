@@ -23,6 +23,7 @@ THOUGHT_TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("◁think▷", "◁/think▷"),
 )
+_TAGS = re.compile("(" + "|".join(re.escape(tag) for pair in THOUGHT_TAGS for tag in pair) + ")")
 # Fields of a message that some template reads a thought from, and the two other ways: a part of the
 # content, and a text before it.
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -39,6 +40,9 @@ class MessageForms:
     Attributes:
         thought: one of THOUGHT_FIELDS, PARTS or TEXT.
         tags: of thoughts, as the template names them.
+        reads_text: a text before the content, in these tags, is written as a thought is, white
+            space aside: what has such a text is given to the template as it stands.
+        opened: what the generation prompt opens a thought with, "" where it opens none.
         arguments_as_text: calls with arguments as JSON text instead of objects.
         null_content: no content at all beside calls, instead of an empty text.
         call_ids: "" as the messages have them, "any" always some, "nine" always nine letters,
@@ -49,6 +53,8 @@ class MessageForms:
 
     thought: str = THOUGHT_FIELDS[0]
     tags: tuple[str, str] = THOUGHT_TAGS[0]
+    reads_text: bool = False
+    opened: str = ""
     arguments_as_text: bool = False
     null_content: bool = False
     call_ids: str = ""
@@ -57,8 +63,8 @@ class MessageForms:
     tools_name: str = "tools"
 
     def spelled(self, messages: Messages) -> Messages:
-        """``messages`` of {role, content, reasoning_content, tool_calls, name, tool_call_id} in the
-        template's form, without what is no template's (weights)."""
+        """``messages`` of {role, content, reasoning_content, thought_marks, tool_calls, name,
+        tool_call_id} in the template's form, without what is no template's (weights)."""
         calls = _Calls(self)
         return [
             message
@@ -72,13 +78,25 @@ class MessageForms:
         if message["role"] == "tool":
             return calls.result(spelled, message)
         thought = message.get("reasoning_content")
-        if thought is not None:
+        marks = message.get("thought_marks")
+        if marks and self._is_as_written(marks):
+            before, behind = marks
+            opened = "" if self.tags[0] in before else self.opened
+            spelled["content"] = f"{opened}{before}{thought or ''}{behind}{spelled['content']}"
+        elif thought is not None:
             self._add_thought(spelled, thought)
         if given := message.get("tool_calls"):
             spelled["tool_calls"] = list(calls.made(given))
             if self.null_content and not spelled["content"]:
                 spelled["content"] = None
         return spelled
+
+    def _is_as_written(self, marks: list[str]) -> bool:
+        """Whether the template writes a text with these ``marks`` as it stands, or reads it."""
+        closing = marks[1].strip()
+        # A thought that was broken off has no end by which a template could tell it.
+        known = closing == self.tags[1] or (not closing and self.thought == TEXT)
+        return self.reads_text and known
 
     def _add_thought(self, spelled: Message, thought: str) -> None:
         content = spelled["content"]
@@ -152,6 +170,27 @@ def texts_of(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from texts_of(inner)
+
+
+def written_texts(message: Message) -> Message:
+    """What of ``message`` somebody wrote: neither its role nor the tags of its thought."""
+    texts = {name: value for name, value in message.items() if name != "role"}
+    if "thought_marks" in texts:
+        texts["thought_marks"] = [_TAGS.sub("", mark) for mark in texts["thought_marks"]]
+    return texts
+
+
+def with_written_texts(message: Message, change: Any) -> Message:
+    """A copy of ``message`` with ``change`` of each of its :func:`written_texts`."""
+
+    def around_tags(mark: str) -> str:
+        pieces = enumerate(_TAGS.split(mark))
+        return "".join(piece if number % 2 else change(piece) for number, piece in pieces)
+
+    texts = written_texts(message)
+    marks = {"thought_marks": list(map(around_tags, message.get("thought_marks", ())))}
+    changed = with_texts({k: v for k, v in texts.items() if k not in marks}, change)
+    return {"role": message["role"], **changed, **(marks if texts.keys() & marks else {})}
 
 
 def with_texts(value: Any, change: Any) -> Any:

@@ -34,11 +34,13 @@ def joined(parts: Iterable[Part]) -> list[Part]:
 
 @dataclass
 class Reply:
-    """A whole response."""
+    """A whole response. ``marks``: what its text has before the thought and between that and the
+    content, None where they are unknown or there is no thought."""
 
     content: str = ""
     thought: str = ""
     calls: list[Call] = field(default_factory=list)
+    marks: list[str] | None = None
 
     def add(self, parts: Sequence[Part]) -> "Reply":
         """With ``parts`` behind it."""
@@ -56,6 +58,8 @@ class Reply:
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.thought:
             message["reasoning_content"] = self.thought
+        if self.marks is not None:
+            message["thought_marks"] = self.marks
         if self.calls:
             message["tool_calls"] = [
                 {

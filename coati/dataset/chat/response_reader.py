@@ -27,9 +27,12 @@ _CLOSERS = frozenset("}])>")
 
 
 class Reader(Protocol):
-    """``first_call_end``: characters up to the end of the first call, None before it."""
+    """``first_call_end``: characters up to the end of the first call, None before it. ``marks``:
+    what was written before a thought and between it and the content, None where there was no
+    thought among texts."""
 
     first_call_end: int | None
+    marks: list[str] | None
 
     def push(self, piece: str, final: bool = False) -> list[Part]:
         """The parts that are certain after ``piece``; ``final``: nothing comes after it."""
@@ -76,7 +79,10 @@ class ResponseFormat:
 
     def read(self, text: str, prompt: str = "", tools: Sequence[Mapping[str, Any]] = ()) -> Reply:
         """A whole response."""
-        return Reply().add(self.reader(prompt, tools).push(text, final=True))
+        reader = self.reader(prompt, tools)
+        reply = Reply().add(reader.push(text, final=True))
+        reply.marks = reader.marks
+        return reply
 
 
 class TaggedReader:
@@ -95,6 +101,7 @@ class TaggedReader:
         self.calls = calls
         self.types = types
         self.first_call_end: int | None = None
+        self.marks: list[str] | None = ["", ""] if opened else None
         self._text = ""
         self._taken = 0
         self._state: Callable[[bool], Reading] = self._start
@@ -123,12 +130,18 @@ class TaggedReader:
         self._taken += size
         return taken
 
+    def _mark(self, place: int, size: int) -> None:
+        """Take what stands before or behind the thought."""
+        taken = self._take(size)
+        if self.marks is not None:
+            self.marks[place] += taken
+
     def _start(self, final: bool) -> Reading:
         yield from ()
         opening = self.tags[0]
         begin = skip_space(self._text, 0)
         if self._text.startswith(opening, begin):
-            self._take(begin + len(opening))
+            self.marks = [self._take(begin + len(opening)), ""]
             self._lead = True
             self._state = self._in_thought
             return True
@@ -140,9 +153,9 @@ class TaggedReader:
     def _in_thought(self, final: bool) -> Reading:
         opening, closing = self.tags
         if self._lead:
-            self._take(skip_space(self._text, 0))
+            self._mark(0, skip_space(self._text, 0))
             if self._text.startswith(opening):  # behind a prompt that has opened the thought
-                self._take(len(opening))
+                self._mark(0, len(opening))
                 return True
             if not self._text or (not final and opening.startswith(self._text)):
                 return False
@@ -152,15 +165,20 @@ class TaggedReader:
             size = len(self._text.rstrip()) if final else held_back(self._text, 0, [closing])
             yield Part(THOUGHT, self._take(size))
             return False
-        yield Part(THOUGHT, self._take(end).rstrip())
-        self._take(len(closing))
+        said = len(self._text[:end].rstrip())
+        yield Part(THOUGHT, self._take(said))
+        self._mark(1, end - said + len(closing))
         self._lead = True
         self._state = self._content
         return True
 
     def _content(self, final: bool) -> Reading:
         if self._lead:
-            self._take(skip_space(self._text, 0))
+            space = skip_space(self._text, 0)
+            if self.first_call_end is None:
+                self._mark(1, space)
+            else:
+                self._take(space)
             if not self._text:
                 return False
             self._lead = False

@@ -58,7 +58,6 @@ class Abilities:
         forms: the form in which it reads thoughts and calls.
         thoughts: of which responses of a dialogue it writes the thoughts: ``all``, ``last`` (those
             after the last question), or ``none``.
-        opened: what its generation prompt opens a thought with, "" where it opens none.
         empty: what it writes between the generation prompt, or where a response begins, and a
             response without a thought, if an empty thought is in it; else "".
         tools, calls, results: whether it writes the schemas, the calls, and their results.
@@ -69,7 +68,6 @@ class Abilities:
 
     forms: MessageForms = MessageForms()
     thoughts: str = NONE
-    opened: str = ""
     empty: str = ""
     tools: bool = False
     calls: bool = False
@@ -77,6 +75,11 @@ class Abilities:
     call_end: str | None = None
     call_end_added: bool = False
     speaks_and_calls: bool = True
+
+    @property
+    def opened(self) -> str:
+        """What its generation prompt opens a thought with, "" where it opens none."""
+        return self.forms.opened
 
     @property
     def lacking(self) -> str:
@@ -110,11 +113,10 @@ class AbilityProbe:
 
     def abilities(self) -> Abilities:
         forms = self._tool_forms()
-        thoughts, forms = self._thoughts(forms)
+        thoughts, forms = self._thoughts(replace(forms, opened=self._opened()))
         found = Abilities(
             forms=forms,
             thoughts=thoughts,
-            opened=self._opened(),
             empty=self._empty(),
             tools=forms.tools_name != "",
         )
@@ -139,8 +141,13 @@ class AbilityProbe:
             if THOUGHT in text and ANSWER in text and "'thinking'" not in text:
                 dialogue = [QUESTION, _answer(THOUGHT), QUESTION, _answer("")]
                 kept = THOUGHT in self.text(tried.spelled(dialogue))
-                return (ALL if kept else LAST), tried
+                return (ALL if kept else LAST), replace(tried, reads_text=self._reads_text(tried))
         return NONE, replace(forms, tags=tags)
+
+    def _reads_text(self, forms: MessageForms) -> bool:
+        said = [QUESTION, _answer(THOUGHT)]
+        texts = (self.text(each.spelled(said)) for each in (forms, replace(forms, thought=TEXT)))
+        return len({"".join(text.split()) for text in texts}) == 1
 
     def _opened(self) -> str:
         """The end of the generation prompt, from the tag on that opens a thought."""

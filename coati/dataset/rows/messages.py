@@ -3,9 +3,10 @@ and weights, and the order of turns.
 
 Everything here takes decoded JSON and gives messages of {role, content} with the roles system,
 user, assistant, tool, or raises RowError naming the message that is wrong. Nothing is changed in
-place. A message may further hold ``reasoning_content`` (str), ``tool_calls`` (OpenAI's, arguments
-as objects), ``name`` and ``tool_call_id`` (of a result), ``weight`` (0 to 1) and ``spans``
-([first, end, weight] in characters of the content).
+place. A message may further hold ``reasoning_content`` (str), ``thought_marks`` (what stood before
+and behind a thought that was a text before the content), ``tool_calls`` (OpenAI's, arguments as
+objects), ``name`` and ``tool_call_id`` (of a result), ``weight`` (0 to 1) and ``spans`` ([first,
+end, weight] in characters of the content).
 """
 
 import json
@@ -21,7 +22,13 @@ from coati.dataset.rows.embedded_text import (
     messages_of,
 )
 from coati.dataset.rows.row_errors import CALL_ROLES, ROW_ROLES, RowError
-from coati.dataset.rows.thoughts import CLOSE, field_thought, one_thought, split_thought
+from coati.dataset.rows.thoughts import (
+    CLOSE,
+    field_thought,
+    given_marks,
+    one_thought,
+    split_thought,
+)
 from coati.dataset.rows.tool_calls import Call, calls_of, result_text, spoken_calls
 from coati.dataset.rows.turn_weights import moved, spans_of, weight_of
 
@@ -198,10 +205,14 @@ def _result(fields: Fields, parts: Parts) -> Message:
 
 
 def _response(fields: Fields, parts: Parts, role: str, where: str) -> Message:
-    thought, content = split_thought(parts.text)
+    spoken_thought, marks, content = split_thought(parts.text)
     spans = moved(spans_of(fields, parts.text, where), len(parts.text) - len(content), where)
-    thought = one_thought(field_thought(fields, where), thought, where)
+    thought = one_thought(field_thought(fields, where), spoken_thought, where)
     thought = one_thought(parts.thought, thought, where)
+    if spoken_thought:
+        thought = spoken_thought  # the same, but for white space
+    elif thought.strip() or not marks:
+        marks = given_marks(fields)
     calls = list(parts.calls)
     if role in CALL_ROLES and content.strip():
         calls += calls_of(content, fields.use, f"{fields.path}content.", where)
@@ -216,6 +227,8 @@ def _response(fields: Fields, parts: Parts, role: str, where: str) -> Message:
     made: Message = {"role": "assistant", "content": content}
     if thought.strip():
         made["reasoning_content"] = thought
+    if marks:
+        made["thought_marks"] = marks
     if calls:
         made["tool_calls"] = calls
     if spans:
@@ -242,12 +255,16 @@ def _joined_calls(messages: Messages) -> Messages:
         last = joined[-1] if joined else None
         follows = last is not None and last["role"] == one["role"] == "assistant"
         if follows and "tool_calls" in one and not one["content"] and "spans" not in last:
-            if last.get("weight") == one.get("weight") and "reasoning_content" not in one:
+            if last.get("weight") == one.get("weight") and not _thinks(one):
                 calls = [*last.get("tool_calls", []), *one["tool_calls"]]
                 joined[-1] = {**last, "tool_calls": calls}
                 continue
         joined.append(one)
     return joined
+
+
+def _thinks(one: Message) -> bool:
+    return "reasoning_content" in one or "thought_marks" in one
 
 
 def text(value: Any, where: str) -> str:

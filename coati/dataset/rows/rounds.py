@@ -217,7 +217,10 @@ def _with_thought(row: Fields, messages: Messages) -> Messages:
     if last["role"] != "assistant" or "reasoning_content" in last:
         return messages
     thought = _thought(row)
-    return [*messages[:-1], {**last, "reasoning_content": thought}] if thought else messages
+    if not thought:
+        return messages
+    last = {key: value for key, value in last.items() if key != "thought_marks"}
+    return [*messages[:-1], {**last, "reasoning_content": thought}]
 
 
 def judged_round(row: Fields) -> SourceRow:

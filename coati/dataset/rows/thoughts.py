@@ -11,20 +11,29 @@ OPEN = "<think>"
 CLOSE = "</think>"
 
 
-def split_thought(content: str) -> tuple[str, str]:
-    """``(thought, answer)`` of a content that begins with ``<think>...</think>``, or with a thought
-    whose opening tag the generation prompt wrote; the thought is empty where there is none."""
-    before, close, answer = content.partition(CLOSE)
+def split_thought(content: str) -> tuple[str, list[str], str]:
+    """``(thought, marks, answer)`` of a content that begins with ``<think>...</think>``, or with a
+    thought whose opening tag the generation prompt wrote: ``marks`` are what stands before the
+    thought and between it and the answer, so that ``marks[0] + thought + marks[1] + answer`` is
+    the content. Without a thought ``("", [], content)``; of a blank one all is in the marks."""
+    before, close, rest = content.partition(CLOSE)
     if not close:
-        return "", content
-    start = before.lstrip()
-    if start.startswith(OPEN):
-        return start[len(OPEN) :].strip("\n"), answer.lstrip("\n")
-    # Without the opening tag only one on a line of its own closes a thought: others are spoken of.
-    alone = before.endswith("\n") and (not answer or answer.startswith("\n"))
-    if alone and OPEN not in before:
-        return before.strip("\n"), answer.lstrip("\n")
-    return "", content
+        return "", [], content
+    inner = before.lstrip()
+    if inner.startswith(OPEN):
+        inner = inner[len(OPEN) :]
+    else:
+        # Without the opening tag only one on a line of its own closes a thought: others are spoken
+        # of.
+        alone = before.endswith("\n") and (not rest or rest.startswith("\n"))
+        if not alone or OPEN in before:
+            return "", [], content
+        inner = before
+    answer = rest.lstrip("\n")
+    thought = inner.strip("\n") if inner.strip() else ""
+    first = len(before) - len(inner.lstrip("\n")) if thought else len(before)
+    between = content[first + len(thought) : len(content) - len(answer)]
+    return thought, [before[:first], between], answer
 
 
 def field_thought(fields: Fields, where: str) -> str:
@@ -60,6 +69,15 @@ def _part(part: Any, where: str) -> str:
             if isinstance(part.get(key), str) and set(part) <= {key, "type"}:
                 return part[key]
     raise RowError("content_not_text", f"{where} holds {type(part).__name__} without plain text")
+
+
+def given_marks(fields: Fields) -> list[str]:
+    """What a model wrote before and behind the thought of the field, as ``coati chat`` writes it
+    down; empty where the file has nothing of the kind."""
+    found = fields.peek("thought_marks")
+    if isinstance(found, list) and list(map(type, found)) == [str, str]:
+        return fields["thought_marks"]
+    return []
 
 
 def one_thought(field: str, spoken: str, where: str) -> str:

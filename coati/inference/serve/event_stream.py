@@ -127,6 +127,7 @@ class ChatShape(Shape):
             message=protocol.ResponseMessage(
                 content=None if calls and not reply.content else reply.content,
                 reasoning_content=reply.thought or None,
+                thought_marks=read.reader.marks,
                 tool_calls=calls,
             ),
             finish_reason=read.finish(response.finish),
@@ -148,7 +149,10 @@ class ChatShape(Shape):
             made[0]["logprobs"] = protocol.chat_logprobs(chunk.logprobs).model_dump()
         if first:
             made.insert(0, choice({"role": "assistant", "content": ""}))
-        return [*made, choice({}, read.finish(chunk.finish))] if chunk.finish else made
+        if not chunk.finish:
+            return made
+        last = {} if read.reader.marks is None else {"thought_marks": read.reader.marks}
+        return [*made, choice(last, read.finish(chunk.finish))]
 
 
 class _ReadResponse:

@@ -34,15 +34,17 @@ MOST_CHOICES = 16
 DEFAULT_NEW_TOKENS = 512  # where neither the request nor the server says how many
 
 
-def _no_boolean(value: Any) -> Any:
+def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {json.dumps(value)}")
+    if isinstance(value, str):
+        raise ValueError("must be a number, not a string")
     return value
 
 
-# Pydantic takes true for 1.
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean)]
+# Pydantic takes true for 1, and "5" for 5.
+Whole = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
 
 
 class ErrorDetail(BaseModel):
@@ -58,20 +60,22 @@ class ErrorBody(BaseModel):
 
 class Message(BaseModel):
     """``content``: a text or text parts; null where an assistant said nothing.
-    ``reasoning_content``, ``tool_calls``: of the assistant; ``tool_call_id``: of the call whose
-    result a message of the role tool is."""
+    ``reasoning_content``, ``thought_marks`` (see :class:`ResponseMessage`), ``tool_calls``: of the
+    assistant; ``tool_call_id``: of the call whose result a message of the role tool is."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | list[dict[str, Any]] | None = None
     reasoning_content: Text | None = None
+    thought_marks: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None
     tool_calls: list[CallFields] | None = None
     tool_call_id: Text | None = None
 
     def plain(self, place: str) -> dict[str, Any]:
-        """As a conversation template takes it: {role, content}, and reasoning_content, tool_calls,
-        tool_call_id where they are. Raises Refused for what is no text or has no place there."""
+        """As a conversation template takes it: {role, content}, and reasoning_content,
+        thought_marks, tool_calls, tool_call_id where they are. Raises Refused for what is no text
+        or has no place there."""
         if self.role == "function":
             raise Refused(
                 400,
@@ -88,8 +92,9 @@ class Message(BaseModel):
 
     def _own_fields(self, place: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        of_role = {"tool": ("tool_call_id",), "assistant": ("reasoning_content", "tool_calls")}
-        for name in ("reasoning_content", "tool_calls", "tool_call_id"):
+        assistants = ("reasoning_content", "thought_marks", "tool_calls")
+        of_role = {"tool": ("tool_call_id",), "assistant": assistants}
+        for name in (*assistants, "tool_call_id"):
             value = getattr(self, name)
             if not value:
                 continue
@@ -336,11 +341,14 @@ class Usage(BaseModel):
 
 
 class ResponseMessage(BaseModel):
-    """``content`` is null beside calls without a text."""
+    """``content`` is null beside calls without a text. ``thought_marks``: what the model wrote
+    before the thought and between it and the content; a client that sends the message back with it
+    has the next prompt hold what the model wrote, to the letter."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning_content: str | None = None
+    thought_marks: list[str] | None = None
     tool_calls: list[CallOut] | None = None
 
 

@@ -127,6 +127,7 @@ def _said(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
     for message in messages:
         yield message["content"]
         yield message.get("reasoning_content", "")
+        yield from message.get("thought_marks", ())
         for call in message.get("tool_calls", ()):
             yield from texts_of([call["function"]["name"], call["function"]["arguments"]])
 

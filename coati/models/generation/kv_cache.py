@@ -35,7 +35,7 @@ class RowCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ):
         """Append (rows, heads, n, D) new keys and values; returns views of all that the layer
-        holds."""
+        holds, or of as many columns as the layer cuts its mask to."""
         # Gemini's tensors do not follow in-place operations.
         states = [new.as_subclass(Tensor) for new in (key_states, value_states)]
         if self._places is not None:
@@ -45,7 +45,9 @@ class RowCache(DynamicCache):
             self.end += count
         for buffer, new in zip(self._buffers(layer_idx, states, self.end), states, strict=True):
             buffer[: self.rows, :, self.end - count : self.end] = new
-        return self[layer_idx]
+        shown = self[layer_idx]
+        window = _window_of_mask(*args, **kwargs)
+        return shown if window is None else tuple(s[:, :, -max(count, window) :] for s in shown)
 
     @contextmanager
     def filled_without_padding(self, mask: Tensor) -> Iterator[None]:
@@ -131,6 +133,12 @@ class RowCache(DynamicCache):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+def _window_of_mask(cache_kwargs: Any = None, **_: Any) -> int | None:
+    """The last columns of its mask that a layer with a sliding window keeps: Gemma 2, Gemma 3 and
+    Cohere 2 of transformers 4 cut it to what a HybridCache would hold, and say so here."""
+    return cache_kwargs.get("sliding_window") if isinstance(cache_kwargs, dict) else None
 
 
 class LayerCache(DynamicCache):

@@ -10,7 +10,10 @@ from coati.trainer.monitor.sample_table import SampleRow, distinct_2, sample_row
 from coati.trainer.progress import ProgressBar
 from coati.trainer.run_log import RunLog
 from coati.utils.distributed import all_gather_object
+from coati.utils.logging import get_logger
 from coati.utils.meter import to_floats
+
+logger = get_logger(__name__)
 
 SAMPLES = 3  # rows of a sample table
 SHOWN = {  # on the progress bar
@@ -95,7 +98,7 @@ class RLReporter:
         self.log.tracker.log({f"train/{name}": value for name, value in metrics.items()}, episode)
         bar.step(**{name: metrics[key] for name, key in SHOWN.items()})
         for line in [] if self.checks is None else self.checks.check(metrics, episode):
-            bar.write(line)
+            logger.info(line)  # no warning to the logger: the record takes it with its episode
             self.log.record.note(line, episode)
 
     def show_samples(self, batch: RolloutBatch, episode: int, bar: ProgressBar) -> None:

@@ -117,7 +117,9 @@ def in_pieces(reader, text, sizes):
     for size in sizes:
         reply.add(reader.push(text[place : place + size]))
         place += size
-    return reply.add(reader.push(text[place:], final=True))
+    reply.add(reader.push(text[place:], final=True))
+    reply.marks = reader.marks
+    return reply
 
 
 def read_back(name, data, thought, content, made):

@@ -68,6 +68,8 @@ RIVER = {"messages": talk("Name a river."), "chosen": [answer("The Rhine.")]} | 
 SUM = {"messages": talk("1 + 2 = ?"), "chosen": [answer("3")], "rejected": [answer("4")]}
 BRIEF_SUM = SUM | {"messages": talk("1 + 2 = ?", system="Be brief.")}
 THOUGHT_ROW = {"messages": [*talk("3 * 4 = ?"), answer("12", reasoning_content=THOUGHT)]}
+AS_TEXT = {"thought_marks": ["<think>\n", "\n</think>\n\n"]}
+SPOKEN_ROW = {"messages": [*talk("3 * 4 = ?"), answer("12", reasoning_content=THOUGHT, **AS_TEXT)]}
 TREE_REST = {"prompt.replies[] turned down by reviewers", "message_tree_id", "tree_state"} | {
     f"prompt.replies[].{name}" for name in ("lang", "message_id", "parent_id")
 }
@@ -117,7 +119,7 @@ EXPECTED: dict[str, list[dict]] = {
         {
             "messages": [
                 *talk("2 + 5 = ?", system="detailed thinking on"),
-                answer("7", reasoning_content="Two and five are seven."),
+                answer("7", reasoning_content="Two and five are seven.", **AS_TEXT),
             ],
             "category": "math",
             "unused": {"reasoning"},
@@ -128,7 +130,7 @@ EXPECTED: dict[str, list[dict]] = {
             "unused": {"reasoning"},
         },
     ],
-    "sft_thoughts": [THOUGHT_ROW] * 6,
+    "sft_thoughts": [*[THOUGHT_ROW] * 4, SPOKEN_ROW, THOUGHT_ROW],
     "sft_tools_openai": [
         {"messages": round_of_calls(system="Be brief.", id="call_1"), "tools": TOOLS},
         {"messages": round_of_calls(name="get_weather"), "tools": TOOLS},

@@ -99,6 +99,7 @@ def test_what_a_solution_ends_with(solution, truth):
 
 
 def test_thoughts_reach_the_row_in_one_form():
+    """Of a text the message also has what stood around the thought."""
     expected = talk("3*4?") + answer("12", reasoning_content="Three fours are twelve.")
     for said in (
         {"content": "12", "reasoning_content": "Three fours are twelve."},
@@ -119,16 +120,36 @@ def test_thoughts_reach_the_row_in_one_form():
     ):
         row = {"messages": [*talk("3*4?"), {"role": "assistant", **said}]}
         found = read_row("sft", row)
+        before, behind = found.messages[-1].pop("thought_marks", ["", ""])
         assert (found.messages, found.unused) == (expected, {})
+        if "</think>" in said["content"]:
+            assert before + "Three fours are twelve." + behind + "12" == said["content"]
 
 
 @pytest.mark.parametrize(
     "content",
-    ["<think>\n\n</think>\n\n12", "<think></think>12"],
+    ["<think>\n\n</think>\n\n12", "<think></think>12", "\n<think> </think>\n12"],
 )
-def test_an_empty_thought_is_none(content):
+def test_an_empty_thought_is_none_but_its_text_is_known(content):
     found = read_row("sft", {"messages": [*talk("3*4?"), *answer(content)]})
-    assert found.messages == talk("3*4?", "12")
+    marks = found.messages[-1].pop("thought_marks")
+    assert found.messages == talk("3*4?", "12") and "".join(marks) + "12" == content
+
+
+def test_a_thought_in_a_field_and_as_blank_text():
+    """The text has no place for the thought."""
+    said = answer("<think>\n</think>\n12", reasoning_content="Three fours are twelve.")
+    found = read_row("sft", {"messages": [*talk("3*4?"), *said]})
+    expected = answer("12", reasoning_content="Three fours are twelve.")
+    assert found.messages == talk("3*4?") + expected
+
+
+@pytest.mark.parametrize("marks", [["<think>"], ["<think>", None], "<think>", {"a": 1}])
+def test_marks_that_are_none_are_an_unread_field(marks):
+    said = answer("12", reasoning_content="x", thought_marks=marks)
+    found = read_row("sft", {"messages": [*talk("3*4?"), *said]})
+    assert found.messages == talk("3*4?") + answer("12", reasoning_content="x")
+    assert any("thought_marks" in name for name in found.unused)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +354,8 @@ def test_calls_and_thoughts_in_pairs_prompts_and_judged_rows():
     pair = {"prompt": talk("?"), "chosen": [call], "rejected": "<think>\nx\n</think>\n\nNo."}
     found = read_row("preference", {**pair, "tools": [{"name": "f"}]})
     assert found.chosen == answer("", tool_calls=[said])
-    assert found.rejected == answer("No.", reasoning_content="x")
+    marks = ["<think>\n", "\n</think>\n\n"]
+    assert found.rejected == answer("No.", reasoning_content="x", thought_marks=marks)
     assert found.tools == [{"type": "function", "function": {"name": "f"}}]
     found = read_row("kto", {"messages": [*talk("?"), call], "label": False})
     assert (found.completion, found.response) == ("", answer("", tool_calls=[said])[0])

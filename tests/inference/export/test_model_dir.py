@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from coati.cli.export import parse_export, parse_merging
 from coati.inference.export.model_card import fingerprint, model_card
@@ -98,6 +98,27 @@ def test_an_export_that_transformers_answers_otherwise_is_not_left(tmp_path, mon
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_fault_of_transformers_own_cache_is_named_and_the_model_exported(
+    tmp_path, monkeypatch, capfd
+):
+    """Sliding caches of transformers 4.51 lose a token: what is generated without a cache
+    decides."""
+    write(tmp_path / "model")
+    whole = GenerationMixin.generate
+    asked = []
+
+    def losing(self, prompt, use_cache=True, **options):
+        asked.append(use_cache)
+        made = whole(self, prompt, use_cache=use_cache, **options)
+        return torch.cat([made[:, :-1], made[:, -1:] ^ 1], 1) if use_cache else made
+
+    monkeypatch.setattr(GenerationMixin, "generate", losing)
+    found = export(tmp_path / "model", tmp_path / "out", lambda *_: "", max_new_tokens=4)
+    assert found.same == found.asked == 4 and asked == [True, False] * 4
+    said = capfd.readouterr().err
+    assert said.count("with its own key-value cache than without one") == 1
+
+
 def test_a_folder_is_whole_or_absent(tmp_path):
     with pytest.raises(OSError), fresh_folder(tmp_path / "new") as folder:
         (folder / "part").write_text("x")
@@ -129,7 +150,7 @@ def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = {name.replace("backbone.", "model."): tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"no use for \d+ weights .*score"):
+    with pytest.raises(ValueError, match=r"no use for \d+ weights .*score.*: coati score "):
         load(tmp_path, device="cpu")
 
 

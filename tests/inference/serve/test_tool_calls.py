@@ -148,6 +148,26 @@ def test_without_tools_a_call_is_text_and_a_thought_is_a_thought(qwen):
         assert "get_weather" not in qwen.model.prompts[-1]
 
 
+def test_what_was_written_can_be_sent_back_as_it_stood():
+    """To a template that writes contents as they stand: as the message that came, and as text."""
+    said = "<think>hm </think>\nyes"
+    more = {"role": "user", "content": "More."}
+    with parrot_server("qwen2_5") as server:
+        message = ask(server, said, tools=openai.omit).choices[0].message
+        chunks = ask(server, said, tools=openai.omit, stream=True)
+        marks = [getattr(chunk.choices[0].delta, "thought_marks", None) for chunk in chunks]
+        assert message.thought_marks == marks[-1] == ["<think>", " </think>\n"]
+        assert (message.reasoning_content, message.content) == ("hm", "yes")
+        for one in (message.model_dump(exclude_none=True), {"role": "assistant", "content": said}):
+            ask(server, "fine", messages=[*ASKED, one, more])
+            assert f"<|im_start|>assistant\n{said}<|im_end|>\n" in server.model.prompts[-1]
+        plain = ask(server, "fine").choices[0].message
+        assert plain.thought_marks is None
+        for wrong in (["<think>"], "<think>", [1, 2]):
+            with pytest.raises(openai.UnprocessableEntityError, match="thought_marks"):
+                ask(server, "fine", messages=[*ASKED, {**one, "thought_marks": wrong}, more])
+
+
 def test_a_tool_round(qwen):
     call = ask(qwen, HERMES).choices[0].message
     messages = [

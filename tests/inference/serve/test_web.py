@@ -217,6 +217,12 @@ def test_contents_in_parts_and_developers_are_understood(client):
         ({"max_tokens": 0}, 422, "must be at least 1; null or -1", "max_tokens"),
         ({"max_tokens": False}, 422, "must be a number, not false", "max_tokens"),
         ({"max_tokens": -2}, 422, "max_tokens: ", "max_tokens"),
+        *(
+            ({name: number}, 422, f"{name}: must be a number, not a string", name)
+            for name in ("max_tokens", "max_completion_tokens", "n", "seed", "top_k", "top_p")
+            for number in ("5", "0.5", "")
+        ),
+        ({"temperature": "0.5"}, 422, "temperature: must be a number, not a string", "temperature"),
         ({"min_p": 2}, 422, "min_p: ", "min_p"),
         ({"temperature": 3}, 422, "temperature: ", "temperature"),
         ({"top_p": 0}, 422, "top_p: ", "top_p"),

@@ -45,6 +45,7 @@ class MessageForms:
             "named" as Kimi's, ``functions.NAME:0``.
         result_role, result_name: of a tool's result; whether it must name its function.
         tools_name: the variable that holds the tools.
+        calls_alone: calls are dropped beside a text, so a thought that would be one is left out.
     """
 
     thought: str = THOUGHT_FIELDS[0]
@@ -55,6 +56,7 @@ class MessageForms:
     result_role: str = RESULT_ROLES[0]
     result_name: bool = False
     tools_name: str = "tools"
+    calls_alone: bool = False
 
     def spelled(self, messages: Messages) -> Messages:
         """``messages`` of {role, content, reasoning_content, tool_calls, name, tool_call_id} in the
@@ -72,7 +74,8 @@ class MessageForms:
         if message["role"] == "tool":
             return calls.result(spelled, message)
         thought = message.get("reasoning_content")
-        if thought is not None:
+        alone = self.calls_alone and self.thought == TEXT and bool(message.get("tool_calls"))
+        if thought is not None and not alone:
             self._add_thought(spelled, thought)
         if given := message.get("tool_calls"):
             spelled["tool_calls"] = list(calls.made(given))

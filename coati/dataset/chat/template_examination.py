@@ -85,6 +85,7 @@ def _complete_stop_ids(conversation: "Conversation", text: str, response: list[i
         )
         conversation.stop_ids = [ids for ids in conversation.stop_ids if ids not in outside]
     _add_stop_of_response(conversation, text, response)
+    _leave_out_call_marks(conversation)
     call_end = conversation.abilities.call_end
     if call_end is not None and call_end != conversation.end_of_assistant:
         stop = [conversation.tokenizer.convert_tokens_to_ids(call_end)]
@@ -92,6 +93,20 @@ def _complete_stop_ids(conversation: "Conversation", text: str, response: list[i
             conversation.stop_ids = [*conversation.stop_ids, stop]
             conversation.derived["stop_ids"] = conversation.stop_ids
             logger.info(f"conversation template: calls of tools end with {call_end!r}, a stop too")
+
+
+def _leave_out_call_marks(conversation: "Conversation") -> None:
+    """No stop may stand between two calls of one turn: nothing would come after the first."""
+    tokenizer = conversation.tokenizer
+    marks = [[tokenizer.convert_tokens_to_ids(m)] for m in conversation.abilities.call_marks]
+    wrong = [ids for ids in conversation.stop_ids if ids in marks]
+    if wrong:
+        logger.warning_once(
+            f"stop_ids {wrong} stand between two calls of one turn, where generation must go on, "
+            "and are left out"
+        )
+        conversation.stop_ids = [ids for ids in conversation.stop_ids if ids not in wrong]
+        conversation.derived["stop_ids"] = conversation.stop_ids
 
 
 def _add_stop_of_response(conversation: "Conversation", text: str, response: list[int]) -> None:

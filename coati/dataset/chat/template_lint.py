@@ -86,13 +86,13 @@ def check_template(
     )
     report.shown = f"{render_masked_probe(conversation, color)}\n{named}"
     report.warnings += _stop_warnings(conversation, fields["stop_ids"])
-    report.warnings += _thoughts(conversation.abilities)
+    report.warnings += _dropped(conversation.abilities)
     report.notes += _tools(conversation.abilities)
     return report
 
 
-def _thoughts(abilities: Abilities) -> Iterator[str]:
-    """What becomes of thoughts, where it is not what was given."""
+def _dropped(abilities: Abilities) -> Iterator[str]:
+    """What becomes of thoughts and calls, where it is not what was given."""
     if abilities.thoughts == NONE:
         yield (
             "a thought in an answer is not written at all: rows are trained without their "
@@ -112,6 +112,22 @@ def _thoughts(abilities: Abilities) -> Iterator[str]:
         yield (
             "a text beside a call of a tool is not written: such rows are trained on the call alone"
         )
+    yield from _dropped_calls(abilities)
+
+
+def _dropped_calls(abilities: Abilities) -> Iterator[str]:
+    """Rows with calls that are not prepared, because the template would drop some."""
+    if not abilities.calls:
+        return
+    counted = "rows that have them are dropped and counted"
+    if abilities.call_end is None:
+        yield f"no control token ends a call, so a model could not learn to stop: {counted}"
+    if not abilities.calls_beside_text:
+        yield f"calls of tools beside a text are not written: {counted}"
+    if not abilities.parallel_calls:
+        yield f"of several calls in one turn not all are written: {counted}"
+    elif not abilities.parallel_results:
+        yield f"of the results of several calls not all are written: {counted}"
 
 
 def _tools(abilities: Abilities) -> Iterator[str]:

@@ -424,3 +424,13 @@ class TemplateProbe:
                 f"there is no generation prompt: {self.header.strip()!r}, which precedes "
                 "responses, is added"
             )
+
+
+def abilities_of(tokenizer: Any, chat_template: str) -> Abilities:
+    """What the template does with thoughts and tools; nothing where it refuses a dialogue."""
+    probe = TemplateProbe(tokenizer, chat_template, None, None, "per_turn")
+    try:
+        next(probe.findings(), None)
+        return probe.abilities if probe.text else Abilities()
+    except (jinja2.TemplateError, ValueError):
+        return Abilities()

@@ -279,6 +279,30 @@ def test_the_forms_of_the_families(name):
         assert "Oslo" in prompt.partition("12 degrees")[0] and "12 degrees" in prompt
 
 
+def test_calls_go_on_behind_the_first():
+    """In a template whose calls end with a token of their own, which ends no turn."""
+    with parrot_server("gemma_4") as server:
+        calls = [
+            f'<|tool_call>call:get_weather{{"city": "{city}"}}<tool_call|>'
+            for city in ("Oslo", "Rome")
+        ]
+        found = [("get_weather", {"city": city}) for city in ("Oslo", "Rome")]
+        assert whole(server, "".join(calls)) == (None, None, found, "tool_calls")
+        # What the turn ends with is a stop: nothing behind it is generated.
+        ended = "".join(calls) + "<|tool_response>response:"
+        assert whole(server, ended) == (None, None, found, "tool_calls")
+        assert whole(server, calls[0], parallel_tool_calls=False)[2] == found[:1]
+
+
+def test_calls_that_the_template_would_drop_from_the_history_are_refused():
+    with parrot_server("gpt_oss") as server:
+        calls = [call_of(id, {"city": id}) for id in ("a", "b")]
+        results = [{"role": "tool", "tool_call_id": id, "content": "12"} for id in ("a", "b")]
+        messages = [*ASKED, {"role": "assistant", "tool_calls": calls}, *results]
+        with pytest.raises(openai.BadRequestError, match="one call a turn, and message 1 has 2"):
+            ask(server, "Fine.", messages=messages)
+
+
 def test_a_template_without_tools_is_refused_by_name():
     tokenizer = tiny_tokenizer()
     conversation = Conversation.from_config(tokenizer, {})

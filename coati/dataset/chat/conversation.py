@@ -121,11 +121,16 @@ class Conversation:
                 f"{source}: {str(error).removeprefix('conversation template: ')}"
             ) from error
 
+    @property
+    def is_own_template(self) -> bool:
+        """Whether the template is the tokenizer's."""
+        return self._own_template == self.chat_template
+
     @cached_property
     def way_to_tools(self) -> str:
         """What to do where this template writes no tools."""
         own = self._own_template
-        if own and own != self.chat_template and abilities_of(self.tokenizer, own).tools:
+        if own and not self.is_own_template and abilities_of(self.tokenizer, own).tools:
             return "the tokenizer's own does: leave --conversation_template_config out"
         return "take one that does (--conversation_template_config)"
 

@@ -37,6 +37,8 @@ def examine(conversation: "Conversation") -> None:
     for finding in probe.findings():
         if finding.refused:
             refuse(finding.problem, finding.remedy, probe.text)
+        if finding.said and not conversation.is_own_template:
+            logger.warning_once(f"conversation template: {finding}")
     conversation.header = probe.header or ""
     conversation.starts_at_content = probe.header is None
     if conversation.starts_at_content:
@@ -123,8 +125,21 @@ def _add_stop_of_response(conversation: "Conversation", text: str, response: lis
             f"no stop_ids {conversation.stop_ids} ends a trained response: {marker} "
             "(end_of_assistant) was added"
         )
-        conversation.stop_ids = [marker, *conversation.stop_ids]
+        conversation.stop_ids = [marker, *_without_ordinary(conversation)]
     else:
         conversation.stop_ids = [marker] if eos is None or marker[-1:] == [eos] else [marker, [eos]]
         logger.info(f"conversation template: stop_ids was derived: {conversation.stop_ids}")
     conversation.derived["stop_ids"] = conversation.stop_ids
+
+
+def _without_ordinary(conversation: "Conversation") -> list[list[int]]:
+    """The stop ids but for single ordinary tokens, which those of another tokenizer may be here."""
+    controls = conversation.encoder.controls
+    ordinary = [ids for ids in conversation.stop_ids if len(ids) == 1 and ids[0] not in controls]
+    if ordinary:
+        named = ", ".join(f"{ids[0]} ({conversation.tokenizer.decode(ids)!r})" for ids in ordinary)
+        logger.warning_once(
+            f"stop_ids of ordinary tokens of this tokenizer, {named}, are left out: generation "
+            "would stop within a text"
+        )
+    return [ids for ids in conversation.stop_ids if ids not in ordinary]

@@ -12,8 +12,10 @@ from typing import Any
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import segments, show_mask
 from coati.dataset.chat.template_abilities import NONE, Abilities
-from coati.dataset.chat.template_file import open_config, read_fields
+from coati.dataset.chat.template_comparison import differences
+from coati.dataset.chat.template_file import open_config, own_template, read_fields
 from coati.dataset.chat.template_probe import TemplateProbe, dialogue
+from coati.dataset.chat.tokenizer_fit import cut
 
 
 @dataclass
@@ -52,6 +54,7 @@ def check_template(
     """Examine the template of ``config``, which setup_conversation_template would take, with
     ``tokenizer``; ``template_args`` take the place of its own. Writes nothing."""
     report = TemplateReport()
+    own = own_template(tokenizer)
     try:
         values, source, folder = open_config(config)
         if template_args is not None:
@@ -88,6 +91,8 @@ def check_template(
     report.warnings += _stop_warnings(conversation, fields["stop_ids"])
     report.warnings += _dropped(conversation.abilities)
     report.notes += _tools(conversation.abilities)
+    if own and own != fields["chat_template"]:
+        report.notes += differences(tokenizer, own, probe)
     return report
 
 
@@ -149,7 +154,8 @@ def _stop_warnings(conversation: Conversation, given: list[list[int]]) -> Iterat
     if len(ids) > 1:
         yield (
             f"the end marker {marker!r} is no token of its own here but {len(ids)} ordinary ones: "
-            "a model has to spell it to stop; a tokenizer with this marker as a control token "
+            f"a model has to spell it ({cut(conversation.tokenizer, marker)}) to stop; a tokenizer "
+            "with this marker as a control token "
             "learns it faster"
         )
 

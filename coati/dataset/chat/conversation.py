@@ -24,6 +24,7 @@ from coati.dataset.chat.template import (
     compile_template,
     render_template,
     special_tokens,
+    with_defaults,
 )
 from coati.dataset.chat.template_abilities import Abilities
 from coati.dataset.chat.template_examination import examine
@@ -173,6 +174,11 @@ class Conversation:
             for name in FIELDS
             if name not in OPTIONAL_FIELDS or getattr(self, name)
         }
+
+    @property
+    def portable_template(self) -> str:
+        """The template for programs that know neither this class nor ``template_args``."""
+        return with_defaults(self.chat_template, self.template_args)
 
     def save(self, path: str | os.PathLike) -> None:
         save_json(self.to_config(), path)

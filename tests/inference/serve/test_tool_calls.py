@@ -195,6 +195,28 @@ def test_arguments_of_the_template(qwen):
         ask(qwen, "", extra_body={"chat_template_kwargs": {"ponder": 1}})
 
 
+def test_reasoning_effort_is_the_templates_own_or_its_switch(qwen):
+    """By OpenAI's field; a template with a switch of thinking thinks or does not."""
+    assert whole(qwen, "Fine.", reasoning_effort="none") == ("Fine.", None, [], "stop")
+    assert qwen.model.prompts[-1].endswith("<think>\n\n</think>\n\n")
+    ask(qwen, "Fine.", reasoning_effort="low")
+    assert qwen.model.prompts[-1].endswith("assistant\n")
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort: 'low' and chat_template"):
+        ask(qwen, "Fine.", reasoning_effort="low", extra_body=off)
+    with parrot_server("gpt_oss") as server:
+        said = "<|channel|>final<|message|>Fine."
+        assert whole(server, said)[0] == "Fine."
+        assert "Reasoning: medium" in server.model.prompts[-1]
+        assert whole(server, said, reasoning_effort="low")[0] == "Fine."
+        assert "Reasoning: low" in server.model.prompts[-1]
+        high = {"chat_template_kwargs": {"reasoning_effort": "high"}}
+        ask(server, said, extra_body=high)
+        assert "Reasoning: high" in server.model.prompts[-1]
+        with pytest.raises(openai.BadRequestError, match="'none' is none that .*low, medium, high"):
+            ask(server, said, reasoning_effort="none")
+
+
 def test_strict_is_listed_as_unheeded_and_not_shown(qwen):
     strict = [{"type": "function", "function": WEATHER["function"] | {"strict": True, "x_note": 7}}]
     qwen.model.answer = "Fine."

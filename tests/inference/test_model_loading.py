@@ -109,7 +109,10 @@ def test_chat_serve_and_compare_take_arguments_of_the_template(tmp_path, capsys)
     engine = serve.open_engine(parse_server(words))
     engine.close()
     assert engine.loaded.conversation.render([]) == "long"
-    assert parse_compare([*words, "--input", "x", "--rm_path", "y"]).template_args == '{"style": "long"}'
+    assert (
+        parse_compare([*words, "--input", "x", "--rm_path", "y"]).template_args
+        == '{"style": "long"}'
+    )
     wrong = [*words[:3], '{"tone": 1}']
     with pytest.raises(ValueError, match="^--template_args the chat template reads no 'tone'"):
         chat.open_session(parse_inference(wrong))

@@ -184,6 +184,58 @@ def test_a_call_can_be_forced(qwen):
         ask(qwen, "", tool_choice={"type": "function", "function": {"name": "g"}})
 
 
+# What the model goes on to write behind a call that was begun for it, broken in its middle.
+BROKEN = {
+    "qwen3": '{"city": "Oslo",,}}\n</tool_call>',
+    "mistral_v0_3": '{"city": Oslo}}]',
+    "kimi_k2": '{"city": "Oslo"',
+    "gpt_oss": '{"city": Oslo}<|call|>',
+    "llama3_1": "{city}}",
+    "qwen3_coder": "<parameter=city>",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("choice", ["named", "required"])
+def test_a_forced_call_that_cannot_be_read_is_the_whole_text(name, choice):
+    """With how it was begun: nothing of it is lost, and it is no call."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    with parrot_server(name) as server:
+        format = server.engine.template().format
+        whole_call = format.forced("get_weather") + BROKEN[name]
+        forced = format.forced("get_weather" if choice == "named" else None)
+        rest = whole_call[len(forced) :]
+        found = whole(server, rest, tool_choice=named if choice == "named" else choice)
+        content, _, calls, finish = found
+        assert (calls, finish) == ([], "stop")
+        assert "get_weather" in content
+        assert content.endswith(rest.removesuffix("<|call|>").rstrip()) or name == "qwen3_coder"
+        assert server.model.prompts[-1].endswith(forced.replace("<|call|>", ""))
+
+
+def test_a_call_in_a_channel_can_be_forced():
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    call = ("get_weather", {"city": "Oslo"})
+    with parrot_server("gpt_oss") as server:
+        arguments = '{"city": "Oslo"}<|call|>'
+        found = whole(server, arguments, tool_choice=named)
+        assert found == (None, None, [call], "tool_calls")
+        header = "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
+        assert server.model.prompts[-1].endswith(header)
+        rest = header.partition("functions.")[2] + arguments
+        found = whole(server, rest, tool_choice="required")
+        assert found == (None, None, [call], "tool_calls")
+        assert server.model.prompts[-1].endswith("<|start|>assistant to=functions.")
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": NaN}', '["Oslo"]', '"Oslo"', '{"city": "Oslo"', "{'city': 'Oslo'}"]
+)
+def test_arguments_that_are_no_json_object_are_no_call(qwen, arguments):
+    answer = f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>'
+    assert whole(qwen, answer) == (answer, None, [], "stop")
+
+
 def test_arguments_of_the_template(qwen):
     """The generation prompt of this template writes an empty thought without thinking."""
     off = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}

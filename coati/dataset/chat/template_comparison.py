@@ -34,7 +34,8 @@ def _differences(own: TemplateProbe, probe: TemplateProbe) -> Iterator[str]:
         yield f"writes {before[0]!r} before a first question, this one {before[1]!r}"
     if own.derived_end != probe.end:
         yield f"ends responses with {own.derived_end!r}, this one with {probe.end!r}"
-    theirs, ours = own.abilities, probe.abilities
+    theirs = own.abilities
+    ours = probe.abilities
     if theirs.thoughts != ours.thoughts:
         yield f"{_THOUGHTS[theirs.thoughts]}, this one {_THOUGHTS[ours.thoughts]}"
     for name, what in (("opened", "opens a thought"), ("empty", "writes an empty thought")):

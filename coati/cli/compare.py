@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from coati.cli.model_flags import add_template_args_flag
 from coati.cli.parser import Parser
 from coati.cli.program_settings import CompareSettings
 from coati.cli.settings import filled
@@ -57,6 +58,7 @@ def compare_parser() -> Parser:
         help="template JSON for both models, or the name of one that comes with coati; default: "
         "conversation_template.json beside the weights, else the tokenizer's own template",
     )
+    add_template_args_flag(parser)
     add_switch(
         parser,
         "--trust_remote_code",

@@ -6,6 +6,7 @@ from coati.cli.checks import checked
 from coati.cli.model_flags import (
     add_own_template_flag,
     add_quant_flag,
+    add_template_args_flag,
     add_tokenizer_flag,
     add_trust_flag,
 )
@@ -34,6 +35,7 @@ def inference_parser() -> Parser:
     )
     add_tokenizer_flag(parser)
     add_own_template_flag(parser)
+    add_template_args_flag(parser)
     add_count(
         parser,
         "--model_max_length",

@@ -2,6 +2,7 @@
 
 import argparse
 
+from coati.cli.row_flags import json_object
 from coati.cli.values import add_switch, add_text
 from coati.models.quantization_registry import QUANTS
 
@@ -20,6 +21,17 @@ def add_own_template_flag(parser: argparse._ActionsContainer) -> None:
         unit="FILE",
         help="template JSON, or the name of one that comes with coati; default: "
         "conversation_template.json beside the weights, else the tokenizer's own template",
+    )
+
+
+def add_template_args_flag(parser: argparse._ActionsContainer) -> None:
+    """Arguments of the template for this run."""
+    parser.add_argument(
+        "--template_args",
+        type=json_object,
+        metavar="JSON",
+        help="further variables of the chat template, such as '{\"enable_thinking\": false}'; they "
+        "go before those of the same name that the model keeps",
     )
 
 

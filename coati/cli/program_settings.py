@@ -15,6 +15,7 @@ class CompareSettings:
     output: str | None
     show: int
     conversation_template_config: str | None
+    template_args: str | None
     trust_remote_code: bool
     rm_path: str | None
     reward_functions: list[str]
@@ -62,6 +63,7 @@ class ChatSettings:
     model_path: str
     tokenizer_path: str | None
     conversation_template_config: str | None
+    template_args: str | None
     model_max_length: int
     max_new_tokens: int
     io: str | None
@@ -189,6 +191,7 @@ class ScoreSettings:
     batch_size: int
     max_length: int
     conversation_template_config: str | None
+    template_args: str | None
     trust_remote_code: bool
 
 
@@ -207,6 +210,7 @@ class ServerSettings:
     model_path: str
     tokenizer_path: str | None
     conversation_template_config: str | None
+    template_args: str | None
     served_model_name: str
     trust_remote_code: bool
     quant: str | None

@@ -4,6 +4,7 @@ and of the training commands, which prepare raw rows."""
 import argparse
 import json
 from collections.abc import Callable
+from typing import Any
 
 from coati.dataset.chat.row_options import (
     EMPTY_THOUGHTS,
@@ -23,6 +24,11 @@ def json_object(text: str) -> str:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object {{...}}, found {text!r:.80}")
     return json.dumps(found, ensure_ascii=False, sort_keys=True)
+
+
+def template_args(text: str | None) -> dict[str, Any] | None:
+    """The value of ``--template_args``."""
+    return json.loads(text) if text else None
 
 
 def _learn(text: str) -> str:

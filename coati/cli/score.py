@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
-from coati.cli.model_flags import add_own_template_flag, add_trust_flag
+from coati.cli.model_flags import (
+    add_own_template_flag,
+    add_template_args_flag,
+    add_trust_flag,
+)
 from coati.cli.parser import Parser
 from coati.cli.program_settings import ScoreSettings
 from coati.cli.settings import filled
@@ -45,6 +49,7 @@ def score_parser() -> Parser:
         help="longer rows are skipped and reported",
     )
     add_own_template_flag(parser)
+    add_template_args_flag(parser)
     add_trust_flag(parser)
     return parser
 

@@ -11,6 +11,7 @@ from coati.cli.inference import add_sampling_flags
 from coati.cli.model_flags import (
     add_own_template_flag,
     add_quant_flag,
+    add_template_args_flag,
     add_tokenizer_flag,
     add_trust_flag,
 )
@@ -45,6 +46,7 @@ def server_parser() -> Parser:
     )
     add_tokenizer_flag(parser)
     add_own_template_flag(parser)
+    add_template_args_flag(parser)
     add_text(
         parser,
         "--served_model_name",

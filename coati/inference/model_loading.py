@@ -1,5 +1,6 @@
 """Loads a model for inference: any directory that training writes, or any Hugging Face model."""
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
+from coati.dataset.chat.template_file import open_config
 from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_lm, load_config
@@ -42,6 +44,7 @@ def load(
     *,
     tokenizer_path: str | os.PathLike | None = None,
     template: dict | str | os.PathLike | None = None,
+    template_args: dict[str, Any] | None = None,
     dtype: str = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -52,7 +55,8 @@ def load(
     ``epoch-E_step-S``.
 
     Tokenizer and template come from the same directory unless they are given; without a template
-    file the tokenizer's own chat template serves. ``device`` None: a GPU if there is one. ``dtype``
+    file the tokenizer's own chat template serves; ``template_args`` go before the arguments that it
+    keeps. ``device`` None: a GPU if there is one. ``dtype``
     "auto": fp32 on a CPU, bf16 or fp16 on a GPU. ``quant``: a key of QUANTS; the weights are
     quantized as they are loaded, with 4 bits except for ``skip_modules``. Directories that hold
     quantized weights need neither.
@@ -70,7 +74,7 @@ def load(
     if adapter_base(directory) is None:
         load_config(directory, trust_remote_code)  # its own faults, before a tokenizer has them
     tokenizer = load_tokenizer(tokenizer_path or find_tokenizer(directory), trust_remote_code)
-    conversation = conversation_of(directory, tokenizer, template)
+    conversation = conversation_of(directory, tokenizer, template, template_args)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
         dtype = (
@@ -106,13 +110,36 @@ def with_system(loaded: Loaded, text: str) -> Loaded:
 
 
 def conversation_of(
-    directory: str | os.PathLike, tokenizer, template: dict | str | os.PathLike | None = None
+    directory: str | os.PathLike,
+    tokenizer,
+    template: dict | str | os.PathLike | None = None,
+    template_args: dict[str, Any] | None = None,
 ) -> Conversation:
     """The conversation of ``template``, else of the file beside the weights, else of the
-    tokenizer's own template."""
-    if template is not None:
-        if not isinstance(template, dict):
-            template_path(template)  # here it must be there; it is not written
+    tokenizer's own template; ``template_args`` beside the arguments that it keeps, and before those
+    of the same name. Raises ValueError for one that the template does not read."""
+    if template is None:
+        beside = (folder / TEMPLATE for folder in (Path(directory), Path(directory).parent))
+        template = next(filter(Path.is_file, beside), {})
+    elif not isinstance(template, dict):
+        template_path(template)  # here it must be there; it is not written
+    if not template_args:
         return setup_conversation_template(tokenizer, template)
-    beside = (folder / TEMPLATE for folder in (Path(directory), Path(directory).parent))
-    return setup_conversation_template(tokenizer, next(filter(Path.is_file, beside), {}))
+    kept = open_config(template)[0].get("template_args") or {}
+    args = {**kept, **template_args}
+    try:
+        conversation = setup_conversation_template(tokenizer, template, template_args=args)
+    except ValueError as error:
+        given = str(error).partition("template_args: ")[2]
+        raise ValueError(f"--template_args {given}" if given else str(error)) from error
+    _say_args(kept, args)
+    return conversation
+
+
+def _say_args(kept: dict[str, Any], args: dict[str, Any]) -> None:
+    """What stands instead of arguments that the model keeps."""
+    if changed := {name: value for name, value in kept.items() if args[name] != value}:
+        logger.warning_once(
+            f"--template_args: {json.dumps({name: args[name] for name in changed})} instead of "
+            f"{json.dumps(changed)}, which the model was trained with"
+        )

@@ -14,6 +14,9 @@ from coati.utils.transformers_compat import tokenizer_class_names, tokenizer_opt
 
 logger = get_logger(__name__)
 
+# Words, numbers and signs with single spaces between them, as every tokenizer knows them.
+PROBE = "The answer is 12, not 3."
+
 
 @phase("loading the tokenizer")
 def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
@@ -37,6 +40,7 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
         tokenizer = _read(path, options, trust_remote_code)
     except Exception as error:  # tokenizers raises Exception itself
         raise explained(path, "tokenizer", error) from error
+    tokenizer = _as_its_file(path, tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -108,6 +112,33 @@ def _read(path: str | os.PathLike, options: dict | None, trust_remote_code: bool
         return PreTrainedTokenizerFast.from_pretrained(path, **options)
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _as_its_file(path: str | os.PathLike, tokenizer):
+    """``tokenizer``, or what tokenizer.json says where its class loses text that this keeps: those
+    of transformers 5 rebuild it as their family has it, and several models (DeepSeek) name the
+    class of another one."""
+    file = _file(path, "tokenizer.json")
+    if file is None or not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    if _gives_back(tokenizer.backend_tokenizer):
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if not _gives_back(Tokenizer.from_file(str(file))):
+        return tokenizer
+    logger.warning_once(
+        f"{path}: read by {type(tokenizer).__name__}, which its configuration names, the tokenizer "
+        "loses the spaces of a text; tokenizer.json is taken as it stands instead"
+    )
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def _gives_back(core) -> bool:
+    """Whether a text comes back from its tokens, but for spaces at its beginning."""
+    ids = core.encode(PROBE, add_special_tokens=False).ids
+    return core.decode(ids).lstrip(" ") == PROBE
 
 
 def _check_class(file: Path, config: dict) -> None:

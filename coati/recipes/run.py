@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from coati.cli.row_flags import template_args
 from coati.cli.settings import DataSettings, TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
@@ -168,7 +169,7 @@ def _tokenizer_and_template(
                 "with the model"
             )
             return tokenizer, None, added
-    args = json.loads(data.template_args) if data.template_args else None
+    args = template_args(data.template_args)
     try:
         template = setup_conversation_template(
             tokenizer, config, save_path=None, template_args=args, options=data.row_options
@@ -178,7 +179,7 @@ def _tokenizer_and_template(
             raise
         logger.info(f"{str(error).splitlines()[0]}: none is saved with the model")
         return tokenizer, None, added
-    tokenizer.chat_template = template.chat_template
+    tokenizer.chat_template = template.portable_template  # saved with the model
     return tokenizer, template, added
 
 
@@ -187,7 +188,7 @@ def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) 
     ValueError for other arguments of the template than theirs."""
     for found in prepared:
         theirs = (found["conversation_template"] or {}).get("template_args") or {}
-        asked = json.loads(data.template_args) if data.template_args else None
+        asked = template_args(data.template_args)
         if asked is not None and asked != theirs:
             raise ValueError(
                 f"--template_args {data.template_args}: --dataset was prepared with "

@@ -80,7 +80,11 @@ FAMILIES = {
         {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
     ),
     "mistralai_Mistral-Small-3.2-24B-Instruct-2506": (
-        ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        (
+            *("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"),
+            *("[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[TOOL_RESULTS]"),
+            *("[TOOL_CONTENT]", "[/TOOL_RESULTS]"),
+        ),
         LLAMA,
     ),
     "deepseek-ai_DeepSeek-V3": (("<｜User｜>", "<｜Assistant｜>"), DEEPSEEK),

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from playwright import sync_api as playwright
 
+from tests.inference.serve.test_tool_calls import TOOLS, parrot_server
 from tests.inference.serving import running, until
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -314,6 +315,45 @@ def test_thoughts_are_folded_and_calls_wait_for_their_results(page):
     page.wait_for_selector("#notice:visible")
     assert page.inner_text("#notice") == "Tools: expected a JSON list of function schemas"
     assert page.faults == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)], ids=["phone", "desk"])
+def test_two_calls_of_a_model_get_their_results_in_turn(browser, width, height):
+    """With a server whose model writes two calls in one turn, then a call that is broken."""
+    calls = [
+        f'<|tool_call>call:get_weather{{"city": "{city}", "days": 3}}<tool_call|>'
+        for city in ("Oslo", "Rome")
+    ]
+    with parrot_server("gemma_4") as server:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(str(server.client.base_url).removesuffix("v1/"))
+        holds(page, "document.querySelector('#model').textContent === 'tiny'")
+        page.click("#adjust")
+        page.fill("[name=tools]", json.dumps(TOOLS))
+        page.click("#adjust")
+        server.model.answer = "<|channel>thought\nTwo cities.\n<channel|>I look.\n" + "".join(calls)
+        send(page, "Where is it warm?")
+        holds(page, "document.querySelectorAll('.call').length === 2")
+        holds(page, "!document.querySelector('.writing')")
+        assert "Rome" in page.locator(".call pre").nth(1).inner_text()
+        server.model.answer = "In Rome. " + calls[0].replace("}", "")
+        send(page, "4 C")
+        assert page.locator("article.assistant").count() == 1  # the second result is missing
+        assert page.get_attribute("#question", "placeholder") == "Result of get_weather"
+        send(page, "19 C")
+        assert answered(page, 2)[0].startswith("In Rome.")
+        shown = page.locator("article.assistant").nth(1).inner_text()
+        assert 'call:get_weather{"city": "Oslo", "days": 3' in shown  # a broken call is text
+        prompt = server.model.prompts[-1]
+        assert prompt.index("Oslo") < prompt.index("Rome") < prompt.index("4 C")
+        assert prompt.index("4 C") < prompt.index("19 C")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width
+        if SHOTS:
+            page.screenshot(path=f"{SHOTS}/two_calls_{width}.png", full_page=True)
+        context.close()
 
 
 def test_an_empty_answer_is_said_and_not_sent_on(page):

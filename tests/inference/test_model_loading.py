@@ -2,16 +2,22 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from coati.cli.compare import parse_compare
+from coati.cli.inference import parse_inference
+from coati.cli.serve import parse_server
 from coati.dataset.chat.conversation import Conversation
 from coati.inference.model_loading import conversation_of, load
 from coati.models.loading import find_model
 from coati.models.lora.adapter_files import save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
+from coati.recipes.verbs import chat, serve
+from coati.utils.logging import forget_warnings
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 IDS = torch.tensor([[5, 17, 300, 42]])
@@ -66,6 +72,50 @@ def test_a_given_template_goes_first_and_is_left_as_it_is(tmp_path):
     assert json.loads(file.read_text()) == {"system_message": "Be long."}
     with pytest.raises(ValueError, match="gone.json: no such file"):
         conversation_of(tmp_path / "model", tiny_tokenizer(), tmp_path / "gone.json")
+
+
+WORDY = CHATML.replace("{% for", "{{ style }}{{ mood }}{% for", 1)
+
+
+def test_arguments_of_the_template_go_before_those_that_the_model_keeps(tmp_path, capsys):
+    write(tmp_path)
+    kept = {"chat_template": WORDY, "template_args": {"style": "brief", "mood": "kind"}}
+    (tmp_path / "conversation_template.json").write_text(json.dumps(kept))
+
+    def args(given=None, template=None):
+        forget_warnings()
+        capsys.readouterr()
+        found = conversation_of(tmp_path, tiny_tokenizer(), template, given).template_args
+        return found, "".join(re.findall("--template_args.*", capsys.readouterr().err))
+
+    assert args() == (kept["template_args"], "")
+    found, said = args({"style": "long"})
+    assert found == {"style": "long", "mood": "kind"}
+    assert said.count('--template_args: {"style": "long"} instead of {"style": "brief"}') == 1
+    assert args({"style": "brief"}) == (kept["template_args"], "")
+    assert args({"mood": "odd"}, {"chat_template": WORDY})[0] == {"mood": "odd"}
+    with pytest.raises(ValueError, match="^--template_args the chat template reads no 'tone'; it "):
+        args({"tone": 1})
+    assert json.loads((tmp_path / "conversation_template.json").read_text()) == kept
+
+
+def test_chat_serve_and_compare_take_arguments_of_the_template(tmp_path, capsys):
+    write(tmp_path)
+    kept = {"chat_template": WORDY, "template_args": {"style": "brief"}}
+    (tmp_path / "conversation_template.json").write_text(json.dumps(kept))
+    words = ["--model_path", str(tmp_path), "--template_args", '{"style": "long"}']
+    session = chat.open_session(parse_inference(words))
+    assert session.conversation.render([]) == "long"
+    engine = serve.open_engine(parse_server(words))
+    engine.close()
+    assert engine.loaded.conversation.render([]) == "long"
+    assert (
+        parse_compare([*words, "--input", "x", "--rm_path", "y"]).template_args
+        == '{"style": "long"}'
+    )
+    wrong = [*words[:3], '{"tone": 1}']
+    with pytest.raises(ValueError, match="^--template_args the chat template reads no 'tone'"):
+        chat.open_session(parse_inference(wrong))
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])

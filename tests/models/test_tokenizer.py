@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from tests.models.test_loading import edit
@@ -43,6 +44,20 @@ def test_a_missing_pad_token_becomes_the_end_token(directory, capsys):
         edit(file, eos_token=None)
     with pytest.raises(ValueError, match="neither eos_token nor pad_token"):
         load_tokenizer(directory)
+
+
+def test_a_class_of_another_kind_of_tokenizer_does_not_cost_the_spaces(directory, capsys):
+    """DeepSeek's files name Llama's class, which transformers 5 gives pieces of SentencePiece."""
+    edit(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    text = "hello there, how are you today?\n 12345"
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == tiny_tokenizer().encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 2 and tokenizer.chat_template == tiny_tokenizer().chat_template
+    if transformers.__version__.startswith("5"):
+        said = capsys.readouterr().err
+        assert "read by LlamaTokenizer, which its configuration names, the tokenizer loses" in said
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):

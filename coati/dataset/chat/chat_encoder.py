@@ -15,7 +15,6 @@ from operator import itemgetter
 
 from coati.dataset.chat.document_ends import start_of_document
 from coati.dataset.chat.message_forms import (
-    Message,
     Messages,
     Tools,
     texts_of,

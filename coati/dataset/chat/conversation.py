@@ -8,6 +8,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +24,18 @@ from coati.dataset.chat.template import (
     compile_template,
     render_template,
     special_tokens,
+    with_defaults,
 )
 from coati.dataset.chat.template_abilities import Abilities
 from coati.dataset.chat.template_examination import examine
-from coati.dataset.chat.template_file import FIELDS, OPTIONAL_FIELDS, open_config, read_fields
+from coati.dataset.chat.template_file import (
+    FIELDS,
+    OPTIONAL_FIELDS,
+    open_config,
+    own_template,
+    read_fields,
+)
+from coati.dataset.chat.template_probe import abilities_of
 from coati.dataset.chat.training_rows import training_rows
 from coati.dataset.rows.row_errors import ROLES, TEMPLATE_MODES, RowError
 from coati.utils.json_io import save_json
@@ -76,6 +85,7 @@ class Conversation:
         self.abilities = Abilities()
         self._special_tokens = special_tokens(self.tokenizer)
         self._bos = self.tokenizer.bos_token_id
+        self._own_template = own_template(self.tokenizer)
         self.encoder = ChatEncoder(self.tokenizer, self.end_of_assistant or "")
         examine(self)
         if "end_of_assistant" in self.derived:
@@ -111,6 +121,19 @@ class Conversation:
             raise ValueError(
                 f"{source}: {str(error).removeprefix('conversation template: ')}"
             ) from error
+
+    @property
+    def is_own_template(self) -> bool:
+        """Whether the template is the tokenizer's."""
+        return self._own_template == self.chat_template
+
+    @cached_property
+    def way_to_tools(self) -> str:
+        """What to do where this template writes no tools."""
+        own = self._own_template
+        if own and not self.is_own_template and abilities_of(self.tokenizer, own).tools:
+            return "the tokenizer's own does: leave --conversation_template_config out"
+        return "take one that does (--conversation_template_config)"
 
     def clear(self) -> None:
         self.messages = []
@@ -151,6 +174,11 @@ class Conversation:
             for name in FIELDS
             if name not in OPTIONAL_FIELDS or getattr(self, name)
         }
+
+    @property
+    def portable_template(self) -> str:
+        """The template for programs that know neither this class nor ``template_args``."""
+        return with_defaults(self.chat_template, self.template_args)
 
     def save(self, path: str | os.PathLike) -> None:
         save_json(self.to_config(), path)

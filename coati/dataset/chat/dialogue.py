@@ -71,6 +71,10 @@ class Dialogue:
         """Messages that are more than role and text."""
         template = self.template
         _check_tools(template, messages, tools)
+        if not template.abilities.speaks_and_calls and any(
+            one.get("tool_calls") and one["content"].strip() for one in messages
+        ):
+            self.notes.add(SPEECH_DROPPED)
         messages = self._with_wanted_thoughts(messages)
         self.messages, self.tools, self.key = template.encoder.hide(messages, tools or None)
         forms = template.abilities.forms
@@ -183,11 +187,12 @@ class Dialogue:
             self.notes.add(DROPPED)
         turn = self.messages[k]
         said = text[slice(*span)]
-        for call in turn.get("tool_calls") or ():
-            if call["function"]["name"] not in said:
+        names = [call["function"]["name"] for call in turn.get("tool_calls") or ()]
+        for name in names:
+            if said.count(name) < names.count(name):
                 raise RowError(
                     "tools_unsupported",
-                    f"it leaves out the call of {call['function']['name']} in message {k}"
+                    f"it leaves out a call of {name} in message {k}"
                     + (", which has a text beside it" if turn["content"] else ""),
                 )
         if turn.get("tool_calls") and turn["content"].strip() not in said:
@@ -421,9 +426,31 @@ def _check_tools(template: "Conversation", messages: Messages, tools: Tools | No
     if lacking := [what for what, lacks in wanted if lacks]:
         raise RowError(
             "tools_unsupported",
-            f"it writes no {' and no '.join(lacking)}; take one that does "
-            "(--conversation_template_config)",
+            f"it writes no {' and no '.join(lacking)}; {template.way_to_tools}",
         )
+    for k, message in enumerate(messages):
+        if given := message.get("tool_calls"):
+            _check_calls(template, messages, k, len(given))
+
+
+def _check_calls(template: "Conversation", messages: Messages, k: int, calls: int) -> None:
+    """Raise RowError for ``calls`` of message ``k``, or their results, that the template drops."""
+    abilities = template.abilities
+    if calls > 1 and not abilities.parallel_calls:
+        raise RowError(
+            "tools_unsupported", f"it writes one call a turn, and message {k} has {calls}"
+        )
+    if messages[k]["content"].strip() and not abilities.calls_beside_text:
+        raise RowError(
+            "tools_unsupported",
+            f"it leaves out the calls of message {k}, which has a text beside them",
+        )
+    following = messages[k + 1 : k + 3]
+    if len(following) == 2 and all(each["role"] == "tool" for each in following):
+        if not abilities.parallel_results:
+            raise RowError(
+                "tools_unsupported", f"it leaves out results of the calls of message {k}"
+            )
 
 
 def _rewritten(k: int) -> RowError:

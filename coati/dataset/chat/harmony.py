@@ -28,6 +28,7 @@ class HarmonyReader:
         self.first_call_end: int | None = None  # characters up to it
         self._header = prompt.rpartition(START)[2] if START in prompt else ""
         self._in_body = MESSAGE in self._header
+        self._own_header = False  # whether it ends in the response
         self.marks: list[str] | None = None
         self._text = ""
         self._taken = 0
@@ -53,6 +54,7 @@ class HarmonyReader:
                     if final and not self._bodies and CHANNEL not in header:
                         yield Part(CONTENT, self._take(len(header)))  # a text without a header
                     return
+                self._own_header = True
                 self._header += self._take(len(header) + len(mark))
                 self._in_body = True
                 self._bodies += 1
@@ -95,7 +97,8 @@ class HarmonyReader:
             if not isinstance(arguments, dict):
                 raise Unreadable
         except Unreadable:
-            yield Part(CONTENT, body)
+            header = self._header.removeprefix(START).removeprefix("assistant").lstrip()
+            yield Part(CONTENT, (header if self._own_header else "") + body)
             return
         self.first_call_end = self.first_call_end or self._taken + mark
         yield Part(CALL, call=Call(recipient.removeprefix(_FUNCTIONS), arguments))

@@ -49,6 +49,7 @@ class MessageForms:
             "named" as Kimi's, ``functions.NAME:0``.
         result_role, result_name: of a tool's result; whether it must name its function.
         tools_name: the variable that holds the tools.
+        calls_alone: calls are dropped beside a text, so a thought that would be one is left out.
     """
 
     thought: str = THOUGHT_FIELDS[0]
@@ -61,6 +62,7 @@ class MessageForms:
     result_role: str = RESULT_ROLES[0]
     result_name: bool = False
     tools_name: str = "tools"
+    calls_alone: bool = False
 
     def spelled(self, messages: Messages) -> Messages:
         """``messages`` of {role, content, reasoning_content, thought_marks, tool_calls, name,
@@ -79,11 +81,12 @@ class MessageForms:
             return calls.result(spelled, message)
         thought = message.get("reasoning_content")
         marks = message.get("thought_marks")
-        if marks and self._is_as_written(marks):
+        alone = self.calls_alone and bool(message.get("tool_calls"))
+        if marks and self._is_as_written(marks) and not alone:
             before, behind = marks
             opened = "" if self.tags[0] in before else self.opened
             spelled["content"] = f"{opened}{before}{thought or ''}{behind}{spelled['content']}"
-        elif thought is not None:
+        elif thought is not None and not (alone and self.thought == TEXT):
             self._add_thought(spelled, thought)
         if given := message.get("tool_calls"):
             spelled["tool_calls"] = list(calls.made(given))

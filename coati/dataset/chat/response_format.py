@@ -36,15 +36,25 @@ def response_format(conversation: "Conversation") -> ResponseFormat:
     )
     calls = None
     lead = ""
+    around = None
     if conversation.abilities.calls:
         writer = _Writer(conversation, tags)
         calls = learn(writer.write)
-        writer.write("", [(FIRST, {})])
+        call = writer.write("", [(FIRST, {})])
         lead = writer.lead
+        if channels and call and FIRST in call:
+            before, _, behind = call.partition(FIRST)
+            around = before, behind.partition("{")[0]
     seen = "".join(harmony.TOKENS if channels else tags)
     inner = "" if calls is None else f"{seen}\n{calls.marks}\n{PYTHON_TAG}"
     return ResponseFormat(
-        tags, calls, lead, channels, _tokens(conversation, seen), _tokens(conversation, inner)
+        tags,
+        calls,
+        lead,
+        channels,
+        _tokens(conversation, seen),
+        _tokens(conversation, inner),
+        around,
     )
 
 

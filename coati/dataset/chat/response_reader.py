@@ -42,6 +42,7 @@ class Reader(Protocol):
 class ResponseFormat:
     """How a template writes responses. ``tags`` of thoughts; ``calls`` None: it writes none;
     ``lead``: what it writes before a call without a thought; ``channels``: in harmony's channels;
+    ``around_name``: what is written there before and behind the name of a called function;
     ``shown``, ``shown_of_calls``: control tokens that a reader needs to see, with calls and
     without."""
 
@@ -51,6 +52,7 @@ class ResponseFormat:
     channels: bool = False
     shown: frozenset[int] = frozenset()
     shown_of_calls: frozenset[int] = frozenset()
+    around_name: tuple[str, str] | None = None
 
     def reader(
         self, prompt: str = "", tools: Sequence[Mapping[str, Any]] = (), begun: bool = False
@@ -75,6 +77,9 @@ class ResponseFormat:
     def forced(self, name: str | None = None) -> str | None:
         """The beginning of a response that calls the function ``name``, or any; None where calls
         cannot be begun."""
+        if self.around_name is not None:
+            before, behind = self.around_name
+            return before if name is None else f"{before}{name}{behind}"
         return None if self.calls is None else self.lead + self.calls.forced(name)
 
     def read(self, text: str, prompt: str = "", tools: Sequence[Mapping[str, Any]] = ()) -> Reply:

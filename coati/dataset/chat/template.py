@@ -1,6 +1,7 @@
 """Jinja chat templates, loaded, compiled and rendered as transformers does, with errors that name
 the line."""
 
+import json
 import re
 import traceback
 from datetime import datetime
@@ -61,13 +62,34 @@ def check_template_args(text: str, args: dict[str, Any]) -> None:
         if name in GIVEN:
             raise ValueError(f"template_args: {name} is given to every template; leave it out")
         if not re.search(rf"\b{re.escape(name)}\b", text):
-            known = ", ".join(_arguments(text)) or "no arguments at all"
+            known = ", ".join(arguments_of(text)) or "no arguments at all"
             raise ValueError(
                 f"template_args: the chat template reads no {name!r}; it reads {known}"
             )
 
 
-def _arguments(text: str) -> list[str]:
+def with_defaults(text: str, args: dict[str, Any]) -> str:
+    """The template ``text`` with ``args`` as the values of those that it is not given: for programs
+    that know the template alone."""
+    defaults = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif -%}}\n"
+        for name, value in args.items()
+    )
+    # The empty expression keeps white space at the beginning from being taken for that of the tags.
+    return "".join(defaults) + ("{{ '' }}" if args else "") + text
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(key)}: {_literal(inner)}" for key, inner in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value)
+
+
+def arguments_of(text: str) -> list[str]:
     """What the template ``text`` reads beside what it is given anyway."""
     environment = TemplateEnvironment()
     others = {*environment.globals, *GIVEN, "raise_exception", "strftime_now"}

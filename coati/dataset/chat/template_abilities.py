@@ -34,8 +34,13 @@ THOUGHT = "Probe thought"
 NAME = "probe_function"
 VALUE = "Probe value"
 RESULT = "Probe result"
+# Of a second call in the same turn.
+OTHER_NAME = "second_probe"
+OTHER_VALUE = "Other value"
+OTHER_RESULT = "Other outcome"
 
 LONG_ID = "call_probe_function_1"
+OTHER_ID = "call_second_probe_2"
 SCHEMA = {
     "type": "function",
     "function": {
@@ -64,6 +69,10 @@ class Abilities:
         call_end: what ends a response that calls a tool, None where nothing does.
         call_end_added: whether that is written by the result that follows, not by the call.
         speaks_and_calls: whether it writes a text beside calls.
+        calls_beside_text: whether it writes calls beside a text.
+        parallel_calls: whether it writes several calls of one turn.
+        parallel_results: whether it writes the results of several calls.
+        call_marks: control tokens between two calls of a turn, which do not end it.
     """
 
     forms: MessageForms = MessageForms()
@@ -75,6 +84,10 @@ class Abilities:
     call_end: str | None = None
     call_end_added: bool = False
     speaks_and_calls: bool = True
+    calls_beside_text: bool = True
+    parallel_calls: bool = True
+    parallel_results: bool = True
+    call_marks: frozenset[str] = frozenset()
 
     @property
     def opened(self) -> str:
@@ -213,33 +226,55 @@ class AbilityProbe:
         both = self.text(forms.spelled([*_tool_round(), _answer("")])) or self.text(
             forms.spelled(_tool_round())
         )
-        end, added = self._call_end(own, both)
+        pair = self.text(forms.spelled([QUESTION, _two_calls()]))
+        between = _between(pair)
+        end, added = self._call_end(own, both, between or "")
         spoken = self.text(forms.spelled([QUESTION, {**_call(), "content": ANSWER}]))
+        called = all(each in spoken for each in (NAME, VALUE))
+        round = self.text(forms.spelled([QUESTION, _two_calls(), *_two_results()]))
         return replace(
             found,
+            forms=forms if called else replace(forms, calls_alone=True),
             calls=True,
             results=RESULT in both,
             call_end=end,
             call_end_added=added,
             speaks_and_calls=ANSWER in spoken,
+            calls_beside_text=called,
+            parallel_calls=between is not None,
+            parallel_results=all(each in round for each in (RESULT, OTHER_RESULT)),
+            call_marks=frozenset(
+                mark for mark in self._controls if mark in (between or "") and mark != end
+            ),
         )
 
-    def _call_end(self, own: str, both: str) -> tuple[str | None, bool]:
+    def _call_end(self, own: str, both: str, between: str) -> tuple[str | None, bool]:
         """What ends the call in ``own``, which ends with it, and ``both``, where its result
-        follows; and whether it is written in the latter alone."""
+        follows; and whether it is written in the latter alone. What stands ``between`` two calls of
+        a turn ends none, unless there is nothing else."""
         common = commonprefix([own, both]) if both else own
         last = max(common.rfind(piece) + len(piece) for piece in (NAME, VALUE))
         tail = common[last:]
-        if self._end and self._end in tail:
+        if self._end and self._end in tail and self._end not in between:
             return self._end, False
         inside = [(tail.rfind(control), control) for control in self._controls if control in tail]
-        if inside:
-            return max(inside)[1], False
+        ends = [each for each in inside if each[1] not in between]
+        if ends:
+            return max(ends)[1], False
         after = both[len(common) :].lstrip()
         for control in self._controls:
             if after.startswith(control) and own.strip() == common.strip():
                 return control, True
-        return None, False
+        return (max(inside)[1], False) if inside else (None, False)
+
+
+def _between(pair: str) -> str | None:
+    """The text between the two calls of a turn, None where they are not both written."""
+    first = pair.find(VALUE)
+    second = pair.find(OTHER_NAME, first)
+    if first < 0 or second < 0 or OTHER_VALUE not in pair or NAME not in pair:
+        return None
+    return pair[first + len(VALUE) : second]
 
 
 def _answer(thought: str) -> dict[str, Any]:
@@ -259,6 +294,21 @@ def _call(call_id: str | None = None) -> dict[str, Any]:
 
 def _result() -> dict[str, Any]:
     return {"role": "tool", "content": RESULT}
+
+
+def _two_calls() -> dict[str, Any]:
+    turn = _call(LONG_ID)
+    other = {
+        "type": "function",
+        "function": {"name": OTHER_NAME, "arguments": {"probe_argument": OTHER_VALUE}},
+        "id": OTHER_ID,
+    }
+    return turn | {"tool_calls": [*turn["tool_calls"], other]}
+
+
+def _two_results() -> Messages:
+    other = {"role": "tool", "content": OTHER_RESULT, "tool_call_id": OTHER_ID}
+    return [{**_result(), "tool_call_id": LONG_ID}, other]
 
 
 def _tool_round() -> Messages:

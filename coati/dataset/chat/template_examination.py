@@ -37,6 +37,8 @@ def examine(conversation: "Conversation") -> None:
     for finding in probe.findings():
         if finding.refused:
             refuse(finding.problem, finding.remedy, probe.text)
+        if finding.said and not conversation.is_own_template:
+            logger.warning_once(f"conversation template: {finding}")
     conversation.header = probe.header or ""
     conversation.starts_at_content = probe.header is None
     if conversation.starts_at_content:
@@ -85,6 +87,7 @@ def _complete_stop_ids(conversation: "Conversation", text: str, response: list[i
         )
         conversation.stop_ids = [ids for ids in conversation.stop_ids if ids not in outside]
     _add_stop_of_response(conversation, text, response)
+    _leave_out_call_marks(conversation)
     call_end = conversation.abilities.call_end
     if call_end is not None and call_end != conversation.end_of_assistant:
         stop = [conversation.tokenizer.convert_tokens_to_ids(call_end)]
@@ -92,6 +95,20 @@ def _complete_stop_ids(conversation: "Conversation", text: str, response: list[i
             conversation.stop_ids = [*conversation.stop_ids, stop]
             conversation.derived["stop_ids"] = conversation.stop_ids
             logger.info(f"conversation template: calls of tools end with {call_end!r}, a stop too")
+
+
+def _leave_out_call_marks(conversation: "Conversation") -> None:
+    """No stop may stand between two calls of one turn: nothing would come after the first."""
+    tokenizer = conversation.tokenizer
+    marks = [[tokenizer.convert_tokens_to_ids(m)] for m in conversation.abilities.call_marks]
+    wrong = [ids for ids in conversation.stop_ids if ids in marks]
+    if wrong:
+        logger.warning_once(
+            f"stop_ids {wrong} stand between two calls of one turn, where generation must go on, "
+            "and are left out"
+        )
+        conversation.stop_ids = [ids for ids in conversation.stop_ids if ids not in wrong]
+        conversation.derived["stop_ids"] = conversation.stop_ids
 
 
 def _add_stop_of_response(conversation: "Conversation", text: str, response: list[int]) -> None:
@@ -108,8 +125,21 @@ def _add_stop_of_response(conversation: "Conversation", text: str, response: lis
             f"no stop_ids {conversation.stop_ids} ends a trained response: {marker} "
             "(end_of_assistant) was added"
         )
-        conversation.stop_ids = [marker, *conversation.stop_ids]
+        conversation.stop_ids = [marker, *_without_ordinary(conversation)]
     else:
         conversation.stop_ids = [marker] if eos is None or marker[-1:] == [eos] else [marker, [eos]]
         logger.info(f"conversation template: stop_ids was derived: {conversation.stop_ids}")
     conversation.derived["stop_ids"] = conversation.stop_ids
+
+
+def _without_ordinary(conversation: "Conversation") -> list[list[int]]:
+    """The stop ids but for single ordinary tokens, which those of another tokenizer may be here."""
+    controls = conversation.encoder.controls
+    ordinary = [ids for ids in conversation.stop_ids if len(ids) == 1 and ids[0] not in controls]
+    if ordinary:
+        named = ", ".join(f"{ids[0]} ({conversation.tokenizer.decode(ids)!r})" for ids in ordinary)
+        logger.warning_once(
+            f"stop_ids of ordinary tokens of this tokenizer, {named}, are left out: generation "
+            "would stop within a text"
+        )
+    return [ids for ids in conversation.stop_ids if ids not in ordinary]

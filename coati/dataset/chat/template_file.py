@@ -97,12 +97,16 @@ def _check_names(config: dict[str, Any], source: str) -> None:
         )
 
 
+def own_template(tokenizer) -> str | None:
+    """The tokenizer's own chat template, None where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return (one_template(template) if isinstance(template, dict) else template) or None
+
+
 def tokenizer_template(tokenizer, source: str) -> str:
     """The tokenizer's own chat template. Raises ValueError saying which field to set when it has
     none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = one_template(template)
+    template = own_template(tokenizer)
     if not template:
         raise ValueError(
             f"{source}: the tokenizer "

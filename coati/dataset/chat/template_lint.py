@@ -12,8 +12,10 @@ from typing import Any
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.masked_text import segments, show_mask
 from coati.dataset.chat.template_abilities import NONE, Abilities
-from coati.dataset.chat.template_file import open_config, read_fields
+from coati.dataset.chat.template_comparison import differences
+from coati.dataset.chat.template_file import open_config, own_template, read_fields
 from coati.dataset.chat.template_probe import TemplateProbe, dialogue
+from coati.dataset.chat.tokenizer_fit import cut
 
 
 @dataclass
@@ -52,6 +54,7 @@ def check_template(
     """Examine the template of ``config``, which setup_conversation_template would take, with
     ``tokenizer``; ``template_args`` take the place of its own. Writes nothing."""
     report = TemplateReport()
+    own = own_template(tokenizer)
     try:
         values, source, folder = open_config(config)
         if template_args is not None:
@@ -86,13 +89,15 @@ def check_template(
     )
     report.shown = f"{render_masked_probe(conversation, color)}\n{named}"
     report.warnings += _stop_warnings(conversation, fields["stop_ids"])
-    report.warnings += _thoughts(conversation.abilities)
+    report.warnings += _dropped(conversation.abilities)
     report.notes += _tools(conversation.abilities)
+    if own and own != fields["chat_template"]:
+        report.notes += differences(tokenizer, own, probe)
     return report
 
 
-def _thoughts(abilities: Abilities) -> Iterator[str]:
-    """What becomes of thoughts, where it is not what was given."""
+def _dropped(abilities: Abilities) -> Iterator[str]:
+    """What becomes of thoughts and calls, where it is not what was given."""
     if abilities.thoughts == NONE:
         yield (
             "a thought in an answer is not written at all: rows are trained without their "
@@ -112,6 +117,22 @@ def _thoughts(abilities: Abilities) -> Iterator[str]:
         yield (
             "a text beside a call of a tool is not written: such rows are trained on the call alone"
         )
+    yield from _dropped_calls(abilities)
+
+
+def _dropped_calls(abilities: Abilities) -> Iterator[str]:
+    """Rows with calls that are not prepared, because the template would drop some."""
+    if not abilities.calls:
+        return
+    counted = "rows that have them are dropped and counted"
+    if abilities.call_end is None:
+        yield f"no control token ends a call, so a model could not learn to stop: {counted}"
+    if not abilities.calls_beside_text:
+        yield f"calls of tools beside a text are not written: {counted}"
+    if not abilities.parallel_calls:
+        yield f"of several calls in one turn not all are written: {counted}"
+    elif not abilities.parallel_results:
+        yield f"of the results of several calls not all are written: {counted}"
 
 
 def _tools(abilities: Abilities) -> Iterator[str]:
@@ -133,7 +154,8 @@ def _stop_warnings(conversation: Conversation, given: list[list[int]]) -> Iterat
     if len(ids) > 1:
         yield (
             f"the end marker {marker!r} is no token of its own here but {len(ids)} ordinary ones: "
-            "a model has to spell it to stop; a tokenizer with this marker as a control token "
+            f"a model has to spell it ({cut(conversation.tokenizer, marker)}) to stop; a tokenizer "
+            "with this marker as a control token "
             "learns it faster"
         )
 

@@ -16,7 +16,8 @@ import jinja2
 from coati.dataset.chat.chat_encoder import ChatEncoder
 from coati.dataset.chat.message_forms import Messages
 from coati.dataset.chat.template import render_template, special_tokens
-from coati.dataset.chat.template_abilities import Abilities, AbilityProbe
+from coati.dataset.chat.template_abilities import Abilities, AbilityProbe, tool_dialogue
+from coati.dataset.chat.tokenizer_fit import cut_markers, given_back
 
 QUESTIONS = ("Probe question number one", "Probe question number two")
 ANSWERS = ("Probe answer number one", "Probe answer number two")
@@ -38,12 +39,14 @@ def dialogue(responses: tuple[str, str] = ANSWERS) -> list[dict[str, str]]:
 @dataclass(frozen=True)
 class Finding:
     """What was found and what to do about it. With an error training would be wrong; one that is
-    ``refused`` is so in any case, and no row is made with the template."""
+    ``refused`` is so in any case, and no row is made with the template. A warning that is ``said``
+    is so by every run with another template than the tokenizer's own."""
 
     kind: str  # "error" or "warning"
     problem: str
     remedy: str = ""
     refused: bool = False
+    said: bool = False
 
     def __str__(self) -> str:
         return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
@@ -103,7 +106,9 @@ class TemplateProbe:
         if not self.text:
             return
         yield from self._lost()
+        yield from self._tokenizer_lost()
         checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+            self._missing_markers,
             self._system_messages,
             self._doubled_bos,
             self._endings,
@@ -148,6 +153,30 @@ class TemplateProbe:
                     "fix chat_template: each should occur once in the rendered text",
                     refused=content != QUESTIONS[0],
                 )
+
+    def _tokenizer_lost(self) -> Iterator[Finding]:
+        """A tokenizer that does not give back what it was given, whatever the template."""
+        if (found := given_back(self.tokenizer, ANSWERS[0])) != ANSWERS[0]:
+            yield _refused(
+                f"the tokenizer makes {found!r} of {ANSWERS[0]!r}",
+                "its files are damaged, or its tokenizer_class is that of another kind of "
+                "tokenizer: correct it, or take another tokenizer",
+            )
+
+    def _missing_markers(self) -> Iterator[Finding]:
+        """Markers that this tokenizer has no token for, but cuts into ordinary text."""
+        texts = self.text + self.render(dialogue()[:1], generation=True)
+        if self.abilities.calls:
+            messages, tools = tool_dialogue()
+            forms = self.abilities.forms
+            texts += self.render(forms.spelled(messages), variables={forms.tools_name: tools})
+        if cut := cut_markers(self.tokenizer, texts):
+            yield Finding(
+                "warning",
+                f"the tokenizer has no token for {cut}",
+                "a model sees ordinary text there: is the template that of another model?",
+                said=True,
+            )
 
     @cached_property
     def moves_system(self) -> bool:
@@ -424,3 +453,13 @@ class TemplateProbe:
                 f"there is no generation prompt: {self.header.strip()!r}, which precedes "
                 "responses, is added"
             )
+
+
+def abilities_of(tokenizer: Any, chat_template: str) -> Abilities:
+    """What the template does with thoughts and tools; nothing where it refuses a dialogue."""
+    probe = TemplateProbe(tokenizer, chat_template, None, None, "per_turn")
+    try:
+        next(probe.findings(), None)
+        return probe.abilities if probe.text else Abilities()
+    except (jinja2.TemplateError, ValueError):
+        return Abilities()

@@ -57,6 +57,7 @@ def load_reward_model(
     template: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    template_args: dict[str, Any] | None = None,
 ) -> tuple[RewardModel, Any, Conversation]:
     """Reward model, tokenizer and template of a directory or checkpoint that coati rm wrote.
 
@@ -66,7 +67,7 @@ def load_reward_model(
     if adapter_base(directory) is None:
         load_config(directory, trust_remote_code)  # its own faults, before a tokenizer has them
     tokenizer = load_tokenizer(directory, trust_remote_code)
-    conversation = conversation_of(directory, tokenizer, template)
+    conversation = conversation_of(directory, tokenizer, template, template_args)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "fp32" if device == "cpu" else "auto"
     model = RewardModel.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)

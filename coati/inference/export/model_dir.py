@@ -113,7 +113,7 @@ def write_beside(model: Any, tokenizer: Any, conversation: Any, folder: Path) ->
     settings = with_end_tokens(model.generation_config, stops)
     settings.pad_token_id = tokenizer.pad_token_id
     model.generation_config = settings
-    tokenizer.chat_template = conversation.chat_template
+    tokenizer.chat_template = conversation.portable_template
     writers: dict[str, Callable[[], object]] = {
         "config.json": lambda: model.config.save_pretrained(folder),
         "generation_config.json": lambda: settings.save_pretrained(folder),

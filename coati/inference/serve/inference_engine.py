@@ -235,11 +235,12 @@ class InferenceEngine:
         self._thread = threading.Thread(target=self._run, name="coati-engine", daemon=True)
         self._thread.start()
 
-    def template(self, args: dict[str, Any] | None = None) -> ChatTemplate:
-        """The chat template, with ``args`` beside its own. Raises ValueError for one that it does
-        not read."""
+    def template(
+        self, args: dict[str, Any] | None = None, effort: str | None = None
+    ) -> ChatTemplate:
+        """See :meth:`ChatTemplates.of`."""
         with self._encoding:
-            return self._templates.of(args)
+            return self._templates.of(args, effort)
 
     def encode(self, messages: list[dict[str, Any]], begun: str = "") -> list[int]:
         """The prompt's token ids; ``begun``: how the response begins. Raises RowError if the

@@ -170,7 +170,7 @@ class Api:
         try:
             messages, begun = body.dialogue()
             use = body.tool_use()
-            template = await self._template(body.chat_template_kwargs)
+            template = await self._template(body.chat_template_kwargs, body.reasoning_effort)
             prompt = await self._encode_chat(template, messages, begun, use)
         except RecursionError:
             raise Refused(400, "a value in the body is nested too deeply") from None
@@ -284,12 +284,16 @@ class Api:
         if responses > self.engine.max_batch + self.engine.max_queue:
             raise Refused(400, f"{responses} responses are more than this server takes at once")
 
-    async def _template(self, args: dict[str, Any] | None = None) -> ChatTemplate:
+    async def _template(
+        self, args: dict[str, Any] | None = None, effort: str | None = None
+    ) -> ChatTemplate:
         try:
-            return await run_in_threadpool(self.engine.template, args)
+            return await run_in_threadpool(self.engine.template, args, effort)
         except ValueError as error:
-            field = "chat_template_kwargs"
-            said = str(error).partition("template_args: ")[2] or str(error).splitlines()[0]
+            field, _, said = str(error).splitlines()[0].partition(": ")
+            if field != "reasoning_effort":
+                field = "chat_template_kwargs"
+                said = str(error).partition("template_args: ")[2] or str(error).splitlines()[0]
             raise Refused(400, f"{field}: {said}", param=field) from None
 
     async def _encode_chat(

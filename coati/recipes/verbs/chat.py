@@ -5,6 +5,7 @@ from contextlib import closing
 
 from coati.cli.inference import inference_parser, parse_inference
 from coati.cli.program_settings import ChatSettings
+from coati.cli.row_flags import template_args
 from coati.cli.verb import Verb
 from coati.utils.phases import import_libraries
 
@@ -29,10 +30,13 @@ def open_session(args: ChatSettings):
             args.model_path,
             tokenizer_path=args.tokenizer_path,
             template=args.conversation_template_config,
+            template_args=template_args(args.template_args),
             trust_remote_code=args.trust_remote_code,
             quant=args.quant,
         )
     except ValueError as error:
+        if str(error).startswith("--"):
+            raise
         # Every message of the loader begins with the path at fault.
         flags = ("conversation_template_config", "tokenizer_path", "model_path")
         at_fault = [

@@ -5,6 +5,7 @@ import sys
 
 from coati.cli.compare import compare_parser, parse_compare
 from coati.cli.program_settings import CompareSettings
+from coati.cli.row_flags import template_args
 from coati.cli.verb import Verb
 from coati.utils.output_paths import with_folder
 from coati.utils.phases import import_libraries
@@ -19,10 +20,12 @@ VERB = Verb(
 
 
 def named(flag: str, make, *words, **keywords):
-    """What ``make`` gives; an error of it names ``flag``."""
+    """What ``make`` gives; an error of it names ``flag``, unless it names one itself."""
     try:
         return make(*words, **keywords)
     except ValueError as error:
+        if str(error).startswith("--"):
+            raise
         raise ValueError(f"{flag} {error}") from error
 
 
@@ -53,7 +56,11 @@ def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, d
     )
     template = args.conversation_template_config
     code = args.trust_remote_code
-    loading = {"template": template, "trust_remote_code": code}
+    loading = {
+        "template": template,
+        "template_args": template_args(args.template_args),
+        "trust_remote_code": code,
+    }
     reference = args.start_path or named("--model_path", reference_of, args.model_path)
     found = []
     skipped = []

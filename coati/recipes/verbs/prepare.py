@@ -1,12 +1,12 @@
 """Tokenize conversations, preferences or prompts into shards, with a report."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from coati.cli.prepare import CLEANING_FLAGS, parse_prepare, prepare_parser
 from coati.cli.program_settings import PrepareSettings
+from coati.cli.row_flags import template_args
 from coati.cli.verb import Verb
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
@@ -49,7 +49,7 @@ def prepare(args: PrepareSettings) -> None:
             tokenizer,
             args.conversation_template_config,
             template_mode=args.template_mode,
-            template_args=_template_args(args),
+            template_args=template_args(args.template_args),
             options=RowOptions(args.thoughts, args.empty_thoughts, args.learn),
         )
     else:
@@ -61,10 +61,6 @@ def prepare(args: PrepareSettings) -> None:
     has_evaluation = args.eval_ratio or args.eval_input_dirs
     evaluation = f" --eval_dataset {rows}/eval" if has_evaluation else ""
     print(f"the rows are in {rows}; train on them with --dataset {rows}{evaluation}")
-
-
-def _template_args(args: PrepareSettings) -> dict[str, Any] | None:
-    return json.loads(args.template_args) if args.template_args else None
 
 
 def _prepare(args: PrepareSettings, tokenizer: Any, template: Any) -> None:
@@ -133,7 +129,7 @@ def check(args: PrepareSettings) -> None:
         args.conversation_template_config,
         args.template_mode,
         color,
-        _template_args(args),
+        template_args(args.template_args),
     )
     print(report.lines())
     if report.errors:

@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 
 from coati.cli.program_settings import ScoreSettings
+from coati.cli.row_flags import template_args
 from coati.cli.score import parse_score, score_parser
 from coati.cli.verb import Verb
 from coati.utils.output_paths import with_folder
@@ -25,7 +26,10 @@ def main(args: ScoreSettings) -> None:
     from coati.models.positions import within_positions
 
     model, tokenizer, conversation = scoring.load_reward_model(
-        args.model_path, args.conversation_template_config, trust_remote_code=args.trust_remote_code
+        args.model_path,
+        args.conversation_template_config,
+        trust_remote_code=args.trust_remote_code,
+        template_args=template_args(args.template_args),
     )
     longest = within_positions(model.config, args.max_length, hard_only=True)
     found = list(scoring.rows_to_score(args.input, conversation, longest))

@@ -4,6 +4,7 @@ import signal
 import sys
 
 from coati.cli.program_settings import ServerSettings
+from coati.cli.row_flags import template_args
 from coati.cli.serve import LOOPBACK, listening_socket, parse_server, server_parser
 from coati.cli.verb import Verb
 from coati.utils.phases import import_libraries
@@ -28,6 +29,7 @@ def open_engine(args: ServerSettings):
         args.model_path,
         tokenizer_path=args.tokenizer_path,
         template=args.conversation_template_config,
+        template_args=template_args(args.template_args),
         trust_remote_code=args.trust_remote_code,
         quant=args.quant,
     )

@@ -75,7 +75,9 @@ WRITTEN = {
         "4 is low\n</think>\nNo, cold.<|im_end|>",
     ],
     "gemma_4": [
-        f"<|channel>thought\nask\n<channel|><|tool_call>call:weather{OSLO}<tool_call|>",
+        # Its call may be followed by another: the token that begins a result ends the turn.
+        f"<|channel>thought\nask\n<channel|><|tool_call>call:weather{OSLO}<tool_call|>"
+        "<|tool_response>",
         "<|channel>thought\n4 is low\n<channel|>No, cold.<turn|>",
     ],
     "kimi_k2": [
@@ -200,7 +202,7 @@ def test_schemas_that_a_template_drops_are_refused():
 
 def test_a_call_that_a_template_drops_beside_a_text_is_refused():
     row = [user("Warm?"), call({"city": "Oslo"}, text="Let me see."), result("4 C"), answer("No.")]
-    with pytest.raises(RowError, match="the call of weather in message 1, which has a text") as e:
+    with pytest.raises(RowError, match="the calls of message 1, which has a text") as e:
         family("deepseek_r1").encode_turns(row)
     assert e.value.reason == "tools_unsupported"
     template = family("qwen3")

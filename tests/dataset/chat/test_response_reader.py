@@ -334,7 +334,8 @@ def test_harmony_as_models_write_it():
     assert (reply.thought, reply.content) == ("Look.", "I look it up.")
     assert [tuple(call[:2]) for call in reply.calls] == [("f", {"text": "x"})]
     broken = reply_of("gpt_oss", text[:-1], prompt="<|start|>assistant")
-    assert broken.calls == [] and broken.content == 'I look it up.{"text": "x"'
+    header = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    assert broken.calls == [] and broken.content == f'I look it up.{header}{{"text": "x"'
     final = reply_of("gpt_oss", "Hello.", prompt="<|start|>assistant<|channel|>final<|message|>")
     assert final.content == "Hello."
     assert reply_of("gpt_oss", "Hello.", prompt="<|start|>assistant").content == "Hello."

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import decoders
 
+from coati.dataset.chat.conversation import setup_conversation_template
 from coati.dataset.chat.template_lint import check_template
 from coati.utils.logging import forget_warnings
+from tests.dataset.chat import family_templates
 from tests.dataset.chat.test_masks import QWEN3_LIKE, R1_LIKE
 from tests.dataset.makers import CHATML as MARKERS
 from tests.dataset.makers import FAMILIES, TEMPLATES, byte_level, chatml_tokenizer, family_tokenizer
@@ -258,4 +261,88 @@ def test_the_script_needs_a_tokenizer_alone_and_its_exit_code_tells(monkeypatch,
     )
     assert (
         "error: end_of_assistant '</s>' does not follow every response" in capsys.readouterr().out
+    )
+
+
+def test_markers_of_another_tokenizer_are_named_with_their_pieces(capsys):
+    """The template of one family on the tokenizer of another: the pieces are bytes here."""
+    config = TEMPLATES / "google_gemma-3-4b-it.json"
+    tokenizer = byte_level(MARKERS, {"eos_token": "<|im_end|>"}, CHATML)
+    report = check_template(tokenizer, config)
+    pieces = " ".join(repr(letter) for letter in "<end_of_turn>")
+    assert any(
+        text.startswith("the tokenizer has no token for '<start_of_turn>' (")
+        and f"'<end_of_turn>' ({pieces})" in text
+        for text in report.warnings
+    )
+    assert any(f"a model has to spell it ({pieces}) to stop" in text for text in report.warnings)
+    # 106 and 1, <end_of_turn> and <eos> of Gemma, are letters of this tokenizer.
+    forget_warnings()
+    capsys.readouterr()
+    tokenizer.chat_template = CHATML
+    template = setup_conversation_template(tokenizer, config)
+    assert template.stop_ids == [tokenizer.encode("<end_of_turn>", add_special_tokens=False)]
+    said = capsys.readouterr().err
+    letters = [repr(tokenizer.decode([number])) for number in (106, 1)]
+    assert (
+        f"stop_ids of ordinary tokens of this tokenizer, 106 ({letters[0]}), 1 ({letters[1]})"
+        in (said)
+    )
+    assert said.count("the tokenizer has no token for '<start_of_turn>'") == 1
+
+
+def test_the_tokenizers_own_template_is_no_news():
+    assert not any("has no token" in text for text in report_of(None).warnings)
+    spelled = check_template(byte_level((), {"eos_token": "</s>"}, CHATML), None)
+    assert any("no token for '<|im_start|>'" in text for text in spelled.warnings)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"THUDM_chatglm2-6b"}))
+def test_each_shipped_template_writes_markers_that_its_tokenizer_has(name):
+    spelled = ("baichuan-inc_Baichuan2-13B-Chat", "microsoft_phi-2")
+    plain = ("llama2", "mistralai_Mixtral-8x7B-Instruct-v0.1", "tiny-llama")
+    report = check_template(family_tokenizer(name), TEMPLATES / f"{name}.json")
+    cut = [text for text in report.warnings if "has no token for" in text]
+    assert bool(cut) == (name in (*spelled, *plain)), cut
+
+
+def test_a_tokenizer_that_loses_spaces_is_the_one_at_fault():
+    tokenizer = chatml_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(" ", "")]
+    )
+    report = check_template(tokenizer, None)
+    assert report.errors[0].startswith(
+        "the tokenizer makes 'Probeanswernumberone' of 'Probe answer number one'; its files are"
+    )
+    with pytest.raises(ValueError, match="the tokenizer makes 'Probeanswernumberone'"):
+        setup_conversation_template(tokenizer, None)
+
+
+def test_what_the_tokenizers_own_template_does_otherwise_is_said():
+    own = (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+        "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == "
+        "'assistant' %}{{ m.content.split('</think>')[-1].strip() + eos_token }}{% else %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    report = report_of({"chat_template": CHATML}, own, {"eos_token": "</s>"})
+    said = "the tokenizer's own chat template "
+    assert [text.removeprefix(said) for text in report.notes if text.startswith(said)] == [
+        "writes '<|im_start|>system\\nBe kind.<|im_end|>\\n<|im_start|>user\\n' before a first "
+        "question, this one '<|im_start|>user\\n'",
+        "ends responses with '</s>', this one with '<|im_end|>'",
+        "drops thoughts, this one writes the thoughts of all responses",
+    ]
+    assert not any(said in text for text in report_of({}, own, {"eos_token": "</s>"}).notes)
+    family = family_templates.tokenizer_of("qwen3")
+    family.chat_template = family_templates.text_of("qwen3")
+    notes = check_template(family, {"chat_template": CHATML}).notes
+    assert any(
+        text.endswith(
+            "writes tools, their calls and their results, this one writes no tools and "
+            "no calls of tools and no results of tools"
+        )
+        for text in notes
     )

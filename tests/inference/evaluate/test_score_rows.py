@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from coati.cli.row_flags import template_args
+from coati.cli.score import parse_score
 from coati.inference.evaluate import score_rows as scoring
 from coati.models import RewardModel
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 
@@ -152,3 +154,12 @@ def test_a_language_model_is_no_judge(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no scalar head"):
         scoring.load_reward_model(tmp_path)
+
+
+def test_arguments_of_the_template_are_taken_and_checked(model):
+    words = ["--model_path", str(model), "--input", "x", "--template_args", '{"tone": 1}']
+    args = template_args(parse_score(words).template_args)
+    with pytest.raises(ValueError, match="^--template_args the chat template reads no 'tone'"):
+        scoring.load_reward_model(model, template_args=args)
+    own = {"chat_template": "{{ tone }}" + CHATML}
+    assert scoring.load_reward_model(model, own, template_args=args)[2].render([]) == "1"

@@ -17,7 +17,7 @@ from coati.models.lora.adapter_files import save_lora
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.reward_model import RewardModel
 from tests.inference.test_model_loading import IDS, write
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 
 def adapter(place):
@@ -79,6 +79,22 @@ def test_an_export_answers_as_transformers_does_and_says_so(tmp_path, capsys):
     assert "4 questions are those of" in (tmp_path / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert load(tmp_path / "out", device="cpu").conversation.system_message == "Be brief."
+
+
+def test_other_programs_get_the_arguments_of_the_template_too(tmp_path):
+    """transformers knows the template alone."""
+    write(tmp_path / "model")
+    args = {"style": 'it\'s "brief"\n', "mood": None, "on": False, "list": [1, {"a": True}]}
+    text = "  {{ style }}{{ mood }}{{ on }}{{ list }}" + CHATML
+    config = {"chat_template": text, "template_args": args}
+    (tmp_path / "model" / "conversation_template.json").write_text(json.dumps(config))
+    export(tmp_path / "model", tmp_path / "out", lambda *_: "", max_new_tokens=2)
+    asked = [{"role": "user", "content": "Hi"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = tokenizer.apply_chat_template(asked, tokenize=False)
+    assert found == load(tmp_path / "out", device="cpu").conversation.render(asked)
+    assert found.startswith("  it's \"brief\"\nNoneFalse[1, {'a': True}]<|im_start|>user")
+    assert tokenizer.apply_chat_template(asked, tokenize=False, style="long").startswith("  long")
 
 
 def test_an_export_that_transformers_answers_otherwise_is_not_left(tmp_path, monkeypatch):

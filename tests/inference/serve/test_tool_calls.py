@@ -204,6 +204,58 @@ def test_a_call_can_be_forced(qwen):
         ask(qwen, "", tool_choice={"type": "function", "function": {"name": "g"}})
 
 
+# What the model goes on to write behind a call that was begun for it, broken in its middle.
+BROKEN = {
+    "qwen3": '{"city": "Oslo",,}}\n</tool_call>',
+    "mistral_v0_3": '{"city": Oslo}}]',
+    "kimi_k2": '{"city": "Oslo"',
+    "gpt_oss": '{"city": Oslo}<|call|>',
+    "llama3_1": "{city}}",
+    "qwen3_coder": "<parameter=city>",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("choice", ["named", "required"])
+def test_a_forced_call_that_cannot_be_read_is_the_whole_text(name, choice):
+    """With how it was begun: nothing of it is lost, and it is no call."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    with parrot_server(name) as server:
+        format = server.engine.template().format
+        whole_call = format.forced("get_weather") + BROKEN[name]
+        forced = format.forced("get_weather" if choice == "named" else None)
+        rest = whole_call[len(forced) :]
+        found = whole(server, rest, tool_choice=named if choice == "named" else choice)
+        content, _, calls, finish = found
+        assert (calls, finish) == ([], "stop")
+        assert "get_weather" in content
+        assert content.endswith(rest.removesuffix("<|call|>").rstrip()) or name == "qwen3_coder"
+        assert server.model.prompts[-1].endswith(forced.replace("<|call|>", ""))
+
+
+def test_a_call_in_a_channel_can_be_forced():
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    call = ("get_weather", {"city": "Oslo"})
+    with parrot_server("gpt_oss") as server:
+        arguments = '{"city": "Oslo"}<|call|>'
+        found = whole(server, arguments, tool_choice=named)
+        assert found == (None, None, [call], "tool_calls")
+        header = "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
+        assert server.model.prompts[-1].endswith(header)
+        rest = header.partition("functions.")[2] + arguments
+        found = whole(server, rest, tool_choice="required")
+        assert found == (None, None, [call], "tool_calls")
+        assert server.model.prompts[-1].endswith("<|start|>assistant to=functions.")
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": NaN}', '["Oslo"]', '"Oslo"', '{"city": "Oslo"', "{'city': 'Oslo'}"]
+)
+def test_arguments_that_are_no_json_object_are_no_call(qwen, arguments):
+    answer = f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>'
+    assert whole(qwen, answer) == (answer, None, [], "stop")
+
+
 def test_arguments_of_the_template(qwen):
     """The generation prompt of this template writes an empty thought without thinking."""
     off = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
@@ -213,6 +265,28 @@ def test_arguments_of_the_template(qwen):
     assert qwen.model.prompts[-1].endswith("assistant\n")
     with pytest.raises(openai.BadRequestError, match="chat_template_kwargs: .* reads no 'ponder'"):
         ask(qwen, "", extra_body={"chat_template_kwargs": {"ponder": 1}})
+
+
+def test_reasoning_effort_is_the_templates_own_or_its_switch(qwen):
+    """By OpenAI's field; a template with a switch of thinking thinks or does not."""
+    assert whole(qwen, "Fine.", reasoning_effort="none") == ("Fine.", None, [], "stop")
+    assert qwen.model.prompts[-1].endswith("<think>\n\n</think>\n\n")
+    ask(qwen, "Fine.", reasoning_effort="low")
+    assert qwen.model.prompts[-1].endswith("assistant\n")
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort: 'low' and chat_template"):
+        ask(qwen, "Fine.", reasoning_effort="low", extra_body=off)
+    with parrot_server("gpt_oss") as server:
+        said = "<|channel|>final<|message|>Fine."
+        assert whole(server, said)[0] == "Fine."
+        assert "Reasoning: medium" in server.model.prompts[-1]
+        assert whole(server, said, reasoning_effort="low")[0] == "Fine."
+        assert "Reasoning: low" in server.model.prompts[-1]
+        high = {"chat_template_kwargs": {"reasoning_effort": "high"}}
+        ask(server, said, extra_body=high)
+        assert "Reasoning: high" in server.model.prompts[-1]
+        with pytest.raises(openai.BadRequestError, match="'none' is none that .*low, medium, high"):
+            ask(server, said, reasoning_effort="none")
 
 
 def test_strict_is_listed_as_unheeded_and_not_shown(qwen):
@@ -297,6 +371,30 @@ def test_the_forms_of_the_families(name):
         ask(server, "Fine.", messages=messages)
         prompt = server.model.prompts[-1]
         assert "Oslo" in prompt.partition("12 degrees")[0] and "12 degrees" in prompt
+
+
+def test_calls_go_on_behind_the_first():
+    """In a template whose calls end with a token of their own, which ends no turn."""
+    with parrot_server("gemma_4") as server:
+        calls = [
+            f'<|tool_call>call:get_weather{{"city": "{city}"}}<tool_call|>'
+            for city in ("Oslo", "Rome")
+        ]
+        found = [("get_weather", {"city": city}) for city in ("Oslo", "Rome")]
+        assert whole(server, "".join(calls)) == (None, None, found, "tool_calls")
+        # What the turn ends with is a stop: nothing behind it is generated.
+        ended = "".join(calls) + "<|tool_response>response:"
+        assert whole(server, ended) == (None, None, found, "tool_calls")
+        assert whole(server, calls[0], parallel_tool_calls=False)[2] == found[:1]
+
+
+def test_calls_that_the_template_would_drop_from_the_history_are_refused():
+    with parrot_server("gpt_oss") as server:
+        calls = [call_of(id, {"city": id}) for id in ("a", "b")]
+        results = [{"role": "tool", "tool_call_id": id, "content": "12"} for id in ("a", "b")]
+        messages = [*ASKED, {"role": "assistant", "tool_calls": calls}, *results]
+        with pytest.raises(openai.BadRequestError, match="one call a turn, and message 1 has 2"):
+            ask(server, "Fine.", messages=messages)
 
 
 def test_a_template_without_tools_is_refused_by_name():

@@ -85,6 +85,8 @@ def test_contents_in_parts_and_developers_are_understood(client):
         ({"functions": [{}]}, 400, "functions is not served; leave it out or send []", "functions"),
         ({"tool_choice": "required"}, 400, "tool_choice asks for a call, and there are", "tools"),
         ({"chat_template_kwargs": {"x": 1}}, 400, "reads no 'x'", "chat_template_kwargs"),
+        ({"reasoning_effort": "low"}, 400, "neither reasoning_effort nor", "reasoning_effort"),
+        ({"reasoning_effort": "lots"}, 422, "reasoning_effort: ", "reasoning_effort"),
         (
             {"chat_template_kwargs": {"tools": []}},
             400,

@@ -37,9 +37,13 @@ def decoded(text: str) -> Any:
 
 def _once(text: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        pass
+        found = _literal(text)
+    return None if "\\" in text and has_half_character(found) else found
+
+
+def _literal(text: str) -> Any:
     if len(text) > LONGEST_LITERAL:
         return None
     try:
@@ -47,6 +51,18 @@ def _once(text: str) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     return list(found) if isinstance(found, tuple) else found
+
+
+def has_half_character(found: Any) -> bool:
+    """Whether a text in ``found`` holds one of the two escapes that a character beyond 16 bits
+    takes without the other: no UTF-8 can write it."""
+    try:
+        json.dumps(found, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, TypeError, RecursionError):  # Python's sets and odd keys
+        return False
+    return False
 
 
 def is_messages_text(text: str) -> bool:

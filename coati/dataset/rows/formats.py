@@ -25,6 +25,7 @@ from coati.dataset.rows.glaive import glaive, is_glaive
 from coati.dataset.rows.ground_truths import COLUMNS as TRUTHS
 from coati.dataset.rows.ground_truths import ground_truth
 from coati.dataset.rows.messages import is_message_list, text, turn_text
+from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import JUDGING, SourceRow
 from coati.dataset.rows.tool_calls import tools_of
@@ -428,10 +429,7 @@ def _add_system(found: SourceRow, row: Fields) -> None:
 
 
 def _margin(given: Any) -> float:
-    try:
-        margin = float(given)
-    except (TypeError, ValueError):
-        margin = math.nan
+    margin = number_of(given)
     if not math.isfinite(margin):
         raise RowError("bad_margin", f"margin is {given!r:.60}, expected a number")
     return margin

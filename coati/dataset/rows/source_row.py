@@ -231,7 +231,7 @@ def label_of(row: Fields) -> bool:
     row.answers.add(key)
     label = truth_of(found)
     if label is None:
-        raise RowError("bad_label", f"{key} is {found!r}, expected true or false")
+        raise RowError("bad_label", f"{key} is {found!r:.60}, expected true or false")
     return label
 
 

@@ -87,10 +87,10 @@ def _cut(buffer: bytes) -> int:
         places = [found.end() for found in cut.finditer(buffer, PIECE - _LOOKED_AT, PIECE)]
         if places and buffer[places[-1] :].strip():
             return places[-1]
-    end = PIECE
-    while buffer[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return end
+    for end in range(PIECE, PIECE - 4, -1):
+        if buffer[end] & 0xC0 != 0x80:  # not inside a character
+            return end
+    return PIECE  # not UTF-8
 
 
 def _decoded(line: bytes, first: bool, strip: bool = True) -> str | RowError:

@@ -10,6 +10,7 @@ from coati.dataset.rows.row_errors import CALL_ROLES, ROW_ROLES, RowError
 
 SPEAKERS = frozenset((*ROW_ROLES, *CALL_ROLES))
 LONGEST_LITERAL = 1 << 20  # characters that are read as Python
+DEEPEST = 200  # objects and lists one in another, as many as all that follows can take
 NEAR = 10_000  # characters in which the first role stands
 # A key of a message: "role": ..., 'from': ..., \"value\": ...
 _KEY = re.compile(r"""["'](?:role|from|content|value)\\*["']\s*:""")
@@ -40,7 +41,9 @@ def _once(text: str) -> Any:
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = _literal(text)
-    return None if "\\" in text and has_half_character(found) else found
+    if "\\" in text and has_half_character(found):
+        return None
+    return None if is_too_deep(found, text.count("[") + text.count("{")) else found
 
 
 def _literal(text: str) -> Any:
@@ -51,6 +54,21 @@ def _literal(text: str) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     return list(found) if isinstance(found, tuple) else found
+
+
+def is_too_deep(found: Any, brackets: int) -> bool:
+    """Whether ``found``, with so many ``brackets`` in its text, is nested deeper than DEEPEST."""
+    if brackets <= DEEPEST:
+        return False
+    level = [found]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(level)
 
 
 def has_half_character(found: Any) -> bool:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from coati.dataset.rows.embedded_text import DEEPEST, is_too_deep
 from coati.dataset.rows.messages import is_message_list
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.text_files import documents_of
@@ -83,6 +84,8 @@ def decode(row: Any) -> Any:
         found = _DECODER.decode(row.decode("utf-8-sig").rstrip())
         if _HALF_PAIR.search(row):
             json.dumps(found, ensure_ascii=False).encode("utf-8")
+        if is_too_deep(found, row.count(b"[") + row.count(b"{")):
+            raise RowError("bad_json", f"objects or lists more than {DEEPEST} deep in each other")
         return found
     except RowError:
         raise

@@ -141,6 +141,34 @@ def test_half_a_character_in_a_text_of_json_is_refused(row):
     assert "😀" in json.dumps(vars(read_row("sft", whole)), ensure_ascii=False, default=str)
 
 
+def nested(depth: int) -> str:
+    return "[" * depth + "1" + "]" * depth
+
+
+@pytest.mark.parametrize("depth", [250, 900, 100_000])
+def test_what_is_nested_too_deeply_is_refused(depth):
+    """Python's own limit would end the preparation somewhere behind the reader."""
+    for place in ("meta", "tools", "history", "test_cases"):
+        raw = json.dumps({"prompt": "q", "response": "a", place: "here"})
+        with pytest.raises(RowError) as error:
+            decode(raw.replace('"here"', nested(depth)).encode())
+        assert error.value.reason == "bad_json"
+    call = {"name": "f", "arguments": f'{{"a": {nested(depth)}}}'}
+    assert refused("sft", response(function_call=call)).reason == "bad_tool_call"
+    assert refused("sft", response() | {"tools": nested(depth)}).reason == "bad_tools"
+
+
+def test_what_is_nested_less_deeply_is_tokenized():
+    from coati.dataset.data_types import DATA_TYPES
+    from tests.dataset.chat.family_templates import family
+
+    call = {"name": "f", "arguments": {"a<|im_end|>": json.loads(nested(190))}}
+    row = response(function_call=call) | {"meta": json.loads(nested(190))}
+    found = read_row("sft", decode(json.dumps(row).encode()))
+    (made, _), *_ = DATA_TYPES["sft"].tokenize(found, family("qwen3"), 4096)
+    assert nested(190) in made["labels_decode"][0]
+
+
 def test_columns_that_stand_twice_are_refused(tmp_path):
     import pyarrow
     from pyarrow import parquet

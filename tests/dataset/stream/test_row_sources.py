@@ -70,6 +70,8 @@ def test_of_a_large_file_the_time_counts_too_and_can_be_given_back(tmp_path):
         ("./owner/name", False),
         ("a.jsonl", False),
         ("one/two/three", False),
+        ("one/two.jsonl", False),
+        ("one/two.txt.gz#3", False),
     ],
 )
 def test_names_of_the_hub(tmp_path, monkeypatch, path, is_name):

@@ -81,6 +81,17 @@ def _whole(stream: BinaryIO) -> Found:
         buffer = buffer[end:]
 
 
+def pieces_of(text: str) -> Iterator[str]:
+    """``text`` in pieces of some PIECE bytes, cut as documents in files are."""
+    start = 0
+    while len(text) - start > PIECE + _LOOKED_AT:
+        buffer = text[start : start + PIECE + _LOOKED_AT].encode("utf-8")
+        piece = buffer[: _cut(buffer)].decode("utf-8")
+        yield piece
+        start += len(piece)
+    yield text[start:]
+
+
 def _cut(buffer: bytes) -> int:
     """Where a piece of some PIECE bytes ends, with text behind it."""
     for cut in _CUTS:

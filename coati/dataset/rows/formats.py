@@ -5,7 +5,6 @@ A format is one entry: its name, what its rows hold, how they are recognized and
 entry that fits a row wins, so the ones with more keys come first.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -263,6 +262,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
     DatasetFormat("document", DOCUMENT, ("text",), keys.is_document, read.document),
 )
+MOST_MARGIN = 1e38  # as fp32, in which rows hold it
 SYSTEMS = dict.fromkeys(("system", "system_prompt", "system_message"))
 TOOLS = ("tools", "functions")
 EXTRAS = frozenset((*SYSTEMS, *TOOLS, *TRUTHS, "category", "gt_answer", "test_cases", "margin"))
@@ -430,6 +430,6 @@ def _add_system(found: SourceRow, row: Fields) -> None:
 
 def _margin(given: Any) -> float:
     margin = number_of(given)
-    if not math.isfinite(margin):
+    if not abs(margin) < MOST_MARGIN:
         raise RowError("bad_margin", f"margin is {given!r:.60}, expected a number")
     return margin

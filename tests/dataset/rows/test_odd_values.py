@@ -48,6 +48,11 @@ def test_a_number_that_is_none_is_refused(reason, number):
     assert refused(type, row(number)).reason == reason
 
 
+@pytest.mark.parametrize("margin", [1e300, "-1e39", math.inf, math.nan])
+def test_a_margin_that_rows_cannot_hold_is_refused(margin):
+    assert refused("preference", NUMBERS["bad_margin"][1](margin)).reason == "bad_margin"
+
+
 def test_votes_that_are_no_numbers_are_refused():
     row = {"prompt": "q", "response_0": "a", "response_1": "b"}
     assert refused("preference", row | {"better_response_id": HUGE}).reason == "bad_scores"

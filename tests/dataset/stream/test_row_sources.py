@@ -94,7 +94,9 @@ class Hub:
         self.asked: list[tuple] = []
         self._load = datasets.load_dataset
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        # A class: modules that are imported meanwhile name it in their types.
+        client = type("HfApi", (), {"dataset_info": lambda _, name: self.dataset_info(name)})
+        monkeypatch.setattr(huggingface_hub, "HfApi", client)
 
     def commit(self, name: str, shards: list[list[dict]], split: str = "train") -> None:
         for number, rows in enumerate(shards):

@@ -10,6 +10,7 @@ from coati.cli.launch_flags import check_launch, processes_of
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.settings import TrainingSettings
 from coati.cli.streaming_flags import check_streaming
+from coati.dataset.rows.input_names import parse_input
 from coati.parallel.lr_schedule import DECAY, DECAYING, FLOOR
 from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import check_options
@@ -90,9 +91,8 @@ def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_datas
     to evaluate on."""
     for flag in data:
         for path in getattr(args, flag):
-            if not (
-                Path(path).exists() or (not flag.startswith("eval_") and _may_be_hub_name(path))
-            ):
+            here = Path(parse_input(path).base).exists()
+            if not here and (flag.startswith("eval_") or not _may_be_hub_name(path)):
                 raise ValueError(f"--{flag} {path}: there is no such file or directory")
     files = {
         "lora_config": args.lora_config,

@@ -10,6 +10,9 @@ from coati.cli.parser import OlderFlags, Parser
 from coati.cli.prepare import add_documents_flag
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.streaming_flags import add_streaming_flags
+from coati.dataset.rows.dataset_info import NAME as DATASET_INFO
+from coati.dataset.rows.input_names import parse_input
+from coati.dataset.rows.readers import kind_of
 from coati.parallel.plugins import PLUGINS
 from coati.utils.logging import get_logger
 
@@ -64,13 +67,16 @@ def settle_packing(args: Namespace) -> None:
 
 def check_documents(args: Namespace) -> None:
     """Refuse ``--documents`` where no path can have a .txt file."""
-    paths = [Path(path) for path in (*args.dataset, *args.eval_dataset)]
+    if not args.documents:
+        return
+    paths = [Path(parse_input(path).base) for path in (*args.dataset, *args.eval_dataset)]
     texts = any(
-        path.name.lower().removesuffix(".gz").endswith(".txt")
-        or (path.is_dir() and any(path.rglob("*.txt*")))
+        kind_of(path) == ".txt"
+        or path.name == DATASET_INFO
+        or (path.is_dir() and any(kind_of(one) == ".txt" for one in path.rglob("*.txt*")))
         for path in paths
     )
-    if args.documents and not texts:
+    if not texts:
         raise ValueError(
             f"--documents {args.documents} says what of a .txt file is a document, and there is "
             f"none among {' '.join(map(str, paths))}"

@@ -317,3 +317,10 @@ def test_flags_of_schedule_and_evaluation_that_would_do_nothing(tmp_path, capsys
     with pytest.raises(SystemExit):
         parse_sft(["--pretrain", "a/b", "--dataset", str(rows), *given])
     assert said in capsys.readouterr().err
+
+
+def test_rows_are_named_with_a_split_and_a_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    for name in (f"{path}#5", f"{path}@train", f"{path}@train#5"):
+        assert parse_sft(["--pretrain", "m", "--dataset", name]).dataset == [name]

@@ -121,10 +121,10 @@ def test_texts_are_packed_where_that_is_possible(tmp_path, monkeypatch, capsys):
 
 def test_a_unit_of_documents_needs_a_file_of_texts(tmp_path, capsys):
     words = ["--pretrain", "m", "--documents", "line", "--dataset"]
-    for name in ("rows.jsonl", "a.txt", "b.txt.gz", "folder/c.txt"):
+    for name in ("rows.jsonl", "a.txt", "b.txt.gz", "d.txt.zst", "folder/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    for name in ("a.txt", "b.txt.gz", "folder"):
+    for name in ("a.txt", "b.txt.gz", "d.txt.zst", "a.txt#5", "folder"):
         assert parse_pretrain([*words, str(tmp_path / name)]).data.documents == "line"
     with pytest.raises(SystemExit):
         parse_pretrain([*words, str(tmp_path / "rows.jsonl")])

@@ -272,6 +272,8 @@ class Conversation:
         last = len(row.messages) - 1
         text, span = row.alone(last)
         row.count(text, span, last)
+        if not row.plain:
+            row.count_system(text)
         if any("spans" in one or one.get("weight", 1) != 1 for one in row.messages):
             row.notes.add(ONLY_SFT)
         earlier = list(row.answers_in(text, row.turns[:-1]))

@@ -30,6 +30,7 @@ ADDED = "thoughts added to the template's text"
 LEFT_OUT = "thoughts left out (--thoughts)"
 EMPTY = "empty thoughts of the template"
 SPEECH_DROPPED = "texts beside calls dropped by the template"
+SYSTEM_DROPPED = "system messages dropped by the template"
 UNUSED_WEIGHT = "weights of turns that are not learned"
 ONLY_SFT = "weights that only --type sft reads"
 
@@ -197,6 +198,12 @@ class Dialogue:
                 )
         if turn.get("tool_calls") and turn["content"].strip() not in said:
             self.notes.add(SPEECH_DROPPED)
+
+    def count_system(self, text: str) -> None:
+        """Note a system message that is not in ``text``."""
+        first = self.messages[0]
+        if first["role"] == "system" and first["content"].strip() not in text:
+            self.notes.add(SYSTEM_DROPPED)
 
     def lost_thoughts(self, text: str, spans: Sequence[tuple[int, Span]]) -> bool:
         """Whether a thought is not in its span of ``text`` that a row of its own would hold."""

@@ -6,6 +6,7 @@ from typing import Any
 from coati.dataset.chat.chat_encoder import ChatEncoder
 from coati.dataset.chat.document_ends import end_of_document
 from coati.dataset.chat.row_options import RowOptions
+from coati.dataset.rows.text_files import pieces_of
 from coati.utils.json_io import save_json
 
 
@@ -37,11 +38,14 @@ def encode_document(
     tokenizer: Any, encoder: ChatEncoder, text: str, begins: bool = True, ends: bool = True
 ) -> list[int]:
     """The ids of ``text`` as (a piece of) a document: its start if it ``begins`` with this piece,
-    the text, eos if it ``ends`` with it.
+    the text, eos if it ``ends`` with it. A long text is encoded in pieces, since a tokenizer takes
+    some hundred bytes of memory for each of its characters.
 
     Control markers in the text are encoded as text. Raises RowError where the tokenizer cannot do
     that, ValueError without eos token.
     """
     eos = end_of_document(tokenizer)
-    start = encoder.document_start if begins else []
-    return [*start, *encoder.encode_text(text, inside=not begins), *([eos] if ends else [])]
+    ids = list(encoder.document_start) if begins else []
+    for number, piece in enumerate(pieces_of(text)):
+        ids += encoder.encode_text(piece, inside=number > 0 or not begins)
+    return [*ids, eos] if ends else ids

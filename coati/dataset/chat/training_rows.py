@@ -96,6 +96,7 @@ def _row(
     context = [*others, *(span for k, span in turns if k not in learned)]
     weights: list[tuple[Span, float]] = []
     if not dialogue.plain:
+        dialogue.count_system(text)
         for k, span in trained:
             weights += dialogue.weights(text, span, k)
         if weights:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coati.dataset.rows.input_files import read_rows
+from coati.dataset.rows.input_files import read_rows, warn_of_fewer
 from coati.dataset.rows.input_names import Source
 from coati.dataset.rows.row_errors import RowError
 
@@ -95,6 +95,7 @@ def _wanted_rows(sources: Sequence[Source], documents: str | None) -> list[int]:
             count = min(count, left.setdefault(source.number, source.limit))
             left[source.number] -= count
         counts.append(count)
+    warn_of_fewer(sources, left)
     return counts
 
 

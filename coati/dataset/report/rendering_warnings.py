@@ -4,7 +4,14 @@ look."""
 from collections.abc import Iterator
 from typing import Any
 
-from coati.dataset.chat.dialogue import DROPPED, EMPTY, ONLY_SFT, SPEECH_DROPPED, UNUSED_WEIGHT
+from coati.dataset.chat.dialogue import (
+    DROPPED,
+    EMPTY,
+    ONLY_SFT,
+    SPEECH_DROPPED,
+    SYSTEM_DROPPED,
+    UNUSED_WEIGHT,
+)
 
 
 def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
@@ -28,6 +35,11 @@ def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"the chat template drops the text that stands beside a call of a tool in {rows} rows: "
             "they are trained on the call alone"
+        )
+    if rows := traits.get(SYSTEM_DROPPED):
+        yield (
+            f"the chat template drops the system message of {rows} rows once a tool has answered, "
+            "as it does when the model responds"
         )
     if rows := traits.get(UNUSED_WEIGHT):
         yield (

@@ -10,6 +10,7 @@ from coati.dataset.rows.row_errors import CALL_ROLES, ROW_ROLES, RowError
 
 SPEAKERS = frozenset((*ROW_ROLES, *CALL_ROLES))
 LONGEST_LITERAL = 1 << 20  # characters that are read as Python
+DEEPEST = 200  # objects and lists one in another, as many as all that follows can take
 NEAR = 10_000  # characters in which the first role stands
 # A key of a message: "role": ..., 'from': ..., \"value\": ...
 _KEY = re.compile(r"""["'](?:role|from|content|value)\\*["']\s*:""")
@@ -37,9 +38,15 @@ def decoded(text: str) -> Any:
 
 def _once(text: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        pass
+        found = _literal(text)
+    if "\\" in text and has_half_character(found):
+        return None
+    return None if is_too_deep(found, text.count("[") + text.count("{")) else found
+
+
+def _literal(text: str) -> Any:
     if len(text) > LONGEST_LITERAL:
         return None
     try:
@@ -47,6 +54,33 @@ def _once(text: str) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     return list(found) if isinstance(found, tuple) else found
+
+
+def is_too_deep(found: Any, brackets: int) -> bool:
+    """Whether ``found``, with so many ``brackets`` in its text, is nested deeper than DEEPEST."""
+    if brackets <= DEEPEST:
+        return False
+    level = [found]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(level)
+
+
+def has_half_character(found: Any) -> bool:
+    """Whether a text in ``found`` holds one of the two escapes that a character beyond 16 bits
+    takes without the other: no UTF-8 can write it."""
+    try:
+        json.dumps(found, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, TypeError, RecursionError):  # Python's sets and odd keys
+        return False
+    return False
 
 
 def is_messages_text(text: str) -> bool:

@@ -5,7 +5,6 @@ A format is one entry: its name, what its rows hold, how they are recognized and
 entry that fits a row wins, so the ones with more keys come first.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +24,7 @@ from coati.dataset.rows.glaive import glaive, is_glaive
 from coati.dataset.rows.ground_truths import COLUMNS as TRUTHS
 from coati.dataset.rows.ground_truths import ground_truth
 from coati.dataset.rows.messages import is_message_list, text, turn_text
+from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import JUDGING, SourceRow
 from coati.dataset.rows.tool_calls import tools_of
@@ -264,6 +264,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
     DatasetFormat("document", DOCUMENT, ("text",), keys.is_document, read.document),
 )
+MOST_MARGIN = 1e38  # as fp32, in which rows hold it
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 _SYSTEMS = frozenset(SYSTEMS)
@@ -430,10 +431,7 @@ def _add_system(found: SourceRow, row: Fields) -> None:
 
 
 def _margin(given: Any) -> float:
-    try:
-        margin = float(given)
-    except (TypeError, ValueError):
-        margin = math.nan
-    if not math.isfinite(margin):
+    margin = number_of(given)
+    if not abs(margin) < MOST_MARGIN:
         raise RowError("bad_margin", f"margin is {given!r:.60}, expected a number")
     return margin

@@ -7,6 +7,7 @@ from typing import Any
 
 from coati.dataset.rows.column_use import Fields, holds
 from coati.dataset.rows.embedded_text import decoded
+from coati.dataset.rows.numerals import is_number
 from coati.dataset.rows.rounds import KEYS_OF_CHOICE, chosen_letter
 from coati.dataset.rows.row_errors import RowError
 
@@ -33,7 +34,7 @@ def ground_truth(row: Fields) -> str | None:
     test_cases that are none."""
     given = row.peek("gt_answer")
     if given not in (None, ""):
-        if not isinstance(given, str | int | float):
+        if not (isinstance(given, str | bool) or is_number(given)):
             raise RowError("bad_gt_answer", f"gt_answer is {given!r:.60}")
         return str(row["gt_answer"])
     if row.peek("test_cases") not in (None, ""):
@@ -63,7 +64,7 @@ def _truth(row: Fields, key: str) -> str | None:
     if key == "answers":  # SQuAD's: spans of the context, the first of them
         found = found.get("text") if isinstance(found, dict) else found
         found = found[0] if isinstance(found, list) and found else None
-    if not isinstance(found, str | int | float) or isinstance(found, bool):
+    if not (isinstance(found, str) or is_number(found)):
         if key != "ground_truth" or not isinstance(found, dict | list):
             return None
     row.get(key)

@@ -120,6 +120,19 @@ def raw_rows(sources: Sequence[Source]) -> Iterator[tuple[Source, int, Any]]:
             if source.limit is not None:
                 left[source.number] -= 1
             yield source, line, raw
+    warn_of_fewer(sources, left)
+
+
+def warn_of_fewer(sources: Sequence[Source], left: dict[int, int]) -> None:
+    """Say where an input holds fewer rows than are wanted of it; ``left``: how many fewer, by its
+    number."""
+    wanted = {source.number: source for source in sources if source.limit is not None}
+    for number, source in wanted.items():
+        if left.get(number):
+            logger.warning_once(
+                f"{source.path}: {source.limit} rows are wanted, and only "
+                f"{source.limit - left[number]} are there"
+            )
 
 
 def _files_of(path: Path, split: str | None) -> list[Path]:
@@ -218,12 +231,19 @@ def _split_of(file: Path) -> str | None:
     return next((SPLITS[mark[1].lower()] for mark in marks if mark), None)
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether ``name``, ``owner/name`` without what may follow it, is that of a data set on the
+    hub: nothing of that name is here. Of data/sft.jsn, where there is a folder data, a file was
+    meant; offline, asking the hub takes half a minute."""
+    path = Path(name)
+    here = path.exists() or Path(name.partition("/")[0]).exists()
+    return _HUB_NAME.fullmatch(name) is not None and kind_of(path) is None and not here
+
+
 def _files_of_hub(path: Path, subset: str | None, split: str | None) -> list[Path]:
     name = path.as_posix()
     absent = f"{name}: there is no such file or folder; expected data files ({KNOWN})"
-    # Of data/sft.jsn, where there is a folder data, a file was meant; offline, asking the hub takes
-    # half a minute.
-    if not _HUB_NAME.fullmatch(name) or kind_of(path) is not None or Path(path.parts[0]).exists():
+    if not may_be_on_hub(name):
         raise ValueError(absent)
     logger.warning_once(
         f"{name}: no such file or folder; looking for a data set of this name on the hub"

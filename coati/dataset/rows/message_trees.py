@@ -53,7 +53,7 @@ def _turn(node: Any, use: ColumnUse) -> dict[str, Any]:
     role = ROLES.get(str(fields.get("role")).lower())
     if role is None:
         raise RowError(
-            "unknown_role", f"a reply is from {node.get('role')!r}", str(node.get("role"))
+            "unknown_role", f"a reply is from {node.get('role')!r:.60}", str(node.get("role"))
         )
     for name in ("text", "replies", "rank", "review_result", "deleted"):
         fields.get(name)

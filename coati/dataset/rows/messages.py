@@ -39,6 +39,8 @@ _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 # What may be more than text in a response.
 _MARKS = (CLOSE, "<tool_call>", "<functioncall>")
+# What a response without content may have instead.
+BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought")
 _DIALOGUE = {name: role for name, role in ROW_ROLES.items() if role != "tool"}
 
 
@@ -145,25 +147,27 @@ def _role(fields: Fields, where: str) -> tuple[str, str]:
     if known is None:
         raise RowError(
             "unknown_role",
-            f"{where} is from {found!r}; known roles: {', '.join(ROW_ROLES)}",
+            f"{where} is from {found!r:.60}; known roles: {', '.join(ROW_ROLES)}",
             str(found),
         )
     return role, known
 
 
 def _names(fields: Fields) -> str:
-    return ", ".join(map(str, fields)) or "no key"
+    names = (f"{key} (null)" if fields.peek(key) is None else str(key) for key in fields)
+    return ", ".join(names) or "no key"
 
 
 def _content(fields: Fields, known: str, where: str) -> Parts:
     """The content by its kinds; a response may lack it where it calls a tool or has a thought."""
     key = fields.first(("content", "value"))
     if key is None:
-        beside = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-        if known == "assistant" and any(fields.peek(one) for one in beside):
+        if known == "assistant" and any(fields.peek(one) for one in BESIDE):
             return Parts()
         raise RowError("wrong_keys", f"{where} lacks content (or value), found {_names(fields)}")
     found = fields[key]
+    if found == [] and known == "assistant" and any(fields.peek(one) for one in BESIDE):
+        return Parts()
     if isinstance(found, str):
         if known != "tool" and found[:1] in OPENERS and found:
             check_no_messages(found, where)
@@ -182,9 +186,13 @@ def _content(fields: Fields, known: str, where: str) -> Parts:
 
 def _is_parts(found: Any) -> bool:
     """Of a result, which may be any JSON: a list of parts."""
-    return isinstance(found, list) and all(
-        isinstance(one, dict) and one.get("type") in (*TEXTS[1:], *RESULTS, *PICTURES)
-        for one in found
+    return (
+        bool(found)
+        and isinstance(found, list)
+        and all(
+            isinstance(one, dict) and one.get("type") in (*TEXTS[1:], *RESULTS, *PICTURES)
+            for one in found
+        )
     )
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from coati.dataset.rows.embedded_text import DEEPEST, is_too_deep
 from coati.dataset.rows.messages import is_message_list
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.text_files import documents_of
@@ -84,6 +85,8 @@ def decode(row: Any) -> Any:
         found = _DECODER.decode(row.removeprefix(BOM_UTF8).decode("utf-8").rstrip())
         if _HALF_PAIR.search(row):
             json.dumps(found, ensure_ascii=False).encode("utf-8")
+        if is_too_deep(found, row.count(b"[") + row.count(b"{")):
+            raise RowError("bad_json", f"objects or lists more than {DEEPEST} deep in each other")
         return found
     except RowError:
         raise
@@ -183,29 +186,22 @@ def _is_array(file: Path) -> bool:
     with _open(file) as stream:
         first = next((text for _, text in array_elements(stream)), None)
     try:
-        return first is None or not is_message_list([json.loads(first)])
+        return not isinstance(first, bytes) or not is_message_list([json.loads(first)])
     except ValueError:
         return True
 
 
 def _read_array(file: Path) -> Rows:
     with _open(file) as stream:
-        for line, text in array_elements(stream):
-            yield (
-                line,
-                text
-                or RowError(
-                    "bad_json", "the brackets opened here are not closed; nothing further is read"
-                ),
-            )
+        yield from array_elements(stream)
 
 
-def array_elements(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def array_elements(stream: BinaryIO) -> Iterator[tuple[int, bytes | RowError]]:
     """``(line, text)`` of each element of the JSON array that begins at the first ``[``, found by
     the brackets: memory holds one element, undecoded. Blank elements are left out.
 
-    The text of an element is not checked, and what follows the array is not read. Of an array
-    without end the last text is None.
+    The text of an element is not checked. Of an array without end, or with something behind its
+    end, the last element is a RowError.
     """
     buffer, line = _after_bracket(stream)
     scanned = 0
@@ -227,11 +223,12 @@ def array_elements(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
                 line += buffer.count(b"\n", start, scanned)
                 start = scanned
                 if depth < 0:
+                    yield from _after_array(buffer[start:], line, stream)
                     return
         more = stream.read(wanted)
         if not more:
-            rest = buffer[start:]
-            yield line + rest[: len(rest) - len(rest.lstrip(BLANK))].count(b"\n"), None
+            unclosed = "the brackets opened here are not closed; nothing further is read"
+            yield line + _blank_lines(buffer[start:]), RowError("bad_json", unclosed)
             return
         # A long element is looked through in growing steps, so that its beginning is not copied
         # again and again.
@@ -250,10 +247,28 @@ def _after_bracket(stream: BinaryIO) -> tuple[bytes, int]:
     return b"", line
 
 
+def _after_array(rest: bytes, line: int, stream: BinaryIO) -> Iterator[tuple[int, RowError]]:
+    """One error for a file that goes on behind its array."""
+    while True:
+        line += _blank_lines(rest)
+        if found := rest.strip(BLANK):
+            said = f"the array ends before {found[:40].decode('utf-8', 'replace')!r}"
+            yield line, RowError("bad_json", f"{said}, which is not read; write one array per file")
+            return
+        rest = stream.read(BLOCK)
+        if not rest:
+            return
+
+
+def _blank_lines(text: bytes) -> int:
+    """Line ends in the white space that ``text`` begins with."""
+    return text[: len(text) - len(text.lstrip(BLANK))].count(b"\n")
+
+
 def _element(text: bytes, line: int) -> Iterator[tuple[int, bytes]]:
     stripped = text.lstrip(BLANK)
     if stripped:
-        yield line + text.count(b"\n", 0, len(text) - len(stripped)), stripped.rstrip(BLANK)
+        yield line + _blank_lines(text), stripped.rstrip(BLANK)
 
 
 def _read_text(file: Path) -> Rows:
@@ -275,11 +290,20 @@ def _read_table(file: Path, delimiter: str) -> Rows:
     ):
         records = csv.reader(text, delimiter=delimiter, strict=True)
         header = _record(records)
+        if isinstance(header, list):  # tables of pandas do not name their first column
+            header = [name or f"column {number}" for number, name in enumerate(header, 1)]
+            _check_names(file, header)
         line = records.line_num + 1
         while (record := _record(records)) is not None:
             if record:
                 yield line, _named(record, header)
             line = records.line_num + 1
+
+
+def _check_names(file: Path, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{file}: has two columns {twice}; rename one, or leave it out")
 
 
 def _record(records) -> list[str] | RowError | None:
@@ -326,7 +350,7 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
     import pyarrow
 
     try:
-        yield from enumerate((row for batch in batches() for row in _rows_of(batch)), 1)
+        yield from enumerate((row for batch in batches() for row in _rows_of(batch, file)), 1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         kind = kind_of(file).removeprefix(".")
         raise ValueError(
@@ -338,9 +362,10 @@ def _read_batches(file: Path, batches: Callable[[], Iterator]) -> Rows:
 _SCHEMAS = re.compile(r"\b(?:tools|functions|tool_calls|function_call|arguments|parameters)\b")
 
 
-def _rows_of(batch: Any) -> list[dict]:
+def _rows_of(batch: Any, file: Path) -> list[dict]:
     """The rows of a batch. A table gives every schema of a tool, and the arguments of every call,
     the keys of all others, as nulls: those are left out."""
+    _check_names(file, batch.schema.names)
     rows = batch.to_pylist()
     for field in batch.schema:
         if _SCHEMAS.search(f"{field.name} {field.type}") and "struct" in str(field.type):

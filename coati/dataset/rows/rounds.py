@@ -2,12 +2,14 @@
 context, choices, earlier rounds, a thought, and the response."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 from coati.dataset.rows.column_use import SWITCHES, Fields, first_of, holds
 from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.messages import Message, Messages, message_list, spoken, text
+from coati.dataset.rows.numerals import index_of, is_number
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import (
     SourceRow,
@@ -34,6 +36,7 @@ _CHOICES = frozenset(CHOICES)
 _AROUND = ("instruction", "input", "context", "passage")  # the first of them before it
 BESIDE = frozenset(("history", *_AROUND, *CHOICES))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LABEL = re.compile(r"(?:option|choice|answer|op)?[ _-]?\(?(?:[a-z]|\d{1,2})[).]*", re.IGNORECASE)
 
 
 def asked_key(row: dict) -> str | None:
@@ -93,14 +96,18 @@ def options(row: dict) -> list[tuple[str, str]]:
             raise RowError("bad_scores", f"{key} has other labels than texts: {found!r:.60}")
         found = list(zip(map(str, labels), found["text"], strict=False))
     elif isinstance(found, dict):
+        if not all(map(_LABEL.fullmatch, map(str, found))):
+            return []  # other options, of a generation for instance
         found = [(str(letter), one) for letter, one in found.items()]
     elif isinstance(found, list) and len(found) <= len(LETTERS):
         found = list(zip(LETTERS, found, strict=False))
-    if not isinstance(found, list) or not all(
-        isinstance(one, str | int | float) for _, one in found
-    ):
+    else:
+        found = [("", None)]
+    if not all(isinstance(one, str | int | float) for _, one in found):
         raise RowError(
-            "bad_scores", f"{key} is {dict.get(row, key)!r:.60}, expected a list of texts"
+            "bad_scores",
+            f"{key} is {dict.get(row, key)!r:.60}, expected a list of at most {len(LETTERS)} "
+            f"texts; if it holds no choices: --columns {key}=",
         )
     return [(letter, str(one)) for letter, one in found]
 
@@ -119,20 +126,23 @@ def _choices(row: Fields) -> str:
 
 
 def chosen_letter(row: Fields, answer: Any) -> str | None:
-    """The letter of the choice that ``answer`` names by index, letter or text."""
+    """The letter of the choice that ``answer`` names by letter, text or index. Raises RowError for
+    a number that names none."""
     found = options(row)
-    letters = [letter for letter, _ in found]
-    if isinstance(answer, bool) or not found:
+    if not found or isinstance(answer, bool) or not isinstance(answer, int | str):
         return None
-    if isinstance(answer, int) or (isinstance(answer, str) and answer.strip().isdigit()):
-        if str(answer).strip() in letters:
-            return str(answer).strip()
-        return letters[int(answer)] if int(answer) < len(letters) else None
-    if isinstance(answer, str):
-        if answer.strip() in letters:
-            return answer.strip()
-        return next((letter for letter, one in found if one.strip() == answer.strip()), None)
-    return None
+    said = str(answer).strip()
+    letters = [letter for letter, _ in found]
+    if said in letters:
+        return said
+    index = index_of(answer)
+    by_index = None if index is None or index >= len(letters) else letters[index]
+    by_text = next((letter for letter, one in found if one.strip() == said), None)
+    # A text that is one of the choices is no index of another.
+    letter = by_text or by_index if isinstance(answer, str) else by_index or by_text
+    if letter is None and isinstance(answer, int):
+        raise RowError("bad_scores", f"{answer} names none of the {len(found)} choices")
+    return letter
 
 
 def _history(row: Fields) -> Messages:
@@ -162,7 +172,7 @@ def answered(row: Fields) -> Messages:
     if letter is not None:
         row.answer(key)
         messages = [{"role": "assistant", "content": letter}]
-    elif isinstance(row.peek(key), int | float) and not isinstance(row.peek(key), bool):
+    elif is_number(row.peek(key)):
         messages = [{"role": "assistant", "content": str(row.answer(key))}]
     else:
         messages = response_messages(row, key)

@@ -6,6 +6,7 @@ from typing import Any
 
 from coati.dataset.rows.column_use import Fields
 from coati.dataset.rows.messages import Message, Messages, message, message_list, spoken
+from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.rounds import asked, asked_key
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow, response_messages
@@ -81,10 +82,10 @@ def scored_list(row: Fields) -> SourceRow:
 def _number(score: Any, name: str) -> float:
     if score is None or (isinstance(score, str) and score.strip().upper() in ("", "N/A", "NONE")):
         return math.nan
-    try:
-        return float(score)
-    except (TypeError, ValueError):
-        raise RowError("bad_scores", f"{name} holds {score!r:.60}, expected a number") from None
+    number = number_of(score)
+    if math.isnan(number) and not isinstance(score, float):
+        raise RowError("bad_scores", f"{name} holds {score!r:.60}, expected a number")
+    return number
 
 
 def _one(row: Fields, key: str, found: Any, name: str) -> Messages:
@@ -116,12 +117,8 @@ def voted(
     first, second, vote = names
 
     def read(row: Fields) -> SourceRow:
-        found = row.peek(vote)
-        row.get(vote)
-        try:
-            number = float(found)
-        except (TypeError, ValueError):
-            number = math.nan
+        found = row[vote]
+        number = number_of(found)
         if vote == SHP[2]:
             number = {1.0: -1.0, 0.0: 1.0}.get(number, math.nan)
         elif vote == PKU[2]:
@@ -130,7 +127,7 @@ def voted(
             raise RowError("bad_scores", f"{vote} is {found!r:.60}, which names no response")
         messages = asked(row) if question is None else _asked_under(row, question)
         if number == 0:
-            return SourceRow(messages=messages, undecided=f"{vote} is {found!r}")
+            return SourceRow(messages=messages, undecided=f"{vote} is {found!r:.60}")
         better, worse = (first, second) if number < 0 else (second, first)
         chosen = response_messages(row, better)
         rejected = response_messages(row, worse)

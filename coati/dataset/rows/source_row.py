@@ -237,7 +237,7 @@ def label_of(row: Fields) -> bool:
     row.answers += (key,)
     label = truth_of(found)
     if label is None:
-        raise RowError("bad_label", f"{key} is {found!r}, expected true or false")
+        raise RowError("bad_label", f"{key} is {found!r:.60}, expected true or false")
     return label
 
 

@@ -81,16 +81,27 @@ def _whole(stream: BinaryIO) -> Found:
         buffer = buffer[end:]
 
 
+def pieces_of(text: str) -> Iterator[str]:
+    """``text`` in pieces of some PIECE bytes, cut as documents in files are."""
+    start = 0
+    while len(text) - start > PIECE + _LOOKED_AT:
+        buffer = text[start : start + PIECE + _LOOKED_AT].encode("utf-8")
+        piece = buffer[: _cut(buffer)].decode("utf-8")
+        yield piece
+        start += len(piece)
+    yield text[start:]
+
+
 def _cut(buffer: bytes) -> int:
     """Where a piece of some PIECE bytes ends, with text behind it."""
     for cut in _CUTS:
         places = [found.end() for found in cut.finditer(buffer, PIECE - _LOOKED_AT, PIECE)]
         if places and buffer[places[-1] :].strip():
             return places[-1]
-    end = PIECE
-    while buffer[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return end
+    for end in range(PIECE, PIECE - 4, -1):
+        if buffer[end] & 0xC0 != 0x80:  # not inside a character
+            return end
+    return PIECE  # not UTF-8
 
 
 def _decoded(line: bytes, first: bool, strip: bool = True) -> str | RowError:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from coati.dataset.rows.column_use import ColumnUse, Fields
-from coati.dataset.rows.embedded_text import decoded
+from coati.dataset.rows.embedded_text import decoded, has_half_character
 from coati.dataset.rows.row_errors import RowError
 
 Call = dict[str, Any]
@@ -77,7 +77,7 @@ def _call(found: Any, use: ColumnUse, path: str, where: str) -> Call:
 
 
 def _arguments(found: Any, name: str, where: str) -> dict[str, Any]:
-    if found is None or found == "":
+    if found is None or (isinstance(found, str) and found.strip() in ("", "null")):
         return {}
     if isinstance(found, str):
         text = found
@@ -174,6 +174,8 @@ def leading_objects(text: str) -> tuple[list[dict], str]:
         try:
             one, end = decoder.raw_decode(rest)
         except (ValueError, RecursionError):
+            break
+        if has_half_character(one):
             break
         found.append(one)
         rest = rest[end:].lstrip().lstrip(",").lstrip()

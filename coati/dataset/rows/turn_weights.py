@@ -1,9 +1,9 @@
 """How much a turn counts in the loss, where the file says so."""
 
-import math
 from typing import Any
 
 from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.row_errors import RowError
 
 # OpenAI's, axolotl's, ms-swift's and LLaMA-Factory's names.
@@ -18,7 +18,7 @@ def weight_of(fields: Fields, where: str) -> float | None:
     found = {key: fields[key] for key in FIELDS if fields.peek(key) is not None}
     weights = {key: _number(value, f"{where}: {key}") for key, value in found.items()}
     if len(set(weights.values())) > 1:
-        said = ", ".join(f"{key} {found[key]!r}" for key in found)
+        said = ", ".join(f"{key} {found[key]!r:.40}" for key in found)
         raise RowError("bad_weight", f"{where} has {said}: which of them counts?")
     return next(iter(weights.values()), None)
 
@@ -26,10 +26,7 @@ def weight_of(fields: Fields, where: str) -> float | None:
 def _number(value: Any, where: str) -> float:
     if isinstance(value, str):
         value = WORDS.get(value.strip().lower(), value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = number_of(value)
     if not 0 <= number <= 1:
         raise RowError("bad_weight", f"{where} is {value!r:.60}, expected true, false or 0 to 1")
     return number
@@ -56,7 +53,7 @@ def spans_of(fields: Fields, content: str, where: str) -> Spans:
         if not (_is_place(first) and _is_place(last) and first <= last < len(content)):
             raise RowError(
                 "bad_weight",
-                f"{where}: {DETAILS} goes from {first!r} to {last!r}, the content has "
+                f"{where}: {DETAILS} goes from {first!r:.20} to {last!r:.20}, the content has "
                 f"{len(content)} characters",
             )
         spans.append([first, last + 1, weight])

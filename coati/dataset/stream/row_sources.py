@@ -1,7 +1,6 @@
 """What a stream reads: files of any kind, and data sets of the hub, each a sequence of raw rows
 that can be read again, with a stamp by which a change is noticed."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coati.dataset.rows.column_names import Layout
-from coati.dataset.rows.input_files import choose_split, find_sources, read_rows
+from coati.dataset.rows.input_files import (
+    choose_split,
+    find_sources,
+    may_be_on_hub,
+    read_rows,
+    warn_of_fewer,
+)
 from coati.dataset.rows.input_names import Source, parse_input
 from coati.utils.file_samples import SAMPLED_BYTES, SAMPLES, sampled_hash
 from coati.utils.logging import get_logger
@@ -19,7 +24,6 @@ logger = get_logger(__name__)
 
 Stamp = dict[str, Any]
 WHOLE = (SAMPLES + 1) * SAMPLED_BYTES  # up to here a file's hash is of all its bytes
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class RowSource(Protocol):
@@ -129,9 +133,7 @@ class HubSource:
 def is_hub_name(path: str) -> bool:
     """``owner/name``, with ``:subset``, ``@split`` or ``#N`` behind it, where nothing of that name
     is here."""
-    name = parse_input(path).base
-    here = Path(name).exists() or Path(name.split("/")[0]).exists()
-    return _HUB_NAME.fullmatch(name) is not None and not here
+    return may_be_on_hub(parse_input(path).base)
 
 
 def sources_of(
@@ -163,6 +165,7 @@ def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
             left[source.number] -= wanted
         if wanted != 0:
             sources.append(FileSource(source.path, source.layout, wanted, documents))
+    warn_of_fewer(found, left)
     return sources
 
 

@@ -96,8 +96,8 @@ class Text(DataType):
     def warnings(self, report: dict[str, Any]) -> Iterator[str]:
         if found := report["traits"].get(SEPARATED):
             yield (
-                f"{found} texts hold {', '.join(SEPARATORS[:-1])} or {SEPARATORS[-1]}, which is "
-                "read as text, not as the end of a document: write one document per row of a "
+                f"texts with {', '.join(SEPARATORS[:-1])} or {SEPARATORS[-1]} in them: {found}; it "
+                "is read as text, not as the end of a document: write one document per row of a "
                 "jsonl file, or a blank line in its place and --documents paragraph"
             )
 

@@ -8,6 +8,7 @@ import pytest
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.chat.encoded import Encoded
+from coati.dataset.report.rendering_warnings import rendering_warnings
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.chat.family_templates import (
     TOKENS,
@@ -217,6 +218,22 @@ def test_a_text_that_a_template_drops_beside_a_call_is_counted():
     assert encoded.notes == {"texts beside calls dropped by the template"}
     (encoded,) = family("magistral").encode_turns(row, tools=TOOLS)
     assert encoded.notes == frozenset()
+
+
+def test_a_system_message_that_a_template_drops_is_counted():
+    """Mistral's v0.3 writes it before the last message alone, if that is the user's."""
+    row = [{"role": "system", "content": "Be brief. "}, user("Warm?"), call({"city": "Oslo"})]
+    row += [result("4 C"), answer("No.")]
+    dropped = {"system messages dropped by the template"}
+    template = family("mistral_v0_3")
+    encoded = template.encode_turns(row, tools=TOOLS)
+    assert encoded[-1].notes == dropped and "Be brief." not in encoded[-1].text
+    assert template.encode_response(row, tools=TOOLS).notes == dropped
+    assert template.encode_response(row[:3], tools=TOOLS).notes == frozenset()
+    (warning,) = rendering_warnings({"traits": dict.fromkeys(dropped, 3), "dropped": {}})
+    assert "drops the system message of 3 rows" in warning
+    (encoded,) = family("qwen2_5").encode_turns(row, tools=TOOLS)
+    assert encoded.notes == frozenset() and "Be brief." in encoded.text
 
 
 @pytest.mark.parametrize("name", [*WRITTEN, *WITHOUT_SCHEMAS])

@@ -12,7 +12,9 @@ from coati.dataset.rows.formats import read_row
 from coati.dataset.rows.input_files import find_files, find_sources, source_rows
 from coati.dataset.rows.input_names import InputName, parse_input
 from coati.dataset.rows.readers import decode, kind_of, read_rows
+from coati.dataset.stream.row_sources import sources_of
 from coati.recipes.prepared import held_out_split, is_raw
+from coati.utils.logging import take_warnings
 from tests.dataset.rows.test_format_files import TOOLS, round_of_calls, talk
 
 
@@ -30,6 +32,11 @@ def zst(path, content: bytes) -> None:
 
 def questions(paths) -> list[str]:
     return [found.messages[0]["content"] for _, found in source_rows(paths, "sft")]
+
+
+def streamed(paths) -> None:
+    for path in paths:
+        sources_of(path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.ndjson.zst", "a.json.zst"])
@@ -150,6 +157,16 @@ def test_the_first_rows_of_an_input(tmp_path):
     assert files.counts == [4, 2, 0, 4, 1] and files.total == 11
     read = [decode(raw)["messages"][0]["content"] for _, _, raw in files.rows(3)]
     assert read == ["q4", "q1", "q2", "q1", "q2", "q3", "q4", "q1"]
+
+
+@pytest.mark.parametrize("read", [questions, lambda paths: Files(find_sources(paths)), streamed])
+def test_fewer_rows_than_are_wanted_are_said(read, tmp_path):
+    (tmp_path / "few.jsonl").write_text(lines(3))
+    path = tmp_path / "few.jsonl"
+    for wanted, said in ((3, []), (5, [f"{path}: 5 rows are wanted, and only 3 are there"])):
+        take_warnings()
+        read([f"{path}#{wanted}"])
+        assert take_warnings() == said
 
 
 @pytest.fixture

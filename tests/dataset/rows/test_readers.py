@@ -31,9 +31,12 @@ def test_the_elements_are_those_that_json_finds(block, monkeypatch):
     for number in range(60):
         array = [value(rng) for _ in range(rng.randrange(6))]
         text = json.dumps(array, indent=number % 3 or None, ensure_ascii=number % 2 == 0)
-        found = elements(b"\xef\xbb\xbf\n " + text.encode() + b"\n and more")
+        found = elements(b"\xef\xbb\xbf\n " + text.encode() + b"\n \r\n")
         assert [json.loads(element) for _, element in found] == array
-        assert elements(text[:-1])[-1][1] is None
+        assert "not closed" in elements(text[:-1])[-1][1].detail
+        *found, (line, error) = elements(text.encode() + b"\n \n [3]\n")
+        assert [json.loads(element) for _, element in found] == array
+        assert line == text.count("\n") + 3 and "ends before '[" in error.detail
 
 
 def test_each_element_has_its_line():
@@ -52,4 +55,5 @@ def test_a_broken_element_spoils_no_other_as_long_as_its_brackets_close():
         (3, b'{"b": "no end of the string}\n, 2}'),
         (5, b'{"d": 4}'),
     ]
-    assert elements('[{"a": 1},\n{"b": 2,\n{"c": 3}]') == [(1, b'{"a": 1}'), (2, None)]
+    first, (line, error) = elements('[{"a": 1},\n{"b": 2,\n{"c": 3}]')
+    assert first == (1, b'{"a": 1}') and line == 2 and "not closed" in error.detail

@@ -9,7 +9,7 @@ import pytest
 
 from coati.dataset.rows.readers import read_rows
 from coati.dataset.rows.row_errors import DOCUMENTS, RowError
-from coati.dataset.rows.text_files import PIECE, Piece, documents_of
+from coati.dataset.rows.text_files import PIECE, Piece, documents_of, pieces_of
 
 TEXT = "\ufeffone\ntwo\n\n \n  three\r\nfour  \n\n\nfive\n\n"
 UNITS = {
@@ -53,6 +53,9 @@ def test_pieces_put_together_are_the_file(content):
         assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
     assert max(len(piece.encode()) for piece in found) <= PIECE + 5000
     assert len(found) >= len(text.encode()) // (PIECE + 5000)
+    pieces = list(pieces_of(text))
+    assert "".join(pieces) == text and len(pieces) >= len(text) // (PIECE + 5000)
+    assert max(map(len, pieces)) <= PIECE + 5000
 
 
 def test_words_are_not_parted_and_lines_are_counted():

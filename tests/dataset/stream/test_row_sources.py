@@ -70,6 +70,8 @@ def test_of_a_large_file_the_time_counts_too_and_can_be_given_back(tmp_path):
         ("./owner/name", False),
         ("a.jsonl", False),
         ("one/two/three", False),
+        ("one/two.jsonl", False),
+        ("one/two.txt.gz#3", False),
     ],
 )
 def test_names_of_the_hub(tmp_path, monkeypatch, path, is_name):
@@ -92,7 +94,9 @@ class Hub:
         self.asked: list[tuple] = []
         self._load = datasets.load_dataset
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        # A class: modules that are imported meanwhile name it in their types.
+        client = type("HfApi", (), {"dataset_info": lambda _, name: self.dataset_info(name)})
+        monkeypatch.setattr(huggingface_hub, "HfApi", client)
 
     def commit(self, name: str, shards: list[list[dict]], split: str = "train") -> None:
         for number, rows in enumerate(shards):

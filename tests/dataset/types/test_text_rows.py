@@ -11,6 +11,7 @@ import pytest
 
 from coati.dataset import DataCollatorForSupervisedDataset, load_tokenized_dataset, prepare_dataset
 from coati.dataset.chat import chat_encoder
+from coati.dataset.chat.chat_encoder import ChatEncoder
 from coati.dataset.chat.document_ends import start_of_document
 from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.data_types import DATA_TYPES, types_of
@@ -311,8 +312,6 @@ def test_pieces_of_a_document_have_its_tokens(kind, monkeypatch):
 
     from coati.dataset.chat.word_cache import GPT2, LLAMA3
 
-    monkeypatch.setattr(text_files, "PIECE", 700)
-    monkeypatch.setattr(text_files, "_LOOKED_AT", 200)
     if kind in ("gpt2", "llama3"):
         tokenizer = copy.deepcopy(tiny_tokenizer())
         split = pre_tokenizers.Split(Regex({"gpt2": GPT2, "llama3": LLAMA3}[kind]), "isolated")
@@ -321,20 +320,30 @@ def test_pieces_of_a_document_have_its_tokens(kind, monkeypatch):
     else:
         tokenizer = tiny_tokenizer() if kind == "tiny" else sentencepiece_like(kind)
     text = megabyte()[:9_000].rstrip()
-    found = [piece for _, piece in text_files.documents_of(io.BytesIO(text.encode()), "file")]
-    assert len(found) > 9
-    whole, parts = (
-        [
+
+    def ids(*documents) -> list[int]:
+        return [
             token
             for one in documents
             for row in rows(one, 512, tokenizer)
             for token in row["input_ids"]
         ]
-        for documents in ([{"text": text}], found)
-    )
+
+    whole = ids({"text": text})
     assert len(whole) > 2000
-    if kind in ("tiny", "gpt2", "llama3"):
-        assert parts == whole
-    else:  # trained without word borders, it has tokens that go over them; no mark is added
-        decode = PlainText(tokenizer).encoder.decode
-        assert decode(parts) == decode(whole)
+    monkeypatch.setattr(text_files, "PIECE", 700)
+    monkeypatch.setattr(text_files, "_LOOKED_AT", 200)
+    found = [piece for _, piece in text_files.documents_of(io.BytesIO(text.encode()), "file")]
+    assert len(found) > 9
+    asked = []
+    of_one = ChatEncoder.encode_text
+    monkeypatch.setattr(
+        ChatEncoder, "encode_text", lambda *args, **more: asked.append(0) or of_one(*args, **more)
+    )
+    for parts in (ids(*found), ids({"text": text})):  # of a file, and of a row
+        if kind in ("tiny", "gpt2", "llama3"):
+            assert parts == whole
+        else:  # trained without word borders, it has tokens that go over them; no mark is added
+            decode = PlainText(tokenizer).encoder.decode
+            assert decode(parts) == decode(whole)
+    assert len(asked) > 2 * 9  # texts of either that the tokenizer was given

@@ -94,11 +94,12 @@ def _sources_of(name: InputName, split: str | None) -> list[list[Source]]:
 
 
 def source_rows(
-    paths: Sequence[str | os.PathLike], type: str
+    paths: Sequence[str | os.PathLike], type: str, layout: Layout | None = None
 ) -> Iterator[tuple[str, SourceRow | RowError]]:
     """``(file:line, row)`` of each row of the files behind ``paths``, as data of ``type``; what is
-    wrong with it in the place of a row that cannot be used."""
-    for source, line, raw in raw_rows(find_sources(paths)):
+    wrong with it in the place of a row that cannot be used. ``layout``: as of
+    :func:`find_sources`."""
+    for source, line, raw in raw_rows(find_sources(paths, layout=layout)):
         place = f"{source.path}:{line}"
         try:
             found = read_row(type, decode(raw), layout=source.layout)

@@ -3,7 +3,7 @@ that can be read again, with a stamp by which a change is noticed."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -96,12 +96,11 @@ class HubSource:
     ``revision``: the commit that is read; ``shard`` None: all of them.
     """
 
-    layout = Layout()
-
     data: Any
     label: str
     revision: str
     shard: int | None
+    layout: Layout = field(default_factory=Layout)
 
     @property
     def name(self) -> str:
@@ -139,15 +138,16 @@ def sources_of(
     split: str | None = None,
     revisions: Mapping[str, str] | None = None,
     documents: str | None = None,
+    layout: Layout | None = None,
 ) -> list[RowSource]:
     """The sources behind one path of ``--dataset``. ``revisions``: the commits of data sets of the
-    hub, by name; by default the newest.
+    hub, by name; by default the newest. ``layout``: what its columns are, where it does not say.
 
     Raises ValueError for a path that is not there, holds no data, or is prepared already.
     """
     if is_hub_name(path):
-        return _hub_sources(path, revisions or {})
-    return _limited(find_sources([path], split), documents)
+        return _hub_sources(path, revisions or {}, layout or Layout())
+    return _limited(find_sources([path], split, layout), documents)
 
 
 def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
@@ -166,7 +166,7 @@ def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
     return sources
 
 
-def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
+def _hub_sources(path: str, revisions: Mapping[str, str], layout: Layout) -> list[RowSource]:
     import datasets
     from huggingface_hub import HfApi
 
@@ -184,8 +184,9 @@ def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
     data = splits[choose_split(list(splits), asked.split, name)]
     logger.info(f"{path}: streamed from the hub, commit {str(revision)[:12]}")
     if asked.rows is not None:
-        return [HubSource(data.take(asked.rows), path, str(revision), None)]
-    return [HubSource(data, path, str(revision), shard) for shard in range(data.num_shards)]
+        return [HubSource(data.take(asked.rows), path, str(revision), None, layout)]
+    shards = range(data.num_shards)
+    return [HubSource(data, path, str(revision), shard, layout) for shard in shards]
 
 
 def revisions_of(stamps: Sequence[Stamp]) -> dict[str, str]:

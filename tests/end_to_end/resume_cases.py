@@ -79,7 +79,8 @@ PRETRAIN: Flags = {
         ("--embedding_lr", "1e-4"),
         {"lr": [1e-3 * cosine(3, 12), 1e-4 * cosine(3, 12)]},
     ),
-    **given(documents="line", packing="false"),
+    **given(documents="line", packing="false", columns="text=body"),
+    **switches("strict_columns"),
     "dataset_weights": (("--dataset_weights", "1", "2"), {}),
 }
 PATIENCE = ("--early_stopping_patience", "5")

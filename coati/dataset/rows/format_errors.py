@@ -92,7 +92,7 @@ def _naming(type: str, row: Any, name: str | None) -> str:
     """How to name columns, where there are some."""
     if not isinstance(row, dict) or not row or name is not None:
         return ""
-    return f"; or say which columns they are: coati prepare --columns {NAMING[type]}"
+    return f"; or say which columns they are: --columns {NAMING[type]}"
 
 
 def _hidden_rows(row: Any) -> str:

@@ -149,7 +149,7 @@ def _whole(row: Fields, key: str) -> Messages:
         raise RowError(
             "wrong_keys",
             f"{key} is a text without its prompt: add a column prompt (or question), or name the "
-            "one that holds it with coati prepare --columns prompt=NAME; a text of a whole "
+            "one that holds it with --columns prompt=NAME; a text of a whole "
             f"dialogue begins with Human:, found {found[:40].strip()!r}",
         )
     return dialogue(found, key, row.use)

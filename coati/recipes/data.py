@@ -23,7 +23,7 @@ from coati.dataset.load.loader import (
 )
 from coati.dataset.prepare.preparation import OF_AN_EARLIER_RELEASE, prepare_dataset
 from coati.dataset.prepare.validation import BadRowBudget, documents_of
-from coati.dataset.rows.input_files import find_sources
+from coati.dataset.rows.input_files import find_sources, read_as
 from coati.dataset.stream.row_sources import is_hub_name
 from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
@@ -362,8 +362,8 @@ def _cache_folder(
         key.append(documents)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)
-    if any(read_as := [source.described() for source in sources]):
-        key.append(read_as)
+    if any(known := [read_as(source) for source in sources]):
+        key.append(known)
     return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 

@@ -9,7 +9,8 @@ from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.loader import load_tokenized_dataset, row_lengths
 from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.input_files import decode, find_sources, read_rows
+from coati.dataset.rows.input_files import decode, find_sources
+from coati.dataset.rows.joined_rows import whole_rows
 from coati.dataset.rows.readers import kind_of
 from coati.dataset.rows.row_errors import RowError
 from coati.recipes.prepared import is_raw
@@ -38,7 +39,7 @@ def _reads_as(path: str, type: str, split: str | None, layout: Layout | None) ->
     for source in find_sources([path], split, layout):
         if kind_of(source.path) == ".txt":
             return False
-        for _, raw in islice(read_rows(source.path), LOOKED_AT):
+        for _, raw in islice(whole_rows(source.path, layout=source.layout), LOOKED_AT):
             try:
                 return read_row(type, decode(raw), layout=source.layout).text is None
             except RowError as error:

@@ -14,6 +14,7 @@ from coati.dataset.rows.dataset_info import NAME as DATASET_INFO
 from coati.dataset.rows.dataset_info import entries, is_list_of_inputs
 from coati.dataset.rows.formats import SourceRow, read_row
 from coati.dataset.rows.input_names import InputName, Source, parse_input
+from coati.dataset.rows.joined_rows import parts_of, whole_rows
 from coati.dataset.rows.readers import KINDS, kind_of
 from coati.dataset.rows.readers import decode as decode
 from coati.dataset.rows.readers import read_rows as read_rows
@@ -110,11 +111,17 @@ def source_rows(
             yield place, one
 
 
+def read_as(source: Source) -> dict[str, Any]:
+    """What beside the file decides its rows, to know them by; empty for most."""
+    joins = parts_of(source.path, source.layout)
+    return source.described() | ({} if joins is None else {"joins": sorted(joins.needs)})
+
+
 def raw_rows(sources: Sequence[Source]) -> Iterator[tuple[Source, int, Any]]:
     """``(source, line, row)`` of each row that the inputs want, undecoded."""
     left: dict[int, int] = {}
     for source in sources:
-        rows = read_rows(source.path)
+        rows = whole_rows(source.path, layout=source.layout)
         if source.limit is not None:
             rows = islice(rows, left.setdefault(source.number, source.limit))
         for line, raw in rows:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coati.dataset.rows.column_names import Layout
-from coati.dataset.rows.input_files import choose_split, find_sources, read_rows
+from coati.dataset.rows.input_files import choose_split, find_sources
 from coati.dataset.rows.input_names import Source, parse_input
+from coati.dataset.rows.joined_rows import joined, whole_rows
 from coati.utils.file_samples import SAMPLED_BYTES, SAMPLES, sampled_hash
 from coati.utils.logging import get_logger
 
@@ -68,7 +69,7 @@ class FileSource:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         self._check()
-        yield from islice(read_rows(self.path, self.documents), self.limit)
+        yield from islice(whole_rows(self.path, self.documents, self.layout), self.limit)
         self._check()
 
     def _check(self) -> None:
@@ -93,7 +94,7 @@ class FileSource:
 class HubSource:
     """One shard of a data set of the hub, read over the network in ``datasets``' streaming mode.
 
-    ``revision``: the commit that is read; ``shard`` None: all of them.
+    ``revision``: the commit that is read; ``shard`` None: all of them, ``limit``: the first rows.
     """
 
     data: Any
@@ -101,6 +102,7 @@ class HubSource:
     revision: str
     shard: int | None
     layout: Layout = field(default_factory=Layout)
+    limit: int | None = None
 
     @property
     def name(self) -> str:
@@ -114,7 +116,7 @@ class HubSource:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         try:
-            yield from enumerate(self._rows, 1)
+            yield from islice(joined(enumerate(self._rows, 1), self.layout), self.limit)
         except (ValueError, OSError):
             raise
         except Exception as error:  # of the network, of some twenty types
@@ -159,7 +161,8 @@ def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
         wanted = None
         if source.limit is not None:
             rest = left.setdefault(source.number, source.limit)
-            wanted = sum(1 for _ in islice(read_rows(source.path, documents), rest))
+            rows = whole_rows(source.path, documents, source.layout)
+            wanted = sum(1 for _ in islice(rows, rest))
             left[source.number] -= wanted
         if wanted != 0:
             sources.append(FileSource(source.path, source.layout, wanted, documents))
@@ -184,7 +187,7 @@ def _hub_sources(path: str, revisions: Mapping[str, str], layout: Layout) -> lis
     data = splits[choose_split(list(splits), asked.split, name)]
     logger.info(f"{path}: streamed from the hub, commit {str(revision)[:12]}")
     if asked.rows is not None:
-        return [HubSource(data.take(asked.rows), path, str(revision), None, layout)]
+        return [HubSource(data, path, str(revision), None, layout, asked.rows)]
     shards = range(data.num_shards)
     return [HubSource(data, path, str(revision), shard, layout) for shard in shards]
 

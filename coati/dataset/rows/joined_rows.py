@@ -164,6 +164,8 @@ def _groups(own: np.ndarray, parents: np.ndarray) -> Iterator[list[int]]:
     root = np.where(child, order[places], first)
     for _ in range(len(own).bit_length()):  # each doubles the way that is gone
         root = root[root]
+    circles = np.flatnonzero(child[root])  # those that never come to a beginning
+    root[circles] = circles[:1]
     rows = np.argsort(root, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(root[rows])) + 1, len(own))
     starts = np.append(0, ends[:-1])

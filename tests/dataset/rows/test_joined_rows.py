@@ -143,7 +143,7 @@ def test_what_makes_no_tree_is_named(tmp_path):
         kept = [said(one) for one in found if not isinstance(one, RowError)]
         assert [one[0] for one in kept] == ["Prompt p"] and len(errors) == 4
         for text in (
-            "bad_tree: the parent_id nobody of the message a is in no other row: 2 messages have no",
+            "bad_tree: the parent_id nobody of the message a is in no other row: 2 messages",
             "bad_tree: the message_id p1 stands in two rows",
             "leads back to it: 4 messages have no beginning",
             "judged_bad: the prompt was turned down by reviewers",

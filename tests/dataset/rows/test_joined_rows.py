@@ -19,6 +19,7 @@ from coati.dataset.rows.readers import decode
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.stream.row_sources import FileSource, HubSource
 from coati.recipes.mixed_rows import type_of_path
+from tests.dataset.rows.test_format_files import talk
 
 
 def message(id, parent, text, role="assistant", **more) -> dict:
@@ -299,3 +300,21 @@ def test_memory_does_not_grow_with_what_the_rows_hold():
         return found
 
     assert peak("long " * 2000) < peak("short") + 1_000_000  # of 40 MB of text
+
+
+def test_the_turns_that_a_prompt_marks_are_turns(tmp_path):
+    prompt = "Name a river.\n\n<extra_id_1>Assistant\nThe Rhine.\n\n<extra_id_1>User\nA short one."
+    asked = talk("Name a river.", "The Rhine.", "A short one.")
+    voted = {
+        "prompt": prompt,
+        "response_1": "The Pader.",
+        "response_2": "No.",
+        "preference_strength": -2,
+    }
+    rows = [rated(prompt, "The Pader.", 4), rated(prompt, "No.", 0)]
+    found = [read_row("preference", voted), *read("preference", write(tmp_path / "a.jsonl", rows))]
+    for row in found:
+        assert row.messages == asked and said(row)[3:] == ("The Pader.", "No.")
+    assert read_row("prompt", {"prompt": prompt}).messages == asked
+    odd = "What does <extra_id_1> mean in T5?"
+    assert read_row("prompt", {"prompt": odd}).messages == talk(odd)

@@ -300,8 +300,8 @@ def add_embedding_lr_flag(parser: Parser) -> None:
         "--embedding_lr",
         unit="RATE",
         exclusive=True,
-        help="peak learning rate of embedding and head, which continued pre-training may want "
-        "lower than --lr (a fifth), new tokens higher; default: --lr",
+        help="peak learning rate of embedding and vocabulary head, which continued pre-training "
+        "may want lower than --lr (a fifth), new tokens higher; default: --lr",
     )
 
 

@@ -7,7 +7,7 @@ from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
 from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
-from coati.cli.row_flags import add_learn_flag, add_row_flags
+from coati.cli.row_flags import add_column_flags, add_learn_flag, add_row_flags
 from coati.cli.settings import SLSettings, settings_of
 from coati.cli.streaming_flags import add_streaming_flags
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
@@ -137,6 +137,7 @@ def add_data_flags(parser: Parser, learn: bool = False) -> argparse._ArgumentGro
         help="evaluation data, in the same forms",
     )
     add_eval_ratio_flag(group, "--dataset", "--eval_dataset")
+    add_column_flags(group, "raw rows: ")
     add_template_flag(group)
     if learn:
         add_learn_flag(group)
@@ -299,8 +300,8 @@ def add_embedding_lr_flag(parser: Parser) -> None:
         "--embedding_lr",
         unit="RATE",
         exclusive=True,
-        help="peak learning rate of embedding and head, which continued pre-training may want "
-        "lower than --lr (a fifth), new tokens higher; default: --lr",
+        help="peak learning rate of embedding and vocabulary head, which continued pre-training "
+        "may want lower than --lr (a fifth), new tokens higher; default: --lr",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from coati.cli.launch_flags import check_launch, processes_of
 from coati.cli.parser import OlderFlags, Parser
+from coati.cli.row_flags import check_columns
 from coati.cli.settings import TrainingSettings
 from coati.cli.streaming_flags import check_streaming
 from coati.dataset.rows.input_names import parse_input
@@ -55,6 +56,7 @@ def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
         )
     check_paths(args)
     args.add_tokens = tokens_of(args.add_tokens)
+    check_columns(args)
     check_mixture(args, args.dataset)
     check_streaming(args)
     check_lora(args)

@@ -217,6 +217,7 @@ def _add_reference_flags(parser: Parser, switch: bool, precompute: bool) -> None
 def _add_shared_flags(parser: Parser, **defaults: object) -> Parser:
     shared.add_parallel_flags(parser)
     shared.add_optimization_flags(parser)
+    shared.add_embedding_lr_flag(parser)
     shared.add_epoch_flags(parser)
     shared.add_lora_flags(parser)
     shared.add_output_flags(parser)

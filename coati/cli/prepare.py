@@ -7,12 +7,12 @@ from coati.cli.arguments import add_tokens_flag
 from coati.cli.checks import named_template, tokens_of
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PrepareSettings
-from coati.cli.row_flags import add_learn_flag, add_row_flags
+from coati.cli.row_flags import add_column_flags, add_learn_flag, add_row_flags
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
 from coati.dataset.chat.row_options import LEARNED_TURNS
 from coati.dataset.data_types import DATA_TYPES
-from coati.dataset.rows.column_names import TARGETS, parse_columns
+from coati.dataset.rows.column_names import parse_columns
 from coati.dataset.rows.formats import FORMATS, FORMATS_OF
 from coati.dataset.rows.row_errors import (
     DEFAULT_BAD_RATIO,
@@ -60,19 +60,7 @@ def prepare_parser() -> Parser:
         help="row format of all inputs; default: recognized row by row from the keys",
     )
     add_documents_flag(parser)
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="NAME=COLUMN",
-        help="which column is what, for names that are not known: prompt=question,response=answer "
-        f"(names: {', '.join(TARGETS)}); a dotted path reads inside a column; COLUMN= is not read",
-    )
-    add_switch(
-        parser,
-        "--strict_columns",
-        help="stop where a column or field with content is not read, instead of a warning",
-    )
+    add_column_flags(parser)
     add_text(
         parser, "--split", unit="NAME", help="split of a dataset that has several; default: train"
     )

@@ -134,6 +134,8 @@ class PromptSampleSettings:
     save_path: str
     sample_size: int
     seed: int
+    columns: Sequence[str] = ()
+    strict_columns: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from coati.cli.parser import Parser
 from coati.cli.program_settings import PromptSampleSettings
+from coati.cli.row_flags import add_column_flags, check_columns
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_text
 
@@ -38,6 +39,7 @@ def prompts_parser() -> Parser:
         help="prompts to draw; a smaller dataset is taken whole",
     )
     add_count(parser, "--seed", default=42, least=0, help="random seed of the sampling")
+    add_column_flags(parser)
     return parser
 
 
@@ -53,4 +55,8 @@ def parse_prompts(
         parser.error(
             f"--save_path {args.save_path} exists already; name another file, or remove this one"
         )
+    try:
+        check_columns(args)
+    except ValueError as error:
+        parser.error(str(error))
     return filled(PromptSampleSettings, vars(args))

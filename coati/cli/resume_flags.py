@@ -46,6 +46,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("dataset_weights", "max_samples", "max_length", "packing", "eval_ratio", "seed"),
         *("conversation_template_config", "critic_pretrain", "critic_checkpoint_path"),
         *("template_args", "thoughts", "empty_thoughts", "learn", "add_tokens", "documents"),
+        *("columns",),
         *("streaming", "shuffle_buffer"),
         *("lora_rank", "lora_alpha", "lora_train_bias", "lora_config", "lora_experts"),
         "shared_base",
@@ -58,7 +59,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("collective_timeout", "no_preflight"),
         *("grad_checkpoint", "inference_batch_size", "logits_forward_batch_size"),
         *("offload_inference_models", "ref_tp", "precompute_ref"),
-        *("stream_workers", "max_bad_ratio"),
+        *("stream_workers", "max_bad_ratio", "strict_columns"),
     ),
 }
 CLASS_OF = {flag: name for name, flags in CLASSES.items() for flag in flags}
@@ -84,6 +85,7 @@ UNSAID: dict[str, Any] = {
     "empty_thoughts": "mask",
     "learn": "all_turns",
     "streaming": False,
+    "columns": [],
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }

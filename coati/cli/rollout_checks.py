@@ -16,6 +16,7 @@ from coati.cli.checks import (
     requested_options,
 )
 from coati.cli.launch_flags import check_launch, processes_of
+from coati.cli.row_flags import check_columns
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
@@ -63,6 +64,7 @@ def check_rollouts(args: Namespace) -> None:
             "prompt) or a raw file"
         )
     check_paths(args, ("prompt_dataset", "eval_prompt_dataset", "ptx_dataset"))
+    check_columns(args)
     check_mixture(args, args.prompt_dataset)
     check_lora(args)
     _check_added_tokens(args)

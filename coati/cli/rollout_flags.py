@@ -5,7 +5,7 @@ import argparse
 from coati.cli import arguments as shared
 from coati.cli.parser import Parser
 from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
-from coati.cli.row_flags import add_learn_flag
+from coati.cli.row_flags import add_column_flags, add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
 from coati.models.policy_registry import KL_ESTIMATORS
@@ -70,6 +70,7 @@ def add_data_flags(parser: Parser) -> None:
         help="episodes between evaluations, 0: only before and after training; default: a tenth of "
         "--num_episodes",
     )
+    add_column_flags(group, "raw prompts: ")
     shared.add_template_flag(group)
     add_count(
         group,

@@ -3,9 +3,11 @@ and of the training commands, which prepare raw rows."""
 
 import argparse
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from coati.cli.values import add_switch
 from coati.dataset.chat.row_options import (
     EMPTY_THOUGHTS,
     LEARNED_TURNS,
@@ -13,6 +15,7 @@ from coati.dataset.chat.row_options import (
     THOUGHTS,
     check_learn,
 )
+from coati.dataset.rows.column_names import TARGETS, column_words, parse_columns
 
 
 def json_object(text: str) -> str:
@@ -81,6 +84,32 @@ def add_learn_flag(group: argparse._ActionsContainer) -> None:
         "some roles (system, user, assistant, tool)",
         LEARNED_TURNS[0],
     )
+
+
+def add_column_flags(group: argparse._ActionsContainer, rows: str = "") -> None:
+    """``--columns`` and ``--strict_columns``. ``rows``: which ones they are for."""
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help=f"{rows}which column is what, for names that are not known: prompt=question,"
+        f"response=answer (names: {', '.join(TARGETS)}); a dotted path reads inside a column; "
+        "COLUMN= is not read",
+    )
+    add_switch(
+        group,
+        "--strict_columns",
+        help=f"{rows}stop where a column or field with content is not read, instead of a warning",
+    )
+
+
+def check_columns(args: Namespace) -> None:
+    """Bring ``args.columns`` into one spelling. Raises ValueError for what names no column."""
+    try:
+        args.columns = column_words(parse_columns(args.columns))
+    except ValueError as error:
+        raise ValueError(f"--columns: {error}") from error
 
 
 def _add(

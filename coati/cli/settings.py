@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
 from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
+from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.options import ParallelOptions
@@ -110,6 +111,13 @@ class DataSettings:
     max_bad_ratio: float = DEFAULT_BAD_RATIO
     stream: StreamSettings = field(default_factory=StreamSettings)
     documents: str | None = None
+    columns: list[str] = field(default_factory=list)  # NAME=COLUMN
+    strict_columns: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """What the columns of raw rows are."""
+        return Layout(parse_columns(self.columns))
 
     @property
     def row_options(self) -> RowOptions:

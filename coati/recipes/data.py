@@ -22,8 +22,8 @@ from coati.dataset.load.loader import (
     row_lengths,
 )
 from coati.dataset.prepare.preparation import OF_AN_EARLIER_RELEASE, prepare_dataset
-from coati.dataset.prepare.validation import documents_of
-from coati.dataset.rows.input_files import find_sources
+from coati.dataset.prepare.validation import BadRowBudget, documents_of
+from coati.dataset.rows.input_files import find_sources, read_as
 from coati.dataset.stream.row_sources import is_hub_name
 from coati.parallel.agreement import local_leader
 from coati.recipes.eval_split import evaluation_mask
@@ -58,8 +58,14 @@ def ptx_rows(run: Run[OnlineSettings]) -> PreparedRows | None:
     ptx = run.settings.ptx
     if not ptx.ptx_coef:
         return None
-    # Weights and --max_samples are the prompts'.
-    data = replace(run.settings.data, dataset=ptx.ptx_dataset, dataset_weights=[], max_samples=None)
+    # Weights, --max_samples and --columns are the prompts'.
+    data = replace(
+        run.settings.data,
+        dataset=ptx.ptx_dataset,
+        dataset_weights=[],
+        max_samples=None,
+        columns=[],
+    )
     return _training_rows(run, data, "sft", "ptx_dataset")
 
 
@@ -92,9 +98,9 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
     ``--dataset``; None where there are none."""
     data = run.settings.data
     if data.eval_dataset:
-        types = [type_of_path(path, type) for path in data.eval_dataset]
+        types = [type_of_path(path, type, layout=data.layout) for path in data.eval_dataset]
         folders = [
-            _prepared(run, path, of_path, None, "evaluation")
+            _prepared(run, data, path, of_path, None, "evaluation")
             for path, of_path in zip(data.eval_dataset, types, strict=True)
         ]
         rows = _checked(run, data.eval_dataset, folders, types, "eval_dataset", "valid")
@@ -111,7 +117,8 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
                 )
                 continue
             logger.info(f"{path}: its {split} split becomes the evaluation set")
-            folder = _prepared(run, path, type_of_path(path, type, split), split, "evaluation")
+            of_path = type_of_path(path, type, split, data.layout)
+            folder = _prepared(run, data, path, of_path, split, "evaluation")
             rows = load_tokenized_dataset([folder])
             return _fitting(PreparedRows(rows, [folder], [len(rows)]), data, "dataset", type)
     return None
@@ -120,10 +127,11 @@ def evaluation_rows(run: Run, type: str) -> PreparedRows | None:
 def _training_rows(run: Run, data: DataSettings, type: str, flag: str) -> PreparedRows:
     splits = [train_split(path) if is_raw(path) else None for path in data.dataset]
     types = [
-        type_of_path(path, type, split) for path, split in zip(data.dataset, splits, strict=True)
+        type_of_path(path, type, split, data.layout)
+        for path, split in zip(data.dataset, splits, strict=True)
     ]
     folders = [
-        _prepared(run, path, of_path, split)
+        _prepared(run, data, path, of_path, split)
         for path, of_path, split in zip(data.dataset, types, splits, strict=True)
     ]
     rows = _checked(run, data.dataset, folders, types, flag)
@@ -221,19 +229,27 @@ def _fitting(found: PreparedRows, data: DataSettings, flag: str, type: str) -> P
     return _chosen(found, fits)
 
 
-def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "training") -> str:
-    """The prepared directory of ``path``: itself, or one in the cache."""
+def _prepared(
+    run: Run,
+    data: DataSettings,
+    path: str,
+    type: str,
+    split: str | None,
+    part: str = "training",
+) -> str:
+    """The prepared directory of ``path``: itself, or one in the cache. ``data``: says what its
+    columns are."""
     if not is_raw(path):
         return path
     folder = Path()
     failure = None
     try:
-        folder = _cache_folder(run, path, type, split, part)
+        folder = _cache_folder(run, data, path, type, split, part)
         hold(folder)
         if (folder / "preparation.json").exists():
-            _repeat_report(path, folder)
+            _repeat_report(data, path, folder)
         elif local_leader():
-            _prepare(run, path, type, split, part, folder)
+            _prepare(run, data, path, type, split, part, folder)
     except (ValueError, OSError) as error:
         failure = str(error)
     # The others wait here: they must end with it, not hang.
@@ -244,7 +260,15 @@ def _prepared(run: Run, path: str, type: str, split: str | None, part: str = "tr
     return str(folder)
 
 
-def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folder: Path) -> None:
+def _prepare(
+    run: Run,
+    data: DataSettings,
+    path: str,
+    type: str,
+    split: str | None,
+    part: str,
+    folder: Path,
+) -> None:
     data_type = DATA_TYPES[type]
     if data_type.templated and run.template is None:
         raise ValueError(
@@ -256,7 +280,6 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
         f"{path} holds raw {what}: preparing them into {folder} (coati prepare does this "
         "once for all)"
     )
-    data = run.settings.data
     longest = _longest(data, type)
     if longest != data.max_length:
         logger.info(
@@ -281,6 +304,8 @@ def _prepare(run: Run, path: str, type: str, split: str | None, part: str, folde
                 part=part,
                 verifiable=False,
                 documents=documents_for(run, type),
+                columns=data.layout.columns,
+                strict_columns=data.strict_columns,
             )
     except ValueError as error:
         if "wrong_type" not in str(error):
@@ -299,8 +324,9 @@ def documents_for(run: Run, type: str) -> str | None:
     return documents_of(type, None if DATA_TYPES[type].templated else run.settings.data.documents)
 
 
-def _repeat_report(path: str, folder: Path) -> None:
-    """What was said when the rows of ``path`` were prepared."""
+def _repeat_report(data: DataSettings, path: str, folder: Path) -> None:
+    """What was said when the rows of ``path`` were prepared. Raises ValueError for what this run
+    does not tolerate of it."""
     report = (preparation_of(str(folder)) or {}).get("report")
     if report is None:  # of a release that did not keep it
         return
@@ -310,12 +336,18 @@ def _repeat_report(path: str, folder: Path) -> None:
     )
     if "unused_columns" not in report:
         logger.info(OF_AN_EARLIER_RELEASE)
+    read = report["rows_read"]
+    budget = BadRowBudget(False, data.max_bad_ratio, data.strict_columns)
+    budget.check_counts(report["dropped"], read, expected=read)
+    budget.check_columns(report.get("unused_content", {}))
     for warning in report["warnings"]:
         logger.warning(warning)
 
 
-def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) -> Path:
-    sources = find_sources([path], split)
+def _cache_folder(
+    run: Run, data: DataSettings, path: str, type: str, split: str | None, part: str
+) -> Path:
+    sources = find_sources([path], split, data.layout)
     files = [source.path for source in sources]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     vocabulary = hashlib.sha256(
@@ -330,8 +362,8 @@ def _cache_folder(run: Run, path: str, type: str, split: str | None, part: str) 
         key.append(documents)
     if part != "training":  # its report speaks of these rows as what they are
         key.append(part)
-    if any(read_as := [source.described() for source in sources]):
-        key.append(read_as)
+    if any(known := [read_as(source) for source in sources]):
+        key.append(known)
     return cache_root() / "prepared" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.load.loader import load_tokenized_dataset, row_lengths
+from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.formats import read_row
-from coati.dataset.rows.input_files import decode, find_files, read_rows
+from coati.dataset.rows.input_files import decode, find_sources
+from coati.dataset.rows.joined_rows import whole_rows
 from coati.dataset.rows.readers import kind_of
 from coati.dataset.rows.row_errors import RowError
 from coati.recipes.prepared import is_raw
@@ -17,27 +19,29 @@ WEIGHTS = "loss_weights"  # of the tokens of a row, where some are neither 0 nor
 LOOKED_AT = 100  # rows of a raw file
 
 
-def type_of_path(path: str, wanted: str, split: str | None = None) -> str:
+def type_of_path(
+    path: str, wanted: str, split: str | None = None, layout: Layout | None = None
+) -> str:
     """``wanted``, or the type beside it that the rows of ``path`` have: of prepared rows by their
     columns, of raw ones by their keys. What is neither is left to the reader of ``wanted``, who
-    says what is wrong."""
+    says what is wrong. ``layout``: what the columns of raw rows are, as of find_sources."""
     others = DATA_TYPES[wanted].beside
     if not others:
         return wanted
     if not is_raw(path):
         found = types_of(load_tokenized_dataset(path).column_names)
         return found[0].name if found and found[0].name in others else wanted
-    return next((other for other in others if _reads_as(path, other, split)), wanted)
+    return next((other for other in others if _reads_as(path, other, split, layout)), wanted)
 
 
-def _reads_as(path: str, type: str, split: str | None) -> bool:
+def _reads_as(path: str, type: str, split: str | None, layout: Layout | None) -> bool:
     """Whether the first rows of ``path`` that can be read are conversations for ``type``."""
-    for file in find_files([path], split):
-        if kind_of(file) == ".txt":
+    for source in find_sources([path], split, layout):
+        if kind_of(source.path) == ".txt":
             return False
-        for _, raw in islice(read_rows(file), LOOKED_AT):
+        for _, raw in islice(whole_rows(source.path, layout=source.layout), LOOKED_AT):
             try:
-                return read_row(type, decode(raw)).text is None
+                return read_row(type, decode(raw), layout=source.layout).text is None
             except RowError as error:
                 if error.reason in ("wrong_keys", "wrong_type"):
                     return False

@@ -335,6 +335,8 @@ def _as_flags(given: Mapping[str, Any]) -> dict[str, Any]:
             flags[name] = json_file(dict(value))
         elif name == "template_args" and isinstance(value, Mapping):
             flags[name] = json.dumps(dict(value))
+        elif name == "columns" and isinstance(value, Mapping):
+            flags[name] = [f"{target}={column or ''}" for target, column in value.items()]
         elif isinstance(value, TrainedModel):
             flags[name] = _place_of(value)
     template = _template_of(given["pretrain"])

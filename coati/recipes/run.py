@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from coati.cli.row_flags import template_args
-from coati.cli.settings import DataSettings, TrainingSettings
+from coati.cli.settings import DataSettings, OnlineSettings, TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens
@@ -160,6 +160,7 @@ def _tokenizer_and_template(
         made_with = (found["conversation_template"] for found in prepared)
         config = next(filter(None, made_with), None)
     _check_prepared_options(data, prepared)
+    _check_columns(settings)
     for found in prepared:
         _check_same_vocabulary(tokenizer, found)
     if config is None and tokenizer.chat_template is None:
@@ -199,6 +200,28 @@ def _check_prepared_options(data: DataSettings, prepared: list[dict[str, Any]]) 
         logger.warning(
             f"{flags}: nothing changes for rows that are prepared; give it to coati prepare"
         )
+
+
+def _check_columns(settings: TrainingSettings) -> None:
+    """Refuse flags that name columns where there are none to read: rows that are prepared have
+    been read."""
+    data = settings.data
+    paths = [*data.dataset, *data.eval_dataset]
+    beside = settings.ptx.ptx_dataset if isinstance(settings, OnlineSettings) else []
+    given = {
+        f"--columns {' '.join(data.columns)}": data.columns and paths,
+        "--strict_columns": data.strict_columns and [*paths, *beside],
+    }
+    for flag, read in given.items():
+        if read and not any(map(is_raw, read)):
+            raise ValueError(
+                f"{flag} says how raw rows are read, and {' '.join(read)} "
+                f"{'is' if len(read) == 1 else 'are all'} prepared already; leave it out, or "
+                "prepare the rows again with it (coati prepare)"
+            )
+    done = [path for path in paths if not is_raw(path)]
+    if data.columns and done:
+        logger.info(f"--columns: nothing changes for {' '.join(done)}, prepared already")
 
 
 def _preparation(path: str) -> dict[str, Any] | None:

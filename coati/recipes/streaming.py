@@ -110,8 +110,9 @@ def _streams(
     for path in data.dataset:
         hub = is_hub_name(path)
         split = None if hub else train_split(path)
-        of_path = type if hub else type_of_path(path, type, split)
-        sources = sources_of(path, split, revisions, documents_for(run, of_path))
+        of_path = type if hub else type_of_path(path, type, split, data.layout)
+        documents = documents_for(run, of_path)
+        sources = sources_of(path, split, revisions, documents, data.layout)
         found.append(sources)
         types += [of_path] * len(sources)
     return (found if data.dataset_weights else [sum(found, [])]), types
@@ -160,7 +161,7 @@ def _row_stream(
         ahead=1 + -(-step // WINDOW),
     )
     source = SourceRows(orders, data.dataset_weights or [1.0], seed)
-    budget = BadRowBudget(strict=False, max_ratio=data.max_bad_ratio)
+    budget = BadRowBudget(False, data.max_bad_ratio, data.strict_columns)
     return RowStream(source, workers[type], options, budget, state.trainer.get("stream"), others)
 
 

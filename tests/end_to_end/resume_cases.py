@@ -79,7 +79,8 @@ PRETRAIN: Flags = {
         ("--embedding_lr", "1e-4"),
         {"lr": [1e-3 * cosine(3, 12), 1e-4 * cosine(3, 12)]},
     ),
-    **given(documents="line", packing="false"),
+    **given(documents="line", packing="false", columns="text=body"),
+    **switches("strict_columns"),
     "dataset_weights": (("--dataset_weights", "1", "2"), {}),
 }
 PATIENCE = ("--early_stopping_patience", "5")
@@ -134,7 +135,7 @@ DPO: Flags = {
     "length_normalization": (("--length_normalization",), {"objective": "averaged=True"}),
     "disable_reference_model": (("--disable_reference_model",), {"reference": False}),
     **switches("precompute_ref", "disable_loss_mask"),
-    **given(ld_alpha="0.53"),
+    **given(ld_alpha="0.53", embedding_lr="1e-4"),
 }
 MIXED = ("--loss_type", "sigmoid", "sft")
 DPO_MIXED: Flags = {"loss_weights": (("--loss_weights", "0.2", "0.9"), {"objective": "0.9"})}

@@ -31,6 +31,7 @@ RATES = ("lr", "critic_lr")
 # Of a class that holds but for the step from or to nothing: "group flag" -> its class here.
 GUARDED = {
     **{"rm head_lr": SAME, "rm center_coef": SAME, "sft embedding_lr": SAME},
+    "dpo embedding_lr": SAME,
     "ppo ptx_dataset": APPLIED,
 }
 # What the weights of the first step do not show: evaluations, clipping at a ratio of 1, a KL

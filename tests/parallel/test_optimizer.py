@@ -1,8 +1,11 @@
 """Parameter groups: what has a learning rate of its own."""
 
+from dataclasses import replace
+
 import pytest
 
 from coati.models.lora.lora import LoraConfig, apply_lora
+from coati.models.reward_model import RewardModel
 from coati.parallel.optimizer import OptimizerSettings, build_optimizer
 from coati.parallel.plugins import ParallelOptions
 from tests.tiny import tiny_llama
@@ -50,3 +53,13 @@ def test_adapters_leave_embedding_and_head_frozen():
     adapted = LoraConfig(r=4, target_modules=[*targets, "embed_tokens"])
     rest, own = groups(apply_lora(tiny_llama(), adapted))
     assert sorted(tuple(p.shape) for p in own["params"]) == [(4, 384), (64, 4)]
+
+
+def test_a_reward_model_has_both_its_head_and_its_embedding_apart():
+    model = RewardModel(config=tiny_llama().config)
+    rest, head, own = groups(model, replace(OWN, head_lr=1e-2))
+    assert (rest["lr"], head["lr"], own["lr"]) == (1e-3, 1e-2, 1e-4)
+    assert set(head["params"]) == set(model.score.parameters())
+    assert [id(one) for one in own["params"]] == [id(model.get_input_embeddings().weight)]
+    parts = [id(one) for group in (rest, head, own) for one in group["params"]]
+    assert sorted(parts) == sorted(id(one) for one in model.parameters())

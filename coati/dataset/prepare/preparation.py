@@ -35,7 +35,7 @@ from coati.dataset.prepare.workers import cores
 from coati.dataset.prepare.write_pass import TokenizeWorker, WritePass, merged
 from coati.dataset.report.report import build_report, format_report, in_parts, save_report
 from coati.dataset.rows.column_names import Layout
-from coati.dataset.rows.input_files import find_files, find_sources
+from coati.dataset.rows.input_files import find_files, find_sources, read_as
 from coati.dataset.rows.input_names import Source
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.utils.environment import command_line
@@ -149,7 +149,7 @@ def _files_of(sources: dict[str, list[Source]], cleaning: Cleaning) -> dict[str,
 def _layouts_of(sources: dict[str, list[Source]]) -> dict[str, Any]:
     """What the inputs say of their columns and rows, for the description; nothing of plain ones."""
     described = {
-        f"{use} read as": {str(k): one.described() for k, one in enumerate(found)}
+        f"{use} read as": {str(k): read_as(one) for k, one in enumerate(found)}
         for use, found in sources.items()
     }
     return {name: found for name, found in described.items() if any(found.values())}

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coati.dataset.rows.input_files import read_rows, warn_of_fewer
+from coati.dataset.rows.column_names import Layout
+from coati.dataset.rows.input_files import warn_of_fewer
 from coati.dataset.rows.input_names import Source
+from coati.dataset.rows.joined_rows import parts_of, whole_rows
 from coati.dataset.rows.row_errors import RowError
 
 CHUNK_ROWS = 128
@@ -68,6 +70,7 @@ class Files:
     ):
         found = [one if isinstance(one, Source) else Source(one) for one in sources]
         self.paths = [source.path for source in found]
+        self._layouts = [source.layout for source in found]
         self.first = first
         self.documents = documents
         self.counts = _wanted_rows(found, documents)
@@ -75,11 +78,11 @@ class Files:
 
     def rows(self, start: int) -> Iterator[Row]:
         """The rows from ``start`` on; files before it are not opened."""
-        for number, (path, count) in enumerate(
-            zip(self.paths, self.counts, strict=True), self.first
+        for number, (path, layout, count) in enumerate(
+            zip(self.paths, self._layouts, self.counts, strict=True), self.first
         ):
             if count > start:
-                rows = read_rows(path, self.documents)
+                rows = whole_rows(path, self.documents, layout)
                 for line, row in islice(rows, max(0, start), count):
                     yield number, line, row
             start -= count
@@ -90,7 +93,7 @@ def _wanted_rows(sources: Sequence[Source], documents: str | None) -> list[int]:
     counts = []
     left: dict[int, int] = {}
     for source in sources:
-        count = count_rows(source.path, documents)
+        count = count_rows(source.path, documents, source.layout)
         if source.limit is not None:
             count = min(count, left.setdefault(source.number, source.limit))
             left[source.number] -= count
@@ -99,9 +102,9 @@ def _wanted_rows(sources: Sequence[Source], documents: str | None) -> list[int]:
     return counts
 
 
-def count_rows(path: Path, documents: str | None = None) -> int:
-    """How many rows :func:`read_rows` yields, counted without decoding them."""
-    if path.name.endswith(".parquet"):
+def count_rows(path: Path, documents: str | None = None, layout: Layout | None = None) -> int:
+    """How many rows :func:`whole_rows` yields, most of them counted without being decoded."""
+    if path.name.endswith(".parquet") and (documents or parts_of(path, layout) is None):
         import pyarrow
         from pyarrow import parquet
 
@@ -111,7 +114,7 @@ def count_rows(path: Path, documents: str | None = None) -> int:
             raise ValueError(
                 f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
             ) from error
-    return sum(1 for _ in read_rows(path, documents))
+    return sum(1 for _ in whole_rows(path, documents, layout))
 
 
 def rows_of_a_chunk(documents: str | None) -> int:

@@ -76,6 +76,11 @@ class Layout:
         return {"columns": dict(self.columns), "tags": dict(self.tags)}
 
 
+def column_words(columns: Mapping[str, str]) -> list[str]:
+    """``columns`` as :func:`parse_columns` reads them, in one order."""
+    return [f"{target}={columns[target]}" for target in sorted(columns)]
+
+
 def parse_columns(words: Sequence[str]) -> dict[str, str]:
     """``TARGET=COLUMN`` of each word, which may hold several, separated by commas. Raises
     ValueError for a target that does not exist or is named twice."""

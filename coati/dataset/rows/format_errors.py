@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coati.dataset.rows.message_trees import is_single_message
 from coati.dataset.rows.messages import is_message_list
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.source_row import judgment
+from coati.dataset.rows.source_row import RATING, judgment
 
 if TYPE_CHECKING:
     from coati.dataset.rows.formats import DatasetFormat
@@ -61,8 +61,10 @@ def _remedy(type: str, row: Any, other: "DatasetFormat") -> str:
         )
     if type == "sft" and isinstance(row, dict) and isinstance(row.get("text"), str):
         return "; to learn the text whole, without a template, prepare with --columns target=text"
-    if type == "preference" and isinstance(row, dict) and "helpfulness" in row:
+    if type == "preference" and isinstance(row, dict) and RATING in row:
         return "; pairs of HelpSteer2 are in its preference/ folder"
+    if type == "kto" and other.name == "helpsteer":
+        return "; a rating is no label: add a column label, true for what you count as good"
     return ""
 
 
@@ -92,7 +94,7 @@ def _naming(type: str, row: Any, name: str | None) -> str:
     """How to name columns, where there are some."""
     if not isinstance(row, dict) or not row or name is not None:
         return ""
-    return f"; or say which columns they are: coati prepare --columns {NAMING[type]}"
+    return f"; or say which columns they are: --columns {NAMING[type]}"
 
 
 def _hidden_rows(row: Any) -> str:

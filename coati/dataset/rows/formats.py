@@ -122,6 +122,20 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         scored.voted(scored.HELPSTEER3, "context"),
     ),
     DatasetFormat(
+        "helpsteer",
+        PAIR,
+        ("prompt", "response", "helpfulness"),
+        keys.both(keys.has("prompt", "responses"), scored.is_rated),
+        scored.rated_pair,
+    ),
+    DatasetFormat(
+        "helpsteer",
+        CHAT,
+        ("prompt", "response", "helpfulness"),
+        keys.both(keys.has("prompt", "responses"), scored.is_rated),
+        scored.best_rated,
+    ),
+    DatasetFormat(
         "scored_responses",
         PAIR,
         ("prompt", "responses", "scores"),
@@ -313,6 +327,8 @@ def read_row(
     data_type.finish(found)
     for one in found.branches:
         data_type.finish(one)
+    if found.branches and not data_type.supervised:  # the branches of a tree part at responses
+        found.branches = _unlike(found)
     fields.close()
     if said > _turns(found) and data_type.supervised:
         found.unused["turns after the last response"] = False
@@ -322,9 +338,21 @@ def read_row(
     return found
 
 
+def _unlike(row: SourceRow) -> list[SourceRow]:
+    """The branches with prompts that are not there before."""
+    before = [row.messages]
+    kept = []
+    for one in row.branches:
+        if one.messages not in before:
+            before.append(one.messages)
+            kept.append(one)
+    return kept
+
+
 def _check_not_turned_down(type: str, row: dict) -> None:
-    if DATA_TYPES[type].supervised and (key := read.turned_down(row)):
-        raise RowError("judged_bad", f"{key} is false; if it judges no response: --columns {key}=")
+    if DATA_TYPES[type].supervised and (why := read.turned_down(row)):
+        key = why.partition(" ")[0]
+        raise RowError("judged_bad", f"{why}; if it judges no response: --columns {key}=")
 
 
 def _turns(row: SourceRow) -> int:

@@ -14,6 +14,7 @@ from coati.dataset.rows.dataset_info import NAME as DATASET_INFO
 from coati.dataset.rows.dataset_info import entries, is_list_of_inputs
 from coati.dataset.rows.formats import SourceRow, read_row
 from coati.dataset.rows.input_names import InputName, Source, parse_input
+from coati.dataset.rows.joined_rows import parts_of, whole_rows
 from coati.dataset.rows.readers import KINDS, kind_of
 from coati.dataset.rows.readers import decode as decode
 from coati.dataset.rows.readers import read_rows as read_rows
@@ -94,11 +95,12 @@ def _sources_of(name: InputName, split: str | None) -> list[list[Source]]:
 
 
 def source_rows(
-    paths: Sequence[str | os.PathLike], type: str
+    paths: Sequence[str | os.PathLike], type: str, layout: Layout | None = None
 ) -> Iterator[tuple[str, SourceRow | RowError]]:
     """``(file:line, row)`` of each row of the files behind ``paths``, as data of ``type``; what is
-    wrong with it in the place of a row that cannot be used."""
-    for source, line, raw in raw_rows(find_sources(paths)):
+    wrong with it in the place of a row that cannot be used. ``layout``: as of
+    :func:`find_sources`."""
+    for source, line, raw in raw_rows(find_sources(paths, layout=layout)):
         place = f"{source.path}:{line}"
         try:
             found = read_row(type, decode(raw), layout=source.layout)
@@ -109,11 +111,17 @@ def source_rows(
             yield place, one
 
 
+def read_as(source: Source) -> dict[str, Any]:
+    """What beside the file decides its rows, to know them by; empty for most."""
+    joins = parts_of(source.path, source.layout)
+    return source.described() | ({} if joins is None else {"joins": sorted(joins.needs)})
+
+
 def raw_rows(sources: Sequence[Source]) -> Iterator[tuple[Source, int, Any]]:
     """``(source, line, row)`` of each row that the inputs want, undecoded."""
     left: dict[int, int] = {}
     for source in sources:
-        rows = read_rows(source.path)
+        rows = whole_rows(source.path, layout=source.layout)
         if source.limit is not None:
             rows = islice(rows, left.setdefault(source.number, source.limit))
         for line, raw in rows:

@@ -5,7 +5,7 @@ from typing import Any
 from coati.dataset.rows.column_use import ColumnUse, Fields
 from coati.dataset.rows.messages import Messages, spoken
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.source_row import SourceRow
+from coati.dataset.rows.source_row import PartRow, SourceRow
 
 ROLES = {"prompter": "user", "user": "user", "human": "user", "assistant": "assistant"}
 
@@ -23,24 +23,37 @@ def is_single_message(row: Any) -> bool:
 def threads(row: Fields) -> SourceRow:
     """Every conversation of the tree, from the prompt to a last reply; the rows after the first are
     its branches. Replies that reviewers turned down are left out."""
+    _check_standing(row["prompt"])
     found = [
         SourceRow(messages=messages)
         for messages in _paths(row["prompt"], [], row.use)
         if any(one["role"] == "assistant" for one in messages)
     ]
-    return _with_branches(found, "no reply of the assistant")
+    if not found:
+        raise RowError("no_assistant_turn", "no reply of the assistant")
+    return _with_branches(found)
+
+
+def _check_standing(prompt: dict) -> None:
+    if _is_turned_down(prompt):
+        raise RowError("judged_bad", "the prompt was turned down by reviewers")
+
+
+def _is_turned_down(node: dict) -> bool:
+    return bool(node.get("deleted")) or node.get("review_result") is False
 
 
 def ranked_replies(row: Fields) -> SourceRow:
     """At each prompt with ranked replies the best one and the worst; the pairs after the first are
     its branches."""
+    _check_standing(row["prompt"])
     found = list(_pairs(row["prompt"], [], row.use))
-    return _with_branches(found, "no prompt has two replies with ranks")
-
-
-def _with_branches(found: list[SourceRow], lacking: str) -> SourceRow:
     if not found:
-        raise RowError("no_assistant_turn", lacking)
+        raise RowError("no_preference", "no prompt has two replies with ranks that differ")
+    return _with_branches(found)
+
+
+def _with_branches(found: list[SourceRow]) -> SourceRow:
     first, *rest = found
     first.branches = rest
     return first
@@ -49,7 +62,7 @@ def _with_branches(found: list[SourceRow], lacking: str) -> SourceRow:
 def _turn(node: Any, use: ColumnUse) -> dict[str, Any]:
     if not isinstance(node, dict) or not isinstance(node.get("text"), str):
         raise RowError("wrong_keys", "a reply of the tree has no text")
-    fields = Fields(node, use, "prompt.replies[].")
+    fields = Fields(node, use, "" if isinstance(node, PartRow) else "prompt.replies[].")
     role = ROLES.get(str(fields.get("role")).lower())
     if role is None:
         raise RowError(
@@ -66,8 +79,9 @@ def _replies(node: dict, use: ColumnUse) -> list[dict]:
     found = node.get("replies")
     standing = []
     for one in found if isinstance(found, list) else ():
-        if isinstance(one, dict) and (one.get("deleted") or one.get("review_result") is False):
-            use.leave("prompt.replies[] turned down by reviewers", one)
+        if isinstance(one, dict) and _is_turned_down(one):
+            below = "" if isinstance(one, PartRow) else "prompt.replies[] "
+            use.leave(f"{below}turned down by reviewers", one)
         else:
             standing.append(one)
     return standing

@@ -37,6 +37,9 @@ Messages = list[Message]
 # The turns of Anthropic's hh-rlhf texts: each begins with a blank line, the first perhaps without.
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+# Between the turns of HelpSteer2's prompts, whose first is the user's.
+_TURN = "<extra_id_1>"
+_MARKED = re.compile(rf"\s*{_TURN}(User|Assistant)\n")
 # What may be more than text in a response.
 _MARKS = (CLOSE, "<tool_call>", "<functioncall>")
 # What a response without content may have instead.
@@ -311,8 +314,15 @@ def dialogue(found: str, key: str, use: ColumnUse | None = None) -> Messages:
 
 
 def open_dialogue(found: str, use: ColumnUse | None = None) -> Messages:
-    """A prompt text: the turns of "Human: ... Assistant:" without the open response, else one turn
-    of the user."""
+    """A prompt text: the turns of "Human: ... Assistant:" without the open response, or those that
+    HelpSteer2 marks, else one turn of the user."""
+    if _TURN in found and (marked := _MARKED.split(found))[1:]:
+        roles = ["user", *(_DIALOGUE[name.lower()] for name in marked[1::2])]
+        return [
+            {"role": role, "content": said}
+            for role, said in zip(roles, marked[::2], strict=True)
+            if said.strip()
+        ]
     if found.lstrip().startswith("Human:") and "\n\nAssistant:" in found:
         turns = dialogue(found.lstrip(), "prompt", use)
         return (

@@ -5,6 +5,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from coati.dataset.prepare.validation import BadRowBudget
+from coati.dataset.report.report_warnings import unused_content
+from coati.dataset.rows.column_names import Layout
 from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import SourceRow
@@ -16,28 +19,38 @@ MAX_EXAMPLES = 3  # of unusable rows
 
 
 def sample_prompts(
-    paths: Sequence[str | os.PathLike], size: int, seed: int = 42
+    paths: Sequence[str | os.PathLike],
+    size: int,
+    seed: int = 42,
+    layout: Layout | None = None,
+    strict_columns: bool = False,
 ) -> list[dict[str, Any]]:
     """``size`` prompts (or all, if there are fewer) drawn uniformly from the rows of ``paths``, in
     the order of the files.
 
     A prompt of one turn is ``{"instruction", "id"}``, a longer one ``{"messages", "id"}``; ``id``
     counts the usable rows from 0, and ``gt_answer`` and ``category`` are kept. How many rows cannot
-    be used is logged.
+    be used is logged, and which columns with content are not read. ``layout``: what columns of
+    other names are.
 
     Raises:
-        ValueError: if no row can be used.
+        ValueError: if no row can be used, and with ``strict_columns`` for content that is not read.
     """
     rng = random.Random(seed)
     drawn: list[tuple[int, SourceRow]] = []
     examples: list[str] = []
+    unread: dict[str, dict[str, Any]] = {}
+    budget = BadRowBudget(False, 1.0, strict_columns)
     usable = unusable = 0
-    for place, found in source_rows(paths, "prompt"):
+    for place, found in source_rows(paths, "prompt", layout):
         if isinstance(found, RowError):
             unusable += 1
             if len(examples) < MAX_EXAMPLES:
                 examples.append(f"{place}: {found}")
             continue
+        for name in (name for name, carries in found.unused.items() if carries):
+            unread.setdefault(name, {"rows": 0, "first": place})["rows"] += 1
+        budget.check_columns(unread)
         # Reservoir sampling (algorithm R, Vitter 1985): after n rows each of them is in the sample
         # with probability size / n.
         slot = usable if usable < size else rng.randrange(usable + 1)
@@ -49,6 +62,8 @@ def sample_prompts(
         raise ValueError(f"{', '.join(map(str, paths))}: no prompt found{shown}")
     if unusable:
         logger.warning(f"rows without a prompt, left out: {unusable}; the first:{shown}")
+    for warning in unused_content({"unused_content": unread, "rows_kept": usable}):
+        logger.warning(warning)
     return [_columns(index, row) for index, row in sorted(drawn, key=lambda pair: pair[0])]
 
 

@@ -49,6 +49,7 @@ MALFORMED_REASONS = {
     "bad_tool_call": "a call of a tool that cannot be read",
     "bad_tools": "tools that are not a list of function schemas",
     "bad_weight": "the weight of a message is not a number from 0 to 1",
+    "bad_tree": "single messages that make no tree: a parent in no row, an id twice, a circle",
     "bad_scores": "scores, votes or choices that cannot be read",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",

@@ -9,7 +9,14 @@ from coati.dataset.rows.messages import Message, Messages, message, message_list
 from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.rounds import asked, asked_key
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.source_row import SourceRow, response_messages
+from coati.dataset.rows.source_row import (
+    RATING,
+    PartRow,
+    SourceRow,
+    rating_of,
+    response_messages,
+    turned_down,
+)
 
 LISTS = ("completions", "responses", "generations", "answers", "candidates")
 SCORES = ("scores", "ratings", "rewards", "ranks", "rank")  # beside the list, one for each
@@ -105,6 +112,56 @@ def _one(row: Fields, key: str, found: Any, name: str) -> Messages:
     if text_key is None or not isinstance(one.peek(text_key), str):
         raise RowError("wrong_keys", f"{key} holds an object without {', '.join(TEXT)}")
     said: list[Message] = [spoken("assistant", one[text_key], key, row.use)]
+    one.close()
+    return said
+
+
+def is_rated(row: dict) -> bool:
+    """Whether the responses of ``row`` were rows of their own, with a rating each (HelpSteer)."""
+    found = row["responses"]
+    return isinstance(found, list) and bool(found) and all(isinstance(o, PartRow) for o in found)
+
+
+def rated_pair(row: Fields) -> SourceRow:
+    """HelpSteer: of the responses to one prompt the one that is rated best, and the one that is
+    rated worst."""
+    found = row.answer("responses")
+    best, worst = _ends(found)
+    if best == worst:
+        said = f"{RATING} {rating_of(found[0])}"
+        undecided = f"all {len(found)} responses have {said}" if found[1:] else "one response alone"
+        return SourceRow(messages=asked(row), undecided=undecided)
+    for k, one in enumerate(found):
+        if k not in (best, worst):
+            row.use.leave("response between the best and the worst", one["response"])
+    chosen, rejected = (_rated(row, found[k]) for k in (best, worst))
+    return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected)
+
+
+def best_rated(row: Fields) -> SourceRow:
+    """HelpSteer: of the responses to one prompt the one that is rated best. A bad one is not
+    learned, even if there is no better."""
+    found = row.answer("responses")
+    best, _ = _ends(found)
+    if why := turned_down(found[best]):
+        more = f" (the best of {len(found)} responses)" if found[1:] else ""
+        raise RowError("judged_bad", f"{why}{more}; if it judges no response: --columns {RATING}=")
+    for k, one in enumerate(found):
+        if k != best:
+            row.use.leave("response beside the best", one["response"])
+    return SourceRow(messages=asked(row) + _rated(row, found[best]))
+
+
+def _ends(found: list[PartRow]) -> tuple[int, int]:
+    """Which is rated best and which worst, the first of several; the same where none differs."""
+    ratings = [rating_of(one) or 0 for one in found]
+    return ratings.index(max(ratings)), ratings.index(min(ratings))
+
+
+def _rated(row: Fields, found: PartRow) -> Messages:
+    one = Fields(found, row.use)
+    one.get(RATING)
+    said = response_messages(one, "response")
     one.close()
     return said
 

@@ -26,9 +26,17 @@ LABELS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
 # Columns that say whether the response is a good one; the later ones only when true or false.
 JUDGMENTS = ("label", "kto_tag")
 FLAGS = ("desirable", "is_desirable", "accepted", "is_correct", "correct", "is_good")
-JUDGING = frozenset((*JUDGMENTS, *FLAGS))
+# HelpSteer's, from 0 to 4: "not useful", "borderline unhelpful", "partially", "mostly" and
+# "extremely helpful". What is below is a bad response.
+RATING = "helpfulness"
+HELPFUL = 2
+JUDGING = frozenset((*JUDGMENTS, *FLAGS, RATING))
 QUESTIONS = ("prompt", "question", "query", "problem", "input", "text")
 TEXTS = ("text", "content", "raw_content")  # where corpora keep a document
+
+
+class PartRow(dict):
+    """A row of a file inside the one that it is a part of: its columns are the file's."""
 
 
 @dataclass
@@ -153,7 +161,7 @@ def _whole(row: Fields, key: str) -> Messages:
         raise RowError(
             "wrong_keys",
             f"{key} is a text without its prompt: add a column prompt (or question), or name the "
-            "one that holds it with coati prepare --columns prompt=NAME; a text of a whole "
+            "one that holds it with --columns prompt=NAME; a text of a whole "
             f"dialogue begins with Human:, found {found[:40].strip()!r}",
         )
     return dialogue(found, key, row.use)
@@ -218,8 +226,28 @@ def labeled(row: dict) -> str | None:
 
 
 def turned_down(row: dict) -> str | None:
-    """The flag that says that the response of ``row`` is a bad one."""
-    return next((key for key in FLAGS if dict.get(row, key) is False), None)
+    """What says that the response of ``row`` is a bad one, for people to read."""
+    if (rating := rating_of(row)) is not None and rating < HELPFUL:
+        return f"{RATING} is {rating}, of at most 4"
+    key = next((key for key in FLAGS if dict.get(row, key) is False), None)
+    return None if key is None else f"{key} is false"
+
+
+def rating_of(row: dict) -> int | None:
+    """HelpSteer's rating of a response."""
+    return whole_number(dict.get(row, RATING))
+
+
+def whole_number(found: Any) -> int | None:
+    """A number, perhaps as text or with a fraction of 0, as tables with gaps have it; None for
+    what is none."""
+    if isinstance(found, bool):
+        return None
+    try:
+        number = float(found)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def truth_of(found: Any) -> bool | None:

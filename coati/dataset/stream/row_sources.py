@@ -2,7 +2,7 @@
 that can be read again, with a stamp by which a change is noticed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -13,10 +13,10 @@ from coati.dataset.rows.input_files import (
     choose_split,
     find_sources,
     may_be_on_hub,
-    read_rows,
     warn_of_fewer,
 )
 from coati.dataset.rows.input_names import Source, parse_input
+from coati.dataset.rows.joined_rows import joined, whole_rows
 from coati.utils.file_samples import SAMPLED_BYTES, SAMPLES, sampled_hash
 from coati.utils.logging import get_logger
 
@@ -72,7 +72,7 @@ class FileSource:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         self._check()
-        yield from islice(read_rows(self.path, self.documents), self.limit)
+        yield from islice(whole_rows(self.path, self.documents, self.layout), self.limit)
         self._check()
 
     def _check(self) -> None:
@@ -97,15 +97,15 @@ class FileSource:
 class HubSource:
     """One shard of a data set of the hub, read over the network in ``datasets``' streaming mode.
 
-    ``revision``: the commit that is read; ``shard`` None: all of them.
+    ``revision``: the commit that is read; ``shard`` None: all of them, ``limit``: the first rows.
     """
-
-    layout = Layout()
 
     data: Any
     label: str
     revision: str
     shard: int | None
+    layout: Layout = field(default_factory=Layout)
+    limit: int | None = None
 
     @property
     def name(self) -> str:
@@ -119,7 +119,7 @@ class HubSource:
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         try:
-            yield from enumerate(self._rows, 1)
+            yield from islice(joined(enumerate(self._rows, 1), self.layout), self.limit)
         except (ValueError, OSError):
             raise
         except Exception as error:  # of the network, of some twenty types
@@ -141,15 +141,16 @@ def sources_of(
     split: str | None = None,
     revisions: Mapping[str, str] | None = None,
     documents: str | None = None,
+    layout: Layout | None = None,
 ) -> list[RowSource]:
     """The sources behind one path of ``--dataset``. ``revisions``: the commits of data sets of the
-    hub, by name; by default the newest.
+    hub, by name; by default the newest. ``layout``: what its columns are, where it does not say.
 
     Raises ValueError for a path that is not there, holds no data, or is prepared already.
     """
     if is_hub_name(path):
-        return _hub_sources(path, revisions or {})
-    return _limited(find_sources([path], split), documents)
+        return _hub_sources(path, revisions or {}, layout or Layout())
+    return _limited(find_sources([path], split, layout), documents)
 
 
 def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
@@ -161,7 +162,8 @@ def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
         wanted = None
         if source.limit is not None:
             rest = left.setdefault(source.number, source.limit)
-            wanted = sum(1 for _ in islice(read_rows(source.path, documents), rest))
+            rows = whole_rows(source.path, documents, source.layout)
+            wanted = sum(1 for _ in islice(rows, rest))
             left[source.number] -= wanted
         if wanted != 0:
             sources.append(FileSource(source.path, source.layout, wanted, documents))
@@ -169,7 +171,7 @@ def _limited(found: Sequence[Source], documents: str | None) -> list[RowSource]:
     return sources
 
 
-def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
+def _hub_sources(path: str, revisions: Mapping[str, str], layout: Layout) -> list[RowSource]:
     import datasets
     from huggingface_hub import HfApi
 
@@ -187,8 +189,9 @@ def _hub_sources(path: str, revisions: Mapping[str, str]) -> list[RowSource]:
     data = splits[choose_split(list(splits), asked.split, name)]
     logger.info(f"{path}: streamed from the hub, commit {str(revision)[:12]}")
     if asked.rows is not None:
-        return [HubSource(data.take(asked.rows), path, str(revision), None)]
-    return [HubSource(data, path, str(revision), shard) for shard in range(data.num_shards)]
+        return [HubSource(data, path, str(revision), None, layout, asked.rows)]
+    shards = range(data.num_shards)
+    return [HubSource(data, path, str(revision), shard, layout) for shard in shards]
 
 
 def revisions_of(stamps: Sequence[Stamp]) -> dict[str, str]:

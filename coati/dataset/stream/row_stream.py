@@ -173,7 +173,7 @@ class RowStream:
         self._files = worker.files
         self._template = worker.conversation
         self._counts = EpochCounts.of(state)
-        self._told: set[str] = set()  # reasons
+        self._told: set[str] = set()  # reasons, and columns
         self._said: dict[str, Any] | None = None  # of an epoch
         for order in source.orders:
             order.counts.update({int(number): n for number, n in state.get("counts", {}).items()})
@@ -241,7 +241,15 @@ class RowStream:
                 f"--streaming: the first row that is left out for {reason}: "
                 f"{stats.first[reason][0]}; all are counted"
             )
-        self._told |= stats.dropped.keys()
+        for name in stats.missing.keys() - self._told:
+            logger.warning(
+                f"--streaming: {name} holds content that is not read; the first: "
+                f"{stats.first_missing[name]}"
+            )
+        self._told |= stats.dropped.keys() | stats.missing.keys()
+        self.budget.check_columns(
+            {name: {"first": stats.first_missing[name]} for name in stats.missing}
+        )
         counts.stats.merge(stats)
         if stats.dropped:
             read = counts.state()["read"]

@@ -15,6 +15,7 @@ from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3
 RESERVED = 0.75 * 2**30
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 METHODS: dict[str, str] = {
+    "pretrain": "continued pre-training, whose rows are packs",
     "sft": "supervised fine-tuning",
     "lora": "supervised fine-tuning of LoRA adapters alone",
     "rm": "a reward model",
@@ -94,7 +95,7 @@ def candidates(method: str, gpus: int, length: int, rank: int) -> Iterator[Train
 def _plan(
     method: str, options: ParallelOptions, gpus: int, length: int, rank: int, offload: bool
 ) -> TrainingPlan:
-    sft = method in ("sft", "lora")
+    sft = method in ("pretrain", "sft", "lora")
     frozen = method in WITH_REFERENCE and not rank or method == "ppo"
     return TrainingPlan(
         method="sft" if sft else method,

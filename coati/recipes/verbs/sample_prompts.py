@@ -14,9 +14,13 @@ VERB = Verb(
 
 
 def main(args: PromptSampleSettings) -> None:
+    from coati.dataset.rows.column_names import Layout, parse_columns
     from coati.dataset.rows.prompt_sample import sample_prompts
     from coati.utils.json_io import save_json
 
-    prompts = sample_prompts([args.dataset_path], args.sample_size, args.seed)
+    layout = Layout(parse_columns(args.columns))
+    prompts = sample_prompts(
+        [args.dataset_path], args.sample_size, args.seed, layout, args.strict_columns
+    )
     save_json(prompts, args.save_path)
     print(f"{len(prompts)} prompts are in {args.save_path}; prepare them with --type prompt")

@@ -44,9 +44,9 @@ def test_rows_are_counted_and_numbered_through_all_files(files):
 
 
 def test_files_before_the_start_are_not_opened(files, monkeypatch):
-    found, opened, read = Files(files), [], plan.read_rows
+    found, opened, read = Files(files), [], plan.whole_rows
     monkeypatch.setattr(
-        plan, "read_rows", lambda path, *how: opened.append(path.name) or read(path, *how)
+        plan, "whole_rows", lambda path, *how: opened.append(path.name) or read(path, *how)
     )
     assert [number(raw) for _, _, raw in found.rows(4)] == [4, 5, 6, 7] and opened == ["c.parquet"]
 

@@ -134,7 +134,7 @@ ADVISED = [
 def test_the_advice_of_an_error_works(type, row, names):
     with pytest.raises(RowError) as error:
         read_row(type, row)
-    [flag] = re.findall(r"coati prepare --columns (\S+?)(?=[;\s]|$)", str(error.value))
+    [flag] = re.findall(r"--columns (\S+?)(?=[;\s]|$)", str(error.value))
     for word in flag.split(","):
         target, column = word.split("=")
         assert target in TARGETS and column == "NAME"

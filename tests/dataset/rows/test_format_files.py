@@ -10,6 +10,8 @@ import pytest
 from coati.dataset import setup_conversation_template
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.formats import FORMATS_OF, read_row
+from coati.dataset.rows.joined_rows import whole_rows
+from coati.dataset.rows.readers import decode
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.makers import chatml_tokenizer
 
@@ -72,6 +74,11 @@ AS_TEXT = {"thought_marks": ["<think>\n", "\n</think>\n\n"]}
 SPOKEN_ROW = {"messages": [*talk("3 * 4 = ?"), answer("12", reasoning_content=THOUGHT, **AS_TEXT)]}
 TREE_REST = {"prompt.replies[] turned down by reviewers", "message_tree_id", "tree_state"} | {
     f"prompt.replies[].{name}" for name in ("lang", "message_id", "parent_id")
+}
+MESSAGES_REST = {"turned down by reviewers", "message_tree_id", "message_id", "parent_id", "lang"}
+RATINGS = {"correctness", "coherence", "complexity", "verbosity"}
+OWL = {"messages": talk("Name a bird."), "chosen": [answer("An owl.")]} | {
+    "rejected": [answer("Bird.")]
 }
 SHP_REST = {"post_id", "score_A", "score_B", "score_ratio"}
 # What each row of each file becomes; "unused" are the names of what is not read.
@@ -176,6 +183,28 @@ EXPECTED: dict[str, list[dict]] = {
         }
     ],
     "preference_oasst": [RIVER | {"unused": TREE_REST}],
+    "sft_oasst_messages": [
+        {
+            "messages": talk("Name a river.", "Water."),
+            "branches": [talk("Name a river.", "The Rhine.", "One more.", "The Main.")],
+            "unused": MESSAGES_REST,
+        }
+    ],
+    "preference_oasst_messages": [RIVER | {"unused": MESSAGES_REST}],
+    "sft_helpsteer_ratings": [
+        {
+            "messages": talk("Name a river.", "The Rhine."),
+            "unused": {"response beside the best", *RATINGS},
+        },
+        {
+            "messages": talk("Name a bird.", "An owl."),
+            "unused": {"response beside the best", *RATINGS},
+        },
+    ],
+    "preference_helpsteer_ratings": [
+        RIVER | {"unused": {"response between the best and the worst", *RATINGS}},
+        OWL | {"unused": RATINGS},
+    ],
     "preference_distilabel": [BRIEF_SUM | {"unused": {"generations", "ratings"}}, RIVER],
     "preference_chosen_response": [SUM],
     "preference_ms_swift": [BRIEF_SUM, SUM],
@@ -190,11 +219,7 @@ EXPECTED: dict[str, list[dict]] = {
             },
         },
         SUM,
-        {
-            "messages": talk("Name a bird."),
-            "chosen": [answer("An owl.")],
-            "rejected": [answer("Bird.")],
-        },
+        OWL,
     ],
     "preference_pku": [
         RIVER | {"unused": {"is_response_0_safe", "is_response_1_safe", "safer_response_id"}}
@@ -280,8 +305,7 @@ NOTHING = {"chosen": [], "rejected": [], "completion": None, "label": None, "too
 
 @lru_cache
 def rows_of(name: str) -> list:
-    lines = (FILES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [decode(row) for _, row in whole_rows(FILES / f"{name}.jsonl")]
 
 
 def in_files() -> set[tuple[str, str]]:

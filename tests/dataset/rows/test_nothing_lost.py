@@ -102,9 +102,10 @@ def is_named(name: str, row: dict, found) -> bool:
 
 
 def _stands_in(path: str, row: dict) -> bool:
-    """Whether the mark is somewhere below the column that ``path`` names."""
+    """Whether the mark is somewhere below the column that ``path`` names; of a row that was put
+    together, the columns are its parts'."""
     top = path.partition(".")[0].partition("[")[0].partition(" ")[0]
-    return MARK in json.dumps(row.get(top), default=str)
+    return MARK in json.dumps(row.get(top, row), default=str)
 
 
 def test_all_names_at_every_object_of_every_row():

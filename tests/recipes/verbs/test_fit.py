@@ -8,6 +8,7 @@ import pytest
 from coati.cli.arguments import parse_sft
 from coati.cli.fit import parse_fit
 from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
+from coati.cli.pretraining import parse_pretrain
 from coati.cli.rollouts import parse_grpo, parse_ppo
 from coati.parallel.footprint.fitting import (
     BATCHES,
@@ -23,6 +24,7 @@ from coati.recipes.verbs.fit import main, markdown
 from coati.utils.transformers_compat import transformers_major
 
 PARSERS = {
+    "pretrain": parse_pretrain,
     "sft": parse_sft,
     "lora": parse_sft,
     "rm": parse_rm,

@@ -14,7 +14,7 @@ from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.clean.cleaning import Cleaning
 from coati.utils.transformers_compat import named_special_tokens
 
-LAYOUT = 3  # raised whenever the same rows and settings begin to give another result
+LAYOUT = 4  # raised whenever the same rows and settings begin to give another result
 Stamp = list[Any]  # path, size in bytes, time of the last change in ns
 
 

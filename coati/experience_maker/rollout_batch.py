@@ -6,13 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from coati.experience_maker.advantage import kl_of_responses
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.running_moments import count_mean_squares
-from coati.models.generation.loop import Generated
 from coati.models.policy_loss import ReduceSum
 from coati.rewards.responses import Responses
 
@@ -67,30 +65,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
-    """Concatenate batches whose prompts have ``prompt_length`` columns; narrower ones are padded on
-    the right."""
-    width = max(part.sequences.shape[1] for part in parts)
-
-    def padded(name: str, columns: int) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        return torch.cat([F.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors])
-
-    def log_probs(name: str) -> Tensor | None:
-        there = all(getattr(part, name) is not None for part in parts)
-        return padded(name, width - prompt_length) if there else None
-
-    return Generated(
-        padded("sequences", width),
-        torch.cat([part.lengths for part in parts]),
-        torch.cat([part.stopped for part in parts]),
-        prompt_length,
-        log_probs("logprobs"),
-        log_probs("sampled_logprobs"),
-        parts[0].version,
-    )
 
 
 def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """PPO and GRPO: rollouts, rewards, advantages from a critic or from groups, clipped policy
 update."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from coati.cli.settings import OnlineSettings, PPOSettings
+from coati.cli.settings import OnlineSettings, PPOSettings, UpdateSettings
 from coati.dataset.load.collator import (
     DataCollatorForPromptDataset,
     DataCollatorForSupervisedDataset,
@@ -20,8 +21,9 @@ from coati.experience_maker.scoring import Scorer
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
+from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.agreement import agree
-from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
+from coati.parallel.checkpoint import RunningState, buffer_states_by_rank, rollouts_by_rank
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
@@ -104,6 +106,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         state=rows.state,
         assets={name: model.assets for name, model in models.items()},
         buffer_state=buffer_state,
+        rollouts=_rollouts_ahead(run),
         checks=_checks(settings),
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
@@ -198,6 +201,7 @@ def episodes_of(settings: OnlineSettings) -> Episodes:
         temperature=_temperature(settings),
         seed=settings.seed,
         sample_interval=rollout.sample_interval,
+        ahead=rollout.rollouts_ahead,
     )
 
 
@@ -229,6 +233,7 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         kl_coef=kl.kl_coef if kl.kl_in == "loss" else 0.0,
         kl_estimator=kl.kl_estimator,
         loss=run.extras.loss,
+        correction=_correction(update),
     )
     critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(
@@ -240,6 +245,12 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         episodes=episodes,
         ptx_coef=settings.ptx.ptx_coef,
     )
+
+
+def _correction(update: UpdateSettings) -> RolloutCorrection:
+    low, high = update.rollout_is_mask or (0.0, math.inf)
+    keep = None if update.rollout_is_mask is None else (low, high)
+    return RolloutCorrection(update.rollout_is, update.rollout_is_cap, keep)
 
 
 def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceSettings:
@@ -291,6 +302,14 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     if resume.folder is None:
         return None
     return buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
+
+
+def _rollouts_ahead(run: Run[OnlineSettings]) -> dict[str, Any] | None:
+    """The responses that a run had asked for ahead when it was saved."""
+    resume = run.resume
+    if resume.folder is None:
+        return None
+    return rollouts_by_rank(resume.folder, resume.state, tp=run.options.tp)
 
 
 def _inside(

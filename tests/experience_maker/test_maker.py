@@ -67,7 +67,7 @@ def make(
 
 
 def collect(maker: NaiveExperienceMaker, count: int):
-    return maker.make_experience(prompts([5, 6], [7]), range(10, 10 + count), 3, 0.5)
+    return maker.make_experience(maker.ask(prompts([5, 6], [7]), range(10, 10 + count), 3, 0.5))
 
 
 PPO = {"lam": 1.0}
@@ -171,7 +171,7 @@ def test_grpo():
 def test_truths_follow_their_prompts():
     maker = make(FOUR, scored(1.0, 3.0, 5.0, 5.0), method="grpo", num_generations=2)
     given = prompts([5, 6], [7], truths=["first", "second"])
-    assert maker.make_experience(given, range(4), 0).responses.gt_answers == [
+    assert maker.make_experience(maker.ask(given, range(4), 0)).responses.gt_answers == [
         "first",
         "first",
         "second",
@@ -255,7 +255,7 @@ def test_a_phase_is_whitened_as_a_whole():
     assert figures["explained_variance"] == pytest.approx(float(explained), rel=1e-4)
     # One phase that collects all four at once says the same.
     maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), kl_coef=0.0, whiten=True, **PPO)
-    together = maker.make_experience(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5)
+    together = maker.make_experience(maker.ask(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5))
     assert_close(
         maker.finalize_advantages([together])[0][0].advantages,
         torch.cat([part.advantages for part in parts]),

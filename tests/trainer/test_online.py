@@ -4,6 +4,7 @@ Models are stubs."""
 import json
 import os
 import signal
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.rollout_batch import RolloutBatch
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
@@ -75,12 +77,19 @@ class Maker:
     def publish(self, version):
         self.published.append(version)
 
-    def make_experience(self, batch, rows, episode, temperature):
+    def ask(self, batch, rows, episode, temperature):
         self.calls.append((episode, batch["input_ids"].flatten().tolist(), list(rows), temperature))
         if len(self.calls) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        self.answered += len(batch["input_ids"])
-        return self.rollout_and_score(batch, rows, episode, temperature)
+        answer: Future[int] = Future()
+        answer.set_result(episode)
+        return PendingRollouts(batch, list(rows), 1, temperature, [answer])
+
+    def make_experience(self, pending):
+        self.answered += len(pending.prompts["input_ids"])
+        return self.rollout_and_score(
+            pending.prompts, pending.sample_index, pending.parts[0].result(), pending.temperature
+        )
 
     def rollout_and_score(self, batch, rows, episode, temperature):
         self.judged.append(episode)
@@ -267,7 +276,7 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
     """A run that SIGTERM stops, what it saved, and the one that goes on."""
     saved = {}
 
-    def save(folder, models, state, buffer_state=None):
+    def save(folder, models, state, buffer_state=None, rollouts=None):
         saved.update(
             state=json.loads(json.dumps(vars(state))), buffer_state=buffer_state, models=set(models)
         )

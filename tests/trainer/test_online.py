@@ -18,7 +18,8 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.rollout_batch import RolloutBatch
-from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
+from coati.models.generation.loop import Generated
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
@@ -73,22 +74,34 @@ class Maker:
         self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
         self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at
         self.published: list[int] = []
+        self.events: list[tuple] = []
+        self.lost_at: int | None = None
 
     def publish(self, version):
         self.published.append(version)
+        self.events.append(("publish", version))
 
     def ask(self, batch, rows, episode, temperature):
         self.calls.append((episode, batch["input_ids"].flatten().tolist(), list(rows), temperature))
         if len(self.calls) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        answer: Future[int] = Future()
-        answer.set_result(episode)
-        return PendingRollouts(batch, list(rows), 1, temperature, [answer])
+        self.events.append(("ask", episode))
+        ids = batch["input_ids"]
+        lengths = torch.ones(len(ids))
+        answer: Future[Generated] = Future()
+        if episode == self.lost_at:
+            answer.set_exception(RolloutsLost("no server answers"))
+        else:
+            answer.set_result(Generated(ids, lengths, lengths, 1, version=self.published[-1]))
+        pending = PendingRollouts(batch, list(rows), 1, temperature, [answer])
+        return replace(pending, prompts=batch | {"episode": episode})
 
     def make_experience(self, pending):
+        version = pending.result().version
+        self.events.append(("collect", pending.prompts["episode"], version))
         self.answered += len(pending.prompts["input_ids"])
         return self.rollout_and_score(
-            pending.prompts, pending.sample_index, pending.parts[0].result(), pending.temperature
+            pending.prompts, pending.sample_index, pending.prompts["episode"], pending.temperature
         )
 
     def rollout_and_score(self, batch, rows, episode, temperature):

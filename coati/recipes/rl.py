@@ -107,7 +107,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         assets={name: model.assets for name, model in models.items()},
         buffer_state=buffer_state,
         rollouts=_rollouts_ahead(run),
-        checks=_checks(settings),
+        checks=_checks(run),
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
     )
@@ -323,7 +323,8 @@ def _inside(
     return why_over(buffer_state, state.trainer, shape, kl_in_loss) is None
 
 
-def _checks(settings: OnlineSettings) -> RLChecks:
+def _checks(run: Run[OnlineSettings]) -> RLChecks:
+    settings = run.settings
     sampling = settings.sampling
     reward = settings.reward
     return RLChecks(
@@ -335,6 +336,9 @@ def _checks(settings: OnlineSettings) -> RLChecks:
         reward_clip=reward.reward_clip or None,
         reward_normalization=reward.reward_normalization,
         max_new_tokens=settings.rollout.max_seq_len,
+        rollouts_ahead=settings.rollout.rollouts_ahead,
+        rollout_is=settings.update.rollout_is,
+        fp32=run.options.precision == "fp32",
     )
 
 

@@ -149,7 +149,7 @@ def trainer(
         critic=critic,
         policy=policy,
         schedule=RunSchedule(save_dir),
-        checks=RLChecks(),
+        checks=RLChecks(rollouts_ahead=ahead, rollout_is=rollout_is, fp32=True),
     )
 
 

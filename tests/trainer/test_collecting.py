@@ -288,13 +288,13 @@ def test_a_save_that_finds_no_sampler_saves_what_is_there(saves, tmp_path):
 
 
 class Elsewhere(Maker):
-    """Answers come from a thread, half a second after they were asked for."""
+    """Answers come from a thread, a moment after they were asked for."""
 
     def ask(self, batch, rows, episode, temperature):
         pending = super().ask(batch, rows, episode, temperature)
         later: Future = Future()
         answer = pending.parts[0].result()
-        timer = threading.Timer(0.3, lambda: later.cancelled() or later.set_result(answer))
+        timer = threading.Timer(0.05, lambda: later.cancelled() or later.set_result(answer))
         timer.daemon = True
         timer.start()
         pending.parts = [later]

@@ -149,6 +149,25 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="responses per forward pass for log-probs, values and scores; default: "
         "--train_batch_size",
     )
+    _add_engine_flags(group)
+    add_count(
+        group,
+        "--sample_interval",
+        default=10,
+        unit="EPISODES",
+        least=0,
+        help="episodes between tables of sample responses; 0: none",
+    )
+    add_switch(
+        group,
+        "--offload_inference_models",
+        help="keep the reward model and the reference model in host memory while idle",
+    )
+    return group
+
+
+def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    """What samples, and when."""
     group.add_argument(
         "--rollout_engine",
         choices=ENGINES,
@@ -164,20 +183,6 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="episodes whose responses are asked for while another is trained: theirs are of "
         "weights that are N episodes older, see --rollout_is",
     )
-    add_count(
-        group,
-        "--sample_interval",
-        default=10,
-        unit="EPISODES",
-        least=0,
-        help="episodes between tables of sample responses; 0: none",
-    )
-    add_switch(
-        group,
-        "--offload_inference_models",
-        help="keep the reward model and the reference model in host memory while idle",
-    )
-    return group
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:

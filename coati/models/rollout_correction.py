@@ -98,7 +98,8 @@ class RolloutCorrection:
         mask = mask.bool()
         rows = stale.bool()[:, None]
         gaps = gap_per_action(policy, sampled, mask).double()
-        fresh, old = mask & ~rows, mask & rows
+        fresh = mask & ~rows
+        old = mask & rows
         units = old
         if self.level == "sequence":
             units = old & (old.long().cumsum(1) == 1)

@@ -124,9 +124,11 @@ class EpisodeCollector:
         if episode in self._asked:
             return self._asked[episode].epoch, self._asked[episode].start
         before = self._asked.get(episode - 1)
-        epoch, start = self.state.epoch, self.state.sample_start_index
+        epoch = self.state.epoch
+        start = self.state.sample_start_index
         if before is not None:
-            epoch, start = before.epoch, before.start + before.prompts
+            epoch = before.epoch
+            start = before.start + before.prompts
         while start + prompts.rows_per_step > prompts.count(epoch):
             epoch = epoch + 1
             start = 0

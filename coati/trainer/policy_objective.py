@@ -84,8 +84,9 @@ class PolicyObjective(Objective):
                 "sampled, so nothing can be corrected by them; take --rollouts_ahead 0, or "
                 "--rollout_is none"
             )
-        policy, mask = experience.action_log_probs, experience.action_mask
-        return {"sampled": sampled, "weights": correction.weights(policy, sampled, mask, stale)}
+        policy = experience.action_log_probs
+        weights = correction.weights(policy, sampled, experience.action_mask, stale)
+        return {"sampled": sampled, "weights": weights}
 
     def num_terms(self, batch: Batch) -> Tensor:
         return self.settings.loss_agg.num_terms(batch["action_mask"])

@@ -82,6 +82,19 @@ def network(seed: int) -> Any:
     )
 
 
+def policy_of(algo: str, rollout_is: str) -> Any:
+    """The settings of the policy's loss."""
+    from coati.models.policy_loss import LossAggregation
+    from coati.models.rollout_correction import RolloutCorrection
+    from coati.trainer.policy_objective import PolicySettings
+
+    correction = RolloutCorrection(rollout_is)
+    if algo == "ppo":
+        return PolicySettings(correction=correction)
+    agg = LossAggregation("seq-mean-token-mean")
+    return PolicySettings(loss_agg=agg, kl_coef=0.04, correction=correction)
+
+
 def trainer(
     algo: str, seed: int, episodes: int, save_dir: str, ahead: int = 0, rollout_is: str = "token"
 ) -> Any:
@@ -96,8 +109,6 @@ def trainer(
     from coati.experience_maker.rollouts.rollout_engine import ModelRollout
     from coati.models import Critic
     from coati.models.generation.loop import Sampling
-    from coati.models.policy_loss import LossAggregation
-    from coati.models.rollout_correction import RolloutCorrection
     from coati.parallel import ParallelOptions
     from coati.parallel.boost import boost
     from coati.parallel.inference_model import InferenceModel, boost_for_inference
@@ -105,7 +116,6 @@ def trainer(
     from coati.trainer import OLTrainer, RunSchedule
     from coati.trainer.monitor.rl_checks import RLChecks
     from coati.trainer.online import Episodes
-    from coati.trainer.policy_objective import PolicySettings
 
     options = ParallelOptions(plugin="ddp", precision="fp32")
     training = {"weight_decay": 0.0, "total_steps": episodes * PASSES * STEPS}
@@ -137,17 +147,11 @@ def trainer(
     )
     parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // STEPS))
     length = Episodes(episodes, PASSES, STEPS, seed=seed, sample_interval=0, ahead=ahead)
-    correction = RolloutCorrection(rollout_is)
-    if ppo:
-        policy = PolicySettings(correction=correction)
-    else:
-        agg = LossAggregation("seq-mean-token-mean")
-        policy = PolicySettings(loss_agg=agg, kl_coef=0.04, correction=correction)
     return OLTrainer(
         *parts,
         length,
         critic=critic,
-        policy=policy,
+        policy=policy_of(algo, rollout_is),
         schedule=RunSchedule(save_dir),
         checks=RLChecks(rollouts_ahead=ahead, rollout_is=rollout_is, fp32=True),
     )

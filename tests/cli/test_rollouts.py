@@ -574,3 +574,40 @@ def test_help_loads_no_torch(name):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert run.returncode == 0 and run.stdout.endswith("[]\n"), run.stderr
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_importance_weights(parse, name, capsys):
+    found = parse(name)
+    assert (found.rollouts_ahead, found.rollout_is) == (0, "token")
+    assert found.rollout_is_cap is None and found.rollout_is_mask is None
+    words = ["--rollouts_ahead", "2", "--rollout_is", "sequence", "--rollout_is_cap", "4"]
+    found = parse(name, [*words, "--rollout_is_mask", "0.5", "5"])
+    assert (found.rollout_is_cap, found.rollout_is_mask) == (4.0, [0.5, 5.0])
+    assert "no effect" not in capsys.readouterr().err
+    parse(name, ["--rollout_is_cap", "4"])
+    assert "--rollout_is_cap has no effect: without --rollouts_ahead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--rollouts_ahead", "-1"), "--rollouts_ahead: expected a whole number of at least 0"),
+        (("--rollout_is", "word"), "--rollout_is"),
+        (("--rollout_is_cap", "0.5"), "--rollout_is_cap 0.5: weights are 1 on average"),
+        (("--rollout_is_mask", "1.5", "2"), "--rollout_is_mask 1.5 2: expected LOW below 1"),
+        (("--rollout_is_mask", "2"), "--rollout_is_mask"),
+        (
+            ("--rollout_is", "none", "--rollout_is_cap", "2"),
+            "--rollout_is_cap does nothing with --rollout_is none",
+        ),
+        (
+            ("--rollout_is", "none", "--rollout_is_mask", "0.5", "2"),
+            "--rollout_is_mask does nothing with --rollout_is none",
+        ),
+    ],
+)
+def test_importance_weights_that_are_none(parse, capsys, words, said):
+    with pytest.raises(SystemExit):
+        parse("grpo", list(words))
+    assert said in " ".join(capsys.readouterr().err.split())

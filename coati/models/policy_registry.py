@@ -16,7 +16,7 @@ LOSS_AGG_MODES = {
 }
 # --rollout_is -> which importance weight corrects for responses of older weights
 ROLLOUT_IS = {
-    "token": "of each token, the product of no others: little variance, biased by its prefix",
+    "token": "of each token by itself: little variance, biased where its prefix is off",
     "sequence": "of the whole response: unbiased up to the cap, more variance",
     "none": "no weights",
 }

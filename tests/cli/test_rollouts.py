@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from coati.cli import rollouts
+from coati.cli.config_file import schema_of
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.legacy.flags import DROPPED_OF_ROLLOUTS
@@ -611,3 +613,19 @@ def test_importance_weights_that_are_none(parse, capsys, words, said):
     with pytest.raises(SystemExit):
         parse("grpo", list(words))
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pair_of_bounds_in_a_file(parse, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("rollouts_ahead: 1\nrollout_is_mask: [0.5, 4]\n")
+    words = ["--config", str(file)]
+    assert parse("grpo", words).rollout_is_mask == [0.5, 4.0]
+    schema = schema_of(rollouts.grpo_parser())
+    jsonschema.validate({"rollout_is_mask": [0.5, 4]}, schema)
+    for wrong, said in ((2, "found 1"), ([0.5, 2, 3], "found 3")):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"rollout_is_mask": wrong}, schema)
+        file.write_text(f"rollout_is_mask: {wrong}\n")
+        with pytest.raises(SystemExit):
+            parse("grpo", words)
+        assert f"run.yaml:1: 'rollout_is_mask' takes 2 values, {said}" in capsys.readouterr().err

@@ -12,6 +12,12 @@ from coati.models.generation.loop import Generated, Sampling
 from coati.models.generation.row_noise import NoiseRows
 from coati.parallel.engine import Engine
 from coati.parallel.sharded_generation import cannot_sample, sample
+from coati.utils.errors import RunFailed
+
+
+class RolloutsLost(RunFailed):
+    """Nothing is left that could answer: raised by the result of what was asked for. The run saves
+    and ends."""
 
 
 class RolloutEngine(Protocol):
@@ -35,7 +41,7 @@ class RolloutEngine(Protocol):
         ``noise`` decides the tokens (:func:`~coati.models.generation.row_noise.row_noise`).
         ``logprobs`` of the result are log_softmax(logits / temperature) at each token, without
         top-k, top-p and penalties; None: the caller must recompute them with the policy. Every rank
-        must ask equally often.
+        must ask equally often, and take results in the order in which it asked.
         """
         ...
 

@@ -41,7 +41,7 @@ class RolloutEngine(Protocol):
         ``noise`` decides the tokens (:func:`~coati.models.generation.row_noise.row_noise`).
         ``logprobs`` of the result are log_softmax(logits / temperature) at each token, without
         top-k, top-p and penalties; None: the caller must recompute them with the policy. Every rank
-        must ask equally often, and take results in the order in which it asked.
+        must ask equally often.
         """
         ...
 

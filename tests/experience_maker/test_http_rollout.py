@@ -208,9 +208,7 @@ def test_half_an_update_is_not_sampled_with(tmp_path):
     """A file that lost its end, and one of whose tensors was changed."""
     policy = tiny_llama(seed=1)
     with serving(tiny_llama()) as [server]:
-        rollout = http_rollout(
-            FakeEngine(policy), [server.url], tmp_path, sync="disk", timeout=0.4
-        )
+        rollout = http_rollout(FakeEngine(policy), [server.url], tmp_path, sync="disk", timeout=0.4)
         rollout.publish(0, policy.state_dict().items())
         store = rollout.store
         put = store.put
@@ -298,15 +296,15 @@ def refusal(engine, url, folder, **options) -> str:
 
 
 def test_nobody_there_is_said(tmp_path):
-    assert "nothing answers (" in refusal(
-        FakeEngine(tiny_llama()), "http://127.0.0.1:9", tmp_path
-    )
+    assert "nothing answers (" in refusal(FakeEngine(tiny_llama()), "http://127.0.0.1:9", tmp_path)
 
 
 def test_another_model_is_named_by_what_differs(tmp_path):
     with serving(tiny_llama(hidden=32, vocab_size=500)) as [server]:
         text = refusal(FakeEngine(tiny_llama()), server.url, tmp_path)
-    assert "serves another model (tiny): vocab_size 500 there, 384 here; hidden_size 32 there" in text
+    assert (
+        "serves another model (tiny): vocab_size 500 there, 384 here; hidden_size 32 there" in text
+    )
 
 
 def test_a_model_of_the_same_sizes_and_other_tensors_is_named(tmp_path):

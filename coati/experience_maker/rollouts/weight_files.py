@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Digest = tuple[str, str, int]
 INDEX = "index.json"
 MAX_FILE = 1 << 30  # bytes: what a reader over HTTP holds at a time
 
@@ -58,7 +59,7 @@ class Published:
     version: int
     name: str
     folder: Path
-    digests: Mapping[str, tuple[str, str]]
+    digests: Mapping[str, Digest]
 
 
 def digest(tensor: Tensor) -> str:
@@ -67,7 +68,7 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(plain.view(torch.uint8).numpy()).hexdigest()
 
 
-def weights_name(version: int, digests: Mapping[str, tuple[str, str]]) -> str:
+def weights_name(version: int, digests: Mapping[str, Digest]) -> str:
     """``7-3fe01c...``."""
     text = json.dumps(sorted((name, *found) for name, found in digests.items()))
     return f"{version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -86,7 +87,7 @@ def write_weights(parent: Path, version: int, tensors: Mapping[str, Tensor]) -> 
         digests = {}
         for number, names in enumerate(_parts(tensors)):
             part = {name: tensors[name].detach().contiguous() for name in names}
-            digests |= {name: (digest(t), _dtype(t)) for name, t in part.items()}
+            digests |= {name: (digest(t), _dtype(t), t.dim()) for name, t in part.items()}
             file = f"weights-{number:05d}.safetensors"
             save_file(part, temporary / file)
             files.append({"file": file, "bytes": (temporary / file).stat().st_size})

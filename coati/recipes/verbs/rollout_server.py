@@ -72,7 +72,7 @@ def vllm_command(args: RolloutServerSettings) -> tuple[list[str], dict[str, str]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", place]
     command += ["--served-model-name", place]
     command += ["--host", args.http_host, "--port", str(args.http_port)]
-    command += ["--dtype", DTYPES[args.dtype], "--skip-tokenizer-init"]
+    command += ["--dtype", DTYPES[args.dtype]]
     command += ["--worker-extension-cls", f"{WORKER}.RolloutWorker"]
     command += ["--logprobs-mode", "processed_logprobs", "--no-enable-prefix-caching"]
     if args.max_length is not None:

@@ -73,9 +73,7 @@ def test_a_run_on_servers_is_one_in_the_process(
 
 
 @pytest.mark.matrix
-def test_a_killed_trainer_goes_on_with_the_same_servers_to_the_bit(
-    servers, online_words, tmp_path
-):
+def test_a_killed_trainer_goes_on_with_the_same_servers_to_the_bit(servers, online_words, tmp_path):
     urls = [server.url for server in servers]
     every = ("--num_episodes", "3", "--save_interval", "1", "--rollout_url", *urls)
     cut = shares("grpo", 2)

@@ -105,7 +105,7 @@ def _add_vllm_flags(parser: Parser) -> None:
         group,
         "--vllm_args",
         unit="FLAGS",
-        help="further flags of vLLM's server, in one word: '--max-num-seqs 64'",
+        help="further flags of vLLM's server, in one word: --vllm_args='--max-num-seqs 64'",
     )
 
 

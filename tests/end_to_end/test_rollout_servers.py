@@ -86,5 +86,8 @@ def test_a_killed_trainer_goes_on_with_the_same_servers_to_the_bit(servers, onli
     killed = Run(words("killed"), fault, script="train_grpo.py")
     with pytest.raises(WorkerFailed):
         run(2, "tests.end_to_end.worker:train", killed, env=CPU, timeout=100)
-    launched(2, {"grpo again": words("killed", "--checkpoint_path", "auto")})
+    changed = ("--rollout_url", urls[1], "--rollout_sync", "disk", "--rollout_timeout", "99")
+    changed += ("--rollout_weights_dir", str(tmp_path / "published"))
+    launched(2, {"grpo again": words("killed", "--checkpoint_path", "auto", *changed)})
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert not list((tmp_path / "published").iterdir())

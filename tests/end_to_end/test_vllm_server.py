@@ -33,7 +33,7 @@ PROMPTS = torch.tensor([[2, 2, 5, 17], [9, 11, 42, 7], [2, 8, 8, 3], [2, 2, 2, 6
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]])
 NOISE = NoiseRows(5, 3, [4, 9, 2, 7])
 REWARD = """
-def even(responses, lengths):
+def vowels(responses):
     return [sum(letter in "aeiou" for letter in text) / 4 for text in responses]
 """
 
@@ -161,7 +161,7 @@ def test_a_grpo_run_learns_on_it(url, place, tmp_path, monkeypatch):
         "prompt_dataset": prompts(tmp_path / "prompts"),
         "conversation_template_config": files["template"],
         "save_dir": str(tmp_path / "run"),
-        "reward_functions": f"{tmp_path / 'reward.py'}:even",
+        "reward_functions": f"{tmp_path / 'reward.py'}:vowels",
         "rollout_url": url,
         "rollout_token_env": next(iter(TOKEN)),
         "num_episodes": "20",
@@ -169,6 +169,7 @@ def test_a_grpo_run_learns_on_it(url, place, tmp_path, monkeypatch):
         "experience_batch_size": "4",
         "num_generations": "8",
         "train_batch_size": "16",
+        "accumulation_steps": "2",
         "num_update_steps": "1",
         "max_length": "84",
         "max_seq_len": "10",

@@ -48,29 +48,7 @@ def rollout_server_parser() -> Parser:
         help="what generates; auto: vLLM where it is installed, else the library's own sampler, "
         "whose responses are those of sampling in the training process",
     )
-    add_text(
-        parser,
-        "--http_host",
-        "--host",
-        default="127.0.0.1",
-        unit="ADDRESS",
-        help="address to bind; that of a private network for trainers on other hosts",
-    )
-    parser.add_argument(
-        "--http_port",
-        "--port",
-        type=whole_number(0),
-        default=PORT,
-        metavar="PORT",
-        help="0: any free port, which is printed (not with vLLM)",
-    )
-    add_text(
-        parser,
-        "--token_env",
-        unit="NAME",
-        help="environment variable with the bearer token that every request must bring; default: "
-        "none",
-    )
+    _add_network_flags(parser)
     parser.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
@@ -88,6 +66,33 @@ def rollout_server_parser() -> Parser:
     add_trust_flag(parser)
     _add_vllm_flags(parser)
     return parser
+
+
+def _add_network_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("network")
+    add_text(
+        group,
+        "--http_host",
+        "--host",
+        default="127.0.0.1",
+        unit="ADDRESS",
+        help="address to bind; that of a private network for trainers on other hosts",
+    )
+    group.add_argument(
+        "--http_port",
+        "--port",
+        type=whole_number(0),
+        default=PORT,
+        metavar="PORT",
+        help="0: any free port, which is printed (not with vLLM)",
+    )
+    add_text(
+        group,
+        "--token_env",
+        unit="NAME",
+        help="environment variable with the bearer token that every request must bring; default: "
+        "none",
+    )
 
 
 def _add_vllm_flags(parser: Parser) -> None:

@@ -26,7 +26,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("disable_reference_model", "desirable_weight", "undesirable_weight", "auto_weight"),
         *("clip_eps", "clip_eps_low", "clip_eps_high", "skip_threshold", "value_clip"),
         # rollouts, rewards, advantages
-        *("max_seq_len", "rollout_engine", "temperature", "initial_temperature"),
+        *("max_seq_len", "rollout_engine", "rollouts_ahead", "rollout_is", "rollout_is_cap"),
+        *("rollout_is_mask", "temperature", "initial_temperature"),
         *("final_temperature", "top_k", "top_p", "repetition_penalty"),
         *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model", "reward_functions"),
         *("reward_weights", "reward_timeout", "reward_clip", "reward_normalization"),
@@ -86,6 +87,7 @@ UNSAID: dict[str, Any] = {
     "empty_thoughts": "mask",
     "learn": "all_turns",
     "streaming": False,
+    "rollouts_ahead": 0,
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }

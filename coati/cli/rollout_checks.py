@@ -75,6 +75,7 @@ def check_rollouts(args: Namespace) -> None:
     _check_scores(args)
     _check_buffer(args)
     _check_kl(args)
+    _check_correction(args)
     _check_pointless(args)
     _check_machine(args)
 
@@ -280,6 +281,32 @@ def _check_target(args: Namespace) -> None:
             "responses and could "
             f"make --kl_coef 0 at once; take {20 * each * processes} or more"
         )
+
+
+def _check_correction(args: Namespace) -> None:
+    """The importance weights of responses of older weights."""
+    mask = args.rollout_is_mask
+    if args.rollout_is_cap is not None and args.rollout_is_cap < 1:
+        raise ValueError(
+            f"--rollout_is_cap {args.rollout_is_cap:g}: weights are 1 on average; give 1 or more, "
+            "2 is usual"
+        )
+    if mask is not None and not mask[0] < 1 < mask[1]:
+        raise ValueError(
+            f"--rollout_is_mask {mask[0]:g} {mask[1]:g}: expected LOW below 1 and HIGH above 1, "
+            "around the ratio of weights that have not moved; 0.5 5 is usual"
+        )
+    given = {"cap": args.rollout_is_cap, "mask": mask}
+    for name in [name for name, value in given.items() if value is not None]:
+        if args.rollout_is == "none":
+            raise ValueError(
+                f"--rollout_is_{name} does nothing with --rollout_is none; leave one of the two out"
+            )
+        if not args.rollouts_ahead:
+            logger.warning_once(
+                f"--rollout_is_{name} has no effect: without --rollouts_ahead responses are of the "
+                "weights that the update begins with"
+            )
 
 
 def _check_pointless(args: Namespace) -> None:

@@ -9,7 +9,7 @@ from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
 from coati.cli.row_flags import add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
-from coati.models.policy_registry import KL_ESTIMATORS
+from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
 from coati.rewards.registry import REWARDS
 from coati.rewards.scorer import DEFAULT_TIMEOUT
 
@@ -149,7 +149,7 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="responses per forward pass for log-probs, values and scores; default: "
         "--train_batch_size",
     )
-    add_engine_choice(group)
+    _add_engine_flags(group)
     add_count(
         group,
         "--sample_interval",
@@ -164,6 +164,20 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="keep the reward model and the reference model in host memory while idle",
     )
     return group
+
+
+def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    """What samples, and when."""
+    add_engine_choice(group)
+    add_count(
+        group,
+        "--rollouts_ahead",
+        default=0,
+        unit="EPISODES",
+        least=0,
+        help="episodes whose responses are asked for while another is trained: theirs are of "
+        "weights that are N episodes older, see --rollout_is",
+    )
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
@@ -374,7 +388,36 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         exclusive=True,
         help="skip the update when the mean importance ratio exceeds R",
     )
+    _add_correction_flags(group)
     return group
+
+
+def _add_correction_flags(group: argparse._ArgumentGroup) -> None:
+    """For responses of older weights."""
+    group.add_argument(
+        "--rollout_is",
+        choices=tuple(ROLLOUT_IS),
+        default="token",
+        help=table(
+            "truncated importance weight of the policy loss, for responses of older weights than "
+            "the update begins with (--rollouts_ahead)",
+            ROLLOUT_IS,
+        ),
+    )
+    add_number(
+        group,
+        "--rollout_is_cap",
+        unit="W",
+        help="largest importance weight, at least 1; default: 2 with token, 3 with sequence",
+    )
+    group.add_argument(
+        "--rollout_is_mask",
+        nargs=2,
+        type=number(0),
+        metavar=("LOW", "HIGH"),
+        help="leave tokens (with sequence: responses) out of the policy loss whose ratio is below "
+        "LOW or above HIGH; default: none",
+    )
 
 
 def add_critic_flags(parser: Parser) -> None:

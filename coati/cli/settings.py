@@ -260,7 +260,8 @@ class KTOSettings(SLSettings):
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What an episode collects. Batch sizes count rows of one process."""
+    """What an episode collects. Batch sizes count rows of one process. ``rollouts_ahead``: episodes
+    asked for while another is trained."""
 
     num_episodes: int
     num_collect_steps: int
@@ -271,6 +272,7 @@ class RolloutSettings:
     rollout_engine: str
     sample_interval: int
     offload_inference_models: bool
+    rollouts_ahead: int
     num_generations: int = 1
 
 
@@ -326,7 +328,8 @@ class KLPenalty:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """The optimizer steps of an episode and the policy's clipped loss."""
+    """The optimizer steps of an episode and the policy's clipped loss. ``rollout_is...``: of
+    :class:`~coati.models.rollout_correction.RolloutCorrection`."""
 
     num_update_steps: int
     train_batch_size: int
@@ -335,6 +338,9 @@ class UpdateSettings:
     clip_eps_low: float
     clip_eps_high: float
     skip_threshold: float
+    rollout_is: str
+    rollout_is_cap: float | None
+    rollout_is_mask: list[float] | None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """PPO and GRPO: rollouts, rewards, advantages from a critic or from groups, clipped policy
 update."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from coati.cli.settings import OnlineSettings, PPOSettings
+from coati.cli.settings import OnlineSettings, PPOSettings, UpdateSettings
 from coati.dataset.load.collator import (
     DataCollatorForPromptDataset,
     DataCollatorForSupervisedDataset,
@@ -21,8 +22,9 @@ from coati.experience_maker.scoring import Scorer
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
+from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.agreement import agree
-from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
+from coati.parallel.checkpoint import RunningState, buffer_states_by_rank, rollouts_by_rank
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
@@ -106,7 +108,8 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         state=rows.state,
         assets={name: model.assets for name, model in models.items()},
         buffer_state=buffer_state,
-        checks=_checks(settings),
+        rollouts=_rollouts_ahead(run),
+        checks=_checks(run),
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
     )
@@ -209,6 +212,7 @@ def episodes_of(settings: OnlineSettings) -> Episodes:
         temperature=_temperature(settings),
         seed=settings.seed,
         sample_interval=rollout.sample_interval,
+        ahead=rollout.rollouts_ahead,
     )
 
 
@@ -240,6 +244,7 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         kl_coef=kl.kl_coef if kl.kl_in == "loss" else 0.0,
         kl_estimator=kl.kl_estimator,
         loss=run.extras.loss,
+        correction=_correction(update),
     )
     critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(
@@ -251,6 +256,12 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         episodes=episodes,
         ptx_coef=settings.ptx.ptx_coef,
     )
+
+
+def _correction(update: UpdateSettings) -> RolloutCorrection:
+    low, high = update.rollout_is_mask or (0.0, math.inf)
+    keep = None if update.rollout_is_mask is None else (low, high)
+    return RolloutCorrection(update.rollout_is, update.rollout_is_cap, keep)
 
 
 def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceSettings:
@@ -304,6 +315,14 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     return buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
 
 
+def _rollouts_ahead(run: Run[OnlineSettings]) -> dict[str, Any] | None:
+    """The responses that a run had asked for ahead when it was saved."""
+    resume = run.resume
+    if resume.folder is None:
+        return None
+    return rollouts_by_rank(resume.folder, resume.state, tp=run.options.tp)
+
+
 def _inside(
     buffer_state: dict[str, Any] | None, state: RunningState, settings: OnlineSettings
 ) -> bool:
@@ -315,7 +334,8 @@ def _inside(
     return why_over(buffer_state, state.trainer, shape, kl_in_loss) is None
 
 
-def _checks(settings: OnlineSettings) -> RLChecks:
+def _checks(run: Run[OnlineSettings]) -> RLChecks:
+    settings = run.settings
     sampling = settings.sampling
     reward = settings.reward
     return RLChecks(
@@ -327,6 +347,9 @@ def _checks(settings: OnlineSettings) -> RLChecks:
         reward_clip=reward.reward_clip or None,
         reward_normalization=reward.reward_normalization,
         max_new_tokens=settings.rollout.max_seq_len,
+        rollouts_ahead=settings.rollout.rollouts_ahead,
+        rollout_is=settings.update.rollout_is,
+        fp32=run.options.precision == "fp32",
     )
 
 

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from coati.cli import rollouts
+from coati.cli.config_file import schema_of
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.legacy.flags import DROPPED_OF_ROLLOUTS
@@ -615,3 +617,56 @@ def test_servers_are_an_engine_of_their_own(parse, monkeypatch):
     assert found.rollout_engine == "http" and found.rollout_url == urls
     assert (found.rollout_sync, found.rollout_timeout) == ("http", 600.0)
     assert parse("grpo").rollout_engine == "model"
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_importance_weights(parse, name, capsys):
+    found = parse(name)
+    assert (found.rollouts_ahead, found.rollout_is) == (0, "token")
+    assert found.rollout_is_cap is None and found.rollout_is_mask is None
+    words = ["--rollouts_ahead", "2", "--rollout_is", "sequence", "--rollout_is_cap", "4"]
+    found = parse(name, [*words, "--rollout_is_mask", "0.5", "5"])
+    assert (found.rollout_is_cap, found.rollout_is_mask) == (4.0, [0.5, 5.0])
+    assert "no effect" not in capsys.readouterr().err
+    parse(name, ["--rollout_is_cap", "4"])
+    assert "--rollout_is_cap has no effect: without --rollouts_ahead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--rollouts_ahead", "-1"), "--rollouts_ahead: expected a whole number of at least 0"),
+        (("--rollout_is", "word"), "--rollout_is"),
+        (("--rollout_is_cap", "0.5"), "--rollout_is_cap 0.5: weights are 1 on average"),
+        (("--rollout_is_mask", "1.5", "2"), "--rollout_is_mask 1.5 2: expected LOW below 1"),
+        (("--rollout_is_mask", "2"), "--rollout_is_mask"),
+        (
+            ("--rollout_is", "none", "--rollout_is_cap", "2"),
+            "--rollout_is_cap does nothing with --rollout_is none",
+        ),
+        (
+            ("--rollout_is", "none", "--rollout_is_mask", "0.5", "2"),
+            "--rollout_is_mask does nothing with --rollout_is none",
+        ),
+    ],
+)
+def test_importance_weights_that_are_none(parse, capsys, words, said):
+    with pytest.raises(SystemExit):
+        parse("grpo", list(words))
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pair_of_bounds_in_a_file(parse, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("rollouts_ahead: 1\nrollout_is_mask: [0.5, 4]\n")
+    words = ["--config", str(file)]
+    assert parse("grpo", words).rollout_is_mask == [0.5, 4.0]
+    schema = schema_of(rollouts.grpo_parser())
+    jsonschema.validate({"rollout_is_mask": [0.5, 4]}, schema)
+    for wrong, said in ((2, "found 1"), ([0.5, 2, 3], "found 3")):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"rollout_is_mask": wrong}, schema)
+        file.write_text(f"rollout_is_mask: {wrong}\n")
+        with pytest.raises(SystemExit):
+            parse("grpo", words)
+        assert f"run.yaml:1: 'rollout_is_mask' takes 2 values, {said}" in capsys.readouterr().err

@@ -34,8 +34,10 @@ GUARDED = {
     "ppo ptx_dataset": APPLIED,
 }
 # What the weights of the first step do not show: evaluations, clipping at a ratio of 1, a KL
-# coefficient that moves after it, time limits, and another way to write the same loss.
+# coefficient that moves after it, rollouts of older weights, time limits, and another way to write
+# the same loss.
 LATER = {
+    *("rollouts_ahead", "rollout_is", "rollout_is_cap", "rollout_is_mask"),
     *("eval_dataset", "eval_batch_size", "eval_interval", "eval_prompt_dataset"),
     *("metric_for_best", "early_stopping_patience", "early_stopping_threshold"),
     *("clip_eps", "clip_eps_low", "clip_eps_high", "value_clip", "kl_target", "kl_horizon"),

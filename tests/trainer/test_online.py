@@ -4,6 +4,7 @@ Models are stubs."""
 import json
 import os
 import signal
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.rollout_batch import RolloutBatch
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
+from coati.models.generation.loop import Generated
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
@@ -71,16 +74,35 @@ class Maker:
         self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
         self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at
         self.published: list[int] = []
+        self.events: list[tuple] = []
+        self.lost_at: int | None = None
 
     def publish(self, version):
         self.published.append(version)
+        self.events.append(("publish", version))
 
-    def make_experience(self, batch, rows, episode, temperature):
+    def ask(self, batch, rows, episode, temperature):
         self.calls.append((episode, batch["input_ids"].flatten().tolist(), list(rows), temperature))
         if len(self.calls) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        self.answered += len(batch["input_ids"])
-        return self.rollout_and_score(batch, rows, episode, temperature)
+        self.events.append(("ask", episode))
+        ids = batch["input_ids"]
+        lengths = torch.ones(len(ids))
+        answer: Future[Generated] = Future()
+        if episode == self.lost_at:
+            answer.set_exception(RolloutsLost("no server answers"))
+        else:
+            answer.set_result(Generated(ids, lengths, lengths, 1, version=self.published[-1]))
+        pending = PendingRollouts(batch, list(rows), 1, temperature, [answer])
+        return replace(pending, prompts=batch | {"episode": episode})
+
+    def make_experience(self, pending):
+        version = pending.result().version
+        self.events.append(("collect", pending.prompts["episode"], version))
+        self.answered += len(pending.prompts["input_ids"])
+        return self.rollout_and_score(
+            pending.prompts, pending.sample_index, pending.prompts["episode"], pending.temperature
+        )
 
     def rollout_and_score(self, batch, rows, episode, temperature):
         self.judged.append(episode)
@@ -267,7 +289,7 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
     """A run that SIGTERM stops, what it saved, and the one that goes on."""
     saved = {}
 
-    def save(folder, models, state, buffer_state=None):
+    def save(folder, models, state, buffer_state=None, rollouts=None):
         saved.update(
             state=json.loads(json.dumps(vars(state))), buffer_state=buffer_state, models=set(models)
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from coati.experience_maker.rollouts.model_facts import difference
+from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.experience_maker.rollouts.rollout_client import (
     Answer,
     RolloutServer,
@@ -43,11 +44,6 @@ from coati.utils.logging import get_logger
 logger = get_logger(__name__)
 
 LOOK_S = 1.0
-
-
-class RolloutsLost(RunFailed):
-    """No server answers any more; the state of the run is what it was before the responses were
-    asked for."""
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,24 @@ class ReportSettings:
 
 
 @dataclass(frozen=True)
+class RolloutServerSettings:
+    """``coati rollout-server``. ``token`` None: no authentication."""
+
+    model_path: str
+    engine: str
+    http_host: str
+    http_port: int
+    dtype: str
+    max_length: int | None
+    token_env: str | None
+    trust_remote_code: bool
+    tensor_parallel: int
+    vllm_memory_share: float | None
+    vllm_args: list[str]
+    token: str | None
+
+
+@dataclass(frozen=True)
 class ServerSettings:
     """``coati serve``. ``token`` None: no authentication."""
 

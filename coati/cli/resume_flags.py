@@ -60,6 +60,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("grad_checkpoint", "inference_batch_size", "logits_forward_batch_size"),
         *("offload_inference_models", "ref_tp", "precompute_ref"),
         *("stream_workers", "max_bad_ratio"),
+        *("rollout_url", "rollout_sync", "rollout_weights_dir", "rollout_timeout"),
+        *("rollout_token_env", "vllm_memory_share", "vllm_sleep"),
     ),
 }
 CLASS_OF = {flag: name for name, flags in CLASSES.items() for flag in flags}

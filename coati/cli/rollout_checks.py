@@ -1,7 +1,6 @@
 """Checks of the flags of PPO and GRPO before torch is imported. All raise ValueError with flag,
 finding and remedy."""
 
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from coati.cli.checks import (
     read_json,
     requested_options,
 )
+from coati.cli.engine_flags import check_engine
 from coati.cli.launch_flags import check_launch, processes_of
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
@@ -319,11 +319,7 @@ def _check_pointless(args: Namespace) -> None:
 
 
 def _check_machine(args: Namespace) -> None:
-    if args.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "--rollout_engine vllm: vllm is not installed; install it (it needs a GPU), or leave "
-            "this out"
-        )
+    check_engine(args)
     if not args.shared_base:
         return
     if not args.lora_rank:

@@ -3,6 +3,7 @@
 import argparse
 
 from coati.cli import arguments as shared
+from coati.cli.engine_flags import add_engine_choice
 from coati.cli.parser import Parser
 from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
 from coati.cli.row_flags import add_learn_flag
@@ -12,7 +13,6 @@ from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
 from coati.rewards.registry import REWARDS
 from coati.rewards.scorer import DEFAULT_TIMEOUT
 
-ENGINES = ("model", "vllm")
 # --algo in older documents.
 ALGORITHMS = {
     "reinforce_ppb": "reinforce_pp_baseline",
@@ -168,12 +168,7 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
 
 def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
     """What samples, and when."""
-    group.add_argument(
-        "--rollout_engine",
-        choices=ENGINES,
-        default="model",
-        help="what generates responses: the trained model itself, or vLLM (needs a GPU)",
-    )
+    add_engine_choice(group)
     add_count(
         group,
         "--rollouts_ahead",

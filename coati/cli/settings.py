@@ -277,6 +277,19 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
+class EngineSettings:
+    """The engines of rollouts that are not the trained model: servers, and vLLM in this process."""
+
+    rollout_url: list[str]
+    rollout_sync: str
+    rollout_weights_dir: str | None
+    rollout_timeout: float
+    rollout_token_env: str | None
+    vllm_memory_share: float
+    vllm_sleep: bool
+
+
+@dataclass(frozen=True)
 class SamplingSettings:
     """How responses are sampled; the temperature moves from the initial to the final one."""
 
@@ -367,6 +380,7 @@ class OnlineSettings(TrainingSettings):
     """What the trainers with rollouts share; all that ``coati grpo`` is told."""
 
     rollout: RolloutSettings
+    engine: EngineSettings
     sampling: SamplingSettings
     reward: RewardSettings
     kl: KLPenalty

@@ -3,6 +3,7 @@ update."""
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ from coati.recipes.rl_models import (
     load_reward_model,
     readers,
 )
+from coati.recipes.rollout_options import engine_options
 from coati.recipes.run import PreparedRows, Run, start
 from coati.recipes.run_dir import refuse_shorter
 from coati.recipes.same_run import SAME_ROWS, rows_facts
@@ -96,7 +98,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         actor=actor.engine,
         critic=models["critic"].engine if "critic" in models else None,
         reference=load_reference(run, actor),
-        rollout=_rollout(run, actor.engine, stops),
+        rollout=_rollout(run, actor, stops),
         scorer=Scorer(reward_model, functions, settings.rollout.logits_forward_batch_size),
         tokenizer=run.tokenizer,
     )
@@ -111,9 +113,18 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
     )
+    with closing(parts["maker"].rollout):
+        _train(run, trainer, models, rows)
+
+
+def _train(
+    run: Run[Any], trainer: OLTrainer, models: dict[str, Trained], rows: RolloutData
+) -> None:
+    """The run itself, or its rehearsal."""
+    actor = models["actor"]
     prompts = _prompt_loader(run, actor.engine, rows)
     ptx = _ptx_loader(run, actor.engine, rows.ptx)
-    output = settings.output
+    output = run.settings.output
     finish.rehearse(run, {name: (one.engine, one.assets) for name, one in models.items()})
     if output.dry_run:
         return rl_dry_run(run, trainer, prompts, ptx)
@@ -280,13 +291,13 @@ def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceS
     )
 
 
-def _rollout(run: Run[OnlineSettings], actor: Engine, stops: list[list[int]]) -> Any:
+def _rollout(run: Run[OnlineSettings], actor: Trained, stops: list[list[int]]) -> Any:
     rollout = run.settings.rollout
     sampling = run.settings.sampling
     return make_rollout(
         rollout.rollout_engine,
-        actor,
-        model_path=run.settings.model.pretrain,
+        actor.engine,
+        elsewhere=engine_options(run, actor.assets.config),
         sampling=Sampling(
             True, 1.0, sampling.top_k or None, sampling.top_p, sampling.repetition_penalty
         ),

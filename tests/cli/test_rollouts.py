@@ -302,6 +302,38 @@ REFUSED = [
     ),
     ("ppo", ["--lora_alpha", "8"], "--lora_alpha does nothing without LoRA"),
     ("ppo", ["--rollout_engine", "vllm"], "vllm is not installed"),
+    (
+        "ppo",
+        ["--rollout_engine", "vllm", "--rollout_url", "http://a:1"],
+        "--rollout_url names servers, --rollout_engine vllm samples in this process",
+    ),
+    ("ppo", ["--rollout_engine", "http"], "--rollout_engine http needs --rollout_url"),
+    ("grpo", ["--rollout_sync", "disk"], "--rollout_sync does nothing without --rollout_url"),
+    ("grpo", ["--rollout_timeout", "9"], "--rollout_timeout does nothing without --rollout_url"),
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "--vllm_sleep"],
+        "--vllm_sleep does nothing without --rollout_engine vllm",
+    ),
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "--rollout_sync", "nccl"],
+        "--rollout_sync nccl is not written yet; use http",
+    ),
+    *[
+        ("grpo", ["--rollout_url", url], f"--rollout_url {url}: expected the address of a server")
+        for url in ("a:1", "http://a:1/v1", "ftp://a", "http://:1", "http://a:port")
+    ],
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "http://b:1", "http://a:1/"],
+        "--rollout_url http://a:1/ stands twice",
+    ),
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "--rollout_token_env", "NOT_SET"],
+        "--rollout_token_env NOT_SET: the variable is not set",
+    ),
     ("ppo", ["--shared_base"], "--shared_base is for LoRA"),
     (
         "ppo",
@@ -576,6 +608,15 @@ def test_help_loads_no_torch(name):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert run.returncode == 0 and run.stdout.endswith("[]\n"), run.stderr
+
+
+def test_servers_are_an_engine_of_their_own(parse, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "word")
+    urls = ["http://a:9001", "https://b", "http://[::1]:2"]
+    found = parse("grpo", ["--rollout_url", *urls, "--rollout_token_env", "A_TOKEN"])
+    assert found.rollout_engine == "http" and found.rollout_url == urls
+    assert (found.rollout_sync, found.rollout_timeout) == ("http", 600.0)
+    assert parse("grpo").rollout_engine == "model"
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

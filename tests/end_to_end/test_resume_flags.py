@@ -232,7 +232,13 @@ def test_the_weights_alone_and_a_dry_run(reached):
 # What no run here can show, with the reason.
 NOT_RUN = {
     "use_flash_attn": "flash-attn is a GPU's; without one the flag changes nothing, and says so",
-    "rollout_engine": "vLLM needs a GPU; the choice is made anew by every run (make_rollout)",
+    "rollout_engine": "the choice is made anew by every run (make_rollout)",
+    **dict.fromkeys(("vllm_memory_share", "vllm_sleep"), "vLLM in the process needs a GPU"),
+    **dict.fromkeys(
+        ("rollout_url", "rollout_sync", "rollout_weights_dir", "rollout_timeout"),
+        "of servers: tests/end_to_end/test_rollout_servers.py",
+    ),
+    "rollout_token_env": "of servers: tests/end_to_end/test_rollout_servers.py",
     "checkpoint_weights_only": "no resume, but another start: the test above",
     "dry_run": "takes no step of the run: the test above",
     "streaming": "needs raw rows: tests/end_to_end/test_streaming.py",

@@ -23,6 +23,7 @@ from coati.experience_maker.rollout_batch import (
 )
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
+from coati.experience_maker.scoring import begin_scores
 from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
@@ -100,9 +101,27 @@ class NaiveExperienceMaker:
         Raises:
             ValueError: on every rank, if the scorer fails on one.
         """
-        batch = self.rollout_and_score(
+        return self.finish_experience(
+            self.begin_experience(prompts, sample_index, episode, temperature)
+        )
+
+    def begin_experience(
+        self,
+        prompts: dict[str, Any],
+        sample_index: Sequence[int],
+        episode: int,
+        temperature: float = 1.0,
+    ) -> RolloutBatch:
+        """The rollouts of :meth:`make_experience`, and the beginning of scores that wait for
+        something else; for :meth:`finish_experience`."""
+        return self._begin(
             prompts, sample_index, episode, temperature, self.settings.num_generations
         )
+
+    def finish_experience(self, batch: RolloutBatch) -> RolloutBatch:
+        """What :meth:`make_experience` returns, of what :meth:`begin_experience` returned, in the
+        same order. Raises as that does."""
+        batch = self._finish(batch)
         with timed(batch.seconds, "scoring"):
             if self.critic is not None:
                 experience = batch.experience
@@ -122,12 +141,29 @@ class NaiveExperienceMaker:
     ) -> RolloutBatch:
         """``num_generations`` responses to each prompt, their scores and their KL to the reference;
         arguments and errors as in :meth:`make_experience`. Does not change the state of the run."""
+        return self._finish(
+            self._begin(prompts, sample_index, episode, temperature, num_generations)
+        )
+
+    def _begin(
+        self,
+        prompts: dict[str, Any],
+        sample_index: Sequence[int],
+        episode: int,
+        temperature: float,
+        num_generations: int,
+    ) -> RolloutBatch:
         models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
         for model in models:
             model.temperature = temperature
         batch = self._sample(prompts, sample_index, episode, temperature, num_generations)
+        batch.scores = begin_scores(self.scorer, batch.responses)
+        return batch
+
+    def _finish(self, batch: RolloutBatch) -> RolloutBatch:
         with timed(batch.seconds, "scoring"):
-            scores, batch.reward_parts = self.scorer(batch.experience, batch.responses)
+            scores, batch.reward_parts = batch.scores(batch.experience)
+            batch.scores = None
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)
         batch.samples = response_metrics(batch)

@@ -23,7 +23,7 @@ from coati.experience_maker.rollout_batch import (
 )
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
-from coati.experience_maker.scoring import begin_scores
+from coati.experience_maker.scoring import Scorer, begin_scores
 from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
@@ -105,6 +105,12 @@ class NaiveExperienceMaker:
             self.begin_experience(prompts, sample_index, episode, temperature)
         )
 
+    @property
+    def scores_beside(self) -> bool:
+        """Whether scores wait for something else, while which the next responses can be sampled:
+        :meth:`begin_experience` of several batches, then :meth:`finish_experience` of each."""
+        return isinstance(self.scorer, Scorer) and self.scorer.beside
+
     def begin_experience(
         self,
         prompts: dict[str, Any],
@@ -162,7 +168,8 @@ class NaiveExperienceMaker:
 
     def _finish(self, batch: RolloutBatch) -> RolloutBatch:
         with timed(batch.seconds, "scoring"):
-            scores, batch.reward_parts = batch.scores(batch.experience)
+            finish = batch.scores or begin_scores(self.scorer, batch.responses)
+            scores, batch.reward_parts = finish(batch.experience)
             batch.scores = None
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)

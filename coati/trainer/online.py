@@ -275,6 +275,8 @@ class OLTrainer:
         self._sampled = {"temperature": temperature, "prompts": prompts.rows_per_step}
         self.policy_objective.temperature = temperature
         collected: list[RolloutBatch] = []
+        beside = self.maker.scores_beside  # judged while the next ones are sampled
+        make = self.maker.begin_experience if beside else self.maker.make_experience
         for number, batch in enumerate(batches):
             if any_rank(stop.requested):
                 self.maker.load_state_dict(before)
@@ -282,8 +284,10 @@ class OLTrainer:
             bar.phase(f"rollout {number + 1}/{len(batches)}")
             count = len(batch["input_ids"]) * self.maker.settings.num_generations
             indices = sample_indices(number, len(batches), self.engine.mesh.dp_rank * count, count)
-            made = self.maker.make_experience(batch, indices, self.episode, temperature)
-            collected.append(made)
+            collected.append(make(batch, indices, self.episode, temperature))
+        if beside:
+            bar.phase("waiting for rewards")
+            collected = [self.maker.finish_experience(begun) for begun in collected]
         experiences, metrics = self.maker.finalize_advantages(collected)
         for experience in experiences:
             self.buffer.append(experience)

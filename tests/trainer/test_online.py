@@ -67,6 +67,8 @@ class Collate:
 class Maker:
     """Answers a prompt n with two tokens of n; its state is how many it has answered."""
 
+    scores_beside = False
+
     def __init__(self, stop_at: int | None = None) -> None:
         self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
         self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at

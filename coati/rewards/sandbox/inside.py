@@ -191,6 +191,9 @@ def run_case(case, program, back, more):
                 thread.join()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except MemoryError:
+        os.write(2, b"MemoryError\n")  # a traceback would need some
+        status = 1
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -9,10 +9,10 @@ import pwd
 import selectors
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -284,13 +284,18 @@ def interpreter() -> str:
     return sys.executable
 
 
+def prefixes() -> list[str]:
+    """Where the interpreter and its packages lie."""
+    return [sys.prefix, sys.base_prefix, sys.exec_prefix]
+
+
 def _readable() -> tuple[list[str], list[tuple[str, str]]]:
     """The directories that a program may read, and links among them: the system's libraries and the
     interpreter with its packages."""
     links = [(path, os.readlink(path)) for path in SYSTEM if os.path.islink(path)]
     linked = {path for path, _ in links}
     wanted = [path for path in SYSTEM if os.path.exists(path) and path not in linked]
-    for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix):
+    for prefix in prefixes():
         wanted += [os.path.abspath(prefix), os.path.realpath(prefix)]
     found: list[str] = []
     for path in sorted(set(wanted), key=len):
@@ -371,15 +376,14 @@ ENGINES = {"bubblewrap": _bubblewrap, "namespaces": _namespaces}
 
 _PROBE = """
 import json, os, socket, sys
-secret, port, parent, memory, processes = json.loads(sys.stdin.readline())
-found = []
+shown, port, parent, memory, processes = json.loads(sys.stdin.readline())
+found = ["see /" + name for name in sorted(set(os.listdir("/")) - set(shown))]
 def can(what, attempt):
     try:
         attempt()
     except (OSError, MemoryError):
         return
     found.append(what)
-can("read the files of this host", lambda: open(secret))
 can("read /etc/passwd", lambda: open("/etc/passwd"))
 can("write outside of /tmp", lambda: open(os.path.join(sys.prefix, "x"), "w"))
 can("reach the network", lambda: socket.create_connection(("127.0.0.1", port), 1))
@@ -420,18 +424,23 @@ def problem_of(engine: str) -> str | None:
 
 
 def _try_out(engine: str) -> str | None:
-    import socket
-
     if sys.platform != "linux" or os.uname().machine not in MACHINES:
         where = f"{sys.platform} on {os.uname().machine}"
         return f"programs are isolated on Linux on {' and '.join(MACHINES)} alone; this is {where}"
     if engine == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
     limits = Limits(seconds=10.0, memory=256 * MIB, processes=8)
-    with tempfile.NamedTemporaryFile() as secret, socket.create_server(("127.0.0.1", 0)) as server:
-        os.chmod(secret.name, 0o644)
+    readable, links = _readable()
+    shown = [path.split("/")[1] for path in [*readable, *(link for link, _ in links)]]
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        asked = [secret.name, port, os.getpid(), limits.memory, limits.processes + 4]
+        asked = [
+            [*shown, "dev", "tmp"],
+            port,
+            os.getpid(),
+            limits.memory,
+            limits.processes + 4,
+        ]
         given = Case("stdin", input=json.dumps(asked) + "\n")
         ending = _run(engine, limits, _PROBE, [given])[0]
     if ending.how != "exit" or ending.code != 0:

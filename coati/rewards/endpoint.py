@@ -19,6 +19,7 @@ TOKEN_VARIABLE = "COATI_REWARD_TOKEN"
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0)  # between tries; the last one from then on
 TRIES_WITHOUT_LIMIT = 8
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # states that may be over at the next try
+OF_THE_PLACE = (401, 403, 404, 405, 407, 501)  # whatever was sent
 LARGEST = 64 * 2**20  # bytes of an answer
 SHOWN = 160
 
@@ -51,8 +52,9 @@ def post_json(
     limit.
 
     Raises:
-        Unreachable: where no answer came in time.
-        Rejected: for an answer that is no JSON, or another status than 200.
+        Unreachable: where no answer came in time, for one that is no JSON, and where the status
+            says that it is the wrong place or token.
+        Rejected: for another status than 200.
     """
     ends = None if timeout is None else time.monotonic() + timeout
     data = json.dumps(body).encode()
@@ -65,7 +67,7 @@ def post_json(
             number += 1
             wait = BACKOFF_S[min(number, len(BACKOFF_S)) - 1]
             over = number >= TRIES_WITHOUT_LIMIT if ends is None else _late(ends, wait)
-            if over or (isinstance(error, Rejected) and not error.passing):
+            if over or not error.passing:
                 tries = f" ({number} tries)" if number > 1 else ""
                 error.args = (_without(headers, f"{error}{tries}"),)
                 raise
@@ -89,24 +91,23 @@ def _answer(url: str, data: bytes, timeout: float | None, headers: Mapping[str, 
             status = response.status
     except urllib.error.HTTPError as error:
         raise _rejected(error) from None
-    except Rejected:
+    except Unreachable:
         raise
     except TimeoutError as error:
         raise Unreachable(f"did not answer within {timeout:.3g} s") from error
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: of a header
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise Unreachable(f"did not answer within {timeout:.3g} s") from error
         said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
         raise Unreachable(f"cannot be reached ({said})") from error
     if status != 200:
-        raise Rejected(f"answered status {status}; expected 200")
+        raise Unreachable(f"answered status {status}; expected 200", passing=False)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Rejected(
-            f"answered {_short(text)}, which is no JSON; is this the right URL?"
-        ) from error
+        said = f"answered {_short(text)}, which is no JSON; is this the right URL?"
+        raise Unreachable(said, passing=False) from error
 
 
 def _read(response: Any, ends: float | None) -> bytes:
@@ -119,11 +120,11 @@ def _read(response: Any, ends: float | None) -> bytes:
         if ends is not None and time.monotonic() > ends:
             raise TimeoutError
         if size > LARGEST:
-            raise Rejected(f"answered more than {LARGEST >> 20} MiB")
+            raise Unreachable(f"answered more than {LARGEST >> 20} MiB", passing=False)
     return b"".join(parts)
 
 
-def _rejected(error: urllib.error.HTTPError) -> Rejected:
+def _rejected(error: urllib.error.HTTPError) -> Rejected | Unreachable:
     """What an error status means; the endpoint may name a response by its ``index``."""
     with error:
         try:
@@ -147,7 +148,10 @@ def _rejected(error: urllib.error.HTTPError) -> Rejected:
     more = f" to {without_credentials(where)}; name that URL" if where else f": {said}"
     if error.code in (401, 403):
         more += f"; its token is read from the environment ({TOKEN_VARIABLE} for rewards)"
-    return Rejected(f"answered status {error.code}{more}", row, error.code in PASSING)
+    told = f"answered status {error.code}{more}"
+    if where or error.code in OF_THE_PLACE:
+        return Unreachable(told, passing=False)
+    return Rejected(told, row, error.code in PASSING)
 
 
 def _without(headers: Mapping[str, str] | None, text: str) -> str:
@@ -178,7 +182,8 @@ def endpoint_reward(url: str) -> Callable[[Responses, float | None], list[Any]]:
         scores = found.get("scores") if isinstance(found, dict) else found
         if not isinstance(scores, list):
             shown = _short(json.dumps(found).encode())
-            raise Rejected(f'answered {shown}; expected {{"scores": [a number each]}}')
+            said = f'answered {shown}; expected {{"scores": [a number each]}}'
+            raise Unreachable(said, passing=False)
         return scores
 
     return ask

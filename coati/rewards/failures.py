@@ -10,12 +10,17 @@ class RowFailed(ValueError):
 
 
 class Unreachable(ValueError):
-    """Nothing answers there, or not in time: no response is to blame."""
+    """There is nothing that answers as it should, or not in time: no response is to blame.
+    ``passing``: whether another try may do better."""
+
+    def __init__(self, message: str, passing: bool = True) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class Rejected(ValueError):
-    """There is an answer that cannot be used. ``row``: the response that it names; ``passing``:
-    whether another try may do better."""
+    """What was sent is refused, perhaps for one response. ``row``: the one that is named;
+    ``passing``: whether another try may do better."""
 
     def __init__(self, message: str, row: int | None = None, passing: bool = False) -> None:
         super().__init__(message)

@@ -154,9 +154,9 @@ class Judge:
         try:
             found = post_json(self.url, body, timeout=self.timeout, headers=self.headers)
         except Rejected as error:
-            if self.temperature and "temperature" in str(error):
+            if "temperature" in body and "temperature" in str(error):
                 self.temperature = False
-                logger.info("the judge takes no temperature; it is asked at its own")
+                logger.warning_once("the judge takes no temperature; it is asked at its own")
                 return self._ask(question, temperature, row)
             raise RowFailed(str(error), row) from error
         try:

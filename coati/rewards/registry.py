@@ -163,7 +163,8 @@ def _check_file(name: str) -> None:
         raise ValueError(f"reward {name}: {path}:{error.lineno}: {error.msg}") from error
     except ValueError as error:  # null bytes
         raise ValueError(f"reward {name}: {path} is no Python file ({error})") from error
-    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    defined = [node.name for node in tree.body if isinstance(node, kinds)]
     assigned = [
         target.id
         for node in tree.body

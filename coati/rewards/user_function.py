@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,16 +116,24 @@ def called_with_keywords(
             rounds = -(-len(batch) // at_once)
             work = _one_by_one(of_row, batch, limit, at_once)
             return _LOOP.run(work, None if limit is None else limit * rounds + 1)
-        return _LOOP.run(of_batch(batch), limit)
+        return _LOOP.run(_without_exit(of_batch(batch)), limit)
 
     return UserFunction(awaited if waits else plain, waits)
+
+
+async def _without_exit(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """sys.exit in a coroutine would end its event loop, and whatever else waits on it."""
+    try:
+        return await coroutine
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r})") from error
 
 
 async def _one_by_one(
     of_row: Callable[[Responses, int], Any], batch: Responses, limit: float | None, at_once: int
 ) -> list[Any]:
     async def one(row: int) -> Any:
-        task = asyncio.ensure_future(of_row(batch, row))
+        task = asyncio.ensure_future(_without_exit(of_row(batch, row)))
         done, _ = await asyncio.wait([task], timeout=limit)
         if not done:
             task.cancel()

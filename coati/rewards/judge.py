@@ -93,6 +93,7 @@ class Judge:
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         self.cache = VerdictCache(options)
         self.temperature = True  # whether the model takes one
+        self.failed = 0  # responses that got no score
 
     def question(self, batch: Responses, row: int) -> str:
         """What the judge is asked about a response. Raises RowFailed where the prompt wants a
@@ -127,9 +128,11 @@ class Judge:
                 "response gets that score",
                 row,
             )
-        logger.warning_once(
-            f"reward judge {told}; such responses get --judge_failed {self.options.failed:g}"
-        )
+        if not self.failed:
+            logger.warning(
+                f"reward judge {told}; such responses get --judge_failed {self.options.failed:g}"
+            )
+        self.failed += 1
         return self.options.failed
 
     def _score_in(self, verdict: str) -> float | None:

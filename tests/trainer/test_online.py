@@ -120,6 +120,24 @@ class Maker:
         self.answered = state["answered"]
 
 
+class SlowMaker(Maker):
+    """Its scores wait for something else: ``events`` are what begins and what is finished."""
+
+    scores_beside = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events = []
+
+    def begin_experience(self, batch, rows, episode, temperature):
+        self.events.append(("begin", episode, list(rows)))
+        return self.make_experience(batch, rows, episode, temperature)
+
+    def finish_experience(self, batch):
+        self.events.append(("finish", batch.experience.sample_index.tolist()))
+        return batch
+
+
 class Engine(StubEngine):
     """Writes down the steps it is asked for; ``stop_at``: SIGTERM comes within that one."""
 
@@ -194,6 +212,18 @@ def test_every_pass_trains_on_every_response_once():
         assert sorted(steps[0][0] + steps[1][0]) == sorted(steps[2][0] + steps[3][0]) == collected
         assert [step[1] for step in steps] == [1 - episode / 10] * 4
         assert [step[2] for step in steps] == [True, False, False, False]
+
+
+def test_slow_rewards_of_one_batch_run_while_the_next_is_sampled():
+    made = trainer(maker=SlowMaker())
+    made.run(loader())
+    plain = trainer()
+    plain.run(loader())
+    events = made.maker.events
+    assert [event[0] for event in events] == ["begin", "begin", "finish", "finish"] * 5
+    begun = [event[2] for event in events if event[0] == "begin"]
+    assert [event[1] for event in events if event[0] == "finish"] == begun  # in the same order
+    assert made.engine.steps == plain.engine.steps
 
 
 def test_the_critic_learns_from_the_same_windows():

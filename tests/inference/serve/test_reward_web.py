@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_sequences_that_a_run_would_score(place, scorer)
     end = conversation.stop_ids[0] if conversation.stop_ids else [tokenizer.eos_token_id]
     texts, expected = [], []
     for messages, response, whole in zip(PROMPTS, RESPONSES, stopped, strict=True):
-        prompt = conversation.encode_prompt(messages).ids
+        prompt = conversation.encode_prompt(messages).input_ids
         written = tokenizer(response, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([[*prompt, *written, *(end if whole else [])]])
         with torch.no_grad():

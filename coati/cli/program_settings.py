@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coati.cli.reward_flags import SlowRewardSettings
+
 
 @dataclass(frozen=True)
 class CompareSettings:
@@ -20,6 +22,7 @@ class CompareSettings:
     reward_functions: list[str]
     reward_weights: list[float] | None
     reward_timeout: float
+    slow_rewards: SlowRewardSettings
     tie_margin: float
     max_length: int
     max_new_tokens: int

@@ -16,12 +16,13 @@ from coati.cli.checks import (
 )
 from coati.cli.engine_flags import check_engine
 from coati.cli.launch_flags import check_launch, processes_of
+from coati.cli.reward_flags import check_slow_rewards, names_of_rewards
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
 from coati.parallel.plugin_checks import scalar_head_problem
 from coati.parallel.plugins import PLUGINS
-from coati.rewards.registry import REWARDS, check_rewards
+from coati.rewards.registry import check_rewards
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -140,15 +141,12 @@ def _check_reward_sources(args: Namespace) -> None:
             "there is none; leave one of the two out"
         )
     if args.no_neural_reward_model and not args.reward_functions:
-        raise ValueError(
-            f"--no_neural_reward_model needs --reward_functions: {', '.join(REWARDS)}, "
-            "path.py:function"
-        )
+        raise ValueError(f"--no_neural_reward_model needs --reward_functions: {names_of_rewards()}")
     if not neural and not args.reward_functions:
         raise ValueError(
             "nothing gives a reward: name a reward model (--rm_pretrain, the directory that "
             "coati rm wrote), or "
-            f"--reward_functions ({', '.join(REWARDS)}, path.py:function), or both"
+            f"--reward_functions ({names_of_rewards()}), or both"
         )
     if (
         args.no_neural_reward_model
@@ -201,6 +199,7 @@ def _check_scores(args: Namespace) -> None:
     if args.reward_weights and not args.reward_functions:
         raise ValueError("--reward_weights does nothing without --reward_functions")
     args.reward_functions = check_rewards(args.reward_functions, args.reward_weights or None)
+    check_slow_rewards(args)
     if args.reward_functions and not any(args.reward_weights or [1.0]):
         raise ValueError(
             f"--reward_weights {' '.join(map(str, args.reward_weights))}: no function would count"

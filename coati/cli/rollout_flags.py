@@ -5,13 +5,13 @@ import argparse
 from coati.cli import arguments as shared
 from coati.cli.engine_flags import add_engine_choice
 from coati.cli.parser import Parser
+from coati.cli.reward_flags import add_slow_reward_flags, names_of_rewards
 from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
 from coati.cli.row_flags import add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
 from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
-from coati.rewards.registry import REWARDS
-from coati.rewards.scorer import DEFAULT_TIMEOUT
+from coati.rewards.registry import DEFAULT_TIMEOUT
 
 # --algo in older documents.
 ALGORITHMS = {
@@ -235,8 +235,7 @@ def add_reward_flags(parser: Parser, reward_clip: float) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(REWARDS)}, or path.py:function of your own, called with all responses of "
-        "a batch",
+        help=f"{names_of_rewards()}, which is given all responses of a batch",
     )
     group.add_argument(
         "--reward_weights",
@@ -247,6 +246,7 @@ def add_reward_flags(parser: Parser, reward_clip: float) -> None:
         help="weight of each reward function, possibly negative; default: 1 each",
     )
     _add_score_flags(group, reward_clip)
+    add_slow_reward_flags(parser)
 
 
 def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float) -> None:
@@ -256,7 +256,8 @@ def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float) -> None
         "--reward_timeout",
         default=DEFAULT_TIMEOUT,
         unit="SECONDS",
-        help="time limit of a reward function for a batch; 0: none",
+        help="time limit of a reward function for a batch, of a function of one response that is "
+        "async for each, and of a request with all its retries; 0: none",
     )
     add_number(
         group,

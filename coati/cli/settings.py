@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
+from coati.cli.reward_flags import SlowRewardSettings
 from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
 from coati.parallel.optimizer import OptimizerSettings
@@ -383,6 +384,7 @@ class OnlineSettings(TrainingSettings):
     engine: EngineSettings
     sampling: SamplingSettings
     reward: RewardSettings
+    slow_rewards: SlowRewardSettings
     kl: KLPenalty
     update: UpdateSettings
     advantage: AdvantageSettings

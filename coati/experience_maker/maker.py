@@ -23,6 +23,7 @@ from coati.experience_maker.rollout_batch import (
 from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
+from coati.experience_maker.scoring import Scorer, begin_scores
 from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
@@ -126,7 +127,28 @@ class NaiveExperienceMaker:
             ValueError: on every rank, if engine or scorer fails on one.
             RolloutsLost: on every rank, if one has no sampler left.
         """
-        batch = self._score(pending)
+        return self.finish_experience(self.begin_experience(pending))
+
+    @property
+    def scores_beside(self) -> bool:
+        """Whether scores wait for something else, while which the next responses can be sampled:
+        :meth:`begin_experience` of several batches, then :meth:`finish_experience` of each."""
+        return isinstance(self.scorer, Scorer) and self.scorer.beside
+
+    def begin_experience(self, pending: PendingRollouts) -> RolloutBatch:
+        """The responses of :meth:`make_experience`, waited for, and the beginning of scores that
+        wait for something else; for :meth:`finish_experience`."""
+        models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
+        for model in models:
+            model.temperature = pending.temperature
+        batch = self._receive(pending)
+        batch.scores = begin_scores(self.scorer, batch.responses)
+        return batch
+
+    def finish_experience(self, batch: RolloutBatch) -> RolloutBatch:
+        """What :meth:`make_experience` returns, of what :meth:`begin_experience` returned, in the
+        same order. Raises as that does."""
+        batch = self._finish(batch)
         with timed(batch.seconds, "scoring"):
             if self.critic is not None:
                 experience = batch.experience
@@ -147,15 +169,14 @@ class NaiveExperienceMaker:
         """Responses of the weights that were published last, their scores and their KL to the
         reference; arguments as of :meth:`ask`, errors as of :meth:`make_experience`. Does not
         change the state of the run."""
-        return self._score(self.ask(prompts, sample_index, episode, temperature, num_generations))
+        pending = self.ask(prompts, sample_index, episode, temperature, num_generations)
+        return self._finish(self.begin_experience(pending))
 
-    def _score(self, pending: PendingRollouts) -> RolloutBatch:
-        models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
-        for model in models:
-            model.temperature = pending.temperature
-        batch = self._receive(pending)
+    def _finish(self, batch: RolloutBatch) -> RolloutBatch:
         with timed(batch.seconds, "scoring"):
-            scores, batch.reward_parts = self.scorer(batch.experience, batch.responses)
+            finish = batch.scores or begin_scores(self.scorer, batch.responses)
+            scores, batch.reward_parts = finish(batch.experience)
+            batch.scores = None
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)
         batch.samples = response_metrics(batch, self._version)

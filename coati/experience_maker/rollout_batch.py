@@ -1,9 +1,10 @@
 """The settings of a collect phase, and the rollouts of one collect step with their metrics."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,13 +52,15 @@ class ExperienceSettings:
 @dataclass
 class RolloutBatch:
     """The rollouts of one collect step: tensors, texts, ``reward_parts`` (B,) by source of reward,
-    ``samples`` (n,) by metric, and seconds by phase."""
+    ``samples`` (n,) by metric, and seconds by phase. ``scores``: what gives the scores of its
+    experience, until they are in it."""
 
     experience: Experience
     responses: Responses
     reward_parts: dict[str, Tensor]
     samples: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    scores: Callable[..., Any] | None = None
 
 
 @contextmanager

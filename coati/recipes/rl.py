@@ -145,6 +145,7 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
         tags,
         reward.reward_timeout or None,
         run.extras.rewards,
+        run.settings.slow_rewards.options(),
     )
 
 

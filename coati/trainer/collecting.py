@@ -7,7 +7,7 @@ normalization) is of the time at which they are collected.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,8 @@ logger = get_logger(__name__)
 @dataclass
 class AskedEpisode:
     """An episode that was asked for: ``prompts`` rows over all ranks from row ``start`` of
-    ``epoch`` on, in ``batches``. ``lasting``: a checkpoint has to hold the answers, since newer
-    weights would give others."""
+    ``epoch`` on, in ``batches``; of the first of them scores are ``begun``. ``lasting``: a
+    checkpoint has to hold the answers, since newer weights would give others."""
 
     epoch: int
     start: int
@@ -42,6 +42,7 @@ class AskedEpisode:
     temperature: float
     batches: list[PendingRollouts]
     lasting: bool
+    begun: list[RolloutBatch] = field(default_factory=list)
 
     def fits(self, prompts: Any, num_generations: int) -> bool:
         """Whether an episode of now has as many prompts and responses."""
@@ -116,7 +117,8 @@ class EpisodeCollector:
                 [],
                 lasting=episodes.ahead > 0,
             )
-            if not self._ask(asked, episode, prompts, bar, stop):
+            now = episode == first and self.maker.scores_beside
+            if not self._ask(asked, episode, prompts, bar, stop, now):
                 return False
             self._asked[episode] = asked
         return True
@@ -137,8 +139,16 @@ class EpisodeCollector:
         return epoch, start
 
     def _ask(
-        self, asked: AskedEpisode, episode: int, prompts: Any, bar: ProgressBar, stop: GracefulStop
+        self,
+        asked: AskedEpisode,
+        episode: int,
+        prompts: Any,
+        bar: ProgressBar,
+        stop: GracefulStop,
+        begin: bool,
     ) -> bool:
+        """Whether all batches were asked for. ``begin``: those that are answered at once are judged
+        while the next ones are sampled."""
         batches = next(iter(prompts.global_batches(asked.epoch, asked.start)))
         for number, batch in enumerate(batches):
             if any_rank(stop.requested):
@@ -148,18 +158,26 @@ class EpisodeCollector:
             bar.phase(f"rollout {number + 1}/{len(batches)}")
             count = len(batch["input_ids"]) * self.maker.settings.num_generations
             indices = sample_indices(number, len(batches), self.engine.mesh.dp_rank * count, count)
-            asked.batches.append(self.maker.ask(batch, indices, episode, asked.temperature))
+            pending = self.maker.ask(batch, indices, episode, asked.temperature)
+            asked.batches.append(pending)
+            if begin and pending.done():
+                asked.begun.append(self.maker.begin_experience(pending))
         return True
 
     def _receive(
         self, asked: AskedEpisode, bar: ProgressBar, stop: GracefulStop
     ) -> list[RolloutBatch] | None:
-        collected = []
-        for number, pending in enumerate(asked.batches):
+        beside = self.maker.scores_beside
+        make = self.maker.begin_experience if beside else self.maker.make_experience
+        collected = list(asked.begun)
+        for number, pending in enumerate(asked.batches[len(collected) :], len(collected)):
             if any_rank(stop.requested):
                 return None
             bar.phase(f"scoring {number + 1}/{len(asked.batches)}")
-            collected.append(self.maker.make_experience(pending))
+            collected.append(make(pending))
+        if beside:
+            bar.phase("waiting for rewards")
+            collected = [self.maker.finish_experience(begun) for begun in collected]
         return collected
 
     def _leave_out_unfit(self, episode: int, prompts: Any) -> None:

@@ -71,6 +71,8 @@ class Collate:
 class Maker:
     """Answers a prompt n with two tokens of n; its state is how many it has answered."""
 
+    scores_beside = False
+
     def __init__(self, stop_at: int | None = None) -> None:
         self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
         self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at
@@ -139,6 +141,20 @@ class Maker:
 
     def load_state_dict(self, state):
         self.answered = state["answered"]
+
+
+class SlowMaker(Maker):
+    """Its scores wait for something else: ``events`` are what begins and what is finished."""
+
+    scores_beside = True
+
+    def begin_experience(self, pending):
+        self.events.append(("begin", pending.sample_index))
+        return self.make_experience(pending)
+
+    def finish_experience(self, batch):
+        self.events.append(("finish", batch.experience.sample_index.tolist()))
+        return batch
 
 
 class Engine(StubEngine):
@@ -215,6 +231,19 @@ def test_every_pass_trains_on_every_response_once():
         assert sorted(steps[0][0] + steps[1][0]) == sorted(steps[2][0] + steps[3][0]) == collected
         assert [step[1] for step in steps] == [1 - episode / 10] * 4
         assert [step[2] for step in steps] == [True, False, False, False]
+
+
+def test_slow_rewards_of_one_batch_run_while_the_next_is_sampled():
+    made = trainer(maker=SlowMaker())
+    made.run(loader())
+    plain = trainer()
+    plain.run(loader())
+    events = [event for event in made.maker.events if event[0] in ("ask", "begin", "finish")]
+    each = ["ask", "begin", "ask", "begin", "finish", "finish"]
+    assert [event[0] for event in events] == each * 5
+    begun = [event[1] for event in events if event[0] == "begin"]
+    assert [event[1] for event in events if event[0] == "finish"] == begun  # in the same order
+    assert made.engine.steps == plain.engine.steps
 
 
 def test_the_critic_learns_from_the_same_windows():

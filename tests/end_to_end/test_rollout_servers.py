@@ -91,3 +91,45 @@ def test_a_killed_trainer_goes_on_with_the_same_servers_to_the_bit(servers, onli
     launched(2, {"grpo again": words("killed", "--checkpoint_path", "auto", *changed)})
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert not list((tmp_path / "published").iterdir())
+
+
+@pytest.mark.matrix
+def test_ahead_on_servers_is_ahead_in_the_process(servers, online_words, online_places, tmp_path):
+    """The same responses of the same older weights, with the same importance weights."""
+    urls = [server.url for server in servers]
+    ahead = ("--num_episodes", "3", "--rollouts_ahead", "1")
+    cases = {}
+    for script in ("ppo", "grpo"):
+        for where, more in {"alone": (), "served": ("--rollout_url", *urls)}.items():
+            place = tmp_path / f"{script}-{where}"
+            cases[f"{script} {where}"] = online_words(script, place, *ahead, *more)
+    launched(1, cases)
+    for script in ("ppo", "grpo"):
+        alone = tmp_path / f"{script}-alone"
+        served = tmp_path / f"{script}-served"
+        for episode in (2, 3):
+            expected = of_episode(metrics(alone), episode)
+            found = of_episode(metrics(served), episode)
+            assert found["staleness"] == expected["staleness"] == 4
+            for name in ("staleness_gap", "rollout_is_ess", "approx_kl", "reward"):
+                assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+        assert_same_weights(served, alone, Path(online_places["model"]))
+
+
+@pytest.mark.matrix
+def test_a_killed_trainer_has_what_it_had_asked_for_ahead(servers, online_words, tmp_path):
+    urls = [server.url for server in servers]
+    every = ("--num_episodes", "3", "--save_interval", "1", "--rollout_url", *urls)
+    cut = shares("grpo", 2)
+
+    def words(name: str, *more: str) -> list[str]:
+        given = (*cut, *every, "--rollouts_ahead", "1", *more)
+        return online_words("grpo", tmp_path / name, *given)
+
+    launched(2, {"grpo whole": words("whole")})
+    fault = Fault("update", 2, "after", rank=1)
+    killed = Run(words("killed"), fault, script="train_grpo.py")
+    with pytest.raises(WorkerFailed):
+        run(2, "tests.end_to_end.worker:train", killed, env=CPU, timeout=100)
+    launched(2, {"grpo again": words("killed", "--checkpoint_path", "auto")})
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")

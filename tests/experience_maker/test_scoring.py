@@ -75,9 +75,9 @@ def test_the_first_batch_is_judged_while_the_second_is_sampled():
     slow = Slow()
     maker = make_grpo(slow_scorer(slow))
     assert maker.scores_beside
-    first = maker.begin_experience(prompts([5, 6]), range(2), 0)
+    first = maker.begin_experience(maker.ask(prompts([5, 6]), range(2), 0))
     assert slow.begun.wait(10)  # nobody has asked for a score yet
-    second = maker.begin_experience(prompts([7]), range(2, 4), 0)
+    second = maker.begin_experience(maker.ask(prompts([7]), range(2, 4), 0))
     slow.free.set()
     found = [maker.finish_experience(batch) for batch in (first, second)]
     assert found[0].experience.reward.tolist() == [1.0, 3.0]
@@ -93,10 +93,10 @@ def test_early_or_at_once_the_experience_is_the_same():
         maker = make_grpo(slow_scorer(slow), reward_normalization="running")
         rows = [(prompts([5, 6]), range(2), 0), (prompts([7]), range(2, 4), 0)]
         if early:
-            begun = [maker.begin_experience(*row) for row in rows]
+            begun = [maker.begin_experience(maker.ask(*row)) for row in rows]
             batches = [maker.finish_experience(batch) for batch in begun]
         else:
-            batches = [maker.make_experience(*row) for row in rows]
+            batches = [maker.make_experience(maker.ask(*row)) for row in rows]
         made.append((batches, maker.state_dict()))
     (early_ones, state), (others, same) = made
     assert state == same
@@ -115,6 +115,6 @@ def test_a_failure_is_raised_when_the_batch_is_finished():
         raise KeyError("nothing here")
 
     maker = make_grpo(slow_scorer(fails))
-    batch = maker.begin_experience(prompts([5, 6]), range(2), 0)
+    batch = maker.begin_experience(maker.ask(prompts([5, 6]), range(2), 0))
     with pytest.raises(ValueError, match="reward slow raised KeyError: 'nothing here'"):
         maker.finish_experience(batch)

@@ -113,4 +113,5 @@ def test_vllms_flags_and_the_token_are_passed_on(with_vllm, model, monkeypatch):
         assert command[command.index(flag) + 1] == value
     assert command[command.index("--middleware") + 1].endswith("vllm_worker.TokenGuard")
     assert variables["COATI_ROLLOUT_TOKEN"] == "secret" and "secret" not in " ".join(command)
-    assert "--enforce-eager" in command and variables["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(command)
+    assert variables["VLLM_CPU_KVCACHE_SPACE"] == "7"

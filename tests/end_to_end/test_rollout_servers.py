@@ -1,10 +1,15 @@
 """PPO and GRPO on rollout servers: what they train is what they train on their own samples, however
 many servers and processes there are, and whichever of them are killed."""
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from coati.parallel.checkpoint import checkpoints
 from tests.distributed.spawn import WorkerFailed, run
 from tests.end_to_end.online_inputs import metrics, of_episode, weights
 from tests.end_to_end.test_online_plugins import (
@@ -72,23 +77,30 @@ def test_a_run_on_servers_is_one_in_the_process(
     assert changed[: len(urls)] == [True] * len(urls)
 
 
-@pytest.mark.matrix
-def test_a_killed_trainer_goes_on_with_the_same_servers_to_the_bit(servers, online_words, tmp_path):
+@pytest.fixture
+def words(servers, online_words, tmp_path):
+    """``words(name, more...)``: three episodes of GRPO on two processes and both servers."""
     urls = [server.url for server in servers]
     every = ("--num_episodes", "3", "--save_interval", "1", "--rollout_url", *urls)
-    cut = shares("grpo", 2)
 
     def words(name: str, *more: str) -> list[str]:
-        return online_words("grpo", tmp_path / name, *cut, *every, *more)
+        return online_words("grpo", tmp_path / name, *shares("grpo", 2), *every, *more)
 
-    launched(2, {"grpo whole": words("whole")})
+    return words
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ahead", [(), ("--rollouts_ahead", "1")], ids=["in step", "ahead"])
+def test_a_killed_trainer_goes_on_to_the_bit_whatever_serves_it(servers, words, ahead, tmp_path):
+    launched(2, {"grpo whole": words("whole", *ahead)})
     fault = Fault("update", 2, "after", rank=1)
-    killed = Run(words("killed"), fault, script="train_grpo.py")
+    killed = Run(words("killed", *ahead), fault, script="train_grpo.py")
     with pytest.raises(WorkerFailed):
         run(2, "tests.end_to_end.worker:train", killed, env=CPU, timeout=100)
-    changed = ("--rollout_url", urls[1], "--rollout_sync", "disk", "--rollout_timeout", "99")
-    changed += ("--rollout_weights_dir", str(tmp_path / "published"))
-    launched(2, {"grpo again": words("killed", "--checkpoint_path", "auto", *changed)})
+    changed = ("--rollout_url", servers[1].url, "--rollout_sync", "disk")
+    changed += ("--rollout_timeout", "99", "--rollout_weights_dir", str(tmp_path / "published"))
+    again = words("killed", *ahead, "--checkpoint_path", "auto", *changed)
+    launched(2, {"grpo again": again})
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert not list((tmp_path / "published").iterdir())
 
@@ -116,20 +128,69 @@ def test_ahead_on_servers_is_ahead_in_the_process(servers, online_words, online_
         assert_same_weights(served, alone, Path(online_places["model"]))
 
 
+@contextmanager
+def once_published(servers, version: int, work: Callable[[], None]) -> Iterator[None]:
+    """``work()`` in a thread as soon as the first server has taken ``version`` or a later one."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen = servers[0].sampler.loaded
+        while not ended.is_set():
+            now = servers[0].sampler.loaded
+            number = now.partition("-")[0]
+            if now != seen and number.isdigit() and int(number) >= version:
+                return work()
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.matrix
-def test_a_killed_trainer_has_what_it_had_asked_for_ahead(servers, online_words, tmp_path):
-    urls = [server.url for server in servers]
-    every = ("--num_episodes", "3", "--save_interval", "1", "--rollout_url", *urls)
-    cut = shares("grpo", 2)
+def test_servers_that_die_and_return_change_nothing(servers, words, tmp_path):
+    """One is away for a while in each run, in the second one together with a trainer."""
+    ahead = ("--rollouts_ahead", "1")
+    launched(2, {"grpo whole": words("whole", *ahead)})
 
-    def words(name: str, *more: str) -> list[str]:
-        given = (*cut, *every, "--rollouts_ahead", "1", *more)
-        return online_words("grpo", tmp_path / name, *given)
+    def away() -> None:
+        servers[0].stop()
+        time.sleep(0.5)
+        servers[0].start()
 
-    launched(2, {"grpo whole": words("whole")})
-    fault = Fault("update", 2, "after", rank=1)
-    killed = Run(words("killed"), fault, script="train_grpo.py")
-    with pytest.raises(WorkerFailed):
+    with once_published(servers, 1, away):
+        ended = launched(2, {"grpo without": words("without", *ahead)})
+    assert "rollout server left out" in ended["grpo without"][0].err
+    assert weights(tmp_path / "without") == weights(tmp_path / "whole")
+    killed = Run(words("both", *ahead), Fault("update", 2, "after", rank=1), script="train_grpo.py")
+    with once_published(servers, 1, away), pytest.raises(WorkerFailed):
         run(2, "tests.end_to_end.worker:train", killed, env=CPU, timeout=100)
-    launched(2, {"grpo again": words("killed", "--checkpoint_path", "auto")})
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    launched(2, {"grpo both": words("both", *ahead, "--checkpoint_path", "auto")})
+    assert weights(tmp_path / "both") == weights(tmp_path / "whole")
+
+
+@pytest.mark.matrix
+def test_with_no_server_left_the_run_saves_stops_and_goes_on(servers, words, tmp_path):
+    launched(2, {"grpo whole": words("whole")})
+
+    def gone() -> None:
+        for server in servers:
+            server.stop()
+
+    runs = {"lost": Run(words("lost", "--rollout_timeout", "1"), script="train_grpo.py")}
+    try:
+        with once_published(servers, 1, gone):
+            ranks = run(2, "tests.end_to_end.worker:train_each", runs, env=CPU, timeout=100)
+    finally:
+        for server in servers:
+            server.start()
+    for rank in ranks:
+        assert rank["lost"].code == 1
+        assert "no rollout server has worked for 1 s (--rollout_timeout)" in rank["lost"].err
+    assert checkpoints(tmp_path / "lost")
+    launched(2, {"grpo again": words("lost", "--checkpoint_path", "auto")})
+    assert weights(tmp_path / "lost") == weights(tmp_path / "whole")

@@ -106,6 +106,9 @@ class VllmRollout:
         }
         if self._has_mode():  # with the temperature in them, as the policy's are
             given["logprobs_mode"] = "processed_logprobs"
+        if not torch.cuda.is_available():
+            # Seeds and prompts that are prefilled in parts do not go together on a CPU (0.32).
+            given["enable_chunked_prefill"] = False
         if options.max_length is not None:
             given["max_model_len"] = options.max_length
         if options.sleep:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.cli.values import add_count, add_number, add_text, number
-from coati.rewards.options import JUDGE_PATTERN, JUDGE_PROMPT, JudgeOptions, RewardOptions
+from coati.rewards.reward_options import JUDGE_PATTERN, JUDGE_PROMPT, JudgeOptions, RewardOptions
 from coati.rewards.registry import DEFAULT_CONCURRENCY, REWARDS
 
 # flag -> default. Those that do something for one reward alone.

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from coati.rewards.background import in_background
 from coati.rewards.failures import Rejected, RowFailed, Unreachable
-from coati.rewards.options import DEFAULT, RewardOptions
+from coati.rewards.reward_options import DEFAULT, RewardOptions
 from coati.rewards.registry import (
     DEFAULT_TIMEOUT,
     GIVEN,

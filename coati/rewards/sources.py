@@ -7,7 +7,7 @@ from typing import Any
 
 from coati.rewards.failures import Rejected, RowFailed, Unreachable
 from coati.rewards.functions import per_row
-from coati.rewards.options import RewardOptions
+from coati.rewards.reward_options import RewardOptions
 from coati.rewards.registry import REWARDS, is_file, is_given, is_url
 from coati.rewards.responses import Responses
 from coati.rewards.time_limit import time_limit

@@ -7,7 +7,7 @@ from coati.cli.compare import parse_compare
 from coati.cli.resume_flags import APPLIED, CLASS_OF, FREE, REWARDS, changes
 from coati.cli.reward_flags import OF_JUDGE, OF_TESTS, SlowRewardSettings
 from coati.recipes.command import load
-from coati.rewards.options import JUDGE_PATTERN, JUDGE_PROMPT, RewardOptions
+from coati.rewards.reward_options import JUDGE_PATTERN, JUDGE_PROMPT, RewardOptions
 
 JUDGE = ("--judge_url", "http://h:1/v1", "--judge_model", "m")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.cli.values import add_count, add_number, add_text, number
-from coati.rewards.options import JUDGE_PATTERN, JUDGE_PROMPT, JudgeOptions, RewardOptions
 from coati.rewards.registry import DEFAULT_CONCURRENCY, REWARDS
+from coati.rewards.reward_options import JUDGE_PATTERN, JUDGE_PROMPT, JudgeOptions, RewardOptions
 
 # flag -> default. Those that do something for one reward alone.
 OF_JUDGE = ("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed")

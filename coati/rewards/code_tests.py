@@ -92,7 +92,8 @@ def _tests_in(found: Any) -> list[CodeTest]:
 
 def _pairs(found: dict[str, Any]) -> list[CodeTest]:
     """APPS, TACO: lists of inputs and outputs."""
-    inputs, outputs = found.get("inputs"), found.get("outputs")
+    inputs = found.get("inputs")
+    outputs = found.get("outputs")
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise ValueError(f"inputs and outputs are no lists; {FORMS}")
     if len(inputs) != len(outputs):
@@ -116,7 +117,8 @@ def _one(found: Any, function: str | None) -> list[CodeTest]:
     function = function or found.get("fn_name") or metadata.get("func_name")
     if "input" not in found or "output" not in found:
         raise ValueError(f"a test has {', '.join(map(str, found)) or 'nothing'}; {FORMS}")
-    given, expected = found["input"], found["output"]
+    given = found["input"]
+    expected = found["output"]
     if not function:
         return [CodeTest(Case("stdin", input=_as_input(given)), _as_input(expected))]
     if isinstance(given, str):  # LiveCodeBench: an argument in JSON on each line

@@ -12,8 +12,8 @@ from typing import Any
 from coati.rewards.background import map_bounded
 from coati.rewards.endpoint import bearer, post_json
 from coati.rewards.failures import Rejected, RowFailed
-from coati.rewards.options import JudgeOptions
 from coati.rewards.responses import Responses
+from coati.rewards.reward_options import JudgeOptions
 from coati.utils.json_io import load_object, save_json
 from coati.utils.logging import get_logger
 from coati.utils.user_cache import cache_root, hold

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from coati.rewards.background import in_background
 from coati.rewards.failures import Rejected, RowFailed, Unreachable
-from coati.rewards.options import DEFAULT, RewardOptions
 from coati.rewards.registry import (
     DEFAULT_TIMEOUT,
     GIVEN,
@@ -21,6 +20,7 @@ from coati.rewards.registry import (
     is_url,
 )
 from coati.rewards.responses import Responses
+from coati.rewards.reward_options import DEFAULT, RewardOptions
 from coati.rewards.sources import function_of
 from coati.rewards.tags import check_tags
 from coati.rewards.time_limit import Overrun

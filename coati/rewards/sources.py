@@ -1,17 +1,17 @@
 """From the name of a reward to the function that computes it: of the table, of a file, of the
 caller, or of an endpoint."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from coati.rewards.failures import Rejected, RowFailed, Unreachable
 from coati.rewards.functions import per_row
-from coati.rewards.options import RewardOptions
 from coati.rewards.registry import REWARDS, is_file, is_given, is_url
 from coati.rewards.responses import Responses
+from coati.rewards.reward_options import RewardOptions
 from coati.rewards.time_limit import time_limit
 from coati.rewards.user_function import UserFunction, called_with_keywords, load_function
+from coati.utils.environment import cpus
 from coati.utils.redaction import without_credentials
 
 
@@ -61,7 +61,7 @@ def _slow(
     from coati.rewards.sandbox.sandbox import MIB, Limits
 
     limits = Limits(seconds=options.test_timeout, memory=options.test_memory * MIB)
-    at_once = min(options.concurrency, len(os.sched_getaffinity(0)))
+    at_once = min(options.concurrency, cpus())
     tests = code_reward(limits, at_once)
     return lambda batch, limit: tests(batch)
 

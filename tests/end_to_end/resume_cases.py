@@ -253,6 +253,7 @@ GRPO: Flags = {
     "mask_truncated_completions": (("--mask_truncated_completions",), {}),
     "reward_weights": (("--reward_weights", "-0.5"), {}),
     "reward_timeout": (("--reward_timeout", "7"), {"timeout": 7.0}),
+    "reward_concurrency": (("--reward_concurrency", "3"), {}),
     "kl_coef": (("--kl_coef", "0.3"), {"kl": (0.3, None, 10000), "policy": "kl_coef=0.3"}),
 }
 DAPO = ("--algo", "dapo")

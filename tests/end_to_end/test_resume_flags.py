@@ -244,6 +244,12 @@ NOT_RUN = {
     "streaming": "needs raw rows: tests/end_to_end/test_streaming.py",
     "shuffle_buffer": "of streams: tests/end_to_end/test_streaming.py",
     "stream_workers": "of streams: tests/end_to_end/test_streaming.py",
+    **dict.fromkeys(
+        ("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed"),
+        "asks a server: tests/cli/test_reward_flags.py",
+    ),
+    "test_timeout": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
+    "test_memory": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
     "max_bad_ratio": "ends a preparation, or a stream, before its rows are trained on",
 }
 # Flags of coati sft, which all verbs hand to the same functions: the comparison and the refusals

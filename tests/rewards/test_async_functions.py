@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from coati.rewards.options import RewardOptions
 from coati.rewards.responses import Responses
+from coati.rewards.reward_options import RewardOptions
 from coati.rewards.scorer import Rewards
 
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from coati.rewards import endpoint, judge
-from coati.rewards.options import JUDGE_PROMPT, JudgeOptions, RewardOptions
 from coati.rewards.responses import Responses
+from coati.rewards.reward_options import JUDGE_PROMPT, JudgeOptions, RewardOptions
 from coati.rewards.scorer import Rewards
 from coati.utils.logging import forget_warnings
 from coati.utils.user_cache import entries

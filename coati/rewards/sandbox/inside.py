@@ -80,7 +80,11 @@ def seccomp_filter():
     """BPF: the calls of CALLS fail with EPERM, so does clone with new namespaces; clone3, whose
     flags a filter cannot see, is said not to exist, and the C library takes clone."""
     audit, clone, clone3, prlimit, refused = CALLS[os.uname().machine]
-    load, equal, any_bit, above, give = 0x20, 0x15, 0x45, 0x35, 0x06
+    load = 0x20
+    equal = 0x15
+    any_bit = 0x45
+    above = 0x35
+    give = 0x06
     failing = 0x00050000
     allowed = 0x7FFF0000
     code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]

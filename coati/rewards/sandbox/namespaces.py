@@ -16,7 +16,11 @@ import sys
 
 INSIDE = 1000
 DEVICES = ("null", "zero", "full", "random", "urandom")
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000  # sys/mount.h
+MS_NOSUID = 0x2  # sys/mount.h
+MS_NODEV = 0x4
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
 # mount, pid, net, ipc, uts, cgroup and user namespaces
 NEW_NAMESPACES = (
     0x20000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000 | 0x02000000 | 0x10000000

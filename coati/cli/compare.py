@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from coati.cli.model_flags import add_template_args_flag
 from coati.cli.parser import Parser
 from coati.cli.program_settings import CompareSettings
+from coati.cli.reward_flags import add_slow_reward_flags, check_slow_rewards, names_of_rewards
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.rewards.registry import REWARDS, check_rewards
+from coati.rewards.registry import check_rewards
 
 
 def compare_parser() -> Parser:
@@ -65,6 +66,7 @@ def compare_parser() -> Parser:
         help="run Python files that come with the models or tokenizers",
     )
     _add_judge_flags(parser)
+    add_slow_reward_flags(parser)
     _add_response_flags(parser)
     return parser
 
@@ -77,8 +79,7 @@ def _add_judge_flags(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(REWARDS)}, or path.py:function; "
-        "added to the score of --rm_path if both are given",
+        help=f"{names_of_rewards()}; added to the score of --rm_path if both are given",
     )
     group.add_argument(
         "--reward_weights",
@@ -179,6 +180,7 @@ def parse_compare(argv: Sequence[str] | None = None, prog: str | None = None) ->
         )
     try:
         args.reward_functions = check_rewards(args.reward_functions, args.reward_weights)
+        check_slow_rewards(args)
     except ValueError as error:
         parser.error(str(error))
     return filled(CompareSettings, vars(args))

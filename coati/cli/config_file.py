@@ -110,6 +110,9 @@ def _property(action: argparse.Action) -> dict[str, Any]:
     several = action.nargs == "+" or isinstance(action, argparse._AppendAction)
     if several:
         shapes = [one, {"type": "array", "items": one}]
+    elif isinstance(action.nargs, int):
+        count = action.nargs
+        shapes = [{"type": "array", "items": one, "minItems": count, "maxItems": count}]
     else:
         shapes = [one]
     # An empty key leaves the default.

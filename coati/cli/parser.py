@@ -291,8 +291,10 @@ def file_words(parser: Parser, path: str | os.PathLike) -> list[str]:
         # came from.
         if not values or action.dest == "config":
             continue
-        if action.nargs != "+" and len(values) > 1:
-            raise ValueError(f"{where}: {key!r} takes one value, found {len(values)}")
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        if action.nargs != "+" and (len(values) > 1 or count > 1) and len(values) != count:
+            takes = "one value" if count == 1 else f"{count} values"
+            raise ValueError(f"{where}: {key!r} takes {takes}, found {len(values)}")
         try:
             parser._get_values(action, values)
         except argparse.ArgumentError as error:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coati.cli.reward_flags import SlowRewardSettings
+
 
 @dataclass(frozen=True)
 class CompareSettings:
@@ -21,6 +23,7 @@ class CompareSettings:
     reward_functions: list[str]
     reward_weights: list[float] | None
     reward_timeout: float
+    slow_rewards: SlowRewardSettings
     tie_margin: float
     max_length: int
     max_new_tokens: int
@@ -203,6 +206,24 @@ class ReportSettings:
 
     run_dir: list[str]
     output: str | None
+
+
+@dataclass(frozen=True)
+class RolloutServerSettings:
+    """``coati rollout-server``. ``token`` None: no authentication."""
+
+    model_path: str
+    engine: str
+    http_host: str
+    http_port: int
+    dtype: str
+    max_length: int | None
+    token_env: str | None
+    trust_remote_code: bool
+    tensor_parallel: int
+    vllm_memory_share: float | None
+    vllm_args: list[str]
+    token: str | None
 
 
 @dataclass(frozen=True)

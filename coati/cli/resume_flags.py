@@ -26,10 +26,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("disable_reference_model", "desirable_weight", "undesirable_weight", "auto_weight"),
         *("clip_eps", "clip_eps_low", "clip_eps_high", "skip_threshold", "value_clip"),
         # rollouts, rewards, advantages
-        *("max_seq_len", "rollout_engine", "temperature", "initial_temperature"),
+        *("max_seq_len", "rollout_engine", "rollouts_ahead", "rollout_is", "rollout_is_cap"),
+        *("rollout_is_mask", "temperature", "initial_temperature"),
         *("final_temperature", "top_k", "top_p", "repetition_penalty"),
         *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model", "reward_functions"),
         *("reward_weights", "reward_timeout", "reward_clip", "reward_normalization"),
+        *("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed"),
+        *("test_timeout", "test_memory"),
         *("missing_eos_penalty", "kl_coef", "kl_estimator", "kl_in", "kl_target", "kl_horizon"),
         *("algo", "overlong_buffer_len", "mask_truncated_completions", "no_whiten_advantages"),
         "reward_at",
@@ -56,10 +59,12 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("save_dir", "save_interval", "keep_last_k", "merge_lora_weights"),
         *("log_dir", "log_interval", "use_wandb", "sample_interval"),
         *("hostfile", "master_addr", "master_port", "trust_remote_code"),
-        *("collective_timeout", "no_preflight"),
+        *("collective_timeout", "no_preflight", "reward_concurrency"),
         *("grad_checkpoint", "inference_batch_size", "logits_forward_batch_size"),
         *("offload_inference_models", "ref_tp", "precompute_ref"),
         *("stream_workers", "max_bad_ratio", "strict_columns"),
+        *("rollout_url", "rollout_sync", "rollout_weights_dir", "rollout_timeout"),
+        *("rollout_token_env", "vllm_memory_share", "vllm_sleep"),
     ),
 }
 CLASS_OF = {flag: name for name, flags in CLASSES.items() for flag in flags}
@@ -67,7 +72,7 @@ CLASS_OF = {flag: name for name, flags in CLASSES.items() for flag in flags}
 FILES = (
     *("pretrain", "tokenizer_dir", "ptx_dataset"),
     *("conversation_template_config", "lora_config", "plugin_args"),
-    *("critic_pretrain", "critic_checkpoint_path"),
+    *("critic_pretrain", "critic_checkpoint_path", "judge_prompt"),
 )
 # Rows are compared one by one, wherever they lie (recipes/resume.py); ptx rows by their files.
 ROWS = ("dataset", "prompt_dataset")
@@ -86,6 +91,7 @@ UNSAID: dict[str, Any] = {
     "learn": "all_turns",
     "streaming": False,
     "columns": [],
+    "rollouts_ahead": 0,
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }
@@ -94,6 +100,7 @@ UNSAID: dict[str, Any] = {
 REWARDS = (
     *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
     *("reward_functions", "reward_weights"),
+    *("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed"),
 )
 MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
 LOSS_MEASURE = (

@@ -1,7 +1,6 @@
 """Checks of the flags of PPO and GRPO before torch is imported. All raise ValueError with flag,
 finding and remedy."""
 
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,14 +14,16 @@ from coati.cli.checks import (
     read_json,
     requested_options,
 )
+from coati.cli.engine_flags import check_engine
 from coati.cli.launch_flags import check_launch, processes_of
+from coati.cli.reward_flags import check_slow_rewards, names_of_rewards
 from coati.cli.row_flags import check_columns
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
 from coati.parallel.plugin_checks import scalar_head_problem
 from coati.parallel.plugins import PLUGINS
-from coati.rewards.registry import REWARDS, check_rewards
+from coati.rewards.registry import check_rewards
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -77,6 +78,7 @@ def check_rollouts(args: Namespace) -> None:
     _check_scores(args)
     _check_buffer(args)
     _check_kl(args)
+    _check_correction(args)
     _check_pointless(args)
     _check_machine(args)
 
@@ -141,15 +143,12 @@ def _check_reward_sources(args: Namespace) -> None:
             "there is none; leave one of the two out"
         )
     if args.no_neural_reward_model and not args.reward_functions:
-        raise ValueError(
-            f"--no_neural_reward_model needs --reward_functions: {', '.join(REWARDS)}, "
-            "path.py:function"
-        )
+        raise ValueError(f"--no_neural_reward_model needs --reward_functions: {names_of_rewards()}")
     if not neural and not args.reward_functions:
         raise ValueError(
             "nothing gives a reward: name a reward model (--rm_pretrain, the directory that "
             "coati rm wrote), or "
-            f"--reward_functions ({', '.join(REWARDS)}, path.py:function), or both"
+            f"--reward_functions ({names_of_rewards()}), or both"
         )
     if (
         args.no_neural_reward_model
@@ -202,6 +201,7 @@ def _check_scores(args: Namespace) -> None:
     if args.reward_weights and not args.reward_functions:
         raise ValueError("--reward_weights does nothing without --reward_functions")
     args.reward_functions = check_rewards(args.reward_functions, args.reward_weights or None)
+    check_slow_rewards(args)
     if args.reward_functions and not any(args.reward_weights or [1.0]):
         raise ValueError(
             f"--reward_weights {' '.join(map(str, args.reward_weights))}: no function would count"
@@ -284,6 +284,32 @@ def _check_target(args: Namespace) -> None:
         )
 
 
+def _check_correction(args: Namespace) -> None:
+    """The importance weights of responses of older weights."""
+    mask = args.rollout_is_mask
+    if args.rollout_is_cap is not None and args.rollout_is_cap < 1:
+        raise ValueError(
+            f"--rollout_is_cap {args.rollout_is_cap:g}: weights are 1 on average; give 1 or more, "
+            "2 is usual"
+        )
+    if mask is not None and not mask[0] < 1 < mask[1]:
+        raise ValueError(
+            f"--rollout_is_mask {mask[0]:g} {mask[1]:g}: expected LOW below 1 and HIGH above 1, "
+            "around the ratio of weights that have not moved; 0.5 5 is usual"
+        )
+    given = {"cap": args.rollout_is_cap, "mask": mask}
+    for name in [name for name, value in given.items() if value is not None]:
+        if args.rollout_is == "none":
+            raise ValueError(
+                f"--rollout_is_{name} does nothing with --rollout_is none; leave one of the two out"
+            )
+        if not args.rollouts_ahead:
+            logger.warning_once(
+                f"--rollout_is_{name} has no effect: without --rollouts_ahead responses are of the "
+                "weights that the update begins with"
+            )
+
+
 def _check_pointless(args: Namespace) -> None:
     """A flag that would have no effect is a mistake somewhere else."""
     flags = ("eval_interval", "metric_for_best")
@@ -294,11 +320,7 @@ def _check_pointless(args: Namespace) -> None:
 
 
 def _check_machine(args: Namespace) -> None:
-    if args.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "--rollout_engine vllm: vllm is not installed; install it (it needs a GPU), or leave "
-            "this out"
-        )
+    check_engine(args)
     if not args.shared_base:
         return
     if not args.lora_rank:

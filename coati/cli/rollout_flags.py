@@ -3,16 +3,16 @@
 import argparse
 
 from coati.cli import arguments as shared
+from coati.cli.engine_flags import add_engine_choice
 from coati.cli.parser import Parser
+from coati.cli.reward_flags import add_slow_reward_flags, names_of_rewards
 from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
 from coati.cli.row_flags import add_column_flags, add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
-from coati.models.policy_registry import KL_ESTIMATORS
-from coati.rewards.registry import REWARDS
-from coati.rewards.scorer import DEFAULT_TIMEOUT
+from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
+from coati.rewards.registry import DEFAULT_TIMEOUT
 
-ENGINES = ("model", "vllm")
 # --algo in older documents.
 ALGORITHMS = {
     "reinforce_ppb": "reinforce_pp_baseline",
@@ -150,12 +150,7 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="responses per forward pass for log-probs, values and scores; default: "
         "--train_batch_size",
     )
-    group.add_argument(
-        "--rollout_engine",
-        choices=ENGINES,
-        default="model",
-        help="what generates responses: the trained model itself, or vLLM (needs a GPU)",
-    )
+    _add_engine_flags(group)
     add_count(
         group,
         "--sample_interval",
@@ -170,6 +165,20 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="keep the reward model and the reference model in host memory while idle",
     )
     return group
+
+
+def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    """What samples, and when."""
+    add_engine_choice(group)
+    add_count(
+        group,
+        "--rollouts_ahead",
+        default=0,
+        unit="EPISODES",
+        least=0,
+        help="episodes whose responses are asked for while another is trained: theirs are of "
+        "weights that are N episodes older, see --rollout_is",
+    )
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
@@ -227,8 +236,7 @@ def add_reward_flags(parser: Parser, reward_clip: float) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(REWARDS)}, or path.py:function of your own, called with all responses of "
-        "a batch",
+        help=f"{names_of_rewards()}, which is given all responses of a batch",
     )
     group.add_argument(
         "--reward_weights",
@@ -239,6 +247,7 @@ def add_reward_flags(parser: Parser, reward_clip: float) -> None:
         help="weight of each reward function, possibly negative; default: 1 each",
     )
     _add_score_flags(group, reward_clip)
+    add_slow_reward_flags(parser)
 
 
 def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float) -> None:
@@ -248,7 +257,8 @@ def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float) -> None
         "--reward_timeout",
         default=DEFAULT_TIMEOUT,
         unit="SECONDS",
-        help="time limit of a reward function for a batch; 0: none",
+        help="time limit of a reward function for a batch, of a function of one response that is "
+        "async for each, and of a request with all its retries; 0: none",
     )
     add_number(
         group,
@@ -380,7 +390,36 @@ def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
         exclusive=True,
         help="skip the update when the mean importance ratio exceeds R",
     )
+    _add_correction_flags(group)
     return group
+
+
+def _add_correction_flags(group: argparse._ArgumentGroup) -> None:
+    """For responses of older weights."""
+    group.add_argument(
+        "--rollout_is",
+        choices=tuple(ROLLOUT_IS),
+        default="token",
+        help=table(
+            "truncated importance weight of the policy loss, for responses of older weights than "
+            "the update begins with (--rollouts_ahead)",
+            ROLLOUT_IS,
+        ),
+    )
+    add_number(
+        group,
+        "--rollout_is_cap",
+        unit="W",
+        help="largest importance weight, at least 1; default: 2 with token, 3 with sequence",
+    )
+    group.add_argument(
+        "--rollout_is_mask",
+        nargs=2,
+        type=number(0),
+        metavar=("LOW", "HIGH"),
+        help="leave tokens (with sequence: responses) out of the policy loss whose ratio is below "
+        "LOW or above HIGH; default: none",
+    )
 
 
 def add_critic_flags(parser: Parser) -> None:

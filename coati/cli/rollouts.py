@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from coati.cli import arguments as shared
 from coati.cli import rollout_flags as flags
 from coati.cli.checks import checked, requested_options
+from coati.cli.engine_flags import add_engine_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.rollout_checks import PLACES_OF_KL, check_grpo, check_ppo, check_rollouts
 from coati.cli.settings import (
@@ -143,6 +144,7 @@ def _parser(program: str, description: str) -> Parser:
 
 
 def _add_shared_flags(parser: Parser, **defaults: Any) -> Parser:
+    add_engine_flags(parser)
     shared.add_parallel_flags(parser)
     for flag in NOT_HERE:
         parser.action_of(flag).help = argparse.SUPPRESS

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
+from coati.cli.reward_flags import SlowRewardSettings
 from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
 from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
@@ -268,7 +269,8 @@ class KTOSettings(SLSettings):
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What an episode collects. Batch sizes count rows of one process."""
+    """What an episode collects. Batch sizes count rows of one process. ``rollouts_ahead``: episodes
+    asked for while another is trained."""
 
     num_episodes: int
     num_collect_steps: int
@@ -279,7 +281,21 @@ class RolloutSettings:
     rollout_engine: str
     sample_interval: int
     offload_inference_models: bool
+    rollouts_ahead: int
     num_generations: int = 1
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The engines of rollouts that are not the trained model: servers, and vLLM in this process."""
+
+    rollout_url: list[str]
+    rollout_sync: str
+    rollout_weights_dir: str | None
+    rollout_timeout: float
+    rollout_token_env: str | None
+    vllm_memory_share: float
+    vllm_sleep: bool
 
 
 @dataclass(frozen=True)
@@ -321,7 +337,8 @@ class KLPenalty:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """The optimizer steps of an episode and the policy's clipped loss."""
+    """The optimizer steps of an episode and the policy's clipped loss. ``rollout_is...``: of
+    :class:`~coati.models.rollout_correction.RolloutCorrection`."""
 
     num_update_steps: int
     train_batch_size: int
@@ -330,6 +347,9 @@ class UpdateSettings:
     clip_eps_low: float
     clip_eps_high: float
     skip_threshold: float
+    rollout_is: str
+    rollout_is_cap: float | None
+    rollout_is_mask: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -369,8 +389,10 @@ class OnlineSettings(TrainingSettings):
     """What the trainers with rollouts share; all that ``coati grpo`` is told."""
 
     rollout: RolloutSettings
+    engine: EngineSettings
     sampling: SamplingSettings
     reward: RewardSettings
+    slow_rewards: SlowRewardSettings
     kl: KLPenalty
     update: UpdateSettings
     advantage: AdvantageSettings

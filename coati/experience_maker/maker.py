@@ -16,13 +16,14 @@ from coati.experience_maker.model_inputs import action_logprobs, state_values, s
 from coati.experience_maker.rollout_batch import (
     ExperienceSettings,
     RolloutBatch,
-    join_generated,
     phase_metrics,
     response_metrics,
     timed,
 )
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
+from coati.experience_maker.scoring import Scorer, begin_scores
 from coati.models.generation.detokenize import decode
 from coati.models.generation.loop import Generated
 from coati.models.generation.response_table import without_stop
@@ -32,6 +33,7 @@ from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.weights import published_weights
 from coati.rewards.responses import Responses
+from coati.utils.distributed import raise_together
 
 
 class NaiveExperienceMaker:
@@ -77,32 +79,76 @@ class NaiveExperienceMaker:
         self.normalization = RunningNormalization()
         self.method = None if settings.method is None else GROUP_METHODS[settings.method]
         self._reduce_sum = sum_over(actor)
+        self._version = 0  # of the policy as it is now
 
     def publish(self, version: int) -> None:
         """Sample with the policy as it is now, which has ``version`` optimizer steps behind it.
         Every rank must call it."""
         self.rollout.publish(version, published_weights(self.actor))
+        self._version = version
 
-    def make_experience(
+    def ask(
         self,
         prompts: dict[str, Any],
         sample_index: Sequence[int],
         episode: int,
         temperature: float = 1.0,
-    ) -> RolloutBatch:
-        """One collect step: rollouts with advantages that are not whitened yet.
+        num_generations: int | None = None,
+    ) -> PendingRollouts:
+        """Ask the engine for ``num_generations`` responses (``settings`` say how many) to each
+        prompt, by the weights that were published last.
 
         ``prompts``: ``input_ids``, ``attention_mask`` (B, P) padded on the left, ``gt_answer`` a
-        list of B. ``sample_index``: indices of the B x num_generations responses among all of the
-        episode (:func:`~coati.experience_maker.experience.sample_indices`). Every rank must call it
-        with the same number of prompts.
+        list of B. ``sample_index``: indices of the responses among all of the episode
+        (:func:`~coati.experience_maker.experience.sample_indices`). Every rank must call it with
+        the same number of prompts.
+        """
+        count = num_generations or self.settings.num_generations
+        ids = prompts["input_ids"].repeat_interleave(count, 0).to(self.actor.device)
+        mask = prompts["attention_mask"].repeat_interleave(count, 0).to(self.actor.device)
+        pending = PendingRollouts(prompts, list(sample_index), count, temperature, [])
+        size = self.settings.rollout_batch_size or len(ids)
+        noise = NoiseRows(self.settings.seed, episode, pending.sample_index)
+        seconds: dict[str, float] = {}
+        with timed(seconds, "rollout"):
+            for start in range(0, len(ids), size):
+                rows = slice(start, start + size)
+                part = self.rollout.ask(
+                    ids[rows], mask[rows], noise=noise.select(rows), temperature=temperature
+                )
+                pending.parts.append(part)
+        return replace(pending, seconds=seconds["rollout"])
+
+    def make_experience(self, pending: PendingRollouts) -> RolloutBatch:
+        """One collect step: the responses that were asked for, with advantages that are not
+        whitened yet. Every rank must call it.
 
         Raises:
-            ValueError: on every rank, if the scorer fails on one.
+            ValueError: on every rank, if engine or scorer fails on one.
+            RolloutsLost: on every rank, if one has no sampler left.
         """
-        batch = self.rollout_and_score(
-            prompts, sample_index, episode, temperature, self.settings.num_generations
-        )
+        return self.finish_experience(self.begin_experience(pending))
+
+    @property
+    def scores_beside(self) -> bool:
+        """Whether scores wait for something else, while which the next responses can be sampled:
+        :meth:`begin_experience` of several batches, then :meth:`finish_experience` of each."""
+        return isinstance(self.scorer, Scorer) and self.scorer.beside
+
+    def begin_experience(self, pending: PendingRollouts) -> RolloutBatch:
+        """The responses of :meth:`make_experience`, waited for, and the beginning of scores that
+        wait for something else; for :meth:`finish_experience`."""
+        models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
+        for model in models:
+            model.temperature = pending.temperature
+        batch = self._receive(pending)
+        batch.scores = begin_scores(self.scorer, batch.responses)
+        return batch
+
+    def finish_experience(self, batch: RolloutBatch) -> RolloutBatch:
+        """What :meth:`make_experience` returns, of what :meth:`begin_experience` returned, in the
+        same order. Raises as that does."""
+        batch = self._finish(batch)
         with timed(batch.seconds, "scoring"):
             if self.critic is not None:
                 experience = batch.experience
@@ -120,17 +166,20 @@ class NaiveExperienceMaker:
         temperature: float = 1.0,
         num_generations: int = 1,
     ) -> RolloutBatch:
-        """``num_generations`` responses to each prompt, their scores and their KL to the reference;
-        arguments and errors as in :meth:`make_experience`. Does not change the state of the run."""
-        models = [self.actor] if self.reference is None else [self.actor, self.reference.engine]
-        for model in models:
-            model.temperature = temperature
-        batch = self._sample(prompts, sample_index, episode, temperature, num_generations)
+        """Responses of the weights that were published last, their scores and their KL to the
+        reference; arguments as of :meth:`ask`, errors as of :meth:`make_experience`. Does not
+        change the state of the run."""
+        pending = self.ask(prompts, sample_index, episode, temperature, num_generations)
+        return self._finish(self.begin_experience(pending))
+
+    def _finish(self, batch: RolloutBatch) -> RolloutBatch:
         with timed(batch.seconds, "scoring"):
-            scores, batch.reward_parts = self.scorer(batch.experience, batch.responses)
+            finish = batch.scores or begin_scores(self.scorer, batch.responses)
+            scores, batch.reward_parts = finish(batch.experience)
+            batch.scores = None
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)
-        batch.samples = response_metrics(batch)
+        batch.samples = response_metrics(batch, self._version)
         return batch
 
     def finalize_advantages(
@@ -159,51 +208,38 @@ class NaiveExperienceMaker:
             start = end
         return experiences, metrics
 
-    def _sample(
-        self,
-        prompts: dict[str, Any],
-        sample_index: Sequence[int],
-        episode: int,
-        temperature: float,
-        num_generations: int,
-    ) -> RolloutBatch:
-        settings = self.settings
-        ids = prompts["input_ids"].repeat_interleave(num_generations, 0)
-        mask = prompts["attention_mask"].repeat_interleave(num_generations, 0)
-        seconds: dict[str, float] = {}
+    def _receive(self, pending: PendingRollouts) -> RolloutBatch:
+        """The responses, waited for, as tensors and texts."""
+        seconds = {"rollout": pending.seconds}
         with timed(seconds, "rollout"):
-            noise = NoiseRows(settings.seed, episode, sample_index)
-            device = self.actor.device
-            generated = self._generate(ids.to(device), mask.to(device), noise, temperature)
-        experience = self._experience_of(generated, mask, sample_index)
+            generated = raise_together(pending.result)
+        count = pending.num_generations
+        prompts = pending.prompts
+        ids = prompts["input_ids"].repeat_interleave(count, 0)
+        mask = prompts["attention_mask"].repeat_interleave(count, 0)
+        experience = self._experience_of(generated, mask, pending.sample_index)
         truths = prompts.get("gt_answer") or [None] * len(prompts["input_ids"])
-        truths = [truth for truth in truths for _ in range(num_generations)]
+        truths = [truth for truth in truths for _ in range(count)]
         responses = self._texts(generated, ids, mask, truths)
         return RolloutBatch(experience.trimmed(), responses, {}, seconds=seconds)
-
-    def _generate(
-        self, ids: Tensor, mask: Tensor, noise: NoiseRows, temperature: float
-    ) -> Generated:
-        size = self.settings.rollout_batch_size or len(ids)
-        parts = []
-        for start in range(0, len(ids), size):
-            rows = slice(start, start + size)
-            parts.append(
-                self.rollout.ask(
-                    ids[rows], mask[rows], noise=noise.select(rows), temperature=temperature
-                ).result()
-            )
-        return parts[0] if len(parts) == 1 else join_generated(parts, ids.shape[1])
 
     def _experience_of(
         self, generated: Generated, prompt_mask: Tensor, sample_index: Sequence[int]
     ) -> Experience:
-        """With the log-probs of the sampling policy, which the actor computes where the rollout
-        engine gives none."""
+        """With the log-probs of the policy as it is now, which the actor computes where the rollout
+        engine gives none of its own, or those of older weights: these are then
+        ``sampled_log_probs``."""
         device = generated.lengths.device
         width = generated.sequences.shape[1] - prompt_mask.shape[1]
         attention_mask, action_mask = masks(prompt_mask.to(device), generated.lengths, width)
-        logps = generated.logprobs
+        version = self._version if generated.version is None else generated.version
+        stale = version != self._version
+        logps = None if stale else generated.logprobs
+        sampled = generated.sampled_logprobs
+        if stale and sampled is None:
+            sampled = generated.logprobs
+        of_others = stale or sampled is not None
+        rows = torch.full(generated.lengths.shape, version, dtype=torch.long, device=device)
         experience = Experience(
             sequences=generated.sequences,
             attention_mask=attention_mask,
@@ -213,6 +249,8 @@ class NaiveExperienceMaker:
             else logps,
             reward=torch.zeros(len(action_mask), device=device),
             sample_index=torch.as_tensor(sample_index, device=device),
+            sampled_log_probs=sampled,
+            version=rows if of_others else None,
         )
         if logps is not None:
             return experience

@@ -1,19 +1,19 @@
 """The settings of a collect phase, and the rollouts of one collect step with their metrics."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from coati.experience_maker.advantage import kl_of_responses
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.running_moments import count_mean_squares
-from coati.models.generation.loop import Generated
 from coati.models.policy_loss import ReduceSum
+from coati.models.rollout_correction import RolloutCorrection
 from coati.rewards.responses import Responses
 
 
@@ -52,13 +52,15 @@ class ExperienceSettings:
 @dataclass
 class RolloutBatch:
     """The rollouts of one collect step: tensors, texts, ``reward_parts`` (B,) by source of reward,
-    ``samples`` (n,) by metric, and seconds by phase."""
+    ``samples`` (n,) by metric, and seconds by phase. ``scores``: what gives the scores of its
+    experience, until they are in it."""
 
     experience: Experience
     responses: Responses
     reward_parts: dict[str, Tensor]
     samples: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    scores: Callable[..., Any] | None = None
 
 
 @contextmanager
@@ -69,37 +71,22 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
-    """Concatenate batches whose prompts have ``prompt_length`` columns; narrower ones are padded on
-    the right."""
-    width = max(part.sequences.shape[1] for part in parts)
-
-    def padded(name: str, columns: int) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        return torch.cat([F.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors])
-
-    def log_probs(name: str) -> Tensor | None:
-        there = all(getattr(part, name) is not None for part in parts)
-        return padded(name, width - prompt_length) if there else None
-
-    return Generated(
-        padded("sequences", width),
-        torch.cat([part.lengths for part in parts]),
-        torch.cat([part.stopped for part in parts]),
-        prompt_length,
-        log_probs("logprobs"),
-        log_probs("sampled_logprobs"),
-        parts[0].version,
-    )
-
-
-def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:
-    """The metrics of each response, (B,) by name."""
+def response_metrics(batch: RolloutBatch, version: int) -> dict[str, Tensor]:
+    """The metrics of each response, (B,) by name. ``version``: of the policy as it is now; tokens
+    of older weights have importance weights in its KL, without which the KL of a policy that moves
+    comes out below 0."""
     experience = batch.experience
     responses = batch.responses
+    kl = experience.kl
+    mask = experience.action_mask
+    sampled = experience.sampled_log_probs
+    if sampled is not None:
+        stale = experience.version != version
+        policy = experience.action_log_probs
+        kl = kl * RolloutCorrection().weights(policy, sampled, mask, stale)
     samples = {
         "reward": experience.reward,
-        "approx_kl": kl_of_responses(experience.kl, experience.action_mask),
+        "approx_kl": kl_of_responses(kl, mask),
         "response_length": experience.response_lengths().float(),
         "stop_rate": torch.tensor(responses.stopped).float(),
         "empty_responses": torch.tensor([not text.strip() for text in responses.responses]).float(),

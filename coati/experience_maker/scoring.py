@@ -1,5 +1,9 @@
 """Scores of responses: from a reward model, reward functions, or the sum of both."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,10 +11,11 @@ from coati.experience_maker.experience import Experience
 from coati.experience_maker.model_inputs import scores
 from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
-from coati.rewards.scorer import Rewards
+from coati.rewards.scorer import RewardResult, Rewards
 from coati.utils.distributed import raise_together
 
 REWARD_MODEL = "reward_model"  # its name among the sources of reward
+Scores = tuple[Tensor, dict[str, Tensor]]  # (B,), and (B,) of each source by name
 
 
 class Scorer:
@@ -40,19 +45,33 @@ class Scorer:
         self.functions = functions
         self.batch_size = batch_size
 
-    def __call__(
-        self, experience: Experience, responses: Responses
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def beside(self) -> bool:
+        """Whether a reward waits for something else, while which the model can sample on."""
+        return self.functions is not None and self.functions.beside
+
+    def __call__(self, experience: Experience, responses: Responses) -> Scores:
         """(B,) scores, and (B,) scores of each source by name. Every rank must call it.
 
         Raises:
             ValueError: on every rank, if a reward function fails or a reward model's score is not
                 finite on one.
         """
+        return self.begin(responses)(experience)
+
+    def begin(self, responses: Responses) -> Callable[[Experience], Scores]:
+        """Begin what waits for something else. Calling what is returned gives the scores of the
+        experience, as :meth:`__call__` does; every rank must do that, in the same order."""
+        begun = None if self.functions is None else self.functions.begin(responses)
+        return partial(self._finish, begun, responses)
+
+    def _finish(
+        self, begun: Callable[[], RewardResult] | None, responses: Responses, experience: Experience
+    ) -> Scores:
         total = torch.zeros(len(experience))
         parts = {}
-        if self.functions is not None:
-            scored = raise_together(lambda: self.functions(responses))
+        if begun is not None:
+            scored = raise_together(begun)
             total += torch.tensor(scored.total)
             parts |= {name: torch.tensor(values) for name, values in scored.parts.items()}
         if self.model is not None:
@@ -60,6 +79,13 @@ class Scorer:
             parts[REWARD_MODEL] = raise_together(lambda: _finite(found, responses))
             total += found
         return total, parts
+
+
+def begin_scores(scorer: Callable[..., Any], responses: Responses) -> Callable[..., Scores]:
+    """:meth:`Scorer.begin`; of another scorer: all of it when what is returned is called."""
+    if isinstance(scorer, Scorer):
+        return scorer.begin(responses)
+    return lambda experience: scorer(experience, responses)
 
 
 def _finite(found: Tensor, responses: Responses) -> Tensor:

@@ -14,3 +14,11 @@ LOSS_AGG_MODES = {
     "seq-mean-token-sum-norm": "sum over each response divided by the longest one allowed, then "
     "mean over responses (Dr. GRPO)",
 }
+# --rollout_is -> which importance weight corrects for responses of older weights
+ROLLOUT_IS = {
+    "token": "of each token by itself: little variance, biased where its prefix is off",
+    "sequence": "of the whole response: unbiased up to the cap, more variance",
+    "none": "no weights",
+}
+# The largest weight, where --rollout_is_cap does not say
+ROLLOUT_IS_CAPS = {"token": 2.0, "sequence": 3.0, "none": 1.0}

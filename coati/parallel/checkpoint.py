@@ -4,13 +4,15 @@
 ``optimizer/rank-XXXXX.pt`` (each rank's optimizer states, fp32 master weights and random states;
 ColossalAI saves neither of the latter two), ``lr_scheduler``, ``running_states.json``. A directory
 of this name is complete: it is renamed into place last. A run that trains several models has the
-first three in a folder for each, ``actor/`` and ``critic/``, and ``buffer/rank-XXXXX.pt`` if it was
-stopped between two updates of an episode.
+first three in a folder for each, ``actor/`` and ``critic/``, ``buffer/rank-XXXXX.pt`` if it was
+stopped between two updates of an episode, and ``rollouts/rank-XXXXX.pt`` if responses had been
+asked for ahead.
 """
 
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ logger = get_logger(__name__)
 
 NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
 BUFFER = "buffer"
+ROLLOUTS = "rollouts"
 # Name -> an engine, and what is saved beside its weights.
 Models = dict[str, tuple[Engine, ModelAssets]]
 
@@ -92,23 +95,31 @@ def save_checkpoint(
         SaveFailed: on every rank, if one could not write; no directory of that name is then left,
             and the message says where the weights are.
     """
-    return _save(save_dir, {".": (engine, assets)}, state, None)
+    return _save(save_dir, {".": (engine, assets)}, state, {})
 
 
 def save_models(
-    save_dir: str | Path, models: Models, state: RunningState, buffer: dict[str, Any] | None = None
+    save_dir: str | Path,
+    models: Models,
+    state: RunningState,
+    buffer: dict[str, Any] | None = None,
+    rollouts: dict[str, Any] | None = None,
 ) -> Path:
     """:func:`save_checkpoint` for a run that trains several models: each in a folder of its name,
     ``epoch-E_step-S/actor`` and so on.
 
     ``buffer``: this rank's experience buffer, as nested dictionaries of tensors, of a run that is
-    stopped inside an episode.
+    stopped inside an episode. ``rollouts``: this rank's responses that were asked for ahead,
+    likewise. A folder is there if any rank's is given.
     """
-    return _save(save_dir, models, state, buffer)
+    return _save(save_dir, models, state, {BUFFER: buffer, ROLLOUTS: rollouts})
 
 
 def _save(
-    save_dir: str | Path, models: Models, state: RunningState, buffer: dict[str, Any] | None
+    save_dir: str | Path,
+    models: Models,
+    state: RunningState,
+    of_rank: dict[str, dict[str, Any] | None],
 ) -> Path:
     final = Path(save_dir) / f"epoch-{state.epoch}_step-{state.step}"
     state.layout = layout_of(next(iter(models.values()))[0])
@@ -117,10 +128,11 @@ def _save(
     def write(folder: Path) -> None:
         for name, (engine, assets) in models.items():
             _write_engine(folder / name, engine, assets)
-        if buffer is not None:
-            make_folder(folder / BUFFER)
-            file = folder / BUFFER / f"rank-{rank():05d}.pt"
-            write_file(file, lambda path: torch.save(buffer, path))
+        for name, held in of_rank.items():
+            if held is not None:
+                make_folder(folder / name)
+                file = folder / name / f"rank-{rank():05d}.pt"
+                write_file(file, partial(torch.save, held))
         barrier()  # all files are written
         if is_rank_0():
             state.files = file_sizes(folder)
@@ -150,22 +162,35 @@ def buffer_states_by_rank(
     """The ``buffer`` that this rank passed to :func:`save_models`; None if there is none, or if it
     was saved under another layout, which is logged. ``layout``: the settings besides the number of
     processes that decide which rank holds which rows, named as in :func:`layout_of`."""
-    file = Path(folder) / BUFFER / f"rank-{rank():05d}.pt"
-    if not file.parent.is_dir():
+    was = "was saved inside an episode under another layout"
+    return _state_of_rank(Path(folder) / BUFFER, state, was, "the episode starts over", layout)
+
+
+def rollouts_by_rank(
+    folder: str | Path, state: RunningState, **layout: Any
+) -> dict[str, Any] | None:
+    """The ``rollouts`` that this rank passed to :func:`save_models`, as
+    :func:`buffer_states_by_rank`."""
+    was = "holds responses that were asked for ahead under another layout"
+    again = "they are asked for again, of the weights of now"
+    return _state_of_rank(Path(folder) / ROLLOUTS, state, was, again, layout)
+
+
+def _state_of_rank(
+    place: Path, state: RunningState, was: str, then: str, layout: dict[str, Any]
+) -> dict[str, Any] | None:
+    if not place.is_dir():
         return None
-    layout["world_size"] = world_size()
+    layout = layout | {"world_size": world_size()}
     changed = [
         f"{name} {state.layout.get(name)} -> {now}"
         for name, now in layout.items()
         if state.layout.get(name) != now
     ]
     if changed:
-        logger.info(
-            f"{folder} was saved inside an episode under another layout ({', '.join(changed)}): "
-            "the episode starts over."
-        )
+        logger.info(f"{place.parent} {was} ({', '.join(changed)}): {then}.")
         return None
-    return torch.load(file, weights_only=True)
+    return torch.load(place / f"rank-{rank():05d}.pt", weights_only=True)
 
 
 def read_checkpoint(folder: str | Path) -> RunningState:

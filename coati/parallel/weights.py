@@ -103,6 +103,29 @@ def published_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     yield from merged_weights(engine).items()
 
 
+def checkpoint_weights(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` of the plain model as a checkpoint of its family has them, which other programs
+    read: a tied head left out, experts one by one, under the whole model's names where a language
+    model was taken out of a multimodal one."""
+    base = _base_of(engine.module)
+    return _as_on_disk(base, dict(tensors), base.config, getattr(base, "composite", None))
+
+
+def _base_of(module: Any) -> Any:
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def _as_on_disk(
+    base: Any, tensors: dict[str, Tensor], config: Any, composite: Composite | None
+) -> dict[str, Tensor]:
+    if getattr(config, "tie_word_embeddings", False):
+        for name in getattr(base, "_tied_weights_keys", None) or []:
+            tensors.pop(name, None)
+    if composite is not None:
+        return composite.whole_names(tensors)
+    return disk_names(base, tensors) if hasattr(base, "base_model_prefix") else tensors
+
+
 def _merged(engine: Engine) -> tuple[dict[str, Tensor], Any]:
     """The plain model's tensors of a model with adapters, and its configuration."""
     adapted: Any = engine.module
@@ -188,14 +211,7 @@ def _save_weights(
     module: nn.Module,
     composite: Composite | None = None,
 ) -> None:
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    if getattr(config, "tie_word_embeddings", False):
-        for name in getattr(base, "_tied_weights_keys", None) or []:
-            tensors.pop(name, None)
-    if composite is not None:
-        tensors = composite.whole_names(tensors)
-    elif hasattr(base, "base_model_prefix"):
-        tensors = disk_names(base, tensors)
+    tensors = _as_on_disk(_base_of(module), tensors, config, composite)
     shards = (
         [
             {name: tensors[name].contiguous() for name in names}

@@ -1,11 +1,13 @@
 """PPO and GRPO: rollouts, rewards, advantages from a critic or from groups, clipped policy
 update."""
 
+import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from coati.cli.settings import OnlineSettings, PPOSettings
+from coati.cli.settings import OnlineSettings, PPOSettings, UpdateSettings
 from coati.dataset.load.collator import (
     DataCollatorForPromptDataset,
     DataCollatorForSupervisedDataset,
@@ -20,8 +22,9 @@ from coati.experience_maker.scoring import Scorer
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
+from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.agreement import agree
-from coati.parallel.checkpoint import RunningState, buffer_states_by_rank
+from coati.parallel.checkpoint import RunningState, buffer_states_by_rank, rollouts_by_rank
 from coati.parallel.engine import Engine
 from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
@@ -42,6 +45,7 @@ from coati.recipes.rl_models import (
     load_reward_model,
     readers,
 )
+from coati.recipes.rollout_options import engine_options
 from coati.recipes.run import PreparedRows, Run, start
 from coati.recipes.run_dir import refuse_shorter
 from coati.recipes.same_run import SAME_ROWS, rows_facts
@@ -94,7 +98,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         actor=actor.engine,
         critic=models["critic"].engine if "critic" in models else None,
         reference=load_reference(run, actor),
-        rollout=_rollout(run, actor.engine, stops),
+        rollout=_rollout(run, actor, stops),
         scorer=Scorer(reward_model, functions, settings.rollout.logits_forward_batch_size),
         tokenizer=run.tokenizer,
     )
@@ -104,13 +108,23 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         state=rows.state,
         assets={name: model.assets for name, model in models.items()},
         buffer_state=buffer_state,
-        checks=_checks(settings),
+        rollouts=_rollouts_ahead(run),
+        checks=_checks(run),
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
     )
+    with closing(parts["maker"].rollout):
+        _train(run, trainer, models, rows)
+
+
+def _train(
+    run: Run[Any], trainer: OLTrainer, models: dict[str, Trained], rows: RolloutData
+) -> None:
+    """The run itself, or its rehearsal."""
+    actor = models["actor"]
     prompts = _prompt_loader(run, actor.engine, rows)
     ptx = _ptx_loader(run, actor.engine, rows.ptx)
-    output = settings.output
+    output = run.settings.output
     finish.rehearse(run, {name: (one.engine, one.assets) for name, one in models.items()})
     if output.dry_run:
         return rl_dry_run(run, trainer, prompts, ptx)
@@ -131,6 +145,7 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
         tags,
         reward.reward_timeout or None,
         run.extras.rewards,
+        run.settings.slow_rewards.options(),
     )
 
 
@@ -198,6 +213,7 @@ def episodes_of(settings: OnlineSettings) -> Episodes:
         temperature=_temperature(settings),
         seed=settings.seed,
         sample_interval=rollout.sample_interval,
+        ahead=rollout.rollouts_ahead,
     )
 
 
@@ -229,6 +245,7 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         kl_coef=kl.kl_coef if kl.kl_in == "loss" else 0.0,
         kl_estimator=kl.kl_estimator,
         loss=run.extras.loss,
+        correction=_correction(update),
     )
     critic = settings.critic if isinstance(settings, PPOSettings) else None
     return RLSettings(
@@ -240,6 +257,12 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         episodes=episodes,
         ptx_coef=settings.ptx.ptx_coef,
     )
+
+
+def _correction(update: UpdateSettings) -> RolloutCorrection:
+    low, high = update.rollout_is_mask or (0.0, math.inf)
+    keep = None if update.rollout_is_mask is None else (low, high)
+    return RolloutCorrection(update.rollout_is, update.rollout_is_cap, keep)
 
 
 def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceSettings:
@@ -269,13 +292,13 @@ def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceS
     )
 
 
-def _rollout(run: Run[OnlineSettings], actor: Engine, stops: list[list[int]]) -> Any:
+def _rollout(run: Run[OnlineSettings], actor: Trained, stops: list[list[int]]) -> Any:
     rollout = run.settings.rollout
     sampling = run.settings.sampling
     return make_rollout(
         rollout.rollout_engine,
-        actor,
-        model_path=run.settings.model.pretrain,
+        actor.engine,
+        elsewhere=engine_options(run, actor.assets.config),
         sampling=Sampling(
             True, 1.0, sampling.top_k or None, sampling.top_p, sampling.repetition_penalty
         ),
@@ -293,6 +316,14 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     return buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
 
 
+def _rollouts_ahead(run: Run[OnlineSettings]) -> dict[str, Any] | None:
+    """The responses that a run had asked for ahead when it was saved."""
+    resume = run.resume
+    if resume.folder is None:
+        return None
+    return rollouts_by_rank(resume.folder, resume.state, tp=run.options.tp)
+
+
 def _inside(
     buffer_state: dict[str, Any] | None, state: RunningState, settings: OnlineSettings
 ) -> bool:
@@ -304,7 +335,8 @@ def _inside(
     return why_over(buffer_state, state.trainer, shape, kl_in_loss) is None
 
 
-def _checks(settings: OnlineSettings) -> RLChecks:
+def _checks(run: Run[OnlineSettings]) -> RLChecks:
+    settings = run.settings
     sampling = settings.sampling
     reward = settings.reward
     return RLChecks(
@@ -316,6 +348,9 @@ def _checks(settings: OnlineSettings) -> RLChecks:
         reward_clip=reward.reward_clip or None,
         reward_normalization=reward.reward_normalization,
         max_new_tokens=settings.rollout.max_seq_len,
+        rollouts_ahead=settings.rollout.rollouts_ahead,
+        rollout_is=settings.update.rollout_is,
+        fp32=run.options.precision == "fp32",
     )
 
 

@@ -2,8 +2,15 @@
 
 import ast
 import difflib
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
+
+from coati.utils.redaction import without_credentials
+
+DEFAULT_TIMEOUT = 60.0
+DEFAULT_CONCURRENCY = 16
+SCHEMES = ("http", "https")
 
 
 @dataclass(frozen=True)
@@ -12,12 +19,15 @@ class Reward:
 
     ``about``: what it rewards. ``scale``: its possible values. ``gt_answer``: whether it needs each
     row's ground truth. ``tags``: whether it needs the template's response_format_tags.
+    ``beside``: whether it takes long, and so is computed while the next responses are sampled
+    (:mod:`coati.rewards.sources`).
     """
 
     about: str
     scale: str
     gt_answer: bool = False
     tags: bool = False
+    beside: bool = False
 
 
 REWARDS: dict[str, Reward] = {
@@ -40,6 +50,17 @@ REWARDS: dict[str, Reward] = {
         "short responses; a negative weight asks for long ones",
         "minus the share of the room that the response takes",
     ),
+    "python_tests": Reward(
+        "programs that pass the tests of gt_answer, run in a sandbox",
+        "the share of the tests that pass",
+        gt_answer=True,
+        beside=True,
+    ),
+    "judge": Reward(
+        "whatever the prompt of --judge_prompt asks a model of --judge_url to judge",
+        "the score in its verdict",
+        beside=True,
+    ),
 }
 # Names of earlier releases.
 ALIASES = {"gsm8k_reward_fn": "gsm8k", "math_competition_reward_fn": "math_competition"}
@@ -49,7 +70,7 @@ GIVEN = "python:"
 
 def is_file(name: str) -> bool:
     """Whether ``name`` is a function in a file, ``path.py:function``."""
-    return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
+    return not is_url(name) and (name.rpartition(":")[0].endswith(".py") or name.endswith(".py"))
 
 
 def is_given(name: str) -> bool:
@@ -57,20 +78,47 @@ def is_given(name: str) -> bool:
     return name.startswith(GIVEN)
 
 
+def is_url(name: str) -> bool:
+    """Whether ``name`` is the address of an endpoint."""
+    return name.partition("://")[0].lower() in SCHEMES and "://" in name
+
+
+def check_url(what: str, url: str) -> None:
+    """Raise ValueError where ``url``, the value of ``what``, is none, or holds a password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        found = bool(parts.hostname) and parts.port != 0 and parts.scheme.lower() in SCHEMES
+    except ValueError:
+        found = False
+    if not found or any(letter.isspace() for letter in url):
+        shown = without_credentials(url)
+        raise ValueError(f"{what} {shown}: expected a URL such as http://host:8000/score")
+    if without_credentials(url) != url:
+        raise ValueError(
+            f"{what} {without_credentials(url)}: what is in a URL ends up in logs; put the token "
+            "into the environment, COATI_REWARD_TOKEN or COATI_JUDGE_KEY"
+        )
+
+
 def check_rewards(names: list[str], weights: list[float] | None = None) -> list[str]:
-    """``names`` with aliases resolved. A file is parsed, not executed.
+    """``names`` with aliases resolved. A file is parsed, not executed; a URL is not asked.
 
     Raises:
-        ValueError: for an unknown name, a file or function that does not exist, a repeated name,
-            and a number of weights other than that of names.
+        ValueError: for an unknown name, a file or function that does not exist, a URL that is none
+            or holds a password, a repeated name, and a number of weights other than that of names.
     """
-    resolved = [name if is_file(name) or is_given(name) else _registered(name) for name in names]
+    own = (is_url, is_file, is_given)
+    resolved = [
+        name if any(is_one(name) for is_one in own) else _registered(name) for name in names
+    ]
     for name in resolved:
         if resolved.count(name) > 1:
             raise ValueError(
                 f"reward {name} is given twice; give it once, with a larger --reward_weights"
             )
-        if is_file(name):
+        if is_url(name):
+            check_url("reward", name)
+        elif is_file(name):
             _check_file(name)
     if weights is not None and len(weights) != len(names):
         raise ValueError(
@@ -90,8 +138,8 @@ def _registered(name: str) -> str:
     nearest = difflib.get_close_matches(name, [*REWARDS, *ALIASES], n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "."
     raise ValueError(
-        f"unknown reward {name!r}{hint} There are {', '.join(REWARDS)}, and path.py:function of "
-        "your own"
+        f"unknown reward {name!r}{hint} There are {', '.join(REWARDS)}, path.py:function of "
+        "your own, and http://host/path"
     )
 
 
@@ -115,7 +163,8 @@ def _check_file(name: str) -> None:
         raise ValueError(f"reward {name}: {path}:{error.lineno}: {error.msg}") from error
     except ValueError as error:  # null bytes
         raise ValueError(f"reward {name}: {path} is no Python file ({error})") from error
-    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    defined = [node.name for node in tree.body if isinstance(node, kinds)]
     assigned = [
         target.id
         for node in tree.body

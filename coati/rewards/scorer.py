@@ -3,24 +3,29 @@
 import math
 import reprlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
-from coati.rewards.functions import per_row
+from coati.rewards.background import in_background
+from coati.rewards.failures import Rejected, RowFailed, Unreachable
 from coati.rewards.registry import (
+    DEFAULT_TIMEOUT,
     GIVEN,
     REWARDS,
     check_rewards,
     file_and_function,
     is_file,
-    is_given,
+    is_url,
 )
 from coati.rewards.responses import Responses
+from coati.rewards.reward_options import DEFAULT, RewardOptions
+from coati.rewards.sources import function_of
 from coati.rewards.tags import check_tags
-from coati.rewards.time_limit import Overrun, time_limit
-from coati.rewards.user_function import called_with_keywords, described, load_function
+from coati.rewards.time_limit import Overrun
+from coati.rewards.user_function import UserFunction, described
 
-DEFAULT_TIMEOUT = 60.0
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 160
 
@@ -38,18 +43,22 @@ class Rewards:
     """The reward functions of a run.
 
     Args:
-        names: names in :data:`~coati.rewards.registry.REWARDS`, ``path.py:function``, or
-            ``python:name`` of a function in ``given``.
+        names: names in :data:`~coati.rewards.registry.REWARDS`, ``path.py:function``, the URL of
+            an endpoint (:mod:`coati.rewards.endpoint`), or ``python:name`` of a function in
+            ``given``.
         weights: one per name; by default 1.
         tags: response_format_tags of the conversation template; with them only a response in that
             format can be right.
-        timeout: seconds that a function may take for a batch; None: no limit.
+        timeout: seconds that a function may take for a batch, an endpoint for a request, and an
+            async function of one response for each; None: no limit.
         given: Python functions by their names, called as those of files are.
+        options: of what takes its time.
 
     Raises:
         ValueError: from :func:`~coati.rewards.registry.check_rewards` and
-            :func:`~coati.rewards.user_function.load_function`, for invalid or missing tags, and
-            for a ``python:name`` that is not given.
+            :func:`~coati.rewards.user_function.load_function`, for invalid or missing tags, for a
+            ``python:name`` that is not given, a judge without options, and programs that cannot be
+            isolated here.
     """
 
     def __init__(
@@ -59,11 +68,13 @@ class Rewards:
         tags: dict | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         given: Mapping[str, Callable] | None = None,
+        options: RewardOptions = DEFAULT,
     ) -> None:
         resolved = check_rewards(names, weights)
         if not resolved:
             raise ValueError(
-                f"no reward function is given; there are {', '.join(REWARDS)}, and path.py:function"
+                f"no reward function is given; there are {', '.join(REWARDS)}, path.py:function, "
+                "and http://host/path"
             )
         if tags is not None:
             check_tags(tags)
@@ -76,10 +87,15 @@ class Rewards:
                 )
         self.tags = tags
         self.timeout = timeout
-        self.needs_gt_answer = any(name in REWARDS and REWARDS[name].gt_answer for name in resolved)
+        self.needs_gt_answer = any(_needs_gt_answer(name, options) for name in resolved)
         self.weights = dict(zip(_labels(resolved), weights or [1.0] * len(resolved), strict=True))
-        functions = [_function(name, given or {}) for name in resolved]
+        functions = [function_of(name, given or {}, timeout, options) for name in resolved]
         self._functions = dict(zip(self.weights, functions, strict=True))
+
+    @property
+    def beside(self) -> bool:
+        """Whether a function waits for something outside of this thread."""
+        return any(function.beside for function in self._functions.values())
 
     def __call__(self, batch: Responses) -> RewardResult:
         """Score ``batch``.
@@ -88,31 +104,48 @@ class Rewards:
             ValueError: naming the function and the response, if a function raises, exceeds the
                 timeout, or returns anything but one finite number per response.
         """
+        return self.begin(batch)()
+
+    def begin(self, batch: Responses) -> Callable[[], RewardResult]:
+        """Begin to score ``batch``: what waits for something else does so in threads. The result,
+        and what :meth:`__call__` raises, come from calling what is returned."""
         if batch.tags is None and self.tags is not None:
             batch = replace(batch, tags=self.tags)
-        parts = {
-            label: self._rewards_of(label, function, batch)
+        begun: dict[str, Future] = {
+            label: in_background(self._rewards_of, label, function, batch)
             for label, function in self._functions.items()
+            if function.beside
         }
-        weighted = [
-            [self.weights[label] * value for value in values] for label, values in parts.items()
-        ]
-        return RewardResult([sum(values) for values in zip(*weighted, strict=True)], parts)
 
-    def _rewards_of(
-        self, label: str, function: Callable[[Responses], Any], batch: Responses
-    ) -> list[float]:
+        def result() -> RewardResult:
+            parts = {
+                label: begun[label].result()
+                if label in begun
+                else self._rewards_of(label, function, batch)
+                for label, function in self._functions.items()
+            }
+            weighted = [
+                [self.weights[label] * value for value in values] for label, values in parts.items()
+            ]
+            return RewardResult([sum(values) for values in zip(*weighted, strict=True)], parts)
+
+        return result
+
+    def _rewards_of(self, label: str, function: UserFunction, batch: Responses) -> list[float]:
         try:
-            with time_limit(self.timeout):
-                result = function(batch)
+            result = function(batch, self.timeout)
         except KeyboardInterrupt:
             raise
+        except RowFailed as error:
+            raise ValueError(f"reward {label} {error}; {_sample(batch, error.row)}") from error
+        except Unreachable as error:
+            raise ValueError(f"reward {label} {error}") from error
         except BaseException as error:  # sys.exit, too, ends the run as a failure
-            what = f"raised {described(error)}"
+            what = str(error) if isinstance(error, Rejected) else f"raised {described(error)}"
             limit = self.timeout
             if isinstance(error, Overrun):
                 what = f"took longer than {limit:g} s for {len(batch)} responses"
-                limit /= max(len(batch), 1)
+            limit = None if limit is None else limit / max(len(batch), 1)
             alone = (row for row in range(len(batch)) if _fails(function, batch.row(row), limit))
             where = next(
                 (_sample(batch, row) for row in alone),
@@ -122,33 +155,31 @@ class Rewards:
         return _checked(label, result, batch)
 
 
+def _needs_gt_answer(name: str, options: RewardOptions) -> bool:
+    if name == "judge" and options.judge is not None:
+        return "gt_answer" in options.judge.places
+    return name in REWARDS and REWARDS[name].gt_answer
+
+
 def _labels(names: list[str]) -> list[str]:
-    """The names to log: of ``path.py:function`` only the function, unless two share that name."""
-    short = [
-        file_and_function(name)[1] if is_file(name) else name.removeprefix(GIVEN) for name in names
-    ]
+    """The names to log: of ``path.py:function`` only the function, of a URL the last part of its
+    path, or its host, unless two share that name."""
+    short = [_label(name) for name in names]
     return [
         name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)
     ]
 
 
-def _function(name: str, given: Mapping[str, Callable]) -> Callable[[Responses], Any]:
-    if is_file(name):
-        return load_function(name)
-    if is_given(name):
-        if name not in given:
-            raise ValueError(
-                f"reward {name} is a Python function that the caller of coati.grpo or coati.ppo "
-                "passes; here name a function of a file, path.py:function"
-            )
-        return called_with_keywords(name, given[name])
-    return lambda batch: [per_row(name, batch, row) for row in range(len(batch))]
+def _label(name: str) -> str:
+    if is_url(name):
+        parts = urlsplit(name)
+        return parts.path.strip("/").rpartition("/")[2] or parts.netloc
+    return file_and_function(name)[1] if is_file(name) else name.removeprefix(GIVEN)
 
 
-def _fails(function: Callable[[Responses], Any], batch: Responses, limit: float | None) -> bool:
+def _fails(function: UserFunction, batch: Responses, limit: float | None) -> bool:
     try:
-        with time_limit(limit):
-            function(batch)
+        function(batch, limit)
     except KeyboardInterrupt:
         raise
     except BaseException:

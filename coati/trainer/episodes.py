@@ -13,7 +13,8 @@ class Episodes:
 
     ``num_update_steps``: passes over the responses of an episode. ``steps_per_pass``: optimizer
     steps of a pass (:func:`~coati.experience_buffer.batch_sizes.optimizer_steps_per_pass`).
-    ``temperature``: episode -> sampling temperature.
+    ``temperature``: episode -> sampling temperature. ``ahead``: episodes whose responses are asked
+    for while another is trained; theirs are of weights that are so many episodes older.
     """
 
     num_episodes: int = 1
@@ -22,6 +23,7 @@ class Episodes:
     temperature: Callable[[int], float] = field(default=lambda episode: 1.0)
     seed: int = 42
     sample_interval: int = 10
+    ahead: int = 0
 
     @property
     def total_steps(self) -> int:

@@ -2,20 +2,22 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from coati.experience_buffer.buffer import NaiveExperienceBuffer
-from coati.experience_maker.experience import Experience, sample_indices
+from coati.experience_maker.experience import Experience
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.model_inputs import sum_over
-from coati.experience_maker.rollout_batch import RolloutBatch
+from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.parallel.checkpoint import RunningState, clean, save_models
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.callbacks import Callback, CallbackList
+from coati.trainer.collecting import EpisodeCollector, correction_metrics
 from coati.trainer.episodes import Episodes, update_shape, why_over
 from coati.trainer.monitor.rl_checks import RLChecks
 from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
@@ -54,6 +56,8 @@ class OLTrainer:
         assets: what is saved beside the weights of each model, by name.
         buffer_state: from :func:`~coati.parallel.checkpoint.buffer_states_by_rank`, of a run that
             was stopped inside an episode.
+        rollouts: from :func:`~coati.parallel.checkpoint.rollouts_by_rank`, of a run that asks for
+            responses ahead.
         checks: the training diagnostics; None: none.
         settings: the run's settings, for wandb and TensorBoard.
         callbacks: told what happens, on every rank.
@@ -75,6 +79,7 @@ class OLTrainer:
         state: RunningState | None = None,
         assets: dict[str, ModelAssets] | None = None,
         buffer_state: dict[str, Any] | None = None,
+        rollouts: dict[str, Any] | None = None,
         checks: RLChecks | None = None,
         settings: dict[str, Any] | None = None,
         callbacks: Iterable[Callback] = (),
@@ -94,6 +99,7 @@ class OLTrainer:
             name: ModelAssets.of(each.module) for name, each in self.models.items()
         }
         self.policy_objective = PolicyObjective(policy or PolicySettings(), sum_over(actor))
+        self.collector = EpisodeCollector(actor, maker, self.state, rollouts)
         self.value_objective = ValueObjective(value_clip)
         self.ptx_objective = PtxObjective()
         self.callbacks = CallbackList(callbacks)
@@ -178,13 +184,12 @@ class OLTrainer:
             note(phase="training", step=self.state.step, saved=self.state.step or None)
             with GracefulStop() as stop, at_forced_end(self._fail):
                 self.callbacks.call("on_train_begin", self)
-                self._publish()
-                if self.episode == 0 and not self.first_evaluation:
-                    self._evaluate(evaluation, bar)
-                while self.episode < self.episodes.num_episodes and not self.stopped_early:
-                    if self.log.stop_early("episode", self.episode):
-                        break
-                    self._run_episode(prompts, evaluation, ptx, bar, stop)
+                try:
+                    self._run_episodes(prompts, evaluation, ptx, bar, stop)
+                except RolloutsLost:
+                    with bar.paused("saving a checkpoint"):
+                        self.save(self.buffer.state_dict() or None, lost=True)
+                    raise
                 self.callbacks.call("on_train_end", self)
             self.log.log_memory(self.episode)
             self.log.finish(self.episode, self.stopped_early)
@@ -194,6 +199,18 @@ class OLTrainer:
         finally:
             bar.close()
             self.log.close()
+
+    def _run_episodes(
+        self, prompts: Any, evaluation: Any, ptx: Any, bar: ProgressBar, stop: GracefulStop
+    ) -> None:
+        """Raises RolloutsLost where nothing is left that could sample, between two episodes."""
+        self._publish()
+        if self.episode == 0 and not self.first_evaluation:
+            self._evaluate(evaluation, bar)
+        while self.episode < self.episodes.num_episodes and not self.stopped_early:
+            if self.log.stop_early("episode", self.episode):
+                break
+            self._run_episode(prompts, evaluation, ptx, bar, stop)
 
     def _fail(self, message: str) -> None:
         self.log.fail(RunFailed(message), self.episode)
@@ -206,7 +223,7 @@ class OLTrainer:
         never = GracefulStop()
         try:
             self._publish()
-            self._collect(prompts, bar, never)
+            self._collect(prompts, bar, never, replace(self.episodes, num_episodes=1))
             batches = self.buffer.global_batches(
                 self.episodes.steps_per_pass, seed=self.episodes.seed, episode=self.episode
             )
@@ -221,7 +238,7 @@ class OLTrainer:
     def _run_episode(
         self, prompts: Any, evaluation: Any, ptx: Any, bar: ProgressBar, stop: GracefulStop
     ) -> None:
-        if not len(self.buffer) and not self._collect(prompts, bar, stop):
+        if not len(self.buffer) and not self._collect(prompts, bar, stop, self.episodes):
             self.stopped_early = True
             with bar.paused("saving a checkpoint"):
                 self.save()
@@ -233,11 +250,11 @@ class OLTrainer:
             with bar.paused("saving a checkpoint"):
                 self.save(self.buffer.state_dict())
             return
-        self._publish()
         self.buffer.clear()
         self._position = (0, 0)
         self.episode += 1
         self.state.sample_start_index += self._sampled.get("prompts", prompts.rows_per_step)
+        self._publish()
         if self.episode % max(self.schedule.log_interval, 1):
             bar.step()
         else:
@@ -262,44 +279,29 @@ class OLTrainer:
         """From here on responses are those of the policy as it is now. Every rank must call it."""
         self.maker.publish(self.state.step)
 
-    def _collect(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
+    def _collect(
+        self, prompts: Any, bar: ProgressBar, stop: GracefulStop, episodes: Episodes
+    ) -> bool:
         """Fill the buffer; False, with everything as it was before, when a rank was asked to
         stop."""
         with self.log.record.timed("rollouts and scoring"):
-            return self._fill_buffer(prompts, bar, stop)
-
-    def _fill_buffer(self, prompts: Any, bar: ProgressBar, stop: GracefulStop) -> bool:
-        before = self.maker.state_dict()
-        batches = self._next_prompts(prompts)
-        temperature = self.episodes.temperature(self.episode)
-        self._sampled = {"temperature": temperature, "prompts": prompts.rows_per_step}
-        self.policy_objective.temperature = temperature
-        collected: list[RolloutBatch] = []
-        for number, batch in enumerate(batches):
-            if any_rank(stop.requested):
-                self.maker.load_state_dict(before)
-                return False
-            bar.phase(f"rollout {number + 1}/{len(batches)}")
-            count = len(batch["input_ids"]) * self.maker.settings.num_generations
-            indices = sample_indices(number, len(batches), self.engine.mesh.dp_rank * count, count)
-            made = self.maker.make_experience(batch, indices, self.episode, temperature)
-            collected.append(made)
+            found = self.collector.collect(self.episode, prompts, episodes, bar, stop)
+        if found is None:
+            return False
+        asked, collected = found
+        self._sampled = {"temperature": asked.temperature, "prompts": asked.prompts}
         experiences, metrics = self.maker.finalize_advantages(collected)
         for experience in experiences:
             self.buffer.append(experience)
+        metrics |= correction_metrics(
+            experiences, self.policy_objective.settings.correction, self.state.step, self.engine
+        )
         metrics["kl_coef"] = self.maker.kl.kl_coef
         self.reporter.add_rollouts(collected, metrics, self.engine.mesh.is_loss_rank)
-        interval = self.episodes.sample_interval
+        interval = episodes.sample_interval
         if interval and self.episode % interval == 0:
             self.reporter.show_samples(collected[-1], self.episode + 1, bar)
         return True
-
-    def _next_prompts(self, prompts: Any) -> list[dict[str, Any]]:
-        state = self.state
-        while state.sample_start_index + prompts.rows_per_step > prompts.count(state.epoch):
-            state.epoch = state.epoch + 1
-            state.sample_start_index = 0
-        return next(iter(prompts.global_batches(state.epoch, state.sample_start_index)))
 
     # Updating
 
@@ -314,6 +316,7 @@ class OLTrainer:
         if self.policy_objective.settings.kl_coef:
             self.policy_objective.kl_coef = self.maker.kl.kl_coef
         first, start = self._position
+        self.policy_objective.version = self.state.step - first * steps - start
         for number in range(first, episodes.num_update_steps):
             batches = self.buffer.global_batches(
                 steps, seed=episodes.seed, episode=self.episode, update=number, start=start
@@ -419,16 +422,17 @@ class OLTrainer:
             bar.write(f"episode {self.episode}: {best}")
         self.callbacks.call("on_evaluate", self, dict(self.last_evaluation))
 
-    def save(self, buffer_state: dict[str, Any] | None = None) -> Path | None:
-        """Write a checkpoint of where the run stands now; None without ``save_dir``. Every rank
-        must call it."""
+    def save(self, buffer_state: dict[str, Any] | None = None, lost: bool = False) -> Path | None:
+        """Write a checkpoint of where the run stands now; None without ``save_dir``. Waits for what
+        was asked for ahead, unless its sampler is ``lost``. Every rank must call it."""
         save_dir = self.schedule.save_dir
         if save_dir is None:
             return None
         self.state.trainer = self.state_dict() | self.log.state_dict() | self.reporter.state_dict()
         models = {name: (engine, self.model_assets[name]) for name, engine in self.models.items()}
         with self.log.record.timed("checkpoints"):
-            path = save_models(save_dir, models, self.state, buffer_state)
+            rollouts = self.collector.state_dict(lost)
+            path = save_models(save_dir, models, self.state, buffer_state, rollouts)
             clean(save_dir, self.schedule.keep_last_k)
         note(saved=self.state.step)
         self.log.record.update(self.episode)

@@ -21,6 +21,7 @@ from coati.models.policy_loss import (
     value_statistics,
     value_terms,
 )
+from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.objective import Batch, Metrics, Objective
 from coati.trainer.sft import SFTObjective
 from coati.utils.meter import MaskedSamples
@@ -30,7 +31,8 @@ from coati.utils.meter import MaskedSamples
 class PolicySettings:
     """The policy's loss. ``kl_coef``: of the KL term in the loss; 0 where KL is part of the
     reward. ``loss``: a user's function of :class:`~coati.models.policy_loss.PolicyTokens` in place
-    of the clipped loss, (B, A) losses out; the KL term is added to it."""
+    of the clipped loss, (B, A) losses out; the KL term is added to it. ``correction``: the weights
+    of the policy's terms, not of the KL term, for responses of older weights."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -39,17 +41,19 @@ class PolicySettings:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     loss: PolicyTokenLoss | None = None
+    correction: RolloutCorrection = RolloutCorrection()
 
 
 class PolicyObjective(Objective):
     """Clipped policy gradient over the actions of an experience. ``temperature``: at which it was
-    sampled."""
+    sampled. ``version``: of the weights that the update began with."""
 
     def __init__(self, settings: PolicySettings, reduce_sum: Callable[[Tensor], Tensor]) -> None:
         self.settings = settings
         self.reduce_sum = reduce_sum
         self.kl_coef = settings.kl_coef  # a KL target moves it
-        self.first_pass = False  # whether the policy is still the one that sampled
+        self.first_pass = False  # whether the policy is still the one that the update began with
+        self.version = 0
 
     def batches(self, micro_batches: Sequence[Experience]) -> list[Batch]:
         """For each micro-batch what the model gets, and per action (B, A) what the loss needs."""
@@ -64,7 +68,25 @@ class PolicyObjective(Objective):
         }
         if experience.reference_log_probs is not None:
             batch["reference"] = experience.reference_log_probs
+        if experience.version is not None:
+            batch |= self._of_others(experience, experience.version != self.version)
         return batch
+
+    def _of_others(self, experience: Experience, stale: Tensor) -> Batch:
+        """What responses have beside the rest that another engine, or older weights, sampled."""
+        correction = self.settings.correction
+        sampled = experience.sampled_log_probs
+        if sampled is None:
+            if correction.off:
+                return {}
+            raise ValueError(
+                "--rollout_is: the rollout engine gave no log-probs of the older weights that "
+                "sampled, so nothing can be corrected by them; take --rollouts_ahead 0, or "
+                "--rollout_is none"
+            )
+        policy = experience.action_log_probs
+        weights = correction.weights(policy, sampled, experience.action_mask, stale)
+        return {"sampled": sampled, "weights": weights}
 
     def num_terms(self, batch: Batch) -> Tensor:
         return self.settings.loss_agg.num_terms(batch["action_mask"])
@@ -84,13 +106,17 @@ class PolicyObjective(Objective):
             terms = policy_terms(logps, old, advantages, mask, *clip, skip)
         else:
             terms = own_policy_terms(settings.loss, logps, old, advantages, mask, skip)
+        if "weights" in batch:
+            terms = terms * batch["weights"]
         metrics: Metrics = {}
         metrics |= policy_statistics(logps, old, advantages, mask, *clip)
         metrics["skip_ratio"] = skip.float()[None]
         if self.kl_coef:
             kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
             terms = terms + self.kl_coef * kl.masked_fill(skip, 0.0)
-        if self.first_pass:
+        if "sampled" in batch:  # -log mu of what mu sampled: the entropy of what was sampled from
+            metrics["sampled_entropy"] = MaskedSamples(-batch["sampled"].float(), mask.bool())
+        elif self.first_pass:  # otherwise measured where the responses were collected
             metrics["rollout_gap"] = MaskedSamples((logps.detach() - old).abs(), mask.bool())
         return settings.loss_agg.total(terms, mask), metrics
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from coati.utils.errors import RunFailed
+
 Result = TypeVar("Result")
 
 
@@ -79,19 +81,20 @@ def any_rank(flag: bool) -> bool:
 def raise_together(work: Callable[[], Result]) -> Result:
     """What ``work()`` returns on this rank. Every rank must call it.
 
-    Raises ValueError on every rank when ``work`` raises one on any, naming the rank: one that went
-    away alone would leave the others waiting for it.
+    Raises ValueError, or the RunFailed that it was, on every rank when ``work`` raises one on any,
+    naming the rank: one that went away alone would leave the others waiting for it.
     """
     result = None
-    failure = None
+    failure: ValueError | RunFailed | None = None
     try:
         result = work()
-    except ValueError as error:
+    except (ValueError, RunFailed) as error:
         failure = error
-    failures = all_gather_object(None if failure is None else str(failure))
+    kind = type(failure) if isinstance(failure, RunFailed) else ValueError
+    failures = all_gather_object(None if failure is None else (kind, str(failure)))
     if failure is not None:
         raise failure
-    for who, text in enumerate(failures):
-        if text is not None:
-            raise ValueError(f"rank {who}: {text}")
+    for who, found in enumerate(failures):
+        if found is not None:
+            raise found[0](f"rank {who}: {found[1]}")
     return result

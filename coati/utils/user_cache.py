@@ -24,6 +24,7 @@ CONTENTS = {
     "rows": "rows that were given in Python, as files",
     "prepared": "raw files given to training, tokenized",
     "reference": "log-probs of reference models, for rows whose folder cannot be written",
+    "judge": "verdicts of the judges of rewards",
 }
 LIMIT_VARIABLE = "COATI_CACHE_GIB"
 LIMIT_GIB = 20.0

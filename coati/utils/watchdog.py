@@ -46,7 +46,7 @@ class interrupted_after:
     def __exit__(self, *_: object) -> None:
         if _watched.pop(self._ticket, None) is None:  # it was raised, or is about to be
             with _lock:
-                _raise_in(self._thread, None)
+                raise_in(self._thread, None)
 
 
 def _watch() -> None:
@@ -67,7 +67,7 @@ def _look() -> None:
         with _lock:
             for ticket, (deadline, thread) in list(_watched.items()):
                 if now > deadline and _watched.pop(ticket, None) is not None:
-                    _raise_in(thread, Overrun)
+                    raise_in(thread, Overrun)
             idle = now if _watched else idle
             if now - idle > IDLE_S:
                 _watcher = None  # first: who comes from here on starts another one
@@ -77,7 +77,7 @@ def _look() -> None:
                 idle = now
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+def raise_in(thread: int, kind: type[BaseException] | None) -> None:
     """``kind`` at the next instruction of ``thread``; None takes back what was not raised yet."""
     what = None if kind is None else ctypes.py_object(kind)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)

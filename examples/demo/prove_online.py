@@ -5,7 +5,8 @@ decides which half of the alphabet the response must come from; the reward is 5 
 symbols. A random policy gets 2.5; one that always picks from the right half has a KL of log 2 nats
 per symbol to it. Each seed must reach 0.95 of the maximum reward, averaged over the last five
 episodes, with at most 1.5 times that KL; the exit code says whether all did. Except for sizes and
-learning rates, all settings are the defaults of train_ppo.py and train_grpo.py.
+learning rates, all settings are the defaults of train_ppo.py and train_grpo.py. With ``--ahead N``
+the responses of an episode are sampled N episodes before they are trained on.
 """
 
 import argparse
@@ -81,7 +82,22 @@ def network(seed: int) -> Any:
     )
 
 
-def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
+def policy_of(algo: str, rollout_is: str) -> Any:
+    """The settings of the policy's loss."""
+    from coati.models.policy_loss import LossAggregation
+    from coati.models.rollout_correction import RolloutCorrection
+    from coati.trainer.policy_objective import PolicySettings
+
+    correction = RolloutCorrection(rollout_is)
+    if algo == "ppo":
+        return PolicySettings(correction=correction)
+    agg = LossAggregation("seq-mean-token-mean")
+    return PolicySettings(loss_agg=agg, kl_coef=0.04, correction=correction)
+
+
+def trainer(
+    algo: str, seed: int, episodes: int, save_dir: str, ahead: int = 0, rollout_is: str = "token"
+) -> Any:
     """A run of ``algo``, assembled by hand."""
     from coati.experience_buffer import NaiveExperienceBuffer
     from coati.experience_maker import (
@@ -93,14 +109,13 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
     from coati.experience_maker.rollouts.rollout_engine import ModelRollout
     from coati.models import Critic
     from coati.models.generation.loop import Sampling
-    from coati.models.policy_loss import LossAggregation
     from coati.parallel import ParallelOptions
     from coati.parallel.boost import boost
     from coati.parallel.inference_model import InferenceModel, boost_for_inference
     from coati.rewards.scorer import Rewards
     from coati.trainer import OLTrainer, RunSchedule
+    from coati.trainer.monitor.rl_checks import RLChecks
     from coati.trainer.online import Episodes
-    from coati.trainer.policy_objective import PolicySettings
 
     options = ParallelOptions(plugin="ddp", precision="fp32")
     training = {"weight_decay": 0.0, "total_steps": episodes * PASSES * STEPS}
@@ -131,14 +146,20 @@ def trainer(algo: str, seed: int, episodes: int, save_dir: str) -> Any:
         kl=KLController(0.1 if ppo else 0.04),
     )
     parts = (actor, maker, NaiveExperienceBuffer(RESPONSES[algo] // STEPS))
-    length = Episodes(episodes, PASSES, STEPS, seed=seed, sample_interval=0)
-    if ppo:
-        return OLTrainer(*parts, length, critic=critic, schedule=RunSchedule(save_dir))
-    policy = PolicySettings(loss_agg=LossAggregation("seq-mean-token-mean"), kl_coef=0.04)
-    return OLTrainer(*parts, length, policy=policy, schedule=RunSchedule(save_dir))
+    length = Episodes(episodes, PASSES, STEPS, seed=seed, sample_interval=0, ahead=ahead)
+    return OLTrainer(
+        *parts,
+        length,
+        critic=critic,
+        policy=policy_of(algo, rollout_is),
+        schedule=RunSchedule(save_dir),
+        checks=RLChecks(rollouts_ahead=ahead, rollout_is=rollout_is, fp32=True),
+    )
 
 
-def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, float]]:
+def curve(
+    algo: str, seed: int, episodes: int | None = None, ahead: int = 0, rollout_is: str = "token"
+) -> list[dict[str, float]]:
     """The metrics of each episode of one run."""
     from coati.dataset import DataCollatorForPromptDataset
     from coati.dataset.load.loader import GlobalBatchLoader
@@ -150,7 +171,8 @@ def curve(algo: str, seed: int, episodes: int | None = None) -> list[dict[str, f
             batch_size=RESPONSES[algo] // (1 if algo == "ppo" else GROUP),
             seed=seed,
         )
-        trainer(algo, seed, episodes or EPISODES[algo], folder).run(prompts)
+        episodes = episodes or EPISODES[algo]
+        trainer(algo, seed, episodes, folder, ahead, rollout_is).run(prompts)
         lines = map(
             json.loads, (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         )
@@ -177,6 +199,8 @@ def main() -> None:
     parser.add_argument("algo", choices=tuple(LR))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, help=f"default: {EPISODES}")
+    parser.add_argument("--ahead", type=int, default=0, help="episodes asked for ahead")
+    parser.add_argument("--rollout_is", default="token", help="token, sequence or none")
     parser.add_argument("--png", type=Path, help="plot the curves of all seeds")
     args = parser.parse_args()
     from coati.parallel.boost import prepare_colossalai
@@ -188,7 +212,7 @@ def main() -> None:
     learned = 0
     for seed in range(args.seeds):
         started = time.perf_counter()
-        curves.append(curve(args.algo, seed, args.episodes))
+        curves.append(curve(args.algo, seed, args.episodes, args.ahead, args.rollout_is))
         share, kl = result(curves[-1])
         learned += has_learned(share, kl)
         verdict = "learned" if has_learned(share, kl) else "NOT learned"

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from coati.cli import rollouts
+from coati.cli.config_file import schema_of
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.legacy.flags import DROPPED_OF_ROLLOUTS
@@ -300,6 +302,38 @@ REFUSED = [
     ),
     ("ppo", ["--lora_alpha", "8"], "--lora_alpha does nothing without LoRA"),
     ("ppo", ["--rollout_engine", "vllm"], "vllm is not installed"),
+    (
+        "ppo",
+        ["--rollout_engine", "vllm", "--rollout_url", "http://a:1"],
+        "--rollout_url names servers, --rollout_engine vllm samples in this process",
+    ),
+    ("ppo", ["--rollout_engine", "http"], "--rollout_engine http needs --rollout_url"),
+    ("grpo", ["--rollout_sync", "disk"], "--rollout_sync does nothing without --rollout_url"),
+    ("grpo", ["--rollout_timeout", "9"], "--rollout_timeout does nothing without --rollout_url"),
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "--vllm_sleep"],
+        "--vllm_sleep does nothing without --rollout_engine vllm",
+    ),
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "--rollout_sync", "nccl"],
+        "--rollout_sync nccl is not written yet; use http",
+    ),
+    *[
+        ("grpo", ["--rollout_url", url], f"--rollout_url {url}: expected the address of a server")
+        for url in ("a:1", "http://a:1/v1", "ftp://a", "http://:1", "http://a:port")
+    ],
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "http://b:1", "http://a:1/"],
+        "--rollout_url http://a:1/ stands twice",
+    ),
+    (
+        "grpo",
+        ["--rollout_url", "http://a:1", "--rollout_token_env", "NOT_SET"],
+        "--rollout_token_env NOT_SET: the variable is not set",
+    ),
     ("ppo", ["--shared_base"], "--shared_base is for LoRA"),
     (
         "ppo",
@@ -574,3 +608,65 @@ def test_help_loads_no_torch(name):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert run.returncode == 0 and run.stdout.endswith("[]\n"), run.stderr
+
+
+def test_servers_are_an_engine_of_their_own(parse, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "word")
+    urls = ["http://a:9001", "https://b", "http://[::1]:2"]
+    found = parse("grpo", ["--rollout_url", *urls, "--rollout_token_env", "A_TOKEN"])
+    assert found.rollout_engine == "http" and found.rollout_url == urls
+    assert (found.rollout_sync, found.rollout_timeout) == ("http", 600.0)
+    assert parse("grpo").rollout_engine == "model"
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_importance_weights(parse, name, capsys):
+    found = parse(name)
+    assert (found.rollouts_ahead, found.rollout_is) == (0, "token")
+    assert found.rollout_is_cap is None and found.rollout_is_mask is None
+    words = ["--rollouts_ahead", "2", "--rollout_is", "sequence", "--rollout_is_cap", "4"]
+    found = parse(name, [*words, "--rollout_is_mask", "0.5", "5"])
+    assert (found.rollout_is_cap, found.rollout_is_mask) == (4.0, [0.5, 5.0])
+    assert "no effect" not in capsys.readouterr().err
+    parse(name, ["--rollout_is_cap", "4"])
+    assert "--rollout_is_cap has no effect: without --rollouts_ahead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--rollouts_ahead", "-1"), "--rollouts_ahead: expected a whole number of at least 0"),
+        (("--rollout_is", "word"), "--rollout_is"),
+        (("--rollout_is_cap", "0.5"), "--rollout_is_cap 0.5: weights are 1 on average"),
+        (("--rollout_is_mask", "1.5", "2"), "--rollout_is_mask 1.5 2: expected LOW below 1"),
+        (("--rollout_is_mask", "2"), "--rollout_is_mask"),
+        (
+            ("--rollout_is", "none", "--rollout_is_cap", "2"),
+            "--rollout_is_cap does nothing with --rollout_is none",
+        ),
+        (
+            ("--rollout_is", "none", "--rollout_is_mask", "0.5", "2"),
+            "--rollout_is_mask does nothing with --rollout_is none",
+        ),
+    ],
+)
+def test_importance_weights_that_are_none(parse, capsys, words, said):
+    with pytest.raises(SystemExit):
+        parse("grpo", list(words))
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pair_of_bounds_in_a_file(parse, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("rollouts_ahead: 1\nrollout_is_mask: [0.5, 4]\n")
+    words = ["--config", str(file)]
+    assert parse("grpo", words).rollout_is_mask == [0.5, 4.0]
+    schema = schema_of(rollouts.grpo_parser())
+    jsonschema.validate({"rollout_is_mask": [0.5, 4]}, schema)
+    for wrong, said in ((2, "found 1"), ([0.5, 2, 3], "found 3")):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"rollout_is_mask": wrong}, schema)
+        file.write_text(f"rollout_is_mask: {wrong}\n")
+        with pytest.raises(SystemExit):
+            parse("grpo", words)
+        assert f"run.yaml:1: 'rollout_is_mask' takes 2 values, {said}" in capsys.readouterr().err

@@ -198,7 +198,11 @@ PPO: Flags = {
         clip_eps_low=("0.13", "clip_low=0.13"),
         clip_eps_high=("0.31", "clip_high=0.31"),
         skip_threshold=("0.5", "skip_threshold=0.5"),
+        rollout_is=("sequence", "level='sequence'"),
+        rollout_is_cap=("1.7", "cap=1.7"),
     ),
+    "rollout_is_mask": (("--rollout_is_mask", "0.6", "4"), {"policy": "keep=(0.6, 4.0)"}),
+    "rollouts_ahead": (("--rollouts_ahead", "2"), {"ahead": 2}),
     "value_clip": (("--value_clip", "0.19"), {"value": "0.19"}),
     "temperature": (("--temperature", "0.7"), {"temperature": 0.7}),
     "rm_pretrain": (("--rm_pretrain", "$other_rm"), {}),
@@ -250,6 +254,7 @@ GRPO: Flags = {
     "mask_truncated_completions": (("--mask_truncated_completions",), {}),
     "reward_weights": (("--reward_weights", "-0.5"), {}),
     "reward_timeout": (("--reward_timeout", "7"), {"timeout": 7.0}),
+    "reward_concurrency": (("--reward_concurrency", "3"), {}),
     "kl_coef": (("--kl_coef", "0.3"), {"kl": (0.3, None, 10000), "policy": "kl_coef=0.3"}),
 }
 DAPO = ("--algo", "dapo")

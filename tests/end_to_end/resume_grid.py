@@ -155,6 +155,7 @@ def of_rollouts(trainer: Any) -> dict[str, Any]:
         "target": maker.kl.target,
         "horizon": maker.kl.horizon,
         "temperature": trainer.episodes.temperature(trainer.episode),
+        "ahead": trainer.episodes.ahead,
         "buffer": (trainer.buffer.sample_batch_size, trainer.buffer.limit),
         "value": numbers(trainer.value_objective),
         "functions": 0 if functions is None else len(functions.weights),

@@ -86,10 +86,10 @@ def shares(script: str, count: int) -> list[str]:
     return ["--experience_batch_size", str(2 // count), "--accumulation_steps", str(2 // count)]
 
 
-def launched(nproc: int, cases: dict[str, list[str]]) -> dict[str, list]:
+def launched(nproc: int, cases: dict[str, list[str]], timeout: float = 200) -> dict[str, list]:
     """name "script ..." -> its ranks' ends."""
     runs = {name: Run(words, script=f"train_{name.split()[0]}.py") for name, words in cases.items()}
-    ranks = run(nproc, "tests.end_to_end.worker:train_each", runs, env=CPU, timeout=200)
+    ranks = run(nproc, "tests.end_to_end.worker:train_each", runs, env=CPU, timeout=timeout)
     for name in cases:
         assert [rank[name].code for rank in ranks] == [0] * nproc, (
             f"{name}: {[rank[name].err for rank in ranks]}"

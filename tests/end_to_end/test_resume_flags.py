@@ -35,8 +35,10 @@ GUARDED = {
     "ppo ptx_dataset": APPLIED,
 }
 # What the weights of the first step do not show: evaluations, clipping at a ratio of 1, a KL
-# coefficient that moves after it, time limits, and another way to write the same loss.
+# coefficient that moves after it, rollouts of older weights, time limits, and another way to write
+# the same loss.
 LATER = {
+    *("rollouts_ahead", "rollout_is", "rollout_is_cap", "rollout_is_mask"),
     *("eval_dataset", "eval_batch_size", "eval_interval", "eval_prompt_dataset"),
     *("metric_for_best", "early_stopping_patience", "early_stopping_threshold"),
     *("clip_eps", "clip_eps_low", "clip_eps_high", "value_clip", "kl_target", "kl_horizon"),
@@ -231,12 +233,24 @@ def test_the_weights_alone_and_a_dry_run(reached):
 # What no run here can show, with the reason.
 NOT_RUN = {
     "use_flash_attn": "flash-attn is a GPU's; without one the flag changes nothing, and says so",
-    "rollout_engine": "vLLM needs a GPU; the choice is made anew by every run (make_rollout)",
+    "rollout_engine": "the choice is made anew by every run (make_rollout)",
+    **dict.fromkeys(("vllm_memory_share", "vllm_sleep"), "vLLM in the process needs a GPU"),
+    **dict.fromkeys(
+        ("rollout_url", "rollout_sync", "rollout_weights_dir", "rollout_timeout"),
+        "of servers: tests/end_to_end/test_rollout_servers.py",
+    ),
+    "rollout_token_env": "of servers: tests/end_to_end/test_rollout_servers.py",
     "checkpoint_weights_only": "no resume, but another start: the test above",
     "dry_run": "takes no step of the run: the test above",
     "streaming": "needs raw rows: tests/end_to_end/test_streaming.py",
     "shuffle_buffer": "of streams: tests/end_to_end/test_streaming.py",
     "stream_workers": "of streams: tests/end_to_end/test_streaming.py",
+    **dict.fromkeys(
+        ("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed"),
+        "asks a server: tests/cli/test_reward_flags.py",
+    ),
+    "test_timeout": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
+    "test_memory": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
     "max_bad_ratio": "ends a preparation, or a stream, before its rows are trained on",
 }
 # Flags of coati sft, which all verbs hand to the same functions: the comparison and the refusals

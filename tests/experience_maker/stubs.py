@@ -53,7 +53,10 @@ def log_probs(value: float | Callable[[Tensor], Tensor]) -> Callable[[dict], Ten
 
 class StubRollout:
     """Answers each prompt with the next of ``answers``; a response that ends in ``stop`` has
-    stopped."""
+    stopped. ``elsewhere``: log-probs are those of an engine that is not the policy."""
+
+    elsewhere = False
+    version: int | None = None
 
     def __init__(
         self, answers: list[list[int]], logprob: float | None = -1.0, stop: int = 2
@@ -62,7 +65,7 @@ class StubRollout:
         self.temperatures: list[float] = []
 
     def publish(self, version: int, weights: Any) -> None:
-        pass
+        self.version = version
 
     def ask(
         self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
@@ -81,7 +84,13 @@ class StubRollout:
         answer: Future[Generated] = Future()
         answer.set_result(
             Generated(
-                torch.cat([input_ids, made], 1), lengths, stopped, input_ids.shape[1], logprobs
+                torch.cat([input_ids, made], 1),
+                lengths,
+                stopped,
+                input_ids.shape[1],
+                None if self.elsewhere else logprobs,
+                logprobs if self.elsewhere else None,
+                self.version,
             )
         )
         return answer

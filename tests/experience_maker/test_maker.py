@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from torch.testing import assert_close
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
 from coati.experience_maker.scoring import Scorer
+from coati.models.generation.loop import Generated
 from tests.experience_maker.stubs import StubEngine, StubRollout, Words, log_probs, prompts
 
 # Two answers to each prompt where there are groups; [.., 2] has stopped, the others were cut.
@@ -67,7 +70,7 @@ def make(
 
 
 def collect(maker: NaiveExperienceMaker, count: int):
-    return maker.make_experience(prompts([5, 6], [7]), range(10, 10 + count), 3, 0.5)
+    return maker.make_experience(maker.ask(prompts([5, 6], [7]), range(10, 10 + count), 3, 0.5))
 
 
 PPO = {"lam": 1.0}
@@ -171,7 +174,7 @@ def test_grpo():
 def test_truths_follow_their_prompts():
     maker = make(FOUR, scored(1.0, 3.0, 5.0, 5.0), method="grpo", num_generations=2)
     given = prompts([5, 6], [7], truths=["first", "second"])
-    assert maker.make_experience(given, range(4), 0).responses.gt_answers == [
+    assert maker.make_experience(maker.ask(given, range(4), 0)).responses.gt_answers == [
         "first",
         "first",
         "second",
@@ -255,7 +258,7 @@ def test_a_phase_is_whitened_as_a_whole():
     assert figures["explained_variance"] == pytest.approx(float(explained), rel=1e-4)
     # One phase that collects all four at once says the same.
     maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), kl_coef=0.0, whiten=True, **PPO)
-    together = maker.make_experience(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5)
+    together = maker.make_experience(maker.ask(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5))
     assert_close(
         maker.finalize_advantages([together])[0][0].advantages,
         torch.cat([part.advantages for part in parts]),
@@ -323,3 +326,110 @@ def wide_kl(found) -> torch.Tensor:
     pair."""
     kl = 0.1 * found.samples["approx_kl"]
     return kl - kl.view(-1, 2).flip(1).flatten()
+
+
+# Responses of other weights or of another engine
+
+
+def asked_then_published(maker: NaiveExperienceMaker, version: int | None):
+    """Responses that were asked for at version 4; then the policy is at ``version``."""
+    maker.publish(4)
+    pending = maker.ask(prompts([5, 6], [7]), range(10, 12), 3, 0.5)
+    if version is not None:
+        maker.publish(version)
+    return maker.make_experience(pending).experience
+
+
+def test_responses_of_older_weights_have_both_log_probs():
+    """-1 by the weights that sampled, -0.25 by the policy as it is now, which the KL is of."""
+    one = asked_then_published(make(TWO, scored(0.0, 0.0), **PPO), 12)
+    assert_close(one.sampled_log_probs, torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]))
+    assert_close(one.action_log_probs, torch.tensor([[-0.25, -0.25], [-0.25, 0.0]]))
+    assert_close(one.kl, torch.tensor([[1.25, 1.25], [1.25, 0.0]]))
+    assert one.version.tolist() == [4, 4]
+
+
+def test_the_kl_of_older_responses_is_weighed():
+    """Two actions and one; each is e^0.75 times as likely by now, cut to 2; each KL is 1.25.
+    That of an evaluation, whose weights are those of now, is as ever."""
+    maker = make([*TWO, *TWO], scored(*[0.0] * 4), **PPO)
+    maker.publish(4)
+    pending = maker.ask(prompts([5, 6], [7]), range(2), 3, 0.5)
+    maker.publish(12)
+    found = maker.make_experience(pending)
+    assert_close(found.samples["approx_kl"], torch.tensor([2 * 2 * 1.25, 2 * 1.25]))
+    judged = maker.rollout_and_score(prompts([5, 6], [7]), range(2), 9)
+    assert judged.samples["approx_kl"].tolist() == [1.0, 0.5]
+
+
+def test_responses_of_the_weights_of_now_are_as_ever():
+    one = asked_then_published(make(TWO, scored(0.0, 0.0), **PPO), None)
+    assert_close(one.action_log_probs, torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]))
+    assert one.sampled_log_probs is None and one.version is None
+
+
+@pytest.mark.parametrize("version", [4, 12])
+def test_an_engines_own_log_probs_stand_beside_the_policys(version):
+    maker = make(TWO, scored(0.0, 0.0), **PPO)
+    maker.rollout.elsewhere = True
+    one = asked_then_published(maker, version)
+    assert_close(one.sampled_log_probs, torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]))
+    assert_close(one.action_log_probs, torch.tensor([[-0.25, -0.25], [-0.25, 0.0]]))
+    assert one.version.tolist() == [4, 4]
+
+
+def test_older_responses_without_log_probs_say_their_version():
+    one = asked_then_published(make(TWO, scored(0.0, 0.0), logprob=None, **PPO), 12)
+    assert one.sampled_log_probs is None and one.version.tolist() == [4, 4]
+
+
+def test_what_was_asked_keeps_its_temperature():
+    maker = make([*TWO, *TWO], scored(*[0.0] * 4), **PPO)
+    first = maker.ask(prompts([5, 6], [7]), range(2), 3, 0.5)
+    second = maker.ask(prompts([5, 6], [7]), range(2), 4, 0.9)
+    assert maker.rollout.temperatures == [0.5, 0.9]
+    for pending in (first, second):
+        maker.make_experience(pending)
+        assert maker.actor.temperature == maker.reference.temperature == pending.temperature
+
+
+def test_responses_outlive_a_checkpoint(tmp_path):
+    """As torch.save writes them and reads them without running code; the experience is the same to
+    the bit."""
+    maker = make(TWO, scored(2.0, 9.0), **PPO)
+    maker.publish(4)
+    given = prompts([5, 6], [7]) | {"gt_answer": ["a", None]}
+    pending = maker.ask(given, range(10, 12), 3, 0.5)
+    torch.save(pending.state_dict(), tmp_path / "it.pt")
+    stored = torch.load(tmp_path / "it.pt", weights_only=True)
+    other = make([], scored(2.0, 9.0), **PPO)
+    other.publish(12)
+    maker.publish(12)
+    again = other.make_experience(PendingRollouts.of_state(stored, torch.device("cpu")))
+    once = maker.make_experience(pending)
+    assert again.responses == once.responses
+    assert again.responses.gt_answers == ["a", None]
+    for name, tensor in once.experience.tensors().items():
+        assert torch.equal(tensor, again.experience.tensors()[name]), name
+
+
+def test_parts_of_several_versions_are_no_batch():
+    answers: list[Future] = [Future(), Future()]
+    for version, answer in enumerate(answers):
+        one = torch.zeros(1, 2, dtype=torch.long)
+        answer.set_result(Generated(one, torch.ones(1), torch.ones(1), 1, version=version))
+    with pytest.raises(ValueError, match="weights of {0, 1}, not of one"):
+        PendingRollouts({}, [0, 1], 1, 1.0, answers).result()
+
+
+@pytest.mark.parametrize(
+    "error, kind", [(OSError("no route"), ValueError), (RolloutsLost("no server"), RolloutsLost)]
+)
+def test_an_engines_error_is_raised_where_it_is_waited_for(error, kind):
+    maker = make(TWO, scored(0.0, 0.0), **PPO)
+    pending = maker.ask(prompts([5, 6], [7]), range(2), 3, 0.5)
+    failed: Future[Generated] = Future()
+    failed.set_exception(error)
+    pending.parts = [failed]
+    with pytest.raises(kind, match=str(error)):
+        maker.make_experience(pending)

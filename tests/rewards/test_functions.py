@@ -23,7 +23,7 @@ GOOD = "<think>2 and 2</think>\n<answer> 4 </answer>"
 
 
 def test_every_row_of_the_table_has_its_function():
-    assert FUNCTIONS.keys() == REWARDS.keys()
+    assert FUNCTIONS.keys() == {name for name, row in REWARDS.items() if not row.beside}
 
 
 @pytest.mark.parametrize(

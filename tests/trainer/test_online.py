@@ -4,6 +4,7 @@ Models are stubs."""
 import json
 import os
 import signal
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.rollout_batch import RolloutBatch
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
+from coati.models.generation.loop import Generated
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
 from coati.rewards.responses import Responses
@@ -67,20 +70,41 @@ class Collate:
 class Maker:
     """Answers a prompt n with two tokens of n; its state is how many it has answered."""
 
+    scores_beside = False
+
     def __init__(self, stop_at: int | None = None) -> None:
         self.settings, self.kl = SimpleNamespace(num_generations=1), KLController(0.0)
         self.answered, self.calls, self.judged, self.stop_at = 0, [], [], stop_at
         self.published: list[int] = []
+        self.events: list[tuple] = []
+        self.lost_at: int | None = None
 
     def publish(self, version):
         self.published.append(version)
+        self.events.append(("publish", version))
 
-    def make_experience(self, batch, rows, episode, temperature):
+    def ask(self, batch, rows, episode, temperature):
         self.calls.append((episode, batch["input_ids"].flatten().tolist(), list(rows), temperature))
         if len(self.calls) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        self.answered += len(batch["input_ids"])
-        return self.rollout_and_score(batch, rows, episode, temperature)
+        self.events.append(("ask", episode))
+        ids = batch["input_ids"]
+        lengths = torch.ones(len(ids))
+        answer: Future[Generated] = Future()
+        if episode == self.lost_at:
+            answer.set_exception(RolloutsLost("no server answers"))
+        else:
+            answer.set_result(Generated(ids, lengths, lengths, 1, version=self.published[-1]))
+        pending = PendingRollouts(batch, list(rows), 1, temperature, [answer])
+        return replace(pending, prompts=batch | {"episode": episode})
+
+    def make_experience(self, pending):
+        version = pending.result().version
+        self.events.append(("collect", pending.prompts["episode"], version))
+        self.answered += len(pending.prompts["input_ids"])
+        return self.rollout_and_score(
+            pending.prompts, pending.sample_index, pending.prompts["episode"], pending.temperature
+        )
 
     def rollout_and_score(self, batch, rows, episode, temperature):
         self.judged.append(episode)
@@ -116,6 +140,20 @@ class Maker:
 
     def load_state_dict(self, state):
         self.answered = state["answered"]
+
+
+class SlowMaker(Maker):
+    """Its scores wait for something else: ``events`` are what begins and what is finished."""
+
+    scores_beside = True
+
+    def begin_experience(self, pending):
+        self.events.append(("begin", pending.sample_index))
+        return self.make_experience(pending)
+
+    def finish_experience(self, batch):
+        self.events.append(("finish", batch.experience.sample_index.tolist()))
+        return batch
 
 
 class Engine(StubEngine):
@@ -194,6 +232,19 @@ def test_every_pass_trains_on_every_response_once():
         assert [step[2] for step in steps] == [True, False, False, False]
 
 
+def test_slow_rewards_of_one_batch_run_while_the_next_is_sampled():
+    made = trainer(maker=SlowMaker())
+    made.run(loader())
+    plain = trainer()
+    plain.run(loader())
+    events = [event for event in made.maker.events if event[0] in ("ask", "begin", "finish")]
+    each = ["ask", "begin", "ask", "begin", "finish", "finish"]
+    assert [event[0] for event in events] == each * 5
+    begun = [event[1] for event in events if event[0] == "begin"]
+    assert [event[1] for event in events if event[0] == "finish"] == begun  # in the same order
+    assert made.engine.steps == plain.engine.steps
+
+
 def test_the_critic_learns_from_the_same_windows():
     critic = Engine()
     made = trainer(critic=critic)
@@ -267,7 +318,7 @@ def stopped_at(place: dict, tmp_path, monkeypatch) -> tuple:
     """A run that SIGTERM stops, what it saved, and the one that goes on."""
     saved = {}
 
-    def save(folder, models, state, buffer_state=None):
+    def save(folder, models, state, buffer_state=None, rollouts=None):
         saved.update(
             state=json.loads(json.dumps(vars(state))), buffer_state=buffer_state, models=set(models)
         )

@@ -17,6 +17,7 @@ from coati.experience_maker.experience import (
 from coati.models.critic import Critic
 from coati.models.policy_loss import LossAggregation
 from coati.models.policy_registry import LOSS_AGG_MODES
+from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.objective import LossPart
 from coati.trainer.policy_objective import (
     PolicyObjective,
@@ -308,3 +309,77 @@ def test_a_loss_of_the_users_own_averages_like_the_built_in(model, actor):
     assert not found.any()
     with pytest.raises(ValueError, match="one loss for each token of a response"):
         taken(actor, objective_of(loss=lambda tokens: tokens.logps.mean()), window)
+
+
+# Responses of older weights
+
+
+def of_version(one, version: int, *, less: float = 0.0):
+    """Sampled by weights of ``version`` that gave each action of row r a log-prob ``less`` (r + 1)
+    below the policy's."""
+    rows = torch.arange(1, len(one) + 1)[:, None]
+    sampled = one.action_log_probs - less * rows
+    return replace(one, sampled_log_probs=sampled, version=torch.full((len(one),), version))
+
+
+def test_older_responses_weigh_by_their_truncated_ratio(model, actor):
+    """Ratios e^(0.3 r) of rows 1 to 4, cut at 2: terms and gradient are those of advantages that
+    are so much larger. The KL term has no weight."""
+    one = sampled(model)
+    weight = (0.3 * torch.arange(1, 5)).exp().clamp(max=2.0)
+    assert weight[2] == 2.0 and weight[1] < 2.0
+    larger = replace(one, advantages=one.advantages * weight[:, None])
+    for settings in ({}, {"kl_coef": 0.5}, {"loss_agg": LossAggregation("seq-mean-token-mean")}):
+        expected, gradient = taken(actor, objective_of(**settings), [larger])
+        objective = objective_of(**settings)
+        objective.version = 8
+        step, found = taken(actor, objective, split_experience_batch(of_version(one, 4, less=0.3)))
+        assert step.num_terms == expected.num_terms
+        assert step.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_left_out_still_counts_in_the_divisor(model, actor):
+    one = sampled(model)
+    settings = {"correction": RolloutCorrection(keep=(0.5, 1.5)), "kl_coef": 0.5}
+    objective = objective_of(**settings)
+    objective.version = 8
+    step, _ = taken(actor, objective, [of_version(one, 4, less=0.3)])
+    ratio = math.exp(0.3)  # of the first row, the only one within the bounds
+    kept = ratio * float(one.advantages[0][one.action_mask[0]].sum())
+    k3 = math.exp(-0.2) - 1 + 0.2
+    assert step.num_terms == 10
+    assert step.loss == pytest.approx(-kept / 10 + 0.5 * k3, rel=1e-4)
+
+
+def test_responses_of_the_version_that_is_updated_are_as_ever(model, actor):
+    """To the bit, whatever another engine says of them; the entropy is that of the engine."""
+    one = sampled(model, moved=0.1)
+    expected, gradient = taken(actor, objective_of(kl_coef=0.3), [one])
+    objective = objective_of(kl_coef=0.3)
+    objective.version, objective.first_pass = 8, True
+    step, found = taken(actor, objective, [of_version(one, 8, less=0.05)])
+    assert torch.equal(found, gradient) and step.loss == expected.loss
+    engine = of_version(one, 8, less=0.05).sampled_log_probs[one.action_mask]
+    assert samples_of(step, "sampled_entropy").mean() == pytest.approx(-float(engine.mean()))
+    assert "rollout_gap" not in step.metrics  # measured over the whole episode instead
+
+
+def test_a_loss_of_the_users_own_is_weighed_too(model, actor):
+    one = sampled(model)
+    twice = {"loss": lambda tokens: -2 * tokens.advantages * tokens.logps}
+    larger = replace(one, advantages=one.advantages * math.exp(0.3))
+    _, gradient = taken(actor, objective_of(**twice), [larger.select([0])])
+    objective = objective_of(**twice)
+    objective.version = 8
+    _, found = taken(actor, objective, [of_version(one, 4, less=0.3).select([0])])
+    assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_older_responses_without_log_probs_of_their_own_are_refused(model, actor):
+    one = replace(sampled(model), version=torch.full((4,), 3))
+    with pytest.raises(ValueError, match="--rollout_is: the rollout engine gave no log-probs"):
+        taken(actor, objective_of(), [one])
+    expected, gradient = taken(actor, objective_of(), [sampled(model)])
+    step, found = taken(actor, objective_of(correction=RolloutCorrection("none")), [one])
+    assert torch.equal(found, gradient) and step.loss == expected.loss

@@ -35,7 +35,7 @@ class RolloutEngine(Protocol):
         ``noise`` decides the tokens (:func:`~coati.models.generation.row_noise.row_noise`).
         ``logprobs`` of the result are log_softmax(logits / temperature) at each token, without
         top-k, top-p and penalties; None: the caller must recompute them with the policy. Every rank
-        must ask equally often.
+        must ask equally often, and take the results in one order.
         """
         ...
 
@@ -92,17 +92,25 @@ class ModelRollout:
         """There is nothing to end."""
 
 
-def make_rollout(name: str, engine: Engine, *, model_path: str, **settings: Any) -> RolloutEngine:
-    """The engine called ``name`` ("model" or "vllm"); ``settings`` are those of
+def make_rollout(
+    name: str, engine: Engine, *, elsewhere: Any = None, **settings: Any
+) -> RolloutEngine:
+    """The engine called ``name`` ("model", "vllm" or "http"); ``settings`` are those of
     :class:`ModelRollout`.
 
-    ``model_path``: the model's directory or name, from which another engine reads its shape and
-    first weights. Raises ValueError for another name or where the engine cannot work.
+    ``elsewhere``: what another engine needs beside them
+    (:class:`~coati.experience_maker.rollouts.vllm_rollout.VllmOptions`,
+    :class:`~coati.experience_maker.rollouts.http_rollout.ServerOptions`). Raises ValueError for
+    another name or where the engine cannot work.
     """
     if name == "model":
         return ModelRollout(engine, **settings)
     if name == "vllm":
         from coati.experience_maker.rollouts.vllm_rollout import VllmRollout
 
-        return VllmRollout(engine, model_path=model_path, **settings)
-    raise ValueError(f"--rollout_engine {name}: unknown; choose model or vllm")
+        return VllmRollout(engine, elsewhere, **settings)
+    if name == "http":
+        from coati.experience_maker.rollouts.http_rollout import HttpRollout
+
+        return HttpRollout(engine, elsewhere, **settings)
+    raise ValueError(f"--rollout_engine {name}: unknown; choose model, vllm or http")

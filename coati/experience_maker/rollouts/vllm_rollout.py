@@ -1,36 +1,55 @@
 """Rollouts by vLLM in the training process, for one process on one GPU; imported only when it is
 chosen.
 
-What holds: weights are handed over after each update, adapters merged;
-log-probs are left to the policy, whose numbers the update is compared with, so vLLM's kernels and
-rounding do not enter the ratio. What does
-not: a response is repeated by its row's noise only within one vLLM version and batch composition
-(vLLM takes a seed per request, not the noise itself); a stop sequence of several tokens ends a
-response only afterward, so vLLM computes tokens that are cut off; model and key-value cache live
-on the GPU beside the training state.
+What holds: weights are handed over after each update, adapters merged; the ratio of the update is
+taken against the policy's own log-probs, vLLM's are kept beside them, so its kernels and rounding
+do not enter the ratio. What does not: a response is repeated by its row's noise only within one
+vLLM version and batch composition (vLLM takes a seed per request, not the noise itself); a stop
+sequence of several tokens ends a response only afterward, so vLLM computes tokens that are cut off;
+model and key-value cache live on the GPU beside the training state, unless they sleep.
 """
 
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coati.experience_maker.rollouts.rollout_client import cut, is_whole
 from coati.models.generation.loop import Generated, Sampling
 from coati.models.generation.row_noise import NoiseRows
 from coati.parallel.engine import Engine
-from coati.parallel.weights import is_lora
+from coati.parallel.weights import checkpoint_weights, is_lora
 from coati.utils.distributed import world_size
+from coati.utils.logging import get_logger
 
-GPU_SHARE = 0.4  # of the GPU's memory, for vLLM's weights and cache; training has the rest
-_WAYS_TO_THE_MODEL = (
-    "llm_engine.model_executor.driver_worker.model_runner.model",
-    "llm_engine.model_executor.driver_worker.worker.model_runner.model",
+logger = get_logger(__name__)
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_WAYS_TO_THE_RUNNER = (
+    "llm_engine.model_executor.driver_worker.model_runner",
+    "llm_engine.model_executor.driver_worker.worker.model_runner",
 )
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """``model_path``: the model's directory or name, from which vLLM reads its shape and first
+    weights. ``precision``: of ``--mixed_precision``. ``max_length``: tokens of prompt and response.
+    ``memory_share``: of the GPU's memory, for vLLM's weights and cache; training has the rest.
+    ``sleep``: give it back to training between rollouts."""
+
+    model_path: str
+    precision: str = "bf16"
+    max_length: int | None = None
+    memory_share: float = 0.4
+    sleep: bool = False
+    trust_remote_code: bool = False
 
 
 class VllmRollout:
@@ -40,20 +59,19 @@ class VllmRollout:
     def __init__(
         self,
         engine: Engine,
+        options: VllmOptions,
         *,
-        model_path: str,
         sampling: Sampling,
         stop_sequences: Sequence[list[int]],
         max_new_tokens: int,
         pad_token_id: int,
-        gpu_share: float = GPU_SHARE,
     ) -> None:
-        """Raises ValueError without vLLM, with more than one process, or for adapters on tied
-        embeddings."""
+        """Raises ValueError without vLLM, with more than one process, for adapters on tied
+        embeddings, and for a sleep that this vLLM cannot have."""
         if world_size() > 1:
             raise ValueError(
                 f"--rollout_engine vllm works with one process, not {world_size()}; use "
-                "--rollout_engine model"
+                "--rollout_url with servers of coati rollout-server, or --rollout_engine model"
             )
         # Its engine must live in this process, where the weights are.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -62,32 +80,84 @@ class VllmRollout:
         except ImportError as error:
             raise ValueError(
                 f"--rollout_engine vllm: vllm cannot be imported ({error}); install it (pip "
-                "install vllm, on a machine with a GPU) or use --rollout_engine model"
+                "install vllm, on a machine with a GPU), run it as a server in an environment of "
+                "its own (--rollout_url), or use --rollout_engine model"
             ) from error
-        _check_head(engine)
+        check_head(engine, "--rollout_engine vllm")
         self.engine = engine
         self.sampling = sampling
-        self.stops = [tuple(stop) for stop in stop_sequences]
+        self.stops = tuple(tuple(stop) for stop in stop_sequences)
         self.max_new_tokens = max_new_tokens
         self.pad = pad_token_id
-        self.llm = self.vllm.LLM(
-            model=model_path,
-            skip_tokenizer_init=True,
-            gpu_memory_utilization=gpu_share,
-            enable_prefix_caching=False,
-        )
+        self.sleeps = options.sleep
+        self.llm = self.vllm.LLM(**self._llm_options(options))
+        self._awake = True
+        self._check_sleep()
         self.version = 0
 
+    def _llm_options(self, options: VllmOptions) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "model": options.model_path,
+            "dtype": DTYPES[options.precision],
+            "skip_tokenizer_init": True,
+            "gpu_memory_utilization": options.memory_share,
+            "enable_prefix_caching": False,
+            "trust_remote_code": options.trust_remote_code,
+        }
+        if self._has_mode():  # with the temperature in them, as the policy's are
+            given["logprobs_mode"] = "processed_logprobs"
+        if not torch.cuda.is_available():
+            # Seeds and prompts that are prefilled in parts do not go together on a CPU (0.32).
+            given["enable_chunked_prefill"] = False
+        if options.max_length is not None:
+            given["max_model_len"] = options.max_length
+        if options.sleep:
+            given["enable_sleep_mode"] = True
+        return given
+
+    def _has_mode(self) -> bool:
+        known = getattr(self.vllm, "EngineArgs", None)
+        return known is None or hasattr(known, "logprobs_mode")
+
+    def _check_sleep(self) -> None:
+        if not self.sleeps:
+            return
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "--vllm_sleep frees the memory of a GPU, and there is none; leave it out"
+            )
+        if not hasattr(self.llm, "sleep") or not hasattr(self.llm, "wake_up"):
+            raise ValueError(
+                f"--vllm_sleep: vllm {self._release()} has no sleep mode; leave it out"
+            )
+
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Hand the weights over to vLLM."""
-        self._model().load_weights(iter(weights))
+        """Hand the weights over to vLLM, which wakes for them."""
+        self._wake()
+        tensors = list(checkpoint_weights(self.engine, dict(weights)).items())
+        if hasattr(self.llm, "collective_rpc") and self._reloads():
+            # It also renews what vLLM has derived from the weights.
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        else:
+            logger.warning_once(
+                f"vllm {self._release()} has no reload_weights: weights are handed to its model "
+                "directly, which is right for plain bf16, fp16 and fp32 models alone"
+            )
+            self._model().load_weights(iter(tensors))
         self.version = version
+
+    def _reloads(self) -> bool:
+        """Whether the worker takes new weights one by one."""
+        found = self._find(_WAYS_TO_THE_RUNNER, "reload_weights")
+        if found is None:
+            return False
+        return "weights_iterator" in signature(found).parameters
 
     def ask(
         self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
     ) -> "Future[Generated]":
-        """Samples at once; vLLM takes a seed a response, the first number of its noise. Log-probs
-        are left to the policy."""
+        """Samples at once; vLLM takes a seed a response, the first number of its noise."""
+        self._wake()
         rows = [
             row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)
         ]
@@ -97,13 +167,17 @@ class VllmRollout:
             [self._parameters(seed, temperature) for seed in seeds],
             use_tqdm=False,
         )
-        responses = [
-            cut(list(output.outputs[0].token_ids), self.stops, self.max_new_tokens)
-            for output in outputs
-        ]
+        if self.sleeps:
+            self.llm.sleep(level=1)  # the weights stay, in the host's memory
+            self._awake = False
         answer: Future[Generated] = Future()
-        answer.set_result(replace(self._padded(input_ids, responses), version=self.version))
+        answer.set_result(self._generated(input_ids, [output.outputs[0] for output in outputs]))
         return answer
+
+    def _wake(self) -> None:
+        if not self._awake:
+            self.llm.wake_up()
+            self._awake = True
 
     def close(self) -> None:
         """vLLM ends with the process."""
@@ -121,9 +195,13 @@ class VllmRollout:
             ignore_eos=True,
             stop_token_ids=[stop[0] for stop in self.stops if len(stop) == 1],
             detokenize=False,
+            logprobs=0,  # of the sampled token, and no other
         )
 
-    def _padded(self, input_ids: Tensor, responses: list[tuple[list[int], bool]]) -> Generated:
+    def _generated(self, input_ids: Tensor, outputs: list[Any]) -> Generated:
+        responses = [
+            cut(list(output.token_ids), self.stops, self.max_new_tokens) for output in outputs
+        ]
         width = max(len(tokens) for tokens, _ in responses)
         new = [tokens + [self.pad] * (width - len(tokens)) for tokens, _ in responses]
         device = input_ids.device
@@ -133,43 +211,66 @@ class VllmRollout:
             torch.tensor([stopped for _, stopped in responses], device=device),
             input_ids.shape[1],
             logprobs=None,
+            sampled_logprobs=self._logprobs(outputs, [len(t) for t, _ in responses], width, device),
+            version=self.version,
         )
 
-    def _model(self) -> Any:
-        for way in _WAYS_TO_THE_MODEL:
+    def _logprobs(
+        self, outputs: list[Any], lengths: list[int], width: int, device: torch.device
+    ) -> Tensor | None:
+        """(B, width), 0 after a response's end; None where vLLM's are of what top-k, top-p and
+        penalties leave."""
+        if not self._has_mode():
+            logger.warning_once(
+                f"vllm {self._release()} gives log-probs without the temperature: they are not used"
+            )
+            return None
+        if not is_whole(self.sampling):
+            logger.warning_once(
+                "vLLM gives log-probs of what top-k, top-p and the repetition penalty leave, not "
+                "of the whole distribution: they are not used"
+            )
+            return None
+        found = torch.zeros(len(outputs), width)
+        for row, (output, length) in enumerate(zip(outputs, lengths, strict=True)):
+            each = zip(output.token_ids[:length], output.logprobs, strict=False)
+            found[row, :length] = torch.tensor([by_id[token].logprob for token, by_id in each])
+        return found.to(device)
+
+    def _find(self, ways: Sequence[str], name: str) -> Any:
+        """The first ``llm.<way>.<name>`` there is; None for none."""
+        for way in ways:
             found = self.llm
-            for name in way.split("."):
-                found = getattr(found, name, None)
+            for part in (*way.split("."), name):
+                found = getattr(found, part, None)
             if found is not None:
                 return found
-        version = getattr(self.vllm, "__version__", "of unknown version")
+        return None
+
+    def _model(self) -> Any:
+        found = self._find(_WAYS_TO_THE_RUNNER, "model")
+        if found is not None:
+            return found
         raise ValueError(
-            f"--rollout_engine vllm: the weights of vllm {version} cannot be reached in this "
-            f"process (looked for llm.{_WAYS_TO_THE_MODEL[0]}); use another version or "
+            f"--rollout_engine vllm: the weights of vllm {self._release()} cannot be reached in "
+            f"this process (looked for llm.{_WAYS_TO_THE_RUNNER[0]}.model); use another version or "
             "--rollout_engine model"
         )
 
+    def _release(self) -> str:
+        return getattr(self.vllm, "__version__", "of unknown version")
 
-def _check_head(engine: Engine) -> None:
-    # Merged, such a model has a head of its own; vLLM, which reads the configuration, would use the
-    # input embedding.
+
+def check_head(engine: Engine, flag: str) -> None:
+    """Raises ValueError for adapters on one side of tied embeddings. Merged, such a model has a
+    head of its own; vLLM, which reads the configuration, would use the input embedding."""
     if not is_lora(engine):
         return
     from coati.models.lora.layers import tied_head
 
     if tied_head(engine.module.get_base_model()) is not None:
         raise ValueError(
-            "--rollout_engine vllm: the adapters change one side of tied embeddings, which vllm "
-            "cannot be given; leave embed_tokens and lm_head out of the adapters or use "
+            f"{flag}: the adapters change one side of tied embeddings, which other samplers cannot "
+            "be given; leave embed_tokens and lm_head out of the adapters or use "
             "--rollout_engine model"
         )
-
-
-def cut(tokens: list[int], stops: list[tuple[int, ...]], limit: int) -> tuple[list[int], bool]:
-    """``tokens`` up to the end of the first stop sequence to be complete, and whether there is one
-    within ``limit``."""
-    tokens = tokens[:limit]
-    for end in range(1, len(tokens) + 1):
-        if any(tuple(tokens[max(0, end - len(stop)) : end]) == stop for stop in stops):
-            return tokens[:end], True
-    return tokens, False

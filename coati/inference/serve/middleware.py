@@ -4,6 +4,7 @@ the chat page."""
 import base64
 import functools
 import hashlib
+import hmac
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,17 +24,34 @@ ASSETS = ("markdown-it.min.js", "purify.min.js")
 MOST_BYTES = 4 * 2**20  # of a body: many times what any prompt that fits a model takes
 
 
-def add_middleware(app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[str]) -> None:
+def check_bearer(request: Request, token: str | None) -> None:
+    """Raise Refused where ``request`` does not bring ``token``; None: it need not."""
+    if token is None:
+        return
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode(), token.encode())
+    if kind.lower() != "bearer" or not right:
+        raise Refused(
+            401,
+            "wrong or missing token; send the header Authorization: Bearer TOKEN",
+            "authentication_error",
+            code="invalid_api_key",
+        )
+
+
+def add_middleware(
+    app: FastAPI, cors_origins: Sequence[str], hosts: Sequence[str], most_bytes: int = MOST_BYTES
+) -> None:
     """Add exception handlers and middleware to ``app``.
 
     Without ``cors_origins`` no page of another origin may read responses; ``hosts``: Host headers
-    that are accepted (any, when empty).
+    that are accepted (any, when empty); ``most_bytes``: of a body.
     """
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
-    app.add_middleware(BodyLimit, most=MOST_BYTES)
+    app.add_middleware(BodyLimit, most=most_bytes)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

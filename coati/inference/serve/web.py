@@ -2,7 +2,6 @@
 health, and the chat page."""
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -37,7 +36,12 @@ from coati.inference.serve.inference_engine import (
     StreamChunk,
 )
 from coati.inference.serve.inference_engine import Request as Submitted
-from coati.inference.serve.middleware import add_middleware, asset_response, page_response
+from coati.inference.serve.middleware import (
+    add_middleware,
+    asset_response,
+    check_bearer,
+    page_response,
+)
 from coati.inference.serve.not_served import Refused, ignored_fields
 from coati.inference.serve.protocol import (
     ChatRequest,
@@ -151,17 +155,7 @@ class Api:
         self.limits = ResponseLimits(settings.max_new_tokens, engine.max_length, engine.limited)
 
     async def check_token(self, request: Request) -> None:
-        if self.settings.token is None:
-            return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.settings.token.encode())
-        if kind.lower() != "bearer" or not right:
-            raise Refused(
-                401,
-                "wrong or missing token; send the header Authorization: Bearer TOKEN",
-                "authentication_error",
-                code="invalid_api_key",
-            )
+        check_bearer(request, self.settings.token)
 
     async def chat(self, body: ChatRequest, request: Request, response: Response):
         """A chat completion, whole or streamed."""

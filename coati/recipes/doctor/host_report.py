@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from coati.rewards.sandbox.sandbox import Refused, working_engine
 from coati.utils.environment import code_version, cpus, installed
 from coati.utils.host_address import (
     address_toward,
@@ -89,6 +90,8 @@ def host_report(asked: Asked) -> dict[str, Any]:
     report["address"] = _address(asked, find)
     report["port"] = _port(asked, find)
     report["ssh"] = shutil.which("ssh") or "none"
+    if not asked.short:
+        report["sandbox"] = _sandbox(find)
     report["findings"] = [asdict(one) for one in findings]
     return report
 
@@ -229,6 +232,16 @@ def _port(asked: Asked, find: Any) -> str:
         return f"{asked.port} is free"
     find(MEND, port_in_use(asked.port), "end it, or choose another --master_port")
     return f"{asked.port} is in use"
+
+
+def _sandbox(find: Any) -> str:
+    """What isolates the programs of the reward python_tests. Nothing else needs it."""
+    try:
+        return f"{working_engine()}: programs of --reward_functions python_tests can be run"
+    except Refused as error:
+        what, _, remedy = str(error).partition(". Install ")
+        find(NOTE, f"--reward_functions python_tests: {what}", f"install {remedy}")
+        return "none"
 
 
 def _gib(size: float) -> str:

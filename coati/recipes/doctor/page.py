@@ -51,8 +51,8 @@ def _flat(report: dict[str, Any], clock: float | None) -> dict[str, str]:
     rest = [f"{n} {v}" for n, v in report["packages"].items() if n not in shown]
     flat = {"coati": report["coati"], "Python": report["Python"], **shown}
     flat |= {"packages": ", ".join(rest), "system": f"{report['system']}, {report['cpus']} cores"}
-    for name in ("devices", "free memory", "shared memory", "open files", "address", "port"):
-        flat[name] = report[name]
+    names = ("devices", "free memory", "shared memory", "open files", "address", "port", "sandbox")
+    flat |= {name: report[name] for name in names if name in report}
     flat |= {f"disk: {name}": value for name, value in report["free disk"].items()}
     if clock is not None:
         flat["clock"] = f"{clock * 1e3:+.0f} ms"

@@ -39,7 +39,13 @@ def judge_of(args: CompareSettings, tags: dict | None):
         code = args.trust_remote_code
         model = named("--rm_path", load_reward_model, args.rm_path, trust_remote_code=code)
     if args.reward_functions:
-        rewards = Rewards(args.reward_functions, args.reward_weights, tags, args.reward_timeout)
+        rewards = Rewards(
+            args.reward_functions,
+            args.reward_weights,
+            tags,
+            args.reward_timeout,
+            options=args.slow_rewards.options(),
+        )
     return Judge(model, rewards, args.batch_size)
 
 

@@ -18,8 +18,41 @@ VERB = Verb(
 )
 
 
+def is_reward_model(args: ServerSettings) -> bool:
+    """Whether the model has the head of one, so that it scores responses and writes none. Raises
+    ValueError for flags that it has no use for."""
+    from coati.models.loading import explained, find_model
+    from coati.models.scalar_loading import head_state
+
+    directory = find_model(args.model_path, "actor")
+    try:
+        head = head_state(directory)
+    except Exception as error:  # safetensors and pickle have error classes of their own
+        raise explained(directory, "model", error) from error
+    if head is None:
+        return False
+    for flag in ("quant", "profanity_file", "tokenizer_path"):
+        if getattr(args, flag) is not None:
+            raise ValueError(
+                f"--{flag}: {args.model_path} is a reward model, which has no use for it"
+            )
+    return True
+
+
+def reward_app(args: ServerSettings):
+    """The application that answers POST /score."""
+    from coati.inference.evaluate.score_rows import load_reward_model
+    from coati.inference.serve.reward_web import RewardScorer, make_reward_app
+
+    code = args.trust_remote_code
+    model, tokenizer, conversation = load_reward_model(
+        args.model_path, args.conversation_template_config, trust_remote_code=code
+    )
+    scorer = RewardScorer(model, tokenizer, conversation, args.model_max_length, args.max_batch)
+    return make_reward_app(scorer, args.served_model_name, args.token, hosts_of(args))
+
+
 def open_engine(args: ServerSettings):
-    import_libraries()
     from coati.inference import load
     from coati.inference.serve.inference_engine import InferenceEngine
     from coati.inference.serve.stop_strings import read_words
@@ -43,16 +76,24 @@ def open_engine(args: ServerSettings):
     )
 
 
+def hosts_of(args: ServerSettings) -> tuple[str, ...]:
+    """Without a token only the address protects the model, so a web page that makes its name point
+    here must not do."""
+    return (*LOOPBACK, "[::1]") if args.token is None and args.http_host in LOOPBACK else ()
+
+
 def app_of(args: ServerSettings, engine):
     from coati.inference.serve.web import WebSettings, make_app
     from coati.models.generation.sampling import Sampling
 
     sampling = Sampling.at(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    # Without a token only the address protects the model, so a web page that makes its name point
-    # here must not do.
-    hosts = (*LOOPBACK, "[::1]") if args.token is None and args.http_host in LOOPBACK else ()
     settings = WebSettings(
-        args.served_model_name, sampling, args.max_new_tokens, args.token, args.cors_origins, hosts
+        args.served_model_name,
+        sampling,
+        args.max_new_tokens,
+        args.token,
+        args.cors_origins,
+        hosts_of(args),
     )
     return make_app(engine, settings)
 
@@ -65,7 +106,8 @@ def main(args: ServerSettings) -> None:
     try:
         import uvicorn
 
-        engine = open_engine(args)
+        import_libraries()
+        app = reward_app(args) if is_reward_model(args) else app_of(args, open_engine(args))
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; the server needs: pip install 'coati[serve]'") from error
     host, port = listening.getsockname()[:2]
@@ -73,7 +115,7 @@ def main(args: ServerSettings) -> None:
         f"{args.served_model_name} at http://{f'[{host}]' if ':' in host else host}:{port}",
         flush=True,
     )
-    config = uvicorn.Config(app_of(args, engine), timeout_graceful_shutdown=args.shutdown_timeout)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=args.shutdown_timeout)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:

@@ -19,7 +19,8 @@ class Settings:
     """The flags that the advice depends on, and how long the checks wait.
 
     ``window``: episodes to average over; ``patience``: episodes by which the reward should have
-    risen. The others are the flags of the same names (``max_new_tokens``: --max_seq_len).
+    risen. ``fp32``: models are trained in fp32. The others are the flags of the same names
+    (``max_new_tokens``: --max_seq_len).
     """
 
     window: int = 10
@@ -32,6 +33,9 @@ class Settings:
     reward_clip: float | None = 5.0
     reward_normalization: str = "none"
     max_new_tokens: int | None = None
+    rollouts_ahead: int = 0
+    rollout_is: str = "token"
+    fp32: bool = False
 
 
 class Finding(NamedTuple):
@@ -335,15 +339,64 @@ def critic_useless(history: History, settings: Settings) -> Finding | None:
 
 
 def rollout_differs(history: History, settings: Settings) -> Finding | None:
-    """Log-probs of rollout and first update differ by 0.1 or more per token."""
-    gap = history.middle("rollout_gap", 3)
-    if gap is None or gap < 0.1:
+    """Log-probs of rollout and policy differ by more than their precision explains, although both
+    are of the same weights."""
+    # Of responses that are asked for ahead, those of the first episode alone are of such weights.
+    gap = history.middle("rollout_gap", 1 if settings.rollouts_ahead else 3)
+    if gap is None or gap < (0.02 if settings.fp32 else 0.1):
         return None
     return Finding(
         gap,
         "rollout and training log-probs of the same tokens disagree (mean difference "
-        f"{gap:.2g}): the ratio is not 1 before any update. Take --mixed_precision bf16 or fp32 "
-        "instead of fp16, and --rollout_engine model",
+        f"{gap:.2g}), although both are of the same weights: a fault, no staleness. Look for "
+        "another temperature, tokenizer or template, for other weights, and for another precision "
+        "in the rollout engine; take --mixed_precision bf16 or fp32 instead of fp16, and compare "
+        "with --rollout_engine model",
+    )
+
+
+def gap_unexplained(history: History, settings: Settings) -> Finding | None:
+    """Older responses are further from the policy than its updates have moved it since.
+
+    A mean absolute log-ratio is at most about sqrt(2 KL) for a move of that KL. ``update_kl`` is a
+    mean over an update that it grows in, about quadratically, so that a whole one has 3 times that.
+    """
+    gap = history.middle("staleness_gap", 5)
+    moved = history.middle("update_kl", 5)
+    if gap is None or moved is None:
+        return None
+    explained = max(settings.rollouts_ahead, 1) * math.sqrt(6 * max(moved, 0.0))
+    if gap < 3 * explained + 0.1:
+        return None
+    return Finding(
+        gap,
+        f"the log-probs of older responses differ from the policy's by {gap:.2g} a token, and "
+        f"{settings.rollouts_ahead} episodes of updates explain about {explained:.2g}: a fault, no "
+        "staleness. Look for another temperature, tokenizer or template in the rollout engine, and "
+        "whether published weights arrive there",
+    )
+
+
+def rollouts_too_old(history: History, settings: Settings) -> Finding | None:
+    """Importance weights leave less than half of the responses' worth; or without weights, ratios
+    are off by a third."""
+    less = "lower --rollouts_ahead, --lr or --num_update_steps"
+    if settings.rollout_is == "none":
+        gap = history.middle("staleness_gap", 3)
+        if gap is None or gap < 0.3:
+            return None
+        return Finding(
+            gap,
+            f"responses are of older weights, {gap:.2g} a token away from the policy, and "
+            f"--rollout_is none does not correct for it: take --rollout_is token, or {less}",
+        )
+    size = history.middle("rollout_is_ess", 3)
+    if size is None or size > 0.5:
+        return None
+    return Finding(
+        1 / max(size, 1e-6),
+        "responses are too old for the policy: by their importance weights they are worth "
+        f"{size:.0%} of as many of its own (rollout_is_ess). {less[0].upper()}{less[1:]}",
     )
 
 
@@ -364,6 +417,8 @@ CHECKS: dict[str, Check] = {
     for check in (
         steps_skipped,
         rollout_differs,
+        gap_unexplained,
+        rollouts_too_old,
         kl_negative,
         kl_running_away,
         not_centered,
@@ -389,5 +444,8 @@ REMEMBERED = (
     "stop_rate",
     "explained_variance",
     "rollout_gap",
+    "staleness_gap",
+    "rollout_is_ess",
+    "update_kl",
     "skip_ratio",
 )

@@ -36,7 +36,7 @@ class RLReporter:
     def __init__(self, log: RunLog, checks: RLChecks | None, stored: dict[str, Any]) -> None:
         self.log = log
         self.checks = checks
-        names = ("tokens", "responses", "rollout", "seconds", "ratio")
+        names = ("tokens", "responses", "rollout", "seconds", "ratio", "gap")
         self._counts = dict.fromkeys(names, 0.0) | stored.get("counts", {})
         if checks is not None and "signs" in stored:
             checks.load_state_dict(stored["signs"])
@@ -55,6 +55,8 @@ class RLReporter:
         rollout = sum(batch.seconds["rollout"] for batch in batches)
         scoring = sum(batch.seconds["scoring"] for batch in batches)
         seconds = {"seconds_rollout": rollout, "seconds_scoring": scoring}
+        metrics = dict(metrics)
+        counts["gap"] = max(counts["gap"], metrics.pop("rollout_gap_max", 0.0))
         for name, value in (metrics | {"distinct_2": distinct_2(responses)} | seconds).items():
             meter.add(name, value)
         counts["tokens"] += sum(map(len, responses))
@@ -88,6 +90,8 @@ class RLReporter:
         metrics = self.log.meter.report()
         metrics["seconds_update"] = metrics.pop("_seconds_update") * steps_per_episode
         metrics["ratio_max"] = max(all_gather_object(counts["ratio"]))
+        if counts["gap"]:  # equal on all ranks
+            metrics["rollout_gap_max"] = counts["gap"]
         metrics["tokens_per_second"] = counts["tokens"] / max(counts["rollout"], 1e-9)
         metrics["samples_per_second"] = counts["responses"] / max(counts["seconds"], 1e-9)
         self._counts = dict.fromkeys(counts, 0.0)

@@ -76,7 +76,13 @@ GROUPS = (
             Panel("Clipped tokens", ("clip_fraction", "value_clip_fraction"), "share"),
             Panel("Largest ratio", ("ratio_max",), "new / old probability"),
             Panel("Skipped steps", ("skip_ratio",), "share", True),
-            Panel("Sampling against training", ("rollout_gap",), "nats a token"),
+            Panel("Sampling against training", ("rollout_gap", "staleness_gap"), "nats a token"),
+            Panel("Largest gap", ("rollout_gap_max",), "nats"),
+            Panel("Age of the responses", ("staleness",), "optimizer steps"),
+            Panel("Effective sample size", ("rollout_is_ess",), "share", True),
+            Panel(
+                "Weights at the cap", ("rollout_is_truncated", "rollout_is_masked"), "share", True
+            ),
             Panel("Advantages", ("advantages_mean", "advantages_std")),
             Panel("Explained variance of the critic", ("explained_variance",)),
         ),

@@ -174,6 +174,42 @@ FAILURES = {
         "--rollout_engine model",
         4,
     ),
+    "older responses without weights": (
+        put(staleness_gap=lambda e, d: d.uniform(0.32, 0.5), update_kl=0.02),
+        "--rollout_is none does not correct",
+        "--rollout_is token",
+        4,
+        {"rollouts_ahead": 4, "rollout_is": "none"},
+    ),
+    "responses too old": (
+        put(rollout_is_ess=lambda e, d: d.uniform(0.2, 0.45)),
+        "by their importance weights they are worth",
+        "--rollouts_ahead",
+        4,
+        {"rollouts_ahead": 2},
+    ),
+    "another temperature": (
+        # Staleness explains 2 x sqrt(6 x 0.001) = 0.15 of it
+        put(staleness_gap=lambda e, d: d.uniform(0.6, 0.9), update_kl=0.001),
+        "explain about 0.15",
+        "temperature",
+        6,
+        {"rollouts_ahead": 2},
+    ),
+    "a first episode that disagrees": (
+        lambda m, e, d: m.pop("rollout_gap") and e == 0 and m.update(rollout_gap=0.3),
+        "although both are of the same weights",
+        "precision",
+        1,
+        {"rollouts_ahead": 1},
+    ),
+    "an engine of lower precision": (
+        put(rollout_gap=lambda e, d: d.uniform(0.03, 0.06)),
+        "disagree",
+        "--mixed_precision",
+        4,
+        {"fp32": True},
+    ),
     "skipped": (
         put(skip_ratio=lambda e, d: 0.25 if e == 40 else 0.0),
         "were skipped",
@@ -186,8 +222,9 @@ FAILURES = {
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("failure", FAILURES)
 def test_each_failure_is_named_in_time_and_once(failure, seed):
-    change, words, flag, within = FAILURES[failure]
-    said = [(episode, text) for episode, text in run(change, seed) if words in text]
+    change, words, flag, within, *settings = FAILURES[failure]
+    found = run(change, seed, **dict(*settings))
+    said = [(episode, text) for episode, text in found if words in text]
     assert said, f"nothing about {words!r}"
     assert said[0][0] < within and flag in said[0][1] and said[0][1].startswith("warning: ")
     # Repeated only where it became three times as bad, so a handful of times however long the run.
@@ -303,3 +340,21 @@ def test_the_trend_is_that_of_least_squares():
     assert trend.span == 6 and rise == pytest.approx(6 * 9.5 / 21)
     assert error == pytest.approx(6 * math.sqrt((4.75 - 9.5**2 / 21) / 2 / 21))
     assert Trend().rise() == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+def test_healthy_staleness_is_left_in_peace(ahead, seed):
+    """As measured with examples/demo/prove_online.py: a gap of at most 0.8 x sqrt(6 update_kl) for
+    each episode ahead, and weights that are worth 0.85 and more."""
+
+    def older(metrics, episode, dice):
+        del metrics["rollout_gap"]
+        moved = abs(dice.gauss(0.01, 0.006))
+        metrics |= {
+            "update_kl": moved,
+            "staleness_gap": ahead * 0.8 * math.sqrt(6 * moved) * dice.uniform(0.3, 1.0),
+            "rollout_is_ess": dice.uniform(0.85, 1.0),
+        }
+
+    assert not run(older, seed, rollouts_ahead=ahead)

@@ -1,0 +1,157 @@
+"""Which engine writes the responses of PPO and GRPO, and how weights reach it: the flags and their
+checks."""
+
+import importlib.util
+import os
+from argparse import Namespace, _ActionsContainer
+from urllib.parse import urlsplit
+
+from coati.cli.parser import Parser
+from coati.cli.values import add_number, add_switch, add_text
+
+ENGINES = ("model", "vllm", "http")
+SYNCS = ("http", "disk")
+# Of vLLM's own transfer between GPUs, which are not there yet.
+CARDS = ("ipc", "nccl")
+TIMEOUT_S = 600.0
+SHARE = 0.4
+OF_VLLM = {"vllm_memory_share": SHARE, "vllm_sleep": False}
+OF_SERVERS = {
+    "rollout_sync": SYNCS[0],
+    "rollout_weights_dir": None,
+    "rollout_timeout": TIMEOUT_S,
+    "rollout_token_env": None,
+}
+
+
+def add_engine_choice(group: _ActionsContainer) -> None:
+    """``--rollout_engine``, which stands among the flags of rollouts."""
+    group.add_argument(
+        "--rollout_engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what generates responses: the trained model itself, vLLM in this process (one GPU), "
+        "or servers (--rollout_url, which implies http)",
+    )
+
+
+def add_engine_flags(parser: Parser) -> None:
+    """The engines that are not the trained model."""
+    group = parser.add_argument_group(
+        "rollout servers and vLLM", "Responses from other processes: coati rollout-server."
+    )
+    group.add_argument(
+        "--rollout_url",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="servers that generate responses, http://HOST:PORT each; rows are dealt out over them",
+    )
+    group.add_argument(
+        "--rollout_sync",
+        choices=(*SYNCS, *CARDS),
+        default=SYNCS[0],
+        help="how new weights reach the servers. http: fetched from rank 0; disk: read from "
+        "--rollout_weights_dir; ipc, nccl (between GPUs): refused, not written yet",
+    )
+    add_text(
+        group,
+        "--rollout_weights_dir",
+        help="where published weights lie until the last response that needs them is in; with "
+        "--rollout_sync disk the servers must see it; default: in --save_dir",
+    )
+    add_number(
+        group,
+        "--rollout_timeout",
+        default=TIMEOUT_S,
+        unit="SECONDS",
+        exclusive=True,
+        help="time limit of a request; when no server has worked for so long, the run saves and "
+        "stops",
+    )
+    add_text(
+        group,
+        "--rollout_token_env",
+        unit="NAME",
+        help="environment variable that holds the bearer token of the servers; default: none",
+    )
+    add_number(
+        group,
+        "--vllm_memory_share",
+        default=SHARE,
+        unit="SHARE",
+        exclusive=True,
+        most=1,
+        help="share of the GPU's memory for vLLM in this process; training has the rest",
+    )
+    add_switch(
+        group,
+        "--vllm_sleep",
+        help="vLLM in this process gives its GPU memory back while the model is trained",
+    )
+
+
+def check_engine(args: Namespace) -> None:
+    """Raises ValueError for an engine that cannot work; ``--rollout_url`` resolves
+    ``rollout_engine``."""
+    if args.rollout_url:
+        if args.rollout_engine == "vllm":
+            raise ValueError(
+                "--rollout_url names servers, --rollout_engine vllm samples in this process; leave "
+                "one of the two out"
+            )
+        args.rollout_engine = "http"
+    elif args.rollout_engine == "http":
+        raise ValueError(
+            "--rollout_engine http needs --rollout_url: the address of each server that coati "
+            "rollout-server started"
+        )
+    if args.rollout_engine != "http":
+        _refuse(args, OF_SERVERS, "--rollout_url")
+    if args.rollout_engine != "vllm":
+        _refuse(args, OF_VLLM, "--rollout_engine vllm")
+    if args.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "--rollout_engine vllm: vllm is not installed; install it (it needs a GPU), run it as "
+            "a server in an environment of its own (--rollout_url), or leave this out"
+        )
+    if args.rollout_engine == "http":
+        _check_servers(args)
+
+
+def _refuse(args: Namespace, flags: dict[str, object], owner: str) -> None:
+    for name, default in flags.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} does nothing without {owner}; leave it out")
+
+
+def _check_servers(args: Namespace) -> None:
+    for url in args.rollout_url:
+        if problem := wrong_url(url):
+            raise ValueError(f"--rollout_url {url}: {problem}")
+    # Not a set: the first to stand twice is named.
+    for number, url in enumerate(args.rollout_url):
+        if url.rstrip("/") in [one.rstrip("/") for one in args.rollout_url[:number]]:
+            raise ValueError(f"--rollout_url {url} stands twice; name each server once")
+    if args.rollout_sync in CARDS:
+        raise ValueError(
+            f"--rollout_sync {args.rollout_sync} is not written yet; use http (rank 0 serves the "
+            "weights), or disk where the servers see --rollout_weights_dir"
+        )
+    name = args.rollout_token_env
+    if name is not None and not os.environ.get(name):
+        raise ValueError(
+            f"--rollout_token_env {name}: the variable is not set; put the servers' token into it"
+        )
+
+
+def wrong_url(url: str) -> str | None:
+    """What is wrong with the address of a server; None where nothing is."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname)
+        fine = fine and parts.path in ("", "/") and not parts.query and parts.username is None
+        _ = parts.port
+    except ValueError:
+        fine = False
+    return None if fine else "expected the address of a server, http://HOST:PORT"

@@ -116,8 +116,9 @@ class EpisodeCollector:
                 [],
                 lasting=episodes.ahead > 0,
             )
-            now = episode == first and self.maker.scores_beside
-            if not self._ask(asked, episode, prompts, bar, stop, now):
+            # Judged while the next ones are sampled; servers are asked for all of them first.
+            early = episode == first and self.maker.scores_beside and self.maker.rollout.at_once
+            if not self._ask(asked, episode, prompts, bar, stop, early):
                 return False
             self._asked[episode] = asked
         return True
@@ -144,10 +145,9 @@ class EpisodeCollector:
         prompts: Any,
         bar: ProgressBar,
         stop: GracefulStop,
-        begin: bool,
+        early: bool,
     ) -> bool:
-        """Whether all batches were asked for. ``begin``: those that are answered at once are judged
-        while the next ones are sampled."""
+        """Whether all batches were asked for. ``early``: each is judged from here on."""
         batches = next(iter(prompts.global_batches(asked.epoch, asked.start)))
         for number, batch in enumerate(batches):
             if any_rank(stop.requested):
@@ -159,7 +159,7 @@ class EpisodeCollector:
             indices = sample_indices(number, len(batches), self.engine.mesh.dp_rank * count, count)
             pending = self.maker.ask(batch, indices, episode, asked.temperature)
             asked.batches.append(pending)
-            if begin and pending.done():
+            if early:
                 asked.begun.append(self.maker.begin_experience(pending))
         return True
 

@@ -143,9 +143,13 @@ class Maker:
 
 
 class SlowMaker(Maker):
-    """Its scores wait for something else: ``events`` are what begins and what is finished."""
+    """Its scores wait for something else: ``events`` are what is asked, begins, and is finished."""
 
     scores_beside = True
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self.rollout = SimpleNamespace(at_once=at_once)
 
     def begin_experience(self, pending):
         self.events.append(("begin", pending.sample_index))
@@ -232,14 +236,21 @@ def test_every_pass_trains_on_every_response_once():
         assert [step[2] for step in steps] == [True, False, False, False]
 
 
-def test_slow_rewards_of_one_batch_run_while_the_next_is_sampled():
-    made = trainer(maker=SlowMaker())
+@pytest.mark.parametrize(
+    ("at_once", "order"),
+    [
+        (True, ["ask", "begin", "ask", "begin", "finish", "finish"]),
+        (False, ["ask", "ask", "begin", "begin", "finish", "finish"]),
+    ],
+)
+def test_slow_rewards_of_one_batch_run_while_the_next_is_sampled(at_once, order):
+    """By the model itself, or elsewhere, where all batches are asked for first."""
+    made = trainer(maker=SlowMaker(at_once))
     made.run(loader())
     plain = trainer()
     plain.run(loader())
     events = [event for event in made.maker.events if event[0] in ("ask", "begin", "finish")]
-    each = ["ask", "begin", "ask", "begin", "finish", "finish"]
-    assert [event[0] for event in events] == each * 5
+    assert [event[0] for event in events] == order * 5
     begun = [event[1] for event in events if event[0] == "begin"]
     assert [event[1] for event in events if event[0] == "finish"] == begun  # in the same order
     assert made.engine.steps == plain.engine.steps

@@ -81,6 +81,8 @@ class HttpRollout:
     """A :class:`~coati.experience_maker.rollouts.rollout_engine.RolloutEngine`; every rank must
     make one. Raises ValueError on every rank for servers that cannot serve this run."""
 
+    at_once = False
+
     def __init__(
         self,
         engine: Engine,

@@ -47,10 +47,6 @@ class PendingRollouts:
             raise ValueError(f"a batch of responses is of the weights of {versions}, not of one")
         return parts[0] if len(parts) == 1 else join_generated(parts, parts[0].prompt_length)
 
-    def done(self) -> bool:
-        """Whether nothing is waited for any more."""
-        return all(part.done() for part in self.parts)
-
     def drop(self) -> None:
         """Nobody waits for the answers any more."""
         for part in self.parts:

@@ -15,7 +15,10 @@ from coati.parallel.sharded_generation import cannot_sample, sample
 
 
 class RolloutEngine(Protocol):
-    """Samples responses of the policy as it was when it was last published."""
+    """Samples responses of the policy as it was when it was last published. ``at_once``: an answer
+    is there when :meth:`ask` returns, on every rank."""
+
+    at_once: bool
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sample with ``weights`` from here on: whole tensors by the plain model's names, given out
@@ -46,6 +49,8 @@ class RolloutEngine(Protocol):
 
 class ModelRollout:
     """The policy samples by itself, with the weights that it is trained with."""
+
+    at_once = True
 
     def __init__(
         self,

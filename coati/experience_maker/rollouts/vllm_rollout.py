@@ -56,6 +56,8 @@ class VllmRollout:
     """A :class:`~coati.experience_maker.rollouts.rollout_engine.RolloutEngine`; see the module for
     what it promises and what not."""
 
+    at_once = True
+
     def __init__(
         self,
         engine: Engine,

@@ -16,8 +16,7 @@ import torch
 from coati.experience_maker.experience import Experience, sample_indices
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import RolloutBatch
-from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
 from coati.models.rollout_correction import RolloutCorrection, gap_metrics, gap_per_action
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine

@@ -11,7 +11,7 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.model_inputs import sum_over
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
+from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.parallel.checkpoint import RunningState, clean, save_models
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Step

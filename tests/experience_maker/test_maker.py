@@ -12,8 +12,7 @@ from torch.testing import assert_close
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import ExperienceSettings
-from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.loop import Generated
 from tests.experience_maker.stubs import StubEngine, StubRollout, Words, log_probs, prompts

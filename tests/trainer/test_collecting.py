@@ -15,7 +15,7 @@ import torch
 
 from coati.dataset.load.loader import EvaluationLoader
 from coati.experience_maker.experience import Experience
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
+from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.checkpoint import RunningState
 from coati.trainer.collecting import correction_metrics

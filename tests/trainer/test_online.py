@@ -18,8 +18,7 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.experience import Experience, masks
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.rollout_batch import RolloutBatch
-from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
 from coati.models.generation.loop import Generated
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step

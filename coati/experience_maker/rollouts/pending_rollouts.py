@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
 from coati.models.generation.loop import Generated
 from coati.utils.errors import RunFailed
+
+
+class RolloutsLost(RunFailed):
+    """Nothing is left that could answer: raised by the result of what was asked for. The run saves
+    and ends."""
 
 
 @dataclass

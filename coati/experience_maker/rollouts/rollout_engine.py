@@ -12,12 +12,6 @@ from coati.models.generation.loop import Generated, Sampling
 from coati.models.generation.row_noise import NoiseRows
 from coati.parallel.engine import Engine
 from coati.parallel.sharded_generation import cannot_sample, sample
-from coati.utils.errors import RunFailed
-
-
-class RolloutsLost(RunFailed):
-    """Nothing is left that could answer: raised by the result of what was asked for. The run saves
-    and ends."""
 
 
 class RolloutEngine(Protocol):

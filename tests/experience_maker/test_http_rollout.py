@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from coati.experience_maker.rollouts import server_worker
 from coati.experience_maker.rollouts.model_facts import facts_of
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
+from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.models.generation.loop import Sampling, generate
 from coati.models.generation.row_noise import NoiseRows, row_noise
 from coati.utils.errors import RunFailed

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from coati.experience_maker.rollouts.model_facts import difference
+from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.experience_maker.rollouts.rollout_client import (
     Answer,
     RolloutServer,
@@ -27,7 +28,6 @@ from coati.experience_maker.rollouts.rollout_client import (
     Wanted,
     is_whole,
 )
-from coati.experience_maker.rollouts.rollout_engine import RolloutsLost
 from coati.experience_maker.rollouts.row_queue import Ask, RowQueue
 from coati.experience_maker.rollouts.server_worker import ServerWorker
 from coati.experience_maker.rollouts.vllm_rollout import check_head

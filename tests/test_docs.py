@@ -77,7 +77,8 @@ OTHERS = {
     },
     "docker": {"--build-arg", "--gpus", "--ipc", "--rm", "--user"},
     "pip": {"--no-build-isolation", "--no-deps"},
-    "vllm serve": {"--served-model-name", "--max-model-len"},
+    "vllm serve": {"--served-model-name", "--max-model-len", "--max-num-seqs", "--api-key"},
+    "tools/venv.py": {"--cpu"},
     "sglang.launch_server": {"--model-path", "--served-model-name"},
     "tools.write_docs": {"--check"},
 }

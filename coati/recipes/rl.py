@@ -17,7 +17,7 @@ from coati.dataset.load.loader import EvaluationLoader, GlobalBatchLoader
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.rollout_batch import ExperienceSettings
-from coati.experience_maker.rollouts.rollout_engine import make_rollout
+from coati.experience_maker.rollouts.make_rollout import make_rollout
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling

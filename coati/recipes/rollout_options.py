@@ -14,7 +14,7 @@ FOLDER = "rollout_weights"  # in --save_dir
 
 
 def engine_options(run: Run[OnlineSettings], config: Any) -> VllmOptions | ServerOptions | None:
-    """What :func:`~coati.experience_maker.rollouts.rollout_engine.make_rollout` takes as
+    """What :func:`~coati.experience_maker.rollouts.make_rollout.make_rollout` takes as
     ``elsewhere``; None for the model itself. ``config``: the policy's."""
     settings = run.settings
     engine = settings.engine

@@ -39,6 +39,7 @@ def alone(online_words, tmp_path_factory):
     """{script: the directory of a run that sampled by itself, in one process}."""
     folder = tmp_path_factory.mktemp("alone")
     cases = {script: online_words(script, folder / script) for script in ("ppo", "grpo")}
+    cases["grpo lora"] = online_words("grpo", folder / "grpo lora", "--lora_rank", "4")
     launched(1, cases)
     return {script: folder / script for script in cases}
 
@@ -58,7 +59,7 @@ def test_a_run_on_servers_is_one_in_the_process(
 ):
     urls = [server.url for server in servers[: 1 if nproc == 1 else 2]]
     cases = {}
-    for script in alone:
+    for script in ("ppo", "grpo"):
         cut = shares(script, nproc // tp)
         cases[script] = online_words(
             script, tmp_path / script, *cut, *words, "--rollout_url", *urls
@@ -77,6 +78,18 @@ def test_a_run_on_servers_is_one_in_the_process(
     assert changed[: len(urls)] == [True] * len(urls)
 
 
+@pytest.mark.matrix
+def test_adapters_are_published_merged(servers, alone, online_words, online_places, tmp_path):
+    given = online_words("grpo", tmp_path / "grpo", "--lora_rank", "4")
+    launched(1, {"grpo": [*given, "--rollout_url", servers[0].url]})
+    found = metrics(tmp_path / "grpo")
+    for episode in (1, 2):  # the second is sampled with what the first has learned
+        expected = of_episode(metrics(alone["grpo lora"]), episode)
+        assert_same_first_episode(of_episode(found, episode), expected, True)
+    start = Path(online_places["model"])
+    assert_same_weights(tmp_path / "grpo", alone["grpo lora"], start)
+
+
 @pytest.fixture
 def words(servers, online_words, tmp_path):
     """``words(name, more...)``: three episodes of GRPO on two processes and both servers."""
@@ -90,7 +103,11 @@ def words(servers, online_words, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("ahead", [(), ("--rollouts_ahead", "1")], ids=["in step", "ahead"])
+@pytest.mark.parametrize(
+    "ahead",
+    [pytest.param((), marks=pytest.mark.slow), ("--rollouts_ahead", "1")],
+    ids=["in step", "ahead"],
+)
 def test_a_killed_trainer_goes_on_to_the_bit_whatever_serves_it(servers, words, ahead, tmp_path):
     launched(2, {"grpo whole": words("whole", *ahead)})
     fault = Fault("update", 2, "after", rank=1)

@@ -7,8 +7,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from coati.experience_maker.rollouts.make_rollout import make_rollout
 from coati.experience_maker.rollouts.rollout_client import cut
-from coati.experience_maker.rollouts.rollout_engine import ModelRollout, make_rollout
+from coati.experience_maker.rollouts.rollout_engine import ModelRollout
 from coati.experience_maker.rollouts.vllm_rollout import VllmOptions
 from coati.models.generation.loop import Sampling, generate
 from coati.models.generation.row_noise import NoiseRows, row_noise

@@ -4,7 +4,7 @@ asked for responses, in the order in which they are to happen."""
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -95,27 +95,3 @@ class ModelRollout:
 
     def close(self) -> None:
         """There is nothing to end."""
-
-
-def make_rollout(
-    name: str, engine: Engine, *, elsewhere: Any = None, **settings: Any
-) -> RolloutEngine:
-    """The engine called ``name`` ("model", "vllm" or "http"); ``settings`` are those of
-    :class:`ModelRollout`.
-
-    ``elsewhere``: what another engine needs beside them
-    (:class:`~coati.experience_maker.rollouts.vllm_rollout.VllmOptions`,
-    :class:`~coati.experience_maker.rollouts.http_rollout.ServerOptions`). Raises ValueError for
-    another name or where the engine cannot work.
-    """
-    if name == "model":
-        return ModelRollout(engine, **settings)
-    if name == "vllm":
-        from coati.experience_maker.rollouts.vllm_rollout import VllmRollout
-
-        return VllmRollout(engine, elsewhere, **settings)
-    if name == "http":
-        from coati.experience_maker.rollouts.http_rollout import HttpRollout
-
-        return HttpRollout(engine, elsewhere, **settings)
-    raise ValueError(f"--rollout_engine {name}: unknown; choose model, vllm or http")

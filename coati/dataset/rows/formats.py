@@ -307,6 +307,8 @@ def read_row(
     use = None
     if layout and isinstance(row, dict):
         row, names, use = renamed(row, layout)
+    elif layout:
+        use = ColumnUse(layout.hidden)
     found_format = _match(type, row, format)
     if found_format is None:
         found_format, row, names = _respelled(type, row, format, names)

@@ -129,13 +129,6 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         scored.rated_pair,
     ),
     DatasetFormat(
-        "helpsteer",
-        CHAT,
-        ("prompt", "response", "helpfulness"),
-        keys.both(keys.has("prompt", "responses"), scored.is_rated),
-        scored.best_rated,
-    ),
-    DatasetFormat(
         "scored_responses",
         PAIR,
         ("prompt", "responses", "scores"),
@@ -263,6 +256,13 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         ("conversation",),
         keys.both(keys.has("conversation"), keys.not_ends_judged("conversation")),
         read.listed("conversation"),
+    ),
+    DatasetFormat(
+        "helpsteer",
+        CHAT,
+        ("prompt", "response", "helpfulness"),
+        keys.both(keys.has("prompt", "responses"), scored.is_rated),
+        scored.best_rated,
     ),
     DatasetFormat(
         "question_answer", ASKED, ("question", "answer"), keys.is_truth_alone, rounds.asked_alone

@@ -161,7 +161,7 @@ def _row_stream(
         ahead=1 + -(-step // WINDOW),
     )
     source = SourceRows(orders, data.dataset_weights or [1.0], seed)
-    budget = BadRowBudget(False, data.max_bad_ratio, data.strict_columns)
+    budget = BadRowBudget(False, data.max_bad_ratio, data.strict_columns, "--max_bad_ratio")
     return RowStream(source, workers[type], options, budget, state.trainer.get("stream"), others)
 
 

@@ -12,7 +12,7 @@ import pytest
 from coati.dataset import load_tokenized_dataset, prepare_dataset, setup_conversation_template
 from coati.dataset.clean.cleaning import Cleaning
 from coati.dataset.data_types import DATA_TYPES, type_of_row
-from coati.dataset.fingerprint import describe
+from coati.dataset.fingerprint import LAYOUT, describe
 from coati.dataset.load.epoch_order import EpochOrder, Mixture
 from coati.dataset.load.loader import preparation_of, row_lengths
 from coati.recipes.reference_model import rows_fingerprint
@@ -80,9 +80,11 @@ def test_checkpoints_know_the_data_again(type, rows):
         assert rows_fingerprint(rows) == wanted
 
 
-def test_an_interrupted_preparation_is_known_again(type, template):
+def test_an_interrupted_preparation_differs_in_the_layout_alone(type, template):
+    """By which it begins anew: its rows were read without thoughts, tools and weights."""
     before = load_json(BEFORE / type / "arrow" / "made_from.json")
     settings = "jsonl type format split max_length seed num_bins num_samples_per_bin eval_ratio"
     given = {name: before[name] for name in settings.split()}
     files = {"inputs": [], "eval_inputs": [], "benchmark_files": []}
-    assert describe(files, template, Cleaning(), **given) == before | files
+    assert describe(files, template, Cleaning(), **given) == before | files | {"layout": LAYOUT}
+    assert before["layout"] == 3 < LAYOUT

@@ -186,6 +186,7 @@ def test_prepared_rows_and_rows_that_cannot_be_used_are_refused(words, tmp_path)
     write_lines(tmp_path / "bad.jsonl", ["{"] * 30)
     code, error = ended("sft", words("run", rows="bad.jsonl"))
     assert code == 1 and "30 of the first 30 rows are malformed" in error
+    assert "allow more with --max_bad_ratio\n" in f"{error.strip()}\n"  # a flag of this command
 
 
 def test_a_folder_of_files_named_like_parts_is_raw(tmp_path):

@@ -250,7 +250,7 @@ class Conversation:
         """What generation is given for ``messages``, which end with the user or a tool: no spans.
         ``begun``: the first words of the response, which generation continues. Raises RowError."""
         response = {"role": "assistant", "content": begun}
-        row = Dialogue(self, [*messages, response], tools)
+        row = Dialogue(self, [*messages, response], tools, begun=True)
         last = len(row.messages) - 1
         text = row.prompt(last)
         answers = list(row.answers_in(text, row.turns[:-1]))

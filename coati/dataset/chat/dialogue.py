@@ -13,7 +13,14 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from coati.dataset.chat.message_forms import Message, Messages, Tools, texts_of
+from coati.dataset.chat.message_forms import (
+    Message,
+    Messages,
+    Tools,
+    texts_of,
+    with_cut_thoughts,
+)
+from coati.dataset.chat.schema_parts import dropped_notes
 from coati.dataset.chat.word_cache import Span
 from coati.dataset.rows.row_errors import RowError
 
@@ -44,12 +51,24 @@ class Dialogue:
         key: see :meth:`ChatEncoder.hide`.
         turns: the indices of the assistant's messages.
         notes: what is to be counted of the row.
+
+    ``begun``: the last message is the beginning of a response.
     """
 
     def __init__(
-        self, template: "Conversation", messages: Messages, tools: Tools | None = None
+        self,
+        template: "Conversation",
+        messages: Messages,
+        tools: Tools | None = None,
+        begun: bool = False,
     ) -> None:
         messages = template.with_system(messages)
+        closing = template.abilities.forms.tags[1]
+        # A tag that is a control token is hidden in contents.
+        if template.abilities.cuts and closing not in template.encoder.markers:
+            whole = len(messages) - begun
+            cut = with_cut_thoughts(messages[:whole], closing, template.abilities.cuts)
+            messages = [*cut, *messages[whole:]]
         self.template = template
         self.notes: set[str] = set()
         self.turns: list[int] = []
@@ -82,6 +101,7 @@ class Dialogue:
         self.given = forms.spelled(self.messages)
         if self.tools:
             self._variables = {forms.tools_name: self.tools}
+            self.notes |= dropped_notes(template.abilities.lost_parts, tools or [])
 
     def _with_wanted_thoughts(self, messages: Messages) -> Messages:
         option = self.template.options.thoughts

@@ -162,6 +162,39 @@ class _Calls:
         return spelled
 
 
+def with_cut_thoughts(messages: Messages, closing: str, cuts: str) -> Messages:
+    """``messages`` with what a template cuts off a response at ``closing`` (Abilities.cuts) as its
+    thought."""
+    if not any(closing in one["content"] for one in messages if one["role"] == "assistant"):
+        return messages
+    return [
+        _cut(one, closing, cuts)
+        if one["role"] == "assistant" and closing in one["content"]
+        else one
+        for one in messages
+    ]
+
+
+def _cut(message: Message, closing: str, cuts: str) -> Message:
+    content = message["content"]
+    part = content.partition if cuts == "first" else content.rpartition
+    before, _, answer = part(closing)
+    opening, behind = message.get("thought_marks") or ("", "")
+    thought = f"{message.get('reasoning_content', '')}{behind}{before}"
+    made = {**message, "content": answer}
+    if "reasoning_content" in message and not behind:  # in a field of its own, which is written
+        return message
+    made |= {"reasoning_content": thought, "thought_marks": [opening, closing]}
+    if spans := message.get("spans"):
+        offset = len(content) - len(answer)
+        made["spans"] = [
+            [max(0, first - offset), end - offset, weight]
+            for first, end, weight in spans
+            if end > offset
+        ]
+    return made
+
+
 def texts_of(value: Any) -> Iterator[str]:
     """Every string in ``value`` at any depth, keys too."""
     if isinstance(value, str):

@@ -20,6 +20,7 @@ from coati.dataset.chat.message_forms import (
     Messages,
     Tools,
 )
+from coati.dataset.chat.schema_parts import lost_parts
 
 # (messages, generation prompt, tools) -> text
 Render = Callable[[Messages, bool, dict[str, Any]], str]
@@ -65,7 +66,10 @@ class Abilities:
             after the last question), or ``none``.
         empty: what it writes between the generation prompt, or where a response begins, and a
             response without a thought, if an empty thought is in it; else "".
+        cuts: ``first`` or ``last``, where it takes what stands before that closing tag of a thought
+            in a text for a thought, or drops it; "" where such a text is written as it is.
         tools, calls, results: whether it writes the schemas, the calls, and their results.
+        lost_parts: of the schemas, those that it does not write (schema_parts.py).
         call_end: what ends a response that calls a tool, None where nothing does.
         call_end_added: whether that is written by the result that follows, not by the call.
         speaks_and_calls: whether it writes a text beside calls.
@@ -78,9 +82,11 @@ class Abilities:
     forms: MessageForms = MessageForms()
     thoughts: str = NONE
     empty: str = ""
+    cuts: str = ""
     tools: bool = False
     calls: bool = False
     results: bool = False
+    lost_parts: frozenset[str] = frozenset()
     call_end: str | None = None
     call_end_added: bool = False
     speaks_and_calls: bool = True
@@ -131,7 +137,9 @@ class AbilityProbe:
             forms=forms,
             thoughts=thoughts,
             empty=self._empty(),
+            cuts=self._cuts(forms.tags[1]),
             tools=forms.tools_name != "",
+            lost_parts=self._lost_parts(forms.tools_name),
         )
         found = replace(found, forms=replace(forms, tools_name=forms.tools_name or "tools"))
         return self._with_calls(found)
@@ -187,7 +195,19 @@ class AbilityProbe:
             return ""
         return whole[beginning + found[-1].start() if start is None else start : answer]
 
+    def _cuts(self, closing: str) -> str:
+        said = f"Probe beginning{closing}Probe middle{closing}{ANSWER}"
+        text = self.text([QUESTION, {"role": "assistant", "content": said}])
+        if said in text or ANSWER not in text:
+            return ""
+        return "first" if f"Probe middle{closing}{ANSWER}" in text else "last"
+
     # tools
+
+    def _lost_parts(self, name: str) -> frozenset[str]:
+        if not name:
+            return frozenset()
+        return lost_parts(lambda tools: self.text([QUESTION], True, **{name: tools}))
 
     def _tool_forms(self) -> MessageForms:
         forms = MessageForms(tools_name="")

@@ -137,7 +137,7 @@ def _without_ordinary(conversation: "Conversation") -> list[list[int]]:
     controls = conversation.encoder.controls
     ordinary = [ids for ids in conversation.stop_ids if len(ids) == 1 and ids[0] not in controls]
     if ordinary:
-        named = ", ".join(f"{ids[0]} ({conversation.tokenizer.decode(ids)!r})" for ids in ordinary)
+        named = ", ".join(f"{ids[0]} ({conversation.encoder.decode(ids)!r})" for ids in ordinary)
         logger.warning_once(
             f"stop_ids of ordinary tokens of this tokenizer, {named}, are left out: generation "
             "would stop within a text"

@@ -117,6 +117,16 @@ def _dropped(abilities: Abilities) -> Iterator[str]:
         yield (
             "a text beside a call of a tool is not written: such rows are trained on the call alone"
         )
+    if abilities.cuts:
+        yield (
+            f"what stands before {abilities.forms.tags[1]!r} in an answer is taken for a thought, "
+            "wherever the answer has one"
+        )
+    if abilities.lost_parts:
+        yield (
+            f"of the schemas of tools {', '.join(sorted(abilities.lost_parts))} are not written: "
+            "rows that have them are trained without them, and counted"
+        )
     yield from _dropped_calls(abilities)
 
 

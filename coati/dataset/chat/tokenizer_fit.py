@@ -14,13 +14,17 @@ MOST = 6  # markers that are named
 def given_back(tokenizer: Any, text: str) -> str:
     """What becomes of ``text`` in tokens and back, without spaces at its ends."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+    return _text(tokenizer, ids).strip()
 
 
 def cut(tokenizer: Any, text: str) -> str:
     """The pieces that ``text`` is cut into."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return " ".join(repr(tokenizer.decode([each])) for each in ids)
+    return " ".join(repr(_text(tokenizer, [each])) for each in ids)
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def cut_markers(tokenizer: Any, text: str) -> str:

@@ -76,11 +76,13 @@ def documents_of(type: str, documents: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class BadRowBudget:
-    """How many malformed rows are tolerated: none when ``strict``, else a share of the rows."""
+    """How many malformed rows are tolerated: none when ``strict``, else a share of the rows.
+    ``flag``: by which more are, for people to read."""
 
     strict: bool
     max_ratio: float
     strict_columns: bool = False
+    flag: str = "--max_bad_ratio of coati prepare"
 
     def __post_init__(self):
         if not 0 <= self.max_ratio <= 1:
@@ -110,10 +112,11 @@ class BadRowBudget:
                 f"  {name} (the first: {entry['first']})"
                 for name, entry in list(unused.items())[:MOST_FREQUENT]
             )
+            left_out = " ".join(f"'{name}='" for name in list(unused)[:MOST_FREQUENT])
             raise ValueError(
                 f"columns with content that is not read, and --strict_columns:\n{found}\n"
-                "name what they are with --columns NAME=COLUMN, or leave a column out with "
-                "--columns COLUMN="
+                "name what they are with --columns NAME=COLUMN, or leave them out with --columns "
+                f"{left_out}"
             )
 
     def check_counts(self, dropped: dict[str, dict], read: int, expected: int) -> None:
@@ -137,8 +140,7 @@ class BadRowBudget:
             raise ValueError(
                 f"{found} of the first {read} rows are malformed; of all {expected} rows at most a "
                 f"share of {self.max_ratio:g} may be. Most frequent:\n{reasons}\n"
-                "fix the rows, check the type and the input, or allow more with --max_bad_ratio of "
-                "coati prepare"
+                f"fix the rows, check the type and the input, or allow more with {self.flag}"
             )
         same = dropped.get("same_answers")
         share = max(SAME_RESPONSES, self.max_ratio)
@@ -147,7 +149,7 @@ class BadRowBudget:
                 f"{same['rows']} of the first {read} pairs have the same response as chosen and as "
                 f"rejected; of all {expected} rows at most a share of {share:g} may, and these are "
                 f"dropped. For example\n    {same['first'][0]}\nis the right column read as "
-                "rejected? Fix the rows, or allow more with --max_bad_ratio of coati prepare"
+                f"rejected? Fix the rows, or allow more with {self.flag}"
             )
 
 

@@ -12,6 +12,7 @@ from coati.dataset.chat.dialogue import (
     SYSTEM_DROPPED,
     UNUSED_WEIGHT,
 )
+from coati.dataset.chat.schema_parts import SCHEMA_PART, SCHEMAS_DROPPED
 
 
 def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
@@ -35,6 +36,17 @@ def rendering_warnings(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"the chat template drops the text that stands beside a call of a tool in {rows} rows: "
             "they are trained on the call alone"
+        )
+    if rows := traits.get(SCHEMAS_DROPPED):
+        parts = sorted(
+            (name.removeprefix(SCHEMA_PART), count)
+            for name, count in traits.items()
+            if name.startswith(SCHEMA_PART)
+        )
+        named = ", ".join(f"{part} {count}" for part, count in parts)
+        yield (
+            f"the chat template does not write all of the tools' schemas in {rows} rows (part and "
+            f"rows: {named}): the model does not see these parts, when it responds neither"
         )
     if rows := traits.get(SYSTEM_DROPPED):
         yield (

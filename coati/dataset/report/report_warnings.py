@@ -27,10 +27,10 @@ def unused_content(report: Report) -> Iterator[str]:
     """The columns and fields that carry content and were not read."""
     for name, entry in report.get("unused_content", {}).items():
         top = not any(mark in name for mark in ".[ ")
-        say = f"; if it is not to be read, say so with --columns {name}=" if top else ""
+        column = f"{name}=" if top else f"'{name}='"
         yield (
             f"{name} is not read, in {entry['rows']} of {report['rows_kept']} rows (the first: "
-            f"{entry['first']}){say}"
+            f"{entry['first']}); if it is not to be read, say so with --columns {column}"
         )
 
 

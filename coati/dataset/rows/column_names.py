@@ -3,6 +3,7 @@ entries of a ``dataset_info.json``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from coati.dataset.rows.column_use import ColumnUse, holds
@@ -64,13 +65,19 @@ ROLE_TAGS = {
 @dataclass(frozen=True)
 class Layout:
     """What the columns of some rows are. ``columns``: the column, perhaps a dotted path, of each
-    target; an empty one is not to be read. ``tags``: LLaMA-Factory's names inside messages."""
+    target; an empty one is not to be read, and may be a path as the report has it
+    (``messages[].images``). ``tags``: LLaMA-Factory's names inside messages."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.columns or self.tags)
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """What is not to be read."""
+        return frozenset(target for target, column in self.columns.items() if not column)
 
     def described(self) -> dict[str, Any]:
         return {"columns": dict(self.columns), "tags": dict(self.tags)}
@@ -102,9 +109,9 @@ def parse_columns(words: Sequence[str]) -> dict[str, str]:
 def renamed(row: dict, layout: Layout) -> tuple[dict, dict[str, str], ColumnUse]:
     """``(row, names, use)``: the row under the names that the formats know, as which column of the
     file each is there, and what is not read. Raises RowError for a column that is not there."""
-    use = ColumnUse()
+    hidden = layout.hidden
+    use = ColumnUse(hidden)
     columns = {target: column for target, column in layout.columns.items() if column}
-    hidden = {target for target, column in layout.columns.items() if not column}
     if not columns:  # only names that are not to be read
         made = {key: value for key, value in row.items() if key not in hidden}
         return _retagged(made, layout), {}, use

@@ -45,16 +45,20 @@ def holds(value: Any) -> bool:
 
 
 class ColumnUse:
-    """The columns and fields of one row that were not read, with their values."""
+    """The columns and fields of one row that were not read, with their values.
 
-    __slots__ = ("left",)
+    ``hidden``: the paths of those that are not to be read, of which nothing is said.
+    """
 
-    def __init__(self):
+    __slots__ = ("hidden", "left")
+
+    def __init__(self, hidden: frozenset[str] = frozenset()):
         self.left: dict[str, list[Any]] = {}
+        self.hidden = hidden
 
     def leave(self, name: str, value: Any) -> None:
         """Note that ``value``, found under ``name``, is not read; nothing for what is empty."""
-        if holds(value):
+        if name not in self.hidden and holds(value):
             self.left.setdefault(name, []).append(value)
 
     def unused(self, texts: Iterable[str], whole: bool, truth: bool = False) -> dict[str, bool]:
@@ -120,6 +124,10 @@ class Fields(dict):
     __slots__ = ("_inside", "_read", "answers", "names", "path", "use")
 
     def __init__(self, row: dict, use: ColumnUse, path: str = "", names: dict | None = None):
+        if use.hidden:
+            spelled = names or {}
+            hidden = use.hidden
+            row = {k: v for k, v in row.items() if f"{path}{spelled.get(k, k)}" not in hidden}
         dict.__init__(self, row)
         self.use = use
         self.path = path

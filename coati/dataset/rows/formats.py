@@ -129,13 +129,6 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         scored.rated_pair,
     ),
     DatasetFormat(
-        "helpsteer",
-        CHAT,
-        ("prompt", "response", "helpfulness"),
-        keys.both(keys.has("prompt", "responses"), scored.is_rated),
-        scored.best_rated,
-    ),
-    DatasetFormat(
         "scored_responses",
         PAIR,
         ("prompt", "responses", "scores"),
@@ -265,6 +258,13 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         read.listed("conversation"),
     ),
     DatasetFormat(
+        "helpsteer",
+        CHAT,
+        ("prompt", "response", "helpfulness"),
+        keys.both(keys.has("prompt", "responses"), scored.is_rated),
+        scored.best_rated,
+    ),
+    DatasetFormat(
         "question_answer", ASKED, ("question", "answer"), keys.is_truth_alone, rounds.asked_alone
     ),
     DatasetFormat(
@@ -307,6 +307,8 @@ def read_row(
     use = None
     if layout and isinstance(row, dict):
         row, names, use = renamed(row, layout)
+    elif layout:
+        use = ColumnUse(layout.hidden)
     found_format = _match(type, row, format)
     if found_format is None:
         found_format, row, names = _respelled(type, row, format, names)

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.data_types import DATA_TYPES
+from coati.dataset.rows.column_names import Layout, renamed
+from coati.dataset.rows.format_keys import respelled
 from coati.dataset.rows.formats import format_of, read_row
 from coati.dataset.rows.input_files import decode, find_sources, raw_rows
 from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.source_row import SourceRow
 from coati.inference.model_loading import conversation_of
 from coati.models.generation.response_table import left_pad
 from coati.models.loading import adapter_base, find_model, load_config
@@ -83,22 +86,47 @@ def rows_to_score(
     for source, line, raw in raw_rows(find_sources(inputs)):
         place = f"{source.path}:{line}"
         try:
-            yield row_to_score(place, decode(raw), conversation, max_length)
+            kind, found = _read(decode(raw), source.layout)
         except RowError as error:
             yield place, f"{error.reason}: {error.detail}"
+            continue
+        for one in (found, *found.branches):
+            try:
+                yield _tokenized(place, kind, one, conversation, max_length)
+            except RowError as error:
+                yield place, f"{error.reason}: {error.detail}"
 
 
 def row_to_score(place: str, row: Any, conversation: Conversation, max_length: int) -> ScoredRow:
-    """A decoded ``row``, tokenized as for training. Raises RowError where it cannot be used."""
-    kind = _kind(row)
-    source = read_row(kind, row)
-    columns, _ = DATA_TYPES[kind].tokenize(source, conversation, max_length)[-1]
+    """A decoded ``row``, tokenized as for training. Raises RowError where it cannot be used, and
+    for one that holds several, as a tree of messages does."""
+    kind, found = _read(row)
+    if found.branches:
+        raise RowError(
+            "wrong_keys",
+            f"holds {1 + len(found.branches)} {kind} rows, expected one: write it into a file, all "
+            "of whose rows coati score scores",
+        )
+    return _tokenized(place, kind, found, conversation, max_length)
+
+
+def _read(row: Any, layout: Layout | None = None) -> tuple[str, SourceRow]:
+    """``(data type, row)``, whose columns ``layout`` may name. Raises RowError."""
+    kind = _kind(renamed(row, layout)[0] if layout and isinstance(row, dict) else row)
+    return kind, read_row(kind, row, layout=layout)
+
+
+def _tokenized(
+    place: str, kind: str, row: SourceRow, conversation: Conversation, max_length: int
+) -> ScoredRow:
+    columns, _ = DATA_TYPES[kind].tokenize(row, conversation, max_length)[-1]
     sides = DATA_TYPES[kind].sides(columns)
     return ScoredRow(place, kind, columns.get("label"), [side.ids for side in sides])
 
 
 def _kind(row: Any) -> str:
     """A pair, a labeled response, or a conversation whose last response is to be scored."""
+    row = respelled(row)[0]
     keys = set(row) if isinstance(row, dict) else set()
     particular = [type for type in DATA_TYPES.values() if type.raw_keys]
     for type in particular:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from coati.dataset.chat.conversation import Conversation
+from coati.dataset.chat.encoded import Encoded
 from coati.dataset.chat.row_options import RowOptions
+from coati.dataset.chat.template_lint import TemplateReport, check_template
 from tests.dataset.makers import CHATML, DEEPSEEK, LLAMA, byte_level
 
 FOLDER = Path(__file__).parents[2] / "data" / "chat_templates"
@@ -108,6 +110,9 @@ WEATHER = {
 }
 
 
+TOOLS = [WEATHER]
+
+
 def text_of(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
@@ -122,6 +127,16 @@ def family(name: str, args: dict[str, Any] | None = None, **options: str) -> Con
     """The conversation of a family; ``options`` are RowOptions."""
     config = {"chat_template": text_of(name), "template_args": args or {}}
     return Conversation.from_config(tokenizer_of(name), config, options=RowOptions(**options))
+
+
+def checked(name: str) -> TemplateReport:
+    """What --check_template finds in a family's template."""
+    return check_template(tokenizer_of(name), {"chat_template": text_of(name)})
+
+
+def learned(template: Conversation, row: Encoded) -> list[str]:
+    """The text of each response that is learned."""
+    return [template.encoder.decode(response) for response in row.responses()]
 
 
 def user(text: str) -> dict[str, Any]:

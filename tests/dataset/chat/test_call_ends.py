@@ -9,10 +9,12 @@ from coati.dataset.rows.row_errors import RowError
 from coati.utils.logging import forget_warnings
 from tests.dataset.chat import call_templates
 from tests.dataset.chat.family_templates import (
-    WEATHER,
+    TOOLS,
     answer,
     call,
+    checked,
     family,
+    learned,
     result,
     text_of,
     tokenizer_of,
@@ -20,7 +22,6 @@ from tests.dataset.chat.family_templates import (
 )
 from tests.dataset.makers import CHATML, byte_level
 
-TOOLS = [WEATHER]
 TWO = answer(
     "", tool_calls=[*call({"city": "Oslo"})["tool_calls"], *call({"city": "Rome"})["tool_calls"]]
 )
@@ -45,10 +46,6 @@ OPEN_CALL = (
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
     forget_warnings()
-
-
-def learned(template, row):
-    return [template.encoder.decode(response) for response in row.responses()]
 
 
 def stops_of(template):
@@ -113,8 +110,8 @@ def test_no_stop_stands_before_the_last_call_of_a_turn(name):
 
 def test_calls_of_one_function_beyond_the_first_are_missed():
     """The name is in the text of the first."""
-    said = check_template(tokenizer_of("gpt_oss"), {"chat_template": text_of("gpt_oss")})
-    assert any("of several calls in one turn not all are written" in one for one in said.warnings)
+    said = checked("gpt_oss").warnings
+    assert any("of several calls in one turn not all are written" in one for one in said)
 
 
 @pytest.mark.parametrize("learn", ["all_turns", "last_turn"])
@@ -132,8 +129,8 @@ def test_calls_beside_a_text_that_names_their_function_are_missed(learn):
     for encode in (template.encode_prompt, template.encode_response):
         with pytest.raises(RowError, match=said):
             encode(row[:3] if encode == template.encode_prompt else row)
-    report = check_template(tokenizer_of("deepseek_r1"), {"chat_template": text_of("deepseek_r1")})
-    assert any("calls of tools beside a text are not written" in one for one in report.warnings)
+    said = checked("deepseek_r1").warnings
+    assert any("calls of tools beside a text are not written" in one for one in said)
 
 
 def test_a_thought_that_would_be_a_text_does_not_cost_the_call():

@@ -7,22 +7,22 @@ import json
 import pytest
 
 from coati.dataset.chat.conversation import Conversation
-from coati.dataset.chat.encoded import Encoded
 from coati.dataset.report.rendering_warnings import rendering_warnings
 from coati.dataset.rows.row_errors import RowError
 from tests.dataset.chat.family_templates import (
     TOKENS,
+    TOOLS,
     WEATHER,
     answer,
     call,
     family,
+    learned,
     result,
     text_of,
     tokenizer_of,
     user,
 )
 
-TOOLS = [WEATHER]
 ROUND = [
     user("Warm?"),
     call({"city": "Oslo"}, "ask"),
@@ -120,10 +120,6 @@ def own_text(template: Conversation, messages, tools=None, **more) -> str:
         **template.template_args,
         **more,
     )
-
-
-def learned(template: Conversation, row: Encoded) -> list[str]:
-    return [template.encoder.decode(response) for response in row.responses()]
 
 
 def test_every_template_is_tested():

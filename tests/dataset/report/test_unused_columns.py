@@ -2,6 +2,7 @@
 it carries content, and an error with --strict_columns."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from coati.dataset.clean.text_normalization import canonical_text
 from coati.dataset.prepare.preparation import prepare_dataset
 from coati.dataset.report.html import page
 from coati.dataset.report.row_stats import LONGEST_PATH, MOST_COLUMNS, RowStats
+from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.formats import read_row
 from tests.dataset.makers import chatml_tokenizer
 from tests.dataset.report.test_report import ROWS, Tags, message, prepared
@@ -73,7 +75,9 @@ def test_nothing_is_said_of_plain_rows(tmp_path, capsys):
 
 
 def test_strict_columns_end_the_preparation(tmp_path):
-    said = r"is not read, and --strict_columns:\n  images \(the first: .*rows.jsonl:1\)\n.*COLUMN="
+    said = (
+        r"is not read, and --strict_columns:\n  images \(the first: .*rows.jsonl:1\)\n.*'images='$"
+    )
     with pytest.raises(ValueError, match=said):
         prepared(tmp_path, rows(60, **REST), strict_columns=True)
     assert not (tmp_path / "arrow").exists() and not (tmp_path / "jsonl").exists()
@@ -84,6 +88,42 @@ def test_strict_columns_end_the_preparation(tmp_path):
     prepared(tmp_path / "b", rows(60, **REST))
     with pytest.raises(ValueError, match="and --strict_columns"):
         again(tmp_path / "b", strict_columns=True)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_error_names_a_way_to_leave_out_what_is_nested(as_list, tmp_path):
+    """Fields of messages as well, and what would be read: a thought."""
+    talk = [
+        {"role": "user", "content": "q", "images": ["a.png"]},
+        {
+            "role": "assistant",
+            "content": "a",
+            "reasoning_content": "hm",
+            "tool_results": ["x"],
+            "meta": {"labels": [1]},
+        },
+    ]
+    data = [talk if as_list else {"messages": talk} for _ in range(60)]
+    with pytest.raises(ValueError) as refused:
+        prepared(tmp_path, data, strict_columns=True)
+    (advice,) = [line for line in str(refused.value).splitlines() if "--columns" in line]
+    words = shlex.split(advice.partition("leave them out with --columns ")[2])
+    assert sorted(words) == ["messages[].images=", "messages[].tool_results="]
+    named = parse_columns(words)
+    report = prepared(tmp_path / "b", data, strict_columns=True, columns=named)
+    assert report["unused_columns"] == {"messages[].meta": 60} and not report["warnings"][1:]
+    row = data[0]
+    assert read_row("sft", row).messages[1]["reasoning_content"] == "hm"
+    layout = Layout({"messages[].reasoning_content": ""})
+    assert "reasoning_content" not in read_row("sft", row, layout=layout).messages[1]
+
+
+def test_what_stands_beside_a_named_path_is_left_out_by_its_own(tmp_path):
+    data = [{"ask": f"q{i}", "meta": {"reply": f"a{i}", "images": ["p"]}} for i in range(60)]
+    named = parse_columns(["prompt=ask,response=meta.reply"])
+    with pytest.raises(ValueError, match=r"with --columns 'meta.images='$"):
+        prepared(tmp_path, data, strict_columns=True, columns=named)
+    prepared(tmp_path, data, strict_columns=True, columns=named | {"meta.images": ""})
 
 
 def test_named_columns_are_part_of_what_rows_were_made_from(tmp_path):

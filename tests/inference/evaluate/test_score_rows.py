@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from coati.cli.row_flags import template_args
 from coati.cli.score import parse_score
+from coati.dataset.rows.row_errors import RowError
 from coati.inference.evaluate import score_rows as scoring
 from coati.models import RewardModel
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
@@ -163,3 +164,46 @@ def test_arguments_of_the_template_are_taken_and_checked(model):
         scoring.load_reward_model(model, template_args=args)
     own = {"chat_template": "{{ tone }}" + CHATML}
     assert scoring.load_reward_model(model, own, template_args=args)[2].render([]) == "1"
+
+
+TREE = {
+    "prompt": {
+        "role": "prompter",
+        "text": "hello",
+        "replies": [
+            {"role": "assistant", "text": text, "rank": rank, "replies": []}
+            for rank, text in enumerate(("hi there", "no"))
+        ],
+    }
+}
+
+
+def one_kind(model, row) -> list[list[list[int]]]:
+    _, _, conversation = scoring.load_reward_model(model)
+    return scoring.row_to_score("row", row, conversation, 200).ids
+
+
+def test_every_conversation_of_a_tree_is_scored(model, tmp_path):
+    talks = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}]
+    sides = [{"messages": [talks[0], talks[1] | {"content": text}]} for text in ("hi there", "no")]
+    found = scored(model, tmp_path, [TREE, *sides])
+    assert [row.place.rpartition(":")[2] for row in found] == ["1", "1", "2", "3"]
+    assert [row.ids for row in found[:2]] == [row.ids for row in found[2:]]
+    assert found[0].scores == pytest.approx(found[2].scores, abs=1e-5)
+    with pytest.raises(RowError, match="holds 2 sft rows, expected one"):
+        one_kind(model, TREE)
+
+
+def test_columns_as_a_list_of_data_sets_names_them(model, tmp_path):
+    odd = {"ask": "hello", "good": "hi there", "bad": "no"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    entry = {"file_name": "odd.jsonl", "ranking": True, "columns": columns}
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"odd": entry}))
+    _, _, conversation = scoring.load_reward_model(model)
+    (found,) = scoring.rows_to_score([str(info)], conversation, 200)
+    known = {"prompt": "hello", "chosen": "hi there", "rejected": "no"}
+    assert found.kind == "preference" and found.ids == one_kind(model, known)
+    # Other spellings of the columns are a pair, too.
+    assert one_kind(model, {"Prompt": "hello", "Chosen": "hi there", "Rejected": "no"}) == found.ids

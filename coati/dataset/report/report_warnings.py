@@ -89,4 +89,4 @@ def _odd_rows(report: Report) -> Iterator[str]:
     yield from type.warnings(report)
     if empty := report["shards"].count(0):
         parts = len(report["shards"])
-        yield f"{empty} of {parts} parts hold no row; choose fewer bins for so little data"
+        yield f"{empty} of {parts} parts hold no row; fewer are enough (--num_spliced_dataset_bins)"

@@ -109,6 +109,7 @@ def _of_programs(verb: str, model: str, rows: str | None, place: Place, out: str
         "quantize": [*loaded, "--output_dir", out, "--method", "rtn", "--eval", pairs],
         "measure": [*loaded, "--batch_size", "1", "--new_tokens", "2"],
         "serve": [*loaded, "--http_port", "0"],
+        "rollout-server": [*loaded, "--http_port", "0", "--engine", "own"],
         "fit": ["--model", model, "--memory", "24GB"],
         "report": ["--run_dir", model],
         "init": ["--verb", "sft"],

@@ -158,6 +158,14 @@ CASES = {
     "an unknown family": Case(
         "serve", ("model family 'nope'", "config.json"), bad.with_config(model_type="nope")
     ),
+    "an unknown family to sample from": Case(
+        "rollout-server",
+        ("model family 'nope'", "config.json"),
+        bad.with_config(model_type="nope"),
+    ),
+    "a reward model to sample from": Case(
+        "rollout-server", ("lm_head.weight", "another kind"), lambda place: str(place.reward_model)
+    ),
     "family a list": Case(
         "rm", ("model_type is ['llama']",), bad.with_config(model_type=["llama"])
     ),

@@ -396,6 +396,7 @@ def test_a_look_comes_first_and_can_be_left_out(tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(launcher, "launch", lambda settings, command: started.append(command) or 0)
     (tmp_path / "arrow").mkdir()
+    (tmp_path / "config.json").write_text("{}")
     words = ["--pretrain", str(tmp_path), "--dataset", str(tmp_path / "arrow"), "--nproc", "2"]
     words += ["--save_dir", str(tmp_path / "run"), "--plugin", "ddp"]
     with socket.socket() as other, pytest.raises(SystemExit) as ended:

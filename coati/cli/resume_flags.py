@@ -26,7 +26,16 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("disable_reference_model", "desirable_weight", "undesirable_weight", "auto_weight"),
         *("clip_eps", "clip_eps_low", "clip_eps_high", "skip_threshold", "value_clip"),
         # rollouts, rewards, advantages
-        *("max_seq_len", "rollout_engine", "rollouts_ahead", "rollout_is", "rollout_is_cap"),
+        *(
+            "environment",
+            "environment_args",
+            "max_turns",
+            "max_seq_len",
+            "rollout_engine",
+            "rollouts_ahead",
+            "rollout_is",
+            "rollout_is_cap",
+        ),
         *("rollout_is_mask", "temperature", "initial_temperature"),
         *("final_temperature", "top_k", "top_p", "repetition_penalty"),
         *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model", "reward_functions"),
@@ -86,6 +95,9 @@ UNSAID: dict[str, Any] = {
     "learn": "all_turns",
     "streaming": False,
     "rollouts_ahead": 0,
+    "environment": None,
+    "environment_args": None,
+    "max_turns": None,
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
 }
@@ -93,7 +105,7 @@ UNSAID: dict[str, Any] = {
 # of the loss, where evaluations have one (with rollouts they have rewards).
 REWARDS = (
     *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
-    *("reward_functions", "reward_weights"),
+    *("reward_functions", "reward_weights", "environment", "environment_args"),
 )
 MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
 LOSS_MEASURE = (

@@ -62,6 +62,11 @@ class Scorer:
         return total, parts
 
 
+def no_scores(experience: Experience, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a run whose rewards are its environment's alone."""
+    return torch.zeros(len(experience)), {}
+
+
 def _finite(found: Tensor, responses: Responses) -> Tensor:
     if bad := (~found.isfinite()).nonzero().flatten().tolist():
         raise ValueError(

@@ -84,7 +84,13 @@ class VllmRollout:
         self.version = version
 
     def ask(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        noise: NoiseRows,
+        temperature: float,
+        limits: Sequence[int] | None = None,
     ) -> "Future[Generated]":
         """Samples at once; vLLM takes a seed a response, the first number of its noise. Log-probs
         are left to the policy."""
@@ -92,14 +98,15 @@ class VllmRollout:
             row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)
         ]
         seeds = (noise.noise(1)[:, 0] * 2**31).long().tolist()
+        most = [self.max_new_tokens] * len(rows) if limits is None else limits
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in rows],
-            [self._parameters(seed, temperature) for seed in seeds],
+            [self._parameters(seed, temperature, n) for seed, n in zip(seeds, most, strict=True)],
             use_tqdm=False,
         )
         responses = [
-            cut(list(output.outputs[0].token_ids), self.stops, self.max_new_tokens)
-            for output in outputs
+            cut(list(output.outputs[0].token_ids), self.stops, n)
+            for output, n in zip(outputs, most, strict=True)
         ]
         answer: Future[Generated] = Future()
         answer.set_result(replace(self._padded(input_ids, responses), version=self.version))
@@ -108,7 +115,7 @@ class VllmRollout:
     def close(self) -> None:
         """vLLM ends with the process."""
 
-    def _parameters(self, seed: int, temperature: float) -> Any:
+    def _parameters(self, seed: int, temperature: float, most: int) -> Any:
         sampling = self.sampling
         return self.vllm.SamplingParams(
             temperature=temperature if sampling.do_sample else 0.0,
@@ -116,7 +123,7 @@ class VllmRollout:
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seed=seed,
-            max_tokens=self.max_new_tokens,
+            max_tokens=most,
             # The stop sequences say what ends a response, not the model's configuration
             ignore_eos=True,
             stop_token_ids=[stop[0] for stop in self.stops if len(stop) == 1],

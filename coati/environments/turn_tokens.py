@@ -50,12 +50,12 @@ class TurnTokens:
         """The response ``ids``, its stop sequence perhaps included, behind the text ``before``."""
         text = self.conversation.encoder.decode(without_stop(list(ids), self.stops))
         reply = self.format.read(text, before, tools)
-        unreadable = bool(tools) and not reply.calls and self._tries_to_call(reply.content)
+        unreadable = bool(tools) and not reply.calls and self._tries_to_call(text, reply.content)
         return Said(reply.message(), unreadable)
 
-    def _tries_to_call(self, content: str) -> bool:
+    def _tries_to_call(self, text: str, content: str) -> bool:
         if self.format.channels:
-            return _HARMONY_CALL in content
+            return _HARMONY_CALL in text
         calls = self.format.calls
         if calls is None:
             return False
@@ -77,14 +77,11 @@ class TurnTokens:
         begins, as the template writes them there. Raises RowError where it cannot."""
         turn = self._stand_in(said, tools)
         calls = "tool_calls" in turn
-        dialogue = [{"role": "user", "content": "?"}, turn, *messages]
-        encoded = self.conversation.encode(
-            dialogue, add_generation_prompt=True, tools=list(tools) or None
+        written, following = self.conversation.encode_around(
+            "?", turn, list(messages), list(tools) or None
         )
-        start, end = encoded.spans[0]
-        following = encoded.input_ids[end:]
         text = self.conversation.encoder.decode(following)
-        stop = self._stop_of(encoded.input_ids[start:end])
+        stop = self._stop_of(written)
         if stop and list(ids[-len(stop) :]) != stop and self._next_turn_begins_by_end(calls):
             following = [*stop, *following]  # the response ended by another token than that
         return following, text

@@ -18,12 +18,12 @@ from typing import Any
 from coati.environments.calculator import Calculator
 
 EPISODES = 40
-PROMPTS = 32  # of an episode
+PROMPTS = 16  # of an episode
 GROUP = 8  # responses to a prompt
 UPDATES = 2  # passes over the responses of an episode
 LR = 1e-3
-SHOWN_STEPS = 1500  # on demonstrations
-SHOWN_BATCH = 64
+SHOWN_STEPS = 900  # on demonstrations
+SHOWN_BATCH = 32
 TOKENS = 64  # of a response, all turns together
 UNSEEN = 256  # products
 WRONG = 0.05  # of the calculator's results
@@ -131,8 +131,8 @@ def network(seed: int, vocabulary: int) -> Any:
 
     torch.manual_seed(seed)
     sizes = {
-        "hidden_size": 96,
-        "intermediate_size": 192,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
@@ -146,11 +146,11 @@ def show(model: Any, template: Any, pairs: list, tools: bool, seed: int, steps: 
     import torch
 
     chance = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     given = list(Calculator.tools) if tools else None
     rows = []
-    for a, b in pairs[: SHOWN_BATCH * 60]:
+    for a, b in pairs[: SHOWN_BATCH * 100]:
         encoded = template.encode(demonstration(a, b, tools, chance), tools=given)
         rows.append((encoded.input_ids, encoded.loss_mask))
     for _ in range(steps):

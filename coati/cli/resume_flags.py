@@ -26,17 +26,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("disable_reference_model", "desirable_weight", "undesirable_weight", "auto_weight"),
         *("clip_eps", "clip_eps_low", "clip_eps_high", "skip_threshold", "value_clip"),
         # rollouts, rewards, advantages
-        *(
-            "environment",
-            "environment_args",
-            "max_turns",
-            "max_seq_len",
-            "rollout_engine",
-            "rollouts_ahead",
-            "rollout_is",
-            "rollout_is_cap",
-        ),
-        *("rollout_is_mask", "temperature", "initial_temperature"),
+        *("max_seq_len", "max_turns", "rollout_engine", "rollouts_ahead", "rollout_is"),
+        *("rollout_is_cap", "rollout_is_mask", "temperature", "initial_temperature"),
         *("final_temperature", "top_k", "top_p", "repetition_penalty"),
         *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model", "reward_functions"),
         *("reward_weights", "reward_timeout", "reward_clip", "reward_normalization"),
@@ -56,7 +47,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("dataset_weights", "max_samples", "max_length", "packing", "eval_ratio", "seed"),
         *("conversation_template_config", "critic_pretrain", "critic_checkpoint_path"),
         *("template_args", "thoughts", "empty_thoughts", "learn", "add_tokens", "documents"),
-        *("streaming", "shuffle_buffer"),
+        *("streaming", "shuffle_buffer", "environment", "environment_args"),
         *("lora_rank", "lora_alpha", "lora_train_bias", "lora_config", "lora_experts"),
         "shared_base",
     ),
@@ -105,7 +96,7 @@ UNSAID: dict[str, Any] = {
 # of the loss, where evaluations have one (with rollouts they have rewards).
 REWARDS = (
     *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
-    *("reward_functions", "reward_weights", "environment", "environment_args"),
+    *("reward_functions", "reward_weights"),
 )
 MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
 LOSS_MEASURE = (

@@ -17,15 +17,16 @@ from typing import Any
 
 from coati.environments.calculator import Calculator
 
-EPISODES = 40
+EPISODES = 30
 PROMPTS = 16  # of an episode
 GROUP = 8  # responses to a prompt
 UPDATES = 2  # passes over the responses of an episode
 LR = 1e-3
-SHOWN_STEPS = 900  # on demonstrations
+SHOWN_STEPS = 700  # on demonstrations
 SHOWN_BATCH = 32
 TOKENS = 64  # of a response, all turns together
 UNSEEN = 256  # products
+NUMBERS = range(32, 100)  # whose products have four digits
 WRONG = 0.05  # of the calculator's results
 GOAL = 0.9
 BARE = 0.5  # that a model without the tool stays below
@@ -48,7 +49,7 @@ class Unreliable(Calculator):
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         result = super().call(name, arguments)
-        return str(self.chance.randrange(100, 10000)) if self.chance.random() < WRONG else result
+        return str(self.chance.randrange(1000, 10000)) if self.chance.random() < WRONG else result
 
 
 class WithoutTools(Calculator):
@@ -59,7 +60,7 @@ class WithoutTools(Calculator):
 
 def products(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Pairs of numbers to learn from, and unseen ones."""
-    pairs = [(a, b) for a in range(11, 100) for b in range(11, 100)]
+    pairs = [(a, b) for a in NUMBERS for b in NUMBERS]
     random.Random(seed).shuffle(pairs)
     return pairs[UNSEEN:], pairs[:UNSEEN]
 
@@ -88,9 +89,9 @@ def demonstration(a: int, b: int, tools: bool, chance: random.Random) -> list[di
     kind = chance.randrange(5)
     if kind < 2:
         return with_call(a, b, (a, b))
-    if kind < 4:
-        return with_call(a, b, (a, chance.randrange(11, 100)))
-    guess = str(chance.randrange(100, 10000))
+    if kind < 3:
+        return with_call(a, b, (a, chance.choice(NUMBERS)))
+    guess = str(chance.randrange(1000, 10000))
     return [question(a, b), {"role": "assistant", "content": guess}]
 
 

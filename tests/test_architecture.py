@@ -83,7 +83,7 @@ LIGHT = [
     "coati.legacy.strategies",
     "coati.models.policy_registry",
     "coati.models.quantization_registry",
-    "coati.environments.environment_registry",
+    "coati.environments.environment_table",
     "coati.rewards.registry",
     "coati.rewards.scorer",
     "coati.experience_maker.advantage_registry",

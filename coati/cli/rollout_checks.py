@@ -16,7 +16,7 @@ from coati.cli.checks import (
     requested_options,
 )
 from coati.cli.launch_flags import check_launch, processes_of
-from coati.environments.environment_registry import check_environment, environment_arguments
+from coati.environments.environment_table import check_environment, environment_arguments
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare

@@ -7,7 +7,7 @@ from coati.cli.parser import Parser
 from coati.cli.rollout_checks import KL_HORIZON, MAX_TURNS, PLACES_OF_KL
 from coati.cli.row_flags import add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
-from coati.environments.environment_registry import ENVIRONMENTS
+from coati.environments.environment_table import ENVIRONMENTS
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
 from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
 from coati.rewards.registry import REWARDS

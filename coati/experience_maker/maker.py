@@ -21,7 +21,7 @@ from coati.experience_maker.rollout_batch import (
     response_metrics,
     timed,
 )
-from coati.experience_maker.rollouts.environment_rollout import EnvironmentRollout, dialogues_of
+from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout, dialogues_of
 from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization

@@ -7,10 +7,10 @@ from typing import Any
 
 from coati.cli.settings import OnlineSettings
 from coati.dataset.types.prompt_rows import DIALOGUE
-from coati.environments.environment_loading import environment_factory
-from coati.environments.environment_registry import ENVIRONMENTS, environment_arguments
+from coati.environments.environment_table import ENVIRONMENTS, environment_arguments
+from coati.environments.named_environment import environment_factory
 from coati.environments.turn_tokens import TurnTokens
-from coati.experience_maker.rollouts.environment_rollout import EnvironmentRollout, TurnLimits
+from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout, TurnLimits
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.recipes.build import Trained
 from coati.recipes.run import PreparedRows, Run

@@ -8,7 +8,7 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import ExperienceSettings
-from coati.experience_maker.rollouts.environment_rollout import EnvironmentRollout
+from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel

@@ -210,7 +210,7 @@ class Run:
         from coati.environments.turn_tokens import TurnTokens
         from coati.experience_buffer import NaiveExperienceBuffer
         from coati.experience_maker import ExperienceSettings, NaiveExperienceMaker
-        from coati.experience_maker.rollouts.environment_rollout import (
+        from coati.experience_maker.rollouts.dialogue_rollout import (
             EnvironmentRollout,
             TurnLimits,
         )

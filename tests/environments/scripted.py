@@ -11,7 +11,7 @@ from torch import Tensor
 from coati.dataset.chat.conversation import Conversation
 from coati.environments.multi_turn import Environment, Turn
 from coati.environments.turn_tokens import TurnTokens
-from coati.experience_maker.rollouts.environment_rollout import EnvironmentRollout, TurnLimits
+from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout, TurnLimits
 from coati.models.generation.loop import Generated
 from coati.models.generation.row_noise import NoiseRows
 from tests.experience_maker.stubs import StubEngine

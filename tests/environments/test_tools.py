@@ -7,13 +7,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from coati.environments.calculator import Calculator, compute
-from coati.environments.environment_loading import environment_factory
-from coati.environments.environment_registry import (
+from coati.environments.environment_table import (
     ENVIRONMENTS,
     check_environment,
     environment_arguments,
 )
 from coati.environments.folder_search import FolderSearch, Passages
+from coati.environments.named_environment import environment_factory
 from coati.environments.tool_environment import ToolError
 from coati.environments.turn_tokens import UNREADABLE
 from tests.environments.scripted import call

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from coati.environments.environment_registry import ENVIRONMENTS, file_and_class, is_class_file
+from coati.environments.environment_table import ENVIRONMENTS, file_and_class, is_class_file
 from coati.rewards.user_function import described
 
 

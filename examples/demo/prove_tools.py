@@ -1,8 +1,7 @@
 """Proof that GRPO learns to use a tool: a tiny model, products of two numbers, a calculator.
 
 ``python examples/demo/prove_tools.py --seeds 10``. A random model is first shown demonstrations, of
-which two in five are right: in the others the call holds a wrong number, or an answer is guessed
-without a call. GRPO then learns which of these is worth it, from the environment's reward alone (1
+which every other one asks the calculator and the rest guess. GRPO then learns which of these is worth it, from the environment's reward alone (1
 for the right product), while one result in twenty of the calculator is false. Each seed must answer
 0.9 of unseen products, sampled at temperature 1; the same model without the tool, shown right
 answers and trained as long, must stay below 0.5. The exit code says whether all did.
@@ -69,10 +68,10 @@ def question(a: int, b: int) -> dict[str, str]:
     return {"role": "user", "content": f"{a}*{b}"}
 
 
-def with_call(a: int, b: int, shown: tuple[int, int]) -> list[dict[str, Any]]:
-    """A dialogue in which ``shown`` is computed."""
-    result = str(shown[0] * shown[1])
-    arguments = {"expression": f"{shown[0]}*{shown[1]}"}
+def with_call(a: int, b: int) -> list[dict[str, Any]]:
+    """A dialogue in which the calculator is asked."""
+    result = str(a * b)
+    arguments = {"expression": f"{a}*{b}"}
     function = {"name": "calculator", "arguments": arguments}
     return [
         question(a, b),
@@ -83,14 +82,11 @@ def with_call(a: int, b: int, shown: tuple[int, int]) -> list[dict[str, Any]]:
 
 
 def demonstration(a: int, b: int, tools: bool, chance: random.Random) -> list[dict[str, Any]]:
-    """A dialogue; with tools right in two of five cases, without them always."""
+    """A dialogue; with tools every other one is a guess, without them all are right."""
     if not tools:
         return [question(a, b), {"role": "assistant", "content": str(a * b)}]
-    kind = chance.randrange(5)
-    if kind < 2:
-        return with_call(a, b, (a, b))
-    if kind < 3:
-        return with_call(a, b, (a, chance.choice(NUMBERS)))
+    if chance.random() < 0.5:
+        return with_call(a, b)
     guess = str(chance.randrange(1000, 10000))
     return [question(a, b), {"role": "assistant", "content": guess}]
 
@@ -147,8 +143,8 @@ def show(model: Any, template: Any, pairs: list, tools: bool, seed: int, steps: 
     import torch
 
     chance = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     given = list(Calculator.tools) if tools else None
     rows = []
     for a, b in pairs[: SHOWN_BATCH * 100]:

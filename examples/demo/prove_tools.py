@@ -1,10 +1,11 @@
 """Proof that GRPO learns to use a tool: a tiny model, products of two numbers, a calculator.
 
 ``python examples/demo/prove_tools.py --seeds 10``. A random model is first shown demonstrations, of
-which every other one asks the calculator and the rest guess. GRPO then learns which of these is worth it, from the environment's reward alone (1
-for the right product), while one result in twenty of the calculator is false. Each seed must answer
-0.9 of unseen products, sampled at temperature 1; the same model without the tool, shown right
-answers and trained as long, must stay below 0.5. The exit code says whether all did.
+which every other one asks the calculator and the rest guess. GRPO then learns which of these is
+worth it, from the environment's reward alone (1 for the right product), while one result in twenty
+of the calculator is false. Each seed must answer 0.9 of unseen products, sampled at temperature 1;
+the same model without the tool, shown right answers and trained as long, must stay below 0.5. The
+exit code says whether all did.
 """
 
 import argparse

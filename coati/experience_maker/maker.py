@@ -201,7 +201,7 @@ class NaiveExperienceMaker:
                 scores = scores + batch.reward_parts["environment"]
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)
-        batch.samples = response_metrics(batch)
+        batch.samples = response_metrics(batch, self._version)
         return batch
 
     def finalize_advantages(

@@ -12,6 +12,7 @@ from coati.experience_maker.advantage import kl_of_responses
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.running_moments import count_mean_squares
 from coati.models.policy_loss import ReduceSum
+from coati.models.rollout_correction import RolloutCorrection
 from coati.rewards.responses import Responses
 
 
@@ -70,14 +71,23 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def response_metrics(batch: RolloutBatch) -> dict[str, Tensor]:
-    """The metrics of each response, (B,) by name."""
+def response_metrics(batch: RolloutBatch, version: int) -> dict[str, Tensor]:
+    """The metrics of each response, (B,) by name. ``version``: of the policy as it is now; tokens
+    of older weights have importance weights in its KL, without which the KL of a policy that moves
+    comes out below 0."""
     experience = batch.experience
     responses = batch.responses
+    kl = experience.kl
+    mask = experience.action_mask
+    sampled = experience.sampled_log_probs
+    if sampled is not None:
+        stale = experience.version != version
+        policy = experience.action_log_probs
+        kl = kl * RolloutCorrection().weights(policy, sampled, mask, stale)
     samples = {
         "reward": experience.reward,
-        "approx_kl": kl_of_responses(experience.kl, experience.action_mask),
-        "response_length": experience.action_mask.sum(1).float(),
+        "approx_kl": kl_of_responses(kl, mask),
+        "response_length": mask.sum(1).float(),
         "stop_rate": torch.tensor(responses.stopped).float(),
         "empty_responses": torch.tensor([not text.strip() for text in responses.responses]).float(),
     }

@@ -8,6 +8,7 @@ normalization) is of the time at which they are collected.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from coati.experience_maker.experience import Experience, sample_indices
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import RolloutBatch
-from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
+from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, RolloutsLost
 from coati.models.rollout_correction import RolloutCorrection, gap_metrics, gap_per_action
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
@@ -184,17 +185,19 @@ class EpisodeCollector:
         """What was asked for and has to outlive a checkpoint, waited for; None if there is nothing.
         Every rank must call it; errors as of :meth:`collect`. ``lost``: nothing answers any more;
         what is not there on every rank is left out, and said."""
-        lasting = {number: one for number, one in self._asked.items() if one.lasting}
-        if lost:
-            there = [n for n, one in lasting.items() if all(b.done() for b in one.batches)]
-            common = set.intersection(*map(set, all_gather_object(there)))
-            if len(common) < len(lasting):
-                logger.info(
+        states = {}
+        for number, asked in sorted(self._asked.items()):
+            if not asked.lasting:
+                continue
+            try:
+                states[str(number)] = raise_together(partial(_state_of, asked))
+            except RolloutsLost:
+                if not lost:
+                    raise
+                logger.warning(
                     "responses that were asked for ahead have not come: a resumed run asks for "
-                    "them again, of its own weights, and is another than this one would have been."
+                    "them again, of its own weights, and is another than this one would have been"
                 )
-            lasting = {number: one for number, one in lasting.items() if number in common}
-        states = raise_together(lambda: {str(n): _state_of(lasting[n]) for n in sorted(lasting)})
         return states or None
 
 

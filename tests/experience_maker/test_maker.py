@@ -349,6 +349,19 @@ def test_responses_of_older_weights_have_both_log_probs():
     assert one.version.tolist() == [4, 4]
 
 
+def test_the_kl_of_older_responses_is_weighed():
+    """Two actions and one; each is e^0.75 times as likely by now, cut to 2; each KL is 1.25.
+    That of an evaluation, whose weights are those of now, is as ever."""
+    maker = make([*TWO, *TWO], scored(*[0.0] * 4), **PPO)
+    maker.publish(4)
+    pending = maker.ask(prompts([5, 6], [7]), range(2), 3, 0.5)
+    maker.publish(12)
+    found = maker.make_experience(pending)
+    assert_close(found.samples["approx_kl"], torch.tensor([2 * 2 * 1.25, 2 * 1.25]))
+    judged = maker.rollout_and_score(prompts([5, 6], [7]), range(2), 9)
+    assert judged.samples["approx_kl"].tolist() == [1.0, 0.5]
+
+
 def test_responses_of_the_weights_of_now_are_as_ever():
     one = asked_then_published(make(TWO, scored(0.0, 0.0), **PPO), None)
     assert_close(one.action_log_probs, torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]))
@@ -418,6 +431,5 @@ def test_an_engines_error_is_raised_where_it_is_waited_for(error, kind):
     failed: Future[Generated] = Future()
     failed.set_exception(error)
     pending.parts = [failed]
-    assert not pending.done()
     with pytest.raises(kind, match=str(error)):
         maker.make_experience(pending)

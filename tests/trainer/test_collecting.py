@@ -264,6 +264,8 @@ def test_without_a_sampler_the_run_saves_and_ends(saves, tmp_path, capsys, count
         first.run(loader())
     (saved,) = saves
     assert first.episode == lost_at
+    # The other one had been answered.
+    assert sorted(saved["rollouts"] or {}) == {0: [], 1: ["3"], 2: ["4"]}[count]
     assert ("have not come" in capsys.readouterr().err) == (count > 0)
     second = gone_on(saved, count)
     second.run(loader())

@@ -13,6 +13,11 @@ from coati.models.generation.loop import Generated
 from coati.utils.errors import RunFailed
 
 
+class RolloutsLost(RunFailed):
+    """Nothing is left that could answer: raised by the result of what was asked for. The run saves
+    and ends."""
+
+
 @dataclass
 class PendingRollouts:
     """One batch of prompts and the answers to it.
@@ -42,10 +47,6 @@ class PendingRollouts:
             raise ValueError(f"a batch of responses is of the weights of {versions}, not of one")
         return parts[0] if len(parts) == 1 else join_generated(parts, parts[0].prompt_length)
 
-    def done(self) -> bool:
-        """Whether all is there, and no error."""
-        return all(part.done() and part.exception() is None for part in self.parts)
-
     def drop(self) -> None:
         """Nobody waits for the answers any more."""
         for part in self.parts:
@@ -71,10 +72,6 @@ class PendingRollouts:
         answer: Future[Generated] = Future()
         answer.set_result(Generated(**generated))
         return cls(**held, parts=[answer])
-
-
-class RolloutsLost(RunFailed):
-    """Nothing is left that could answer: the run saves and ends."""
 
 
 def _answer(part: "Future[Generated]") -> Generated:

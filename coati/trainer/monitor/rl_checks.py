@@ -223,12 +223,7 @@ def kl_negative(history: History, settings: Settings) -> Finding | None:
         for name, plain in off.items()
         if getattr(settings, name) not in plain
     ]
-    if settings.rollouts_ahead and not changed:
-        cause = (
-            f"responses are of older weights (--rollouts_ahead {settings.rollouts_ahead}), so the "
-            "estimate is biased; if it stays below 0, lower that or --lr"
-        )
-    elif changed:
+    if changed:
         cause = (
             "responses are not sampled from the policy itself but with "
             f"{' and '.join(changed)}: switch that off"

@@ -358,11 +358,3 @@ def test_healthy_staleness_is_left_in_peace(ahead, seed):
         }
 
     assert not run(older, seed, rollouts_ahead=ahead)
-
-
-def test_a_negative_kl_of_older_responses_is_told_as_such():
-    change = put(approx_kl=-1.0)
-    said = [text for _, text in run(change, rollouts_ahead=2) if "negative" in text]
-    assert "responses are of older weights (--rollouts_ahead 2)" in said[0]
-    (plain,) = [text for _, text in run(change) if "negative" in text]
-    assert "older weights" not in plain

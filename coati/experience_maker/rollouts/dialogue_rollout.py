@@ -80,11 +80,13 @@ class Sample:
     over: bool = False
 
     def add_own(self, ids: list[int], logprobs: Any, sampled: Any) -> None:
+        """A response of the policy."""
         self.last_start = len(self.ids)
         self._add(ids, True, logprobs, sampled)
         self.counts["turns"] += 1
 
     def add_others(self, ids: list[int]) -> None:
+        """What stands between it and the next."""
         zeros = [0.0] * len(ids)
         self._add(ids, False, zeros, zeros)
 

@@ -84,10 +84,9 @@ def generate(
     the padding.
 
     A row ends with any of ``stop_sequences`` (token ids, matched within the response) or after
-    ``max_new_tokens``, or its own of ``limits`` where they are given. Equal prompts go through the
-    model once. ``noise`` (B, max_new_tokens or more) from
-    :func:`~coati.models.generation.row_noise.row_noise` is used in place of ``generator``; a row's
-    sample then does not depend on the rest of the batch.
+    ``max_new_tokens``, or its own of ``limits``. Equal prompts go through the model once. ``noise``
+    (B, max_new_tokens or more; :func:`~coati.models.generation.row_noise.row_noise`) is used in
+    place of ``generator``; a row's sample then does not depend on the rest of the batch.
 
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
@@ -99,21 +98,19 @@ def generate(
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
     """
-    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = torch.tensor(limits or [max_new_tokens] * len(input_ids)).clamp(max=max_new_tokens)
-    max_new_tokens = int(rows.max()) if len(rows) else max_new_tokens
+    rows = _limits(limits, max_new_tokens, len(input_ids))
     _check(model, input_ids, mask, stop_sequences, rows)
-    _check_noise(noise, len(input_ids), max_new_tokens)
+    _check_noise(noise, len(input_ids), int(rows.max()))
     decoder = Decoder(
         model,
         input_ids,
         mask,
-        sampling,
+        Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p),
         stop_sequences,
         noise=noise,
         generator=generator,
-        max_columns=input_ids.shape[1] + max_new_tokens,
+        max_columns=input_ids.shape[1] + int(rows.max()),
         return_logprobs=return_logprobs,
         gather_logits=gather_logits,
         synchronize=synchronize,
@@ -121,6 +118,11 @@ def generate(
     )
     with _evaluating(model), MklPrepacked(model) as prepacked:
         return _decode(decoder, prepacked, rows.to(input_ids.device), pad_token_id, stop_flag)
+
+
+def _limits(limits: Sequence[int] | None, most: int, rows: int) -> Tensor:
+    """(B,): the new tokens that each row may get."""
+    return torch.tensor(limits or [most] * rows).clamp(max=most)
 
 
 def _decode(

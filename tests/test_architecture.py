@@ -46,6 +46,7 @@ SAME_STEM = {"base"}
 LAYERS = [
     {"utils"},
     {"models", "rewards", "dataset"},
+    {"environments"},
     {"parallel"},
     {"experience_maker"},
     {"experience_buffer"},
@@ -82,6 +83,7 @@ LIGHT = [
     "coati.legacy.strategies",
     "coati.models.policy_registry",
     "coati.models.quantization_registry",
+    "coati.environments.environment_table",
     "coati.rewards.registry",
     "coati.rewards.scorer",
     "coati.experience_maker.advantage_registry",

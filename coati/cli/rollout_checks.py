@@ -18,6 +18,7 @@ from coati.cli.engine_flags import check_engine
 from coati.cli.launch_flags import check_launch, processes_of
 from coati.cli.reward_flags import check_slow_rewards, names_of_rewards
 from coati.cli.row_flags import check_columns
+from coati.environments.environment_table import check_environment, environment_arguments
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.models.loading import find_model, is_bare
@@ -37,6 +38,7 @@ PLACES_OF_KL = {
 }
 ESTIMATOR_OF = {"loss": "k3", "reward": "k1"}
 LONGEST_BUFFER = 1024
+MAX_TURNS = 8
 # Plugins whose weights one process holds whole, so that several models can share them.
 SHARING = tuple(name for name, row in PLUGINS.items() if row.whole_weights)
 # A sampled token's log-prob is of the whole distribution, whatever these made of it.
@@ -74,6 +76,7 @@ def check_rollouts(args: Namespace) -> None:
     check_parallel(args.plugin, requested_options(args, args.train_batch_size), processes_of(args))
     _check_lengths(args)
     _check_ptx(args)
+    _check_environment(args)
     _check_reward_sources(args)
     _check_scores(args)
     _check_buffer(args)
@@ -109,6 +112,26 @@ def _check_lengths(args: Namespace) -> None:
         )
 
 
+def _check_environment(args: Namespace) -> None:
+    """Resolves ``max_turns``."""
+    if args.environment is None:
+        for name in ("environment_args", "max_turns"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--{name} does nothing without --environment; name one, or leave it out"
+                )
+        return
+    check_environment(args.environment)
+    environment_arguments(args.environment, args.environment_args)
+    args.max_turns = args.max_turns or MAX_TURNS
+    for path in [*args.prompt_dataset, *args.eval_prompt_dataset]:
+        if (Path(path) / "preparation.json").exists():
+            raise ValueError(
+                f"--environment: {path} is prepared, and prepared prompts hold no messages for an "
+                "environment to begin with; name the raw file that it was made of"
+            )
+
+
 def _check_ptx(args: Namespace) -> None:
     if args.ptx_coef and not args.ptx_dataset:
         raise ValueError(
@@ -142,13 +165,13 @@ def _check_reward_sources(args: Namespace) -> None:
             "--no_neural_reward_model says that "
             "there is none; leave one of the two out"
         )
-    if args.no_neural_reward_model and not args.reward_functions:
+    if args.no_neural_reward_model and not args.reward_functions and not args.environment:
         raise ValueError(f"--no_neural_reward_model needs --reward_functions: {names_of_rewards()}")
-    if not neural and not args.reward_functions:
+    if not neural and not args.reward_functions and not args.environment:
         raise ValueError(
             "nothing gives a reward: name a reward model (--rm_pretrain, the directory that "
             "coati rm wrote), or "
-            f"--reward_functions ({names_of_rewards()}), or both"
+            f"--reward_functions ({names_of_rewards()}), or both, or an --environment"
         )
     if (
         args.no_neural_reward_model

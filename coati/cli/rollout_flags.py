@@ -6,9 +6,10 @@ from coati.cli import arguments as shared
 from coati.cli.engine_flags import add_engine_choice
 from coati.cli.parser import Parser
 from coati.cli.reward_flags import add_slow_reward_flags, names_of_rewards
-from coati.cli.rollout_checks import KL_HORIZON, PLACES_OF_KL
+from coati.cli.rollout_checks import KL_HORIZON, MAX_TURNS, PLACES_OF_KL
 from coati.cli.row_flags import add_column_flags, add_learn_flag
 from coati.cli.values import add_count, add_number, add_switch, add_text, number
+from coati.environments.environment_table import ENVIRONMENTS
 from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
 from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
 from coati.rewards.registry import DEFAULT_TIMEOUT
@@ -151,6 +152,7 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         "--train_batch_size",
     )
     _add_engine_flags(group)
+    _add_environment_flags(group)
     add_count(
         group,
         "--sample_interval",
@@ -178,6 +180,34 @@ def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
         least=0,
         help="episodes whose responses are asked for while another is trained: theirs are of "
         "weights that are N episodes older, see --rollout_is",
+    )
+
+
+def _add_environment_flags(group: argparse._ArgumentGroup) -> None:
+    """What responds to the policy."""
+    listed = {name: row.about for name, row in ENVIRONMENTS.items()}
+    add_text(
+        group,
+        "--environment",
+        unit="NAME",
+        help=table(
+            "what answers the policy, which then responds again: several turns a sample, tools "
+            "among them",
+            listed,
+        )
+        + "; or path.py:Class of your own. Its rewards are added to the others. Takes raw prompts",
+    )
+    add_text(
+        group,
+        "--environment_args",
+        unit="JSON",
+        help='what the environment is made with, a JSON object: \'{"folder": "docs"}\' for search',
+    )
+    add_count(
+        group,
+        "--max_turns",
+        help="with --environment: responses of a sample, all turns of which share --max_seq_len "
+        f"tokens; default: {MAX_TURNS}",
     )
 
 

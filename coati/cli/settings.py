@@ -270,7 +270,8 @@ class KTOSettings(SLSettings):
 @dataclass(frozen=True)
 class RolloutSettings:
     """What an episode collects. Batch sizes count rows of one process. ``rollouts_ahead``: episodes
-    asked for while another is trained."""
+    asked for while another is trained. ``environment``: what responds to the policy, in up to
+    ``max_turns`` responses of a sample."""
 
     num_episodes: int
     num_collect_steps: int
@@ -283,6 +284,9 @@ class RolloutSettings:
     offload_inference_models: bool
     rollouts_ahead: int
     num_generations: int = 1
+    environment: str | None = None
+    environment_args: str | None = None  # a JSON object
+    max_turns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 group-relative advantages.
 
 Pure functions of tensors. Shapes: B responses, A actions; a response starts in column 0 and
-``mask`` (B, A) is set on its actions. Masked cells are ignored, NaN included, and are 0 in results.
+``mask`` (B, A) is set on its actions; tokens of others may stand between them. Masked cells are
+ignored, NaN included, and are 0 in results.
 What is taken over all ranks gets its collective as ``reduce_sum``
 (:data:`~coati.models.policy_loss.ReduceSum`; by default a single process's). Everything is fp32,
 sums over many actions fp64.
@@ -106,7 +107,9 @@ def gae(
     """Advantages and returns, both (B, A) (arXiv 1506.02438, eq. 16).
 
     ``values`` (B, A): V_t of the state before action t. After the last action there is nothing: its
-    V and A are 0. Returns are advantages + values, before any whitening.
+    V and A are 0. Where ``mask`` has holes (tokens that others wrote between two turns) the action
+    after a hole follows the one before it: a hole takes no step of time. Returns are advantages +
+    values, before any whitening.
     """
     rewards = zero_masked(rewards, mask)
     values = zero_masked(values, mask)
@@ -115,9 +118,11 @@ def gae(
     for t in reversed(range(rewards.shape[1])):
         # delta_t = r_t + gamma V_(t+1) - V_t;  A_t = delta_t + gamma lambda A_(t+1)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t].bool(), delta + gamma * lam * next_advantage, 0.0)
-        next_value = values[:, t]
+        acts = mask[:, t].bool()
+        next_advantage = torch.where(acts, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(acts, values[:, t], next_value)
         advantages[:, t] = next_advantage
+    advantages = zero_masked(advantages, mask)
     return advantages, advantages + values
 
 

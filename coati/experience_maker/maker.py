@@ -2,6 +2,7 @@
 phase."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from coati.experience_maker.rollout_batch import (
     response_metrics,
     timed,
 )
+from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout, dialogues_of
 from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
@@ -47,6 +49,7 @@ class NaiveExperienceMaker:
         reference: the frozen reference policy; None: no KL.
         critic: the value model; required if and only if ``settings.method`` is None.
         kl: the coefficient of the KL penalty; by default 0.
+        environment: what responds to the policy; None: each sample is one response.
 
     Raises:
         ValueError: for a critic with a group method, and for neither.
@@ -63,6 +66,7 @@ class NaiveExperienceMaker:
         reference: InferenceModel | None = None,
         critic: Engine | None = None,
         kl: KLController | None = None,
+        environment: EnvironmentRollout | None = None,
     ) -> None:
         if (critic is None) != (settings.method is not None):
             raise ValueError(
@@ -76,6 +80,7 @@ class NaiveExperienceMaker:
         self.reference = reference
         self.critic = None if critic is None else InferenceModel(critic)
         self.kl = kl or KLController(0.0)
+        self.environment = environment
         self.normalization = RunningNormalization()
         self.method = None if settings.method is None else GROUP_METHODS[settings.method]
         self._reduce_sum = sum_over(actor)
@@ -99,11 +104,16 @@ class NaiveExperienceMaker:
         prompt, by the weights that were published last.
 
         ``prompts``: ``input_ids``, ``attention_mask`` (B, P) padded on the left, ``gt_answer`` a
-        list of B. ``sample_index``: indices of the responses among all of the episode
+        list of B; with an environment ``dialogue`` too, whose turns are all waited for here.
+        ``sample_index``: indices of the responses among all of the episode
         (:func:`~coati.experience_maker.experience.sample_indices`). Every rank must call it with
         the same number of prompts.
         """
         count = num_generations or self.settings.num_generations
+        if self.environment is not None:
+            return self._ask_environment(
+                self.environment, prompts, list(sample_index), count, episode, temperature
+            )
         ids = prompts["input_ids"].repeat_interleave(count, 0).to(self.actor.device)
         mask = prompts["attention_mask"].repeat_interleave(count, 0).to(self.actor.device)
         pending = PendingRollouts(prompts, list(sample_index), count, temperature, [])
@@ -118,6 +128,36 @@ class NaiveExperienceMaker:
                 )
                 pending.parts.append(part)
         return replace(pending, seconds=seconds["rollout"])
+
+    def _ask_environment(
+        self,
+        environment: EnvironmentRollout,
+        prompts: dict[str, Any],
+        sample_index: list[int],
+        count: int,
+        episode: int,
+        temperature: float,
+    ) -> PendingRollouts:
+        seconds: dict[str, float] = {}
+        noise = NoiseRows(self.settings.seed, episode, sample_index)
+        size = self.settings.rollout_batch_size or len(sample_index)
+        parts = []
+        with timed(seconds, "rollout"):
+            samples = environment.begin(dialogues_of(prompts), count, noise)
+            begun = prompts | environment.prompts(samples, count)
+            for start in range(0, len(samples), size):
+                rows = slice(start, start + size)
+                part: Future[Generated] = Future()
+                part.set_result(
+                    environment.run(
+                        samples[rows],
+                        noise.select(rows),
+                        temperature,
+                        begun["input_ids"].shape[1],
+                    )
+                )
+                parts.append(part)
+        return PendingRollouts(begun, sample_index, count, temperature, parts, seconds["rollout"])
 
     def make_experience(self, pending: PendingRollouts) -> RolloutBatch:
         """One collect step: the responses that were asked for, with advantages that are not
@@ -177,6 +217,9 @@ class NaiveExperienceMaker:
             finish = batch.scores or begin_scores(self.scorer, batch.responses)
             scores, batch.reward_parts = finish(batch.experience)
             batch.scores = None
+            if batch.of_environment is not None:
+                batch.reward_parts["environment"] = batch.of_environment["reward"].cpu()
+                scores = scores + batch.reward_parts["environment"]
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)
         batch.samples = response_metrics(batch, self._version)
@@ -221,7 +264,14 @@ class NaiveExperienceMaker:
         truths = prompts.get("gt_answer") or [None] * len(prompts["input_ids"])
         truths = [truth for truth in truths for _ in range(count)]
         responses = self._texts(generated, ids, mask, truths)
-        return RolloutBatch(experience.trimmed(), responses, {}, seconds=seconds)
+        known = generated.of_environment
+        if known is not None:
+            known = {name: values for name, values in known.items() if name != "last_start"}
+        batch = RolloutBatch(experience.trimmed(), responses, {}, seconds=seconds)
+        if known is not None:
+            batch.of_environment = known
+            batch.written = batch.experience.action_mask
+        return batch
 
     def _experience_of(
         self, generated: Generated, prompt_mask: Tensor, sample_index: Sequence[int]
@@ -232,6 +282,8 @@ class NaiveExperienceMaker:
         device = generated.lengths.device
         width = generated.sequences.shape[1] - prompt_mask.shape[1]
         attention_mask, action_mask = masks(prompt_mask.to(device), generated.lengths, width)
+        if generated.action_mask is not None:
+            action_mask = generated.action_mask
         version = self._version if generated.version is None else generated.version
         stale = version != self._version
         logps = None if stale else generated.logprobs
@@ -264,7 +316,11 @@ class NaiveExperienceMaker:
         tokenizer = self.tokenizer
         stops = list(self.settings.stop_sequences)
         prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
-        responses = [without_stop(response, stops) for response in generated.responses()]
+        responses = generated.responses()
+        if generated.of_environment is not None:  # the last turn's
+            starts = generated.of_environment["last_start"].tolist()
+            responses = [ids[start:] for ids, start in zip(responses, starts, strict=True)]
+        responses = [without_stop(response, stops) for response in responses]
         return Responses(
             [decode(tokenizer, prompt, False) for prompt in prompts],
             [decode(tokenizer, response, False) for response in responses],

@@ -53,7 +53,8 @@ class ExperienceSettings:
 class RolloutBatch:
     """The rollouts of one collect step: tensors, texts, ``reward_parts`` (B,) by source of reward,
     ``samples`` (n,) by metric, and seconds by phase. ``scores``: what gives the scores of its
-    experience, until they are in it."""
+    experience, until they are in it. Of samples of several turns ``of_environment`` (B,) by name,
+    and ``written`` (B, A), the tokens that the policy wrote."""
 
     experience: Experience
     responses: Responses
@@ -61,6 +62,8 @@ class RolloutBatch:
     samples: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     scores: Callable[..., Any] | None = None
+    of_environment: dict[str, Tensor] | None = None
+    written: Tensor | None = None
 
 
 @contextmanager
@@ -87,10 +90,12 @@ def response_metrics(batch: RolloutBatch, version: int) -> dict[str, Tensor]:
     samples = {
         "reward": experience.reward,
         "approx_kl": kl_of_responses(kl, mask),
-        "response_length": experience.response_lengths().float(),
+        "response_length": mask.sum(1).float(),
         "stop_rate": torch.tensor(responses.stopped).float(),
         "empty_responses": torch.tensor([not text.strip() for text in responses.responses]).float(),
     }
+    known = batch.of_environment or {}
+    samples |= {f"environment/{name}": known[name] for name in known if name != "reward"}
     return samples | {f"reward/{name}": values for name, values in batch.reward_parts.items()}
 
 

@@ -88,6 +88,11 @@ def begin_scores(scorer: Callable[..., Any], responses: Responses) -> Callable[.
     return lambda experience: scorer(experience, responses)
 
 
+def no_scores(experience: Experience, responses: Responses) -> Scores:
+    """Of a run whose rewards are its environment's alone."""
+    return torch.zeros(len(experience)), {}
+
+
 def _finite(found: Tensor, responses: Responses) -> Tensor:
     if bad := (~found.isfinite()).nonzero().flatten().tolist():
         raise ValueError(

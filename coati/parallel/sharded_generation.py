@@ -1,5 +1,6 @@
 """Sampling from an engine's model on whatever plugin wraps it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ def sample(
     stop_sequences: list[list[int]],
     max_new_tokens: int,
     pad_token_id: int,
+    limits: Sequence[int] | None = None,
     noise: Tensor | None = None,
     return_logprobs: bool = False,
 ) -> Generated:
@@ -43,6 +45,7 @@ def sample(
         attention_mask.to(engine.device),
         stop_sequences=stop_sequences,
         max_new_tokens=max_new_tokens,
+        limits=limits,
         pad_token_id=pad_token_id,
         noise=noise,
         return_logprobs=return_logprobs,

@@ -18,7 +18,7 @@ from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.experience_maker.rollouts.make_rollout import make_rollout
-from coati.experience_maker.scoring import Scorer
+from coati.experience_maker.scoring import Scorer, no_scores
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
@@ -26,6 +26,7 @@ from coati.models.rollout_correction import RolloutCorrection
 from coati.parallel.agreement import agree
 from coati.parallel.checkpoint import RunningState, buffer_states_by_rank, rollouts_by_rank
 from coati.parallel.engine import Engine
+from coati.parallel.inference_model import InferenceModel
 from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
 from coati.recipes.data_checks import (
@@ -38,6 +39,7 @@ from coati.recipes.data_checks import (
 from coati.recipes.dry_run import rl_dry_run
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.resume import running_state
+from coati.recipes.rl_environment import check_dialogues, environment_of, environment_rollout
 from coati.recipes.rl_models import (
     load_actor,
     load_critic,
@@ -82,6 +84,7 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     name (GRPO and its variants)."""
     run: Run[Any] = start(settings, extras)
     functions = reward_functions(run)
+    environment = environment_of(run)
     rows = load_data(run, functions)
     episodes = episodes_of(settings)
     buffer_state = _buffer_state(run)
@@ -93,14 +96,16 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     if isinstance(settings, PPOSettings):
         models["critic"] = load_critic(run, actor, total_steps)
     reward_model = load_reward_model(run, actor)
+    rollout = _rollout(run, actor, stops)
     parts = assemble_rl(
         rl_settings(run, episodes, stops),
         actor=actor.engine,
         critic=models["critic"].engine if "critic" in models else None,
         reference=load_reference(run, actor),
-        rollout=_rollout(run, actor, stops),
-        scorer=Scorer(reward_model, functions, settings.rollout.logits_forward_batch_size),
+        rollout=rollout,
+        scorer=_scorer(run, reward_model, functions),
         tokenizer=run.tokenizer,
+        environment=environment_rollout(run, environment, actor, rollout, stops),
     )
     trainer = OLTrainer(
         **parts,
@@ -149,6 +154,14 @@ def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
     )
 
 
+def _scorer(
+    run: Run[OnlineSettings], reward_model: InferenceModel | None, functions: Rewards | None
+) -> Callable[..., Any]:
+    if reward_model is None and functions is None and run.settings.rollout.environment:
+        return no_scores
+    return Scorer(reward_model, functions, run.settings.rollout.logits_forward_batch_size)
+
+
 @phase("reading the rows")
 def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
     """The rows of the run, the same on every rank. Raises ValueError for what is wrong with them,
@@ -182,6 +195,8 @@ def _load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutDa
         check_reader_positions(run, prompts, reader.flag, reader.path)
     check_gt_answers(prompts, functions)
     check_gt_answers(evaluation, functions, "eval_prompt_dataset")
+    check_dialogues(run, prompts)
+    check_dialogues(run, evaluation, "eval_prompt_dataset")
     state = running_state(run.resume, run.settings, prompts.rows)
     order = data.epoch_order(run, prompts)
     rollout = run.settings.rollout

@@ -8,6 +8,7 @@ from coati.experience_buffer.buffer import NaiveExperienceBuffer
 from coati.experience_maker.kl_controller import KLController
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
@@ -90,11 +91,12 @@ def assemble_rl(
     rollout: RolloutEngine,
     scorer: Callable[..., Any],
     tokenizer: Any,
+    environment: EnvironmentRollout | None = None,
 ) -> TrainerParts:
     """The parts of :class:`~coati.trainer.online.OLTrainer`: PPO with a ``critic``, otherwise the
     group method ``settings.experience.method``.
 
-    ``reference``: the reference policy; None: no KL.
+    ``reference``: the reference policy; None: no KL. ``environment``: what responds to the policy.
 
     Raises:
         ValueError: for a critic with a group method, for neither, and for a KL target with a
@@ -111,6 +113,7 @@ def assemble_rl(
         reference=reference,
         critic=critic,
         kl=KLController(kl.coef, kl.target, kl.horizon),
+        environment=environment,
     )
     return TrainerParts(
         actor=actor,

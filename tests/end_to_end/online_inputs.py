@@ -42,12 +42,42 @@ def too_few(responses):
 '''
 
 
+ENVIRONMENT = '''
+from coati.environments import Environment, Turn
+
+class Echo(Environment):
+    """Says "more" to all responses; the longer they are, the better."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def reset(self, row):
+        self.seed = row["seed"]
+        return row["messages"]
+
+    def step(self, response):
+        reward = self.scale * len(response["content"]) / 9
+        return Turn([{"role": "user", "content": "more"}], reward)
+
+class Louder(Echo):
+    pass
+
+class Fails(Echo):
+    def step(self, response):
+        raise RuntimeError("no more")
+'''
+
+
 def prompts(folder: Path, count: int = 24, first: int = 0) -> str:
     """The arrow directory of ``count`` short prompts of the sample."""
-    lines = [
-        line for line in short_lines(0, 200, PROMPTS).splitlines(keepends=True) if len(line) < 140
-    ]
-    return prepare(folder, "".join(lines[first : first + count]), MAX_LENGTH, "prompt")
+    lines = short_prompts()[first : first + count]
+    return prepare(folder, "".join(lines), MAX_LENGTH, "prompt")
+
+
+def short_prompts() -> list[str]:
+    """Those of the sample that are short, a line each."""
+    lines = short_lines(0, 200, PROMPTS).splitlines(keepends=True)
+    return [line for line in lines if len(line) < 140]
 
 
 def write_reward_model(
@@ -82,7 +112,11 @@ def write_files(folder: Path) -> dict[str, str]:
     }
     (folder / "template.json").write_text(json.dumps(template))
     (folder / "functions.py").write_text(FUNCTIONS)
-    return {"template": str(folder / "template.json"), "functions": str(folder / "functions.py")}
+    (folder / "echo.py").write_text(ENVIRONMENT)
+    (folder / "rows.jsonl").write_text("".join(short_prompts()[:24]))
+    named = {"template": "template.json", "functions": "functions.py", "echo": "echo.py"}
+    named["rows"] = "rows.jsonl"
+    return {name: str(folder / file) for name, file in named.items()}
 
 
 def metrics(save_dir: Path) -> list[dict[str, Any]]:

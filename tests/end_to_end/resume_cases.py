@@ -257,6 +257,12 @@ GRPO: Flags = {
     "reward_concurrency": (("--reward_concurrency", "3"), {}),
     "kl_coef": (("--kl_coef", "0.3"), {"kl": (0.3, None, 10000), "policy": "kl_coef=0.3"}),
 }
+ENVIRONMENT = ("--environment", "$echo:Echo", "--prompt_dataset", "$rows", "--max_turns", "3")
+ENVIRONMENT += ("--max_seq_len", "60", "--max_length", "144")
+GRPO_ENVIRONMENT: Flags = {
+    "max_turns": (("--max_turns", "1"), {}),
+    **given(environment="$echo:Louder", environment_args='{"scale": 2.0}'),
+}
 DAPO = ("--algo", "dapo")
 GRPO_DAPO: Flags = {
     "overlong_buffer_len": (("--overlong_buffer_len", "5"), {"rollouts": "overlong_buffer_len=5"}),
@@ -281,6 +287,7 @@ GROUPS: dict[str, Group] = {
     "ppo with ptx": Group("ppo", PPO_PTX, PTX),
     "grpo": Group("grpo", GRPO),
     "grpo as dapo": Group("grpo", GRPO_DAPO, DAPO),
+    "grpo with an environment": Group("grpo", GRPO_ENVIRONMENT, ENVIRONMENT),
     "split": Group("sft", SPLIT, ("--plugin", "3d"), nproc=2),
     "pipeline": Group("sft", PIPELINE, ("--plugin", "3d", "--pp", "2"), nproc=2),
     "reference": Group("dpo", REFERENCE, ("--plugin", "3d", "--tp", "2"), nproc=2),

@@ -215,3 +215,33 @@ def test_a_response_has_its_advantage_at_each_action():
         [-1, 0, 0],
         [0, 0, 0],
     ]
+
+
+def test_a_hole_takes_no_step_of_time():
+    """Two actions, two tokens of others, one action: by hand with gamma 0.5 and lambda 0.5."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0]]).bool()
+    rewards = torch.tensor([[0.0, 1.0, 9.0, 9.0, 2.0, 9.0]])
+    values = torch.tensor([[1.0, 2.0, 7.0, 7.0, 4.0, 7.0]])
+    advantages, returns = gae(rewards, values, mask, 0.5, 0.5)
+    # A_4 = 2 - 4;  A_1 = 1 + 0.5 4 - 2 + 0.25 A_4;  A_0 = 0 + 0.5 2 - 1 + 0.25 A_1
+    expected = torch.tensor([[0.125, 0.5, 0.0, 0.0, -2.0, 0.0]])
+    expected[0, 1] = 1.0 + 0.25 * -2.0
+    expected[0, 0] = 0.0 + 0.25 * float(expected[0, 1])
+    assert_close(advantages, expected)
+    assert_close(returns, (expected + values) * mask)
+
+
+@pytest.mark.parametrize("holes", [(), (0,), (2,), (1, 4), (5,)])
+def test_holes_change_nothing_of_what_is_left(holes):
+    """Squeezed out, or with anything in them, the actions have the same advantages."""
+    random = torch.Generator().manual_seed(len(holes))
+    rewards = torch.rand(3, 6, generator=random)
+    values = torch.rand(3, 6, generator=random)
+    mask = torch.ones(3, 6).bool()
+    mask[:, list(holes)] = False
+    left = [t for t in range(6) if t not in holes]
+    found = gae(rewards.masked_fill(~mask, 5.0), values.masked_fill(~mask, torch.nan), mask)
+    alone = gae(rewards[:, left], values[:, left], mask[:, left])
+    for with_holes, without in zip(found, alone, strict=True):
+        assert torch.equal(with_holes[:, left], without)
+        assert not with_holes[~mask].any()

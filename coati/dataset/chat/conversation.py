@@ -17,7 +17,7 @@ import jinja2
 from coati.dataset.chat.chat_encoder import ChatEncoder, Span
 from coati.dataset.chat.dialogue import ONLY_SFT, Dialogue
 from coati.dataset.chat.encoded import Encoded
-from coati.dataset.chat.message_forms import Messages, Tools
+from coati.dataset.chat.message_forms import Message, Messages, Tools
 from coati.dataset.chat.row_options import RowOptions
 from coati.dataset.chat.template import (
     check_template_args,
@@ -259,6 +259,19 @@ class Conversation:
             text += row.messages[last]["content"]
             answers.append((start, start))  # no token reaches over the border
         return self.encoded(text, [], row.key, None, answers)
+
+    def encode_around(
+        self, question: str, turn: Message, after: Messages, tools: Tools | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The ids of ``turn``, the assistant's to ``question``, and those that stand between it and
+        the response to ``after``. Raises RowError."""
+        asked = {"role": "user", "content": question}
+        row = Dialogue(self, [asked, turn, *after], tools)
+        k = row.turns[0]
+        text = row.prompt(len(row.messages))
+        encoded = self.encoded(text, [row.span_before(text, k)], row.key, None)
+        start, end = encoded.spans[0]
+        return encoded.input_ids[start:end], encoded.input_ids[end:]
 
     def encode_response(
         self, messages: Messages, max_length: int | None = None, tools: Tools | None = None

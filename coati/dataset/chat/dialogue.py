@@ -287,6 +287,29 @@ class Dialogue:
         start = self._start(text, k)
         return start, self._end(text, start, k)
 
+    def span_before(self, text: str, k: int) -> Span:
+        """:meth:`span` of turn ``k``, which another message follows, also where the template writes
+        the turn otherwise than where it is the last. Raises RowError."""
+        try:
+            return self.span(text, k)
+        except RowError as error:
+            if error.reason not in ("template_rewrites", "no_end_marker"):
+                raise
+        marker = self._marker(k)
+        before = len(commonprefix([self._before_content(k + 1), text]))
+        if (end := text.rfind(marker, 0, before)) >= 0:
+            return end, end + len(marker)
+        # Another marker ends a turn that is not the last.
+        said = len(commonprefix([self._before_content(k), text])) + len(self.messages[k]["content"])
+        ends = [
+            (place, place + len(each))
+            for each in self.template.encoder.markers
+            if (place := text.find(each, said, before)) >= 0
+        ]
+        if not ends or self.messages[k].get("tool_calls"):
+            raise _unended(k, marker)
+        return min(ends)
+
     def _start(self, text: str, k: int) -> int:
         template = self.template
         at_content = template.starts_at_content

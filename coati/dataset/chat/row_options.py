@@ -36,11 +36,14 @@ class RowOptions:
         empty_thoughts: whether the empty thoughts that some templates write before a response
             without one are learned.
         learn: ``all_turns`` or ``last_turn`` of the assistant, or the turns of ``roles:...``.
+        for_environment: of prompts that an environment responds to: JSON of the schemas of its
+            tools, which they are written with; such prompts keep their messages beside the ids.
     """
 
     thoughts: str = THOUGHTS[0]
     empty_thoughts: str = EMPTY_THOUGHTS[0]
     learn: str = LEARNED_TURNS[0]
+    for_environment: str | None = None
 
     def __post_init__(self):
         for name, choices in (("thoughts", THOUGHTS), ("empty_thoughts", EMPTY_THOUGHTS)):

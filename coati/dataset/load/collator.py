@@ -171,8 +171,9 @@ class DataCollatorForPromptDataset(_Collator):
     """Rows with ``input_ids`` to ``input_ids, attention_mask``, each (B, S) and padded on the left,
     and ``gt_answer``.
 
-    ``gt_answer`` is a list of B strings or None. A prompt longer than ``max_length`` loses its
-    beginning, never the generation prompt at its end, and a warning is logged once.
+    ``gt_answer`` is a list of B strings or None; ``dialogue``, where rows have it, a list of JSON
+    texts that environments begin with. A prompt longer than ``max_length`` loses its beginning,
+    never the generation prompt at its end, and a warning is logged once.
     """
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -188,6 +189,7 @@ class DataCollatorForPromptDataset(_Collator):
             "input_ids": pad(ids, width, self.pad_id, "left"),
             "attention_mask": attention_mask(lengths, width, "left"),
             "gt_answer": [row.get("gt_answer") for row in rows],
+            **({"dialogue": [row["dialogue"] for row in rows]} if "dialogue" in rows[0] else {}),
         }
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +197,7 @@ class DataCollatorForPromptDataset(_Collator):
         return {
             "input_ids": row["input_ids"][-2:],
             "gt_answer": row.get("gt_answer"),
+            **({"dialogue": row["dialogue"]} if "dialogue" in row else {}),
             "blank": True,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from coati.dataset.rows.source_row import SourceRow
 
 
+DIALOGUE = "dialogue"  # the column of what an environment begins with
+
+
 class Prompt(DataType):
     """The ids that generation starts from, and the right answer where there is one."""
 
     name = "prompt"
     reads = ("pair", "judged", "conversation", "prompt")
     columns = {"input_ids": "ids", "inputs_decode": "text", **COMMON, "gt_answer": "text"}
+    optional_columns = {DIALOGUE: "text"}
     texts = ReportTexts(
         title="prompts (prompt)",
         what="The model writes responses of its own to each, which are then scored.",
@@ -48,7 +53,11 @@ class Prompt(DataType):
         row.completion = row.response = row.label = row.margin = None
 
     def tokenize(self, row: SourceRow, conversation: Conversation, max_length: int) -> TrainingRows:
-        encoded = conversation.encode_prompt(row.messages, tools=row.tools)
+        tools = row.tools
+        environment = conversation.options.for_environment
+        if environment is not None:
+            tools = json.loads(environment) or tools
+        encoded = conversation.encode_prompt(row.messages, tools=tools)
         ids = encoded.input_ids
         bos = conversation.tokenizer.bos_token
         if len(ids) > max_length:
@@ -63,7 +72,13 @@ class Prompt(DataType):
             "seq_category": row.category,
             "gt_answer": row.gt_answer,
         }
+        if environment is not None:
+            kept = {"messages": row.messages, "tools": row.tools}
+            columns[DIALOGUE] = json.dumps(kept, ensure_ascii=False)
         return [(columns, False)]
+
+    def filled(self, columns: Columns) -> Columns:
+        return {DIALOGUE: None, **columns}
 
     def sides(self, columns: Columns) -> list[Side]:
         return [Side("", columns["input_ids"], [0] * len(columns["input_ids"]))]

@@ -68,6 +68,24 @@ class ServerOptions:
 
 
 @dataclass(frozen=True)
+class _Share:
+    """What one share of the data asks for: ``prompts``, at most ``limits`` tokens after each."""
+
+    dp_rank: int
+    prompts: list[list[int]]
+    limits: list[int]
+    noise: NoiseRows
+
+    def rows(self) -> list[Row]:
+        """One for each prompt."""
+        noise = self.noise
+        return [
+            Row(prompt, limit, noise.seed, noise.episode, int(index), noise.turn)
+            for prompt, limit, index in zip(self.prompts, self.limits, noise.rows, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class _Packed:
     """The answers of one share of the data, as they travel to its ranks."""
 
@@ -122,19 +140,27 @@ class HttpRollout:
             self.store.keep_only(self.queue.in_use)
 
     def ask(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        noise: NoiseRows,
+        temperature: float,
+        limits: Sequence[int] | None = None,
     ) -> "Future[Generated]":
         """Give the rows of all ranks to the servers."""
         mesh = self.engine.mesh
         prompts = [
             row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)
         ]
-        mine = (mesh.dp_rank, prompts, noise) if mesh.is_loss_rank else None
+        most = [self.max_new_tokens] * len(prompts) if limits is None else [*map(int, limits)]
+        mine = _Share(mesh.dp_rank, prompts, most, noise) if mesh.is_loss_rank else None
         ask = None
-        shares = sorted((each for each in all_gather_object(mine) if each), key=lambda s: s[0])
+        found = [each for each in all_gather_object(mine) if each is not None]
+        shares = sorted(found, key=lambda share: share.dp_rank)
         if is_rank_0():
             ask = self._add(shares, temperature)
-        counts = {share: len(rows) for share, rows, _ in shares}
+        counts = {share.dp_rank: len(share.prompts) for share in shares}
         return _Answer(self, input_ids, ask, counts, self.version)
 
     def close(self) -> None:
@@ -199,17 +225,11 @@ class HttpRollout:
         for worker in self.workers:
             worker.start()
 
-    def _add(self, shares: list[tuple[int, list[list[int]], NoiseRows]], temperature: float) -> Ask:
-        rows = [
-            Row(prompt, noise.seed, noise.episode, int(index))
-            for _, prompts, noise in shares
-            for prompt, index in zip(prompts, noise.rows, strict=True)
-        ]
-        wanted = Wanted(
-            replace(self.sampling, temperature=temperature), self.stops, self.max_new_tokens
-        )
+    def _add(self, shares: "list[_Share]", temperature: float) -> Ask:
+        rows = [row for share in shares for row in share.rows()]
+        wanted = Wanted(replace(self.sampling, temperature=temperature), self.stops)
         # As many rows at once as in the training process: the server may have no more memory.
-        each = max((len(prompts) for _, prompts, _ in shares), default=1)
+        each = max((len(share.prompts) for share in shares), default=1)
         together = max(min(each, ceil(len(rows) / len(self.workers))), 1)
         ask = Ask(rows, self._newest, wanted, together)
         self.queue.add(ask)

@@ -123,13 +123,13 @@ class OwnSampler:
         """The choices that answer a request to ``/v1/completions``.
 
         Beside vLLM's fields it may have ``coati``: ``weights`` (the name that must be loaded),
-        ``noise`` (seed, episode, rows) and ``stop_sequences``. Raises ValueError for a malformed
-        request, OtherWeights where other weights are loaded.
+        ``noise`` (seed, episode, rows, turn), ``stop_sequences`` and ``max_tokens`` of each prompt.
+        Raises ValueError for a malformed request, OtherWeights where other weights are loaded.
         """
         prompts = _prompts(body)
         own = body.get("coati") or {}
-        count = _number(body, "max_tokens", 16)
-        self._check_lengths(prompts, count)
+        limits = _limits(body, len(prompts))
+        self._check_lengths(prompts, limits)
         stops = [list(stop) for stop in own.get("stop_sequences") or ()]
         stops += [[token] for token in body.get("stop_token_ids") or ()]
         if not body.get("ignore_eos"):
@@ -142,10 +142,10 @@ class OwnSampler:
         with self._lock:
             if own.get("weights") not in (None, self.loaded):
                 raise OtherWeights(f"weights {self.loaded} are loaded, not {own['weights']}")
-            generated = self._generate(prompts, NoiseRows(**noise), stops, count, body)
+            generated = self._generate(prompts, NoiseRows(**noise), stops, limits, body)
         return _choices(generated)
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], count: int) -> None:
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
         vocabulary = self.describe_model()["facts"]["vocab_size"]
         for number, prompt in enumerate(prompts):
             if wrong := [token for token in prompt if not 0 <= token < vocabulary]:
@@ -153,7 +153,8 @@ class OwnSampler:
                     f"prompt {number} has the token id {wrong[0]}; the vocabulary of the model "
                     f"served here has {vocabulary}"
                 )
-        longest = max(map(len, prompts))
+        lengths = [len(prompt) for prompt in prompts]
+        longest, count = max(zip(lengths, limits, strict=True), key=sum)
         if self.max_length is not None and longest + count > self.max_length:
             raise ValueError(
                 f"a prompt of {longest} tokens and {count} new ones are more than the "
@@ -165,9 +166,10 @@ class OwnSampler:
         prompts: Sequence[list[int]],
         noise: NoiseRows,
         stops: list[list[int]],
-        count: int,
+        limits: list[int],
         body: Mapping[str, Any],
     ) -> Generated:
+        count = max(limits)
         ids, mask = left_pad(prompts, 0)
         sampling = Sampling.at(
             float(body.get("temperature", 1.0)),
@@ -181,6 +183,7 @@ class OwnSampler:
             mask.to(self.device),
             stop_sequences=stops,
             max_new_tokens=count,
+            limits=limits,
             noise=noise.noise(count),
             return_logprobs=True,
             padding_free=self._padding_free,
@@ -201,11 +204,16 @@ def _is_prompt(found: Any) -> bool:
     return isinstance(found, list) and bool(found) and all(type(token) is int for token in found)
 
 
-def _number(body: Mapping[str, Any], name: str, default: int) -> int:
-    found = body.get(name, default)
-    if type(found) is not int or found < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, found {found!r}")
-    return found
+def _limits(body: Mapping[str, Any], count: int) -> list[int]:
+    """Tokens that each of ``count`` prompts may get."""
+    found = (body.get("coati") or {}).get("max_tokens")
+    limits = [body.get("max_tokens", 16)] * count if found is None else found
+    if not isinstance(limits, list) or len(limits) != count:
+        raise ValueError(f"max_tokens: expected {count} numbers, one for each prompt")
+    for limit in limits:
+        if type(limit) is not int or limit < 1:
+            raise ValueError(f"max_tokens: expected a whole number of at least 1, found {limit!r}")
+    return limits
 
 
 def _choices(generated: Generated) -> list[dict[str, Any]]:

@@ -85,7 +85,11 @@ def _answer(part: "Future[Generated]") -> Generated:
 
 def _mapped(values: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {
-        name: change(value) if isinstance(value, Tensor) else value
+        name: _mapped(value, change)
+        if isinstance(value, dict)
+        else change(value)
+        if isinstance(value, Tensor)
+        else value
         for name, value in values.items()
     }
 
@@ -99,16 +103,22 @@ def join_generated(parts: list[Generated], prompt_length: int) -> Generated:
         tensors = [getattr(part, name) for part in parts]
         return torch.cat([F.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors])
 
-    def log_probs(name: str) -> Tensor | None:
+    def of_actions(name: str) -> Tensor | None:
         there = all(getattr(part, name) is not None for part in parts)
         return padded(name, width - prompt_length) if there else None
 
+    of_environment = None
+    if parts[0].of_environment is not None:
+        each = [part.of_environment or {} for part in parts]
+        of_environment = {name: torch.cat([one[name] for one in each]) for name in each[0]}
     return Generated(
         padded("sequences", width),
         torch.cat([part.lengths for part in parts]),
         torch.cat([part.stopped for part in parts]),
         prompt_length,
-        log_probs("logprobs"),
-        log_probs("sampled_logprobs"),
+        of_actions("logprobs"),
+        of_actions("sampled_logprobs"),
         parts[0].version,
+        of_actions("action_mask"),
+        of_environment,
     )

@@ -27,13 +27,15 @@ class RequestRefused(ServerFailed):
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and the place of its noise
+    """A prompt, at most how many tokens continue it, and the place of its noise
     (:func:`~coati.models.generation.row_noise.row_noise`)."""
 
     prompt: list[int]
+    limit: int
     seed: int
     episode: int
     index: int
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class Wanted:
 
     sampling: Sampling
     stops: tuple[tuple[int, ...], ...]
-    max_new_tokens: int
 
 
 class RolloutServer:
@@ -140,29 +141,37 @@ class RolloutServer:
                 "seed": rows[0].seed,
                 "episode": rows[0].episode,
                 "rows": [row.index for row in rows],
+                "turn": rows[0].turn,
             }
-            stops = [list(stop) for stop in wanted.stops]
-            body["coati"] = {"weights": weights, "noise": noise, "stop_sequences": stops}
+            body["coati"] = {
+                "weights": weights,
+                "noise": noise,
+                "stop_sequences": [list(stop) for stop in wanted.stops],
+                "max_tokens": [row.limit for row in rows],
+            }
         choices = self._call("POST", "/v1/completions", body).get("choices")
         if not isinstance(choices, list) or len(choices) != len(rows):
             count = len(choices) if isinstance(choices, list) else "no"
             raise ServerFailed(f"{self.url}: {count} responses to {len(rows)} prompts")
         ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [self._answer(choice, wanted) for choice in ordered]
+        return [
+            self._answer(choice, wanted, row.limit)
+            for choice, row in zip(ordered, rows, strict=True)
+        ]
 
     def _body(self, rows: Sequence[Row], wanted: Wanted) -> dict[str, Any]:
         sampling = wanted.sampling
         first = rows[0]
-        number = float(row_noise(first.seed, first.episode, [first.index], 1)[0, 0])
+        noise = row_noise(first.seed, first.episode, [first.index], 1, first.turn)
         return {
             "model": self.model,
             "prompt": [row.prompt for row in rows],
-            "max_tokens": wanted.max_new_tokens,
+            "max_tokens": max(row.limit for row in rows),
             "temperature": sampling.temperature if sampling.do_sample else 0.0,
             "top_k": sampling.top_k or -1,
             "top_p": sampling.top_p,
             "repetition_penalty": sampling.repetition_penalty,
-            "seed": int(number * 2**31),
+            "seed": int(float(noise[0, 0]) * 2**31),
             "logprobs": 0,
             "return_token_ids": True,
             # The stop sequences say what ends a response, not the model's configuration.
@@ -170,15 +179,15 @@ class RolloutServer:
             "stop_token_ids": [stop[0] for stop in wanted.stops if len(stop) == 1],
         }
 
-    def _answer(self, choice: dict[str, Any], wanted: Wanted) -> Answer:
+    def _answer(self, choice: dict[str, Any], wanted: Wanted, limit: int) -> Answer:
         ids = choice.get("token_ids")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
             raise ServerFailed(f"{self.url}: a response without token ids (return_token_ids)")
         if not isinstance(logprobs, list) or len(logprobs) != len(ids):
             raise ServerFailed(f"{self.url}: a response without the log-probs of its tokens")
-        tokens, stopped = cut(ids, wanted.stops, wanted.max_new_tokens)
-        if not stopped and len(tokens) < wanted.max_new_tokens:
+        tokens, stopped = cut(ids, wanted.stops, limit)
+        if not stopped and len(tokens) < limit:
             raise ServerFailed(f"{self.url}: a response of {len(tokens)} tokens that nothing ended")
         mine = logprobs[: len(tokens)]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in mine):

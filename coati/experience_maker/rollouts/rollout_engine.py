@@ -30,15 +30,22 @@ class RolloutEngine(Protocol):
         ...
 
     def ask(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        noise: NoiseRows,
+        temperature: float,
+        limits: Sequence[int] | None = None,
     ) -> "Future[Generated]":
         """Continue prompts (B, P), padded on the left with ``attention_mask`` 0; the result is
         waited for, and errors are raised, by the future's ``result()``.
 
         ``noise`` decides the tokens (:func:`~coati.models.generation.row_noise.row_noise`).
         ``logprobs`` of the result are log_softmax(logits / temperature) at each token, without
-        top-k, top-p and penalties; None: the caller must recompute them with the policy. Every rank
-        must ask equally often, and take the results in one order.
+        top-k, top-p and penalties; None: the caller must recompute them with the policy.
+        ``limits``: tokens that each row may get; None: as many as the engine gives. Every rank must
+        ask equally often, and take the results in one order.
         """
         ...
 
@@ -76,7 +83,13 @@ class ModelRollout:
         self.version = version
 
     def ask(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        noise: NoiseRows,
+        temperature: float,
+        limits: Sequence[int] | None = None,
     ) -> "Future[Generated]":
         """Samples at once: a result that is waited for later is of the weights of now."""
         answer: Future[Generated] = Future()
@@ -88,6 +101,7 @@ class ModelRollout:
             noise=noise.noise(self.max_new_tokens),
             return_logprobs=True,
             max_new_tokens=self.max_new_tokens,
+            limits=limits,
             **self.settings,
         )
         answer.set_result(replace(generated, version=self.version))

@@ -156,7 +156,13 @@ class VllmRollout:
         return "weights_iterator" in signature(found).parameters
 
     def ask(
-        self, input_ids: Tensor, attention_mask: Tensor, *, noise: NoiseRows, temperature: float
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        noise: NoiseRows,
+        temperature: float,
+        limits: Sequence[int] | None = None,
     ) -> "Future[Generated]":
         """Samples at once; vLLM takes a seed a response, the first number of its noise."""
         self._wake()
@@ -164,16 +170,18 @@ class VllmRollout:
             row[real.bool()].tolist() for row, real in zip(input_ids, attention_mask, strict=True)
         ]
         seeds = (noise.noise(1)[:, 0] * 2**31).long().tolist()
+        most = [self.max_new_tokens] * len(rows) if limits is None else limits
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in rows],
-            [self._parameters(seed, temperature) for seed in seeds],
+            [self._parameters(seed, temperature, n) for seed, n in zip(seeds, most, strict=True)],
             use_tqdm=False,
         )
         if self.sleeps:
             self.llm.sleep(level=1)  # the weights stay, in the host's memory
             self._awake = False
         answer: Future[Generated] = Future()
-        answer.set_result(self._generated(input_ids, [output.outputs[0] for output in outputs]))
+        first = [output.outputs[0] for output in outputs]
+        answer.set_result(self._generated(input_ids, first, most))
         return answer
 
     def _wake(self) -> None:
@@ -184,7 +192,7 @@ class VllmRollout:
     def close(self) -> None:
         """vLLM ends with the process."""
 
-    def _parameters(self, seed: int, temperature: float) -> Any:
+    def _parameters(self, seed: int, temperature: float, most: int) -> Any:
         sampling = self.sampling
         return self.vllm.SamplingParams(
             temperature=temperature if sampling.do_sample else 0.0,
@@ -192,7 +200,7 @@ class VllmRollout:
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seed=seed,
-            max_tokens=self.max_new_tokens,
+            max_tokens=most,
             # The stop sequences say what ends a response, not the model's configuration
             ignore_eos=True,
             stop_token_ids=[stop[0] for stop in self.stops if len(stop) == 1],
@@ -200,9 +208,10 @@ class VllmRollout:
             logprobs=0,  # of the sampled token, and no other
         )
 
-    def _generated(self, input_ids: Tensor, outputs: list[Any]) -> Generated:
+    def _generated(self, input_ids: Tensor, outputs: list[Any], limits: Sequence[int]) -> Generated:
         responses = [
-            cut(list(output.token_ids), self.stops, self.max_new_tokens) for output in outputs
+            cut(list(output.token_ids), self.stops, most)
+            for output, most in zip(outputs, limits, strict=True)
         ]
         width = max(len(tokens) for tokens, _ in responses)
         new = [tokens + [self.pad] * (width - len(tokens)) for tokens, _ in responses]

@@ -6,7 +6,7 @@ returns none, and a loop that relies on a returned one silently loses the contex
 given explicitly, so left padding is exact.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,10 @@ class Generated:
     Of responses that others sampled: ``sampled_logprobs`` (B, N) fp32, the same by the weights that
     sampled, and ``version``, the optimizer steps that those weights have behind them; None: they
     are the weights of now.
+
+    Of responses of several turns, between which an environment wrote: ``action_mask`` (B, N) bool,
+    the tokens that the policy wrote, which log-probs belong to; None: all up to ``lengths``.
+    ``of_environment``: what is known of each, (B,) by name.
     """
 
     sequences: Tensor
@@ -44,6 +48,8 @@ class Generated:
     logprobs: Tensor | None = None
     sampled_logprobs: Tensor | None = None
     version: int | None = None
+    action_mask: Tensor | None = None
+    of_environment: dict[str, Tensor] | None = None
 
     def responses(self) -> list[list[int]]:
         """The new token ids of each row, stop sequence included."""
@@ -58,6 +64,7 @@ def generate(
     *,
     stop_sequences: list[list[int]],
     max_new_tokens: int,
+    limits: Sequence[int] | None = None,
     pad_token_id: int = 0,
     do_sample: bool = True,
     temperature: float = 1.0,
@@ -77,9 +84,9 @@ def generate(
     the padding.
 
     A row ends with any of ``stop_sequences`` (token ids, matched within the response) or after
-    ``max_new_tokens``. Equal prompts go through the model once. ``noise`` (B, max_new_tokens or
-    more) from :func:`~coati.models.generation.row_noise.row_noise` is used in place of
-    ``generator``; a row's sample then does not depend on the rest of the batch.
+    ``max_new_tokens``, or its own of ``limits``. Equal prompts go through the model once. ``noise``
+    (B, max_new_tokens or more; :func:`~coati.models.generation.row_noise.row_noise`) is used in
+    place of ``generator``; a row's sample then does not depend on the rest of the batch.
 
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
@@ -91,37 +98,44 @@ def generate(
     Raises:
         ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
     """
-    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check(model, input_ids, mask, stop_sequences, max_new_tokens)
-    _check_noise(noise, len(input_ids), max_new_tokens)
+    rows = _limits(limits, max_new_tokens, len(input_ids))
+    _check(model, input_ids, mask, stop_sequences, rows)
+    _check_noise(noise, len(input_ids), int(rows.max()))
     decoder = Decoder(
         model,
         input_ids,
         mask,
-        sampling,
+        Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p),
         stop_sequences,
         noise=noise,
         generator=generator,
-        max_columns=input_ids.shape[1] + max_new_tokens,
+        max_columns=input_ids.shape[1] + int(rows.max()),
         return_logprobs=return_logprobs,
         gather_logits=gather_logits,
         synchronize=synchronize,
         padding_free=padding_free,
     )
     with _evaluating(model), MklPrepacked(model) as prepacked:
-        return _decode(decoder, prepacked, max_new_tokens, pad_token_id, stop_flag)
+        return _decode(decoder, prepacked, rows.to(input_ids.device), pad_token_id, stop_flag)
+
+
+def _limits(limits: Sequence[int] | None, most: int, rows: int) -> Tensor:
+    """(B,): the new tokens that each row may get."""
+    return torch.tensor(limits or [most] * rows).clamp(max=most)
 
 
 def _decode(
     decoder: Decoder,
     prepacked: MklPrepacked,
-    max_new_tokens: int,
+    limits: Tensor,
     pad: int,
     stop_flag: Callable[[bool], bool],
 ) -> Generated:
-    """Decode until ``stop_flag`` returns True."""
+    """Decode until ``stop_flag`` returns True; a row ends after its own of ``limits`` (B,)."""
     prompts = decoder.ids
+    max_new_tokens = int(limits.max())
+    shortest = int(limits.min())
     shape = (len(decoder.row_ids), max_new_tokens)
     device = prompts.device
     tokens = torch.full(shape, pad, dtype=prompts.dtype, device=device)
@@ -143,9 +157,12 @@ def _decode(
                 logprobs[rows, count - 1] = step.logprobs
             lengths[rows] = count
             stopped[rows] = step.stopped
-            if bool(step.stopped.any()):
-                all_ended = bool(step.stopped.all())
-                decoder.leave(~step.stopped)
+            ended = step.stopped
+            if shortest <= count < max_new_tokens:
+                ended = ended | (limits[rows] <= count)
+            if bool(ended.any()):
+                all_ended = bool(ended.all())
+                decoder.leave(~ended)
         if stop_flag(all_ended):
             break
     if logprobs is not None:
@@ -180,7 +197,7 @@ def generate_streaming(
         )
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p)
     mask = torch.ones_like(input_ids)
-    _check(model, input_ids, mask, stop_sequences, max_new_tokens)
+    _check(model, input_ids, mask, stop_sequences, torch.tensor([max_new_tokens]))
     columns = input_ids.shape[1] + max_new_tokens
     decoder = Decoder(
         model, input_ids, mask, sampling, stop_sequences, generator=generator, max_columns=columns
@@ -214,13 +231,13 @@ def _check_noise(noise: Tensor | None, rows: int, steps: int) -> None:
 
 
 def _check(
-    model, input_ids: Tensor, mask: Tensor, stop_sequences: list[list[int]], max_new_tokens: int
+    model, input_ids: Tensor, mask: Tensor, stop_sequences: list[list[int]], limits: Tensor
 ) -> None:
     rows, length = input_ids.shape
     if rows == 0 or length == 0:
         raise ValueError(f"nothing to continue: input_ids has shape {tuple(input_ids.shape)}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if len(limits) != rows or int(limits.min()) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1 for each row, not {limits.tolist()}")
     if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
         raise ValueError(
             "prompts must be padded on the left: attention_mask 0, then 1 up to the last position"
@@ -230,11 +247,12 @@ def _check(
             f"stop_sequences must be a list of non-empty lists of token ids, not {stop_sequences}"
         )
     positions = positions_of(getattr(innermost(model), "config", None))
-    longest = int(mask.sum(dim=1).max())
+    lengths = mask.sum(dim=1).cpu()
+    longest = int((lengths + limits).argmax())
     # Rotary embeddings would go on, but what is written beyond what they were trained on is noise.
-    if positions is not None and longest + max_new_tokens > positions.count:
+    if positions is not None and int(lengths[longest] + limits[longest]) > positions.count:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{positions.count} positions; shorten the prompt or ask for fewer new tokens "
+            f"a prompt of {lengths[longest]} tokens and {limits[longest]} new ones exceed the "
+            f"model's {positions.count} positions; shorten the prompt or ask for fewer new tokens "
             "(--max_new_tokens)"
         )

@@ -9,11 +9,11 @@ from coati.utils.text_table import table, terminal_width
 
 
 def left_pad(
-    rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
+    rows: list[list[int]], pad: int, device: torch.device | str = "cpu", width: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, both (B, longest), of rows that end together; the mask is 1 on a row's own
-    tokens."""
-    width = max(map(len, rows))
+    """Ids and mask, both (B, longest, or ``width`` if that is more), of rows that end together; the
+    mask is 1 on a row's own tokens."""
+    width = max(width, *map(len, rows))
     ids = [[pad] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,7 +1,7 @@
 """Sampling noise by row: a sample does not depend on the batch that it is drawn in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,24 +20,28 @@ class NoiseRows:
     seed: int
     episode: int
     rows: Sequence[int]
+    turn: int = 0
 
     def noise(self, steps: int) -> Tensor:
         """:func:`row_noise`, (len(rows), steps)."""
-        return row_noise(self.seed, self.episode, self.rows, steps)
+        return row_noise(self.seed, self.episode, self.rows, steps, self.turn)
 
     def select(self, rows: slice) -> "NoiseRows":
         """Of ``rows`` of the batch."""
-        return NoiseRows(self.seed, self.episode, self.rows[rows])
+        return replace(self, rows=self.rows[rows])
 
 
-def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int) -> Tensor:
+def row_noise(seed: int, episode: int, rows: Sequence[int], steps: int, turn: int = 0) -> Tensor:
     """Uniform numbers of [0, 1), (len(rows), steps) fp64 on the CPU, one a token.
 
-    ``rows``: index of each row in the global batch. A number is a function of seed, episode, row
-    and step alone: batch, number of processes, padding and ``steps`` do not change it.
+    ``rows``: index of each row in the global batch; ``turn``: which of its responses it is, where a
+    row has several. A number is a function of seed, episode, row, turn and step alone: batch,
+    number of processes, padding and ``steps`` do not change it.
     """
+    later = [turn] if turn else []  # a row's first response has the noise of rows with but one
     draws = [
-        np.random.default_rng([_ROLLOUT, seed, episode, int(row)]).random(steps) for row in rows
+        np.random.default_rng([_ROLLOUT, seed, episode, int(row), *later]).random(steps)
+        for row in rows
     ]
     return (
         torch.from_numpy(np.stack(draws)) if draws else torch.zeros(0, steps, dtype=torch.float64)

@@ -122,8 +122,11 @@ class RLReporter:
 
 
 def _response_ids(batch: RolloutBatch) -> list[list[int]]:
-    """The token ids of each response, stop sequence included."""
+    """The token ids that the policy wrote of each response, stop sequence included."""
     experience = batch.experience
+    if batch.written is not None:
+        tokens = experience.sequences[:, experience.prompt_width :]
+        return [row[own].tolist() for row, own in zip(tokens, batch.written.bool(), strict=True)]
     ids = experience.sequences[:, experience.prompt_width :].tolist()
     lengths = experience.response_lengths().tolist()
     return [row[:length] for row, length in zip(ids, lengths, strict=True)]

@@ -21,6 +21,7 @@ from coati.dataset.chat.message_forms import (
     with_cut_thoughts,
 )
 from coati.dataset.chat.schema_parts import dropped_notes
+from coati.dataset.chat.tool_checks import check_tools
 from coati.dataset.chat.word_cache import Span
 from coati.dataset.rows.row_errors import RowError
 
@@ -90,7 +91,7 @@ class Dialogue:
     def _take(self, messages: Messages, tools: Tools | None) -> None:
         """Messages that are more than role and text."""
         template = self.template
-        _check_tools(template, messages, tools)
+        check_tools(template, messages, tools)
         if not template.abilities.speaks_and_calls and any(
             one.get("tool_calls") and one["content"].strip() for one in messages
         ):
@@ -461,46 +462,6 @@ class Dialogue:
             except RowError as error:
                 if error.reason != "template_rewrites":
                     raise
-
-
-def _check_tools(template: "Conversation", messages: Messages, tools: Tools | None) -> None:
-    """Raise RowError where the template cannot write what the row has of tools."""
-    abilities = template.abilities
-    calls = any("tool_calls" in message for message in messages)
-    results = any(message["role"] == "tool" for message in messages)
-    wanted = (
-        ("tools", bool(tools) and not abilities.tools),
-        ("calls of tools", calls and not abilities.calls),
-        ("results of tools", results and not abilities.results),
-    )
-    if lacking := [what for what, lacks in wanted if lacks]:
-        raise RowError(
-            "tools_unsupported",
-            f"it writes no {' and no '.join(lacking)}; {template.way_to_tools}",
-        )
-    for k, message in enumerate(messages):
-        if given := message.get("tool_calls"):
-            _check_calls(template, messages, k, len(given))
-
-
-def _check_calls(template: "Conversation", messages: Messages, k: int, calls: int) -> None:
-    """Raise RowError for ``calls`` of message ``k``, or their results, that the template drops."""
-    abilities = template.abilities
-    if calls > 1 and not abilities.parallel_calls:
-        raise RowError(
-            "tools_unsupported", f"it writes one call a turn, and message {k} has {calls}"
-        )
-    if messages[k]["content"].strip() and not abilities.calls_beside_text:
-        raise RowError(
-            "tools_unsupported",
-            f"it leaves out the calls of message {k}, which has a text beside them",
-        )
-    following = messages[k + 1 : k + 3]
-    if len(following) == 2 and all(each["role"] == "tool" for each in following):
-        if not abilities.parallel_results:
-            raise RowError(
-                "tools_unsupported", f"it leaves out results of the calls of message {k}"
-            )
 
 
 def _rewritten(k: int) -> RowError:

@@ -85,8 +85,8 @@ def generate(
 
     A row ends with any of ``stop_sequences`` (token ids, matched within the response) or after
     ``max_new_tokens``, or its own of ``limits``. Equal prompts go through the model once. ``noise``
-    (B, max_new_tokens or more; :func:`~coati.models.generation.row_noise.row_noise`) is used in
-    place of ``generator``; a row's sample then does not depend on the rest of the batch.
+    (B, max_new_tokens or more; see ``row_noise``) is used in place of ``generator``; a row's sample
+    then does not depend on the rest of the batch.
 
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
@@ -100,8 +100,7 @@ def generate(
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = _limits(limits, max_new_tokens, len(input_ids))
-    _check(model, input_ids, mask, stop_sequences, rows)
-    _check_noise(noise, len(input_ids), int(rows.max()))
+    _check(model, input_ids, mask, stop_sequences, rows, noise)
     decoder = Decoder(
         model,
         input_ids,
@@ -223,7 +222,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check_noise(noise: Tensor | None, rows: int, steps: int) -> None:
+def _check_noise(noise: Tensor | None, limits: Tensor) -> None:
+    rows = len(limits)
+    steps = int(limits.max())
     if noise is not None and (noise.dim() != 2 or noise.shape[0] != rows or noise.shape[1] < steps):
         raise ValueError(
             f"noise must have the shape ({rows}, {steps} or more), not {tuple(noise.shape)}"
@@ -231,7 +232,12 @@ def _check_noise(noise: Tensor | None, rows: int, steps: int) -> None:
 
 
 def _check(
-    model, input_ids: Tensor, mask: Tensor, stop_sequences: list[list[int]], limits: Tensor
+    model,
+    input_ids: Tensor,
+    mask: Tensor,
+    stop_sequences: list[list[int]],
+    limits: Tensor,
+    noise: Tensor | None = None,
 ) -> None:
     rows, length = input_ids.shape
     if rows == 0 or length == 0:
@@ -246,6 +252,7 @@ def _check(
         raise ValueError(
             f"stop_sequences must be a list of non-empty lists of token ids, not {stop_sequences}"
         )
+    _check_noise(noise, limits)
     positions = positions_of(getattr(innermost(model), "config", None))
     lengths = mask.sum(dim=1).cpu()
     longest = int((lengths + limits).argmax())

@@ -11,6 +11,7 @@ from coati.environments.multi_turn import Turn
 from coati.environments.turn_tokens import UNREADABLE
 from coati.experience_maker.maker import NaiveExperienceMaker
 from coati.experience_maker.rollout_batch import ExperienceSettings
+from coati.experience_maker.rollouts import dialogue_rollout
 from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.experience_maker.scoring import no_scores
 from coati.models.generation.row_noise import NoiseRows, row_noise
@@ -199,6 +200,17 @@ def test_turns_of_several_weights_are_refused():
     noise = NoiseRows(1, 0, [0])
     with pytest.raises(ValueError, match="of the weights of 0 and 1, not of one"):
         rollout.run(rollout.begin([ROW], 1, noise), noise, 1.0)
+
+
+def test_a_rank_whose_samples_are_over_asks_for_one_token_behind_a_prompt(monkeypatch):
+    """As long as another rank has some: behind a whole sample there may be no position left."""
+    others = iter([True, True, False])
+    monkeypatch.setattr(dialogue_rollout, "any_rank", lambda mine: next(others))
+    environment = Told([Turn(done=True)], TOOLS)
+    (sample,), found, policy = sampled([[SAYS, SAYS]], [environment])
+    assert policy.asked == [([0], [4000], 0), ([0], [1], 1)]
+    assert policy.prompts == [[sample.prompt], [sample.prompt]]
+    assert found.responses() == [SAYS] and found.of_environment["turns"].tolist() == [1]
 
 
 def test_each_turn_has_noise_of_its_own():

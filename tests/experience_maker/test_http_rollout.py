@@ -4,6 +4,7 @@ process gives, whatever becomes of the servers meanwhile."""
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from coati.experience_maker.rollouts import server_worker
 from coati.experience_maker.rollouts.model_facts import facts_of
 from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
+from coati.experience_maker.rollouts.rollout_client import RolloutServer, Row, Wanted
 from coati.models.generation.loop import Sampling, generate
 from coati.models.generation.row_noise import NoiseRows, row_noise
 from coati.utils.errors import RunFailed
@@ -90,6 +92,55 @@ def test_every_way_of_sampling_is_the_same_there(tmp_path, sampling):
         found = ask(rollout, 1.0 if "do_sample" in sampling else 0.8).result()
         same(found, expected, 0)
         rollout.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_limits_of_rows_and_later_turns_are_those_of_this_process(tmp_path, count):
+    policy = tiny_llama(seed=1)
+    limits = [1, 6, 3, 2]
+    noise = replace(NOISE, turn=2)
+    expected = generate(
+        policy,
+        PROMPTS,
+        MASK,
+        noise=noise.noise(6),
+        temperature=0.8,
+        return_logprobs=True,
+        stop_sequences=STOPS,
+        max_new_tokens=6,
+        limits=limits,
+        pad_token_id=0,
+    )
+    with serving(*(tiny_llama() for _ in range(count))) as servers:
+        rollout = http_rollout(FakeEngine(policy), [server.url for server in servers], tmp_path)
+        rollout.publish(7, policy.state_dict().items())
+        found = rollout.ask(PROMPTS, MASK, noise=noise, temperature=0.8, limits=limits).result()
+        same(found, expected, 7)
+        assert (found.lengths <= torch.tensor(limits)).all() and int(found.lengths.max()) > 2
+        first = ask(rollout).result()
+        assert found.responses()[1][:3] != first.responses()[1][:3]  # another turn, other noise
+        rollout.close()
+
+
+def test_vllm_is_told_the_limit_and_the_seed_of_each_row(monkeypatch):
+    server = RolloutServer("http://127.0.0.1:1")
+    bodies = []
+
+    def call(verb, route, body):
+        bodies.append(body)
+        choice = {"token_ids": [5] * body["max_tokens"], "logprobs": {}}
+        choice["logprobs"]["token_logprobs"] = [-1.0] * body["max_tokens"]
+        return {"choices": [choice]}
+
+    monkeypatch.setattr(server, "_call", call)
+    wanted = Wanted(Sampling(), ((30,),))
+    for turn, limit in ((0, 4), (1, 2)):
+        (answer,) = server.complete([Row([3, 4], limit, 5, 3, 9, turn)], wanted, "7-a")
+        assert answer.tokens == [5] * limit and not answer.stopped
+    assert [body["max_tokens"] for body in bodies] == [4, 2]
+    expected = [int(row_noise(5, 3, [9], 1, turn)[0, 0] * 2**31) for turn in (0, 1)]
+    assert [body["seed"] for body in bodies] == expected and expected[0] != expected[1]
+    assert not any("coati" in body for body in bodies)
 
 
 def test_what_was_asked_before_a_publish_is_of_the_weights_of_then(tmp_path):

@@ -150,6 +150,19 @@ def test_vllm_gets_prompts_without_padding_and_its_answers_end_where_the_stop_se
     assert found.sampled_logprobs is None  # of what top-k and top-p leave
 
 
+def test_vllm_gets_the_limit_of_each_row_and_the_seed_of_its_turn(vllm):
+    sampler = rollout(FakeEngine(tiny_llama()))
+    noise = NoiseRows(0, 0, [0, 1], turn=3)
+    asked = sampler.ask(PROMPTS, MASK, noise=noise, temperature=1.0, limits=[2, 1])
+    parameters = vllm.asked[0][1]
+    assert [each.max_tokens for each in parameters] == [2, 1]
+    numbers = row_noise(0, 0, [0, 1], 1, 3)[:, 0]
+    assert [each.seed for each in parameters] == [int(number * 2**31) for number in numbers]
+    found = asked.result()
+    assert found.responses() == [[4, 7], [3]] and found.stopped.tolist() == [False, False]
+    assert found.sampled_logprobs.tolist() == [[-1.0, -1.75], [-0.75, 0.0]]
+
+
 def test_vllm_says_the_log_probs_of_what_it_sampled_up_to_the_stop_sequence(vllm):
     found = rollout(FakeEngine(tiny_llama())).ask(PROMPTS, MASK, noise=NOISE, temperature=0.8)
     assert vllm.asked[0][1][0].logprobs == 0

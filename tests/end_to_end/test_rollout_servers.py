@@ -211,3 +211,29 @@ def test_with_no_server_left_the_run_saves_stops_and_goes_on(servers, words, tmp
     assert checkpoints(tmp_path / "lost")
     launched(2, {"grpo again": words("lost", "--checkpoint_path", "auto")})
     assert weights(tmp_path / "lost") == weights(tmp_path / "whole")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ahead", [(), ("--rollouts_ahead", "1")], ids=["in step", "ahead"])
+def test_dialogues_on_servers_are_those_of_the_process(
+    ahead, servers, online_words, online_places, tmp_path
+):
+    """All turns of a sample, on one process and on two."""
+    urls = [server.url for server in servers]
+    words = ("--max_seq_len", "60", "--max_length", "144", "--prompt_dataset", "$rows")
+    words += ("--max_turns", "3", "--environment", f"{online_places['echo']}:Echo", *ahead)
+    served = ("--rollout_url", *urls)
+    alone = {"grpo": online_words("grpo", tmp_path / "alone", *words)}
+    alone["grpo served"] = online_words("grpo", tmp_path / "served", *words, *served)
+    launched(1, alone)
+    two = online_words("grpo", tmp_path / "two", *shares("grpo", 2), *words, *served)
+    launched(2, {"grpo": two})
+    expected = of_episode(metrics(tmp_path / "alone"), 1)
+    assert expected["environment/turns"] > 1
+    for name in ("served", "two"):
+        found = of_episode(metrics(tmp_path / name), 1)
+        assert_same_first_episode(found, expected, True)
+        for metric in ("environment/turns", "environment/cut", "reward/environment"):
+            assert found[metric] == pytest.approx(expected[metric], rel=1e-6), metric
+        start = Path(online_places["model"])
+        assert_same_weights(tmp_path / name, tmp_path / "alone", start)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_arguments_of_the_template_go_before_those_that_the_model_keeps(tmp_path
     def args(given=None, template=None):
         forget_warnings()
         capsys.readouterr()
-        found = conversation_of(tmp_path, tiny_tokenizer(), template, given).template_args
+        found = conversation_of(tmp_path, deepcopy(tiny_tokenizer()), template, given).template_args
         return found, "".join(re.findall("--template_args.*", capsys.readouterr().err))
 
     assert args() == (kept["template_args"], "")

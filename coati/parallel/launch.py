@@ -13,6 +13,7 @@ import torch.distributed as dist
 from coati.parallel.agreement import Exchange, agree
 from coati.parallel.heartbeat import NO_TIMEOUT, Heartbeat, Places, is_lost_connection
 from coati.parallel.interfaces import choose_interface
+from coati.parallel.leave_groups import leave_groups
 from coati.parallel.meeting import LaunchFailed, Meeting, meet
 from coati.utils.constants import COLLECTIVE_TIMEOUT_S
 from coati.utils.environment import must_be_same
@@ -116,7 +117,7 @@ def shut_down(wait: bool = False) -> None:
         _heartbeat.leave(wait)
         _heartbeat = None
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_groups()
 
 
 def set_seed(seed: int) -> None:

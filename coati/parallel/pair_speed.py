@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from coati.parallel.agreement import Exchange
 from coati.parallel.interfaces import choose_interface
+from coati.parallel.leave_groups import leave_groups
 
 ROUNDS = 30
 LARGE_ROUNDS = 3
@@ -50,7 +51,7 @@ def measure_pairs(
         dist.barrier()
         return found
     finally:
-        dist.destroy_process_group()
+        leave_groups()
 
 
 def _measured(group: Any, device: str, size: int) -> dict[str, float]:

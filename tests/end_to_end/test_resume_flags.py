@@ -251,6 +251,8 @@ NOT_RUN = {
     ),
     "test_timeout": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
     "test_memory": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
+    "columns": "needs raw rows: test_a_run_goes_on_with_the_same_columns_alone of tests/recipes",
+    "strict_columns": "ends a preparation before its rows are trained on",
     "max_bad_ratio": "ends a preparation, or a stream, before its rows are trained on",
 }
 # Flags of coati sft, which all verbs hand to the same functions: the comparison and the refusals

@@ -251,8 +251,6 @@ NOT_RUN = {
     ),
     "test_timeout": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
     "test_memory": "runs programs in a sandbox: tests/cli/test_reward_flags.py",
-    "columns": "needs raw rows: test_a_run_goes_on_with_the_same_columns_alone of tests/recipes",
-    "strict_columns": "ends a preparation before its rows are trained on",
     "max_bad_ratio": "ends a preparation, or a stream, before its rows are trained on",
 }
 # Flags of coati sft, which all verbs hand to the same functions: the comparison and the refusals
@@ -263,6 +261,8 @@ ROWS_AND_BATCHES = {
     *("accumulation_steps", "eval_interval", "dataset_weights", "max_length", "max_samples"),
     *("eval_ratio", "disable_loss_mask"),
 }
+# Of raw rows, which the cases of coati pretrain read.
+RAW_ROWS = {"columns", "strict_columns"}
 BOTH = set(FLAGS["ppo"]) & set(FLAGS["grpo"])
 # Flags that a verb only takes to refuse them, and choices of which it has one.
 REFUSED = {"pp", "sp", "sp_mode", "enable_sequence_parallelism", "microbatch_size", "add_tokens"}
@@ -275,6 +275,7 @@ def test_every_flag_is_run_or_listed(verb):
     for group in GROUPS.values():
         of_verb[group.verb] |= set(group.flags)
     run_here = of_verb[verb] | of_verb["sft"] | {"nproc"} | set(NOT_RUN)
+    run_here |= RAW_ROWS & of_verb["pretrain"]
     if verb in ONLINE:
         online = of_verb["ppo"] | of_verb["grpo"]
         run_here = run_here - ROWS_AND_BATCHES | online & BOTH | REFUSED

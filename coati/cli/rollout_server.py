@@ -11,7 +11,7 @@ from coati.cli.checks import checked
 from coati.cli.model_flags import add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.program_settings import RolloutServerSettings
-from coati.cli.serve import LOOPBACK
+from coati.cli.serve import LOOPBACK, name_one_model
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_text, whole_number
 from coati.models.loading import DTYPES
@@ -125,11 +125,7 @@ def parse_rollout_server(
     """
     parser = rollout_server_parser().named(prog)
     args = checked(parser, argv, older=older)
-    if args.pretrained and args.model_path:
-        parser.error(f"{args.pretrained} and --model_path {args.model_path}: name one model")
-    args.model_path = args.model_path or args.pretrained
-    if args.model_path is None:
-        parser.error("--model_path is required: the directory of the model that is trained")
+    name_one_model(parser, args, "the directory of the model that is trained")
     if args.http_port > 65535:
         parser.error(f"--http_port {args.http_port}: the highest port is 65535")
     args.engine = _engine(parser, args.engine)

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -142,6 +142,15 @@ def _add_limits(parser: Parser) -> None:
     )
 
 
+def name_one_model(parser: Parser, args: Namespace, what: str) -> None:
+    """Resolve ``model_path``, which may come as the positional ``pretrained``; ``what`` it is."""
+    if args.pretrained and args.model_path:
+        parser.error(f"{args.pretrained} and --model_path {args.model_path}: name one model")
+    args.model_path = args.model_path or args.pretrained
+    if args.model_path is None:
+        parser.error(f"--model_path is required: {what}")
+
+
 def parse_server(
     argv: Sequence[str] | None = None,
     older: OlderFlags | None = None,
@@ -153,13 +162,7 @@ def parse_server(
     """
     parser = server_parser().named(prog)
     args = checked(parser, argv, older=older)
-    if args.pretrained and args.model_path:
-        parser.error(f"{args.pretrained} and --model_path {args.model_path}: name one model")
-    args.model_path = args.model_path or args.pretrained
-    if args.model_path is None:
-        parser.error(
-            "--model_path is required: a model directory, a LoRA adapter or a training checkpoint"
-        )
+    name_one_model(parser, args, "a model directory, a LoRA adapter or a training checkpoint")
     limits = args.max_new_tokens, args.model_max_length
     if None not in limits and args.max_new_tokens >= args.model_max_length:
         parser.error(

@@ -14,7 +14,7 @@ BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo test test-fast test-long bench bench-peers lint docs models-table venv package site
+.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo prove-tools test test-fast test-long bench bench-peers lint docs models-table venv package site
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
@@ -22,6 +22,7 @@ help:
 	@echo "make demo-rlhf    SFT, reward model and PPO, one after the other, on real prompts"
 	@echo "make prove-preferences  a reward model on more pairs, for hours: it ranks more than 0.75 of unseen ones"
 	@echo "make prove-ppo    PPO and GRPO learn what can be checked, ten seeds of ten, with their curves"
+	@echo "make prove-tools  GRPO learns to ask a calculator, ten seeds of ten"
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
 	@echo "make lint docs    style, format and types; the generated pages of docs/"
@@ -48,6 +49,9 @@ prove-preferences: venv
 
 prove-ppo: venv
 	@$(RUN) bash examples/demo/prove_ppo.sh
+
+prove-tools: venv
+	@$(RUN) "$(BIN)/python" examples/demo/prove_tools.py --seeds 10
 
 test: venv
 	@$(PYTEST) -m "not slow"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +153,9 @@ def test_greedy_answers_are_those_of_this_process(url, tmp_path):
     rollout.close()
 
 
-def test_a_grpo_run_learns_on_it(url, place, tmp_path, monkeypatch):
+@pytest.fixture
+def grpo(url, place, tmp_path, monkeypatch):
+    """``grpo(**flags)``: the metrics of a run of GRPO on the server."""
     files = write_files(tmp_path)
     (tmp_path / "reward.py").write_text(REWARD)
     monkeypatch.setenv(*next(iter(TOKEN.items())))
@@ -164,7 +167,6 @@ def test_a_grpo_run_learns_on_it(url, place, tmp_path, monkeypatch):
         "reward_functions": f"{tmp_path / 'reward.py'}:vowels",
         "rollout_url": url,
         "rollout_token_env": next(iter(TOKEN)),
-        "num_episodes": "20",
         "num_collect_steps": "1",
         "experience_batch_size": "4",
         "num_generations": "8",
@@ -180,8 +182,33 @@ def test_a_grpo_run_learns_on_it(url, place, tmp_path, monkeypatch):
         "warmup_steps": "0",
         "lr_scheduler": "constant",
     }
-    given = [word for name, value in words.items() for word in (f"--{name}", value)]
-    launched(1, {"grpo": given}, timeout=500)
-    found = metrics(tmp_path / "run")
+
+    def grpo(**flags):
+        given = [word for name, value in (words | flags).items() for word in (f"--{name}", value)]
+        launched(1, {"grpo": given}, timeout=500)
+        return metrics(tmp_path / "run")
+
+    return SimpleNamespace(run=grpo, files=files)
+
+
+def test_dialogues_with_an_environment(grpo):
+    """Token ids of one turn go into the next, and their log-probs are the policy's."""
+    found = grpo.run(
+        environment=f"{grpo.files['echo']}:Echo",
+        prompt_dataset=grpo.files["rows"],
+        max_turns="3",
+        max_seq_len="60",
+        max_length="144",
+        num_episodes="2",
+    )
+    for episode in (1, 2):
+        of = of_episode(found, episode)
+        assert 1 < of["environment/turns"] <= 3
+        assert of["reward/environment"] > 0
+        assert of["rollout_gap"] < 1e-4
+
+
+def test_a_grpo_run_learns_on_it(grpo):
+    found = grpo.run(num_episodes="20")
     rewards = [of_episode(found, episode)["reward"] for episode in range(1, 21)]
     assert sum(rewards[-4:]) / 4 > 1.5 * sum(rewards[:4]) / 4, rewards

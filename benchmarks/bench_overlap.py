@@ -1,12 +1,12 @@
 """What asking one episode ahead gains: episodes of GRPO with --rollouts_ahead 1 beside 0.
 
-Two processes, each on one processor core of its own, as two machines would be: a rollout server
-(`coati rollout-server --engine own`) and the training. Both ways have the same two processes and the
-same work: a Llama of 28M parameters in fp32, --prompts prompts with --generations responses of
---new_tokens tokens an episode, one pass over them. With 0 one core waits while the other works; with
-1 the server samples the next episode while this one is trained. The ways take turns, a run of
---episodes each; the first two episodes of a run are not counted, nor is its last, during which there
-is nothing left to ask for. An episode ends with the line of its metrics. The published weights go
+Two processes, each on a processor core of its own, as two machines would be: a rollout server
+(`coati rollout-server --engine own`) and the training. Both ways have the same two processes and
+the same work: a Llama of 28M parameters in fp32, --prompts prompts with --generations responses of
+--new_tokens tokens an episode, one pass over them. With 0 one core waits while the other works;
+with 1 the server samples the next episode while this one is trained. The ways take turns, a run of
+--episodes each; the first two episodes of a run are not counted, nor is its last, during which
+nothing is left to ask for. An episode ends with the line of its metrics. The published weights go
 by --rollout_sync http, and their writing and fetching are within the time.
 
     python benchmarks/bench_overlap.py [--episodes 9] [--rounds 2] [--output results.json]

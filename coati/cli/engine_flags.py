@@ -10,9 +10,7 @@ from coati.cli.parser import Parser
 from coati.cli.values import add_number, add_switch, add_text
 
 ENGINES = ("model", "vllm", "http")
-SYNCS = ("http", "disk")
-# Of vLLM's own transfer between GPUs, which are not there yet.
-CARDS = ("ipc", "nccl")
+SYNCS = ("http", "disk", "ipc", "nccl")
 TIMEOUT_S = 600.0
 SHARE = 0.4
 OF_VLLM = {"vllm_memory_share": SHARE, "vllm_sleep": False}
@@ -49,10 +47,11 @@ def add_engine_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--rollout_sync",
-        choices=(*SYNCS, *CARDS),
+        choices=SYNCS,
         default=SYNCS[0],
         help="how new weights reach the servers. http: fetched from rank 0; disk: read from "
-        "--rollout_weights_dir; ipc, nccl (between GPUs): refused, not written yet",
+        "--rollout_weights_dir; ipc: in memory of the GPU that a server shares with rank 0; nccl: "
+        "from rank 0's GPU to the servers'",
     )
     add_text(
         group,
@@ -133,11 +132,6 @@ def _check_servers(args: Namespace) -> None:
     for number, url in enumerate(args.rollout_url):
         if url.rstrip("/") in [one.rstrip("/") for one in args.rollout_url[:number]]:
             raise ValueError(f"--rollout_url {url} stands twice; name each server once")
-    if args.rollout_sync in CARDS:
-        raise ValueError(
-            f"--rollout_sync {args.rollout_sync} is not written yet; use http (rank 0 serves the "
-            "weights), or disk where the servers see --rollout_weights_dir"
-        )
     name = args.rollout_token_env
     if name is not None and not os.environ.get(name):
         raise ValueError(

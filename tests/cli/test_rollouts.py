@@ -315,11 +315,6 @@ REFUSED = [
         ["--rollout_url", "http://a:1", "--vllm_sleep"],
         "--vllm_sleep does nothing without --rollout_engine vllm",
     ),
-    (
-        "grpo",
-        ["--rollout_url", "http://a:1", "--rollout_sync", "nccl"],
-        "--rollout_sync nccl is not written yet; use http",
-    ),
     *[
         ("grpo", ["--rollout_url", url], f"--rollout_url {url}: expected the address of a server")
         for url in ("a:1", "http://a:1/v1", "ftp://a", "http://:1", "http://a:port")

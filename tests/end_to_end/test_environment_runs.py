@@ -48,7 +48,9 @@ def test_tensor_parallelism_changes_no_dialogue(words, online_places, tmp_path):
 def test_a_killed_run_goes_on_to_the_bit(words, ahead, tmp_path):
     more = (*shares("grpo", 2), "--num_episodes", "3", "--save_interval", "1", *ahead)
     launched(2, {"grpo whole": words("whole", *more)})
-    killed = Run(words("killed", *more), Fault("update", 2, "after", rank=1), script="train_grpo.py")
+    killed = Run(
+        words("killed", *more), Fault("update", 2, "after", rank=1), script="train_grpo.py"
+    )
     with pytest.raises(WorkerFailed):
         run(2, "tests.end_to_end.worker:train", killed, env=CPU, timeout=100)
     launched(2, {"grpo again": words("killed", *more, "--checkpoint_path", "auto")})

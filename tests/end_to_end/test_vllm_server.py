@@ -95,7 +95,7 @@ def engine_on(url, model, folder, **options):
     )
 
 
-@pytest.mark.parametrize("sync", ["http", "disk"])
+@pytest.mark.parametrize("sync", ["http", "disk", "nccl", "ipc"])
 def test_log_probs_are_the_policys_after_every_publish(url, tmp_path, sync):
     policies = [model_of(1), model_of(2)]
     rollout = engine_on(url, policies[0], tmp_path, sync=sync, timeout=120)

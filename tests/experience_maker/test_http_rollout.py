@@ -61,7 +61,7 @@ def ask(rollout, temperature=0.8, noise=NOISE):
     return rollout.ask(PROMPTS, MASK, noise=noise, temperature=temperature)
 
 
-@pytest.mark.parametrize("sync", ["http", "disk"])
+@pytest.mark.parametrize("sync", ["http", "disk", "nccl", "ipc"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_servers_give_the_tokens_and_log_probs_of_this_process(tmp_path, sync, count):
     policy = tiny_llama(seed=1)
@@ -299,7 +299,7 @@ def test_weights_that_cannot_be_written_end_the_run_with_the_reason(tmp_path):
         shutil.rmtree(tmp_path / "weights")
         (tmp_path / "weights").write_text("a file in its place")
         rollout.publish(1, tiny_llama(seed=2).state_dict().items())
-        with pytest.raises(RunFailed, match="weights of step 1 cannot be written"):
+        with pytest.raises(RunFailed, match="weights of step 1 cannot be published"):
             ask(rollout).result()
         rollout.close()
 

@@ -1,5 +1,5 @@
-"""GRPO with rollout servers on two hosts: what is trained is what one host trains, whatever becomes of
-the cable between them."""
+"""GRPO with rollout servers on two hosts: what is trained is what one host trains, whatever becomes
+of the cable between them."""
 
 import time
 from pathlib import Path
@@ -69,7 +69,9 @@ def whole(both_hosts, words, tmp_path_factory) -> Path:
 def serve(hosts: TwoHosts, node: int, places: dict[str, str]) -> tuple[str, Process]:
     """The URL of a server on a host, and its process, once it listens."""
     given = ["rollout-server", places["model"], "--engine", "own", "--host", hosts.address(node)]
-    server = hosts.fork(node, [*given, "--port", str(PORT), "--token_env", "ROLLOUT_TOKEN"], **TOKEN)
+    server = hosts.fork(
+        node, [*given, "--port", str(PORT), "--token_env", "ROLLOUT_TOKEN"], **TOKEN
+    )
     hosts.wait_for(server.files[0], f":{PORT}", START_S)
     return f"http://{hosts.address(node)}:{PORT}", server
 

@@ -31,7 +31,7 @@ from coati.experience_maker.rollouts.rollout_client import (
 from coati.experience_maker.rollouts.row_queue import Ask, RowQueue
 from coati.experience_maker.rollouts.server_worker import ServerWorker
 from coati.experience_maker.rollouts.vllm_rollout import check_head
-from coati.experience_maker.rollouts.weight_store import Weights, WeightStore
+from coati.experience_maker.rollouts.weight_store import Weights, make_store
 from coati.models.generation.loop import Generated, Sampling
 from coati.models.generation.row_noise import NoiseRows
 from coati.parallel.engine import Engine
@@ -50,7 +50,8 @@ LOOK_S = 1.0
 class ServerOptions:
     """Where the servers are and how weights reach them.
 
-    ``sync``: "disk" or "http" (:class:`~coati.experience_maker.rollouts.weight_store.WeightStore`).
+    ``sync``: "disk" or "http" (:class:`~coati.experience_maker.rollouts.weight_store.WeightStore`),
+    "ipc" or "nccl" (:class:`~coati.experience_maker.rollouts.weight_store.MemoryStore`).
     ``weights_dir``: a directory of this run alone, which is emptied. ``timeout``: seconds that a
     request may take, and that the run waits while no server works. ``facts``: of the model that is
     trained (:func:`~coati.experience_maker.rollouts.model_facts.facts_of`). ``max_length``: tokens
@@ -191,7 +192,9 @@ class HttpRollout:
             server.connect()
             self._check(server)
             self.workers.append(ServerWorker(server, self.queue, None))
-        self.store = WeightStore(options.weights_dir, options.sync, [*options.urls])
+        self.store = make_store(
+            options.weights_dir, options.sync, [*options.urls], self.engine.device, options.timeout
+        )
         for worker in self.workers:
             worker.store = self.store
         if not is_whole(self.sampling) and not all(w.server.is_own for w in self.workers):

@@ -11,7 +11,7 @@ from coati.experience_maker.rollouts.rollout_client import (
     ServerFailed,
 )
 from coati.experience_maker.rollouts.row_queue import RowQueue, Share
-from coati.experience_maker.rollouts.weight_store import Weights, WeightStore
+from coati.experience_maker.rollouts.weight_store import AnyStore, Weights
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -26,7 +26,7 @@ class ServerWorker(Thread):
     """``out_since``: when the server last failed without having done anything since (None: it
     works); ``reason``: how."""
 
-    def __init__(self, server: RolloutServer, queue: RowQueue, store: WeightStore) -> None:
+    def __init__(self, server: RolloutServer, queue: RowQueue, store: AnyStore) -> None:
         super().__init__(daemon=True, name=f"rollouts {server.url}")
         self.server = server
         self.queue = queue
@@ -51,8 +51,10 @@ class ServerWorker(Thread):
                 self.queue.fail(str(error))
             except ServerFailed as error:
                 self._leave_out(error)
-            except OSError as error:  # the weights could not be written
-                self.queue.fail(f"the weights of step {weights.version} cannot be written: {error}")
+            except OSError as error:  # the weights could not be written, or shared
+                self.queue.fail(
+                    f"the weights of step {weights.version} cannot be published: {error}"
+                )
 
     def take_first(self, weights: Weights) -> None:
         """Bring the server to ``weights`` and compare bytes, before the thread is started. Raises
@@ -62,11 +64,13 @@ class ServerWorker(Thread):
     def _bring_to(self, weights: Weights) -> None:
         if self._held is weights and self.out_since is None:
             return
-        place = self.store.place(weights, self.server.url)
+        weights.published()  # before the server is asked anything
         if self.out_since is not None:
             self.server.connect()
         self._held = None
-        self.server.take_weights(place)
+        workers = self.server.facts.get("world", 1)
+        with self.store.offered(weights, self.server.url, workers) as place:
+            self.server.take_weights(place)
         if not self._compared:
             self.server.compare(weights.published())
             self._compared = True

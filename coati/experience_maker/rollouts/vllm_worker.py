@@ -35,7 +35,7 @@ class RolloutWorker:
         wanted = Place.from_json(place)
         index = read_index(wanted)
         self.reload_weights(  # type: ignore[attr-defined]
-            weights_iterator=read_weights(wanted, index)
+            weights_iterator=read_weights(wanted, index, getattr(self, "rank", 0))
         )
         return {"name": index["name"]}
 

@@ -1,6 +1,6 @@
 """Published weights: safetensors files with an index that says what is in them, which samplers
-elsewhere read from a directory or over HTTP. Imports torch and safetensors only: samplers read
-it in environments of their own."""
+elsewhere read from a directory or over HTTP; or which are sent to them. Imports torch and
+safetensors only: samplers read it in environments of their own."""
 
 import hashlib
 import json
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coati.experience_maker.rollouts.weight_transfer import receive
+
 Digest = tuple[str, str, int]
 INDEX = "index.json"
 MAX_FILE = 1 << 30  # bytes: what a reader over HTTP holds at a time
@@ -25,14 +27,17 @@ MAX_FILE = 1 << 30  # bytes: what a reader over HTTP holds at a time
 class Place:
     """Where a reader finds published weights.
 
-    ``path``: their directory, or None; else ``url``, under which rank 0 serves them to who sends
-    ``token``. ``name``: what the weights are called (:attr:`Published.name`).
+    ``path``: their directory; or ``url``, under which rank 0 serves them to who sends ``token``; or
+    ``transfer``: how they come without a file
+    (:mod:`~coati.experience_maker.rollouts.weight_transfer`). ``name``: what the weights are called
+    (:attr:`Published.name`).
     """
 
     name: str
     path: str | None = None
     url: str | None = None
     token: str | None = None
+    transfer: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """One JSON object: routes pass on texts alone."""
@@ -45,20 +50,23 @@ class Place:
             place = cls(**json.loads(text))
         except (TypeError, ValueError) as error:
             raise ValueError(f"no place of published weights: {text[:200]!r}") from error
-        if (place.path is None) == (place.url is None):
-            raise ValueError("published weights lie in a directory or behind a URL: name one")
+        ways = (place.path, place.url, place.transfer)
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError(
+                "published weights lie in a directory, lie behind a URL or are sent: name one"
+            )
         return place
 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights of a version that lie in ``folder``. ``name``: version and digest of all of them, so
-    that two sets of one version do not pass for each other; ``digests``: (SHA-256, dtype) of each
-    tensor by name."""
+    """Weights of a version that lie in ``folder`` (None: in memory). ``name``: version and digest
+    of all of them, so that two sets of one version do not pass for each other; ``digests``:
+    (SHA-256, dtype, dimensions) of each tensor by name."""
 
     version: int
     name: str
-    folder: Path
+    folder: Path | None
     digests: Mapping[str, Digest]
 
 
@@ -66,6 +74,11 @@ def digest(tensor: Tensor) -> str:
     """SHA-256 of the bytes of a tensor, as vLLM's ``/weight_checker`` has it."""
     plain = tensor.detach().cpu().contiguous().view(-1)
     return hashlib.sha256(plain.view(torch.uint8).numpy()).hexdigest()
+
+
+def digest_of(tensor: Tensor) -> Digest:
+    """What :attr:`Published.digests` says of a tensor."""
+    return digest(tensor), str(tensor.dtype).removeprefix("torch."), tensor.dim()
 
 
 def weights_name(version: int, digests: Mapping[str, Digest]) -> str:
@@ -87,7 +100,7 @@ def write_weights(parent: Path, version: int, tensors: Mapping[str, Tensor]) -> 
         digests = {}
         for number, names in enumerate(_parts(tensors)):
             part = {name: tensors[name].detach().contiguous() for name in names}
-            digests |= {name: (digest(t), _dtype(t), t.dim()) for name, t in part.items()}
+            digests |= {name: digest_of(tensor) for name, tensor in part.items()}
             file = f"weights-{number:05d}.safetensors"
             save_file(part, temporary / file)
             files.append({"file": file, "bytes": (temporary / file).stat().st_size})
@@ -118,12 +131,10 @@ def _parts(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
         yield part
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def read_index(place: Place) -> dict[str, Any]:
     """The index of the weights at ``place``. Raises ValueError where there are none, or others."""
+    if place.transfer is not None:
+        return {"name": place.name}
     try:
         index = json.loads(_read(place, INDEX))
         name = index["name"]
@@ -134,11 +145,17 @@ def read_index(place: Place) -> dict[str, Any]:
     return index
 
 
-def read_weights(place: Place, index: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``index``, one file at a time, each compared with its digest. Raises
-    ValueError for a file or a tensor that is not what was published."""
+def read_weights(
+    place: Place, index: Mapping[str, Any], worker: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``index``, one file at a time, each compared with its digest, or as they are
+    sent to this ``worker`` of a server: to be copied before the server answers. Raises ValueError
+    for a file or a tensor that is not what was published, and where they do not come."""
     from safetensors.torch import load
 
+    if place.transfer is not None:
+        yield from receive(place.transfer, worker)
+        return
     wanted = dict(index["tensors"])
     for entry in index["files"]:
         data = _read(place, entry["file"])

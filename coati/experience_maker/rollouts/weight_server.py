@@ -13,6 +13,16 @@ from coati.experience_maker.rollouts.weight_files import Place, Published
 from coati.utils.host_address import address_toward
 
 
+def address_of(url: str) -> str:
+    """The address of this host from which it reaches the server at ``url``. Raises ValueError where
+    no way leads there."""
+    host = urlsplit(url).hostname or ""
+    address = address_toward(host)
+    if address is None:
+        raise ValueError(f"--rollout_url {url}: no way from this host leads to {host}")
+    return address
+
+
 class WeightServer:
     """Listens on the addresses of this host from which it reaches ``urls``, and no others.
 
@@ -25,10 +35,7 @@ class WeightServer:
         self._address: dict[str, str] = {}
         handler = partial(_Files, folder, self.token)
         for url in urls:
-            host = urlsplit(url).hostname or ""
-            address = address_toward(host)
-            if address is None:
-                raise ValueError(f"--rollout_url {url}: no way from this host leads to {host}")
+            address = address_of(url)
             self._address[url] = address
             if address not in self._servers:
                 server = _listener(address, handler)

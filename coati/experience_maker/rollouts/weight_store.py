@@ -1,15 +1,28 @@
-"""The published weights of a run on rank 0's host: each version is kept as long as a response that
-was asked for with it is not in."""
+"""The published weights of a run on rank 0's host, in files or in memory: each version is kept as
+long as a response that was asked for with it is not in."""
 
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from coati.experience_maker.rollouts.weight_files import Place, Published, write_weights
-from coati.experience_maker.rollouts.weight_server import WeightServer
+from coati.experience_maker.rollouts.weight_files import (
+    Digest,
+    Place,
+    Published,
+    digest_of,
+    write_weights,
+)
+from coati.experience_maker.rollouts.weight_server import WeightServer, address_of
+from coati.experience_maker.rollouts.weight_transfer import Broadcast, Sending, Shared
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class Weights:
@@ -62,6 +75,11 @@ class WeightStore:
             return self._server.place(published, url)
         return Place(published.name, path=str(published.folder))
 
+    @contextmanager
+    def offered(self, weights: Weights, url: str, workers: int) -> Iterator[Place]:
+        """:meth:`place`, for a server of so many ``workers`` that takes the weights now."""
+        yield self.place(weights, url)
+
     def keep_only(self, in_use: Callable[[], Iterable[Weights]]) -> None:
         """Remove, behind what is being written, all but the weights that are then in use."""
         self._writer.submit(self._remove, in_use)
@@ -73,7 +91,7 @@ class WeightStore:
         for weights in [w for w in written if w not in needed]:
             self._kept.remove(weights)
             published = weights.published()
-            if published.name not in names:
+            if published.folder is not None and published.name not in names:
                 shutil.rmtree(published.folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -82,3 +100,84 @@ class WeightStore:
         if self._server is not None:
             self._server.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Digests(Mapping[str, Digest]):
+    """Of tensors, worked out when they are asked for: once in a run."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Digest:
+        return digest_of(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class MemoryStore:
+    """Keeps weights in this process and sends them to each server that needs them.
+
+    ``sync``: "nccl": from GPU to GPU; "ipc": in memory of one GPU. ``device``: this rank's; on a
+    CPU gloo and shared memory take their places. ``timeout``: seconds that a transfer may take.
+    Raises ValueError for a server that cannot reach this host.
+    """
+
+    def __init__(self, sync: str, urls: list[str], device: torch.device, timeout: float) -> None:
+        self.sync = sync
+        self.device = device
+        self.timeout = timeout
+        self._hosts = {url: address_of(url) for url in urls}
+        self._kept: dict[Weights, Mapping[str, Tensor]] = {}
+        if device.type == "cpu":
+            instead = {"nccl": "gloo carries the weights", "ipc": "weights go by shared memory"}
+            logger.info(f"--rollout_sync {sync}: there is no GPU here, so {instead[sync]}")
+
+    def put(self, version: int, tensors: Mapping[str, Tensor]) -> Weights:
+        """Keep ``tensors``, which must not change any more."""
+        name = f"{version}-{secrets.token_hex(8)}"
+        there: Future[Published] = Future()
+        there.set_result(Published(version, name, None, _Digests(tensors)))
+        weights = Weights(version, there)
+        self._kept[weights] = tensors
+        return weights
+
+    @contextmanager
+    def offered(self, weights: Weights, url: str, workers: int) -> Iterator[Place]:
+        """Where the ``workers`` of the server at ``url`` receive ``weights``. Raises OSError where
+        they cannot be sent."""
+        tensors = self._kept[weights]
+        sending: Sending
+        if self.sync == "ipc":
+            sending = Shared(tensors, self.device)
+        else:
+            sending = Broadcast(tensors, self._hosts[url], workers, self.device, self.timeout)
+        try:
+            yield Place(weights.published().name, transfer=sending.described)
+        finally:
+            sending.end()
+
+    def keep_only(self, in_use: Callable[[], Iterable[Weights]]) -> None:
+        """Let go of all but the weights that are in use."""
+        needed = set(in_use())
+        for weights in [one for one in self._kept if one not in needed]:
+            del self._kept[weights]
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+
+
+AnyStore = WeightStore | MemoryStore
+
+
+def make_store(
+    folder: Path, sync: str, urls: list[str], device: torch.device, timeout: float
+) -> AnyStore:
+    """The store of ``--rollout_sync``; errors as of its kind."""
+    if sync in ("disk", "http"):
+        return WeightStore(folder, sync, urls)
+    return MemoryStore(sync, urls, device, timeout)

@@ -41,7 +41,8 @@ class Verb:
     processes: bool = False
 
     def words(self, argv: list[str]) -> list[str]:
-        """``argv`` with the flags that its leading bare words stand for."""
+        """``argv`` with the flags that its leading bare words stand for. Exits with code 2 where
+        the flag is there too."""
         count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
         bare = argv[:count]
         rest = argv[count:]
@@ -53,6 +54,12 @@ class Verb:
             return rest
         if self.subject is None:
             return [*bare, *rest]  # refused by the parser
+        flags = ["--" + word[2:].partition("=")[0].replace("-", "_") for word in rest]
+        if self.subject in flags:
+            self.parser().error(
+                f"{bare[0]} stands for {self.subject} {bare[0]}, and {self.subject} is given too; "
+                "give one of the two"
+            )
         return [self.subject, *bare, *rest]
 
     def function(self) -> Callable[..., None]:

@@ -107,6 +107,14 @@ def test_bare_words_stand_for_the_subject_or_a_file():
     assert load("chat").words(["a.yml", "model"]) == ["--model_path", "model", "--config", "a.yml"]
 
 
+@pytest.mark.parametrize("again", [["--model_path", "b"], ["--model-path=b"]])
+@pytest.mark.parametrize("verb", ["serve", "merge", "rollout-server", "chat"])
+def test_a_subject_that_is_given_twice_is_refused(verb, again, capsys):
+    with pytest.raises(SystemExit):
+        load(verb).words(["a", "--io", "simple", *again])
+    assert "a stands for --model_path a, and --model_path is given too" in capsys.readouterr().err
+
+
 def test_a_recipe_is_taken_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").touch()

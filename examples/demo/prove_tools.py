@@ -129,8 +129,8 @@ def network(seed: int, vocabulary: int) -> Any:
 
     torch.manual_seed(seed)
     sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 96,
+        "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }

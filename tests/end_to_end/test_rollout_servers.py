@@ -51,8 +51,10 @@ def alone(online_words, tmp_path_factory):
         (1, 1, ()),
         (2, 1, ("--rollout_sync", "disk")),
         (2, 2, TP),
+        (1, 1, ("--rollout_sync", "ipc")),
+        (2, 1, ("--rollout_sync", "nccl")),
     ],
-    ids=["one process", "two processes", "tensor parallelism"],
+    ids=["one process", "two processes", "tensor parallelism", "ipc", "nccl"],
 )
 def test_a_run_on_servers_is_one_in_the_process(
     nproc, tp, words, servers, alone, online_words, online_places, tmp_path

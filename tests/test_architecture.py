@@ -63,7 +63,12 @@ MAY_IMPORT = {
 # module prefix -> where alone it may be imported
 CONFINED = {
     "colossalai": ("coati/parallel/",),
-    "torch.distributed": ("coati/parallel/", "coati/utils/distributed.py"),
+    # weight_transfer.py: groups with processes that are no ranks of the run
+    "torch.distributed": (
+        "coati/parallel/",
+        "coati/utils/distributed.py",
+        "coati/experience_maker/rollouts/weight_transfer.py",
+    ),
     "argparse": ("coati/cli/", "coati/legacy/flags"),
 }
 # Names that a parser offers live in modules that load in milliseconds.

@@ -22,7 +22,7 @@ help:
 	@echo "make demo-rlhf    SFT, reward model and PPO, one after the other, on real prompts"
 	@echo "make prove-preferences  a reward model on more pairs, for hours: it ranks more than 0.75 of unseen ones"
 	@echo "make prove-ppo    PPO and GRPO learn what can be checked, ten seeds of ten, with their curves"
-	@echo "make prove-tools  GRPO learns to ask a calculator, ten seeds of ten"
+	@echo "make prove-tools  GRPO learns to ask a calculator, on ten seeds"
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
 	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
 	@echo "make lint docs    style, format and types; the generated pages of docs/"

@@ -19,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import online_case, sft_case  # noqa: E402
+from benchmarks.bench_publish import server_of  # noqa: E402
 
 ROOT = sft_case.ROOT
 WARM_UP = 2
@@ -53,24 +53,6 @@ def on_core(number: int) -> None:
     if len(cores) < 2:
         sys.exit("this benchmark needs two processor cores: one for the server, one for training")
     os.sched_setaffinity(0, {cores[number]})
-
-
-@contextmanager
-def server_of(model: Path):
-    """The URL of a rollout server on the first core."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "coati", "rollout-server", str(model)]
-        + ["--engine", "own", "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=one_thread(),
-        preexec_fn=lambda: on_core(0),
-    )
-    try:
-        yield process.stdout.readline().split()[-1]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def one_thread() -> dict[str, str]:
@@ -145,7 +127,8 @@ def score(responses: list[str]) -> list[float]:
 def measure(args: argparse.Namespace) -> dict[int, list[dict]]:
     """{episodes ahead: the counted episodes of all runs}."""
     found: dict[int, list[dict]] = {ahead: [] for ahead in AHEAD}
-    with server_of(online_case.prepare() / "model") as url:
+    model = online_case.prepare() / "model"
+    with server_of(model, env=one_thread(), preexec_fn=lambda: on_core(0)) as url:
         for number in range(args.rounds):
             for ahead in AHEAD if number % 2 else reversed(AHEAD):
                 found[ahead] += run(args, url, ahead)[WARM_UP:-1]

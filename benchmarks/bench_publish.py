@@ -53,14 +53,15 @@ def model_of_135m(dtype: str):
 
 
 @contextmanager
-def server_of(folder: Path):
-    """The URL of a server of the model in ``folder``, in a process of its own."""
+def server_of(folder: Path, **options):
+    """The URL of a server of the model in ``folder``, in a process of its own. ``options``: of
+    ``subprocess.Popen``."""
     words = ["rollout-server", str(folder), "--engine", "own", "--port", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "coati", *words],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **{"env": os.environ | {"PYTHONPATH": str(ROOT)}, **options},
     )
     try:
         yield process.stdout.readline().split()[-1]

@@ -1,5 +1,5 @@
 """Rollout servers on a GPU: seconds of a publish by each way, and tokens per second of vLLM beside
-sampling in the training process.
+the library's own sampler.
 
 Each item prints a line when it is done and is in the JSON from then on; one that cannot run here is
 named with the reason. Model: the shape of SmolLM2-135M with random weights, bf16 on a GPU.

@@ -54,8 +54,8 @@ class Verb:
             return rest
         if self.subject is None:
             return [*bare, *rest]  # refused by the parser
-        flags = ["--" + word[2:].partition("=")[0].replace("-", "_") for word in rest]
-        if self.subject in flags:
+        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        if self.subject in [f"--{flag[2:].replace('-', '_')}" for flag in flags]:
             self.parser().error(
                 f"{bare[0]} stands for {self.subject} {bare[0]}, and {self.subject} is given too; "
                 "give one of the two"

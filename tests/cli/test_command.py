@@ -115,6 +115,11 @@ def test_a_subject_that_is_given_twice_is_refused(verb, again, capsys):
     assert "a stands for --model_path a, and --model_path is given too" in capsys.readouterr().err
 
 
+def test_a_value_that_only_resembles_the_flag_is_a_value():
+    words = ["a", "--output_dir", "xxmodel_path"]
+    assert load("merge").words(words) == ["--model_path", *words]
+
+
 def test_a_recipe_is_taken_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").touch()

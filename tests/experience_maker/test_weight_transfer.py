@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from coati.experience_maker.rollouts import weight_transfer
+from coati.experience_maker.rollouts import weight_store, weight_transfer
 from coati.experience_maker.rollouts.weight_store import MemoryStore
 from coati.experience_maker.rollouts.weight_transfer import Broadcast, Shared, receive
 from tests.distributed.spawn import free_port
@@ -54,6 +54,24 @@ def test_a_worker_that_never_comes_is_waited_for_no_longer_than_the_time_limit()
     sending = Broadcast(TENSORS, "127.0.0.1", 1, CPU, 0.3)
     sending._thread.join(10)
     assert not sending._thread.is_alive()
+    assert sending.failure
+
+
+def test_what_could_not_be_sent_is_said_on_the_trainers_side(monkeypatch):
+    def broken(group, tensor):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(weight_transfer, "_group", lambda *_: None)
+    monkeypatch.setattr(weight_transfer, "_broadcast", broken)
+    store = MemoryStore("nccl", ["http://127.0.0.1:1"], CPU, 5)
+    said = []
+    monkeypatch.setattr(weight_store.logger, "warning", said.append)
+    with store.offered(store.put(3, TENSORS), "http://127.0.0.1:1", 1):
+        pass
+    assert said == [
+        "--rollout_sync nccl: the weights of step 3 could not be sent to http://127.0.0.1:1: "
+        "CUDA out of memory"
+    ]
 
 
 def test_a_trainer_that_is_gone_is_said():
@@ -78,14 +96,14 @@ def test_shared_memory_without_room_is_refused_before_it_is_written(monkeypatch)
         Shared(TENSORS, CPU)
 
 
-def test_gpus_are_told_apart():
+def test_gpus_are_told_apart(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     described = Shared(TENSORS, CPU).described | {"card": "GPU-1"}
     with pytest.raises(ValueError, match="the trainer has GPU GPU-1, this server none"):
         list(receive(described))
     described = Broadcast(TENSORS, "127.0.0.1", 1, CPU, 0.3).described | {"backend": "nccl"}
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="goes from GPU to GPU, and this server has none"):
-            list(receive(described))
+    with pytest.raises(ValueError, match="goes from GPU to GPU, and this server has none"):
+        list(receive(described))
 
 
 def test_cuda_handles_survive_json(monkeypatch):

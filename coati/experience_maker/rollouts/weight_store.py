@@ -159,6 +159,11 @@ class MemoryStore:
             yield Place(weights.published().name, transfer=sending.described)
         finally:
             sending.end()
+            if sending.failure is not None:  # of which the server knows only that nothing came
+                logger.warning(
+                    f"--rollout_sync {self.sync}: the weights of step {weights.version} could not "
+                    f"be sent to {url}: {sending.failure}"
+                )
 
     def keep_only(self, in_use: Callable[[], Iterable[Weights]]) -> None:
         """Let go of all but the weights that are in use."""

@@ -36,10 +36,11 @@ def _facts(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
 
 class Sending:
     """Weights on their way to one server. ``described``: what its workers need to receive them, as
-    JSON can hold it."""
+    JSON can hold it. ``failure``: why they could not be sent, where that is known."""
 
     def __init__(self, described: dict[str, Any]) -> None:
         self.described = described
+        self.failure: str | None = None
 
     def end(self) -> None:
         """The server has them, or has failed."""
@@ -83,8 +84,8 @@ class Broadcast(Sending):
             for tensor in tensors.values():
                 _broadcast(group, tensor.detach().to(device).contiguous())
             _put_away(group)
-        except (RuntimeError, dist.DistError):  # the server says what became of it
-            return
+        except (RuntimeError, dist.DistError) as error:
+            self.failure = " ".join(str(error).split())[:300]
 
     def end(self) -> None:
         self._thread.join(PAUSE_S)  # one whose server has failed ends by its time limit

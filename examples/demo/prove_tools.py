@@ -17,7 +17,7 @@ from typing import Any
 
 from coati.environments.calculator import Calculator
 
-EPISODES = 30
+EPISODES = 50
 PROMPTS = 16  # of an episode
 GROUP = 8  # responses to a prompt
 UPDATES = 2  # passes over the responses of an episode

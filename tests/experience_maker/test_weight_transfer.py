@@ -2,6 +2,7 @@
 it does not."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -57,10 +58,26 @@ def test_a_worker_that_never_comes_is_waited_for_no_longer_than_the_time_limit()
     assert sending.failure
 
 
+def test_a_store_that_is_closed_waits_for_no_worker_and_leaves_no_thread():
+    """A thread that comes back from torch while Python goes down aborts the process."""
+    store = MemoryStore("nccl", ["http://127.0.0.1:1"], CPU, 60)
+    began = time.monotonic()
+    with store.offered(store.put(1, TENSORS), "http://127.0.0.1:1", 1):
+        (sending,) = store._sending
+    store.close()
+    assert not sending._thread.is_alive()
+    with pytest.raises(OSError, match="the run is over"), store.offered(None, "", 1):
+        pass
+    assert time.monotonic() - began < 30
+    with pytest.raises(ValueError, match="the weights have not come from the trainer"):
+        list(receive(sending.described | {"timeout": 0.3}))
+
+
 def test_what_could_not_be_sent_is_said_on_the_trainers_side(monkeypatch):
     def broken(group, tensor):
         raise RuntimeError("CUDA out of memory")
 
+    monkeypatch.setattr(Broadcast, "_all_there", lambda _: True)
     monkeypatch.setattr(weight_transfer, "_group", lambda *_: None)
     monkeypatch.setattr(weight_transfer, "_broadcast", broken)
     store = MemoryStore("nccl", ["http://127.0.0.1:1"], CPU, 5)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ from coati.experience_maker.rollouts.weight_files import (
     write_weights,
 )
 from coati.experience_maker.rollouts.weight_server import WeightServer, address_of
-from coati.experience_maker.rollouts.weight_transfer import Broadcast, Sending, Shared
+from coati.experience_maker.rollouts.weight_transfer import (
+    Broadcast,
+    Sending,
+    Shared,
+    leave_last,
+)
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -132,6 +138,9 @@ class MemoryStore:
         self.timeout = timeout
         self._hosts = {url: address_of(url) for url in urls}
         self._kept: dict[Weights, Mapping[str, Tensor]] = {}
+        self._sending: list[Sending] = []  # changed by the thread of each server
+        self._lock = Lock()
+        self._closed = False
         if device.type == "cpu":
             instead = {"nccl": "gloo carries the weights", "ipc": "weights go by shared memory"}
             logger.info(f"--rollout_sync {sync}: there is no GPU here, so {instead[sync]}")
@@ -149,21 +158,27 @@ class MemoryStore:
     def offered(self, weights: Weights, url: str, workers: int) -> Iterator[Place]:
         """Where the ``workers`` of the server at ``url`` receive ``weights``. Raises OSError where
         they cannot be sent."""
-        tensors = self._kept[weights]
-        sending: Sending
-        if self.sync == "ipc":
-            sending = Shared(tensors, self.device)
-        else:
-            sending = Broadcast(tensors, self._hosts[url], workers, self.device, self.timeout)
+        with self._lock:
+            if self._closed:
+                raise OSError("the run is over")
+            sending = self._send(self._kept[weights], url, workers)
+            self._sending.append(sending)
         try:
             yield Place(weights.published().name, transfer=sending.described)
         finally:
             sending.end()
+            with self._lock:
+                self._sending = [one for one in self._sending if one.is_going_on]
             if sending.failure is not None:  # of which the server knows only that nothing came
                 logger.warning(
                     f"--rollout_sync {self.sync}: the weights of step {weights.version} could not "
                     f"be sent to {url}: {sending.failure}"
                 )
+
+    def _send(self, tensors: Mapping[str, Tensor], url: str, workers: int) -> Sending:
+        if self.sync == "ipc":
+            return Shared(tensors, self.device)
+        return Broadcast(tensors, self._hosts[url], workers, self.device, self.timeout)
 
     def keep_only(self, in_use: Callable[[], Iterable[Weights]]) -> None:
         """Let go of all but the weights that are in use."""
@@ -172,7 +187,13 @@ class MemoryStore:
             del self._kept[weights]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything, once what is being sent has arrived or failed."""
+        with self._lock:
+            self._closed = True
+            left = list(self._sending)
+        for sending in left:
+            sending.close()
+        leave_last()
         self._kept.clear()
 
 

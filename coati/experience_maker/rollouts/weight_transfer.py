@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ BROADCAST = "broadcast"
 SHARED = "shared"
 SHARED_MEMORY = "/dev/shm"
 PAUSE_S = 0.05  # see coati/parallel/leave_groups.py
+LOOK_S = 0.01
 
 _last: list[Any] = []  # the group of the last transfer, destroyed with the next one
 
@@ -42,13 +43,23 @@ class Sending:
         self.described = described
         self.failure: str | None = None
 
+    @property
+    def is_going_on(self) -> bool:
+        """Whether something of it is left to be ended."""
+        return False
+
     def end(self) -> None:
         """The server has them, or has failed."""
+
+    def close(self) -> None:
+        """Nothing is sent any more when this returns."""
+        self.end()
 
 
 class Broadcast(Sending):
     """``tensors`` to the ``workers`` of a server, which reach this host at ``host``, from a thread
-    that gives up after ``timeout`` seconds."""
+    that gives up after ``timeout`` seconds. It must have ended before the process does: one that
+    comes back from torch into a Python that is going down aborts it (:meth:`close`)."""
 
     def __init__(
         self,
@@ -75,11 +86,31 @@ class Broadcast(Sending):
                 "tensors": _facts(tensors),
             }
         )
+        self._closed = Event()
         self._thread = Thread(target=self._send, args=(tensors, device), daemon=True)
         self._thread.start()
 
+    @property
+    def is_going_on(self) -> bool:
+        return self._thread.is_alive()
+
+    def _all_there(self) -> bool:
+        """Wait for all workers, in steps that :meth:`close` can end. False where it did. Raises
+        RuntimeError after the time limit."""
+        store = dist.PrefixStore(self.described["key"], self._store)
+        here = [_here(worker) for worker in range(self.described["workers"])]
+        end = time.monotonic() + self.described["timeout"]
+        while not store.check(here):
+            if self._closed.wait(LOOK_S):
+                return False
+            if time.monotonic() > end:
+                raise RuntimeError("the server's workers have not come for them")
+        return True
+
     def _send(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         try:
+            if not self._all_there():
+                return
             group = _group(self._store, self.described, 0)
             for tensor in tensors.values():
                 _broadcast(group, tensor.detach().to(device).contiguous())
@@ -89,6 +120,14 @@ class Broadcast(Sending):
 
     def end(self) -> None:
         self._thread.join(PAUSE_S)  # one whose server has failed ends by its time limit
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+
+def _here(worker: int) -> str:
+    return f"here/{worker}"
 
 
 def _group(store: Any, described: Mapping[str, Any], rank: int) -> Any:
@@ -114,6 +153,12 @@ def _put_away(group: Any) -> None:
     """Nothing is destroyed at the moment at which its last collective has just ended."""
     time.sleep(PAUSE_S)
     _last[:] = [group]
+
+
+def leave_last() -> None:
+    """Destroy the group of the last transfer, which has ended."""
+    time.sleep(PAUSE_S)
+    _last.clear()
 
 
 class Shared(Sending):
@@ -232,6 +277,7 @@ def _received(described: Mapping[str, Any], worker: int) -> Iterator[tuple[str, 
     size = described["workers"] + 1
     address = described["host"], described["port"]
     store = dist.TCPStore(*address, size, is_master=False, timeout=wait, wait_for_workers=False)
+    dist.PrefixStore(described["key"], store).set(_here(worker), "")
     group = _group(store, described, 1 + worker)
     device = "cuda" if backend == "nccl" else "cpu"
     for name, dtype, shape in described["tensors"]:

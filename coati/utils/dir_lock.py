@@ -167,7 +167,8 @@ class DirLock:
         )
 
     def _gone(self, holder: Holder, mine: Holder, draft: Path) -> bool:
-        """Whether ``holder`` no longer runs. Raises Locked if it does."""
+        """Whether ``holder`` no longer runs; not where the lock is no longer its own. Raises
+        Locked if it does."""
         if holder.shares_pids_with(mine):
             if holder.lives and not self._is_copy(holder):
                 raise Locked(self._refusal(holder))
@@ -175,17 +176,26 @@ class DirLock:
         began = self._touched(self.path)
         if self._age(draft) > STALE_S:
             return True
+        if not self._still(holder):
+            return False
         self._wait(
             f"{self.flag} {self.folder} was in use by {holder}; waiting up to {STALE_S:g} s to see "
             "whether it still runs"
         )
         while (touched := self._touched(self.path)) is not None:
+            if not self._still(holder):
+                return False
             if touched != began:
                 raise Locked(self._refusal(holder))
             if self._age(draft) > STALE_S:
                 return True
             time.sleep(min(1.0, BEAT_S / 4))
         return False  # it has ended by itself: try again
+
+    def _still(self, holder: Holder) -> bool:
+        """Whether the lock is that of ``holder``, and not of one that has taken it over."""
+        found = self._read()
+        return found is not None and found.id == holder.id
 
     def _refusal(self, holder: Holder) -> str:
         return (
@@ -231,8 +241,7 @@ class DirLock:
             time.sleep(0.05)
             return
         try:
-            current = self._read()
-            if current is None or current.id != holder.id:
+            if not self._still(holder):
                 return
             os.replace(draft, self.path)
             self._mine = mine

@@ -28,8 +28,10 @@ PACKAGES = (
     "numpy",
     "flash-attn",
     "vllm",
+    "ray",
     "bitsandbytes",
 )
+OF_ONE_PROCESS = ("vllm", "ray")  # used by one process of a run
 # Environment variables that change how a run computes or communicates.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
 OF_THE_LAUNCHER = ("COATI_ERROR_FILE", "COATI_RUN_ID")
@@ -76,7 +78,7 @@ def must_be_same() -> dict[str, str]:
     code, the kind of device and variables that change results."""
     import torch
 
-    packages = {name: release for name, release in installed().items() if name != "vllm"}
+    packages = {name: found for name, found in installed().items() if name not in OF_ONE_PROCESS}
     return {
         "coati": code_version(),
         "Python": ".".join(platform.python_version_tuple()[:2]),

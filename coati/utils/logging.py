@@ -37,7 +37,7 @@ class _Rank0Handler(logging.Handler):
 
 
 class Logger(logging.LoggerAdapter):
-    """A logger of the library, with :meth:`warning_once`."""
+    """A logger of the library, with :meth:`warning_once` and :meth:`info_once`."""
 
     _warned: set[str] = set()
 
@@ -46,6 +46,12 @@ class Logger(logging.LoggerAdapter):
         if message not in self._warned:
             self._warned.add(message)
             self.warning(message)
+
+    def info_once(self, message: str) -> None:
+        """:meth:`info`, but the same message only once per process."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.info(message)
 
 
 def get_logger(name: str) -> Logger:
@@ -73,7 +79,7 @@ def unsaid(when: bool = True) -> Iterator[None]:
 
 
 def forget_warnings() -> None:
-    """Let :meth:`Logger.warning_once` repeat itself, as in a new process."""
+    """Let :meth:`Logger.warning_once` and the like repeat themselves, as in a new process."""
     Logger._warned.clear()
 
 

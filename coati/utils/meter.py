@@ -32,6 +32,18 @@ class MaskedSamples:
         return self.selected().tolist()
 
 
+def detached(samples: Tensor | MaskedSamples) -> Tensor | MaskedSamples:
+    """``samples`` (n,) fp32, without their graph."""
+    if isinstance(samples, MaskedSamples):
+        return samples.detached()
+    return samples.detach().float().reshape(-1)
+
+
+def selected(samples: Tensor | MaskedSamples) -> Tensor:
+    """The samples themselves."""
+    return samples.selected() if isinstance(samples, MaskedSamples) else samples
+
+
 def sum_and_count(samples: Tensor | MaskedSamples) -> tuple[Tensor, Tensor | int]:
     """Of the samples, as fp64 tensors on their device; nothing waits for it."""
     if isinstance(samples, MaskedSamples):
@@ -58,6 +70,7 @@ class AccumulativeMeanMeter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, Tensor | float] = {}
+        self._largest: dict[str, float] = {}
 
     def add(
         self,
@@ -77,6 +90,14 @@ class AccumulativeMeanMeter:
     def _add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def add_ratio(self, name: str, total: Tensor | float, count: float) -> None:
+        """Add to a sum and to what the report divides it by, seconds say."""
+        self._add(name, total, count)
+
+    def add_largest(self, name: str, value: float) -> None:
+        """A value of which the report gives the largest of all ranks; no checkpoint keeps it."""
+        self._largest[name] = max(value, self._largest.get(name, value))
 
     def add_all(self, metrics: Mapping[str, Iterable[Tensor | MaskedSamples]]) -> None:
         """Add every element of every name."""
@@ -98,16 +119,19 @@ class AccumulativeMeanMeter:
         }
 
     def report(self) -> dict[str, float]:
-        """Means over all ranks, of the names that have a sample on any. One exchange; then
-        :meth:`reset`."""
+        """Means over all ranks, of the names that have a sample on any, and the largest of what
+        :meth:`add_largest` was given. One exchange; then :meth:`reset`."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for state in all_gather_object(self._on_host()):
+        largest: dict[str, float] = {}
+        for state, values in all_gather_object((self._on_host(), self._largest)):
             for name, (total, count) in state.items():
                 sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0.0) + count
+            for name, value in values.items():
+                largest[name] = max(value, largest.get(name, value))
         self.reset()
-        return {name: sums[name] / count for name, count in counts.items() if count}
+        return {name: sums[name] / count for name, count in counts.items() if count} | largest
 
     def state_of_ranks(self) -> list[dict[str, list[float]]]:
         """What is not reported yet, ``{name: [sum, count]}`` of every rank, as JSON, which keeps
@@ -126,3 +150,4 @@ class AccumulativeMeanMeter:
     def reset(self) -> None:
         self._sums.clear()
         self._counts.clear()
+        self._largest = {}

@@ -28,10 +28,25 @@ def check_packages() -> None:
         )
 
 
+def require_bitsandbytes(wanted: str) -> None:
+    """Raise ValueError where bitsandbytes, needed for ``wanted``, is not installed."""
+    if _release("bitsandbytes") is None:
+        raise ValueError(
+            f"{wanted} needs the package bitsandbytes, which is not installed; run: pip install "
+            "bitsandbytes (--quantize_base int8 works without it)"
+        )
+
+
 def releases() -> dict[str, str]:
     """The installed releases that a run depends on: torch, transformers, peft."""
     found = {name: _release(name) for name in ("torch", "transformers", "peft")}
     return {name: release for name, release in found.items() if release}
+
+
+def release_of(name: str) -> tuple[int, ...] | None:
+    """Major and minor number of the installed package; None where it is not installed."""
+    found = _release(name)
+    return None if found is None else _numbers(found)
 
 
 def _release(name: str) -> str | None:

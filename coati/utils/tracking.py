@@ -1,14 +1,17 @@
-"""Experiment trackers: a JSON-lines file, and TensorBoard or wandb when asked for. All have
-``log(metrics, step)``, and ``table(columns, rows, step)`` for samples."""
+"""Experiment trackers: a JSON-lines file, and those of :data:`~coati.utils.tracker_table.TRACKERS`
+that are asked for. All have ``log(metrics, step)``, and ``table(columns, rows, step)`` for
+samples."""
 
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coati.utils.distributed import is_rank_0
 from coati.utils.logging import get_logger
+from coati.utils.tracker_table import TRACKERS, named
 
 logger = get_logger(__name__)
 
@@ -169,25 +172,80 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
+class TrackioTracker(Tracker):
+    """trackio: a local database (``TRACKIO_DIR``), or what ``TRACKIO_SPACE_ID`` names.
+
+    ``run_id``: names the run, which a resumed one goes on in; None: a new one, of trackio's
+    choosing. What is logged again, for steps that the run has, is left out.
+    """
+
+    def __init__(self, project: str, config: dict[str, Any], run_id: str | None = None) -> None:
+        import trackio
+
+        same = {} if run_id is None else {"name": run_id, "resume": "allow"}
+        self._run = trackio.init(project=project, config=config, embed=False, **same)
+        self._next = getattr(self._run, "_next_step", 0) if same else 0
+        self._table = trackio.Table
+        self._finish = trackio.finish
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if step >= self._next:
+            self._run.log(metrics, step=step)
+
+    def table(self, columns: list[str], rows: list[list], step: int, name: str = "samples") -> None:
+        self.log({name: self._table(columns=columns, data=rows)}, step)
+
+    def close(self) -> None:
+        self._finish()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a tracker is started with; arguments of :func:`make_tracker`."""
+
+    log_dir: str | os.PathLike | None
+    project: str
+    config: dict[str, Any]
+    keep_to: int
+    run_id: str | None
+
+
+def _tensorboard(start: _Start) -> Tracker:
+    if start.log_dir is None:
+        raise ValueError("TensorBoard needs a log_dir")
+    return TensorBoardTracker(start.log_dir, start.config, start.keep_to)
+
+
+_MAKERS: dict[str, Callable[[_Start], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": lambda start: WandbTracker(start.project, start.config, start.log_dir, start.run_id),
+    "trackio": lambda start: TrackioTracker(start.project, start.config, start.run_id),
+}
+
+
 def make_tracker(
     metrics_file: str | os.PathLike | None,
     log_dir: str | os.PathLike | None = None,
     use_wandb: bool = False,
     *,
+    report_to: Sequence[str] = (),
     project: str = "coati",
     config: dict[str, Any] | None = None,
     keep_to: int = 0,
     run_id: str | None = None,
 ) -> Tracker:
-    """The trackers asked for, on rank 0; an empty one elsewhere. ``config``: the run's
-    settings, which wandb and TensorBoard show. ``run_id``: of the run through all its starts."""
+    """The trackers asked for, on rank 0; an empty one elsewhere.
+
+    ``report_to``: names of :data:`~coati.utils.tracker_table.TRACKERS`, beside TensorBoard, which a
+    ``log_dir`` asks for, and wandb. ``config``: the run's settings, which they show. ``run_id``: of
+    the run through all its starts.
+    """
     if not is_rank_0():
         return Tracker()
     trackers: list[Tracker] = []
     if metrics_file is not None:
         trackers.append(JsonlTracker(metrics_file, keep_to))
-    if log_dir is not None:
-        trackers.append(TensorBoardTracker(log_dir, config or {}, keep_to))
-    if use_wandb:
-        trackers.append(WandbTracker(project, config or {}, log_dir, run_id))
+    start = _Start(log_dir, project, config or {}, keep_to, run_id)
+    asked = named(report_to, log_dir, use_wandb)
+    trackers += [_MAKERS[name](start) for name in TRACKERS if name in asked]
     return Tracker(trackers)

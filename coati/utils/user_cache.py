@@ -25,6 +25,7 @@ CONTENTS = {
     "prepared": "raw files given to training, tokenized",
     "reference": "log-probs of reference models, for rows whose folder cannot be written",
     "judge": "verdicts of the judges of rewards",
+    "layouts": "which layout of weights decodes fastest on this machine",
 }
 LIMIT_VARIABLE = "COATI_CACHE_GIB"
 LIMIT_GIB = 20.0

@@ -190,6 +190,22 @@ def test_one_that_has_long_been_silent_is_taken_over_at_once(tmp_path):
     lock.release()
 
 
+def test_one_that_another_takes_over_meanwhile_is_that_ones(tmp_path, monkeypatch):
+    """It is named at once: a touch of its file is none of the holder that was read before."""
+    leave(tmp_path)
+    read = DirLock._read
+
+    def just_before_it_was_taken_over(self):
+        found = read(self)
+        if found.host == "elsewhere":
+            (tmp_path / NAME).write_text(json.dumps(asdict(Holder.here(tmp_path))))
+        return found
+
+    monkeypatch.setattr(DirLock, "_read", just_before_it_was_taken_over)
+    with pytest.raises(Locked, match=f"in use by .*process {os.getpid()}"):
+        DirLock(tmp_path, "--save_dir", lambda text: pytest.fail("it waits")).acquire()
+
+
 def test_of_many_that_take_a_lock_over_one_does(tmp_path):
     """Each in a thread of its own; those that lose see the winner's process, which lives."""
     for _ in range(5):

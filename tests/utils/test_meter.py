@@ -68,6 +68,16 @@ def test_what_is_not_reported_yet_outlives_the_meter():
     assert other.report() == meter.report()
 
 
+def test_a_ratio_is_of_sums_and_the_largest_is_kept_apart():
+    meter = AccumulativeMeanMeter()
+    meter.add_ratio("speed", 10.0, 2.0)
+    meter.add_ratio("speed", torch.tensor(20.0), 4.0)
+    for value in (3.0, 7.0, 5.0):
+        meter.add_largest("memory", value)
+    assert "memory" not in meter.state_of_ranks()[0]
+    assert meter.report() == {"speed": 5.0, "memory": 7.0} and meter.report() == {}
+
+
 def continued(states: list) -> dict[str, float]:
     """In a worker: a report of what ``states`` hold and a sample of 1.0 on rank 0 and 2.0 on rank
     1."""

@@ -1,11 +1,14 @@
 """metrics.jsonl and its companions: what is written, and what a resumed run keeps of it."""
 
 import json
+import sys
+import types
 
 import pytest
 
-from coati.utils import tracking
+from coati.utils import tracker_table, tracking
 from coati.utils.logging import forget_warnings
+from coati.utils.tracker_table import TRACKERS, named
 from coati.utils.tracking import JsonlTracker, Tracker, make_tracker
 
 
@@ -226,3 +229,80 @@ def test_tensorboard_goes_on_where_the_checkpoint_stood(tmp_path):
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+
+
+# The table
+
+
+class Trackio(types.ModuleType):
+    """What the library uses of trackio, with the database in memory."""
+
+    def __init__(self, next_step: int = 0) -> None:
+        super().__init__("trackio")
+        self.asked: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
+        self.finished = 0
+        self.next_step = next_step
+
+    def init(self, **keywords):
+        self.asked.append(keywords)
+        log = lambda metrics, step: self.logged.append((step, metrics))  # noqa: E731
+        return types.SimpleNamespace(log=log, _next_step=self.next_step)
+
+    def Table(self, columns, data):
+        return columns, data
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackio_gets_metrics_tables_and_settings(monkeypatch):
+    there = Trackio()
+    monkeypatch.setitem(sys.modules, "trackio", there)
+    tracker = make_tracker(None, report_to=["trackio"], project="p", config={"lr": 1.0})
+    tracker.log({"loss": 2.0}, 3)
+    tracker.table(COLUMNS, ROWS, 3)
+    tracker.close()
+    assert there.asked == [{"project": "p", "config": {"lr": 1.0}, "embed": False}]
+    assert there.logged == [(3, {"loss": 2.0}), (3, {"samples": (COLUMNS, ROWS)})]
+    assert there.finished == 1
+
+
+def test_trackio_goes_on_in_the_same_run_without_a_step_twice(monkeypatch):
+    there = Trackio(next_step=7)
+    monkeypatch.setitem(sys.modules, "trackio", there)
+    tracker = make_tracker(None, report_to=["trackio"], run_id="abc")
+    for step in (5, 6, 7, 8):
+        tracker.log({"loss": 1.0}, step)
+    assert (there.asked[0]["name"], there.asked[0]["resume"]) == ("abc", "allow")
+    assert [step for step, _ in there.logged] == [7, 8]
+
+
+def test_the_older_flags_and_the_table_name_the_same_trackers(tmp_path, monkeypatch):
+    assert set(tracking._MAKERS) == set(TRACKERS)
+
+    class Named(Tracker):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    made = {name: (lambda start, name=name: Named(name)) for name in TRACKERS}
+    monkeypatch.setattr(tracking, "_MAKERS", made)
+
+    def names(*args, **keywords) -> list[str]:
+        return [tracker.name for tracker in make_tracker(None, *args, **keywords)._trackers]
+
+    assert names() == [] and names(report_to=["none"]) == []
+    assert names(tmp_path, True) == names(tmp_path, report_to=["wandb,tensorboard"])
+    assert names(tmp_path, True) == ["tensorboard", "wandb"]
+    assert names(report_to=["trackio"], use_wandb=True) == ["wandb", "trackio"]
+
+
+def test_trackers_that_there_are_not(monkeypatch):
+    with pytest.raises(ValueError, match="--report_to mlflow: runs are reported to tensorboard,"):
+        make_tracker(None, report_to=["mlflow"])
+    with pytest.raises(ValueError, match="--report_to none wandb: leave none or the others out"):
+        named(["none", "wandb"])
+    monkeypatch.setattr(tracker_table, "find_spec", lambda name: None)
+    said = tracker_table.missing_problem("trackio")
+    assert said == "--report_to trackio: trackio is not installed; run: pip install trackio"

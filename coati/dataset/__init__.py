@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "DataCollatorForPromptDataset": "load.collator",
         "DataCollatorForPreferenceDataset": "load.collator",
         "DataCollatorForKTODataset": "load.collator",
+        "DataCollatorForScoredDataset": "load.collator",
         "StatefulDistributedSampler": "load.loader",
         "load_tokenized_dataset": "load.loader",
     },

@@ -7,11 +7,12 @@ from coati.dataset.types.data_type import DataType
 from coati.dataset.types.kto_rows import Kto
 from coati.dataset.types.preference_rows import Preference
 from coati.dataset.types.prompt_rows import Prompt
+from coati.dataset.types.scored_rows import Scored
 from coati.dataset.types.sft_rows import Sft
 from coati.dataset.types.text_rows import Text
 
 DATA_TYPES: dict[str, DataType] = {
-    one.name: one for one in (Sft(), Preference(), Prompt(), Kto(), Text())
+    one.name: one for one in (Sft(), Preference(), Prompt(), Kto(), Text(), Scored())
 }
 # Every column that may hold token ids.
 TOKEN_COLUMNS = tuple(

@@ -46,6 +46,14 @@ FILES = {
         "inputs_decode": "string",
         **COMMON,
     },
+    "scored": {
+        "input_ids": IDS,
+        "loss_mask": MASK,
+        "reward": "float",
+        "inputs_decode": "string",
+        "labels_decode": TEXTS,
+        **COMMON,
+    },
 }
 
 
@@ -63,6 +71,7 @@ def test_token_columns():
         "preference": ("chosen_input_ids", "rejected_input_ids"),
         "kto": ("prompt", "completion"),
         "text": ("input_ids",),
+        "scored": ("input_ids",),
     }
     # The order in which checkpoints of earlier releases hashed them.
     wanted = ("input_ids", "chosen_input_ids", "rejected_input_ids", "prompt", "completion")
@@ -88,13 +97,17 @@ def test_every_type_reads_known_contents_and_has_a_format():
     assert {format.holds for format in DATASET_FORMATS} == set(CONTENTS)
     by_holds = {format.holds: format.types for format in DATASET_FORMATS}
     assert by_holds == {
-        "pair": ("preference", "prompt"),
-        "judged": ("kto", "prompt"),
-        "conversation": ("sft", "prompt"),
+        "pair": ("preference", "prompt", "scored"),
+        "judged": ("kto", "prompt", "scored"),
+        "conversation": ("sft", "prompt", "scored"),
         "prompt": ("prompt",),
         "text": ("sft", "text"),
         "document": ("text",),
+        "scored": ("scored",),
     }
+    # To someone with rows that have no score, the type that wants one is not named.
+    suggested = {format.holds: format.suggested for format in DATASET_FORMATS}
+    assert suggested["judged"] == ("kto", "prompt") and suggested["scored"] == ("scored",)
 
 
 def test_the_sides_of_a_row():
@@ -112,6 +125,8 @@ def test_the_sides_of_a_row():
     assert (judged.ids, judged.mask()) == ([5, 6, 7], [False, False, True])
     (learned,) = DATA_TYPES["sft"].sides({"input_ids": [1, 2, 3], "labels": [-100, 2, -100]})
     assert (learned.prompt(), learned.end(), learned.ends_with([[1, 2], [3]])) == ([1], 2, True)
+    (scored,) = DATA_TYPES["scored"].sides({"input_ids": [1, 2], "loss_mask": [False, True]})
+    assert (scored.prompt(), scored.supervised()) == ([1], 1)
     (asked,) = DATA_TYPES["prompt"].sides({"input_ids": [8, 9]})
     assert (asked.prompt(), asked.end(), asked.supervised()) == ([8, 9], 0, 0)
     assert Side("", [], []).prompt() == []

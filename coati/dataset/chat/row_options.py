@@ -38,12 +38,18 @@ class RowOptions:
         learn: ``all_turns`` or ``last_turn`` of the assistant, or the turns of ``roles:...``.
         for_environment: of prompts that an environment responds to: JSON of the schemas of its
             tools, which they are written with; such prompts keep their messages beside the ids.
+        for_sources: of prompts that are rewarded by where they come from: JSON of the sources that
+            have rewards; the category of such prompts is their source.
+        for_groups: of prompts whose judged responses are trained on: how many of each row are; such
+            prompts keep them beside the ids.
     """
 
     thoughts: str = THOUGHTS[0]
     empty_thoughts: str = EMPTY_THOUGHTS[0]
     learn: str = LEARNED_TURNS[0]
     for_environment: str | None = None
+    for_sources: str | None = None
+    for_groups: int = 0
 
     def __post_init__(self):
         for name, choices in (("thoughts", THOUGHTS), ("empty_thoughts", EMPTY_THOUGHTS)):

@@ -172,9 +172,14 @@ class DataCollatorForPromptDataset(_Collator):
     and ``gt_answer``.
 
     ``gt_answer`` is a list of B strings or None; ``dialogue``, where rows have it, a list of JSON
-    texts that environments begin with. A prompt longer than ``max_length`` loses its beginning,
+    texts that environments begin with; ``source``, where ``sources`` are wanted, their categories,
+    of names or None. A prompt longer than ``max_length`` loses its beginning,
     never the generation prompt at its end, and a warning is logged once.
     """
+
+    def __init__(self, tokenizer: Any, max_length: int = 4096, sources: bool = False) -> None:
+        super().__init__(tokenizer, max_length)
+        self.sources = sources
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -190,6 +195,7 @@ class DataCollatorForPromptDataset(_Collator):
             "attention_mask": attention_mask(lengths, width, "left"),
             "gt_answer": [row.get("gt_answer") for row in rows],
             **({"dialogue": [row["dialogue"] for row in rows]} if "dialogue" in rows[0] else {}),
+            **({"source": [row.get("seq_category") for row in rows]} if self.sources else {}),
         }
 
     def blank(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -197,19 +203,19 @@ class DataCollatorForPromptDataset(_Collator):
         return {
             "input_ids": row["input_ids"][-2:],
             "gt_answer": row.get("gt_answer"),
-            **({"dialogue": row["dialogue"]} if "dialogue" in row else {}),
+            **{name: row[name] for name in ("dialogue", "seq_category") if name in row},
             "blank": True,
         }
 
 
 class DataCollatorForPreferenceDataset(_Collator):
     """Preference rows to ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``, each (B, S), and
-    ``margin`` (B,).
+    ``margin`` (B,), with ``weight`` (B,) where a row of the batch has one.
 
     S is the longest of all chosen and rejected rows, so that the two can form one batch.
     ``loss_mask`` (bool) is True on the last response; rows with an empty one are ignored. A missing
-    margin is 0. Raises ValueError for a row longer than ``max_length``: a truncated pair is not the
-    pair that was judged.
+    margin is 0, a missing weight 1. Raises ValueError for a row longer than ``max_length``: a
+    truncated pair is not the pair that was judged.
     """
 
     # Prefix of the columns -> prefix in a batch, as in ColossalChat.
@@ -221,6 +227,10 @@ class DataCollatorForPreferenceDataset(_Collator):
         batch = {
             "margin": torch.tensor([row.get("margin") or 0.0 for row in rows], dtype=torch.float32)
         }
+        weights = [row.get("weight") for row in rows]
+        if any(weight is not None for weight in weights):
+            full = [1.0 if weight is None else weight for weight in weights]
+            batch["weight"] = torch.tensor(full, dtype=torch.float32)
         for side, name in self.SIDES.items():
             ids = [row[f"{side}input_ids"] for row in rows]
             batch |= self._masked(ids, [row[f"{side}loss_mask"] for row in rows], width, name)
@@ -233,6 +243,30 @@ class DataCollatorForPreferenceDataset(_Collator):
             ids = row[f"{side}input_ids"][:2]
             blank |= {f"{side}input_ids": ids, f"{side}loss_mask": [False] * len(ids)}
         return blank
+
+
+class DataCollatorForScoredDataset(_Collator):
+    """Scored conversations to ``input_ids, attention_mask, loss_mask`` (B, S), padded on the right,
+    and ``reward`` (B,) fp32. Raises ValueError for a row longer than ``max_length``, of which the
+    end, that the score is of, would be cut off."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.side = "right"
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows]
+        longest = max(map(len, ids))
+        self._check(longest)
+        batch = self._masked(ids, [row["loss_mask"] for row in rows], self._width([longest]))
+        batch["reward"] = torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
+        return batch if self.apply_loss_mask else supervise_all(batch)
+
+    def blank(self, row: dict[str, Any]) -> dict[str, Any]:
+        """``row`` without anything supervised: keeps a rank in step that has no row left."""
+        ids = row["input_ids"][:2]
+        mask = [False] * len(ids)
+        return {"input_ids": ids, "loss_mask": mask, "reward": 0.0, "blank": True}
 
 
 class DataCollatorForKTODataset(_Collator):

@@ -183,6 +183,23 @@ class GlobalBatchLoader:
             else:
                 yield [self._batch(mine) for mine in self._mine(entries)]
 
+    def next_entries(self, epoch: int, start: int, count: int) -> tuple[list[Any], tuple[int, int]]:
+        """``count`` entries from number ``start`` of ``epoch`` on, after its last those of the next
+        epoch, and where the one after them stands."""
+        found: list[Any] = []
+        while len(found) < count:
+            if start >= self.count(epoch):
+                epoch = epoch + 1
+                start = 0
+            more = list(self.epoch_order.entries(epoch)[start : start + count - len(found)])
+            found += more
+            start += len(more)
+        return found, (epoch, start)
+
+    def batch_of(self, entries: Sequence) -> dict:
+        """The micro-batch of ``entries``."""
+        return self._batch(entries)
+
     def position_after(self, epoch: int, start_row: int) -> tuple[int, int]:
         """Where the step after the one at ``start_row`` of ``epoch`` begins."""
         return epoch, start_row + self.rows_per_step

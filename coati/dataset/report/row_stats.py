@@ -204,6 +204,7 @@ class Recorder:
                 **self._type.notes_of(row),
                 "right answer (gt_answer)": row.gt_answer,
                 "margin": row.margin,
+                "weight": row.weight,
                 "category": row.category,
             }
             notes = {name: str(value) for name, value in known.items() if value is not None}

@@ -36,6 +36,10 @@ BESIDE = (
     "test_cases",
     "category",
     "margin",
+    "score",
+    "chosen_score",
+    "rejected_score",
+    "weight",
 )
 TARGETS = DECIDING + BESIDE
 MEDIA = ("images", "videos", "audios")  # named to be warned of
@@ -49,8 +53,11 @@ KEPT = (
     "test_cases",
     "category",
     "margin",
+    "weight",
     "label",
     "kto_tag",
+    "score",
+    "reward",
 )
 MESSAGE_KEYS = {"role_tag": "role", "content_tag": "content", "tool_calls_tag": "tool_calls"}
 ROLE_TAGS = {

@@ -20,6 +20,7 @@ NAMING = {
     "prompt": "prompt=NAME",
     "kto": "prompt=NAME,response=NAME,label=NAME",
     "text": "text=NAME",
+    "scored": "prompt=NAME,response=NAME,score=NAME",
 }
 
 
@@ -48,7 +49,7 @@ def wrong_row(
     needed = f", for which they need {', '.join(same.keys)}" if lacks else ""
     return RowError(
         "wrong_type",
-        f"found {_found(row)}: {other.name} rows, for --type {' or '.join(other.types)}, not "
+        f"found {_found(row)}: {other.name} rows, for --type {' or '.join(other.suggested)}, not "
         f"{type}{needed}{_remedy(type, row, other)}",
     )
 
@@ -86,7 +87,7 @@ def _expected(
     need = f", which needs {' and '.join(lacking)}" if lacking else ""
     return (
         f"{expected}; nearest is {near.name} ({', '.join(near.keys)}) of --type "
-        f"{' or '.join(near.types)}{need}{_naming(type, row, name)}"
+        f"{' or '.join(near.suggested)}{need}{_naming(type, row, name)}"
     )
 
 

@@ -22,11 +22,12 @@ from coati.dataset.rows.embedded_text import decoded
 from coati.dataset.rows.format_errors import wrong_row
 from coati.dataset.rows.glaive import glaive, is_glaive
 from coati.dataset.rows.ground_truths import COLUMNS as TRUTHS
-from coati.dataset.rows.ground_truths import ground_truth
+from coati.dataset.rows.ground_truths import TESTS, ground_truth
 from coati.dataset.rows.messages import is_message_list, text, turn_text
 from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.row_errors import RowError
-from coati.dataset.rows.source_row import JUDGING, SourceRow
+from coati.dataset.rows.row_scores import add_scores
+from coati.dataset.rows.source_row import JUDGING, RATING, SOURCES, SourceRow
 from coati.dataset.rows.tool_calls import tools_of
 
 
@@ -47,6 +48,13 @@ class DatasetFormat:
         reading = [type for type in DATA_TYPES.values() if self.holds in type.reads]
         return tuple(type.name for type in sorted(reading, key=lambda type: len(type.reads)))
 
+    @cached_property
+    def suggested(self) -> tuple[str, ...]:
+        """The types to name to someone who has such rows: one for scores is for those who say so,
+        unless nothing else reads them."""
+        plain = tuple(name for name in self.types if not DATA_TYPES[name].scored)
+        return plain or self.types
+
 
 _PAIR = ("chosen", "rejected")
 _JUDGED = ("prompt", "completion", "label")
@@ -54,8 +62,11 @@ _ROUND = ("prompt", "completion")
 _TALK = "conversations"
 _RM_STATIC = keys.has("response", prompt=str, chosen=str, rejected=str)
 # What rows of a format hold; each data type says which of these it reads.
-CONTENTS = ("pair", "judged", "conversation", "prompt", "text", "document")
-PAIR, JUDGED, CHAT, ASKED, TEXT, DOCUMENT = CONTENTS
+CONTENTS = ("pair", "judged", "conversation", "prompt", "text", "document", "scored")
+PAIR, JUDGED, CHAT, ASKED, TEXT, DOCUMENT, SCORED = CONTENTS
+_RATED = keys.both(keys.has("prompt", "responses"), scored.is_rated)
+_LISTED = keys.by_names(keys.one_of_each(scored.LISTS, rounds.ASKED))(scored.has_scored_list)
+_LIST = ("prompt", "responses", "scores")
 DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat(
         "preference",
@@ -125,16 +136,10 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "helpsteer",
         PAIR,
         ("prompt", "response", "helpfulness"),
-        keys.both(keys.has("prompt", "responses"), scored.is_rated),
+        _RATED,
         scored.rated_pair,
     ),
-    DatasetFormat(
-        "scored_responses",
-        PAIR,
-        ("prompt", "responses", "scores"),
-        keys.by_names(keys.one_of_each(scored.LISTS, rounds.ASKED))(scored.has_scored_list),
-        scored.scored_list,
-    ),
+    DatasetFormat("scored_responses", PAIR, _LIST, _LISTED, scored.scored_list),
     DatasetFormat(
         "kto", JUDGED, _JUDGED, keys.has("prompt", "label", completion=dict), read.judged
     ),
@@ -261,7 +266,7 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
         "helpsteer",
         CHAT,
         ("prompt", "response", "helpfulness"),
-        keys.both(keys.has("prompt", "responses"), scored.is_rated),
+        _RATED,
         scored.best_rated,
     ),
     DatasetFormat(
@@ -277,13 +282,20 @@ DATASET_FORMATS: tuple[DatasetFormat, ...] = (
     DatasetFormat("trl", ASKED, ("prompt",), keys.has(prompt=list), rounds.asked_alone),
     DatasetFormat("plain", ASKED, ("prompt",), keys.is_plain, rounds.plain),
     DatasetFormat("document", DOCUMENT, ("text",), keys.is_document, read.document),
+    DatasetFormat("helpsteer", SCORED, ("prompt", "response", RATING), _RATED, scored.each_rated),
+    DatasetFormat("scored_responses", SCORED, _LIST, _LISTED, scored.each_scored),
 )
 MOST_MARGIN = 1e38  # as fp32, in which rows hold it
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 _SYSTEMS = frozenset(SYSTEMS)
+_SOURCES = frozenset(SOURCES)
 _TOOLS = frozenset(TOOLS)
-EXTRAS = frozenset((*SYSTEMS, *TOOLS, *TRUTHS, "category", "gt_answer", "test_cases", "margin"))
+_BESIDE_TESTS = tuple(name for names in TESTS.values() for name in names)
+EXTRAS = frozenset(
+    (*SYSTEMS, *TOOLS, *TRUTHS, *TESTS, *_BESIDE_TESTS, *SOURCES)
+    + ("category", "gt_answer", "test_cases", "margin", "weight")
+)
 FORMATS = tuple(dict.fromkeys(format.name for format in DATASET_FORMATS))
 FORMATS_OF = {
     type: tuple(dict.fromkeys(format.name for format in DATASET_FORMATS if type in format.types))
@@ -314,7 +326,7 @@ def read_row(
         found_format, row, names = _respelled(type, row, format, names)
     if not isinstance(row, dict):
         row = {"messages": row} if isinstance(row, list) else {"prompt": row}
-    elif found_format.holds == CHAT and not JUDGING.isdisjoint(row):
+    elif found_format.holds == CHAT and not JUDGING.isdisjoint(row) and not data_type.scored:
         _check_not_turned_down(type, row)
     fields = Fields(row, use or ColumnUse(), names=names)
     found = found_format.read(fields)
@@ -324,7 +336,9 @@ def read_row(
     if not data_type.supervised:
         fields.unread(*fields.answers)
     if not EXTRAS.isdisjoint(fields):
-        _add_extras(found, fields, data_type.columns)
+        _add_extras(found, fields, data_type.columns | data_type.optional_columns)
+    if data_type.scored:
+        add_scores(found, fields)
     said = _turns(found)
     data_type.finish(found)
     for one in found.branches:
@@ -388,9 +402,11 @@ def _texts(row: SourceRow) -> list[str]:
 
 @lru_cache
 def _candidates(type: str, name: str | None) -> tuple[DatasetFormat, ...]:
-    return tuple(
+    found = [
         format for format in DATASET_FORMATS if type in format.types and name in (None, format.name)
-    )
+    ]
+    # Of lists of scored responses, what reads all of them comes before what takes two or one.
+    return tuple(sorted(found, key=lambda format: format.holds != SCORED))
 
 
 @lru_cache(maxsize=1024)
@@ -439,6 +455,10 @@ def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
         for one in rows:
             one.category = category
     has_truth = "gt_answer" in columns
+    if has_truth and not _SOURCES.isdisjoint(row):  # read, and said so, where a run asks for it
+        source = next((row.peek(name) for name in SOURCES if row.peek(name)), None)
+        for one in rows:
+            one.source = source if isinstance(source, str) else None
     if has_truth or row.peek("gt_answer") or row.peek("test_cases"):
         truth = ground_truth(row)
         for one in rows:
@@ -449,6 +469,8 @@ def _add_extras(found: SourceRow, row: Fields, columns: dict[str, Any]) -> None:
         found.margin = _margin(row["margin"])
         if "margin" not in columns:
             row.unread("margin")
+    if "weight" in columns and row.peek("weight") not in (None, ""):
+        found.weight = _weight(row["weight"])
 
 
 def _add_system(found: SourceRow, row: Fields) -> None:
@@ -458,6 +480,15 @@ def _add_system(found: SourceRow, row: Fields) -> None:
             said = {"role": "system", "content": text(system, "system")}
             for one in (found, *found.branches):
                 one.messages = [said, *one.messages]
+
+
+def _weight(given: Any) -> float:
+    weight = number_of(given)
+    if not 0 <= weight < MOST_MARGIN:
+        raise RowError(
+            "bad_pair_weight", f"weight is {given!r:.60}, expected a number of 0 or more"
+        )
+    return weight
 
 
 def _margin(given: Any) -> float:

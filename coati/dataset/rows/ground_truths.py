@@ -1,5 +1,5 @@
-"""The reference answer of a prompt, for rewards that verify it: gsm8k, MATH, verl, OpenR1, and
-multiple choice."""
+"""The reference answer of a prompt, for rewards that verify it: gsm8k, MATH, verl, OpenR1,
+multiple choice, and the tests of programs."""
 
 import json
 import re
@@ -25,26 +25,54 @@ COLUMNS = (
     "answers",
 )
 _COLUMNS = frozenset(COLUMNS)
+# Tests of a program, each with the columns that belong to it: MBPP, APPS and TACO, HumanEval
+TESTS = {
+    "test_list": ("test_setup_code", "test_imports"),
+    "input_output": (),
+    "test": ("entry_point",),
+}
+_TESTS = frozenset(TESTS)
 _GSM8K = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def ground_truth(row: Fields) -> str | None:
-    """The reference answer of ``row``, None where it has none. Raises RowError for a gt_answer or
-    test_cases that are none."""
+    """The reference answer of ``row``, lists and objects as JSON; None where it has none. Raises
+    RowError for a gt_answer or tests that are none."""
     given = row.peek("gt_answer")
-    if given not in (None, ""):
+    if given not in (None, "", [], {}):
+        if isinstance(given, list | dict):
+            return _json("gt_answer", row["gt_answer"])
         if not (isinstance(given, str | bool) or is_number(given)):
             raise RowError("bad_gt_answer", f"gt_answer is {given!r:.60}")
         return str(row["gt_answer"])
     if row.peek("test_cases") not in (None, ""):
-        try:
-            return json.dumps(row["test_cases"], ensure_ascii=False)
-        except TypeError as error:  # dates or bytes out of a parquet file
-            raise RowError("bad_gt_answer", f"test_cases: {error}") from error
+        return _json("test_cases", row["test_cases"])
+    if not _TESTS.isdisjoint(row) and (tests := _program_tests(row)) is not None:
+        return tests
     for key in () if _COLUMNS.isdisjoint(row) else COLUMNS:
         if holds(row.peek(key)) and (found := _truth(row, key)) is not None:
             return found
+    return None
+
+
+def _json(name: str, found: Any) -> str:
+    try:
+        return json.dumps(found, ensure_ascii=False)
+    except TypeError as error:  # dates or bytes out of a parquet file
+        raise RowError("bad_gt_answer", f"{name}: {error}") from error
+
+
+def _program_tests(row: Fields) -> str | None:
+    """The tests of a program, as :func:`~coati.rewards.code_tests.read_tests` takes them."""
+    for name, beside in TESTS.items():
+        found = row.peek(name)
+        more = [key for key in beside if holds(row.peek(key))]
+        if not holds(found) or (name == "test" and not more):
+            continue
+        if isinstance(found, str) and not more:
+            return str(row[name])
+        return _json(name, {key: row[key] for key in (name, *more)})
     return None
 
 

@@ -51,13 +51,15 @@ MALFORMED_REASONS = {
     "bad_weight": "the weight of a message is not a number from 0 to 1",
     "bad_tree": "single messages that make no tree: a parent in no row, an id twice, a circle",
     "bad_scores": "scores, votes or choices that cannot be read",
+    "no_score": "nothing says how good the conversation is",
     "empty_conversation": "there is no message",
     "no_assistant_turn": "nothing to learn: no assistant turn",
     "no_question": "no prompt to respond to: the context does not end with a user turn",
     "empty_answer": "an assistant turn without text",
     "bad_label": "the label is neither true nor false",
     "bad_margin": "the margin is not a number",
-    "bad_gt_answer": "the gt_answer is neither a text nor a number",
+    "bad_pair_weight": "the weight of a pair is not a number of 0 or more",
+    "bad_gt_answer": "the gt_answer is no text, number, list or object",
 }
 # ... what cleaning was asked to leave out ...
 CLEANING_REASONS = {
@@ -84,6 +86,7 @@ REASONS = (
         "no_end_marker": "end_of_assistant does not follow a response",
         "tools_unsupported": "the chat template does not write what the row has of tools",
         "thought_dropped": "the chat template drops a thought (--thoughts refuse)",
+        "no_reward_for_source": "no reward is named for where the row comes from",
         "nothing_learned": "every turn has weight 0 or is left out by --learn",
         "marker_in_text": (
             "a message holds a control marker that cannot be encoded as ordinary text"

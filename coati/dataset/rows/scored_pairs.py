@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from coati.dataset.rows.column_use import Fields
+from coati.dataset.rows.column_use import ColumnUse, Fields
 from coati.dataset.rows.messages import Message, Messages, message, message_list, spoken
 from coati.dataset.rows.numerals import number_of
 from coati.dataset.rows.rounds import asked, asked_key
 from coati.dataset.rows.row_errors import RowError
 from coati.dataset.rows.source_row import (
     RATING,
+    Judged,
     PartRow,
     SourceRow,
     rating_of,
@@ -60,9 +61,9 @@ def _inside(found: list) -> str | None:
     return next((key for key in SCORE if any(one.get(key) is not None for one in found)), None)
 
 
-def scored_list(row: Fields) -> SourceRow:
-    """UltraFeedback, Nectar and kin: of the list the response with the best score, and the one with
-    the worst."""
+def _scores(row: Fields) -> tuple[str, str, list[Any], list[float]]:
+    """``(column of the list, name of the scores, responses, scores)``; a score is nan where there
+    is none, and the higher the better."""
     key = _list_key(row)
     beside = _beside(row)
     name = beside or _inside(row.peek(key))
@@ -71,19 +72,63 @@ def scored_list(row: Fields) -> SourceRow:
     if len(scores) != len(found):
         raise RowError("bad_scores", f"{len(scores)} {name} for {len(found)} {key}")
     numbers = [_number(score, name) for score in scores]
-    if name in RANKS:
-        numbers = [-number for number in numbers]
+    return key, name, found, [-number for number in numbers] if name in RANKS else numbers
+
+
+def each_scored(row: Fields) -> SourceRow:
+    """UltraFeedback, Nectar and kin: every response that has a score, the ones after the first as
+    branches."""
+    key, name, found, numbers = _scores(row)
     usable = [k for k, number in enumerate(numbers) if math.isfinite(number)]
+    if not usable:
+        raise RowError("no_score", f"none of the {name} is a number")
+    for k, one in enumerate(found):
+        if k not in usable:
+            row.use.leave(f"{key} without one of {name}", one)
+    return _branched(row, [(_one(row, key, found[k], name), numbers[k]) for k in usable])
+
+
+def each_rated(row: Fields) -> SourceRow:
+    """HelpSteer: every response to one prompt with its rating, as :func:`each_scored`."""
+    found = row.answer("responses")
+    return _branched(row, [(_rated(row, one), float(rating_of(one) or 0)) for one in found])
+
+
+def _branched(row: Fields, responses: list[tuple[Messages, float]]) -> SourceRow:
+    first, *rest = [
+        SourceRow(messages=[*asked(row), *said], reward=number) for said, number in responses
+    ]
+    first.branches = rest
+    return first
+
+
+def scored_list(row: Fields) -> SourceRow:
+    """UltraFeedback, Nectar and kin: of the list the response with the best score, and the one with
+    the worst."""
+    key, name, found, numbers = _scores(row)
+    usable = [k for k, number in enumerate(numbers) if math.isfinite(number)]
+    group = [Judged(found[k], key, name, numbers[k]) for k in usable]
     if len({numbers[k] for k in usable}) < 2:
+        beside = _beside(row)
+        scores = row[beside] if beside else [one.get(name) for one in found]
         undecided = f"no two of the {name} differ: {scores!r:.60}"
-        return SourceRow(messages=asked(row), undecided=undecided)
+        return SourceRow(messages=asked(row), undecided=undecided, group=group)
     best = max(usable, key=lambda k: numbers[k])
     worst = min(usable, key=lambda k: numbers[k])
     for k, one in enumerate(found):
         if k not in (best, worst):
             row.use.leave(f"{key} between the best and the worst", one)
     chosen, rejected = (_one(row, key, found[k], name) for k in (best, worst))
-    return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected)
+    return SourceRow(messages=asked(row), chosen=chosen, rejected=rejected, group=group)
+
+
+def judged_messages(judged: Judged) -> tuple[Messages, dict[str, bool]]:
+    """A response of :attr:`~coati.dataset.rows.source_row.SourceRow.group`, and what of it is not
+    read, as of :meth:`~coati.dataset.rows.column_use.ColumnUse.unused`. Raises RowError for what is
+    none."""
+    use = ColumnUse()
+    said = _one(Fields({}, use), judged.key, judged.found, judged.name)
+    return said, use.unused((str(one.get("content")) for one in said), True)
 
 
 def _number(score: Any, name: str) -> float:

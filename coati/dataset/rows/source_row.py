@@ -31,12 +31,24 @@ FLAGS = ("desirable", "is_desirable", "accepted", "is_correct", "correct", "is_g
 RATING = "helpfulness"
 HELPFUL = 2
 JUDGING = frozenset((*JUDGMENTS, *FLAGS, RATING))
+SOURCES = ("source", "data_source")  # where a row comes from, ours and verl's
 QUESTIONS = ("prompt", "question", "query", "problem", "input", "text")
 TEXTS = ("text", "content", "raw_content")  # where corpora keep a document
 
 
 class PartRow(dict):
     """A row of a file inside the one that it is a part of: its columns are the file's."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A response with its ``score``, as the file has it: an element of the list under ``key``,
+    whose score inside it, if any, is under ``name``."""
+
+    found: Any
+    key: str
+    name: str
+    score: float
 
 
 @dataclass
@@ -54,9 +66,13 @@ class SourceRow:
             in pieces has several rows.
         tools: OpenAI's schemas of the functions that the assistant may call.
         gt_answer: prompt: the reference answer, for rewards that verify it.
+        group: prompt: responses that were judged.
         margin: preference: by how much the chosen response should win.
+        weight: preference: how much the pair counts in the loss, 0 or more.
         undecided: preference: why neither response is the better one.
+        reward: scored: how good the conversation is; chosen_reward, rejected_reward: of a pair.
         category: kept as ``seq_category``.
+        source: prompt: where the row comes from, for rewards by source.
         unanswered: prompt: a response at its end was left out.
         format: the name of the format the row came in.
         notes: what is counted of the row beside its turns, found when it was tokenized.
@@ -76,9 +92,15 @@ class SourceRow:
     ends: bool = True
     tools: list[dict[str, Any]] | None = None
     gt_answer: str | None = None
+    group: list[Judged] = field(default_factory=list)
     margin: float | None = None
+    weight: float | None = None
     undecided: str = ""
+    reward: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
     category: str | None = None
+    source: str | None = None
     unanswered: bool = False
     format: str = ""
     notes: frozenset[str] = frozenset()

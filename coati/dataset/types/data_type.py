@@ -83,6 +83,7 @@ class DataType(ABC):
         raw_keys: what only source rows of this type have, to tell rows of mixed files apart.
         responses: what one calls the texts that :meth:`sides` begin with, in messages.
         supervised: whether anything in a row is learned.
+        scored: a row says how good its responses are; bad ones are rows like any other.
         every_row_ends: the supervised part of a row closes with a stop sequence.
         is_cut: rows that are too long are cut, else left out.
         leaves_room: the response is still to be generated and must fit behind the row.
@@ -99,6 +100,7 @@ class DataType(ABC):
     raw_keys: ClassVar[tuple[str, ...]] = ()
     responses: ClassVar[str] = "responses"
     supervised: ClassVar[bool] = True
+    scored: ClassVar[bool] = False
     every_row_ends: ClassVar[bool] = True
     is_cut: ClassVar[bool] = False
     leaves_room: ClassVar[bool] = False

@@ -42,6 +42,7 @@ class Preference(DataType):
         "margin": "number",
         **COMMON,
     }
+    optional_columns = {"weight": "number"}
     texts = ReportTexts(
         title="preference pairs (preference)",
         what="Each is a prompt with two responses, of which the chosen one is the better.",
@@ -84,7 +85,12 @@ class Preference(DataType):
         row.notes = frozenset(notes)
         longer = max(len(columns[f"{side}_input_ids"]) for side in SIDES)
         columns |= {"margin": row.margin, "seq_length": longer, "seq_category": row.category}
+        if row.weight is not None:
+            columns["weight"] = row.weight
         return [(columns, False)]
+
+    def filled(self, columns: Columns) -> Columns:
+        return {"weight": 1.0, **columns}
 
     def sides(self, columns: Columns) -> list[Side]:
         return [

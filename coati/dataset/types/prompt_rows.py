@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from coati.dataset.rows.messages import without_response
 from coati.dataset.rows.row_errors import RowError
+from coati.dataset.rows.scored_pairs import LISTS, judged_messages
+from coati.dataset.rows.source_row import SOURCES
 from coati.dataset.types.data_type import (
     COMMON,
     Columns,
@@ -22,7 +24,47 @@ if TYPE_CHECKING:
     from coati.dataset.rows.source_row import SourceRow
 
 
-DIALOGUE = "dialogue"  # the column of what an environment begins with
+# The column of what an environment begins with, or of judged responses: JSON of "ids", those of
+# each, and "scores".
+DIALOGUE = "dialogue"
+UNREWARDED = "no_reward_for_source"  # why a row cannot be used
+
+
+def _known_source(row: SourceRow, known: list[str]) -> str | None:
+    """The source of ``row``. Raises RowError for one that is not among ``known`` (with "*" all
+    are)."""
+    source = row.source if row.source is not None else row.category
+    for name in SOURCES:
+        row.unused.pop(name, None)
+    if source not in known and "*" not in known:
+        raise RowError(UNREWARDED, "no source" if source is None else f"source {source!r:.60}")
+    return source
+
+
+def _judged(
+    row: SourceRow, conversation: Conversation, count: int, prompt: list[int]
+) -> tuple[dict[str, Any], list[int]]:
+    """The ids of the first ``count`` judged responses and their scores; and what they all follow:
+    ``prompt``, with the empty thought behind it that a template may write before each. Raises
+    RowError for fewer, and where the template writes the prompt otherwise before a response."""
+    if len(row.group) < count:
+        found = f"{len(row.group)} responses with scores"
+        raise RowError("bad_scores", f"{found}, --num_generations is {count}")
+    for name in [name for name in row.unused if name.split()[0] in LISTS]:
+        row.unused.pop(name)
+    written = []
+    before = []
+    for judged in row.group[:count]:
+        said, unread = judged_messages(judged)
+        row.unused |= unread
+        encoded = conversation.encode_response([*row.messages, *said], tools=row.tools)
+        written.append(encoded.input_ids)
+        before.append(encoded.input_ids[: encoded.spans[0][0]])
+        if before[-1][: len(prompt)] != prompt:
+            raise RowError("template_rewrites", "the prompt before a judged response")
+    shared = before[0] if all(one == before[0] for one in before) else prompt
+    ids = [one[len(shared) :] for one in written]
+    return {"ids": ids, "scores": [judged.score for judged in row.group[:count]]}, shared
 
 
 class Prompt(DataType):
@@ -75,6 +117,15 @@ class Prompt(DataType):
         if environment is not None:
             kept = {"messages": row.messages, "tools": row.tools}
             columns[DIALOGUE] = json.dumps(kept, ensure_ascii=False)
+        if row.group and (count := conversation.options.for_groups):
+            held, shared = _judged(row, conversation, count, ids)
+            columns[DIALOGUE] = json.dumps(held)
+            if shared != ids:
+                columns["input_ids"] = shared
+                columns["inputs_decode"] = conversation.encoder.decode(shared)
+                columns["seq_length"] = len(shared)
+        if (known := conversation.options.for_sources) is not None:
+            columns["seq_category"] = _known_source(row, json.loads(known))
         return [(columns, False)]
 
     def filled(self, columns: Columns) -> Columns:

@@ -342,10 +342,6 @@ JUDGED_AND_PROMPTS = {
     "answers alone": row(
         "only_answers.jsonl", "message 0 is from assistant, expected user", type="prompt"
     ),
-    "a list as gt_answer": row("gt_answer_list.jsonl", "gt_answer is ['2']", type="prompt"),
-    "an object as gt_answer": row(
-        "gt_answer_object.jsonl", "gt_answer is {'value': 2}", type="prompt"
-    ),
 }
 TEMPLATES = {
     "a syntax error": template("template_syntax.json", "Jinja syntax error in line 3", "endfr"),

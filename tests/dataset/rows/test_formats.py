@@ -12,6 +12,7 @@ from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.format_keys import may_match
 from coati.dataset.rows.formats import DATASET_FORMATS, FORMATS, FORMATS_OF, read_row
 from coati.dataset.rows.row_errors import RowError
+from coati.rewards.code_tests import read_tests
 from tests.dataset.rows.test_format_files import in_files
 
 
@@ -249,6 +250,9 @@ def test_every_format_is_shown_above():
     }
     seen |= {(type, name) for type in ("sft", "text") for name in ("source_target", "text")}
     seen.add(("text", "document"))  # tests/dataset/types/test_text_rows.py
+    # tests/dataset/types/test_scored_rows.py: what preference, kto and sft read, with a score.
+    read = {"pair", "judged", "conversation", "scored"}
+    seen |= {("scored", format.name) for format in DATASET_FORMATS if format.holds in read}
     seen |= in_files() | {("prompt", name) for name in ("rm_static", "ms_swift")}
     every = {(type, format.name) for format in DATASET_FORMATS for type in format.types}
     assert every - seen == set() and seen <= every
@@ -263,9 +267,50 @@ def test_further_columns_are_kept():
     cases = {"inputs": ["1"], "outputs": ["2"]}
     row = read_row("prompt", {"messages": {"role": "user", "content": "q"}, "test_cases": cases})
     assert json.loads(row.gt_answer) == cases
+    for whole in (["assert f(1) == 2"], cases):  # tests, as python_tests takes them
+        assert (
+            json.loads(read_row("prompt", {"prompt": "q", "gt_answer": whole}).gt_answer) == whole
+        )
     row = read_row("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"})
-    assert row.margin == 0.5 and row.category is None
+    assert row.margin == 0.5 and row.category is None and row.weight is None
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for value, weight in ((2, 2.0), ("0.5", 0.5), (0, 0.0), (None, None), ("", None)):
+        row = read_row("preference", pair | {"weight": value})
+        assert row.weight == weight and not row.unused
+    assert read_row("prompt", {"prompt": "q", "weight": 2}).weight is None
     assert read_row("prompt", {"prompt": "q", "gt_answer": ""}).gt_answer is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "truth"),
+    [
+        ({"test_list": ["assert f(1) == 2"]}, {"test_list": ["assert f(1) == 2"]}),
+        (
+            {"test_list": ["assert h == 2"], "test_setup_code": "h = f(1)", "test_imports": []},
+            {"test_list": ["assert h == 2"], "test_setup_code": "h = f(1)"},
+        ),
+        (
+            {"input_output": '{"inputs": ["1"], "outputs": ["2"]}'},
+            {"inputs": ["1"], "outputs": ["2"]},
+        ),
+        (
+            {"input_output": {"inputs": ["1"], "outputs": ["2"]}},
+            {"input_output": {"inputs": ["1"], "outputs": ["2"]}},
+        ),
+        (
+            {"test": "def check(c): assert c(1) == 2", "entry_point": "f"},
+            {"test": "def check(c): assert c(1) == 2", "entry_point": "f"},
+        ),
+    ],
+)
+def test_tests_of_a_program_are_its_truth(columns, truth):
+    """MBPP's, APPS' and HumanEval's columns, before a whole solution."""
+    row = read_row("prompt", {"prompt": "q", "solution": "def f(n): ...", **columns})
+    assert json.loads(row.gt_answer) == truth and read_tests(row.gt_answer)
+    assert not set(columns) & set(row.unused) - {"test_imports"}
+    assert read_row("prompt", {"prompt": "q", "test": "x", "answer": "7"}).gt_answer == "7"
+    given = {"prompt": "q", "gt_answer": "7", **columns}
+    assert read_row("prompt", given).gt_answer == "7"
 
 
 PAIR = {"context": CHAT[:1], "chosen": WELL, "rejected": BADLY}
@@ -407,7 +452,12 @@ TOOL = {"role": "tool", "content": "4"}
         ("preference", {**PAIR, "margin": "wide"}, "bad_margin", "'wide'"),
         ("preference", {**PAIR, "margin": float("nan")}, "bad_margin", "nan"),
         ("prompt", {"prompt": " "}, "no_question", "message 0, the last of the user, is blank"),
-        ("prompt", {"prompt": "q", "gt_answer": ["7"]}, "bad_gt_answer", "['7']"),
+        (
+            "prompt",
+            {"prompt": "q", "gt_answer": [b"7"]},
+            "bad_gt_answer",
+            "bytes is not JSON serializable",
+        ),
         (
             "prompt",
             {"prompt": "q", "test_cases": [b"7"]},

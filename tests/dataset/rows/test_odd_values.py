@@ -33,6 +33,10 @@ NUMBERS = {
         "preference",
         lambda n: {"prompt": "q", "chosen": "a", "rejected": "b", "margin": n},
     ),
+    "bad_pair_weight": (
+        "preference",
+        lambda n: {"prompt": "q", "chosen": "a", "rejected": "b", "weight": n},
+    ),
     "bad_label": ("kto", lambda n: {"prompt": "q", "completion": "a", "label": n}),
     "bad_scores": (
         "preference",
@@ -51,6 +55,11 @@ def test_a_number_that_is_none_is_refused(reason, number):
 @pytest.mark.parametrize("margin", [1e300, "-1e39", math.inf, math.nan])
 def test_a_margin_that_rows_cannot_hold_is_refused(margin):
     assert refused("preference", NUMBERS["bad_margin"][1](margin)).reason == "bad_margin"
+
+
+@pytest.mark.parametrize("weight", [-1, "-0.1", 1e300, math.inf, math.nan])
+def test_a_weight_of_a_pair_that_is_none_is_refused(weight):
+    assert refused("preference", NUMBERS["bad_pair_weight"][1](weight)).reason == "bad_pair_weight"
 
 
 def test_votes_that_are_no_numbers_are_refused():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from coati.models.loading import adapter_base, load_backbone, merge_adapter
+from coati.models.loading import adapter_base, load_backbone, merge_adapter, quantized
 from coati.models.logprobs import right_pad_order
 from coati.models.scalar_loading import saved_head, set_head
 from coati.utils.transformers_compat import body_name
@@ -87,7 +87,8 @@ class BaseModel(nn.Module):
         backbone.config = self.config
         self.train_padding()
         self.score = ScalarHead(width_of(self.config))
-        self.score.to(next(backbone.parameters()))
+        # Of a quantized base some parameters are codes.
+        self.score.to(next(p for p in backbone.parameters() if p.is_floating_point()))
         self.init_head()
 
     @classmethod
@@ -97,6 +98,8 @@ class BaseModel(nn.Module):
         *,
         new_head: bool = False,
         keep_lm_head: bool = False,
+        dtype: str = "auto",
+        quantize_base: str | None = None,
         **options: Any,
     ) -> Scalar:
         """The model of ``path``: a directory of this library, a classifier of one label, or a PEFT
@@ -105,7 +108,8 @@ class BaseModel(nn.Module):
         ``new_head``: a directory without a head is a base to train on; its head is
         initialized at random, which is logged. A saved head is loaded in either case; a critic also
         loads a reward model's.
-        ``options``: dtype, attn_implementation, trust_remote_code of
+        ``dtype``, ``quantize_base`` as of :func:`~coati.models.loading.load_causal_lm`;
+        ``options``: attn_implementation, trust_remote_code of
         :func:`~coati.models.loading.load_backbone`.
 
         Raises ValueError when a head is wanted and not there, or is of another width or number of
@@ -113,12 +117,15 @@ class BaseModel(nn.Module):
         """
         base = adapter_base(path)
         state = saved_head(cls.kind, path, new_head)
-        backbone = load_backbone(base or path, keep_lm_head=keep_lm_head, **options)
+        stored = "auto" if quantize_base and not base else dtype
+        backbone = load_backbone(base or path, keep_lm_head=keep_lm_head, dtype=stored, **options)
         model = cls(backbone=backbone, keep_lm_head=keep_lm_head)
+        if not base:
+            quantized(model, quantize_base, dtype)
         if state is not None:
             set_head(model.score, state, path)
         if base:
-            model = merge_adapter(model, path)
+            model = quantized(merge_adapter(model, path), quantize_base, dtype)
             # An adapter trained on top names this directory as its base.
             model.name_or_path = str(path)
         return model

@@ -4,7 +4,7 @@ For models and plugins whose attention cannot take row boundaries (padding_free.
 number for each pair of tokens, goes through every attention of transformers that takes such masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,11 +49,22 @@ def sliding_window(config: Any) -> int | None:
     names = ["attention_chunk_size", "index_topk"]
     if getattr(config, "use_sliding_window", True) is not False:
         names.append("sliding_window")
-    return min(filter(None, (getattr(config, name, None) for name in names)), default=None)
+    found = [getattr(config, name, None) for name in names]
+    if blocks := getattr(config, "index_topk_blocks", None):  # MiniMax-M3 chooses whole blocks
+        found.append(blocks * config.index_block_size)
+    return min(filter(None, found), default=None)
+
+
+def counts_blocks(config: Any) -> bool:
+    """Whether the model of ``config`` attends to blocks of tokens counted from the beginning of the
+    sequence, whatever rows are in it, as MiniMax-M3's; a probe within one block shows nothing."""
+    return bool(getattr(text_config(config), "index_topk_blocks", None))
 
 
 def holds_for(model: nn.Module) -> bool:
     """Whether ``model`` gives two rows in one sequence under the mask the outputs of each alone."""
+    if counts_blocks(model.config):
+        return False
     dtype = next(model.parameters()).dtype
     try:
         return rows_stay_apart(model, lambda batch: with_block_mask(batch, dtype))
@@ -61,36 +72,65 @@ def holds_for(model: nn.Module) -> bool:
         return False
 
 
-@torch.no_grad()
 def rows_stay_apart(
     model: nn.Module, inputs_of: Callable[[dict[str, Tensor]], dict[str, Any]]
 ) -> bool:
-    """Whether ``model`` gives two rows in one sequence the outputs of each alone. Probed in
-    evaluation mode, since with dropout the result could differ in a resumed run.
+    """Whether ``model`` gives two rows in one sequence the outputs of each alone.
 
     ``inputs_of``: the probe's (1, T) ``input_ids, position_ids`` -> the model's keyword arguments.
     """
     device = next(model.parameters()).device
-    training = model.training
-    # A model with a scalar head names its backbone; through peft the prefix leads to the whole
-    # model.
-    backbone = getattr(model, "backbone", None) or getattr(model, body_name(model))
-    ids = (
-        torch.arange(sum(PROBE_LENGTHS), device=device)[None] % text_config(model.config).vocab_size
-    )
+    ids = torch.arange(sum(PROBE_LENGTHS), device=device) % text_config(model.config).vocab_size
     positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS])[None]
+    inputs = inputs_of({"input_ids": ids[None], "position_ids": positions})
+    return gives_outputs_of(model, ids.split(PROBE_LENGTHS), inputs)
+
+
+@torch.no_grad()
+def gives_outputs_of(
+    model: nn.Module,
+    rows: Sequence[Tensor],
+    inputs: dict[str, Any],
+    places: Tensor | None = None,
+) -> bool:
+    """Whether ``model``, called with ``inputs``, has the outputs of ``rows``, (L,) ids each, alone.
+    Probed in evaluation mode, since with dropout the result could differ in a resumed run.
+
+    ``places``: of the rows' tokens, one after the other, in ``inputs``; by default their order.
+    """
+    training = model.training
+    backbone = _backbone(model)
     model.eval()
     try:
-        together = backbone(
-            **inputs_of({"input_ids": ids, "position_ids": positions}), use_cache=False
-        )[0]
-        single = [
-            backbone(input_ids=row, use_cache=False)[0] for row in ids.split(PROBE_LENGTHS, dim=1)
-        ]
+        together = backbone(**inputs, use_cache=False)[0]
+        single = [backbone(input_ids=row[None], use_cache=False)[0] for row in rows]
     except TypeError:  # a forward without these keywords
         return False
     finally:
         model.train(training)
     alone = torch.cat(single, dim=1)
-    tolerance = 1e-5 if together.dtype == torch.float32 else 2e-2
+    together = together if places is None else together[:, places]
+    exact = together.dtype == torch.float32 and not torch.is_autocast_enabled(together.device.type)
+    tolerance = 1e-5 if exact else 2e-2
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
+
+
+@torch.no_grad()
+def draws_in_training(model: nn.Module) -> bool:
+    """Whether ``model`` draws random numbers in training mode (dropout, left-out layers, noise) on
+    a CPU. The random state is left as it was."""
+    training = model.training
+    before = torch.get_rng_state()
+    model.train()
+    try:
+        _backbone(model)(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        return not torch.equal(torch.get_rng_state(), before)
+    finally:
+        torch.set_rng_state(before)
+        model.train(training)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    # A model with a scalar head names its backbone; through peft the prefix leads to the whole
+    # model.
+    return getattr(model, "backbone", None) or getattr(model, body_name(model))

@@ -260,3 +260,10 @@ def damaged_weights(directory: Path) -> Path | None:
 def shortened(text: str, most: int = 400) -> str:
     """``text``, without its middle where it is longer than ``most``."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """``config.json`` of a directory as it stands there; empty where there is none (a hub name,
+    say)."""
+    file = Path(path) / "config.json"
+    return load_object(file) if file.is_file() else {}

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coati.models.head_outputs import HeadOutputs, HeadRequest, outputs_of_chunks
+from coati.models.ilql_heads import ILQLHeads, heads_of
 from coati.models.logprobs import (
     IGNORE_INDEX,
     WHOLE,
-    FromHidden,
     FromLogits,
     VocabCollective,
+    linear_logprobs,
     logprobs_from_logits,
     next_token_targets,
     rows_per_chunk,
@@ -74,7 +75,9 @@ class Head:
         self.chunk_rows = chunk_rows
         self.temperature = 1.0
         self.agree_on_chunks: Callable[[int], int] | None = None
+        self.heads: ILQLHeads | None = None
         self._targets: Tensor | None = None
+        self._places: Tensor | None = None
         self._ignore_index = IGNORE_INDEX
         self._request: HeadRequest | None = None
         self._outputs: HeadOutputs | None = None
@@ -99,6 +102,7 @@ class Head:
         """
         module = causal_lm.get_output_embeddings()
         head = cls(module, collective, chunk_rows)
+        head.heads = heads_of(causal_lm)
         if module is None:
             return head
         if isinstance(previous := getattr(module.forward, "__self__", None), Head):
@@ -132,11 +136,17 @@ class Head:
         targets: Tensor,
         ignore_index: int = IGNORE_INDEX,
         request: HeadRequest | None = None,
+        places: Tensor | None = None,
     ) -> None:
         """:meth:`set` with labels already shifted: ``targets`` (B, S), what position t itself is to
         predict; for hidden states that are not whole rows (several rows in one, or a slice of the
-        sequence)."""
+        sequence).
+
+        ``places`` (B x S,): which of the flattened hidden states belongs to each target, where it
+        is not the one at its own place: rows may share them.
+        """
         self._targets = targets
+        self._places = places
         self._ignore_index = ignore_index
         self._request = request
         self._outputs = None
@@ -144,6 +154,7 @@ class Head:
     def clear(self) -> None:
         """Back to the original forward, which generation needs. Outputs not taken yet remain."""
         self._targets = None
+        self._places = None
         self._request = None
 
     def take(self) -> HeadOutputs:
@@ -160,7 +171,8 @@ class Head:
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any):
         if self._targets is None:
             return self._original(hidden, *args, **kwargs)
-        if hidden.shape[:-1].numel() != self._targets.numel():
+        places = self._places
+        if places is None and hidden.shape[:-1].numel() != self._targets.numel():
             raise ValueError(
                 f"the vocabulary head was set for {tuple(self._targets.shape)} positions and got "
                 f"hidden states {tuple(hidden.shape)}: call Head.set with the labels of this "
@@ -169,13 +181,27 @@ class Head:
         hidden = _plain_tensor(hidden)
         targets = self._targets.to(hidden.device).flatten()
         index = (targets != self._ignore_index).nonzero()[:, 0]
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+        at = index if places is None else places.to(hidden.device)[index]
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)
         targets = targets[index]
+        if self._request is not None and self._request.action_values:
+            return self._with_action_values(hidden, rows, targets)
         if self._request is not None:
-            self._outputs = self._requested(hidden, rows, targets, self._request.rows(index))
+            self._outputs = self._requested(hidden, rows, targets, self._request.beside(index))
             return self._outputs.logps
+        return self._logps(hidden, rows, targets)[None]
+
+    def _logps(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         plain = self.is_plain()
-        return (self._plain(rows, targets) if plain else self._general(hidden, rows, targets))[None]
+        return self._plain(rows, targets) if plain else self._general(hidden, rows, targets)
+
+    def _with_action_values(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """ILQL's heads at the same rows, inside the model's forward, where plugins expect it."""
+        if self.heads is None:
+            raise ValueError("action values were asked for, of a model without ILQL's heads")
+        logps = self._logps(hidden, rows, targets)[None]
+        self._outputs = HeadOutputs(logps, action_values=self.heads(rows, targets))
+        return logps
 
     def is_plain(self) -> bool:
         """Whether the module is a linear layer and nothing else: its parameters may then be used
@@ -189,15 +215,10 @@ class Head:
         )
 
     def _plain(self, rows: Tensor, targets: Tensor) -> Tensor:
-        weight = self.module.weight
-        bias = self.module.bias
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
-            rows = rows.to(dtype)
-            weight = weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        step = self.chunk_rows or rows_per_chunk(len(weight))
-        return FromHidden.apply(rows, weight, bias, targets, step, self.temperature)
+        module = self.module
+        return linear_logprobs(
+            rows, module.weight, module.bias, targets, self.chunk_rows, self.temperature
+        )
 
     def _general(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """Any module, by its own forward: parameters that are split, gathered or adapted when it is
@@ -216,27 +237,34 @@ class Head:
         return torch.cat(logps)[:count]
 
     def _requested(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, given: Tensor | None
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, beside: tuple[Tensor, ...]
     ) -> HeadOutputs:
         """All that the request asks for, by the module's own forward."""
-        tensors = (rows, targets) if given is None else (rows, targets, given)
-        parts = self._chunks(hidden, *tensors)
+        request = self._request
+        if request.hidden:
+            return HeadOutputs(rows.new_zeros(1, len(rows)), hidden=rows)
+        # Beside a teacher's logits there are half as many of each.
+        models = 1 if request.teacher is None else 2
+        parts = self._chunks(hidden, rows, targets, *beside, models=models)
         return outputs_of_chunks(
-            self._logits,
+            self.logits,
             parts[0],
             parts[1],
-            [None] * len(parts[0]) if given is None else parts[2],
-            self._request,
+            list(zip(*parts[2:], strict=True)) or [()] * len(parts[0]),
+            request,
             self.collective,
             self.temperature,
             len(rows),
         )
 
-    def _chunks(self, hidden: Tensor, rows: Tensor, *beside: Tensor) -> list[tuple[Tensor, ...]]:
+    def _chunks(
+        self, hidden: Tensor, rows: Tensor, *beside: Tensor, models: int = 1
+    ) -> list[tuple[Tensor, ...]]:
         """``rows`` and the tensors ``beside`` them, each split into chunks; with blank rows where
-        there are fewer rows than chunks."""
+        there are fewer rows than chunks. ``models``: whose logits exist at a time."""
         count = len(rows)
-        chunks = max(1, -(-count // (self.chunk_rows or rows_per_chunk(self._width()))))
+        each = self.chunk_rows or max(1, rows_per_chunk(self._width()) // models)
+        chunks = max(1, -(-count // each))
         if self.agree_on_chunks is not None:
             chunks = self.agree_on_chunks(chunks)
         if (missing := chunks - count) > 0:
@@ -249,9 +277,10 @@ class Head:
         return [tensor.tensor_split(chunks) for tensor in (rows, *beside)]
 
     def _chunk(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        return FromLogits.apply(self._logits(rows), targets, self.collective, temperature)
+        return FromLogits.apply(self.logits(rows), targets, self.collective, temperature)
 
-    def _logits(self, rows: Tensor) -> Tensor:
+    def logits(self, rows: Tensor) -> Tensor:
+        """(n, H) hidden states -> (n, V) logits, by the module's own forward."""
         # Three dimensions, as every module that stands here has seen them.
         return _plain_tensor(self._original(rows[None])).flatten(0, -2)
 

@@ -1,7 +1,6 @@
 """Models from a directory or a hub name: what a directory holds (adapter, base, configuration,
 weights), and loaders whose errors say what is wrong with it. Imports nothing heavy."""
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,7 @@ from coati.models.directory_files import (
     check_adapter,
     check_index,
     check_small_files,
-    damaged_file,
-    damaged_weights,
     mismatch,
-    shortened,
 )
 from coati.models.generation_settings import (
     loadable,
@@ -23,7 +19,9 @@ from coati.models.generation_settings import (
     mend_padding,
     without_complaints,
 )
+from coati.models.loading_errors import explained
 from coati.models.loading_report import check_report, mismatched, without_report
+from coati.models.quantization_registry import BASES
 from coati.utils.json_io import load_json, load_object
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import (
@@ -42,6 +40,7 @@ logger = get_logger(__name__)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "auto"}
 ADAPTER_CONFIG = "adapter_config.json"
 CHAIN = "lora_chain.json"  # beside an adapter that was joined with those it was trained on
+LORA_SETTINGS = "lora_config.json"  # beside an adapter: what it was trained with
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -89,13 +88,6 @@ def has_weights(path: str | os.PathLike) -> bool:
     return any(next(Path(path).glob(pattern), None) for pattern in _WEIGHTS)
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """``config.json`` of a directory as it stands there; empty where there is none (a hub name,
-    say)."""
-    file = Path(path) / "config.json"
-    return load_object(file) if file.is_file() else {}
-
-
 def adapter_base(path: str | os.PathLike) -> str | None:
     """The base model of a directory that holds a PEFT adapter and no model, else None.
 
@@ -126,11 +118,33 @@ def adapter_base(path: str | os.PathLike) -> str | None:
     return base
 
 
+def base_below(path: str | os.PathLike) -> str:
+    """The model below the adapter of ``path``, which may lie on another adapter; ``path`` itself
+    where it holds none."""
+    seen: set[str] = set()
+    while (base := adapter_base(path)) and base not in seen:
+        seen.add(base)
+        path = base
+    return str(path)
+
+
 def trained_from(path: str | os.PathLike) -> str | None:
     """What the adapter of a directory was trained on: an earlier adapter where the two were saved
     as one, else :func:`adapter_base`."""
     chain = Path(path) / CHAIN
     return load_json(chain)["trained_on"] if chain.is_file() else adapter_base(path)
+
+
+def base_quantization(path: str | os.PathLike) -> str | None:
+    """How the base was stored that the adapter of a directory was trained on (--quantize_base);
+    None where it was not quantized."""
+    file = Path(path) / LORA_SETTINGS
+    kind = load_object(file).get("quantize_base") if file.is_file() else None
+    if kind is not None and kind not in BASES:
+        raise ValueError(
+            f"{file}: quantize_base is {kind!r}; expected null or one of {', '.join(BASES)}"
+        )
+    return kind
 
 
 def _holds(directory: Path) -> str:
@@ -207,13 +221,16 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     strict: bool = False,
     placing: dict[str, Any] | None = None,
+    quantize_base: str | None = None,
 ):
     """The language model of ``path``: a Hugging Face directory, a hub name, or a PEFT adapter
     (merged into its base).
 
     ``dtype`` is a key of DTYPES ("auto": as stored). ``strict``: weights without a use are an
     error, not a notice.
-    ``placing``: further keywords of ``from_pretrained``, for quantized models. Raises ValueError
+    ``placing``: further keywords of ``from_pretrained``, for quantized models. ``quantize_base``:
+    how linear layers are stored, a key of BASES, for LoRA adapters on them; the weights are read
+    from the mapped file one by one. Raises ValueError
     when the directory lacks configuration or weights, when a file is damaged, when weights are
     missing from it, and for code that was not trusted.
     """
@@ -221,11 +238,30 @@ def load_causal_lm(
 
     options = _load_options(dtype, attn_implementation, trust_remote_code) | (placing or {})
     if (base := adapter_base(path)) is None:
-        return _load(AutoModelForCausalLM, path, dtype, options, strict=strict)
-    model = merge_adapter(load_causal_lm(base, dtype=dtype, strict=strict, **options), path)
+        stored = "auto" if quantize_base else dtype
+        model = _load(AutoModelForCausalLM, path, stored, options, strict=strict)
+        return quantized(model, quantize_base, dtype)
+    # Rounded as in training, from the weights as they are on the disk.
+    late = base_quantization(path) is not None and dtype != "fp32"
+    read = "auto" if late else dtype
+    model = merge_adapter(load_causal_lm(base, dtype=read, strict=strict, **options), path)
+    if late and dtype != "auto":
+        import torch
+
+        model.to(getattr(torch, DTYPES[dtype]))
     # An adapter trained on top names this directory as its base, not the base of the base.
     model.name_or_path = model.config._name_or_path = str(path)
-    return model
+    return quantized(model, quantize_base, dtype)
+
+
+def quantized(model: Any, kind: str | None, dtype: str) -> Any:
+    """``model`` with its linear layers stored as ``kind`` and the rest in ``dtype``; None: as it
+    is."""
+    if kind is None:
+        return model
+    from coati.models.lora.quantized_base import quantize_base
+
+    return quantize_base(model, kind, dtype)
 
 
 def load_backbone(
@@ -258,7 +294,8 @@ def is_composite_directory(path: str | os.PathLike, trust_remote_code: bool = Fa
 
 
 def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
-    """``base`` with the adapter of ``directory`` around it, a PeftModel.
+    """``base`` with the adapter of ``directory`` around it, a PeftModel. An adapter that was
+    trained on a quantized base gets one of the same values.
 
     Raises ValueError when the adapter cannot be read or its tensors are not exactly those that its
     settings ask for.
@@ -267,6 +304,7 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
     from peft.utils import load_peft_weights
 
     check_adapter(directory)
+    _round_for(base, directory)
     try:
         _grow_for(base, load_peft_weights(str(directory), device="cpu"))
         model = PeftModel.from_pretrained(base, str(directory))
@@ -288,6 +326,18 @@ def adapted(base: "nn.Module", directory: str | os.PathLike) -> "PeftModel":
                 "belongs to another base model, or was cut when it was copied"
             )
     return model
+
+
+def _round_for(base: "nn.Module", directory: str | os.PathLike) -> None:
+    kind = base_quantization(directory)
+    if kind is None or getattr(base, "is_quantized", False):  # in few bits already, by --quant
+        return
+    from coati.models.lora.quantized_base import round_base
+
+    logger.info(
+        f"{directory} was trained on a base quantized to {kind}: the base gets the same values, "
+        f"which differ from the original's by {round_base(base, kind)}"
+    )
 
 
 def _grow_for(base: "nn.Module", tensors: dict[str, Any]) -> None:
@@ -396,54 +446,3 @@ def disable_dropout(model) -> None:
 def get_model_numel(model) -> int:
     """How many parameters ``model`` has, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def explained(path: str | os.PathLike, kind: str, error: Exception) -> ValueError:
-    """``error`` of a loader as a ValueError that names ``path`` and, where it is known, what to
-    do."""
-    said = str(error).strip().split("\n\n")[0].split("\nModel type should be")[0]
-    text = shortened(f"{type(error).__name__}: {' '.join(said.split())}")
-    if damaged_json := damaged_file(path):
-        return ValueError(damaged_json)
-    if "trust_remote_code" in str(error):
-        return ValueError(
-            f"{path} brings Python code of its own (auto_map in its configuration), which is not "
-            "run unasked; read it, then pass --trust_remote_code"
-        )
-    if isinstance(error, json.JSONDecodeError):
-        return ValueError(f"{path}: a configuration file is not valid JSON ({error})")
-    if unknown := _unknown_family(path, str(error)):
-        return ValueError(unknown)
-    if damaged := damaged_weights(Path(path)):
-        return ValueError(
-            f"{damaged}: not readable as weights, truncated or damaged ({shortened(text, 120)}); "
-            "copy it again"
-        )
-    remedy = "; copy its files again from where the model is from" if kind == "tokenizer" else ""
-    return ValueError(f"{path}: the {kind} could not be loaded ({text}){remedy}")
-
-
-def _unknown_family(path: str | os.PathLike, said: str) -> str | None:
-    """What to do about a configuration of a family that the installed transformers lacks."""
-    from importlib.metadata import version
-
-    config = read_config(path)
-    family = config.get("model_type")
-    if not family or ("does not recognize" not in said and f"'{family}'" != said.strip()):
-        return None
-    wanted = config.get("transformers_version")
-    installed = version("transformers")
-    saved = f", which was saved with transformers {wanted}" if wanted else ""
-    newer = f"'transformers>={wanted.split('.dev')[0]}'" if wanted else "transformers"
-    what = f"run: pip install -U {newer}"
-    if wanted and _numbers(wanted) <= _numbers(installed):
-        what = "it may be code of its own (--trust_remote_code), or a misspelled model_type"
-    return (
-        f"{Path(path) / 'config.json'}: transformers {installed} does not know the model family "
-        f"{family!r}{saved}; {what} (the default set of this library has 5.20, the pinned set 4.51)"
-    )
-
-
-def _numbers(release: str) -> list[int]:
-    """Major and minor number of a release."""
-    return [int(part) for part in release.split(".")[:2] if part.isdigit()]

@@ -1,14 +1,14 @@
 """Log-softmax over the vocabulary at chosen tokens, and its gradient, a chunk of rows at a time;
 and how such tokens lie in a batch.
 
-The gradient of a row's log-probability with respect to its logits is ``onehot - softmax``. Where
-the rows of one call fit into a chunk it is kept from the forward pass, in place of the logits;
-otherwise each chunk's logits are formed again in the backward pass. Either way one chunk of (rows,
-V) exists at a time.
+The gradient of a row's log-probability with respect to its logits is ``onehot - softmax``. That of
+the last chunk is kept from the forward pass, in place of the logits; the logits of the others are
+formed again in the backward pass. One chunk of (rows, V) exists at a time.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from coati.utils.constants import IGNORE_INDEX
 CHUNK_BYTES = 128 * 2**20
 # Rows are exponentiated in blocks of 2 MiB, which stay in a core's cache between the passes.
 _CACHED_ELEMENTS = 2**19
+# p log p is 0 below it, without the product 0 x -inf of logits that are -inf.
+LEAST_LOGP = -1e4
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -82,6 +84,17 @@ def row_blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of rows of ``logits`` (n, V) that fit into a core's cache."""
     rows = max(1, _CACHED_ELEMENTS // max(1, logits.shape[1]))
     return (slice(start, start + rows) for start in range(0, len(logits), rows))
+
+
+def log_normalize_(x: Tensor, collective: VocabCollective = WHOLE) -> Tensor:
+    """``x`` (n, V) becomes x - logsumexp(x) in place; returns logsumexp (n,)."""
+    peak = collective.reduce_max(x.amax(dim=1))
+    total = torch.empty_like(peak)
+    for part in row_blocks(x):
+        torch.sum((x[part] - peak[part, None]).exp_(), dim=1, out=total[part])
+    logsumexp = peak + collective.reduce_sum(total).log()
+    x.sub_(logsumexp[:, None])
+    return logsumexp
 
 
 def _exp_(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
@@ -157,38 +170,40 @@ class FromHidden(torch.autograd.Function):
     ) -> Tensor:
         ctx.chunk_rows = chunk_rows
         ctx.temperature = temperature
-        if len(hidden) <= chunk_rows:
-            logps, gradient, factor = FromHidden._gradient(
-                hidden, weight, bias, targets, temperature
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        logps = []
+        gradient = factor = None
+        for part in _row_chunks(len(hidden), chunk_rows):
+            gradient = None  # release the last chunk before the next is formed
+            found, gradient, factor = FromHidden._gradient(
+                hidden[part], weight, bias, targets[part], temperature
             )
-            ctx.save_for_backward(hidden, weight, bias, targets, gradient, factor)
-            return logps
-        ctx.save_for_backward(hidden, weight, bias, targets, None, None)
-        chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
-        return torch.cat(
-            [
-                FromHidden._gradient(rows, weight, bias, wanted, temperature)[0]
-                for rows, wanted in chunks
-            ]
-        )
+            logps.append(found)
+        # An attribute, which backward can release before it forms the next chunk.
+        ctx.kept = (gradient, factor)
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """(n,) -> gradients of hidden states, weight and bias, a chunk at a time."""
-        hidden, weight, bias, targets, gradient, factor = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
+        kept = ctx.kept
+        ctx.kept = None
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = (
             torch.zeros_like(weight) if ctx.needs_input_grad[1] and not len(hidden) else None
         )
         to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start in range(0, len(hidden), ctx.chunk_rows):
-            part = slice(start, start + ctx.chunk_rows)
+        for part in reversed(_row_chunks(len(hidden), ctx.chunk_rows)):
             rows = hidden[part]
-            if gradient is None or start:
-                gradient = None  # release the last chunk before the next is formed
+            if kept is None:
+                gradient = None
                 _, gradient, factor = FromHidden._gradient(
                     rows, weight, bias, targets[part], ctx.temperature
                 )
+            else:
+                gradient, factor = kept
+                kept = None
             scale = (-grad[part] * factor).to(rows.dtype)[:, None]
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part]).mul_(scale)
@@ -202,6 +217,32 @@ class FromHidden(torch.autograd.Function):
                     else to_weight.addmm_(gradient.t(), scaled)
                 )
         return to_hidden, to_weight, to_bias, None, None, None
+
+
+def _row_chunks(count: int, size: int) -> list[slice]:
+    """``count`` rows in chunks of ``size``; the first may be smaller, so that the last is whole."""
+    ends = range(count % size or min(size, count), count + 1, size) if count else [0]
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
+
+
+def linear_logprobs(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chunk_rows: int | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(n, d) hidden states through a linear layer (V, d) -> (n,) fp32 log-probs of ``targets``, as
+    autocast would compute it; ``chunk_rows`` rows of logits at a time, by default as many as fit
+    into :data:`CHUNK_BYTES`."""
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows = rows.to(dtype)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    step = chunk_rows or rows_per_chunk(len(weight))
+    return FromHidden.apply(rows, weight, bias, targets, step, temperature)
 
 
 def logprobs_from_logits(

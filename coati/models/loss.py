@@ -69,6 +69,15 @@ class GPTLMLoss(nn.Module):
         return masked_mean(-logps, torch.ones_like(logps))
 
 
+# Supervised fine-tuning
+
+
+def dynamic_finetuning_loss(logps: Tensor) -> Tensor:
+    """-sg(p) log p of tokens (n,) (DFT, arXiv 2508.05629, eq. 9); sg: without gradient."""
+    logps = logps.float()
+    return -logps.detach().exp() * logps
+
+
 # Reward model
 
 

@@ -81,6 +81,14 @@ SFT = "sft"
 # TRL's names
 ALIASES = {"sigmoid": "dpo_loss", "ipo": "ipo_loss", "hinge": "hinge_loss"}
 
+# --sft_loss of coati sft and pretrain
+SFT_LOSSES = {
+    "nll": "-log p of each supervised token",
+    "dft": "-p log p, p without gradient: dynamic fine-tuning (arXiv 2508.05629), whose gradient "
+    "does not grow as a token gets improbable",
+}
+NLL = "nll"
+
 # --loss_fn of coati rm
 REWARD_LOSSES = ("log_sig", "log_exp")
 

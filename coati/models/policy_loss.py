@@ -153,7 +153,7 @@ def own_policy_terms(
     mask: Tensor,
     skip: Tensor | bool = False,
 ) -> Tensor:
-    """The losses (B, A) of a user's ``function``, 0 where masked; arguments as of
+    """The losses (B, A) of a ``function`` of :class:`PolicyTokens`, 0 where masked; arguments as of
     :func:`policy_terms`.
 
     Raises ValueError where it returns another shape.
@@ -162,34 +162,6 @@ def own_policy_terms(
     masked = [zero_masked(each, mask) for each in (logps, old_logps, advantages)]
     tokens = PolicyTokens(masked[0], masked[1], masked[2], mask)
     return zero_masked(check_terms(function(tokens), mask.shape, "token of a response"), mask)
-
-
-def policy_statistics(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> dict[str, MaskedSamples]:
-    """Samples for the meter, detached; shapes and arguments as in :func:`policy_terms`.
-
-    clip_fraction: 1 for each action whose clipped term was the larger loss, else 0. update_kl: k3
-    of old against new policy per action, how far this phase's updates have gone. sampled_entropy:
-    -log pi_old per action, whose mean is an unbiased estimate of the sampling entropy. ratio_max:
-    one number, none without actions.
-    """
-    mask = mask.bool()
-    moved = log_ratio(logps.detach(), old_logps, mask)
-    ratio = moved.exp()
-    too_high = (advantages > 0) & (ratio > 1 + clip_high)
-    too_low = (advantages < 0) & (ratio < 1 - clip_low)
-    return {
-        "clip_fraction": MaskedSamples((too_high | too_low).float(), mask),
-        "update_kl": MaskedSamples(k3(-moved), mask),
-        "sampled_entropy": MaskedSamples(-old_logps.float(), mask),
-        "ratio_max": MaskedSamples(ratio.masked_fill(~mask, 0.0).amax()[None], mask.any()[None]),
-    }
 
 
 # Value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coati.models.loading import adapter_base, check_directory, load_configuration
+from coati.models.loading import base_below, check_directory, load_configuration
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import text_config
 
@@ -83,10 +83,7 @@ def _scaled(config: Any, family: str, count: int) -> int:
 def positions_in(path: str | os.PathLike, trust_remote_code: bool = False) -> Positions | None:
     """The positions of the model of ``path``, of an adapter's base. Raises ValueError as
     :func:`~coati.models.loading.load_configuration`."""
-    seen: set[str] = set()
-    while (base := adapter_base(path)) and base not in seen:  # an adapter may lie on another
-        seen.add(base)
-        path = base
+    path = base_below(path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         check_directory(path, "model")  # says what is there instead
     return positions_of(load_configuration(path, trust_remote_code))

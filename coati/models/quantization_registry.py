@@ -14,3 +14,18 @@ METHODS = {
 }
 METHOD_OF_QUANT = {"8bit": "8bit", "4bit": "nf4"}  # --quant -> --method
 CALIBRATED = ("gptq",)  # need calibration data
+# --quantize_base: how the frozen base below LoRA adapters is stored
+BASES = {
+    "nf4": "4 bits, 16 levels for normally distributed weights, double quantization (QLoRA)",
+    "int8": "8 bits, one scale per row",
+}
+BLOCK = 64  # weights of nf4 that share a scale
+NESTED_BLOCK = 256  # scales that share one in turn
+
+
+def stored_bytes(kind: str, rows: int, columns: int) -> float:
+    """What a weight (rows, columns) takes as ``kind``, a key of BASES."""
+    if kind == "int8":
+        return rows * columns + 4.0 * rows
+    blocks = -(-rows * columns // BLOCK)
+    return rows * columns / 2 + blocks + 4.0 * (-(-blocks // NESTED_BLOCK) + 1)

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from coati.models.attention_choice import caps_scores, eager_note
-from coati.models.loading import (
-    DTYPES,
-    adapter_base,
-    explained,
-    load_configuration,
-    read_config,
-)
+from coati.models.directory_files import read_config
+from coati.models.loading import DTYPES, adapter_base, load_configuration, quantized
+from coati.models.loading_errors import explained
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -71,6 +67,7 @@ def load_scalar_weights(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantize_base: str | None = None,
 ) -> Scalar:
     """The reward model (or critic) whose weights and head lie in ``path`` without a configuration,
     as ColossalChat's checkpoints have them; ``architecture``: a directory or hub name with the
@@ -102,7 +99,7 @@ def load_scalar_weights(
     model.train_padding()
     set_head(model.score, head, path)
     kept = next(iter(tensors.values())).dtype if dtype == "auto" else getattr(torch, DTYPES[dtype])
-    return model.to(kept)
+    return quantized(model.to(kept), quantize_base, dtype)
 
 
 def _backbone_tensors(path: str | os.PathLike, prefix: str) -> dict[str, Tensor]:

@@ -1,15 +1,19 @@
-"""An override of transformers' "sdpa" attention for CPUs: padding-free (varlen) batches, and
+"""An override of transformers' "sdpa" attention: padding-free (varlen) batches, and on CPUs
 single-token decoding without copies of the key-value cache."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coati.models.flash_varlen import flash_varlen
+from coati.models.prefix_attention import blocks_of, prefix_attention
+
 
 def patch_sdpa() -> None:
-    """Replace "sdpa" by a function that runs row by row if it gets cumulative lengths, reads the
-    key-value cache in place for one query per row, and calls the original otherwise. Results equal
-    the original's up to rounding."""
+    """Replace "sdpa" by a function that runs row by row if it gets cumulative lengths (with
+    ``shared_prefixes`` as :mod:`~coati.models.prefix_attention` says), reads the key-value cache in
+    place for one query per row, and calls the original otherwise. Results equal the original's up
+    to rounding."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -22,6 +26,17 @@ def patch_sdpa() -> None:
         scale = keywords.get("scaling")
         if any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
             return original(module, query, key, value, attention_mask, **keywords)
+        if cu_seq_lens is not None and keywords.get("shared_prefixes") is not None:
+            if dropout:
+                raise ValueError(
+                    "attention dropout in rows that share tokens, which would share it, too: set "
+                    "it before boost, or Engine.share_prefixes to False"
+                )
+            blocks = blocks_of(cu_seq_lens.tolist(), keywords["shared_prefixes"].tolist())
+            return prefix_attention(query, key, value, blocks, scale), None
+        if cu_seq_lens is not None and _on_gpu(query) and not dropout:
+            longest = keywords["max_length_q"]
+            return flash_varlen(query, key, value, cu_seq_lens, longest, scale), None
         if cu_seq_lens is not None:
             lengths = [length for length in cu_seq_lens.diff().tolist() if length]
             return varlen_attention(query, key, value, lengths, dropout, scale), None
@@ -31,6 +46,10 @@ def patch_sdpa() -> None:
 
     attention.patched = True  # type: ignore[attr-defined]
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
+
+
+def _on_gpu(query: Tensor) -> bool:
+    return query.device.type == "cuda"
 
 
 def varlen_attention(

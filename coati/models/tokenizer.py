@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from coati.models.directory_files import check_small_files, check_types
-from coati.models.loading import ADAPTER_CONFIG, check_directory, explained
+from coati.models.loading import ADAPTER_CONFIG, check_directory
+from coati.models.loading_errors import explained
 from coati.utils.json_io import load_object
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase

@@ -2,6 +2,7 @@
 by either route."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from coati.models.block_mask import block_diagonal_mask, holds_for, sliding_window, with_block_mask
 from coati.models.head import Head, scatter_token_logprobs
 from coati.models.padding_free import PaddingFree
+from coati.parallel.boost import check_packs
+from coati.parallel.options import ParallelOptions
 from coati.utils.transformers_compat import transformers_major
 from tests.models_table.families import FAMILIES, known, tiny_model
 from tests.parallel.packing_cases import one_by_one, packed, rows_of
@@ -149,12 +152,24 @@ def test_adapters_do_not_hide_the_model_from_the_probe():
     assert not holds_for(bloom)
 
 
+def test_blocks_that_are_counted_from_the_beginning_of_a_pack_are_refused():
+    """MiniMax-M3's, which the few tokens of a probe would all have in the first block."""
+    model = tiny_llama()
+    model.config.index_topk_blocks = 16
+    model.config.index_block_size = 128
+    assert not holds_for(model)
+    with pytest.raises(ValueError, match="counts the blocks .* from the beginning of the pack"):
+        check_packs(model, ParallelOptions())
+
+
 def test_sliding_windows():
     mistral = tiny_model(
         replace(BY_TYPE["mistral"], config=BY_TYPE["mistral"].config | {"sliding_window": 11})
     )
     assert sliding_window(mistral.config) == 11
     assert sliding_window(tiny_llama().config) is None
+    blocks = SimpleNamespace(sliding_window=4096, index_topk_blocks=16, index_block_size=128)
+    assert sliding_window(blocks) == 2048  # MiniMax-M3
     assert (
         sliding_window(tiny_model(BY_TYPE["qwen2"]).config) is None
     )  # has a width, and a switch that is off

@@ -1,13 +1,18 @@
 """Rows laid end to end give what padded rows give: log-probs, gradients, on either padding side."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from coati.models import flash_varlen, sdpa
+from coati.models import padding_free as padding_free_module
 from coati.models.head import Head, scatter_token_logprobs
-from coati.models.padding_free import PaddingFree
+from coati.models.padding_free import PaddingFree, runs_varlen
 from coati.models.sdpa import varlen_attention
+from coati.utils.logging import forget_warnings
 from coati.utils.transformers_compat import transformers_major
 from tests.models_table.families import FAMILIES, known, tiny_model
 from tests.tiny import tiny_llama
@@ -173,6 +178,24 @@ def test_every_family_is_packed_exactly_or_not_at_all(family):
         )
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_experts_that_report_their_balance(share, monkeypatch):
+    """A checkpoint may ask for the router's loss, which reads the mask outside the layers."""
+    monkeypatch.setattr(padding_free_module, "LEAST_PREFIX", 2)
+    model = tiny_model(BY_TYPE["mixtral"], output_router_logits=True).eval()
+    rows, padding_free = batch(), PaddingFree.of(model)
+    rows["input_ids"][2, :4] = rows["input_ids"][3, :4]
+    rows["labels"][3] = -100
+    packed = padding_free.unpad(rows, share=share)
+    head = Head.install(model)
+    head.set_targets(packed.targets, places=packed.places)
+    found = model(**packed.inputs, use_cache=False).logits
+    head.remove()
+    torch.testing.assert_close(
+        scatter_token_logprobs(found, rows["labels"]), logprobs(model, rows, None)
+    )
+
+
 def test_eager_attention_is_left_padded():
     assert PaddingFree.of(tiny_llama(attn_implementation="eager")) is None
 
@@ -207,3 +230,102 @@ def test_varlen_attention_by_hand():
     query = key = torch.zeros_like(value)
     found = varlen_attention(query, key, value, [1, 2], dropout=0.0, scale=1.0)
     assert found.shape == (1, 3, 1, 1) and found.flatten().tolist() == [2.0, 4.0, 6.0]
+
+
+def kernel_of_today(
+    query, key, value, ends, _, longest, longest_key, *, scale, window_size, enable_gqa=False
+):
+    """PyTorch's function for GPUs, computed row by row: (T, heads, D) in half precision."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16 and enable_gqa
+    assert window_size == (-1, 0) and longest == longest_key == int(ends.diff().max())
+    as_batch = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    return varlen_attention(*as_batch, ends.diff().tolist(), 0.0, scale)[0]
+
+
+def first_kernel(query, key, value, ends, _, longest, longest_key, is_causal=False):
+    """As of the release that brought it: no scale, equally many heads of keys."""
+    assert is_causal and query.shape == key.shape
+    as_batch = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    return varlen_attention(*as_batch, ends.diff().tolist(), 0.0, query.shape[-1] ** -0.5)[0]
+
+
+@pytest.fixture(params=[kernel_of_today, first_kernel])
+def kernels(request, monkeypatch):
+    """As on a GPU, whose kernels each release calls in its own way."""
+    parameters = frozenset(inspect.signature(request.param).parameters)
+    monkeypatch.setattr(flash_varlen, "_kernel", lambda: (request.param, parameters))
+    monkeypatch.setattr(sdpa, "_on_gpu", lambda query: True)
+
+
+def test_kernels_of_a_gpu_get_rows_heads_and_scale(kernels):
+    query, key, value = (torch.randn(1, heads, 7, 8) for heads in (4, 2, 2))
+    query, key, value = (x.bfloat16() for x in (query, key, value))
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    found = flash_varlen.flash_varlen(query, key, value, ends, 4, scale=0.7)
+    expected = varlen_attention(query, key, value, [3, 4], 0.0, 0.7)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_model_under_autocast_runs_the_kernels_of_a_gpu(kernels):
+    rows = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        padding_free = PaddingFree.of(model := tiny_llama())
+        assert padding_free is not None
+        found = logprobs(model, rows, padding_free)
+    torch.testing.assert_close(found, logprobs(model, rows, None), atol=5e-2, rtol=5e-2)
+
+
+def test_what_the_kernels_of_a_gpu_cannot_run_is_padded(kernels, monkeypatch, capsys):
+    forget_warnings()
+    monkeypatch.setattr(padding_free_module, "_can_lack_kernels", lambda model: True)
+    assert PaddingFree.of(tiny_llama()) is None
+    said = capsys.readouterr()
+    assert "batches are padded: varlen attention cannot run here (the varlen kernels have no " in (
+        said.out + said.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "runs"),
+    [
+        ("sdpa", "cpu", True),
+        ("eager", "cpu", False),
+        ("flash_attention_2", "cpu", False),
+        ("flash_attention_2", "cuda", True),
+        ("sdpa", "cuda", flash_varlen.has_kernels()),
+        (None, "cuda", False),
+    ],
+)
+def test_where_there_is_varlen_attention(attention, device, runs):
+    assert runs_varlen(attention, device) == runs
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        for made in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(made, torch.Tensor):
+                self.elements = max(self.elements, made.numel())
+        return found
+
+
+@pytest.mark.skipif(transformers_major() < 5, reason="its models make no such mask")
+@pytest.mark.parametrize("share", [False, True])
+def test_nothing_of_all_tokens_by_all_tokens_is_made(share):
+    model = tiny_llama()
+    rows = torch.arange(40).repeat(60, 1)
+    rows[:, 28:] = 100 + torch.arange(720).view(60, 12) % 277
+    inputs = (
+        PaddingFree.of(model)
+        .unpad({"input_ids": rows, "attention_mask": torch.ones_like(rows)}, share=share)
+        .inputs
+    )
+    tokens = inputs["input_ids"].numel()
+    assert tokens == (28 + 60 * 12 if share else 60 * 40)
+    with torch.no_grad(), Largest() as largest:
+        model.model(**inputs, use_cache=False)
+    assert largest.elements < tokens**2

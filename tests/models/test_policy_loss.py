@@ -12,7 +12,6 @@ from coati.models.policy_loss import (
     explained_variance,
     kl_per_token,
     mean_ratio_exceeds,
-    policy_statistics,
     policy_terms,
     ratio_sums,
     value_statistics,
@@ -82,9 +81,8 @@ def test_masked_cells_change_neither_losses_nor_gradients(bad):
     dirty = [tensor.masked_fill(mask == 0, bad) for tensor in clean]
     assert_close(losses(dirty), losses(clean))
     assert losses(dirty)[1][mask == 0].eq(0).all()
-    for statistics, count in ((policy_statistics, 3), (value_statistics, 2)):
-        found, expected = (statistics(*tensors[:count], mask) for tensors in (dirty, clean))
-        assert_close(selected(found), selected(expected))
+    found, expected = (value_statistics(*tensors[:2], mask) for tensors in (dirty, clean))
+    assert_close(selected(found), selected(expected))
     assert_close(explained_variance(*dirty[:2], mask), explained_variance(*clean[:2], mask))
     assert_close(ratio_sums(*dirty[:2], mask), ratio_sums(*clean[:2], mask))
 
@@ -157,32 +155,9 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped():
     ].tolist() == [1, 1, 0]
 
 
-def test_policy_statistics():
-    logps, old = row(0.5, 1.5, 1.5, 9.0).log(), row(1, 1, 1, 1).log() - 0.25
-    statistics = policy_statistics(
-        logps - 0.25, old, row(-1, -1, 1, NAN), torch.tensor([[1, 1, 1, 0]])
-    )
-    assert statistics["clip_fraction"].tolist() == [
-        1,
-        0,
-        1,
-    ]  # the second is the side that is never clipped
-    assert_close(statistics["sampled_entropy"].selected(), torch.tensor([0.25] * 3))
-    assert_close(statistics["ratio_max"].selected(), torch.tensor([1.5]))
-    x = torch.tensor([0.5, 1.5, 1.5])  # pi / pi_old = e^r; KL(old || new) by k3: e^r - 1 - r
-    assert_close(statistics["update_kl"].selected(), x - 1 - x.log())
-
-
-def test_statistics_of_no_action_are_no_samples():
-    nothing = policy_statistics(ALL, ALL, ALL, torch.zeros(1, 3))
-    assert {name: len(samples) for name, samples in selected(nothing).items()} == dict.fromkeys(
-        nothing, 0
-    )
-
-
 def test_statistics_hold_no_graph():
     logps = ALL.clone().requires_grad_()
-    found = policy_statistics(logps, ALL, ALL, ALL) | value_statistics(logps, ALL, ALL)
+    found = value_statistics(logps, ALL, ALL)
     assert not any(samples.requires_grad for samples in selected(found).values())
 
 

@@ -13,16 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coati.models.generation.history import History
 from coati.models.generation.kv_cache import RowCache
+from coati.models.generation.llama_step import LlamaStep
 from coati.models.generation.model_call import (
     accepted_by,
     cache_for,
     call_with_cache,
     call_without_padding,
+    innermost,
 )
+from coati.models.generation.prepacked_linear import Prepacked
 from coati.models.generation.sampling import Sampling, choose
 from coati.models.padding_free import PaddingFree
 from coati.models.sdpa import patch_sdpa
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 _NO_LIMIT = 2**31
 
@@ -65,6 +72,10 @@ class Decoder:
         max_columns: columns that the key-value cache is never grown beyond.
         gather_logits, synchronize, padding_free: see
             :func:`coati.models.generation.loop.generate`.
+
+    ``prepacked``: weights for all tokens but the first. ``prompt``: cache of one row and logits
+    (1, V) of a prompt that all rows have; with ``keep_prompt`` those of the last row after the
+    first step.
     """
 
     def __init__(
@@ -94,19 +105,30 @@ class Decoder:
         self.gather_logits = gather_logits
         self.synchronize = synchronize
         self.padding_free = padding_free
-        self.ids = input_ids
-        self.mask = mask.long()
+        self.prepacked: Prepacked | None = None
+        self.prompt: tuple[RowCache, Tensor] | None = None
+        self.keep_prompt = False
+        self.history = History(input_ids, mask)
         self.row_ids = torch.arange(count, device=device) if row_ids is None else row_ids.to(device)
         self.num_generated = torch.zeros(count, dtype=torch.long, device=device)
         self.noise = None if noise is None else noise.to(device)
         self.cache: Any = cache_for(model, count, max_columns)
         self._initial_rows = count
-        self._start = 0  # the first column of the cache that is still in use
         settings = RowSettings(sampling, tuple(map(tuple, stop_sequences)))
         self._settings = [settings] * count
         self._group_rows()
         if device.type == "cpu":
             patch_sdpa()
+
+    @property
+    def ids(self) -> Tensor:
+        """(slots, columns): the tokens of each row so far."""
+        return self.history.ids
+
+    @property
+    def mask(self) -> Tensor:
+        """(slots, columns): 0 where ``ids`` are padding."""
+        return self.history.mask
 
     @torch.no_grad()
     def step(self) -> Step:
@@ -117,14 +139,41 @@ class Decoder:
     def idle_step(self) -> None:
         """A forward for its collectives alone, once every row of this rank has ended."""
         self._forward()
-        self._append(self.ids[:, -1])
+        self._append(self.history.last)
 
     def _forward(self) -> Tensor:
         """Logits (slots, V) fp32 after the last token of each row."""
         if self.cache.get_seq_length() == 0:
             return self._prefill()
-        positions = self.mask.sum(dim=1, keepdim=True) - 1
-        return self._call(self.ids[:, -1:], self.mask, positions)[:, -1].float()
+        step = None if self.prepacked is None else self.prepacked.step
+        if step is not None and not _holds_fp32(self.cache):
+            self.prepacked.without_step()  # a wrapper computes in another precision
+            step = None
+        if step is None:
+            return self._by_model()
+        history = self.history
+        logits = step(history.last, history.positions, history.blocked(), self.cache)
+        return logits if step.checked else self._checked(step, logits)
+
+    def _by_model(self) -> Tensor:
+        """What :meth:`_forward` returns, by the model's own forward of the last tokens."""
+        last = self.history.last[:, None]
+        positions = self.history.positions[:, None]
+        return self._call(last, self.mask.contiguous(), positions)[:, -1].float()
+
+    def _checked(self, step: LlamaStep, logits: Tensor) -> Tensor:
+        """The same logits by the model's own forward, which must not differ from those of ``step``
+        for it to be used."""
+        self.cache.rewind()
+        own = self._by_model()
+        if not step.agrees(logits, own):
+            name = type(innermost(self.model)).__name__
+            logger.warning_once(
+                f"{name} computes something else than layers of its kind do, so each token is "
+                "decoded by its own forward, which is slower"
+            )
+            self.prepacked.without_step()
+        return own
 
     def _sample(self, logits: Tensor) -> Step:
         """Sample the next token of each row from ``logits`` (slots, V) and append it."""
@@ -147,8 +196,7 @@ class Decoder:
         return Step(tokens, logprobs, self._stopped(), logits if self.keep_logits else None)
 
     def _append(self, tokens: Tensor) -> None:
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.history.append(tokens)
         self.num_generated = self.num_generated + 1
 
     def leave(self, active: Tensor) -> None:
@@ -161,8 +209,7 @@ class Decoder:
         self.cache.keep(survivors)
         self.row_ids = self.row_ids[survivors]
         self.num_generated = self.num_generated[survivors]
-        self.ids = self.ids[survivors]
-        self.mask = self.mask[survivors]
+        self.history.keep(survivors)
         if self.noise is not None:
             self.noise = self.noise[survivors]
         if len(self._groups) > 1:
@@ -176,10 +223,7 @@ class Decoder:
         """Add the rows of ``other``, which has taken at least one step. Either both have noise or
         neither has."""
         self.cache.join(other.cache)
-        self._start = 0
-        columns = max(self.mask.shape[1], other.mask.shape[1])
-        self.ids = _stack_left_padded(self.ids, other.ids, columns)
-        self.mask = _stack_left_padded(self.mask, other.mask, columns)
+        self.history.join(other.history)
         self.row_ids = torch.cat([self.row_ids, other.row_ids])
         self.num_generated = torch.cat([self.num_generated, other.num_generated])
         if self.noise is not None:
@@ -204,11 +248,9 @@ class Decoder:
             self._groups.append((settings.sampling, stops, index))
 
     def _drop_padding(self) -> None:
-        unused = int(self.mask.argmax(dim=1).min())
-        if unused and self.cache.trim(self._start + unused):
-            self._start += unused
-            self.ids = self.ids[:, unused:]
-            self.mask = self.mask[:, unused:]
+        unused = self.history.padding()
+        if unused and self.cache.trim(unused):
+            self.history.drop(unused)
 
     def _uniform(self) -> Tensor | None:
         if not any(sampling.do_sample for sampling, _, _ in self._groups):
@@ -233,6 +275,9 @@ class Decoder:
                 if length > self.ids.shape[1]:
                     continue
                 recent = self.ids[slots, -length:]
+                if length == 1:  # most are
+                    stopped[slots] |= (recent == stops.view(1, -1)).any(dim=1)
+                    continue
                 complete = (recent[:, None] == stops).all(dim=2).any(dim=1)
                 stopped[slots] |= complete & (self.num_generated[slots] >= length)
         return stopped
@@ -240,6 +285,8 @@ class Decoder:
     def _prefill(self) -> Tensor:
         """Run each distinct prompt through the model once; (slots, V) fp32 logits after each row's
         prompt."""
+        if self.prompt is not None:
+            return self._after_prompt(*self.prompt)
         ids, mask, index = distinct_prompts(self.ids, self.mask)
         self.cache.rows = len(ids)
         inputs = self._without_padding(ids, mask)
@@ -248,10 +295,24 @@ class Decoder:
             logits = self._call(ids, mask, positions)[:, -1]
         else:
             logits = call_without_padding(self.model, self.accepted, self.cache, inputs, mask)
+        if self.keep_prompt and isinstance(self.cache, RowCache):
+            last = len(ids) - 1 if index is None else int(index[-1])
+            padding = int(mask[last].argmax())
+            self.prompt = self.cache.row(last, padding), logits[last : last + 1].float()
         if index is None:
             return logits.float()
         self.cache.repeat(index)
         return logits.float()[index]
+
+    def _after_prompt(self, cache: RowCache, logits: Tensor) -> Tensor:
+        """What :meth:`_prefill` returns where all rows have the prompt that ``cache`` (of one row)
+        and ``logits`` (1, V) are of."""
+        rows = len(self.row_ids)
+        limit = self.cache.limit
+        self.cache = cache.row(0)
+        self.cache.limit = limit
+        self.cache.repeat(torch.zeros(rows, dtype=torch.long, device=self.ids.device))
+        return logits.expand(rows, -1)
 
     def _without_padding(self, ids: Tensor, mask: Tensor) -> dict | None:
         """The model's inputs without padding; None if there is no padding or the model cannot do
@@ -280,14 +341,13 @@ def distinct_prompts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor 
     return distinct[:, :width], distinct[:, width:], index
 
 
+def _holds_fp32(cache: Any) -> bool:
+    return isinstance(cache, RowCache) and all(state.dtype == torch.float32 for state in cache[0])
+
+
 def _by_length(stop_sequences: Sequence[Sequence[int]], device: torch.device) -> dict[int, Tensor]:
     """Stop sequences of each length as one (number, length) tensor."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for stop in stop_sequences:
         by_length.setdefault(len(stop), []).append(stop)
     return {length: torch.tensor(stops, device=device) for length, stops in by_length.items()}
-
-
-def _stack_left_padded(first: Tensor, second: Tensor, columns: int) -> Tensor:
-    """Concatenate the rows of two batches, padded on the left with 0 to ``columns``."""
-    return torch.cat([F.pad(part, (columns - part.shape[1], 0)) for part in (first, second)])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-_GROWTH = 256  # columns that are added at a time
+GROWTH = 256  # columns that are added at a time
+_WORTHWHILE = 64  # free columns on the left that are used before any are added
 # Attributes of transformers' cache layers: {index: state}, and keys and values.
 _STATES = ("conv_states", "recurrent_states")
 _KEYS = ("keys", "values")
@@ -42,12 +43,35 @@ class RowCache(DynamicCache):
             return self._place(states, layer_idx)
         count = states[0].shape[2]
         if layer_idx == 0:
+            self._make_room(count)
             self.end += count
         for buffer, new in zip(self._buffers(layer_idx, states, self.end), states, strict=True):
             buffer[: self.rows, :, self.end - count : self.end] = new
         shown = self[layer_idx]
         window = _window_of_mask(*args, **kwargs)
         return shown if window is None else tuple(s[:, :, -max(count, window) :] for s in shown)
+
+    def extend(self) -> None:
+        """Show one more column, whose keys and values each layer then gets by :meth:`write`."""
+        self._make_room(1)
+        self.end += 1
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (rows, heads, D) keys and values into the last column of ``layer``; returns views of
+        all that it holds."""
+        views = []
+        for buffer, new in zip(self._layers[layer], (keys, values), strict=True):
+            row, head, column, _ = buffer.stride()
+            heads, width = new.shape[1:]
+            last = (self.end - 1) * column
+            buffer.as_strided(new.shape, (row, head, 1), last).copy_(new)
+            shown = (self.rows, heads, self.end - self.start, width)
+            views.append(buffer.as_strided(shown, (row, head, column, 1), self.start * column))
+        return views[0], views[1]
+
+    def rewind(self) -> None:
+        """Show the last column no longer."""
+        self.end -= 1
 
     @contextmanager
     def filled_without_padding(self, mask: Tensor) -> Iterator[None]:
@@ -68,19 +92,35 @@ class RowCache(DynamicCache):
 
     def _buffers(self, layer: int, states: list[Tensor], columns: int) -> list[Tensor]:
         """The layer's buffers, with room for ``columns``."""
-        held = self._layers[layer] if layer < len(self._layers) else None
-        if held is not None and held[0].shape[2] >= columns:
-            return held
-        width = min(max(self.limit, columns), columns + _GROWTH)
+        if layer < len(self._layers):
+            return self._layers[layer]
+        width = self._width_for(columns)
         # Zeros, not whatever was there: masked columns are still multiplied, and NaN x 0 is NaN.
         made = [new.new_zeros(self.rows, new.shape[1], width, new.shape[3]) for new in states]
-        if held is None:
-            self._layers.append(made)
-        else:
-            for new, old in zip(made, held, strict=True):
-                new[:, :, self.start : old.shape[2]] = old[: self.rows, :, self.start :]
-            self._layers[layer] = made
+        self._layers.append(made)
         return made
+
+    def _width_for(self, columns: int) -> int:
+        return min(max(self.limit, columns), columns + GROWTH)
+
+    def _make_room(self, count: int) -> None:
+        """Room for ``count`` more columns in all buffers: what is shown moves to the left, where
+        enough columns are free there, or to larger buffers."""
+        if not self._layers or self.end + count <= self._layers[0][0].shape[2]:
+            return
+        shown = self.end - self.start
+        held = self._layers[0][0].shape[2]
+        enough = self.start >= max(count, _WORTHWHILE)
+        width = held if enough else self._width_for(shown + count)
+        for layer in self._layers:
+            for place, buffer in enumerate(layer):
+                moved = buffer[: self.rows, :, self.start : self.end]
+                if not enough:
+                    rows, heads, _, size = buffer.shape
+                    layer[place] = buffer.new_zeros(rows, heads, width, size)
+                layer[place][: self.rows, :, :shown] = moved.clone() if enough else moved
+        self.start = 0
+        self.end = shown
 
     def keep(self, survivors: Tensor) -> None:
         """Row i becomes row ``survivors[i]`` (at least i); only rows that change are moved."""
@@ -98,18 +138,38 @@ class RowCache(DynamicCache):
         ]
         self.rows = len(index)
 
-    def trim(self, start: int) -> bool:
-        """Columns before ``start``, which hold padding alone, are no longer shown."""
-        self.start = start
+    def trim(self, columns: int) -> bool:
+        """The first ``columns``, which hold padding alone, are no longer shown."""
+        self.start += columns
         return True
+
+    def row(self, row: int, first: int = 0) -> "RowCache":
+        """A cache of one row alone, from column ``first`` on, a copy."""
+        made = RowCache(1, self.limit)
+        one = slice(row, row + 1)
+        made._layers = [[state[one, :, first:].clone() for state in layer] for layer in self]
+        made.end = self.get_seq_length() - first
+        return made
 
     def join(self, other: "RowCache") -> None:
         """The rows of ``other`` below these; rows of fewer columns get empty ones on their left."""
+        rows = self.rows + other.rows
+        first = self.end - other.get_seq_length()
+        if first >= 0 and rows <= len(self._layers[0][0]):  # into slots of rows that have left
+            for mine, theirs in zip(self._layers, other, strict=True):
+                for buffer, new in zip(mine, theirs, strict=True):
+                    buffer[self.rows : rows, :, first : self.end] = new
+            self.rows = rows
+            self.start = min(self.start, first)
+            return
+        self._join_anew(other)
+
+    def _join_anew(self, other: "RowCache") -> None:
         columns = max(self.get_seq_length(), other.get_seq_length())
         rows = self.rows + other.rows
         for layer, (mine, theirs) in enumerate(zip(self, other, strict=True)):
             self._layers[layer] = [
-                _below(*pair, columns, columns + _GROWTH) for pair in zip(mine, theirs, strict=True)
+                _below(*pair, columns, columns + GROWTH) for pair in zip(mine, theirs, strict=True)
             ]
         self.rows = rows
         self.start = 0
@@ -160,7 +220,7 @@ class LayerCache(DynamicCache):
 
     repeat = keep
 
-    def trim(self, start: int) -> bool:
+    def trim(self, columns: int) -> bool:
         """Nothing is dropped; the layers are transformers' own."""
         return False
 
@@ -233,7 +293,7 @@ class TupleCache:
             for mine, theirs in zip(self.states, other.states, strict=True)
         )
 
-    def trim(self, start: int) -> bool:
+    def trim(self, columns: int) -> bool:
         """Nothing is dropped; the tuples are the model's own."""
         return False
 

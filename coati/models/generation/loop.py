@@ -9,13 +9,20 @@ given explicitly, so left padding is exact.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coati.models.generation.continuous import (
+    ResponseRecord,
+    WaitingPrompts,
+    decode_replacing,
+)
 from coati.models.generation.decoder import Decoder, identity
-from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
+from coati.models.generation.kv_cache import GROWTH
 from coati.models.generation.model_call import innermost
+from coati.models.generation.prepacked_linear import PAYS_AFTER, Prepacked
 from coati.models.generation.sampling import Sampling
 from coati.models.padding_free import PaddingFree
 from coati.models.positions import positions_of
@@ -79,6 +86,7 @@ def generate(
     gather_logits: Callable[[Tensor], Tensor] = identity,
     synchronize: Callable[[Tensor], Tensor] = identity,
     padding_free: PaddingFree | None = None,
+    rows_at_once: int | None = None,
 ) -> Generated:
     """Continue every row of ``input_ids`` (B, P), left-padded with ``attention_mask`` (B, P) 0 on
     the padding.
@@ -86,37 +94,111 @@ def generate(
     A row ends with any of ``stop_sequences`` (token ids, matched within the response) or after
     ``max_new_tokens``, or its own of ``limits``. Equal prompts go through the model once. ``noise``
     (B, max_new_tokens or more; see ``row_noise``) is used in place of ``generator``; a row's sample
-    then does not depend on the rest of the batch.
+    then does not depend on the rest of the batch (dynamic rotary scaling follows its longest row).
 
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
     whose forward passes contain collectives leave together. ``gather_logits`` completes logits of
     which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor that is equal on
     a group of ranks up to rounding, and returns one rank's to all of them. ``padding_free``: how
-    ``model`` is given prompts without padding.
+    ``model`` is given prompts without padding. ``rows_at_once``: of how many rows the batch is; one
+    that has ended gives its place to the next. None: all.
 
     Raises:
-        ValueError: for right padding, no prompt, too many tokens, or noise of another shape.
+        ValueError: for right padding, no prompt, too many tokens, noise of another shape, and for
+            rows that are replaced without ``noise`` to sample by, or with a ``stop_flag``.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = _limits(limits, max_new_tokens, len(input_ids))
     _check(model, input_ids, mask, stop_sequences, rows, noise)
-    decoder = Decoder(
-        model,
-        input_ids,
-        mask,
-        Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p),
-        stop_sequences,
-        noise=noise,
-        generator=generator,
-        max_columns=input_ids.shape[1] + int(rows.max()),
-        return_logprobs=return_logprobs,
-        gather_logits=gather_logits,
-        synchronize=synchronize,
-        padding_free=padding_free,
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty, min_p)
+    by_row = stop_flag is identity and not (do_sample and noise is None)
+    settings = {
+        **_of_plugin(gather_logits, synchronize, padding_free),
+        "sampling": sampling,
+        "stop_sequences": stop_sequences,
+        "generator": generator,
+    }
+    record = ResponseRecord(rows.to(mask.device), pad_token_id, input_ids.dtype, return_logprobs)
+    at_once = _at_once(len(rows), rows_at_once, by_row)
+    return _generate(model, (input_ids, mask, noise), record, at_once, stop_flag, settings)
+
+
+def _of_plugin(
+    gather_logits: Callable[[Tensor], Tensor],
+    synchronize: Callable[[Tensor], Tensor],
+    padding_free: PaddingFree | None,
+) -> dict[str, Any]:
+    return {
+        "gather_logits": gather_logits,
+        "synchronize": synchronize,
+        "padding_free": padding_free,
+    }
+
+
+def _generate(
+    model: nn.Module,
+    prompts: tuple[Tensor, Tensor, Tensor | None],
+    record: ResponseRecord,
+    at_once: int | None,
+    stop_flag: Callable[[bool], bool],
+    settings: dict[str, Any],
+) -> Generated:
+    """:func:`generate` with checked arguments: ``prompts`` are ids, mask and noise, ``settings``
+    those of :class:`Decoder`. ``at_once``: None where all rows are."""
+    input_ids, mask, _ = prompts
+    room = 0 if at_once is None else GROWTH
+    columns = input_ids.shape[1] + int(record.limits.max()) + room
+    decoder_of = _decoders(
+        *prompts,
+        model=model,
+        max_columns=columns,
+        return_logprobs=record.logprobs is not None,
+        **settings,
     )
-    with _evaluating(model), MklPrepacked(model) as prepacked:
-        return _decode(decoder, prepacked, rows.to(input_ids.device), pad_token_id, stop_flag)
+    with _evaluating(model), Prepacked(model) as prepacked:
+        if at_once is not None:
+            waiting = WaitingPrompts(input_ids, mask.long(), decoder_of)
+            columns = decode_replacing(waiting, prepacked, at_once, record)
+        else:
+            columns = _decode(decoder_of(None), prepacked, record, stop_flag)
+    logprobs = record.logprobs
+    if logprobs is not None:
+        logprobs = settings["synchronize"](logprobs[:, :columns])
+    sequences = torch.cat([input_ids, record.tokens[:, :columns]], dim=1)
+    return Generated(sequences, record.lengths, record.stopped, input_ids.shape[1], logprobs)
+
+
+def _at_once(rows: int, wanted: int | None, by_row: bool) -> int | None:
+    """How many of ``rows`` are decoded at a time, None for all of them. For fewer they must depend
+    on nothing but themselves (``by_row``)."""
+    if wanted is None or wanted >= rows:
+        return None
+    if not by_row:
+        raise ValueError(
+            "rows are replaced as they end only with noise by row and without a stop_flag"
+        )
+    return wanted
+
+
+def _decoders(
+    input_ids: Tensor, mask: Tensor, noise: Tensor | None, **settings: Any
+) -> Callable[[Tensor | None], Decoder]:
+    """Makes decoders of the rows of ``input_ids`` (B, P) that an index (n,) names, or of all."""
+
+    def decoder_of(some: Tensor | None) -> Decoder:
+        if some is None:
+            return Decoder(input_ids=input_ids, mask=mask, noise=noise, **settings)
+        first = int(mask[some].argmax(dim=1).min())
+        return Decoder(
+            input_ids=input_ids[some, first:],
+            mask=mask[some, first:],
+            noise=None if noise is None else noise[some.to(noise.device)],
+            row_ids=some,
+            **settings,
+        )
+
+    return decoder_of
 
 
 def _limits(limits: Sequence[int] | None, most: int, rows: int) -> Tensor:
@@ -126,21 +208,14 @@ def _limits(limits: Sequence[int] | None, most: int, rows: int) -> Tensor:
 
 def _decode(
     decoder: Decoder,
-    prepacked: MklPrepacked,
-    limits: Tensor,
-    pad: int,
+    prepacked: Prepacked,
+    record: ResponseRecord,
     stop_flag: Callable[[bool], bool],
-) -> Generated:
-    """Decode until ``stop_flag`` returns True; a row ends after its own of ``limits`` (B,)."""
-    prompts = decoder.ids
-    max_new_tokens = int(limits.max())
-    shortest = int(limits.min())
-    shape = (len(decoder.row_ids), max_new_tokens)
-    device = prompts.device
-    tokens = torch.full(shape, pad, dtype=prompts.dtype, device=device)
-    logprobs = torch.zeros(shape, device=device) if decoder.return_logprobs else None
-    lengths = torch.zeros(shape[0], dtype=torch.long, device=device)
-    stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
+) -> int:
+    """Decode all rows at once into ``record`` until ``stop_flag`` returns True; the forward passes
+    that this took."""
+    decoder.prepacked = prepacked
+    max_new_tokens = int(record.limits.max())
     all_ended = False
     for count in range(1, max_new_tokens + 1):
         tick()
@@ -149,25 +224,13 @@ def _decode(
         if all_ended:
             decoder.idle_step()
         else:
-            rows = decoder.row_ids
-            step = decoder.step()
-            tokens[rows, count - 1] = step.tokens
-            if logprobs is not None:
-                logprobs[rows, count - 1] = step.logprobs
-            lengths[rows] = count
-            stopped[rows] = step.stopped
-            ended = step.stopped
-            if shortest <= count < max_new_tokens:
-                ended = ended | (limits[rows] <= count)
-            if bool(ended.any()):
+            ended = record.add(decoder, decoder.step())
+            if count < max_new_tokens and bool(ended.any()):
                 all_ended = bool(ended.all())
                 decoder.leave(~ended)
         if stop_flag(all_ended):
             break
-    if logprobs is not None:
-        logprobs = decoder.synchronize(logprobs[:, :count])
-    sequences = torch.cat([prompts, tokens[:, :count]], dim=1)
-    return Generated(sequences, lengths, stopped, prompts.shape[1], logprobs)
+    return count
 
 
 def generate_streaming(
@@ -183,9 +246,10 @@ def generate_streaming(
     repetition_penalty: float = 1.0,
     min_p: float = 0.0,
     generator: torch.Generator | None = None,
+    frozen: bool = False,
 ) -> Iterator[int]:
     """The new token ids after one prompt ``input_ids`` (1, P), one by one, those of the stop
-    sequence included.
+    sequence included. ``frozen``: the weights stay as they are until the last of them.
 
     Raises:
         ValueError: for more than one prompt, and what :func:`generate` refuses.
@@ -201,12 +265,16 @@ def generate_streaming(
     decoder = Decoder(
         model, input_ids, mask, sampling, stop_sequences, generator=generator, max_columns=columns
     )
-    for _ in range(max_new_tokens):
-        with _evaluating(model):  # not around the yield: the caller may train meanwhile
-            step = decoder.step()
-        yield int(step.tokens[0])
-        if bool(step.stopped[0]):
-            return
+    with Prepacked(model, patience=PAYS_AFTER) as prepacked:
+        decoder.prepacked = prepacked
+        for _ in range(max_new_tokens):
+            with _evaluating(model):  # not around the yield: the caller may train meanwhile
+                if frozen:
+                    prepacked.use(1)
+                step = decoder.step()
+            yield int(step.tokens[0])
+            if bool(step.stopped[0]):
+                return
 
 
 @contextmanager

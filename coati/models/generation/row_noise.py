@@ -1,6 +1,6 @@
 """Sampling noise by row: a sample does not depend on the batch that it is drawn in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROLLOUT = 0x726F6C6C  # separates these draws from those of the data order, seeded alike
-_BLOCK = 256
+BLOCK = 256  # tokens of which one number is made before single ones are looked at
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,34 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     First the block of tokens is found, then the token in it, so that only sums of blocks and one
     block of each row are accumulated.
     """
-    size = weights.shape[1]
-    whole = size - size % _BLOCK
-    sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1)
-    cumulative = (
-        torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
-        .double()
-        .cumsum(dim=-1)
-    )
+    cumulative = blocks(weights, torch.sum, 0.0).double().cumsum(dim=-1)
     wanted = _below(uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:], cumulative[:, -1:])
     block = torch.searchsorted(cumulative, wanted, right=True)
     before = F.pad(cumulative, (1, 0)).gather(1, block)
-    index = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = (
-        weights.gather(1, index.clamp(max=size - 1))
-        .masked_fill(index >= size, 0.0)
-        .double()
-        .cumsum(dim=-1)
-    )
+    inside = inside_block(weights, block, 0.0).double().cumsum(dim=-1)
     wanted = _below(wanted - before, inside[:, -1:])
-    return (block * _BLOCK + torch.searchsorted(inside, wanted, right=True))[:, 0]
+    return (block * BLOCK + torch.searchsorted(inside, wanted, right=True))[:, 0]
+
+
+def blocks(values: Tensor, reduce: Callable[..., Tensor], empty: float) -> Tensor:
+    """``reduce`` (torch.sum, torch.amax) of each :data:`BLOCK` tokens of ``values`` (B, V), the
+    last block being what is left, ``empty`` where nothing is."""
+    whole = values.shape[1] - values.shape[1] % BLOCK
+    made = reduce(values[:, :whole].unflatten(1, (-1, BLOCK)), dim=-1)
+    rest = values[:, whole:]
+    last = (
+        reduce(rest, dim=-1, keepdim=True)
+        if rest.shape[1]
+        else rest.new_full((len(rest), 1), empty)
+    )
+    return torch.cat([made, last], dim=1)
+
+
+def inside_block(values: Tensor, block: Tensor, beyond: float) -> Tensor:
+    """(B, BLOCK): of ``values`` (B, V) the block (B, 1) of each row, ``beyond`` after their end."""
+    size = values.shape[1]
+    index = block * BLOCK + torch.arange(BLOCK, device=values.device)
+    return values.gather(1, index.clamp(max=size - 1)).masked_fill(index >= size, beyond)
 
 
 def _below(numbers: Tensor, total: Tensor) -> Tensor:

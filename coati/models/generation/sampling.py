@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coati.models.generation.row_noise import draw
+from coati.models.generation.row_noise import BLOCK, blocks, draw, inside_block
 from coati.utils.errors import RunFailed
 
 
@@ -66,7 +66,9 @@ def choose(
     ``uniform`` (B,) in [0, 1) decides a sampled token. ``seen``: ids and mask (B, T) of the row so
     far, which the repetition penalty needs. Raises RunFailed for logits that are nan or inf.
     """
-    if not logits.amax(dim=-1).isfinite().all():
+    maxima = blocks(logits, torch.amax, -torch.inf)
+    peak = maxima.amax(dim=-1, keepdim=True)
+    if not peak.isfinite().all():
         raise RunFailed(
             "the model's scores of the next token are not finite: its weights hold nan or inf, or "
             "it overflows in this precision (fp16?). Look at the checkpoint that it is from; load "
@@ -75,17 +77,17 @@ def choose(
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     filtered = sampling.top_k or sampling.top_p < 1 or sampling.min_p
     unfiltered = sampling.repetition_penalty == 1 and not filtered
-    weights = peak = None
+    shares = None
     if return_logprobs or (sampling.do_sample and unfiltered):
-        peak = scaled.amax(dim=-1, keepdim=True)
-        weights = (scaled - peak).exp_()
+        shares = scaled.softmax(dim=-1)  # one pass, where its parts would be four
     if sampling.repetition_penalty != 1:
         ids, mask = seen
         logits = _penalized(logits, ids, mask, sampling.repetition_penalty)
+        maxima = blocks(logits, torch.amax, -torch.inf)
     if not sampling.do_sample:
-        token = logits.argmax(dim=-1)
+        token = _argmax(logits, maxima)
     elif unfiltered:
-        token = draw(weights, uniform)
+        token = draw(shares, uniform)
     else:
         logits = keep_likely(
             logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
@@ -93,9 +95,23 @@ def choose(
         token = draw(logits.softmax(dim=-1), uniform)
     if not return_logprobs:
         return token, None
-    return token, (
-        scaled.gather(1, token[:, None]) - peak - weights.sum(dim=-1, keepdim=True).log()
-    )[:, 0]
+    share = shares.gather(1, token[:, None])
+    if sampling.repetition_penalty == 1 and (unfiltered or not sampling.do_sample):
+        return token, share.log()[:, 0]
+    # The share of a token that a penalty or filter has chosen may be too small to be a number.
+    largest = shares.amax(dim=-1, keepdim=True)
+    return token, (scaled.gather(1, token[:, None]) - peak / sampling.temperature + largest.log())[
+        :, 0
+    ]
+
+
+def _argmax(logits: Tensor, maxima: Tensor) -> Tensor:
+    """The first of the largest of each row (B, V), of which ``maxima`` are those of its blocks:
+    many times faster than torch's own."""
+    block = maxima.argmax(dim=-1, keepdim=True)
+    return (block * BLOCK + inside_block(logits, block, -torch.inf).argmax(dim=-1, keepdim=True))[
+        :, 0
+    ]
 
 
 def _penalized(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Tensor:

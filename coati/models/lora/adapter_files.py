@@ -12,16 +12,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coati.models.loading import CHAIN
+from coati.models.loading import LORA_SETTINGS as SETTINGS
 from coati.models.lora.chained import PREFIX, earlier_adapters, is_chained, join, told
-from coati.models.lora.layers import adapter_layers
 from coati.models.lora.lora import LoraConfig
 from coati.utils.json_io import load_json, save_json
+from coati.utils.logging import get_logger
 from coati.utils.output_paths import open_like_folder
+
+logger = get_logger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-SETTINGS = "lora_config.json"
-_ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default")
+# Settings without which the tensors of an adapter mean something else.
+_OF_THE_RUN = (
+    *("r", "lora_alpha", "lora_train_bias", "lora_initialization_method"),
+    *("use_dora", "use_rslora"),
+)
+# DoRA's magnitudes are a module in a model and a tensor in a file.
+_ADAPTER_NAME = re.compile(
+    r"(\.lora_(?:embedding_)?[AB])\.default|(\.lora_magnitude_vector)\.default\.weight"
+)
 
 
 def save_lora(
@@ -48,7 +58,7 @@ def save_settings(model: nn.Module, directory: str | os.PathLike) -> None:
     settings.inference_mode = True
     if _is_pissa(model):
         settings.r *= 2
-        settings.lora_alpha *= 2
+        settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
         settings.init_lora_weights = True
     whole = list(_trained_whole(model))
     base = settings.base_model_name_or_path
@@ -61,11 +71,14 @@ def save_settings(model: nn.Module, directory: str | os.PathLike) -> None:
         save_json(chain | {"rank": rank}, directory / CHAIN)
         # In one scale for all layers, that of the trained factors.
         settings.r += earlier.rank
-        settings.lora_alpha = settings.lora_alpha / rank * settings.r
+        settings.lora_alpha = model.coati_lora.scale * settings.r
+        settings.use_rslora = False
         settings.base_model_name_or_path = earlier.base
         if Path(earlier.base).is_dir():
             settings.base_model_name_or_path = str(Path(earlier.base).resolve())
         whole += earlier.modules
+        from coati.models.lora.layers import adapter_layers
+
         layers = [*adapter_layers(model), *(layer for layer, _ in earlier.factors)]
         settings.target_modules = sorted({layer.removeprefix(PREFIX) for layer in layers})
     elif earlier is not None:
@@ -82,21 +95,22 @@ def adapter_state(
     that it was trained on."""
     tensors = model.state_dict() if state_dict is None else state_dict
     biases = _trained_biases(model) | _whole_names(model)
-    state = {
-        _ADAPTER_NAME.sub(r"\1", key): t
-        for key, t in tensors.items()
-        if ".lora_" in key or key in biases
-    }
+    state = {_file_name(key): t for key, t in tensors.items() if ".lora_" in key or key in biases}
     if _is_pissa(model):
         state = {key: _with_start(key, tensor, tensors) for key, tensor in state.items()}
     earlier = earlier_adapters(model)
     if earlier is not None and earlier.cannot is None:
         rank = _own_rank(model)
         state = {key: tensor.detach().cpu() for key, tensor in state.items()}
-        state = join(state, earlier, rank, model.coati_lora.lora_alpha / model.coati_lora.r)
+        state = join(state, earlier, rank, model.coati_lora.scale)
     whole = _whole_names(model)  # tied ones share a tensor, which a file may not
     state = {key: t.detach().clone() if key in whole else t for key, t in state.items()}
     return {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+
+
+def _file_name(key: str) -> str:
+    """The name in a file of the adapter's tensor ``key``."""
+    return _ADAPTER_NAME.sub(lambda found: found[1] or found[2], key)
 
 
 def _own_rank(model: nn.Module) -> int:
@@ -115,6 +129,8 @@ def _trained_biases(model: nn.Module) -> set[str]:
     if mode == "none":
         return set()
     if mode == "lora":
+        from coati.models.lora.layers import adapter_layers
+
         return {f"{name}.base_layer.bias" for name in adapter_layers(model)}
     return {name for name, _ in model.named_parameters() if name.endswith("bias")}
 
@@ -181,12 +197,20 @@ def _check_settings(directory: Path, model: nn.Module) -> None:
         )
     file = directory / SETTINGS
     saved = LoraConfig.from_file(file) if file.exists() else config
-    for field in ("r", "lora_alpha", "lora_train_bias", "lora_initialization_method"):
+    for field in _OF_THE_RUN:
         if getattr(saved, field) != getattr(config, field):
             raise ValueError(
                 f"{file}: the adapter was trained with {field} {getattr(saved, field)!r}, this run "
                 f"has {getattr(config, field)!r}; give the same LoRA settings"
             )
+    if saved.quantize_base != config.quantize_base:
+        trained, here = (
+            kind or "whole weights" for kind in (saved.quantize_base, config.quantize_base)
+        )
+        logger.warning_once(
+            f"{directory}: the adapter was trained on a base of {trained}, this one is of {here}: "
+            "its outputs shift by the difference; use the same --quantize_base to avoid that"
+        )
     file = directory / (CHAIN if is_chained(directory) else CONFIG)
     content = load_json(file)
     rank = content["rank" if is_chained(directory) else "r"]
@@ -201,9 +225,7 @@ def _saved(name: str, file: dict[str, Tensor], rank: int | None) -> dict[str, Te
     """The tensor of ``name`` in ``file``, with ``rank`` cut out of an adapter of a larger rank;
     nothing if it is not there. Of experts a factor has ``r`` rows or columns for each."""
     key = (
-        _ADAPTER_NAME.sub(r"\1", name)
-        .replace(".pissa_A", ".lora_A.weight")
-        .replace(".pissa_B", ".lora_B.weight")
+        _file_name(name).replace(".pissa_A", ".lora_A.weight").replace(".pissa_B", ".lora_B.weight")
     )
     if key not in file:
         return {}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coati.models.loading import CHAIN, adapter_base
+from coati.models.loading import CHAIN, adapter_base, base_quantization
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 
@@ -116,6 +116,9 @@ def _add(found: Earlier, directory: Path) -> None:
     from peft.utils import load_peft_weights
 
     config = load_json(directory / "adapter_config.json")
+    if kind := base_quantization(directory):
+        found.cannot = f"{directory} belongs to a base quantized to {kind}"
+        return
     if why := _unusual(config):
         found.cannot = f"{directory}: {why}"
         return
@@ -188,6 +191,10 @@ def _conflict(model: nn.Module, earlier: Earlier) -> str | None:
     config = model.coati_lora
     if config.lora_experts:
         return "adapters of experts are no plain factors"
+    if config.use_dora:
+        return "DoRA's adapters are no plain factors"
+    if config.quantize_base:
+        return f"the base was quantized to {config.quantize_base} with the earlier one inside"
     base: Any = model.get_base_model()
     own = list(getattr(base, "trained_whole", ())) + list(
         getattr(config, "modules_to_save", None) or []

@@ -1,9 +1,12 @@
 """peft's LoRA layers with PiSSA that leaves the base weights alone, and dropout on an
 embedding's adapter."""
 
+import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
+
+from coati.models.lora.quantized_base import QuantizedLinear, named_otherwise
 
 
 class PissaLinear(lora.Linear):
@@ -48,6 +51,39 @@ class PissaLinear(lora.Linear):
         return super().get_delta_weight(adapter) - start.to(self.pissa_A.dtype)
 
 
+class QuantizedLora(lora.Linear):
+    """A LoRA layer over a :class:`~coati.models.lora.quantized_base.QuantizedLinear`.
+
+    DoRA's is its own: peft's multiplies with the dequantized weight a second time and keeps that
+    for the backward pass, one of each layer.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        (adapter,) = self.lora_A
+        if not self.use_dora[adapter] or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        result = base(x)
+        dropped = self.lora_dropout[adapter](x)
+        update = self.lora_B[adapter](self.lora_A[adapter](dropped.to(self._width(adapter))))
+        magnitude = self.lora_magnitude_vector[adapter].weight
+        ratio = magnitude / self._norm(adapter).to(magnitude.dtype)
+        difference = (ratio - 1) * base.product(dropped) + ratio * update * self.scaling[adapter]
+        return result + difference.to(result.dtype)
+
+    def _width(self, adapter: str) -> torch.dtype:
+        return self.lora_A[adapter].weight.dtype
+
+    @torch.no_grad()
+    def _norm(self, adapter: str) -> Tensor:
+        """(out,) norms of the rows of W + s B A, constants to the gradient (section 4.3)."""
+        weight = self.get_base_layer().dequantized(torch.float32)
+        factors = (self.lora_B[adapter].weight.float(), self.lora_A[adapter].weight.float())
+        with torch.autocast(weight.device.type, enabled=False):
+            weight.addmm_(*factors, alpha=self.scaling[adapter])
+        return weight.norm(dim=1)
+
+
 class DroppedEmbedding(lora.Embedding):
     """peft's LoRA embedding, whose dropout is stored but never applied, with the dropout
     applied."""
@@ -67,12 +103,12 @@ def adapter_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether LoRA knows this kind of layer: Linear, Embedding and GPT-2's transposed Conv1D."""
+    """Whether LoRA knows this kind of layer: Linear, quantized or not, Embedding and GPT-2's
+    transposed Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    # Llama 4's router and DeepSeek V4's grouped projection are linear layers by inheritance alone.
-    other = any(part in type(module).__name__ for part in ("Router", "Grouped"))
-    return isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not other
+    kinds = nn.Linear | nn.Embedding | Conv1D | QuantizedLinear
+    return isinstance(module, kinds) and not named_otherwise(module)
 
 
 def tied_head(model: nn.Module) -> nn.Module | None:

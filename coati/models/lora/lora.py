@@ -12,10 +12,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from coati.models.added_tokens import whole_modules
+from coati.models.quantization_registry import BASES
 from coati.utils.json_io import load_json
 from coati.utils.logging import get_logger
 from coati.utils.transformers_compat import names_of_experts
@@ -32,18 +33,24 @@ BIAS_MODES = {"none": "none", "all": "all", "lora": "lora_only"}
 # lora_initialization_method -> peft's init_lora_weights; four subspace iterations, as the reference
 # takes
 INITIALIZATIONS = {"kaiming_uniform": True, "PiSSA": "pissa_niter_4"}
+ALL_LINEAR = "all-linear"
+ATTENTION = "attention"
 
 
 @dataclass
 class LoraConfig:
-    """What ``--lora_config`` holds. The update of a layer is scaled by ``lora_alpha / r``.
+    """What ``--lora_config`` holds. The update of a layer is scaled by ``lora_alpha / r``, with
+    ``use_rslora`` by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
 
     ``lora_train_bias``: "none" keeps existing biases frozen, "all" trains every existing bias,
     "lora" those of adapted layers; no bias is ever added. ``target_modules``: names or endings of
-    names ("q_proj", "mlp.up_proj"); None means every linear layer but the head. ``lora_experts``:
+    names ("q_proj", "mlp.up_proj"), or "attention": the linear layers of attention; None and
+    "all-linear" mean every linear layer but the head. ``lora_experts``:
     adapt the experts of a mixture too, which are no linear layers under transformers 5.
     ``modules_to_save``: modules trained whole beside the adapters ("lm_head", "norm"), named as
-    targets are.
+    targets are. ``use_dora``: weights as magnitude and direction, the former trained whole (DoRA,
+    arXiv 2402.09353). ``quantize_base``: how the base is stored, a key of
+    :data:`~coati.models.quantization_registry.BASES`.
     """
 
     r: int = 0
@@ -52,11 +59,26 @@ class LoraConfig:
     embedding_lora_dropout: float = 0.0
     lora_train_bias: str = "none"
     lora_initialization_method: str = "kaiming_uniform"
-    target_modules: list[str] | None = None
+    target_modules: list[str] | str | None = None
     lora_experts: bool = False
     modules_to_save: list[str] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    quantize_base: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """By which the adapters' output is multiplied."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def __post_init__(self) -> None:
+        if self.quantize_base is not None:
+            _one_of("quantize_base", self.quantize_base, BASES)
+        for name in ("use_dora", "use_rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.target_modules == ALL_LINEAR:
+            self.target_modules = None
         _one_of("lora_train_bias", self.lora_train_bias, BIAS_MODES)
         _one_of("lora_initialization_method", self.lora_initialization_method, INITIALIZATIONS)
         if not _is_number(self.r, int) or not 0 <= self.r <= HIGHEST_RANK:
@@ -72,8 +94,13 @@ class LoraConfig:
                 )
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
-            if value is not None and not _are_names(value):
-                raise ValueError(f"{name} must be a list of layer names or null, not {value!r}")
+            word = name == "target_modules" and value == ATTENTION
+            if value is not None and not word and not _are_names(value):
+                words = f", {ALL_LINEAR!r}, {ATTENTION!r}" if name == "target_modules" else ""
+                raise ValueError(
+                    f"{name} must be a list of layer names{words} or null, not {value!r}"
+                )
+        _check_together(self)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "LoraConfig":
@@ -98,6 +125,22 @@ class LoraConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
+def _check_together(config: LoraConfig) -> None:
+    """Raise ValueError for settings that exclude each other."""
+    pissa = config.lora_initialization_method == "PiSSA"
+    if config.use_dora and (pissa or config.lora_experts):
+        raise ValueError(
+            "use_dora: DoRA splits a weight into magnitude and direction, and goes with neither "
+            "PiSSA nor lora_experts; use lora_initialization_method kaiming_uniform without "
+            "lora_experts"
+        )
+    if config.quantize_base and pissa:
+        raise ValueError(
+            f"quantize_base {config.quantize_base}: PiSSA starts from the weights themselves; use "
+            "lora_initialization_method kaiming_uniform"
+        )
+
+
 def _is_number(value: Any, kind: Any = int | float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -107,9 +150,9 @@ def _one_of(name: str, value: Any, allowed: dict) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[str]:
+def target_names(model: "nn.Module", wanted: list[str] | str | None = None) -> list[str]:
     """Full names of the layers meant by ``wanted``: names or endings of names; None is every linear
-    layer but the head.
+    layer but the head, "attention" those of them that lie in attention.
 
     Raises ValueError naming each entry of ``wanted`` without a layer, the nearest name, and those
     there are.
@@ -126,10 +169,11 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
         for name, module in layers.items()
         if not any(f"{name}.".startswith(f"{each}.") for each in whole)
     }
-    if wanted is None:
+    if wanted is None or wanted == ATTENTION:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         names = [n for n, m in layers.items() if m is not head and not isinstance(m, nn.Embedding)]
-        return _without_experts(model, _without_mamba(model, names))
+        names = _without_experts(model, _without_mamba(model, names))
+        return names if wanted is None else _in_attention(model, names)
     found = {
         target: [n for n in layers if n == target or n.endswith(f".{target}")] for target in wanted
     }
@@ -149,6 +193,18 @@ def target_names(model: "nn.Module", wanted: list[str] | None = None) -> list[st
             "the experts are meant"
         )
     return names
+
+
+def _in_attention(model: "nn.Module", names: list[str]) -> list[str]:
+    """Those of ``names`` whose layers are inside a module named as attention."""
+    found = [name for name in names if re.search(r"att(e)?n[^.]*\.", name)]
+    if not found:
+        there = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"LoRA target_modules {ATTENTION!r}: {type(model).__name__} has no module of that "
+            f"name; name its layers in a file for --lora_target: {', '.join(there)}"
+        )
+    return found
 
 
 def _without_mamba(model: "nn.Module", names: list[str]) -> list[str]:
@@ -187,7 +243,7 @@ def expert_parameters(model: "nn.Module") -> list[str]:
 
 def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftModel":
     """``model`` with adapters, all else frozen; its output is unchanged until the adapters are
-    trained.
+    trained, but for a base that ``quantize_base`` asks for and is not quantized yet.
 
     The adapters are drawn from ``seed`` without touching the run's random state, so every rank gets
     the same. Raises ValueError for r 0, unmatched targets, and what PiSSA cannot take.
@@ -196,18 +252,25 @@ def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftMo
     from peft import get_peft_model
 
     from coati.models.lora.layers import DroppedEmbedding, PissaLinear
+    from coati.models.lora.quantized_base import quantization_of, quantize_base
 
     if config.r < 1:
         raise ValueError(f"LoRA needs r (--lora_rank) of at least 1, not {config.r}")
+    if config.quantize_base and quantization_of(model) is None:
+        quantize_base(model, config.quantize_base)
+    config = replace(config, quantize_base=quantization_of(model))
     if config.modules_to_save:
         more = whole_modules(model, config.modules_to_save)
+        _check_whole(model, more)
         base: Any = model
         base.trained_whole = tuple(dict.fromkeys((*getattr(model, "trained_whole", ()), *more)))
     settings = _peft_config(model, config)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        adapted: Any = get_peft_model(cast(Any, model), settings)
+        with warnings.catch_warnings():  # peft 0.13 of layers that it does not know by name
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            adapted: Any = get_peft_model(cast(Any, model), settings)
     for module in adapted.modules():
         if isinstance(module, PissaLinear):
             module.freeze_start()
@@ -219,16 +282,28 @@ def apply_lora(model: "nn.Module", config: LoraConfig, seed: int = 0) -> "PeftMo
     return adapted
 
 
+def _check_whole(model: "nn.Module", names: list[str]) -> None:
+    from coati.models.lora.quantized_base import quantized_layers
+
+    for name in names:
+        if quantized_layers(model.get_submodule(name)):
+            raise ValueError(
+                f"LoRA modules_to_save: {name} is stored in few bits by --quantize_base and cannot "
+                "be trained whole; embed_tokens, lm_head and norms can"
+            )
+
+
 def _peft_config(model: "nn.Module", config: LoraConfig):
     import peft
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from coati.models.lora.layers import DroppedEmbedding, PissaLinear
+    from coati.models.lora.layers import DroppedEmbedding, PissaLinear, QuantizedLora
+    from coati.models.lora.quantized_base import QuantizedLinear
 
     names = target_names(model, config.target_modules)
     modules = {name: model.get_submodule(name) for name in names}
-    custom: dict[type, type] = {nn.Embedding: DroppedEmbedding}
+    custom: dict[type, type] = {nn.Embedding: DroppedEmbedding, QuantizedLinear: QuantizedLora}
     if config.lora_initialization_method == "PiSSA":
         _check_pissa(modules, config.r)
         custom[nn.Linear] = PissaLinear
@@ -240,6 +315,8 @@ def _peft_config(model: "nn.Module", config: LoraConfig):
         lora_dropout=config.linear_lora_dropout,
         bias=BIAS_MODES[config.lora_train_bias],
         init_lora_weights=INITIALIZATIONS[config.lora_initialization_method],
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         target_modules=names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
@@ -250,6 +327,11 @@ def _peft_config(model: "nn.Module", config: LoraConfig):
     elif experts:
         logger.warning_once(
             "LoRA: the experts of this mixture are not adapted; --lora_experts adapts them too"
+        )
+    if experts and config.quantize_base:
+        logger.warning_once(
+            f"--quantize_base {config.quantize_base}: the experts of this mixture are no linear "
+            "layers and stay as they are"
         )
     settings = peft.LoraConfig(**options)
     settings._register_custom_module(custom)
@@ -307,8 +389,11 @@ def convert_to_lora_module(
 
 def merge_lora(model: "PeftModel") -> "nn.Module":
     """The plain model with the adapters added into its weights; ``model`` is used up. See
-    :func:`merged` to undo it."""
+    :func:`merged` to undo it. A quantized base becomes whole weights of its values."""
+    from coati.models.lora.quantized_base import dequantize
+
     _check_adapted(model)
+    dequantize(model)
     _untie(model.get_base_model())
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     with warnings.catch_warnings():
@@ -340,9 +425,17 @@ def _retie(model: "nn.Module") -> None:
 @contextmanager
 def merged(model: "PeftModel") -> Iterator["PeftModel"]:
     """Inside the block the adapters are part of the weights; afterward every bit is as before."""
-    from coati.models.lora.layers import adapter_layers
+    from coati.models.lora.quantized_base import dequantized_base
 
     _check_adapted(model)
+    with dequantized_base(model), _merged(model):
+        yield model
+
+
+@contextmanager
+def _merged(model: "PeftModel") -> Iterator[None]:
+    from coati.models.lora.layers import adapter_layers
+
     base = model.get_base_model()
     tie = _untie(base)
     # peft adapts experts that are one parameter by its name, and wraps such a layer once for each.
@@ -353,7 +446,7 @@ def merged(model: "PeftModel") -> Iterator["PeftModel"]:
     kept = [weight.detach().clone() for weight in weights]
     model.merge_adapter()
     try:
-        yield model
+        yield
     finally:
         for weight, before in zip(weights, kept, strict=True):
             weight.data.copy_(before)

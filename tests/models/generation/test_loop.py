@@ -190,7 +190,7 @@ def test_prompts_go_in_without_padding_where_the_model_can_be_given_them_so(make
 def test_the_cache_grows_with_the_answers(monkeypatch):
     model, (ids, mask) = tiny_llama(), left_padded(PROMPTS)
     expected = generate(model, ids, mask, max_new_tokens=12, **NO_STOP).sequences
-    monkeypatch.setattr("coati.models.generation.kv_cache._GROWTH", 5)
+    monkeypatch.setattr("coati.models.generation.kv_cache.GROWTH", 5)
     assert torch.equal(generate(model, ids, mask, max_new_tokens=12, **NO_STOP).sequences, expected)
 
 

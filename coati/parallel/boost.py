@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from coati.models.block_mask import holds_for
-from coati.models.padding_free import PaddingFree
+from coati.models.block_mask import counts_blocks, holds_for
+from coati.models.kernels import choose_kernels
+from coati.models.padding_free import PaddingFree, runs_varlen
+from coati.parallel import offload_activations
 from coati.parallel.compat.cpu.malloc import align_weights, keep_freed_memory
 from coati.parallel.compat.import_colossalai import import_colossalai
 from coati.parallel.engine import Engine
@@ -26,6 +29,8 @@ from coati.parallel.plugins import PLUGINS, ParallelOptions
 from coati.utils.distributed import world_size
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = get_logger(__name__)
 
@@ -73,7 +78,7 @@ def boost(
     if not torch.cuda.is_available():
         keep_freed_memory()
         align_weights(model)
-    padding_free = _padding_free_of(model, options)
+    padding_free = padding_free_of(model, options)
     if options.packing and padding_free is None:
         check_packs(model, options)
     check_scalar(model, options)
@@ -86,33 +91,36 @@ def boost(
     return Engine(booster, model, adam, schedule, options, padding_free)
 
 
-def _padding_free_of(model: nn.Module, options: ParallelOptions) -> PaddingFree | None:
+def padding_free_of(model: nn.Module, options: ParallelOptions) -> PaddingFree | None:
     """How batches are given to ``model`` without padding; None if it needs padded ones.
 
-    The plugin must leave the model's own forward in place. On a GPU only with ``--packing`` and
-    flash-attention: without the latter attention runs row by row, which costs more there than
-    padding does.
+    The plugin must leave the model's own forward in place. On a GPU in half precision only: other
+    attention would run row by row, which costs more there than padding does.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.tp > 1 or device not in PLUGINS[options.plugin].padding_free:
         return None
+    half = _HALF.get(options.precision)
     if device == "cuda":
-        flash = model.config._attn_implementation == "flash_attention_2"
-        if not (flash and options.packing):
+        attention = getattr(model.config, "_attn_implementation", None)
+        if half is None or not runs_varlen(attention, device):
             return None
-        # Where the plugin moves it next; flash-attention can only be probed there.
+        # Where the plugin moves it next; its kernels can only be probed there.
         model.to("cuda")
-    return PaddingFree.of(model)
+    with torch.autocast(device, half, enabled=device == "cuda"):
+        return PaddingFree.of(model)
 
 
 def check_packs(model: nn.Module, options: ParallelOptions) -> None:
     """Raise ValueError if ``model`` lets the rows of a pack attend to each other."""
     if not holds_for(model):
+        why = "a probe of two rows in one sequence came out otherwise than each row alone"
+        if counts_blocks(model.config):
+            why = "it counts the blocks that a token attends to from the beginning of the pack"
         raise ValueError(
             f"--packing: this {model.config.model_type} model ({model.config._attn_implementation} "
-            "attention) does not keep the rows of a pack apart (a probe of two rows in one "
-            "sequence came out otherwise than each row alone); drop --packing: rows of like length "
-            "are batched together anyway"
+            f"attention) does not keep the rows of a pack apart ({why}); drop --packing: rows of "
+            "like length are batched together anyway"
         )
 
 
@@ -178,7 +186,11 @@ def make_plugin(options: ParallelOptions, custom_policy: Any = None):
     keywords |= options.plugin_args
     if custom_policy is not None:
         keywords["custom_policy"] = custom_policy
-    return constructor(**keywords)
+    plugin = constructor(**keywords)
+    # Newer releases of torch can be told that there is nobody to send the weights to.
+    if world_size() == 1 and "init_sync" in inspect.signature(DistributedDataParallel).parameters:
+        getattr(plugin, "ddp_kwargs", {})["init_sync"] = False
+    return plugin
 
 
 def _booster(plugin, options: ParallelOptions):
@@ -193,6 +205,24 @@ def _booster(plugin, options: ParallelOptions):
     )
 
 
+def _offload_activations(model: nn.Module) -> None:
+    if torch.cuda.is_available():
+        offload_activations.install(model)
+    else:
+        logger.warning_once(
+            "--offload_activations changes nothing here: without a GPU activations are in host "
+            "memory already."
+        )
+
+
+def apply_kernels(model: nn.Module, options: ParallelOptions) -> None:
+    """:func:`~coati.models.kernels.choose_kernels` for the plugin of ``options``."""
+    row = PLUGINS[options.plugin]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own_layers = not (row.sharded_forward or row.hybrid)
+    choose_kernels(model, options.kernels, device, own_layers)
+
+
 def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
     if PLUGINS[options.plugin].fp32_weights or options.precision == "fp32":
         model.float()
@@ -200,7 +230,10 @@ def _prepare_model(model: nn.Module, options: ParallelOptions) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if options.lora:
             model.enable_input_require_grads()
+        if options.offload_activations:
+            _offload_activations(model)
     for note in prepare_family(model, options):
         logger.warning_once(note)
+    apply_kernels(model, options)
     if options.pp > 1:
         model.config.use_cache = False

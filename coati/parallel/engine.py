@@ -15,15 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from coati.models.block_mask import with_block_mask
 from coati.models.head import Head, head_unsupported, logprobs_from_logits
-from coati.models.head_outputs import HeadOutputs, HeadRequest, outputs_from_logits
+from coati.models.head_outputs import HeadRequest, outputs_from_logits
 from coati.models.padding_free import PaddingFree
 from coati.parallel.mesh import Mesh, inner_module
 from coati.parallel.objective import Batch, LossPart, NonFiniteLoss, Objective, Step, concatenate
+from coati.parallel.optimizer import grad_scaler
 from coati.parallel.plugins import ParallelOptions
+from coati.parallel.step_work import PassWork, StepClock
+from coati.parallel.token_budget import RowsOfAStep, TokenBudget, restored, row_lengths
 from coati.utils.distributed import all_gather_object
 from coati.utils.liveness import tick
 from coati.utils.logging import get_logger
-from coati.utils.meter import MaskedSamples
+from coati.utils.meter import detached, selected
 
 logger = get_logger(__name__)
 
@@ -77,6 +80,8 @@ class Engine:
         self.dtype = parameter.dtype
         self.scalar = hasattr(self.module, "backbone")  # a reward model or critic
         self.pipelined = self.mesh.pp_size > 1
+        self.work = PassWork.of(self.module, self.scalar)
+        self.clock = StepClock(self.device)
         # With one process DDP's reducer has nothing to reduce, but would copy every gradient. An
         # optimizer of ZeRO has no gradients before its own reduction, which cannot be skipped.
         wrapped = getattr(model, "module", None)
@@ -86,6 +91,7 @@ class Engine:
         # Keys of the current pipelined batch that the model does not take.
         self._extra_keys: set[str] = set()
         self.padding_free = padding_free
+        self.share_prefixes = True  # where padding_free finds that the model can
         self.temperature = 1.0  # of log-probs: log_softmax(logits / temperature)
         self._call = _Call()
         self._install_head()
@@ -128,85 +134,139 @@ class Engine:
         objective and weight; ``weight`` is that of ``micro_batches``.
 
         The sum of each part is divided by the number of its terms over all data-parallel ranks, so
-        neither the split into micro-batches nor the number of ranks changes the loss.
+        neither the split into micro-batches nor the number of ranks changes the loss. With
+        ``options.tokens_per_batch`` they are cut anew.
 
         Raises:
             NonFiniteLoss: on every rank, before the update.
         """
-        parts = [
-            replace(part, micro_batches=self._prepared(part))
-            for part in (LossPart(micro_batches, objective, weight), *aux_losses)
-        ]
+        with self.clock.timed("prepare"):
+            parts = [
+                replace(part, micro_batches=self._prepared(part))
+                for part in (LossPart(micro_batches, objective, weight), *aux_losses)
+            ]
         sizes = [sum(map(part.objective.num_terms, part.micro_batches)) for part in parts]
         seen = sum(b["attention_mask"].sum() for part in parts for b in part.micro_batches)
         counts = self._reduced([size * self.mesh.is_loss_rank for size in (*sizes, seen)])
-        self.model.train()
+        self._set_mode(training=True)
         sums = []
         metrics: dict[str, list] = {}
         for part, count in zip(parts, counts, strict=False):
             scale = (part.weight * self.mesh.dp_size / count.where(count > 0, 1.0)).float()
             total = self._loss_of(part, metrics, scale, sync=part is parts[-1])
             sums.append(total * self.mesh.is_loss_rank)
-        reduced = self._reduced([*sums, float(stop)])
-        *totals, stops = reduced.tolist()  # the first host synchronization of the step
+        with self.clock.timed("waiting"):
+            reduced = self._reduced([*sums, float(stop)])
+        *totals, stops = reduced.tolist()  # of padded batches the first wait for the device
         *terms, tokens = map(_number, counts.tolist())
         losses = [total / (count or 1) for total, count in zip(totals, terms, strict=True)]
         if not all(map(math.isfinite, losses)):
             self.optimizer.zero_grad()
             bad = next(loss for loss in losses if not math.isfinite(loss))
             raise NonFiniteLoss(f"the loss of this step is {bad}")
-        return Step(
-            losses[0], terms[0], int(tokens), stops > 0, self._update(), metrics, losses[1:]
-        )
+        with self.clock.timed("optimizer"):
+            norm = self._update()
+        return Step(losses[0], terms[0], int(tokens), stops > 0, norm, metrics, losses[1:])
+
+    def _set_mode(self, training: bool) -> None:
+        self.model.train(training)
+        # Gemini's wrapper passes it on to the children of the model, not to the model itself
+        # (zero/gemini/gemini_ddp.py:233).
+        self.module.train(training)
 
     def _prepared(self, part: LossPart) -> list[Batch]:
-        prepare = part.objective.prepare
-        batches = [self._to_device(prepare(batch)) for batch in part.micro_batches]
-        return part.objective.prepare_step(batches)
+        objective = part.objective
+        batches = [objective.prepare(batch) for batch in part.micro_batches]
+        lengths = row_lengths(batches) if self.options.tokens_per_batch else None
+        batches = objective.prepare_step([self._to_device(batch) for batch in batches])
+        return batches if lengths is None else self._cut(batches, lengths, objective)
+
+    def _cut(self, batches: list[Batch], lengths: list[int], objective: Objective) -> list[Batch]:
+        """The rows of ``batches`` as micro-batches of ``options.tokens_per_batch``, as many on
+        every rank: some plugins reduce gradients, and some objectives sums, after each."""
+        budget = self.token_budget(lengths, aligned=dist.get_world_size() > 1)
+        rows = RowsOfAStep(batches, lengths, objective.token_keys(), budget.multiple)
+        return [rows.take(cut) for cut in budget.cut(lengths, objective.rows_together)]
+
+    def token_budget(
+        self, lengths: Sequence[int], rows: int | None = None, aligned: bool | None = None
+    ) -> TokenBudget:
+        """How rows of ``lengths`` are cut for a forward: into ``options.tokens_per_batch``, without
+        it into what ``rows`` of the longest take; and into as many on every rank where a forward of
+        this model holds collectives."""
+        free = self.padding_free if self.head else None
+        longest = max(lengths, default=0)
+        if aligned is None:
+            aligned = self.mesh.sharded_forward and dist.get_world_size() > 1
+        return TokenBudget.of(
+            self.options,
+            rows or len(lengths),
+            longest,
+            padded=free is None or longest > free.longest,
+            aligned=aligned,
+            device=self.device,
+        )
 
     @torch.no_grad()
     def forward_only(
         self,
         batch: Batch,
-        read: Callable[[Tensor, Batch], Tensor],
+        read: Callable[[Any, Batch], Tensor],
         *,
         model_keys: tuple[str, ...] = Objective.model_keys,
         temperature: float | None = None,
+        head_request: HeadRequest | None = None,
+        rows_together: int | None = None,
     ) -> Tensor:
         """(n,) fp32: ``read(logps, batch)`` of a forward in evaluation mode without gradient, in
         the order of the rows; ``logps`` as in :meth:`Objective.loss`. Nothing is reduced over
         data-parallel ranks.
 
-        ``temperature``: by default the engine's. Under pipeline parallelism only the last stage has
-        the result; the others return one zero per row.
+        ``rows_together``: ``read`` gives one number for each row, for which it needs so many
+        consecutive ones; several forwards may then take ``options.tokens_per_batch`` each.
+        ``temperature``: by default the engine's. ``head_request``: ``read`` is given the
+        :class:`~coati.models.head_outputs.HeadOutputs` of it. Under pipeline parallelism only the
+        last stage has the result; the others return one zero per row.
         """
-        self.model.eval()
+        self._set_mode(training=False)
         found: list[Tensor] = []
 
         def consume(logps: Tensor, micro_batch: Batch) -> Tensor:
             found.append(read(logps, micro_batch).detach().float())
             return found[-1].sum()
 
-        self._run([self._to_device(batch)], _Call(model_keys, temperature), consume, None)
-        if not found:
-            return torch.zeros(len(batch["input_ids"]), device=self.device)
-        return torch.cat(found)
+        call = _Call(model_keys, temperature, lambda _: head_request)
+        lengths = row_lengths([batch]) if self.options.tokens_per_batch else []
+        batch = self._to_device(batch)
+        if rows_together is None or not lengths:
+            self._run([batch], call, consume, None)
+            if not found:
+                return torch.zeros(len(batch["input_ids"]), device=self.device)
+            return torch.cat(found)
+        budget = self.token_budget(lengths)
+        rows = RowsOfAStep([batch], lengths, multiple=budget.multiple)
+        cuts = budget.cut(lengths, rows_together)
+        self._run([rows.take(cut) for cut in cuts], call, consume, None)
+        return restored(found, cuts)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Step:
         """Loss per term over ``batches``, and the metric samples of all ranks, in host memory.
         Every rank must pass the same number of batches."""
-        self.model.eval()
+        self._set_mode(training=False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         terms = torch.zeros_like(total)
         metrics: dict[str, list] = {}
         for batch in batches:
-            part = LossPart([self._to_device(objective.prepare(batch))], objective)
-            total += self._loss_of(part, metrics, None)
-            terms += objective.num_terms(part.micro_batches[0])
+            prepared = objective.prepare(batch)
+            micro_batches = [self._to_device(prepared)]
+            if self.options.tokens_per_batch:
+                micro_batches = self._cut(micro_batches, row_lengths([prepared]), objective)
+            total += self._loss_of(LossPart(micro_batches, objective), metrics, None)
+            terms += sum(map(objective.num_terms, micro_batches))
         loss, count = self.sum_over_dp([total, terms])
         local = {
-            name: [_selected(samples).cpu() for samples in values]
+            name: [selected(samples).cpu() for samples in values]
             for name, values in (metrics.items() if self.mesh.is_loss_rank else ())
         }
         by_rank = all_gather_object(local)
@@ -223,6 +283,8 @@ class Engine:
     def _forward(self, batch: Batch) -> Any:
         keys = (*self._call.model_keys, *PACKING_KEYS)
         inputs = self._prepare_inputs(batch, {key: batch[key] for key in keys if key in batch})
+        shared = inputs["position_ids"] if "shared_prefixes" in inputs else None
+        self.work.add_batch(batch, torch.is_grad_enabled(), shared)
         tick()
         try:
             outputs = self.model(**inputs, use_cache=False)
@@ -242,7 +304,7 @@ class Engine:
             loss, samples = objective.loss(logps, micro_batch)
             total.add_(loss.detach())
             for name, values in samples.items():
-                metrics.setdefault(name, []).append(_detached(values))
+                metrics.setdefault(name, []).append(detached(values))
             return loss
 
         call = _Call(objective.model_keys, objective.temperature, objective.head_request)
@@ -262,7 +324,8 @@ class Engine:
         self._call = call
         try:
             if self.pipelined:
-                self._run_pipeline(micro_batches, consume, scale)
+                with self.clock.timed("pipeline") if scale is not None else nullcontext():
+                    self._run_pipeline(micro_batches, consume, scale)
             else:
                 self._run_plain(micro_batches, consume, scale, sync)
         finally:
@@ -273,8 +336,12 @@ class Engine:
             last = sync and index == len(micro_batches) - 1
             reduces = scale is None or (last and not self._skip_reducer)
             with nullcontext() if reduces else self._no_sync():
-                loss = consume(self._forward(batch), batch)
-                if scale is not None:
+                if scale is None:
+                    consume(self._forward(batch), batch)
+                    continue
+                with self.clock.timed("forward"):
+                    loss = consume(self._forward(batch), batch)
+                with self.clock.timed("backward"):
                     self.booster.backward(loss * scale, self.optimizer)
 
     def _no_sync(self):
@@ -287,6 +354,7 @@ class Engine:
 
     def _run_pipeline(self, micro_batches, consume, scale) -> None:
         batch = concatenate(micro_batches)
+        self.work.add_batch(batch, trained=scale is not None)
         schedule = self._reset_schedule(len(batch["input_ids"]))
         self._extra_keys = set(batch) - {*self._call.model_keys, *PACKING_KEYS}
 
@@ -327,14 +395,26 @@ class Engine:
         """Give the head the batch's labels; returns ``inputs``, without padding where possible."""
         unpadded = None
         if self.padding_free and self.head and set(inputs) <= UNPADDED_KEYS:
-            unpadded = self.padding_free.unpad(batch)
+            share = self.shares_prefixes(self.module.training)
+            unpadded = self.padding_free.unpad(batch, share=share)
         if unpadded is None:
             self._set_head(batch)
             return with_block_mask(inputs, self.dtype)
         if "labels" in batch:
-            self.head.set_targets(unpadded.targets, request=self._call.head_request(batch))
+            request = self._call.head_request(batch)
+            self.head.set_targets(unpadded.targets, request=request, places=unpadded.places)
             self.head.temperature = self._temperature()
+        if self.scalar and unpadded.places is not None:
+            return unpadded.inputs | {"row_places": unpadded.places}
         return unpadded.inputs
+
+    def shares_prefixes(self, training: bool) -> bool:
+        """Whether rows of a batch that begin alike share these tokens: not where the random numbers
+        of training differ from row to row."""
+        free = self.padding_free
+        if not (free and self.head and self.share_prefixes):
+            return False
+        return free.shares_in_training if training else free.shares
 
     def _set_head(self, batch: Batch) -> None:
         if self.head is not None and "labels" in batch:
@@ -358,10 +438,9 @@ class Engine:
         temperature = self._temperature()
         if request is not None:
             if self.head is not None:
-                return _without_batch_dim(self.head.take())
-            return _without_batch_dim(
-                outputs_from_logits(logits, batch["labels"], request, temperature=temperature)
-            )
+                return self.head.take().without_batch_dim()
+            found = outputs_from_logits(logits, batch["labels"], request, temperature=temperature)
+            return found.without_batch_dim()
         if self.head is not None:  # which returned log-probs in place of logits
             return logits[0]
         return logprobs_from_logits(logits, batch["labels"], temperature=temperature)[0]
@@ -415,32 +494,6 @@ class Engine:
         return stacked
 
 
-def grad_scaler(optimizer):
-    """The dynamic loss scaler of ColossalAI's fp16 optimizers, or None."""
-    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):
-        scaler = getattr(getattr(optimizer, name, None), "grad_scaler", None)
-        if scaler is not None:
-            return scaler
-    return None
-
-
 def _number(count: float) -> int | float:
     """Of terms: a whole number, or a sum of weights."""
     return int(count) if count.is_integer() else count
-
-
-def _detached(samples: Tensor | MaskedSamples) -> Tensor | MaskedSamples:
-    if isinstance(samples, MaskedSamples):
-        return samples.detached()
-    return samples.detach().float().reshape(-1)
-
-
-def _selected(samples: Tensor | MaskedSamples) -> Tensor:
-    return samples.selected() if isinstance(samples, MaskedSamples) else samples
-
-
-def _without_batch_dim(outputs: HeadOutputs) -> HeadOutputs:
-    """(1, n) fields as (n,)."""
-    names = ("logps", "entropy", "logsumexp")
-    found = {name: getattr(outputs, name) for name in names}
-    return replace(outputs, **{name: t[0] for name, t in found.items() if t is not None})

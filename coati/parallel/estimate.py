@@ -3,6 +3,8 @@ or, for a model without a formula, what can be counted before activations."""
 
 from coati.parallel.engine import Engine
 from coati.parallel.footprint.training_memory import Estimate
+from coati.parallel.optimizer_table import DEFAULT as ADAMW
+from coati.parallel.optimizer_table import OPTIMIZERS
 from coati.parallel.plugins import PLUGINS
 from coati.utils.memory import in_units
 
@@ -18,13 +20,13 @@ def describe_estimate(estimate: Estimate) -> str:
     )
 
 
-def estimate_memory(engine: Engine) -> str:
+def estimate_memory(engine: Engine, optim: str = ADAMW) -> str:
     """One line: bytes of weights, gradients and optimizer states per process, from counts and the
     plugin's sharding.
 
     Weights 2 (bf16, fp16) or 4 bytes a parameter; gradients the same for what is trained; AdamW 8
-    bytes, and 4 more for fp32 masters. ``zero2`` shards the last two over the data-parallel
-    processes, gemini all three; activations come on top.
+    bytes, other optimizers what their rows say of weights, and 4 more for fp32 masters. ``zero2``
+    shards the last two over the data-parallel processes, gemini all three; activations come on top.
     """
     options = engine.options
     shares = engine.mesh.dp_size
@@ -38,7 +40,8 @@ def estimate_memory(engine: Engine) -> str:
     half = options.precision != "fp32" and not row.fp32_weights
     weights = total * (2 if half else 4)
     gradients = trained * (2 if half else 4)
-    states = trained * (12 if half else 8)
+    no_masters = row.fp32_weights or (row.hybrid and options.precision == "fp32")
+    states = OPTIMIZERS[optim].state_bytes(trained) + (0 if no_masters else 4 * trained)
     states /= shares if row.shards_optimizer or options.zero_stage > 0 else 1
     gradients /= shares if row.shards_gradients or options.zero_stage > 1 else 1
     weights /= shares if engine.mesh.sharded_forward else 1

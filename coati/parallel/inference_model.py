@@ -1,21 +1,30 @@
 """Models that are not trained: the reference, and in RL the reward model, whole or split over
 processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coati.models.head_outputs import HeadRequest
 from coati.models.padding_free import PaddingFree
-from coati.parallel.boost import check_scalar, make_plugin, prepare_colossalai
+from coati.parallel.boost import (
+    apply_kernels,
+    check_scalar,
+    make_plugin,
+    padding_free_of,
+    prepare_colossalai,
+)
 from coati.parallel.compat.cpu.malloc import align_weights
 from coati.parallel.engine import Engine
 from coati.parallel.families import prepare_family
 from coati.parallel.objective import Batch
 from coati.parallel.plugin_checks import resolve_options
 from coati.parallel.plugins import PLUGINS, ParallelOptions
+from coati.parallel.token_budget import TokenBudget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,13 +66,25 @@ class InferenceModel:
             if self.offload:
                 self.engine.module.to("cpu")
 
-    def forward_only(self, batch: Batch, read: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+    def token_budget(self, lengths: Sequence[int], rows: int | None = None) -> TokenBudget:
+        """:meth:`Engine.token_budget <coati.parallel.engine.Engine.token_budget>`."""
+        return self.engine.token_budget(lengths, rows)
+
+    def forward_only(
+        self,
+        batch: Batch,
+        read: Callable[[Any, Batch], Tensor],
+        head_request: HeadRequest | None = None,
+        rows_together: int | None = None,
+    ) -> Tensor:
         """(n,) as :meth:`Engine.forward_only <coati.parallel.engine.Engine.forward_only>`, with the
         adapters off where the model is the policy itself."""
         # disable_adapter is the adapted module's; the wrappers around it know nothing of it.
         off = self.engine.module.disable_adapter() if self.adapters_off else nullcontext()
         with off:
-            return self.engine.forward_only(batch, read)
+            return self.engine.forward_only(
+                batch, read, head_request=head_request, rows_together=rows_together
+            )
 
 
 def boost_for_inference(model: nn.Module, options: ParallelOptions) -> Engine:
@@ -82,16 +103,14 @@ def boost_for_inference(model: nn.Module, options: ParallelOptions) -> Engine:
     model.eval()
     prepare_family(model, options)
     model.to(DTYPES[options.precision or "fp32"])
+    apply_kernels(model, options)  # which looks at the precision
     if not torch.cuda.is_available():
         align_weights(model)
     if not (PLUGINS[options.plugin].sharded_forward or options.model_parallel_size > 1):
-        device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else "cpu"
-        )
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         model.requires_grad_(False).to(device)
-        padding_free = None if torch.cuda.is_available() else PaddingFree.of(model)
+        padding_free = padding_free_of(model, options) if on_gpu else PaddingFree.of(model)
         return Engine(_Unboosted(), model, options=options, padding_free=padding_free)
     from colossalai.booster import Booster
 

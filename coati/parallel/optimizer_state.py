@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coati.parallel.engine import Engine, grad_scaler
+from coati.parallel.engine import Engine
+from coati.parallel.optimizer import grad_scaler
 from coati.parallel.plugins import PLUGINS
 from coati.utils.distributed import rank
 

@@ -27,9 +27,14 @@ class ParallelOptions:
     accumulation_steps: int = 1
     batch_size: int | None = None
     microbatch_size: int = 1
+    tokens_per_batch: int | None = None
     grad_checkpoint: bool = False
+    offload_activations: bool = False
     use_flash_attn: bool = False
+    kernels: str = "auto"
     lora: bool = False
+    use_dora: bool = False
+    quantize_base: str | None = None
     packing: bool = False
     plugin_args: dict[str, Any] = field(default_factory=dict)
 
@@ -37,6 +42,11 @@ class ParallelOptions:
     def max_norm(self) -> float:
         """``grad_clip`` as ColossalAI takes it: positive, so that the gradient norm is known."""
         return self.grad_clip if self.grad_clip and self.grad_clip > 0 else NO_CLIPPING
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether several backward passes can come before a step."""
+        return self.accumulation_steps > 1 or self.tokens_per_batch is not None
 
     @property
     def model_parallel_size(self) -> int:

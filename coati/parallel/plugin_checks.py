@@ -91,6 +91,22 @@ def problems(options: ParallelOptions) -> list[str]:
             f"--plugin {name} cannot accumulate gradients; use --accumulation_steps 1 or "
             "--plugin gemini",
         ),
+        (
+            options.tokens_per_batch is not None and not plugin.accumulation,
+            f"--tokens_per_batch makes several micro-batches of a step, and --plugin {name} cannot "
+            "accumulate gradients; leave it out, or use --plugin gemini",
+        ),
+        (
+            options.tokens_per_batch is not None and options.pp > 1,
+            f"--tokens_per_batch: a pipeline (--pp {options.pp}) cuts its micro-batches by "
+            "--microbatch_size; leave one of the two out",
+        ),
+        (
+            options.offload_activations and not options.grad_checkpoint,
+            "--offload_activations moves the inputs of layers that are computed again: it needs "
+            "--grad_checkpoint",
+        ),
+        *_adapter_rules(options, plugin),
         *_packing_rules(options, plugin),
         *(_hybrid_rules(options) if plugin.hybrid else _other_rules(options, plugin)),
     ]
@@ -131,6 +147,31 @@ def scalar_head_problem(
         f"--tp {tp} under {options.plugin}: {whose} come out wrong there; use --plugin {HYBRID} "
         f"--tp {tp} with --zero_stage 0 to 2, or {options.plugin} without --tp"
     )
+
+
+def _adapter_rules(options: ParallelOptions, plugin: Plugin) -> list[Rule]:
+    kind = options.quantize_base
+    split = options.model_parallel_size > 1 or options.enable_sequence_parallelism
+    flags = {"--tp": options.tp, "--pp": options.pp, "--sp": options.sp}
+    named = ", ".join(f"{flag} {size}" for flag, size in flags.items() if size > 1)
+    return [
+        (
+            bool(kind) and not options.lora,
+            f"--quantize_base {kind} needs LoRA: weights of few bits cannot be trained themselves; "
+            "set --lora_rank (20 to 64), or drop --quantize_base",
+        ),
+        (
+            bool(kind) and split,
+            f"--quantize_base {kind} with {named or '--enable_sequence_parallelism'}: a quantized "
+            "base cannot be split over processes; use --plugin zero2 without it",
+        ),
+        (
+            options.use_dora and split,
+            f"--use_dora with {named or '--enable_sequence_parallelism'}: the norms of split "
+            "weights are not known to one process; use --plugin zero2 without it, or drop "
+            "--use_dora",
+        ),
+    ]
 
 
 def _packing_rules(options: ParallelOptions, plugin: Plugin) -> list[Rule]:

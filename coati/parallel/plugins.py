@@ -101,7 +101,7 @@ def _gemini(options: ParallelOptions, placement: str) -> dict[str, Any]:
         "initial_scale": 2**16,
         "tp_size": options.tp,
         "enable_flash_attention": options.use_flash_attn,
-        "enable_gradient_accumulation": options.accumulation_steps > 1,
+        "enable_gradient_accumulation": options.accumulates,
     }
 
 

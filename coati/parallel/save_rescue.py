@@ -10,12 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
+from coati.models import ilql_heads
 from coati.models.lora.adapter_files import CONFIG, adapter_state, save_settings
 from coati.models.lora.adapter_files import WEIGHTS as ADAPTER
 from coati.parallel.atomic_dirs import SaveFailed, attempt
 from coati.parallel.engine import Engine
 from coati.parallel.save_causes import SaveCause
-from coati.parallel.weights import ModelAssets, asset_writers, gather, is_lora, save_shard
+from coati.parallel.weights import (
+    ModelAssets,
+    asset_writers,
+    gather,
+    heads_state,
+    is_lora,
+    save_shard,
+)
 from coati.utils.distributed import all_gather_object, barrier, broadcast_object, is_rank_0, rank
 from coati.utils.json_io import save_json
 from coati.utils.logging import get_logger
@@ -39,9 +47,11 @@ def rescue(
 
 
 def _rescue_one(beside: Path, engine: Engine, assets: ModelAssets) -> str:
-    tensors = gather(engine)
+    tensors, values = ilql_heads.split(gather(engine))
+    values = heads_state(engine, values) if values else {}
     name, tensors = _as_file(engine, tensors)
-    size = max(all_gather_object(sum(t.numel() * t.element_size() for t in tensors.values())))
+    held = (*tensors.values(), *values.values())
+    size = max(all_gather_object(sum(t.numel() * t.element_size() for t in held)))
     causes: list[str] = []
     for place in (beside, None):
         folder = Path(broadcast_object(_make(place, size) if is_rank_0() else None))
@@ -51,7 +61,7 @@ def _rescue_one(beside: Path, engine: Engine, assets: ModelAssets) -> str:
         write = partial(save_shard, tensors, folder / name)
         failures = all_gather_object(attempt(write, folder, name) if tensors else None)
         if not any(failures):
-            return _described(folder, engine, assets, _index(name, tensors))
+            return _described(folder, engine, assets, _index(name, tensors), values)
         causes += [one.text for one in failures if one][:1]
         if is_rank_0():
             shutil.rmtree(folder, ignore_errors=True)
@@ -117,12 +127,18 @@ def _index(name: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _described(
-    folder: Path, engine: Engine, assets: ModelAssets, index: dict[str, Any] | None
+    folder: Path,
+    engine: Engine,
+    assets: ModelAssets,
+    index: dict[str, Any] | None,
+    values: dict[str, Tensor],
 ) -> str:
     """After the weights: the rest, file by file; where all is and what is not there."""
     lost: list[SaveCause] = []
     if is_rank_0():
         rest = rest_of(engine, assets)
+        if values:
+            rest = {ilql_heads.FILE: partial(save_shard, values), **rest}
         if index is not None:
             rest = {"model.safetensors.index.json": partial(save_json, index), **rest}
         for name, write in rest.items():

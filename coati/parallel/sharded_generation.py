@@ -24,6 +24,7 @@ def sample(
     limits: Sequence[int] | None = None,
     noise: Tensor | None = None,
     return_logprobs: bool = False,
+    rows_at_once: int | None = None,
 ) -> Generated:
     """:func:`coati.models.generation.loop.generate` for prompts (B, P), padded on the left, on the
     engine's plugin.
@@ -31,7 +32,7 @@ def sample(
     Under gemini, whose every forward gathers parameters, all ranks must call it, each with its own
     rows; they return together, when the last row of the last rank has ended. The ranks of a
     tensor-parallel group must get the same rows and noise, and return the same tokens, bitwise.
-    Otherwise ranks are independent.
+    Otherwise ranks are independent. ``rows_at_once``: see there, and :func:`replaces_rows`.
 
     Raises:
         ValueError: for a model that :func:`cannot_sample` names, and what ``generate`` refuses.
@@ -39,19 +40,30 @@ def sample(
     reason = cannot_sample(engine)
     if reason:
         raise ValueError(reason)
-    return generate(
+    input_ids = input_ids.to(engine.device)
+    attention_mask = attention_mask.to(engine.device)
+    generated = generate(
         engine.model,
-        input_ids.to(engine.device),
-        attention_mask.to(engine.device),
+        input_ids,
+        attention_mask,
         stop_sequences=stop_sequences,
         max_new_tokens=max_new_tokens,
         limits=limits,
         pad_token_id=pad_token_id,
         noise=noise,
         return_logprobs=return_logprobs,
+        rows_at_once=rows_at_once,
         **vars(sampling),
         **_plugin_keywords(engine),
     )
+    engine.work.add_generation(input_ids, attention_mask, generated.lengths)
+    return generated
+
+
+def replaces_rows(engine: Engine) -> bool:
+    """Whether a row that has ended may give its place to the next. Ranks whose forward passes
+    contain collectives take as many of them, which only whole batches make sure of."""
+    return not engine.mesh.sharded_forward
 
 
 def cannot_sample(engine: Engine) -> str | None:

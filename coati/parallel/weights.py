@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from coati.models import ilql_heads
 from coati.models.composite import Composite
 from coati.models.generation_settings import mended, with_end_tokens
 from coati.models.lora.lora import merged
@@ -58,6 +59,7 @@ class ModelAssets:
         # Written out, it would make transformers take eager attention for a choice when it loads
         # the directory.
         config._attn_implementation_autoset = False
+        ilql_heads.name_in(config, ilql_heads.heads_of(model) is not None)
         composite = getattr(model, "composite", None)
         # Models of this library's loaders are mended already; others come from a Python caller.
         generation, _ = mended(getattr(model, "generation_config", None))
@@ -174,12 +176,15 @@ def save_model(
         tensors, config = _merged(engine)
     else:
         tensors = gather(engine)
+    tensors, values = ilql_heads.split(tensors)
     composite = None if adapter else _composite_of(assets)
     if not adapter:
         _save_weights(folder, tensors, config, engine.module, composite)
     if composite is not None:
         config = composite.config_around(config)
     if is_rank_0():
+        if values:
+            write_file(folder / ilql_heads.FILE, partial(save_shard, heads_state(engine, values)))
         if composite is not None:
             composite.copy_processor(folder)
         if adapter:
@@ -190,6 +195,13 @@ def save_model(
                 lambda path: save_lora(engine.module, path.parent, tensors),
             )
         _save_assets(folder, assets, None if adapter else config)
+
+
+def heads_state(engine: Engine, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is saved of ILQL's heads, whose gathered weights are ``values``."""
+    heads = ilql_heads.heads_of(engine.module)
+    assert heads is not None
+    return ilql_heads.tensors_of(heads, values)
 
 
 def _composite_of(assets: ModelAssets) -> Composite | None:

@@ -8,21 +8,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from coati.models.embedding_noise import EmbeddingNoise
 from coati.models.head_outputs import HeadRequest
 from coati.parallel.objective import Objective
+from coati.parallel.optimizer import OptimizerSettings, build_optimizer
+from coati.parallel.options import ParallelOptions
 from coati.trainer.sft import SFTObjective
 from tests.tiny import tiny_llama
 
 STEPS, SAVED_AT, ROWS, LR, CLIP = 4, 2, 8, 5e-3, 0.5
+SEED = 42
 LENGTHS = (16, 24, 10, 32)  # of each step: pipelines and caches must not remember the first
 
 
 @dataclass(frozen=True)
 class Case:
     """Options of the plugin, and the model: ``family`` of :data:`FAMILIES`, tied or not, with
-    adapters or not, of the experts as well or not; ``bonus``: the coefficient of an entropy
-    bonus; ``weighted``: tokens have weights; ``embedding_lr``: of embedding and head, if they have
-    their own."""
+    adapters or not, of the experts as well or not, ``adapter``: their other settings; ``bonus``:
+    the coefficient of an entropy bonus; ``weighted``: tokens have weights; ``embedding_lr``: of
+    embedding and head, if they have their own; ``optim``: of ``--optim``; ``token_loss``: of
+    ``--sft_loss``; ``noise``: alpha of NEFTune."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -30,10 +35,14 @@ class Case:
     tied: bool = False
     lora: bool = False
     experts: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
     accumulation: int = 1
     bonus: float = 0.0
     weighted: bool = False
     embedding_lr: float | None = None
+    optim: str = "adamw"
+    token_loss: str = "nll"
+    noise: float | None = None
     vocab_size: int = 384
 
 
@@ -103,10 +112,11 @@ def build_model(case: Case, eager: bool = False):
     return model
 
 
-def with_adapters(model, experts: bool = False):
+def with_adapters(model, case: Case):
     from coati.models.lora.lora import LoraConfig, apply_lora
 
-    return apply_lora(model, LoraConfig(r=4, linear_lora_dropout=0.0, lora_experts=experts))
+    config = LoraConfig(r=4, linear_lora_dropout=0.0, lora_experts=case.experts, **case.adapter)
+    return apply_lora(model, config)
 
 
 def window(step: int, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -132,7 +142,7 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of plain PyTorch: one process, fp32, whole windows, full logits."""
     model = build_model(case)
     if case.lora:
-        model = with_adapters(model, case.experts)
+        model = with_adapters(model, case)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     own = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
@@ -144,6 +154,12 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
         betas=(0.9, 0.95),
         weight_decay=0.1,
     )
+    if case.optim != "adamw":
+        settings = OptimizerSettings(lr=LR, optim=case.optim)
+        optimizer = build_optimizer(model, ParallelOptions(plugin="ddp"), settings)
+        rates = [LR] * len(optimizer.param_groups)
+    if case.noise:
+        EmbeddingNoise(model, case.noise, SEED, lambda: step)
     losses, norms = [], []
     for step in range(STEPS):
         batch = window(step, case.vocab_size)
@@ -156,6 +172,10 @@ def plain_run(case: Case) -> tuple[list[float], list[float]]:
             weights = weighted(batch, step)["loss_weights"][:, 1:].flatten()[labels != -100]
             each = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
             loss = (each[labels != -100] * weights).sum() / weights.sum()
+        if case.token_loss == "dft":
+            each = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
+            each = each[labels != -100]
+            loss = ((-each).exp().detach() * each).mean()
         if case.bonus:
             rows = logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
             loss = loss + case.bonus * (rows.exp() * rows).sum(-1).mean()
@@ -195,9 +215,14 @@ def _engine(case: Case, model):
         "grad_clip": CLIP,
         "accumulation_steps": case.accumulation,
         "lora": case.lora,
+        "quantize_base": case.adapter.get("quantize_base"),
+        "use_dora": case.adapter.get("use_dora", False),
     } | case.options
-    rates = {"lr": LR, "embedding_lr": case.embedding_lr}
-    return boost(model, ParallelOptions(**values), total_steps=10, warmup_steps=0, **rates)
+    rates = {"lr": LR, "embedding_lr": case.embedding_lr, "optim": case.optim}
+    engine = boost(model, ParallelOptions(**values), total_steps=10, warmup_steps=0, **rates)
+    if case.noise:
+        EmbeddingNoise(engine.module, case.noise, SEED, lambda: engine.lr_scheduler.last_epoch)
+    return engine
 
 
 def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
@@ -216,7 +241,8 @@ def _mine(engine, batch: dict, accumulation: int) -> list[dict]:
 
 def _train(engine, case: Case, first: int, last: int) -> list[tuple[float, float]]:
     results = []
-    objective = SFTObjective() if case.weighted else CrossEntropy(case.bonus)
+    of_sft = case.weighted or case.token_loss != "nll"
+    objective = SFTObjective(token_loss=case.token_loss) if of_sft else CrossEntropy(case.bonus)
     for index in range(first, last):
         batch = window(index, case.vocab_size)
         if case.weighted:
@@ -245,7 +271,7 @@ def train_and_save(cases: list[Case], folder: str) -> list[dict[str, Any]]:
     for case in cases:
         model = build_model(case, eager=case.options.get("enable_sequence_parallelism", False))
         assets = ModelAssets.of(model)
-        engine = _engine(case, with_adapters(model, case.experts) if case.lora else model)
+        engine = _engine(case, with_adapters(model, case) if case.lora else model)
         steps = _train(engine, case, 0, SAVED_AT)
         place = Path(folder) / case.name
         save_checkpoint(place, engine, assets, RunningState(step=SAVED_AT))
@@ -272,7 +298,7 @@ def resume(cases: list[Case], folder: str) -> list[dict[str, Any]]:
         checkpoint = place / f"epoch-0_step-{SAVED_AT}"
         eager = case.options.get("enable_sequence_parallelism", False)
         if case.lora:
-            model = with_adapters(build_model(case), case.experts)
+            model = with_adapters(build_model(case), case)
             load_lora(model, checkpoint / "modeling")
         else:
             dtype = "fp32" if case.options.get("precision", "fp32") == "fp32" else "auto"

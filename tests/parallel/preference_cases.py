@@ -44,15 +44,16 @@ class Rows(list):
 
 
 def pairs() -> Rows:
-    """Pairs of unequal prompts and answers; every second answer is longer than its rival."""
-    generator, rows = torch.Generator().manual_seed(5), Rows()
+    """Pairs of unequal prompts, every other one long enough to be shared, and answers; every second
+    answer is longer than its rival."""
+    generator, rows = torch.Generator().manual_seed(9), Rows()
 
     def some(low: int, high: int) -> list[int]:
         count = int(torch.randint(low, high, (), generator=generator))
         return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
 
     for _ in range(STEPS * ROWS):
-        prompt = some(2, 9)
+        prompt = some(18, 25) if len(rows) % 2 else some(2, 9)
         row = {"margin": float(torch.rand((), generator=generator))}
         for side in ("chosen", "rejected"):
             answer = some(2, 10)

@@ -77,7 +77,7 @@ def _sample(case: Case) -> dict[str, Any]:
     from coati.parallel.sharded_generation import sample
 
     model = build_model(case)
-    engine = _engine(case, with_adapters(model) if case.lora else model)
+    engine = _engine(case, with_adapters(model, case) if case.lora else model)
     rows = list(range(engine.mesh.dp_rank, ROWS, engine.mesh.dp_size))
     watch = Watch(Decoder, engine.module.get_input_embeddings())
     found = sample(engine, **request(rows), sampling=Sampling(temperature=TEMPERATURE), **SETTINGS)

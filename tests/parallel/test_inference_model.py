@@ -7,7 +7,12 @@ import torch
 
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.model_inputs import scores
-from coati.parallel.inference_model import InferenceModel
+from coati.models.fused_layers import MARK
+from coati.parallel.inference_model import InferenceModel, boost_for_inference
+from coati.parallel.options import ParallelOptions
+from tests.experience_maker.engines import group_of_one
+from tests.experience_maker.stubs import StubEngine
+from tests.tiny import tiny_llama
 
 
 class Moved(torch.nn.Module):
@@ -25,13 +30,17 @@ class Moved(torch.nn.Module):
 def reference(offload: bool) -> InferenceModel:
     module = Moved()
 
-    def forward_only(batch, read):
+    def forward_only(batch, read, head_request=None, rows_together=None):
         module.at.append("asked")
         return torch.ones(len(batch["input_ids"]))
 
-    return InferenceModel(
-        SimpleNamespace(module=module, device="cpu:0", forward_only=forward_only), offload=offload
+    engine = SimpleNamespace(
+        module=module,
+        device="cpu:0",
+        forward_only=forward_only,
+        token_budget=StubEngine().token_budget,
     )
+    return InferenceModel(engine, offload=offload)
 
 
 def four_rows() -> Experience:
@@ -58,3 +67,12 @@ def test_otherwise_it_stays_where_it_is():
     model = reference(offload=False)
     scores(model, four_rows(), 2)
     assert model.engine.module.at == ["asked", "asked"]
+
+
+def test_weights_stored_in_half_precision_run_in_fused_layers(tmp_path):
+    """As those of fp32 files: kernels are chosen for the precision that a model is run in."""
+    model = tiny_llama().to(torch.bfloat16)
+    with group_of_one(tmp_path):
+        engine = boost_for_inference(model, ParallelOptions(plugin="ddp", precision="fp32"))
+    norms = [layer for layer in engine.module.modules() if type(layer).__name__ == "LlamaRMSNorm"]
+    assert norms and all(MARK in vars(layer) for layer in norms)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from coati.models.lora.quantized_base import round_base
 from coati.utils.transformers_compat import transformers_major
 from tests.distributed.spawn import run
 from tests.parallel.engine_cases import (
@@ -31,7 +32,7 @@ SHARDED = {
 def cases(plugin: str, shared: dict, variants: dict[str, dict]) -> list[Case]:
     """``variants``: name -> fields of Case beside or inside ``options``."""
     fields = {"family", "tied", "lora", "experts", "accumulation", "vocab_size", "bonus"}
-    fields |= {"weighted", "embedding_lr"}
+    fields |= {"weighted", "embedding_lr", "adapter"}
     return [
         Case(
             name,
@@ -51,19 +52,31 @@ CHECKPOINTING, TIED = {"checkpointing": {"grad_checkpoint": True}}, {"tied": {"t
 ACCUMULATION = {"accumulation": {"accumulation": 4}}
 BONUS = {"entropy_bonus": {"bonus": 0.5}}
 WEIGHTED = {"weighted": {"weighted": True, "accumulation": 2}}
-RATE = {"embedding_lr": {"embedding_lr": 2e-2}}  # four times that of the rest
+RATE = {"embedding_lr": {"embedding_lr": 1e-2}}  # twice that of the rest
 TIED_RATE = {"embedding_lr_tied": {"embedding_lr": 1e-3, "tied": True}}  # a fifth
 PLAIN = {"plain": {}, **BONUS, **WEIGHTED, **ACCUMULATION, **CHECKPOINTING, **TIED, **RATE}
 LORA = {"lora": {"lora": True}, "lora_bf16": {"lora": True, **BF16}}
+NF4_DORA = {"quantize_base": "nf4", "use_dora": True, "use_rslora": True}
+INT8 = {"quantize_base": "int8"}
+QLORA = {
+    "nf4_dora": {"lora": True, "adapter": NF4_DORA},
+    "int8_bf16": {"lora": True, "adapter": INT8, **BF16},
+}
 HALF = {"bf16": BF16, "fp16": FP16, "bf16_accumulation": {**BF16, "accumulation": 2}}
 SEQUENCE = {"enable_sequence_parallelism": True}
+# Of ranks with rows of other lengths, and so with other numbers of micro-batches.
+BUDGET = {"tokens_per_batch": {"tokens_per_batch": 40, "weighted": True}}
 
 GROUPS: dict[str, tuple[int, list[Case]]] = {
-    "ddp": (2, cases("ddp", {}, PLAIN | HALF | LORA)),
-    "zero2": (2, cases("zero2", {}, PLAIN | HALF | LORA)),
+    "ddp": (2, cases("ddp", {}, PLAIN | HALF | LORA | QLORA | BUDGET)),
+    "zero2": (2, cases("zero2", {}, PLAIN | HALF | LORA | QLORA | BUDGET)),
     "zero2_cpu": (
         2,
-        cases("zero2_cpu", {}, {"plain": {}, "bf16": BF16, **TIED, "lora": {"lora": True}, **RATE}),
+        cases(
+            "zero2_cpu",
+            {},
+            {"plain": {}, "bf16": BF16, **TIED, "lora": {"lora": True}, **QLORA, **RATE},
+        ),
     ),
     "gemini": (
         2,
@@ -72,6 +85,7 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
             BF16,
             PLAIN
             | {"fp16": FP16, "sharded": {"plugin_args": SHARDED}}
+            | {"sharded_budget": {"plugin_args": SHARDED, **BUDGET["tokens_per_batch"]}}
             | {"sharded_accumulation": {"plugin_args": SHARDED, "accumulation": 2, "tied": True}},
         ),
     ),
@@ -94,19 +108,32 @@ GROUPS: dict[str, tuple[int, list[Case]]] = {
             *cases("3d", {"zero_stage": 2}, {"stage2": BF16}),
         ],
     ),
-    "3d_dp": (2, cases("3d", {}, PLAIN | HALF | LORA)),
+    "3d_dp": (2, cases("3d", {}, PLAIN | HALF | LORA | QLORA | BUDGET)),
     "3d_zero1": (
         2,
-        cases("3d", {"zero_stage": 1, **BF16}, {"plain": {}, "fp16": FP16, **ACCUMULATION, **RATE}),
+        cases(
+            "3d",
+            {"zero_stage": 1, **BF16},
+            {"plain": {}, "fp16": FP16, **ACCUMULATION, **RATE, **BUDGET},
+        ),
     ),
-    "3d_zero2": (2, cases("3d", {"zero_stage": 2, **BF16}, {"plain": {}, **ACCUMULATION, **RATE})),
-    "3d_tp": (2, cases("3d", {"tp": 2}, PLAIN | HALF | {"odd_vocabulary": {"vocab_size": 250}})),
+    "3d_zero2": (
+        2,
+        cases("3d", {"zero_stage": 2, **BF16}, {"plain": {}, **ACCUMULATION, **RATE, **BUDGET}),
+    ),
+    "3d_tp": (
+        2,
+        cases("3d", {"tp": 2}, PLAIN | HALF | BUDGET | {"odd_vocabulary": {"vocab_size": 250}}),
+    ),
     "3d_pp": (2, cases("3d", {"pp": 2, "microbatch_size": 2}, PLAIN | HALF | TIED_RATE)),
     "3d_pp_zero1": (
         2,
         cases("3d", {"pp": 2, "microbatch_size": 2, "zero_stage": 1, **BF16}, RATE | TIED_RATE),
     ),
-    "3d_split_gather": (2, cases("3d", {"tp": 2, **SEQUENCE}, {"plain": {}, "bf16": BF16, **RATE})),
+    "3d_split_gather": (
+        2,
+        cases("3d", {"tp": 2, **SEQUENCE}, {"plain": {}, "bf16": BF16, **RATE, **BUDGET}),
+    ),
     "3d_ring": (2, cases("3d", {"tp": 2, "sp_mode": "ring", **SEQUENCE}, {"plain": {}})),
     "3d_all_to_all": (
         2,
@@ -220,7 +247,10 @@ def check_reload(case: Case, first: dict, place) -> None:
     if case.lora:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(build_model(case), place / "final")
+        base = build_model(case)
+        if kind := case.adapter.get("quantize_base"):
+            round_base(base, kind)
+        model = PeftModel.from_pretrained(base, place / "final")
     else:
         model, report = AutoModelForCausalLM.from_pretrained(
             place / "final", output_loading_info=True
@@ -248,6 +278,6 @@ def test_adapters_start_as_the_base_model():
     base itself."""
     case = Case("lora", lora=True)
     batch = window(0, case.vocab_size)
-    base, adapted = build_model(case).eval(), with_adapters(build_model(case)).eval()
+    base, adapted = build_model(case).eval(), with_adapters(build_model(case), case).eval()
     with torch.no_grad():
         assert torch.equal(base(batch["input_ids"]).logits, adapted(batch["input_ids"]).logits)

@@ -4,12 +4,14 @@ Only the messages listed here are held back. A warning that is not listed passes
 """
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -114,6 +116,31 @@ def _import_without(module: str, start: str) -> None:
             print(line, file=sys.stderr)
 
 
+class _NoOptimizer:
+    """In the place of bitsandbytes' optimizers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ImportError("this optimizer needs bitsandbytes, which is not installed")
+
+
+@contextlib.contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Where bitsandbytes is not installed, what ColossalAI imports of it can be imported inside the
+    block: the class of optimizers that are not used here (nn/optimizer/galore.py,
+    distributed_galore.py, and galore_torch). The package itself stays missing for whoever looks."""
+    name = "bitsandbytes.optim.optimizer"
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        yield
+        return
+    module: Any = ModuleType(name)
+    module.Optimizer2State = _NoOptimizer
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def import_colossalai() -> ModuleType:
     """``colossalai`` with its booster loaded and its known noise held back. Takes some seconds the
     first time. Raises ValueError as :func:`~coati.utils.packages.check_packages`."""
@@ -125,8 +152,9 @@ def import_colossalai() -> ModuleType:
         config.compile_threads = 1
     silence_known_noise()
     _import_without("torch.utils.cpp_extension", "No CUDA runtime is found")
-    colossalai = import_module("colossalai")
-    import_module("colossalai.booster.plugin")
+    with _without_bitsandbytes():
+        colossalai = import_module("colossalai")
+        import_module("colossalai.booster.plugin")
     for module, start in KNOWN_PRINTS:
         printing: Any = import_module(module)
         printing.print = _print_without(start)

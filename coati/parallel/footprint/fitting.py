@@ -3,9 +3,13 @@ and without gradient checkpointing, each with the largest batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from coati.parallel.footprint.model_shape import ModelShape, built_in, load_shape
-from coati.parallel.footprint.training_memory import Estimate, TrainingPlan, estimate
+from coati.parallel.footprint.training_memory import Estimate, estimate
+from coati.parallel.footprint.training_plan import TrainingPlan
+from coati.parallel.optimizer_table import DEFAULT as ADAMW
+from coati.parallel.optimizer_table import OPTIMIZERS, optimizer_problem
 from coati.parallel.options import ParallelOptions
 from coati.parallel.plugin_checks import problems
 from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3
@@ -22,11 +26,15 @@ METHODS: dict[str, str] = {
     "dpo": "DPO with its reference",
     "orpo": "ORPO, without a reference",
     "kto": "KTO with its reference",
+    "gkd": "distillation from a teacher, half of the responses the student's own",
+    "ilql": "ILQL: policy, heads of values and their targets",
     "ppo": "PPO: policy, critic, reference and a reward model of the same size",
     "grpo": "GRPO: policy and reference, reward functions",
+    "online_dpo": "online DPO: policy and reference, reward functions or a judge",
 }
-WITH_REFERENCE = ("dpo", "kto", "ppo", "grpo")
-WITH_ROLLOUTS = ("ppo", "grpo")
+WITH_REFERENCE = ("dpo", "kto", "ppo", "grpo", "online_dpo")
+WITH_ROLLOUTS = ("ppo", "grpo", "online_dpo")
+WHOLE_WEIGHTS = ("ilql",)  # on every process
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,19 @@ class Fit:
 
 
 def settings_that_fit(
-    shape: ModelShape, method: str, memory: float, gpus: int = 1, length: int = 2048, rank: int = 16
+    shape: ModelShape,
+    method: str,
+    memory: float,
+    gpus: int = 1,
+    length: int = 2048,
+    rank: int = 16,
+    **asked: Any,
 ) -> list[Fit]:
     """Best first: nothing in host memory before something, all weights before LoRA, whole layers
     before split ones, without recomputation before with it; and each with the largest batch of
-    :data:`BATCHES`. ``memory``: bytes of one GPU."""
+    :data:`BATCHES`. ``memory``: bytes of one GPU; ``asked``: as of :func:`candidates`."""
     found: list[Fit] = []
-    for plan in candidates(method, gpus, length, rank):
+    for plan in candidates(method, gpus, length, rank, **asked):
         if not _divides(shape, plan.options.tp):
             continue
         if any(_alike(plan, fit.plan) for fit in found):
@@ -71,24 +85,50 @@ def largest_batch(shape: ModelShape, plan: TrainingPlan, memory: float) -> Fit |
 
 
 def at_batch(shape: ModelShape, plan: TrainingPlan, size: int) -> Fit:
-    """``plan`` with micro-batches of ``size``; rollouts sample four times as many, at most 64."""
+    """``plan`` with micro-batches of ``size``; rollouts sample four times as many, at most 64, a
+    student half of them."""
     rollouts = min(4 * size, 64) if plan.method in WITH_ROLLOUTS else 0
-    plan = replace(plan, batch_size=size, forward_rows=size, rollout_rows=rollouts)
+    if plan.method == "gkd":
+        rollouts = -(-size // 2)
+    rows = 2 * size if plan.method == "online_dpo" else size
+    plan = replace(plan, batch_size=size, forward_rows=rows, rollout_rows=rollouts)
     return Fit(plan, estimate(shape, plan))
 
 
-def candidates(method: str, gpus: int, length: int, rank: int) -> Iterator[TrainingPlan]:
-    """Every combination that the plugins allow; those with something in host memory last."""
+def candidates(
+    method: str,
+    gpus: int,
+    length: int,
+    rank: int,
+    *,
+    base: str | None = None,
+    optim: str = ADAMW,
+    offload_activations: bool = False,
+    tokens_per_batch: int | None = None,
+    teacher: ModelShape | None = None,
+) -> Iterator[TrainingPlan]:
+    """Every combination that the plugins allow; those with something in host memory last.
+    ``base``: how that of adapters is stored; ``offload_activations``: wherever layers are computed
+    again; ``tokens_per_batch``: of micro-batches; ``teacher``: of distillation."""
     trained = (rank,) if method == "lora" else (0, rank)
     for offload in (False, True):
         for lora_rank in trained:
             for grad_checkpoint in (False, True):
-                for options in _splits(gpus, offload, method in WITH_ROLLOUTS):
+                for options in _splits(gpus, offload, method in WITH_ROLLOUTS, optim):
                     options = replace(
-                        options, grad_checkpoint=grad_checkpoint, lora=bool(lora_rank)
+                        options,
+                        grad_checkpoint=grad_checkpoint,
+                        offload_activations=offload_activations and grad_checkpoint,
+                        lora=bool(lora_rank),
+                        quantize_base=base if lora_rank else None,
+                        tokens_per_batch=tokens_per_batch,
                     )
                     plan = _plan(method, options, gpus, length, lora_rank, offload)
-                    if not problems(options) and _offloads(plan) == offload:
+                    plan = replace(plan, optim=optim, teacher=teacher)
+                    if method in WHOLE_WEIGHTS and not plan.plugin.whole_weights:
+                        continue
+                    cannot = problems(options) or optimizer_problem(optim, options)
+                    if not cannot and _offloads(plan) == offload:
                         yield plan
 
 
@@ -104,6 +144,7 @@ def _plan(
         length=length,
         supervised=0.5 if method in WITH_ROLLOUTS else 1.0,
         lora_rank=rank,
+        quantize_base=options.quantize_base,
         lora_dropout=sft and bool(rank),
         reference=method in WITH_REFERENCE and not rank,
         reward_model=method == "ppo",
@@ -112,8 +153,10 @@ def _plan(
     )
 
 
-def _splits(gpus: int, offload: bool, rollouts: bool) -> list[ParallelOptions]:
-    bf16 = ParallelOptions(precision="bf16")
+def _splits(gpus: int, offload: bool, rollouts: bool, optim: str = ADAMW) -> list[ParallelOptions]:
+    # What looks at whole matrices has them where nothing is sharded.
+    plugin = HYBRID if OPTIMIZERS[optim].whole else "zero2"
+    bf16 = ParallelOptions(plugin=plugin, precision="bf16")
     if offload:
         offloaded = [replace(bf16, plugin="zero2_cpu")]
         return [bf16, *offloaded] if rollouts else offloaded
@@ -159,13 +202,18 @@ def flags_of(fit: Fit) -> list[str]:
     flags = ["--plugin", options.plugin, "--mixed_precision", str(options.precision)]
     flags += ["--tp", str(options.tp)] * (options.tp > 1)
     flags += ["--lora_rank", str(plan.lora_rank)] * bool(plan.lora_rank)
+    flags += ["--quantize_base", str(plan.quantize_base)] * bool(plan.quantize_base)
+    flags += ["--optim", plan.optim] * (plan.optim != ADAMW)
     flags += ["--grad_checkpoint"] * options.grad_checkpoint
+    flags += ["--offload_activations"] * options.offload_activations
     flags += ["--offload_inference_models"] * plan.offload_inference
+    budget = options.tokens_per_batch
+    flags += ["--tokens_per_batch", str(budget)] * (budget is not None)
     size = str(plan.batch_size)
-    if not plan.rollout_rows:
+    if plan.method not in WITH_ROLLOUTS:
         flags += ["--batch_size", size, "--max_length", str(plan.length)]
     else:
-        # An optimizer step of 32 responses divides what an episode collects by default.
+        # An optimizer step of 32 responses (pairs) divides what an episode collects by default.
         flags += ["--train_batch_size", size, "--accumulation_steps", str(32 // plan.batch_size)]
         flags += ["--inference_batch_size", str(plan.rollout_rows)]
         flags += ["--max_length", str(plan.length), "--max_seq_len", str(plan.length // 2)]

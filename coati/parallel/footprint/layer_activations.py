@@ -33,10 +33,13 @@ class LayerRun:
         trained: the layer's own weights are trained, else at most adapters of ``lora_rank``.
         targets: names of the linear layers with adapters; None: all of them.
         dropout: adapters drop inputs out.
+        quantized: the frozen weights are stored in few bits, and dequantized when they are used.
+        dora: adapters train magnitudes apart.
         attention: "sdpa", "eager" or "flash".
         padding_free: attention runs row by row, and its outputs are joined.
         repeats_keys: keys and values are repeated for the queries that share them.
         on_gpu: dropout there keeps a mask of one byte, else the factors themselves.
+        fused: norms and SwiGLU are the library's functions (models/fused_layers.py).
     """
 
     weight: int = FP32
@@ -45,10 +48,13 @@ class LayerRun:
     lora_rank: int = 0
     targets: frozenset[str] | None = None
     dropout: bool = False
+    quantized: bool = False
+    dora: bool = False
     attention: str = "sdpa"
     padding_free: bool = False
     repeats_keys: bool = False
     on_gpu: bool = False
+    fused: bool = False
 
     @property
     def autocast(self) -> bool:
@@ -70,7 +76,15 @@ def saved_bytes(shape: ModelShape, run: LayerRun, keys: float) -> dict[str, floa
     readers = ("qkv_proj",) if shape.layout.fused else ("q_proj", "k_proj", "v_proj")
     norms += _inputs(run, shape.hidden, readers)
     mlp = _experts(shape, run) if shape.experts else _mlp(shape, run)
-    return {"norms": norms, "attention": _attention(shape, run, keys), "mlp": mlp}
+    parts = {"norms": norms, "attention": _attention(shape, run, keys), "mlp": mlp}
+    return parts | ({"magnitudes": _magnitudes(shape, run)} if run.dora else {})
+
+
+def _magnitudes(shape: ModelShape, run: LayerRun) -> float:
+    """Of DoRA, by token: the outputs of the weight and of the adapter, which the gradient of the
+    magnitudes reads."""
+    layers = shape.linear_layers().items()
+    return 2.0 * run.compute * sum(out for name, (_, out) in layers if run.adapted(name))
 
 
 def rounded_weights(shape: ModelShape, run: LayerRun) -> int:
@@ -78,7 +92,8 @@ def rounded_weights(shape: ModelShape, run: LayerRun) -> int:
     they were multiplied with."""
     if not run.autocast:
         return 0
-    dense = shape.linear_weights() - shape.expert_weights()
+    # Dequantized weights are of that precision already, and not kept.
+    dense = 0 if run.quantized else shape.linear_weights() - shape.expert_weights()
     adapters = shape.adapter_parameters(run.lora_rank, run.targets) // shape.layers
     return run.compute * (dense + adapters)
 
@@ -98,7 +113,9 @@ def working_bytes(shape: ModelShape, run: LayerRun, keys: float) -> float:
 
 def _norm(shape: ModelShape, run: LayerRun, width: int, given: int) -> float:
     """An RMS norm of ``width`` over inputs of ``given`` bytes: inputs in fp32, the reciprocal root,
-    and what is multiplied with a scale that is trained."""
+    and what is multiplied with a scale that is trained; a fused one keeps that alone."""
+    if run.fused:
+        return FP32 * width + STATISTICS
     scaled = FP32 if shape.layout.fp32_scale else given
     return FP32 * width + STATISTICS + (scaled * width if run.trained else 0)
 
@@ -156,10 +173,11 @@ def _output(shape: ModelShape, run: LayerRun) -> float:
 
 def _mlp(shape: ModelShape, run: LayerRun) -> float:
     """Of a gated MLP: its inputs, what the activation reads, its result, the other factor, and the
-    product."""
+    product. Fused, the activation's result is made again."""
     names = ("gate_up_proj",) if shape.layout.fused else ("gate_proj", "up_proj")
     read = _inputs(run, shape.hidden, names)
-    return read + 3 * run.compute * shape.inner + _inputs(run, shape.inner, ("down_proj",))
+    kept = 2 if run.fused and shape.silu and not shape.layout.fused else 3
+    return read + kept * run.compute * shape.inner + _inputs(run, shape.inner, ("down_proj",))
 
 
 def _experts(shape: ModelShape, run: LayerRun) -> float:

@@ -93,7 +93,7 @@ class ModelShape:
         family = str(config.get("model_type"))
         if family not in LAYOUTS:
             raise ValueError(
-                f"there is no memory formula for model family {family!r}; there is for "
+                f"there is no formula for model family {family!r}; there is for "
                 f"{', '.join(LAYOUTS)}. --dry_run takes a real step of any model and prints its "
                 "peak"
             )
@@ -116,6 +116,11 @@ class ModelShape:
     def eager(self) -> bool:
         """No fused attention serves it: the scores (heads, S, S) of a row are formed and kept."""
         return self.layout.sinks or self.caps_scores
+
+    @property
+    def silu(self) -> bool:
+        """The MLP's activation is SiLU; Gemma's is GELU."""
+        return not self.family.startswith("gemma")
 
     def part_of(self, tp: int = 1, pp: int = 1) -> "ModelShape":
         """What one of ``tp`` x ``pp`` processes holds: heads, widths and vocabulary divided, and

@@ -9,8 +9,10 @@ chunks (models/head.py), so that no moment holds (B, S, V) logits. What a plugin
 down as it is in ColossalAI 0.5.0, not as the algorithm allows: see :func:`gradient_bytes`.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from coati.models.quantization_registry import stored_bytes
+from coati.parallel.footprint import value_heads
 from coati.parallel.footprint.gemini_chunks import chunks
 from coati.parallel.footprint.layer_activations import (
     FP32,
@@ -20,95 +22,13 @@ from coati.parallel.footprint.layer_activations import (
     working_bytes,
 )
 from coati.parallel.footprint.model_shape import ModelShape
-from coati.parallel.options import ParallelOptions
-from coati.parallel.plugins import PLUGINS, Plugin
+from coati.parallel.footprint.training_plan import TrainingPlan
+from coati.parallel.optimizer_table import OPTIMIZERS
 
 HEAD_CHUNK = 128 * 2**20  # bytes of fp32 logits, models/logprobs.py: CHUNK_BYTES
 ZERO_BUCKET = 12 * 2**20  # elements, low_level_zero_plugin.py: reduce_bucket_size_in_m
-PACKED = 2 * 2**30  # bytes, models/generation/mkl_prepack.py: LIMIT_BYTES
+PACKED = 2 * 2**30  # bytes, models/generation/prepacked_linear.py: LIMIT_BYTES
 CACHE_COLUMNS = 256  # by which models/generation/kv_cache.py grows
-PAIRS = ("rm", "dpo", "orpo")
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What is trained and how.
-
-    Attributes:
-        method: "sft", "rm", "dpo", "orpo", "kto", "ppo" or "grpo".
-        options: plugin, precision (resolved), ``--tp``, ``--grad_checkpoint`` and so on.
-        processes: of the run.
-        batch_size: rows (pairs) of a micro-batch of one process; with rollouts, responses of one.
-        length: tokens of a row, its padding or the pack included.
-        supervised: share of the tokens that the loss is computed for.
-        lora_rank: 0: all weights are trained. ``lora_targets``: names of the adapted layers; None:
-            every linear layer. ``lora_dropout``: their inputs are dropped out.
-        reference: a frozen copy of the policy is held.
-        reward_model: a frozen model with a scalar head is held, of the policy's size.
-        offload_inference: these two are in host memory while idle.
-        rollout_rows: responses sampled at once; 0: no rollouts.
-        forward_rows: rows of a forward pass without gradient.
-        on_gpu: the accelerator's memory is meant, else that of the host.
-    """
-
-    method: str = "sft"
-    options: ParallelOptions = field(default_factory=ParallelOptions)
-    processes: int = 1
-    batch_size: int = 1
-    length: int = 512
-    supervised: float = 1.0
-    lora_rank: int = 0
-    lora_targets: frozenset[str] | None = None
-    lora_dropout: bool = False
-    reference: bool = False
-    reward_model: bool = False
-    offload_inference: bool = False
-    rollout_rows: int = 0
-    forward_rows: int = 0
-    on_gpu: bool = False
-
-    @property
-    def plugin(self) -> Plugin:
-        """The plugin's row."""
-        return PLUGINS[self.options.plugin]
-
-    @property
-    def shares(self) -> int:
-        """Processes that read different rows."""
-        return max(self.processes // self.options.model_parallel_size, 1)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a forward pass with gradient."""
-        rows = 2 * self.batch_size if self.method in PAIRS else self.batch_size
-        if self.options.pp == 1:
-            return rows
-        # A stage holds as many micro-batches as there are stages.
-        return min(self.options.microbatch_size * self.options.pp, rows)
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of a forward pass with gradient, per process."""
-        return self.rows * self.length / self.options.sp
-
-    def layer_run(self, scalar: bool = False) -> LayerRun:
-        """How a layer runs. ``scalar``: below a scalar head, which takes padded rows."""
-        half = self.options.precision != "fp32"
-        free = not (self.on_gpu or scalar) and "cpu" in self.plugin.padding_free
-        free = free and self.options.tp == 1
-        flash = self.on_gpu and self.options.use_flash_attn
-        return LayerRun(
-            weight=2 if half and not self.plugin.fp32_weights else FP32,
-            compute=2 if half else FP32,
-            trained=not self.lora_rank,
-            lora_rank=self.lora_rank,
-            targets=self.lora_targets,
-            dropout=self.lora_dropout,
-            attention="flash" if flash else "sdpa",
-            padding_free=free,
-            repeats_keys=not flash,
-            on_gpu=self.on_gpu,
-        )
 
 
 @dataclass(frozen=True)
@@ -154,24 +74,81 @@ class _Model:
         """Parameters, adapters included."""
         shape = self.shape
         held = shape.backbone_parameters() + shape.hidden if self.scalar else shape.parameters()
-        return held + shape.adapter_parameters(self.plan.lora_rank, self.plan.lora_targets)
+        return held + self.values + self.adapters
+
+    @property
+    def adapters(self) -> int:
+        """Parameters of the adapters."""
+        plan = self.plan
+        magnitudes = 0
+        if plan.dora:
+            outputs = self.shape.linear_layers().items()
+            adapted = (o for n, (_, o) in outputs if self.run.adapted(n))
+            magnitudes = self.shape.layers * sum(adapted)
+        return self.shape.adapter_parameters(plan.lora_rank, plan.lora_targets) + magnitudes
+
+    @property
+    def weight_bytes(self) -> float:
+        """All weights as they are stored."""
+        whole = float(self.run.weight * self.total)
+        kind = self.plan.quantize_base
+        if kind is None:
+            return whole
+        shape = self.shape
+        layers = shape.linear_layers().values()
+        saved = sum(self.run.weight * i * o - stored_bytes(kind, o, i) for i, o in layers)
+        return whole - shape.layers * saved
+
+    @property
+    def dequantized(self) -> float:
+        """The largest weight that is made whole for a product; of int8 in fp32 on the way, of DoRA
+        for its norms."""
+        kind = self.plan.quantize_base
+        if kind is None:
+            return 0.0
+        width = self.run.compute
+        width += FP32 if self.plan.dora or (kind == "int8" and width < FP32) else 0
+        return float(width * max(i * o for i, o in self.shape.linear_layers().values()))
+
+    @property
+    def values(self) -> int:
+        """Parameters of ILQL's heads."""
+        return value_heads.parameters(self.shape) if self.plan.method == "ilql" else 0
 
     @property
     def trained(self) -> int:
         plan = self.plan
         if not plan.lora_rank:
             return self.total
-        adapters = self.shape.adapter_parameters(plan.lora_rank, plan.lora_targets)
-        return adapters + (self.shape.hidden if self.scalar else 0)
+        return self.adapters + self.values + (self.shape.hidden if self.scalar else 0)
+
+    @property
+    def moments(self) -> float:
+        """Bytes of the optimizer's states, fp32 master weights not among them."""
+        row = OPTIMIZERS[self.plan.optim]
+        if self.plan.lora_rank:
+            return row.state_bytes(self.trained)
+        embedding = self.shape.embedding_parameters()
+        head = 0 if self.scalar or self.shape.tied else embedding
+        return row.state_bytes(self.trained - embedding - head, embedding, head)
 
     @property
     def largest(self) -> int:
         """Elements of the largest trained parameter."""
+        if self.plan.method == "ilql":  # the last layer of a Q head
+            return value_heads.inner(self.shape) * self.shape.vocabulary
+        if self.plan.lora_rank:
+            return self.largest_matrix
+        return max(self.shape.embedding_parameters(), self.largest_matrix)
+
+    @property
+    def largest_matrix(self) -> int:
+        """The same between embedding and head."""
         if self.plan.lora_rank:
             layers = self.shape.linear_layers().values()
             return self.plan.lora_rank * max(max(sizes) for sizes in layers)
         experts = self.shape.expert_weights() * 2 // 3
-        return max(self.shape.embedding_parameters(), self.shape.hidden * self.shape.inner, experts)
+        return max(self.shape.hidden * self.shape.inner, experts)
 
 
 def estimate(shape: ModelShape, plan: TrainingPlan) -> Estimate:
@@ -191,6 +168,10 @@ def estimate(shape: ModelShape, plan: TrainingPlan) -> Estimate:
     if plan.reference or plan.rollout_rows:
         added = forward_bytes(first)
         moments["forward without gradient"] = _joined(static, added)
+    if (teacher := _teacher_part(plan)) is not None:
+        whole = replace(plan, lora_rank=0, quantize_base=None, dora=False)
+        added = forward_bytes(_Model(teacher, whole)) | {"logits": 0.0}  # its head waits
+        moments["teacher's forward"] = _joined(static, added, _teacher_states(plan))
     if not plan.on_gpu:
         moments |= _moments_of_files(first, static)
     host = sum(host_bytes(model) for model in trained.values()) if plan.on_gpu else 0.0
@@ -210,26 +191,54 @@ def _frozen(part: ModelShape, plan: TrainingPlan) -> dict[str, float]:
     width = FP32 if plan.options.precision == "fp32" else 2
     reference = part.parameters() * plan.reference
     reward = (part.backbone_parameters() + part.hidden) * plan.reward_model
+    teacher = _teacher_part(plan)
+    held = 0 if teacher is None else teacher.parameters()
     shares = plan.shares if plan.plugin.sharded_forward else 1
     sizes = {"reference": width * reference / shares, "reward model": width * reward / shares}
+    sizes["teacher"] = float(width * held)  # whole in every process
+    if plan.method == "ilql":
+        sizes["targets of the heads"] = value_heads.target_bytes(part)
     if plan.offload_inference and plan.on_gpu:  # one of them is there at a time
         return {"frozen model in use": max(sizes.values())}
     return {name: size for name, size in sizes.items() if size}
+
+
+def _teacher_part(plan: TrainingPlan) -> ModelShape | None:
+    """What a process holds of the teacher: all, but for the shares of plugin 3d's ``--tp``."""
+    if plan.teacher is None:
+        return None
+    return plan.teacher.part_of(plan.options.tp if plan.plugin.hybrid else 1)
+
+
+def _teacher_states(plan: TrainingPlan) -> dict[str, float]:
+    """Its last hidden states of all micro-batches of a step, in fp32."""
+    if plan.teacher is None:
+        return {}
+    tokens = plan.step_tokens * plan.supervised
+    return {"teacher's states": FP32 * tokens * plan.teacher.hidden}
 
 
 def _moments_of_files(model: _Model, static: dict[str, float]) -> dict[str, dict[str, float]]:
     """In the memory of a host the weights are there twice while they are loaded (the mapped file
     and copies at aligned addresses, compat/cpu/malloc.py), and when they are saved (weights.py
     copies them all, under LoRA too)."""
-    weights = float(model.run.weight * model.total)
+    weights = model.weight_bytes
+    mapped = weights
+    if model.plan.quantize_base:  # of layers that are stored in few bits nothing stays mapped
+        shape = model.shape
+        mapped = float(model.run.weight * (shape.parameters() - shape.layers * _dense(shape)))
     return {
-        "loading": {"weights": weights, "mapped file": weights},
+        "loading": {
+            "weights": weights,
+            "mapped file": mapped,
+            "dequantized": 2 * model.dequantized,
+        },
         "saving": _joined(static, {"copies to save": weights}),
     }
 
 
 def static_bytes(model: _Model) -> dict[str, float]:
-    """Weights and optimizer states, which are there all the time: AdamW's two moments in fp32 (8
+    """Weights and optimizer states, which are there all the time: of AdamW two moments in fp32 (8
     bytes), and fp32 master weights (4) wherever the plugin keeps them, fp32 runs of zero2
     included."""
     plan = model.plan
@@ -237,13 +246,12 @@ def static_bytes(model: _Model) -> dict[str, float]:
     shares = plan.shares
     if row.sharded_forward:
         return _chunk_bytes(model)
-    states = float((8 if row.fp32_weights else 12) * model.trained)
     stage = plan.options.zero_stage
-    if row.hybrid and plan.options.precision == "fp32":
-        states = 8.0 * model.trained
+    no_masters = row.fp32_weights or (row.hybrid and plan.options.precision == "fp32")
+    states = model.moments + (0 if no_masters else FP32 * model.trained)
     states /= shares if row.shards_optimizer or stage else 1
     on_host = plan.on_gpu and (row.host_optimizer or plan.options.zero_cpu_offload)
-    parts = {"weights": model.run.weight * model.total, "optimizer": 0.0 if on_host else states}
+    parts = {"weights": model.weight_bytes, "optimizer": 0.0 if on_host else states}
     if row.upstream == "TorchDDPPlugin" and (shares > 1 or plan.on_gpu):
         parts["gradient buckets"] = model.run.weight * model.trained
     return parts
@@ -266,11 +274,22 @@ def _chunk_bytes(model: _Model) -> dict[str, float]:
 
 
 def host_bytes(model: _Model) -> float:
-    """Optimizer states that a plugin keeps in host memory."""
+    """Optimizer states that a plugin keeps in host memory, and the inputs of layers of
+    ``--offload_activations``."""
     row = model.plan.plugin
+    activations = _offloaded_bytes(model)
     if not (row.host_optimizer or model.plan.options.zero_cpu_offload):
+        return activations
+    return (model.moments + FP32 * model.trained) / model.plan.shares + activations
+
+
+def _offloaded_bytes(model: _Model) -> float:
+    """Inputs of checkpointed layers that are in host memory: all but two, of which one is copied
+    while the next layer runs."""
+    plan = model.plan
+    if not (plan.on_gpu and plan.options.offload_activations):
         return 0.0
-    return 12 * model.trained / model.plan.shares
+    return max(model.shape.layers - 2, 0) * plan.tokens * model.run.weight * model.shape.hidden
 
 
 def gradient_bytes(model: _Model) -> float:
@@ -279,7 +298,7 @@ def gradient_bytes(model: _Model) -> float:
     Gemini writes them over the gathered weights, unless gradients are accumulated."""
     plan = model.plan
     if plan.plugin.sharded_forward:
-        accumulates = plan.options.accumulation_steps > 1
+        accumulates = plan.options.accumulates
         return model.run.weight * model.trained / plan.shares * accumulates
     return model.run.weight * model.trained
 
@@ -294,10 +313,10 @@ def step_moments(model: _Model) -> dict[str, dict[str, float]]:
     layer = tokens * sum(saved_bytes(shape, run, keys).values()) + rounded_weights(shape, run)
     kept = tokens * run.weight * shape.hidden if plan.options.grad_checkpoint else layer
     recomputed = layer if plan.options.grad_checkpoint else 0.0
-    working = tokens * working_bytes(shape, run, keys)
+    working = tokens * working_bytes(shape, run, keys) + model.dequantized
     gradients = gradient_bytes(model)
-    earlier = gradients if plan.options.accumulation_steps > 1 else 0.0
-    all_kept = shape.layers * kept + tokens * 2 * FP32 * shape.hidden
+    earlier = gradients if plan.options.accumulates else 0.0
+    all_kept = (shape.layers * kept - _offloaded_bytes(model)) + tokens * 2 * FP32 * shape.hidden
     head = {} if model.scalar else head_bytes(model)
     own = head.pop("head gradient", 0.0)
     return {
@@ -330,15 +349,25 @@ def head_bytes(model: _Model) -> dict[str, float]:
     tokens = plan.tokens * plan.supervised
     states = 2 * run.compute * tokens * shape.hidden
     wide = FP32 if run.compute == FP32 else FP32 + 2 * run.compute
-    rows = min(tokens, HEAD_CHUNK / (FP32 * shape.vocabulary))
+    chunk = HEAD_CHUNK
+    if plan.method == "gkd":  # both log-softmaxes and a gradient, or the logits before it
+        wide = 3 * FP32
+        chunk //= 2
+    rows = min(tokens, chunk / (FP32 * shape.vocabulary))
     logits = wide * rows * shape.vocabulary
     if shape.caps_logits:
         logits += 4 * run.compute * plan.tokens * shape.vocabulary
-    parts = {"logits": logits, "head states": states}
+    parts = {"logits": logits, "head states": states} | _teacher_states(plan)
+    if plan.method == "ilql":
+        one_chunk = rows == tokens
+        parts |= value_heads.gradient_parts(
+            shape, tokens, logits, one_chunk, run.weight, run.compute
+        )
     if run.autocast:
         parts["rounded head"] = run.compute * shape.embedding_parameters()
-    if run.trained:
-        parts["head gradient"] = run.weight * shape.embedding_parameters()
+    gradient = shape.embedding_parameters() * run.trained + model.values
+    if gradient:
+        parts["head gradient"] = float(run.weight * gradient)
     return parts
 
 
@@ -358,18 +387,22 @@ def _end_of_backward(model: _Model) -> float:
 def _step_bytes(model: _Model) -> float:
     """LowLevelZero makes fp32 copies of this process's gradients for its master weights, and one in
     fp64 of the largest for the norm. Gemini's Adam, where its kernel is not compiled, makes four
-    fp32 tensors for one parameter at a time; the other optimizers work in place."""
+    fp32 tensors for one parameter at a time; AdamW works in place elsewhere, other optimizers as
+    their rows say."""
     plan = model.plan
     if plan.plugin.own_adam and not plan.on_gpu:
         part = max(
             chunk.used_by_first(plan.shares) for chunk in chunks(model.shape.parameter_sizes())
         )
         return 4.0 * FP32 * min(model.largest, part)
+    optim = OPTIMIZERS[plan.optim]
+    each = optim.step_bytes if plan.on_gpu else optim.cpu_step_bytes
+    own = each * (model.largest_matrix if optim.whole else model.largest)
     if plan.plugin.upstream != "LowLevelZeroPlugin":
-        return 0.0
+        return own
     on_host = plan.on_gpu and plan.plugin.host_optimizer
     copies = 0.0 if model.run.weight == FP32 or on_host else FP32 * model.trained / plan.shares
-    return copies + 2 * FP32 * model.largest / plan.shares
+    return copies + max(2 * FP32 * model.largest, own) / plan.shares
 
 
 def _gather_bytes(model: _Model) -> float:
@@ -388,14 +421,14 @@ def forward_bytes(model: _Model) -> dict[str, float]:
     plan = model.plan
     shape = model.shape
     run = model.run
-    rows = plan.forward_rows or plan.rows
-    tokens = rows * plan.length
+    tokens = plan.rows_without_gradient * plan.length
     widest = 3 * run.compute * shape.inner * max(shape.experts_per_token, 1)
     scores = 3 * FP32 * shape.heads * plan.length if run.attention == "eager" else 0
     chunk = FP32 if run.compute == FP32 else FP32 + 2 * run.compute
     logits = chunk * min(tokens, HEAD_CHUNK / (FP32 * shape.vocabulary)) * shape.vocabulary
     return {
-        "working memory": tokens * (3 * run.weight * shape.hidden + max(widest, scores)),
+        "working memory": tokens * (3 * run.weight * shape.hidden + max(widest, scores))
+        + model.dequantized,
         "logits": logits,
         "rounded weights": shape.layers * rounded_weights(shape, run),
     }
@@ -404,19 +437,24 @@ def forward_bytes(model: _Model) -> dict[str, float]:
 def rollout_bytes(model: _Model) -> dict[str, float]:
     """Keys and values of all layers for every response, with the room they grow by; the logits of a
     token in fp32 and their copies for sampling; weights as autocast rounds them, and as a CPU packs
-    them for few rows (models/generation/mkl_prepack.py)."""
+    them for few rows (models/generation/prepacked_linear.py)."""
     plan = model.plan
     shape = model.shape
     run = model.run
     columns = plan.length + CACHE_COLUMNS
     cache = 2 * run.compute * shape.key * shape.layers * plan.rollout_rows * columns
-    packs = not (plan.on_gpu or plan.lora_rank or run.compute < FP32) and plan.rollout_rows > 2
+    packs = not (plan.on_gpu or plan.lora_rank or run.compute < FP32) and plan.rollout_rows > 0
     return {
         "key-value cache": cache,
         "packed weights": float(FP32 * packs * _plain_weights(shape)),
         "logits": 4 * FP32 * plan.rollout_rows * shape.vocabulary,
         "rounded weights": shape.layers * rounded_weights(shape, run),
     }
+
+
+def _dense(shape: ModelShape) -> int:
+    """Weights of the linear layers of one layer, experts and router left out."""
+    return sum(rows * columns for rows, columns in shape.linear_layers().values())
 
 
 def _plain_weights(shape: ModelShape) -> int:

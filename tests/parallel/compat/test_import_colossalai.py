@@ -39,3 +39,47 @@ def test_only_listed_warnings_are_held_back():
         warnings.warn("Please install apex from source, says ColossalAI", UserWarning, stacklevel=1)
         warnings.warn("Please install apes", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["Please install apes"]
+
+
+WITHOUT_BITSANDBYTES = """
+import importlib.util
+import sys
+
+assert "bitsandbytes" not in sys.modules
+
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] == "bitsandbytes"
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+from coati.parallel.compat.import_colossalai import import_colossalai
+
+import_colossalai()
+import peft
+import transformers
+
+assert not [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]
+assert importlib.util.find_spec("bitsandbytes") is None
+from colossalai.nn.optimizer import GaLoreAdamW8bit, HybridAdam
+
+try:
+    GaLoreAdamW8bit([], lr=1.0)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_colossalai_imports_where_bitsandbytes_is_not_installed():
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-c", WITHOUT_BITSANDBYTES]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "this optimizer needs bitsandbytes, which is not installed\n", ran.stderr

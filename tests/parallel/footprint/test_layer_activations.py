@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from coati.models.fused_layers import fuse_layers, original_layers
 from coati.models.lora.lora import LoraConfig, apply_lora
 from coati.models.padding_free import PaddingFree
 from coati.parallel.footprint.layer_activations import (
@@ -124,11 +125,11 @@ KEPT = (
 )
 
 
-def kept_by_backward(model, padding_free: bool, autocast: bool) -> int:
+def kept_by_backward(model, run: LayerRun) -> int:
     """Bytes of the tensors that autograd saves in the backbone, parameters left out."""
     ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 300
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs = PaddingFree(2**62).unpad(batch).inputs if padding_free else batch
+    inputs = PaddingFree(2**62).unpad(batch).inputs if run.padding_free else batch
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found = {}
 
@@ -139,8 +140,11 @@ def kept_by_backward(model, padding_free: bool, autocast: bool) -> int:
         return tensor
 
     backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).model
-    rounding = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), rounding:
+    rounding = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
+    if run.fused:
+        fuse_layers(backbone)
+    layers = nullcontext() if run.fused else original_layers()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), rounding, layers:
         backbone(**inputs, use_cache=False)
     return sum(size for size, _ in found.values())
 
@@ -153,12 +157,14 @@ def measured_layer(family: str, run: LayerRun) -> float:
         model = wide_model(family, layers, run.attention)
         if run.lora_rank:
             model = apply_lora(model, LoraConfig(r=run.lora_rank, linear_lora_dropout=0.0))
-        totals.append(kept_by_backward(model.to(dtype).train(), run.padding_free, run.autocast))
+        totals.append(kept_by_backward(model.to(dtype).train(), run))
     return (totals[1] - totals[0]) / (ROWS * LENGTH)
 
 
 RUNS = {
     "fp32": LayerRun(),
+    "fused": LayerRun(fused=True),
+    "fused LoRA": LayerRun(trained=False, lora_rank=RANK, fused=True),
     "bf16": LayerRun(2, 2),
     "autocast": LayerRun(4, 2),
     "LoRA": LayerRun(trained=False, lora_rank=RANK),

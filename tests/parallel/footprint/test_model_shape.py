@@ -76,7 +76,7 @@ def test_a_directory_and_short_names_are_read(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"Qwen4: expected a directory with config.json or one of"):
         load_shape("Qwen4")
-    with pytest.raises(ValueError, match="no memory formula for model family 'mamba2'"):
+    with pytest.raises(ValueError, match="no formula for model family 'mamba2'"):
         ModelShape.of({"model_type": "mamba2"})
     with pytest.raises(ValueError, match="configuration of a llama model has no 'vocab_size'"):
         ModelShape.of({name: value for name, value in LLAMA.items() if name != "vocab_size"})

@@ -10,7 +10,8 @@ import pytest
 
 from coati.parallel.footprint.layer_activations import saved_bytes
 from coati.parallel.footprint.model_shape import ModelShape, load_shape
-from coati.parallel.footprint.training_memory import HEAD_CHUNK, TrainingPlan, estimate
+from coati.parallel.footprint.training_memory import HEAD_CHUNK, estimate
+from coati.parallel.footprint.training_plan import TrainingPlan
 from coati.parallel.options import ParallelOptions
 from tests.parallel.footprint import measured_step
 
@@ -124,6 +125,46 @@ def test_each_method_holds_its_models():
     assert offloaded.parts["frozen model in use"] == 2 * critic  # one at a time
 
 
+def test_states_of_each_optimizer():
+    """The tied embedding apart from the rest; fp32 master weights under zero2 besides."""
+    rest = N - EMBEDDING
+    expected = {
+        "adamw": 8 * N,
+        "adamw8bit": (2 + 8 / 256) * rest + 8 * EMBEDDING,
+        "adafactor": 0,
+        "muon": 4 * rest + 8 * EMBEDDING,
+        "lion": 4 * N,
+    }
+    for name, size in expected.items():
+        assert at("optimizer step", optim=name)["optimizer"] == size, name
+    half = at("optimizer step", BF16, optim="lion", processes=2)
+    assert half["optimizer"] == (4 + 4) * N / 2
+    adapters = SHAPE.adapter_parameters(8)
+    assert at("optimizer step", optim="muon", **LORA)["optimizer"] == 4 * adapters
+    untied = replace(SHAPE, tied=False)
+    states = estimate(untied, plan(optim="muon")).moments["optimizer step"]["optimizer"]
+    assert states == 4 * rest + 2 * 8 * EMBEDDING
+    # What a step makes: of the largest hidden matrix, or of any; on a GPU kernels work in place.
+    assert at("optimizer step", optim="muon")["working memory"] == 12 * 64 * 128
+    assert at("optimizer step", optim="lion")["working memory"] == 12 * EMBEDDING
+    assert at("optimizer step", optim="lion", on_gpu=True)["working memory"] == 0
+
+
+def test_inputs_of_layers_in_host_memory():
+    """All but two of them, of a model of 3 layers; nothing on a CPU, or without recomputation."""
+    again = replace(BF16, grad_checkpoint=True)
+    away = replace(again, offload_activations=True)
+    kept = estimate(SHAPE, plan(again, on_gpu=True))
+    moved = estimate(SHAPE, plan(away, on_gpu=True))
+    layer = 4 * 128 * 2 * 64
+    name = "backward of the head"
+    difference = kept.moments[name]["activations"] - moved.moments[name]["activations"]
+    assert difference == layer and (kept.host, moved.host) == (0, layer)
+    deep = replace(SHAPE, layers=20)
+    assert estimate(deep, plan(away, on_gpu=True)).host == 18 * layer
+    assert estimate(SHAPE, plan(away)) == estimate(SHAPE, plan(again))
+
+
 # What must grow or shrink
 
 
@@ -176,6 +217,23 @@ def test_accumulated_gradients_are_there_before_the_next_backward():
     head = "backward of the head"
     assert moments[1][head]["gradients"] - moments[0][head]["gradients"] == 4 * N
     assert moments[0]["optimizer step"] == moments[1]["optimizer step"]
+
+
+def test_a_budget_of_tokens_stands_for_a_number_of_rows():
+    """Rows of 128: 300 tokens are 2 of them, 100 are the one that must be; of pairs 2 rows; a step
+    has no more than it has."""
+    budget = replace(FP32, accumulation_steps=2)
+
+    def same(tokens: int, rows: int, **changes) -> bool:
+        cut = plan(replace(budget, tokens_per_batch=tokens), **changes)
+        size = rows // 2 if changes else rows
+        expected = estimate(SHAPE, plan(budget, **changes | {"batch_size": size})).moments
+        return cut.rows == rows and estimate(SHAPE, cut).moments == expected
+
+    assert same(300, 2) and same(100, 1) and same(127 * 8, 7) and same(10**6, 8)
+    assert same(300, 2, method="dpo") and same(700, 4, method="dpo")
+    alone = plan(replace(FP32, tokens_per_batch=300)).options
+    assert alone.accumulates and not FP32.accumulates
 
 
 # Beside a real step

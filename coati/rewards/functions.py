@@ -33,21 +33,21 @@ def gsm8k_reward_fn(response: str, gt_answer: str, tags: dict | None = None) -> 
     With ``tags`` (response_format_tags) well formed means their structure, and the answer stands in
     the answer tags; without, the answer is the number that the response ends on.
     """
-    answer = _answer(response, tags)
+    answer = stated_answer(response, tags)
     number = None if answer is None else whole_number(answer)
     if number is None:
         return 0.0
-    return RIGHT if number == whole_number(_truth(gt_answer)) else WELL_FORMED
+    return RIGHT if number == whole_number(true_answer(gt_answer)) else WELL_FORMED
 
 
 @register("math_competition")
 def math_competition_reward_fn(response: str, gt_answer: str, tags: dict | None = None) -> float:
     """10 for an answer equal to ``gt_answer`` (:func:`~coati.rewards.answers.same_answer`), 1 for
     another one that is well formed as for :func:`gsm8k_reward_fn`, else 0."""
-    answer = _answer(response, tags)
+    answer = stated_answer(response, tags)
     if not answer:
         return 0.0
-    return RIGHT if same_answer(answer, _truth(gt_answer)) else WELL_FORMED
+    return RIGHT if same_answer(answer, true_answer(gt_answer)) else WELL_FORMED
 
 
 @register("format")
@@ -62,7 +62,9 @@ def length_reward_fn(length: int, max_new_tokens: int) -> float:
     return -length / max_new_tokens
 
 
-def _answer(response: str, tags: dict | None) -> str | None:
+def stated_answer(response: str, tags: dict | None = None) -> str | None:
+    """What a response says is the answer: the content of the answer tags of a well-formed one, or
+    without ``tags`` what it ends on; None where it says none."""
     if tags is None:
         # With the usual tags where the model writes them anyway.
         solution = extract_solution(response)
@@ -72,7 +74,7 @@ def _answer(response: str, tags: dict | None) -> str | None:
     return extract_solution(response, tags)
 
 
-def _truth(gt_answer: str) -> str:
+def true_answer(gt_answer: str) -> str:
     """The ground truth; of a worked solution, as GSM8K has them, what follows its "####"."""
     return str(gt_answer).rpartition("####")[2].strip()
 

@@ -20,7 +20,8 @@ class Reward:
     ``about``: what it rewards. ``scale``: its possible values. ``gt_answer``: whether it needs each
     row's ground truth. ``tags``: whether it needs the template's response_format_tags.
     ``beside``: whether it takes long, and so is computed while the next responses are sampled
-    (:mod:`coati.rewards.sources`).
+    (:mod:`coati.rewards.sources`). ``right``: what a right response gets, of a function that
+    compares with the ground truth.
     """
 
     about: str
@@ -28,6 +29,7 @@ class Reward:
     gt_answer: bool = False
     tags: bool = False
     beside: bool = False
+    right: float | None = None
 
 
 REWARDS: dict[str, Reward] = {
@@ -35,11 +37,13 @@ REWARDS: dict[str, Reward] = {
         "a whole number as the final answer",
         "10 right, 1 well formed, 0 else",
         gt_answer=True,
+        right=10.0,
     ),
     "math_competition": Reward(
         "any mathematical final answer",
         "10 right, 1 well formed, 0 else",
         gt_answer=True,
+        right=10.0,
     ),
     "format": Reward(
         "thoughts and answer in the template's tags, in their order",
@@ -55,10 +59,17 @@ REWARDS: dict[str, Reward] = {
         "the share of the tests that pass",
         gt_answer=True,
         beside=True,
+        right=1.0,
     ),
     "judge": Reward(
         "whatever the prompt of --judge_prompt asks a model of --judge_url to judge",
         "the score in its verdict",
+        beside=True,
+    ),
+    "pairwise_judge": Reward(
+        "responses that a model of --judge_url finds better than the others to the same prompt, "
+        "each two shown in both orders",
+        "the share of these comparisons that the response wins",
         beside=True,
     ),
 }

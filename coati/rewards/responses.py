@@ -1,6 +1,6 @@
 """What a reward function gets to see of a batch."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,9 @@ class Responses:
         stopped: whether a response ended by itself.
         max_new_tokens: the room that each response had.
         tags: response_format_tags of the conversation template.
+        sources: where each row comes from; None where the run does not ask.
+        num_generations: so many responses to each prompt lie together.
+        numbers: which responses of a larger batch these are, for messages.
 
     Raises:
         ValueError: for lists of different length.
@@ -27,11 +30,16 @@ class Responses:
     stopped: list[bool] = field(default_factory=list)
     max_new_tokens: int | None = None
     tags: dict | None = None
+    sources: list[str | None] | None = None
+    num_generations: int = 1
+    numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, filling in (("gt_answers", None), ("lengths", 0), ("stopped", True)):
             if not getattr(self, name):
                 object.__setattr__(self, name, [filling] * len(self.responses))
+        if not self.numbers:
+            object.__setattr__(self, "numbers", tuple(range(len(self.responses))))
         counts = {name: len(values) for name, values in self.columns().items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"a batch of responses needs as many of each: {counts}")
@@ -49,5 +57,9 @@ class Responses:
 
     def row(self, index: int) -> "Responses":
         """A batch of this one response."""
-        rows = {name: [values[index]] for name, values in self.columns().items()}
-        return Responses(**rows, max_new_tokens=self.max_new_tokens, tags=self.tags)
+        return replace(self.select([index]), num_generations=1)
+
+    def select(self, index: list[int]) -> "Responses":
+        """A batch of these responses, whole groups of them where there are groups."""
+        rows = {name: [values[i] for i in index] for name, values in self.columns().items()}
+        return replace(self, **rows, numbers=tuple(self.numbers[i] for i in index))

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from coati.rewards.background import in_background
 from coati.rewards.failures import Rejected, RowFailed, Unreachable
+from coati.rewards.ray_tasks import can_be_a_task, task_function
 from coati.rewards.registry import (
     DEFAULT_TIMEOUT,
     GIVEN,
@@ -20,7 +21,7 @@ from coati.rewards.registry import (
     is_url,
 )
 from coati.rewards.responses import Responses
-from coati.rewards.reward_options import DEFAULT, RewardOptions
+from coati.rewards.reward_options import DEFAULT, JUDGES, RewardOptions
 from coati.rewards.sources import function_of
 from coati.rewards.tags import check_tags
 from coati.rewards.time_limit import Overrun
@@ -89,7 +90,7 @@ class Rewards:
         self.timeout = timeout
         self.needs_gt_answer = any(_needs_gt_answer(name, options) for name in resolved)
         self.weights = dict(zip(_labels(resolved), weights or [1.0] * len(resolved), strict=True))
-        functions = [function_of(name, given or {}, timeout, options) for name in resolved]
+        functions = [_function(name, given or {}, timeout, options) for name in resolved]
         self._functions = dict(zip(self.weights, functions, strict=True))
 
     @property
@@ -155,9 +156,18 @@ class Rewards:
         return _checked(label, result, batch)
 
 
+def _function(
+    name: str, given: Mapping[str, Callable], timeout: float | None, options: RewardOptions
+) -> UserFunction:
+    if options.ray_address is not None and can_be_a_task(name):
+        return task_function(name, timeout, options)
+    return function_of(name, given, timeout, options)
+
+
 def _needs_gt_answer(name: str, options: RewardOptions) -> bool:
-    if name == "judge" and options.judge is not None:
-        return "gt_answer" in options.judge.places
+    if name in JUDGES:
+        judge = options.judge if name == "judge" else options.pairwise_judge
+        return judge is not None and "gt_answer" in judge.places
     return name in REWARDS and REWARDS[name].gt_answer
 
 
@@ -191,8 +201,8 @@ def _sample(batch: Responses, row: int) -> str:
     prompt = _SHORT.repr(batch.prompts[row])
     response = _SHORT.repr(batch.responses[row])
     return (
-        f"response {row} of the batch: prompt {prompt}, response {response}, gt_answer "
-        f"{batch.gt_answers[row]!r}"
+        f"response {batch.numbers[row]} of the batch: prompt {prompt}, response {response}, "
+        f"gt_answer {batch.gt_answers[row]!r}"
     )
 
 

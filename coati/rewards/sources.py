@@ -8,7 +8,7 @@ from coati.rewards.failures import Rejected, RowFailed, Unreachable
 from coati.rewards.functions import per_row
 from coati.rewards.registry import REWARDS, is_file, is_given, is_url
 from coati.rewards.responses import Responses
-from coati.rewards.reward_options import RewardOptions
+from coati.rewards.reward_options import JUDGES, PairJudgeOptions, RewardOptions
 from coati.rewards.time_limit import time_limit
 from coati.rewards.user_function import UserFunction, called_with_keywords, load_function
 from coati.utils.environment import cpus
@@ -29,8 +29,8 @@ def function_of(
     if is_given(name):
         if name not in given:
             raise ValueError(
-                f"reward {name} is a Python function that the caller of coati.grpo or coati.ppo "
-                "passes; here name a function of a file, path.py:function"
+                f"reward {name} is a Python function that the caller of coati.grpo, coati.ppo or "
+                "coati.online_dpo passes; here name a function of a file, path.py:function"
             )
         return called_with_keywords(name, given[name], options.concurrency)
     if REWARDS[name].beside:
@@ -47,16 +47,20 @@ def _slow(
     name: str, timeout: float | None, options: RewardOptions
 ) -> Callable[[Responses, float | None], list[float]]:
     """The registered rewards that take their time, each with limits of its own."""
-    if name == "judge":
-        from coati.rewards.judge import judge_reward
+    if name in JUDGES:
+        from coati.rewards.judge import judge_reward, pair_judge_reward
 
-        if options.judge is None:
+        one = options.judge if name == "judge" else options.pairwise_judge
+        if one is None:
             raise ValueError(
-                "reward judge: name an OpenAI-compatible server with --judge_url, and its model "
+                f"reward {name}: name an OpenAI-compatible server with --judge_url, and its model "
                 "with --judge_model"
             )
-        judge = judge_reward(options.judge, timeout, options.concurrency)
-        return _naming(without_credentials(options.judge.url), lambda batch, limit: judge(batch))
+        if isinstance(one, PairJudgeOptions):
+            judge = pair_judge_reward(one, timeout, options.concurrency)
+        else:
+            judge = judge_reward(one, timeout, options.concurrency)
+        return _naming(without_credentials(one.url), lambda batch, limit: judge(batch))
     from coati.rewards.code_tests import code_reward
     from coati.rewards.sandbox.sandbox import MIB, Limits
 

@@ -7,12 +7,14 @@ def optimizer_steps_per_pass(
     train_batch_size: int,
     accumulation_steps: int,
     num_generations: int = 1,
+    what: str = "responses",
 ) -> int:
     """Optimizer steps k in which one pass trains on an episode's responses: num_collect_steps x
     experience_batch_size (x num_generations) = k x train_batch_size x accumulation_steps.
 
     Both sides count for one process; those of a tensor-parallel group share their prompts and count
-    as one. Raises ValueError, with the nearest settings that fit, where k is not an integer.
+    as one. ``what``: what is collected, in messages. Raises ValueError, with the nearest settings
+    that fit, where k is not an integer.
     """
     given = {
         "--num_collect_steps": num_collect_steps,
@@ -31,7 +33,7 @@ def optimizer_steps_per_pass(
     generations = f" x --num_generations {num_generations}" if num_generations > 1 else ""
     raise ValueError(
         f"an episode collects --num_collect_steps {num_collect_steps} x --experience_batch_size "
-        f"{experience_batch_size}{generations} = {collected} responses per process, not a "
+        f"{experience_batch_size}{generations} = {collected} {what} per process, not a "
         f"multiple of the {global_batch} that one optimizer step takes (--train_batch_size "
         f"{train_batch_size} x --accumulation_steps {accumulation_steps}); "
         f"{_remedy(given, collected, global_batch)} would fit"

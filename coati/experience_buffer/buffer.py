@@ -8,6 +8,7 @@ its rows, and together the ranks' shares hold the same rows as one process's wou
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ class NaiveExperienceBuffer:
         sample_batch_size: rows of a micro-batch.
         limit: the newest rows that are kept; 0: all.
         cpu_offload: whether rows wait in system memory.
+
+    :attr:`by_prompt`: rows of one prompt are neighbors in a global batch, for models whose rows
+    share it (:meth:`Engine.shares_prefixes <coati.parallel.engine.Engine.shares_prefixes>`).
     """
 
     def __init__(self, sample_batch_size: int, limit: int = 0, cpu_offload: bool = True) -> None:
@@ -46,6 +50,7 @@ class NaiveExperienceBuffer:
         self.sample_batch_size = sample_batch_size
         self.limit = limit
         self.cpu_offload = cpu_offload
+        self.by_prompt = False
         self.items: list[BufferItem] = []
 
     def __len__(self) -> int:
@@ -55,7 +60,7 @@ class NaiveExperienceBuffer:
         """Add the rows of ``experience``; beyond the limit the oldest are dropped, with a
         warning."""
         experience = experience.to_device("cpu") if self.cpu_offload else experience
-        self.items += split_experience_batch(experience)
+        self.items += self._split(experience)
         if self.limit and len(self.items) > self.limit:
             logger.warning_once(
                 f"the buffer holds {self.limit} responses: the oldest of {len(self.items)} are "
@@ -72,21 +77,42 @@ class NaiveExperienceBuffer:
         """This rank's share of the ``count`` global batches of update pass ``update``, from number
         ``start`` on: each a list of micro-batches, padded to their own longest rows.
 
-        Inside a global batch rows are sorted by length, so that micro-batches hold little padding.
+        Inside a global batch rows are sorted by length, so that micro-batches hold little padding;
+        with :attr:`by_prompt` those of one prompt stay together.
         Raises ValueError when the rows cannot be divided into ``count`` equal global batches.
         """
         size = self.sample_batch_size
         for rows in self._order(count, seed, episode, update)[start:]:
-            rows = sorted(rows, key=self._length_and_index)
+            rows = self._sorted(rows)
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
             yield [make_experience_batch([self.items[row] for row in batch]) for batch in batches]
 
+    def _split(self, experience: Experience) -> list[BufferItem]:
+        return split_experience_batch(experience)
+
+    def _index_of(self, item: BufferItem) -> int:
+        return int(item.sample_index)
+
     def _length_and_index(self, row: int) -> tuple[int, int]:
-        return int(self.items[row].lengths()), int(self.items[row].sample_index)
+        return int(self.items[row].lengths().max()), self._index_of(self.items[row])
+
+    def _sorted(self, rows: list[int]) -> list[int]:
+        rows = sorted(rows, key=self._length_and_index)
+        if not self.by_prompt:
+            return rows
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            groups.setdefault(self._prompt(row), []).append(row)
+        return list(chain.from_iterable(groups.values()))
+
+    def _prompt(self, row: int) -> tuple[int, ...]:
+        item = self.items[row]
+        columns = slice(item.prompt_width)
+        return tuple(item.sequences[0, columns][item.attention_mask[0, columns].bool()].tolist())
 
     def _order(self, count: int, seed: int, episode: int, update: int) -> list[list[int]]:
         """Positions in :attr:`items` of each global batch."""
-        indices = [int(item.sample_index) for item in self.items]
+        indices = [self._index_of(item) for item in self.items]
         # Dropped rows leave gaps, so the remaining ones are renumbered in their order
         if self.limit:
             numbers = {index: number for number, index in enumerate(sorted(indices))}
@@ -117,4 +143,4 @@ class NaiveExperienceBuffer:
         """Restore what :meth:`state_dict` gave; the global batches are then bitwise the same."""
         if "rows" in state:  # the name of sample_index in older checkpoints
             state = {("sample_index" if name == "rows" else name): state[name] for name in state}
-        self.items = split_experience_batch(Experience(**state)) if state else []
+        self.items = self._split(Experience(**state)) if state else []

@@ -72,6 +72,11 @@ def token_rewards(
     ``kl`` (B, A) as :func:`kl_per_token` gives it, ``scores`` (B,). ``at`` "every_token" adds the
     score to every action. A response without actions has no reward. Raises ValueError for another
     ``at``.
+
+    Of responses of older weights the KL is as it is, without an importance weight of its own: it is
+    part of the reward, whose whole term in the policy's loss is weighted
+    (:mod:`~coati.models.rollout_correction`); verl and OpenRLHF do the same. What is logged, and
+    what a KL target compares with, are weighted, since they estimate the policy's KL.
     """
     if at not in REWARD_PLACES:
         raise ValueError(

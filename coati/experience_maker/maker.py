@@ -22,6 +22,7 @@ from coati.experience_maker.rollout_batch import (
     timed,
 )
 from coati.experience_maker.rollouts.dialogue_rollout import EnvironmentRollout, dialogues_of
+from coati.experience_maker.rollouts.judged_groups import REWARD, judged_groups
 from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts
 from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.running_moments import RunningNormalization
@@ -33,6 +34,7 @@ from coati.models.generation.row_noise import NoiseRows
 from coati.models.policy_loss import explained_variance, kl_per_token
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
+from coati.parallel.step_work import StepClock
 from coati.parallel.weights import published_weights
 from coati.rewards.responses import Responses
 from coati.utils.distributed import raise_together
@@ -51,9 +53,13 @@ class NaiveExperienceMaker:
         kl: the coefficient of the KL penalty; by default 0.
         environment: what responds to the policy; None: each sample is one response.
 
+    ``compares_pairs``: a subclass makes pairs, which take neither a critic nor a group method.
+
     Raises:
         ValueError: for a critic with a group method, and for neither.
     """
+
+    compares_pairs = False
 
     def __init__(
         self,
@@ -68,7 +74,7 @@ class NaiveExperienceMaker:
         kl: KLController | None = None,
         environment: EnvironmentRollout | None = None,
     ) -> None:
-        if (critic is None) != (settings.method is not None):
+        if not self.compares_pairs and (critic is None) != (settings.method is not None):
             raise ValueError(
                 "PPO takes a critic and no group method; a group method takes no critic"
             )
@@ -83,13 +89,21 @@ class NaiveExperienceMaker:
         self.environment = environment
         self.normalization = RunningNormalization()
         self.method = None if settings.method is None else GROUP_METHODS[settings.method]
+        self.clock = StepClock(actor.device)  # of what scoring is made of
         self._reduce_sum = sum_over(actor)
         self._version = 0  # of the policy as it is now
+
+    def engines(self) -> list[Engine]:
+        """Of the models beside the actor whose passes are part of an episode."""
+        scorer = self.scorer.model if isinstance(self.scorer, Scorer) else None
+        models = (self.critic, self.reference, scorer)
+        return [model.engine for model in models if model is not None]
 
     def publish(self, version: int) -> None:
         """Sample with the policy as it is now, which has ``version`` optimizer steps behind it.
         Every rank must call it."""
-        self.rollout.publish(version, published_weights(self.actor))
+        with self.clock.timed("publish"):
+            self.rollout.publish(version, published_weights(self.actor))
         self._version = version
 
     def ask(
@@ -110,6 +124,8 @@ class NaiveExperienceMaker:
         the same number of prompts.
         """
         count = num_generations or self.settings.num_generations
+        if self.settings.offline_groups and num_generations is None:
+            return self._judged(prompts, list(sample_index), temperature)
         if self.environment is not None:
             return self._ask_environment(
                 self.environment, prompts, list(sample_index), count, episode, temperature
@@ -117,7 +133,7 @@ class NaiveExperienceMaker:
         ids = prompts["input_ids"].repeat_interleave(count, 0).to(self.actor.device)
         mask = prompts["attention_mask"].repeat_interleave(count, 0).to(self.actor.device)
         pending = PendingRollouts(prompts, list(sample_index), count, temperature, [])
-        size = self.settings.rollout_batch_size or len(ids)
+        size = self._rows_of_an_ask(len(ids))
         noise = NoiseRows(self.settings.seed, episode, pending.sample_index)
         seconds: dict[str, float] = {}
         with timed(seconds, "rollout"):
@@ -128,6 +144,35 @@ class NaiveExperienceMaker:
                 )
                 pending.parts.append(part)
         return replace(pending, seconds=seconds["rollout"])
+
+    def _rows_of_an_ask(self, rows: int) -> int:
+        """Of ``rows`` in all: all of them of an engine that replaces rows as they end."""
+        size = self.settings.rollout_batch_size or rows
+        if not getattr(self.rollout, "replaces_rows", False):
+            return size
+        self.rollout.rows_at_once = size
+        return rows
+
+    def _judged(
+        self, prompts: dict[str, Any], sample_index: list[int], temperature: float
+    ) -> PendingRollouts:
+        """The responses that the rows bring: there is nothing to wait for."""
+        settings = self.settings
+        count = settings.num_generations
+        stops = settings.stop_sequences
+        found = judged_groups(prompts, count, stops, settings.max_new_tokens)
+        device = self.actor.device
+        known = found.of_environment or {}
+        found = replace(
+            found,
+            sequences=found.sequences.to(device),
+            lengths=found.lengths.to(device),
+            stopped=found.stopped.to(device),
+            of_environment={name: values.to(device) for name, values in known.items()},
+        )
+        answer: Future[Generated] = Future()
+        answer.set_result(found)
+        return PendingRollouts(prompts, sample_index, count, temperature, [answer])
 
     def _ask_environment(
         self,
@@ -192,7 +237,8 @@ class NaiveExperienceMaker:
         with timed(batch.seconds, "scoring"):
             if self.critic is not None:
                 experience = batch.experience
-                values = state_values(self.critic, experience, self.settings.forward_batch_size)
+                with self.clock.timed("values"):
+                    values = state_values(self.critic, experience, self.settings.forward_batch_size)
                 batch.experience = replace(experience, values=values)
                 batch.samples["value"] = values[experience.action_mask]
             self._add_advantages(batch)
@@ -215,11 +261,13 @@ class NaiveExperienceMaker:
     def _finish(self, batch: RolloutBatch) -> RolloutBatch:
         with timed(batch.seconds, "scoring"):
             finish = batch.scores or begin_scores(self.scorer, batch.responses)
-            scores, batch.reward_parts = finish(batch.experience)
+            with self.clock.timed("reward"):
+                scores, batch.reward_parts = finish(batch.experience)
             batch.scores = None
             if batch.of_environment is not None:
-                batch.reward_parts["environment"] = batch.of_environment["reward"].cpu()
-                scores = scores + batch.reward_parts["environment"]
+                name = REWARD if self.settings.offline_groups else "environment"
+                batch.reward_parts[name] = batch.of_environment["reward"].cpu()
+                scores = scores + batch.reward_parts[name]
             experience = replace(batch.experience, reward=scores.to(batch.experience.reward))
             batch.experience = self._add_reference_kl(experience)
         batch.samples = response_metrics(batch, self._version)
@@ -263,7 +311,10 @@ class NaiveExperienceMaker:
         experience = self._experience_of(generated, mask, pending.sample_index)
         truths = prompts.get("gt_answer") or [None] * len(prompts["input_ids"])
         truths = [truth for truth in truths for _ in range(count)]
-        responses = self._texts(generated, ids, mask, truths)
+        responses = replace(self._texts(generated, ids, mask, truths), num_generations=count)
+        if (sources := prompts.get("source")) is not None:
+            repeated = [source for source in sources for _ in range(count)]
+            responses = replace(responses, sources=repeated)
         known = generated.of_environment
         if known is not None:
             known = {name: values for name, values in known.items() if name != "last_start"}
@@ -335,7 +386,8 @@ class NaiveExperienceMaker:
         if self.reference is None:
             return replace(experience, kl=torch.zeros_like(experience.action_log_probs))
         settings = self.settings
-        logps = action_logprobs(self.reference, experience, settings.forward_batch_size)
+        with self.clock.timed("reference"):
+            logps = action_logprobs(self.reference, experience, settings.forward_batch_size)
         mask = experience.action_mask
         kl = kl_per_token(experience.action_log_probs, logps, mask, settings.kl_estimator)
         return replace(

@@ -16,6 +16,7 @@ from coati.models.logprobs import IGNORE_INDEX, right_pad_order
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.parallel.objective import Batch
+from coati.parallel.token_budget import Cuts, restored
 
 
 def policy_batch(experience: Experience) -> Batch:
@@ -72,44 +73,53 @@ def _unchanged(outputs: Tensor, batch: Batch) -> Tensor:
 def action_logprobs(
     model: InferenceModel, experience: Experience, batch_size: int | None = None
 ) -> Tensor:
-    """(B, A) log-probs of the actions under ``model``, ``batch_size`` rows at a time, 0 where
-    masked."""
+    """(B, A) log-probs of the actions under ``model``, 0 where masked. ``batch_size``: a forward
+    takes as many tokens as so many of the longest rows have."""
     with model.on_device():
-        found = [
-            model.forward_only(policy_batch(part), _unchanged)
-            for part in _parts(experience, batch_size)
-        ]
-    return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
+        return _at_actions(model, experience, batch_size, policy_batch, _unchanged)
 
 
 def state_values(
     critic: InferenceModel, experience: Experience, batch_size: int | None = None
 ) -> Tensor:
-    """(B, A) values of the states before the actions, 0 where masked."""
-    found = [
-        critic.forward_only(critic_batch(part), values_at)
-        for part in _parts(experience, batch_size)
-    ]
-    return to_actions(torch.cat(found), experience.action_mask.to(found[0].device))
+    """(B, A) values of the states before the actions, 0 where masked; ``batch_size`` as of
+    :func:`action_logprobs`."""
+    return _at_actions(critic, experience, batch_size, critic_batch, values_at)
 
 
 def scores(
     reward_model: InferenceModel, experience: Experience, batch_size: int | None = None
 ) -> Tensor:
-    """(B,) scores of the whole rows."""
+    """(B,) scores of the whole rows; ``batch_size`` as of :func:`action_logprobs`."""
+    cuts = _cuts(reward_model, experience, batch_size)
     with reward_model.on_device():
-        return torch.cat(
-            [
-                reward_model.forward_only(reward_batch(part), _unchanged)
-                for part in _parts(experience, batch_size)
-            ]
-        )
+        found = [
+            reward_model.forward_only(reward_batch(experience.select(rows)), _unchanged)
+            for rows in cuts
+        ]
+    return restored(found, cuts)
 
 
-def _parts(experience: Experience, size: int | None) -> list[Experience]:
-    size = size or len(experience)
-    starts = range(0, len(experience), size)
-    return [experience.select(range(start, min(start + size, len(experience)))) for start in starts]
+def _at_actions(
+    model: InferenceModel,
+    experience: Experience,
+    batch_size: int | None,
+    batch_of: Callable[[Experience], Batch],
+    read: Callable[[Tensor, Batch], Tensor],
+) -> Tensor:
+    """(B, A) of what ``read`` gives for each action of the batches of ``experience``."""
+    cuts = _cuts(model, experience, batch_size)
+    found = []
+    for rows in cuts:
+        part = experience.select(rows)
+        flat = model.forward_only(batch_of(part), read)
+        found.append(to_actions(flat, part.action_mask.to(flat.device)))
+    return restored(found, cuts)
+
+
+def _cuts(model: InferenceModel, experience: Experience, batch_size: int | None) -> Cuts:
+    lengths = experience.lengths().tolist()
+    return model.token_budget(lengths, batch_size).cut(lengths)
 
 
 def sum_over(engine: Engine) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,8 @@ from coati.models.policy_loss import ReduceSum
 from coati.models.rollout_correction import RolloutCorrection
 from coati.rewards.responses import Responses
 
+PART = "reward/"  # before the name of a source of reward, in metrics
+
 
 @dataclass(frozen=True)
 class ExperienceSettings:
@@ -26,7 +28,7 @@ class ExperienceSettings:
     ``overlong_buffer_len``: length of the interval before ``max_new_tokens`` over which the soft
     overlong punishment rises (DAPO); None: no punishment. ``mask_truncated_completions``: responses
     without a stop sequence are not trained on. ``rollout_batch_size``, ``forward_batch_size``: rows
-    at a time; None: all.
+    at a time; None: all. ``offline_groups``: responses and scores are those of the rows.
     """
 
     max_new_tokens: int
@@ -47,14 +49,17 @@ class ExperienceSettings:
     rollout_batch_size: int | None = None
     forward_batch_size: int | None = None
     seed: int = 42
+    offline_groups: bool = False
 
 
 @dataclass
 class RolloutBatch:
-    """The rollouts of one collect step: tensors, texts, ``reward_parts`` (B,) by source of reward,
-    ``samples`` (n,) by metric, and seconds by phase. ``scores``: what gives the scores of its
-    experience, until they are in it. Of samples of several turns ``of_environment`` (B,) by name,
-    and ``written`` (B, A), the tokens that the policy wrote."""
+    """The rollouts of one collect step: tensors, texts, ``reward_parts`` (B,) by source of reward
+    (NaN for a response that it does not score), ``samples`` (n,) by metric, and seconds by phase.
+    ``scores``: what gives the scores of its experience, until they are in it. Of samples of several
+    turns ``of_environment`` (B,) by name, and ``written`` (B, A), the tokens that the policy
+    wrote. ``pairs``: what is trained on, where that is pairs
+    (:mod:`coati.experience_maker.pairs`)."""
 
     experience: Experience
     responses: Responses
@@ -64,6 +69,7 @@ class RolloutBatch:
     scores: Callable[..., Any] | None = None
     of_environment: dict[str, Tensor] | None = None
     written: Tensor | None = None
+    pairs: Experience | None = None
 
 
 @contextmanager
@@ -96,7 +102,13 @@ def response_metrics(batch: RolloutBatch, version: int) -> dict[str, Tensor]:
     }
     known = batch.of_environment or {}
     samples |= {f"environment/{name}": known[name] for name in known if name != "reward"}
-    return samples | {f"reward/{name}": values for name, values in batch.reward_parts.items()}
+    return samples | {PART + name: values for name, values in batch.reward_parts.items()}
+
+
+def without_unscored(name: str, values: Tensor) -> Tensor:
+    """The ``values`` of the metric ``name`` without those of responses that a source of reward does
+    not score (NaN)."""
+    return values[~values.isnan()] if name.startswith(PART) else values
 
 
 def phase_metrics(phase: Experience, reduce_sum: ReduceSum) -> dict[str, float]:
@@ -105,8 +117,14 @@ def phase_metrics(phase: Experience, reduce_sum: ReduceSum) -> dict[str, float]:
     advantages = phase.advantages[phase.action_mask]
     count, mean, squares = count_mean_squares(advantages, reduce_sum)
     metrics = {"advantages_mean": mean, "advantages_std": _deviation(count, squares)}
-    count, _, squares = count_mean_squares(phase.reward, reduce_sum)
-    return metrics | {"reward_std": _deviation(count, squares)}
+    return metrics | {"reward_std": score_deviation(phase.reward, reduce_sum)}
+
+
+def score_deviation(scores: Tensor, reduce_sum: ReduceSum) -> float:
+    """The standard deviation of ``scores`` (B,) over all ranks. Every rank calls ``reduce_sum``
+    twice."""
+    count, _, squares = count_mean_squares(scores, reduce_sum)
+    return _deviation(count, squares)
 
 
 def _deviation(count: float, squares: float) -> float:

@@ -12,6 +12,7 @@ from coati.experience_maker.model_inputs import scores
 from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
 from coati.rewards.scorer import RewardResult, Rewards
+from coati.rewards.source_rewards import SourceRewards
 from coati.utils.distributed import raise_together
 
 REWARD_MODEL = "reward_model"  # its name among the sources of reward
@@ -33,7 +34,7 @@ class Scorer:
     def __init__(
         self,
         model: InferenceModel | None = None,
-        functions: Rewards | None = None,
+        functions: Rewards | SourceRewards | None = None,
         batch_size: int | None = None,
     ) -> None:
         if model is None and functions is None:

@@ -93,6 +93,31 @@ def test_micro_batches_are_cut_to_size_and_hold_their_own_padding_only():
     assert sum(batch.action_mask.numel() for batch in window) < 10 * 5
 
 
+def test_rows_of_one_prompt_stay_together_where_they_share_it():
+    """Row 3i + j is response j to prompt i, whatever its length; the global batches hold what they
+    held."""
+
+    def buffer(by_prompt: bool) -> NaiveExperienceBuffer:
+        made = collected(list(range(12)))
+        made.sequences[:, :2] = (made.sample_index // 3)[:, None]
+        buffer = NaiveExperienceBuffer(3)
+        buffer.append(made)
+        buffer.by_prompt = by_prompt
+        return buffer
+
+    def prompts(buffer) -> list[list[int]]:
+        [window] = buffer.global_batches(1, seed=0, episode=0)
+        return [(batch.sample_index // 3).tolist() for batch in window]
+
+    assert sorted(prompts(buffer(True))) == [[prompt] * 3 for prompt in range(4)]
+    assert all(len(set(batch)) > 1 for batch in prompts(buffer(False)))
+    for count in (2, 4):
+        key = {"seed": 0, "episode": 0}
+        assert rows_of(buffer(True).global_batches(count, **key)) == rows_of(
+            buffer(False).global_batches(count, **key)
+        )
+
+
 def test_a_pass_goes_on_from_any_window():
     buffer = filled(4, 4)
     whole = list(buffer.global_batches(4, seed=1, episode=2))

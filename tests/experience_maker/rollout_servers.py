@@ -18,6 +18,7 @@ from coati.experience_maker.rollouts.own_sampler import OwnSampler
 from coati.experience_maker.rollouts.own_server import OwnServer
 from coati.models.generation.loop import Sampling
 from coati.parallel.options import ParallelOptions
+from coati.parallel.step_work import PassWork
 
 
 class FakeEngine(SimpleNamespace):
@@ -36,6 +37,7 @@ class FakeEngine(SimpleNamespace):
             padding_free=None,
             device=torch.device("cpu"),
             lr_scheduler=SimpleNamespace(last_epoch=0),
+            work=PassWork.of(model, scalar=False),
         )
 
 

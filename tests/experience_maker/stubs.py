@@ -11,6 +11,11 @@ from torch import Tensor
 
 from coati.models.generation.loop import Generated
 from coati.models.generation.row_noise import NoiseRows
+from coati.models.head_outputs import HeadRequest
+from coati.parallel.footprint.model_flops import PassFlops
+from coati.parallel.options import ParallelOptions
+from coati.parallel.step_work import PassWork, StepClock
+from coati.parallel.token_budget import TokenBudget
 
 
 class StubEngine:
@@ -25,16 +30,35 @@ class StubEngine:
         self.engine = self.module = self
         self.mesh = SimpleNamespace(dp_rank=0, dp_size=1, is_loss_rank=True)
         self.lr_scheduler = None
+        self.plugin = None
+        self.booster = None
+        self.dtype = torch.float32
+        self.options = ParallelOptions()
+        self.work = PassWork(PassFlops(2.0, 0.0, 0.0), PassFlops(6.0, 0.0, 0.0))
+        self.clock = StepClock()
         self.batches: list[dict[str, Tensor]] = []
 
-    def forward_only(self, batch: dict[str, Tensor], read: Callable) -> Tensor:
+    def forward_only(
+        self,
+        batch: dict[str, Tensor],
+        read: Callable,
+        head_request: HeadRequest | None = None,
+        rows_together: int | None = None,
+    ) -> Tensor:
         """As :class:`~coati.parallel.engine.Engine` and
         :class:`~coati.parallel.inference_model.InferenceModel` have it."""
         self.batches.append(batch)
         return read(self.say(batch), batch)
 
+    def token_budget(self, lengths: list[int], rows: int | None = None) -> TokenBudget:
+        """As these have it, of a model that needs no padding: the order of the rows stays."""
+        return TokenBudget(max(lengths) * (rows or len(lengths)), padded=False)
+
     def on_device(self) -> AbstractContextManager:
         return nullcontext()
+
+    def shares_prefixes(self, training: bool) -> bool:
+        return False
 
     def sum_tensor_over_dp(self, sums: Tensor) -> Tensor:
         others = self.others.get(sums.numel(), [0.0] * sums.numel())

@@ -31,7 +31,7 @@ def quick(monkeypatch):
     """Servers that are out are looked for often."""
     monkeypatch.setattr(server_worker, "SHORTEST_WAIT_S", 0.02)
     monkeypatch.setattr(server_worker, "LONGEST_WAIT_S", 0.05)
-    monkeypatch.setattr("coati.experience_maker.rollouts.http_rollout.LOOK_S", 0.05)
+    monkeypatch.setattr("coati.experience_maker.rollouts.remote_rollout.LOOK_S", 0.05)
 
 
 def in_process(model, temperature=0.8, noise=NOISE, count=6, **sampling):

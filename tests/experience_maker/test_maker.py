@@ -241,6 +241,15 @@ def test_many_rows_are_answered_in_parts():
     assert torch.equal(whole.sequences[real], parts.sequences[real])
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_an_engine_that_replaces_rows_is_asked_once(replaces):
+    maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), rollout_batch_size=3, **PPO)
+    maker.rollout.replaces_rows = replaces
+    pending = maker.ask(prompts([5, 6], [7], [5, 6], [7]), range(4), 3, 0.5)
+    assert [len(part.result().sequences) for part in pending.parts] == ([4] if replaces else [3, 1])
+    assert getattr(maker.rollout, "rows_at_once", None) == (3 if replaces else None)
+
+
 def test_a_phase_is_whitened_as_a_whole():
     maker = make([*TWO, *TWO], scored(2.0, 4.0, 1.0, 3.0), kl_coef=0.0, whiten=True, **PPO)
     collected = [collect(maker, 2), collect(maker, 2)]

@@ -50,7 +50,7 @@ def test_a_model_that_cannot_sample_is_refused_at_once():
 
 
 def test_an_unknown_engine_is_named():
-    with pytest.raises(ValueError, match="sglang: unknown; choose model, vllm or http"):
+    with pytest.raises(ValueError, match="sglang: unknown; choose model, vllm, http or ray"):
         make_rollout("sglang", FakeEngine(tiny_llama()), sampling=Sampling(), **SETTINGS)
 
 
@@ -248,3 +248,25 @@ def test_vllm_with_several_processes_is_refused(vllm, monkeypatch):
 )
 def test_answers_are_cut_at_the_first_complete_stop_sequence(tokens, expected):
     assert cut(tokens, [(30,), (7, 8)], 4) == expected
+
+
+def test_the_model_samples_some_rows_at_a_time_and_replaces_those_that_end():
+    model = tiny_llama()
+    engine = FakeEngine(model)
+    ids, mask = PROMPTS.repeat(4, 1), MASK.repeat(4, 1)
+    noise = NoiseRows(seed=0, episode=0, rows=range(8))
+    found = []
+    for at_once in (None, 3):
+        one = ModelRollout(engine, sampling=Sampling(), **SETTINGS)
+        assert one.replaces_rows
+        one.rows_at_once = at_once
+        found.append(one.ask(ids, mask, noise=noise, temperature=1.0).result())
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert torch.equal(found[0].lengths, found[1].lengths)
+    torch.testing.assert_close(found[0].logprobs, found[1].logprobs)
+
+
+def test_a_forward_that_holds_collectives_is_asked_for_whole_batches():
+    engine = FakeEngine(tiny_llama())
+    engine.mesh.sharded_forward = True
+    assert not ModelRollout(engine, sampling=Sampling(), **SETTINGS).replaces_rows

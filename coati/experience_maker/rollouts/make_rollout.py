@@ -9,12 +9,13 @@ from coati.parallel.engine import Engine
 def make_rollout(
     name: str, engine: Engine, *, elsewhere: Any = None, **settings: Any
 ) -> RolloutEngine:
-    """The engine called ``name`` ("model", "vllm" or "http"); ``settings`` are those of
+    """The engine called ``name`` ("model", "vllm", "http" or "ray"); ``settings`` are those of
     :class:`~coati.experience_maker.rollouts.rollout_engine.ModelRollout`.
 
     ``elsewhere``: what another engine needs beside them
     (:class:`~coati.experience_maker.rollouts.vllm_rollout.VllmOptions`,
-    :class:`~coati.experience_maker.rollouts.http_rollout.ServerOptions`). Raises ValueError for
+    :class:`~coati.experience_maker.rollouts.http_rollout.ServerOptions`,
+    :class:`~coati.experience_maker.rollouts.ray_rollout.RayOptions`). Raises ValueError for
     another name or where the engine cannot work.
     """
     if name == "model":
@@ -27,4 +28,8 @@ def make_rollout(
         from coati.experience_maker.rollouts.http_rollout import HttpRollout
 
         return HttpRollout(engine, elsewhere, **settings)
-    raise ValueError(f"--rollout_engine {name}: unknown; choose model, vllm or http")
+    if name == "ray":
+        from coati.experience_maker.rollouts.ray_rollout import RayRollout
+
+        return RayRollout(engine, elsewhere, **settings)
+    raise ValueError(f"--rollout_engine {name}: unknown; choose model, vllm, http or ray")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.experience_maker.rollouts.model_facts import facts_of
+from coati.experience_maker.rollouts.prompt_logprobs import asked_top_k, prompt_logprobs
 from coati.experience_maker.rollouts.weight_files import (
     Place,
     digest,
@@ -67,18 +68,22 @@ class OwnSampler:
         stay."""
         wanted = Place.from_json(place)
         index = read_index(wanted)
-        tensors = dict(read_weights(wanted, index))
+        self.load(index["name"], dict(read_weights(wanted, index)))
+        return {"name": self.loaded}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take ``tensors``, by their names on disk, and be called ``name`` from here on. Raises
+        ValueError for another model's; those of before then stay."""
         with self._lock, torch.no_grad():
             targets = self._targets()
             if targets.keys() >= tensors.keys():
                 self._check(targets, tensors)
-                self.loaded = "half of " + index["name"]  # until the last is there
-                for name, tensor in tensors.items():
-                    targets[name].copy_(tensor)
+                self.loaded = "half of " + name  # until the last is there
+                for one, tensor in tensors.items():
+                    targets[one].copy_(tensor)
             else:  # files hold parts of what the model holds joined
-                self.model.load_state_dict(self._converted(tensors))
-            self.loaded = index["name"]
-        return {"name": self.loaded}
+                self.model.load_state_dict(self._converted(dict(tensors)))
+            self.loaded = name
 
     def _targets(self) -> dict[str, Tensor]:
         """The model's tensors by their names on disk: themselves or views of them."""
@@ -124,12 +129,14 @@ class OwnSampler:
 
         Beside vLLM's fields it may have ``coati``: ``weights`` (the name that must be loaded),
         ``noise`` (seed, episode, rows, turn), ``stop_sequences`` and ``max_tokens`` of each prompt.
+        With ``prompt_logprobs`` K the K likeliest ids at each token of the prompts are given, too.
         Raises ValueError for a malformed request, OtherWeights where other weights are loaded.
         """
         prompts = _prompts(body)
         own = body.get("coati") or {}
         limits = _limits(body, len(prompts))
         self._check_lengths(prompts, limits)
+        top_k = asked_top_k(body, self.describe_model()["facts"]["vocab_size"])
         stops = [list(stop) for stop in own.get("stop_sequences") or ()]
         stops += [[token] for token in body.get("stop_token_ids") or ()]
         if not body.get("ignore_eos"):
@@ -143,7 +150,11 @@ class OwnSampler:
             if own.get("weights") not in (None, self.loaded):
                 raise OtherWeights(f"weights {self.loaded} are loaded, not {own['weights']}")
             generated = self._generate(prompts, NoiseRows(**noise), stops, limits, body)
-        return _choices(generated)
+            listed = None if top_k is None else prompt_logprobs(self.model, prompts, top_k)
+        choices = _choices(generated)
+        for choice, places in zip(choices, listed or (), strict=False):
+            choice["prompt_logprobs"] = places
+        return choices
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
         vocabulary = self.describe_model()["facts"]["vocab_size"]

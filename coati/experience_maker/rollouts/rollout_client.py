@@ -4,6 +4,7 @@ import json
 import math
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -56,28 +57,138 @@ class Wanted:
     stops: tuple[tuple[int, ...], ...]
 
 
-class RolloutServer:
-    """The server at ``url``. Every method raises ServerFailed."""
+class RolloutSampler(ABC):
+    """What samples elsewhere. ``kind`` and ``url``: what it is called in messages; ``facts``: what
+    it serves. Every method raises ServerFailed."""
 
-    def __init__(self, url: str, *, token: str | None = None, timeout: float = 600) -> None:
-        self.url = url.rstrip("/")
-        self.token = token
-        self.timeout = timeout
-        self.model: str | None = None
-        self.facts: dict[str, Any] = {}
-        # A proxy of the environment leads out of the network that servers are in.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    kind: str
+    url: str
+    facts: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Both names."""
+        return f"{self.kind} {self.url}"
 
     @property
     def is_own(self) -> bool:
         """Whether the library's own sampler is behind it."""
         return self.facts.get("engine") == OWN
 
+    @property
+    def model(self) -> str | None:
+        """The name of what it serves."""
+        return None
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Ask what it serves; sets ``facts``."""
+
+    @abstractmethod
+    def take_weights(self, place: Any) -> None:
+        """Sample with the weights at ``place`` from here on."""
+
+    @abstractmethod
+    def check_weights(self, name: str) -> None:
+        """Raises ServerFailed where other weights than ``name`` are loaded."""
+
+    @abstractmethod
+    def compare(self, published: Any) -> int:
+        """How many tensors hold the same bytes there as here. Raises ServerFailed naming one that
+        differs."""
+
+    @abstractmethod
+    def _choices(self, body: dict[str, Any]) -> Any:
+        """What answers a request to ``/v1/completions``."""
+
+    def complete(self, rows: Sequence[Row], wanted: Wanted, weights: str) -> list[Answer]:
+        """Continue ``rows`` with the ``weights`` of that name, which must be loaded: one row on
+        vLLM, whose seed is of a request, any number on the own sampler."""
+        body = self._body(rows, wanted)
+        if self.is_own:
+            noise = {
+                "seed": rows[0].seed,
+                "episode": rows[0].episode,
+                "rows": [row.index for row in rows],
+                "turn": rows[0].turn,
+            }
+            body["coati"] = {
+                "weights": weights,
+                "noise": noise,
+                "stop_sequences": [list(stop) for stop in wanted.stops],
+                "max_tokens": [row.limit for row in rows],
+            }
+        choices = self._choices(body)
+        if not isinstance(choices, list) or len(choices) != len(rows):
+            count = len(choices) if isinstance(choices, list) else "no"
+            raise ServerFailed(f"{self.url}: {count} responses to {len(rows)} prompts")
+        ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
+        return [
+            self._answer(choice, wanted, row.limit)
+            for choice, row in zip(ordered, rows, strict=True)
+        ]
+
+    def _body(self, rows: Sequence[Row], wanted: Wanted) -> dict[str, Any]:
+        sampling = wanted.sampling
+        first = rows[0]
+        noise = row_noise(first.seed, first.episode, [first.index], 1, first.turn)
+        return {
+            "model": self.model,
+            "prompt": [row.prompt for row in rows],
+            "max_tokens": max(row.limit for row in rows),
+            "temperature": sampling.temperature if sampling.do_sample else 0.0,
+            "top_k": sampling.top_k or -1,
+            "top_p": sampling.top_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "seed": int(float(noise[0, 0]) * 2**31),
+            "logprobs": 0,
+            "return_token_ids": True,
+            # The stop sequences say what ends a response, not the model's configuration.
+            "ignore_eos": True,
+            "stop_token_ids": [stop[0] for stop in wanted.stops if len(stop) == 1],
+        }
+
+    def _answer(self, choice: dict[str, Any], wanted: Wanted, limit: int) -> Answer:
+        ids = choice.get("token_ids")
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+            raise ServerFailed(f"{self.url}: a response without token ids (return_token_ids)")
+        if not isinstance(logprobs, list) or len(logprobs) != len(ids):
+            raise ServerFailed(f"{self.url}: a response without the log-probs of its tokens")
+        tokens, stopped = cut(ids, wanted.stops, limit)
+        if not stopped and len(tokens) < limit:
+            raise ServerFailed(f"{self.url}: a response of {len(tokens)} tokens that nothing ended")
+        mine = logprobs[: len(tokens)]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in mine):
+            raise ServerFailed(f"{self.url}: log-probs that are no finite numbers")
+        whole = self.is_own or is_whole(wanted.sampling)
+        return Answer(tokens, mine if whole else None, stopped)
+
+
+class RolloutServer(RolloutSampler):
+    """The server at ``url``. Every method raises ServerFailed."""
+
+    kind = "rollout server"
+
+    def __init__(self, url: str, *, token: str | None = None, timeout: float = 600) -> None:
+        self.url = url.rstrip("/")
+        self.token = token
+        self.timeout = timeout
+        self.facts = {}
+        self._model: str | None = None
+        # A proxy of the environment leads out of the network that servers are in.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    @property
+    def model(self) -> str | None:
+        """The name under which it serves."""
+        return self._model
+
     def connect(self) -> None:
         """Ask what it serves; sets ``model`` and ``facts``."""
         self._call("GET", "/health")
         found = self._call("GET", "/v1/models").get("data") or [{}]
-        self.model = found[0].get("id")
+        self._model = found[0].get("id")
         try:
             self._call("GET", "/weight_info")
         except ServerFailed as error:
@@ -132,68 +243,8 @@ class RolloutServer:
             compared += 1
         return compared
 
-    def complete(self, rows: Sequence[Row], wanted: Wanted, weights: str) -> list[Answer]:
-        """Continue ``rows`` with the ``weights`` of that name, which must be loaded: one row on
-        vLLM, whose seed is of a request, any number on the own sampler."""
-        body = self._body(rows, wanted)
-        if self.is_own:
-            noise = {
-                "seed": rows[0].seed,
-                "episode": rows[0].episode,
-                "rows": [row.index for row in rows],
-                "turn": rows[0].turn,
-            }
-            body["coati"] = {
-                "weights": weights,
-                "noise": noise,
-                "stop_sequences": [list(stop) for stop in wanted.stops],
-                "max_tokens": [row.limit for row in rows],
-            }
-        choices = self._call("POST", "/v1/completions", body).get("choices")
-        if not isinstance(choices, list) or len(choices) != len(rows):
-            count = len(choices) if isinstance(choices, list) else "no"
-            raise ServerFailed(f"{self.url}: {count} responses to {len(rows)} prompts")
-        ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [
-            self._answer(choice, wanted, row.limit)
-            for choice, row in zip(ordered, rows, strict=True)
-        ]
-
-    def _body(self, rows: Sequence[Row], wanted: Wanted) -> dict[str, Any]:
-        sampling = wanted.sampling
-        first = rows[0]
-        noise = row_noise(first.seed, first.episode, [first.index], 1, first.turn)
-        return {
-            "model": self.model,
-            "prompt": [row.prompt for row in rows],
-            "max_tokens": max(row.limit for row in rows),
-            "temperature": sampling.temperature if sampling.do_sample else 0.0,
-            "top_k": sampling.top_k or -1,
-            "top_p": sampling.top_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": int(float(noise[0, 0]) * 2**31),
-            "logprobs": 0,
-            "return_token_ids": True,
-            # The stop sequences say what ends a response, not the model's configuration.
-            "ignore_eos": True,
-            "stop_token_ids": [stop[0] for stop in wanted.stops if len(stop) == 1],
-        }
-
-    def _answer(self, choice: dict[str, Any], wanted: Wanted, limit: int) -> Answer:
-        ids = choice.get("token_ids")
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
-            raise ServerFailed(f"{self.url}: a response without token ids (return_token_ids)")
-        if not isinstance(logprobs, list) or len(logprobs) != len(ids):
-            raise ServerFailed(f"{self.url}: a response without the log-probs of its tokens")
-        tokens, stopped = cut(ids, wanted.stops, limit)
-        if not stopped and len(tokens) < limit:
-            raise ServerFailed(f"{self.url}: a response of {len(tokens)} tokens that nothing ended")
-        mine = logprobs[: len(tokens)]
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in mine):
-            raise ServerFailed(f"{self.url}: log-probs that are no finite numbers")
-        whole = self.is_own or is_whole(wanted.sampling)
-        return Answer(tokens, mine if whole else None, stopped)
+    def _choices(self, body: dict[str, Any]) -> Any:
+        return self._call("POST", "/v1/completions", body).get("choices")
 
     def _run(self, method: str, *arguments: str) -> Any:
         """A method of the server's workers."""

@@ -11,14 +11,16 @@ from torch import Tensor
 from coati.models.generation.loop import Generated, Sampling
 from coati.models.generation.row_noise import NoiseRows
 from coati.parallel.engine import Engine
-from coati.parallel.sharded_generation import cannot_sample, sample
+from coati.parallel.sharded_generation import cannot_sample, replaces_rows, sample
 
 
 class RolloutEngine(Protocol):
     """Samples responses of the policy as it was when it was last published. ``at_once``: an answer
-    is there when :meth:`ask` returns, on every rank."""
+    is there when :meth:`ask` returns, on every rank. ``gives_logprobs``: responses come with
+    log-probs of the whole distribution that sampled them."""
 
     at_once: bool
+    gives_logprobs: bool
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sample with ``weights`` from here on: whole tensors by the plain model's names, given out
@@ -55,9 +57,12 @@ class RolloutEngine(Protocol):
 
 
 class ModelRollout:
-    """The policy samples by itself, with the weights that it is trained with."""
+    """The policy samples by itself, with the weights that it is trained with. ``replaces_rows``:
+    whether it can be asked for more than the ``rows_at_once`` that it samples at a time, of which
+    one that has ended gives its place to the next (None: all that are asked for)."""
 
     at_once = True
+    gives_logprobs = True
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class ModelRollout:
         self.engine = engine
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
+        self.replaces_rows = replaces_rows(engine)
+        self.rows_at_once: int | None = None
         self.settings = {"stop_sequences": stop_sequences, "pad_token_id": pad_token_id}
         self.version = 0
 
@@ -102,6 +109,7 @@ class ModelRollout:
             return_logprobs=True,
             max_new_tokens=self.max_new_tokens,
             limits=limits,
+            rows_at_once=self.rows_at_once,
             **self.settings,
         )
         answer.set_result(replace(generated, version=self.version))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Event
 
 from coati.experience_maker.rollouts.rollout_client import Answer, Row, Wanted
-from coati.experience_maker.rollouts.weight_store import Weights
+from coati.experience_maker.rollouts.weight_versions import Weights
 
 
 @dataclass
@@ -54,7 +54,7 @@ class RowQueue:
         """Let servers answer ``ask``."""
         with self._changed:
             self._asks.append(ask)
-            if not ask.rows:
+            if not ask.rows or self.failure:
                 self._finish(ask)
             self._changed.notify_all()
 
@@ -66,11 +66,16 @@ class RowQueue:
 
     def next_weights(self, held: Weights | None, seconds: float) -> Weights | None:
         """The weights that a server which holds ``held`` needs next: those of the oldest ask with
-        rows that wait, else the newest. None: nothing to do within ``seconds``."""
+        rows that wait, else the newest. None: nothing to do within ``seconds``, or ever again."""
         with self._changed:
             if self._needed(held) is None and not self.closed:
                 self._changed.wait(seconds)
-            return self._needed(held)
+            return None if self.closed else self._needed(held)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the end of the queue."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed, seconds)
 
     def _needed(self, held: Weights | None) -> Weights | None:
         ask = self._oldest()
@@ -87,8 +92,17 @@ class RowQueue:
             ask = self._oldest()
             if self.closed or ask is None or ask.weights is not weights:
                 return None
-            count = min(most or ask.together, len(ask.waiting))
-            return Share(ask, [ask.waiting.popleft() for _ in range(count)])
+            share = Share(ask, [ask.waiting.popleft()])
+            number = share.numbers[0]
+            # Whoever answers them, the same rows are sampled together: batches of other shapes
+            # have log-probs of other roundings.
+            while (
+                ask.waiting
+                and len(share.numbers) < (most or ask.together)
+                and ask.waiting[0] // ask.together == number // ask.together
+            ):
+                share.numbers.append(ask.waiting.popleft())
+            return share
 
     def put_back(self, share: Share) -> None:
         """Another server has to answer ``share``."""

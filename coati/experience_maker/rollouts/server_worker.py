@@ -7,11 +7,11 @@ from threading import Thread
 
 from coati.experience_maker.rollouts.rollout_client import (
     RequestRefused,
-    RolloutServer,
+    RolloutSampler,
     ServerFailed,
 )
 from coati.experience_maker.rollouts.row_queue import RowQueue, Share
-from coati.experience_maker.rollouts.weight_store import AnyStore, Weights
+from coati.experience_maker.rollouts.weight_versions import Weights, WeightVersions
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -26,8 +26,8 @@ class ServerWorker(Thread):
     """``out_since``: when the server last failed without having done anything since (None: it
     works); ``reason``: how."""
 
-    def __init__(self, server: RolloutServer, queue: RowQueue, store: AnyStore) -> None:
-        super().__init__(daemon=True, name=f"rollouts {server.url}")
+    def __init__(self, server: RolloutSampler, queue: RowQueue, store: WeightVersions) -> None:
+        super().__init__(daemon=True, name=server.title)
         self.server = server
         self.queue = queue
         self.store = store
@@ -102,18 +102,20 @@ class ServerWorker(Thread):
         self.queue.answered(share, answers)
         self.rows += len(answers)
         if self.out_since is not None:
-            logger.info(f"rollout server {self.server.url} is back")
+            logger.info(f"{self.server.title} is back")
         self.out_since = None
         self._wait = SHORTEST_WAIT_S
 
     def _leave_out(self, error: ServerFailed) -> None:
+        if self.queue.closed:
+            return  # what the end of a run broke off is no failure
         self._held = None
         self._compared = False
         self.reason = str(error)
         if self.out_since is None:
             self.out_since = time.monotonic()
             logger.warning(
-                f"rollout server left out, its rows go to the others until it returns: {error}"
+                f"{self.server.kind} left out, its rows go to the others until it returns: {error}"
             )
-        time.sleep(self._wait)
+        self.queue.pause(self._wait)
         self._wait = min(2 * self._wait, LONGEST_WAIT_S)

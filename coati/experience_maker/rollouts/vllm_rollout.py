@@ -12,7 +12,7 @@ model and key-value cache live on the GPU beside the training state, unless they
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -121,6 +121,11 @@ class VllmRollout:
         known = getattr(self.vllm, "EngineArgs", None)
         return known is None or hasattr(known, "logprobs_mode")
 
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether responses come with log-probs of the whole distribution that sampled them."""
+        return self._has_mode() and is_whole(self.sampling)
+
     def _check_sleep(self) -> None:
         if not self.sleeps:
             return
@@ -193,20 +198,9 @@ class VllmRollout:
         """vLLM ends with the process."""
 
     def _parameters(self, seed: int, temperature: float, most: int) -> Any:
-        sampling = self.sampling
-        return self.vllm.SamplingParams(
-            temperature=temperature if sampling.do_sample else 0.0,
-            top_k=sampling.top_k or -1,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=seed,
-            max_tokens=most,
-            # The stop sequences say what ends a response, not the model's configuration
-            ignore_eos=True,
-            stop_token_ids=[stop[0] for stop in self.stops if len(stop) == 1],
-            detokenize=False,
-            logprobs=0,  # of the sampled token, and no other
-        )
+        sampling = replace(self.sampling, temperature=temperature)
+        # logprobs: of the sampled token, and no other
+        return vllm_parameters(self.vllm, sampling, self.stops, seed, most, logprobs=0)
 
     def _generated(self, input_ids: Tensor, outputs: list[Any], limits: Sequence[int]) -> Generated:
         responses = [
@@ -270,6 +264,32 @@ class VllmRollout:
 
     def _release(self) -> str:
         return getattr(self.vllm, "__version__", "of unknown version")
+
+
+def vllm_parameters(
+    vllm: Any,
+    sampling: Sampling,
+    stops: Sequence[Sequence[int]],
+    seed: int,
+    most: int,
+    **more: Any,
+) -> Any:
+    """vLLM's SamplingParams of one response of at most ``most`` tokens, which ``stops`` end: those
+    of several tokens by cutting it afterward
+    (:func:`~coati.experience_maker.rollouts.rollout_client.cut`)."""
+    return vllm.SamplingParams(
+        temperature=sampling.temperature if sampling.do_sample else 0.0,
+        top_k=sampling.top_k or -1,
+        top_p=sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=seed,
+        max_tokens=most,
+        # The stop sequences say what ends a response, not the model's configuration
+        ignore_eos=True,
+        stop_token_ids=[stop[0] for stop in stops if len(stop) == 1],
+        detokenize=False,
+        **more,
+    )
 
 
 def check_head(engine: Engine, flag: str) -> None:

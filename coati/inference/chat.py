@@ -118,6 +118,7 @@ class ChatSession:
             stop_sequences=self.stops,
             max_new_tokens=self.max_new_tokens,
             generator=self.generator,
+            frozen=True,
             **vars(self.sampling),
         )
         ended = False

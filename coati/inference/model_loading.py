@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from coati.dataset.chat.conversation import Conversation, setup_conversation_tem
 from coati.dataset.chat.template_file import open_config
 from coati.inference.quantized_loading import bitsandbytes_on_cpus, quantization_kwargs
 from coati.models.generation.end_tokens import stop_sequences
+from coati.models.generation.value_guidance import BETA, TOP_K, ValueGuidance
+from coati.models.ilql_heads import FILE, heads_from, saved_file
 from coati.models.loading import DTYPES, adapter_base, find_model, load_causal_lm, load_config
 from coati.models.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from coati.parallel.compat.import_colossalai import silence_known_noise
@@ -50,6 +52,7 @@ def load(
     trust_remote_code: bool = False,
     quant: str | None = None,
     skip_modules: Sequence[str] = (),
+    beta_gen: float | None = None,
 ) -> Loaded:
     """The model of ``path``: a Hugging Face directory or hub name, a LoRA adapter, a checkpoint
     ``epoch-E_step-S``.
@@ -59,7 +62,8 @@ def load(
     keeps. ``device`` None: a GPU if there is one. ``dtype``
     "auto": fp32 on a CPU, bf16 or fp16 on a GPU. ``quant``: a key of QUANTS; the weights are
     quantized as they are loaded, with 4 bits except for ``skip_modules``. Directories that hold
-    quantized weights need neither.
+    quantized weights need neither. ``beta_gen``: of a model of :func:`coati.ilql` how much its
+    values weigh in decoding, 0: nothing, None: as much as a log-prob.
 
     Raises:
         ValueError: saying what a directory lacks, or has too much.
@@ -92,7 +96,38 @@ def load(
     if quantization:
         _compute_in(model, getattr(torch, DTYPES[dtype]))
     check_vocabulary(model, tokenizer)
-    return Loaded((model if quantization else model.to(device)).eval(), tokenizer, conversation)
+    model = (model if quantization else model.to(device)).eval()
+    guide(model, directory, beta_gen)
+    return Loaded(model, tokenizer, conversation)
+
+
+def guide(model: nn.Module, directory: str | os.PathLike, beta: float | None) -> None:
+    """Let ``model`` decode by ILQL's heads in ``directory``, where there are any. Raises ValueError
+    for a ``beta`` without heads."""
+    if beta == 0:
+        return
+    config: Any = model.config
+    file = saved_file(directory, None if adapter_base(directory) else config)
+    if file is None:
+        if beta is not None:
+            raise ValueError(
+                f"--beta_gen {beta:g}: {directory} has no {FILE}, the values of tokens that coati "
+                "ilql writes; drop --beta_gen, or name a model of coati ilql"
+            )
+        return
+    weight = BETA if beta is None else beta
+    embedding = cast(Any, model).get_output_embeddings()
+    heads = heads_from(file, embedding.weight.device, model.dtype)
+    if embedding.weight.shape[0] != heads.vocabulary:
+        raise ValueError(
+            f"{file}: values of {heads.vocabulary} tokens, the model has "
+            f"{embedding.weight.shape[0]}: another model's heads"
+        )
+    ValueGuidance(model, heads, weight).install()
+    logger.warning_once(
+        f"{directory} decodes by the values of ILQL: log pi + {weight:g} (min Q - V), of which the "
+        f"best {TOP_K} tokens may be chosen (--beta_gen 0: by log pi alone)"
+    )
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:

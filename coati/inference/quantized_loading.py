@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from coati.models.loading import DTYPES, read_config
+from coati.models.directory_files import read_config
+from coati.models.loading import DTYPES
 from coati.models.quantization_registry import QUANTS
 from coati.utils.transformers_compat import skip_pattern
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coati.dataset.chat.conversation import Conversation
+from coati.dataset.chat.encoded import Encoded
 from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
 from coati.inference.model_loading import Loaded, load
@@ -51,6 +53,11 @@ class Response:
     text: str
     ids: list[int]
     stopped: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,25 @@ def generate_responses(
     nor neighbors change what is sampled.
     """
     room = within_positions(loaded.model.config, config.max_length) - config.max_new_tokens
+    ready, skipped = encoded_prompts(loaded.conversation, prompts, room)
+    ready.sort(key=lambda pair: len(pair[1].input_ids))  # batches of like length
+    found: dict[int, Response] = {}
+    for start in range(0, len(ready), config.batch_size):
+        batch = ready[start : start + config.batch_size]
+        responses = sample_batch(loaded, batch, [0] * len(batch), config)
+        found |= {prompt.number: each for (prompt, _), each in zip(batch, responses, strict=True)}
+    return found, skipped
+
+
+def encoded_prompts(
+    conversation: Conversation, prompts: Sequence[Prompt], room: int
+) -> tuple[list[tuple[Prompt, Encoded]], list[Skipped]]:
+    """The prompts as the model is given them, and those that have more than ``room`` tokens."""
     ready = []
     skipped = []
     for prompt in prompts:
         try:
-            encoded = loaded.conversation.encode_prompt(prompt.messages, tools=prompt.tools)
+            encoded = conversation.encode_prompt(prompt.messages, tools=prompt.tools)
         except RowError as error:
             skipped.append((prompt.place, f"{error.reason}: {error.detail}"))
             continue
@@ -134,14 +155,27 @@ def generate_responses(
             skipped.append((prompt.place, f"too_long: {length} tokens, room for {room}"))
         else:
             ready.append((prompt, encoded))
-    ready.sort(key=lambda pair: len(pair[1].input_ids))  # batches of like length
-    found: dict[int, Response] = {}
-    for start in range(0, len(ready), config.batch_size):
-        found |= _batch(loaded, ready[start : start + config.batch_size], config)
-    return found, skipped
+    return ready, skipped
 
 
-def _batch(loaded: Loaded, batch: list, config: SamplingConfig) -> dict[int, Response]:
+def noise_of(prompts: Sequence[Prompt], samples: Sequence[int], config: SamplingConfig) -> Tensor:
+    """The noise of the ``samples``-th response to each prompt, (B, max_new_tokens)."""
+    rows = [
+        row_noise(config.seed, sample, [prompt.number], config.max_new_tokens)
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def sample_batch(
+    loaded: Loaded,
+    batch: Sequence[tuple[Prompt, Encoded]],
+    samples: Sequence[int],
+    config: SamplingConfig,
+) -> list[Response]:
+    """One response to each prompt of ``batch``, that of the number in ``samples``: the noise
+    belongs to it, the prompt's number and ``config.seed``. Equal prompts go through the model
+    once."""
     model, tokenizer, _ = loaded
     stops = loaded.stop_sequences()
     pad = tokenizer.pad_token_id or 0
@@ -149,8 +183,7 @@ def _batch(loaded: Loaded, batch: list, config: SamplingConfig) -> dict[int, Res
     ids, mask = left_pad([encoded.input_ids for _, encoded in batch], pad, device)
     noise = None
     if config.sampling.do_sample:
-        numbers = [prompt.number for prompt, _ in batch]
-        noise = row_noise(config.seed, 0, numbers, config.max_new_tokens)
+        noise = noise_of([prompt for prompt, _ in batch], samples, config)
     generated = generate(
         model,
         ids,
@@ -162,9 +195,16 @@ def _batch(loaded: Loaded, batch: list, config: SamplingConfig) -> dict[int, Res
         **vars(config.sampling),
     )
     rows = zip(batch, generated.responses(), generated.stopped.tolist(), strict=True)
-    found = {}
-    for (prompt, encoded), new, stopped in rows:
-        # As in training: tags that a reward looks for may be special tokens.
-        text = decode(tokenizer, without_stop(new, stops), skip_special_tokens=False)
-        found[prompt.number] = Response(encoded.text, text, new, stopped)
-    return found
+    return [
+        response_of(tokenizer, encoded.text, new, stops, stopped)
+        for (_, encoded), new, stopped in rows
+    ]
+
+
+def response_of(
+    tokenizer: Any, prompt: str, new: list[int], stops: list[list[int]], stopped: bool
+) -> Response:
+    """The tokens ``new`` after ``prompt`` as a response."""
+    # As in training: tags that a reward looks for may be special tokens.
+    text = decode(tokenizer, without_stop(new, stops), skip_special_tokens=False)
+    return Response(prompt, text, new, stopped)

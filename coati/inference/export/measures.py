@@ -1,6 +1,5 @@
 """Measurements of a model: perplexity, size of its weights, generation speed."""
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -9,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from coati.dataset.chat.conversation import Conversation
 from coati.dataset.data_types import DATA_TYPES
 from coati.dataset.rows.input_files import source_rows
 from coati.dataset.rows.row_errors import RowError
+from coati.inference.evaluate.document_loss import perplexity_of, row_loss
 from coati.inference.model_loading import Loaded
 from coati.models.generation.loop import generate, generate_streaming
-from coati.utils.constants import IGNORE_INDEX
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
 
@@ -66,7 +64,6 @@ def read_conversations(
     return rows
 
 
-@torch.no_grad()
 @phase("measuring perplexity")
 def perplexity(model: Any, rows: Sequence[Row]) -> float:
     """exp of the mean cross-entropy (nats) over all supervised tokens of ``rows``; one row per
@@ -75,17 +72,7 @@ def perplexity(model: Any, rows: Sequence[Row]) -> float:
     Raises:
         ValueError: if no token is supervised.
     """
-    total = 0.0
-    count = 0
-    device = next(model.parameters()).device
-    for ids, labels in rows:
-        logits = model(torch.tensor([ids], device=device)).logits[0, :-1].float()
-        targets = torch.tensor(labels[1:], device=device)
-        total += float(F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum"))
-        count += int((targets != IGNORE_INDEX).sum())
-    if count == 0:
-        raise ValueError("no token of these rows is supervised: they hold no response")
-    return math.exp(total / count)
+    return perplexity_of([row_loss(model, ids, labels, len(ids)) for ids, labels in rows])
 
 
 @dataclass(frozen=True)

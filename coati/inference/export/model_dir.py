@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.inference.export.gguf import Written, converter, write_gguf
+from coati.inference.export.gguf import Written, check_programs, write_gguf
 from coati.inference.export.model_card import run_files
+from coati.inference.export.ollama import MODELFILE, modelfile
 from coati.inference.model_loading import (
     TEMPLATE,
     Loaded,
     conversation_of,
     load,
 )
+from coati.models import ilql_heads
 from coati.models.generation.detokenize import decode
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import generate
@@ -101,6 +103,20 @@ def write_model(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> 
         open_like_folder(weights)
 
 
+def copy_heads(directory: str | os.PathLike, folder: Path, config: Any) -> None:
+    """ILQL's heads of ``directory``, which other programs do not decode by, into ``folder``, and
+    their name into ``config``; neither where it has none."""
+    own = adapter_base(directory) is None
+    file = ilql_heads.saved_file(directory, config if own else None)
+    ilql_heads.name_in(config, file is not None)
+    if file is not None:
+        shutil.copyfile(file, folder / ilql_heads.FILE)
+        logger.warning_once(
+            f"{ilql_heads.FILE} goes along, but coati alone decodes by it: other programs sample "
+            "by the policy, as --beta_gen 0 does"
+        )
+
+
 def write_beside(model: Any, tokenizer: Any, conversation: Any, folder: Path) -> None:
     """What :func:`write_model` writes beside the weights; to be called before work that would be
     lost, too. Raises ValueError naming the file that cannot be written, and why."""
@@ -151,6 +167,7 @@ def merge(
         model = adapted(
             load_causal_lm(base, dtype="fp32", strict=True, trust_remote_code=code), directory
         ).eval()
+        copy_heads(directory, folder, model.get_base_model().config)
         write_beside(model.get_base_model(), tokenizer, conversation, folder)
         before = _logits(model, tokenizer, conversation)
         model = merge_lora(model).eval()
@@ -213,7 +230,7 @@ def export(
     directory, or generates otherwise than this library; nothing is written then.
     """
     if gguf:
-        converter()
+        check_programs(gguf)
     silence_known_noise()
     directory = find_model(path, "actor")
     code = reading.get("trust_remote_code", False)
@@ -221,9 +238,10 @@ def export(
     conversation = conversation_of(directory, tokenizer, reading.get("template"))
     with fresh_folder(output) as folder:
         model = load_causal_lm(directory, dtype=dtype, strict=True, trust_remote_code=code)
+        copy_heads(directory, folder, model.config)
         write_model(model, tokenizer, conversation, folder)
         del model
-        ours = load(folder, device="cpu", trust_remote_code=code)
+        ours = load(folder, device="cpu", trust_remote_code=code, beta_gen=0)
         found = check(folder, ours, questions, max_new_tokens, code)
         if found.same != found.asked:
             raise ValueError(
@@ -232,6 +250,8 @@ def export(
         if gguf:
             written = write_gguf(folder, gguf, ours.model, _prompts(ours.conversation, questions))
             found = replace(found, gguf=replace(written, file=Path(output) / written.file.name))
+            text = modelfile(written.file.name, ours)
+            (folder / MODELFILE).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(card(ours, found), encoding="utf-8")
     return found
 

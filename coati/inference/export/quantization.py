@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coati.inference.export.measures import Row
-from coati.inference.export.model_dir import fresh_folder, write_beside, write_model
+from coati.inference.export.model_dir import copy_heads, fresh_folder, write_beside, write_model
 from coati.inference.model_loading import conversation_of, load
 from coati.inference.quantized_loading import num_layers, quantization_kwargs, require_package
 from coati.models.loading import adapter_base, find_model, load_causal_lm
@@ -65,6 +65,7 @@ def quantize(
         check_groups(model, group_size)
         # LLM Compressor looks for the recipe of an earlier compression there, also on the hub.
         model.name_or_path = str(folder)
+        copy_heads(directory, folder, model.config)
         write_beside(model, tokenizer, conversation, folder)  # before hours of work
         _compress(model, tokenizer, method, calibration, group_size)
         write_model(model, tokenizer, conversation, folder)
@@ -77,7 +78,8 @@ def _write_bitsandbytes(
     quantization_kwargs(directory, quant, torch.device("cpu"), "auto")  # refuses before loading
     skip_modules = outlier_layers(directory, trust_remote_code) if quant == "4bit" else []
     loading = {"skip_modules": skip_modules, "trust_remote_code": trust_remote_code}
-    model, tokenizer, conversation = load(directory, quant=quant, **loading)
+    model, tokenizer, conversation = load(directory, quant=quant, beta_gen=0, **loading)
+    copy_heads(directory, folder, model.config)
     head = model.get_output_embeddings()
     for layer in model.modules():
         if type(layer) is nn.Linear and layer is not head:  # was not quantized

@@ -21,7 +21,7 @@ from coati.inference.serve.stop_strings import StopStringFilter
 from coati.inference.serve.token_logprobs import TokenLogprob, TokenScorer
 from coati.inference.stream import TextStream
 from coati.models.generation.decoder import Decoder
-from coati.models.generation.mkl_prepack import PAYS_AFTER, MklPrepacked
+from coati.models.generation.prepacked_linear import PAYS_AFTER, Prepacked
 from coati.models.generation.sampling import Sampling
 from coati.models.positions import within_positions
 from coati.utils.logging import get_logger
@@ -226,7 +226,7 @@ class InferenceEngine:
         self._device = next(loaded.model.parameters()).device
         self._decoder: Decoder | None = None
         # Prepacking pays only if the number of rows stays the same for some steps.
-        self._prepacked = MklPrepacked(loaded.model, patience=PAYS_AFTER)
+        self._prepacked = Prepacked(loaded.model, patience=PAYS_AFTER)
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
@@ -367,6 +367,7 @@ class InferenceEngine:
         """Generate one token for each row of the batch."""
         numbers = self._decoder.row_ids.tolist()
         self._prepacked.use(len(numbers))
+        self._decoder.prepacked = self._prepacked
         requests = [self._running[number] for number in numbers]
         self._decoder.keep_logits = any(each.params.logprobs is not None for each in requests)
         step = self._decoder.step()

@@ -1,0 +1,1 @@
+"""Several responses to each prompt: drawn by any engine, kept on disk, scored, selected."""

@@ -1,7 +1,7 @@
 """The training loop over a fixed data set, shared by the supervised and preference trainers."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from coati.trainer.progress import ProgressBar
 from coati.trainer.run_log import RunLog
 from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
+from coati.trainer.throughput import MFU, TOKENS, Throughput
 from coati.utils.errors import RunFailed
 from coati.utils.liveness import at_forced_end, note
 from coati.utils.logging import get_logger
@@ -76,8 +77,11 @@ class SLTrainer:
         self.callbacks = CallbackList(callbacks)
         self.stopped_early = False
         self._stepped = False
+        self._mfu: float | None = None  # as it was logged last
+        self._waited = 0.0  # for the rows of this step
         self._loader: Any = None
         self.log = RunLog(self.name, self.schedule, self.state.trainer, settings)
+        self.throughput = Throughput(engine, objective.engines())
         self._interval = {"loss": 0.0, "units": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._interval |= self.state.trainer.get("interval", {})
 
@@ -95,6 +99,11 @@ class SLTrainer:
     def best(self) -> dict[str, float]:
         """``{"value", "step"}`` of the best model so far; empty before there is one."""
         return self.log.best
+
+    def training_batches(self, micro_batches: list[Batch]) -> list[Batch]:
+        """What an optimizer step is taken on, from the rows that the loader gives for the position
+        of :attr:`state`; on every rank."""
+        return micro_batches
 
     def diagnose(self, step: Step) -> list[str]:
         """After each optimizer step, on every rank: lines to show now."""
@@ -122,9 +131,10 @@ class SLTrainer:
         eval_dataloader=None,
         log_dir: str | None = None,
         use_wandb: bool = False,
+        report_to: Sequence[str] = (),
     ) -> None:
-        """Train. Metrics go to ``<save_dir>/metrics.jsonl``, and to TensorBoard and wandb when
-        asked for.
+        """Train. Metrics go to ``<save_dir>/metrics.jsonl``, and to the trackers that are asked
+        for: TensorBoard by ``log_dir``, wandb, and those of ``report_to``.
 
         Raises:
             NonFiniteLoss: naming the step and its rows; the last checkpoint stays as it was.
@@ -134,7 +144,7 @@ class SLTrainer:
         total = total_steps(
             self.state, loader.count, loader.rows_per_step, self.max_epochs, self.schedule.max_steps
         )
-        self.log.open(self.state.step, log_dir, use_wandb, total)
+        self.log.open(self.state.step, log_dir, use_wandb, total, report_to=report_to)
         bar = ProgressBar(total, self.state.step, self.name)
         try:
             note(phase="training", step=self.state.step, saved=self.state.step or None)
@@ -144,11 +154,12 @@ class SLTrainer:
                     if loader.figures:
                         self.log.tracker.log(loader.figures, 0)
                     self._evaluate(eval_dataloader, bar)
+                self.throughput.prepare()
                 self._train(loader, eval_dataloader, bar, total, stop)
                 if not self.stopped_early and self.log.evaluated_at != self.state.step:
                     self._evaluate(eval_dataloader, bar)
                 self.callbacks.call("on_train_end", self)
-            self.log.log_memory(self.state.step)
+            self.log.log_memory(self.state.step, self.throughput.summary())
             self.log.finish(self.state.step, self.stopped_early, self.report())
         except BaseException as error:
             self.log.fail(error, self.state.step)
@@ -167,7 +178,8 @@ class SLTrainer:
         if self.log.stop_early("step", state.step):  # the checkpoint is of such a run
             return
         while state.epoch < self.max_epochs and state.step < total:
-            for micro_batches in loader.global_batches(state.epoch, state.sample_start_index):
+            batches = loader.global_batches(state.epoch, state.sample_start_index)
+            for micro_batches in self._waited_for(batches):
                 epoch = state.epoch
                 step = self._step(micro_batches, loader, stop, bar)
                 end = state.sample_start_index + loader.rows_per_step
@@ -190,6 +202,26 @@ class SLTrainer:
             state.epoch += 1
             state.sample_start_index = 0
 
+    def _waited_for(self, batches: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        """``batches``, the time until each is there counted as that of the data."""
+        found = iter(batches)
+        while True:
+            began = time.perf_counter()
+            micro_batches = next(found, None)
+            if micro_batches is None:
+                return
+            self._waited = time.perf_counter() - began
+            self._count("data", self._waited)
+            yield micro_batches
+
+    def _count(self, phase: str, seconds: float, steps: int = 0) -> None:
+        """Time of training, and to which ``phase`` of it the report adds it."""
+        self._interval["seconds"] += seconds
+        self.throughput.count(seconds, steps)
+        self.log.record.add_seconds(phase, seconds)
+        if not steps:
+            self.throughput.clock.add(phase, seconds)
+
     def _step(
         self, micro_batches: list[Batch], loader, stop: GracefulStop, bar: ProgressBar
     ) -> Step:
@@ -198,6 +230,7 @@ class SLTrainer:
         lr = scheduler.get_last_lr()[0] if scheduler is not None else 0.0
         try:
             with self._first_step():
+                micro_batches = self.training_batches(micro_batches)
                 step = self.engine.train_step(micro_batches, self.objective, stop.requested)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._describe(error, loader)) from error
@@ -212,30 +245,43 @@ class SLTrainer:
         self._interval["loss"] += step.loss * step.num_terms
         self._interval["units"] += step.num_terms
         self._interval["tokens"] += step.tokens
-        self._interval["seconds"] += seconds
-        self.log.record.add_seconds("training", seconds)
-        bar.step(loss=step.loss, lr=lr, tokens_per_second=step.tokens / seconds)
-        for line in self.diagnose(step):
-            logger.info(line)  # no warning to the logger: the record takes it with its step
-            self.log.record.note(line, self.state.step)
+        self._count("training", seconds, steps=1)
+        found = self.diagnose(step)
         self.callbacks.call("on_step", self, _of_step(step, lr))
         if self._due(self.schedule.log_interval):
-            self._log(lr, step)
+            self._log(lr, step)  # before the bar, which shows the MFU of it
+        bar.step(
+            loss=step.loss,
+            lr=lr,
+            tokens_per_second=step.tokens / (self._waited + seconds),
+            **({} if self._mfu is None else {MFU: self._mfu}),
+        )
+        for line in found:
+            logger.info(line)  # no warning to the logger: the record takes it with its step
+            self.log.record.note(line, self.state.step)
         return step
 
     def _log(self, lr: float, step: Step) -> None:
         sums = self._interval
+        seconds = max(sums["seconds"], 1e-9)
+        unit = self.unit_name.replace(" ", "_")
         metrics = {
             "train/loss": sums["loss"] / (sums["units"] or 1),
             "train/lr": lr,
-            f"train/{self.unit_name.replace(' ', '_')}": sums["units"],
-            "train/tokens_per_second": sums["tokens"] / max(sums["seconds"], 1e-9),
+            f"train/{unit}": sums["units"],
+            f"train/{TOKENS}": sums["tokens"] / seconds,
+            f"train/{unit}_per_second": sums["units"] / seconds,
         }
         if step.grad_norm is not None:
             metrics["train/grad_norm"] = step.grad_norm
+        self.throughput.add_to(self.log.meter)
         means = self.derive_metrics(self.log.meter.report())
+        means = self.throughput.metrics(means)
         metrics |= {f"train/{name}": value for name, value in means.items()}
         metrics["epoch"] = self.state.epoch
+        self._mfu = means.get(MFU)
+        speed = sums["tokens"] / seconds
+        self.throughput.logged(means | {TOKENS: speed}, seconds)
         self.log.tracker.log(metrics, self.state.step)
         self.callbacks.call("on_log", self, dict(metrics))
         self._interval = dict.fromkeys(sums, 0.0)
@@ -243,7 +289,11 @@ class SLTrainer:
     def _evaluate(self, eval_dataloader, bar: ProgressBar) -> None:
         if eval_dataloader is None:
             return
-        with self.log.record.timed("evaluation"), bar.paused("evaluating"):
+        with (
+            self.log.record.timed("evaluation"),
+            bar.paused("evaluating"),
+            self.throughput.paused(),
+        ):
             self._run_evaluation(eval_dataloader, bar)
         self.log.record.update(self.state.step)
 
@@ -284,6 +334,7 @@ class SLTrainer:
         if save_dir is None:
             return None
         with self.log.record.timed("checkpoints"):
+            self.throughput.add_to(self.log.meter)
             self.state.trainer["interval"] = dict(self._interval)
             self.state.trainer |= self.log.state_dict()
             if hasattr(self._loader, "state_dict"):

@@ -6,7 +6,7 @@ themselves.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from coati.experience_maker.rollouts.rollout_engine import ModelRollout
 from coati.experience_maker.scoring import Scorer
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.loop import Sampling
+from coati.models.policy_loss import LossAggregation
+from coati.models.policy_registry import POLICY_LOSSES
 from coati.models.rlvr_reward_model import RLVRRewardModel
+from coati.models.surrogate_loss import SurrogateSettings
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.rewards.responses import Responses
@@ -26,6 +29,7 @@ from coati.rewards.scorer import Rewards
 from coati.trainer.episodes import Episodes
 from coati.trainer.global_batches import as_global_batches
 from coati.trainer.online import OLTrainer
+from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl_assembly import RLSettings, assemble_rl, linear_annealing
 from coati.trainer.schedule import RunSchedule
 
@@ -51,7 +55,12 @@ class BoostedRLTrainer(OLTrainer):
             None: all.
         ptx_coef: c of (1 - c) x policy loss + c x supervised loss; 0 where there are no supervised
             rows.
-        eps_clip: the clip range of the probability ratio.
+        eps_clip: the clip range of the probability ratio, where ``policy_loss`` has no other (GSPO)
+            or none.
+        entropy_coef: of the entropy bonus.
+        rollouts_ahead: episodes whose responses are sampled while another is trained; theirs are of
+            weights that are so many episodes older, which importance weights correct for
+            (:class:`~coati.models.rollout_correction.RolloutCorrection`).
         generate_kwargs: ``max_new_tokens`` (required), ``stop_token_ids`` (one sequence of
             ids or a list of them), ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
             ``repetition_penalty``.
@@ -61,6 +70,8 @@ class BoostedRLTrainer(OLTrainer):
             ``reward_model`` of another type.
         ValueError: if the plugin cannot generate.
     """
+
+    _ahead: int = 0
 
     def _assemble(
         self,
@@ -105,6 +116,7 @@ class BoostedRLTrainer(OLTrainer):
         log_dir: str | None = None,
         use_wandb: bool = False,
         *,
+        report_to: Sequence[str] = (),
         eval_prompt_dataloader: Any = None,
     ) -> None:
         """Train.
@@ -138,12 +150,17 @@ class BoostedRLTrainer(OLTrainer):
             settings.num_generations,
         )
         self.episodes = Episodes(
-            num_episodes, num_update_steps, steps, self._temperature, settings.seed
+            num_episodes,
+            num_update_steps,
+            steps,
+            self._temperature,
+            settings.seed,
+            ahead=self._ahead,
         )
         supervised = None
         if pretrain_dataloader is not None:
             supervised = as_global_batches(pretrain_dataloader, self._accumulation_steps)
-        self.run(prompts, eval_prompt_dataloader, supervised, log_dir, use_wandb)
+        self.run(prompts, eval_prompt_dataloader, supervised, log_dir, use_wandb, report_to)
 
 
 class _RowFunctions:
@@ -181,6 +198,26 @@ def scorer_of(reward_model: Any, batch_size: int | None) -> Callable:
             "coati.rewards.Rewards or an RLVRRewardModel"
         )
     return Scorer(InferenceModel.plain(reward_model), batch_size=batch_size)
+
+
+def policy_settings(
+    name: str,
+    clip_low: float,
+    clip_high: float | None = None,
+    loss_agg: LossAggregation | None = None,
+    **settings: Any,
+) -> PolicySettings:
+    """Of the policy loss ``name``, with its own clip ranges and mean where it has them.
+    ``clip_high`` None: ``clip_low``; ``loss_agg`` None: token-mean. ``settings``: further ones.
+    Raises ValueError for an unknown name."""
+    surrogate = SurrogateSettings(name)
+    own = POLICY_LOSSES[name]
+    low = own.clip_low or clip_low
+    high = own.clip_high or clip_high or clip_low
+    agg = loss_agg or LossAggregation()
+    agg = replace(agg, mode=own.loss_agg_mode or agg.mode)
+    clipped = replace(surrogate, clip_low=low, clip_high=high)
+    return PolicySettings(clipped, loss_agg=agg, **settings)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, Ro
 from coati.models.rollout_correction import RolloutCorrection, gap_metrics, gap_per_action
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.engine import Engine
+from coati.trainer.dynamic_sampling import Refilled, refill
 from coati.trainer.episodes import Episodes
 from coati.trainer.progress import ProgressBar
 from coati.trainer.stop import GracefulStop
@@ -33,7 +34,8 @@ logger = get_logger(__name__)
 class AskedEpisode:
     """An episode that was asked for: ``prompts`` rows over all ranks from row ``start`` of
     ``epoch`` on, in ``batches``; of the first of them scores are ``begun``. ``lasting``: a
-    checkpoint has to hold the answers, since newer weights would give others."""
+    checkpoint has to hold the answers, since newer weights would give others. ``refilled``: what
+    dynamic sampling has added."""
 
     epoch: int
     start: int
@@ -42,6 +44,7 @@ class AskedEpisode:
     batches: list[PendingRollouts]
     lasting: bool
     begun: list[RolloutBatch] = field(default_factory=list)
+    refilled: Refilled | None = None
 
     def fits(self, prompts: Any, num_generations: int) -> bool:
         """Whether an episode of now has as many prompts and responses."""
@@ -90,6 +93,12 @@ class EpisodeCollector:
         try:
             if self._ask_up_to(episode, prompts, episodes, bar, stop):
                 collected = self._receive(self._asked[episode], bar, stop)
+            if collected is not None and episodes.refill_rounds:
+                asked = self._asked[episode]
+                rounds = episodes.refill_rounds
+                parts = {"maker": self.maker, "prompts": prompts, "bar": bar, "stop": stop}
+                asked.refilled = refill(collected, asked, episode, rounds, **parts)
+                collected = None if asked.refilled is None else collected
         finally:
             if collected is None:
                 self.maker.load_state_dict(before)

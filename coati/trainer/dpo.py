@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from coati.models.head import scatter_token_logprobs
-from coati.models.loss import masked_mean, masked_sum
+from coati.models.head_outputs import HeadOutputs, HeadRequest
+from coati.models.loss import masked_mean
 from coati.models.pairwise_loss import Pair, PairLoss, PairwiseObjective
 from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
@@ -22,6 +23,7 @@ from coati.trainer.preference import (
     pair_metrics,
     supervised,
 )
+from coati.utils.meter import MaskedSamples
 
 # Relative tolerance of the first loss against that of a policy that is its reference.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
@@ -37,6 +39,8 @@ class DPOObjective(PreferenceObjective):
         ld_alpha: of the longer response of a pair, tokens beyond the shorter's length count this
             much (LD-DPO).
         apply_loss_mask: False supervises every token the attention mask shows.
+        wpo: each pair's loss is multiplied by how probable the policy finds its two responses (WPO,
+            :func:`policy_weights`).
     """
 
     def __init__(
@@ -45,32 +49,70 @@ class DPOObjective(PreferenceObjective):
         reference: InferenceModel | None = None,
         ld_alpha: float | None = None,
         apply_loss_mask: bool = True,
+        wpo: bool = False,
     ) -> None:
         super().__init__(apply_loss_mask)
         self.pairwise = pairwise
         self.reference = reference
         self.row_logps = RowLogps(ld_alpha)
+        self.wpo = wpo
+
+    def head_request(self, batch: Batch) -> HeadRequest | None:
+        return HeadRequest(entropy=True, entropy_order=2) if self.wpo else None
+
+    def engines(self) -> list[Any]:
+        return [] if self.reference is None else [self.reference.engine]
 
     def prepare(self, batch: Batch) -> Batch:
         """Adds ``reference`` (2B,), the reference's log-probs of the rows."""
         rows = super().prepare(batch)
         if self.reference is not None and "reference" not in rows:
-            rows["reference"] = self.reference.forward_only(rows, self.row_logps.read)
+            rows["reference"] = self.reference.forward_only(
+                rows, self.row_logps.read, rows_together=self.rows_together
+            )
         return rows
 
-    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, logps: Tensor | HeadOutputs, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over pairs; rewards are beta (log pi - log reference)."""
+        weights = None
+        if isinstance(logps, HeadOutputs):
+            assert logps.entropy is not None
+            weights = policy_weights(logps.logps, logps.entropy, batch)
+            logps = logps.logps
         tokens = scatter_token_logprobs(logps, batch["labels"])  # (2B, S - 1)
         mask = supervised(batch)
         scores = self.row_logps(tokens, mask)
         reference = batch["reference"] if "reference" in batch else torch.zeros_like(scores)
-        pair = Pair(*deinterleave(scores), *deinterleave(reference), *deinterleave(mask.sum(1)))
-        losses = self.pairwise(pair, -masked_mean(tokens, mask, 1)[0::2])
-        term = self.pairwise.primary
-        seen = term.view(pair)
-        rewards = term.settings.beta * interleave(seen.c, seen.r)
+        losses, rewards = losses_and_rewards(self.pairwise, scores, reference, tokens, mask)
         metrics = pair_metrics(rewards, tokens, mask, batch["counted"])
-        return masked_sum(losses, batch["counted"][0::2]), metrics
+        if weights is not None:
+            losses = losses * weights
+            metrics["wpo_weight"] = MaskedSamples(weights, batch["counted"][0::2])
+        return self.total(losses, batch), metrics
+
+
+def policy_weights(logps: Tensor, collision_entropy: Tensor, batch: Batch) -> Tensor:
+    """WPO's weights (B,) of pairs, detached: the product over both responses of
+    exp(mean_t(log pi(y_t) - log sum_v pi(v)^2)), which brings pairs of other models toward those
+    that the policy itself would write (arXiv 2406.11827, with sampled alignment: a token's
+    probability relative to that of a token that the policy samples). ``logps``,
+    ``collision_entropy`` (n,): log pi(y_t) and -log sum_v pi(v)^2 at the n labels of the batch."""
+    aligned = logps.detach() + collision_entropy.detach()
+    means = masked_mean(scatter_token_logprobs(aligned, batch["labels"]), supervised(batch), 1)
+    return torch.stack(deinterleave(means)).sum(0).exp()
+
+
+def losses_and_rewards(
+    pairwise: PairwiseObjective, scores: Tensor, reference: Tensor, tokens: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses (B,) of interleaved rows, and their rewards (2B,): beta (log pi - log reference) of
+    the first loss. ``scores``, ``reference`` (2B,): log-probs of rows under policy and reference;
+    ``tokens``, ``mask`` (2B, S): the policy's of each token."""
+    pair = Pair(*deinterleave(scores), *deinterleave(reference), *deinterleave(mask.sum(1)))
+    losses = pairwise(pair, -masked_mean(tokens, mask, 1)[0::2])
+    term = pairwise.primary
+    seen = term.view(pair)
+    return losses, term.settings.beta * interleave(seen.c, seen.r)
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -84,7 +126,7 @@ class DPOTrainer(PreferenceTrainer):
             gamma hold where they are None.
         length_normalization: every loss reads means over a row's supervised tokens.
         sft_coef: a of + a x the mean negative log-prob of the chosen response's tokens.
-        ld_alpha, apply_loss_mask: of :class:`DPOObjective`.
+        ld_alpha, apply_loss_mask, wpo: of :class:`DPOObjective`.
         loss: a function of a :class:`~coati.models.pairwise_loss.Pair` that returns losses (B,), in
             place of ``loss_type`` and its options; ``beta`` is then that of the logged rewards
             alone.
@@ -119,6 +161,7 @@ class DPOTrainer(PreferenceTrainer):
         ld_alpha: float | None = None,
         apply_loss_mask: bool = True,
         starts_at_reference: bool = False,
+        wpo: bool = False,
         loss: PairLoss | None = None,
         **keywords: Any,
     ) -> None:
@@ -134,13 +177,14 @@ class DPOTrainer(PreferenceTrainer):
             pairwise = PairwiseObjective.of(loss_type, loss_weights, **shared, **own)
         if ref_model is not None:
             reference = InferenceModel.plain(ref_model)
+        self.ln2_is_chance = not wpo
         super().__init__(
             engine or Engine(booster, actor, actor_optim, actor_lr_scheduler),
-            DPOObjective(pairwise, reference, ld_alpha, apply_loss_mask),
+            DPOObjective(pairwise, reference, ld_alpha, apply_loss_mask, wpo),
             max_epochs,
             **keywords,
         )
-        self.starts_at_reference = starts_at_reference
+        self.starts_at_reference = starts_at_reference and not wpo
 
     def diagnose(self, step: Step) -> list[str]:
         return [*self._first_loss(step), *super().diagnose(step)]

@@ -15,6 +15,10 @@ class Episodes:
     steps of a pass (:func:`~coati.experience_buffer.batch_sizes.optimizer_steps_per_pass`).
     ``temperature``: episode -> sampling temperature. ``ahead``: episodes whose responses are asked
     for while another is trained; theirs are of weights that are so many episodes older.
+    ``refill_rounds``: of :mod:`~coati.trainer.dynamic_sampling`.
+
+    Raises ValueError for episodes ahead of which it is not known where their prompts begin, because
+    rounds of others take some first.
     """
 
     num_episodes: int = 1
@@ -24,6 +28,14 @@ class Episodes:
     seed: int = 42
     sample_interval: int = 10
     ahead: int = 0
+    refill_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ahead and self.refill_rounds:
+            raise ValueError(
+                "dynamic sampling takes prompts that episodes asked for ahead have taken already; "
+                "use one of the two"
+            )
 
     @property
     def total_steps(self) -> int:

@@ -9,7 +9,7 @@ from coati.experience_maker.advantage_registry import GROUP_METHODS
 from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.models.policy_loss import LossAggregation
 from coati.parallel.engine import Engine
-from coati.trainer.boosted_rl import BoostedRLTrainer, Generation
+from coati.trainer.boosted_rl import BoostedRLTrainer, Generation, policy_settings
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.rl_assembly import BufferSettings, KLSettings, RLSettings, linear_annealing
 from coati.trainer.schedule import RunSchedule
@@ -24,6 +24,7 @@ class GRPOTrainer(BoostedRLTrainer):
         temperature_annealing_config: ``start_temperature`` up to episode
             ``annealing_warmup_steps``, ``end_temperature`` from episode ``annealing_steps`` on.
         algo: a name of :data:`~coati.experience_maker.advantage_registry.GROUP_METHODS`.
+        policy_loss: a name of :data:`~coati.models.policy_registry.POLICY_LOSSES`.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class GRPOTrainer(BoostedRLTrainer):
         temperature_annealing_config: dict[str, float] | None = None,
         *,
         algo: str = "grpo",
+        policy_loss: str = "ppo",
+        entropy_coef: float = 0.0,
+        rollouts_ahead: int = 0,
         seed: int = 42,
         **generate_kwargs: Any,
     ) -> None:
         generation = Generation.of(tokenizer, actor, generate_kwargs)
-        method = GROUP_METHODS[algo]
         experience = ExperienceSettings(
             generation.max_new_tokens,
             generation.stop_sequences,
@@ -66,12 +69,8 @@ class GRPOTrainer(BoostedRLTrainer):
             forward_batch_size=logits_forward_batch_size,
             seed=seed,
         )
-        policy = PolicySettings(
-            eps_clip,
-            max(eps_clip, method.clip_high),  # dapo clips higher above than below
-            loss_agg=LossAggregation(method.loss_agg_mode, generation.max_new_tokens),
-            kl_coef=kl_coef,
-        )
+        longest = generation.max_new_tokens
+        policy = _policy(algo, policy_loss, eps_clip, longest, kl_coef, entropy_coef)
         settings = RLSettings(
             experience,
             policy=policy,
@@ -79,12 +78,27 @@ class GRPOTrainer(BoostedRLTrainer):
             buffer=BufferSettings(train_batch_size, buffer_limit, buffer_cpu_offload),
             ptx_coef=ptx_coef,
         )
+        self._ahead = rollouts_ahead
         actor_engine = Engine(actor_booster, actor, actor_optim, actor_lr_scheduler)
         models = (actor_engine, None, reward_model, initial_model, tokenizer)
         schedule = RunSchedule(save_dir, save_interval)
         self._assemble(settings, *models, generation.sampling, schedule, accumulation_steps)
         if temperature_annealing_config is not None:
             self._temperature = _annealing(temperature_annealing_config)
+
+
+def _policy(
+    algo: str, name: str, clip: float, longest: int, kl_coef: float, entropy_coef: float
+) -> PolicySettings:
+    method = GROUP_METHODS[algo]
+    return policy_settings(
+        name,
+        clip,
+        max(clip, method.clip_high),  # dapo clips higher above than below
+        LossAggregation(method.loss_agg_mode, longest),
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+    )
 
 
 def _annealing(config: dict[str, float]) -> Callable[[int], float]:

@@ -51,6 +51,9 @@ class KTOObjective(Objective):
         self.row_logps = RowLogps()
         self.evaluation_baseline = 0.0
 
+    def engines(self) -> list[Any]:
+        return [self.reference.engine]
+
     def prepare(self, batch: Batch) -> Batch:
         """Adds ``labels``, ``counted`` (B,) and the reference's log-probs of the rows,
         ``reference`` (B,)."""
@@ -59,7 +62,7 @@ class KTOObjective(Objective):
         mask = batch["loss_mask"].bool()
         rows = with_labels(batch["input_ids"], batch["attention_mask"], mask)
         rows |= {"label": batch["label"].bool(), "counted": mask.any(1)}
-        rows["reference"] = self.reference.forward_only(rows, self.row_logps.read)
+        rows["reference"] = self.reference.forward_only(rows, self.row_logps.read, rows_together=1)
         return rows | {key: value for key, value in batch.items() if key.startswith("kl_")}
 
     def prepare_step(self, micro_batches: list[Batch]) -> list[Batch]:
@@ -87,8 +90,8 @@ class KTOObjective(Objective):
                 batch[f"kl_{name}"] for name in ("input_ids", "attention_mask", "loss_mask")
             )
             rows = with_labels(ids, real, mask)
-            policy = self.engine.forward_only(rows, self.row_logps.read)
-            reference = self.reference.forward_only(rows, self.row_logps.read)
+            policy = self.engine.forward_only(rows, self.row_logps.read, rows_together=1)
+            reference = self.reference.forward_only(rows, self.row_logps.read, rows_together=1)
             counted = mask.bool().any(1).to(policy.device)
             total += masked_sum(policy - reference.to(policy.device), counted)
             count += counted.sum()

@@ -1,7 +1,7 @@
 """The online training loop: roll out, update, report, episode after episode."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,8 @@ from coati.trainer.callbacks import Callback, CallbackList
 from coati.trainer.collecting import EpisodeCollector, correction_metrics
 from coati.trainer.episodes import Episodes, update_shape, why_over
 from coati.trainer.monitor.rl_checks import RLChecks
-from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, rows_of
-from coati.trainer.monitor.sample_table import SampleRow, sample_rows, sample_table
+from coati.trainer.monitor.rl_reporter import SAMPLES, RLReporter, current_names
+from coati.trainer.monitor.sample_table import sample_rows, sample_table
 from coati.trainer.policy_objective import (
     PolicyObjective,
     PolicySettings,
@@ -29,18 +29,17 @@ from coati.trainer.policy_objective import (
     ValueObjective,
 )
 from coati.trainer.progress import ProgressBar
+from coati.trainer.rl_evaluation import PassAt, evaluate_policy
 from coati.trainer.run_log import RunLog
 from coati.trainer.schedule import RunSchedule
 from coati.trainer.stop import GracefulStop
+from coati.trainer.throughput import Throughput
 from coati.utils.distributed import any_rank
 from coati.utils.errors import RunFailed
 from coati.utils.liveness import at_forced_end, note
 from coati.utils.logging import get_logger
-from coati.utils.meter import AccumulativeMeanMeter
 
 logger = get_logger(__name__)
-
-EVALUATION = 2**32 - 1  # the "episode" whose noise evaluations are sampled with: the same at each
 
 
 class OLTrainer:
@@ -50,6 +49,7 @@ class OLTrainer:
     Args:
         actor: the engine of the policy.
         critic: the engine of the value model (PPO); None for GRPO and its variants.
+        objective: the policy's loss, by default the clipped one of ``policy``.
         value_clip, vf_coef: clip range and coefficient of the critic's loss.
         ptx_coef: c of (1 - c) x policy loss + c x supervised loss of ``ptx`` rows.
         schedule: its intervals count episodes here.
@@ -59,9 +59,12 @@ class OLTrainer:
         rollouts: from :func:`~coati.parallel.checkpoint.rollouts_by_rank`, of a run that asks for
             responses ahead.
         checks: the training diagnostics; None: none.
+        pass_at: what evaluations estimate beside reward, length and KL.
         settings: the run's settings, for wandb and TensorBoard.
         callbacks: told what happens, on every rank.
     """
+
+    method: str | None = None  # of a subclass, in its reports
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class OLTrainer:
         *,
         critic: Engine | None = None,
         policy: PolicySettings | None = None,
+        objective: PolicyObjective | None = None,
         value_clip: float = 0.2,
         vf_coef: float = 1.0,
         ptx_coef: float = 0.0,
@@ -81,6 +85,7 @@ class OLTrainer:
         buffer_state: dict[str, Any] | None = None,
         rollouts: dict[str, Any] | None = None,
         checks: RLChecks | None = None,
+        pass_at: PassAt | None = None,
         settings: dict[str, Any] | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
@@ -88,17 +93,21 @@ class OLTrainer:
         self.critic = critic
         self.maker = maker
         self.buffer = buffer
+        buffer.by_prompt = actor.shares_prefixes(training=True)
         self.episodes = episodes
         self.ptx_coef = ptx_coef
         self.vf_coef = vf_coef
-        self.name = "grpo" if critic is None else "ppo"
+        self.pass_at = pass_at
+        self.name = self.method or ("grpo" if critic is None else "ppo")
         self.schedule = schedule or RunSchedule()
         self.state = state or RunningState()
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.model_assets = assets or {
             name: ModelAssets.of(each.module) for name, each in self.models.items()
         }
-        self.policy_objective = PolicyObjective(policy or PolicySettings(), sum_over(actor))
+        if objective is None:
+            objective = PolicyObjective(policy or PolicySettings(), sum_over(actor))
+        self.policy_objective = objective
         self.collector = EpisodeCollector(actor, maker, self.state, rollouts)
         self.value_objective = ValueObjective(value_clip)
         self.ptx_objective = PtxObjective()
@@ -111,14 +120,25 @@ class OLTrainer:
         # How the responses in the buffer were sampled, whatever a resumed run samples with.
         self._sampled: dict[str, Any] = {}
         self._ptx_at: list[int] = list(trained.get("ptx", [0, 0]))  # epoch and row
-        self.log = RunLog(self.name, self.schedule, trained, settings, default_metric="reward")
-        self.reporter = RLReporter(self.log, checks, trained)
-        if "maker" in trained:
-            maker.load_state_dict(trained["maker"])
-        if buffer_state is not None:
-            self._resume_episode(buffer_state, trained)
+        self._start_log(trained, settings, checks)
+        self._resume(buffer_state, trained)
 
-    def _resume_episode(self, buffer_state: dict[str, Any], trained: dict[str, Any]) -> None:
+    def _start_log(self, trained: dict, settings: dict | None, checks: RLChecks | None) -> None:
+        self.log = RunLog(self.name, self.schedule, trained, settings, default_metric="reward")
+        self.throughput = Throughput(
+            self.engine,
+            [*self.models.values(), *self.maker.engines()],
+            [self.maker.clock],
+            rate="tokens/s of rollouts",
+        )
+        ahead = self.episodes.ahead > 0
+        self.reporter = RLReporter(self.log, checks, trained, self.throughput, ahead)
+
+    def _resume(self, buffer_state: dict[str, Any] | None, trained: dict[str, Any]) -> None:
+        if "maker" in trained:
+            self.maker.load_state_dict(trained["maker"])
+        if buffer_state is None:
+            return
         kl_in_loss = bool(self.policy_objective.settings.kl_coef)
         reason = why_over(buffer_state, trained, self._update_shape(), kl_in_loss)
         if reason is not None:
@@ -160,6 +180,7 @@ class OLTrainer:
         ptx: Any = None,
         log_dir: str | None = None,
         use_wandb: bool = False,
+        report_to: Sequence[str] = (),
     ) -> None:
         """Train.
 
@@ -175,7 +196,7 @@ class OLTrainer:
             ValueError: on every rank, for a reward function that fails on one.
         """
         total = self.episodes.num_episodes
-        self.log.open(self.episode, log_dir, use_wandb, total, "episode")
+        self.log.open(self.episode, log_dir, use_wandb, total, "episode", report_to)
         if self.episode == 0 and self.first_evaluation:
             # Of a run stopped in its first episode, whose metrics file is new.
             self.log.tracker.log(self.first_evaluation, 0)
@@ -191,7 +212,7 @@ class OLTrainer:
                         self.save(self.buffer.state_dict() or None, lost=True)
                     raise
                 self.callbacks.call("on_train_end", self)
-            self.log.log_memory(self.episode)
+            self.log.log_memory(self.episode, self.throughput.summary())
             self.log.finish(self.episode, self.stopped_early)
         except BaseException as error:
             self.log.fail(error, self.episode)
@@ -204,7 +225,8 @@ class OLTrainer:
         self, prompts: Any, evaluation: Any, ptx: Any, bar: ProgressBar, stop: GracefulStop
     ) -> None:
         """Raises RolloutsLost where nothing is left that could sample, between two episodes."""
-        self._publish()
+        self.maker.publish(self.state.step)
+        self.throughput.prepare()
         if self.episode == 0 and not self.first_evaluation:
             self._evaluate(evaluation, bar)
         while self.episode < self.episodes.num_episodes and not self.stopped_early:
@@ -251,9 +273,13 @@ class OLTrainer:
                 self.save(self.buffer.state_dict())
             return
         self.buffer.clear()
+        self.throughput.count(0.0, steps=1)
         self._position = (0, 0)
         self.episode += 1
-        self.state.sample_start_index += self._sampled.get("prompts", prompts.rows_per_step)
+        if "next" in self._sampled:
+            self.state.epoch, self.state.sample_start_index = self._sampled["next"]
+        else:
+            self.state.sample_start_index += self._sampled.get("prompts", prompts.rows_per_step)
         self._publish()
         if self.episode % max(self.schedule.log_interval, 1):
             bar.step()
@@ -277,7 +303,9 @@ class OLTrainer:
 
     def _publish(self) -> None:
         """From here on responses are those of the policy as it is now. Every rank must call it."""
+        started = time.perf_counter()
         self.maker.publish(self.state.step)
+        self.reporter.add_seconds(time.perf_counter() - started)
 
     def _collect(
         self, prompts: Any, bar: ProgressBar, stop: GracefulStop, episodes: Episodes
@@ -291,6 +319,9 @@ class OLTrainer:
         asked, collected = found
         self._sampled = {"temperature": asked.temperature, "prompts": asked.prompts}
         experiences, metrics = self.maker.finalize_advantages(collected)
+        if asked.refilled is not None:
+            self._sampled["next"] = [asked.refilled.epoch, asked.refilled.start]
+            metrics |= asked.refilled.metrics()
         for experience in experiences:
             self.buffer.append(experience)
         metrics |= correction_metrics(
@@ -300,7 +331,7 @@ class OLTrainer:
         self.reporter.add_rollouts(collected, metrics, self.engine.mesh.is_loss_rank)
         interval = episodes.sample_interval
         if interval and self.episode % interval == 0:
-            self.reporter.show_samples(collected[-1], self.episode + 1, bar)
+            self.reporter.show_samples(collected, self.episode + 1, bar)
         return True
 
     # Updating
@@ -311,12 +342,8 @@ class OLTrainer:
         episodes = self.episodes
         steps = episodes.steps_per_pass
         total = episodes.num_update_steps * steps
-        now = episodes.temperature(self.episode)
-        self.policy_objective.temperature = self._sampled.get("temperature", now)
-        if self.policy_objective.settings.kl_coef:
-            self.policy_objective.kl_coef = self.maker.kl.kl_coef
         first, start = self._position
-        self.policy_objective.version = self.state.step - first * steps - start
+        self._begin_update(self.state.step - first * steps - start)
         for number in range(first, episodes.num_update_steps):
             batches = self.buffer.global_batches(
                 steps, seed=episodes.seed, episode=self.episode, update=number, start=start
@@ -330,6 +357,16 @@ class OLTrainer:
                     return False
             start = 0
         return True
+
+    def _begin_update(self, version: int) -> None:
+        """Tell the objective what holds for this episode, whose update began with the weights of
+        ``version`` optimizer steps."""
+        objective = self.policy_objective
+        now = self.episodes.temperature(self.episode)
+        objective.temperature = self._sampled.get("temperature", now)
+        if objective.settings.kl_coef:
+            objective.kl_coef = self.maker.kl.kl_coef
+        objective.version = version
 
     def _step(self, micro_batches: list[Experience], ptx: Any, stop: GracefulStop) -> bool:
         """One update of every model; whether a rank was asked to stop."""
@@ -391,32 +428,25 @@ class OLTrainer:
         return metrics | {f"lr_{name}": lr for name, lr in self._lr.items()}
 
     def _evaluate(self, evaluation: Any, bar: ProgressBar) -> None:
-        """Reward, length and KL of one response to each prompt of ``evaluation``, sampled with the
-        same noise at every evaluation."""
+        """As :func:`~coati.trainer.rl_evaluation.evaluate_policy`."""
         if evaluation is None:
             return
-        with self.log.record.timed("evaluation"), bar.paused("evaluating"):
+        with (
+            self.log.record.timed("evaluation"),
+            bar.paused("evaluating"),
+            self.throughput.paused(),
+        ):
             self._run_evaluation(evaluation, bar)
         self.log.record.update(self.episode)
 
     def _run_evaluation(self, evaluation: Any, bar: ProgressBar) -> None:
-        meter = AccumulativeMeanMeter()
         temperature = self.episodes.temperature(self.episode)
-        shown: list[SampleRow] = []
-        batches = zip(evaluation.rows(), evaluation, strict=True)
-        for rows, prompts in bar.over(batches, "evaluating", len(evaluation)):
-            # A rank that has run out of rows repeats one whose numbers are left out.
-            indices = rows + [0] * (len(prompts["input_ids"]) - len(rows))
-            batch = self.maker.rollout_and_score(prompts, indices, EVALUATION, temperature)
-            meter.add_all({name: [values[: len(rows)]] for name, values in batch.samples.items()})
-            shown += rows_of(batch, len(rows))
-        metrics = meter.report()
-        self.log.evaluated(metrics, self.episode)
-        named = ("reward", "approx_kl", "response_length", "stop_rate")
-        summary = ", ".join(f"{name} {metrics[name]:.4g}" for name in named)
-        bar.write(f"episode {self.episode}: on prompts of --eval_prompt_dataset {summary}")
-        bar.write(sample_table(shown[:SAMPLES]))
-        self.log.tracker.table(*sample_rows(shown[:SAMPLES]), self.episode, "evaluation")
+        found = evaluate_policy(self.maker, evaluation, temperature, self.pass_at, bar.over)
+        shown = found.shown[:SAMPLES]
+        self.log.evaluated(found.metrics, self.episode)
+        bar.write(f"episode {self.episode}: on prompts of --eval_prompt_dataset {found.summary()}")
+        bar.write(sample_table(shown))
+        self.log.tracker.table(*sample_rows(shown), self.episode, "evaluation")
         best = self.log.keep_best(self.engine, self.assets, self.state.step, episode=self.episode)
         if best:
             bar.write(f"episode {self.episode}: {best}")
@@ -428,6 +458,7 @@ class OLTrainer:
         save_dir = self.schedule.save_dir
         if save_dir is None:
             return None
+        self.throughput.add_to(self.log.meter)
         self.state.trainer = self.state_dict() | self.log.state_dict() | self.reporter.state_dict()
         models = {name: (engine, self.model_assets[name]) for name, engine in self.models.items()}
         with self.log.record.timed("checkpoints"):
@@ -466,22 +497,3 @@ def _of_step(step: Step, value_step: Step | None, lr: dict[str, float]) -> dict[
     if value_step is not None:
         found |= {"value_loss": value_step.loss, "critic_grad_norm": value_step.grad_norm}
     return _named_train({name: float(value) for name, value in found.items() if value is not None})
-
-
-RENAMED_METRICS = {"entropy": "sampled_entropy"}
-
-
-def current_names(trained: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's state of a checkpoint, metrics under today's names."""
-
-    def renamed(by_name: dict[str, Any]) -> dict[str, Any]:
-        return {RENAMED_METRICS.get(name, name): value for name, value in by_name.items()}
-
-    current = dict(trained)
-    if "meter" in trained:
-        current["meter"] = [renamed(of_rank) for of_rank in trained["meter"]]
-    if "signs" in trained:
-        history = dict(trained["signs"]["history"])
-        history |= {key: renamed(history[key]) for key in ("first", "recent", "counts")}
-        current["signs"] = trained["signs"] | {"history": history}
-    return current

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coati.models.head import scatter_token_logprobs
-from coati.models.loss import masked_mean, masked_sum, odds_ratio_loss
+from coati.models.loss import masked_mean, odds_ratio_loss
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics
 from coati.trainer.preference import (
@@ -38,7 +38,7 @@ class ORPOObjective(PreferenceObjective):
         penalty, log_odds_ratio = odds_ratio_loss(chosen, rejected)
         metrics = pair_metrics(means, tokens, mask, counted)
         metrics["log_odds_ratio"] = MaskedSamples(log_odds_ratio, counted[0::2])
-        return masked_sum(-chosen + self.lam * penalty, counted[0::2]), metrics
+        return self.total(-chosen + self.lam * penalty, batch), metrics
 
 
 class ORPOTrainer(PreferenceTrainer):

@@ -1,27 +1,33 @@
-"""The objectives of PPO and GRPO: clipped policy loss, clipped value loss, and the supervised loss
-on pretraining rows."""
+"""The objectives of PPO and GRPO: surrogate policy loss, clipped value loss, and the supervised
+loss on pretraining rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from coati.experience_maker.experience import Experience
 from coati.experience_maker.model_inputs import critic_batch, policy_batch, to_actions, values_at
+from coati.models.head_outputs import HeadOutputs, HeadRequest
 from coati.models.loss import masked_sum
 from coati.models.policy_loss import (
     LossAggregation,
     PolicyTokenLoss,
+    PolicyTokens,
     kl_per_token,
     mean_ratio_exceeds,
     own_policy_terms,
-    policy_statistics,
-    policy_terms,
     ratio_sums,
     value_statistics,
     value_terms,
 )
 from coati.models.rollout_correction import RolloutCorrection
+from coati.models.surrogate_loss import (
+    SurrogateSettings,
+    surrogate_statistics,
+    surrogate_terms,
+)
 from coati.parallel.objective import Batch, Metrics, Objective
 from coati.trainer.sft import SFTObjective
 from coati.utils.meter import MaskedSamples
@@ -30,22 +36,23 @@ from coati.utils.meter import MaskedSamples
 @dataclass(frozen=True)
 class PolicySettings:
     """The policy's loss. ``kl_coef``: of the KL term in the loss; 0 where KL is part of the
-    reward. ``loss``: a user's function of :class:`~coati.models.policy_loss.PolicyTokens` in place
-    of the clipped loss, (B, A) losses out; the KL term is added to it. ``correction``: the weights
-    of the policy's terms, not of the KL term, for responses of older weights."""
+    reward. ``entropy_coef``: of the entropy of the next token's distribution, a bonus. ``loss``: a
+    user's function of :class:`~coati.models.policy_loss.PolicyTokens` in place of the surrogate
+    loss, (B, A) losses out; KL term and bonus are added to it. ``correction``: the weights of the
+    surrogate's terms, not of the KL term and the bonus, for responses of older weights."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    surrogate: SurrogateSettings = SurrogateSettings()
     skip_threshold: float = 20.0
     loss_agg: LossAggregation = LossAggregation("token-mean")
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
     loss: PolicyTokenLoss | None = None
     correction: RolloutCorrection = RolloutCorrection()
 
 
 class PolicyObjective(Objective):
-    """Clipped policy gradient over the actions of an experience. ``temperature``: at which it was
+    """Policy gradient over the actions of an experience. ``temperature``: at which it was
     sampled. ``version``: of the weights that the update began with."""
 
     def __init__(self, settings: PolicySettings, reduce_sum: Callable[[Tensor], Tensor]) -> None:
@@ -91,26 +98,34 @@ class PolicyObjective(Objective):
     def num_terms(self, batch: Batch) -> Tensor:
         return self.settings.loss_agg.num_terms(batch["action_mask"])
 
-    def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    def head_request(self, batch: Batch) -> HeadRequest | None:
+        return HeadRequest(entropy=True) if self.settings.entropy_coef else None
+
+    def loss(self, logps: Tensor | HeadOutputs, batch: Batch) -> tuple[Tensor, Metrics]:
         mask = batch["action_mask"]
         old = batch["old"]
         settings = self.settings
+        entropy = None
+        if isinstance(logps, HeadOutputs):
+            entropy = to_actions(logps.entropy, mask)
+            logps = logps.logps
         logps = to_actions(logps, mask)
         # Decided by all ranks together: a step that one rank leaves out would be half a step.
         skip = mean_ratio_exceeds(
             self.reduce_sum(ratio_sums(logps, old, mask)), settings.skip_threshold
         )
-        clip = settings.clip_low, settings.clip_high
         advantages = batch["advantages"]
-        if settings.loss is None:
-            terms = policy_terms(logps, old, advantages, mask, *clip, skip)
-        else:
-            terms = own_policy_terms(settings.loss, logps, old, advantages, mask, skip)
+        function = settings.loss or partial(surrogate_terms, settings=settings.surrogate)
+        terms = own_policy_terms(function, logps, old, advantages, mask, skip)
         if "weights" in batch:
             terms = terms * batch["weights"]
         metrics: Metrics = {}
-        metrics |= policy_statistics(logps, old, advantages, mask, *clip)
+        tokens = PolicyTokens(logps, old, advantages, mask)
+        metrics |= surrogate_statistics(tokens, settings.surrogate)
         metrics["skip_ratio"] = skip.float()[None]
+        if entropy is not None:
+            metrics["policy_entropy"] = MaskedSamples(entropy.detach(), mask.bool())
+            terms = terms - settings.entropy_coef * entropy.masked_fill(skip, 0.0)
         if self.kl_coef:
             kl = kl_per_token(logps, batch["reference"], mask, settings.kl_estimator)
             terms = terms + self.kl_coef * kl.masked_fill(skip, 0.0)

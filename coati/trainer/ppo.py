@@ -6,8 +6,7 @@ from torch import nn
 
 from coati.experience_maker.rollout_batch import ExperienceSettings
 from coati.parallel.engine import Engine
-from coati.trainer.boosted_rl import BoostedRLTrainer, Generation
-from coati.trainer.policy_objective import PolicySettings
+from coati.trainer.boosted_rl import BoostedRLTrainer, Generation, policy_settings
 from coati.trainer.rl_assembly import BufferSettings, KLSettings, RLSettings, ValueSettings
 from coati.trainer.schedule import RunSchedule
 
@@ -21,6 +20,7 @@ class PPOTrainer(BoostedRLTrainer):
         vf_coef: coefficient of the critic's loss.
         gamma, lam: discount and lambda of generalized advantage estimation (arXiv 1506.02438);
             advantages are whitened over an episode.
+        policy_loss: a name of :data:`~coati.models.policy_registry.POLICY_LOSSES`.
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class PPOTrainer(BoostedRLTrainer):
         seed: int = 42,
         inference_batch_size: int | None = None,
         logits_forward_batch_size: int | None = None,
+        policy_loss: str = "ppo",
+        entropy_coef: float = 0.0,
+        rollouts_ahead: int = 0,
         **generate_kwargs: Any,
     ) -> None:
         generation = Generation.of(tokenizer, actor, generate_kwargs)
@@ -67,18 +70,15 @@ class PPOTrainer(BoostedRLTrainer):
         )
         settings = RLSettings(
             experience,
-            policy=PolicySettings(eps_clip, eps_clip),
+            policy=policy_settings(policy_loss, eps_clip, entropy_coef=entropy_coef),
             value=ValueSettings(value_clip, vf_coef),
             kl=KLSettings(kl_coef),
             buffer=BufferSettings(train_batch_size, buffer_limit, buffer_cpu_offload),
             ptx_coef=ptx_coef,
         )
-        models = (
-            Engine(actor_booster, actor, actor_optim, actor_lr_scheduler),
-            Engine(critic_booster, critic, critic_optim, critic_lr_scheduler),
-            reward_model,
-            initial_model,
-            tokenizer,
-        )
+        self._ahead = rollouts_ahead
+        actor_engine = Engine(actor_booster, actor, actor_optim, actor_lr_scheduler)
+        critic_engine = Engine(critic_booster, critic, critic_optim, critic_lr_scheduler)
+        models = (actor_engine, critic_engine, reward_model, initial_model, tokenizer)
         schedule = RunSchedule(save_dir, save_interval)
         self._assemble(settings, *models, generation.sampling, schedule, accumulation_steps)

@@ -20,7 +20,8 @@ def reference_of_rows(objective: DPOObjective, reference: InferenceModel, loader
     found: dict[int, list[float]] = {}
     for batch, rows in zip(loader, loader.rows(), strict=True):
         pairs = PreferenceObjective.prepare(objective, batch)
-        values = reference.forward_only(pairs, objective.row_logps.read).view(-1, 2).cpu()
+        logps = reference.forward_only(pairs, objective.row_logps.read, rows_together=2)
+        values = logps.view(-1, 2).cpu()
         if reference.engine.mesh.is_loss_rank:
             found |= {row: value.tolist() for row, value in zip(rows, values, strict=False)}
     whole = {row: value for rank in all_gather_object(found) for row, value in rank.items()}

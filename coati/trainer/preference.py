@@ -53,9 +53,12 @@ class PreferenceObjective(Objective):
     """Objectives on pairs. Batches hold ``{chosen,reject}_{input_ids,attention_mask,loss_mask}``
     (B, S).
 
-    A pair with an empty loss mask on either side is ignored. ``apply_loss_mask`` False supervises
-    every token of the attention mask.
+    A pair with an empty loss mask on either side is ignored. With ``weight`` (B,) the loss is the
+    mean over pairs that count as much each. ``apply_loss_mask`` False supervises every token of the
+    attention mask.
     """
+
+    rows_together = 2
 
     def __init__(self, apply_loss_mask: bool = True) -> None:
         self.apply_loss_mask = apply_loss_mask
@@ -72,15 +75,24 @@ class PreferenceObjective(Objective):
         rows = with_labels(ids, real, mask)
         whole = mask.bool().any(1).view(-1, 2).all(1)
         rows["counted"] = whole.repeat_interleave(2)
-        if "margin" in batch:
-            rows["margin"] = batch["margin"].repeat_interleave(2)
+        for name in ("margin", "weight"):
+            if name in batch:
+                rows[name] = batch[name].repeat_interleave(2)
         if "chosen_reference" in batch:
             rows["reference"] = interleave(batch["chosen_reference"], batch["reject_reference"])
         return rows
 
     def num_terms(self, batch: Batch) -> Tensor:
-        """Pairs that count."""
+        """Pairs that count, or the sum of their weights."""
+        if "weight" in batch:
+            return masked_sum(batch["weight"], batch["counted"]) / 2
         return batch["counted"].sum() // 2
+
+    def total(self, losses: Tensor, batch: Batch) -> Tensor:
+        """The sum of ``losses`` (B,) over the pairs that count, each times its weight."""
+        if "weight" in batch:
+            losses = losses * batch["weight"][0::2]
+        return masked_sum(losses, batch["counted"][0::2])
 
 
 class PreferenceTrainer(SLTrainer):

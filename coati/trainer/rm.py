@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.models.loss import centering, masked_sum, reward_loss
+from coati.models.loss import centering, reward_loss
 from coati.parallel.engine import Engine
 from coati.parallel.objective import Batch, Metrics, Step
 from coati.trainer.monitor.preference_diagnostics import moments
@@ -56,7 +56,7 @@ class RewardModelObjective(PreferenceObjective):
         }
         metrics: Metrics = {name: MaskedSamples(value, pairs) for name, value in values.items()}
         metrics |= moments(scores, batch["attention_mask"].sum(1), counted)
-        return masked_sum(losses, pairs), metrics
+        return self.total(losses, batch), metrics
 
 
 class RewardModelTrainer(PreferenceTrainer):

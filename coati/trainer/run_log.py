@@ -19,6 +19,7 @@ from coati.utils.memory import describe_memory, peak_memory_of_ranks
 from coati.utils.meter import AccumulativeMeanMeter
 from coati.utils.phases import phase
 from coati.utils.run_identity import record_of
+from coati.utils.tracker_table import named
 from coati.utils.tracking import Tracker, make_tracker
 
 logger = get_logger(__name__)
@@ -60,11 +61,17 @@ class RunLog:
 
     @phase("starting to log")
     def open(
-        self, step: int, log_dir: str | None, use_wandb: bool, total: int, unit: str = "step"
+        self,
+        step: int,
+        log_dir: str | None,
+        use_wandb: bool,
+        total: int,
+        unit: str = "step",
+        report_to: Sequence[str] = (),
     ) -> None:
-        """Start logging to ``<save_dir>/metrics.jsonl``, and to TensorBoard (``log_dir``) and wandb
-        if asked for. Lines of an existing file that are later than ``step`` are removed. Every rank
-        must call it.
+        """Start logging to ``<save_dir>/metrics.jsonl``, and to TensorBoard (``log_dir``), wandb
+        and those of ``report_to`` if asked for. Lines of an existing file that are later than
+        ``step`` are removed. Every rank must call it.
 
         ``total``: the steps that the run is to have; ``unit``: what they are.
         """
@@ -75,12 +82,13 @@ class RunLog:
                 f"left to train; a larger {length} goes on"
             )
         save_dir = self.schedule.save_dir
-        if save_dir is None and log_dir is None and not use_wandb:
+        if save_dir is None and not named(report_to, log_dir, use_wandb):
             return
         self.tracker = make_tracker(
             Path(save_dir) / "metrics.jsonl" if save_dir else None,
             None if log_dir is None else str(Path(log_dir) / self.name),
             use_wandb,
+            report_to=report_to,
             project=f"Coati-{self.name}",
             config=self.settings,
             keep_to=step,
@@ -130,12 +138,16 @@ class RunLog:
         folder = save_best(self.schedule.save_dir, engine, assets, found)
         return f"the best {metric} so far, {value:.4f}; this model is in {folder}"
 
-    def log_memory(self, step: int) -> None:
-        """Log the peak memory of every rank. Every rank must call it."""
+    def log_memory(self, step: int, speed: str = "") -> None:
+        """Log the peak memory of every rank, and say it with the ``speed`` of the run. Every rank
+        must call it."""
         peaks = peak_memory_of_ranks()
         self.tracker.log(
             {f"memory/rank_{rank}_peak_mb": peak for rank, peak in enumerate(peaks)}, step
         )
+        if speed:
+            logger.info(speed)
+            self.record.note(speed, step, "note")
         logger.info(describe_memory(peaks))
 
     def what_is_kept(self) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from coati.dataset.load.collator import supervise_all
 from coati.models.logprobs import IGNORE_INDEX
-from coati.models.loss import check_terms
+from coati.models.loss import check_terms, dynamic_finetuning_loss
+from coati.models.loss_registry import NLL, SFT_LOSSES
 from coati.parallel.engine import Batch, Engine, Step
 from coati.parallel.objective import Metrics, Objective
 from coati.trainer.base import SLTrainer
@@ -26,30 +27,43 @@ class SFTObjective(Objective):
         apply_loss_mask: False supervises every token the attention mask shows; padding never.
         token_loss: another loss of each token: ``token_loss(logps, batch)`` gets the log-probs (n,)
             of the supervised tokens, in the order of ``batch["labels"][:, 1:] != -100``, and
-            returns one loss (n,) for each.
+            returns one loss (n,) for each. Or a name of
+            :data:`~coati.models.loss_registry.SFT_LOSSES`. Beside another loss than the first the
+            metric ``nll`` is -log p.
     """
 
-    def __init__(self, apply_loss_mask: bool = True, token_loss: TokenLoss | None = None) -> None:
+    def __init__(
+        self, apply_loss_mask: bool = True, token_loss: TokenLoss | str | None = None
+    ) -> None:
         self.apply_loss_mask = apply_loss_mask
-        self.token_loss = token_loss
+        self.token_loss = _named(token_loss) if isinstance(token_loss, str) else token_loss
 
     def prepare(self, batch: Batch) -> Batch:
         return batch if self.apply_loss_mask else supervise_all(batch)
 
     def num_terms(self, batch: Batch) -> Tensor:
-        weights = _weights(batch)
+        weights = token_weights(batch)
         return super().num_terms(batch) if weights is None else weights.double().sum()
 
     def loss(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         losses = -logps
+        metrics: Metrics = {}
         if self.token_loss is not None:
+            metrics = {"nll": -logps}
             losses = self.token_loss(logps, batch)
             losses = check_terms(losses, logps.shape, "supervised token")
-        weights = _weights(batch)
-        return (losses if weights is None else losses * weights).sum(), {}
+        weights = token_weights(batch)
+        return (losses if weights is None else losses * weights).sum(), metrics
 
 
-def _weights(batch: Batch) -> Tensor | None:
+def _named(name: str) -> TokenLoss | None:
+    """The loss of a name of :data:`~coati.models.loss_registry.SFT_LOSSES`; None for -log p."""
+    if name not in SFT_LOSSES:
+        raise ValueError(f"sft_loss {name!r}: choose from {', '.join(SFT_LOSSES)}")
+    return None if name == NLL else {"dft": lambda logps, _: dynamic_finetuning_loss(logps)}[name]
+
+
+def token_weights(batch: Batch) -> Tensor | None:
     """(n,) weights of the supervised tokens; None where all count alike."""
     if "loss_weights" not in batch:
         return None
@@ -84,7 +98,7 @@ class SFTTrainer(SLTrainer):
         coordinator: Any = None,
         *,
         engine: Engine | None = None,
-        loss: TokenLoss | None = None,
+        loss: TokenLoss | str | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(
@@ -99,4 +113,7 @@ class SFTTrainer(SLTrainer):
         )
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
-        return {"loss": step.loss, "perplexity": math.exp(min(step.loss, 700.0))}
+        # Of another loss than -log p the exponential is no perplexity.
+        other = step.metrics.get("nll")
+        nll = float(torch.cat(other).double().mean()) if other else step.loss
+        return {"loss": step.loss, "perplexity": math.exp(min(nll, 700.0))}

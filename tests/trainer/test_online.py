@@ -4,6 +4,7 @@ Models are stubs."""
 import json
 import os
 import signal
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,12 @@ from coati.experience_maker.rollouts.pending_rollouts import PendingRollouts, Ro
 from coati.models.generation.loop import Generated
 from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import NonFiniteLoss, Step
+from coati.parallel.step_work import StepClock
 from coati.rewards.responses import Responses
 from coati.trainer.callbacks import Callback, StopTraining
 from coati.trainer.monitor.rl_checks import RLChecks
-from coati.trainer.online import Episodes, OLTrainer, current_names
+from coati.trainer.monitor.rl_reporter import RLReporter, current_names
+from coati.trainer.online import Episodes, OLTrainer
 from coati.trainer.policy_objective import PolicySettings
 from coati.trainer.schedule import RunSchedule
 from tests.experience_maker.stubs import StubEngine
@@ -78,6 +81,10 @@ class Maker:
         self.published: list[int] = []
         self.events: list[tuple] = []
         self.lost_at: int | None = None
+        self.clock = StepClock()
+
+    def engines(self):
+        return []
 
     def publish(self, version):
         self.published.append(version)
@@ -305,6 +312,29 @@ def test_what_is_logged(tmp_path):
         "train/kl_coef",
         "train/optimizer_steps",
     } <= lines[0].keys()
+
+
+def test_tokens_that_are_sampled_ahead_are_of_the_whole_time():
+    """Little is waited for them, which says nothing of how fast they are sampled."""
+    made = trainer()
+    rates = []
+    for ahead in (False, True):
+        reporter = RLReporter(made.log, None, {}, made.throughput, ahead)
+        reporter._counts |= {"tokens": 60.0, "rollout": 0.5, "seconds": 20.0}
+        made.log.meter.add("_seconds_update", 1.0)
+        rates.append(reporter.take_metrics(steps_per_episode=1)["tokens_per_second"])
+    assert rates == [120.0, 3.0]
+
+
+def test_refilling_and_publishing_are_time_of_the_episode():
+    made = trainer()
+    reporter = made.reporter
+    reporter.add_rollouts([], {"seconds_refill": 3.0}, True)
+    reporter.add_step(Step(0.5, 1, tokens=16), None, 1.0)
+    made.maker.publish = lambda version: time.sleep(0.05)
+    made._publish()
+    found = reporter.take_metrics(steps_per_episode=1)
+    assert 16 / 5 < found["trained_tokens_per_second"] <= 16 / 4.05
 
 
 def test_samples_are_shown_and_kept_every_few_episodes(tmp_path, capsys):

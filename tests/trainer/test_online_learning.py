@@ -1,5 +1,5 @@
-"""PPO and GRPO learn what can be checked: two seeds of the ten that examples/demo/prove_online.py
-runs."""
+"""PPO, GRPO and online DPO learn what can be checked: two seeds of the ten that
+examples/demo/prove_online.py runs."""
 
 import importlib.util
 import sys
@@ -32,7 +32,7 @@ def load():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "online_dpo"])
 def test_it_learns(algo):
     (found,) = run(1, "tests.trainer.test_online_learning:learn", algo, 2, timeout=900)
     for share, kl in found:

@@ -16,9 +16,11 @@ from coati.experience_maker.experience import (
 )
 from coati.models.critic import Critic
 from coati.models.policy_loss import LossAggregation
-from coati.models.policy_registry import LOSS_AGG_MODES
+from coati.models.policy_registry import LOSS_AGG_MODES, POLICY_LOSSES
 from coati.models.rollout_correction import RolloutCorrection
+from coati.models.surrogate_loss import SurrogateSettings
 from coati.parallel.objective import LossPart
+from coati.trainer.boosted_rl import policy_settings
 from coati.trainer.policy_objective import (
     PolicyObjective,
     PolicySettings,
@@ -138,9 +140,21 @@ def test_how_a_window_is_cut_changes_nothing(model, actor, cut, mode):
     settings = {
         "loss_agg": LossAggregation(mode, 6),
         "kl_coef": 0.3,
-        "clip_low": 0.1,
-        "clip_high": 0.3,
+        "surrogate": SurrogateSettings(clip_low=0.1, clip_high=0.3),
     }
+    check_cut(model, actor, cut, settings)
+
+
+@pytest.mark.parametrize("cut", ["two and two", "one by one", "more padding"])
+@pytest.mark.parametrize("name", [name for name in POLICY_LOSSES if name != "ppo"])
+def test_nor_with_any_other_loss_and_an_entropy_bonus(model, actor, cut, name):
+    mode = POLICY_LOSSES[name].loss_agg_mode
+    surrogate = SurrogateSettings(name, 0.1, 0.3, cispo_cap=1.2)
+    settings = {"loss_agg": LossAggregation(mode), "surrogate": surrogate, "entropy_coef": 0.2}
+    check_cut(model, actor, cut, settings)
+
+
+def check_cut(model, actor, cut, settings) -> None:
     one = sampled(model, moved=0.1)
     whole, gradient = taken(actor, objective_of(**settings), [one])
     step, found = taken(actor, objective_of(**settings), CUTS[cut](one))
@@ -150,13 +164,50 @@ def test_how_a_window_is_cut_changes_nothing(model, actor, cut, mode):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_masked_cells_are_nothing(model, actor, packed):
-    settings = {"kl_coef": 0.3}
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_masked_cells_are_nothing(model, actor, packed, name):
+    settings = {"kl_coef": 0.3, "surrogate": SurrogateSettings(name), "entropy_coef": 0.1}
     step, gradient = taken(actor, objective_of(**settings), [sampled(model, moved=0.1)])
     spoiled = sampled(model, moved=0.1, junk=float("nan"), left=2, right=3)
     other, found = taken(engine_of(model, packed), objective_of(**settings), [spoiled])
     assert other.loss == pytest.approx(step.loss, rel=1e-5)
     assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_entropy_bonus_is_that_of_the_whole_distribution(model, actor):
+    """Loss and gradient are less by C x the mean of -sum p log p, of logits over the
+    temperature."""
+    one = sampled(model)
+    plain, gradient = taken(actor, objective_of(), [one])
+    step, found = taken(actor, objective_of(entropy_coef=0.3), [one])
+    model.zero_grad()
+    entropies = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / TEMPERATURE).log_softmax(-1)
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    entropy = torch.cat(entropies)
+    assert step.loss == pytest.approx(plain.loss - 0.3 * float(entropy.mean()), rel=1e-5)
+    assert samples_of(step, "policy_entropy").mean() == pytest.approx(
+        float(entropy.mean()), rel=1e-5
+    )
+    assert "policy_entropy" not in plain.metrics
+    entropy.mean().backward()
+    assert_close(found, gradient - 0.3 * gradients(model), rtol=1e-4, atol=1e-6)
+
+
+def test_importance_weights_are_not_of_the_entropy_bonus(model, actor):
+    """With weights 0 the bonus alone is left."""
+    one = sampled(model)
+    old = replace(
+        one,
+        sampled_log_probs=one.action_log_probs - 5,
+        version=torch.full((4,), 7),
+    )
+    kept = RolloutCorrection(keep=(0.5, 2.0))
+    bonus, gradient = taken(actor, objective_of(entropy_coef=0.3, correction=kept), [old])
+    none, _ = taken(actor, objective_of(correction=kept), [old])
+    assert none.loss == 0 and bonus.loss < -0.1 and gradient.abs().max() > 1e-4
 
 
 def test_kl_in_the_loss(model, actor):
@@ -383,3 +434,16 @@ def test_older_responses_without_log_probs_of_their_own_are_refused(model, actor
     expected, gradient = taken(actor, objective_of(), [sampled(model)])
     step, found = taken(actor, objective_of(correction=RolloutCorrection("none")), [one])
     assert torch.equal(found, gradient) and step.loss == expected.loss
+
+
+def test_a_policy_loss_keeps_its_own_clip_range_and_mean():
+    plain = policy_settings("ppo", 0.1, kl_coef=0.3)
+    assert plain == PolicySettings(SurrogateSettings("ppo", 0.1, 0.1), kl_coef=0.3)
+    for mode in ("token-mean", "seq-mean-token-sum-norm"):
+        gspo = policy_settings("gspo", 0.1, 0.28, LossAggregation(mode, 9))
+        assert gspo.surrogate == SurrogateSettings("gspo", 3e-4, 4e-4)
+        assert gspo.loss_agg == LossAggregation("seq-mean-token-mean", 9)
+    dapo = policy_settings("ppo", 0.2, 0.28, LossAggregation("seq-mean-token-mean"))
+    assert (dapo.surrogate.clip_high, dapo.loss_agg.mode) == (0.28, "seq-mean-token-mean")
+    with pytest.raises(ValueError, match="unknown policy loss 'gsop'"):
+        policy_settings("gsop", 0.2)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from coati.parallel.footprint.model_flops import PassFlops
 from coati.parallel.objective import Step
 from coati.parallel.plugins import ParallelOptions
+from coati.parallel.step_work import PassWork, StepClock
 from coati.parallel.weights import ModelAssets
 from coati.trainer import DPOTrainer, ORPOTrainer, RewardModelTrainer
 from coati.trainer.best_checkpoint import value_of
@@ -23,8 +25,14 @@ LN2 = math.log(2)
 
 class CountingEngine:
     lr_scheduler = None
+    device = "cpu"
+    plugin = None
+    booster = None
+    dtype = torch.float32
     mesh = SimpleNamespace(is_loss_rank=True)
     options = ParallelOptions()
+    work = PassWork(PassFlops(2.0, 0.0, 0.0), PassFlops(6.0, 0.0, 0.0))
+    clock = StepClock()
 
 
 def trainer(kind=DPOTrainer, **keywords):

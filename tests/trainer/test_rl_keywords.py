@@ -135,11 +135,18 @@ def grouped(folder: str) -> list[float]:
         temperature_annealing_config=config,
         save_dir=folder,
         algo="rloo",
+        policy_loss="cispo",
+        entropy_coef=0.001,
+        rollouts_ahead=1,
         max_new_tokens=8,
     )
     trainer.fit(4, 1, 1, Loader(proof), Loader(proof, labels=True))
     assert trainer.maker.settings.method == "rloo" and trainer.state.step == 8
     assert len(of_episodes(folder, "train/ptx_loss")) == 4
+    assert trainer.policy_objective.settings.surrogate.name == "cispo"
+    assert trainer.policy_objective.settings.loss_agg.mode == "token-mean"
+    assert 2 < of_episodes(folder, "train/policy_entropy")[0] < 3.5  # log 32 is 3.47
+    assert of_episodes(folder, "train/staleness") == [2, 2, 2]  # of two steps an episode
     return [trainer.episodes.temperature(episode) for episode in range(4)] + of_episodes(
         folder, "train/reward"
     )

@@ -15,6 +15,7 @@ from coati.parallel.checkpoint import RunningState
 from coati.parallel.objective import Objective, Step
 from coati.parallel.weights import ModelAssets
 from coati.trainer.base import SLTrainer
+from tests.trainer.fake_engine import FakeEngine
 
 EPOCHS = 3
 GRID = [
@@ -44,13 +45,14 @@ class Rows:
         )
 
 
-class Noting:
+class Noting(FakeEngine):
     """An engine: every row of every window, and its partner where there is one; asks to stop after
     ``stop`` steps."""
 
-    lr_scheduler = module = None
+    module = None
 
     def __init__(self, stop: int | None = None) -> None:
+        super().__init__()
         self.windows, self.stop = [], stop
 
     def train_step(self, window, hooks, stop: bool = False) -> Step:

@@ -4,7 +4,6 @@ when it ends."""
 import json
 import signal
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +16,14 @@ from coati.trainer import RunSchedule, SFTTrainer
 from coati.trainer.global_batches import GroupedDataLoader, total_steps
 from coati.trainer.run_report.run_summary import status_of
 from coati.trainer.stop import GracefulStop
+from tests.trainer.fake_engine import FakeEngine
 
 
-class CountingEngine:
+class CountingEngine(FakeEngine):
     """Step k has loss k over k units and gradient norm 10 k; ``at[k]`` is called in step k."""
 
-    lr_scheduler = None
-
     def __init__(self, at=None) -> None:
+        super().__init__()
         self.steps, self.at = 0, at or {}
 
     def train_step(self, window, hooks, stop):
@@ -323,10 +322,9 @@ def test_without_the_loss_mask_all_but_padding_is_supervised(made):
 
 
 def test_the_keywords_of_the_reference_are_taken():
-    engine = SimpleNamespace()
     assets = ModelAssets(config=None)
     trainer = SFTTrainer(
-        engine=engine,
+        engine=CountingEngine(),
         max_epochs=3,
         accumulation_steps=2,
         start_epoch=1,

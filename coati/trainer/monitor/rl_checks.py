@@ -57,14 +57,22 @@ class RLChecks:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(**settings)
-        self._history = History(REMEMBERED, self.settings.window)
+        self._history = History(self.remembered(), self.settings.window)
         self._reported: dict[str, float] = {}  # check -> severity
+
+    def checks(self) -> dict[str, Check]:
+        """The checks by name, in the order in which they report."""
+        return CHECKS
+
+    def remembered(self) -> tuple[str, ...]:
+        """The metrics that they read."""
+        return REMEMBERED
 
     def check(self, metrics: dict[str, float], episode: int) -> list[str]:
         """New findings after ``episode``; the names of ``metrics`` are without "train/"."""
         self._history.add(_usable(metrics, self._history), episode)
         found = []
-        for name, check in CHECKS.items():
+        for name, check in self.checks().items():
             finding = check(self._history, self.settings)
             if finding is None or finding.severity < REPEAT_FACTOR * self._reported.get(
                 name, -math.inf

@@ -53,18 +53,19 @@ class SampleRow:
         return {"reward": self.reward, **self.parts} | ({} if self.kl is None else {"KL": self.kl})
 
 
-def sample_table(rows: Sequence[SampleRow], width: int | None = None) -> str:
+def sample_table(
+    rows: Sequence[SampleRow], width: int | None = None, among: Sequence[str] = ()
+) -> str:
     """Prompt, response, reward, each function's reward and KL of ``rows``, in ``width`` places
     (None: the terminal's).
 
     Where that leaves too little for the texts, each row stands below the other instead of beside.
-    What a template puts around every prompt is left out.
+    What a template puts around every prompt is left out, as the prompts ``among`` which these are
+    show it: those of one group are all alike.
     """
     width = terminal_width(width)
-    rows = [
-        replace(row, prompt=prompt)
-        for row, prompt in zip(rows, own_parts([row.prompt for row in rows]), strict=True)
-    ]
+    own = own_parts([row.prompt for row in rows], among)
+    rows = [replace(row, prompt=prompt) for row, prompt in zip(rows, own, strict=True)]
     names = _names(rows)
     # Long names are wrapped after "_" and "/".
     titles = [name.replace("_", "_ ").replace("/", "/ ") for name in names]
@@ -93,12 +94,14 @@ def sample_rows(rows: Sequence[SampleRow]) -> tuple[list[str], list[list]]:
     ]
 
 
-def own_parts(prompts: list[str]) -> list[str]:
-    """``prompts`` without what all begin and end with, up to the last and from the first sign that
-    a template's marker could end or begin with: words that questions share are theirs."""
-    before = commonprefix(prompts)
+def own_parts(prompts: list[str], among: Sequence[str] = ()) -> list[str]:
+    """``prompts`` without what all, those ``among`` which they are too, begin and end with, up to
+    the last and from the first sign that a template's marker could end or begin with: words that
+    questions share are theirs."""
+    together = [*prompts, *among]
+    before = commonprefix(together)
     start = max(before.rfind(sign) for sign in _ENDS) + 1
-    after = commonprefix([prompt[start:][::-1] for prompt in prompts])
+    after = commonprefix([prompt[start:][::-1] for prompt in together])
     end = max(after.rfind(sign) for sign in _BEGINNINGS) + 1
     return [prompt[start : len(prompt) - end].strip() or prompt for prompt in prompts]
 

@@ -30,12 +30,22 @@ class Group:
     panels: tuple[Panel, ...]
 
 
+COUNTED = tuple(f"{unit}_per_second" for unit in ("pairs", "rows", "actions"))
+# Of an optimizer step; online of the updates of an episode.
+UPDATE_PARTS = tuple(
+    f"seconds_{part}"
+    for part in ("prepare", "forward", "backward", "pipeline", "waiting", "optimizer")
+)
+STEP_PARTS = ("seconds_data", "seconds_sampling", *UPDATE_PARTS, "seconds_publish")
+EPISODE_PARTS = ("seconds_rollout", "seconds_refill", "seconds_scoring", "seconds_update")
+SCORING_PARTS = ("seconds_reward", "seconds_reference", "seconds_values")
 GROUPS = (
     Group(
         "Loss",
         (
             Panel("Loss", ("loss",)),
             Panel("Perplexity", ("perplexity",)),
+            Panel("Negative log-likelihood", ("nll", "teacher_nll"), "nats a token"),
             Panel("Policy loss", ("policy_loss",)),
             Panel("Value loss", ("value_loss",)),
             Panel("Supervised loss (ptx)", ("ptx_loss",)),
@@ -51,6 +61,27 @@ GROUPS = (
             Panel("Log-probs of the two responses", ("lp_chosen", "lp_rejected"), "nats"),
             Panel("Log odds ratio", ("log_odds_ratio",), "nats"),
             Panel("Baseline z (KL)", ("kl",), "nats"),
+            Panel("Temperature beta", ("beta",), noisy=False),
+        ),
+    ),
+    Group(
+        "Distillation",
+        (
+            Panel("Divergence from the teacher", ("divergence",), "nats a token"),
+            Panel("... of the student's responses", ("on_policy_divergence",), "nats a token"),
+            Panel("Rows that the student answered", ("on_policy",), "share", True),
+        ),
+    ),
+    Group(
+        "Values",
+        (
+            Panel("Values of actions", ("q_value", "target_q_value", "state_value"), "reward"),
+            Panel("Advantages of the rows' actions", ("value_advantage",), "reward"),
+            Panel("Gap of the two Q heads", ("q_gap",), "reward"),
+            Panel("Losses of the heads", ("q_loss", "v_loss")),
+            Panel("Conservative loss (CQL)", ("cql_loss",), "nats"),
+            Panel("Policy's loss (AWAC)", ("awac_loss",), "nats"),
+            Panel("Correlation of values with scores", ("value_correlation",)),
         ),
     ),
     Group(
@@ -63,7 +94,13 @@ GROUPS = (
             Panel("Empty responses", ("empty_responses",), "share", True),
             Panel("Different bigrams", ("distinct_2",), "share", True),
             Panel("Groups with equal scores", ("equal_groups",), "share", True),
+            Panel("Best less worst score of a prompt", ("win_margin",), "reward"),
+            Panel("Pairs that are ties", ("ties",), "share", True),
+            Panel("Length of the two responses", ("chosen_length", "rejected_length"), "tokens"),
             Panel("Responses not trained on", ("dropped",), "share", True),
+            Panel("Groups left equal by dynamic sampling", ("refill_left",), "groups"),
+            Panel("Rounds of dynamic sampling", ("refill_rounds",), "rounds"),
+            Panel("Further prompts of dynamic sampling", ("refill_prompts",), "prompts"),
         ),
     ),
     Group(
@@ -72,6 +109,7 @@ GROUPS = (
             Panel("KL from the reference", ("approx_kl",), "nats a response"),
             Panel("KL coefficient", ("kl_coef",), noisy=False),
             Panel("Entropy of the samples", ("sampled_entropy",), "nats a token"),
+            Panel("Entropy of the policy", ("policy_entropy",), "nats a token"),
             Panel("KL of an update", ("update_kl",), "nats a token"),
             Panel("Clipped tokens", ("clip_fraction", "value_clip_fraction"), "share"),
             Panel("Largest ratio", ("ratio_max",), "new / old probability"),
@@ -92,19 +130,29 @@ GROUPS = (
         (
             Panel("Learning rate", ("lr", "lr_actor", "lr_critic"), noisy=False),
             Panel("Gradient norm", ("grad_norm", "critic_grad_norm")),
-            Panel("Throughput", ("tokens_per_second",), "tokens/s"),
+            Panel(
+                "Throughput",
+                ("tokens_per_second", "supervised_tokens_per_second", "trained_tokens_per_second"),
+                "tokens/s",
+            ),
+            Panel("Pairs, rows or actions", COUNTED, "per second"),
+            Panel("Model FLOP/s", ("model_tflops_per_second",), "TFLOP/s"),
+            Panel("Model FLOPs utilization (MFU)", ("mfu",), "share of the peak", True),
             Panel("Responses", ("samples_per_second",), "responses/s"),
             Panel(
                 "Time of an episode",
-                ("seconds_rollout", "seconds_scoring", "seconds_update"),
+                EPISODE_PARTS,
                 "seconds",
             ),
+            Panel("Time of the parts of a step", STEP_PARTS, "seconds"),
+            Panel("Time of the parts of scoring", SCORING_PARTS, "seconds"),
+            Panel("Peak memory of a process", ("peak_memory_mb",), "MiB", noisy=False),
         ),
     ),
 )
 PLACED = {stem for group in GROUPS for panel in group.panels for stem in panel.stems}
 # Positions and counts: they say how others were made.
-NOT_DRAWN = ("epoch", "optimizer_steps", "count", "supervised_tokens", "pairs", "rows")
+NOT_DRAWN = ("epoch", "optimizer_steps", "count", "supervised_tokens", "pairs", "rows", "actions")
 BOUNDS = ("_low", "_high")  # of the metric without the ending
 MEMORY = "memory/"
 

@@ -76,6 +76,7 @@ def run_page(run: RunFiles, live: bool = False) -> str:
             remarks=run.remarks(),
             times=run_summary.times_of(run),
             memory=run_summary.memory_of(run),
+            parts=run_summary.parts_of(run),
             groups=charts_of(run),
             pairs=pairs,
             samples=samples,

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from coati.trainer.monitor.sample_table import own_parts
-from coati.trainer.run_report.metric_panels import EVAL, MEMORY
+from coati.trainer.run_report.metric_panels import (
+    EPISODE_PARTS,
+    EVAL,
+    MEMORY,
+    SCORING_PARTS,
+    STEP_PARTS,
+    TRAIN,
+    UPDATE_PARTS,
+)
 from coati.trainer.run_report.run_files import RunFiles
 from coati.trainer.schedule import is_better
 
@@ -19,13 +27,33 @@ METHODS = {
     "dpo": "direct preference optimization (DPO)",
     "orpo": "odds-ratio preference optimization (ORPO)",
     "kto": "Kahneman-Tversky optimization (KTO)",
+    "gkd": "generalized knowledge distillation (GKD)",
+    "ilql": "implicit language Q-learning (ILQL)",
     "ppo": "proximal policy optimization (PPO)",
     "grpo": "group relative policy optimization (GRPO)",
+    "online_dpo": "online direct preference optimization (online DPO)",
 }
-SHORT = {"pretrain": "Pre-training", "sft": "SFT", "rm": "Reward model"}  # the others in capitals
+SHORT = {  # the others in capitals
+    "pretrain": "Pre-training",
+    "sft": "SFT",
+    "rm": "Reward model",
+    "online_dpo": "Online DPO",
+}
 # Metrics and flags that tell the method of a run that recorded no events.
-TELLING_METRICS = {"train/value_loss": "ppo", "train/policy_loss": "grpo", "train/acc": "rm"}
-TELLING_FLAGS = {"loss_type": "dpo", "desirable_weight": "kto", "lam": "orpo", "dataset": "sft"}
+TELLING_METRICS = {
+    "train/value_loss": "ppo",
+    "train/ties": "online_dpo",
+    "train/policy_loss": "grpo",
+    "train/acc": "rm",
+}
+TELLING_FLAGS = {
+    "loss_type": "dpo",
+    "desirable_weight": "kto",
+    "lam": "orpo",
+    "gkd_beta": "gkd",
+    "cql_coef": "ilql",
+    "dataset": "sft",
+}
 # Of the evaluation metrics, the first that is there counts where --metric_for_best names none.
 MAIN = ("reward", "accuracy", "acc", "loss")
 DATA = ("dataset", "prompt_dataset", "ptx_dataset")
@@ -176,8 +204,15 @@ def warnings_of(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def notes_of(run: RunFiles) -> list[str]:
-    """What the run said at its end, a reward model's verdict above all."""
-    return [str(event.get("text", "")) for event in run.events if event.get("event") == "note"]
+    """What the run said at its end, a reward model's verdict above all; of a resumed one, at its
+    last."""
+    notes: list[str] = []
+    for event in run.events:
+        if event.get("event") in ("started", "resumed"):
+            notes = []
+        elif event.get("event") == "note":
+            notes.append(str(event.get("text", "")))
+    return notes
 
 
 def times_of(run: RunFiles) -> Sessions:
@@ -228,6 +263,29 @@ def memory_of(run: RunFiles) -> dict[str, float]:
         for name, series in run.metrics.items()
         if name.startswith(ends[0]) and name.endswith(ends[1])
     }
+
+
+def parts_of(run: RunFiles) -> dict[str, float]:
+    """The parts of a step, or an episode, and their seconds in the mean of what was logged; of an
+    episode behind each part those that it is made of."""
+    episodes = f"{TRAIN}seconds_rollout" in run.metrics
+    names = dict.fromkeys(STEP_PARTS, "")
+    if episodes:
+        inside = {"seconds_scoring": SCORING_PARTS, "seconds_update": UPDATE_PARTS}
+        names = {}
+        for whole in EPISODE_PARTS:
+            parts = dict.fromkeys(inside.get(whole, ()), f"{_label(whole)}: ")
+            names |= {whole: ""} | parts
+        names |= {"seconds_publish": ""}
+    return {
+        before + _label(name): sum(series.values) / len(series.values)
+        for name, before in names.items()
+        if (series := run.metrics.get(TRAIN + name))
+    }
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("seconds_").replace("_", " ")
 
 
 @dataclass(frozen=True)

@@ -121,3 +121,7 @@ def test_what_a_template_puts_around_prompts_is_left_out():
     assert plain == lines
     same = " ".join(sample_table([SampleRow(around.format("a"), "4", 1.0)] * 2, 200).split())
     assert "system Be brief" in same  # nothing tells what of it is the question
+    group = [SampleRow(around.format(questions[0]), answer, 1.0) for answer in ("4", "5")]
+    others = [around.format(question) for question in questions]
+    shown = sample_table(group, 100, among=others).splitlines()
+    assert [line.split(" | ")[0].strip() for line in shown[2:]] == [questions[0]] * 2

@@ -23,7 +23,7 @@ def test_findings_of_an_episode_are_messages(capfd):
     checks = SimpleNamespace(check=lambda *_: [FOUND])
     names = ("reward", "approx_kl", "response_length", "tokens_per_second")
     bar = Bar()
-    RLReporter(log, checks, {}).log_episode(dict.fromkeys(names, 0.0), 3, bar)
+    RLReporter(log, checks, {}, SimpleNamespace()).log_episode(dict.fromkeys(names, 0.0), 3, bar)
     assert notes == [(FOUND, 3)] and bar.written == []
     out, err = capfd.readouterr()
     assert err.splitlines() == [f"coati: {FOUND}"] and out == ""

@@ -37,6 +37,46 @@ def test_the_headline_has_method_model_data_and_numbers(told):
     assert "rank 1 1,024 MiB" in text
 
 
+def test_speed_and_the_parts_of_a_step(told):
+    logged = [
+        {"step": 10, "train/model_tflops_per_second": 0.05, "train/mfu": 0.5},
+        {"step": 20, "train/seconds_forward": 1.0, "train/seconds_backward": 2.0},
+        {"step": 30, "train/seconds_forward": 2.0, "train/seconds_backward": 4.0},
+        {"step": 30, "train/mfu": 0.625, "train/peak_memory_mb": 900.0},
+    ]
+    text = told(metrics=logged)
+    assert "0.05 model TFLOP/s, last step" in text
+    assert "62.5% of the peak rate (MFU), last step" in text
+    where = text.index("Parts of a step In the mean of what was logged, of an optimizer step.")
+    assert "forward 1.5 s backward 3 s" in text[where:]
+    assert "Model FLOPs utilization (MFU) share of the peak" in text
+    assert "Time of the parts of a step seconds" in text
+    assert "Other metrics" not in text
+    assert "Parts of a step" not in told()
+
+
+def test_notes_are_those_of_the_last_session(told):
+    first = event("note", 12, text="mean speed: 100 tokens/s")
+    last = event("note", 40, text="mean speed: 200 tokens/s")
+    text = told(events=[STARTED, first, event("stopped", 12), event("resumed", 12), last])
+    assert "mean speed: 200 tokens/s" in text and "100 tokens/s" not in text
+
+
+def test_a_part_that_takes_no_time_is_not_written_with_an_exponent(told):
+    text = told(metrics=[{"step": 1, "train/seconds_data": 3e-5, "train/seconds_forward": 0.0125}])
+    assert "data under 0.001 s forward 0.0125 s" in text
+
+
+def test_parts_of_an_episode_stand_behind_the_part_that_they_are_made_of(told):
+    seconds = {"rollout": 4, "scoring": 3, "update": 5, "reward": 1, "reference": 2, "forward": 2.5}
+    logged = {f"train/seconds_{part}": value for part, value in seconds.items()}
+    text = told(metrics=[{"step": 1, "train/seconds_publish": 0.5, **logged}])
+    assert (
+        "rollout 4 s scoring 3 s scoring: reward 1 s scoring: reference 2 s update 5 s "
+        "update: forward 2.5 s publish 0.5 s"
+    ) in text
+
+
 def test_curves_of_one_kind_stand_under_one_heading(told):
     text = told()
     assert text.index("Loss Loss") < text.index("Perplexity") < text.index("Learning rate")

@@ -38,14 +38,18 @@ SAME = {
     "gradient_accumulation_steps": "accumulation_steps",
     "gradient_checkpointing": "grad_checkpoint",
     "host": "http_host",
+    "hub_model_id": "push_to_hub",
+    "neftune_noise_alpha": "neftune_alpha",
     "init_kl_coef": "kl_coef",
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
     "learning_rate": "lr",
+    "lmbda": "gkd_lambda",
     "logging_dir": "log_dir",
     "logging_steps": "log_interval",
     "lora_r": "lora_rank",
-    "max_completion_length": "max_seq_len",
+    "loraplus_lr_ratio": "lora_plus_ratio",
+    "max_completion_length": "max_seq_len max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "max_grad_norm": "grad_clip",
     "max_model_len": "model_max_length",
@@ -78,8 +82,12 @@ SAME = {
     "reward_model_path": "rm_pretrain",
     "save_steps": "save_interval",
     "save_total_limit": "keep_last_k",
+    "sft_alpha": "sft_coef",
     "sft_model_path": "pretrain",
     "system_prompt": "system_message",
+    "teacher_model": "teacher",
+    "teacher_model_name_or_path": "teacher",
+    "teacher_model_server_url": "teacher_url",
     "tensor_parallel_size": "tp",
     "tokenizer_name": "tokenizer_dir tokenizer_path",
     "tokenizer_name_or_path": "tokenizer_dir tokenizer_path",
@@ -87,6 +95,7 @@ SAME = {
     "train_on_prompt": "disable_loss_mask",
     "embedding_learning_rate": "embedding_lr",
     "eval_steps": "eval_interval",
+    "use_weighting": "wpo",
     "val_size": "eval_ratio",
     "validation_file": "eval_dataset",
 }
@@ -95,6 +104,7 @@ SAME_OF = {
     "algo": {"beta": "kl_coef"},  # grpo, where TRL's beta weighs the KL in the loss
     "critic_lr": {},  # ppo, whose --lam is another
     "lam": {"beta": "lam", "pref_beta": "lam"},  # orpo, where they weigh the odds-ratio loss
+    "gkd_beta": {"beta": "gkd_beta"},  # gkd
     "documents": {  # pretrain: Hugging Face's run_clm, MedicalGPT's stage 1
         "block_size": "max_length",
         "train_file_dir": "dataset",
@@ -121,10 +131,8 @@ def _switch(flag: str, on: Mapping[str, Any], off: Mapping[str, Any] | None = No
 
 
 _FLASH = {"use_flash_attn": True}
+_LIGER = _switch("kernels", {"kernels": "liger"}, {"kernels": "torch"})
 _EVALUATED: dict[str, dict[str, Any]] = {"steps": {}, "epoch": {}, "no": {"_unevaluated": True}}
-_ADAMW: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), {}
-)
 _NEVER = "without --eval_dataset nothing is evaluated; --eval_interval 0 does so at both ends"
 MAPPED = {
     "assistant_only_loss": _switch(
@@ -142,6 +150,7 @@ MAPPED = {
     "disable_gradient_checkpointing": _switch(
         "grad_checkpoint", {"grad_checkpoint": False}, {"grad_checkpoint": True}
     ),
+    "enable_liger_kernel": _LIGER,
     "eval_strategy": Mapped("eval_interval", _EVALUATED, _NEVER),
     "evaluation_strategy": Mapped("eval_interval", _EVALUATED, _NEVER),
     "finetuning_type": Mapped(
@@ -166,12 +175,23 @@ MAPPED = {
         },
         "--lr_scheduler lists the schedules",
     ),
-    "optim": Mapped("weight_decay", _ADAMW, "AdamW is the only optimizer"),
     "save_strategy": Mapped(
         "save_interval", {"steps": {}, "no": {"save_interval": 0}}, "--save_interval counts steps"
     ),
+    "use_liger_kernel": _LIGER,
     "use_peft": _switch("lora_config", {"_peft": 16}, {"_peft": 0}),
     "use_vllm": _switch("rollout_engine", {"rollout_engine": "vllm"}, {"rollout_engine": "model"}),
+}
+
+# Likewise, of trainers, where what is quantized is the base below adapters.
+MAPPED_IN_TRAINING = {
+    "load_in_4bit": _switch("quantize_base", {"quantize_base": "nf4"}),
+    "load_in_8bit": _switch("quantize_base", {"quantize_base": "int8"}),
+    "quantization_bit": Mapped(
+        "quantize_base",
+        {"4": {"quantize_base": "nf4"}, "8": {"quantize_base": "int8"}},
+        "--quantize_base names how the base is stored",
+    ),
 }
 
 # Name elsewhere -> a flag that the command must have, and how the meaning differs.
@@ -191,7 +211,7 @@ DIFFERENT = {
     ),
     "dataset_config": ("dataset", "a subset is part of the name: --dataset NAME:SUBSET"),
     "dataset_config_name": ("dataset", "a subset is part of the name: --dataset NAME:SUBSET"),
-    "dataset_dir": ("dataset", "there is no dataset_info.json; --dataset takes the paths"),
+    "dataset_dir": ("dataset", "--dataset takes paths: the folder's dataset_info.json:NAME too"),
     "dataset_test_split": ("eval_dataset", "a test split is found by itself, or --eval_dataset"),
     "dataset_train_split": ("dataset", "the train split is taken where there is one"),
     "ddp_find_unused_parameters": (
@@ -206,21 +226,19 @@ DIFFERENT = {
     "fsdp": ("plugin", "--plugin gemini shards weights, --plugin zero2 all but them"),
     "greater_is_better": ("metric_for_best", "it follows from the metric's name"),
     "group_by_length": ("packing", "--packing fills batches without padding instead"),
-    "hub_model_id": ("save_dir", "nothing is uploaded; use `hf upload` on the finished directory"),
     "load_best_model_at_end": (
         "metric_for_best",
         "--metric_for_best NAME keeps the best model in DIR/best; modeling is the last one",
     ),
-    "load_in_4bit": ("lora_config", "quantized training (QLoRA) is not supported"),
-    "load_in_8bit": ("lora_config", "quantized training is not supported"),
     "lora_dropout": ("lora_config", "linear_lora_dropout of the file of --lora_config"),
-    "lora_target": ("lora_config", "target_modules of the file of --lora_config"),
-    "lora_target_modules": ("lora_config", "target_modules of the file of --lora_config"),
+    "lora_target_modules": (
+        "lora_config",
+        "--lora_target names all-linear, attention or a file of names",
+    ),
     "max_prompt_length": (
         "max_length",
         "--max_length counts prompt and response together; longer rows are left out",
     ),
-    "neftune_noise_alpha": ("lr", "noise on the embeddings (NEFTune) is not supported"),
     "num_processes": (
         "nproc",
         "it counts the processes of all hosts; --nproc counts those of each",
@@ -229,14 +247,13 @@ DIFFERENT = {
         "save_dir",
         "a --save_dir that holds a run is never overwritten; choose another or remove it",
     ),
-    "push_to_hub": ("save_dir", "nothing is uploaded; use `hf upload` on the finished directory"),
-    "quantization_bit": ("lora_config", "quantized training (QLoRA) is not supported"),
     "ref_model": ("lora_config", "the reference is --pretrain"),
     "remove_unused_columns": ("dataset", "columns that are not read are left out by themselves"),
     "run_name": ("use_wandb", "set the environment variable WANDB_NAME"),
     "stage": (
         "lora_config",
-        "the command says it: coati pretrain, sft, rm, dpo, kto, orpo, ppo or grpo",
+        "the command says it: coati pretrain, sft, rm, dpo, kto, orpo, gkd, ilql, ppo, grpo or "
+        "online-dpo",
     ),
     "tf32": (
         "mixed_precision",
@@ -258,7 +275,8 @@ IN_ROLLOUTS = {
     "eval_steps": "it counts optimizer steps; --eval_interval counts episodes",
     "eval_strategy": "--eval_interval counts episodes",
     "evaluation_strategy": "--eval_interval counts episodes",
-    "loss_type": "--algo chooses loss and advantages together",
+    "loss_type": "--policy_loss chooses the loss, --loss_agg_mode what it is a mean of, --algo of "
+    "coati grpo the advantages",
     "logging_steps": "it counts optimizer steps; --log_interval counts episodes",
     "max_prompt_length": "a prompt may have --max_length less --max_seq_len tokens",
     "max_seq_length": "--max_length is prompt and response together, --max_seq_len the response "
@@ -272,11 +290,9 @@ IN_ROLLOUTS = {
     "--train_batch_size is the micro-batch of a process, --experience_batch_size x "
     "--num_collect_steps the prompts of an episode",
     "save_steps": "it counts optimizer steps; --save_interval counts episodes",
-    "scale_rewards": "--algo chooses loss and advantages together",
+    "scale_rewards": "--algo of coati grpo chooses how rewards become advantages",
 }
-REPORTS = ("wandb", "tensorboard", "none")
 _ALIASES: WeakSet[Action] = WeakSet()
-RUNS = "runs"  # of --save_dir, where Hugging Face's trainers write TensorBoard's files, too
 
 
 class Refused(Action):
@@ -300,21 +316,6 @@ class MappedAction(Action):
             namespace._not = [*getattr(namespace, "_not", []), str(option_string)]
 
 
-class _Reports(Action):
-    """``--report_to``: several trackers, or none."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        named = [name for text in values for name in text.split(",") if name]
-        for name in named:
-            if name not in REPORTS:
-                parser.error(
-                    f"{option_string} {name}: runs are reported to {', '.join(REPORTS[:-1])} or "
-                    "none; metrics.jsonl and report.html are always written"
-                )
-        namespace.use_wandb = "wandb" in named
-        namespace._tensorboard = "tensorboard" in named
-
-
 class _Temperature(Action):
     """One temperature for all of a GRPO run."""
 
@@ -325,7 +326,7 @@ class _Temperature(Action):
 
 def names() -> list[str]:
     """All names of other libraries, taken or refused."""
-    found = [*SAME, *MAPPED, *DIFFERENT, *IN_ROLLOUTS, "report_to", "temperature"]
+    found = [*SAME, *MAPPED, *MAPPED_IN_TRAINING, *DIFFERENT, *IN_ROLLOUTS, "temperature"]
     return sorted({*found, *(name for row in SAME_OF.values() for name in row)})
 
 
@@ -354,11 +355,9 @@ def _alias(parser: ArgumentParser, name: str) -> Action | None:
         return _refused(name, IN_ROLLOUTS[name])
     if (found := _same(parser, name)) is not None:
         return found
-    row = MAPPED.get(name)
-    if row is not None and _flag(parser, row.flag):
-        return _mapped(name, row)
-    if name == "report_to" and _flag(parser, "use_wandb"):
-        return _Reports([f"--{name}"], "_report_to", "+", **_hidden())
+    for row in (MAPPED_IN_TRAINING.get(name), MAPPED.get(name)):
+        if row is not None and _flag(parser, row.flag):
+            return _mapped(name, row)
     first = _flag(parser, "initial_temperature")
     if name == "temperature" and first is not None:
         return _Temperature([f"--{name}"], "_temperature", type=first.type, **_hidden())
@@ -434,8 +433,6 @@ def sets(action: Action, value: str | None) -> tuple[str, ...]:
         return tuple(action.row.values[action.type(value) if value else "true"])  # type: ignore
     if isinstance(action, _Temperature):
         return ("initial_temperature", "final_temperature")
-    if isinstance(action, _Reports):
-        return ("use_wandb",)
     return (action.dest,)
 
 
@@ -453,8 +450,6 @@ def settle(args: Namespace) -> None:
     rows = ("eval_dataset", "eval_ratio", "eval_prompt_dataset")
     if taken.pop("_unevaluated", False) and (named := next(filter(taken.get, rows), None)):
         raise ValueError(f"the evaluation strategy is no, and --{named} is given; {_NEVER}")
-    if taken.pop("_tensorboard", False) and args.log_dir is None:
-        args.log_dir = f"{args.save_dir}/{RUNS}"
     rank = taken.pop("_peft", None)
     if rank == 0 and args.lora_rank:
         raise ValueError(

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 
 from coati.cli.checks import check_offline, checked, requested_options
 from coati.cli.launch_flags import add_launch_flags
+from coati.cli.lora_flags import add_lora_flags
 from coati.cli.model_flags import add_trust_flag
+from coati.cli.optimization_flags import add_embedding_lr_flag, add_optimization_flags
+from coati.cli.output_flags import add_logging_flags, add_output_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.row_flags import add_column_flags, add_learn_flag, add_row_flags
-from coati.cli.settings import SLSettings, settings_of
+from coati.cli.settings import SFTSettings, settings_of
+from coati.cli.sft_flags import add_token_loss_flags
 from coati.cli.streaming_flags import add_streaming_flags
-from coati.cli.values import add_count, add_number, add_switch, add_text, number
-from coati.parallel.lr_schedule import DECAY, DEFAULT, FLOOR, SCHEDULES
-from coati.parallel.optimizer import OptimizerSettings
+from coati.cli.values import add_count, add_number, add_switch, add_text, number, table
+from coati.models.kernels import AUTO, KERNELS
 from coati.parallel.plugins import PLUGINS, PRECISIONS, SP_MODES
 
 
@@ -31,6 +34,7 @@ def sft_parser() -> Parser:
     add_parallel_flags(parser)
     add_optimization_flags(parser)
     add_embedding_lr_flag(parser)
+    add_token_loss_flags(parser)
     add_epoch_flags(parser)
     add_lora_flags(parser)
     add_output_flags(parser)
@@ -42,7 +46,7 @@ def parse_sft(
     argv: Sequence[str] | None = None,
     older: OlderFlags | None = None,
     prog: str | None = None,
-) -> SLSettings:
+) -> SFTSettings:
     """The checked flags of ``coati sft``; exits with code 2 and one line naming the flag when
     something is wrong.
 
@@ -51,7 +55,7 @@ def parse_sft(
     nor transformers is imported.
     """
     args = checked(sft_parser().named(prog), argv, check_offline, older=older)
-    return settings_of(SLSettings, args, parallel=requested_options(args))
+    return settings_of(SFTSettings, args, parallel=requested_options(args))
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -91,8 +95,20 @@ def add_model_flags(parser: Parser) -> None:
     )
     add_switch(
         group,
+        "--offload_activations",
+        help="--grad_checkpoint: the inputs of the layers, which it keeps, wait for the backward "
+        "pass in host memory",
+    )
+    add_switch(
+        group,
         "--use_flash_attn",
         help="flash-attn where it is installed, PyTorch's fused attention elsewhere",
+    )
+    group.add_argument(
+        "--kernels",
+        choices=tuple(KERNELS),
+        default=AUTO,
+        help=table("what computes norms, rotary embeddings and gated layers", KERNELS),
     )
     add_trust_flag(group)
 
@@ -232,79 +248,6 @@ def add_parallel_flags(parser: Parser) -> None:
     add_launch_flags(parser)
 
 
-def add_optimization_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("optimization")
-    add_number(group, "--lr", default=5e-6, unit="RATE", exclusive=True, help="peak learning rate")
-    add_count(
-        group,
-        "--warmup_steps",
-        unit="STEPS",
-        least=0,
-        help="optimizer steps of linear warmup, before the shape of --lr_scheduler; default: "
-        "2.5%% of all",
-    )
-    _add_schedule_flags(group)
-    add_number(
-        group, "--weight_decay", default=0.1, unit="RATE", help="decoupled weight decay (AdamW)"
-    )
-    add_number(
-        group,
-        "--adam_beta2",
-        default=OptimizerSettings.adam_beta2,
-        unit="B",
-        exclusive=True,
-        most=0.99999,
-        help="Adam's decay rate of the second moment",
-    )
-    add_number(
-        group,
-        "--grad_clip",
-        default=1.0,
-        unit="NORM",
-        help="clip gradients to this norm; 0: no clipping",
-    )
-    add_count(group, "--accumulation_steps", default=8, help="micro-batches per optimizer step")
-    add_count(group, "--seed", default=42, least=0, help="random seed")
-
-
-def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
-    shapes = "; ".join(f"{name}: {about}" for name, about in SCHEDULES.items())
-    group.add_argument(
-        "--lr_scheduler",
-        choices=tuple(SCHEDULES),
-        default=DEFAULT,
-        help=f"learning rate after the warmup. {shapes}",
-    )
-    add_number(
-        group,
-        "--lr_min_ratio",
-        default=FLOOR,
-        unit="R",
-        most=1,
-        help="share of --lr that a decaying schedule ends with",
-    )
-    add_number(
-        group,
-        "--decay_ratio",
-        default=DECAY,
-        unit="R",
-        exclusive=True,
-        most=1,
-        help="--lr_scheduler wsd: share of all steps over which the rate decays, at the end",
-    )
-
-
-def add_embedding_lr_flag(parser: Parser) -> None:
-    add_number(
-        parser.add_argument_group("embeddings"),
-        "--embedding_lr",
-        unit="RATE",
-        exclusive=True,
-        help="peak learning rate of embedding and vocabulary head, which continued pre-training "
-        "may want lower than --lr (a fifth), new tokens higher; default: --lr",
-    )
-
-
 def add_epoch_flags(parser: Parser) -> None:
     group = parser.add_argument_group("batches and epochs")
     add_count(group, "--max_epochs", default=3, help="training epochs")
@@ -333,106 +276,6 @@ def add_epoch_flags(parser: Parser) -> None:
     )
 
 
-def add_lora_flags(parser: Parser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("LoRA", "Train low-rank adapters instead of all weights.")
-    add_count(
-        group,
-        "--lora_rank",
-        unit="R",
-        least=0,
-        help="rank R of the adapters (20 to 64 is usual), 0: no LoRA; default: r of --lora_config",
-    )
-    add_number(
-        group,
-        "--lora_alpha",
-        unit="A",
-        exclusive=True,
-        help="scale of the adapters: A / R; default: 32",
-    )
-    group.add_argument(
-        "--lora_train_bias",
-        choices=("none", "all", "lora"),
-        help="biases to train as well; default: none",
-    )
-    add_text(
-        group,
-        "--lora_config",
-        unit="FILE",
-        help="JSON with r, lora_alpha, dropouts, initialization and target_modules; the flags "
-        "above override it",
-    )
-    add_switch(
-        group,
-        "--lora_experts",
-        help="adapt the experts of a mixture-of-experts model too (linear_lora_dropout 0)",
-    )
-    add_switch(group, "--merge_lora_weights", help="merge the adapters into the final model")
-    return group
-
-
-def add_output_flags(
-    parser: Parser, steps: str = "optimizer steps", final: str = "DIR/modeling"
-) -> None:
-    """``steps``: what the run counts. ``final``: where the trained model is written."""
-    group = parser.add_argument_group("output")
-    add_text(
-        group,
-        "--save_dir",
-        "--save_path",
-        default="output",
-        help=f"output: checkpoints in DIR/epoch-E_step-S, the final model in {final}, "
-        "metrics.jsonl and arguments.json beside them",
-    )
-    add_count(
-        group,
-        "--save_interval",
-        default=1000,
-        unit=steps.split()[-1].upper(),
-        least=0,
-        help=f"{steps} between checkpoints; 0: only on graceful shutdown",
-    )
-    add_text(
-        group,
-        "--metric_for_best",
-        unit="NAME",
-        help="keep the best model by this evaluation metric (loss, accuracy, reward, ...) in "
-        "DIR/best",
-    )
-    add_stopping_flags(group)
-    add_count(
-        group,
-        "--keep_last_k",
-        unit="K",
-        help="keep the newest K checkpoints only; default: all",
-    )
-    add_text(
-        group, "--config_file", unit="FILE", help="also write the resolved flags to this JSON file"
-    )
-    add_switch(
-        group,
-        "--dry_run",
-        help="check everything, print rows, steps, tokens, memory and flags, take two steps, save "
-        "and reload a checkpoint, and exit",
-    )
-
-
-def add_stopping_flags(group: argparse._ArgumentGroup) -> None:
-    add_count(
-        group,
-        "--early_stopping_patience",
-        unit="N",
-        help="end the run, and save its model, when --metric_for_best (default: the loss, with "
-        "rollouts the reward) has not improved in N evaluations; default: never",
-    )
-    add_number(
-        group,
-        "--early_stopping_threshold",
-        default=0.0,
-        unit="D",
-        help="--early_stopping_patience: smaller changes are no improvement",
-    )
-
-
 def add_eval_ratio_flag(group: argparse._ArgumentGroup, rows: str, other: str) -> None:
     """``rows``: the flag of the rows that are split; ``other``: the one of evaluation rows."""
     add_number(
@@ -443,18 +286,4 @@ def add_eval_ratio_flag(group: argparse._ArgumentGroup, rows: str, other: str) -
         most=0.5,
         help=f"evaluate on this share of {rows}, drawn by --seed, and train on the rest; rows of "
         f"one prompt stay together. Not with {other}",
-    )
-
-
-def add_logging_flags(parser: Parser, steps: str = "optimizer steps") -> None:
-    """``steps``: what the run counts."""
-    group = parser.add_argument_group("logging")
-    add_text(group, "--log_dir", help="log to TensorBoard, in this directory")
-    add_switch(group, "--use_wandb", help="log to Weights & Biases (WANDB_MODE=offline works)")
-    add_count(
-        group,
-        "--log_interval",
-        default=1,
-        unit=steps.split()[-1].upper(),
-        help=f"{steps} between log entries",
     )

@@ -6,15 +6,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from coati.cli.hub_flags import check_hub_id
 from coati.cli.launch_flags import check_launch, processes_of
+from coati.cli.lora_flags import check_lora
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.row_flags import check_columns
 from coati.cli.settings import TrainingSettings
 from coati.cli.streaming_flags import check_streaming
 from coati.dataset.rows.input_names import parse_input
 from coati.parallel.lr_schedule import DECAY, DECAYING, FLOOR
+from coati.parallel.optimizer_table import OPTIMIZERS, installed_problem, optimizer_problem
 from coati.parallel.options import ParallelOptions
-from coati.parallel.plugin_checks import check_options
+from coati.parallel.plugin_checks import check_options, resolve_options
 from coati.parallel.plugins import HYBRID
 from coati.utils.json_io import load_json
 from coati.utils.packages import check_packages
@@ -64,6 +67,7 @@ def check_offline(args: Namespace, rows_per_sample: int = 1) -> None:
     check_launch(args)
     options = requested_options(args, rows_per_sample=rows_per_sample)
     check_parallel(args.plugin, options, processes_of(args))
+    check_optimizer(args, options)
 
 
 def tokens_of(words: Sequence[str]) -> list[str]:
@@ -89,8 +93,9 @@ def tokens_of(words: Sequence[str]) -> list[str]:
 
 
 def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_dataset")) -> None:
-    """Every named input must be there. ``data``: the flags that name rows; a hub name will do but
-    to evaluate on."""
+    """Every named input must be there, and ``--push_to_hub`` name a repository. ``data``: the flags
+    that name rows; a hub name will do but to evaluate on."""
+    check_hub_id(args.push_to_hub)
     for flag in data:
         for path in getattr(args, flag):
             here = Path(parse_input(path).base).exists()
@@ -118,7 +123,7 @@ def check_paths(args: Namespace, data: tuple[str, ...] = ("dataset", "eval_datas
 def check_models(settings: TrainingSettings) -> None:
     """A model is a directory that is there, or may be the name of one on the hub; said before
     anything is loaded."""
-    for flag in ("pretrain", "tokenizer_dir", "rm_pretrain", "critic_pretrain"):
+    for flag in ("pretrain", "tokenizer_dir", "rm_pretrain", "critic_pretrain", "teacher"):
         path = settings.flags.get(flag)
         if path and "/" in path and not Path(path).exists() and not _may_be_hub_name(path):
             raise ValueError(
@@ -194,35 +199,6 @@ def read_json(flag: str, path: str | Path) -> Any:
         raise ValueError(f"--{flag} {error}") from error
 
 
-def check_lora(args: Namespace) -> None:
-    """Set ``args.lora_rank`` to the rank that holds: the flag's, else the file's, else 0."""
-    if args.lora_rank is None:
-        args.lora_rank = _rank_of(args.lora_config) if args.lora_config else 0
-    whole = isinstance(args.lora_rank, int) and not isinstance(args.lora_rank, bool)
-    if not whole or args.lora_rank < 0:
-        raise ValueError(
-            f"--lora_config {args.lora_config}: r must be a whole number, found {args.lora_rank!r}"
-        )
-    if args.lora_rank:
-        return
-    for flag in ("lora_alpha", "lora_train_bias", "lora_experts", "merge_lora_weights"):
-        if getattr(args, flag):
-            raise ValueError(
-                f"--{flag} does nothing without LoRA: set --lora_rank (20 to 64) or --lora_config"
-            )
-
-
-def _rank_of(lora_config: str) -> Any:
-    """``r`` of a ``--lora_config`` without ``--lora_rank``, which says whether there is LoRA."""
-    content = load_json(lora_config)
-    if content and "r" not in content:
-        raise ValueError(
-            f"--lora_config {lora_config}: no r, the rank (its keys are {', '.join(content)}); "
-            "write it there, or give --lora_rank"
-        )
-    return content.get("r", 0)
-
-
 def check_pointless(args: Namespace) -> None:
     """A flag that would have no effect is a mistake somewhere else."""
     for flag in ("eval_interval", "eval_batch_size"):
@@ -285,6 +261,20 @@ def requested_options(
         "batch_size": (batch_size or args.batch_size) * rows_per_sample,
     }
     return ParallelOptions(**values)
+
+
+def check_optimizer(args: Namespace, options: ParallelOptions) -> None:
+    """Refuse an ``--optim`` that is not installed, that the plugin cannot train with as far as it
+    is known before the machine has been looked at, or that lacks what another flag sets."""
+    name = args.optim
+    if "adam_beta2" in args._written and not OPTIMIZERS[name].beta2:
+        takers = ", ".join(other for other, row in OPTIMIZERS.items() if row.beta2)
+        raise ValueError(f"--adam_beta2 does nothing with --optim {name}; it belongs to {takers}")
+    problem = installed_problem(name)
+    if problem is None and (args.plugin is not None or options.needs_hybrid):
+        problem = optimizer_problem(name, resolve_options(options)[0])
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def check_parallel(plugin: str | None, options: ParallelOptions, world_size: int) -> None:

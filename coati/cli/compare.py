@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 
-from coati.cli.model_flags import add_template_args_flag
+from coati.cli.model_flags import add_beta_gen_flag, add_template_args_flag
 from coati.cli.parser import Parser
 from coati.cli.program_settings import CompareSettings
-from coati.cli.reward_flags import add_slow_reward_flags, check_slow_rewards, names_of_rewards
+from coati.cli.response_flags import add_judge_flags, add_response_flags, check_judge, check_room
+from coati.cli.reward_flags import add_slow_reward_flags
 from coati.cli.settings import filled
 from coati.cli.values import add_count, add_number, add_switch, add_text
-from coati.rewards.registry import check_rewards
+
+TIE = "scores at most this far apart are a tie"
+SEED = "random seed; both models sample with the same random numbers"
 
 
 def compare_parser() -> Parser:
@@ -65,99 +68,12 @@ def compare_parser() -> Parser:
         "--trust_remote_code",
         help="run Python files that come with the models or tokenizers",
     )
-    _add_judge_flags(parser)
+    add_beta_gen_flag(parser)
+    group = add_judge_flags(parser)
+    add_number(group, "--tie_margin", default=0.0, unit="M", help=TIE)
     add_slow_reward_flags(parser)
-    _add_response_flags(parser)
+    add_response_flags(parser, SEED, 0.0)
     return parser
-
-
-def _add_judge_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("judge")
-    add_text(group, "--rm_path", unit="MODEL", help="reward model: a directory that coati rm wrote")
-    group.add_argument(
-        "--reward_functions",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"{names_of_rewards()}; added to the score of --rm_path if both are given",
-    )
-    group.add_argument(
-        "--reward_weights",
-        nargs="+",
-        type=float,
-        metavar="W",
-        help="one per reward function; default: 1 each",
-    )
-    add_number(
-        group,
-        "--reward_timeout",
-        default=60.0,
-        unit="SECONDS",
-        exclusive=True,
-        help="time limit of a reward function per batch",
-    )
-    add_number(
-        group, "--tie_margin", default=0.0, unit="M", help="scores at most this far apart are a tie"
-    )
-
-
-def _add_response_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("responses")
-    add_count(
-        group,
-        "--max_length",
-        default=2048,
-        unit="TOKENS",
-        least=2,
-        help="maximum length of prompt and response together",
-    )
-    add_count(group, "--max_new_tokens", default=256, unit="TOKENS", help="maximum response length")
-    add_count(
-        group,
-        "--batch_size",
-        default=16,
-        unit="ROWS",
-        help="responses generated or scored at a time",
-    )
-    add_number(
-        group,
-        "--temperature",
-        default=0.0,
-        unit="T",
-        help="0: greedy decoding",
-    )
-    add_count(
-        group,
-        "--top_k",
-        default=0,
-        least=0,
-        unit="K",
-        help="sample from the K most likely tokens; 0: off",
-    )
-    add_number(
-        group,
-        "--top_p",
-        default=1.0,
-        unit="P",
-        exclusive=True,
-        most=1,
-        help="nucleus sampling: the smallest set of tokens with this total probability",
-    )
-    add_number(
-        group,
-        "--repetition_penalty",
-        default=1.0,
-        unit="R",
-        exclusive=True,
-        help="above 1: tokens that already occurred become less likely",
-    )
-    add_count(
-        group,
-        "--seed",
-        default=42,
-        least=0,
-        help="random seed; both models sample with the same random numbers",
-    )
 
 
 def parse_compare(argv: Sequence[str] | None = None, prog: str | None = None) -> CompareSettings:
@@ -173,14 +89,9 @@ def parse_compare(argv: Sequence[str] | None = None, prog: str | None = None) ->
             "nothing judges the responses: give --rm_path (a reward model), --reward_functions "
             "or both"
         )
-    if args.max_new_tokens >= args.max_length:
-        parser.error(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length "
-            f"{args.max_length}"
-        )
     try:
-        args.reward_functions = check_rewards(args.reward_functions, args.reward_weights)
-        check_slow_rewards(args)
+        check_room(args)
+        check_judge(args)
     except ValueError as error:
         parser.error(str(error))
     return filled(CompareSettings, vars(args))

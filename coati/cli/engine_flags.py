@@ -7,17 +7,18 @@ from argparse import Namespace, _ActionsContainer
 from urllib.parse import urlsplit
 
 from coati.cli.parser import Parser
+from coati.cli.ray_flags import OF_WORKERS, add_ray_flags, check_ray
 from coati.cli.values import add_number, add_switch, add_text
 
-ENGINES = ("model", "vllm", "http")
+ENGINES = ("model", "vllm", "http", "ray")
 SYNCS = ("http", "disk", "ipc", "nccl")
 TIMEOUT_S = 600.0
 SHARE = 0.4
 OF_VLLM = {"vllm_memory_share": SHARE, "vllm_sleep": False}
+OF_BOTH = {"rollout_timeout": TIMEOUT_S}
 OF_SERVERS = {
     "rollout_sync": SYNCS[0],
     "rollout_weights_dir": None,
-    "rollout_timeout": TIMEOUT_S,
     "rollout_token_env": None,
 }
 
@@ -29,7 +30,8 @@ def add_engine_choice(group: _ActionsContainer) -> None:
         choices=ENGINES,
         default=ENGINES[0],
         help="what generates responses: the trained model itself, vLLM in this process (one GPU), "
-        "or servers (--rollout_url, which implies http)",
+        "servers (--rollout_url, which implies http), or actors of a Ray cluster "
+        "(--rollout_workers, which implies ray)",
     )
 
 
@@ -65,8 +67,8 @@ def add_engine_flags(parser: Parser) -> None:
         default=TIMEOUT_S,
         unit="SECONDS",
         exclusive=True,
-        help="time limit of a request; when no server has worked for so long, the run saves and "
-        "stops",
+        help="time limit of a request; when no server or Ray actor has worked for so long, the run "
+        "saves and stops",
     )
     add_text(
         group,
@@ -88,11 +90,13 @@ def add_engine_flags(parser: Parser) -> None:
         "--vllm_sleep",
         help="vLLM in this process gives its GPU memory back while the model is trained",
     )
+    add_ray_flags(parser)
 
 
 def check_engine(args: Namespace) -> None:
-    """Raises ValueError for an engine that cannot work; ``--rollout_url`` resolves
-    ``rollout_engine``."""
+    """Raises ValueError for an engine that cannot work; ``--rollout_url`` and ``--rollout_workers``
+    resolve ``rollout_engine``."""
+    check_ray(args)
     if args.rollout_url:
         if args.rollout_engine == "vllm":
             raise ValueError(
@@ -106,9 +110,13 @@ def check_engine(args: Namespace) -> None:
             "rollout-server started"
         )
     if args.rollout_engine != "http":
-        _refuse(args, OF_SERVERS, "--rollout_url")
+        refuse_without(args, OF_SERVERS, "--rollout_url")
+    if args.rollout_engine not in ("http", "ray"):
+        refuse_without(args, OF_BOTH, "--rollout_url or --rollout_workers")
+    if args.rollout_engine != "ray":
+        refuse_without(args, OF_WORKERS, "--rollout_workers")
     if args.rollout_engine != "vllm":
-        _refuse(args, OF_VLLM, "--rollout_engine vllm")
+        refuse_without(args, OF_VLLM, "--rollout_engine vllm")
     if args.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "--rollout_engine vllm: vllm is not installed; install it (it needs a GPU), run it as "
@@ -118,7 +126,9 @@ def check_engine(args: Namespace) -> None:
         _check_servers(args)
 
 
-def _refuse(args: Namespace, flags: dict[str, object], owner: str) -> None:
+def refuse_without(args: Namespace, flags: dict[str, object], owner: str) -> None:
+    """Raises ValueError for the first of ``flags`` (name -> default) that is given, though not
+    ``owner``."""
     for name, default in flags.items():
         if getattr(args, name) != default:
             raise ValueError(f"--{name} does nothing without {owner}; leave it out")

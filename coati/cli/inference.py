@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from coati.cli.checks import checked
+from coati.cli.decoding_flags import add_decoding_flags
 from coati.cli.model_flags import (
+    add_beta_gen_flag,
     add_own_template_flag,
     add_quant_flag,
     add_template_args_flag,
@@ -59,6 +61,7 @@ def inference_parser() -> Parser:
     )
     add_trust_flag(parser)
     add_quant_flag(parser)
+    add_beta_gen_flag(parser)
     _add_dialogue_flags(parser)
     add_sampling_flags(parser)
     return parser
@@ -99,31 +102,7 @@ def add_sampling_flags(parser: Parser, seed: bool = True) -> None:
         unit="T",
         help="0: greedy decoding",
     )
-    add_count(
-        group,
-        "--top_k",
-        default=0,
-        least=0,
-        unit="K",
-        help="sample from the K most likely tokens; 0: off",
-    )
-    add_number(
-        group,
-        "--top_p",
-        default=1.0,
-        unit="P",
-        exclusive=True,
-        most=1,
-        help="nucleus sampling: the smallest set of tokens with this total probability",
-    )
-    add_number(
-        group,
-        "--repetition_penalty",
-        default=1.0,
-        unit="R",
-        exclusive=True,
-        help="above 1: tokens that already occurred become less likely",
-    )
+    add_decoding_flags(group)
     if seed:
         add_count(
             group,

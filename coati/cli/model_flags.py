@@ -3,7 +3,7 @@
 import argparse
 
 from coati.cli.row_flags import json_object
-from coati.cli.values import add_switch, add_text
+from coati.cli.values import add_number, add_switch, add_text
 from coati.models.quantization_registry import QUANTS
 
 
@@ -40,6 +40,17 @@ def add_trust_flag(parser: argparse._ActionsContainer) -> None:
         parser,
         "--trust_remote_code",
         help="run Python files that come with the model or tokenizer",
+    )
+
+
+def add_beta_gen_flag(parser: argparse._ActionsContainer) -> None:
+    """How a model of coati ilql decodes."""
+    add_number(
+        parser,
+        "--beta_gen",
+        unit="B",
+        help="a model of coati ilql: weight of its values beside the log-probs in decoding; 0: by "
+        "log-probs alone; default: 1",
     )
 
 

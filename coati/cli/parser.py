@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol
 
 from coati.cli.aliases import Refused, add_aliases, is_alias, sets, settle
 from coati.cli.nearest import nearest_flag, surely_meant, verbs_with
+from coati.cli.trackers import settle_trackers
 from coati.utils.logging import get_logger
 from coati.utils.resources import near_recipes, recipe_path
 
@@ -106,6 +107,7 @@ class Parser(argparse.ArgumentParser):
             )
         try:
             settle(parsed)
+            settle_trackers(parsed)
         except ValueError as error:
             self.error(str(error))
         # For reports, which tell what was chosen from what follows from it.

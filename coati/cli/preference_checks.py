@@ -97,7 +97,7 @@ def _check_reference(args: Namespace) -> None:
     if args.disable_reference_model:
         none = "--disable_reference_model"
     for flag in ("ref_tp", "precompute_ref"):
-        if getattr(args, flag):
+        if getattr(args, flag, None):
             raise ValueError(f"--{flag} does nothing with {none}: there is no reference model")
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from coati.cli import arguments as shared
 from coati.cli.checks import check_offline, checked, requested_options
+from coati.cli.lora_flags import add_lora_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.preference_checks import check_dpo, check_kto, check_pairs, check_rm
 from coati.cli.settings import (
@@ -61,8 +62,21 @@ def dpo_parser() -> Parser:
     parser = _parser(
         "coati dpo", "Direct preference optimization (DPO) and its family, on preference pairs."
     )
+    group = add_pair_loss_flags(parser)
+    add_switch(
+        group,
+        "--wpo",
+        help="weigh each pair by how probable the policy finds its responses (WPO), for pairs that "
+        "other models wrote",
+    )
+    add_reference_flags(parser, switch=True, precompute=True)
+    return _add_shared_flags(parser, accumulation_steps=1, microbatch_size=2)
+
+
+def add_pair_loss_flags(parser: Parser, betas: bool = False) -> _ArgumentGroup:
+    """The losses over pairs and their options. ``betas``: beta takes several values."""
     group = parser.add_argument_group("preference")
-    _add_loss_flags(group)
+    _add_loss_flags(group, betas)
     add_number(
         group,
         "--label_smoothing",
@@ -86,11 +100,10 @@ def dpo_parser() -> Parser:
         most=1,
         help="LD-DPO: weight of the tokens beyond the shorter response's length; default: 1",
     )
-    _add_reference_flags(parser, switch=True, precompute=True)
-    return _add_shared_flags(parser, accumulation_steps=1, microbatch_size=2)
+    return group
 
 
-def _add_loss_flags(group: _ArgumentGroup) -> None:
+def _add_loss_flags(group: _ArgumentGroup, betas: bool) -> None:
     group.add_argument(
         "--loss_type",
         nargs="+",
@@ -109,14 +122,19 @@ def _add_loss_flags(group: _ArgumentGroup) -> None:
         "default: 1 each",
     )
     simpo = LOSS_TYPES["simpo_loss"]
-    add_number(
-        group,
-        "--beta",
-        unit="B",
-        exclusive=True,
-        help=f"temperature beta of the loss; default: {LOSS_TYPES['dpo_loss'].beta}, and "
-        f"{simpo.beta} for simpo_loss",
-    )
+    usual = f"default: {LOSS_TYPES['dpo_loss'].beta}, and {simpo.beta} for simpo_loss"
+    if betas:
+        group.add_argument(
+            "--beta",
+            nargs="+",
+            type=number(0, exclusive=True),
+            metavar="B",
+            help="temperature beta of the loss, or several, each for an equal part of the "
+            f"episodes; {usual}",
+        )
+    else:
+        about = f"temperature beta of the loss; {usual}"
+        add_number(group, "--beta", unit="B", exclusive=True, help=about)
     add_number(
         group,
         "--gamma",
@@ -174,7 +192,7 @@ def kto_parser() -> Parser:
         help="set --desirable_weight so that desirable and undesirable responses have equal total "
         "weight (their ratio should be 1 to 4/3)",
     )
-    _add_reference_flags(parser, switch=False, precompute=False)
+    add_reference_flags(parser, switch=False, precompute=False)
     return _add_shared_flags(parser)
 
 
@@ -190,7 +208,8 @@ def _parser(program: str, description: str) -> Parser:
     return parser
 
 
-def _add_reference_flags(parser: Parser, switch: bool, precompute: bool) -> None:
+def add_reference_flags(parser: Parser, switch: bool, precompute: bool) -> None:
+    """``switch``: it can be left out. ``precompute``: its log-probs can be kept."""
     group = parser.add_argument_group(
         "reference model", "With LoRA it is the policy with its adapters off."
     )
@@ -219,7 +238,7 @@ def _add_shared_flags(parser: Parser, **defaults: object) -> Parser:
     shared.add_optimization_flags(parser)
     shared.add_embedding_lr_flag(parser)
     shared.add_epoch_flags(parser)
-    shared.add_lora_flags(parser)
+    add_lora_flags(parser)
     shared.add_output_flags(parser)
     shared.add_logging_flags(parser)
     parser.set_defaults(**{"max_length": 2048} | defaults)

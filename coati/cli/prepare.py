@@ -273,15 +273,17 @@ def parse_prepare(argv: Sequence[str] | None = None, prog: str | None = None) ->
     if not args.data_input_dirs:
         parser.error("--data_input_dirs is required: the files or folders to read")
     if args.format not in (None, *FORMATS_OF[args.type]):
-        types = " or ".join(type for type, formats in FORMATS_OF.items() if args.format in formats)
+        readers = [type for type, formats in FORMATS_OF.items() if args.format in formats]
+        # One that wants scores is named where nothing else reads them.
+        types = " or ".join([r for r in readers if not DATA_TYPES[r].scored] or readers)
         parser.error(
             f"--format {args.format} is for --type {types}; --type {args.type} reads "
             f"{', '.join(FORMATS_OF[args.type])}"
         )
     if args.learn != LEARNED_TURNS[0] and args.type != "sft":
+        learned = "every turn of the assistant" if args.type == "scored" else "the last response"
         parser.error(
-            f"--learn {args.learn} is for --type sft; of --type {args.type} the last response is "
-            "learned"
+            f"--learn {args.learn} is for --type sft; of --type {args.type} {learned} is learned"
         )
     if args.num_samples_per_datafile == 0:
         parser.error(

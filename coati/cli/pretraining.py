@@ -6,9 +6,11 @@ from pathlib import Path
 
 from coati.cli import arguments as shared
 from coati.cli.checks import check_offline, checked, requested_options
+from coati.cli.lora_flags import add_lora_flags
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.prepare import add_documents_flag
-from coati.cli.settings import SLSettings, settings_of
+from coati.cli.settings import SFTSettings, settings_of
+from coati.cli.sft_flags import add_token_loss_flags
 from coati.cli.streaming_flags import add_streaming_flags
 from coati.dataset.rows.dataset_info import NAME as DATASET_INFO
 from coati.dataset.rows.input_names import parse_input
@@ -35,8 +37,9 @@ def pretrain_parser() -> Parser:
     shared.add_parallel_flags(parser)
     shared.add_optimization_flags(parser)
     shared.add_embedding_lr_flag(parser)
+    add_token_loss_flags(parser)
     shared.add_epoch_flags(parser)
-    shared.add_lora_flags(parser)
+    add_lora_flags(parser)
     shared.add_output_flags(parser)
     shared.add_logging_flags(parser)
     parser.set_defaults(packing=True, max_length=2048, max_epochs=1, lr=1e-5)
@@ -47,11 +50,11 @@ def parse_pretrain(
     argv: Sequence[str] | None = None,
     older: OlderFlags | None = None,
     prog: str | None = None,
-) -> SLSettings:
+) -> SFTSettings:
     """The checked flags of ``coati pretrain``; as :func:`coati.cli.arguments.parse_sft`."""
     parser = pretrain_parser().named(prog)
     args = checked(parser, argv, settle_packing, check_offline, check_documents, older=older)
-    return settings_of(SLSettings, args, parallel=requested_options(args))
+    return settings_of(SFTSettings, args, parallel=requested_options(args))
 
 
 def settle_packing(args: Namespace) -> None:

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coati.cli.response_flags import JudgeSettings, ResponseSettings
 from coati.cli.reward_flags import SlowRewardSettings
+from coati.cli.sampler_flags import SamplerSettings
+from coati.parallel.optimizer_table import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class CompareSettings:
     conversation_template_config: str | None
     template_args: str | None
     trust_remote_code: bool
+    beta_gen: float | None
     rm_path: str | None
     reward_functions: list[str]
     reward_weights: list[float] | None
@@ -57,6 +61,7 @@ class ExportSettings:
     trust_remote_code: bool
     max_new_tokens: int
     gguf: str | None
+    push_to_hub: str | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class ChatSettings:
     prompt: list[str]
     trust_remote_code: bool
     quant: str | None
+    beta_gen: float | None
     system_message: str | None
     prompt_file: str | None
     tools: str | None
@@ -150,9 +156,14 @@ class FitSettings:
     memory: float | None
     gpus: int
     method: str
+    teacher: str | None
     max_length: int
     lora_rank: int
+    quantize_base: str | None
     table: bool
+    optim: str = DEFAULT
+    offload_activations: bool = False
+    tokens_per_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,7 @@ class BenchmarkSettings:
     new_tokens: int
     output: str | None
     trust_remote_code: bool
+    beta_gen: float | None
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,7 @@ class ServerSettings:
     served_model_name: str
     trust_remote_code: bool
     quant: str | None
+    beta_gen: float | None
     http_host: str
     http_port: int
     token_file: str | None
@@ -253,3 +266,46 @@ class ServerSettings:
     top_p: float
     repetition_penalty: float
     token: str | None
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """``coati sample``."""
+
+    sampler: SamplerSettings
+    responses: ResponseSettings
+    judge: JudgeSettings
+    input: list[str]
+    max_prompts: int | None
+    num_samples: int
+    output_dir: str
+    write: list[str]
+    threshold: float | None
+    keep: int | None
+    margin: float
+    keep_truncated: bool
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """``coati evaluate``. ``pass_at`` empty: 1 and ``num_samples``; ``stride`` None: half of
+    ``max_length``; ``right_from`` None: what is right is told by gt_answer."""
+
+    sampler: SamplerSettings
+    responses: ResponseSettings
+    judge: JudgeSettings
+    output_dir: str
+    baseline: str | None
+    input: list[str]
+    max_prompts: int | None
+    num_samples: int
+    pass_at: list[int]
+    right_from: float | None
+    perplexity: list[str]
+    documents: str | None
+    stride: int | None
+    lm_eval: list[str]
+    lm_eval_path: str | None
+    lm_eval_limit: int | None
+    few_shot: int | None
+    lm_eval_chat: bool

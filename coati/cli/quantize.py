@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from coati.cli.checks import checked
-from coati.cli.model_flags import add_trust_flag
+from coati.cli.model_flags import add_beta_gen_flag, add_trust_flag
 from coati.cli.parser import OlderFlags, Parser
 from coati.cli.program_settings import BenchmarkSettings, QuantizeSettings
 from coati.cli.settings import filled
@@ -133,6 +133,7 @@ def benchmark_parser() -> Parser:
         metavar="N",
         help="sequences generated at a time",
     )
+    add_beta_gen_flag(parser)
     add_count(parser, "--prompt_tokens", default=64, unit="TOKENS", help="length of each prompt")
     add_count(parser, "--new_tokens", default=32, unit="TOKENS", help="length of each response")
     add_text(parser, "--output", unit="FILE", help="also write the results as JSON")

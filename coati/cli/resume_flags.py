@@ -14,17 +14,25 @@ FREE = "does not change the run's numbers"
 CLASSES: dict[str, tuple[str, ...]] = {
     APPLIED: (
         # optimizer and schedule
-        *("lr", "critic_lr", "head_lr", "embedding_lr", "weight_decay", "adam_beta2", "grad_clip"),
+        *("lr", "critic_lr", "head_lr", "embedding_lr", "lora_plus_ratio"),
+        *("weight_decay", "adam_beta2", "grad_clip"),
         *("lr_scheduler", "lr_min_ratio", "decay_ratio", "warmup_steps"),
         # length and batches
         *("max_epochs", "max_steps", "num_episodes", "batch_size", "accumulation_steps"),
+        "tokens_per_batch",
         *("num_collect_steps", "experience_batch_size", "num_update_steps", "train_batch_size"),
         *("buffer_limit", "num_generations", "ptx_batch_size", "disable_loss_mask"),
         # losses
         *("loss_fn", "center_coef", "loss_type", "loss_weights", "beta", "gamma", "lam"),
-        *("label_smoothing", "length_normalization", "sft_coef", "ld_alpha", "ptx_coef"),
+        *("label_smoothing", "length_normalization", "sft_coef", "ld_alpha", "wpo", "ptx_coef"),
+        *("sft_loss", "neftune_alpha"),
+        *("tau", "cql_coef", "awac_coef", "awac_beta", "target_alpha", "target_interval"),
         *("disable_reference_model", "desirable_weight", "undesirable_weight", "auto_weight"),
         *("clip_eps", "clip_eps_low", "clip_eps_high", "skip_threshold", "value_clip"),
+        *("policy_loss", "loss_agg_mode", "dual_clip", "cispo_cap", "sapo_tau", "entropy_coef"),
+        # distillation
+        *("teacher", "teacher_url", "teacher_served_name", "teacher_top_k", "gkd_beta"),
+        *("gkd_lambda", "max_new_tokens"),
         # rollouts, rewards, advantages
         *("max_seq_len", "max_turns", "rollout_engine", "rollouts_ahead", "rollout_is"),
         *("rollout_is_cap", "rollout_is_mask", "temperature", "initial_temperature"),
@@ -35,49 +43,60 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *("test_timeout", "test_memory"),
         *("missing_eos_penalty", "kl_coef", "kl_estimator", "kl_in", "kl_target", "kl_horizon"),
         *("algo", "overlong_buffer_len", "mask_truncated_completions", "no_whiten_advantages"),
-        "reward_at",
+        *("reward_at", "dynamic_sampling", "source_rewards"),
         # evaluation
         *("eval_dataset", "eval_prompt_dataset", "eval_batch_size", "eval_interval"),
+        *("eval_pass_at", "eval_generations", "eval_right"),
         *("metric_for_best", "early_stopping_patience", "early_stopping_threshold"),
         # the layout: weights are kept, the optimizer's moments start anew
+        "optim",
         *("plugin", "plugin_args", "mixed_precision", "nproc", "tp", "pp", "sp", "sp_mode"),
         *("enable_sequence_parallelism", "zero_stage", "zero_cpu_offload", "microbatch_size"),
-        "use_flash_attn",
+        *("use_flash_attn", "kernels"),
     ),
     SAME: (
         *("pretrain", "tokenizer_dir", "dataset", "prompt_dataset", "ptx_dataset"),
         *("dataset_weights", "max_samples", "max_length", "packing", "eval_ratio", "seed"),
         *("conversation_template_config", "critic_pretrain", "critic_checkpoint_path"),
         *("template_args", "thoughts", "empty_thoughts", "learn", "add_tokens", "documents"),
-        *("columns", "environment", "environment_args"),
+        *("columns", "environment", "environment_args", "offline_groups"),
         *("streaming", "shuffle_buffer"),
         *("lora_rank", "lora_alpha", "lora_train_bias", "lora_config", "lora_experts"),
+        *("lora_target", "use_dora", "use_rslora", "quantize_base"),
         "shared_base",
     ),
     FREE: (
         *("checkpoint_path", "checkpoint_weights_only", "config", "config_file", "dry_run"),
         *("save_dir", "save_interval", "keep_last_k", "merge_lora_weights"),
         *("log_dir", "log_interval", "use_wandb", "sample_interval"),
+        "push_to_hub",
         *("hostfile", "master_addr", "master_port", "trust_remote_code"),
         *("collective_timeout", "no_preflight", "reward_concurrency"),
-        *("grad_checkpoint", "inference_batch_size", "logits_forward_batch_size"),
+        *("grad_checkpoint", "offload_activations", "report_to"),
+        *("inference_batch_size", "logits_forward_batch_size"),
         *("offload_inference_models", "ref_tp", "precompute_ref"),
         *("stream_workers", "max_bad_ratio", "strict_columns"),
         *("rollout_url", "rollout_sync", "rollout_weights_dir", "rollout_timeout"),
         *("rollout_token_env", "vllm_memory_share", "vllm_sleep"),
+        *("rollout_workers", "rollout_worker_cpus", "rollout_worker_gpus", "rollout_python"),
+        *("ray_address", "rewards_on_ray"),
     ),
 }
 CLASS_OF = {flag: name for name, flags in CLASSES.items() for flag in flags}
 # Flags that name files or directories: what is in them is compared.
 FILES = (
     *("pretrain", "tokenizer_dir", "ptx_dataset"),
-    *("conversation_template_config", "lora_config", "plugin_args"),
-    *("critic_pretrain", "critic_checkpoint_path", "judge_prompt"),
+    *("conversation_template_config", "lora_config", "lora_target", "plugin_args"),
+    *("critic_pretrain", "critic_checkpoint_path", "judge_prompt", "teacher"),
 )
 # Rows are compared one by one, wherever they lie (recipes/resume.py); ptx rows by their files.
 ROWS = ("dataset", "prompt_dataset")
 # Learning rates of parameters in a group of their own.
-OWN_RATES = {"head_lr": "the head's", "embedding_lr": "the embeddings'"}
+OWN_RATES = {
+    "head_lr": "the head's",
+    "embedding_lr": "the embeddings'",
+    "lora_plus_ratio": "the adapters' B's",
+}
 # What checkpoints of releases without these flags were made with.
 UNSAID: dict[str, Any] = {
     "lr_scheduler": "cosine",
@@ -85,6 +104,11 @@ UNSAID: dict[str, Any] = {
     "decay_ratio": 0.2,
     "eval_ratio": None,
     "embedding_lr": None,
+    "lora_plus_ratio": None,
+    "lora_target": None,
+    "use_dora": False,
+    "use_rslora": False,
+    "quantize_base": None,
     "template_args": None,
     "thoughts": "template",
     "empty_thoughts": "mask",
@@ -92,24 +116,45 @@ UNSAID: dict[str, Any] = {
     "streaming": False,
     "columns": [],
     "rollouts_ahead": 0,
+    "wpo": False,
     "environment": None,
     "environment_args": None,
     "max_turns": None,
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
+    "optim": "adamw",
+    "neftune_alpha": None,
+    "sft_loss": "nll",
+    "tokens_per_batch": None,
+    "policy_loss": "ppo",
+    "loss_agg_mode": None,
+    "dual_clip": None,
+    "cispo_cap": None,
+    "sapo_tau": None,
+    "entropy_coef": 0.0,
+    "dynamic_sampling": 0,
+    "source_rewards": [],
+    "offline_groups": False,
+    "eval_pass_at": [],
+    "eval_generations": None,
+    "eval_right": None,
 }
 # Flags whose change makes the best model so far one of another measure: of all commands, and those
 # of the loss, where evaluations have one (with rollouts they have rewards).
 REWARDS = (
     *("rm_pretrain", "rm_checkpoint_path", "no_neural_reward_model"),
-    *("reward_functions", "reward_weights"),
+    *("reward_functions", "reward_weights", "source_rewards"),
     *("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed"),
 )
-MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *REWARDS)
+PASS_AT = ("eval_pass_at", "eval_generations", "eval_right")
+MEASURE = ("metric_for_best", "eval_dataset", "eval_prompt_dataset", *PASS_AT, *REWARDS)
 LOSS_MEASURE = (
     *("center_coef", "loss_type", "loss_weights", "beta", "gamma", "lam", "label_smoothing"),
-    *("length_normalization", "sft_coef", "ld_alpha", "disable_reference_model"),
+    *("length_normalization", "sft_coef", "ld_alpha", "wpo", "disable_reference_model"),
     *("desirable_weight", "undesirable_weight", "auto_weight", "disable_loss_mask"),
+    "sft_loss",
+    *("teacher", "teacher_url", "teacher_served_name", "teacher_top_k", "gkd_beta"),
+    *("tau", "cql_coef", "awac_coef", "awac_beta"),
 )
 SHOWN = 12  # values of a list, in messages
 ELSE = "or start anew from its weights: --checkpoint_weights_only with another --save_dir"

@@ -1,14 +1,21 @@
-"""Flags of rewards that take their time: endpoints, a judge, and tests of programs."""
+"""Flags of rewards: what scores responses, and those that take their time: endpoints, a judge, and
+tests of programs."""
 
 import argparse
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from coati.cli.values import add_count, add_number, add_text, number
-from coati.rewards.registry import DEFAULT_CONCURRENCY, REWARDS
-from coati.rewards.reward_options import JUDGE_PATTERN, JUDGE_PROMPT, JudgeOptions, RewardOptions
+from coati.cli.values import add_count, add_number, add_switch, add_text, number
+from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
+from coati.rewards.registry import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT, REWARDS
+from coati.rewards.reward_options import JUDGES, JudgeOptions, PairJudgeOptions, RewardOptions
+from coati.rewards.source_sets import parse_source_rewards
+from coati.utils.ray_cluster import AUTO
 
+Judging = TypeVar("Judging", bound=JudgeOptions)
 # flag -> default. Those that do something for one reward alone.
 OF_JUDGE = ("judge_url", "judge_model", "judge_prompt", "judge_pattern", "judge_failed")
 OF_TESTS = {"test_timeout": RewardOptions.test_timeout, "test_memory": RewardOptions.test_memory}
@@ -27,24 +34,128 @@ class SlowRewardSettings:
     judge_failed: float | None = None
     test_timeout: float = RewardOptions.test_timeout
     test_memory: int = RewardOptions.test_memory
+    rewards_on_ray: bool = False
+    ray_address: str = AUTO
 
-    def options(self) -> RewardOptions:
-        """As :class:`~coati.rewards.scorer.Rewards` takes them."""
-        judge = None
-        if self.judge_url is not None:
-            judge = JudgeOptions(
-                self.judge_url,
-                self.judge_model or "",
-                JUDGE_PROMPT if self.judge_prompt is None else read_prompt(self.judge_prompt),
-                self.judge_pattern or JUDGE_PATTERN,
-                self.judge_failed,
-            )
-        return RewardOptions(self.reward_concurrency, judge, self.test_timeout, self.test_memory)
+    def options(self, names: Sequence[str] = ()) -> RewardOptions:
+        """As :class:`~coati.rewards.scorer.Rewards` takes them with the functions ``names``, which
+        say whether the judge judges pairs."""
+        judge = pairs = None
+        if self.judge_url is not None and "pairwise_judge" in names:
+            pairs = self._judge(PairJudgeOptions)
+        elif self.judge_url is not None:
+            judge = self._judge(JudgeOptions)
+        return RewardOptions(
+            self.reward_concurrency,
+            judge,
+            pairs,
+            self.test_timeout,
+            self.test_memory,
+            self.ray_address if self.rewards_on_ray else None,
+        )
+
+    def _judge(self, kind: type[Judging]) -> Judging:
+        given: dict[str, Any] = {}
+        if self.judge_prompt is not None:
+            given["prompt"] = read_prompt(self.judge_prompt)
+        if self.judge_pattern:
+            given["pattern"] = self.judge_pattern
+        url = self.judge_url or ""
+        return kind(url, self.judge_model or "", failed=self.judge_failed, **given)
 
 
 def names_of_rewards() -> str:
     """What ``--reward_functions`` takes, for its help."""
     return f"{', '.join(REWARDS)}, path.py:function of your own, or the URL of an endpoint"
+
+
+def add_reward_flags(parser: argparse.ArgumentParser, reward_clip: float | None) -> None:
+    """``reward_clip`` None: scores are compared alone, and neither clipped nor normalized."""
+    group = parser.add_argument_group(
+        "reward", "A reward model, reward functions, or the sum of both."
+    )
+    add_text(
+        group,
+        "--rm_pretrain",
+        unit="MODEL",
+        help="reward model of coati rm; with --rm_checkpoint_path: its architecture only",
+    )
+    add_text(
+        group,
+        "--rm_checkpoint_path",
+        help="directory with the weights and head of the reward model",
+    )
+    add_switch(
+        group,
+        "--no_neural_reward_model",
+        help="reward functions only; --rm_pretrain then initializes the critic",
+    )
+    group.add_argument(
+        "--reward_functions",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"{names_of_rewards()}, which is given all responses of a batch",
+    )
+    group.add_argument(
+        "--reward_weights",
+        nargs="+",
+        type=_weight,
+        default=[],
+        metavar="W",
+        help="weight of each reward function, possibly negative; default: 1 each",
+    )
+    group.add_argument(
+        "--source_rewards",
+        nargs="+",
+        default=[],
+        metavar="SOURCE=NAME",
+        help="reward functions by where a row comes from, its column source (or data_source, or "
+        "category): math=math_competition,format@0.1 code=python_tests, @ before a weight; "
+        "*=NAME for all other rows. They are added to --reward_functions, which score every row",
+    )
+    _add_score_flags(group, reward_clip)
+    add_slow_reward_flags(parser)
+
+
+def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float | None) -> None:
+    """What is made of scores."""
+    add_number(
+        group,
+        "--reward_timeout",
+        default=DEFAULT_TIMEOUT,
+        unit="SECONDS",
+        help="time limit of a reward function for a batch, of a function of one response that is "
+        "async for each, and of a request with all its retries; 0: none",
+    )
+    if reward_clip is not None:
+        add_number(
+            group,
+            "--reward_clip",
+            default=reward_clip,
+            unit="R",
+            help="clip scores to -R .. R; 0: no clipping",
+        )
+        group.add_argument(
+            "--reward_normalization",
+            choices=REWARD_NORMALIZATIONS,
+            default="none",
+            help="running: normalize scores by the running mean and deviation",
+        )
+    add_number(
+        group,
+        "--missing_eos_penalty",
+        default=0.0,
+        unit="P",
+        help="subtracted from the score of a response without end token",
+    )
+
+
+def _weight(text: str) -> float:
+    try:
+        return number(float("-inf"))(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
 def add_slow_reward_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,22 +183,23 @@ def add_slow_reward_flags(parser: argparse.ArgumentParser) -> None:
         group,
         "--judge_prompt",
         unit="FILE",
-        help="what the judge is asked: a text with {prompt}, {response} and {gt_answer} in it; "
-        "default: to rate the response from 1 to 10",
+        help="what the judge is asked: a text with {prompt}, {response} and {gt_answer} in it, of "
+        "pairwise_judge with {response_a} and {response_b}; default: to rate the response from 1 "
+        "to 10, or which of two is better",
     )
     add_text(
         group,
         "--judge_pattern",
         unit="REGEX",
-        help="the first group of its last match in the verdict is the score; default: the number "
-        'after "Score:"',
+        help="the first group of its last match in the verdict is the score, of pairwise_judge A, "
+        'B or anything else for a tie; default: what stands after "Score:" or "Better:"',
     )
     group.add_argument(
         "--judge_failed",
         type=number(float("-inf")),
         metavar="SCORE",
-        help="score of a response that got no verdict with a score in three tries; default: the "
-        "run ends",
+        help="score of a response that got no verdict with a score in three tries, of "
+        "pairwise_judge 0.5 for a tie; default: the run ends",
     )
     add_number(
         group,
@@ -107,24 +219,49 @@ def add_slow_reward_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def reward_names(args: Namespace) -> list[str]:
+    """The functions that score some row, aliases resolved. Raises ValueError for ``source_rewards``
+    that are none."""
+    sources = getattr(args, "source_rewards", [])
+    by_source = parse_source_rewards(sources) if sources else {}
+    return [*args.reward_functions, *(n for found in by_source.values() for n in found.names)]
+
+
 def check_slow_rewards(args: Namespace) -> None:
     """The flags of :class:`SlowRewardSettings`, once ``reward_functions`` are resolved. Raises
     ValueError for what is wrong, missing, or would do nothing."""
     given = [flag for flag in OF_JUDGE if getattr(args, flag) is not None]
-    if "judge" not in args.reward_functions and given:
+    names = reward_names(args)
+    judges = [name for name in JUDGES if name in names]
+    if not judges and given:
         raise ValueError(f"--{given[0]} does nothing without --reward_functions judge")
-    if "judge" in args.reward_functions:
-        for flag in OF_JUDGE[:2]:
-            if not getattr(args, flag):
-                raise ValueError(
-                    f"--{flag} is missing: --reward_functions judge asks a model of an "
-                    "OpenAI-compatible server (--judge_url http://host/v1 --judge_model NAME)"
-                )
-        settings = {name: getattr(args, name) for name in OF_JUDGE}
-        SlowRewardSettings(**settings).options()
+    if len(judges) > 1:
+        raise ValueError(
+            f"--reward_functions {' '.join(judges)}: --judge_prompt and the other flags are of one "
+            "judge; name one of the two"
+        )
+    if judges:
+        _check_judge(args, judges[0])
     for flag, default in OF_TESTS.items():
-        if getattr(args, flag) != default and "python_tests" not in args.reward_functions:
+        if getattr(args, flag) != default and "python_tests" not in names:
             raise ValueError(f"--{flag} does nothing without --reward_functions python_tests")
+
+
+def _check_judge(args: Namespace, name: str) -> None:
+    for flag in OF_JUDGE[:2]:
+        if not getattr(args, flag):
+            raise ValueError(
+                f"--{flag} is missing: --reward_functions {name} asks a model of an "
+                "OpenAI-compatible server (--judge_url http://host/v1 --judge_model NAME)"
+            )
+    failed = args.judge_failed
+    if name == "pairwise_judge" and failed is not None and not 0 <= failed <= 1:
+        raise ValueError(
+            f"--judge_failed {failed:g}: with pairwise_judge it is the share of a comparison that "
+            "a response wins, 0 to 1; 0.5 is a tie"
+        )
+    settings = {flag: getattr(args, flag) for flag in OF_JUDGE}
+    SlowRewardSettings(**settings).options([name])
 
 
 def read_prompt(path: str) -> str:

@@ -1,13 +1,14 @@
-"""Checks of the flags of PPO and GRPO before torch is imported. All raise ValueError with flag,
-finding and remedy."""
+"""Checks of the flags of PPO, GRPO and online DPO before torch is imported. All raise ValueError
+with flag, finding and remedy."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from coati.cli.checks import (
     check_evaluation,
-    check_lora,
     check_mixture,
+    check_optimizer,
     check_parallel,
     check_paths,
     check_schedule,
@@ -16,21 +17,25 @@ from coati.cli.checks import (
 )
 from coati.cli.engine_flags import check_engine
 from coati.cli.launch_flags import check_launch, processes_of
-from coati.cli.reward_flags import check_slow_rewards, names_of_rewards
+from coati.cli.lora_flags import check_lora
+from coati.cli.reward_checks import (
+    check_pass_at,
+    check_reward_sources,
+    check_scores,
+    check_weights,
+)
 from coati.cli.row_flags import check_columns
+from coati.cli.update_flags import check_policy_loss
 from coati.environments.environment_table import check_environment, environment_arguments
 from coati.experience_buffer.batch_sizes import optimizer_steps_per_pass
 from coati.experience_maker.advantage_registry import GROUP_METHODS
-from coati.models.loading import find_model, is_bare
 from coati.parallel.plugin_checks import scalar_head_problem
 from coati.parallel.plugins import PLUGINS
-from coati.rewards.registry import check_rewards
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 KL_HORIZON = 10000
-CLIP = 0.2
 # --kl_in -> what it means, and the estimator that suits it
 PLACES_OF_KL = {
     "loss": "added to the loss of each token",
@@ -57,6 +62,11 @@ def _check_added_tokens(args: Namespace) -> None:
 def check_rollouts(args: Namespace) -> None:
     """What PPO and GRPO share; resolves ``lora_rank``, the batch sizes of inference, and the names
     of rewards."""
+    check_online(args, _check_buffer, _check_kl, _check_correction)
+
+
+def check_online(args: Namespace, *own: Callable[[Namespace], None]) -> None:
+    """What all trainers with rollouts share, and checks of their ``own``."""
     if not args.pretrain:
         raise ValueError(
             "--pretrain is missing: the Hugging Face directory or hub name of the model to train"
@@ -73,15 +83,17 @@ def check_rollouts(args: Namespace) -> None:
     _check_added_tokens(args)
     _check_can_sample(args)
     check_launch(args)
-    check_parallel(args.plugin, requested_options(args, args.train_batch_size), processes_of(args))
+    options = requested_options(args, args.train_batch_size)
+    check_parallel(args.plugin, options, processes_of(args))
+    check_optimizer(args, options)
     _check_lengths(args)
     _check_ptx(args)
     _check_environment(args)
-    _check_reward_sources(args)
-    _check_scores(args)
-    _check_buffer(args)
-    _check_kl(args)
-    _check_correction(args)
+    check_reward_sources(args)
+    check_scores(args)
+    for check in own:
+        check(args)
+    check_pass_at(args)
     _check_pointless(args)
     _check_machine(args)
 
@@ -156,59 +168,6 @@ def _check_ptx(args: Namespace) -> None:
         )
 
 
-def _check_reward_sources(args: Namespace) -> None:
-    """A reward model, functions, or both; and where the reward model is."""
-    neural = bool(args.rm_pretrain or args.rm_checkpoint_path) and not args.no_neural_reward_model
-    if args.no_neural_reward_model and args.rm_checkpoint_path:
-        raise ValueError(
-            f"--rm_checkpoint_path {args.rm_checkpoint_path} brings a reward model, "
-            "--no_neural_reward_model says that "
-            "there is none; leave one of the two out"
-        )
-    if args.no_neural_reward_model and not args.reward_functions and not args.environment:
-        raise ValueError(f"--no_neural_reward_model needs --reward_functions: {names_of_rewards()}")
-    if not neural and not args.reward_functions and not args.environment:
-        raise ValueError(
-            "nothing gives a reward: name a reward model (--rm_pretrain, the directory that "
-            "coati rm wrote), or "
-            f"--reward_functions ({names_of_rewards()}), or both, or an --environment"
-        )
-    if (
-        args.no_neural_reward_model
-        and args.rm_pretrain
-        and getattr(args, "critic_pretrain", args.rm_pretrain)
-    ):
-        raise ValueError(
-            "--rm_pretrain does nothing with --no_neural_reward_model here; leave one of the two "
-            "out"
-        )
-    if args.rm_checkpoint_path is not None:
-        _check_weights(args, "rm_checkpoint_path")
-    wrong = "models with a scalar head, as reward models are,"
-    problem = scalar_head_problem(args.plugin, args.tp, args.zero_stage, wrong)
-    if neural and problem:
-        raise ValueError(problem)
-
-
-def _check_weights(args: Namespace, flag: str, *names: str) -> None:
-    path = Path(getattr(args, flag))
-    if path.is_file():
-        raise ValueError(
-            f"--{flag} {path} is a file; expected the directory that a training script wrote"
-        )
-    if not path.is_dir():
-        raise ValueError(f"--{flag} {path}: there is no such directory")
-    try:
-        place = find_model(path, *names)
-    except ValueError as error:
-        raise ValueError(f"--{flag} {error}") from error
-    if is_bare(place) and args.rm_pretrain is None:
-        raise ValueError(
-            f"--{flag} {path} holds weights without a configuration: name their architecture with "
-            "--rm_pretrain"
-        )
-
-
 def check_ids(written: int, read: int) -> None:
     """Any of the ``written`` rows of the policy's vocabulary can be sampled, those without a token
     too; the other models know ``read``."""
@@ -220,14 +179,41 @@ def check_ids(written: int, read: int) -> None:
         )
 
 
-def _check_scores(args: Namespace) -> None:
-    if args.reward_weights and not args.reward_functions:
-        raise ValueError("--reward_weights does nothing without --reward_functions")
-    args.reward_functions = check_rewards(args.reward_functions, args.reward_weights or None)
-    check_slow_rewards(args)
-    if args.reward_functions and not any(args.reward_weights or [1.0]):
+def _check_offline_groups(args: Namespace) -> None:
+    """Groups that the rows bring."""
+    if not args.offline_groups:
+        return
+    what = "--offline_groups: responses are those of the rows, none are sampled"
+    if args.environment:
+        raise ValueError(f"{what}; an environment would have nobody to answer, leave it out")
+    if args.rollouts_ahead:
+        raise ValueError(f"{what}; leave --rollouts_ahead {args.rollouts_ahead} out")
+    for path in [*args.prompt_dataset]:
+        if (Path(path) / "preparation.json").exists():
+            raise ValueError(
+                f"--offline_groups: {path} is prepared, and prepared prompts hold no responses; "
+                "name the raw file that it was made of"
+            )
+
+
+def _check_dynamic_sampling(args: Namespace) -> None:
+    if not args.dynamic_sampling:
+        return
+    what = f"--dynamic_sampling {args.dynamic_sampling}"
+    if not GROUP_METHODS[args.algo].group:
         raise ValueError(
-            f"--reward_weights {' '.join(map(str, args.reward_weights))}: no function would count"
+            f"{what} replaces groups of equal scores, and --algo {args.algo} compares no groups; "
+            "leave one of the two out"
+        )
+    if args.rollouts_ahead:
+        raise ValueError(
+            f"{what}: how many prompts an episode takes is known only when it has been judged, so "
+            f"none can be asked for ahead; leave --rollouts_ahead {args.rollouts_ahead} out"
+        )
+    if args.reward_normalization != "none":
+        raise ValueError(
+            f"{what}: the running mean of scores would be of the groups that were replaced too; "
+            "leave --reward_normalization out"
         )
 
 
@@ -386,9 +372,7 @@ def _trained_biases(args: Namespace) -> str:
 
 def check_ppo(args: Namespace) -> None:
     """PPO's own flags; resolves the clip ranges."""
-    args.clip_eps = args.clip_eps or CLIP
-    args.clip_eps_low = args.clip_eps_low or min(args.clip_eps, 1.0)
-    args.clip_eps_high = args.clip_eps_high or args.clip_eps
+    check_policy_loss(args)
     if args.critic_pretrain and args.critic_checkpoint_path:
         raise ValueError(
             f"--critic_pretrain {args.critic_pretrain} and --critic_checkpoint_path "
@@ -396,7 +380,7 @@ def check_ppo(args: Namespace) -> None:
             "bring the critic's weights; name one of them"
         )
     if args.critic_checkpoint_path is not None:
-        _check_weights(args, "critic_checkpoint_path", "critic")
+        check_weights(args, "critic_checkpoint_path", "critic")
     wrong = "the gradients of a critic's head"
     if problem := scalar_head_problem(args.plugin, args.tp, args.zero_stage, wrong):
         raise ValueError(problem)
@@ -404,10 +388,9 @@ def check_ppo(args: Namespace) -> None:
 
 def check_grpo(args: Namespace) -> None:
     """GRPO's own flags; resolves the clip ranges and DAPO's overlong buffer."""
-    method = GROUP_METHODS[args.algo]
-    args.clip_eps_high = args.clip_eps_high or args.clip_eps or method.clip_high
-    args.clip_eps = args.clip_eps or CLIP
-    args.clip_eps_low = args.clip_eps_low or min(args.clip_eps, 1.0)
+    check_policy_loss(args)
+    _check_dynamic_sampling(args)
+    _check_offline_groups(args)
     if args.overlong_buffer_len and args.algo != "dapo":
         raise ValueError(f"--overlong_buffer_len belongs to --algo dapo, not {args.algo}")
     if args.overlong_buffer_len is None:

@@ -1,36 +1,44 @@
-"""The groups of flags of coati ppo and coati grpo."""
+"""The groups of flags of coati ppo, grpo and online-dpo, up to the KL penalty; rewards are in
+reward_flags.py, the update in update_flags.py."""
 
 import argparse
 
 from coati.cli import arguments as shared
 from coati.cli.engine_flags import add_engine_choice
 from coati.cli.parser import Parser
-from coati.cli.reward_flags import add_slow_reward_flags, names_of_rewards
 from coati.cli.rollout_checks import KL_HORIZON, MAX_TURNS, PLACES_OF_KL
 from coati.cli.row_flags import add_column_flags, add_learn_flag
-from coati.cli.values import add_count, add_number, add_switch, add_text, number
+from coati.cli.values import (
+    add_count,
+    add_number,
+    add_switch,
+    add_text,
+    number,
+    table,
+    whole_number,
+)
 from coati.environments.environment_table import ENVIRONMENTS
-from coati.experience_maker.advantage_registry import REWARD_NORMALIZATIONS
-from coati.models.policy_registry import KL_ESTIMATORS, ROLLOUT_IS
-from coati.rewards.registry import DEFAULT_TIMEOUT
+from coati.models.policy_registry import KL_ESTIMATORS
 
-# --algo in older documents.
+# --algo in older documents, and in other libraries.
 ALGORITHMS = {
     "reinforce_ppb": "reinforce_pp_baseline",
     "reinforce++": "reinforce_pp",
+    "reinforce++_baseline": "reinforce_pp_baseline",
+    "reinforce_plus_plus": "reinforce_pp",
+    "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
     "dr.grpo": "dr_grpo",
+    "group": "grpo",
+    "group_norm": "grpo",
 }
 
 
-def table(what: str, rows: dict[str, str], sign: str = ":") -> str:
-    """A flag's help that says what each of its choices means."""
-    return f"{what}. " + "; ".join(f"{name}{sign} {about}" for name, about in rows.items()).replace(
-        "%", "%%"
-    )
-
-
 def algorithm(text: str) -> str:
-    return ALGORITHMS.get(text.lower(), text.lower())
+    """The group method that ``text`` names. Raises ArgumentTypeError for the one with a critic."""
+    name = text.lower().replace("-", "_")
+    if name == "gae":
+        raise argparse.ArgumentTypeError("gae has a critic: use coati ppo")
+    return ALGORITHMS.get(name, name)
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -71,6 +79,7 @@ def add_data_flags(parser: Parser) -> None:
         help="episodes between evaluations, 0: only before and after training; default: a tenth of "
         "--num_episodes",
     )
+    _add_pass_at_flags(group)
     add_column_flags(group, "raw prompts: ")
     shared.add_template_flag(group)
     add_count(
@@ -84,6 +93,31 @@ def add_data_flags(parser: Parser) -> None:
     )
     add_count(group, "--max_samples", help="the first N rows of --prompt_dataset; default: all")
     _add_ptx_flags(parser)
+
+
+def _add_pass_at_flags(group: argparse._ArgumentGroup) -> None:
+    """pass@k of evaluations."""
+    group.add_argument(
+        "--eval_pass_at",
+        nargs="+",
+        type=whole_number(1),
+        default=[],
+        metavar="K",
+        help="evaluations estimate pass@k too, each with a 95%% interval: the chance that one of k "
+        "responses is right (arXiv 2107.03374)",
+    )
+    add_count(
+        group,
+        "--eval_generations",
+        help="with --eval_pass_at: responses to each evaluation prompt; default: the largest K",
+    )
+    group.add_argument(
+        "--eval_right",
+        type=number(float("-inf")),
+        metavar="REWARD",
+        help="with --eval_pass_at: a response of this reward or more is right; default: what "
+        "gsm8k, math_competition and python_tests give to a right one",
+    )
 
 
 def _add_ptx_flags(parser: Parser) -> None:
@@ -142,7 +176,8 @@ def add_rollout_flags(parser: Parser) -> argparse._ArgumentGroup:
         group,
         "--inference_batch_size",
         unit="ROWS",
-        help="responses sampled at once; default: the whole batch",
+        help="responses sampled at once, of which one that has ended gives its place to the next; "
+        "default: the whole batch",
     )
     add_count(
         group,
@@ -241,84 +276,6 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_reward_flags(parser: Parser, reward_clip: float) -> None:
-    group = parser.add_argument_group(
-        "reward", "A reward model, reward functions, or the sum of both."
-    )
-    add_text(
-        group,
-        "--rm_pretrain",
-        unit="MODEL",
-        help="reward model of coati rm; with --rm_checkpoint_path: its architecture only",
-    )
-    add_text(
-        group,
-        "--rm_checkpoint_path",
-        help="directory with the weights and head of the reward model",
-    )
-    add_switch(
-        group,
-        "--no_neural_reward_model",
-        help="reward functions only; --rm_pretrain then initializes the critic",
-    )
-    group.add_argument(
-        "--reward_functions",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"{names_of_rewards()}, which is given all responses of a batch",
-    )
-    group.add_argument(
-        "--reward_weights",
-        nargs="+",
-        type=_weight,
-        default=[],
-        metavar="W",
-        help="weight of each reward function, possibly negative; default: 1 each",
-    )
-    _add_score_flags(group, reward_clip)
-    add_slow_reward_flags(parser)
-
-
-def _add_score_flags(group: argparse._ArgumentGroup, reward_clip: float) -> None:
-    """What is made of scores."""
-    add_number(
-        group,
-        "--reward_timeout",
-        default=DEFAULT_TIMEOUT,
-        unit="SECONDS",
-        help="time limit of a reward function for a batch, of a function of one response that is "
-        "async for each, and of a request with all its retries; 0: none",
-    )
-    add_number(
-        group,
-        "--reward_clip",
-        default=reward_clip,
-        unit="R",
-        help="clip scores to -R .. R; 0: no clipping",
-    )
-    group.add_argument(
-        "--reward_normalization",
-        choices=REWARD_NORMALIZATIONS,
-        default="none",
-        help="running: normalize scores by the running mean and deviation",
-    )
-    add_number(
-        group,
-        "--missing_eos_penalty",
-        default=0.0,
-        unit="P",
-        help="subtracted from the score of a response without end token",
-    )
-
-
-def _weight(text: str) -> float:
-    try:
-        return number(float("-inf"))(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-
-
 def add_kl_flags(
     parser: Parser, kl_coef: float, places: tuple[str, ...]
 ) -> argparse._ArgumentGroup:
@@ -363,117 +320,3 @@ def add_kl_flags(
         "or more has raised --kl_coef by a fifth",
     )
     return group
-
-
-def add_update_flags(parser: Parser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group(
-        "update",
-        "num_collect_steps x experience_batch_size (x num_generations) must be "
-        "a whole multiple of train_batch_size x accumulation_steps.",
-    )
-    add_count(
-        group, "--num_update_steps", default=5, help="passes over the responses of an episode"
-    )
-    add_count(
-        group,
-        "--train_batch_size",
-        default=16,
-        unit="ROWS",
-        help="responses per micro-batch and process",
-    )
-    add_count(
-        group,
-        "--buffer_limit",
-        default=0,
-        unit="ROWS",
-        least=0,
-        help="newest responses kept in the buffer, per process; 0: all",
-    )
-    add_number(
-        group,
-        "--clip_eps",
-        unit="E",
-        exclusive=True,
-        help="PPO clip range epsilon; default: 0.2",
-    )
-    add_number(
-        group,
-        "--clip_eps_low",
-        unit="E",
-        exclusive=True,
-        most=1,
-        help="lower clip range (1 - E); default: --clip_eps",
-    )
-    upper = "" if parser.action_of("--algo") is None else ", and 0.28 for dapo"
-    add_number(
-        group,
-        "--clip_eps_high",
-        unit="E",
-        exclusive=True,
-        help=f"upper clip range (1 + E); default: --clip_eps{upper}",
-    )
-    add_number(
-        group,
-        "--skip_threshold",
-        default=20.0,
-        unit="R",
-        exclusive=True,
-        help="skip the update when the mean importance ratio exceeds R",
-    )
-    _add_correction_flags(group)
-    return group
-
-
-def _add_correction_flags(group: argparse._ArgumentGroup) -> None:
-    """For responses of older weights."""
-    group.add_argument(
-        "--rollout_is",
-        choices=tuple(ROLLOUT_IS),
-        default="token",
-        help=table(
-            "truncated importance weight of the policy loss, for responses of older weights than "
-            "the update begins with (--rollouts_ahead)",
-            ROLLOUT_IS,
-        ),
-    )
-    add_number(
-        group,
-        "--rollout_is_cap",
-        unit="W",
-        help="largest importance weight, at least 1; default: 2 with token, 3 with sequence",
-    )
-    group.add_argument(
-        "--rollout_is_mask",
-        nargs=2,
-        type=number(0),
-        metavar=("LOW", "HIGH"),
-        help="leave tokens (with sequence: responses) out of the policy loss whose ratio is below "
-        "LOW or above HIGH; default: none",
-    )
-
-
-def add_critic_flags(parser: Parser) -> None:
-    about = "Initialized from the reward model, else from --pretrain with a zero head."
-    group = parser.add_argument_group("critic", about)
-    add_text(group, "--critic_pretrain", unit="MODEL", help="initialize from this model instead")
-    add_text(
-        group,
-        "--critic_checkpoint_path",
-        help="weights of a trained critic (the critic directory of a run)",
-    )
-    add_number(
-        group,
-        "--critic_lr",
-        default=9e-6,
-        unit="RATE",
-        exclusive=True,
-        help="peak learning rate of the critic",
-    )
-    add_number(
-        group,
-        "--value_clip",
-        default=0.2,
-        unit="E",
-        exclusive=True,
-        help="PPO value-function clip range",
-    )

@@ -9,17 +9,22 @@ from coati.cli import arguments as shared
 from coati.cli import rollout_flags as flags
 from coati.cli.checks import checked, requested_options
 from coati.cli.engine_flags import add_engine_flags
-from coati.cli.parser import OlderFlags, Parser
-from coati.cli.rollout_checks import PLACES_OF_KL, check_grpo, check_ppo, check_rollouts
-from coati.cli.settings import (
-    DataSettings,
+from coati.cli.lora_flags import add_lora_flags
+from coati.cli.online_settings import (
     OnlineSettings,
     PPOSettings,
     SamplingSettings,
+)
+from coati.cli.parser import OlderFlags, Parser
+from coati.cli.reward_flags import add_reward_flags
+from coati.cli.rollout_checks import PLACES_OF_KL, check_grpo, check_ppo, check_rollouts
+from coati.cli.settings import (
+    DataSettings,
     filled,
     settings_of,
 )
-from coati.cli.values import add_count, add_number, add_switch
+from coati.cli.update_flags import add_critic_flags, add_update_flags
+from coati.cli.values import add_count, add_number, add_switch, table
 from coati.experience_maker.advantage_registry import GROUP_METHODS, REWARD_PLACES
 
 Settings = TypeVar("Settings", bound=OnlineSettings)
@@ -29,7 +34,7 @@ NOT_HERE = ("--pp", "--sp", "--sp_mode", "--enable_sequence_parallelism", "--mic
 
 def ppo_parser() -> Parser:
     """The parser of ``coati ppo``."""
-    parser = _parser(
+    parser = online_parser(
         "coati ppo",
         "PPO: rollouts, rewards, GAE advantages from a critic, clipped policy update.",
     )
@@ -45,9 +50,9 @@ def ppo_parser() -> Parser:
         help="sampling temperature",
     )
     flags.add_sampling_flags(group)
-    flags.add_reward_flags(parser, reward_clip=5.0)
+    add_reward_flags(parser, reward_clip=5.0)
     flags.add_kl_flags(parser, kl_coef=0.1, places=("reward",))
-    group = flags.add_update_flags(parser)
+    group = add_update_flags(parser)
     add_number(group, "--gamma", default=1.0, unit="G", most=1, help="discount factor gamma")
     add_number(
         group,
@@ -64,48 +69,23 @@ def ppo_parser() -> Parser:
         "--reward_at",
         choices=tuple(REWARD_PLACES),
         default="last",
-        help=flags.table("tokens that receive the score", REWARD_PLACES),
+        help=table("tokens that receive the score", REWARD_PLACES),
     )
-    flags.add_critic_flags(parser)
-    return _add_shared_flags(parser, lr=9e-6, accumulation_steps=2)
+    add_critic_flags(parser)
+    return add_shared_flags(parser, lr=9e-6, accumulation_steps=2)
 
 
 def grpo_parser() -> Parser:
     """The parser of ``coati grpo``."""
-    parser = _parser(
+    parser = online_parser(
         "coati grpo",
         "GRPO and its variants: advantages from a group of responses to each prompt, without a "
         "critic.",
     )
-    group = parser.add_argument_group("algorithm")
-    group.add_argument(
-        "--algo",
-        type=flags.algorithm,
-        choices=tuple(GROUP_METHODS),
-        default="grpo",
-        help=flags.table(
-            "advantage estimator", {name: row.about for name, row in GROUP_METHODS.items()}
-        ),
-    )
-    add_count(
-        group,
-        "--overlong_buffer_len",
-        "--overlong_margin",
-        unit="TOKENS",
-        least=0,
-        help="DAPO's soft overlong punishment: the last so many tokens before --max_seq_len cost "
-        "up to 1 of the score, 0: none; default: a quarter of --max_seq_len, at most 1024, with "
-        "--algo dapo",
-    )
-    add_switch(
-        group,
-        "--mask_truncated_completions",
-        "--filter_truncated",
-        help="do not train on responses truncated at --max_seq_len",
-    )
+    _add_algorithm_flags(parser)
     flags.add_data_flags(parser)
     group = flags.add_rollout_flags(parser)
-    add_count(group, "--num_generations", default=8, help="responses per prompt (the group size)")
+    _add_group_flags(group)
     group = parser.add_argument_group("sampling")
     add_number(
         group,
@@ -125,13 +105,63 @@ def grpo_parser() -> Parser:
         "half (at most 600) of the episodes",
     )
     flags.add_sampling_flags(group)
-    flags.add_reward_flags(parser, reward_clip=0.0)
+    add_reward_flags(parser, reward_clip=0.0)
     flags.add_kl_flags(parser, kl_coef=0.04, places=tuple(PLACES_OF_KL))
-    flags.add_update_flags(parser)
-    return _add_shared_flags(parser, lr=1e-6, accumulation_steps=8)
+    add_update_flags(parser)
+    return add_shared_flags(parser, lr=1e-6, accumulation_steps=8)
 
 
-def _parser(program: str, description: str) -> Parser:
+def _add_algorithm_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("algorithm")
+    group.add_argument(
+        "--algo",
+        "--advantage",
+        type=flags.algorithm,
+        choices=tuple(GROUP_METHODS),
+        default="grpo",
+        help=table("advantage estimator", {name: row.about for name, row in GROUP_METHODS.items()}),
+    )
+    add_count(
+        group,
+        "--overlong_buffer_len",
+        "--overlong_margin",
+        unit="TOKENS",
+        least=0,
+        help="DAPO's soft overlong punishment: the last so many tokens before --max_seq_len cost "
+        "up to 1 of the score, 0: none; default: a quarter of --max_seq_len, at most 1024, with "
+        "--algo dapo",
+    )
+    add_switch(
+        group,
+        "--mask_truncated_completions",
+        "--filter_truncated",
+        help="do not train on responses truncated at --max_seq_len",
+    )
+
+
+def _add_group_flags(group: argparse._ArgumentGroup) -> None:
+    """The groups of responses to a prompt."""
+    add_count(group, "--num_generations", default=8, help="responses per prompt (the group size)")
+    add_switch(
+        group,
+        "--offline_groups",
+        help="train on the responses that the prompts' rows bring with their scores (a list under "
+        "responses, completions, ..., and scores), --num_generations of each, and sample none; "
+        "functions and reward model are added where they are named",
+    )
+    add_count(
+        group,
+        "--dynamic_sampling",
+        default=0,
+        unit="ROUNDS",
+        least=0,
+        help="DAPO's dynamic sampling: groups whose scores are all equal are replaced by groups of "
+        "further prompts, in up to so many rounds; 0: off",
+    )
+
+
+def online_parser(program: str, description: str) -> Parser:
+    """A parser with the flags of the model."""
     parser = Parser(
         prog=program,
         description=description,
@@ -143,14 +173,15 @@ def _parser(program: str, description: str) -> Parser:
     return parser
 
 
-def _add_shared_flags(parser: Parser, **defaults: Any) -> Parser:
+def add_shared_flags(parser: Parser, **defaults: Any) -> Parser:
+    """What comes last in all trainers with rollouts; ``defaults`` of theirs."""
     add_engine_flags(parser)
     shared.add_parallel_flags(parser)
     for flag in NOT_HERE:
         parser.action_of(flag).help = argparse.SUPPRESS
     shared.add_optimization_flags(parser)
     add_switch(
-        shared.add_lora_flags(parser),
+        add_lora_flags(parser),
         "--shared_base",
         help="LoRA: actor, critic, reward model and reference are adapters on one shared copy of "
         "--pretrain",
@@ -190,6 +221,12 @@ def _parse(
     check: Callable[[Namespace], None],
 ) -> Settings:
     args = checked(parser, argv, check_rollouts, check, older=older)
+    options = requested_options(args, args.train_batch_size)
+    return settings_of(kind, args, parallel=options, **online_groups(args))
+
+
+def online_groups(args: Namespace) -> dict[str, Any]:
+    """The groups of settings whose fields are not named like the flags."""
     data = filled(
         DataSettings,
         vars(args),
@@ -204,5 +241,4 @@ def _parse(
             initial_temperature=args.temperature,
             final_temperature=args.temperature,
         )
-    options = requested_options(args, args.train_batch_size)
-    return settings_of(kind, args, parallel=options, **groups)
+    return groups

@@ -9,6 +9,7 @@ from pathlib import Path
 from coati.cli.checks import checked
 from coati.cli.inference import add_sampling_flags
 from coati.cli.model_flags import (
+    add_beta_gen_flag,
     add_own_template_flag,
     add_quant_flag,
     add_template_args_flag,
@@ -55,6 +56,7 @@ def server_parser() -> Parser:
     )
     add_trust_flag(parser)
     add_quant_flag(parser)
+    add_beta_gen_flag(parser)
     _add_network_flags(parser)
     _add_limits(parser)
     add_sampling_flags(parser, seed=False)

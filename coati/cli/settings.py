@@ -7,13 +7,13 @@ A field has the name of its flag. Groups that a lower package consumes live ther
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from coati.cli.launch_flags import LaunchSettings
-from coati.cli.reward_flags import SlowRewardSettings
 from coati.dataset.chat.row_options import EMPTY_THOUGHTS, LEARNED_TURNS, THOUGHTS, RowOptions
 from coati.dataset.rows.column_names import Layout, parse_columns
 from coati.dataset.rows.row_errors import DEFAULT_BAD_RATIO
+from coati.models.loss_registry import NLL
 from coati.parallel.optimizer import OptimizerSettings
 from coati.parallel.options import ParallelOptions
 from coati.trainer.schedule import RunSchedule
@@ -64,13 +64,18 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """``lora_rank`` 0: no adapters. ``lora_config``: a JSON file, which the others override."""
+    """``lora_rank`` 0: no adapters. ``lora_config``: a JSON file, which the others override;
+    ``lora_target``: a word of TARGETS (cli/lora_flags.py), or a file of names."""
 
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_train_bias: str | None = None
     lora_config: str | None = None
     lora_experts: bool = False
+    lora_target: str | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    quantize_base: str | None = None
     merge_lora_weights: bool = False
     shared_base: bool = False
 
@@ -162,6 +167,17 @@ class OutputSettings:
     dry_run: bool = False
     log_dir: str | None = None
     use_wandb: bool = False
+    report_to: list[str] = field(default_factory=list)
+    push_to_hub: str | None = None
+
+    @property
+    def trackers(self) -> dict[str, Any]:
+        """Keywords of a trainer's ``fit``."""
+        return {
+            "log_dir": self.log_dir,
+            "use_wandb": self.use_wandb,
+            "report_to": self.report_to,
+        }
 
 
 @dataclass(frozen=True)
@@ -180,9 +196,11 @@ class TrainingSettings:
     ``plugin``: as asked for; None follows the machine, and ``parallel.plugin`` then says nothing.
     ``flags``: every resolved flag by name, for arguments.json, ``--dry_run`` and trackers;
     ``flags_given``: the names of those that were not left at their default; ``flags_written``: of
-    those that stand in the command or its configuration file.
+    those that stand in the command or its configuration file. ``whole_weights``: no plugin that
+    shards them is a default.
     """
 
+    whole_weights: ClassVar[bool] = False
     model: ModelSettings
     data: DataSettings
     lora: LoraSettings
@@ -200,9 +218,24 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SLSettings(TrainingSettings):
-    """What the trainers on fixed data share; all that ``coati sft`` is told."""
+    """What the trainers on fixed data share."""
 
     batches: BatchSettings
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of a token, and NEFTune's alpha: noise on the embeddings; None: none."""
+
+    sft_loss: str = NLL
+    neftune_alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTSettings(SLSettings):
+    """``coati sft`` and ``coati pretrain``."""
+
+    loss: TokenLoss
 
 
 @dataclass(frozen=True)
@@ -234,11 +267,25 @@ class DPOLoss:
     ld_alpha: float | None
 
 
+@dataclass(frozen=True)
+class OfflineDPOLoss(DPOLoss):
+    """Those of pairs that others wrote. ``wpo``: weighed by the policy's probability."""
+
+    wpo: bool = False
+
+
+@dataclass(frozen=True)
+class OnlineDPOLoss(DPOLoss):
+    """Those of online DPO: ``beta`` goes through several values."""
+
+    beta: list[float] | None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(SLSettings):
     """``coati dpo``."""
 
-    loss: DPOLoss
+    loss: OfflineDPOLoss
     reference: ReferenceSettings
 
 
@@ -268,143 +315,21 @@ class KTOSettings(SLSettings):
 
 
 @dataclass(frozen=True)
-class RolloutSettings:
-    """What an episode collects. Batch sizes count rows of one process. ``rollouts_ahead``: episodes
-    asked for while another is trained. ``environment``: what responds to the policy, in up to
-    ``max_turns`` responses of a sample."""
+class ILQLLossFlags:
+    """Coefficients of ILQL's losses, fields of :class:`coati.models.ilql_loss.ILQLLoss`."""
 
-    num_episodes: int
-    num_collect_steps: int
-    experience_batch_size: int
-    max_seq_len: int
-    inference_batch_size: int
-    logits_forward_batch_size: int
-    rollout_engine: str
-    sample_interval: int
-    offload_inference_models: bool
-    rollouts_ahead: int
-    num_generations: int = 1
-    environment: str | None = None
-    environment_args: str | None = None  # a JSON object
-    max_turns: int | None = None
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """The engines of rollouts that are not the trained model: servers, and vLLM in this process."""
-
-    rollout_url: list[str]
-    rollout_sync: str
-    rollout_weights_dir: str | None
-    rollout_timeout: float
-    rollout_token_env: str | None
-    vllm_memory_share: float
-    vllm_sleep: bool
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How responses are sampled; the temperature moves from the initial to the final one."""
-
-    initial_temperature: float
-    final_temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """Where scores come from and what is made of them; a clip or timeout of 0 is none."""
-
-    rm_pretrain: str | None
-    rm_checkpoint_path: str | None
-    no_neural_reward_model: bool
-    reward_functions: list[str]
-    reward_weights: list[float]
-    reward_timeout: float
-    reward_clip: float
-    reward_normalization: str
-    missing_eos_penalty: float
-
-
-@dataclass(frozen=True)
-class KLPenalty:
-    """The KL to the reference. ``kl_in``: "reward" or "loss"."""
-
-    kl_coef: float
-    kl_estimator: str
-    kl_in: str
-    kl_target: float | None
-    kl_horizon: int
-
-
-@dataclass(frozen=True)
-class UpdateSettings:
-    """The optimizer steps of an episode and the policy's clipped loss. ``rollout_is...``: of
-    :class:`~coati.models.rollout_correction.RolloutCorrection`."""
-
-    num_update_steps: int
-    train_batch_size: int
-    accumulation_steps: int
-    buffer_limit: int
-    clip_eps_low: float
-    clip_eps_high: float
-    skip_threshold: float
-    rollout_is: str
-    rollout_is_cap: float | None
-    rollout_is_mask: list[float] | None
-
-
-@dataclass(frozen=True)
-class AdvantageSettings:
-    """How scores become advantages. ``algo`` None: a critic and GAE."""
-
-    algo: str | None = None
-    gamma: float = 1.0
-    lam: float = 0.95
-    reward_at: str = "last"
-    no_whiten_advantages: bool = False
-    overlong_buffer_len: int = 0
-    mask_truncated_completions: bool = False
-
-
-@dataclass(frozen=True)
-class PtxSettings:
-    """Supervised rows beside the rollouts: the loss is (1 - C) x policy + C x SFT."""
-
-    ptx_dataset: list[str]
-    ptx_coef: float
-    ptx_batch_size: int
-
-
-@dataclass(frozen=True)
-class CriticSettings:
-    """Where the critic starts and how it is trained."""
-
-    critic_pretrain: str | None = None
-    critic_checkpoint_path: str | None = None
-    critic_lr: float = 9e-6
-    value_clip: float = 0.2
+    tau: float
+    gamma: float
+    cql_coef: float
+    awac_coef: float
+    awac_beta: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineSettings(TrainingSettings):
-    """What the trainers with rollouts share; all that ``coati grpo`` is told."""
+class ILQLSettings(SLSettings):
+    """``coati ilql``. ``target_alpha``, ``target_interval``: how the targets follow."""
 
-    rollout: RolloutSettings
-    engine: EngineSettings
-    sampling: SamplingSettings
-    reward: RewardSettings
-    slow_rewards: SlowRewardSettings
-    kl: KLPenalty
-    update: UpdateSettings
-    advantage: AdvantageSettings
-    ptx: PtxSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOSettings(OnlineSettings):
-    """``coati ppo``."""
-
-    critic: CriticSettings
+    whole_weights: ClassVar[bool] = True
+    loss: ILQLLossFlags
+    target_alpha: float
+    target_interval: int

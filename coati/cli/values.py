@@ -106,3 +106,10 @@ def add_switch(group: argparse._ActionsContainer, *names: str, help: str) -> Non
     group.add_argument(
         *names, nargs="?", type=boolean, const=True, default=False, metavar="true|false", help=help
     )
+
+
+def table(what: str, rows: dict[str, str], sign: str = ":") -> str:
+    """A flag's help that says what each of its choices means."""
+    return f"{what}. " + "; ".join(f"{name}{sign} {about}" for name, about in rows.items()).replace(
+        "%", "%%"
+    )

@@ -98,7 +98,7 @@ MODULES = {
     "coati.models.noise": "coati.models.generation.row_noise",
     "coati.models.padding": "coati.models.logprobs",
     "coati.models.policy_names": "coati.models.policy_registry",
-    "coati.models.prepack": "coati.models.generation.mkl_prepack",
+    "coati.models.prepack": "coati.models.generation.prepacked_linear",
     "coati.models.quant_names": "coati.models.quantization_registry",
     "coati.models.samples": "coati.models.generation.response_table",
     "coati.models.scalar": "coati.models.scalar_loading",

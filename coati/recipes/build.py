@@ -8,12 +8,20 @@ from typing import Any, TypedDict
 
 import torch
 
-from coati.cli.settings import LoraSettings, RMSettings, SLSettings, TrainingSettings
+from coati.cli.lora_flags import TARGETS, read_targets
+from coati.cli.settings import (
+    LoraSettings,
+    RMSettings,
+    SLSettings,
+    TrainingSettings,
+)
 from coati.dataset.load.epoch_order import EpochOrder
+from coati.models import ilql_heads
 from coati.models.added_tokens import grow_embeddings, vocabulary_modules
 from coati.models.attention_choice import choose_attention
 from coati.models.base import BaseModel
 from coati.models.block_mask import sliding_window
+from coati.models.head import head_unsupported
 from coati.models.loading import (
     disable_dropout,
     load_causal_lm,
@@ -65,6 +73,25 @@ def policy(run: Run, load: Callable[..., Any] = load_causal_lm) -> Any:
     """:func:`causal_lm` without dropout, whose noise would be learned as a difference to the
     reference."""
     return load_model(run, load, dropout=False)
+
+
+def policy_with_values(run: Run[SLSettings]) -> Any:
+    """:func:`policy` with ILQL's heads: those of the checkpoint or of ``--pretrain``, else new
+    ones. Raises ValueError for a model that they cannot stand on, and a checkpoint without them."""
+    model = policy(run)
+    source = run.resume.weights or run.settings.model.pretrain
+    if reason := head_unsupported(model.config):
+        raise ValueError(
+            f"--pretrain {run.settings.model.pretrain}: {reason}, while ILQL's decoding adds "
+            "values to the log-probs that its output embedding gives; choose another family"
+        )
+    if run.resume.folder is not None and ilql_heads.saved_file(source) is None:
+        raise ValueError(
+            f"--checkpoint_path {run.resume.folder}: {source} has no {ilql_heads.FILE}, ILQL's "
+            "heads; it was not written by coati ilql, or the file was lost"
+        )
+    ilql_heads.attach(model, source, run.settings.seed)
+    return model
 
 
 def reward_model(run: Run[RMSettings]) -> Any:
@@ -140,6 +167,7 @@ def loading(run: Run) -> dict[str, Any]:
         "dtype": "fp32" if fp32 else "auto",
         "attn_implementation": attention(run),
         "trust_remote_code": run.settings.model.trust_remote_code,
+        "quantize_base": run.settings.lora.quantize_base,
     }
 
 
@@ -197,7 +225,14 @@ def lora_config(lora: LoraSettings) -> LoraConfig:
         "lora_alpha": lora.lora_alpha,
         "lora_train_bias": lora.lora_train_bias,
         "lora_experts": lora.lora_experts or None,
+        "use_dora": lora.use_dora or None,
+        "use_rslora": lora.use_rslora or None,
+        "quantize_base": lora.quantize_base,
     }
+    if lora.lora_target is not None:
+        word = lora.lora_target in TARGETS
+        target = lora.lora_target if word else read_targets(lora.lora_target)
+        config = replace(config, target_modules=target)
     return replace(config, **{name: value for name, value in flags.items() if value is not None})
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from coati.cli.settings import DataSettings, OnlineSettings, SLSettings
+from coati.cli.online_settings import OnlineSettings
+from coati.cli.settings import DataSettings, SLSettings
 from coati.dataset.chat.plain_text import PlainText
 from coati.dataset.data_types import DATA_TYPES, types_of
 from coati.dataset.fingerprint import row_options
@@ -40,7 +41,7 @@ logger = get_logger(__name__)
 # For rows of another type than the command trains on.
 TRAINED_BY = (
     "each command reads its own type: sft: coati sft; preference: coati rm, dpo and orpo; "
-    "kto: coati kto; prompt: coati ppo and grpo; text: coati pretrain"
+    "kto: coati kto; prompt: coati ppo and grpo; text: coati pretrain; scored: coati ilql"
 )
 
 

@@ -1,19 +1,19 @@
 """Checks of rows before a model is loaded: supervised end tokens, both kinds of labels, enough
-prompts, ground truths, rows that fit into the model's positions."""
+prompts, rows that fit into the model's positions."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coati.cli.settings import KTOSettings, OnlineSettings
+from coati.cli.online_settings import OnlineSettings
+from coati.cli.settings import KTOSettings
 from coati.dataset.data_types import type_of_row
 from coati.dataset.load.loader import row_lengths
 from coati.models.loading import is_bare
 from coati.models.loss import balance
 from coati.models.positions import check_tokens, positions_in
 from coati.recipes.run import PreparedRows, Run
-from coati.rewards.scorer import Rewards
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -81,6 +81,21 @@ def kto_weights(settings: KTOSettings, rows: Any, only_first: bool = False) -> t
     return settled
 
 
+def reward_moments(rows: Any) -> tuple[float, float]:
+    """Mean and standard deviation of the rewards of scored rows, by which they are standardized; a
+    deviation of 1 where they are all the same, which is warned of."""
+    rewards = np.asarray(rows["reward"], dtype=np.float64)
+    mean = float(rewards.mean())
+    std = float(rewards.std())
+    if std > 1e-12 * max(1.0, abs(mean)):
+        return mean, std
+    logger.warning(
+        f"warning: all {len(rewards)} rows of --dataset have the score {mean:g}: the values have "
+        "nothing to tell responses apart by, and the model becomes that of coati sft"
+    )
+    return mean, 1.0
+
+
 def check_prompts(
     run: Run[OnlineSettings], prompts: PreparedRows, ptx: PreparedRows | None = None
 ) -> None:
@@ -105,31 +120,6 @@ def check_prompts(
             f"--ptx_dataset holds {len(ptx)} rows, one step takes {needed} (--ptx_batch_size "
             f"{batch_size} x --accumulation_steps {steps} x {shares} data-parallel processes); "
             "lower one of them or add rows"
-        )
-
-
-def check_gt_answers(
-    prompts: PreparedRows | None, rewards: Rewards | None, flag: str = "prompt_dataset"
-) -> None:
-    """Raise ValueError for ``prompts`` without the ground truths that a function of ``rewards``
-    compares with."""
-    if prompts is None or rewards is None or not rewards.needs_gt_answer:
-        return
-    rows = prompts.rows
-    wanting = ", ".join(rewards.weights)
-    if "gt_answer" not in rows.column_names:
-        raise ValueError(
-            f"--{flag} has no gt_answer, which --reward_functions {wanting} compares responses "
-            "with; prepare the "
-            "prompts from rows that have one, or choose other functions"
-        )
-    without = [index for index, answer in enumerate(rows["gt_answer"]) if answer is None]
-    if without:
-        raise ValueError(
-            f"--{flag}: {len(without)} of {len(rows)} prompts have no gt_answer (the first: row "
-            f"{without[0]}), which "
-            f"--reward_functions {wanting} compares responses with; give every row one, or leave "
-            "those rows out"
         )
 
 

@@ -7,7 +7,9 @@ import torch
 
 from coati.cli.settings import TrainingSettings
 from coati.models.positions import positions_in
-from coati.parallel.optimizer import can_compile
+from coati.parallel.optimizer import can_compile, machine_problem
+from coati.parallel.optimizer_table import DEFAULT as ADAMW
+from coati.parallel.optimizer_table import OPTIMIZERS, optimizer_problem
 from coati.parallel.plugin_checks import check_options, resolve_options
 from coati.parallel.plugins import HYBRID, PLUGINS, ZERO_3, ParallelOptions
 from coati.utils.distributed import world_size
@@ -23,7 +25,11 @@ def resolved_options(settings: TrainingSettings) -> ParallelOptions:
     machine cannot serve."""
     asked = settings.parallel
     options, notes = resolve_options(
-        replace(asked, plugin=settings.plugin or _default_plugin(asked))
+        replace(
+            asked,
+            plugin=settings.plugin
+            or _default_plugin(asked, settings.optimizer.optim, settings.whole_weights),
+        )
     )
     for note in notes:
         logger.warning_once(note)
@@ -34,15 +40,22 @@ def resolved_options(settings: TrainingSettings) -> ParallelOptions:
         use_flash_attn=options.use_flash_attn and torch.cuda.is_available(),
     )
     check_options(world_size=world_size(), **vars(options))
+    optim = settings.optimizer.optim
+    if problem := optimizer_problem(optim, options) or machine_problem(optim):
+        raise ValueError(problem)
     return options
 
 
-def _default_plugin(options: ParallelOptions) -> str:
+def _default_plugin(options: ParallelOptions, optim: str, whole_weights: bool = False) -> str:
+    row = OPTIMIZERS[optim]
+    whole = whole_weights or options.lora
     if options.needs_hybrid:
         name = HYBRID
-    elif torch.cuda.device_count() > 1 and world_size() > 1 and can_compile() and not options.lora:
-        name = "zero2" if options.precision == "fp32" or options.zero_cpu_offload else ZERO_3
-    elif world_size() == 1 and not torch.cuda.is_available():
+    elif torch.cuda.device_count() > 1 and world_size() > 1 and can_compile() and not whole:
+        fp32 = options.precision == "fp32"
+        other = fp32 or options.zero_cpu_offload or optim != ADAMW
+        name = "ddp" if row.whole else "zero2" if other else ZERO_3
+    elif row.whole or (world_size() == 1 and not torch.cuda.is_available()):
         name = "ddp"  # nothing to shard; zero2 would still copy every gradient into its buckets
     else:
         name = "zero2"

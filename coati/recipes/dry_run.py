@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coati.cli.settings import OnlineSettings, SLSettings
+from coati.cli.online_settings import OnlineSettings
+from coati.cli.settings import SLSettings
 from coati.dataset.stream.stream_loader import StreamLoader
 from coati.models.critic import Critic
 from coati.models.loading import load_causal_lm
@@ -48,7 +49,7 @@ def dry_run(
     ``--save_dir`` under a temporary name and loaded again by ``load`` (by default as a language
     model). Prints what the run would be."""
     logger.info(_describe(run, trainer, loader))
-    first = list(next(iter(loader.global_batches(0))))
+    first = trainer.training_batches(list(next(iter(loader.global_batches(0)))))
     step, _ = (trainer.engine.train_step(first, trainer.objective) for _ in range(2))
     peaks = peak_memory_of_ranks()
     with place_beside(run.settings.output.save_dir) as place:

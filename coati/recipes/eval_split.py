@@ -14,6 +14,7 @@ PROMPTS: dict[str, tuple[str, str | None]] = {
     "text": ("input_ids", "labels"),
     "preference": ("chosen_input_ids", "chosen_loss_mask"),
     "kto": ("prompt", None),
+    "scored": ("input_ids", "loss_mask"),
     "prompt": ("input_ids", None),
 }
 CHUNK = 1000

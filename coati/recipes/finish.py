@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from coati.cli.aliases import SAME
+from coati.inference.export.hub_upload import check_hub, upload
 from coati.parallel.atomic_dirs import SaveFailed, write_directory
 from coati.parallel.engine import Engine
 from coati.parallel.save_rehearsal import rehearse_saving
@@ -18,6 +19,8 @@ from coati.recipes.run import Run
 from coati.recipes.started_by import ancestors, started_again
 from coati.trainer import OLTrainer, SLTrainer
 from coati.trainer.run_report.run_record import PAGE
+from coati.utils.distributed import broadcast_object, is_rank_0
+from coati.utils.errors import RunFailed
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
 from coati.utils.redaction import redacted_words
@@ -40,11 +43,38 @@ def save_final(run: Run, trainer: SLTrainer, use: str = CHAT) -> None:
 
 
 def rehearse(run: Run, models: dict[str, tuple[Engine, ModelAssets]]) -> None:
-    """Before the first step: see that all but the weights can be saved.
+    """Before the first step: see that all but the weights can be saved, and that the hub can be
+    reached where the model is to be uploaded.
 
-    Raises SaveFailed, naming the cause."""
+    Raises SaveFailed, naming the cause, ValueError for the hub."""
     output = run.settings.output
     rehearse_saving(output.save_dir, models, keep=not output.dry_run)
+    if output.push_to_hub is not None:
+        problem = _hub_problem(output.push_to_hub) if is_rank_0() else None
+        if problem := broadcast_object(problem):
+            raise ValueError(problem)
+
+
+def _hub_problem(repository: str) -> str | None:
+    """Why nothing could be uploaded; None where it can."""
+    try:
+        check_hub(repository)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _push(run: Run, final: Path) -> None:
+    """Upload the finished model where that was asked for. A model that is not uploaded is saved all
+    the same: it is said, and what to do."""
+    repository = run.settings.output.push_to_hub
+    if repository is None or not is_rank_0():
+        return
+    try:
+        place = upload(final, repository)
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
+    logger.info(f"uploaded to {place}")
 
 
 def save_models_of(run: Run, trainer: OLTrainer) -> None:
@@ -87,6 +117,7 @@ def _save(
     report = folder / PAGE
     seen = f"; its report: {report}" if report.exists() else ""
     logger.info(f"the trained {_kind(run)} is in {final}; {use.format(final)}{seen}")
+    _push(run, final)
 
 
 def _kind(run: Run) -> str:

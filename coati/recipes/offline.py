@@ -1,4 +1,4 @@
-"""What the recipes on fixed data share: SFT, reward model, DPO, ORPO and KTO."""
+"""What the recipes on fixed data share: SFT, reward model, DPO, ORPO, KTO and ILQL."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def fit(
         return False
     output = run.settings.output
     try:
-        trainer.fit(train, evaluation, output.log_dir, output.use_wandb)
+        trainer.fit(train, evaluation, **output.trackers)
     except BaseException:
         if rows.stream is not None:
             rows.stream.close()

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coati.cli.arguments import sft_parser
+from coati.cli.distilling import gkd_parser
+from coati.cli.offline_rl import ilql_parser
 from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
 from coati.cli.pretraining import pretrain_parser
+from coati.cli.rollout_pairs import online_dpo_parser
 from coati.cli.rollouts import grpo_parser, ppo_parser
 from coati.recipes.command import load
 from coati.recipes.extras import Extras
@@ -42,6 +45,9 @@ DATA_FLAGS = ("dataset", "eval_dataset", "prompt_dataset", "eval_prompt_dataset"
 JSON_FLAGS = ("conversation_template_config", "lora_config", "plugin_args")
 IN_MEMORY = "(a model in memory)"
 RUNS = Path("output")
+# What a caller's own loss is in place of.
+PAIR_LOSS = ("loss_type", "loss_weights", "gamma", "label_smoothing")
+SURROGATE = ("policy_loss", "dual_clip", "cispo_cap", "sapo_tau")
 BEFORE_A_RUN = {"arguments.json", "environment.json", "run.json", "start"}
 
 
@@ -126,8 +132,7 @@ def dpo(
             that returns losses (B,); ``beta`` is then that of the logged rewards alone.
     """
     if loss is not None:
-        replaced = ("loss_type", "loss_weights", "gamma", "label_smoothing")
-        _refuse_beside("loss", [name for name in replaced if flags.get(name) is not None], "dpo")
+        _refuse_beside("loss", PAIR_LOSS, flags, "dpo")
     return _train("dpo", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks, loss)
 
 
@@ -157,6 +162,36 @@ def kto(
     """Kahneman-Tversky optimization, on single responses: rows of ``prompt``, ``completion`` and
     ``label`` (True for a good one). Arguments and errors as of :func:`coati.sft`."""
     return _train("kto", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks)
+
+
+@takes_flags_of(gkd_parser)
+def gkd(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Distillation: the model learns the distribution of a ``teacher`` (a directory, a hub name, or
+    the result of another stage) at each token of the assistant's turns, of the rows' responses and
+    of its own. Arguments and errors as of :func:`coati.sft`."""
+    return _train("gkd", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks)
+
+
+@takes_flags_of(ilql_parser)
+def ilql(
+    pretrain: Model,
+    dataset: Any,
+    *,
+    callbacks: Sequence[Callback] = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Implicit language Q-learning, on conversations with a ``score`` each, labeled responses or
+    pairs. Its result decodes by the heads that were learned. Arguments and errors as of
+    :func:`coati.sft`."""
+    return _train("ilql", pretrain, {"dataset": dataset, **flags}, tokenizer, callbacks)
 
 
 @takes_flags_of(ppo_parser)
@@ -203,6 +238,23 @@ def grpo(
     return _train_rl("grpo", pretrain, prompt_dataset, reward, flags, tokenizer, callbacks, loss)
 
 
+@takes_flags_of(online_dpo_parser)
+def online_dpo(
+    pretrain: Model,
+    prompt_dataset: Any,
+    *,
+    reward: Reward | Sequence[Reward] | None = None,
+    loss: "Callable[[Pair], Tensor] | None" = None,
+    callbacks: Callbacks = (),
+    tokenizer: Any = None,
+    **flags: Any,
+) -> TrainedModel:
+    """Online DPO: of the model's own responses to each prompt the best and the worst by ``reward``
+    make a pair. Arguments and errors as of :func:`coati.grpo`; ``loss`` as of :func:`coati.dpo`."""
+    verb = "online_dpo"
+    return _train_rl(verb, pretrain, prompt_dataset, reward, flags, tokenizer, callbacks, loss)
+
+
 def _train_rl(
     verb: str,
     pretrain: Model,
@@ -214,11 +266,14 @@ def _train_rl(
     loss: Callable[..., Any] | None,
 ) -> TrainedModel:
     given = {"prompt_dataset": prompts, **flags}
+    if loss is not None:
+        replaced = PAIR_LOSS if verb == "online_dpo" else SURROGATE
+        _refuse_beside("loss", replaced, flags, verb)
     functions: dict[str, Callable[..., Any]] = {}
     if reward is not None:
         several: list[Any] = list(reward) if isinstance(reward, list | tuple) else [reward]
         found, functions = _rewards(several, verb)
-        _refuse_beside("reward", [name for name in found if flags.get(name) is not None], verb)
+        _refuse_beside("reward", found, flags, verb)
         given |= found
     return _train(verb, pretrain, given, tokenizer, callbacks, loss, functions)
 
@@ -255,7 +310,9 @@ def _free_name(function: Callable[..., Any], taken: Iterable[str]) -> str:
     return next(each for each in numbered if each not in taken)
 
 
-def _refuse_beside(keyword: str, others: Sequence[str], verb: str) -> None:
+def _refuse_beside(keyword: str, names: Iterable[str], flags: Mapping[str, Any], verb: str) -> None:
+    """Raise ValueError for ``flags`` of ``names``, in whose place ``keyword`` is."""
+    others = [name for name in names if flags.get(name) is not None]
     if others:
         raise ValueError(
             f"coati.{verb}: {others[0]} does nothing beside {keyword}; leave one of the two out"
@@ -273,7 +330,7 @@ def _train(
 ) -> TrainedModel:
     """The command ``verb`` in this process, whose group is joined first where a launcher started
     it; every rank must call it."""
-    command = load(verb)
+    command = load(verb.replace("_", "-"))
     function = f"coati.{verb}"
     extras = Extras(tuple(CallbackList(callbacks).callbacks), loss, rewards or {})
     if "RANK" in os.environ:

@@ -307,7 +307,8 @@ def _what_changed(stored: dict[str, Any], now: dict[str, Any], changed: list[str
 def data_fingerprint(rows: Any) -> str:
     """Of every row's length and of the first and last rows' tokens."""
     digest = hashlib.sha256(np.ascontiguousarray(row_lengths(rows)).tobytes())
-    names = (*TOKEN_COLUMNS, "loss_weights")  # rows without weights keep their fingerprint
+    # Rows without weights keep their fingerprint
+    names = (*TOKEN_COLUMNS, "loss_weights", "weight")
     tokens = [name for name in names if name in rows.column_names]
     for index in {0, len(rows) - 1}:
         for name in tokens:

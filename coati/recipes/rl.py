@@ -7,7 +7,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from coati.cli.settings import OnlineSettings, PPOSettings, UpdateSettings
+from coati.cli.online_settings import (
+    OnlineSettings,
+    PPOSettings,
+    UpdateSettings,
+)
+from coati.cli.update_flags import CLIP
 from coati.dataset.load.collator import (
     DataCollatorForPromptDataset,
     DataCollatorForSupervisedDataset,
@@ -22,7 +27,9 @@ from coati.experience_maker.scoring import Scorer, no_scores
 from coati.models.generation.end_tokens import stop_sequences
 from coati.models.generation.sampling import Sampling
 from coati.models.policy_loss import LossAggregation
+from coati.models.policy_registry import CISPO_CAP, POLICY_LOSSES, SAPO_TAU
 from coati.models.rollout_correction import RolloutCorrection
+from coati.models.surrogate_loss import SurrogateSettings
 from coati.parallel.agreement import agree
 from coati.parallel.checkpoint import RunningState, buffer_states_by_rank, rollouts_by_rank
 from coati.parallel.engine import Engine
@@ -30,7 +37,6 @@ from coati.parallel.inference_model import InferenceModel
 from coati.recipes import build, data, finish
 from coati.recipes.build import Trained
 from coati.recipes.data_checks import (
-    check_gt_answers,
     check_positions,
     check_prompts,
     check_reader_positions,
@@ -39,6 +45,14 @@ from coati.recipes.data_checks import (
 from coati.recipes.dry_run import rl_dry_run
 from coati.recipes.extras import NO_EXTRAS, Extras
 from coati.recipes.resume import running_state
+from coati.recipes.reward_sets import (
+    RewardFunctions,
+    ask_for_groups,
+    check_groups,
+    check_rewarded,
+    pass_at,
+    reward_functions,
+)
 from coati.recipes.rl_environment import check_dialogues, environment_of, environment_rollout
 from coati.recipes.rl_models import (
     load_actor,
@@ -47,11 +61,10 @@ from coati.recipes.rl_models import (
     load_reward_model,
     readers,
 )
-from coati.recipes.rollout_options import engine_options
+from coati.recipes.rollout_options import check_correctable, engine_options
 from coati.recipes.run import PreparedRows, Run, start
 from coati.recipes.run_dir import refuse_shorter
 from coati.recipes.same_run import SAME_ROWS, rows_facts
-from coati.rewards.scorer import Rewards
 from coati.trainer import OLTrainer
 from coati.trainer.episodes import Episodes, update_shape, why_over
 from coati.trainer.monitor.rl_checks import RLChecks
@@ -85,10 +98,13 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     run: Run[Any] = start(settings, extras)
     functions = reward_functions(run)
     environment = environment_of(run)
+    ask_for_groups(run)
     rows = load_data(run, functions)
     episodes = episodes_of(settings)
-    buffer_state = _buffer_state(run)
-    total_steps = episodes.total_steps_from(rows.state, _inside(buffer_state, rows.state, settings))
+    buffer_state = buffer_state_of(run)
+    total_steps = episodes.total_steps_from(
+        rows.state, inside_episode(buffer_state, rows.state, settings)
+    )
     refuse_shorter(settings.output, episodes.num_episodes, "episode")
     actor = load_actor(run, total_steps)
     stops = stop_sequences(run.template.stop_ids, run.tokenizer, actor.engine.model)
@@ -96,14 +112,15 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
     if isinstance(settings, PPOSettings):
         models["critic"] = load_critic(run, actor, total_steps)
     reward_model = load_reward_model(run, actor)
-    rollout = _rollout(run, actor, stops)
+    rollout = rollout_of(run, actor, stops)
+    check_correctable(settings, rollout)
     parts = assemble_rl(
         rl_settings(run, episodes, stops),
         actor=actor.engine,
         critic=models["critic"].engine if "critic" in models else None,
         reference=load_reference(run, actor),
         rollout=rollout,
-        scorer=_scorer(run, reward_model, functions),
+        scorer=scorer_of(run, reward_model, functions),
         tokenizer=run.tokenizer,
         environment=environment_rollout(run, environment, actor, rollout, stops),
     )
@@ -113,19 +130,18 @@ def main(settings: OnlineSettings, extras: Extras = NO_EXTRAS) -> None:
         state=rows.state,
         assets={name: model.assets for name, model in models.items()},
         buffer_state=buffer_state,
-        rollouts=_rollouts_ahead(run),
+        rollouts=rollouts_ahead_of(run),
         checks=_checks(run),
+        pass_at=pass_at(run, functions),
         settings=run.flags,
         callbacks=() if settings.output.dry_run else extras.callbacks,
     )
     with closing(parts["maker"].rollout):
-        _train(run, trainer, models, rows)
+        train(run, trainer, models, rows)
 
 
-def _train(
-    run: Run[Any], trainer: OLTrainer, models: dict[str, Trained], rows: RolloutData
-) -> None:
-    """The run itself, or its rehearsal."""
+def train(run: Run[Any], trainer: OLTrainer, models: dict[str, Trained], rows: RolloutData) -> None:
+    """The run itself, or its rehearsal. ``models``: those that are trained, by name."""
     actor = models["actor"]
     prompts = _prompt_loader(run, actor.engine, rows)
     ptx = _ptx_loader(run, actor.engine, rows.ptx)
@@ -134,36 +150,23 @@ def _train(
     if output.dry_run:
         return rl_dry_run(run, trainer, prompts, ptx)
     evaluation = _evaluation_loader(run, actor.engine, rows.evaluation)
-    trainer.run(prompts, evaluation, ptx, output.log_dir, output.use_wandb)
+    trainer.run(prompts, evaluation, ptx, **output.trackers)
     finish.save_models_of(run, trainer)
 
 
-def reward_functions(run: Run[OnlineSettings]) -> Rewards | None:
-    """The functions of ``--reward_functions``."""
-    reward = run.settings.reward
-    if not reward.reward_functions:
-        return None
-    tags = None if run.template is None else run.template.response_format_tags
-    return Rewards(
-        reward.reward_functions,
-        reward.reward_weights or None,
-        tags,
-        reward.reward_timeout or None,
-        run.extras.rewards,
-        run.settings.slow_rewards.options(),
-    )
-
-
-def _scorer(
-    run: Run[OnlineSettings], reward_model: InferenceModel | None, functions: Rewards | None
+def scorer_of(
+    run: Run[OnlineSettings], reward_model: InferenceModel | None, functions: RewardFunctions | None
 ) -> Callable[..., Any]:
-    if reward_model is None and functions is None and run.settings.rollout.environment:
+    """What scores responses: reward model, functions, or the sum of both."""
+    rollout = run.settings.rollout
+    other = rollout.environment or rollout.offline_groups
+    if reward_model is None and functions is None and other:
         return no_scores
     return Scorer(reward_model, functions, run.settings.rollout.logits_forward_batch_size)
 
 
 @phase("reading the rows")
-def load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
+def load_data(run: Run[OnlineSettings], functions: RewardFunctions | None) -> RolloutData:
     """The rows of the run, the same on every rank. Raises ValueError for what is wrong with them,
     RanksDiffer for ranks that read others, before a model is loaded."""
     return agree(_facts, lambda: _load_data(run, functions), remedy=SAME_ROWS)
@@ -179,7 +182,7 @@ def _facts(rows: RolloutData) -> dict[str, Any]:
     return facts | {"step": rows.state.step}
 
 
-def _load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutData:
+def _load_data(run: Run[OnlineSettings], functions: RewardFunctions | None) -> RolloutData:
     if run.template is None:
         raise ValueError(
             "no conversation template says how a response ends; name one with "
@@ -193,8 +196,9 @@ def _load_data(run: Run[OnlineSettings], functions: Rewards | None) -> RolloutDa
     check_rollout_positions(run, evaluation, "eval_prompt_dataset")
     for reader in readers(run):
         check_reader_positions(run, prompts, reader.flag, reader.path)
-    check_gt_answers(prompts, functions)
-    check_gt_answers(evaluation, functions, "eval_prompt_dataset")
+    check_groups(run, prompts)
+    check_rewarded(prompts, functions)
+    check_rewarded(evaluation, functions, "eval_prompt_dataset")
     check_dialogues(run, prompts)
     check_dialogues(run, evaluation, "eval_prompt_dataset")
     state = running_state(run.resume, run.settings, prompts.rows)
@@ -219,7 +223,7 @@ def episodes_of(settings: OnlineSettings) -> Episodes:
             rollout.experience_batch_size,
             update.train_batch_size,
             update.accumulation_steps,
-            rollout.num_generations,
+            settings.rows_per_prompt,
         )
     return Episodes(
         rollout.num_episodes,
@@ -229,6 +233,7 @@ def episodes_of(settings: OnlineSettings) -> Episodes:
         seed=settings.seed,
         sample_interval=rollout.sample_interval,
         ahead=rollout.rollouts_ahead,
+        refill_rounds=rollout.dynamic_sampling,
     )
 
 
@@ -252,13 +257,14 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
     update = settings.update
     advantage = settings.advantage
     mode = GROUP_METHODS[advantage.algo].loss_agg_mode if advantage.algo else "token-mean"
+    mode = update.loss_agg_mode or POLICY_LOSSES[update.policy_loss].loss_agg_mode or mode
     policy = PolicySettings(
-        clip_low=update.clip_eps_low,
-        clip_high=update.clip_eps_high,
+        surrogate=_surrogate(update),
         skip_threshold=update.skip_threshold,
         loss_agg=LossAggregation(mode, settings.rollout.max_seq_len),
         kl_coef=kl.kl_coef if kl.kl_in == "loss" else 0.0,
         kl_estimator=kl.kl_estimator,
+        entropy_coef=update.entropy_coef,
         loss=run.extras.loss,
         correction=_correction(update),
     )
@@ -271,6 +277,18 @@ def rl_settings(run: Run[OnlineSettings], episodes: Episodes, stops: list[list[i
         buffer=BufferSettings(update.train_batch_size, update.buffer_limit),
         episodes=episodes,
         ptx_coef=settings.ptx.ptx_coef,
+    )
+
+
+def _surrogate(update: UpdateSettings) -> SurrogateSettings:
+    positive, negative = update.sapo_tau or SAPO_TAU
+    return SurrogateSettings(
+        update.policy_loss,
+        update.clip_eps_low or CLIP,
+        update.clip_eps_high or CLIP,
+        update.dual_clip,
+        update.cispo_cap or CISPO_CAP,
+        (positive, negative),
     )
 
 
@@ -304,10 +322,12 @@ def _experience(run: Run[OnlineSettings], stops: list[list[int]]) -> ExperienceS
         rollout_batch_size=rollout.inference_batch_size,
         forward_batch_size=rollout.logits_forward_batch_size,
         seed=settings.seed,
+        offline_groups=rollout.offline_groups,
     )
 
 
-def _rollout(run: Run[OnlineSettings], actor: Trained, stops: list[list[int]]) -> Any:
+def rollout_of(run: Run[OnlineSettings], actor: Trained, stops: list[list[int]]) -> Any:
+    """The engine that samples, as ``--rollout_engine`` says; ``stops`` end a response."""
     rollout = run.settings.rollout
     sampling = run.settings.sampling
     return make_rollout(
@@ -323,7 +343,7 @@ def _rollout(run: Run[OnlineSettings], actor: Trained, stops: list[list[int]]) -
     )
 
 
-def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
+def buffer_state_of(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     """The experience buffer of a run that was stopped inside an episode."""
     resume = run.resume
     if resume.folder is None:
@@ -331,7 +351,7 @@ def _buffer_state(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     return buffer_states_by_rank(resume.folder, resume.state, tp=run.options.tp)
 
 
-def _rollouts_ahead(run: Run[OnlineSettings]) -> dict[str, Any] | None:
+def rollouts_ahead_of(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     """The responses that a run had asked for ahead when it was saved."""
     resume = run.resume
     if resume.folder is None:
@@ -339,7 +359,7 @@ def _rollouts_ahead(run: Run[OnlineSettings]) -> dict[str, Any] | None:
     return rollouts_by_rank(resume.folder, resume.state, tp=run.options.tp)
 
 
-def _inside(
+def inside_episode(
     buffer_state: dict[str, Any] | None, state: RunningState, settings: OnlineSettings
 ) -> bool:
     """Whether the run goes on inside an episode."""
@@ -370,7 +390,9 @@ def _checks(run: Run[OnlineSettings]) -> RLChecks:
 
 
 def _prompt_collator(run: Run[OnlineSettings]) -> DataCollatorForPromptDataset:
-    return DataCollatorForPromptDataset(run.tokenizer, run.settings.data.longest_prompt)
+    settings = run.settings
+    sources = bool(settings.reward.source_rewards)
+    return DataCollatorForPromptDataset(run.tokenizer, settings.data.longest_prompt, sources)
 
 
 def _prompt_loader(run: Run[OnlineSettings], actor: Engine, rows: RolloutData) -> GlobalBatchLoader:

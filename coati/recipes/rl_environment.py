@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coati.cli.settings import OnlineSettings
+from coati.cli.online_settings import OnlineSettings
 from coati.dataset.types.prompt_rows import DIALOGUE
 from coati.environments.environment_table import ENVIRONMENTS, environment_arguments
 from coati.environments.named_environment import environment_factory

@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
+from coati.cli.online_settings import (
+    OnlineSettings,
+    PPOSettings,
+    RewardSettings,
+)
 from coati.cli.rollout_checks import check_ids
-from coati.cli.settings import OnlineSettings, PPOSettings, RewardSettings
 from coati.models.base import BaseModel, without_head
 from coati.models.critic import Critic
 from coati.models.loading import (
@@ -126,7 +130,9 @@ def load_reward_model(run: Run[OnlineSettings], actor: Actor) -> InferenceModel 
     if settings.lora.shared_base:
         load = partial(adapter_on_base, run, actor.base, RewardModel, start)
     else:
-        load = partial(load_scalar, run, RewardModel, start, actor.vocabulary, dtype="auto")
+        # As it was saved: its scores are not to change with how the policy's base is stored.
+        whole = {"dtype": "auto", "quantize_base": None}
+        load = partial(load_scalar, run, RewardModel, start, actor.vocabulary, **whole)
     return build.frozen(run.options, load, settings.rollout.offload_inference_models)
 
 
@@ -321,7 +327,7 @@ def adapter_on_base(
         )
     with _naming(start.flag):
         # With the rank that it has, whatever that of the policy is.
-        config = LoraConfig.from_file(Path(start.path) / SETTINGS)
+        config = replace(LoraConfig.from_file(Path(start.path) / SETTINGS), quantize_base=None)
         model = apply_lora(model, config, seed=settings.seed)  # type: ignore[assignment]
         load_lora(model, start.path)
     return model

@@ -4,16 +4,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-from coati.cli.settings import OnlineSettings
+from coati.cli.online_settings import OnlineSettings
 from coati.experience_maker.rollouts.http_rollout import ServerOptions
 from coati.experience_maker.rollouts.model_facts import facts_of
+from coati.experience_maker.rollouts.ray_rollout import RayOptions
+from coati.experience_maker.rollouts.rollout_engine import RolloutEngine
 from coati.experience_maker.rollouts.vllm_rollout import VllmOptions
 from coati.recipes.run import Run
+from coati.rewards.ray_tasks import TASK_CPUS
 
 FOLDER = "rollout_weights"  # in --save_dir
 
 
-def engine_options(run: Run[OnlineSettings], config: Any) -> VllmOptions | ServerOptions | None:
+def engine_options(
+    run: Run[OnlineSettings], config: Any
+) -> VllmOptions | ServerOptions | RayOptions | None:
     """What :func:`~coati.experience_maker.rollouts.make_rollout.make_rollout` takes as
     ``elsewhere``; None for the model itself. ``config``: the policy's."""
     settings = run.settings
@@ -29,6 +34,8 @@ def engine_options(run: Run[OnlineSettings], config: Any) -> VllmOptions | Serve
             sleep=engine.vllm_sleep,
             trust_remote_code=model.trust_remote_code,
         )
+    if name == "ray":
+        return _ray_options(run, config)
     if name != "http":
         return None
     token = engine.rollout_token_env
@@ -42,6 +49,44 @@ def engine_options(run: Run[OnlineSettings], config: Any) -> VllmOptions | Serve
         timeout=engine.rollout_timeout,
         token=None if token is None else os.environ[token],
         temperatures=(min(temperatures), max(temperatures)),
+    )
+
+
+def _ray_options(run: Run[OnlineSettings], config: Any) -> RayOptions:
+    settings = run.settings
+    engine = settings.engine
+    place = Path(settings.model.pretrain)
+    return RayOptions(
+        engine.rollout_workers or 1,
+        # A process of the cluster starts elsewhere.
+        str(place.absolute()) if place.exists() else settings.model.pretrain,
+        facts_of(config),
+        settings.data.max_length,
+        address=engine.ray_address,
+        python=engine.rollout_python,
+        cpus=engine.rollout_worker_cpus,
+        gpus=engine.rollout_worker_gpus,
+        spare=TASK_CPUS if settings.slow_rewards.rewards_on_ray else 0.0,
+        precision=run.options.precision or "bf16",
+        timeout=engine.rollout_timeout,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+
+
+def check_correctable(settings: OnlineSettings, rollout: RolloutEngine) -> None:
+    """Raise ValueError where responses of older weights are to be corrected by log-probs that
+    ``rollout`` does not give; it is closed."""
+    ahead = settings.rollout.rollouts_ahead
+    if not ahead or settings.update.rollout_is == "none":
+        return
+    if getattr(rollout, "gives_logprobs", True):
+        return
+    rollout.close()
+    raise ValueError(
+        f"--rollouts_ahead {ahead}: responses of older weights are corrected by the log-probs that "
+        "they were sampled with (--rollout_is), and the engine gives none of the whole "
+        "distribution here; leave --top_k, --top_p and --repetition_penalty out, or take "
+        "--rollout_is none, or --rollouts_ahead 0"
     )
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from coati.cli.online_settings import OnlineSettings
 from coati.cli.row_flags import template_args
-from coati.cli.settings import DataSettings, OnlineSettings, TrainingSettings
+from coati.cli.settings import DataSettings, TrainingSettings
 from coati.dataset.chat.conversation import Conversation, setup_conversation_template
 from coati.dataset.load.loader import part_directories, preparation_of
 from coati.dataset.metadata import probe_tokens

@@ -34,14 +34,14 @@ MAY_DIFFER = (
     "config_file",
     "config",
 )
-MODELS = ("pretrain", "tokenizer_dir", "rm_pretrain", "critic_pretrain")
+MODELS = ("pretrain", "tokenizer_dir", "rm_pretrain", "critic_pretrain", "teacher")
 # Of a directory, what no run reads.
 NOT_READ = (".md", ".html", ".log", ".png", ".jpg", ".pdf", ".lock", ".tmp", ".pt", ".pth")
 WRITTEN_BESIDE = ("training_args.bin", "trainer_state.json", "arguments.json", "environment.json")
 FILES = 64  # of a directory with more, all are one fact
 SAME_ROWS = "give all hosts the same rows, in the same order, and prepare them there once more"
 # Beside token ids, what decides how a row is trained on.
-LEARNED = ("labels", "loss_weights", "label", "gt_answer")
+LEARNED = ("labels", "loss_weights", "weight", "label", "gt_answer")
 ROWS = 2048  # whose tokens are compared, of a data set; their lengths are of all
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from coati.cli import arguments, preferences, pretraining, rollouts
+from coati.cli import arguments, distilling, preferences, pretraining, rollout_pairs, rollouts
 from coati.legacy.flags import SHARED
 from coati.legacy.flags_preferences import PREFERENCES
 from coati.legacy.flags_rl import PROMPTS, ROLLOUTS
@@ -23,6 +23,8 @@ parse_dpo = partial(flat, partial(preferences.parse_dpo, older=PREFERENCES))
 parse_pretrain = partial(flat, partial(pretraining.parse_pretrain, older=SHARED))
 parse_orpo = partial(flat, partial(preferences.parse_orpo, older=PREFERENCES))
 parse_kto = partial(flat, partial(preferences.parse_kto, older=PREFERENCES))
+parse_gkd = partial(flat, partial(distilling.parse_gkd, older=SHARED))
 parse_ppo = partial(flat, partial(rollouts.parse_ppo, older=ROLLOUTS))
 parse_grpo = partial(flat, partial(rollouts.parse_grpo, older=ROLLOUTS))
+parse_online_dpo = partial(flat, partial(rollout_pairs.parse_online_dpo, older=SHARED))
 parse_prompts = partial(flat, partial(rollouts.parse_ppo, older=PROMPTS))

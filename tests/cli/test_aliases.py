@@ -9,6 +9,7 @@ from coati.cli.aliases import (
     DIFFERENT,
     IN_ROLLOUTS,
     MAPPED,
+    MAPPED_IN_TRAINING,
     SAME,
     SAME_OF,
     add_aliases,
@@ -99,7 +100,7 @@ def words_of(text):
     return found
 
 
-@pytest.mark.parametrize("verb", ["sft", "rm", "dpo", "orpo", "kto"])
+@pytest.mark.parametrize("verb", ["sft", "rm", "dpo", "orpo", "kto", "ilql"])
 def test_a_run_written_for_hugging_face_means_the_same(verb, tmp_path):
     (tmp_path / "theirs.yaml").write_text(HUGGING_FACE)
     (tmp_path / "ours.yaml").write_text(OURS)
@@ -148,7 +149,7 @@ def test_the_tables_name_flags_that_there_are():
     special = [pair for row in SAME_OF.values() for pair in row.items()]
     for name, flags in [*SAME.items(), *special, *MEANINGS.items()]:
         assert set(flags.split()) <= known | optional, name
-    for name, row in MAPPED.items():
+    for name, row in [*MAPPED.items(), *MAPPED_IN_TRAINING.items()]:
         assert row.flag in known | optional, name
         for chosen in row.values.values():
             assert {dest for dest in chosen if not dest.startswith("_")} <= known | optional, name
@@ -181,8 +182,11 @@ def test_help_and_completion_do_not_show_them():
         ("sft", ["--tf32", "true"], "--tf32: it is a switch of PyTorch's"),
         ("sft", ["--group_by_length"], "--group_by_length: --packing fills batches"),
         ("sft", ["--deepspeed", "ds.json"], "--deepspeed: ColossalAI's plugins take its place"),
-        ("sft", ["--report_to", "mlflow"], "--report_to mlflow: runs are reported to wandb"),
-        ("sft", ["--optim", "adafactor"], "adamw_torch_fused, adamw_hf or adamw, found"),
+        ("sft", ["--report_to", "mlflow"], "--report_to mlflow: runs are reported to tensorboard"),
+        ("sft", ["--report_to", "none,wandb"], "leave none or the others out"),
+        ("sft", ["--quantization_bit", "3"], "expected 4 or 8, found '3'; --quantize_base names"),
+        ("sft", ["--lora_target_modules", "q_proj"], "--lora_target names all-linear, attention"),
+        ("sft", ["--optim", "sgd"], "argument --optim: invalid choice: 'sgd'"),
         ("sft", ["--eval_strategy", "never"], "expected steps, epoch or no, found 'never'"),
         (
             "sft",
@@ -219,7 +223,7 @@ def test_the_command_line_overrides_a_file_under_any_name(tmp_path):
         ("fp16: true\nbf16: true\n", "run.yaml:2: 'bf16' repeats line 1"),
         ("\nwarmup_ratio: 0.1\n", "run.yaml:2: warmup_ratio: it is a share of all steps"),
         ("learning_rate: fast\n", "run.yaml:1: learning_rate: expected a number above 0"),
-        ("optim: lion\n", "run.yaml:1: optim: expected adamw_torch, "),
+        ("optim: sgd\n", "run.yaml:1: optim: invalid choice: "),
         ("epochs: 3\n", "run.yaml:1: unknown key 'epochs'; did you mean max_epochs?"),
         (
             "no_packing: true\n",
@@ -237,6 +241,13 @@ def test_what_several_names_decide_together(capsys):
     assert parse("sft", "--bf16", "false", "--fp16", "false").mixed_precision == "fp32"
     assert parse("sft", "--bf16", "false", "--fp16").mixed_precision == "fp16"
     assert parse("sft", "--use_peft").lora_rank == 16
+    for words, kind in (
+        (("--load_in_4bit",), "nf4"),
+        (("--load_in_8bit", "true"), "int8"),
+        (("--quantization_bit", "4"), "nf4"),
+    ):
+        assert parse("dpo", "--lora_rank", "4", *words).quantize_base == kind
+    assert parse("sft", "--lora_r", "4", "--loraplus_lr_ratio", "16").lora_plus_ratio == 16
     assert "--lora_rank is 16" in capsys.readouterr().err
     assert parse("sft", "--finetuning_type", "lora", "--lora_rank", "4").lora_rank == 4
     assert parse("sft", "--report_to", "tensorboard", "--output_dir", "o").log_dir == "o/runs"
@@ -320,10 +331,10 @@ def test_an_unknown_name_is_answered_by_meaning(verb, name, meant):
 @pytest.mark.parametrize(
     ("verb", "name", "said"),
     [
-        ("orpo", "length_normalization", "coati dpo, not of this"),
-        ("kto", "disable-reference-model", "coati dpo, not of this"),
+        ("orpo", "length_normalization", "coati dpo, online-dpo, not of this"),
+        ("kto", "disable-reference-model", "coati dpo, online-dpo, not of this"),
         ("grpo", "no_whiten_advantages", "coati ppo, not of this"),
-        ("cache", "lora_rank", "coati dpo, fit, grpo and 6 others, not of this"),
+        ("cache", "lora_rank", "coati dpo, fit, gkd and 9 others, not of this"),
     ],
 )
 def test_a_flag_of_another_verb_is_said_to_be_one(verb, name, said):

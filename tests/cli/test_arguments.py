@@ -10,7 +10,7 @@ import pytest
 
 from coati.cli.arguments import sft_parser
 from coati.cli.rollouts import parse_ppo
-from coati.cli.settings import SLSettings
+from coati.cli.settings import SFTSettings
 from coati.utils import packages
 from coati.utils.json_io import save_json
 from tests.cli.documented import documented_commands
@@ -56,6 +56,7 @@ REFERENCE = {
     "--plugin": None,
     "--mixed_precision": None,
 }
+QLORA = ["--lora_rank", "4", "--quantize_base", "nf4"]
 
 
 @pytest.fixture
@@ -159,6 +160,27 @@ def test_older_flags_are_not_offered():
         (["--sp", "2"], "--sp 2 needs --enable_sequence_parallelism"),
         (["--lora_alpha", "8"], "--lora_alpha does nothing without LoRA"),
         (["--merge_lora_weights"], "--merge_lora_weights does nothing without LoRA"),
+        (["--use_dora"], "--use_dora does nothing without LoRA"),
+        (["--lora_plus_ratio", "16"], "--lora_plus_ratio does nothing without LoRA"),
+        (["--lora_target", "attention"], "--lora_target does nothing without LoRA"),
+        (
+            ["--quantize_base", "nf4"],
+            "--quantize_base nf4 does nothing without LoRA: weights of few bits cannot be trained",
+        ),
+        (["--quantize_base", "int3"], "argument --quantize_base: invalid choice: 'int3'"),
+        ([*QLORA, "--plugin", "gemini"], "--plugin gemini cannot train LoRA adapters"),
+        ([*QLORA, "--tp", "2"], "--quantize_base nf4 with --tp 2: a quantized base cannot be"),
+        ([*QLORA, "--pp", "2"], "--quantize_base nf4 with --pp 2: a quantized base cannot be"),
+        (["--lora_rank", "4", "--use_dora", "--tp", "2"], "--use_dora with --tp 2: the norms"),
+        (
+            ["--lora_rank", "4", "--use_dora", "--lora_experts"],
+            "--use_dora with --lora_experts: DoRA is for linear layers",
+        ),
+        (
+            ["--lora_rank", "4", "--lora_target", "q_proj,v_proj"],
+            "--lora_target q_proj,v_proj: No such file or directory; expected all-linear",
+        ),
+        (["--lora_rank", "4", "--lora_plus_ratio", "0"], "--lora_plus_ratio: expected a number"),
         (["--eval_interval", "8"], "--eval_interval does nothing without --eval_dataset"),
         (
             ["--checkpoint_weights_only"],
@@ -181,6 +203,46 @@ def test_older_flags_are_not_offered():
 )
 def test_what_cannot_work_is_refused_by_name(sft, refused, words, said):
     assert said in refused(sft, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no name; expected all-linear, attention or a file"),
+        ("# none\n\n", "holds no name"),
+        ("q_proj\nv_proj k_proj\n", "line 2: 'v_proj k_proj' is no name of a layer"),
+        (b"\xff\xfe", "not UTF-8 text"),
+    ],
+)
+def test_a_bad_file_of_targets_is_named(sft, refused, tmp_path, text, said):
+    file = tmp_path / "targets.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert f"targets.txt{',' if 'line 2' in said else ':'} {said}" in refused(
+        sft, ["--lora_rank", "4", "--lora_target", str(file)]
+    )
+
+
+def test_the_file_of_lora_config_says_of_the_base_what_no_flag_says(sft, refused, tmp_path):
+    file = tmp_path / "lora.json"
+    file.write_text(json.dumps({"r": 4, "use_dora": True, "quantize_base": "int8"}))
+    args = sft(["--lora_config", str(file)])
+    assert (args.use_dora, args.quantize_base, args.use_rslora) == (True, "int8", False)
+    assert sft(["--lora_config", str(file), "--quantize_base", "nf4"]).quantize_base == "nf4"
+    said = refused(sft, ["--lora_config", str(file), "--tp", "2"])
+    assert "--quantize_base int8 with --tp 2" in said or "--plugin 3d trains LoRA" in said
+    file.write_text(json.dumps({"r": 4, "lora_initialization_method": "PiSSA"}))
+    said = refused(sft, ["--lora_config", str(file), "--quantize_base", "nf4"])
+    assert "--quantize_base nf4: PiSSA" in said
+
+
+def test_4_bits_without_bitsandbytes_are_refused_at_once(sft, refused, monkeypatch):
+    found = packages._release
+    monkeypatch.setattr(
+        packages, "_release", lambda name: None if name == "bitsandbytes" else found(name)
+    )
+    said = refused(sft, QLORA)
+    assert "--quantize_base nf4 needs the package bitsandbytes, which is not installed" in said
+    assert sft([*QLORA, "--quantize_base", "int8"]).quantize_base == "int8"
 
 
 @pytest.mark.parametrize("missing", ["--pretrain", "--dataset"])
@@ -272,7 +334,7 @@ def test_every_flag_is_in_the_settings_and_read_somewhere():
     flags = {action.dest for action in sft_parser().documented()} - {"help", "config"}
     renamed = {"mixed_precision": "precision"}  # in ParallelOptions
     fields = {renamed.get(flag, flag) for flag in flags}
-    assert fields - fields_of(SLSettings) == set()
+    assert fields - fields_of(SFTSettings) == set()
     text = "".join(
         path.read_text()
         for package in ("recipes", "parallel", "trainer", "cli")
@@ -324,3 +386,67 @@ def test_rows_are_named_with_a_split_and_a_number(tmp_path):
     path.touch()
     for name in (f"{path}#5", f"{path}@train", f"{path}@train#5"):
         assert parse_sft(["--pretrain", "m", "--dataset", name]).dataset == [name]
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--plugin", "gemini", "--optim", "lion"], "--optim lion: --plugin gemini trains with"),
+        (["--plugin", "zero2", "--optim", "adafactor"], "--plugin zero2 gives it flat shards"),
+        (["--tp", "2", "--optim", "adafactor"], "--tp 2 splits them"),
+        (["--zero_stage", "1", "--optim", "adafactor"], "--plugin 3d --zero_stage 1 gives it flat"),
+        (["--optim", "lion", "--adam_beta2", "0.9"], "--adam_beta2 does nothing with --optim lion"),
+        (["--optim", "sgd"], "argument --optim: invalid choice: 'sgd'"),
+        (["--offload_activations"], "it needs --grad_checkpoint"),
+        (["--neftune_alpha", "0"], "--neftune_alpha: expected a number above 0"),
+        (["--sft_loss", "focal"], "argument --sft_loss: invalid choice: 'focal'"),
+        (["--report_to", "mlflow"], "--report_to mlflow: runs are reported to tensorboard, wandb"),
+    ],
+)
+def test_what_an_optimizer_a_loss_or_a_tracker_cannot_do_is_refused(
+    sft, words, said, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    hybrid = {"--plugin", "--tp", "--zero_stage"} & {*words}
+    with pytest.raises(SystemExit) as end:
+        sft(words if hybrid else ["--plugin", "ddp", *words])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert said in error
+
+
+def test_names_of_other_libraries_and_what_belongs_together(sft):
+    for theirs, ours in {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_bnb_8bit": "adamw8bit",
+        "paged_adamw_8bit": "paged_adamw8bit",
+        "lion_32bit": "lion",
+        "adafactor": "adafactor",
+    }.items():
+        assert sft(["--optim", theirs]).optim == ours
+    args = sft(["--report_to", "wandb,tensorboard", "--save_dir", "o"])
+    assert (args.log_dir, args.use_wandb) == ("o/runs", True)
+    assert args.report_to == ["tensorboard", "wandb"]
+    assert sft(["--use_wandb", "--report_to", "none"]).report_to == ["wandb"]
+
+
+def test_a_pinned_torch_has_no_muon(sft, monkeypatch, capsys):
+    from coati.parallel import optimizer_table
+
+    monkeypatch.setattr(optimizer_table, "release_of", lambda name: (2, 5))
+    with pytest.raises(SystemExit):
+        sft(["--optim", "muon"])
+    assert "--optim muon came with torch 2.9, installed is 2.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["dpo", "rm", "grpo"])
+def test_the_losses_of_a_token_belong_to_sft_and_pretrain(verb):
+    from coati.recipes.command import load
+
+    for flag in ("--sft_loss", "--neftune_alpha"):
+        assert load(verb).parser().action_of(flag) is None
+    assert load(verb).parser().action_of("--optim") is not None

@@ -4,9 +4,12 @@ import pytest
 
 from coati.cli import resume_flags
 from coati.cli.arguments import sft_parser
+from coati.cli.distilling import gkd_parser
+from coati.cli.offline_rl import ilql_parser
 from coati.cli.preferences import dpo_parser, kto_parser, orpo_parser, rm_parser
 from coati.cli.pretraining import pretrain_parser
 from coati.cli.resume_flags import APPLIED, CLASS_OF, CLASSES, FREE, SAME, changes, refusal
+from coati.cli.rollout_pairs import online_dpo_parser
 from coati.cli.rollouts import grpo_parser, ppo_parser
 from tests.laws import ROOT
 
@@ -17,8 +20,11 @@ PARSERS = {
     "dpo": dpo_parser,
     "orpo": orpo_parser,
     "kto": kto_parser,
+    "gkd": gkd_parser,
+    "ilql": ilql_parser,
     "ppo": ppo_parser,
     "grpo": grpo_parser,
+    "online-dpo": online_dpo_parser,
 }
 FLAGS = {
     verb: [action.dest for action in make()._actions if action.dest != "help"]
@@ -93,6 +99,8 @@ def test_checkpoints_of_earlier_releases_say_nothing_of_later_flags():
         ("embedding_lr", None, 1e-3, True),
         ("embedding_lr", 1e-3, None, True),
         ("embedding_lr", 1e-3, 1e-4, False),
+        ("lora_plus_ratio", None, 16.0, True),
+        ("lora_plus_ratio", 16.0, 8.0, False),
         ("documents", "file", "line", True),
         ("center_coef", 0.0, 0.1, True),
         ("center_coef", 0.2, 0.1, False),

@@ -139,7 +139,54 @@ def test_the_written_arguments_are_read_back_alike(parse, tmp_path, name):
     assert {**vars(again), "config": None} == vars(args)
 
 
+SCORED = ("--no_neural_reward_model", "--reward_functions", "length")
+PASSES = ("--eval_ratio", "0.2", "--eval_pass_at", "1", "4")
 REFUSED = [
+    # policy losses
+    (
+        "grpo",
+        ["--policy_loss", "cispo", "--clip_eps", "0.1"],
+        "it is of ppo and gspo and gspo-token",
+    ),
+    ("ppo", ["--policy_loss", "gspo", "--dual_clip", "3"], "--dual_clip does nothing with"),
+    (
+        "ppo",
+        ["--sapo_tau", "1", "1"],
+        "--sapo_tau does nothing with --policy_loss ppo, it is of sapo",
+    ),
+    ("ppo", ["--cispo_cap", "5"], "--cispo_cap does nothing with --policy_loss ppo"),
+    ("ppo", ["--dual_clip", "1"], "give more than 1, 3 is usual"),
+    ("ppo", ["--dual_clip", "1.2"], "--dual_clip 1.2 lies inside of the clip range, up to 1.2"),
+    ("grpo", ["--advantage", "gae"], "gae has a critic: use coati ppo"),
+    # dynamic sampling, groups of rows
+    ("grpo", ["--dynamic_sampling", "2", "--rollouts_ahead", "1"], "none can be asked for ahead"),
+    (
+        "grpo",
+        ["--dynamic_sampling", "2", "--algo", "reinforce_pp"],
+        "--algo reinforce_pp compares no groups",
+    ),
+    (
+        "grpo",
+        [*SCORED, "--dynamic_sampling", "2", "--reward_normalization", "running"],
+        "leave --reward_normalization out",
+    ),
+    ("grpo", ["--offline_groups", "--environment", "calculator"], "would have nobody to answer"),
+    ("grpo", ["--offline_groups", "--rollouts_ahead", "1"], "leave --rollouts_ahead 1 out"),
+    # rewards by source, pass@k
+    ("grpo", ["--reward_functions", "length", "--source_rewards", "math"], "expected SOURCE=NAME"),
+    (
+        "grpo",
+        ["--reward_functions", "length", "--source_rewards", "math=judge"],
+        "--judge_url is missing",
+    ),
+    ("grpo", [*SCORED, "--eval_right", "1"], "--eval_right does nothing without --eval_pass_at"),
+    ("grpo", [*SCORED, "--eval_pass_at", "1"], "is estimated on evaluation prompts"),
+    ("grpo", [*SCORED, *PASSES], "name the reward that a right one reaches in --eval_right"),
+    (
+        "grpo",
+        [*SCORED, *PASSES, "--eval_right", "1", "--eval_generations", "3"],
+        "--eval_pass_at 4 takes 4 responses or more to a prompt, --eval_generations is 3",
+    ),
     # what is missing
     ("ppo", [], "nothing gives a reward"),
     ("grpo", ["--no_neural_reward_model"], "--no_neural_reward_model needs --reward_functions"),
@@ -310,6 +357,42 @@ REFUSED = [
     ("ppo", ["--rollout_engine", "http"], "--rollout_engine http needs --rollout_url"),
     ("grpo", ["--rollout_sync", "disk"], "--rollout_sync does nothing without --rollout_url"),
     ("grpo", ["--rollout_timeout", "9"], "--rollout_timeout does nothing without --rollout_url"),
+    ("grpo", ["--rollout_engine", "ray"], "--rollout_engine ray needs --rollout_workers"),
+    ("grpo", ["--ray_address", "a:1"], "--ray_address does nothing without --rollout_workers"),
+    (
+        "ppo",
+        ["--rm_pretrain", "r", "--rewards_on_ray"],
+        "--rewards_on_ray does nothing without --reward_functions",
+    ),
+    ("ppo", ["--rollout_python", "py"], "--rollout_python does nothing without --rollout_workers"),
+    (
+        "grpo",
+        ["--rollout_workers", "2", "--rollout_sync", "disk"],
+        "--rollout_sync does nothing without --rollout_url",
+    ),
+    (
+        "grpo",
+        ["--rollout_workers", "2", "--rollout_url", "http://a:1"],
+        "--rollout_url names servers, --rollout_workers asks a Ray cluster",
+    ),
+    (
+        "grpo",
+        ["--rollout_workers", "2", "--rollout_engine", "vllm"],
+        "--rollout_engine vllm samples in this process; leave one of the two out",
+    ),
+    (
+        "grpo",
+        ["--rollout_workers", "2", "--ray_address", "ray://a:10001"],
+        "--ray_address ray://a:10001: expected the head itself, HOST:6379",
+    ),
+    *[
+        (
+            "ppo",
+            ["--rollout_workers", "2", "--ray_address", address],
+            f"--ray_address {address}: expected auto, or the head",
+        )
+        for address in ("a", ":1", "a:0", "a:port", "a:65536")
+    ],
     (
         "grpo",
         ["--rollout_url", "http://a:1", "--vllm_sleep"],
@@ -409,6 +492,39 @@ def test_what_follows_the_algorithm(parse, words, settled):
         args.kl_estimator,
     )
     assert found == settled
+
+
+@pytest.mark.parametrize(
+    "words, settled",
+    [
+        (["--policy_loss", "gspo"], (3e-4, 3e-4, 4e-4)),
+        (["--policy_loss", "gspo-token", "--clip_eps", "0.01"], (0.01, 0.01, 0.01)),
+        (["--policy_loss", "gspo", "--algo", "dapo", "--clip_eps_high", "0.5"], (3e-4, 3e-4, 0.5)),
+        (["--policy_loss", "cispo", "--cispo_cap", "4"], (None, None, None)),
+        (["--policy_loss", "sapo"], (None, None, None)),
+        (["--dual_clip", "3"], (0.2, 0.2, 0.2)),
+    ],
+)
+def test_clip_ranges_are_those_of_the_policy_loss(parse, words, settled, tmp_path):
+    args = parse("grpo", words)
+    assert (args.clip_eps, args.clip_eps_low, args.clip_eps_high) == settled
+    file = tmp_path / "arguments.json"  # as a run writes it
+    given = {key: value for key, value in vars(args).items() if not key.startswith("_")}
+    file.write_text(json.dumps(given))
+    assert {**vars(PARSE["grpo"](["--config", str(file)])), "config": None} == vars(args)
+
+
+@pytest.mark.parametrize("name", ["REINFORCE++-baseline", "reinforce_plus_plus_baseline"])
+def test_advantages_have_the_names_of_other_libraries(parse, name):
+    assert parse("grpo", ["--advantage", name]).algo == "reinforce_pp_baseline"
+    assert parse("grpo", ["--advantage", "group"]).algo == "grpo"
+
+
+def test_rewards_by_source_are_rewards(parse):
+    words = ["--no_neural_reward_model", "--source_rewards", "math=gsm8k", "*=length", *PASSES]
+    args = parse("grpo", words, reward=False)
+    assert args.source_rewards == ["math=gsm8k", "*=length"] and args.eval_right is None
+    assert parse("grpo", ["--offline_groups"], reward=False).offline_groups
 
 
 def test_every_group_method_can_be_chosen(parse):
@@ -612,6 +728,33 @@ def test_servers_are_an_engine_of_their_own(parse, monkeypatch):
     assert found.rollout_engine == "http" and found.rollout_url == urls
     assert (found.rollout_sync, found.rollout_timeout) == ("http", 600.0)
     assert parse("grpo").rollout_engine == "model"
+
+
+def test_a_ray_cluster_is_an_engine_of_its_own(parse):
+    words = ["--rollout_workers", "3", "--ray_address", "[::1]:6379", "--rollout_timeout", "9"]
+    found = parse("grpo", [*words, "--rollout_worker_gpus", "0.5"])
+    assert (found.rollout_engine, found.rollout_workers, found.rollout_timeout) == ("ray", 3, 9.0)
+    assert (found.rollout_worker_cpus, found.rollout_worker_gpus) == (1.0, 0.5)
+    assert parse("ppo", ["--rollout_workers", "1"]).ray_address == "auto"
+
+
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [(None, "Ray is not installed"), ("2.59.1", "Ray 2.59.1 is installed"), ("2.61.0", ">=2.60")],
+)
+def test_no_ray_or_another_is_one_message(parse, monkeypatch, capsys, release, said):
+    from importlib.metadata import PackageNotFoundError
+
+    def version(name):
+        if release is None:
+            raise PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr("coati.utils.ray_cluster.version", version)
+    with pytest.raises(SystemExit):
+        parse("grpo", ["--rollout_workers", "2"])
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "--rollout_workers" in one]
+    assert said in line and "pip install 'coati[ray]'" in line
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

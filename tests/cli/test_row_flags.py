@@ -32,6 +32,7 @@ def test_what_is_given_is_read_and_checked():
         (["--thoughts", "some"], "--thoughts"),
         (["--learn", "roles:robot"], "and some of system, user, assistant, tool"),
         (["--type", "kto", "--learn", "last_turn"], "--learn last_turn is for --type sft"),
+        (["--type", "scored", "--learn", "last_turn"], "every turn of the assistant is learned"),
     ],
 )
 def test_what_means_nothing_is_refused(words, said, capsys):

@@ -10,7 +10,7 @@ from coati.cli.checks import tokens_of
 from coati.cli.preferences import parse_dpo
 from coati.cli.pretraining import parse_pretrain
 from coati.cli.rollouts import parse_grpo, parse_ppo
-from coati.cli.settings import filled
+from coati.cli.settings import TokenLoss, filled
 from coati.parallel.optimizer import OptimizerSettings, build_optimizer
 from coati.parallel.options import ParallelOptions
 
@@ -129,3 +129,14 @@ def test_a_unit_of_documents_needs_a_file_of_texts(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_pretrain([*words, str(tmp_path / "rows.jsonl")])
     assert "--documents line says what of a .txt file is a document" in capsys.readouterr().err
+
+
+def test_the_loss_of_a_token_and_the_trackers_reach_the_settings(data):
+    words = ["--pretrain", "m", "--dataset", data["dataset"], "--save_dir", "o"]
+    plain = parse_sft(words)
+    assert plain.loss == TokenLoss() and plain.optimizer.optim == "adamw"
+    settings = parse_sft([*words, "--sft_loss", "dft", "--neftune_alpha", "5", "--optim", "lion"])
+    assert settings.loss == TokenLoss("dft", 5.0) and settings.optimizer.optim == "lion"
+    found = parse_sft([*words, "--report_to", "tensorboard"]).output.trackers
+    expected = {"log_dir": "o/runs", "use_wandb": False, "report_to": ["tensorboard"]}
+    assert found == expected

@@ -101,7 +101,7 @@ def test_turns_over_http_are_those_of_this_process(tmp_path, count):
 
 
 def test_servers_that_are_lost_between_two_turns_end_the_run_as_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("coati.experience_maker.rollouts.http_rollout.LOOK_S", 0.05)
+    monkeypatch.setattr("coati.experience_maker.rollouts.remote_rollout.LOOK_S", 0.05)
     model = policy()
     with serving(model) as [server]:
         rollout = http_rollout(

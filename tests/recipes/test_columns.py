@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import coati
-from coati.cli import arguments, preferences, pretraining, rollouts
+from coati.cli import arguments, distilling, preferences, pretraining, rollouts
 from coati.dataset import setup_conversation_template
 from coati.recipes import data
 from coati.recipes.extras import NO_EXTRAS
@@ -38,6 +38,16 @@ VERBS = {
             "prompt=ask response=meta.reply",
         ),
         (),
+    ),
+    "gkd": (
+        "sft",
+        distilling.parse_gkd,
+        (
+            {"ask": "q{n}?", "meta": {"reply": "a{n}"}},
+            {"prompt": "q{n}?", "response": "a{n}"},
+            "prompt=ask response=meta.reply",
+        ),
+        ("--teacher", "M"),
     ),
     "rm": ("preference", preferences.parse_rm, PAIR, ()),
     "dpo": ("preference", preferences.parse_dpo, PAIR, ()),

@@ -11,8 +11,9 @@ from coati.dataset.chat.conversation import setup_conversation_template
 from coati.dataset.load.collator import DataCollatorForPromptDataset
 from coati.parallel.plugins import ParallelOptions
 from coati.recipes.data import epoch_order, evaluation_rows, ptx_rows, training_rows
-from coati.recipes.data_checks import check_gt_answers, check_prompts
+from coati.recipes.data_checks import check_prompts
 from coati.recipes.resume import Resume
+from coati.recipes.reward_sets import check_rewarded
 from coati.recipes.run import Run
 from coati.rewards.scorer import Rewards
 from tests.end_to_end.inputs import prepare
@@ -220,16 +221,16 @@ def test_too_few_prompts_for_an_episode(rows, tmp_path, monkeypatch):
 
 def test_ground_truths_that_are_missing(raw, rows):
     _, found = rows(raw([*ROWS[:2], line("And now?")]))
-    check_gt_answers(found, None)
-    check_gt_answers(None, Rewards(["gsm8k"]))
-    check_gt_answers(found, Rewards(["length"]))
-    check_gt_answers(replace(found, rows=found.rows.select([0, 1])), Rewards(["gsm8k"]))
+    check_rewarded(found, None)
+    check_rewarded(None, Rewards(["gsm8k"]))
+    check_rewarded(found, Rewards(["length"]))
+    check_rewarded(replace(found, rows=found.rows.select([0, 1])), Rewards(["gsm8k"]))
     with pytest.raises(
         ValueError, match="1 of 3 prompts have no gt_answer .*the first: row 2.*gsm8k, length"
     ):
-        check_gt_answers(found, Rewards(["gsm8k", "length"]))
+        check_rewarded(found, Rewards(["gsm8k", "length"]))
     with pytest.raises(
         ValueError, match="--eval_prompt_dataset has no gt_answer, which --reward_functions gsm8k"
     ):
         without = replace(found, rows=found.rows.remove_columns("gt_answer"))
-        check_gt_answers(without, Rewards(["gsm8k"]), "eval_prompt_dataset")
+        check_rewarded(without, Rewards(["gsm8k"]), "eval_prompt_dataset")

@@ -15,6 +15,7 @@ PAIRS = [{"prompt": f"q{n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n 
 LABELED = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 2 == 0} for n in range(4)]
 TALKS = [{"prompt": f"q{n}", "response": f"a{n}"} for n in range(4)]
 ROWS = {"sft": TALKS, "rm": PAIRS, "dpo": PAIRS, "orpo": PAIRS, "kto": LABELED}
+ROWS |= {"gkd": TALKS}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,8 @@ def test_only_what_has_the_rate_moves_by_it(verb, model, tmp_path, monkeypatch):
     words = ["--pretrain", model, "--dataset", str(tmp_path / "rows.jsonl"), "--batch_size", "4"]
     words += ["--accumulation_steps", "1", "--max_steps", "1", "--warmup_steps", "0"]
     words += ["--plugin", "ddp", "--mixed_precision", "fp32", "--weight_decay", "0"]
+    if verb == "gkd":
+        words += ["--teacher", write_model(tmp_path / "teacher", intermediate_size=48)]
     words += ["--lr", "1e-9", "--embedding_lr", "1e-2", "--save_dir", str(tmp_path / "run")]
     code, said = ended(verb, words)
     assert code == 0, said

@@ -1,5 +1,7 @@
 """What a run's flags say of its memory."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +10,16 @@ import torch
 from torch import nn
 
 from coati.cli.arguments import parse_sft
+from coati.cli.distilling import parse_gkd
+from coati.cli.offline_rl import parse_ilql
 from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
 from coati.cli.rollouts import parse_grpo, parse_ppo
-from coati.parallel.footprint.training_memory import TrainingPlan
+from coati.parallel.footprint.model_shape import ModelShape
+from coati.parallel.footprint.training_memory import estimate
+from coati.parallel.footprint.training_plan import TrainingPlan
 from coati.parallel.options import ParallelOptions
 from coati.recipes.memory_plan import measured_memory, memory_lines, plan_of
+from tests.tiny import tiny_llama
 
 ROWS = Path(__file__).parents[2] / "examples" / "data" / "sft.jsonl"  # nothing reads them here
 DATA = ["--pretrain", "M", "--dataset", str(ROWS), "--save_dir", "S", "--max_length", "256"]
@@ -49,6 +56,7 @@ def test_adapters_and_their_dropout():
         (parse_dpo, ("--disable_reference_model",), False),
         (parse_dpo, ("--loss_type", "simpo_loss"), False),
         (parse_kto, (), True),
+        (parse_ilql, (), False),
         (parse_orpo, (), False),
         (parse_rm, (), False),
         (parse_grpo, REWARD, True),
@@ -75,6 +83,42 @@ def test_rollouts_are_of_prompts_and_responses():
     assert mixed.options.accumulation_steps > 1
 
 
+def test_a_teacher_and_the_responses_of_its_student(tmp_path):
+    tiny_llama(hidden=96).save_pretrained(tmp_path)
+    flags = ["--teacher", str(tmp_path), "--batch_size", "4", "--accumulation_steps", "2"]
+    plan = planned(parse_gkd, *flags)
+    assert (plan.method, plan.teacher.hidden, plan.rollout_rows) == ("gkd", 96, 4)
+    assert planned(parse_gkd, *flags, "--gkd_lambda", "1").rollout_rows == 8
+    assert planned(parse_gkd, *flags, "--inference_batch_size", "3").rollout_rows == 3
+    assert planned(parse_gkd, *flags, "--gkd_lambda", "0").rollout_rows == 0
+    for adapter, base in (("first", tmp_path), ("second", tmp_path / "first")):
+        (tmp_path / adapter).mkdir()
+        settings = {"base_model_name_or_path": str(base)}
+        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps(settings))
+        (tmp_path / adapter / "adapter_model.safetensors").touch()
+    adapted = planned(parse_gkd, "--teacher", str(tmp_path / "second"))
+    assert adapted.teacher == plan.teacher
+    served = planned(parse_gkd, "--teacher_url", "http://host:1")
+    assert served.teacher is None and served.rollout_rows
+
+
+def test_a_teacher_takes_its_weights_and_its_states(tmp_path):
+    """fp32 weights of the teacher, whole under gemini too, and hidden states of every token."""
+    shape = ModelShape.of(tiny_llama(hidden=96).config.to_dict())
+    student = ModelShape.of(tiny_llama().config.to_dict())
+    for options in ({"plugin": "ddp", "precision": "fp32"}, {"plugin": "gemini"}):
+        alone = TrainingPlan("gkd", ParallelOptions(**{"precision": "bf16"} | options), 2)
+        taught = estimate(student, replace(alone, teacher=shape))
+        width = 4 if options["plugin"] == "ddp" else 2
+        assert taught.moments["optimizer step"]["teacher"] == width * shape.parameters()
+        states = taught.moments["backward of the head"]["teacher's states"]
+        assert states == 4 * alone.tokens * 96
+        forward = taught.moments["teacher's forward"]
+        few = replace(alone, lora_rank=8, quantize_base="int8", dora=True, teacher=shape)
+        below = estimate(student, few).moments["teacher's forward"]
+        assert below["working memory"] == forward["working memory"]  # a teacher is not quantized
+
+
 def run_of(settings) -> SimpleNamespace:
     return SimpleNamespace(settings=settings, options=ParallelOptions(plugin="ddp"))
 
@@ -94,7 +138,7 @@ def test_a_model_without_a_formula_is_told_what_can_be_counted():
     assert (
         "before activations: weights 0.0 MiB" in held and "(20 parameters held, 20 trained)" in held
     )
-    assert why.startswith("activations come on top: there is no memory formula for model family")
+    assert why.startswith("activations come on top: there is no formula for model family")
 
 
 def test_the_parts_stand_from_the_largest_down():

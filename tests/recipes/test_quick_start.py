@@ -175,7 +175,10 @@ def empty_place(tmp_path, monkeypatch):
     return tmp_path
 
 
-TRAINING = ("sft", "pretrain", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
+TRAINING = (
+    *("sft", "pretrain", "rm", "dpo", "orpo", "kto", "gkd", "ilql"),
+    *("ppo", "grpo", "online_dpo"),
+)
 
 
 @pytest.mark.parametrize("verb", TRAINING)
@@ -227,6 +230,9 @@ def test_values_are_checked_by_the_commands_own_parser(empty_place, capsys):
 def test_what_the_functions_refuse_themselves(empty_place):
     cases = [
         (lambda: coati.dpo("m", PAIRS, loss=len, loss_type="ipo_loss"), "loss_type does nothing"),
+        (lambda: coati.grpo("m", PAIRS, loss=len, policy_loss="gspo"), "policy_loss does nothing"),
+        (lambda: coati.ppo("m", PAIRS, loss=len, dual_clip=3), "dual_clip does nothing"),
+        (lambda: coati.online_dpo("m", PAIRS, loss=len, gamma=1.0), "gamma does nothing"),
         (lambda: coati.grpo("m", PAIRS, reward=len, reward_functions=["length"]), "beside reward"),
         (lambda: coati.grpo("m", PAIRS, reward=["lenght"]), "did you mean length?"),
         (lambda: coati.grpo("m", PAIRS), "nothing gives a reward"),

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from coati.cli.online_settings import CriticSettings, PPOSettings
 from coati.cli.rollouts import parse_ppo
-from coati.cli.settings import CriticSettings, PPOSettings
 from coati.parallel.plugins import ParallelOptions
 from coati.recipes.resume import Resume
 from coati.recipes.rl_models import critic_start, reward_start

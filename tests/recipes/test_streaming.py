@@ -179,6 +179,17 @@ def test_preferences(words, tmp_path, verb):
         assert "10 are desirable and" in error or "desirable" in error
 
 
+def test_distillation(words, model, tmp_path):
+    """Which rows the student answers, and how, follows from the position in the stream."""
+    teacher = write_model(tmp_path / "teacher", intermediate_size=48)
+    more = ["--teacher", teacher, "--max_new_tokens", "9"]
+    code, error = ended("gkd", words("run", *more))
+    assert code == 0, error
+    more += ["--checkpoint_path", checkpoint(tmp_path / "run", 6)]
+    assert ended("gkd", words("again", *more))[0] == 0
+    assert weights(tmp_path / "again") == weights(tmp_path / "run") != {}
+
+
 def test_prepared_rows_and_rows_that_cannot_be_used_are_refused(words, tmp_path):
     (tmp_path / "made" / "part-00000").mkdir(parents=True)
     code, error = ended("sft", words("run", rows="made"))

@@ -33,6 +33,7 @@ def open_session(args: ChatSettings):
             template_args=template_args(args.template_args),
             trust_remote_code=args.trust_remote_code,
             quant=args.quant,
+            beta_gen=args.beta_gen,
         )
     except ValueError as error:
         if str(error).startswith("--"):

@@ -19,42 +19,13 @@ VERB = Verb(
 )
 
 
-def named(flag: str, make, *words, **keywords):
-    """What ``make`` gives; an error of it names ``flag``, unless it names one itself."""
-    try:
-        return make(*words, **keywords)
-    except ValueError as error:
-        if str(error).startswith("--"):
-            raise
-        raise ValueError(f"{flag} {error}") from error
-
-
-def judge_of(args: CompareSettings, tags: dict | None):
-    from coati.inference.evaluate.score_rows import load_reward_model
-    from coati.inference.evaluate.win_rate import Judge
-    from coati.rewards import Rewards
-
-    model = rewards = None
-    if args.rm_path:
-        code = args.trust_remote_code
-        model = named("--rm_path", load_reward_model, args.rm_path, trust_remote_code=code)
-    if args.reward_functions:
-        rewards = Rewards(
-            args.reward_functions,
-            args.reward_weights,
-            tags,
-            args.reward_timeout,
-            options=args.slow_rewards.options(),
-        )
-    return Judge(model, rewards, args.batch_size)
-
-
 def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, dict | None]:
     """Both models' responses, one model in memory at a time; the prompts left out; the policy's
     tags."""
     from coati.inference.evaluate import generate_responses as generating
     from coati.inference.evaluate.win_rate import reference_of
     from coati.models.generation.sampling import Sampling
+    from coati.recipes.judging import named
 
     sampling = Sampling.at(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     config = generating.SamplingConfig(
@@ -71,7 +42,12 @@ def generated(args: CompareSettings, prompts: list) -> tuple[list[dict], list, d
     found = []
     skipped = []
     conversation = None
-    for flag, path in (("--start_path", reference), ("--model_path", args.model_path)):
+    sides = (
+        ("--start_path", reference, None),
+        ("--model_path", args.model_path, args.beta_gen),
+    )
+    for flag, path, beta_gen in sides:
+        loading |= {"beta_gen": beta_gen}
         side, out, conversation = named(
             flag, generating.responses_of, path, prompts, config, **loading
         )
@@ -84,12 +60,13 @@ def main(args: CompareSettings) -> None:
     import_libraries()
     from coati.inference.evaluate import generate_responses as generating
     from coati.inference.evaluate.win_rate import compare, extremes, summary
+    from coati.recipes.judging import judge_of, named
 
     prompts, unreadable = named(
         "--input", generating.read_prompts, args.input, args.max_prompts, args.seed
     )
     (reference, policy), too_long, tags = generated(args, prompts)
-    judge = judge_of(args, tags)
+    judge = judge_of(args, tags, args.batch_size, args.trust_remote_code)
     rows, unscored = compare(
         prompts, reference, policy, judge, args.max_new_tokens, args.tie_margin
     )

@@ -16,8 +16,12 @@ VERB = Verb(
 
 def main(args: ExportSettings) -> None:
     import_libraries()
+    from coati.inference.export.hub_upload import check_hub, upload
     from coati.inference.export.model_card import model_card
     from coati.inference.export.model_dir import export
+
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
 
     def card(loaded, found) -> str:
         return model_card(
@@ -42,4 +46,6 @@ def main(args: ExportSettings) -> None:
             f"{found.gguf.file}: read back, its logits differ by at most "
             f"{found.gguf.difference:.2g}"
         )
+    if args.push_to_hub:
+        print(f"uploaded to {upload(args.output_dir, args.push_to_hub)}")
     print(f"the exported model and its card, README.md, are in {args.output_dir}")

@@ -1,10 +1,12 @@
 """Say which settings train a model in the memory of a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 from coati.cli.fit import fit_parser, parse_fit
 from coati.cli.program_settings import FitSettings
 from coati.cli.verb import Verb
+from coati.models.quantization_registry import BASES
 from coati.parallel.footprint.fitting import (
     Fit,
     at_batch,
@@ -20,10 +22,12 @@ from coati.utils.phases import phase
 VERB = Verb("machine", fit_parser, parse_fit, "coati.recipes.verbs.fit:main", subject="--model")
 
 SHOWN = 12
-VERBS = {"lora": "sft"}
+VERBS = {"lora": "sft", "online_dpo": "online-dpo"}
 DATA = {
+    "gkd": "--teacher TEACHER --dataset DATA",
     "ppo": "--prompt_dataset DATA --rm_pretrain REWARD_MODEL",
     "grpo": "--prompt_dataset DATA --reward_functions FUNCTION",
+    "online-dpo": "--prompt_dataset DATA --reward_functions FUNCTION",
 }
 
 
@@ -46,10 +50,33 @@ def main(settings: FitSettings) -> None:
 
 
 @phase("looking for settings that fit")
-def _search(shape: ModelShape, settings: FitSettings, **changes: int) -> list[Fit]:
-    asked = {"gpus": settings.gpus, "length": settings.max_length, "rank": settings.lora_rank}
+def _search(shape: ModelShape, settings: FitSettings, **changes: Any) -> list[Fit]:
+    asked = _asked(settings)
     assert settings.memory is not None
-    return settings_that_fit(shape, settings.method, settings.memory, **(asked | changes))
+    teacher = _teacher(shape, settings)
+    return settings_that_fit(
+        shape, settings.method, settings.memory, teacher=teacher, **(asked | changes)
+    )
+
+
+def _teacher(shape: ModelShape, settings: FitSettings) -> ModelShape | None:
+    """What is distilled from: by default a model of the same size."""
+    if settings.method != "gkd":
+        return None
+    return shape if settings.teacher is None else load_shape(settings.teacher)
+
+
+def _asked(settings: FitSettings) -> dict[str, Any]:
+    """What every candidate has."""
+    return {
+        "gpus": settings.gpus,
+        "length": settings.max_length,
+        "rank": settings.lora_rank,
+        "base": settings.quantize_base,
+        "optim": settings.optim,
+        "offload_activations": settings.offload_activations,
+        "tokens_per_batch": settings.tokens_per_batch,
+    }
 
 
 def _title(shape: ModelShape, settings: FitSettings) -> str:
@@ -76,7 +103,7 @@ def _row(fit: Fit) -> list[str]:
     split = f" --tp {plan.options.tp}" if plan.options.tp > 1 else ""
     kept = "frozen models" if plan.offload_inference else ""
     return [
-        f"LoRA {plan.lora_rank}" if plan.lora_rank else "all",
+        f"LoRA {plan.lora_rank} {plan.quantize_base or ''}".strip() if plan.lora_rank else "all",
         plan.options.plugin + split,
         str(plan.options.precision),
         "yes" if plan.options.grad_checkpoint else "no",
@@ -92,14 +119,13 @@ def command(settings: FitSettings, fit: Fit) -> str:
     short = "/" not in model and not Path(model).exists()
     pretrain = (built_in_name(model) if short else None) or model
     verb = VERBS.get(settings.method, settings.method)
-    data = DATA.get(verb, "--dataset DATA")
+    data = DATA.get(verb, "--dataset DATA").replace("TEACHER", settings.teacher or "TEACHER")
     return f"coati {verb} --pretrain {pretrain} {data} {' '.join(flags_of(fit))}"
 
 
 def _what_helps(shape: ModelShape, settings: FitSettings) -> str:
-    plans = list(
-        candidates(settings.method, settings.gpus, settings.max_length, settings.lora_rank)
-    )
+    teacher = _teacher(shape, settings)
+    plans = list(candidates(settings.method, teacher=teacher, **_asked(settings)))
     least = min((at_batch(shape, plan, 1) for plan in plans), key=lambda fit: fit.peak)
     asked = f"--memory {in_units(settings.memory or 0)}: {settings.method} of {settings.model}"
     flags = " ".join(flags_of(least))
@@ -111,7 +137,10 @@ def _what_helps(shape: ModelShape, settings: FitSettings) -> str:
     )
     lines += [f"It fits with --max_length {shorter}."] if shorter else []
     lines += [f"It fits with --gpus {more}."] if more else []
-    if not (shorter or more):
+    fewer = None if settings.quantize_base else next(iter(BASES))
+    fewer = fewer if fewer and _search(shape, settings, base=fewer) else None
+    lines += [f"It fits with --quantize_base {fewer}."] if fewer else []
+    if not (shorter or more or fewer):
         lines.append("Take a smaller model: coati fit --table says what each takes.")
     return " ".join(lines)
 

@@ -31,6 +31,7 @@ def measure(args: BenchmarkSettings, quant: str, results) -> None:
             args.model_path,
             quant=None if quant == FULL else quant,
             trust_remote_code=args.trust_remote_code,
+            beta_gen=args.beta_gen,
         )
         figures: dict[str, Any] = {
             "weights": quant,

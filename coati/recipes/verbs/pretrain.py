@@ -1,7 +1,7 @@
 """Continued pre-training on plain texts."""
 
 from coati.cli.pretraining import parse_pretrain, pretrain_parser
-from coati.cli.settings import SLSettings
+from coati.cli.settings import SFTSettings
 from coati.cli.verb import Verb
 from coati.recipes.extras import NO_EXTRAS, Extras
 
@@ -15,13 +15,14 @@ VERB = Verb(
 USE = "fine-tune it: coati sft --pretrain {} --dataset FILE"
 
 
-def main(settings: SLSettings, extras: Extras = NO_EXTRAS) -> None:
+def main(settings: SFTSettings, extras: Extras = NO_EXTRAS) -> None:
     """Train as ``settings`` say, and save the model."""
     from coati.dataset import DataCollatorForSupervisedDataset
-    from coati.recipes import build, offline
+    from coati.recipes import build, offline, token_loss
     from coati.recipes.run import start
     from coati.trainer import PretrainTrainer
 
+    loss = token_loss.chosen(settings, extras)
     try:
         run = start(settings, extras, needs_template=False)
         rows = offline.load_data(run, "text")
@@ -31,6 +32,7 @@ def main(settings: SLSettings, extras: Extras = NO_EXTRAS) -> None:
             raise
         default = "rows are packed by default here, --packing false trains on them one by one"
         raise ValueError(f"{error} ({default})") from error
-    trainer = PretrainTrainer(loss=extras.loss, **offline.trainer_keywords(run, rows, model))
+    token_loss.add_noise(run, model.engine)
+    trainer = PretrainTrainer(loss=loss, **offline.trainer_keywords(run, rows, model))
     collate = build.collator(run, DataCollatorForSupervisedDataset)
     offline.fit(run, trainer, rows, collate, use=USE)

@@ -26,7 +26,7 @@ def measured(name: str, folder, args: QuantizeSettings, original=None) -> dict:
     from coati.models.loading import find_model
     from coati.models.positions import within_positions
 
-    loaded = load(folder, trust_remote_code=args.trust_remote_code)
+    loaded = load(folder, trust_remote_code=args.trust_remote_code, beta_gen=0)
     longest = within_positions(loaded.model.config, args.max_length, hard_only=True)
     rows = measures.read_conversations(args.eval, loaded.conversation, longest)
     size = measures.size_of(find_model(folder, "actor"))

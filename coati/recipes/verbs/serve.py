@@ -21,7 +21,8 @@ VERB = Verb(
 def is_reward_model(args: ServerSettings) -> bool:
     """Whether the model has the head of one, so that it scores responses and writes none. Raises
     ValueError for flags that it has no use for."""
-    from coati.models.loading import explained, find_model
+    from coati.models.loading import find_model
+    from coati.models.loading_errors import explained
     from coati.models.scalar_loading import head_state
 
     directory = find_model(args.model_path, "actor")
@@ -31,7 +32,7 @@ def is_reward_model(args: ServerSettings) -> bool:
         raise explained(directory, "model", error) from error
     if head is None:
         return False
-    for flag in ("quant", "profanity_file", "tokenizer_path"):
+    for flag in ("quant", "beta_gen", "profanity_file", "tokenizer_path"):
         if getattr(args, flag) is not None:
             raise ValueError(
                 f"--{flag}: {args.model_path} is a reward model, which has no use for it"
@@ -65,6 +66,7 @@ def open_engine(args: ServerSettings):
         template_args=template_args(args.template_args),
         trust_remote_code=args.trust_remote_code,
         quant=args.quant,
+        beta_gen=args.beta_gen,
     )
     return InferenceEngine(
         loaded,

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from coati.cli.arguments import parse_sft
+from coati.cli.distilling import parse_gkd
 from coati.cli.fit import parse_fit
+from coati.cli.offline_rl import parse_ilql
 from coati.cli.preferences import parse_dpo, parse_kto, parse_orpo, parse_rm
 from coati.cli.pretraining import parse_pretrain
+from coati.cli.rollout_pairs import parse_online_dpo
 from coati.cli.rollouts import parse_grpo, parse_ppo
 from coati.parallel.footprint.fitting import (
     BATCHES,
@@ -16,6 +19,7 @@ from coati.parallel.footprint.fitting import (
     METHODS,
     RESERVED,
     at_batch,
+    candidates,
     memory_table,
     settings_that_fit,
 )
@@ -31,8 +35,11 @@ PARSERS = {
     "dpo": parse_dpo,
     "orpo": parse_orpo,
     "kto": parse_kto,
+    "gkd": parse_gkd,
+    "ilql": parse_ilql,
     "ppo": parse_ppo,
     "grpo": parse_grpo,
+    "online_dpo": parse_online_dpo,
 }
 ROWS = str(Path(__file__).parents[3] / "examples" / "data" / "sft.jsonl")
 GB = 10**9
@@ -92,9 +99,10 @@ def test_the_flags_are_those_of_the_command(capsys, method, gpus):
     words = ["--model", "Qwen3-0.6B", "--memory", "80GB", "--method", method, "--gpus", str(gpus)]
     *_, line = shown(capsys, *words).splitlines()
     verb, *flags = shlex.split(line)[1:]
-    assert verb == ("sft" if method == "lora" else method)
+    assert verb == ("sft" if method == "lora" else method.replace("_", "-"))
     flags = [ROWS if flag == "DATA" else flag for flag in flags]
     flags = [str(Path(ROWS).parent) if flag == "REWARD_MODEL" else flag for flag in flags]
+    flags = ["some/teacher" if flag == "TEACHER" else flag for flag in flags]
     flags = ["length" if flag == "FUNCTION" else flag for flag in flags]
     if gpus > 1:
         assert flags[-2:] == ["--nproc", "2"]  # the command's own, not a script's
@@ -114,7 +122,8 @@ def test_nothing_fits(capsys):
     with pytest.raises(ValueError, match=r"It fits with --max_length \d+\."):
         main(parse_fit(["--model", "gpt-oss-20b", "--memory", "48GB", "--max_length", "8192"]))
     # Adapters of layers that are split need transformers 5.
-    helps = r"It fits with --gpus 2\." if transformers_major() >= 5 else "Take a smaller model"
+    new = transformers_major() >= 5
+    helps = r"It fits with --gpus 2\." if new else r"It fits with --quantize_base nf4\."
     with pytest.raises(ValueError, match=helps):
         main(parse_fit(["--model", "Qwen3-8B", "--memory", "16GiB"]))
 
@@ -169,3 +178,40 @@ def test_shorter_rows_take_less():
     long, short = (dict((row[0], row) for row in memory_table(length)) for length in (4096, 512))
     for name in ("Qwen3-8B", "gpt-oss-20b"):
         assert float(short[name][3]) < float(long[name][3])
+
+
+def test_an_optimizer_and_offloaded_inputs_leave_room_for_more(capsys):
+    words = ("--model", "Qwen3-4B", "--memory", "80GB")
+    shape = load_shape("Qwen3-4B")
+    (plain, *_) = [plan for plan in candidates("sft", 1, 2048, 16) if plan.options.grad_checkpoint]
+    (away, *_) = [
+        plan
+        for plan in candidates("sft", 1, 2048, 16, optim="adamw8bit", offload_activations=True)
+        if plan.options.grad_checkpoint
+    ]
+    assert at_batch(shape, away, 8).peak < 0.8 * at_batch(shape, plain, 8).peak
+    assert at_batch(shape, away, 8).estimate.host > 0 == at_batch(shape, plain, 8).estimate.host
+    text = shown(capsys, *words, "--optim", "adamw8bit", "--offload_activations")
+    words = shlex.split(text.splitlines()[-1].replace("DATA", ROWS))
+    settings = parse_sft(words[2:])
+    assert settings.optimizer.optim == "adamw8bit"
+    assert settings.parallel.offload_activations == settings.parallel.grad_checkpoint
+
+
+def test_a_budget_of_tokens_is_what_the_command_gets(capsys):
+    words = ("--model", "Qwen3-0.6B", "--memory", "24GB", "--tokens_per_batch", "4096")
+    text = shown(capsys, *words)
+    assert "--tokens_per_batch 4096" in text.splitlines()[-1]
+    settings = parse_sft(shlex.split(text.splitlines()[-1].replace("DATA", ROWS))[2:])
+    assert settings.parallel.tokens_per_batch == 4096
+    # However many rows a step has, no micro-batch has more than two of 2048.
+    (plan, *_) = candidates("sft", 1, 2048, 16, tokens_per_batch=4096)
+    peaks = [at_batch(load_shape("Qwen3-0.6B"), plan, size).peak for size in (2, 64)]
+    assert peaks[0] == peaks[1]
+
+
+def test_what_needs_whole_matrices_is_not_offered_shards(capsys):
+    text = shown(capsys, "--model", "Qwen3-0.6B", "--memory", "24GB", "--optim", "muon")
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.count("|") == 6][1:]
+    assert rows and set(rows) == {"3d"}
+    assert "--plugin 3d --mixed_precision bf16 --optim muon" in text

@@ -114,8 +114,8 @@ def _speed_and_memory(entries: list[dict]) -> list[str]:
         for name, value in entry.items()
         if name.startswith("memory/")
     }
-    memory = [f"{mb * 2**20 / 1e9:.2f} GB ({_process(name)})" for name, mb in sorted(peaks.items())]
-    speed = [f"Speed: {speeds[len(speeds) // 2]:.0f} tokens/s"] if speeds else []
+    memory = [f"{mb:.0f} MiB ({_process(name)})" for name, mb in sorted(peaks.items())]
+    speed = [f"Speed: {speeds[len(speeds) // 2]:.0f} tokens/s in the median step"] if speeds else []
     return [*speed, f"Peak memory: {', '.join(memory)}"]
 
 

@@ -33,9 +33,8 @@ def test_loss_speed_and_memory(result):
     assert wrong is None
     assert text.splitlines() == [
         "Loss on held-out rows: 3.500 before, 2.750 after 3 steps",
-        "Speed: 100 tokens/s",
-        # MiB in the file, GB on the screen
-        "Peak memory: 1.05 GB (process 0), 2.10 GB (process 1)",
+        "Speed: 100 tokens/s in the median step",
+        "Peak memory: 1000 MiB (process 0), 2000 MiB (process 1)",
     ]
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from tests.cli.flat import (
     parse_dpo,
+    parse_gkd,
     parse_grpo,
     parse_kto,
+    parse_online_dpo,
     parse_orpo,
     parse_ppo,
     parse_pretrain,
@@ -102,6 +104,7 @@ STAGES = {
         parse_orpo,
         {"batch_size": 16, "lr": 8e-6, "lam": 0.5, "max_length": 1024, "max_epochs": 3},
     ),
+    "gkd": (parse_gkd, {"batch_size": 8, "lr": 1e-5, "teacher": "t", "max_length": 2048}),
     "kto": (parse_kto, {"batch_size": 8, "lr": 1e-5, "auto_weight": True, "max_length": 1024}),
 }
 
@@ -112,6 +115,7 @@ def test_the_other_stages_start_with_flags_that_their_parsers_accept(machine, tm
     for name in ("train", "held"):
         (tmp_path / name).mkdir()
     data = {"DATASET": str(tmp_path / "train"), "EVAL_DATASET": str(tmp_path / "held")}
+    data |= {"TEACHER": "t"} if stage == "gkd" else {}
     done, called = machine(
         "--max_steps", "3", script=f"train_{stage}.sh", PRETRAINED_MODEL_PATH="m", **data
     )
@@ -149,6 +153,18 @@ ROLLOUTS = {
             "max_seq_len": 1700,
             "inference_batch_size": 8,
             "logits_forward_batch_size": 2,
+        },
+    ),
+    "online_dpo": (
+        parse_online_dpo,
+        {
+            "num_episodes": 100,
+            "num_generations": 2,
+            "train_batch_size": 4,
+            "beta": [0.1],
+            "lr": 5e-7,
+            "missing_eos_penalty": 1.0,
+            "plugin": "zero2",
         },
     ),
 }

@@ -1,0 +1,6 @@
+"""Measures of a model with intervals: the same as ``coati evaluate``."""
+
+from coati.recipes.command import run
+
+if __name__ == "__main__":
+    run("evaluate")

@@ -11,10 +11,11 @@ BIN = $(abspath $(VENV))/bin
 
 # ColossalAI's launcher starts a bare `torchrun`, so the environment's programs come first. The checkout comes before
 # an installed coati, so that an environment shared by several checkouts always runs this one.
-RUN = PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+# Imports are compiled once: where the variable is set, every process would compile torch and transformers anew.
+RUN = PYTHONDONTWRITEBYTECODE= PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST = $(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline "$(BIN)/python" -m pytest
 
-.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo prove-tools test test-fast test-long bench bench-peers lint docs models-table venv package site
+.PHONY: help demo demo-preferences demo-rlhf prove-preferences prove-ppo prove-tools prove-online-dpo prove-qlora prove-distillation prove-best-of prove-ilql test test-fast test-long bench bench-peers bench-gpu lint docs models-table venv package site
 
 help:
 	@echo "make demo         fine-tune a small chat model on this machine and talk to it before and after"
@@ -23,8 +24,13 @@ help:
 	@echo "make prove-preferences  a reward model on more pairs, for hours: it ranks more than 0.75 of unseen ones"
 	@echo "make prove-ppo    PPO and GRPO learn what can be checked, ten seeds of ten, with their curves"
 	@echo "make prove-tools  GRPO learns to ask a calculator, on ten seeds"
+	@echo "make prove-online-dpo   online DPO learns what can be checked, ten seeds of ten"
+	@echo "make prove-qlora  LoRA on a base of 4 or 8 bits beside LoRA, on SmolLM2: is its loss within 2%?"
+	@echo "make prove-distillation a student of half SmolLM2's depth learns more from it than from rows alone"
+	@echo "make prove-best-of  the best of 8 responses beats a single one, with its interval"
+	@echo "make prove-ilql   ILQL on random walks: it beats behavior cloning, five seeds of five"
 	@echo "make test         the tests (test-fast: without the plugin matrix; test-long: the slow ones too)"
-	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL)"
+	@echo "make bench        speed and memory of this machine (bench-peers: beside TRL; bench-gpu: of an NVIDIA GPU)"
 	@echo "make lint docs    style, format and types; the generated pages of docs/"
 	@echo "make site         docs/ as a website in site/, built in an environment of its own, .venv-site"
 	@echo "make models-table docs/models.md: every model family under every plugin, tried anew; 15 minutes"
@@ -53,6 +59,22 @@ prove-ppo: venv
 prove-tools: venv
 	@$(RUN) "$(BIN)/python" examples/demo/prove_tools.py --seeds 10
 
+prove-online-dpo: venv
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(RUN) "$(BIN)/python" examples/demo/prove_online.py online_dpo \
+		--seeds "$${SEEDS:-10}"
+
+prove-qlora: venv
+	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(BIN)/python" examples/demo/prove_qlora.py
+
+prove-distillation: venv
+	@$(RUN) "$(BIN)/python" examples/demo/prove_distillation.py
+
+prove-best-of: venv
+	@$(RUN) bash examples/demo/prove_best_of.sh
+
+prove-ilql: venv
+	@$(RUN) "$(BIN)/python" examples/demo/prove_ilql.py --seeds 5
+
 test: venv
 	@$(PYTEST) -m "not slow"
 
@@ -67,6 +89,9 @@ bench: venv
 
 bench-peers: venv
 	@$(RUN) bash benchmarks/bench_peers.sh
+
+bench-gpu: venv
+	@$(RUN) "$(BIN)/python" benchmarks/bench_gpu.py
 
 lint: venv
 	@$(RUN) "$(BIN)/ruff" check .

@@ -103,7 +103,7 @@ def prepare(data: Path, folder: Path, deduplicate: bool) -> dict:
         "rows": report["rows_in_files"],
         "rows_written": report["rows_written"],
         "tokens": report["tokens"],
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "rows_per_second": round(report["rows_in_files"] / seconds, 1),
         "cpu_seconds": round(sum(u.ru_utime + u.ru_stime for u in (used, of_workers)), 1),
         "resident_mib_before": round(before, 1),

@@ -20,7 +20,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import preference_case as case  # noqa: E402
-from benchmarks.bench_sft_peers import Worker  # noqa: E402
+from benchmarks.peer_worker import Worker  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 2  # steps before counting begins

@@ -1,4 +1,4 @@
-"""Estimated and measured peak memory of 20 training configurations on a CPU, each in fresh
+"""Estimated and measured peak memory of 31 training configurations on a CPU, each in fresh
 processes: what `coati fit` and --dry_run compute, beside what the run took.
 
 Each configuration is a run of the library's own recipe, with random weights and rows of one length:
@@ -128,6 +128,9 @@ class Case:
 
 BF16 = ("--plugin", "zero2", "--mixed_precision", "bf16")
 LORA = ("--lora_rank", "16")
+NF4 = ("--quantize_base", "nf4")
+INT8 = ("--quantize_base", "int8")
+DORA = ("--use_dora",)
 CKPT = ("--grad_checkpoint",)
 GEMINI = ("--plugin", "gemini", "--mixed_precision", "bf16")
 AUTOCAST = ("--plugin", "ddp", "--mixed_precision", "bf16")
@@ -141,15 +144,26 @@ CASES = (
     Case("sft", "36M llama", 2, 128, GEMINI, processes=2, stored="bfloat16"),
     Case("sft", "135M llama", 4, 256),
     Case("sft", "135M llama", 4, 256, LORA),
+    Case("sft", "135M llama", 4, 256, (*LORA, *NF4)),
+    Case("sft", "135M llama", 4, 256, (*LORA, *INT8), stored="bfloat16"),
+    Case("sft", "135M llama", 4, 256, (*LORA, *NF4, *DORA)),
     Case("sft", "135M llama", 4, 512, CKPT),
     Case("sft", "135M llama", 2, 256, ("--plugin", "zero2"), processes=2),
     Case("sft", "300M llama", 2, 256),
     Case("sft", "300M llama", 2, 512, (*LORA, *CKPT)),
+    Case("sft", "300M llama", 2, 512, (*LORA, *NF4, *CKPT), stored="bfloat16"),
+    Case("dpo", "36M llama", 2, 384, (*LORA, *NF4)),
+    Case("grpo", "135M llama", 16, 128, (*LORA, *NF4)),
     Case("sft", "150M qwen3", 4, 128),
     Case("sft", "60M gemma3", 2, 512),
     Case("sft", "90M gpt-oss", 2, 384),
     Case("dpo", "36M llama", 2, 384),
     Case("rm", "135M llama", 2, 256, CKPT),
+    Case("gkd", "36M llama", 4, 384, ("--gkd_lambda", "0")),
+    Case("gkd", "135M llama", 4, 256),
+    Case("ilql", "36M llama", 2, 256),
+    Case("ilql", "36M llama", 4, 256, CKPT),
+    Case("ilql", "36M llama", 4, 256, LORA),
     Case("grpo", "36M llama", 16, 128),
     Case("ppo", "36M llama", 16, 128),
 )
@@ -180,48 +194,57 @@ def text_of(tokenizer: Any, tokens: int) -> str:
 
 
 def write_rows(file: Path, case: Case) -> None:
+    """Rows of one length, no two of which begin alike: what rows share would be computed once."""
     from tests.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    asked = [{"role": "user", "content": "hi"}]
-    frame = len(
-        tokenizer.apply_chat_template(
-            [*asked, {"role": "assistant", "content": ""}], tokenize=True, return_dict=False
-        )
-    )
+    asked = {"role": "user", "content": "00"}
+    told = [asked, {"role": "assistant", "content": ""}]
+    frame = len(tokenizer.apply_chat_template(told, tokenize=True, return_dict=False))
     answer = text_of(tokenizer, case.length - frame)
-    if case.method == "sft":
-        row: dict[str, Any] = {"messages": [*asked, {"role": "assistant", "content": answer}]}
-    elif case.method in ("dpo", "rm"):
-        row = {
-            "context": [{"from": "human", "content": "hi"}],
+    prompt = text_of(tokenizer, PROMPT - frame)
+    rows = [json.dumps(_row(case, f"{number:02d}", answer, prompt)) for number in range(64)]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _row(case: Case, asked: str, answer: str, prompt: str) -> dict[str, Any]:
+    """Of the type of the method; ``asked`` tells it from others."""
+    if case.method in ("dpo", "rm"):
+        return {
+            "context": [{"from": "human", "content": asked}],
             "chosen": [{"from": "assistant", "content": answer}],
-            "rejected": [{"from": "assistant", "content": answer[:-1] + "b"}],
+            "rejected": [{"from": "assistant", "content": "b" + answer[1:]}],
         }
-    else:
-        row = {"messages": [{"role": "user", "content": text_of(tokenizer, PROMPT - frame)}]}
-    file.write_text((json.dumps(row) + "\n") * 64, encoding="utf-8")
+    if case.method in ("grpo", "ppo"):
+        return {"messages": [{"role": "user", "content": asked + prompt}]}
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return {"messages": messages} | ({"score": 1} if case.method == "ilql" else {})
 
 
 def settings_of(case: Case, folder: Path) -> Any:
     """The parsed flags of the run."""
-    from coati.cli import arguments, preferences, rollouts
+    from coati.cli import arguments, distilling, offline_rl, preferences, rollouts
 
     parsers = {
         "sft": arguments.parse_sft,
         "dpo": preferences.parse_dpo,
         "rm": preferences.parse_rm,
+        "gkd": distilling.parse_gkd,
+        "ilql": offline_rl.parse_ilql,
         "grpo": rollouts.parse_grpo,
         "ppo": rollouts.parse_ppo,
     }
     flags = ["--pretrain", folder / "model", "--dataset", folder / "rows.jsonl"]
-    flags += ["--save_dir", folder / f"out{os.getpid()}", *case.flags]
+    run = os.getppid() if "RANK" in os.environ else os.getpid()  # one for all ranks
+    flags += ["--save_dir", folder / f"out{run}", *case.flags]
     if case.method in ("grpo", "ppo"):
         flags += ["--max_seq_len", case.length - PROMPT, "--max_length", case.length]
         flags += ["--train_batch_size", case.rows // 2, "--num_collect_steps", 1]
         flags += ["--num_episodes", 2, "--reward_functions", "length", "--sample_interval", 0]
     else:
         flags += ["--batch_size", case.rows, "--max_length", case.length + 8, "--max_steps", 2]
+    if case.method == "gkd":
+        flags += ["--teacher", folder / "model"]  # of the student's size, in memory of its own
     if "--accumulation_steps" not in case.flags:
         flags += ["--accumulation_steps", 1]
     if case.method == "grpo":
@@ -255,15 +278,14 @@ def warm_up() -> None:
 
 
 def worker(case: Case, folder: Path) -> None:
-    from importlib import import_module
+    from coati.recipes.command import load
 
     settings = settings_of(case, folder)
-    name = {"ppo": "rl", "grpo": "rl"}.get(case.method, case.method)
-    recipe = import_module(f"coati.recipes.{name}")
+    recipe = load(case.method).function()
     warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     before = resident("VmRSS")
-    recipe.main(settings)
+    recipe(settings)
     (folder / f"peak{os.environ.get('RANK', 0)}").write_text(str(resident("VmHWM") - before))
 
 

@@ -1,9 +1,11 @@
 """Linear layers while sampling on a CPU: x W^T as the layer has it, beside the same with weights
-arranged beforehand, as coati does for 3 to 128 rows (coati/models/generation/mkl_prepack.py).
+packed beforehand by oneDNN and by MKL (coati/models/generation/prepacked_linear.py), of which coati
+takes what is fastest on the machine.
 
-Each token that is sampled multiplies every weight with one row for each living answer. Both ways
-are timed in turns, on the vocabulary's layer and a smaller one; *arranging* is done once for all
-tokens of a batch.
+Each token that is sampled multiplies every weight with one row for each living answer. The ways are
+timed in turns, on the vocabulary's layer and a smaller one; *packing* is done once for all tokens
+of a batch. *int8* is what 8-bit weights would take, the rows quantized at each call; coati does not
+sample with them.
 
     python benchmarks/bench_prepack.py [--rows 1 2 4 8 16 32 64] [--shape 49152x576 1536x576]
     [--turns 20]
@@ -31,49 +33,58 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def int8(weight):
+    """The product with ``weight`` in int8, one scale for each output: input -> output."""
+    import torch
+
+    scales = weight.abs().amax(dim=1).double() / 127
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    # Without reduced range, products of pairs of 8 bits may overflow their 16 (AVX2).
+    return partial(torch.ops.quantized.linear_dynamic, W_prepack=packed, reduce_range=True)
+
+
 def main() -> None:
     args = parse()
     import torch
     from torch.nn import functional as F
 
-    from coati.models.generation.mkl_prepack import available
+    from coati.models.generation.layout_choice import processor
+    from coati.models.generation.prepacked_linear import LAYOUTS
     from coati.parallel.compat.cpu.malloc import keep_freed_memory
 
-    if not available():
-        raise SystemExit(
-            "this PyTorch comes without MKL: coati arranges nothing with it, there is nothing to "
-            "compare"
-        )
     keep_freed_memory()
-    arrange = torch.ops.mkl._mkl_reorder_linear_weight
-    product = torch.ops.mkl._mkl_linear
+    layouts = {name: each for name, each in LAYOUTS.items() if each.available()}
 
     def seconds(way) -> float:
         started = time.perf_counter()
         way()
         return time.perf_counter() - started
 
-    print(f"{torch.get_num_threads()} threads, fp32; milliseconds, medians of {args.turns}")
     print(
-        f"{'out x in':>14} {'rows':>5} {'layer':>8} {'arranged':>9} {'ratio':>6} {'arranging':>10}"
+        f"{processor()}, {torch.get_num_threads()} threads, fp32; milliseconds, medians of "
+        f"{args.turns}"
     )
+    columns = ["layer", *layouts, "int8", *(f"packing {name}" for name in layouts)]
+    print(f"{'out x in':>14} {'rows':>5} " + " ".join(f"{name:>14}" for name in columns))
     for shape in args.shape:
         weight = torch.randn(*map(int, shape.split("x")))
         for rows in args.rows:
             x = torch.randn(rows, weight.shape[1])
-            packed = arrange(weight, rows)
-            ways = (
-                partial(F.linear, x, weight),
-                partial(product, x, packed, weight, None, rows),
-                partial(arrange, weight, rows),
-            )
-            times = [tuple(map(seconds, ways)) for _ in range(args.turns + 2)][2:]
-            usual, other, once = (1e3 * median(column) for column in zip(*times, strict=True))
-            print(
-                f"{shape:>14} {rows:>5} {usual:>8.2f} {other:>9.2f} {usual / other:>6.2f} "
-                f"{once:>10.2f}",
-                flush=True,
-            )
+            ways = {"layer": partial(F.linear, x, weight), "int8": partial(int8(weight), x)}
+            for name, layout in layouts.items():
+                packed = layout.pack(weight, rows)
+                ways[name] = partial(layout.product, x, packed, weight, None, rows)
+                ways[f"packing {name}"] = partial(layout.pack, weight, rows)
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for turn in range(args.turns + 2):
+                for name, way in ways.items():
+                    took = seconds(way)
+                    if turn >= 2:
+                        times[name].append(took)
+            found = " ".join(f"{1e3 * median(times[name]):>14.2f}" for name in columns)
+            print(f"{shape:>14} {rows:>5} {found}", flush=True)
 
 
 if __name__ == "__main__":

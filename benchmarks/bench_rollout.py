@@ -8,21 +8,27 @@ alternating. Tokens are those of the answers, stop token included; a batch begin
 and ends with the last answer. What is compared:
 
   coati          the rollout that PPO and GRPO make: a boosted engine (plugin ddp), noise by row,
-  log-probs returned transformers   model.generate, which returns no log-probs, with eos_token_id
-  the stop tokens, top_k and top_p off
+  log-probs returned, rows replaced as they end transformers   model.generate, which returns no
+  log-probs, batch by batch, with eos_token_id the stop tokens, top_k and top_p off
+
+With --prompts N each turn has N prompts of which --batch_size are decoded at once, and answers of
+at most a fourth to all of --max_new_tokens; with --equal all prompts are of the longest length and
+all answers of --max_new_tokens. --floor prints the time of a token beside its floor as well
+(decode_floor.py).
 
     python benchmarks/bench_rollout.py [--batches 8] [--batch_size 16] [--max_new_tokens 128]
-    [--output results.json]
+    [--prompts 64] [--equal] [--floor] [--output results.json]
 """
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_sft_peers import Worker  # noqa: E402
+from benchmarks.peer_worker import Worker  # noqa: E402
 from benchmarks.rollout_ways import MODES, WAYS  # noqa: E402
 
 WARM_UP = 1  # batches of each mode before counting begins
@@ -40,6 +46,9 @@ def parse() -> argparse.Namespace:
         "--prompt_tokens", type=int, nargs=2, default=[16, 200], metavar=("FROM", "TO")
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, help="of a turn; default: --batch_size")
+    parser.add_argument("--equal", action="store_true", help="rows of equal lengths")
+    parser.add_argument("--floor", action="store_true", help="print shares of the floor, too")
     parser.add_argument("--model", help="a model directory instead of random weights")
     parser.add_argument("--output", help="write the figures as JSON")
     return parser.parse_args()
@@ -49,7 +58,14 @@ def in_turn(args: argparse.Namespace) -> dict[str, dict]:
     script = str(Path(__file__).with_name("rollout_ways.py"))
     case = {
         name: getattr(args, name)
-        for name in ("batch_size", "prompt_tokens", "max_new_tokens", "model")
+        for name in (
+            "batch_size",
+            "prompt_tokens",
+            "max_new_tokens",
+            "model",
+            "prompts",
+            "equal",
+        )
     }
     steps = args.batches * len(MODES)
     workers = [Worker(way, [sys.executable, script, way, str(steps), repr(case)]) for way in WAYS]
@@ -96,6 +112,13 @@ def figures(results: dict[str, dict], mode: str) -> dict:
 
 def main() -> None:
     args = parse()
+    from coati.models.generation.layout_choice import processor
+
+    print(processor())
+    if args.floor:
+        script = str(Path(__file__).with_name("decode_floor.py"))
+        model = [] if args.model is None else ["--model", args.model]
+        subprocess.run([sys.executable, script, *model], check=True)
     results = in_turn(args)
     found = {mode: figures(results, mode) for mode in MODES}
     for mode, row in found.items():

@@ -39,6 +39,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer_dir", help="default: SmolLM2, made by examples/demo/smollm2.py"
     )
+    parser.add_argument("--batch_size", type=int, default=sft_case.BATCH_SIZE)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", help="write the figures as JSON")
     parser.add_argument(
         "--paced", action="store_true", help="wait for a line on standard input before each step"
@@ -46,7 +48,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_trainer(folder: Path, plugin: str, steps: int):
+def make_trainer(folder: Path, plugin: str, steps: int, batch: int = sft_case.BATCH_SIZE):
     """The library's public path: ``boost`` and ``SFTTrainer``, constant learning rate, rows in the
     file's order."""
     from coati.dataset import DataCollatorForSupervisedDataset, load_tokenized_dataset
@@ -70,7 +72,7 @@ def make_trainer(folder: Path, plugin: str, steps: int):
     engine = boost(model, options, **keywords)
     rows = load_tokenized_dataset(str(folder / "arrow"))
     collate = DataCollatorForSupervisedDataset(load_tokenizer(str(folder / "model")), 512)
-    loader = GlobalBatchLoader(rows, collate, batch_size=sft_case.BATCH_SIZE, shuffle=False)
+    loader = GlobalBatchLoader(rows, collate, batch_size=batch, shuffle=False)
     epochs = -(-steps // len(loader))
     return SFTTrainer(
         engine=engine,
@@ -141,15 +143,15 @@ def summary(steps: list[dict]) -> dict:
 
 def main() -> None:
     args = parse()
-    folder = sft_case.prepare(args.tokenizer_dir)
-    trainer, loader = make_trainer(folder, args.plugin, args.steps)
+    folder = args.folder or sft_case.prepare(args.tokenizer_dir)
+    trainer, loader = make_trainer(folder, args.plugin, args.steps, args.batch_size)
     import torch
 
     from coati.utils.memory import peak_memory_mb
 
     if args.paced:
         print("ready", flush=True)
-        before_step = sys.stdin.readline
+        before_step = sft_case.wait_for_turn
     else:
         before_step = sft_case.MatmulRate().measure
     steps = record_steps(trainer.engine, before_step)
@@ -161,6 +163,7 @@ def main() -> None:
         return
     figures = summary(steps) | {
         "plugin": args.plugin,
+        "batch_size": args.batch_size,
         "steps": args.steps - WARM_UP,
         "threads": torch.get_num_threads(),
         "peak_memory_mb": peak_memory_mb(),
@@ -178,7 +181,7 @@ def main() -> None:
 def show(figures: dict) -> None:
     low, middle, high = figures["share_of_matmul_rate_quartiles"]
     print(
-        f"SFT of a 28M Llama in fp32, batch {sft_case.BATCH_SIZE}, {figures['threads']} threads, "
+        f"SFT of a 28M Llama in fp32, batch {figures['batch_size']}, {figures['threads']} threads, "
         f"plugin {figures['plugin']}: {figures['tokens_per_second']:.0f} tokens/s, peak "
         f"{figures['peak_memory_mb']:.0f} MiB (padding is not counted; "
         f"{figures['supervised_share_of_tokens']:.0%} of the tokens are supervised)\n"

@@ -64,3 +64,12 @@ def machine() -> dict[str, Any]:
         "tokenizers": tokenizers.__version__,
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
+
+
+def machine_with_torch() -> dict[str, Any]:
+    """:func:`machine`, and what PyTorch computes with; said on a line."""
+    import torch
+
+    about = machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(f"{about['cpu']}, {about['threads']} threads, PyTorch {about['torch']}", flush=True)
+    return about

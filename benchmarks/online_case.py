@@ -1,7 +1,7 @@
 """What the PPO and GRPO benchmarks run: models of random weights, prompts, and how much arithmetic
 an episode needs.
 
-Imported by all environments of `make bench-peers`, so nothing beyond the standard library is
+Imported by all workers of `make bench-peers`, so nothing beyond the standard library is
 imported here at the top.
 """
 
@@ -57,13 +57,14 @@ class Clock:
         return {"seconds": wall, "processor_seconds": processor}
 
 
-def prepare(folder: Path | None = None) -> Path:
-    """A folder with ``model/`` and ``reward/`` (28M, seed 0), tokenizers included, and
-    ``prompts.jsonl``: eight prompts of examples/data/prompt.jsonl as text and SmolLM2's token ids,
-    the longest that 200 tokens hold."""
-    folder = folder or sft_case.CACHE / "online"
+def prepare(folder: Path | None = None, shape: str = "28M") -> Path:
+    """A folder with ``model/`` and ``reward/`` (of ``shape``, a key of bench_ppo.SHAPES; seed 0),
+    tokenizers included, and ``prompts.jsonl``: eight prompts of examples/data/prompt.jsonl as text
+    and SmolLM2's token ids, the longest that 200 tokens hold."""
+    folder = folder or sft_case.CACHE / ("online" if shape == "28M" else f"online-{shape}")
     if (folder / "prompts.jsonl").exists():
         return folder
+    from benchmarks.bench_ppo import SHAPES
     from benchmarks.preference_case import write_models
     from coati.dataset import setup_conversation_template
     from coati.dataset.data_types import DATA_TYPES
@@ -80,7 +81,7 @@ def prepare(folder: Path | None = None) -> Path:
     ]
     fitting = [row for row in made if row["seq_length"] <= LONGEST_PROMPT]
     chosen = sorted(fitting, key=lambda row: -row["seq_length"])[: SIZES["ppo"].prompts]
-    write_models(folder, sft_case.MODEL)
+    write_models(folder, SHAPES[shape])
     for role in ROLES:
         tokenizer.save_pretrained(folder / role)
     rows = [{"text": row["inputs_decode"], "input_ids": row["input_ids"]} for row in chosen]
@@ -102,11 +103,11 @@ def score(completions: list[str], **others: Any) -> list[float]:
     return [sum(map(str.isalpha, text)) / max(len(text), 1) for text in completions]
 
 
-def flops(
+def phase_flops(
     algorithm: str, size: Size, prompts: list[int], model: dict[str, int] | None = None
-) -> float:
-    """Floating-point operations that an episode needs, by mathematics, not by implementation; see
-    sft_case.flops.
+) -> dict[str, float]:
+    """Floating-point operations that the phases of an episode need, by mathematics, not by
+    implementation; see sft_case.flops.
 
     ``prompts``: tokens of each. A forward pass takes every token once: the policy's while it
     samples (log-probs included), the reference's, reward model's and critic's (PPO); an update is
@@ -116,9 +117,7 @@ def flops(
     model = model or sft_case.MODEL
     hidden = model["hidden_size"]
     layers = model["num_hidden_layers"]
-    inner = model["intermediate_size"]
-    kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
-    weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    weights = sft_case.block_weights(model)
 
     def body(tokens: int, square: int) -> float:
         return 2.0 * weights * tokens + 2.0 * layers * hidden * square
@@ -130,5 +129,16 @@ def flops(
     head = 2.0 * hidden * model["vocab_size"] * size.answers * size.new
     sampling = whole - (size.generations - 1) * asked + head
     if algorithm == "grpo":
-        return sampling + size.passes * 3 * (whole + head)
-    return sampling + (whole + head) + 2 * whole + size.passes * 3 * (2 * whole + head)
+        return {"rollout": sampling, "scoring": 0.0, "update": size.passes * 3 * (whole + head)}
+    return {
+        "rollout": sampling,
+        "scoring": (whole + head) + 2 * whole,
+        "update": size.passes * 3 * (2 * whole + head),
+    }
+
+
+def flops(
+    algorithm: str, size: Size, prompts: list[int], model: dict[str, int] | None = None
+) -> float:
+    """Of all phases of an episode."""
+    return sum(phase_flops(algorithm, size, prompts, model).values())

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import online_case as case  # noqa: E402
-from benchmarks.bench_dpo_7b import Rows  # noqa: E402
+from benchmarks import sft_case  # noqa: E402
+from benchmarks.preference_ways import Rows  # noqa: E402
 
 PHASES = ("rollout", "scoring", "update")
 
@@ -132,6 +133,7 @@ def make_trainer(models: Models, size: case.Size, episodes: int, checks: Any, to
     from coati.experience_maker.scoring import Scorer
     from coati.models.generation.loop import Sampling
     from coati.models.policy_loss import LossAggregation
+    from coati.models.surrogate_loss import SurrogateSettings
     from coati.rewards import Rewards
     from coati.trainer import OLTrainer
     from coati.trainer.online import Episodes
@@ -164,7 +166,9 @@ def make_trainer(models: Models, size: case.Size, episodes: int, checks: Any, to
         maker,
         NaiveExperienceBuffer(size.answers),
         Episodes(episodes, size.passes, 1, lambda episode: case.TEMPERATURE, sample_interval=0),
-        policy=PolicySettings(case.CLIP, case.CLIP, loss_agg=loss_agg),
+        policy=PolicySettings(
+            SurrogateSettings(clip_low=case.CLIP, clip_high=case.CLIP), loss_agg=loss_agg
+        ),
         schedule=RunSchedule(log_interval=1),
         checks=checks,
         **keywords,
@@ -184,7 +188,7 @@ def main() -> None:
     launch()
     tokenizer = load_tokenizer(str(folder / "model"))
     rows = loader([row["input_ids"] for row in case.read(folder, size)], tokenizer)
-    prompts = Paced(rows, sys.stdin.readline)
+    prompts = Paced(rows, sft_case.wait_for_turn)
     options = ParallelOptions(plugin="ddp", precision="fp32", grad_clip=case.MAX_NORM)
     trainer = make_trainer(stored(algorithm, folder, options), size, episodes, prompts, tokenizer)
     print("ready", flush=True)

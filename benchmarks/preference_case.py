@@ -1,8 +1,8 @@
 """What the preference benchmarks run: models, pairs as token ids, and one training step of each way
 to be compared.
 
-Imported by both environments of `make bench-peers`, so nothing beyond the standard library is
-imported here at the top.
+Imported by all workers of `make bench-peers`, so nothing beyond the standard library is imported
+here at the top.
 """
 
 import json
@@ -21,10 +21,11 @@ ANSWER = 128
 SPREAD = 0.25  # their lengths differ by up to this share of the mean
 
 
-def made(vocab_size: int, rows: int = 256) -> Path:
-    """A folder with ``model/`` (the 28M model with another vocabulary), ``reward/`` and
-    ``pairs.jsonl`` of random tokens."""
-    folder = sft_case.CACHE / f"pairs-{vocab_size}-{PROMPT}-{ANSWER}"
+def made(vocab_size: int, rows: int = 256, shape: str = "28M") -> Path:
+    """A folder with ``model/`` (the model of bench_ppo.SHAPES with another vocabulary), ``reward/``
+    and ``pairs.jsonl`` of random tokens."""
+    sized = "" if shape == "28M" else f"-{shape}"
+    folder = sft_case.CACHE / f"pairs-{vocab_size}-{PROMPT}-{ANSWER}{sized}"
     if (folder / "pairs.jsonl").exists():
         return folder
     generator = random.Random(0)
@@ -37,15 +38,17 @@ def made(vocab_size: int, rows: int = 256) -> Path:
         {"prompt_ids": some(PROMPT), "chosen_ids": some(ANSWER), "rejected_ids": some(ANSWER)}
         for _ in range(rows)
     ]
-    write_models(folder, sft_case.MODEL | {"vocab_size": vocab_size})
+    from benchmarks.bench_ppo import SHAPES
+
+    write_models(folder, SHAPES[shape] | {"vocab_size": vocab_size})
     _write(folder, pairs)
     return folder
 
 
-def real(tokenizer_dir: str | None = None) -> Path:
+def real(tokenizer_dir: str | None = None, shape: str = "28M") -> Path:
     """The same with the pairs of examples/data/preference.jsonl, in the file's order, as SmolLM2's
-    token ids."""
-    folder = sft_case.CACHE / "pairs"
+    token ids. ``shape``: of bench_ppo.SHAPES."""
+    folder = sft_case.CACHE / ("pairs" if shape == "28M" else f"pairs-{shape}")
     if (folder / "pairs.jsonl").exists():
         return folder
     from coati.dataset import load_tokenized_dataset, prepare_dataset, setup_conversation_template
@@ -80,7 +83,9 @@ def real(tokenizer_dir: str | None = None) -> Path:
             pairs.append(
                 {"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]}
             )
-    write_models(folder, sft_case.MODEL)
+    from benchmarks.bench_ppo import SHAPES
+
+    write_models(folder, SHAPES[shape])
     tokenizer.save_pretrained(folder / "model")
     _write(folder, pairs)
     return folder

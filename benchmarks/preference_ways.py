@@ -26,6 +26,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import preference_case as case  # noqa: E402
+from benchmarks import sft_case  # noqa: E402
 
 Steps = Iterator[tuple[float, float]]  # seconds and loss of each step
 
@@ -238,7 +239,7 @@ def main() -> None:
         next(taken)  # up to the step, without what it needs for its rows
         if index == 0:
             print("ready", flush=True)
-        sys.stdin.readline()
+        sft_case.wait_for_turn()
         seconds, loss = next(taken)
         mine = case.counted(pairs[index * batch : (index + 1) * batch])
         print(json.dumps({"seconds": seconds, "loss": loss, **mine}), flush=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import sft_case  # noqa: E402
+
 MODES = ("greedy", "sampled")
 WAYS = ("coati", "transformers")
 STOP_SHARE = 48  # one in so many tokens ends an answer
@@ -26,24 +28,34 @@ def make_model(path: str | None):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from benchmarks.sft_case import MODEL
-
     if path:
         return AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
     torch.manual_seed(0)
     # Larger weights than a new model's: its likeliest tokens then wander instead of repeating one.
-    return LlamaForCausalLM(LlamaConfig(**MODEL, initializer_range=0.1))
+    return LlamaForCausalLM(LlamaConfig(**sft_case.MODEL, initializer_range=0.1))
 
 
-def prompts(step: int, case: dict, vocabulary: int) -> tuple[list[list[int]], list[int]]:
-    """The prompts of a batch, and the stop tokens; the same for both ways and both modes."""
+def prompts(step: int, case: dict, vocabulary: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """The prompts of a turn, the stop tokens, and the most tokens of each answer; the same for both
+    ways and both modes. Equal rows have the longest prompts and nothing that stops them."""
     from_, to = case["prompt_tokens"]
+    most = case["max_new_tokens"]
     generator = random.Random(step // len(MODES))
-    lengths = [generator.randint(from_, to) for _ in range(case["batch_size"])]
-    stops = random.Random(-1).sample(range(3, vocabulary), vocabulary // STOP_SHARE)
-    return [
-        [generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths
-    ], sorted(stops)
+    count = case.get("prompts") or case["batch_size"]
+    if case.get("equal"):
+        lengths = [to] * count
+        limits = [most] * count
+        stops: list[int] = []
+    else:
+        lengths = [generator.randint(from_, to) for _ in range(count)]
+        stops = random.Random(-1).sample(range(3, vocabulary), vocabulary // STOP_SHARE)
+        low = most // 4 if case.get("prompts") else most
+        limits = [generator.randint(low, most) for _ in range(count)]
+    return (
+        [[generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths],
+        sorted(stops),
+        limits,
+    )
 
 
 def coati(model, case: dict) -> Callable:
@@ -58,7 +70,7 @@ def coati(model, case: dict) -> Callable:
     launch()
     engine = boost(model, ParallelOptions(plugin="ddp", precision="fp32"), lr=1e-5)
 
-    def batch(step: int, rows: list[list[int]], stops: list[int], sampled: bool) -> list[list[int]]:
+    def batch(step: int, rows: list, stops: list[int], limits: list[int], sampled: bool) -> list:
         rollout = ModelRollout(
             engine,
             sampling=Sampling(do_sample=sampled),
@@ -66,9 +78,11 @@ def coati(model, case: dict) -> Callable:
             max_new_tokens=case["max_new_tokens"],
             pad_token_id=PAD,
         )
+        rollout.rows_at_once = case["batch_size"]
         ids, mask = left_pad(rows, PAD)
         noise = NoiseRows(0, step, range(len(rows)))
-        return rollout.ask(ids, mask, noise=noise, temperature=1.0).result().responses()
+        asked = rollout.ask(ids, mask, noise=noise, temperature=1.0, limits=limits)
+        return asked.result().responses()
 
     return batch
 
@@ -79,22 +93,33 @@ def transformers(model, case: dict) -> Callable:
     from coati.models.generation.response_table import left_pad
 
     model.eval()
+    model.generation_config.eos_token_id = None  # only what is given ends an answer
 
-    def batch(step: int, rows: list[list[int]], stops: list[int], sampled: bool) -> list[list[int]]:
+    def batch(step: int, rows: list, stops: list[int], limits: list[int], sampled: bool) -> list:
         torch.manual_seed(step)
+        size = case["batch_size"]
+        answers = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            answers += some(rows[part], stops, limits[part], sampled)
+        return answers
+
+    def some(rows: list, stops: list[int], limits: list[int], sampled: bool) -> list:
         ids, mask = left_pad(rows, PAD)
         settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=case["max_new_tokens"],
+            max_new_tokens=max(limits),
             do_sample=sampled,
-            eos_token_id=stops,
+            eos_token_id=stops or None,
             pad_token_id=PAD,
             **settings,
         )
         ends = set(stops)
-        answers = [row[ids.shape[1] :] for row in out.tolist()]
+        answers = [
+            row[ids.shape[1] :][:limit] for row, limit in zip(out.tolist(), limits, strict=True)
+        ]
         return [
             row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
             for row in answers
@@ -112,11 +137,11 @@ def main() -> None:
     batch = {"coati": coati, "transformers": transformers}[way](model, case)
     print("ready", flush=True)
     for step in range(steps):
-        rows, stops = prompts(step, case, vocabulary)
-        sys.stdin.readline()
+        rows, stops, limits = prompts(step, case, vocabulary)
+        sft_case.wait_for_turn()
         started = time.perf_counter()
         worked = time.process_time()
-        answers = batch(step, rows, stops, MODES[step % len(MODES)] == "sampled")
+        answers = batch(step, rows, stops, limits, MODES[step % len(MODES)] == "sampled")
         seconds = time.perf_counter() - started
         processor = time.process_time() - worked
         lengths = [len(answer) for answer in answers]

@@ -1,6 +1,6 @@
 """What the SFT benchmarks run: one model, one set of rows, one way of counting work. Imported by
-both environments of `make bench-peers`, so nothing beyond torch and transformers is imported here
-at the top."""
+all workers of `make bench-peers`, so nothing beyond the standard library is imported here at the
+top."""
 
 import json
 import sys
@@ -29,10 +29,18 @@ MODEL = {  # 28.3 million parameters, of which the tied vocabulary 18.9 million
 }
 
 
-def prepare(tokenizer_dir: str | None = None, folder: Path = CACHE) -> Path:
-    """``folder`` with ``model/`` (random weights, seed 0), ``arrow/`` and ``rows.jsonl``: the
-    conversations of examples/data/sft.jsonl as token ids of SmolLM2's tokenizer, in the file's
-    order, with -100 outside the answers."""
+def wait_for_turn() -> None:
+    """Returns when a line comes in, and ends this worker when nobody can send one any more."""
+    if not sys.stdin.readline():
+        sys.exit("the benchmark has ended")
+
+
+def prepare(
+    tokenizer_dir: str | None = None, folder: Path = CACHE, shape: dict | None = None
+) -> Path:
+    """``folder`` with ``model/`` (random weights of ``shape``, by default MODEL; seed 0),
+    ``arrow/`` and ``rows.jsonl``: the conversations of examples/data/sft.jsonl as token ids of
+    SmolLM2's tokenizer, in the file's order, with -100 outside the answers."""
     if (folder / "rows.jsonl").exists():
         return folder
     import torch
@@ -60,7 +68,7 @@ def prepare(tokenizer_dir: str | None = None, folder: Path = CACHE) -> Path:
         show=None,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**MODEL))
+    model = LlamaForCausalLM(LlamaConfig(**(shape or MODEL)))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = load_tokenized_dataset(str(folder / "arrow"))
@@ -69,7 +77,16 @@ def prepare(tokenizer_dir: str | None = None, folder: Path = CACHE) -> Path:
     return folder
 
 
-def flops(lengths: list[int], supervised: int) -> float:
+def block_weights(model: dict) -> int:
+    """Numbers in the linear layers of all transformer blocks: queries and output, keys and values,
+    and the three of the MLP."""
+    hidden = model["hidden_size"]
+    kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
+    one = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * model["intermediate_size"]
+    return model["num_hidden_layers"] * one
+
+
+def flops(lengths: list[int], supervised: int, model: dict | None = None) -> float:
     """Floating-point operations that one forward and backward pass needs, by mathematics, not by
     implementation.
 
@@ -79,14 +96,11 @@ def flops(lengths: list[int], supervised: int) -> float:
     x hidden x n^2 / 2 (the causal half) forward, and twice that backward, per layer. Norms,
     activations and the softmax are left out, as is the optimizer.
     """
-    hidden = MODEL["hidden_size"]
-    layers = MODEL["num_hidden_layers"]
-    inner = MODEL["intermediate_size"]
-    kv = hidden * MODEL["num_key_value_heads"] // MODEL["num_attention_heads"]
-    weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
-    vocabulary = hidden * MODEL["vocab_size"]
-    attention = 6 * layers * hidden * sum(n * n for n in lengths)
-    return 6.0 * weights * sum(lengths) + 6.0 * vocabulary * supervised + attention
+    model = model or MODEL
+    hidden = model["hidden_size"]
+    vocabulary = hidden * model["vocab_size"]
+    attention = 6 * model["num_hidden_layers"] * hidden * sum(n * n for n in lengths)
+    return 6.0 * block_weights(model) * sum(lengths) + 6.0 * vocabulary * supervised + attention
 
 
 class MatmulRate:

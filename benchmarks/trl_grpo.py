@@ -1,4 +1,4 @@
-"""Steps of GRPO by TRL 1.16.0; runs in TRL's own environment.
+"""Steps of GRPO by TRL; a worker of bench_ppo_peers.py.
 
     python benchmarks/trl_grpo.py FOLDER STEPS PASSES [--defaults]
 
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  #
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from benchmarks import online_case as case  # noqa: E402
+from benchmarks import sft_case  # noqa: E402
 
 
 class Paced(TrainerCallback):
@@ -35,7 +36,7 @@ class Paced(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **keywords):
         if state.global_step % self.passes == 0:
-            sys.stdin.readline()
+            sft_case.wait_for_turn()
             self.clock.start()
 
     def on_step_end(self, args, state, control, **keywords):
@@ -66,6 +67,7 @@ def main() -> None:
         loss_type="grpo",
         learning_rate=case.LEARNING_RATE,
         lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
         adam_beta1=case.BETAS[0],
         adam_beta2=case.BETAS[1],
         weight_decay=0.0,

@@ -1,4 +1,4 @@
-"""Episodes of PPO by TRL 1.9.2, the last with a PPO trainer; runs in an environment of its own.
+"""Episodes of PPO by TRL 1.12.0, the last with a PPO trainer; a worker of bench_ppo_peers.py.
 
     python benchmarks/trl_ppo.py FOLDER EPISODES PASSES [--defaults]
 
@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
 from benchmarks import online_case as case  # noqa: E402
+from benchmarks import sft_case  # noqa: E402
 
 
 class Paced(TrainerCallback):
@@ -49,7 +50,7 @@ class Paced(TrainerCallback):
             self._wait()
 
     def _wait(self) -> None:
-        sys.stdin.readline()
+        sft_case.wait_for_turn()
         self.clock.start()
 
 
@@ -82,6 +83,7 @@ def main() -> None:
         kl_coef=case.KL,
         learning_rate=case.LEARNING_RATE,
         lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
         adam_beta1=case.BETAS[0],
         adam_beta2=case.BETAS[1],
         weight_decay=0.0,

@@ -1,11 +1,11 @@
 """TRL's DPOTrainer or RewardTrainer on the same model and pairs, one step per line on standard
-input; runs in TRL's own environment.
+input; a worker of bench_preference_peers.py.
 
     python benchmarks/trl_preferences.py dpo|rm FOLDER STEPS PAIRS [--defaults]
 
 FOLDER is what preference_case.real made. TRL gets the settings that are fastest here: fp32 without
-gradient checkpointing. ``--defaults`` leaves its own defaults instead: bf16 and gradient
-checkpointing.
+gradient checkpointing, the fused AdamW. Its DPO has padded batches only (``padding_free`` is
+refused in 1.16). ``--defaults`` leaves its own defaults instead: bf16 and gradient checkpointing.
 """
 
 import json
@@ -29,6 +29,7 @@ from transformers import (  # noqa: E402
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer  # noqa: E402
 
 from benchmarks import preference_case as case  # noqa: E402
+from benchmarks import sft_case  # noqa: E402
 
 
 class AsItIs:
@@ -60,7 +61,7 @@ class Paced(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_begin(self, args, state, control, **keywords):
-        sys.stdin.readline()
+        sft_case.wait_for_turn()
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **keywords):
@@ -90,6 +91,7 @@ def main() -> None:
         "gradient_accumulation_steps": 1,
         "learning_rate": case.LEARNING_RATE,
         "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
         "adam_beta1": case.BETAS[0],
         "adam_beta2": case.BETAS[1],
         "weight_decay": 0.0,

@@ -1,13 +1,20 @@
 """The table of docs/migrate.md: names of flags in other libraries, from the parsers."""
 
-from coati.cli.aliases import DIFFERENT, IN_ROLLOUTS, MAPPED, SAME, SAME_OF
+from coati.cli.aliases import (
+    DIFFERENT,
+    IN_ROLLOUTS,
+    MAPPED,
+    MAPPED_IN_TRAINING,
+    SAME,
+    SAME_OF,
+    Mapped,
+)
 
 SPECIAL = {
-    "report_to": "`wandb`: `--use_wandb`; `tensorboard`: `--log_dir` (or `runs` of `--save_dir`)",
     "use_peft": "LoRA, of rank 16 unless a rank is given",
     "pref_beta": "`--beta`, of orpo `--lam`",
     "finetuning_type": "`lora`: LoRA, of rank 8 unless a rank is given; `full`: all weights",
-    "beta": "`--kl_coef` of grpo, `--lam` of orpo",
+    "beta": "`--kl_coef` of grpo, `--lam` of orpo, `--gkd_beta` of gkd",
     "block_size": "`--max_length` of pretrain",
     "train_file_dir": "`--dataset` of pretrain",
     "validation_file_dir": "`--eval_dataset` of pretrain",
@@ -17,7 +24,6 @@ SPECIAL = {
     "evaluation_strategy": "as `eval_strategy`",
     "logging_strategy": "`steps`, as `--log_interval` says",
     "save_strategy": "`steps`; `no` is `--save_interval 0`",
-    "optim": "AdamW's names alone",
     "lr_scheduler_type": "`lr_scheduler`",
 }
 
@@ -28,7 +34,11 @@ def alias_tables() -> str:
     rows = {
         name: " or ".join(f"`--{flag}`" for flag in flags.split()) for name, flags in SAME.items()
     }
-    rows |= {name: _mapped(name) for name in MAPPED} | SPECIAL
+    mapped = {name: _mapped(MAPPED[name]) for name in MAPPED}
+    for name, row in MAPPED_IN_TRAINING.items():
+        more = f"in training {_mapped(row)}"
+        mapped[name] = f"{mapped[name]}; {more}" if name in mapped else more
+    rows |= mapped | SPECIAL
     assert {name for row in SAME_OF.values() for name in row} <= set(SPECIAL)
     taken += [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]
     refused = ["| name elsewhere | what is said |", "| --- | --- |"]
@@ -40,9 +50,9 @@ def alias_tables() -> str:
     return "\n".join([*taken, "", *refused])
 
 
-def _mapped(name: str) -> str:
+def _mapped(row: Mapped) -> str:
     found = []
-    for value, flags in MAPPED[name].values.items():
+    for value, flags in row.values.items():
         words = " ".join(
             f"--{dest}" if set_to is True else f"--{dest} {str(set_to).lower()}"
             for dest, set_to in flags.items()

@@ -34,7 +34,7 @@ PINNED_DEV = (
     "fastapi>=0.132 prometheus-client>=0.20 httpx>=0.27 openai>=1.50 schemathesis>=4 "
     "playwright>=1.45 bitsandbytes>=0.46 compressed-tensors==0.10.2 loguru nvidia-ml-py "
     "ipykernel>=6 nbclient>=0.8 build>=1.2 setuptools>=77,<82 "
-    "mkdocs>=1.6,<2 mkdocs-material>=9.7,<10 mkdocstrings[python]>=1,<2"
+    "mkdocs>=1.6,<2 mkdocs-material>=9.7,<10 mkdocstrings[python]>=1,<2 ray>=2.60,<2.61"
 ).split()
 
 

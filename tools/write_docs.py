@@ -4,8 +4,9 @@ docs/flags.md and docs/flags/ are written whole, from the parsers, and listed in
 docs/llms.txt; the plugin tables of docs/plugins.md, from PLUGINS and the checks; the tree of
 docs/architecture.md, from the modules' first sentences; the reasons of docs/data.md, from
 row_errors.py; the names of docs/migrate.md, from aliases.py; the schemas of coati/cli/schemas, from
-the parsers; the table of examples/recipes/README.md, from the recipes; the memory table of
-docs/resources.md, from the built-in models, and what each recipe takes.
+the parsers; the table of examples/recipes/README.md, from the recipes; those of
+benchmarks/README.md, from the programs; the memory table of docs/resources.md, from the built-in
+models, and what each recipe takes.
 
 python -m tools.write_docs            write them
 python -m tools.write_docs --check    exit with code 1 when one of them is not current
@@ -27,6 +28,7 @@ from coati.parallel.plugins import PLUGINS, PRECISIONS, ParallelOptions
 from coati.recipes.command import load, names
 from coati.recipes.verbs.fit import markdown
 from tools.alias_pages import alias_tables
+from tools.bench_pages import bench_tables
 from tools.flag_pages import DOCS, ROOT, flag_pages, llms_lines, nav_lines, strategy_table
 from tools.recipe_pages import current_recipes, recipe_table
 
@@ -142,6 +144,7 @@ PARTS = {
     "docs/llms.txt": {"flags": llms_lines},
     "mkdocs.yml": {"flags": nav_lines},
     "examples/recipes/README.md": {"recipes": recipe_table},
+    "benchmarks/README.md": {"programs": bench_tables},
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.bench_rollout import figures
 from benchmarks.rollout_ways import MODES, STOP_SHARE, prompts
 
-CASE = {"batch_size": 4, "prompt_tokens": [2, 9]}
+CASE = {"batch_size": 4, "prompt_tokens": [2, 9], "max_new_tokens": 16}
 
 
 def step(tokens: int, seconds: float, answers: list[list[int]]) -> dict:
@@ -53,6 +53,14 @@ def test_greedy_and_sampled_batches_are_counted_apart_and_the_first_not_at_all()
 
 def test_a_greedy_batch_and_the_sampled_one_after_it_have_the_same_prompts_and_stop_tokens():
     assert prompts(0, CASE, 480) == prompts(1, CASE, 480) != prompts(2, CASE, 480)
-    rows, stops = prompts(0, CASE, 480)
+    rows, stops, limits = prompts(0, CASE, 480)
     assert len(rows) == 4 and all(2 <= len(row) <= 9 for row in rows)
-    assert len(set(stops)) == 480 // STOP_SHARE
+    assert len(set(stops)) == 480 // STOP_SHARE and limits == [16] * 4
+
+
+def test_more_prompts_than_rows_have_limits_of_their_own_and_equal_rows_nothing_that_stops_them():
+    rows, _, limits = prompts(0, CASE | {"prompts": 40}, 480)
+    assert len(rows) == len(limits) == 40 and min(limits) >= 4 and max(limits) <= 16
+    assert len(set(limits)) > 5
+    rows, stops, limits = prompts(0, CASE | {"equal": True}, 480)
+    assert {len(row) for row in rows} == {9} and stops == [] and limits == [16] * 4

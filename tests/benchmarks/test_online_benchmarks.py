@@ -3,8 +3,6 @@ is counted right."""
 
 import json
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -33,7 +31,7 @@ EPISODES = 2
 def episodes_of(folder: str, algorithm: str) -> list[dict]:
     """In a worker: what each episode took."""
     from benchmarks import preference_case
-    from benchmarks.bench_ppo_gpu import Ids
+    from benchmarks.gpu_models import LeftPad as Ids
     from benchmarks.online_ways import Paced, loader, make_trainer, stored
     from coati.parallel.launch import launch
     from coati.parallel.plugins import ParallelOptions
@@ -132,14 +130,21 @@ def test_figures_leave_the_first_episode_out(capsys):
     )
     about = {
         "size": {"prompts": 2, "new": 48, "generations": 4},
-        "trl_version": "1.9.2",
-        "trl_defaults": False,
+        "shape": "28M",
+        "about": {
+            "trl": "1.12.0",
+            "transformers": "5.20.2",
+            "torch": "2.14.1",
+            "cores": 2,
+            "processor": "EPYC AVX2",
+        },
     }
     bench_ppo_peers.show("ppo", result | about)
     said = capsys.readouterr().out
     assert (
-        "8 answers of 48 tokens; TRL 1.9.2" in said
-        and "1.5 x as fast (episodes: 1.0 to 2.0" in said
+        "8 answers of 48 tokens; TRL 1.12.0" in said
+        and "2 cores of EPYC AVX2" in said
+        and "1.5 x as fast (quartiles 0.8 to 2.2" in said
     )
     assert (
         "peak 100 MiB (rollout 50%, scoring 0%, update 25%)" in said
@@ -181,25 +186,3 @@ def test_the_command_of_every_way_is_one_that_the_script_takes(way, tmp_path):
         and args.max_seq_len == 16
     )
     assert Path(args.rm_pretrain).name == ("adapter" if args.shared_base else "reward")
-
-
-def gpu_bench(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_ppo_gpu.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
-
-
-def test_without_a_gpu_it_says_what_it_needs():
-    done = gpu_bench()
-    assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "--tiny" in done.stderr
-
-
-@pytest.mark.matrix
-def test_tiny_models_go_through_it(tmp_path):
-    done = gpu_bench(
-        "--tiny", "--batch_size", "2", "--episodes", "2", "--output", str(tmp_path / "found.json")
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("these figures mean nothing") == 2
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["tiny"] and found["device"] == "CPU"
-    assert [len(found[name]["episodes"]) for name in ("125m", "1.3b")] == [2, 2]

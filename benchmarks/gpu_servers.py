@@ -1,78 +1,56 @@
-"""Rollout servers on a GPU: seconds of a publish by each way, and tokens per second of vLLM beside
-the library's own sampler.
+"""Items of bench_gpu.py about rollout servers: seconds of a publish by each way, and tokens per
+second of vLLM beside the library's own sampler.
 
-Each item prints a line when it is done and is in the JSON from then on; one that cannot run here is
-named with the reason. Model: the shape of SmolLM2-135M with random weights, bf16 on a GPU.
+Model: the shape of SmolLM2-135M with random weights, bf16 on a GPU. vLLM is looked for in
+.venv-vllm (`python tools/venv.py vllm`), or in the environment of the interpreter that
+COATI_VLLM_PYTHON names. ``tiny``: every path that a CPU has, small, with the library's own sampler
+as the server.
 
   publish_disk, publish_http, publish_nccl, publish_ipc   new weights to a server on the same card
   (nccl takes two cards: the server gets the second)
-  rollout_vllm, rollout_own   64 prompts of 64 tokens, 128 new ones each, by a server of either kind
+  server_vllm, server_own   64 prompts of 64 tokens, 128 new ones each, by a server of either kind
   sleep   vLLM in this process gives its memory back and wakes up
-
-vLLM is looked for in --vllm_python, the interpreter of its environment (`python tools/venv.py
-vllm`). --cpu runs every path that a CPU has, small, with the library's own sampler as the server.
-
-    python benchmarks/bench_rollout_gpu.py [--only publish_ipc ...] [--output results.json]
 """
 
-import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.bench_publish import model_of_135m
+from benchmarks.gpu_item import Report
+from benchmarks.gpu_models import NotHere
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.bench_publish import model_of_135m  # noqa: E402
-
-SYNCS = ("disk", "http", "nccl", "ipc")
-ITEMS = (*(f"publish_{sync}" for sync in SYNCS), "rollout_vllm", "rollout_own", "sleep")
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 ROUNDS = 5
 START_S = 300
-
-
-class NotHere(Exception):
-    """Why an item cannot run on this machine."""
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))
-    default = ROOT / ".venv-vllm" / "bin" / "python"
-    parser.add_argument("--vllm_python", default=str(default), help="default: .venv-vllm's")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--output", help="write the figures as JSON")
-    return parser.parse_args()
 
 
 class Machine:
     """What there is to measure with, and the model in ``folder``."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, tiny: bool, folder: Path) -> None:
         import torch
 
-        self.cpu = args.cpu
-        self.cards = 0 if args.cpu else torch.cuda.device_count()
-        self.vllm_python = args.vllm_python
+        self.cpu = tiny
+        self.cards = 0 if tiny else torch.cuda.device_count()
+        self.vllm_python = os.environ.get("COATI_VLLM_PYTHON", str(VLLM_PYTHON))
         self.device = torch.device("cuda" if self.cards else "cpu")
         self.folder = folder
         self.dtype = "bf16" if self.cards else "fp32"
-        model = small_model() if args.cpu else model_of_135m(self.dtype)
+        model = small_model() if tiny else model_of_135m(self.dtype)
         model.save_pretrained(folder / "model")
         state = model.state_dict()
         self.tensors = {n: t for n, t in state.items() if n != "lm_head.weight"}  # tied
-        self.prompts, self.prompt_tokens, self.new_tokens = (4, 8, 8) if args.cpu else (64, 64, 128)
+        self.prompts, self.prompt_tokens, self.new_tokens = (4, 8, 8) if tiny else (64, 64, 128)
 
     def need_card(self, count: int = 1) -> None:
         if not self.cpu and self.cards < count:
@@ -136,7 +114,7 @@ def engine_of(machine: Machine) -> str:
     return "vllm" if Path(machine.vllm_python).exists() and not machine.cpu else "own"
 
 
-def publish(machine: Machine, sync: str) -> dict[str, float]:
+def published(machine: Machine, sync: str) -> dict[str, Any]:
     from coati.experience_maker.rollouts.weight_store import make_store
 
     machine.need_card(2 if sync == "nccl" else 1)
@@ -158,7 +136,7 @@ def publish(machine: Machine, sync: str) -> dict[str, float]:
     return {"engine": engine, "megabytes": size / 1e6, "seconds": median(times)}
 
 
-def rollout(machine: Machine, engine: str) -> dict[str, float]:
+def served(machine: Machine, engine: str) -> dict[str, Any]:
     from concurrent.futures import ThreadPoolExecutor
 
     from coati.experience_maker.rollouts.rollout_client import Row, Wanted
@@ -190,7 +168,7 @@ def rollout(machine: Machine, engine: str) -> dict[str, float]:
     return {"tokens_per_second": len(rows) * new / median(times[1:])}
 
 
-def sleep(machine: Machine) -> dict[str, float]:
+def slept(machine: Machine) -> dict[str, Any]:
     machine.need_card()
     if machine.cpu:
         raise NotHere("vLLM does not sleep on a CPU")
@@ -208,40 +186,23 @@ def sleep(machine: Machine) -> dict[str, float]:
     before = torch.cuda.mem_get_info()[0]
     began = time.perf_counter()
     llm.sleep(level=1)
-    slept = time.perf_counter()
+    asleep = time.perf_counter()
     freed = torch.cuda.mem_get_info()[0] - before
     llm.wake_up()
-    woken = time.perf_counter() - slept
-    return {"freed_mb": freed / 1e6, "sleep_s": slept - began, "wake_s": woken}
+    woken = time.perf_counter() - asleep
+    return {"freed_mb": freed / 1e6, "sleep_s": asleep - began, "wake_s": woken}
 
 
-def work_of(item: str) -> Callable[[Machine], dict[str, float]]:
-    kind, _, which = item.partition("_")
-    if kind == "publish":
-        return lambda machine: publish(machine, which)
-    if kind == "rollout":
-        return lambda machine: rollout(machine, which)
-    return sleep
-
-
-def main() -> None:
-    args = parse()
-    found: dict[str, Any] = {}
+def publish(report: Report, tiny: bool, sync: str) -> None:
     with tempfile.TemporaryDirectory() as name:
-        machine = Machine(args, Path(name))
-        for item in args.only:
-            try:
-                found[item] = work_of(item)(machine)
-            except NotHere as error:
-                found[item] = {"skipped": str(error)}
-            said = ", ".join(
-                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in found[item].items()
-            )
-            print(f"{item}: {said}", flush=True)
-            if args.output:
-                Path(args.output).write_text(json.dumps(found, indent=2))
+        report.add(**published(Machine(tiny, Path(name)), sync))
 
 
-if __name__ == "__main__":
-    main()
+def serve(report: Report, tiny: bool, engine: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        report.add(**served(Machine(tiny, Path(name)), engine))
+
+
+def sleep(report: Report, tiny: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        report.add(**slept(Machine(tiny, Path(name))))

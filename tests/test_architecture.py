@@ -91,6 +91,7 @@ LIGHT = [
     "coati.environments.environment_table",
     "coati.rewards.registry",
     "coati.rewards.scorer",
+    "coati.rewards.source_sets",
     "coati.experience_maker.advantage_registry",
     "coati.experience_buffer.batch_sizes",
     "coati.utils.resources",

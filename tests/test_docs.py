@@ -16,7 +16,7 @@ from coati.legacy.flags import QUANTIZED, SHARED
 from coati.legacy.flags_preferences import PREFERENCES
 from coati.legacy.flags_rl import ROLLOUTS
 from coati.models.loss_registry import LOSS_TYPES, REWARD_LOSSES
-from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES
+from coati.models.policy_registry import KL_ESTIMATORS, LOSS_AGG_MODES, POLICY_LOSSES
 from coati.models.quantization_registry import METHODS, QUANTS
 from coati.recipes.command import load
 from tools.flag_pages import SCRIPTS, parsers_by_verb
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # The flags of earlier releases that a command takes.
 OLDER = {
-    **dict.fromkeys(("sft", "pretrain"), SHARED),
+    **dict.fromkeys(("sft", "pretrain", "gkd", "ilql", "online-dpo"), SHARED),
     **dict.fromkeys(("rm", "dpo", "orpo", "kto"), PREFERENCES),
     **dict.fromkeys(("ppo", "grpo"), ROLLOUTS),
     **dict.fromkeys(("chat", "serve", "measure"), QUANTIZED),
@@ -46,7 +46,21 @@ WRITTEN = [  # flags and models are generated whole
 
 # Flags of other programs, by the program that has them.
 OTHERS = {
-    "benchmarks/*.py": {"--algorithm", "--batches", "--interface", "--rows", "--steps"},
+    "benchmarks/*.py": {
+        "--algorithm",
+        "--batches",
+        "--before",
+        "--cases",
+        "--interface",
+        "--only",
+        "--picture",
+        "--rounds",
+        "--rows",
+        "--shape",
+        "--steps",
+    },
+    "tools/cuda_wheels.py": {"--bitsandbytes", "--python-version"},
+    "pip install, where there is no registry": {"--no-index", "--target"},
     "colossalai run": {
         "--nproc_per_node",
         "--hostfile",
@@ -75,6 +89,8 @@ OTHERS = {
         "--requeue",
         "--open-mode",
     },
+    "srun": {"--overlap"},
+    "ray start": {"--address", "--block", "--head", "--num-gpus", "--object-store-memory"},
     "docker": {"--build-arg", "--gpus", "--ipc", "--rm", "--user"},
     "pip": {"--no-build-isolation", "--no-deps"},
     "vllm serve": {"--served-model-name", "--max-model-len", "--max-num-seqs", "--api-key"},
@@ -239,6 +255,7 @@ def test_papers_name_every_registered_method():
     text = (DOCS / "papers.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([^`]+)`", text))
     registries = (LOSS_TYPES, REWARD_LOSSES, KL_ESTIMATORS, LOSS_AGG_MODES, GROUP_METHODS, METHODS)
+    registries += (POLICY_LOSSES,)
     methods = {name for registry in (*registries, QUANTS) for name in registry}
     assert methods <= named, sorted(methods - named)
 

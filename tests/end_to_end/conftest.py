@@ -51,6 +51,12 @@ def online_words(online_places):
             "--experience_batch_size",
             "2",
         ],
+        "online_dpo": [
+            "--reward_functions",
+            f"{online_places['functions']}:vowels",
+            "--num_collect_steps",
+            "2",
+        ],
     }
 
     def words(script: str, save_dir, *more: str) -> list[str]:
@@ -65,8 +71,7 @@ def online_words(online_places):
             "zero2",
             "--mixed_precision",
             "fp32",
-            "--kl_coef",
-            "0.05",
+            *([] if script == "online_dpo" else ["--kl_coef", "0.05"]),
             "--lr",
             "5e-3",
             "--warmup_steps",

@@ -75,17 +75,17 @@ def prepare(folder: Path, text: str, max_length: int = MAX_LENGTH, type: str = "
     return str(folder / "arrow")
 
 
+# What the machine says of a run: no two runs share it.
+MEASURED = ("_per_second", "/seconds_", "/mfu", "memory/", "peak_memory_mb")
+
+
 def metrics(save_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without times and memory, which no two runs share."""
     lines = [
         json.loads(line) for line in (Path(save_dir) / "metrics.jsonl").read_text().splitlines()
     ]
     kept = [
-        {
-            name: value
-            for name, value in line.items()
-            if name != "train/tokens_per_second" and "memory/" not in name
-        }
+        {name: value for name, value in line.items() if not any(part in name for part in MEASURED)}
         for line in lines
     ]
     return [line for line in kept if line.keys() != {"step"}]

@@ -60,15 +60,18 @@ def good_words(verb: str, place: Place, model: str, rows: str | None) -> list[st
     out = str(place.folder / "out")
     training = ["--accumulation_steps", "1", "--plugin", "ddp", "--mixed_precision", "fp32"]
     training += ["--max_length", "96", "--save_dir", out, "--pretrain", model]
-    if verb in ("sft", "pretrain", "rm", "dpo", "orpo", "kto"):
-        kind = {"sft": "sft", "pretrain": "sft", "kto": "kto"}.get(verb, "pairs")
-        data = rows or str(place.rows[kind])
+    if verb in ("sft", "pretrain", "rm", "dpo", "orpo", "kto", "gkd", "ilql"):
+        kinds = {"sft": "sft", "pretrain": "sft", "kto": "kto", "gkd": "sft", "ilql": "kto"}
+        data = rows or str(place.rows[kinds.get(verb, "pairs")])
+        training += ["--teacher", str(place.model)] * (verb == "gkd")
         return [*training, "--dataset", data, "--batch_size", "2", "--max_steps", "1"]
-    if verb in ("ppo", "grpo"):
+    if verb in ("ppo", "grpo", "online-dpo"):
         own = ["--rm_pretrain", str(place.reward_model), "--experience_batch_size", "4"]
         if verb == "grpo":
             own = ["--reward_functions", "length", "--experience_batch_size", "2"]
             own += ["--num_generations", "2"]
+        if verb == "online-dpo":
+            own = ["--reward_functions", "length", "--experience_batch_size", "4"]
         collect = ["--num_episodes", "1", "--num_collect_steps", "1", "--train_batch_size", "4"]
         data = rows or str(place.rows["prompts"])
         return [*training, *collect, *own, "--max_seq_len", "8", "--prompt_dataset", data]
@@ -104,6 +107,9 @@ def _of_programs(verb: str, model: str, rows: str | None, place: Place, out: str
         "score": [*loaded, "--input", pairs],
         "compare": [*loaded, "--start_path", str(place.model), "--input", prompts, *new]
         + ["--reward_functions", "length"],
+        "sample": [*loaded, "--input", prompts, "--output_dir", out, *new]
+        + ["--num_samples", "2", "--reward_functions", "length"],
+        "evaluate": [*loaded, "--perplexity", pairs, "--output_dir", out, *new],
         "export": [*loaded, "--output_dir", out],
         "merge": [*loaded, "--output_dir", out],
         "quantize": [*loaded, "--output_dir", out, "--method", "rtn", "--eval", pairs],
@@ -196,6 +202,18 @@ def reward(text: str | bytes) -> Callable[[Place], list[str]]:
 def flag(name: str, file: str, content: str | bytes) -> Callable[[Place], list[str]]:
     """``--name`` with a new file."""
     return lambda place: [f"--{name}", place.file(file, content)]
+
+
+def begun(name: str, content: str) -> Callable[[Place], list[str]]:
+    """``--output_dir`` with a file in it already."""
+
+    def write(place: Place) -> list[str]:
+        folder = place.folder / "begun"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        return ["--output_dir", str(folder)]
+
+    return write
 
 
 def below_a_file(name: str) -> Callable[[Place], list[str]]:

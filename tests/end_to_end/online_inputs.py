@@ -17,7 +17,7 @@ STOPS = [
     *([token] for token in range(40, 64)),
     *([token, token + 1] for token in range(100, 140)),
 ]
-TIMES = ("seconds_", "per_second", "memory/", "_mb")  # what no two runs share
+TIMES = ("seconds_", "per_second", "mfu", "memory/", "_mb")  # what no two runs share
 FUNCTIONS = '''
 import os
 

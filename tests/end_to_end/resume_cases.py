@@ -54,6 +54,8 @@ SFT: Flags = {
     "max_epochs": (("--max_epochs", "1", "--max_steps", "8"), {"lr": [1e-3 * cosine(3, 7)]}),
     "batch_size": (("--batch_size", "1", "--max_steps", "20"), {"rows": 2}),
     "accumulation_steps": (("--accumulation_steps", "1"), {"rows": 2}),
+    "tokens_per_batch": (("--tokens_per_batch", "150"), {"options": "tokens_per_batch=150"}),
+    "kernels": (("--kernels", "torch"), {"options": "kernels='torch'"}),
     "weight_decay": (("--weight_decay", "7"), {"decay": [7.0]}),
     "adam_beta2": (("--adam_beta2", "0.5"), {"betas": [(0.9, 0.5)]}),
     "grad_clip": (("--grad_clip", "0.25"), {"options": "grad_clip=0.25"}),
@@ -72,6 +74,9 @@ SFT: Flags = {
     **switches("use_wandb", "no_preflight"),
     **given(embedding_lr="1e-4", thoughts="drop", empty_thoughts="supervise", learn="last_turn"),
     **given(template_args='{"brief": true}'),
+    "optim": (("--optim", "lion"), {"betas": [(0.9, 0.99)]}),
+    "offload_activations": (("--grad_checkpoint", "--offload_activations"), {}),
+    **given(sft_loss="dft", neftune_alpha="5", report_to="tensorboard"),
 }
 OWN_RATE = ("--embedding_lr", "1e-2")
 PRETRAIN: Flags = {
@@ -102,7 +107,16 @@ SFT_EVALUATED: Flags = {
 LORA = ("--lora_rank", "4", "--lora_config", "$lora")
 SFT_LORA: Flags = {
     **given(lora_rank="8", lora_alpha="8", lora_train_bias="all", lora_config="$other_lora"),
-    **switches("lora_experts", "merge_lora_weights"),
+    **given(lora_target="attention", quantize_base="int8", lora_plus_ratio="16"),
+    **switches("lora_experts", "merge_lora_weights", "use_dora", "use_rslora"),
+}
+LORA_PLUS = ("--lora_rank", "4", "--lora_plus_ratio", "4", "--quantize_base", "nf4")
+SFT_LORA_PLUS: Flags = {
+    "lora_plus_ratio": (
+        ("--lora_plus_ratio", "16"),
+        {"lr": [1e-3 * cosine(3, 12), 16e-3 * cosine(3, 12)]},
+    ),
+    "optim": (("--optim", "lion"), {"betas": [(0.9, 0.99)] * 2}),
 }
 LAUNCHED: Flags = given(master_addr="127.0.0.1", master_port="29555", hostfile="$hosts")
 SEQUENCE = ("--tp", "2", "--enable_sequence_parallelism")
@@ -134,7 +148,7 @@ DPO: Flags = {
     ),
     "length_normalization": (("--length_normalization",), {"objective": "averaged=True"}),
     "disable_reference_model": (("--disable_reference_model",), {"reference": False}),
-    **switches("precompute_ref", "disable_loss_mask"),
+    **switches("precompute_ref", "disable_loss_mask", "wpo"),
     **given(ld_alpha="0.53", embedding_lr="1e-4"),
 }
 MIXED = ("--loss_type", "sigmoid", "sft")
@@ -159,6 +173,24 @@ KTO: Flags = {
     ),
     **switches("auto_weight"),
 }
+GKD_TEACHER = ("--teacher", "$other", "--gkd_lambda", "0.6", "--max_new_tokens", "9")
+GKD: Flags = {
+    "teacher": (("--teacher", "$model"), {}),
+    **shown("objective", gkd_beta=("0.37", "beta=0.37"), sft_coef=("0.33", "sft_coef=0.33")),
+    **given(gkd_lambda="0.2", max_new_tokens="4", temperature="0.3", inference_batch_size="1"),
+}
+ILQL: Flags = {
+    **shown(
+        "objective",
+        tau=("0.61", "tau=0.61"),
+        gamma=("0.73", "gamma=0.73"),
+        cql_coef=("0.37", "cql_coef=0.37"),
+        awac_coef=("0.41", "awac_coef=0.41"),
+        awac_beta=("0.29", "awac_beta=0.29"),
+    ),
+    "target_alpha": (("--target_alpha", "0.5"), {"target_alpha": 0.5}),
+    "target_interval": (("--target_interval", "1"), {"target_interval": 1}),
+}
 
 # An episode has two steps; the checkpoint is of the first of three.
 PPO: Flags = {
@@ -168,6 +200,7 @@ PPO: Flags = {
     "num_update_steps": (("--num_update_steps", "1"), {"lr": [5e-3 * cosine(2, 4)]}),
     "accumulation_steps": (("--accumulation_steps", "1"), {"lr": [5e-3 * cosine(2, 10)]}),
     "train_batch_size": (("--train_batch_size", "1"), {"buffer": (1, 0)}),
+    "tokens_per_batch": (("--tokens_per_batch", "40"), {"options": "tokens_per_batch=40"}),
     "num_collect_steps": (("--num_collect_steps", "2"), {"rows": 8, "collected": 8}),
     "experience_batch_size": (("--experience_batch_size", "8"), {"rows": 8, "collected": 8}),
     "buffer_limit": (
@@ -200,6 +233,15 @@ PPO: Flags = {
         skip_threshold=("0.5", "skip_threshold=0.5"),
         rollout_is=("sequence", "level='sequence'"),
         rollout_is_cap=("1.7", "cap=1.7"),
+        policy_loss=("gspo", "name='gspo'"),
+        loss_agg_mode=("seq-mean-token-mean", "mode='seq-mean-token-mean'"),
+        dual_clip=("2.9", "dual_clip=2.9"),
+        entropy_coef=("0.02", "entropy_coef=0.02"),
+    ),
+    "cispo_cap": (("--policy_loss", "cispo", "--cispo_cap", "4.5"), {"policy": "cispo_cap=4.5"}),
+    "sapo_tau": (
+        ("--policy_loss", "sapo", "--sapo_tau", "0.9", "1.2"),
+        {"policy": "sapo_tau=(0.9, 1.2)"},
     ),
     "rollout_is_mask": (("--rollout_is_mask", "0.6", "4"), {"policy": "keep=(0.6, 4.0)"}),
     "rollouts_ahead": (("--rollouts_ahead", "2"), {"ahead": 2}),
@@ -242,6 +284,7 @@ PPO_PTX: Flags = {
     "ptx_batch_size": (("--ptx_batch_size", "2"), {"ptx": (0.3, 4)}),
     **switches("disable_loss_mask"),
 }
+PASS_AT = ("--eval_prompt_dataset", "$eval", "--eval_pass_at", "1", "--eval_right", "1")
 GRPO: Flags = {
     "num_generations": (("--num_generations", "8"), {"rollouts": "num_generations=8"}),
     "initial_temperature": (
@@ -256,7 +299,13 @@ GRPO: Flags = {
     "reward_timeout": (("--reward_timeout", "7"), {"timeout": 7.0}),
     "reward_concurrency": (("--reward_concurrency", "3"), {}),
     "kl_coef": (("--kl_coef", "0.3"), {"kl": (0.3, None, 10000), "policy": "kl_coef=0.3"}),
+    "dynamic_sampling": (("--dynamic_sampling", "2"), {"refills": 2}),
+    "source_rewards": (("--source_rewards", "*=length"), {}),
+    "eval_pass_at": (PASS_AT, {"pass_at": ((1,), 1)}),
+    "eval_right": ((*PASS_AT, "--eval_right", "3"), {"right": ", 3.0)"}),
+    "eval_generations": ((*PASS_AT, "--eval_generations", "3"), {"pass_at": ((1,), 3)}),
 }
+GRPO_RAW: Flags = switches("offline_groups")
 ENVIRONMENT = ("--environment", "$echo:Echo", "--prompt_dataset", "$rows", "--max_turns", "3")
 ENVIRONMENT += ("--max_seq_len", "60", "--max_length", "144")
 GRPO_ENVIRONMENT: Flags = {
@@ -268,11 +317,33 @@ GRPO_DAPO: Flags = {
     "overlong_buffer_len": (("--overlong_buffer_len", "5"), {"rollouts": "overlong_buffer_len=5"}),
 }
 
+ONLINE_DPO: Flags = {
+    **shown(
+        "losses",
+        beta=("0.37", "beta=0.37"),
+        gamma=("0.41", "0.41"),
+        loss_type=("hinge_loss", "hinge"),
+        label_smoothing=("0.21", "0.21"),
+        sft_coef=("0.33", "0.33"),
+        ld_alpha=("0.53", "0.53"),
+    ),
+    "length_normalization": (("--length_normalization",), {"losses": "averaged=True"}),
+    "disable_reference_model": (("--disable_reference_model",), {"reference": False}),
+    "num_generations": (("--num_generations", "3"), {"rollouts": "num_generations=3"}),
+    "train_batch_size": (("--train_batch_size", "1"), {"buffer": (1, 0)}),
+    "temperature": (("--temperature", "0.7"), {"temperature": 0.7}),
+    "missing_eos_penalty": (
+        ("--missing_eos_penalty", "9"),
+        {"rollouts": "missing_eos_penalty=9.0"},
+    ),
+}
+
 GROUPS: dict[str, Group] = {
     "sft": Group("sft", SFT),
     "pretrain": Group("pretrain", PRETRAIN, OWN_RATE),
     "sft evaluated": Group("sft", SFT_EVALUATED, EVALUATED),
     "sft with LoRA": Group("sft", SFT_LORA, LORA),
+    "sft with LoRA+": Group("sft", SFT_LORA_PLUS, LORA_PLUS),
     "sft launched": Group("sft", LAUNCHED, ("--nproc", "1")),
     "dpo": Group("dpo", DPO),
     "dpo mixed": Group("dpo", DPO_MIXED, MIXED),
@@ -280,16 +351,26 @@ GROUPS: dict[str, Group] = {
     "rm with a head's rate": Group("rm", RM_HEAD, HEAD),
     "orpo": Group("orpo", ORPO),
     "kto": Group("kto", KTO),
+    "gkd": Group("gkd", GKD, GKD_TEACHER),
+    "ilql": Group("ilql", ILQL),
     "ppo": Group("ppo", PPO),
     "ppo evaluated": Group("ppo", PPO_EVALUATED, EVALUATED_PROMPTS),
     "ppo with LoRA": Group("ppo", PPO_LORA, ("--lora_rank", "4")),
     "ppo with a target": Group("ppo", PPO_TARGET, TARGET),
     "ppo with ptx": Group("ppo", PPO_PTX, PTX),
     "grpo": Group("grpo", GRPO),
+    "grpo of raw rows": Group("grpo", GRPO_RAW, ("--prompt_dataset", "$rows")),
     "grpo as dapo": Group("grpo", GRPO_DAPO, DAPO),
     "grpo with an environment": Group("grpo", GRPO_ENVIRONMENT, ENVIRONMENT),
+    "online-dpo": Group("online-dpo", ONLINE_DPO),
+    "online-dpo mixed": Group(
+        "online-dpo", {"loss_weights": (("--loss_weights", "0.2", "0.9"), {"losses": "0.9"})}, MIXED
+    ),
     "split": Group("sft", SPLIT, ("--plugin", "3d"), nproc=2),
     "pipeline": Group("sft", PIPELINE, ("--plugin", "3d", "--pp", "2"), nproc=2),
     "reference": Group("dpo", REFERENCE, ("--plugin", "3d", "--tp", "2"), nproc=2),
+    "online-dpo's reference": Group(
+        "online-dpo", REFERENCE, ("--plugin", "3d", "--tp", "2"), nproc=2
+    ),
     "kto's reference": Group("kto", REFERENCE, ("--plugin", "3d", "--tp", "2"), nproc=2),
 }

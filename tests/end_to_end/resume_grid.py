@@ -82,6 +82,7 @@ def attempt(each: Attempt) -> Reached:
 @contextlib.contextmanager
 def stopped_after_the_first_step(seen: dict[str, Any]) -> Iterator[None]:
     from coati.trainer.base import SLTrainer
+    from coati.trainer.ilql import ILQLTrainer
     from coati.trainer.online import OLTrainer
 
     trained_step = SLTrainer._step
@@ -91,6 +92,8 @@ def stopped_after_the_first_step(seen: dict[str, Any]) -> Iterator[None]:
     def step(self, micro_batches, loader, *others):
         seen.update(of_trainer(self), rows=loader.rows_per_step, objective=numbers(self.objective))
         seen["reference"] = getattr(self.objective, "reference", None) is not None
+        if isinstance(self, ILQLTrainer):
+            seen.update(target_alpha=self.alpha, target_interval=self.sync_every)
         trained_step(self, micro_batches, loader, *others)
         seen.update(weights_of(self.engine))
         raise FirstStep
@@ -121,10 +124,10 @@ def stopped_after_the_first_step(seen: dict[str, Any]) -> Iterator[None]:
 def telling_of(original: Any, seen: dict[str, Any]) -> Any:
     """A trainer's loop that tells of its evaluation batches."""
 
-    def loop(self, train, evaluation=None, *others):
+    def loop(self, train, evaluation=None, *others, **trackers):
         if evaluation is not None:
             seen["evaluation"] = (len(evaluation.dataset), evaluation.batch_size)
-        return original(self, train, evaluation, *others)
+        return original(self, train, evaluation, *others, **trackers)
 
     return loop
 
@@ -156,11 +159,18 @@ def of_rollouts(trainer: Any) -> dict[str, Any]:
         "horizon": maker.kl.horizon,
         "temperature": trainer.episodes.temperature(trainer.episode),
         "ahead": trainer.episodes.ahead,
+        "refills": trainer.episodes.refill_rounds,
+        "pass_at": trainer.pass_at and (trainer.pass_at.ks, trainer.pass_at.generations),
+        "right": trainer.pass_at and str(trainer.pass_at.right),
         "buffer": (trainer.buffer.sample_batch_size, trainer.buffer.limit),
         "value": numbers(trainer.value_objective),
         "functions": 0 if functions is None else len(functions.weights),
         "timeout": None if functions is None else functions.timeout,
     }
+    if hasattr(trainer.policy_objective, "objectives"):  # of pairs
+        losses = trainer.policy_objective
+        found["losses"] = f"{losses.objectives} ld_alpha={losses.row_logps.ld_alpha}"
+        found["reference"] = maker.reference is not None
     if trainer.critic is not None:
         found["critic_lr"] = of_engine(trainer.critic)["lr"]
     return found

@@ -33,6 +33,18 @@ def link_to_itself(folder: Path) -> None:
     os.symlink("model.safetensors", folder / "model.safetensors")
 
 
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def swapped(tokenizer: dict) -> dict:
+    """Two tokens with the ids of each other."""
+    vocabulary = dict(tokenizer["model"]["vocab"])
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    return tokenizer | {"model": tokenizer["model"] | {"vocab": vocabulary}}
+
+
 def a_part_less(folder: Path) -> None:
     shutil.rmtree(sorted(folder.glob("part-*"))[-1])
 
@@ -336,6 +348,41 @@ CASES = {
         ("rows.jsonl:1", "malformed"),
         rows=bad.rows("rows.jsonl", '{"messages": NaN, "chosen": Infinity}\n' * 8),
     ),
+    "prompts of nothing to sample": Case(
+        "sample", ("rows.jsonl", "no prompt could be asked"), rows=bad.rows("rows.jsonl", "")
+    ),
+    "responses of other settings": Case(
+        "sample",
+        ("--output_dir", "written under other settings", "name another directory"),
+        words=bad.begun("responses.jsonl", '{"settings": {"temperature": 0.5}}\n'),
+    ),
+    "responses that are none": Case(
+        "sample",
+        ("responses.jsonl:1", "damaged"),
+        words=bad.begun("responses.jsonl", "[]\n"),
+    ),
+    "rejection without a threshold": Case(
+        "sample",
+        ("--threshold is required",),
+        words=lambda p: ["--write", "rejection"],
+        code=2,
+    ),
+    "a judge that raises": Case(
+        "sample",
+        ("reward f raised ZeroDivisionError",),
+        words=bad.reward("def f(responses): return [1 / 0]"),
+    ),
+    "nothing to measure": Case(
+        "evaluate", ("rows.jsonl", "no row has a token to measure"), rows=bad.rows("rows.jsonl", "")
+    ),
+    "a baseline that is none": Case(
+        "evaluate",
+        ("--baseline", "results.json", "not written by coati evaluate"),
+        words=bad.flag("baseline", "results.json", '{"measures": 5}'),
+    ),
+    "a stride beyond the window": Case(
+        "evaluate", ("--stride 4096", "less"), words=lambda p: ["--stride", "4096"], code=2
+    ),
     "a text in another encoding": Case(
         "pretrain",
         ("a.txt:1", "not UTF-8 text (byte 128)", "iconv"),
@@ -355,6 +402,29 @@ CASES = {
         words=lambda p: ["--documents", "line"],
         code=2,
     ),
+    "an optimizer without its machine": Case(
+        "sft",
+        ("--optim paged_adamw8bit needs a CUDA GPU", "use --optim adamw8bit"),
+        words=lambda p: ["--optim", "paged_adamw8bit"],
+    ),
+    "an optimizer that a plugin cannot have": Case(
+        "kto",
+        ("--optim adamw8bit", "--plugin gemini", "own Adam alone"),
+        words=lambda p: ["--optim", "adamw8bit", "--plugin", "gemini", "--mixed_precision", "bf16"],
+        code=2,
+    ),
+    "noise for preference pairs": Case(
+        "dpo",
+        ("unknown flag --neftune_alpha", "coati pretrain, sft"),
+        words=lambda p: ["--neftune_alpha", "5"],
+        code=2,
+    ),
+    "a tracker that there is not": Case(
+        "grpo",
+        ("--report_to mlflow", "tensorboard, wandb, trackio or none"),
+        words=lambda p: ["--report_to", "mlflow"],
+        code=2,
+    ),
     "tokens in another encoding": Case(
         "pretrain",
         ("--add_tokens", "not UTF-8 text"),
@@ -366,6 +436,11 @@ CASES = {
         "kto",
         ("rows.parquet", "not a readable parquet file"),
         rows=bad.rows("rows.parquet", b"PAR1xxPAR1"),
+    ),
+    "a score a word": Case(
+        "ilql",
+        ("rows.jsonl:1", "score is 'good', expected a number"),
+        rows=bad.rows("rows.jsonl", '{"prompt": "q", "response": "a", "score": "good"}\n' * 3),
     ),
     "prompts of numbers": Case(
         "sample-prompts", ("rows.jsonl", "no prompt found"), rows=bad.rows("rows.jsonl", "1\n")
@@ -387,6 +462,36 @@ CASES = {
         "sft",
         ("part-00000", "not readable as prepared rows"),
         rows=bad.prepared(lambda f: (f / "part-00000/dataset_info.json").write_text("[]")),
+    ),
+    # Teachers
+    "no teacher there": Case(
+        "gkd", ("--teacher ./none", "no such directory"), words=lambda p: ["--teacher", "./none"]
+    ),
+    "a teacher without weights": Case(
+        "gkd",
+        ("model", "weights"),
+        words=lambda p: ["--teacher", p.copy(p.model, without_weights)],
+    ),
+    "a teacher whose weights are cut": Case(
+        "gkd",
+        ("model.safetensors",),
+        words=lambda p: ["--teacher", p.copy(p.model, bad.cut("model.safetensors", 200))],
+    ),
+    "a teacher of another tokenizer": Case(
+        "gkd",
+        ("--teacher", "another tokenizer", "token by token"),
+        words=lambda p: ["--teacher", bad.tokenizer_json(swapped)(p)],
+    ),
+    "a teacher that only scores": Case(
+        "gkd",
+        ("lm_head.weight", "of another kind"),
+        words=lambda p: ["--teacher", str(p.reward_model)],
+    ),
+    "a teacher and a server": Case(
+        "gkd",
+        ("--teacher and --teacher_url both name a teacher",),
+        words=lambda p: ["--teacher_url", "http://127.0.0.1:9"],
+        code=2,
     ),
     # Settings in files
     "plugin settings of another kind": Case(
@@ -421,6 +526,28 @@ CASES = {
         "sft",
         ("l.json", "target_modules"),
         words=bad.flag("lora_config", "l.json", '{"r": 4, "target_modules": [5]}'),
+    ),
+    "LoRA on a base of 3 bits": Case(
+        "ppo",
+        ("l.json", "quantize_base must be one of nf4, int8"),
+        words=bad.flag("lora_config", "l.json", '{"r": 4, "quantize_base": "int3"}'),
+        code=2,
+    ),
+    "LoRA with DoRA yes": Case(
+        "sft",
+        ("l.json", "use_dora must be true or false"),
+        words=bad.flag("lora_config", "l.json", '{"r": 4, "use_dora": "yes"}'),
+    ),
+    "LoRA of targets in one line": Case(
+        "dpo",
+        ("--lora_target", "line 1", "is no name of a layer"),
+        words=lambda p: ["--lora_rank", "4", "--lora_target", p.file("t.txt", "q_proj v_proj")],
+        code=2,
+    ),
+    "LoRA of targets that there are not": Case(
+        "sft",
+        ("target_modules", "match no linear"),
+        words=lambda p: ["--lora_rank", "4", "--lora_target", p.file("t.txt", "no_proj")],
     ),
     "LoRA of no alpha": Case(
         "grpo",
@@ -512,6 +639,28 @@ CASES = {
             ),
         }.items()
     },
+    "a reward of pairs that is NaN": Case(
+        "online-dpo",
+        ("reward f returned nan", "expected a finite number"),
+        words=bad.reward("def f(responses): return [float('nan')] * len(responses)"),
+    ),
+    "a judge of pairs that sees one of them": Case(
+        "online-dpo",
+        ("--judge_prompt: the text has no {response_b}",),
+        words=lambda place: [
+            *("--reward_functions", "pairwise_judge", "--judge_url", "http://127.0.0.1:1/v1"),
+            *("--judge_model", "m", "--judge_prompt", place.file("ask.txt", "{response_a}")),
+        ],
+        code=2,
+    ),
+    "a pair that weighs less than nothing": Case(
+        "dpo",
+        ("weight is -1, expected a number of 0 or more",),
+        rows=bad.rows(
+            "pairs.jsonl",
+            '{"prompt": "q", "chosen": "a", "rejected": "b", "weight": -1}\n' * 3,
+        ),
+    ),
     "a reward file of bytes": Case(
         "grpo", ("reward", "reward.py"), words=bad.reward(b"\xff\xfe\0"), code=2
     ),

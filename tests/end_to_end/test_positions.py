@@ -15,7 +15,10 @@ from tests.end_to_end.malformed import Place, ended, good_words
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 POSITIONS = 64
-TRAINERS = ("sft", "pretrain", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
+TRAINERS = (
+    *("sft", "pretrain", "rm", "dpo", "orpo", "kto", "gkd", "ilql"),
+    *("ppo", "grpo", "online-dpo"),
+)
 
 
 def said(role: str, text: str) -> dict:
@@ -100,7 +103,7 @@ def test_every_trainer_refuses_rows_beyond_a_table_before_weights_are_read(run, 
     assert code == 1 and "Traceback" not in error
     line = error[error.rindex("error: ") :]
     assert f"this gpt2 model has {POSITIONS} positions; use --max_length {POSITIONS}" in line
-    if verb in ("ppo", "grpo"):
+    if verb in ("ppo", "grpo", "online-dpo"):
         assert "--prompt_dataset: the longest prompt has " in line and "--max_seq_len" in line
     else:
         assert "--dataset: the longest row has " in line
@@ -148,6 +151,22 @@ def test_rollouts_stay_within_the_positions_of_any_model(run, no_weights):
     code, error = run("grpo", "llama", 20, "--max_length", "2048", "--max_seq_len", "450")
     assert code == 1
     assert "its response up to 450 (--max_seq_len), this llama model has 512 positions" in error
+
+
+def test_a_teacher_with_fewer_positions_than_a_row_has_tokens(run, models, no_weights):
+    teacher = ("--teacher", str(models["gpt2"]))
+    code, error = run("gkd", "llama", 20, "--max_length", "256", *teacher)
+    assert code == 1 and f"--teacher {models['gpt2']}: the longest row of --dataset has " in error
+    assert f"this gpt2 model has {POSITIONS} positions; lower --max_length" in error
+
+
+@pytest.mark.parametrize("fewer", ["student", "teacher"])
+def test_responses_of_a_student_stay_within_both_models(run, models, fewer):
+    """Prompts of 20 tokens and more, 64 positions, responses of up to 100 tokens."""
+    student, teacher = ("gpt2", "llama") if fewer == "student" else ("llama", "gpt2")
+    more = ("--max_length", "256", "--teacher", str(models[teacher]), "--gkd_lambda", "1")
+    code, error = run("gkd", student, 2, *more, "--max_new_tokens", "100")
+    assert code == 0, error
 
 
 def test_a_reader_of_the_rollouts_with_fewer_positions(run, models, no_weights):

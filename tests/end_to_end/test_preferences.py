@@ -226,6 +226,9 @@ def test_stored_log_probs_give_the_run_of_a_live_reference(first):
     live, stored, second = (metrics(folder / name) for name in ("dpo", "stored", "stored_again"))
     assert stored == second
     for mine, theirs in zip(live, stored, strict=True):
+        # So early a pair's margin may be as small as the rounding of batches of other rows.
+        share = mine.pop("train/accuracy", 0.0)
+        assert share == pytest.approx(theirs.pop("train/accuracy", 0.0), abs=1 / 16)
         assert mine == pytest.approx(theirs, rel=1e-3, abs=2e-4)
 
 

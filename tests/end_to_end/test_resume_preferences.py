@@ -1,8 +1,9 @@
 """Killed with -9 and gone on with, to the bit: what a preference run has beside its weights and its
 position.
 
-That is KTO's partners, whose answers decide z, and log-probs of the reference that were stored and
-are lost. The plain resumption of every trainer is in test_preferences.py.
+That is KTO's partners, whose answers decide z, log-probs of the reference that were stored and are
+lost, and the responses of a student that is distilled. The plain resumption of every trainer is in
+test_preferences.py.
 """
 
 import random
@@ -14,7 +15,7 @@ import pytest
 
 from coati.parallel.checkpoint import checkpoints
 from tests.distributed.spawn import WorkerFailed, run
-from tests.end_to_end.inputs import ROOT, metrics, prepare, short_lines, weights
+from tests.end_to_end.inputs import ROOT, metrics, prepare, short_lines, weights, write_model
 from tests.end_to_end.worker import Fault, Run
 
 pytestmark = pytest.mark.matrix
@@ -39,6 +40,7 @@ class Case:
 CASES = {
     "dpo on stored log-probs": Case("train_dpo.py", ("--precompute_ref",), forget=True),
     "kto": Case("train_kto.py", ("--auto_weight",), type="kto"),
+    "gkd": Case("train_gkd.py", ("--teacher", "TEACHER", "--max_new_tokens", "12"), type="sft"),
 }
 
 
@@ -65,12 +67,14 @@ def rows(tmp_path_factory):
             )
             for first, count in ((0, 44), (60, 9))
         )
-        for type in ("preference", "kto")
+        for type in ("preference", "kto", "sft")
     }
 
 
 @pytest.fixture(scope="module")
 def words(model, rows, tmp_path_factory):
+    teacher = write_model(tmp_path_factory.mktemp("teacher"), intermediate_size=48)
+
     """``words(name, save_dir)``: those of a case, which has a copy of the rows to itself in
     ``save_dir``."""
 
@@ -109,7 +113,7 @@ def words(model, rows, tmp_path_factory):
             str(SAVED),
             "--save_dir",
             str(save_dir),
-            *case.words,
+            *(teacher if word == "TEACHER" else word for word in case.words),
         ]
 
     return words
@@ -161,6 +165,12 @@ def test_partners_mattered(whole):
     """z of a window is clamped at 0, and where that happens nobody's partner counts."""
     folder, _ = whole
     assert any(line.get("train/kl", 0) > 0 for line in metrics(folder / "kto"))
+
+
+def test_the_student_answered_some_rows(whole):
+    folder, _ = whole
+    shares = [line["train/on_policy"] for line in metrics(folder / "gkd") if "train/loss" in line]
+    assert shares and all(0 < share < 1 for share in shares)
 
 
 def test_stored_log_probs_that_were_lost_are_computed_from_the_model_that_the_run_began_with(

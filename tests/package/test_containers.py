@@ -71,7 +71,7 @@ def test_a_file_names_what_is_there(path):
         assert (ROOT / requirements).is_file()
     assert INSTALL_COLOSSALAI in runs and runs.count("colossalai") == 1
     (extras,) = [words.partition("=")[2] for name, words in lines if words.startswith("EXTRAS=")]
-    assert set(extras.split(",")) <= {"serve", "quantize", "cleaning"}
+    assert set(extras.split(",")) <= {"serve", "quantize", "cleaning", "ray"}
     for pattern in re.findall(r"grep '(.+?)' requirements.txt", runs):
         needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
         assert len(re.findall(pattern, needed, re.MULTILINE)) == 1

@@ -79,4 +79,5 @@ def test_the_wheel_does_not_ask_for_colossalai(metadata):
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in needed} >= {"torch", "transformers", "peft"}
     assert not [line for line in metadata.get_all("Requires-Dist") if "colossalai" in line.lower()]
-    assert metadata.get_all("Provides-Extra") == ["cleaning", "dev", "quantize", "serve"]
+    extras = ["cleaning", "dev", "eval", "liger", "quantize", "ray", "serve"]
+    assert metadata.get_all("Provides-Extra") == extras

@@ -49,13 +49,18 @@ def incomplete(built, tmp_path_factory):
     return environments.installed(built[0], folder, without="colossalai")
 
 
-@pytest.mark.parametrize("verb", ["sft", "pretrain", "rm", "dpo", "orpo", "kto", "ppo", "grpo"])
+OFFLINE = ("sft", "pretrain", "rm", "dpo", "orpo", "kto", "gkd", "ilql")
+ONLINE = ("ppo", "grpo", "online-dpo")
+
+
+@pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE])
 def test_training_without_colossalai_names_the_command_at_once(incomplete, verb):
     """Before torch, whose import takes seconds."""
-    data = "--prompt_dataset" if verb in ("ppo", "grpo") else "--dataset"
+    data = "--prompt_dataset" if verb in ONLINE else "--dataset"
     words = [verb, "--pretrain", "any", data, ".", "--save_dir", "out"]
-    if verb in ("ppo", "grpo"):
+    if verb in ONLINE:
         words += ["--reward_functions", "format_reward"]
+    words += ["--teacher", "any"] * (verb == "gkd")
     run = incomplete.run("python", "-X", "importtime", "-m", "coati", *words, code=2)
     said = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
     assert said[-1] == f"coati {verb}: error: {SAID}{COMMAND}"

@@ -10,9 +10,14 @@ HERE = Path(__file__).parent
 # What the tests pass with; requirements.txt names one release of each.
 SUPPORTED = {"torch": ">=2.11,<2.15", "transformers": ">=5.17,<5.25", "peft": ">=0.21,<0.22"}
 CLEANING = ["datasketch>=2.0"]
+EVAL = ["lm-eval>=0.4.9"]
+# Triton kernels, which run on NVIDIA GPUs alone.
+LIGER = ["liger-kernel>=0.6"]
 # llmcompressor itself is installed with --no-deps: each of its releases asks for an older torch and
 # transformers, and runs with these.
-QUANTIZE = ["bitsandbytes>=0.46", "compressed-tensors==0.19.0", "loguru", "nvidia-ml-py"]
+QUANTIZE = ["bitsandbytes>=0.50", "compressed-tensors==0.19.0", "loguru", "nvidia-ml-py"]
+# One minor release: both sides of a cluster must have the same, and its errors are read.
+RAY = ["ray>=2.60,<2.61"]
 SERVE = ["fastapi>=0.132", "prometheus-client>=0.20", "uvicorn>=0.29"]
 # There is no extra for flash-attn, which is built from source against an installed torch, and not
 # in the isolated environment where pip builds what an extra names.
@@ -38,6 +43,7 @@ DEV = [
     "mkdocstrings[python]>=1,<2",
     *CLEANING,
     *QUANTIZE,
+    *RAY,
     *SERVE,
 ]
 # Folders of the checkout that users name files of; coati/utils/resources.py finds them in either.
@@ -101,5 +107,13 @@ setup(
     entry_points={"console_scripts": ["coati = coati.__main__:main"]},
     python_requires=">=3.11,<3.15",
     install_requires=requirements(),
-    extras_require={"cleaning": CLEANING, "dev": DEV, "quantize": QUANTIZE, "serve": SERVE},
+    extras_require={
+        "cleaning": CLEANING,
+        "dev": DEV,
+        "eval": EVAL,
+        "liger": LIGER,
+        "quantize": QUANTIZE,
+        "ray": RAY,
+        "serve": SERVE,
+    },
 )

@@ -102,7 +102,8 @@ class EmbeddingNoise:
 
     def _called(self, module: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
         active = module.training and torch.is_grad_enabled()
-        self._inputs = keywords if active else {}
+        named = {"input_ids": args[0], **keywords} if args else keywords
+        self._inputs = named if active else {}
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inputs = {}

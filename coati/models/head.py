@@ -42,8 +42,16 @@ __all__ = [
     "scatter_token_logprobs",
 ]
 
-# Configuration fields of models that change the logits after the head; 1 and None change nothing.
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# Configuration fields of models that change the logits after the head. None changes nothing, and of
+# those that multiply 1 does not.
+_MULTIPLIES_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_CHANGES_LOGITS = (
+    *_MULTIPLIES_LOGITS,
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "unpadded_vocab_size",
+)
 
 
 def head_unsupported(config: Any) -> str | None:
@@ -52,7 +60,7 @@ def head_unsupported(config: Any) -> str | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for field in _CHANGES_LOGITS:
         value = getattr(text, field, None)
-        if value is not None and not (value == 1 and field != "final_logit_softcapping"):
+        if value is not None and not (value == 1 and field in _MULTIPLIES_LOGITS):
             model = getattr(text, "model_type", "this model")
             return f"{model} changes its logits after the head ({field}={value})"
     return None

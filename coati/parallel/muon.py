@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from coati.models.ilql_heads import heads_of
+
 MOMENTUM = 0.95
 
 
@@ -64,5 +66,6 @@ def hidden_matrices(model: nn.Module) -> set[int]:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     ends += [getattr(model, "score", None)]
     ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends += [] if (heads := heads_of(model)) is None else [heads]
     apart = {id(p) for module in ends if module is not None for p in module.parameters()}
     return {id(p) for p in model.parameters() if p.requires_grad and p.ndim == 2} - apart

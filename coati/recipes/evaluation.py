@@ -1,7 +1,7 @@
 """From the flags of coati evaluate to its measures."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,26 @@ from coati.recipes.judging import named
 from coati.utils.phases import phase
 
 PROGRAM = "coati evaluate"
+# Settings in which a model and its baseline differ by what they are.
+OF_MODEL = ("model", "api_url", "api_model", "served", "files")
 
 
 def baseline_of(path: str | None) -> tuple[dict[str, Any], list[Measure]]:
     """What another evaluation wrote, and its measures; nothing for None."""
     return ({}, []) if path is None else named("--baseline", read_results, path)
+
+
+def other_settings(baseline: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """By what an evaluation differs from its baseline besides the model: "stride 8 where it is 16
+    here"."""
+    for part in ("responses", "perplexity"):
+        before = baseline.get(part)
+        now = here.get(part)
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+            continue
+        for name in [name for name in now if name in before and name not in OF_MODEL]:
+            if before[name] != now[name]:
+                yield f"{part}: {name} {before[name]} where it is {now[name]} here"
 
 
 def measured(args: EvaluateSettings) -> tuple[list[Measure], dict[str, Any]]:
@@ -50,7 +65,11 @@ def measured(args: EvaluateSettings) -> tuple[list[Measure], dict[str, Any]]:
         about["responses"] = settings
     if args.perplexity and loaded is not None:
         found.append(_perplexity(args, loaded))
-        about["perplexity"] = args.perplexity
+        about["perplexity"] = {
+            "files": args.perplexity,
+            "max_length": args.responses.max_length,
+            "stride": args.stride,
+        }
     if args.lm_eval and loaded is not None:
         measures, about["lm_eval"] = task_measures(
             loaded,

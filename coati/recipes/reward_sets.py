@@ -179,9 +179,11 @@ def _reaches(value: float, batch: RolloutBatch) -> Tensor:
 
 
 def _all_right(values: Mapping[str, float], batch: RolloutBatch) -> Tensor:
-    """(B,) bool: each function that scores a response gives it the value of a right one."""
+    """(B,): 1 where each function that scores a response gives it the value of a right one, else 0;
+    nan where none of them scores it."""
     parts = batch.reward_parts
     scored = [~parts[name].isnan() for name in values]
     reached = [parts[name] >= value for name, value in values.items()]
     wrong = [there & ~good for there, good in zip(scored, reached, strict=True)]
-    return torch.stack(scored).any(0) & ~torch.stack(wrong).any(0)
+    right = (~torch.stack(wrong).any(0)).float()
+    return right.masked_fill(~torch.stack(scored).any(0), torch.nan)

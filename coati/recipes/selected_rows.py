@@ -1,8 +1,10 @@
 """The files of coati sample: rows to train on, and what choosing the best of several gains."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from coati.cli.program_settings import SampleSettings
 from coati.inference.evaluate.result_files import aligned, shown
@@ -14,6 +16,8 @@ from coati.inference.samples.select_samples import (
     best_of_table,
 )
 from coati.utils.json_io import save_json, save_text
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 SUMMARY = "summary.json"
 
@@ -36,9 +40,15 @@ def write_rows(args: SampleSettings, groups: Sequence[Group], folder: Path) -> I
     for kind in args.write:
         rows = [SELECTORS[kind](group, selection) for group in groups if group.scored]
         file = folder / f"{kind}.jsonl"
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for found in rows for row in found]
+        lines = [_json(row) + "\n" for found in rows for row in found]
         save_text("".join(lines), file)
         yield f"{len(lines)} rows of {sum(map(bool, rows))} of {len(rows)} prompts are in {file}"
+
+
+def _json(row: Any) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    # Half of a character, as a sampled token may be, has no UTF-8.
+    return json.dumps(row) if _SURROGATE.search(text) else text
 
 
 def best_of_lines(groups: Sequence[Group], seed: int) -> list[str]:

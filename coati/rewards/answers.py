@@ -7,10 +7,17 @@ from fractions import Fraction
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 # "#### 42", "the answer is 42", "Answer: 42"; the last one counts.
 _MARKED = re.compile(r"(?:####|\banswer\s*(?:is|:|=))\s*:?\s*([^\n]+)", re.IGNORECASE)
+_FENCED = re.compile(
+    r"\$\$?(.+?)\$\$?(?![\d.])|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+)  # $...$, \(...\), \[...\]
+# What stands beside a number that is part of an expression.
+_BEFORE = re.compile(r"[\\^_{}()\[\]+*/=<>√]\s*-?\s*$|\d\s*[-×·,]\s*$|[A-Za-z]$")
+_AFTER = re.compile(r"[\^_{}(\[]|\s*(?:[\\+*/=<>√×·]|-\s*[\w\\])|[A-Za-z](?![A-Za-z])|,\s*-?[\d\\]")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?")
 # What only lays an expression out, or names a unit, and says nothing of its value.
 _LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|limits|big[lr]?|Big[lr]?|,|;|!|:|\s)|[$~]|\\(?=\()|\\(?=\))"
+    r"\\(?:left|right|displaystyle|limits|big[lr]?|Big[lr]?|,|;|!|:|\s)|\\?[$~]|\\(?=\()|\\(?=\))"
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNITS = re.compile(
@@ -44,13 +51,45 @@ def final_answer(text: str) -> str | None:
     if (inside := boxed(text)) is not None:
         return inside
     if marked := _MARKED.findall(text):
-        return (
-            _NUMBER.search(marked[-1]).group()
-            if _NUMBER.search(marked[-1])
-            else marked[-1].strip(" .*")
-        )
+        return _answer_at(marked[-1])
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
+
+
+def answer_inside(solution: str) -> str:
+    r"""The answer that ``solution`` is, which may be a sentence: as of :func:`final_answer`, but an
+    expression stays whole."""
+    if (inside := boxed(solution)) is not None:
+        return inside
+    if marked := _MARKED.findall(solution):
+        return _answer_at(marked[-1])
+    numbers = list(_NUMBER.finditer(solution))
+    if _WORD.search(solution) and numbers and _is_plain(solution, numbers[-1]):
+        return numbers[-1].group()
+    return solution.strip()
+
+
+def _answer_at(tail: str) -> str:
+    """What ``tail``, the rest of a line, begins with: a number among words, else an expression up
+    to the end of the sentence."""
+    tail = tail.strip().lstrip("*").strip()
+    if fenced := _FENCED.match(tail):
+        return next(filter(None, fenced.groups())).strip()
+    number = _NUMBER.search(tail)
+    if number is None:
+        return tail.strip(" .*")
+    if _is_plain(tail, number):
+        return number.group()
+    sentence = re.split(r"\.(?:\s|\*|$)", tail)[0].strip(" *")
+    if "=" in sentence:  # of "x = 5" and "3 + 4 = 7" what they come to
+        return _answer_at(sentence.rpartition("=")[2])
+    return sentence
+
+
+def _is_plain(text: str, number: re.Match) -> bool:
+    """Whether ``number`` stands among words, and is no part of an expression."""
+    before, after = text[: number.start()], text[number.end() :]
+    return not _BEFORE.search(before) and not _AFTER.match(after)
 
 
 def whole_number(text: str | None) -> int | None:
@@ -59,14 +98,15 @@ def whole_number(text: str | None) -> int | None:
     return int(number) if number is not None and number.denominator == 1 else None
 
 
-def normalize(answer: str) -> str:
-    r"""``answer`` in one spelling: no layout, units, thousands separators or blanks, fractions as
-    ``\frac{a}{b}``."""
+def normalize(answer: str, separators: bool = True) -> str:
+    r"""``answer`` in one spelling: no layout, units or blanks, fractions as ``\frac{a}{b}``; where
+    ``separators``, commas between thousands are none between elements."""
     inside = boxed(answer)
     text = (answer if inside is None else inside).strip().rstrip(".")
     text = _LAYOUT.sub("", _TEXT.sub(r"\1", text)).replace("−", "-").replace("\\\\", "\\")
     text = _UNITS.sub("", text.strip())
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    if separators and not re.match(r"\\?[(\[{]", text.strip()):
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"^[a-zA-Z](?:_\w+)?\s*=\s*", "", text.strip())  # "x = 5"
     text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _FRACTION.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
@@ -93,6 +133,8 @@ def _value(normal: str) -> Fraction | None:
 def same_answer(one: str, other: str) -> bool:
     r"""Whether two answers are equal: as exact numbers (1/2, 0.5, \frac12), element by element in
     tuples, lists and sets, or in their normal spelling. 1/3 and 0.333 are not."""
+    if (listed := normalize(one, False)) == normalize(other, False):
+        return listed != ""
     one = normalize(one)
     other = normalize(other)
     if one == other:

@@ -18,7 +18,7 @@ from coati.utils.logging import get_logger
 logger = get_logger(__name__)
 
 _FENCED = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGES = ("python", "python3", "py", "")
+_LANGUAGES = ("python", "python3", "py")
 TOLERANCE = 1e-6  # of decimal fractions in an output
 FORMS = (
     "expected Python tests (assertions, test_... functions, or check(candidate) with entry_point), "
@@ -46,10 +46,12 @@ class CodeTest:
 
 
 def program_of(response: str) -> str:
-    """The last Python block of a response; without blocks, all of it."""
+    """The last Python block of a response, or of blocks without a language where none is marked as
+    Python; without blocks, all of it."""
     blocks = _FENCED.findall(response)
     python = [text for language, text in blocks if language.lower() in _LANGUAGES]
-    return python[-1] if python else "" if blocks else response
+    unmarked = [text for language, text in blocks if not language]
+    return (python or unmarked or [""])[-1] if blocks else response
 
 
 def read_tests(text: str) -> list[CodeTest]:

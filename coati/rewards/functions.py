@@ -4,7 +4,7 @@ table."""
 import inspect
 from collections.abc import Callable
 
-from coati.rewards.answers import final_answer, same_answer, whole_number
+from coati.rewards.answers import answer_inside, final_answer, same_answer, whole_number
 from coati.rewards.responses import Responses
 from coati.rewards.tags import extract_solution, validate_response_structure
 
@@ -68,7 +68,7 @@ def stated_answer(response: str, tags: dict | None = None) -> str | None:
     if tags is None:
         # With the usual tags where the model writes them anyway.
         solution = extract_solution(response)
-        return final_answer(response) if solution is None else final_answer(solution) or solution
+        return final_answer(response) if solution is None else answer_inside(solution)
     if not validate_response_structure(response, tags):
         return None
     return extract_solution(response, tags)

@@ -131,6 +131,7 @@ class GKDTrainer(SLTrainer):
             raise ValueError("distillation needs a teacher: pass teacher_model, or teacher")
         engine = engine or Engine(booster, model, optim, lr_scheduler)
         teacher = teacher or ModelTeacher(InferenceModel.plain(teacher_model))
+        teacher.vocabulary = engine.module.config.get_text_config().vocab_size
         objective = GKDObjective(teacher, beta, sft_coef, apply_loss_mask)
         super().__init__(engine, objective, max_epochs, **keywords)
         self.on_policy = None if on_policy is None else OnPolicyRows(engine, on_policy)
@@ -139,7 +140,10 @@ class GKDTrainer(SLTrainer):
         if self.on_policy is None:
             return micro_batches
         with self.throughput.clock.timed("sampling"):
-            return self.on_policy(micro_batches, self.state.epoch, self.state.sample_start_index)
+            start = self.state.sample_start_index
+            if getattr(self._loader, "counts_batches", False):
+                start *= len(micro_batches[0]["input_ids"]) * self.engine.mesh.dp_size
+            return self.on_policy(micro_batches, self.state.epoch, start)
 
     def evaluation_metrics(self, step: Step) -> dict[str, float]:
         """``loss``, of the rows' own responses; ``perplexity``, of the student's nll."""

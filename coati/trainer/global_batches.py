@@ -9,11 +9,13 @@ from coati.parallel.checkpoint import RunningState
 
 class GroupedDataLoader:
     """Global batches of ``accumulation_steps`` consecutive batches of a plain DataLoader. Positions
-    count this rank's batches.
+    count this rank's batches (``counts_batches``).
 
     Raises:
         ValueError: for a loader with fewer batches than one optimizer step takes.
     """
+
+    counts_batches = True
 
     def __init__(self, loader, accumulation_steps: int) -> None:
         self.loader = loader

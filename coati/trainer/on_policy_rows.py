@@ -37,13 +37,23 @@ class OnPolicySettings:
 @dataclass(frozen=True)
 class _Asked:
     """A row of a micro-batch that is to be answered: its place, its index in the epoch, its
-    prompt, and at most how many tokens follow it."""
+    prompt, at most how many tokens follow it, and what each of them weighs in the loss."""
 
     batch: int
     row: int
     index: int
     prompt: list[int]
     limit: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What stands in the place of a row."""
+
+    prompt: list[int]
+    response: list[int]
+    weight: float
 
 
 class OnPolicyRows:
@@ -67,9 +77,9 @@ class OnPolicyRows:
             for found in self._asked(batch, number, epoch, start)
         ]
         responses = self._sample(asked, epoch, micro_batches)
-        answered: list[dict[int, tuple[list[int], list[int]]]] = [{} for _ in micro_batches]
+        answered: list[dict[int, _Answered]] = [{} for _ in micro_batches]
         for one, response in zip(asked, responses, strict=True):
-            answered[one.batch][one.row] = (one.prompt, response)
+            answered[one.batch][one.row] = _Answered(one.prompt, response, one.weight)
         padding = self.settings.pad_token_id
         return [_with(*pair, padding) for pair in zip(micro_batches, answered, strict=True)]
 
@@ -90,7 +100,8 @@ class OnPolicyRows:
             room = self.settings.max_length - len(prompt)
             if prompt and room > 0:
                 limit = min(room, self.settings.max_new_tokens)
-                found.append(_Asked(number, row, first + row, prompt, limit))
+                weight = _last_weight(batch, row)
+                found.append(_Asked(number, row, first + row, prompt, limit, weight))
         return found
 
     def _sample(
@@ -145,9 +156,17 @@ def _own(batch: Batch, row: int) -> tuple[list[int], list[int]]:
     return batch["input_ids"][row][real].tolist(), batch["labels"][row][real].tolist()
 
 
-def _with(batch: Batch, answered: dict[int, tuple[list[int], list[int]]], padding: int) -> Batch:
+def _last_weight(batch: Batch, row: int) -> float:
+    """That of the last supervised token, in whose place the response comes."""
+    if "loss_weights" not in batch:
+        return 1.0
+    supervised = (batch["labels"][row] != IGNORE_INDEX).nonzero()
+    return float(batch["loss_weights"][row][supervised[-1, 0]])
+
+
+def _with(batch: Batch, answered: dict[int, _Answered], padding: int) -> Batch:
     """``batch`` with prompts and responses in place of the rows that were answered, right-padded;
-    of these nothing but the response is supervised."""
+    of these nothing but the response is supervised, with the weight of what it replaces."""
     rows = len(batch["input_ids"])
     on_policy = torch.tensor([row in answered for row in range(rows)])
     if not answered:
@@ -157,9 +176,10 @@ def _with(batch: Batch, answered: dict[int, tuple[list[int], list[int]]], paddin
     weights = []
     for row in range(rows):
         if row in answered:
-            prompt, response = answered[row]
-            mine = (prompt + response, [IGNORE_INDEX] * len(prompt) + response)
-            weights.append(torch.ones(len(mine[0])))
+            own = answered[row]
+            blank = [IGNORE_INDEX] * len(own.prompt)
+            mine = (own.prompt + own.response, blank + own.response)
+            weights.append(torch.full((len(mine[0]),), own.weight))
         else:
             mine = _own(batch, row)
             if "loss_weights" in batch:

@@ -30,9 +30,11 @@ UNREADABLE = "\ufffd"  # of a token that is a part of a character
 
 class Teacher:
     """Looks at a micro-batch before the student does. A subclass defines all three methods, and
-    ``token_keys``: what of :meth:`look_at` has an entry for each supervised token, not each row."""
+    ``token_keys``: what of :meth:`look_at` has an entry for each supervised token, not each row.
+    ``vocabulary``: ids that the student has; the trainer sets it."""
 
     token_keys: tuple[str, ...] = ()
+    vocabulary = 0
 
     def look_at(self, batch: Batch) -> Batch:
         """What :meth:`request` and :meth:`label_logps` need of it, by names of their own; on the
@@ -201,7 +203,11 @@ class ServerTeacher(Teacher):
         """The ``top_k`` likeliest ids and their log-probs, and that of ``label``, which stands
         beside them where it is not one."""
         try:
-            pairs = {int(id): float(entry["logprob"]) for id, entry in position.items()}
+            pairs = {
+                int(id): float(entry["logprob"])
+                for id, entry in position.items()
+                if int(id) < self.vocabulary  # rows that only the teacher's embedding has
+            }
             of_label = pairs[label]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunFailed(

@@ -44,6 +44,14 @@ def test_tensor_parallelism_changes_no_dialogue(words, online_places, tmp_path):
     assert_same_weights(tmp_path / "tp", tmp_path / "alone", Path(online_places["model"]))
 
 
+def test_gemini_trains_on_dialogues_whose_turns_differ_between_ranks(words, tmp_path):
+    """Each forward holds collectives, and a rank may have room for more tokens than the other."""
+    more = (*shares("grpo", 2), "--plugin", "gemini", "--mixed_precision", "bf16")
+    launched(2, {"grpo": words("gemini", *more)}, timeout=100)
+    of = of_episode(metrics(tmp_path / "gemini"), 1)
+    assert of["environment/turns"] > 1 and of["response_length"] > 0
+
+
 @pytest.mark.parametrize("ahead", [(), ("--rollouts_ahead", "1")], ids=["in step", "ahead"])
 def test_a_killed_run_goes_on_to_the_bit(words, ahead, tmp_path):
     more = (*shares("grpo", 2), "--num_episodes", "3", "--save_interval", "1", *ahead)

@@ -12,6 +12,7 @@ from coati.experience_maker.rollouts.rollout_client import RolloutServer, Server
 from coati.experience_maker.rollouts.server_worker import ServerWorker
 from coati.experience_maker.rollouts.weight_store import make_store
 from coati.parallel.engine import Engine
+from coati.utils.distributed import broadcast_object
 from coati.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -49,6 +50,14 @@ class HttpRollout(RemoteRollout):
         """``settings``: of the class above."""
         self.options = options
         super().__init__(engine, options.timeout, **settings)
+        own = all(worker.server.is_own for worker in self.workers)  # which rank 0 alone has
+        self.gives_logprobs = broadcast_object(is_whole(self.sampling) or own)
+        if not self.gives_logprobs:
+            logger.warning_once(
+                "vLLM gives log-probs of what top-k, top-p and the repetition penalty leave, not "
+                "of the whole distribution: log-probs of servers are not used, and rollouts that "
+                "are older than the policy are not corrected"
+            )
 
     def _connect(self) -> None:
         options = self.options
@@ -62,17 +71,6 @@ class HttpRollout(RemoteRollout):
             options.weights_dir, options.sync, [*options.urls], self.engine.device, options.timeout
         )
         self.workers = [ServerWorker(server, self.queue, self.store) for server in servers]
-        if not is_whole(self.sampling) and not all(w.server.is_own for w in self.workers):
-            logger.warning_once(
-                "vLLM gives log-probs of what top-k, top-p and the repetition penalty leave, not "
-                "of the whole distribution: its log-probs are not used, and rollouts that are "
-                "older than the policy are not corrected"
-            )
-
-    @property
-    def gives_logprobs(self) -> bool:
-        """Whether responses come with log-probs of the whole distribution that sampled them."""
-        return is_whole(self.sampling) or all(w.server.is_own for w in self.workers)
 
     def _check(self, server: RolloutServer) -> None:
         """Raises ServerFailed for a server of another model, or that cannot serve this run."""

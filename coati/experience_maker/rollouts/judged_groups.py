@@ -26,7 +26,7 @@ def judged_groups(
     ids = [each[:width] for row in held for each in row["ids"][:count]]
     scores = [score for row in held for score in row["scores"][:count]]
     longest = max(map(len, ids))
-    made = torch.tensor([each + [0] * (longest - len(each)) for each in ids])
+    made = torch.tensor([each + [0] * (longest - len(each)) for each in ids], dtype=torch.long)
     before = prompts["input_ids"].repeat_interleave(count, 0)
     lengths = torch.tensor([len(each) for each in ids])
     stopped = [any(each[-len(stop) :] == list(stop) for stop in stop_sequences) for each in ids]

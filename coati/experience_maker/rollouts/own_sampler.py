@@ -187,6 +187,7 @@ class OwnSampler:
             max(int(body.get("top_k") or 0), 0) or None,
             float(body.get("top_p") or 1.0),
             float(body.get("repetition_penalty") or 1.0),
+            float(body.get("min_p") or 0.0),
         )
         return generate(
             self.model,

@@ -12,6 +12,9 @@ from urllib.parse import urlsplit
 
 from coati.experience_maker.rollouts.own_sampler import OtherWeights, OwnSampler
 from coati.utils.errors import RunFailed
+from coati.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 LARGEST_BODY = 256 << 20
 METHODS = ("describe_model", "load_published")  # all that /collective_rpc runs
@@ -145,6 +148,9 @@ class _Routes(BaseHTTPRequestHandler):
             return self._send(409, str(error))
         except (OSError, RunFailed) as error:
             return self._send(500, str(error))
+        except Exception as error:  # out of memory, say: who asks shall not guess
+            logger.exception(f"{self.command} {path} failed")
+            return self._send(500, f"{type(error).__name__}: {error}")
         self._send(200, found)
 
     def _has_token(self) -> bool:

@@ -66,10 +66,12 @@ class RemoteRollout(ABC):
     make one. Raises ValueError on every rank for samplers that cannot serve this run.
 
     ``flag``: that names the samplers, and begins each message; ``samplers``: what they are called
-    in messages. ``timeout``: seconds that the run waits while none works.
+    in messages. ``timeout``: seconds that the run waits while none works. ``gives_logprobs``:
+    whether responses come with log-probs of the whole distribution that they were sampled from.
     """
 
     at_once = False
+    gives_logprobs = True
     flag: str
     samplers: str
 
@@ -152,15 +154,18 @@ class RemoteRollout(ABC):
     def _same_everywhere(self, work: Callable[[], None], kind: type[Exception]) -> None:
         """``work()`` on rank 0; what it raises is raised on every rank."""
         said = None
+        cause = None
         if is_rank_0():
             try:
                 work()
-            except (ServerFailed, ValueError, OSError) as error:
-                said = str(error)
+            except Exception as error:  # the other ranks wait
+                known = isinstance(error, ServerFailed | ValueError | OSError)
+                said = str(error) if known else f"{type(error).__name__}: {error}"
+                cause = error
         said = broadcast_object(said)
         if said is not None:
             self.close()
-            raise kind(f"{self.flag} {said}")
+            raise kind(f"{self.flag} {said}") from cause
 
     def _first_publish(self) -> None:
         for worker in self.workers:
@@ -194,8 +199,24 @@ class RemoteRollout(ABC):
         packed = {}
         answers = iter(ask.answers)
         for share, count in counts.items():
-            packed[share] = _pack([next(answers) for _ in range(count)], self.pad)
+            packed[share] = self._pack([next(answers) for _ in range(count)])
         return packed
+
+    def _pack(self, answers: list[Answer | None]) -> _Packed:
+        found = [answer for answer in answers if answer is not None]
+        width = max((len(answer.tokens) for answer in found), default=0)
+        tokens = np.full((len(found), width), self.pad, dtype=np.int32)
+        logprobs = np.zeros((len(found), width), dtype=np.float32)
+        for row, answer in enumerate(found):
+            tokens[row, : len(answer.tokens)] = answer.tokens
+            if self.gives_logprobs:
+                logprobs[row, : len(answer.tokens)] = answer.logprobs
+        return _Packed(
+            tokens,
+            np.array([len(answer.tokens) for answer in found], dtype=np.int64),
+            np.array([answer.stopped for answer in found], dtype=bool),
+            logprobs if self.gives_logprobs else None,
+        )
 
     def _nobody(self) -> str:
         reasons = "; ".join(worker.reason for worker in self.workers)
@@ -242,24 +263,6 @@ class _Answer(Future):
         if not self.done() and self._ask is not None:
             self._rollout.queue.drop(self._ask)
         return super().cancel()
-
-
-def _pack(answers: list[Answer | None], pad: int) -> _Packed:
-    found = [answer for answer in answers if answer is not None]
-    width = max((len(answer.tokens) for answer in found), default=0)
-    tokens = np.full((len(found), width), pad, dtype=np.int32)
-    logprobs = np.zeros((len(found), width), dtype=np.float32)
-    there = all(answer.logprobs is not None for answer in found)
-    for row, answer in enumerate(found):
-        tokens[row, : len(answer.tokens)] = answer.tokens
-        if there:
-            logprobs[row, : len(answer.tokens)] = answer.logprobs
-    return _Packed(
-        tokens,
-        np.array([len(answer.tokens) for answer in found], dtype=np.int64),
-        np.array([answer.stopped for answer in found], dtype=bool),
-        logprobs if there else None,
-    )
 
 
 def _generated(input_ids: Tensor, packed: _Packed, version: int) -> Generated:

@@ -139,6 +139,7 @@ class RolloutSampler(ABC):
             "temperature": sampling.temperature if sampling.do_sample else 0.0,
             "top_k": sampling.top_k or -1,
             "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "seed": int(float(noise[0, 0]) * 2**31),
             "logprobs": 0,

@@ -4,7 +4,7 @@ were published when it was asked."""
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Condition, Event
+from threading import Condition, Event, get_ident
 
 from coati.experience_maker.rollouts.rollout_client import Answer, Row, Wanted
 from coati.experience_maker.rollouts.weight_versions import Weights
@@ -47,6 +47,7 @@ class RowQueue:
         self._asks: list[Ask] = []
         self._changed = Condition()
         self._newest: Weights | None = None
+        self._taken: dict[int, Weights] = {}  # by the thread that brings a server to them
         self.closed = False
         self.failure: str | None = None
 
@@ -66,11 +67,20 @@ class RowQueue:
 
     def next_weights(self, held: Weights | None, seconds: float) -> Weights | None:
         """The weights that a server which holds ``held`` needs next: those of the oldest ask with
-        rows that wait, else the newest. None: nothing to do within ``seconds``, or ever again."""
+        rows that wait, else the newest. None: nothing to do within ``seconds``, or ever again.
+        They are in use until this thread calls :meth:`let_go`."""
         with self._changed:
             if self._needed(held) is None and not self.closed:
                 self._changed.wait(seconds)
-            return None if self.closed else self._needed(held)
+            needed = None if self.closed else self._needed(held)
+            if needed is not None:
+                self._taken[get_ident()] = needed
+            return needed
+
+    def let_go(self) -> None:
+        """This thread does not need the weights any more that :meth:`next_weights` gave it."""
+        with self._changed:
+            self._taken.pop(get_ident(), None)
 
     def pause(self, seconds: float) -> None:
         """Sleep, but not beyond the end of the queue."""
@@ -139,9 +149,10 @@ class RowQueue:
             self._changed.notify_all()
 
     def in_use(self) -> list[Weights]:
-        """The weights that an unfinished ask needs, and the newest."""
+        """The weights that an unfinished ask needs, those that a server is being brought to, and
+        the newest."""
         with self._changed:
-            found = [ask.weights for ask in self._asks]
+            found = [*(ask.weights for ask in self._asks), *self._taken.values()]
             return found if self._newest is None else [*found, self._newest]
 
     def close(self) -> None:

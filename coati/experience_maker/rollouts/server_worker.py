@@ -55,6 +55,12 @@ class ServerWorker(Thread):
                 self.queue.fail(
                     f"the weights of step {weights.version} cannot be published: {error}"
                 )
+            except Exception as error:  # the run would wait for a thread that has ended
+                if not self.queue.closed:
+                    logger.exception(f"{self.server.title} cannot be used")
+                self.queue.fail(f"{self.server.title}: {type(error).__name__}: {error}")
+            finally:
+                self.queue.let_go()
 
     def take_first(self, weights: Weights) -> None:
         """Bring the server to ``weights`` and compare bytes, before the thread is started. Raises

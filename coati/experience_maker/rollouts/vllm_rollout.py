@@ -281,6 +281,7 @@ def vllm_parameters(
         temperature=sampling.temperature if sampling.do_sample else 0.0,
         top_k=sampling.top_k or -1,
         top_p=sampling.top_p,
+        min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         seed=seed,
         max_tokens=most,

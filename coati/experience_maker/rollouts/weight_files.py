@@ -89,6 +89,7 @@ def weights_name(version: int, digests: Mapping[str, Digest]) -> str:
 
 def write_weights(parent: Path, version: int, tensors: Mapping[str, Tensor]) -> Published:
     """Write ``tensors`` below ``parent``: whole or not at all. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,10 @@ def write_weights(parent: Path, version: int, tensors: Mapping[str, Tensor]) -> 
             part = {name: tensors[name].detach().contiguous() for name in names}
             digests |= {name: digest_of(tensor) for name, tensor in part.items()}
             file = f"weights-{number:05d}.safetensors"
-            save_file(part, temporary / file)
+            try:
+                save_file(part, temporary / file)
+            except SafetensorError as error:  # what it makes of a full disk, too
+                raise OSError(f"{temporary / file}: {error}") from error
             files.append({"file": file, "bytes": (temporary / file).stat().st_size})
         name = weights_name(version, digests)
         index = {"name": name, "version": version, "files": files, "tensors": digests}

@@ -3,6 +3,7 @@ and checkpoints too. The harness is an extra; its tasks, numbers and metrics are
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -94,6 +95,7 @@ def measures_of(found: Mapping[str, Any]) -> list[Measure]:
     measures = []
     for task, results in found["results"].items():
         samples = found.get("samples", {}).get(task, [])
+        directions = found.get("higher_is_better", {}).get(task) or {}
         for name, value in results.items():
             metric, _, filtering = name.partition(",")
             if not isinstance(value, float | int) or not filtering or metric.endswith("_stderr"):
@@ -103,7 +105,9 @@ def measures_of(found: Mapping[str, Any]) -> list[Measure]:
             binary = set(rows.values()) <= {0.0, 1.0}
             mean = math.fsum(rows.values()) / len(rows) if rows else math.nan
             if math.isclose(mean, value, abs_tol=1e-9):
-                measures.append(measure(label, rows, SHARE if binary else SCORE))
+                made = measure(label, rows, SHARE if binary else SCORE)
+                higher = directions.get(metric) is not False
+                measures.append(replace(made, higher_is_better=higher))
                 continue
             error = results.get(f"{metric}_stderr,{filtering}")
             half = Z * error if isinstance(error, float | int) else math.inf

@@ -19,7 +19,7 @@ class Measure:
     """One figure. ``rows``: its value on each row, by a key that other runs have too; ``weights``:
     of the rows, where the figure is a weighted mean. ``unit``: "share", "score", or "perplexity",
     whose rows hold nats per token. ``interval``: how ``low`` and ``high``, its 95% interval, were
-    found."""
+    found. ``higher_is_better``: False for rates of what a model should not do."""
 
     name: str
     value: float
@@ -29,10 +29,11 @@ class Measure:
     interval: str
     rows: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] | None = None
+    higher_is_better: bool = True
 
     @property
     def lower_is_better(self) -> bool:
-        return self.unit == PERPLEXITY
+        return self.unit == PERPLEXITY or not self.higher_is_better
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.models.ilql_heads import FILE as HEADS
+from coati.models.loading import LORA_SETTINGS
 from coati.utils.logging import get_logger
 from coati.utils.phases import phase
 
@@ -23,7 +24,7 @@ UPLOADED = (
     *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*"),
     *("conversation_template.json", "preprocessor_config.json", "processor_config.json"),
     *("*.gguf", "Modelfile", "README.md", "LICENSE*", "configuration_*.py", "modeling_*.py"),
-    *("tokenization_*.py", HEADS),
+    *("tokenization_*.py", HEADS, LORA_SETTINGS),  # the last says how the base was quantized
 )
 # What somebody has put there by mistake.
 PRIVATE = ("*.pem", "*.key", "id_rsa*", "id_ed25519*", ".env*", "*.env", "*credential*", "*secret*")

@@ -68,13 +68,15 @@ class ApiSampler:
             choice = found["choices"][0]
             said = choice["message"]
             content = said.get("content") or ""
-            calls = [_call(one) for one in said.get("tool_calls") or ()]
+            calls, unreadable = _calls(said.get("tool_calls") or ())
             tokens = int((found.get("usage") or {}).get("completion_tokens") or 0)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             shown = json.dumps(found)[:160]
             raise ValueError(
                 f"{place} answered {shown}; expected OpenAI's chat completion"
             ) from error
+        # What the model made of a call, cut off or wrong: its own words, not the server's.
+        content = "\n".join(filter(None, [content, *unreadable]))
         thought = said.get("reasoning_content") or said.get("reasoning") or ""
         message = {"role": "assistant", "content": content}
         message |= {"reasoning_content": thought} if thought else {}
@@ -84,7 +86,7 @@ class ApiSampler:
             draw.sample,
             self._text(content, thought),
             tokens,
-            choice.get("finish_reason") != "length",
+            choice.get("finish_reason") != "length" and not unreadable,
             message,
         )
 
@@ -92,9 +94,11 @@ class ApiSampler:
         """The response as a model writes it, for rewards that look for tags."""
         if not thought:
             return content
-        names = ("think_start", "think_end")
-        opening, closing = (self.tags[n]["text"] for n in names) if self.tags else (OPEN, CLOSE)
-        return f"{opening}{thought}{closing}{content}"
+        if not self.tags:
+            return f"{OPEN}{thought}{CLOSE}{content}"
+        start = self.tags["think_start"]
+        opening = start["text"] if start.get("num_occur", 1) else ""  # else the prompt opens it
+        return f"{opening}{thought}{self.tags['think_end']['text']}{content}"
 
     def _body(self, draw: Draw) -> dict[str, Any]:
         sampling = self.config.sampling
@@ -141,6 +145,14 @@ def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
             for number, call in enumerate(calls)
         ]
     return found
+
+
+def _calls(said: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The calls of a message; where the arguments of one cannot be read, none, and all as texts."""
+    try:
+        return [_call(one) for one in said], []
+    except json.JSONDecodeError:
+        return [], [f"{one['function']['name']}({one['function']['arguments']})" for one in said]
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,12 +74,17 @@ def score_all(
             part = prompts[start : start + size]
             pairs = [(prompt, each) for prompt in part for each in drawn[prompt.number]]
             keys = [(each.number, each.sample) for _, each in pairs]
-            if all(key in found for key in keys):
+            counts = {prompt.number: len(drawn[prompt.number]) for prompt in part}
+            # A function may look at all responses to a prompt at once.
+            if all(found.get(key, {}).get("of") == counts[key[0]] for key in keys):
                 continue
             rows = [Scored(each, texts[prompt.number]) for prompt, each in pairs]
             values = judge([prompt for prompt, _ in pairs], rows, max_new_tokens)
-            lines = [_line(key, value) for key, value in zip(keys, values, strict=True)]
-            journal.add(line for key, line in zip(keys, lines, strict=True) if key not in found)
+            lines = [
+                _line(key, value) | {"of": counts[key[0]]}
+                for key, value in zip(keys, values, strict=True)
+            ]
+            journal.add(lines)  # later ones count
             found |= dict(zip(keys, lines, strict=True))
     finally:
         journal.close()

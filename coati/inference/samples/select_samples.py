@@ -1,6 +1,7 @@
 """Rows to train on from scored responses: the best of n, those above a threshold (rejection
 sampling), pairs of the best and the worst, and whole groups."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,14 +42,15 @@ class Group:
         return [float(each.score) for each in self.scored if each.score is not None]
 
     def best_first(self, truncated: bool) -> list[tuple[float, Scored]]:
-        """Different texts by falling scores, of equal ones the first drawn; empty ones, and unless
-        ``truncated`` those that ended at the limit, left out."""
+        """Different texts and calls by falling scores, of equal ones the first drawn; empty ones, and
+        unless ``truncated`` those that ended at the limit, left out."""
         seen: set[str] = set()
         found = []
         for score, each in zip(self.scores, self.scored, strict=True):
-            said = each.text.strip() or each.drawn.message.get("tool_calls")
-            if said and each.text not in seen and (each.stopped or truncated):
-                seen.add(each.text)
+            calls = each.drawn.message.get("tool_calls")
+            said = each.text + json.dumps(calls, sort_keys=True) if calls else each.text
+            if said.strip() and said not in seen and (each.stopped or truncated):
+                seen.add(said)
                 found.append((score, each))
         return sorted(found, key=lambda pair: -pair[0])
 

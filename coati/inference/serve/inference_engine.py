@@ -378,7 +378,22 @@ class InferenceEngine:
         self._end({number: why for number, why in ends.items() if why})
 
     def _join(self, request: Request) -> None:
-        """Generate the first token of ``request`` and, unless that ends it, add it to the batch."""
+        """Generate the first token of ``request`` and, unless that ends it, add it to the batch.
+        What goes wrong before that ends this request alone."""
+        try:
+            decoder, why = self._begin(request)
+        except BaseException as error:  # a prompt too long for the memory, say
+            logger.error(f"an error ended a response: {type(error).__name__}: {error}")
+            why = "error"
+        if why:
+            self._end({request.number: why})
+        elif self._decoder is None:
+            self._decoder = decoder
+        else:
+            self._decoder.join(decoder)
+
+    def _begin(self, request: Request) -> tuple[Decoder, str | None]:
+        """The first token of ``request``: its decoder, and the finish reason if that ends it."""
         ids = torch.tensor([request.prompt], device=self._device)
         params = request.params
         before = request.prompt if params.continues else ()
@@ -395,12 +410,7 @@ class InferenceEngine:
         step = decoder.step()
         self.metrics.joined(len(request.prompt), request.elapsed)
         logits = None if step.logits is None else step.logits[0]
-        if why := request.take(int(step.tokens[0]), logits, self._scorer):
-            self._end({request.number: why})
-        elif self._decoder is None:
-            self._decoder = decoder
-        else:
-            self._decoder.join(decoder)
+        return decoder, request.take(int(step.tokens[0]), logits, self._scorer)
 
     def _end(self, ended: dict[int, str]) -> None:
         """Remove requests, {number: finish reason}, from the batch; those without a whole response

@@ -137,9 +137,12 @@ class Decoder:
 
     @torch.no_grad()
     def idle_step(self) -> None:
-        """A forward for its collectives alone, once every row of this rank has ended."""
-        self._forward()
-        self._append(self.history.last)
+        """A forward for its collectives alone, once every row of this rank has ended: of one token
+        without a past, so that there may be any number of them."""
+        token = self.history.last[:1, None]
+        cache = cache_for(self.model, 1, 1)
+        positions = torch.zeros_like(token)
+        call_with_cache(self.model, self.accepted, cache, token, torch.ones_like(token), positions)
 
     def _forward(self) -> Tensor:
         """Logits (slots, V) fp32 after the last token of each row."""
@@ -200,8 +203,7 @@ class Decoder:
         self.num_generated = self.num_generated + 1
 
     def leave(self, active: Tensor) -> None:
-        """Remove the rows that are not ``active`` (slots,) bool. If none is, one row stays for
-        :meth:`idle_step`."""
+        """Remove the rows that are not ``active`` (slots,) bool. If none is, one row stays."""
         count = int(active.sum())
         survivors = torch.arange(max(count, 1), device=active.device)
         holes = (~active[:count]).nonzero()[:, 0]

@@ -6,6 +6,7 @@ returns none, and a loop that relies on a returned one silently loses the contex
 given explicitly, so left padding is exact.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,11 +99,12 @@ def generate(
 
     ``model`` is plain or wrapped; what a plugin needs is supplied by the caller. ``stop_flag``
     takes "all rows of this rank have ended" and returns whether to leave the loop, so that ranks
-    whose forward passes contain collectives leave together. ``gather_logits`` completes logits of
-    which each rank holds a part of the vocabulary. ``synchronize`` takes a tensor that is equal on
-    a group of ranks up to rounding, and returns one rank's to all of them. ``padding_free``: how
-    ``model`` is given prompts without padding. ``rows_at_once``: of how many rows the batch is; one
-    that has ended gives its place to the next. None: all.
+    whose forward passes contain collectives leave together, whatever the ``limits`` of each.
+    ``gather_logits`` completes logits of which each rank holds a part of the vocabulary.
+    ``synchronize`` takes a tensor that is equal on a group of ranks up to rounding, and returns one
+    rank's to all of them. ``padding_free``: how ``model`` is given prompts without padding.
+    ``rows_at_once``: of how many rows the batch is; one that has ended gives its place to the next.
+    None: all.
 
     Raises:
         ValueError: for right padding, no prompt, too many tokens, noise of another shape, and for
@@ -212,25 +214,25 @@ def _decode(
     record: ResponseRecord,
     stop_flag: Callable[[bool], bool],
 ) -> int:
-    """Decode all rows at once into ``record`` until ``stop_flag`` returns True; the forward passes
-    that this took."""
+    """Decode all rows at once into ``record`` until all have ended and ``stop_flag`` returns True;
+    the forward passes that this took."""
     decoder.prepacked = prepacked
     max_new_tokens = int(record.limits.max())
     all_ended = False
-    for count in range(1, max_new_tokens + 1):
+    for count in itertools.count(1):
         tick()
         if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
             prepacked.use(len(decoder.row_ids))
-        if all_ended:
+        if all_ended:  # other ranks decode longer responses
             decoder.idle_step()
         else:
             ended = record.add(decoder, decoder.step())
-            if count < max_new_tokens and bool(ended.any()):
+            if bool(ended.any()):
                 all_ended = bool(ended.all())
-                decoder.leave(~ended)
+                if not all_ended:
+                    decoder.leave(~ended)
         if stop_flag(all_ended):
-            break
-    return count
+            return count
 
 
 def generate_streaming(

@@ -48,9 +48,10 @@ class Sampling:
         top_k: int | None = None,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
+        min_p: float = 0.0,
     ) -> "Sampling":
         """As flags say it: a ``temperature`` of 0 is greedy."""
-        return cls(temperature != 0, temperature or 1.0, top_k, top_p, repetition_penalty)
+        return cls(temperature != 0, temperature or 1.0, top_k, top_p, repetition_penalty, min_p)
 
 
 def choose(

@@ -39,11 +39,15 @@ class PissaLinear(lora.Linear):
         )
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        result = super().forward(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        start = F.linear(F.linear(x.to(self.pissa_A.dtype), self.pissa_A), self.pissa_B)
-        return result - (start * self.scaling[self.active_adapters[0]]).to(result.dtype)
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.lora_A
+        result = self.base_layer(x)
+        # One dropout for both: with two, the start would be noise instead of the base model.
+        dropped = self.lora_dropout[adapter](x.to(self.pissa_A.dtype))
+        update = self.lora_B[adapter](self.lora_A[adapter](dropped))
+        update = update - F.linear(F.linear(dropped, self.pissa_A), self.pissa_B)
+        return result + (update * self.scaling[adapter]).to(result.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (B A - B0 A0), (out, in): what merging adds to the base weight."""

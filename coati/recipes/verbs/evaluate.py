@@ -5,7 +5,10 @@ from pathlib import Path
 from coati.cli.evaluate import evaluate_parser, parse_evaluate
 from coati.cli.program_settings import EvaluateSettings
 from coati.cli.verb import Verb
+from coati.utils.logging import get_logger
 from coati.utils.phases import import_libraries
+
+logger = get_logger(__name__)
 
 VERB = Verb(
     "models",
@@ -21,7 +24,7 @@ def main(args: EvaluateSettings) -> None:
     from coati.inference.evaluate import result_files as results
     from coati.inference.evaluate.measure_table import comparisons
     from coati.recipes import drawn_responses as drawing
-    from coati.recipes.evaluation import baseline_of, measured
+    from coati.recipes.evaluation import baseline_of, measured, other_settings
 
     baseline, before = baseline_of(args.baseline)
     with drawing.locked(args.output_dir):
@@ -30,6 +33,8 @@ def main(args: EvaluateSettings) -> None:
         about = {"model": args.sampler.name, **more}
         if args.baseline:
             about["baseline"] = baseline.get("model", args.baseline)
+            for difference in other_settings(baseline, about):
+                logger.warning(f"--baseline {args.baseline} was made with {difference}")
         results.write_results(Path(args.output_dir), about, found, compared, before)
     print(results.aligned(results.HEADER, results.rows_of(found)))
     for each in compared:

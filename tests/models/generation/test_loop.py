@@ -261,7 +261,7 @@ class Scripted(nn.Module):
         step = int(cache_position[-1]) + 1 - self.prompt_length
         logits = torch.full((len(input_ids), 1, self.vocabulary), -5.0)
         for slot, first in enumerate(keys[:, 0, 0, 0].long().tolist()):
-            script = self.script[first - 1]
+            script = self.script[min(first, len(self.script)) - 1]  # an idle row has no prompt
             logits[slot, 0, script[min(step, len(script) - 1)]] = 5.0
         return SimpleNamespace(logits=logits)
 
@@ -321,6 +321,28 @@ def test_ranks_leave_the_loop_together():
     )
     assert asked == [False, True, True, True]
     assert result.responses() == [[5, 7]] and result.sequences.tolist() == [[1, 5, 7, 0, 0]]
+
+
+def test_a_rank_with_shorter_limits_stays_in_the_loop():
+    """Idle for longer than the model has positions: the other rank may have more of them left."""
+    model = tiny_llama()
+    model.config.max_position_embeddings = 8
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    asked = []
+
+    def until_the_other_rank_is_through(mine):
+        asked.append(mine)
+        return mine and len(asked) >= 12
+
+    def limited(**more):
+        ids = torch.tensor([PROMPTS[0][:3], PROMPTS[0][1:4]])
+        return generate(model, ids, max_new_tokens=5, limits=[2, 1], **NO_STOP, **more)
+
+    result = limited(stop_flag=until_the_other_rank_is_through)
+    assert asked == [False] + [True] * 11 and len(calls) == 12
+    assert result.lengths.tolist() == [2, 1] and not result.stopped.any()
+    assert result.responses() == limited().responses() and len(calls) == 14
 
 
 def test_streaming_yields_the_same_tokens_and_the_stop_sequence():

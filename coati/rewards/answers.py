@@ -8,7 +8,7 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 # "#### 42", "the answer is 42", "Answer: 42"; the last one counts.
 _MARKED = re.compile(r"(?:####|\banswer\s*(?:is|:|=))\s*:?\s*([^\n]+)", re.IGNORECASE)
 _FENCED = re.compile(
-    r"\$\$?(.+?)\$\$?(?![\d.])|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+    r"\$\$?(.+?)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]"
 )  # $...$, \(...\), \[...\]
 # What stands beside a number that is part of an expression.
 _BEFORE = re.compile(r"[\\^_{}()\[\]+*/=<>√]\s*-?\s*$|\d\s*[-×·,]\s*$|[A-Za-z]$")
@@ -88,8 +88,8 @@ def _answer_at(tail: str) -> str:
 
 def _is_plain(text: str, number: re.Match) -> bool:
     """Whether ``number`` stands among words, and is no part of an expression."""
-    before, after = text[: number.start()], text[number.end() :]
-    return not _BEFORE.search(before) and not _AFTER.match(after)
+    before = text[: number.start()]
+    return not _BEFORE.search(before) and not _AFTER.match(text[number.end() :])
 
 
 def whole_number(text: str | None) -> int | None:

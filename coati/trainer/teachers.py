@@ -34,7 +34,7 @@ class Teacher:
     ``vocabulary``: ids that the student has; the trainer sets it."""
 
     token_keys: tuple[str, ...] = ()
-    vocabulary = 0
+    vocabulary: float = math.inf
 
     def look_at(self, batch: Batch) -> Batch:
         """What :meth:`request` and :meth:`label_logps` need of it, by names of their own; on the

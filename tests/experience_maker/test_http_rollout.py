@@ -4,6 +4,7 @@ process gives, whatever becomes of the servers meanwhile."""
 import shutil
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ from coati.experience_maker.rollouts import server_worker
 from coati.experience_maker.rollouts.model_facts import facts_of
 from coati.experience_maker.rollouts.pending_rollouts import RolloutsLost
 from coati.experience_maker.rollouts.rollout_client import RolloutServer, Row, Wanted
+from coati.experience_maker.rollouts.row_queue import RowQueue
+from coati.experience_maker.rollouts.weight_versions import Weights
 from coati.models.generation.loop import Sampling, generate
 from coati.models.generation.row_noise import NoiseRows, row_noise
 from coati.utils.errors import RunFailed
@@ -301,6 +304,51 @@ def test_weights_that_cannot_be_written_end_the_run_with_the_reason(tmp_path):
         rollout.publish(1, tiny_llama(seed=2).state_dict().items())
         with pytest.raises(RunFailed, match="weights of step 1 cannot be published"):
             ask(rollout).result()
+        rollout.close()
+
+
+def test_an_error_that_nobody_expected_ends_the_run_and_not_a_thread_alone(tmp_path, monkeypatch):
+    policy = tiny_llama(seed=1)
+    with serving(tiny_llama()) as [server]:
+        rollout = http_rollout(FakeEngine(policy), [server.url], tmp_path)
+        rollout.publish(0, policy.state_dict().items())
+
+        def broken(*_):
+            raise RuntimeError("CUDA out of memory")
+
+        monkeypatch.setattr(rollout.store, "offered", broken)
+        rollout.publish(1, tiny_llama(seed=2).state_dict().items())
+        with pytest.raises(RolloutsLost, match="RuntimeError: CUDA out of memory"):
+            ask(rollout).result()
+        rollout.close()
+
+
+def test_weights_that_a_server_is_being_brought_to_are_in_use():
+    queue = RowQueue()
+    first, second = Weights(1, Future()), Weights(2, Future())
+    queue.announce(first)
+    assert queue.next_weights(None, 0) is first
+    queue.announce(second)
+    assert set(queue.in_use()) == {first, second}
+    queue.let_go()
+    assert queue.in_use() == [second]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=5)])
+def test_whether_there_are_log_probs_is_one_answer_for_all_servers(tmp_path, sampling):
+    """Of two servers one filters before it takes log-probs, as vLLM does."""
+    policy = tiny_llama(seed=1)
+    with serving(tiny_llama(), tiny_llama()) as servers:
+        urls = [server.url for server in servers]
+        kinds = {servers[0].url: True, servers[1].url: False}
+        own = property(lambda self: kinds[self.url])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RolloutServer, "is_own", own)
+            rollout = http_rollout(FakeEngine(policy), urls, tmp_path, sampling=sampling)
+        whole = sampling == Sampling()
+        assert rollout.gives_logprobs == whole
+        rollout.publish(0, policy.state_dict().items())
+        assert (ask(rollout).result().sampled_logprobs is not None) == whole
         rollout.close()
 
 

@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.testing import assert_close
 
 from coati.experience_maker.rollouts.own_sampler import OwnSampler
@@ -262,3 +263,31 @@ def test_weights_are_served_to_who_has_the_token_and_nothing_else_is(tmp_path):
 def test_what_is_no_place_of_weights_is_refused(text):
     with pytest.raises(ValueError, match="published weights"):
         Place.from_json(text)
+
+
+def test_what_a_sampler_fails_with_is_answered(server, monkeypatch):
+    def full(body):
+        raise torch.OutOfMemoryError("no room for 14 GiB")
+
+    monkeypatch.setattr(server.sampler, "complete", full)
+    status, found = call(server, "/v1/completions", completion())
+    assert status == 500 and "OutOfMemoryError: no room for 14 GiB" in str(found)
+
+
+def test_a_full_disk_is_an_error_of_the_system_whatever_safetensors_makes_of_it(
+    tmp_path, monkeypatch
+):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_weights(tmp_path, 0, {"a": torch.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_min_p_reaches_the_sampler(server):
+    asked = completion(temperature=1.0, min_p=0.999)
+    greedy = completion(temperature=0.0)
+    answers = [call(server, "/v1/completions", one)[1]["choices"] for one in (asked, greedy)]
+    assert [one["token_ids"] for one in answers[0]] == [one["token_ids"] for one in answers[1]]

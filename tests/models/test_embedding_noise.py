@@ -125,3 +125,11 @@ def test_an_embedding_of_part_of_the_sequence_is_refused(noisy):
     embedding.forward = lambda ids: forward(ids)[:, :4]
     with pytest.raises(ValueError, match=r"--neftune_alpha: .* \(3, 4, 64\) for \(3, 9\) tokens"):
         noisy.model(input_ids=ROWS, attention_mask=MASK)
+
+
+def test_ids_may_come_by_position(noisy):
+    noisy.model(ROWS)
+    by_position = noisy.seen.pop()
+    noisy.model(input_ids=ROWS)
+    assert torch.equal(by_position, noisy.seen.pop())
+    assert not torch.equal(by_position, nn.functional.embedding(ROWS, noisy.weight))

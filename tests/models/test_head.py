@@ -466,6 +466,15 @@ def test_models_that_change_their_logits_are_named():
     assert head_unsupported(LlamaConfig()) is None
 
 
+@pytest.mark.parametrize(
+    "field", ["logits_soft_cap", "output_logit_soft_cap", "unpadded_vocab_size"]
+)
+def test_other_names_of_a_change_of_logits(field):
+    config = tiny_llama().config
+    setattr(config, field, 1)
+    assert f"{field}=1" in head_unsupported(config)
+
+
 def one_shard() -> dict[str, torch.Tensor]:
     """On one of two ranks, which hold 250 and 134 of the 384 vocabulary entries: log-probs and
     gradients."""

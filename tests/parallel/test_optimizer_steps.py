@@ -127,6 +127,16 @@ def test_muon_turns_a_matrix_into_an_orthogonal_one():
     )
 
 
+def test_the_heads_of_values_are_no_hidden_matrices():
+    from coati.models.ilql_heads import attach
+    from coati.parallel.muon import hidden_matrices
+
+    model = tiny_llama()
+    plain = len(hidden_matrices(model))
+    attach(model)
+    assert len(hidden_matrices(model)) == plain > 0
+
+
 @needs_muon
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     model, alone = Parts(), Parts()

@@ -4,7 +4,14 @@ import time
 
 import pytest
 
-from coati.rewards.answers import boxed, final_answer, normalize, same_answer, whole_number
+from coati.rewards.answers import (
+    answer_inside,
+    boxed,
+    final_answer,
+    normalize,
+    same_answer,
+    whole_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +37,21 @@ def test_the_last_whole_box(text, content):
         ("4 + 3 = 7", "7"),
         ("There were 5 apples, 2 were eaten: #### 3", "3"),
         ("The answer is 12. I checked it 3 times.", "12"),
-        ("Answer: x = y + 1", "1"),
+        ("Answer: x = y + 1", "y + 1"),
+        ("Answer: x = 5", "5"),
+        ("The answer is 5 (since 6 - 1 = 5).", "5"),
+        ("The answer is the sum 3+4=7", "7"),
+        (r"The answer is \frac{1}{2}.", r"\frac{1}{2}"),
+        (r"The answer is $\frac{1}{2}$.", r"\frac{1}{2}"),
+        (r"the answer is \(2\sqrt{3}\), as asked", r"2\sqrt{3}"),
+        (r"answer is 2\sqrt{3}", r"2\sqrt{3}"),
+        ("The answer is (3, 4).", "(3, 4)"),
+        ("The answer is x^2+1. I am sure.", "x^2+1"),
+        ("The answer is $1,234 in all", "1,234"),
+        ("**Answer:** 42 apples", "42"),
+        ("The answer is -7.", "-7"),
+        ("The answer is 3.5 km - more or less", "3.5"),
+        ("Answer: 50%", "50"),
         ("the final answer is Monday.", "Monday"),
         (r"The answer is 5, or better \boxed{6}", "6"),
         ("it cost 1,234.50 in all", "1,234.50"),
@@ -67,7 +88,32 @@ def test_whole_numbers(text, number):
     assert whole_number(text) == number
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("x^2+1", "x^2+1"),
+        ("5", "5"),
+        ("It is 5 apples", "5"),
+        ("about 1,200 km", "1,200"),
+        ("(3, 4)", "(3, 4)"),
+        (r"so \boxed{7}", "7"),
+        ("the answer is 3", "3"),
+        ("Monday", "Monday"),
+    ],
+)
+def test_an_answer_between_tags(solution, answer):
+    assert answer_inside(solution) == answer
+
+
+def test_a_list_may_look_like_thousands():
+    assert same_answer("100, 200", "100,200") and same_answer("100200", "100,200")
+    assert not same_answer("100, 200", "100200")
+
+
 EQUAL = [
+    ("(1, 200)", "(1,200)"),
+    (r"\$5", "5"),
     ("42", "42.0"),
     ("1/2", r"\frac{1}{2}"),
     ("0.5", r"\frac12"),

@@ -25,6 +25,7 @@ LIMITS = Limits(seconds=3.0, memory=256 * MIB)
         ("So:\n```python\nprint(1)\n```\nDone.", "print(1)\n"),
         ("```py\na\n```\nbetter:\n```python3\nb\n```", "b\n"),
         ("```\nplain\n```", "plain\n"),
+        ("```python\na\n```\nOutput:\n```\n5\n```", "a\n"),
         ("```python\ncut off", "cut off"),
         ("```bash\nls\n```", ""),
         ("```python\na\n```\nrun it:\n```bash\npython a.py\n```", "a\n"),

@@ -2,13 +2,14 @@
 of a group."""
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
 
 from coati.rewards import endpoint, judge
 from coati.rewards.responses import Responses
-from coati.rewards.reward_options import PAIR_PROMPT, PairJudgeOptions, RewardOptions
+from coati.rewards.reward_options import PAIR_PATTERN, PAIR_PROMPT, PairJudgeOptions, RewardOptions
 from coati.rewards.scorer import Rewards
 from coati.rewards.source_rewards import SourceRewards
 from coati.utils.logging import forget_warnings
@@ -48,6 +49,15 @@ def longer(number, body, headers):
     """A judge that prefers the longer one, in whichever place."""
     a, b = asked(body)
     return says("Better: tie" if len(a) == len(b) else f"Better: {'A' if len(a) > len(b) else 'B'}")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "better"),
+    [("Better: A", "A"), ("Neither is better: a tie.", None), ("Better: tie", "tie")],
+)
+def test_what_a_verdict_says(verdict, better):
+    found = re.search(PAIR_PATTERN, verdict)
+    assert (found and found[1]) == better
 
 
 def test_both_orders_are_asked_and_places_in_responses_stay_text():

@@ -19,6 +19,7 @@ from coati.parallel.engine import Engine
 from coati.parallel.inference_model import InferenceModel
 from coati.trainer import GKDTrainer, RunSchedule, SFTTrainer
 from coati.trainer.gkd import GKDObjective
+from coati.trainer.global_batches import as_global_batches
 from coati.trainer.on_policy_rows import OnPolicyRows, OnPolicySettings, prompt_of
 from coati.trainer.teachers import ModelTeacher, ServerTeacher, Teacher
 from coati.utils.errors import RunFailed
@@ -192,7 +193,8 @@ def test_only_the_students_response_is_learned_and_other_rows_are_as_they_were()
         own_weights = made["loss_weights"][number][: len(ids)]
         if own:
             assert ids[:4] == row["input_ids"][:4] and labels == [-100] * 4 + ids[4:]
-            assert 1 <= len(ids) - 4 <= 6 and (own_weights == 1).all()
+            last = weights[number][len(row["input_ids"]) - 1]  # of what it replaces
+            assert 1 <= len(ids) - 4 <= 6 and (own_weights == last).all()
         else:
             assert (ids, labels) == (row["input_ids"], row["labels"])
             assert_close(own_weights, weights[number][: len(ids)])
@@ -353,6 +355,37 @@ def test_what_a_server_should_not_answer(stub, listed, status, said):
     (given,) = micro_batches(rows, 1)
     with pytest.raises(RunFailed, match=said):
         ServerTeacher(stub(listed, status), 2).look_at(given)
+
+
+def test_ids_that_the_student_does_not_have_are_left_out(stub):
+    rows = Rows([{"input_ids": [5, 7], "labels": [-100, 7], "seq_length": 2}])
+    (given,) = micro_batches(rows, 1)
+    listed = {"7": entry(-1.0), "400": entry(-0.5), "9": entry(-3.0)}
+    teacher = ServerTeacher(stub(listed), 2)
+    teacher.vocabulary = 384
+    assert teacher.look_at(given)["teacher_ids"].tolist() == [[7, 9]]
+
+
+def test_steps_on_a_plain_loader_choose_other_rows_each_time(tmp_path):
+    rows = some_rows(16)
+    collate = DataCollatorForSupervisedDataset(TOKENIZER, 40)
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=collate)
+    starts = []
+    trainer = GKDTrainer(
+        None,
+        None,
+        None,
+        None,
+        engine=engine_of(tiny_llama()),
+        teacher=Teacher(),
+        on_policy=settings(),
+    )
+    trainer.on_policy = lambda batches, epoch, start: starts.append(start) or batches
+    trainer._loader = as_global_batches(loader, 2)
+    for batches in trainer._loader.global_batches(0):
+        trainer.training_batches(batches)
+        trainer.state.sample_start_index += trainer._loader.rows_per_step
+    assert starts == [0, 8]
 
 
 def test_a_server_that_gives_none_is_told_what_would(stub):

@@ -7,6 +7,7 @@ import torch
 
 from coati.dataset.load.loader import EvaluationLoader
 from coati.trainer.rl_evaluation import EVALUATION, PassAt, evaluate_policy
+from coati.utils.logging import forget_warnings
 from tests.trainer.test_online import Collate, Maker, Rows
 
 PASS = PassAt((1, 2, 4), 4, lambda batch: batch.samples["right"].bool())
@@ -30,6 +31,7 @@ class Answers(Maker):
         )
         self.indices += rows
         number = torch.arange(len(rows)) % num_generations
+        found.samples["prompt"] = (ids[:, 0] - 10).float()
         found.samples["right"] = (number < ids[:, 0] - 10).float()
         return found
 
@@ -69,8 +71,27 @@ def test_which_responses_are_right():
     batch = SimpleNamespace(reward_parts=parts)
     values = _values_of_right(dict.fromkeys(parts, 1.0))
     assert values == {"gsm8k": 10.0, "python_tests": 1.0}
-    assert _all_right(values, batch).tolist() == [True, False, True, False]
+    assert _all_right(values, batch).tolist() == [1, 0, 1, 0]
     nowhere = SimpleNamespace(reward_parts={"gsm8k": torch.tensor([nan])})
-    assert _all_right({"gsm8k": 10.0}, nowhere).tolist() == [False]
+    assert _all_right({"gsm8k": 10.0}, nowhere).isnan().tolist() == [True]
     scored = SimpleNamespace(experience=SimpleNamespace(reward=torch.tensor([0.5, 2.0])))
     assert _reaches(1.0, scored).tolist() == [False, True]
+
+
+def test_prompts_of_which_nothing_says_what_is_right_do_not_count(caplog):
+    """Of the prompts 0, 1 and 2, of whose 4 responses so many are right, the last one's rewards
+    tell nothing."""
+    forget_warnings()
+
+    def evaluated(untold):
+        def right(batch):
+            number = batch.samples["prompt"]
+            return batch.samples["right"].masked_fill(number >= untold, float("nan"))
+
+        loader = EvaluationLoader(Rows(3), Collate(), batch_size=2)
+        return evaluate_policy(Answers(), loader, 0.7, PassAt((1,), 4, right)).metrics
+
+    with caplog.at_level("WARNING", "coati"):
+        assert evaluated(2)["pass_at_1"] == pytest.approx((0 + 1 / 4) / 2)
+    assert "of 1 of 3 evaluation prompts no reward says which" in " ".join(caplog.messages)
+    assert "pass_at_1" not in evaluated(0)

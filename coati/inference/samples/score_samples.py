@@ -84,7 +84,9 @@ def score_all(
                 _line(key, value) | {"of": counts[key[0]]}
                 for key, value in zip(keys, values, strict=True)
             ]
-            journal.add(lines)  # later ones count
+            journal.add(
+                line for key, line in zip(keys, lines, strict=True) if found.get(key) != line
+            )  # of two of a key the later one counts
             found |= dict(zip(keys, lines, strict=True))
     finally:
         journal.close()

@@ -42,8 +42,8 @@ class Group:
         return [float(each.score) for each in self.scored if each.score is not None]
 
     def best_first(self, truncated: bool) -> list[tuple[float, Scored]]:
-        """Different texts and calls by falling scores, of equal ones the first drawn; empty ones, and
-        unless ``truncated`` those that ended at the limit, left out."""
+        """Different texts and calls by falling scores, of equal ones the first drawn; without empty
+        ones and, unless ``truncated``, those that ended at the limit."""
         seen: set[str] = set()
         found = []
         for score, each in zip(self.scores, self.scored, strict=True):

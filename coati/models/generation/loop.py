@@ -6,7 +6,6 @@ returns none, and a loop that relies on a returned one silently loses the contex
 given explicitly, so left padding is exact.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,7 +218,9 @@ def _decode(
     decoder.prepacked = prepacked
     max_new_tokens = int(record.limits.max())
     all_ended = False
-    for count in itertools.count(1):
+    count = 0
+    while True:
+        count += 1
         tick()
         if 1 < count <= max_new_tokens + 1 - PAYS_AFTER:
             prepacked.use(len(decoder.row_ids))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from coati.inference.evaluate.lm_eval_tasks import measures_of, task_measures
+from coati.inference.evaluate.measure_table import Measure, comparisons
 from coati.inference.model_loading import load
 from coati.models.generation.value_guidance import ValueGuidance
 from coati.models.ilql_heads import ILQLHeads
@@ -61,6 +62,23 @@ def test_a_mean_over_documents_has_this_library_s_interval_and_others_the_harnes
     assert (f1.low, f1.high) == pytest.approx((0.204, 0.596))
     assert f1.interval == "lm-eval's" and not f1.rows
     assert (match.name, match.rows) == ("colors/exact_match,strict", {"0": 1.0})
+
+
+def test_a_metric_of_which_less_is_better_is_compared_so():
+    def found(value):
+        samples = [{"doc_id": n, "filter": "none", "score": value} for n in range(9)]
+        return measures_of(
+            {
+                "results": {"toxic": {"score,none": value}},
+                "samples": {"toxic": samples},
+                "higher_is_better": {"toxic": {"score": False}},
+            }
+        )
+
+    (compared,) = comparisons(found(0.0), found(1.0))
+    assert (compared.better, compared.worse, compared.verdict) == (0, 9, "worse")
+    read = Measure.from_dict(found(0.0)[0].as_dict())
+    assert read.lower_is_better
 
 
 def test_a_figure_without_a_standard_error_has_no_bounds():

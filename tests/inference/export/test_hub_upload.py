@@ -126,6 +126,11 @@ def test_the_model_goes_up_and_the_run_s_own_files_stay(model):
     ]
 
 
+def test_how_the_base_of_an_adapter_was_quantized_goes_along(model):
+    (model / "lora_config.json").write_text('{"quantize_base": "nf4"}')
+    assert "lora_config.json" in [file.name for file in files_to_upload(model).files]
+
+
 def test_the_heads_that_a_model_decodes_by_go_along(model):
     (model / ilql_heads.FILE).write_bytes(b"x")
     assert ilql_heads.FILE in [file.name for file in files_to_upload(model).files]

@@ -276,13 +276,30 @@ def test_a_newer_api_is_told_the_limit_by_its_other_name():
         ((401, "no"), "status 401"),
         ({"choices": []}, "expected OpenAI's chat completion"),
         ({"choices": [{"message": "text"}]}, "expected OpenAI's chat completion"),
-        (said("x", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "expected OpenAI"),
     ],
 )
 def test_what_an_api_answers_wrongly_names_the_prompt(answer, message):
     with answering(lambda *_: answer) as server:
         with pytest.raises(ValueError, match=f"f:\\d: --api_url .*{message}"):
             drawn(ApiSampler(server.url, "m", CONFIG))
+
+
+def test_a_call_that_was_cut_off_is_what_the_model_said():
+    call = {"function": {"name": "f", "arguments": '{"a": 1'}}
+    with answering(lambda *_: said("x", tool_calls=[call])) as server:
+        found = list(drawn(ApiSampler(server.url, "m", CONFIG)).values())
+    assert {each.text for each in found} == {'x\nf({"a": 1)'}
+    assert not any(each.stopped or "tool_calls" in each.message for each in found)
+
+
+def test_a_thought_that_the_prompt_opens_has_no_opening_tag():
+    tags = {"think_start": {"text": "<t>", "num_occur": 0}, "think_end": {"text": "</t>"}}
+    with answering(lambda *_: said("7", reasoning_content="hm")) as server:
+        opened = drawn(ApiSampler(server.url, "m", CONFIG, tags))
+        tags["think_start"]["num_occur"] = 1
+        whole = drawn(ApiSampler(server.url, "m", CONFIG, tags))
+    assert {each.text for each in opened.values()} == {"hm</t>7"}
+    assert {each.text for each in whole.values()} == {"<t>hm</t>7"}
 
 
 def test_what_an_api_answered_before_it_failed_is_kept():

@@ -172,6 +172,29 @@ def test_a_group_that_was_cut_off_is_scored_whole(tmp_path):
     assert len(file.read_text().splitlines()) == 9
 
 
+class Ranking(Counting):
+    """Each response's place among those to its prompt."""
+
+    def __call__(self, asked, responses, max_new_tokens):
+        super().__call__(asked, responses, max_new_tokens)
+        of = [one.drawn.number for one in responses]
+        return [(float(of[i:].count(n)), {}) for i, n in enumerate(of)]
+
+
+def test_more_responses_to_a_prompt_are_scored_together_and_stay_so(tmp_path):
+    texts = dict.fromkeys(range(4), "asked")
+
+    def ranked(count, judge):
+        drawn = {n: [made(n, s) for s in range(count)] for n in range(4)}
+        found = score_all(judge, prompts(), drawn, texts, tmp_path, SETTINGS, 50)
+        return [each.score for each in found[0]]
+
+    assert ranked(2, Ranking()) == [2, 1]
+    assert ranked(4, Ranking()) == [4, 3, 2, 1]
+    again = Ranking()
+    assert ranked(4, again) == [4, 3, 2, 1] and again.batches == []
+
+
 def test_scores_of_another_judge_are_replaced(tmp_path):
     scored(tmp_path, Counting())
     again = Counting()

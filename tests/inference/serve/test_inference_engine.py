@@ -143,6 +143,23 @@ def test_an_error_ends_the_answers_it_concerns_and_nothing_else(capsys):
         assert "an error ended 1 responses: RuntimeError: out of memory" in capsys.readouterr().err
 
 
+def test_a_prompt_that_fails_ends_no_other_response(capsys):
+    with engine_of(endless=True, pause=0.01) as engine:
+        first = Asked(engine, "hello", 60)
+        assert until(lambda: first.request.tokens)
+        forward = engine.loaded.model.forward
+
+        def full(input_ids=None, **inputs):
+            if input_ids.shape[1] > 1:
+                raise RuntimeError("out of memory")
+            return forward(input_ids=input_ids, **inputs)
+
+        engine.loaded.model.forward = full
+        assert Asked(engine, "a long prompt", 20).finish == "error"
+        assert first.finish == "length" and len(first.request.tokens) == 60
+        assert "an error ended a response: RuntimeError: out of memory" in capsys.readouterr().err
+
+
 def test_closing_tells_those_who_wait():
     with engine_of(endless=True, pause=0.01, max_batch=1) as engine:
         asked = [Asked(engine, "hello", 400) for _ in range(2)]

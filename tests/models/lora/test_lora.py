@@ -61,6 +61,14 @@ def test_pissa_starts_at_the_base_model_and_leaves_it_alone(make):
         assert torch.equal(logits(adapted), expected)
 
 
+def test_pissa_with_dropout_starts_at_the_base_model_in_training_too():
+    expected = logits(tiny_llama())
+    adapted = apply_lora(tiny_llama(), LoraConfig(r=4, lora_initialization_method="PiSSA"))
+    assert any(module.p > 0 for module in adapted.modules() if isinstance(module, nn.Dropout))
+    adapted.train()
+    assert torch.allclose(logits(adapted), expected, atol=1e-5)
+
+
 def test_pissa_starts_from_the_largest_singular_values():
     layer = nn.Linear(6, 4, bias=False)
     u, v = torch.linalg.qr(torch.randn(4, 4))[0], torch.linalg.qr(torch.randn(6, 6))[0][:, :4]

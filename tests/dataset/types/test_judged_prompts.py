@@ -126,3 +126,10 @@ def test_with_rewards_for_all_others_every_source_will_do():
     known = json.dumps(["*", "math"])
     assert prepared({"prompt": "say"}, for_sources=known)["seq_category"] is None
     assert prepared({"prompt": "say", "source": "law"}, for_sources=known)["seq_category"] == "law"
+
+
+def test_responses_of_no_tokens_are_still_ids():
+    held = json.dumps({"ids": [[], []], "scores": [1.0, 0.0]})
+    prompt = torch.tensor([[3, 4]])
+    found = judged_groups({"input_ids": prompt, "dialogue": [held]}, 2, [[2]], 10)
+    assert found.sequences.dtype == torch.long and found.sequences.tolist() == [[3, 4], [3, 4]]

@@ -12,7 +12,10 @@ _FENCED = re.compile(
 )  # $...$, \(...\), \[...\]
 # What stands beside a number that is part of an expression.
 _BEFORE = re.compile(r"[\\^_{}()\[\]+*/=<>√]\s*-?\s*$|\d\s*[-×·,]\s*$|[A-Za-z]$")
-_AFTER = re.compile(r"[\^_{}(\[]|\s*(?:[\\+*/=<>√×·]|-\s*[\w\\])|[A-Za-z](?![A-Za-z])|,\s*-?[\d\\]")
+_AFTER = re.compile(
+    r"[\^_{}(\[]|\s*[\\+*=<>√×·]|\s*[-/]\s*(?:[\d\\({]|[A-Za-z](?![A-Za-z]))|[A-Za-z](?![A-Za-z])|"
+    r",\s*-?[\d\\]"
+)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?")
 # What only lays an expression out, or names a unit, and says nothing of its value.
@@ -72,7 +75,7 @@ def answer_inside(solution: str) -> str:
 def _answer_at(tail: str) -> str:
     """What ``tail``, the rest of a line, begins with: a number among words, else an expression up
     to the end of the sentence."""
-    tail = tail.strip().lstrip("*").strip()
+    tail = tail.replace("**", "").strip()  # bold, as Markdown has it
     if fenced := _FENCED.match(tail):
         return next(filter(None, fenced.groups())).strip()
     number = _NUMBER.search(tail)
